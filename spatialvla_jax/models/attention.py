@@ -1,0 +1,56 @@
+"""Attention and masks.
+
+Axis letters, used in every shape of this package: B batch, T query position, S key position, N heads, K key/value heads,
+H head dim, D width, F MLP width, L layers, V vocabulary, P patches of the image.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+def attend(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    mask: Bool[Array, "B T S"],
+    *,
+    scale: float,
+    softcap: float | None = None,
+) -> Float[Array, "B T N H"]:
+    """Grouped-query attention with Gemma 2's tanh soft cap; the softmax is computed in float32."""
+    B, T, N, H = q.shape
+    K = k.shape[2]
+    q = q.reshape(B, T, K, N // K, H)
+    logits = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32) * scale
+    if softcap is not None:
+        logits = softcap * jnp.tanh(logits / softcap)
+    logits = jnp.where(mask[:, None, None], logits, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    return jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(B, T, N, H)
+
+
+def prefix_lm_mask(valid: Bool[Array, "B S"], prefix_length: int) -> Bool[Array, "B S S"]:
+    """The first `prefix_length` positions see each other both ways, the rest is causal; padding is never seen.
+
+    `prefix_length` 0 gives a causal mask.
+    """
+    S = valid.shape[1]
+    position = jnp.arange(S)
+    visible = (position[None, :] <= position[:, None]) | (position[None, :] < prefix_length)
+    return visible[None] & valid[:, None, :]
+
+
+def positions_of(valid: Bool[Array, "B S"]) -> Int[Array, "B S"]:
+    """Rotary positions that skip padding and start at 1, as PaliGemma counts them."""
+    return jnp.cumsum(valid, axis=1)
+
+
+def rotary(x: Float[Array, "B T N H"], positions: Int[Array, "B T"], base: float = 10_000.0) -> Float[Array, "B T N H"]:
+    """Rotary position embedding (Su et al. 2021) on split halves, computed in float32."""
+    half = x.shape[-1] // 2
+    frequencies = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = positions[..., None, None] * frequencies
+    x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    sin, cos = jnp.sin(angle), jnp.cos(angle)
+    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)

@@ -1,0 +1,60 @@
+"""Ego3D position encoding (SpatialVLA, section III-A): depth and intrinsics → 3-D points → an embedding per patch."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+SUB_GRID = 2  # points along one side of a patch
+NUM_FREQUENCIES = 8
+
+
+def back_project(
+    depth: Float[Array, "B S S"], intrinsics: Float[Array, "B 3 3"], grid: int
+) -> Float[Array, "B P 12"]:
+    """Camera-frame points (metres) of the 2×2 sub-grid in each of the grid² patches, as (row, column, xyz) numbers.
+
+    Depth (metres) is averaged over each cell of the sub-grid (area resize); rays go through the cells' centres.
+    `intrinsics` are in pixels of the S×S image.
+    """
+    B, size, _ = depth.shape
+    n = grid * SUB_GRID
+    step = size // n
+    if step * n != size:
+        raise ValueError(f"depth of {size} px does not divide into {n}×{n} cells")
+    cells = depth.astype(jnp.float32).reshape(B, n, step, n, step).mean(axis=(2, 4))
+    centre = jnp.arange(n, dtype=jnp.float32) * step + step / 2
+    v, u = jnp.meshgrid(centre, centre, indexing="ij")
+    # The inverse of [[fx, s, cx], [0, fy, cy], [0, 0, 1]] written out: exact, and no linear solver on the device.
+    fx, skew, cx = (intrinsics[:, 0, i, None, None] for i in range(3))
+    fy, cy = (intrinsics[:, 1, i, None, None] for i in (1, 2))
+    y = (v - cy) / fy
+    x = (u - cx - skew * y) / fx
+    points = jnp.stack([x * cells, y * cells, cells], axis=-1)
+    points = points.reshape(B, grid, SUB_GRID, grid, SUB_GRID, 3).transpose(0, 1, 3, 2, 4, 5)
+    return points.reshape(B, grid**2, SUB_GRID**2 * 3)
+
+
+def frequency_encoding(points: Float[Array, "B P 12"]) -> Float[Array, "B P 204"]:
+    """(p − [0, 0, 2]) / 2, then per number: itself, sin and cos at 2^0 … 2^7."""
+    offset = jnp.tile(jnp.array([0.0, 0.0, 2.0]), SUB_GRID**2)
+    x = ((points - offset) / 2)[..., None]
+    angle = x * 2.0 ** jnp.arange(NUM_FREQUENCIES)
+    encoded = jnp.concatenate([x, jnp.sin(angle), jnp.cos(angle)], axis=-1)
+    return encoded.reshape(*points.shape[:-1], -1)
+
+
+class Ego3D(nn.Module):
+    """Frequency encoding → Dense → LayerNorm → ReLU → Dense, both kernels Xavier with gain 0.01."""
+
+    width: int
+    grid: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, depth: Float[Array, "B S S"], intrinsics: Float[Array, "B 3 3"]) -> Float[Array, "B P D"]:
+        # Points and sines stay in float32: bf16 cannot hold 2^7 times a coordinate.
+        x = frequency_encoding(back_project(depth, intrinsics, self.grid)).astype(self.dtype)
+        small_xavier = nn.initializers.variance_scaling(1e-4, "fan_avg", "uniform")
+        x = nn.Dense(self.width, kernel_init=small_xavier, dtype=self.dtype, name="dense_0")(x)
+        x = nn.relu(nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name="norm")(x))
+        return nn.Dense(self.width, kernel_init=small_xavier, dtype=self.dtype, name="dense_1")(x)

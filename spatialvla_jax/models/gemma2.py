@@ -1,0 +1,213 @@
+"""Gemma 2 (Gemma Team 2024), read top to bottom: configuration, norm, attention, gated MLP, block, model.
+
+Parameter names and layouts are big_vision's (`models/ppp/gemma.py`), plus `lm_head`, which SpatialVLA unties from the
+embedding table.
+"""
+
+from dataclasses import dataclass
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+from spatialvla_jax.models.attention import attend, rotary
+from spatialvla_jax.models.remat import rematerialise
+
+
+@dataclass(frozen=True)
+class Gemma2Config:
+    """Defaults: Gemma 2 2B."""
+
+    vocab_size: int = 257_152
+    width: int = 2304
+    depth: int = 26
+    mlp_dim: int = 9216
+    num_heads: int = 8
+    num_kv_heads: int = 4
+    head_dim: int = 256
+    query_pre_attn_scalar: float = 256.0
+    sliding_window: int = 4096
+    attn_softcap: float = 50.0
+    final_softcap: float = 30.0
+    rope_base: float = 10_000.0
+
+
+@struct.dataclass
+class KVCache:
+    """Keys and values of all layers at a fixed length; a slot counts only where the attention mask lets it."""
+
+    k: Float[Array, "L B S K H"]
+    v: Float[Array, "L B S K H"]
+
+    @classmethod
+    def zeros(cls, config: Gemma2Config, batch: int, length: int, dtype: jnp.dtype) -> "KVCache":
+        shape = (config.depth, batch, length, config.num_kv_heads, config.head_dim)
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · (1 + scale), in float32."""
+
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        scale = self.param("scale", nn.initializers.zeros_init(), (x.shape[-1],))
+        x = x.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-6)
+        return (x * (1 + scale.astype(jnp.float32))).astype(self.dtype)
+
+
+class Einsum(nn.Module):
+    """One named weight `w` and an einsum with it."""
+
+    shape: tuple[int, ...]
+    fan_in_axes: tuple[int, ...]
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, equation: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        w = self.param("w", fan_in_init(self.fan_in_axes), self.shape)
+        return jnp.einsum(equation, x, w.astype(self.dtype))
+
+
+class Attention(nn.Module):
+    config: Gemma2Config
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        cache: tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]] | None,
+        cache_index: Int[Array, ""] | None,
+        positions: Int[Array, "B T"],
+        mask: Bool[Array, "B T S"],
+    ):
+        cfg = self.config
+        N, K, D, H = cfg.num_heads, cfg.num_kv_heads, cfg.width, cfg.head_dim
+        q = Einsum((N, D, H), (1,), self.dtype, name="q_einsum")("btd,ndh->btnh", x)
+        k, v = Einsum((2, K, D, H), (2,), self.dtype, name="kv_einsum")("btd,ckdh->cbtkh", x)
+        q, k = rotary(q, positions, cfg.rope_base), rotary(k, positions, cfg.rope_base)
+        if cache is not None:
+            at = (0, cache_index, 0, 0)
+            k = jax.lax.dynamic_update_slice(cache[0], k.astype(cache[0].dtype), at)
+            v = jax.lax.dynamic_update_slice(cache[1], v.astype(cache[1].dtype), at)
+            cache = (k, v)
+        out = attend(q, k, v, mask, scale=cfg.query_pre_attn_scalar**-0.5, softcap=cfg.attn_softcap)
+        return Einsum((N, H, D), (0, 1), self.dtype, name="attn_vec_einsum")("btnh,nhd->btd", out), cache
+
+
+class FeedForward(nn.Module):
+    config: Gemma2Config
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        D, F = self.config.width, self.config.mlp_dim
+        gating = self.param("gating_einsum", fan_in_init((1,)), (2, D, F)).astype(self.dtype)
+        linear = self.param("linear", fan_in_init((0,)), (F, D)).astype(self.dtype)
+        return (nn.gelu(x @ gating[0], approximate=True) * (x @ gating[1])) @ linear
+
+
+class Block(nn.Module):
+    config: Gemma2Config
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x, layer, cache_index, positions, masks):
+        cache, is_local = layer
+        mask = masks[0] if masks[1] is None else jnp.where(is_local, masks[1], masks[0])
+        norm = lambda name, y: RMSNorm(self.dtype, name=name)(y)  # noqa: E731
+        attention = Attention(self.config, self.dtype, name="attn")
+        y, cache = attention(norm("pre_attention_norm", x), cache, cache_index, positions, mask)
+        x = x + norm("post_attention_norm", y)
+        y = FeedForward(self.config, self.dtype, name="mlp")(norm("pre_ffw_norm", x))
+        return x + norm("post_ffw_norm", y), cache
+
+
+class Embedder(nn.Module):
+    config: Gemma2Config
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        shape = (self.config.vocab_size, self.config.width)
+        table = self.param("input_embedding", nn.initializers.normal(self.config.width**-0.5), shape)
+        return jnp.take(table, ids, axis=0).astype(self.dtype)
+
+
+class Gemma2(nn.Module):
+    """Embeddings in, hidden states out; `embed` and `logits` are its two ends.
+
+    `remat` is one of `models.remat.POLICIES`.
+    """
+
+    config: Gemma2Config
+    dtype: jnp.dtype
+    remat: str = "none"
+
+    def setup(self) -> None:
+        cfg = self.config
+        self.embedder = Embedder(cfg, self.dtype)
+        self.layers = nn.scan(
+            rematerialise(Block, self.remat),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            length=cfg.depth,
+        )(cfg, self.dtype)
+        self.final_norm = RMSNorm(self.dtype)
+        self.lm_head = self.param("lm_head", nn.initializers.normal(cfg.width**-0.5), (cfg.vocab_size, cfg.width))
+
+    def embed(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Rows of the table, not yet multiplied by sqrt(width): `__call__` does that for every input."""
+        return self.embedder(ids)
+
+    def __call__(
+        self,
+        embeddings: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        mask: Bool[Array, "B T S"],
+        *,
+        key_positions: Int[Array, "B S"] | None = None,
+        cache: KVCache | None = None,
+        cache_index: Int[Array, ""] | int | None = None,
+    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
+        """Run all layers. Inputs are scaled by sqrt(width) here, hidden states come normalised.
+
+        With a `cache`, the T new keys and values are written at slot `cache_index` and attention runs over its S slots;
+        without one, S = T. Every second layer, from the first, sees at most `sliding_window` positions back.
+        """
+        cfg = self.config
+        x = embeddings.astype(self.dtype) * jnp.asarray(cfg.width**0.5, self.dtype)
+        local = None
+        if mask.shape[-1] > cfg.sliding_window:
+            keys = positions if key_positions is None else key_positions
+            local = mask & (positions[:, :, None] - keys[:, None, :] < cfg.sliding_window)
+        is_local = jnp.arange(cfg.depth) % 2 == 0
+        layers = (None if cache is None else (cache.k, cache.v), is_local)
+        x, updated = self.layers(x, layers, cache_index, positions, (mask, local))
+        return self.final_norm(x), None if cache is None else KVCache(*updated)
+
+    def logits(
+        self, hidden: Float[Array, "B T D"], rows: tuple[int, int] | None = None
+    ) -> Float[Array, "B T V"]:
+        """Soft-capped logits in float32, of all tokens or of `rows` = (first, count) of the head alone."""
+        head = self.lm_head if rows is None else self.lm_head[rows[0] : rows[0] + rows[1]]
+        out = jnp.einsum("btd,vd->btv", hidden, head.astype(self.dtype), preferred_element_type=jnp.float32)
+        return self.config.final_softcap * jnp.tanh(out / self.config.final_softcap)
+
+
+def fan_in_init(in_axes: tuple[int, ...]) -> nn.initializers.Initializer:
+    """Truncated normal with variance 1 / fan-in, the fan-in being the product of `in_axes`."""
+
+    def init(key, shape, dtype=jnp.float32):
+        fan_in = 1
+        for axis in in_axes:
+            fan_in *= shape[axis]
+        return nn.initializers.truncated_normal(fan_in**-0.5)(key, shape, dtype)
+
+    return init

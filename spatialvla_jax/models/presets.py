@@ -1,0 +1,49 @@
+"""Named model sizes. `preset(name, **changes)` gives a config; any field can be changed by keyword."""
+
+from dataclasses import replace
+
+from spatialvla_jax.errors import InputError
+from spatialvla_jax.models.gemma2 import Gemma2Config
+from spatialvla_jax.models.siglip import SiglipConfig
+from spatialvla_jax.models.spatialvla import SpatialVLAConfig
+
+PRESETS: dict[str, SpatialVLAConfig] = {
+    # Trains on a laptop's CPU in minutes.
+    "tiny": SpatialVLAConfig(
+        img=SiglipConfig(image_size=112, width=128, depth=4, num_heads=4, mlp_dim=256),
+        llm=Gemma2Config(
+            width=128, depth=4, mlp_dim=384, num_heads=4, num_kv_heads=2, head_dim=32, query_pre_attn_scalar=32.0
+        ),
+        text_vocab=256,
+        prompt_length=32,
+        depth="dataset",
+        dtype="float32",
+    ),
+    # About 100 M parameters: ablations from scratch on one accelerator.
+    "small": SpatialVLAConfig(
+        img=SiglipConfig(width=512, depth=12, num_heads=8, mlp_dim=2048),
+        llm=Gemma2Config(
+            width=512, depth=12, mlp_dim=2048, num_heads=8, num_kv_heads=4, head_dim=64, query_pre_attn_scalar=64.0
+        ),
+        text_vocab=1024,
+        prompt_length=32,
+        depth="dataset",
+    ),
+    "spatialvla-4b-224": SpatialVLAConfig(),
+}
+
+
+def preset(name: str, **changes) -> SpatialVLAConfig:
+    """The preset with fields of `SpatialVLAConfig` changed; the vocabulary follows the text and action tokens.
+
+    Raises InputError for a name or a field that does not exist.
+    """
+    if name not in PRESETS:
+        raise InputError(f"model preset {name!r} does not exist; choose one of {', '.join(PRESETS)}")
+    base = PRESETS[name]
+    unknown = set(changes) - set(SpatialVLAConfig.__dataclass_fields__)
+    if unknown:
+        raise InputError(f"model has no field {sorted(unknown)[0]!r}; its fields are {', '.join(base.__dataclass_fields__)}")
+    config = replace(base, **changes)
+    vocabulary = config.action_offset + config.spatial_tokens
+    return replace(config, llm=replace(config.llm, vocab_size=vocabulary))

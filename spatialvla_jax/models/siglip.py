@@ -1,0 +1,107 @@
+"""SigLIP vision transformer (Zhai et al. 2023) as PaliGemma uses it: no pooling, a linear head into the language model.
+
+Parameter names and layouts are big_vision's (`models/vit.py` with `scan=True`), so its checkpoints load unchanged.
+"""
+
+from dataclasses import dataclass
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from spatialvla_jax.models.remat import rematerialise
+
+
+@dataclass(frozen=True)
+class SiglipConfig:
+    """Defaults: So400m/14 at 224 px."""
+
+    image_size: int = 224
+    patch_size: int = 14
+    width: int = 1152
+    depth: int = 27
+    num_heads: int = 16
+    mlp_dim: int = 4304
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side of the image."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_tokens(self) -> int:
+        return self.grid**2
+
+
+class MlpBlock(nn.Module):
+    mlp_dim: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
+        width = x.shape[-1]
+        x = nn.Dense(self.mlp_dim, dtype=self.dtype)(x)
+        return nn.Dense(width, dtype=self.dtype)(nn.gelu(x, approximate=True))
+
+
+class EncoderBlock(nn.Module):
+    config: SiglipConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B P D"], _) -> tuple[Float[Array, "B P D"], None]:
+        y = nn.LayerNorm(dtype=self.dtype)(x)
+        attention = nn.MultiHeadDotProductAttention(
+            self.config.num_heads, dtype=self.dtype, deterministic=True, force_fp32_for_softmax=True
+        )
+        x = x + attention(y)
+        y = nn.LayerNorm(dtype=self.dtype)(x)
+        return x + MlpBlock(self.config.mlp_dim, self.dtype)(y), None
+
+
+class Encoder(nn.Module):
+    config: SiglipConfig
+    dtype: jnp.dtype
+    remat: str
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
+        block = nn.scan(
+            rematerialise(EncoderBlock, self.remat),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=self.config.depth,
+        )
+        x, _ = block(self.config, self.dtype, name="encoderblock")(x, None)
+        return nn.LayerNorm(dtype=self.dtype, name="encoder_norm")(x)
+
+
+class Siglip(nn.Module):
+    """Image → patch tokens → (+ position embedding from outside) → language-model width.
+
+    `head_width` is the language model's width; `remat` is one of `models.remat.POLICIES`.
+    """
+
+    config: SiglipConfig
+    head_width: int
+    dtype: jnp.dtype
+    remat: str = "none"
+
+    @nn.compact
+    def __call__(
+        self, image: Float[Array, "B S S 3"], extra: Float[Array, "B P W"] | None = None
+    ) -> tuple[Float[Array, "B P D"], Float[Array, "B P W"]]:
+        """`image` lies in [-1, 1]; `extra` (Ego3D) is added to the encoder's tokens before the head.
+
+        Returns (projected tokens, encoder tokens).
+        """
+        cfg = self.config
+        patch = (cfg.patch_size, cfg.patch_size)
+        x = nn.Conv(cfg.width, patch, strides=patch, padding="VALID", dtype=self.dtype, name="embedding")(image)
+        x = x.reshape(x.shape[0], cfg.num_tokens, cfg.width)
+        table = self.param("pos_embedding", nn.initializers.normal(cfg.width**-0.5), (1, cfg.num_tokens, cfg.width))
+        x = x + table.astype(self.dtype)
+        tokens = Encoder(cfg, self.dtype, self.remat, name="Transformer")(x)
+        fused = tokens if extra is None else tokens + extra.astype(tokens.dtype)
+        return nn.Dense(self.head_width, dtype=self.dtype, name="head")(fused), tokens

@@ -1,0 +1,173 @@
+"""SpatialVLA (arXiv 2501.15830): SigLIP + Ego3D → Gemma 2 → spatial action tokens.
+
+The sequence has fixed places: P image tokens, the prompt right-padded to its length, then the action tokens. Images and
+prompt see each other (prefix-LM), action tokens are causal. Token ids: text [0, text_vocab), `<image>` = text_vocab,
+action tokens from `action_offset` = text_vocab + 1.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from spatialvla_jax.models.attention import positions_of, prefix_lm_mask
+from spatialvla_jax.models.ego3d import Ego3D
+from spatialvla_jax.models.gemma2 import Gemma2, Gemma2Config, KVCache
+from spatialvla_jax.models.siglip import Siglip, SiglipConfig
+
+PAD, EOS, BOS = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class SpatialVLAConfig:
+    """Every size of the model. Defaults: `spatialvla-4b-224`.
+
+    `depth` names the source of depth: `zoedepth` (estimated inside the model), `dataset` (given with the image) or `none`
+    (no Ego3D). `mask` is `prefix` or `causal` (the release's training scripts). `dtype` is that of the computation.
+    """
+
+    img: SiglipConfig = SiglipConfig()
+    llm: Gemma2Config = Gemma2Config(vocab_size=265_347)
+    text_vocab: int = 257_152
+    spatial_tokens: int = 8194
+    prompt_length: int = 48
+    action_chunk: int = 4
+    tokens_per_action: int = 3
+    depth: Literal["zoedepth", "dataset", "none"] = "zoedepth"
+    mask: Literal["prefix", "causal"] = "prefix"
+    dtype: str = "bfloat16"
+    remat: str = "none"
+
+    @property
+    def action_offset(self) -> int:
+        return self.text_vocab + 1
+
+    @property
+    def num_action_tokens(self) -> int:
+        """Action tokens of one chunk, without `<eos>`."""
+        return self.action_chunk * self.tokens_per_action
+
+    @property
+    def prefix_length(self) -> int:
+        return self.img.num_tokens + self.prompt_length
+
+
+class SpatialVLA(nn.Module):
+    """`__call__` gives training logits; `prefill` and `decode` generate with a key/value cache."""
+
+    config: SpatialVLAConfig
+
+    def setup(self) -> None:
+        cfg = self.config
+        dtype = jnp.dtype(cfg.dtype)
+        self.img = Siglip(cfg.img, cfg.llm.width, dtype, cfg.remat)
+        self.llm = Gemma2(cfg.llm, dtype, cfg.remat)
+        if cfg.depth != "none":
+            self.ego3d = Ego3D(cfg.img.width, cfg.img.grid, dtype)
+        shape = (cfg.spatial_tokens, cfg.llm.width)
+        self.spatial_embedding = self.param("spatial_embedding", nn.initializers.normal(cfg.llm.width**-0.5), shape)
+
+    def embed_image(
+        self,
+        image: Float[Array, "B S S 3"],
+        depth: Float[Array, "B S S"] | None,
+        intrinsics: Float[Array, "B 3 3"] | None,
+    ) -> Float[Array, "B P D"]:
+        """Image in [0, 1], depth in metres, intrinsics in pixels of the image → tokens at the language model's width.
+
+        Divided by sqrt(width), which the language model multiplies back into all its inputs.
+        """
+        position = None if self.config.depth == "none" else self.ego3d(depth, intrinsics)
+        tokens, _ = self.img(image.astype(jnp.float32) * 2 - 1, position)
+        return tokens / jnp.asarray(self.config.llm.width**0.5, tokens.dtype)
+
+    def embed_tokens(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Text rows from the language model's table, action rows from the spatial embedding."""
+        action = ids - self.config.action_offset
+        spatial = jnp.take(self.spatial_embedding, jnp.maximum(action, 0), axis=0)
+        text = self.llm.embed(jnp.minimum(ids, self.config.text_vocab))
+        return jnp.where((action >= 0)[..., None], spatial.astype(text.dtype), text)
+
+    def embed_prefix(self, image, prompt_ids, prompt_mask, depth, intrinsics):
+        """→ (embeddings f[B, prefix_length, D], valid bool[B, prefix_length])."""
+        tokens = self.embed_image(image, depth, intrinsics)
+        embeddings = jnp.concatenate([tokens, self.llm.embed(prompt_ids).astype(tokens.dtype)], axis=1)
+        valid = jnp.concatenate([jnp.ones(tokens.shape[:2], bool), prompt_mask], axis=1)
+        return embeddings, valid
+
+    def mask_prefix(self) -> int:
+        """How many positions see each other both ways."""
+        return self.config.prefix_length if self.config.mask == "prefix" else 0
+
+    def __call__(
+        self,
+        image: Float[Array, "B S S 3"],
+        prompt_ids: Int[Array, "B Q"],
+        prompt_mask: Bool[Array, "B Q"],
+        action_ids: Int[Array, "B A"],
+        *,
+        depth: Float[Array, "B S S"] | None = None,
+        intrinsics: Float[Array, "B 3 3"] | None = None,
+    ) -> Float[Array, "B A+1 V"]:
+        """Logits of the A action tokens and `<eos>`, teacher-forced; `action_ids` count from the first action token."""
+        prefix, prefix_valid = self.embed_prefix(image, prompt_ids, prompt_mask, depth, intrinsics)
+        actions = jnp.take(self.spatial_embedding, action_ids, axis=0).astype(prefix.dtype)
+        embeddings = jnp.concatenate([prefix, actions], axis=1)
+        valid = jnp.concatenate([prefix_valid, jnp.ones(action_ids.shape, bool)], axis=1)
+        hidden, _ = self.llm(embeddings, positions_of(valid), prefix_lm_mask(valid, self.mask_prefix()))
+        first = last_of_prompt(hidden[:, : prefix.shape[1]], prefix_valid)
+        return self.llm.logits(jnp.concatenate([first, hidden[:, prefix.shape[1] :]], axis=1))
+
+    def prefill(
+        self,
+        image: Float[Array, "B S S 3"],
+        prompt_ids: Int[Array, "B Q"],
+        prompt_mask: Bool[Array, "B Q"],
+        *,
+        depth: Float[Array, "B S S"] | None = None,
+        intrinsics: Float[Array, "B 3 3"] | None = None,
+    ) -> tuple[Float[Array, "B 1 D"], KVCache, Bool[Array, "B S"]]:
+        """→ (hidden state that predicts the first action token, cache with room for the chunk, valid prefix slots)."""
+        prefix, valid = self.embed_prefix(image, prompt_ids, prompt_mask, depth, intrinsics)
+        room = jnp.zeros((valid.shape[0], self.config.num_action_tokens), bool)
+        slots = jnp.concatenate([valid, room], axis=1)
+        mask = prefix_lm_mask(slots, self.mask_prefix())[:, : prefix.shape[1]]
+        cache = KVCache.zeros(self.config.llm, prefix.shape[0], slots.shape[1], prefix.dtype)
+        positions = positions_of(slots)
+        hidden, cache = self.llm(
+            prefix, positions[:, : prefix.shape[1]], mask, key_positions=positions, cache=cache, cache_index=0
+        )
+        assert cache is not None
+        return last_of_prompt(hidden, valid), cache, valid
+
+    def decode(
+        self, ids: Int[Array, " B"], step: int | Int[Array, ""], cache: KVCache, valid: Bool[Array, "B S"]
+    ) -> tuple[Float[Array, "B 1 D"], KVCache]:
+        """Feed token number `step` of the chunk (any id of the vocabulary) → the hidden state that predicts the next."""
+        generated = jnp.broadcast_to(
+            jnp.arange(self.config.num_action_tokens) <= step, (ids.shape[0], self.config.num_action_tokens)
+        )
+        slots = jnp.concatenate([valid, generated], axis=1)
+        positions = positions_of(slots)
+        hidden, cache_ = self.llm(
+            self.embed_tokens(ids[:, None]),
+            positions[:, -1:],
+            slots[:, None, :],
+            key_positions=positions,
+            cache=cache,
+            cache_index=valid.shape[1] + jnp.asarray(step),
+        )
+        assert cache_ is not None
+        return hidden, cache_
+
+    def logits(self, hidden: Float[Array, "B T D"], rows: tuple[int, int] | None = None) -> Float[Array, "B T V"]:
+        """Logits in float32 of the whole vocabulary, or of `rows` = (first id, count)."""
+        return self.llm.logits(hidden, rows)
+
+
+def last_of_prompt(hidden: Float[Array, "B T D"], valid: Bool[Array, "B T"]) -> Float[Array, "B 1 D"]:
+    """The hidden state at the last position that is not padding."""
+    last = valid.shape[1] - 1 - jnp.argmax(valid[:, ::-1], axis=1)
+    return jnp.take_along_axis(hidden, last[:, None, None], axis=1)

@@ -1,0 +1,51 @@
+"""What a policy needs beside its weights: tokenizer, action grid, statistics, prompt template. Plain data, JSON-able.
+
+A checkpoint holds `model_to_dict(config)` and `Processor.to_dict()`, so that its directory alone runs the policy.
+"""
+
+import base64
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from spatialvla_jax.actions import ActionGrid, LinearGrid, grid_from_dict, grid_to_dict
+from spatialvla_jax.data.prompt import Tokenizer
+from spatialvla_jax.models.gemma2 import Gemma2Config
+from spatialvla_jax.models.siglip import SiglipConfig
+from spatialvla_jax.models.spatialvla import SpatialVLAConfig
+
+
+@dataclass(frozen=True)
+class Processor:
+    """`statistics` maps an `unnorm_key` (dataset name) to its action statistics, in the release's layout."""
+
+    tokenizer: Tokenizer
+    grid: ActionGrid | LinearGrid
+    statistics: dict[str, dict[str, Any]]
+    prompt_template: str = "{instruction}"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "tokenizer": base64.b64encode(self.tokenizer.to_bytes()).decode("ascii"),
+            "grid": grid_to_dict(self.grid),
+            "statistics": self.statistics,
+            "prompt_template": self.prompt_template,
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "Processor":
+        return cls(
+            tokenizer=Tokenizer.from_bytes(base64.b64decode(data["tokenizer"])),
+            grid=grid_from_dict(data["grid"]),
+            statistics=data["statistics"],
+            prompt_template=data["prompt_template"],
+        )
+
+
+def model_to_dict(config: SpatialVLAConfig) -> dict[str, Any]:
+    return asdict(config)
+
+
+def model_from_dict(data: dict[str, Any]) -> SpatialVLAConfig:
+    """Inverse of `model_to_dict`."""
+    nested = {"img": SiglipConfig(**data["img"]), "llm": Gemma2Config(**data["llm"])}
+    return SpatialVLAConfig(**{**data, **nested})
