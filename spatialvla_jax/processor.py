@@ -16,11 +16,16 @@ from spatialvla_jax.models.spatialvla import SpatialVLAConfig
 
 @dataclass(frozen=True)
 class Processor:
-    """`statistics` maps an `unnorm_key` (dataset name) to its action statistics, in the release's layout."""
+    """`statistics` maps an `unnorm_key` (dataset name) to its action statistics, in the release's layout.
+
+    `intrinsics` maps it to the camera's 3×3 matrix in units of the image (first row divided by its width, second by its
+    height), for observations that come without; every other name gets the first.
+    """
 
     tokenizer: Tokenizer
     grid: ActionGrid | LinearGrid
     statistics: dict[str, dict[str, Any]]
+    intrinsics: dict[str, list[list[float]]]
     prompt_template: str = "{instruction}"
 
     def to_dict(self) -> dict[str, Any]:
@@ -28,6 +33,7 @@ class Processor:
             "tokenizer": base64.b64encode(self.tokenizer.to_bytes()).decode("ascii"),
             "grid": grid_to_dict(self.grid),
             "statistics": self.statistics,
+            "intrinsics": self.intrinsics,
             "prompt_template": self.prompt_template,
         }
 
@@ -37,6 +43,7 @@ class Processor:
             tokenizer=Tokenizer.from_bytes(base64.b64decode(data["tokenizer"])),
             grid=grid_from_dict(data["grid"]),
             statistics=data["statistics"],
+            intrinsics=data["intrinsics"],
             prompt_template=data["prompt_template"],
         )
 

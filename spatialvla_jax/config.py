@@ -1,0 +1,165 @@
+"""Configs: plain ml_collections trees from a file with `get_config()`, overridden from the command line and checked."""
+
+import ast
+import difflib
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from spatialvla_jax.errors import InputError
+
+# Keys that may change when a run goes on: they touch what is watched, kept and where it runs, not what is computed.
+FREE_ON_RESUME = ("checkpoint", "mesh", "train.log_every", "train.eval_every", "data.workers", "data.cache")
+
+
+def default_config() -> ConfigDict:
+    """Every key there is, with the recipe as published; the files in `configs/` change what they need."""
+    return ConfigDict(
+        {
+            "seed": 0,
+            "model": {
+                "preset": "spatialvla-4b-224",
+                "depth": "zoedepth",  # zoedepth | dataset | none
+                "mask": "prefix",  # prefix | causal (the release's training scripts)
+                "dtype": "bfloat16",  # of the computation; parameters are float32
+                "remat": "dots",  # none | dots | full
+                "prompt_length": 48,  # tokens, <bos> and newline included
+                "action_chunk": 4,
+            },
+            "data": {
+                "datasets": [],  # each {"name", "spec", "path", "weight"}
+                "scale_weights": True,  # multiply weights by dataset sizes, as published
+                "prompt_template": "{instruction}",
+                "tokenizer": "",  # path of PaliGemma's SentencePiece model; empty: a small one trained on the instructions
+                "workers": 0,  # decoding threads; 0: one a core
+                "cache": "",  # folder of the dataset indexes; empty: <workdir>/cache
+            },
+            "grid": {
+                "kind": "gaussian",  # gaussian | uniform | linear (256 bins a dimension, 7 tokens an action)
+                "num_bins": (16, 32, 8, 16, 16, 16),
+                "min_sigma": 0.5,
+            },
+            "augment": {
+                "enabled": True,
+                "crop_area": 0.9,
+                "brightness": 0.2,
+                "contrast": 0.2,
+                "saturation": 0.2,
+                "hue": 0.05,
+                "move_intrinsics": True,
+            },
+            "optimizer": {
+                "learning_rate": 2e-5,
+                "warmup": 0.005,  # fraction of all steps
+                "b1": 0.9,
+                "b2": 0.999,
+                "eps": 1e-8,
+                "weight_decay": 0.0,
+                "clip": 1.0,
+                "frozen": ("llm/embedder", "zoe"),  # patterns of parameter paths
+            },
+            "train": {
+                "steps": 120_000,
+                "batch_size": 128,
+                "accumulate": 1,
+                "log_every": 50,
+                "eval_every": 5_000,
+                "eval_split": "val",
+            },
+            "checkpoint": {"every": 5_000, "keep_last": 2, "keep_every": 0},
+            "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
+        }
+    )
+
+
+def load_config(path: str | Path, overrides: dict[str, str] | None = None) -> ConfigDict:
+    """`get_config()` of a Python file with `{"train.steps": "100", …}` applied, checked against `default_config()`.
+
+    Raises InputError for a missing file, a key that does not exist or a value of another type.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"config file {path} does not exist")
+    spec = importlib.util.spec_from_file_location("_user_config", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise InputError(f"config file {path} has no function get_config()")
+    config = module.get_config()
+    check_keys(config.to_dict(), default_config().to_dict())
+    for key, text in (overrides or {}).items():
+        set_key(config, key, text)
+    return config
+
+
+def check_keys(config: dict[str, Any], default: dict[str, Any], prefix: str = "") -> None:
+    """Raises InputError for a key that `default` lacks, naming the nearest one."""
+    for key, value in config.items():
+        if key not in default:
+            near = difflib.get_close_matches(key, default, n=1)
+            hint = f"; did you mean {prefix}{near[0]}?" if near else f"; there are {', '.join(default)}"
+            raise InputError(f"config key {prefix}{key} does not exist{hint}")
+        if isinstance(default[key], dict):
+            check_keys(value, default[key], f"{prefix}{key}.")
+
+
+def set_key(config: ConfigDict, key: str, text: str) -> None:
+    """Set a dotted key from the command line, in the type that it has."""
+    *parents, last = key.split(".")
+    node: Any = config
+    for depth, part in enumerate([*parents, last]):
+        if not isinstance(node, ConfigDict) or part not in node:
+            names = list(node) if isinstance(node, ConfigDict) else []
+            near = difflib.get_close_matches(part, names, n=1)
+            hint = f"; did you mean {'.'.join([*parents[:depth], near[0]])}?" if near else ""
+            raise InputError(f"config key {key} does not exist{hint}")
+        if depth < len(parents):
+            node = node[part]
+    node[last] = parse_as(node[last], key, text)
+
+
+def parse_as(current: Any, key: str, text: str) -> Any:
+    kind = type(current)
+    if kind is str:
+        return text
+    try:
+        value = {"true": True, "false": False}.get(text.lower(), None)
+        value = ast.literal_eval(text) if value is None else value
+        if kind is float and type(value) is int:
+            value = float(value)
+        if kind is tuple and isinstance(value, list):
+            value = tuple(value)
+    except (ValueError, SyntaxError):
+        value = text
+    if type(value) is not kind:
+        raise InputError(f"config key {key} is {kind.__name__}, and {text!r} is not")
+    return value
+
+
+def check_resumable(saved: dict[str, Any], config: ConfigDict, workdir: Path) -> None:
+    """Raises InputError when a run began under a config that computes something else."""
+    now = flatten(json.loads(json.dumps(config.to_dict())))
+    before = flatten(saved)
+    changed = [
+        k
+        for k in sorted(now.keys() | before.keys())
+        if now.get(k) != before.get(k) and not any(k == f or k.startswith(f + ".") for f in FREE_ON_RESUME)
+    ]
+    if changed:
+        k = changed[0]
+        more = f" (and {len(changed) - 1} more keys)" if len(changed) > 1 else ""
+        raise InputError(
+            f"{workdir} holds a run with {k} = {before.get(k)!r}, this config says {now.get(k)!r}{more}; "
+            "use its config or another workdir"
+        )
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for k, v in tree.items():
+        flat |= flatten(v, f"{prefix}{k}.") if isinstance(v, dict) else {f"{prefix}{k}": v}
+    return flat

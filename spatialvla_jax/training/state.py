@@ -1,0 +1,69 @@
+"""The whole state of training: what a checkpoint holds and the jitted step maps to its successor."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Int
+
+from spatialvla_jax.models import SpatialVLA
+from spatialvla_jax.training.optimizer import split_frozen
+from spatialvla_jax.training.sharding import like_params, param_shardings
+
+
+@struct.dataclass
+class TrainState:
+    """`opt_state` covers the trainable parameters only. Randomness is a function of the seed and `step`."""
+
+    step: Int[Array, ""]
+    params: dict[str, Any]
+    opt_state: Any
+
+
+def example_inputs(model: SpatialVLA, batch: int = 1) -> tuple[tuple[Array, ...], dict[str, Array]]:
+    """Zeros of the model's input shapes: (positional, keyword) arguments of `SpatialVLA.__call__`."""
+    cfg = model.config
+    size = cfg.img.image_size
+    args = (
+        jnp.zeros((batch, size, size, 3)),
+        jnp.zeros((batch, cfg.prompt_length), jnp.int32),
+        jnp.ones((batch, cfg.prompt_length), bool),
+        jnp.zeros((batch, cfg.num_action_tokens), jnp.int32),
+    )
+    kwargs = {"depth": jnp.ones((batch, size, size)), "intrinsics": jnp.tile(jnp.eye(3), (batch, 1, 1))}
+    return args, kwargs
+
+
+def init_params(model: SpatialVLA, seed: int) -> dict[str, Any]:
+    """Random parameters, float32."""
+    args, kwargs = example_inputs(model)
+    return model.init(jax.random.key(seed), *args, **kwargs)["params"]
+
+
+def init_state(
+    model: SpatialVLA,
+    optimizer: optax.GradientTransformation,
+    frozen: tuple[str, ...],
+    seed: int,
+    mesh: Mesh,
+    params: dict[str, Any] | None = None,
+) -> tuple[TrainState, TrainState]:
+    """→ (state on the mesh, its shardings). Parameters are random unless given; they are made in their shards."""
+
+    def create(params: dict[str, Any]) -> TrainState:
+        trainable, _ = split_frozen(params, frozen)
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(trainable))
+
+    abstract = jax.eval_shape(lambda: create(init_params(model, seed)))
+    shardings = TrainState(
+        step=NamedSharding(mesh, P()),
+        params=param_shardings(abstract.params, mesh),
+        opt_state=like_params(abstract.opt_state, abstract.params, mesh),
+    )
+    if params is None:
+        return jax.jit(lambda: create(init_params(model, seed)), out_shardings=shardings)(), shardings
+    return jax.jit(create, out_shardings=shardings)(jax.device_put(params, shardings.params)), shardings

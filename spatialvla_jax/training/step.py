@@ -1,0 +1,140 @@
+"""One training step and one validation step, as pure functions of state, batch and grid."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int
+
+from spatialvla_jax.actions import decode, encode
+from spatialvla_jax.models import SpatialVLA
+from spatialvla_jax.models.spatialvla import EOS
+from spatialvla_jax.training.augment import Augmentation, augment
+from spatialvla_jax.training.optimizer import merge, split_frozen
+from spatialvla_jax.training.state import TrainState
+
+# The kind of every token of one action, by the number of tokens that a grid spends on it.
+TOKEN_KINDS = {
+    3: ("translation", "rotation", "gripper"),
+    7: ("translation",) * 3 + ("rotation",) * 3 + ("gripper",),
+}
+Metrics = dict[str, Float[Array, ""]]
+
+
+def make_train_step(
+    model: SpatialVLA,
+    optimizer: optax.GradientTransformation,
+    *,
+    schedule: optax.Schedule,
+    frozen: tuple[str, ...],
+    augmentation: Augmentation | None,
+    accumulate: int,
+    seed: int,
+):
+    """→ `step(state, batch, grid) -> (state, metrics)`, to be jitted with the state donated.
+
+    `batch` holds the loader's arrays (image u8[B,S,S,3], …); `accumulate` splits it into that many microbatches whose
+    gradients are averaged, which is the gradient of the whole batch.
+    """
+
+    def step(state: TrainState, batch: dict[str, Array], grid: Any) -> tuple[TrainState, Metrics]:
+        trainable, fixed = split_frozen(state.params, frozen)
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        inputs = prepare(batch, key, augmentation)
+
+        def loss_fn(trainable: dict[str, Any], inputs: dict[str, Array]) -> tuple[Float[Array, ""], Metrics]:
+            loss, metrics = loss_and_metrics(model, merge(trainable, fixed), inputs, grid)
+            return loss.mean(), {k: v.mean() for k, v in metrics.items()}
+
+        gradient = jax.value_and_grad(loss_fn, has_aux=True)
+        if accumulate == 1:
+            (_, metrics), grads = gradient(trainable, inputs)
+        else:
+            # [B] → [B/A, A] → [A, B/A]: every device splits its own rows, so nothing moves between devices.
+            micro = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), inputs)
+
+            def add(total, part):
+                (_, metrics), grads = gradient(trainable, part)
+                return jax.tree.map(lambda a, b: a + b / accumulate, total, (grads, metrics)), None
+
+            one = jax.tree.map(lambda x: x[0], micro)
+            (_, metric_shapes), grad_shapes = jax.eval_shape(gradient, trainable, one)
+            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (grad_shapes, metric_shapes))
+            (grads, metrics), _ = jax.lax.scan(add, zeros, micro)
+        updates, opt_state = optimizer.update(grads, state.opt_state, trainable)
+        trainable = optax.apply_updates(trainable, updates)
+        metrics |= {
+            "learning_rate": schedule(state.step),
+            "gradient_norm": optax.global_norm(grads),
+            "update_norm": optax.global_norm(updates),
+        }
+        return TrainState(state.step + 1, merge(trainable, fixed), opt_state), metrics
+
+    return step
+
+
+def make_eval_step(model: SpatialVLA):
+    """→ `step(params, batch, grid, valid bool[B]) -> (metric sums over valid examples, their number)`, teacher-forced."""
+
+    def step(params: dict[str, Any], batch: dict[str, Array], grid: Any, valid: Bool[Array, " B"]):
+        _, metrics = loss_and_metrics(model, params, prepare(batch, None, None), grid)
+        return {k: jnp.where(valid, v, 0).sum() for k, v in metrics.items()}, valid.sum()
+
+    return step
+
+
+def prepare(batch: dict[str, Array], key: Any, augmentation: Augmentation | None) -> dict[str, Array]:
+    """uint8 images → [0, 1], augmented when asked."""
+    image, depth, intrinsics = batch["image"].astype(jnp.float32) / 255, batch.get("depth"), batch["intrinsics"]
+    if augmentation is not None:
+        image, depth, intrinsics = augment(key, image, depth, intrinsics, augmentation)
+    inputs = {"image": image, "intrinsics": intrinsics}
+    if depth is not None:
+        inputs["depth"] = depth
+    return inputs | {k: batch[k] for k in ("prompt_ids", "prompt_mask", "actions")}
+
+
+def loss_and_metrics(
+    model: SpatialVLA, params: dict[str, Any], inputs: dict[str, Array], grid: Any
+) -> tuple[Float[Array, " B"], dict[str, Float[Array, " B"]]]:
+    """Cross-entropy on the action tokens and `<eos>` (13 of a 4-step chunk), averaged per example; teacher-forced.
+
+    Accuracies and `l1` (decoded against true normalised actions, all 7 dimensions) take the best token of the kind that
+    stands at each place, as the policy's constrained decoding does.
+    """
+    cfg = model.config
+    B = inputs["actions"].shape[0]
+    ids = encode(grid, inputs["actions"])  # [B, T, tokens_per_action]
+    logits = model.apply(
+        {"params": params},
+        inputs["image"],
+        inputs["prompt_ids"],
+        inputs["prompt_mask"],
+        ids.reshape(B, -1),
+        depth=inputs.get("depth"),
+        intrinsics=inputs["intrinsics"],
+    )
+    eos = jnp.full((B, 1), EOS, jnp.int32)
+    targets = jnp.concatenate([ids.reshape(B, -1) + cfg.action_offset, eos], axis=1)
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean(axis=1)
+    predicted = constrained_argmax(logits[:, :-1], grid, cfg.action_offset).reshape(ids.shape)
+    hit = (predicted == ids).astype(jnp.float32).mean(axis=1)
+    kinds = TOKEN_KINDS[grid.tokens_per_action]
+    metrics = {"loss": loss}
+    for kind in dict.fromkeys(kinds):
+        places = jnp.array([i for i, k in enumerate(kinds) if k == kind])
+        metrics[f"accuracy/{kind}"] = hit[:, places].mean(axis=1)
+    metrics["accuracy"] = hit.mean(axis=1)
+    metrics["l1"] = jnp.abs(decode(grid, predicted) - inputs["actions"]).mean(axis=(1, 2))
+    return loss, metrics
+
+
+def constrained_argmax(logits: Float[Array, "B A V"], grid: Any, offset: int) -> Int[Array, "B A"]:
+    """Best token among those of its kind, counted from the first action token; A is whole actions."""
+    n = grid.tokens_per_action
+    best = [
+        logits[:, i::n, offset + start : offset + start + size].argmax(axis=-1) + start
+        for i, (start, size) in enumerate(grid.token_ranges)
+    ]
+    return jnp.stack(best, axis=-1).reshape(logits.shape[0], -1)
