@@ -1,0 +1,5 @@
+"""RLDS datasets on disk -> batches of plain numpy arrays. TensorFlow is imported here alone, and only when it is used."""
+
+from spatialvla_jax.data.loader import Loader, load_data
+
+__all__ = ["Loader", "load_data"]

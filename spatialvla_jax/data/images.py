@@ -1,0 +1,100 @@
+"""Decoding and resizing of stored images (TensorFlow, CPU) and the intrinsics arithmetic that goes with it (numpy).
+
+Pixel coordinates are continuous: the image spans [0, W] x [0, H] and pixel i is centred at i + 0.5, so a resize to
+another size multiplies fx, cx by the width ratio and fy, cy by the height ratio and adds no offset.
+"""
+
+import functools
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+# The one camera that the published release ships, for datasets whose camera is unknown; pixels of a 640x480 image.
+DEFAULT_INTRINSICS = ((623.588, 0.0, 319.501), (0.0, 623.588, 239.545), (0.0, 0.0, 1.0))
+DEFAULT_INTRINSICS_SIZE = (480, 640)
+
+
+@functools.cache
+def tensorflow() -> Any:
+    """The TensorFlow module, imported on first use and kept off the accelerators, which belong to JAX."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    import tensorflow as tf
+
+    tf.config.set_visible_devices([], "GPU")
+    return tf
+
+
+def scale_intrinsics(
+    intrinsics: Float[np.ndarray, "*B 3 3"], old_size: Any, new_size: tuple[int, int]
+) -> Float[np.ndarray, "*B 3 3"]:
+    """Intrinsics of the same view resized from `old_size` to `new_size`, both (height, width); `old_size` may be
+    an array [*B, 2] with one size an image."""
+    ratio = np.asarray(new_size, np.float64) / np.asarray(old_size, np.float64)
+    scale = np.stack([ratio[..., 1], ratio[..., 0], np.ones_like(ratio[..., 0])], axis=-1)
+    return (np.asarray(intrinsics) * scale[..., None]).astype(np.float32)
+
+
+def decode_image(encoded: Any, size: int) -> tuple[Any, Any]:
+    """JPEG or PNG bytes (scalar string tensor) -> image u8[size,size,3] and stored (height, width) i32[2].
+
+    Plain antialiased Lanczos3 resize, non-square images included, as the released data pipeline does it.
+    """
+    tf = tensorflow()
+    image = tf.io.decode_image(encoded, channels=3, expand_animations=False)
+    resized = tf.image.resize(image, (size, size), method="lanczos3", antialias=True)
+    return tf.cast(tf.clip_by_value(tf.round(resized), 0, 255), tf.uint8), tf.shape(image)[:2]
+
+
+def decode_depth(encoded: Any, size: int, unit: float) -> Any:
+    """16-bit PNG bytes -> depth f32[size,size] in metres; `unit` is metres per count, 0 means no reading.
+
+    Nearest neighbour: an average over an object's edge, or with a missing reading, is a surface that does not exist.
+    """
+    tf = tensorflow()
+    depth = tf.io.decode_png(encoded, channels=1, dtype=tf.uint16)
+    resized = tf.image.resize(tf.cast(depth, tf.float32), (size, size), method="nearest")
+    return resized[..., 0] * unit
+
+
+@functools.cache
+def decoder(size: int, depth: bool) -> Callable[..., dict[str, Any]]:
+    """The map function of the stream: (image bytes[, depth bytes, unit]) -> dict of tensors."""
+    tf = tensorflow()
+
+    def decode(image: Any, *rest: Any) -> dict[str, Any]:
+        pixels, stored_size = decode_image(image, size)
+        return {"image": pixels, "stored_size": stored_size} | ({"depth": decode_depth(rest[0], size, rest[1])} if depth else {})
+
+    signature = (tf.TensorSpec([], tf.string),)
+    if depth:
+        signature += (tf.TensorSpec([], tf.string), tf.TensorSpec([], tf.float32))
+    return tf.function(decode, input_signature=signature)
+
+
+def decode_batches(
+    read: Callable[[int], tuple[np.ndarray, ...]], steps: range, batch_size: int, size: int, depth: bool, workers: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """Decoded images of the batches `steps`, in order.
+
+    `read(step)` gives the encoded ones: image bytes object[B][, depth bytes object[B], metres per count f32[B]]. At most
+    `workers` images are being decoded and three batches wait, whatever the machine: nothing here tunes itself, so memory
+    stays put.
+    """
+    tf = tensorflow()
+    dtypes = (tf.string, tf.string, tf.float32) if depth else (tf.string,)
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    options.deterministic = True
+    options.threading.private_threadpool_size = workers
+    options.threading.max_intra_op_parallelism = 1
+
+    def encoded(step: Any) -> Any:
+        return tuple(tf.ensure_shape(x, [batch_size]) for x in tf.numpy_function(read, [step], dtypes))
+
+    dataset = tf.data.Dataset.range(steps.start, steps.stop).map(encoded).prefetch(1).unbatch()
+    dataset = dataset.map(decoder(size, depth), num_parallel_calls=workers, deterministic=True)
+    dataset = dataset.batch(batch_size, drop_remainder=True).prefetch(2).with_options(options)
+    return dataset.as_numpy_iterator()

@@ -1,0 +1,167 @@
+"""A dataset's sidecar index: every frame's place in the unmodified TFRecords, and the small arrays of all episodes.
+
+Made in one pass, kept in a cache directory, memory-mapped when used: host memory does not grow with the dataset.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from spatialvla_jax.data.oxe.spec import DatasetSpec
+from spatialvla_jax.data.rlds import open_rlds, read_episodes, split_files
+from spatialvla_jax.data.statistics import action_statistics
+from spatialvla_jax.errors import InputError
+
+_VERSION = 1  # of the files below; another one makes a new index
+# Rows are frames, except those of `episode_*`, which are episodes.
+_ARRAYS: dict[str, tuple[str, tuple[int, ...]]] = {
+    "action": ("<f4", (7,)),
+    "language": ("<i4", ()),
+    "step": ("<i4", ()),
+    "image": ("<i8", (2,)),
+    "depth": ("<i8", (2,)),
+    "intrinsics": ("<f4", (3, 3)),
+    "episode_end": ("<i8", ()),
+    "episode_file": ("<i4", ()),
+    "episode_number": ("<i4", ()),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Index:
+    """One split of one dataset: N frames of E episodes. Arrays are memory-mapped."""
+
+    name: str
+    spec: DatasetSpec
+    files: tuple[str, ...]
+    instructions: tuple[str, ...]
+    statistics: dict[str, Any]  # of this split, in the release's layout
+    skipped: int  # episodes left out because they have no language
+    arrays: dict[str, np.ndarray]
+
+    @property
+    def num_frames(self) -> int:
+        return len(self.arrays["action"])
+
+    @property
+    def num_episodes(self) -> int:
+        return len(self.arrays["episode_end"])
+
+    def episode(self, frames: Any) -> np.ndarray:
+        """The episode i64[...] of each frame."""
+        return np.searchsorted(self.arrays["episode_end"], frames, side="right")
+
+    def describe(self, frame: int) -> str:
+        """Names a frame in an error: dataset, file, episode within the file, step."""
+        episode = self.episode(frame)
+        return (
+            f"dataset {self.name!r}, file {self.files[self.arrays['episode_file'][episode]]}, "
+            f"episode {self.arrays['episode_number'][episode]}, step {self.arrays['step'][frame]}"
+        )
+
+
+def load_index(
+    name: str,
+    path: str | os.PathLike[str],
+    spec: DatasetSpec,
+    split: str,
+    cache_dir: str | os.PathLike[str],
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Index:
+    """The index of a split, from the cache or made now. `progress(name, shards done, shards)` is called meanwhile.
+
+    Raises InputError for anything wrong with the data: what is indexed has been read in full and checked, except that
+    images are not decoded yet.
+    """
+    builder = open_rlds(path)
+    files = split_files(builder, split)
+    key = {
+        "version": _VERSION,
+        "spec": dataclasses.asdict(spec),
+        "split": split,
+        "files": [(file.name, file.stat().st_size) for file in files],
+        "features": builder.info.features.to_json(),
+    }
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    directory = Path(cache_dir) / f"{name}-{split}-{digest}"
+    if not (directory / "meta.json").is_file():
+        _build(directory, name, builder, files, spec, progress)
+    meta = json.loads((directory / "meta.json").read_text())
+    arrays = {
+        key: np.memmap(directory / f"{key}.bin", _ARRAYS[key][0], "r", shape=(rows, *_ARRAYS[key][1]))
+        for key, rows in meta["rows"].items()
+    }
+    return Index(
+        name,
+        spec,
+        tuple(map(os.fspath, files)),
+        tuple(meta["instructions"]),
+        meta["statistics"],
+        meta["skipped"],
+        arrays,
+    )
+
+
+def _build(
+    directory: Path,
+    name: str,
+    builder: Any,
+    files: list[Path],
+    spec: DatasetSpec,
+    progress: Callable[[str, int, int], None] | None,
+) -> None:
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f"{directory.name}.", dir=directory.parent))
+    try:
+        keys = [key for key in _ARRAYS if getattr(spec, key, True)]  # no depth, no intrinsics where the spec has none
+        streams = {key: open(work / f"{key}.bin", "wb") for key in keys}
+        rows = dict.fromkeys(keys, 0)
+
+        def append(key: str, value: Any) -> None:
+            value = np.ascontiguousarray(value, _ARRAYS[key][0])
+            streams[key].write(value.tobytes())
+            rows[key] += len(value)
+
+        instructions: dict[str, int] = {}
+        skipped = 0
+        for number, file in enumerate(files):
+            for episode_number, episode in enumerate(read_episodes(name, builder, file, spec)):
+                if not len(episode["step"]):
+                    skipped += 1
+                    continue
+                language = [instructions.setdefault(text, len(instructions)) for text in episode["language"]]
+                for key in keys:
+                    if key in episode:
+                        append(key, language if key == "language" else episode[key])
+                append("episode_end", [rows["step"]])
+                append("episode_file", [number])
+                append("episode_number", [episode_number])
+            if progress:
+                progress(name, number + 1, len(files))
+        for stream in streams.values():
+            stream.close()
+        if not rows["step"]:
+            raise InputError(f"Dataset {name!r} ({builder.data_dir}) has no episode to use ({skipped} have no language)")
+        actions = np.memmap(work / "action.bin", "<f4", "r", shape=(rows["action"], 7))
+        meta = {
+            "rows": rows,
+            "instructions": list(instructions),
+            "statistics": action_statistics(actions, rows["episode_end"]),
+            "skipped": skipped,
+        }
+        (work / "meta.json").write_text(json.dumps(meta, indent=2))
+        try:
+            os.replace(work, directory)
+        except OSError:  # another process has made the same index meanwhile
+            if not (directory / "meta.json").is_file():
+                raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)

@@ -1,0 +1,110 @@
+"""Which frame is sample k of a mixture: a pure function of (seed, k), so resuming costs nothing and needs no state.
+
+Samples come in blocks of `BLOCK` slots. In every block each dataset has the same number of slots (its share by largest
+remainder), in an order drawn anew for every block. Counting a dataset's slots gives its n-th draw; the draw's frame is a
+seeded permutation of the dataset's frames, another one each pass, so every frame comes exactly once a pass. Nothing is
+buffered and nothing depends on how many hosts read.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Int
+
+from spatialvla_jax.errors import InputError
+
+BLOCK = 2**16
+_ROUNDS = 6
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Datasets by number of frames, and how many of every `BLOCK` samples each one gives."""
+
+    sizes: tuple[int, ...]
+    counts: tuple[int, ...]
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Effective fraction of the samples that each dataset gives."""
+        return tuple(count / BLOCK for count in self.counts)
+
+    @property
+    def epoch_length(self) -> int:
+        """Samples until every dataset of the mixture has been seen at least once in full."""
+        return max(-(-size * BLOCK // count) for size, count in zip(self.sizes, self.counts, strict=True))
+
+
+def make_mixture(sizes: tuple[int, ...], weights: tuple[float, ...], *, balance: bool = True) -> Mixture:
+    """Mixture of datasets with `sizes` frames; `balance` multiplies the weights by the sizes (as Octo and OpenVLA do).
+
+    Raises InputError when there is no dataset or a weight is not a positive finite number.
+    """
+    if not sizes:
+        raise InputError("The mixture is empty: data.datasets must name at least one dataset")
+    if not all(np.isfinite(weight) and weight > 0 for weight in weights):
+        raise InputError(f"The mixture's weights are {list(weights)}: each must be a positive number")
+    scaled = np.asarray(weights, np.float64) * (np.asarray(sizes) if balance else 1)
+    quota = scaled / scaled.sum() * (BLOCK - len(sizes))
+    counts = np.floor(quota).astype(np.int64)
+    left_over = BLOCK - len(sizes) - counts.sum()
+    counts[np.argsort(counts - quota, kind="stable")[:left_over]] += 1
+    return Mixture(tuple(sizes), tuple(int(count) + 1 for count in counts))  # + 1: no dataset is rounded away
+
+
+def draw(mixture: Mixture, seed: int, samples: Int[np.ndarray, " B"]) -> tuple[Int[np.ndarray, " B"], Int[np.ndarray, " B"]]:
+    """Dataset i64[B] and frame within it i64[B] of the samples with global numbers `samples` i64[B]."""
+    dataset, frame = np.empty_like(samples), np.empty_like(samples)
+    blocks, slots = np.divmod(samples, BLOCK)
+    nth = np.empty_like(samples)
+    for block in np.unique(blocks):
+        rows = blocks == block
+        order, rank = _block(mixture.counts, seed, int(block))
+        dataset[rows] = order[slots[rows]]
+        nth[rows] = rank[slots[rows]] + block * np.asarray(mixture.counts)[dataset[rows]]
+    sizes = np.asarray(mixture.sizes)[dataset]
+    passes, positions = np.divmod(nth, sizes)
+    for key in np.unique(np.stack([dataset, passes], axis=1), axis=0):
+        rows = (dataset == key[0]) & (passes == key[1])
+        frame[rows] = permute(positions[rows], mixture.sizes[key[0]], (seed, 1, int(key[0]), int(key[1])))
+    return dataset, frame
+
+
+@functools.lru_cache(maxsize=4)
+def _block(counts: tuple[int, ...], seed: int, block: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of one block: the dataset of every slot, and how many slots before it in the block have the same dataset."""
+    order = np.repeat(np.arange(len(counts)), counts)[permute(np.arange(BLOCK), BLOCK, (seed, 0, block))]
+    by_dataset = np.argsort(order, kind="stable")
+    rank = np.empty_like(order)
+    rank[by_dataset] = np.arange(BLOCK) - np.repeat(np.cumsum((0, *counts[:-1])), counts)
+    return order, rank
+
+
+def permute(positions: Int[np.ndarray, " B"], size: int, key: tuple[int, ...]) -> Int[np.ndarray, " B"]:
+    """Positions in a seeded random order of range(size): a bijection computed point by point, without a table.
+
+    A Feistel network over the smallest even number of bits that holds `size`, walked until it lands inside (Black and
+    Rogaway 2002, "Ciphers with arbitrary finite domains").
+    """
+    half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    round_keys = np.random.SeedSequence(key).generate_state(_ROUNDS, np.uint64)
+
+    def shuffle(value: np.ndarray) -> np.ndarray:
+        left, right = value >> half, value & mask
+        for round_key in round_keys:
+            left, right = right, left ^ (_mix(right + round_key) & mask)
+        return (left << half) | right
+
+    value = shuffle(positions.astype(np.uint64))
+    while (outside := value >= size).any():
+        value[outside] = shuffle(value[outside])
+    return value.astype(np.int64)
+
+
+def _mix(value: np.ndarray) -> np.ndarray:
+    """Finaliser of SplitMix64: every input bit reaches every output bit."""
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return value ^ (value >> np.uint64(31))

@@ -1,0 +1,101 @@
+"""Instructions as token ids: PaliGemma's SentencePiece model, or a small one trained from a dataset's instructions."""
+
+import io
+from collections.abc import Iterable
+
+import numpy as np
+import sentencepiece
+from jaxtyping import Bool, Int
+
+from spatialvla_jax.errors import InputError
+
+PAD, EOS, BOS, UNKNOWN = 0, 1, 2, 3
+# A small model is trained on these too, so that it can spell an instruction that it has not seen.
+_CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,'?!-"
+
+
+class Tokenizer:
+    """A SentencePiece model in PaliGemma's conventions (pad 0, eos 1, bos 2, unk 3; "\\n" is one piece)."""
+
+    def __init__(self, model: bytes):
+        self._model = model
+        self._processor = sentencepiece.SentencePieceProcessor()
+        try:
+            self._processor.LoadFromSerializedProto(model)
+        except RuntimeError as error:
+            raise InputError("The tokenizer is not a SentencePiece model") from error
+        self._newline = self._processor.PieceToId("\n")
+        ids = [self._processor.pad_id(), self._processor.eos_id(), self._processor.bos_id(), self._processor.unk_id()]
+        if ids != [PAD, EOS, BOS, UNKNOWN] or self._newline == UNKNOWN:
+            raise InputError(
+                f"The tokenizer has pad, eos, bos, unk = {ids} and {'no' if self._newline == UNKNOWN else 'a'} newline "
+                f"piece; PaliGemma's conventions are {[PAD, EOS, BOS, UNKNOWN]} and a newline piece"
+            )
+
+    @classmethod
+    def from_bytes(cls, model: bytes) -> "Tokenizer":
+        """From the bytes of a .model file; the inverse of `to_bytes`."""
+        return cls(model)
+
+    def to_bytes(self) -> bytes:
+        """The serialized model, to be stored beside a checkpoint."""
+        return self._model
+
+    @property
+    def vocab_size(self) -> int:
+        return self._processor.GetPieceSize()
+
+    def encode_prompt(
+        self, instruction: str, *, template: str = "{instruction}", length: int
+    ) -> tuple[Int[np.ndarray, " P"], Bool[np.ndarray, " P"]]:
+        """ids i32[P] = <bos> prompt "\\n", right-padded with 0, and the mask of what is not padding.
+
+        The prompt is the lower-cased instruction in the template. Raises InputError when it does not fit `length`.
+        """
+        prompt = render(instruction, template)
+        tokens = [BOS, *self._processor.EncodeAsIds(prompt), self._newline]
+        if len(tokens) > length:
+            raise InputError(
+                f"The prompt {prompt!r} needs {len(tokens)} tokens, more than the {length} of data.prompt.length"
+            )
+        ids = np.full(length, PAD, np.int32)
+        ids[: len(tokens)] = tokens
+        return ids, np.arange(length) < len(tokens)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of token ids, without the special ones."""
+        return self._processor.DecodeIds([int(i) for i in ids])
+
+
+def render(instruction: str, template: str) -> str:
+    """The instruction, stripped and lower-cased, in the template."""
+    if "{instruction}" not in template:
+        raise InputError(f"data.prompt.template is {template!r}: it must contain {{instruction}}")
+    return template.replace("{instruction}", instruction.strip().lower())
+
+
+def train_tokenizer(instructions: Iterable[str], vocab_size: int, *, template: str = "{instruction}") -> Tokenizer:
+    """A small BPE model of at most `vocab_size` pieces; the same instructions give the same bytes."""
+    prompts = sorted({render(instruction, template) for instruction in instructions})
+    minimum = 6 + len(set("".join(prompts)) | set(_CHARACTERS))
+    if vocab_size < minimum:
+        raise InputError(f"data.prompt.vocab_size is {vocab_size}: these instructions need at least {minimum} pieces")
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.Train(
+        sentence_iterator=iter([*prompts, " ".join(_CHARACTERS)]),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=vocab_size,
+        hard_vocab_limit=False,
+        character_coverage=1.0,
+        user_defined_symbols=["\n"],
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        pad_id=PAD,
+        eos_id=EOS,
+        bos_id=BOS,
+        unk_id=UNKNOWN,
+        num_threads=1,
+        minloglevel=2,
+    )
+    return Tokenizer(model.getvalue())

@@ -1,0 +1,162 @@
+"""RLDS datasets as TFDS writes them: which files hold a split, and their episodes in canonical form, images unread."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from spatialvla_jax.data.images import tensorflow
+from spatialvla_jax.data.oxe.operations import apply_operations
+from spatialvla_jax.data.oxe.spec import DatasetSpec
+from spatialvla_jax.data.tfrecord import RECORD_FOOTER, RECORD_HEADER, read_example
+from spatialvla_jax.errors import InputError
+
+
+def open_rlds(path: str | os.PathLike[str]) -> Any:
+    """The TFDS builder of a dataset's version directory, such as ".../bridge/1.0.0".
+
+    Raises InputError that says what is there instead when it is not such a directory.
+    """
+    path = Path(path)
+    if not (path / "dataset_info.json").is_file():
+        if path.is_dir():
+            versions = _versions(path)
+            hint = f"it holds the versions {', '.join(versions)}" if versions else f"it holds {_listing(path)}"
+            raise InputError(f"{path} is not a dataset's version directory (no dataset_info.json): {hint}")
+        if versions := _versions(path.parent):
+            raise InputError(f"{path} does not exist: the versions there are {', '.join(versions)}")
+        nearest = next(parent for parent in path.absolute().parents if parent.is_dir())
+        raise InputError(f"{path} does not exist: {nearest} holds {_listing(nearest)}")
+    tensorflow()
+    import tensorflow_datasets as tfds
+
+    try:
+        builder = tfds.builder_from_directory(path)
+    except Exception as error:  # TFDS raises whatever its parsers raise
+        raise InputError(f"{path} is not a readable TFDS dataset: {error}") from error
+    if str(builder.info.file_format.value) != "tfrecord":
+        raise InputError(f"{path} is stored as {builder.info.file_format.value}; only tfrecord is read")
+    return builder
+
+
+def split_files(builder: Any, split: str) -> list[Path]:
+    """The shards of a split, in order. Raises InputError naming the splits that exist, or a shard that does not."""
+    splits = sorted(name for name in builder.info.splits if name != "all")
+    if split not in splits:
+        raise InputError(f"{builder.data_dir} has no split {split!r}: it has {', '.join(splits) or 'none'}")
+    files = [Path(path) for path in builder.info.splits[split].filepaths]
+    for file in files:
+        if not file.is_file():
+            raise InputError(f"{file} is missing, a shard of the split {split!r}")
+    return files
+
+
+def read_episodes(name: str, builder: Any, file: Path, spec: DatasetSpec) -> Iterator[dict[str, np.ndarray]]:
+    """The canonical episodes of one shard, in order; L steps each:
+
+    action f32[L, 7] · language object[L] of str · step i64[L] (number in the stored episode) · image i64[L, 2] and, where
+    the spec names them, depth i64[L, 2] (offset and length of the encoded image in the file) · intrinsics f32[L, 3, 3].
+    An episode without language comes with no steps if the spec skips those.
+
+    Checks the records' checksums. Raises InputError naming dataset, file, episode and step.
+    """
+    shapes = _shapes(name, builder, spec)
+    tf = tensorflow()
+    offset = RECORD_HEADER
+    records = iter(tf.data.TFRecordDataset(os.fspath(file)).as_numpy_iterator())
+    number = 0
+    while True:
+        where = f"dataset {name!r}, file {file}, episode {number}"
+        try:
+            record = next(records, None)
+        except tf.errors.OpError as error:
+            raise InputError(f"{where}: the record is truncated or its checksum is wrong") from error
+        if record is None:
+            return
+        try:
+            yield _episode(record, offset, spec, shapes)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from error
+        offset += len(record) + RECORD_FOOTER + RECORD_HEADER
+        number += 1
+
+
+def _episode(record: bytes, offset: int, spec: DatasetSpec, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    values = read_example(record, {f"steps/{key}" for key in shapes})
+    steps: dict[str, np.ndarray] = {}
+    length = len(values.get(f"steps/{spec.image}", ()))
+    for key, shape in shapes.items():
+        value = values.get(f"steps/{key}", np.empty(0))
+        bytes_like = key in (spec.image, spec.depth, spec.language)
+        shape = (2,) if bytes_like else shape
+        if value.size != length * int(np.prod(shape)):
+            raise InputError(f"{key!r} has {value.size} values for {length} steps of shape {shape}")
+        steps[key] = value.reshape(length, *shape)
+    action = np.concatenate([steps[key].reshape(length, -1) for key in spec.action], axis=1).astype(np.float32)
+    language = np.asarray([_text(record, *span) for span in steps[spec.language]], object)
+    if not length:
+        raise InputError("the episode has no steps")
+    if (missing := np.flatnonzero([not text for text in language])).size:
+        if not (spec.skip_unlabeled and missing.size == length):
+            raise InputError(f"step {missing[0]} has no language ({spec.language!r} is empty)")
+    episode = {"action": action, "language": language, "step": np.arange(length)}
+    episode["image"] = steps[spec.image] + (offset, 0)
+    if spec.depth:
+        episode["depth"] = steps[spec.depth] + (offset, 0)
+    if spec.intrinsics:
+        episode["intrinsics"] = steps[spec.intrinsics].astype(np.float32)
+    episode |= {key: steps[key] for key in spec.arrays}
+    episode = apply_operations(episode, spec.operations)
+    if (broken := np.argwhere(~np.isfinite(episode["action"]))).size:
+        step, dimension = broken[0]
+        value = episode["action"][step, dimension]
+        raise InputError(f"step {episode['step'][step]} has the action value {value} in dimension {dimension}")
+    if not len(episode["step"]):
+        raise InputError(f"no steps are left of {length} after {[name for name, *_ in spec.operations]}")
+    if missing.size:
+        return {key: value[:0] for key, value in episode.items()}
+    return episode
+
+
+def _text(record: bytes, start: int, length: int) -> str:
+    try:
+        return record[start : start + length].decode().strip()
+    except UnicodeDecodeError as error:
+        raise InputError("the language instruction is not UTF-8") from error
+
+
+def _shapes(name: str, builder: Any, spec: DatasetSpec) -> dict[str, tuple[int, ...]]:
+    """Shape of every key of a step that the spec reads; InputError when one is missing or the action is not 7 wide."""
+    if "steps" not in builder.info.features:
+        raise InputError(f"{builder.data_dir} is not an RLDS dataset: its episodes have no 'steps'")
+    keys = [spec.image, spec.language, *spec.action, *spec.arrays]
+    keys += [key for key in (spec.depth, spec.intrinsics) if key]
+    shapes = {}
+    for key in keys:
+        feature = builder.info.features["steps"].feature
+        for part in key.split("/"):
+            if not hasattr(feature, "keys") or part not in feature.keys():
+                raise InputError(f"Dataset {name!r} ({builder.data_dir}) has no key {key!r} in its steps")
+            feature = feature[part]
+        shapes[key] = tuple(feature.shape)
+    width = sum(int(np.prod(shapes[key])) for key in spec.action)
+    if width != 7:
+        found = " + ".join(f"{key} {shapes[key]}" for key in spec.action)
+        raise InputError(f"Dataset {name!r} ({builder.data_dir}) has an action of width {width} ({found}); 7 is expected")
+    if spec.intrinsics and shapes[spec.intrinsics] != (3, 3):
+        raise InputError(f"Dataset {name!r} has intrinsics of shape {shapes[spec.intrinsics]}; (3, 3) is expected")
+    return shapes
+
+
+def _versions(path: Path) -> list[str]:
+    if not path.is_dir():
+        return []
+    return sorted(child.name for child in path.iterdir() if (child / "dataset_info.json").is_file())
+
+
+def _listing(path: Path) -> str:
+    names = sorted(child.name for child in path.iterdir())
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") if names else "nothing"

@@ -1,0 +1,88 @@
+"""Where the values of a tf.train.Example lie inside its record, from the protobuf wire format; pure numpy.
+
+    Example  {1: Features}        Features  {1: map entry {1: key, 2: Feature}}*
+    Feature  {1: BytesList} | {2: FloatList} | {3: Int64List}, each list {1: value}*, numbers packed or not
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from spatialvla_jax.errors import InputError
+
+# A TFRecord is: length u64, its crc u32, the data, the data's crc u32.
+RECORD_HEADER, RECORD_FOOTER = 12, 4
+
+
+def read_example(record: bytes, keys: set[str]) -> dict[str, np.ndarray]:
+    """The features named in `keys` that the record has: numbers as f32[n] or i64[n], byte strings as i64[n, 2] of
+    (offset, length) in the record. Raises InputError when the record is not a tf.train.Example."""
+    found: dict[str, np.ndarray] = {}
+    try:
+        for _, features in _messages(record, 0, len(record)):
+            for _, entry in _messages(record, *features):
+                spans = dict(_messages(record, *entry))
+                if 1 in spans and (key := record[slice(*spans[1])].decode()) in keys and 2 in spans:
+                    for kind, values in _messages(record, *spans[2]):
+                        found[key] = _values(record, kind, *values)
+    except (IndexError, ValueError, TypeError) as error:
+        raise InputError("the record is not a tf.train.Example") from error
+    return found
+
+
+def _values(record: bytes, kind: int, start: int, stop: int) -> np.ndarray:
+    if kind == 1:
+        return np.asarray([(first, last - first) for _, (first, last) in _messages(record, start, stop)]).reshape(-1, 2)
+    parts = []
+    for _, wire, first, last in _fields(record, start, stop):
+        if kind == 2:
+            parts.append(np.frombuffer(record, "<f4", (last - first) // 4, first))
+        else:
+            parts.append(_varints(record, first, last) if wire == 2 else _varints(record, first, last)[:1])
+    return np.concatenate(parts) if parts else np.empty(0, np.float32 if kind == 2 else np.int64)
+
+
+def _messages(record: bytes, start: int, stop: int) -> Iterator[tuple[int, tuple[int, int]]]:
+    """(field number, (start, stop)) of the length-delimited fields of a message."""
+    for number, wire, first, last in _fields(record, start, stop):
+        if wire == 2:
+            yield number, (first, last)
+
+
+def _fields(record: bytes, start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
+    """(field number, wire type, start, stop) of every field of the message in record[start:stop]."""
+    at = start
+    while at < stop:
+        tag, at = _varint(record, at)
+        wire = tag & 7
+        if wire == 2:
+            length, at = _varint(record, at)
+        elif wire == 0:
+            length = _varint(record, at)[1] - at
+        elif wire in (1, 5):
+            length = 8 if wire == 1 else 4
+        else:
+            raise ValueError(f"wire type {wire}")
+        if at + length > stop:
+            raise ValueError("a field runs past its message")
+        yield tag >> 3, wire, at, at + length
+        at += length
+
+
+def _varint(record: bytes, at: int) -> tuple[int, int]:
+    """One base-128 number and the position after it."""
+    value = shift = 0
+    while (byte := record[at]) & 0x80:
+        value |= (byte & 0x7F) << shift
+        shift, at = shift + 7, at + 1
+    return value | byte << shift, at + 1
+
+
+def _varints(record: bytes, start: int, stop: int) -> np.ndarray:
+    """A run of base-128 numbers as i64[n]."""
+    data = np.frombuffer(record, np.uint8, stop - start, start)
+    last = np.flatnonzero(data < 0x80)
+    first = np.concatenate([[0], last[:-1] + 1]) if len(last) else last
+    place = np.arange(len(data)) - np.repeat(first, np.diff(np.append(first, len(data))))
+    digits = (data & 0x7F).astype(np.uint64) << (7 * place).astype(np.uint64)
+    return np.add.reduceat(digits, first).astype(np.int64) if len(last) else np.empty(0, np.int64)
