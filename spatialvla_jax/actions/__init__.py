@@ -1,0 +1,28 @@
+"""Actions to tokens and back: pure functions on a grid, which is a pytree of arrays."""
+
+from spatialvla_jax.actions.adapt import adapt_embeddings
+from spatialvla_jax.actions.gaussian import (
+    PRESET_BINS,
+    PRETRAIN_GAUSSIANS,
+    fit_gaussians,
+    gaussian_grid,
+    uniform_grid,
+)
+from spatialvla_jax.actions.grid import ActionGrid, decode, encode, grid_from_dict, grid_to_dict
+from spatialvla_jax.actions.linear import LinearGrid, linear_grid
+
+__all__ = [
+    "PRESET_BINS",
+    "PRETRAIN_GAUSSIANS",
+    "ActionGrid",
+    "LinearGrid",
+    "adapt_embeddings",
+    "decode",
+    "encode",
+    "fit_gaussians",
+    "gaussian_grid",
+    "grid_from_dict",
+    "grid_to_dict",
+    "linear_grid",
+    "uniform_grid",
+]

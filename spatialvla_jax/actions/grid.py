@@ -1,0 +1,146 @@
+"""The spherical action grid and its token ids (paper III-B, "Adaptive Action Grids")."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from spatialvla_jax.actions.linear import LinearGrid
+from spatialvla_jax.errors import InputError
+
+VARIABLES = ("theta", "phi", "r", "roll", "pitch", "yaw")
+
+
+@struct.dataclass
+class ActionGrid:
+    """Bin edges of the six action variables, each f32[bins + 1] and strictly increasing.
+
+    theta in [0, pi] from the z axis, phi in [-pi, pi] around it, r in [0, sqrt 3]; roll, pitch, yaw in [-1, 1].
+    A bin holds its lower edge, the last bin its upper edge too. An action is three ids: translation
+    (theta * bins_phi + phi) * bins_r + r, rotation likewise, gripper (closed, open), numbered one after another.
+    """
+
+    theta: Float[Array, " n_theta"]
+    phi: Float[Array, " n_phi"]
+    r: Float[Array, " n_r"]
+    roll: Float[Array, " n_roll"]
+    pitch: Float[Array, " n_pitch"]
+    yaw: Float[Array, " n_yaw"]
+
+    @property
+    def edges(self) -> tuple[Float[Array, " n"], ...]:
+        """The six edge vectors in the order of `VARIABLES`."""
+        return self.theta, self.phi, self.r, self.roll, self.pitch, self.yaw
+
+    @property
+    def num_bins(self) -> tuple[int, ...]:
+        return tuple(edges.shape[-1] - 1 for edges in self.edges)
+
+    @property
+    def vocab_size(self) -> int:
+        return sum(size for _, size in self.token_ranges)
+
+    @property
+    def tokens_per_action(self) -> int:
+        return 3
+
+    @property
+    def token_ranges(self) -> tuple[tuple[int, int], ...]:
+        """(first id, count) for the translation, rotation and gripper token."""
+        theta, phi, r, roll, pitch, yaw = self.num_bins
+        translations, rotations = theta * phi * r, roll * pitch * yaw
+        return (0, translations), (translations, rotations), (translations + rotations, 2)
+
+    def encode(self, actions: Float[Array, "*B 7"]) -> Int[Array, "*B 3"]:
+        # Ids are constants of the action: without this, atan2 and hypot would put NaN into gradients at the poles.
+        actions = jax.lax.stop_gradient(actions.astype(jnp.float32))
+        values = jnp.concatenate([to_spherical(actions[..., :3]), actions[..., 3:6]], -1)
+        bins = [_bin_of(edges, values[..., i]) for i, edges in enumerate(self.edges)]
+        _, (rotation_start, _), (gripper_start, _) = self.token_ranges
+        translation = _ravel(bins[:3], self.num_bins[:3])
+        rotation = _ravel(bins[3:], self.num_bins[3:])
+        opened = (actions[..., 6] >= 0.5).astype(jnp.int32)
+        return jnp.stack([translation, rotation_start + rotation, gripper_start + opened], -1)
+
+    def decode(self, ids: Int[Array, "*B 3"]) -> Float[Array, "*B 7"]:
+        # Ids of another token's range are moved to the nearest of the right one, as greedy decoding may emit anything.
+        translation, rotation, gripper = (
+            jnp.clip(ids[..., i] - start, 0, size - 1) for i, (start, size) in enumerate(self.token_ranges)
+        )
+        bins = [*jnp.unravel_index(translation, self.num_bins[:3]), *jnp.unravel_index(rotation, self.num_bins[3:])]
+        theta, phi, r, *angles = (bin_centers(edges)[i] for edges, i in zip(self.edges, bins, strict=True))
+        xyz = jnp.stack([r * jnp.sin(theta) * jnp.cos(phi), r * jnp.sin(theta) * jnp.sin(phi), r * jnp.cos(theta)], -1)
+        return jnp.concatenate([jnp.clip(xyz, -1, 1), jnp.stack([*angles, gripper.astype(jnp.float32)], -1)], -1)
+
+
+def to_spherical(xyz: Float[Array | np.ndarray, "*B 3"]) -> Float[Array, "*B 3"]:
+    """Cartesian values, bounded to [-1, 1], as (theta, phi, r). Angles that are undefined (origin, poles) are 0."""
+    x, y, z = jnp.moveaxis(jnp.clip(xyz, -1, 1), -1, 0)
+    radius = jnp.hypot(x, y)  # hypot and not a sum of squares: tiny actions keep their direction
+    r = jnp.hypot(radius, z)
+    # The zeros of both signs must agree: atan2(0, -0.0) is pi.
+    theta = jnp.where(r == 0, 0, jnp.atan2(radius, z))
+    phi = jnp.where(radius == 0, 0, jnp.atan2(y, x))
+    return jnp.stack([theta, phi, r], -1)
+
+
+def bin_centers(edges: Float[Array | np.ndarray, " n"]) -> Float[Array, " bins"]:
+    """The middle of each bin, which is what it decodes to."""
+    edges = jnp.asarray(edges)
+    return (edges[:-1] + edges[1:]) / 2
+
+
+def _bin_of(edges: Float[Array, " n"], values: Float[Array, "*B"]) -> Int[Array, "*B"]:
+    # Counting the inner edges at or below a value beats a binary search at these sizes, and cannot leave the range.
+    return jnp.sum(values[..., None] >= edges[1:-1], -1, dtype=jnp.int32)
+
+
+def _ravel(index: list[Int[Array, "*B"]], shape: tuple[int, ...]) -> Int[Array, "*B"]:
+    i, j, k = index
+    return (i * shape[1] + j) * shape[2] + k
+
+
+@jax.jit
+def encode(grid: ActionGrid | LinearGrid, actions: Float[Array, "*B 7"]) -> Int[Array, "*B tokens"]:
+    """Normalised actions [x, y, z, roll, pitch, yaw, gripper] → ids in [0, grid.vocab_size), i32.
+
+    Values are bounded to [-1, 1] first, so every finite action has valid ids; NaN is the caller's to refuse.
+    The gripper is open from 0.5 on. The gradient with respect to the actions is zero.
+    """
+    return grid.encode(jnp.asarray(actions))
+
+
+@jax.jit
+def decode(grid: ActionGrid | LinearGrid, ids: Int[Array, "*B tokens"]) -> Float[Array, "*B 7"]:
+    """Ids → the actions at the bins' centres, f32, x, y, z bounded to [-1, 1], gripper 0 closed or 1 open.
+
+    An id outside its token's range decodes as the nearest id inside. Encoding the result gives the ids back wherever
+    the centre lies in the cube [-1, 1]^3; a centre outside, which takes r > 1, is moved and may change its bin.
+    """
+    return grid.decode(jnp.asarray(ids))
+
+
+def grid_to_dict(grid: ActionGrid | LinearGrid) -> dict[str, Any]:
+    """The grid as plain lists for JSON; `grid_from_dict` gives every float32 back exactly."""
+    kind = {name for name, cls in _KINDS.items() if isinstance(grid, cls)}.pop()
+    return {"kind": kind, **{name: np.asarray(edges).tolist() for name, edges in vars(grid).items()}}
+
+
+def grid_from_dict(data: dict[str, Any]) -> ActionGrid | LinearGrid:
+    """The inverse of `grid_to_dict`. Raises InputError for an unknown kind, or missing or non-increasing edges."""
+    kind = data.get("kind")
+    if kind not in _KINDS:
+        raise InputError(f"A grid's 'kind' is one of {sorted(_KINDS)}, not {kind!r}.")
+    arrays = {}
+    for name in _KINDS[kind].__dataclass_fields__:
+        edges = np.asarray(data.get(name, []), np.float32)
+        if edges.ndim != 1 or len(edges) < 2 or not np.all(np.diff(edges) > 0):
+            raise InputError(f"The grid's '{name}' must be a list of at least two increasing numbers.")
+        arrays[name] = jnp.asarray(edges)
+    return _KINDS[kind](**arrays)
+
+
+_KINDS = {"spherical": ActionGrid, "linear": LinearGrid}

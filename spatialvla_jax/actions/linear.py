@@ -1,0 +1,43 @@
+"""The baseline tokenizer: every action dimension on its own evenly spaced levels (as in RT-2 and OpenVLA)."""
+
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from spatialvla_jax.errors import InputError
+
+
+@struct.dataclass
+class LinearGrid:
+    """`levels` f32[bins] rises from -1 to 1 and serves all seven dimensions: 7 ids an action, one vocabulary."""
+
+    levels: Float[Array, " bins"]
+
+    @property
+    def vocab_size(self) -> int:
+        return self.levels.shape[-1]
+
+    @property
+    def tokens_per_action(self) -> int:
+        return 7
+
+    @property
+    def token_ranges(self) -> tuple[tuple[int, int], ...]:
+        """(first id, count) for each of the action's tokens."""
+        return ((0, self.vocab_size),) * 7
+
+    def encode(self, actions: Float[Array, "*B 7"]) -> Int[Array, "*B 7"]:
+        # Rounds up to the next level, as the published baseline does: up to a whole step of error, not half.
+        # The values are bounded by the levels themselves, so that no id falls off the end.
+        values = jnp.clip(actions.astype(jnp.float32), self.levels[0], self.levels[-1])
+        return jnp.searchsorted(self.levels, values, side="left").astype(jnp.int32)
+
+    def decode(self, ids: Int[Array, "*B 7"]) -> Float[Array, "*B 7"]:
+        return self.levels[jnp.clip(ids, 0, self.vocab_size - 1)]
+
+
+def linear_grid(bins: int = 256) -> LinearGrid:
+    """`bins` levels from -1 to 1. Raises InputError below two, where there is no step to round to."""
+    if bins < 2:
+        raise InputError(f"A linear grid needs at least 2 bins, not {bins}.")
+    return LinearGrid(jnp.linspace(-1, 1, bins, dtype=jnp.float32))
