@@ -1,4 +1,4 @@
-"""RLDS datasets on disk -> batches of plain numpy arrays. TensorFlow is imported here alone, and only when it is used."""
+"""RLDS datasets on disk -> batches of plain numpy arrays. TensorFlow is imported here alone, on first use."""
 
 from spatialvla_jax.data.loader import Loader, load_data
 

@@ -48,7 +48,7 @@ def decode_image(encoded: Any, size: int) -> tuple[Any, Any]:
     return tf.cast(tf.clip_by_value(tf.round(resized), 0, 255), tf.uint8), tf.shape(image)[:2]
 
 
-def decode_depth(encoded: Any, size: int, unit: float) -> Any:
+def decode_depth(encoded: Any, unit: Any, size: int) -> Any:
     """16-bit PNG bytes -> depth f32[size,size] in metres; `unit` is metres per count, 0 means no reading.
 
     Nearest neighbour: an average over an object's edge, or with a missing reading, is a surface that does not exist.
@@ -64,9 +64,10 @@ def decoder(size: int, depth: bool) -> Callable[..., dict[str, Any]]:
     """The map function of the stream: (image bytes[, depth bytes, unit]) -> dict of tensors."""
     tf = tensorflow()
 
-    def decode(image: Any, *rest: Any) -> dict[str, Any]:
+    def decode(image: Any, depth_map: Any = None, unit: Any = None) -> dict[str, Any]:
         pixels, stored_size = decode_image(image, size)
-        return {"image": pixels, "stored_size": stored_size} | ({"depth": decode_depth(rest[0], size, rest[1])} if depth else {})
+        decoded = {"image": pixels, "stored_size": stored_size}
+        return decoded | {"depth": decode_depth(depth_map, unit, size)} if depth else decoded
 
     signature = (tf.TensorSpec([], tf.string),)
     if depth:
@@ -79,9 +80,8 @@ def decode_batches(
 ) -> Iterator[dict[str, np.ndarray]]:
     """Decoded images of the batches `steps`, in order.
 
-    `read(step)` gives the encoded ones: image bytes object[B][, depth bytes object[B], metres per count f32[B]]. At most
-    `workers` images are being decoded and three batches wait, whatever the machine: nothing here tunes itself, so memory
-    stays put.
+    `read(step)` gives the encoded ones: image bytes object[B][, depth bytes object[B], metres per count f32[B]]. At
+    most `workers` images are being decoded and three batches wait: nothing here tunes itself, so memory stays put.
     """
     tf = tensorflow()
     dtypes = (tf.string, tf.string, tf.float32) if depth else (tf.string,)

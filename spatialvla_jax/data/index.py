@@ -9,14 +9,15 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from spatialvla_jax.data.oxe.spec import DatasetSpec
-from spatialvla_jax.data.rlds import open_rlds, read_episodes, split_files
+from spatialvla_jax.data.rlds import open_rlds, read_episodes, split_shards
 from spatialvla_jax.data.statistics import action_statistics
 from spatialvla_jax.errors import InputError
 
@@ -45,7 +46,7 @@ class Index:
     instructions: tuple[str, ...]
     statistics: dict[str, Any]  # of this split, in the release's layout
     skipped: int  # episodes left out because they have no language
-    arrays: dict[str, np.ndarray]
+    arrays: Mapping[str, np.ndarray]
 
     @property
     def num_frames(self) -> int:
@@ -82,18 +83,18 @@ def load_index(
     images are not decoded yet.
     """
     builder = open_rlds(path)
-    files = split_files(builder, split)
+    shards = split_shards(builder, split)
     key = {
         "version": _VERSION,
         "spec": dataclasses.asdict(spec),
         "split": split,
-        "files": [(file.name, file.stat().st_size) for file in files],
+        "files": [(file.name, file.stat().st_size, count) for file, count in shards],
         "features": builder.info.features.to_json(),
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     directory = Path(cache_dir) / f"{name}-{split}-{digest}"
     if not (directory / "meta.json").is_file():
-        _build(directory, name, builder, files, spec, progress)
+        _build(directory, name, builder, shards, spec, progress)
     meta = json.loads((directory / "meta.json").read_text())
     arrays = {
         key: np.memmap(directory / f"{key}.bin", _ARRAYS[key][0], "r", shape=(rows, *_ARRAYS[key][1]))
@@ -102,7 +103,7 @@ def load_index(
     return Index(
         name,
         spec,
-        tuple(map(os.fspath, files)),
+        tuple(os.fspath(file) for file, _ in shards),
         tuple(meta["instructions"]),
         meta["statistics"],
         meta["skipped"],
@@ -114,16 +115,16 @@ def _build(
     directory: Path,
     name: str,
     builder: Any,
-    files: list[Path],
+    shards: list[tuple[Path, int]],
     spec: DatasetSpec,
     progress: Callable[[str, int, int], None] | None,
 ) -> None:
     directory.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f"{directory.name}.", dir=directory.parent))
     try:
-        keys = [key for key in _ARRAYS if getattr(spec, key, True)]  # no depth, no intrinsics where the spec has none
-        streams = {key: open(work / f"{key}.bin", "wb") for key in keys}
+        keys = {key for key in _ARRAYS if getattr(spec, key, True)}  # no depth, no intrinsics where the spec has none
         rows = dict.fromkeys(keys, 0)
+        streams: dict[str, Any] = {}
 
         def append(key: str, value: Any) -> None:
             value = np.ascontiguousarray(value, _ARRAYS[key][0])
@@ -132,24 +133,25 @@ def _build(
 
         instructions: dict[str, int] = {}
         skipped = 0
-        for number, file in enumerate(files):
-            for episode_number, episode in enumerate(read_episodes(name, builder, file, spec)):
-                if not len(episode["step"]):
-                    skipped += 1
-                    continue
-                language = [instructions.setdefault(text, len(instructions)) for text in episode["language"]]
-                for key in keys:
-                    if key in episode:
+        with ExitStack() as stack:
+            streams |= {key: stack.enter_context(open(work / f"{key}.bin", "wb")) for key in keys}
+            for number, (file, count) in enumerate(shards):
+                for episode_number, episode in enumerate(read_episodes(name, builder, file, count, spec)):
+                    if not len(episode["step"]):
+                        skipped += 1
+                        continue
+                    language = [instructions.setdefault(text, len(instructions)) for text in episode["language"]]
+                    for key in keys & episode.keys():
                         append(key, language if key == "language" else episode[key])
-                append("episode_end", [rows["step"]])
-                append("episode_file", [number])
-                append("episode_number", [episode_number])
-            if progress:
-                progress(name, number + 1, len(files))
-        for stream in streams.values():
-            stream.close()
+                    append("episode_end", [rows["step"]])
+                    append("episode_file", [number])
+                    append("episode_number", [episode_number])
+                if progress:
+                    progress(name, number + 1, len(shards))
         if not rows["step"]:
-            raise InputError(f"Dataset {name!r} ({builder.data_dir}) has no episode to use ({skipped} have no language)")
+            raise InputError(
+                f"Dataset {name!r} ({builder.data_dir}) has no episode to use ({skipped} have no language)"
+            )
         actions = np.memmap(work / "action.bin", "<f4", "r", shape=(rows["action"], 7))
         meta = {
             "rows": rows,

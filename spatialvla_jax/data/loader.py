@@ -1,6 +1,7 @@
 """Batches of a mixture of RLDS datasets, in an order that is a pure function of the seed and the step."""
 
 import dataclasses
+import functools
 import os
 import sys
 from collections import OrderedDict
@@ -66,7 +67,7 @@ class Loader:
     prompt_ids i32[B,P] · prompt_mask bool[B,P] · actions f32[B,T,7] normalised · action_mask bool[B,T] ·
     dataset_id i32[B] · sample_id i64[B] (number of the frame among all frames of the split).
 
-    Past the episode's end the normalised movement is 0 and the gripper keeps its last value (so do Octo, OpenVLA and the
+    Past the episode's end the normalised movement is 0 and the gripper keeps its last value (as in OpenVLA and the
     release), and action_mask is False.
     """
 
@@ -115,33 +116,34 @@ class Loader:
     def batches(
         self, batch_size: int, *, start_step: int = 0, seed: int = 0, process_index: int = 0, process_count: int = 1
     ) -> Iterator[Batch]:
-        """Endless training batches from step `start_step` on: this process's rows of the global batches of `batch_size`.
+        """Endless training batches from step `start_step` on: this process's rows of global batches of `batch_size`.
 
         Step s holds samples s * batch_size … of the mixture's endless sequence, whatever the number of processes.
         """
-        if batch_size % process_count:
-            raise InputError(f"The batch size {batch_size} does not divide among {process_count} processes")
-        rows = batch_size // process_count
         split = self._split(self._train_split)
+        rows = _rows(batch_size, process_index, process_count)
 
         def samples(step: int) -> np.ndarray:
-            numbers = step * batch_size + process_index * rows + np.arange(rows)
-            dataset, frame = mixture.draw(self.mixture, seed, numbers)
+            dataset, frame = mixture.draw(self.mixture, seed, step * batch_size + rows)
             return split.starts[dataset] + frame
 
-        return self._stream(split, samples, range(start_step, sys.maxsize), rows)
+        return self._stream(split, samples, range(start_step, sys.maxsize), len(rows))
 
-    def epoch(self, batch_size: int, split: str) -> Iterator[Batch]:
-        """Every frame of a split once, in stored order. The last batch is padded; `valid` bool[B] tells which rows count."""
+    def epoch(
+        self, batch_size: int, split: str, *, process_index: int = 0, process_count: int = 1
+    ) -> Iterator[Batch]:
+        """This process's rows of batches with every frame of a split once, in stored order. The last batch is padded;
+        `valid` bool[B] tells which rows count."""
         data = self._split(split)
+        rows = _rows(batch_size, process_index, process_count)
         total = int(data.starts[-1])
         steps = range(-(-total // batch_size))
 
         def samples(step: int) -> np.ndarray:
-            return np.minimum(step * batch_size + np.arange(batch_size), total - 1)
+            return np.minimum(step * batch_size + rows, total - 1)
 
-        for step, batch in zip(steps, self._stream(data, samples, steps, batch_size), strict=True):
-            yield batch | {"valid": step * batch_size + np.arange(batch_size) < total}
+        for step, batch in zip(steps, self._stream(data, samples, steps, len(rows)), strict=True):
+            yield batch | {"valid": step * batch_size + rows < total}
 
     def episodes(self, split: str) -> Iterator[dict[str, Any]]:
         """Every episode of a split: a batch of its L frames in order, with "dataset" (its name) and "instruction"."""
@@ -159,6 +161,15 @@ class Loader:
         """Normalised actions of all frames of a split (the training split by default), for fitting a grid."""
         indexes = self._index(split or self._train_split)
         return np.concatenate([normalize(i.arrays["action"], self.statistics[i.name]["action"]) for i in indexes])
+
+    @functools.cached_property
+    def intrinsics(self) -> dict[str, list[list[float]]]:
+        """Every dataset's camera (its first training frame's) in units of the image: fx and cx over its width, fy and
+        cy over its height."""
+        split = self._split(self._train_split)
+        first = next(self._stream(split, lambda _: split.starts[:-1], range(1), len(self.names)))["intrinsics"]
+        relative = scale_intrinsics(first, (self.image_size, self.image_size), (1, 1))
+        return dict(zip(self.names, relative.tolist(), strict=True))
 
     def num_frames(self, split: str | None = None) -> int:
         """Frames of a split (the training split by default)."""
@@ -216,19 +227,19 @@ class Loader:
         self, split: _Split, samples: Callable[[int], np.ndarray], steps: range, batch_size: int
     ) -> Iterator[Batch]:
         """Batches of the frames `samples(step)` i64[B] for every step."""
-        files = _Files()
 
         def read(step: int) -> tuple[np.ndarray, ...]:
             return self._read(split, samples(int(step)), files)
 
         tf = tensorflow()
+        files = _Files()
         decoded = decode_batches(read, steps, batch_size, self.image_size, self.depth, self._workers)
         for step in steps:
             ids = samples(step)
             try:
                 images = next(decoded)
             except (tf.errors.OpError, StopIteration):
-                self._find_broken(split, ids, files)
+                self._find_broken(split, ids)
                 raise
             yield self._assemble(split, ids, images)
 
@@ -246,8 +257,8 @@ class Loader:
             if index.spec.intrinsics:
                 intrinsics[own] = scale_intrinsics(arrays["intrinsics"][frame], images["stored_size"][own], new_size)
             else:
-                spec = index.spec
-                intrinsics[own] = scale_intrinsics(np.asarray(spec.default_intrinsics), spec.default_intrinsics_size, new_size)
+                default, old_size = np.asarray(index.spec.default_intrinsics), index.spec.default_intrinsics_size
+                intrinsics[own] = scale_intrinsics(default, old_size, new_size)
             for target, table in zip((prompt_ids, prompt_mask), split.prompts[number], strict=True):
                 target[own] = table[arrays["language"][frame]]
             ends = arrays["episode_end"][index.episode(frame)]
@@ -280,10 +291,10 @@ class Loader:
                     encoded[key][row] = files.read(index.files[name], offset, length)
         return (*encoded.values(), units) if self.depth else tuple(encoded.values())
 
-    def _find_broken(self, split: _Split, ids: np.ndarray, files: "_Files") -> None:
+    def _find_broken(self, split: _Split, ids: np.ndarray) -> None:
         """Raises InputError for the first frame among `ids` that cannot be read or decoded."""
         tf = tensorflow()
-        for sample, *encoded in zip(ids, *self._read(split, ids, files), strict=True):
+        for sample, *encoded in zip(ids, *self._read(split, ids, _Files()), strict=True):
             try:
                 tf.io.decode_image(encoded[0], channels=3, expand_animations=False)
                 if self.depth:
@@ -297,14 +308,21 @@ class Loader:
 def chunk_actions(
     actions: np.ndarray, frames: np.ndarray, ends: np.ndarray, chunk: int, statistics: Mapping[str, Any]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The normalised `chunk` actions from each of `frames` i64[B] on, f32[B,T,7], and the mask bool[B,T] of those before
-    the episode's end, the frame number `ends` i64[B]. Later ones are neutral: no movement (0 after normalisation),
-    gripper as it was last."""
+    """The normalised `chunk` actions from each of `frames` i64[B] on, f32[B,T,7], and the mask bool[B,T] of those
+    before the episode's end, the frame number `ends` i64[B]. Later ones are neutral: no movement (0 after
+    normalisation), gripper as it was last."""
     positions = frames[:, None] + np.arange(chunk)
     mask = positions < ends[:, None]
     chunks = normalize(actions[np.minimum(positions, ends[:, None] - 1)], statistics)
     chunks[..., :6] *= mask[..., None]
     return chunks, mask
+
+
+def _rows(batch_size: int, process_index: int, process_count: int) -> np.ndarray:
+    """Which rows of a global batch belong to a process."""
+    if batch_size % process_count:
+        raise InputError(f"The batch size {batch_size} does not divide among {process_count} processes")
+    return np.arange(batch_size).reshape(process_count, -1)[process_index]
 
 
 def _locate(split: _Split, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -338,11 +356,11 @@ class _Files:
 
 def _entry(entry: Mapping[str, Any]) -> dict[str, Any]:
     """A checked copy of one of the config's datasets."""
-    entry = {"weight": 1.0} | dict(entry)
+    values: dict[str, Any] = {"weight": 1.0} | dict(entry)
     for key in ("name", "path", "spec"):
-        if key not in entry:
-            raise InputError(f"An entry of data.datasets has no {key!r}: it has {', '.join(sorted(entry))}")
-    if unknown := sorted(set(entry) - {"name", "path", "spec", "weight"}):
-        raise InputError(f"Dataset {entry['name']!r} in data.datasets has the unknown key {unknown[0]!r}")
-    spec: DatasetSpec = make_spec(entry["spec"], CATALOGUE, entry["name"])
-    return entry | {"spec": spec}
+        if key not in values:
+            raise InputError(f"An entry of data.datasets has no {key!r}: it has {', '.join(sorted(values))}")
+    if unknown := sorted(set(values) - {"name", "path", "spec", "weight"}):
+        raise InputError(f"Dataset {values['name']!r} in data.datasets has the unknown key {unknown[0]!r}")
+    spec: DatasetSpec = make_spec(values["spec"], CATALOGUE, values["name"])
+    return values | {"spec": spec}

@@ -1,9 +1,9 @@
 """Which frame is sample k of a mixture: a pure function of (seed, k), so resuming costs nothing and needs no state.
 
 Samples come in blocks of `BLOCK` slots. In every block each dataset has the same number of slots (its share by largest
-remainder), in an order drawn anew for every block. Counting a dataset's slots gives its n-th draw; the draw's frame is a
-seeded permutation of the dataset's frames, another one each pass, so every frame comes exactly once a pass. Nothing is
-buffered and nothing depends on how many hosts read.
+remainder), in an order drawn anew for every block. Counting a dataset's slots gives its n-th draw, and a seeded
+permutation of the dataset's frames, another one each pass, gives the draw's frame: every frame comes exactly once a
+pass. Nothing is buffered and nothing depends on how many hosts read.
 """
 
 import functools
@@ -53,7 +53,9 @@ def make_mixture(sizes: tuple[int, ...], weights: tuple[float, ...], *, balance:
     return Mixture(tuple(sizes), tuple(int(count) + 1 for count in counts))  # + 1: no dataset is rounded away
 
 
-def draw(mixture: Mixture, seed: int, samples: Int[np.ndarray, " B"]) -> tuple[Int[np.ndarray, " B"], Int[np.ndarray, " B"]]:
+def draw(
+    mixture: Mixture, seed: int, samples: Int[np.ndarray, " B"]
+) -> tuple[Int[np.ndarray, " B"], Int[np.ndarray, " B"]]:
     """Dataset i64[B] and frame within it i64[B] of the samples with global numbers `samples` i64[B]."""
     dataset, frame = np.empty_like(samples), np.empty_like(samples)
     blocks, slots = np.divmod(samples, BLOCK)
@@ -63,11 +65,11 @@ def draw(mixture: Mixture, seed: int, samples: Int[np.ndarray, " B"]) -> tuple[I
         order, rank = _block(mixture.counts, seed, int(block))
         dataset[rows] = order[slots[rows]]
         nth[rows] = rank[slots[rows]] + block * np.asarray(mixture.counts)[dataset[rows]]
-    sizes = np.asarray(mixture.sizes)[dataset]
-    passes, positions = np.divmod(nth, sizes)
-    for key in np.unique(np.stack([dataset, passes], axis=1), axis=0):
-        rows = (dataset == key[0]) & (passes == key[1])
-        frame[rows] = permute(positions[rows], mixture.sizes[key[0]], (seed, 1, int(key[0]), int(key[1])))
+    for number in np.unique(dataset).tolist():
+        size = mixture.sizes[number]
+        for epoch in np.unique(nth[dataset == number] // size).tolist():
+            rows = (dataset == number) & (nth // size == epoch)
+            frame[rows] = permute(nth[rows] % size, size, (seed, 1, number, epoch))
     return dataset, frame
 
 

@@ -1,6 +1,5 @@
 """RLDS datasets as TFDS writes them: which files hold a split, and their episodes in canonical form, images unread."""
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,17 +32,19 @@ def open_rlds(path: str | os.PathLike[str]) -> Any:
     tensorflow()
     import tensorflow_datasets as tfds
 
+    builder: Any
     try:
         builder = tfds.builder_from_directory(path)
     except Exception as error:  # TFDS raises whatever its parsers raise
         raise InputError(f"{path} is not a readable TFDS dataset: {error}") from error
-    if str(builder.info.file_format.value) != "tfrecord":
+    if builder.info.file_format.value != "tfrecord":
         raise InputError(f"{path} is stored as {builder.info.file_format.value}; only tfrecord is read")
     return builder
 
 
-def split_files(builder: Any, split: str) -> list[Path]:
-    """The shards of a split, in order. Raises InputError naming the splits that exist, or a shard that does not."""
+def split_shards(builder: Any, split: str) -> list[tuple[Path, int]]:
+    """The shards of a split, in order, each (file, episodes in it). Raises InputError naming the splits that exist, or a
+    shard that does not."""
     splits = sorted(name for name in builder.info.splits if name != "all")
     if split not in splits:
         raise InputError(f"{builder.data_dir} has no split {split!r}: it has {', '.join(splits) or 'none'}")
@@ -51,15 +52,17 @@ def split_files(builder: Any, split: str) -> list[Path]:
     for file in files:
         if not file.is_file():
             raise InputError(f"{file} is missing, a shard of the split {split!r}")
-    return files
+    return list(zip(files, builder.info.splits[split].shard_lengths, strict=True))
 
 
-def read_episodes(name: str, builder: Any, file: Path, spec: DatasetSpec) -> Iterator[dict[str, np.ndarray]]:
-    """The canonical episodes of one shard, in order; L steps each:
+def read_episodes(
+    name: str, builder: Any, file: Path, count: int, spec: DatasetSpec
+) -> Iterator[dict[str, np.ndarray]]:
+    """The `count` canonical episodes of one shard, in order; L steps each:
 
-    action f32[L, 7] · language object[L] of str · step i64[L] (number in the stored episode) · image i64[L, 2] and, where
-    the spec names them, depth i64[L, 2] (offset and length of the encoded image in the file) · intrinsics f32[L, 3, 3].
-    An episode without language comes with no steps if the spec skips those.
+    action f32[L, 7] · language object[L] of str · step i64[L] (number in the stored episode) · image i64[L, 2] (offset
+    and length of the encoded image in the file) and, where the spec names them, depth i64[L, 2] alike, intrinsics
+    f32[L, 3, 3] and its further arrays. An episode without language comes with no steps if the spec skips those.
 
     Checks the records' checksums. Raises InputError naming dataset, file, episode and step.
     """
@@ -67,24 +70,24 @@ def read_episodes(name: str, builder: Any, file: Path, spec: DatasetSpec) -> Ite
     tf = tensorflow()
     offset = RECORD_HEADER
     records = iter(tf.data.TFRecordDataset(os.fspath(file)).as_numpy_iterator())
-    number = 0
-    while True:
+    for number in range(count):
         where = f"dataset {name!r}, file {file}, episode {number}"
         try:
             record = next(records, None)
         except tf.errors.OpError as error:
             raise InputError(f"{where}: the record is truncated or its checksum is wrong") from error
         if record is None:
-            return
+            raise InputError(f"{where}: the file ends early, it should hold {count} episodes")
         try:
             yield _episode(record, offset, spec, shapes)
         except InputError as error:
             raise InputError(f"{where}: {error}") from error
         offset += len(record) + RECORD_FOOTER + RECORD_HEADER
-        number += 1
 
 
-def _episode(record: bytes, offset: int, spec: DatasetSpec, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+def _episode(
+    record: bytes, offset: int, spec: DatasetSpec, shapes: dict[str, tuple[int, ...]]
+) -> dict[str, np.ndarray]:
     values = read_example(record, {f"steps/{key}" for key in shapes})
     steps: dict[str, np.ndarray] = {}
     length = len(values.get(f"steps/{spec.image}", ()))
@@ -99,9 +102,10 @@ def _episode(record: bytes, offset: int, spec: DatasetSpec, shapes: dict[str, tu
     language = np.asarray([_text(record, *span) for span in steps[spec.language]], object)
     if not length:
         raise InputError("the episode has no steps")
-    if (missing := np.flatnonzero([not text for text in language])).size:
-        if not (spec.skip_unlabeled and missing.size == length):
-            raise InputError(f"step {missing[0]} has no language ({spec.language!r} is empty)")
+    missing = np.flatnonzero([not text for text in language])
+    skip = spec.skip_unlabeled and missing.size == length
+    if missing.size and not skip:
+        raise InputError(f"step {missing[0]} has no language ({spec.language!r} is empty)")
     episode = {"action": action, "language": language, "step": np.arange(length)}
     episode["image"] = steps[spec.image] + (offset, 0)
     if spec.depth:
@@ -116,9 +120,7 @@ def _episode(record: bytes, offset: int, spec: DatasetSpec, shapes: dict[str, tu
         raise InputError(f"step {episode['step'][step]} has the action value {value} in dimension {dimension}")
     if not len(episode["step"]):
         raise InputError(f"no steps are left of {length} after {[name for name, *_ in spec.operations]}")
-    if missing.size:
-        return {key: value[:0] for key, value in episode.items()}
-    return episode
+    return {key: value[:0] for key, value in episode.items()} if skip else episode
 
 
 def _text(record: bytes, start: int, length: int) -> str:
@@ -138,14 +140,14 @@ def _shapes(name: str, builder: Any, spec: DatasetSpec) -> dict[str, tuple[int, 
     for key in keys:
         feature = builder.info.features["steps"].feature
         for part in key.split("/"):
-            if not hasattr(feature, "keys") or part not in feature.keys():
+            if not hasattr(feature, "keys") or part not in feature:
                 raise InputError(f"Dataset {name!r} ({builder.data_dir}) has no key {key!r} in its steps")
             feature = feature[part]
         shapes[key] = tuple(feature.shape)
     width = sum(int(np.prod(shapes[key])) for key in spec.action)
     if width != 7:
         found = " + ".join(f"{key} {shapes[key]}" for key in spec.action)
-        raise InputError(f"Dataset {name!r} ({builder.data_dir}) has an action of width {width} ({found}); 7 is expected")
+        raise InputError(f"Dataset {name!r} ({builder.data_dir}) has an action {width} wide ({found}); 7 is expected")
     if spec.intrinsics and shapes[spec.intrinsics] != (3, 3):
         raise InputError(f"Dataset {name!r} has intrinsics of shape {shapes[spec.intrinsics]}; (3, 3) is expected")
     return shapes

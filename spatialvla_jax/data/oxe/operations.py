@@ -1,8 +1,8 @@
 """The operations that turn a dataset's own action into the canonical one: pure numpy functions, each with one meaning.
 
-An operation takes and returns an episode: a dict of arrays that share their first axis, the steps. "action" is f32[L, 7];
-the others (the frames' byte ranges, the keys in `DatasetSpec.arrays`, …) follow when steps are dropped. The rules for
-Bridge and Fractal are those of the public Octo/OpenVLA standardisation transforms, which the release uses unchanged.
+An operation takes and returns an episode: a dict of arrays that share their first axis, the steps. "action" is
+f32[L, 7]; the others (the frames' byte ranges, the keys in `DatasetSpec.arrays`, …) follow when steps are dropped. The
+rules for Bridge and Fractal are those of OpenVLA's standardisation transforms, which the release uses unchanged.
 """
 
 from collections.abc import Callable
@@ -29,8 +29,8 @@ def invert_gripper(episode: Episode) -> Episode:
 
 
 def binarize_gripper(episode: Episode) -> Episode:
-    """A continuous gripper as 0 or 1: above 0.95 is open, below 0.05 closed, and a value between becomes what is reached
-    after it; at the episode's end, where nothing is reached, the last action's own value."""
+    """A continuous gripper as 0 or 1: above 0.95 is open, below 0.05 closed, and a value between becomes what is
+    reached after it; at the episode's end, where nothing is reached, the last action's own value."""
     gripper = episode["action"][:, 6].copy()
     state = gripper[-1] if len(gripper) else 0.0
     for step in reversed(range(len(gripper))):

@@ -13,8 +13,8 @@ from spatialvla_jax.errors import InputError
 class DatasetSpec:
     """Where an RLDS dataset keeps what we need, and how its action becomes the canonical one.
 
-    Keys are paths within a step, such as "observation/image". The canonical action is f32[7]: dx, dy, dz, droll, dpitch,
-    dyaw and the gripper, 0 closed .. 1 open.
+    Keys are paths within a step, such as "observation/image". The canonical action is f32[7]: dx, dy, dz, droll,
+    dpitch, dyaw and the gripper, 0 closed .. 1 open.
     """
 
     image: str = "observation/image"
@@ -36,12 +36,15 @@ def make_spec(value: Any, catalogue: Mapping[str, DatasetSpec], name: str) -> Da
         return value
     if isinstance(value, str):
         if value not in catalogue:
-            raise InputError(f"Dataset {name!r} has the unknown spec {value!r}: known are {', '.join(sorted(catalogue))}")
+            known = ", ".join(sorted(catalogue))
+            raise InputError(f"Dataset {name!r} has the unknown spec {value!r}: known are {known}")
         return catalogue[value]
     fields = {key: _frozen(field) for key, field in dict(value).items()}
     known = [field.name for field in dataclasses.fields(DatasetSpec)]
     if unknown := sorted(set(fields) - set(known)):
-        raise InputError(f"The spec of dataset {name!r} has the unknown field {unknown[0]!r}: known are {', '.join(known)}")
+        raise InputError(
+            f"The spec of dataset {name!r} has the unknown field {unknown[0]!r}: known are {', '.join(known)}"
+        )
     spec = DatasetSpec(**fields)
     for operation, *_ in spec.operations:
         if operation not in OPERATIONS:
