@@ -1,0 +1,99 @@
+"""What every format reads into and writes from: a config, leaves read when needed, and a processor."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from spatialvla_jax.errors import InputError
+from spatialvla_jax.interop.mapping import check_names, flatten, unflatten
+from spatialvla_jax.models.spatialvla import SpatialVLAConfig
+from spatialvla_jax.processor import Processor
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One array of our tree that `read` brings into memory."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+    def astype(self, dtype: np.dtype) -> "Leaf":
+        return replace(self, dtype=dtype, read=lambda: self.read().astype(dtype))
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """`leaves` maps "img/embedding/kernel" and so on; `ignored` counts stored tensors left out on request."""
+
+    config: SpatialVLAConfig
+    leaves: dict[str, Leaf]
+    processor: Processor | None
+    ignored: int = 0
+
+    @classmethod
+    def of(cls, config: SpatialVLAConfig, params: Mapping[str, Any], processor: Processor | None) -> "Checkpoint":
+        """From a nested tree of arrays."""
+        arrays = {path: np.asarray(x) for path, x in flatten(params).items()}
+        leaves = {path: Leaf(x.shape, x.dtype, lambda x=x: x) for path, x in arrays.items()}
+        return cls(config, leaves, processor)
+
+    def params(self) -> dict[str, Any]:
+        """All leaves in memory, as the nested tree that the model takes."""
+        return unflatten({path: leaf.read() for path, leaf in self.leaves.items()})
+
+
+def check_finite(what: object, leaves: Mapping[str, Leaf]) -> None:
+    """Raises InputError that names the leaves with NaN or infinity; holds one leaf at a time."""
+    check_names(what, "not finite", [path for path, leaf in leaves.items() if not all_finite(leaf.read())])
+
+
+def all_finite(x: np.ndarray) -> bool:
+    return bool(np.isfinite(x).all())
+
+
+@contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """A temporary directory beside `path` that becomes `path` at the end, or nothing at all.
+
+    Raises InputError when `path` exists, and for whatever the disk refuses.
+    """
+    if path.exists():
+        raise InputError(f"{path} exists; choose a new destination")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+        yield temporary
+        os.rename(temporary, path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Raises InputError when the file is missing or does not hold a JSON object."""
+    try:
+        data = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} cannot be read as JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise InputError(f"{file} must hold a JSON object")
+    return data
+
+
+def write_json(file: Path, data: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(data, indent=2) + "\n")

@@ -1,0 +1,85 @@
+"""Recognising a checkpoint, loading it, and turning one format into another."""
+
+import time
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from spatialvla_jax.errors import InputError
+from spatialvla_jax.interop.checkpoint import Checkpoint
+from spatialvla_jax.interop.huggingface import CONFIG, read_huggingface, write_huggingface
+from spatialvla_jax.interop.orbax import read_orbax, step_directory, write_orbax
+from spatialvla_jax.models.spatialvla import SpatialVLA
+from spatialvla_jax.processor import Processor
+
+WRITERS = {"orbax": write_orbax, "pytorch": write_huggingface}
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def read_checkpoint(path: str | Path) -> Checkpoint:
+    """Recognise and open a checkpoint: an Orbax run of ours or one of its steps, or a published directory."""
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"{path} does not exist")
+    if step_directory(path) is not None:
+        return read_orbax(path)
+    if (path / CONFIG).exists():
+        return read_huggingface(path)
+    raise InputError(f"{path} is no checkpoint: neither a run with a finished step nor a directory with {CONFIG}")
+
+
+def load_pretrained(path: str | Path) -> tuple[SpatialVLA, dict[str, Any], Processor | None]:
+    """(model, params, processor) of anything that `read_checkpoint` reads.
+
+    The params are host numpy arrays in their stored dtypes; the processor is None where the checkpoint has none.
+    """
+    checkpoint = read_checkpoint(path)
+    return SpatialVLA(checkpoint.config), checkpoint.params(), checkpoint.processor
+
+
+def convert(src: str | Path, dst: str | Path, to: str, dtype: str | None = None) -> dict[str, Any]:
+    """Convert checkpoint `src` into the new directory `dst` of format `to`, weights cast to `dtype` where one is given.
+
+    Returns {"source", "destination", "format", "parameters", "tensors", "bytes", "bit_exact", "seconds"}; `bit_exact`
+    comes from reading `dst` back. Raises InputError, and `dst` is then untouched.
+    """
+    if to not in WRITERS:
+        raise InputError(f"cannot convert to {to!r}; choose one of {', '.join(WRITERS)}")
+    start = time.perf_counter()
+    checkpoint = cast(read_checkpoint(src), dtype)
+    WRITERS[to](dst, checkpoint)
+    leaves = checkpoint.leaves.values()
+    return {
+        "source": str(src),
+        "destination": str(dst),
+        "format": to,
+        "parameters": sum(prod(leaf.shape) for leaf in leaves),
+        "tensors": len(leaves),
+        "bytes": sum(leaf.nbytes for leaf in leaves),
+        "bit_exact": equal(checkpoint, read_checkpoint(dst)),
+        "seconds": round(time.perf_counter() - start, 3),
+    }
+
+
+def cast(checkpoint: Checkpoint, dtype: str | None) -> Checkpoint:
+    """The same checkpoint with its weights in `dtype`, one of DTYPES; unchanged for None."""
+    if dtype is None:
+        return checkpoint
+    if dtype not in DTYPES:
+        raise InputError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    leaves = {path: leaf.astype(jnp.dtype(dtype)) for path, leaf in checkpoint.leaves.items()}
+    return replace(checkpoint, leaves=leaves)
+
+
+def equal(a: Checkpoint, b: Checkpoint) -> bool:
+    """Whether config, processor and every byte of every leaf are the same."""
+    processors = [c.processor and c.processor.to_dict() for c in (a, b)]
+    if a.config != b.config or processors[0] != processors[1] or a.leaves.keys() != b.leaves.keys():
+        return False
+    return all(
+        leaf.dtype == b.leaves[path].dtype and leaf.read().tobytes() == b.leaves[path].read().tobytes()
+        for path, leaf in a.leaves.items()
+    )

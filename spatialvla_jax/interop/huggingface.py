@@ -1,0 +1,290 @@
+"""The published directory layout: config.json, model.safetensors (or shards), and the processor's files.
+
+Fields that the published config has no place for (prompt length, source of depth, …) stand under "spatialvla_jax" in
+config.json, and processor.json holds our processor whole, so that what we write is read back unchanged. The release's
+own files are written beside them, and read where processor.json is missing.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from spatialvla_jax.actions import ActionGrid, grid_from_dict
+from spatialvla_jax.data.prompt import Tokenizer
+from spatialvla_jax.errors import InputError
+from spatialvla_jax.interop import safetensors
+from spatialvla_jax.interop.checkpoint import Checkpoint, Leaf, all_finite, new_directory, read_json, write_json
+from spatialvla_jax.interop.mapping import Slot, check_leaves, check_names, param_shapes, slots
+from spatialvla_jax.models.gemma2 import Gemma2Config
+from spatialvla_jax.models.siglip import SiglipConfig
+from spatialvla_jax.models.spatialvla import SpatialVLAConfig
+from spatialvla_jax.processor import Processor
+
+CONFIG, PROCESSOR = "config.json", "processor.json"
+RELEASE_PROCESSOR, IMAGES, TOKENIZER = "processor_config.json", "preprocessor_config.json", "tokenizer.model"
+MAX_SHARD_BYTES = 5 * 10**9
+ZOE_PREFIX = "vision_zoe_model."
+
+# Fields of ours without a published one, stored under EXTRA.
+EXTRA = "spatialvla_jax"
+EXTRA_FIELDS = ("prompt_length", "action_chunk", "tokens_per_action", "depth", "mask", "dtype", "remat")
+
+
+def read_huggingface(path: str | Path, ignore: Sequence[str] = ()) -> Checkpoint:
+    """A published directory, single or sharded. Weights are checked here and read when asked for, in their own dtype.
+
+    `ignore` lists key prefixes to leave out (("vision_zoe_model.",) makes a model with depth from the data). Raises
+    InputError for missing, unknown, misshapen, non-finite or non-floating tensors, and for a config they do not fit.
+    """
+    path = Path(path)
+    config = read_config(path / CONFIG)
+    stored = safetensors.open_directory(path)
+    kept = {key: tensor for key, tensor in stored.items() if not key.startswith(tuple(ignore))}
+    if ZOE_PREFIX in ignore and config.depth == "zoedepth":
+        config = replace(config, depth="dataset")
+    shapes = param_shapes(config)
+    table = slots(shapes)
+    wanted = {slot.key: slot for slot in table}
+    check_names(path, "missing", wanted.keys() - kept.keys())
+    check_names(path, "unknown", kept.keys() - wanted.keys())
+    wrong = [f"{k} {t.shape} instead of {wanted[k].shape}" for k, t in kept.items() if t.shape != wanted[k].shape]
+    check_names(path, f"of another shape than {CONFIG} says", wrong)
+    check_names(path, "not finite", [key for key, tensor in kept.items() if not all_finite(tensor.read())])
+    by_leaf: dict[str, list[Slot]] = {}
+    for slot in table:
+        by_leaf.setdefault(slot.path, []).append(slot)
+    mixed = [s.key for group in by_leaf.values() for s in group if kept[s.key].dtype != kept[group[0].key].dtype]
+    check_names(path, "of another dtype than the same weight of the first layer", mixed)
+    leaves = {leaf: _stacked(shapes[leaf], group, kept) for leaf, group in by_leaf.items()}
+    return Checkpoint(config, leaves, read_processor(path), ignored=len(stored) - len(kept))
+
+
+def _stacked(shape: tuple[int, ...], group: list[Slot], stored: dict[str, safetensors.Stored]) -> Leaf:
+    dtype = stored[group[0].key].dtype
+
+    def read() -> np.ndarray:
+        leaf = np.empty(shape, dtype)
+        for slot in group:
+            slot.to_ours(stored[slot.key].read(), leaf)
+        return leaf
+
+    return Leaf(shape, dtype, read)
+
+
+def write_huggingface(path: str | Path, checkpoint: Checkpoint, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+    """Write a directory in the published layout; it appears whole or not at all.
+
+    Holds one leaf of our tree at a time. Raises InputError when `path` exists or the leaves do not fit the config.
+    """
+    path = Path(path)
+    check_leaves("checkpoint", checkpoint.leaves, param_shapes(checkpoint.config))
+    table = {slot.key: slot for slot in slots({name: leaf.shape for name, leaf in checkpoint.leaves.items()})}
+    specs = {key: (slot.shape, checkpoint.leaves[slot.path].dtype) for key, slot in table.items()}
+    held: dict[str, np.ndarray] = {}
+
+    def read(key: str) -> np.ndarray:
+        slot = table[key]
+        if slot.path not in held:
+            held.clear()
+            held[slot.path] = checkpoint.leaves[slot.path].read()
+        return slot.to_published(held[slot.path])
+
+    dtypes = {dtype for _, dtype in specs.values()}
+    with new_directory(path) as folder:
+        write_json(folder / CONFIG, config_to_published(checkpoint.config, dtypes))
+        if checkpoint.processor is not None:
+            write_processor(folder, checkpoint.processor, checkpoint.config)
+        safetensors.write_directory(folder, specs, read, max_shard_bytes)
+
+
+def read_config(file: Path) -> SpatialVLAConfig:
+    """Raises InputError for a file that is missing or describes no SpatialVLA."""
+    data = read_json(file)
+    try:
+        return config_from_published(data)
+    except KeyError as error:
+        raise InputError(f"{file} has no field {error.args[0]!r}, so it is no SpatialVLA config") from error
+    except TypeError as error:
+        raise InputError(f"{file} does not describe a SpatialVLA: {error}") from error
+
+
+def config_from_published(data: dict[str, Any]) -> SpatialVLAConfig:
+    vision, text = data["vision_config"], data["text_config"]
+    rope = text.get("rope_parameters") or {}
+    # What the release's files leave out has the defaults of transformers' configs, which are the published sizes.
+    img = SiglipConfig(
+        image_size=vision.get("image_size", 224),
+        patch_size=vision.get("patch_size", 16),
+        width=vision["hidden_size"],
+        depth=vision["num_hidden_layers"],
+        num_heads=vision["num_attention_heads"],
+        mlp_dim=vision["intermediate_size"],
+    )
+    llm = Gemma2Config(
+        vocab_size=text["vocab_size"],
+        width=text["hidden_size"],
+        depth=text["num_hidden_layers"],
+        mlp_dim=text["intermediate_size"],
+        num_heads=text.get("num_attention_heads", 8),
+        num_kv_heads=text.get("num_key_value_heads", 4),
+        head_dim=text.get("head_dim", 256),
+        query_pre_attn_scalar=float(text.get("query_pre_attn_scalar", 256)),
+        sliding_window=text.get("sliding_window", 4096),
+        attn_softcap=text.get("attn_logit_softcapping", 50.0),
+        final_softcap=text.get("final_logit_softcapping", 30.0),
+        rope_base=float(text.get("rope_theta", rope.get("rope_theta", 10_000.0))),
+    )
+    base = SpatialVLAConfig(
+        img=img,
+        llm=llm,
+        text_vocab=data["image_token_index"],
+        spatial_tokens=data["spatial_token_num"],
+        depth="zoedepth" if data["use_vision_zoe"] else "none",
+        dtype=data.get("torch_dtype") or data.get("dtype") or "float32",
+    )
+    return replace(base, **data.get(EXTRA, {}))
+
+
+def config_to_published(config: SpatialVLAConfig, dtypes: set[np.dtype]) -> dict[str, Any]:
+    img, llm = config.img, config.llm
+    # The release names one dtype for all weights; a mixture is loaded at the widest.
+    weights = "bfloat16" if dtypes == {np.dtype(ml_dtypes.bfloat16)} else "float32"
+    return {
+        "architectures": ["SpatialVLAForConditionalGeneration"],
+        "model_type": "spatialvla",
+        "_vocab_size": llm.vocab_size,
+        "action_token_begin_idx": config.action_offset,
+        "bos_token_id": 2,
+        "ego3d_patch_reso": 2,
+        "eos_token_id": 1,
+        "hidden_size": llm.width,
+        "image_token_index": config.text_vocab,
+        "n_freqs": 8,
+        "num_hidden_layers": llm.depth,
+        "pad_token_id": 0,
+        "projection_dim": llm.width,
+        "spatial_token_num": config.spatial_tokens,
+        "torch_dtype": weights,
+        "use_spatial_token": True,
+        "use_vision_zoe": config.depth == "zoedepth",
+        "text_config": {
+            "architectures": ["Gemma2ForCausalLM"],
+            "model_type": "gemma2",
+            "attn_logit_softcapping": llm.attn_softcap,
+            "final_logit_softcapping": llm.final_softcap,
+            "head_dim": llm.head_dim,
+            "hidden_act": "gelu_pytorch_tanh",
+            "hidden_activation": "gelu_pytorch_tanh",
+            "hidden_size": llm.width,
+            "intermediate_size": llm.mlp_dim,
+            "num_attention_heads": llm.num_heads,
+            "num_hidden_layers": llm.depth,
+            "num_image_tokens": img.num_tokens,
+            "num_key_value_heads": llm.num_kv_heads,
+            "query_pre_attn_scalar": _int_if_whole(llm.query_pre_attn_scalar),
+            "rope_theta": llm.rope_base,
+            "sliding_window": llm.sliding_window,
+            "tie_word_embeddings": False,
+            "torch_dtype": weights,
+            "vocab_size": llm.vocab_size,
+        },
+        "vision_config": {
+            "model_type": "siglip_vision_model",
+            "hidden_size": img.width,
+            "image_size": img.image_size,
+            "intermediate_size": img.mlp_dim,
+            "num_attention_heads": img.num_heads,
+            "num_hidden_layers": img.depth,
+            "num_image_tokens": img.num_tokens,
+            "num_positions": img.num_tokens,
+            "patch_size": img.patch_size,
+            "projection_dim": llm.width,
+            "torch_dtype": weights,
+            "vision_use_head": False,
+        },
+        EXTRA: {name: getattr(config, name) for name in EXTRA_FIELDS},
+    }
+
+
+def _int_if_whole(x: float) -> int | float:
+    return int(x) if x == int(x) else x
+
+
+def read_processor(path: Path) -> Processor | None:
+    """From processor.json, else from the release's files; None where the directory has neither."""
+    if (path / PROCESSOR).exists():
+        data = read_json(path / PROCESSOR)
+        try:
+            return Processor.from_dict(data)
+        except KeyError as error:
+            raise InputError(f"{path / PROCESSOR} has no field {error.args[0]!r}") from error
+    if not (path / RELEASE_PROCESSOR).exists():
+        return None
+    if not (path / TOKENIZER).exists():
+        raise InputError(f"{path} has {RELEASE_PROCESSOR} but no {TOKENIZER}: copy PaliGemma's {TOKENIZER} beside it")
+    data = read_json(path / RELEASE_PROCESSOR)
+    try:
+        bins = data["bin_policy"]["translation"] | data["bin_policy"]["rotation"]
+        edges = {name: bins[f"{name}_bins"] for name in ActionGrid.__dataclass_fields__}
+        return Processor(
+            tokenizer=Tokenizer.from_bytes((path / TOKENIZER).read_bytes()),
+            grid=grid_from_dict({"kind": "spherical", **edges}),
+            statistics=data["statistics"],
+            intrinsics={name: _relative(camera) for name, camera in data["intrinsic_config"].items()},
+        )
+    except KeyError as error:
+        raise InputError(f"{path / RELEASE_PROCESSOR} has no field {error.args[0]!r}") from error
+
+
+def _relative(camera: dict[str, Any]) -> list[list[float]]:
+    first, second, third = camera["intrinsic"]
+    return [[x / camera["width"] for x in first], [x / camera["height"] for x in second], list(third)]
+
+
+def write_processor(path: Path, processor: Processor, config: SpatialVLAConfig) -> None:
+    """processor.json, the SentencePiece model, and the release's own files where its format can hold the grid."""
+    write_json(path / PROCESSOR, processor.to_dict())
+    (path / TOKENIZER).write_bytes(processor.tokenizer.to_bytes())
+    size = {"height": config.img.image_size, "width": config.img.image_size}
+    images = {
+        "do_convert_rgb": True,
+        "do_normalize": False,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_processor_type": "SiglipImageProcessor",
+        "image_seq_length": config.img.num_tokens,
+        "processor_class": "SpatialVLAProcessor",
+        "resample": 3,
+        "rescale_factor": 1 / 255,
+        "size": size,
+    }
+    write_json(path / IMAGES, images)
+    if isinstance(processor.grid, ActionGrid):
+        write_json(path / RELEASE_PROCESSOR, _release_processor(processor, processor.grid, config))
+
+
+def _release_processor(processor: Processor, grid: ActionGrid, config: SpatialVLAConfig) -> dict[str, Any]:
+    edges = {name: np.asarray(getattr(grid, name), np.float64).tolist() for name in ActionGrid.__dataclass_fields__}
+    groups = {"translation": ("theta", "phi", "r"), "rotation": ("roll", "pitch", "yaw")}
+    bins = {group: {f"{name}_bins": len(edges[name]) - 1 for name in names} for group, names in groups.items()}
+    # Intrinsics relative to the image are those of an image of 1 x 1.
+    cameras = {name: {"height": 1, "width": 1, "intrinsic": k} for name, k in processor.intrinsics.items()}
+    return {
+        "action_chunk_size": config.action_chunk,
+        "action_config": {
+            "distribution": "gaussian",
+            "num_bins": {**bins, "gripper": 2, "total": grid.vocab_size},
+            "use_spherical": True,
+        },
+        "bin_policy": {group: {f"{name}_bins": edges[name] for name in names} for group, names in groups.items()},
+        "intrinsic_config": {"default": next(iter(cameras.values())), **cameras},
+        "min_sigma": 0.0,
+        "num_obs_steps": 1,
+        "obs_delta": 1,
+        "processor_class": "SpatialVLAProcessor",
+        "statistics": processor.statistics,
+    }

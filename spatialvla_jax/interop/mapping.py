@@ -1,0 +1,299 @@
+"""Names and layouts of every parameter, ours and the published ones: one table, read both ways.
+
+Our tree stacks the layers of a transformer on the first axis and follows big_vision; the published checkpoints (Hugging
+Face) hold one tensor a layer. A `Rule` ties a leaf of ours to published keys:
+
+- `layout` names the axes of one published tensor, published -> ours, as in "(N H) D -> N D H";
+- `{layer}` in a key runs over the axes of our leaf before those (one, or [stage, layer] row by row);
+- several keys lie behind each other on the axis before the layout's.
+
+Every layout only moves numbers, so a conversion and its inverse are bit-exact. `slots` works tensor by tensor: what it
+returns is enough to stream a checkpoint through in either direction.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from math import prod
+from typing import Any
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from spatialvla_jax.errors import InputError
+from spatialvla_jax.models.spatialvla import SpatialVLA, SpatialVLAConfig
+
+VECTOR = "D -> D"
+TABLE = "V D -> V D"
+DENSE = "O I -> I O"
+CONV = "O I h w -> h w I O"  # and transposed convolutions, where O and I change names
+HEADS_IN, HEADS_BIAS, HEADS_OUT = "(N H) D -> D N H", "(N H) -> N H", "D (N H) -> N H D"
+
+
+@dataclass(frozen=True)
+class Rule:
+    path: str
+    layout: str
+    keys: tuple[str, ...]
+
+
+def _rule(path: str, layout: str, *keys: str) -> list[Rule]:
+    return [Rule(path, layout, keys)]
+
+
+def _dense(path: str, key: str, kernel: str = DENSE, bias: str | None = VECTOR) -> list[Rule]:
+    rules = _rule(f"{path}/kernel", kernel, f"{key}.weight")
+    return rules if bias is None else rules + _rule(f"{path}/bias", bias, f"{key}.bias")
+
+
+def _norm(path: str, key: str) -> list[Rule]:
+    return _rule(f"{path}/scale", VECTOR, f"{key}.weight") + _rule(f"{path}/bias", VECTOR, f"{key}.bias")
+
+
+def _attention(path: str, keys: Sequence[str], key_bias: str | None = HEADS_BIAS) -> list[Rule]:
+    query, key, value, out = keys
+    return [
+        *_dense(f"{path}/query", query, HEADS_IN, HEADS_BIAS),
+        *_dense(f"{path}/key", key, HEADS_IN, key_bias),
+        *_dense(f"{path}/value", value, HEADS_IN, HEADS_BIAS),
+        *_dense(f"{path}/out", out, HEADS_OUT),
+    ]
+
+
+def siglip(ours: str = "img", theirs: str = "vision_tower.vision_model") -> list[Rule]:
+    block, layer = f"{ours}/Transformer/encoderblock", f"{theirs}.encoder.layers.{{layer}}"
+    return [
+        *_dense(f"{ours}/embedding", f"{theirs}.embeddings.patch_embedding", CONV),
+        *_rule(f"{ours}/pos_embedding", "P D -> 1 P D", f"{theirs}.embeddings.position_embedding.weight"),
+        *_norm(f"{block}/LayerNorm_0", f"{layer}.layer_norm1"),
+        *_norm(f"{block}/LayerNorm_1", f"{layer}.layer_norm2"),
+        *_attention(
+            f"{block}/MultiHeadDotProductAttention_0",
+            [f"{layer}.self_attn.{name}_proj" for name in ("q", "k", "v", "out")],
+        ),
+        *_dense(f"{block}/MlpBlock_0/Dense_0", f"{layer}.mlp.fc1"),
+        *_dense(f"{block}/MlpBlock_0/Dense_1", f"{layer}.mlp.fc2"),
+        *_norm(f"{ours}/Transformer/encoder_norm", f"{theirs}.post_layernorm"),
+    ]
+
+
+def gemma2(ours: str = "llm", theirs: str = "language_model.model") -> list[Rule]:
+    block, layer = f"{ours}/layers", f"{theirs}.layers.{{layer}}"
+    attention, mlp = f"{layer}.self_attn", f"{layer}.mlp"
+    return [
+        *_rule(f"{ours}/embedder/input_embedding", TABLE, f"{theirs}.embed_tokens.weight"),
+        *_rule(f"{block}/attn/q_einsum/w", "(N H) D -> N D H", f"{attention}.q_proj.weight"),
+        *_rule(
+            f"{block}/attn/kv_einsum/w", "(K H) D -> K D H", f"{attention}.k_proj.weight", f"{attention}.v_proj.weight"
+        ),
+        *_rule(f"{block}/attn/attn_vec_einsum/w", HEADS_OUT, f"{attention}.o_proj.weight"),
+        *_rule(f"{block}/mlp/gating_einsum", DENSE, f"{mlp}.gate_proj.weight", f"{mlp}.up_proj.weight"),
+        *_rule(f"{block}/mlp/linear", DENSE, f"{mlp}.down_proj.weight"),
+        *_rule(f"{block}/pre_attention_norm/scale", VECTOR, f"{layer}.input_layernorm.weight"),
+        *_rule(f"{block}/post_attention_norm/scale", VECTOR, f"{layer}.post_attention_layernorm.weight"),
+        *_rule(f"{block}/pre_ffw_norm/scale", VECTOR, f"{layer}.pre_feedforward_layernorm.weight"),
+        *_rule(f"{block}/post_ffw_norm/scale", VECTOR, f"{layer}.post_feedforward_layernorm.weight"),
+        *_rule(f"{ours}/final_norm/scale", VECTOR, f"{theirs}.norm.weight"),
+    ]
+
+
+def zoedepth(ours: str = "zoe", theirs: str = "vision_zoe_model") -> list[Rule]:
+    return [
+        *_beit(f"{ours}/backbone", f"{theirs}.backbone"),
+        *_zoedepth_neck(f"{ours}/neck", f"{theirs}.neck"),
+        *_convs(f"{ours}/relative_head", f"{theirs}.relative_head.conv{{}}", numbers=(1, 2, 3)),
+        *_zoedepth_metric_head(f"{ours}/metric_head", f"{theirs}.metric_head"),
+    ]
+
+
+def _beit(ours: str, theirs: str) -> list[Rule]:
+    block, layer = f"{ours}/stages/layers", f"{theirs}.encoder.layer.{{layer}}"
+    attention = f"{layer}.attention.attention"
+    return [
+        *_rule(f"{ours}/cls_token", "A B D -> A B D", f"{theirs}.embeddings.cls_token"),
+        *_dense(f"{ours}/patch_embedding", f"{theirs}.embeddings.patch_embeddings.projection", CONV),
+        *_attention(
+            f"{block}/attention",
+            [*(f"{attention}.{name}" for name in ("query", "key", "value")), f"{layer}.attention.output.dense"],
+            key_bias=None,
+        ),
+        *_rule(
+            f"{block}/attention/relative_position_bias",
+            TABLE,
+            f"{attention}.relative_position_bias.relative_position_bias_table",
+        ),
+        *_norm(f"{block}/norm1", f"{layer}.layernorm_before"),
+        *_norm(f"{block}/norm2", f"{layer}.layernorm_after"),
+        *_dense(f"{block}/mlp_in", f"{layer}.intermediate.dense"),
+        *_dense(f"{block}/mlp_out", f"{layer}.output.dense"),
+        *_rule(f"{block}/layer_scale1", VECTOR, f"{layer}.lambda_1"),
+        *_rule(f"{block}/layer_scale2", VECTOR, f"{layer}.lambda_2"),
+    ]
+
+
+def _zoedepth_neck(ours: str, theirs: str) -> list[Rule]:
+    rules = []
+    for i in range(4):
+        reassemble, fusion = f"{theirs}.reassemble_stage", f"{theirs}.fusion_stage.layers.{i}"
+        rules += _dense(f"{ours}/reassemble_{i}/readout", f"{reassemble}.readout_projects.{i}.0")
+        rules += _dense(f"{ours}/reassemble_{i}/projection", f"{reassemble}.layers.{i}.projection", CONV)
+        rules += _dense(f"{ours}/reassemble_{i}/resize", f"{reassemble}.layers.{i}.resize", CONV)
+        rules += _dense(f"{ours}/conv_{i}", f"{theirs}.convs.{i}", CONV, bias=None)
+        rules += _dense(f"{ours}/fusion_{i}/projection", f"{fusion}.projection", CONV)
+        for j in (1, 2):
+            rules += _convs(f"{ours}/fusion_{i}/residual{j}", f"{fusion}.residual_layer{j}.convolution{{}}")
+    return rules
+
+
+def _zoedepth_metric_head(ours: str, theirs: str) -> list[Rule]:
+    rules = _dense(f"{ours}/bottleneck", f"{theirs}.conv2", CONV)
+    rules += _convs(f"{ours}/seed_projector", f"{theirs}.seed_projector.conv{{}}")
+    for i in range(4):
+        rules += _convs(f"{ours}/projector_{i}", f"{theirs}.projectors.{i}.conv{{}}")
+    for domain in ("nyu", "kitti"):
+        rules += _convs(f"{ours}/{domain}/seed_bins", f"{theirs}.seed_bin_regressors.{domain}.conv{{}}")
+        for i in range(4):
+            rules += _convs(f"{ours}/{domain}/attractor_{i}", f"{theirs}.attractors.{domain}.{i}.conv{{}}")
+        mlp = f"{theirs}.conditional_log_binomial.{domain}.mlp.{{}}"
+        rules += _convs(f"{ours}/{domain}/log_binomial", mlp, numbers=(0, 2))
+    ours, patch = f"{ours}/classifier", f"{theirs}.patch_transformer"
+    block, layer = f"{ours}/layers", f"{patch}.transformer_encoder.{{layer}}"
+    return [
+        *rules,
+        *_dense(f"{ours}/embedding", f"{patch}.embedding_convPxP", CONV),
+        *_dense(f"{ours}/hidden", f"{theirs}.mlp_classifier.linear1"),
+        *_dense(f"{ours}/logits", f"{theirs}.mlp_classifier.linear2"),
+        *_attention(
+            f"{block}/attention", [f"{layer}.self_attn.{name}" for name in ("query", "key", "value", "out_proj")]
+        ),
+        *_norm(f"{block}/norm1", f"{layer}.norm1"),
+        *_norm(f"{block}/norm2", f"{layer}.norm2"),
+        *_dense(f"{block}/mlp_in", f"{layer}.linear1"),
+        *_dense(f"{block}/mlp_out", f"{layer}.linear2"),
+    ]
+
+
+def _convs(path: str, key: str, numbers: Sequence[int] = (1, 2)) -> list[Rule]:
+    """Ours are conv1, conv2, …; theirs have these numbers."""
+    named = enumerate(numbers, start=1)
+    return [rule for i, theirs in named for rule in _dense(f"{path}/conv{i}", key.format(theirs), CONV)]
+
+
+_EGO3D = "position_embedding_3d.position_embedding_head"
+
+SPATIALVLA = (
+    *siglip(),
+    *_dense("img/head", "multi_modal_projector.linear"),
+    *gemma2(),
+    *_rule("llm/lm_head", TABLE, "language_model.lm_head.weight"),
+    *_rule("spatial_embedding", TABLE, "spatial_embed_tokens.weight"),
+    *_dense("ego3d/dense_0", f"{_EGO3D}.0"),
+    *_norm("ego3d/norm", f"{_EGO3D}.1"),
+    *_dense("ego3d/dense_1", f"{_EGO3D}.3"),
+    *zoedepth(),
+)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One published tensor `key` [shape] and its place in our tree: leaf `path`, `index` into its leading axes."""
+
+    key: str
+    shape: tuple[int, ...]
+    path: str
+    index: tuple[int, ...]
+    layout: str
+
+    def to_ours(self, tensor: np.ndarray, leaf: np.ndarray) -> None:
+        """Write the published tensor into its part of our leaf."""
+        source, target = _axes(self.layout)
+        part = leaf[self.index]
+        sizes = dict(zip(target, part.shape, strict=True))
+        flat = [axis for group in source for axis in group]
+        order = [flat.index(axis) for axis in target if axis != "1"]
+        part[...] = tensor.reshape([sizes[axis] for axis in flat]).transpose(order).reshape(part.shape)
+
+    def to_published(self, leaf: np.ndarray) -> np.ndarray:
+        """The published tensor out of our leaf, contiguous; the inverse of `to_ours`."""
+        source, target = _axes(self.layout)
+        named = [axis for axis in target if axis != "1"]
+        part = leaf[self.index]
+        part = part.reshape([size for axis, size in zip(target, part.shape, strict=True) if axis != "1"])
+        order = [named.index(axis) for group in source for axis in group]
+        return np.ascontiguousarray(part.transpose(order)).reshape(self.shape)
+
+
+def slots(shapes: Mapping[str, tuple[int, ...]], rules: Iterable[Rule] = SPATIALVLA) -> list[Slot]:
+    """All published tensors of a tree with these leaves, leaf by leaf. Raises KeyError for a leaf without a rule."""
+    by_path = {rule.path: rule for rule in rules}
+    return [slot for path, shape in shapes.items() for slot in _slots_of(by_path[path], shape)]
+
+
+def _slots_of(rule: Rule, shape: tuple[int, ...]) -> Iterator[Slot]:
+    source, target = _axes(rule.layout)
+    sizes = dict(zip(target, shape[-len(target) :], strict=True))
+    published = tuple(prod(sizes[axis] for axis in group) for group in source)
+    parts = len(rule.keys) > 1
+    stacked = shape[: len(shape) - len(target) - parts]
+    for layer, index in enumerate(np.ndindex(*stacked)):
+        for part, key in enumerate(rule.keys):
+            yield Slot(
+                key=key.format(layer=layer),
+                shape=published,
+                path=rule.path,
+                index=(*index, part) if parts else index,
+                layout=rule.layout,
+            )
+
+
+@cache
+def param_shapes(config: SpatialVLAConfig) -> dict[str, tuple[int, ...]]:
+    """Our parameters as {"img/embedding/kernel": shape, …}, without making them."""
+    P, S = config.prompt_length, config.img.image_size
+
+    def init() -> Any:
+        return SpatialVLA(config).init(
+            jax.random.key(0),
+            jnp.zeros((1, S, S, 3)),
+            jnp.zeros((1, P), jnp.int32),
+            jnp.ones((1, P), bool),
+            jnp.zeros((1, config.num_action_tokens), jnp.int32),
+            depth=jnp.ones((1, S, S)) if config.depth == "dataset" else None,
+            intrinsics=jnp.eye(3)[None],
+        )["params"]
+
+    return {path: leaf.shape for path, leaf in flatten(jax.eval_shape(init)).items()}
+
+
+def flatten(tree: Any) -> dict[str, Any]:
+    return flax.traverse_util.flatten_dict(tree, sep="/")
+
+
+def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    return flax.traverse_util.unflatten_dict(dict(leaves), sep="/")
+
+
+def check_names(what: object, problem: str, names: Iterable[str]) -> None:
+    """Raises InputError with the first ten names and the count, unless there are none."""
+    names = sorted(names)
+    if names:
+        shown = ", ".join(names[:10]) + (", …" if len(names) > 10 else "")
+        raise InputError(f"{what}: {len(names)} {'tensor' if len(names) == 1 else 'tensors'} {problem}: {shown}")
+
+
+def check_leaves(what: object, leaves: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises InputError where the leaves of our tree are not those of the config, or not of its shapes."""
+    check_names(what, "missing for its config", shapes.keys() - leaves.keys())
+    check_names(what, "not in its config", leaves.keys() - shapes.keys())
+    wrong = [f"{p} {tuple(leaves[p].shape)} instead of {s}" for p, s in shapes.items() if tuple(leaves[p].shape) != s]
+    check_names(what, "of another shape than its config says", wrong)
+
+
+def _axes(layout: str) -> tuple[list[list[str]], list[str]]:
+    """A layout "(N H) D -> N D H" as ([["N", "H"], ["D"]], ["N", "D", "H"])."""
+    left, right = layout.split("->")
+    groups = [(grouped or single).split() for grouped, single in re.findall(r"\(([^)]*)\)|(\S+)", left)]
+    return groups, right.split()
