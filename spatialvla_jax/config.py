@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from spatialvla_jax.errors import InputError
 
 # Keys that may change when a run goes on: they touch what is watched, kept and where it runs, not what is computed.
-FREE_ON_RESUME = ("checkpoint", "mesh", "train.log_every", "train.eval_every", "data.workers", "data.cache")
+FREE_ON_RESUME = ("checkpoint", "mesh", "train.log_every", "train.eval_every", "data.workers", "data.cache_dir")
 
 
 def default_config() -> ConfigDict:
@@ -26,16 +26,20 @@ def default_config() -> ConfigDict:
                 "mask": "prefix",  # prefix | causal (the release's training scripts)
                 "dtype": "bfloat16",  # of the computation; parameters are float32
                 "remat": "dots",  # none | dots | full
-                "prompt_length": 48,  # tokens, <bos> and newline included
                 "action_chunk": 4,
             },
             "data": {
                 "datasets": [],  # each {"name", "spec", "path", "weight"}
-                "scale_weights": True,  # multiply weights by dataset sizes, as published
-                "prompt_template": "{instruction}",
-                "tokenizer": "",  # path of PaliGemma's SentencePiece model; empty: a small one trained on the instructions
+                "split": "train",
+                "balance": True,  # multiply weights by dataset sizes, as published
+                "cache_dir": "",  # of the dataset indexes; empty: ~/.cache/spatialvla_jax
                 "workers": 0,  # decoding threads; 0: one a core
-                "cache": "",  # folder of the dataset indexes; empty: <workdir>/cache
+                "prompt": {
+                    "length": 48,  # tokens, <bos> and newline included
+                    "template": "{instruction}",
+                    "model": "",  # PaliGemma's SentencePiece file; empty: a small one trained on the instructions
+                    "vocab_size": 256,  # of the small one, at most
+                },
             },
             "grid": {
                 "kind": "gaussian",  # gaussian | uniform | linear (256 bins a dimension, 7 tokens an action)
@@ -94,6 +98,14 @@ def load_config(path: str | Path, overrides: dict[str, str] | None = None) -> Co
     for key, text in (overrides or {}).items():
         set_key(config, key, text)
     return config
+
+
+def train_config_of(run: Path) -> ConfigDict:
+    """The config that a run was trained with, from its directory or one of its checkpoints. Raises InputError."""
+    for folder in (run, *run.absolute().parents[:2]):
+        if (folder / "config.json").is_file() and (folder / "checkpoints").is_dir():
+            return ConfigDict(json.loads((folder / "config.json").read_text()))
+    raise InputError(f"{run} is not in a training run's directory, so --config must name the data")
 
 
 def check_keys(config: dict[str, Any], default: dict[str, Any], prefix: str = "") -> None:

@@ -8,6 +8,17 @@ from spatialvla_jax.models.siglip import SiglipConfig
 from spatialvla_jax.models.spatialvla import SpatialVLAConfig
 
 PRESETS: dict[str, SpatialVLAConfig] = {
+    # Every part at its smallest, for tests.
+    "nano": SpatialVLAConfig(
+        img=SiglipConfig(image_size=56, width=32, depth=2, num_heads=4, mlp_dim=48),
+        llm=Gemma2Config(
+            width=32, depth=2, mlp_dim=48, num_heads=4, num_kv_heads=2, head_dim=8, query_pre_attn_scalar=8.0
+        ),
+        text_vocab=256,
+        prompt_length=32,
+        depth="dataset",
+        dtype="float32",
+    ),
     # Trains on a laptop's CPU in minutes.
     "tiny": SpatialVLAConfig(
         img=SiglipConfig(image_size=112, width=128, depth=4, num_heads=4, mlp_dim=256),

@@ -1,0 +1,31 @@
+# `make demo` and `make test` set up everything that they need in .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint lock clean
+
+demo: .venv/.installed
+	$(BIN)/spatialvla-jax demo --workdir runs/demo
+
+test: .venv/.installed
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests
+
+lint: .venv/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+# Exact versions, so that a fresh clone gets the environment that was tested; `make lock` renews them.
+.venv/.installed: requirements.lock setup.py
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+lock:
+	$(BIN)/python -m pip install --upgrade --editable '.[torch,dev]'
+	$(BIN)/python -m pip freeze --exclude-editable > requirements.lock
+
+clean:
+	rm -rf .venv runs build *.egg-info

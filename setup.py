@@ -1,0 +1,19 @@
+from setuptools import find_packages, setup
+
+setup(
+    name="spatialvla-jax",
+    version="0.1.0",
+    description="SpatialVLA in JAX: train, evaluate and convert spatial vision-language-action policies.",
+    license="Apache-2.0",
+    python_requires=">=3.11,<3.13",
+    packages=find_packages(include=["spatialvla_jax", "spatialvla_jax.*"]),
+    install_requires=open("requirements.txt").read().split(),
+    extras_require={
+        "tpu": ["jax[tpu]>=0.10,<0.13"],
+        "cuda": ["jax[cuda13]>=0.10,<0.13"],
+        "torch": ["torch>=2.6", "transformers>=5.0,<6"],
+        "sim": [],
+        "dev": ["hypothesis", "ipykernel", "nbclient", "nbformat", "pyright", "pytest", "pytest-xdist", "ruff"],
+    },
+    entry_points={"console_scripts": ["spatialvla-jax=spatialvla_jax.cli:main"]},
+)

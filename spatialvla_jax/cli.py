@@ -1,0 +1,118 @@
+"""The command line: `spatialvla-jax COMMAND …`. Bad input ends with one sentence and exit code 2."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from spatialvla_jax.errors import InputError
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="spatialvla-jax", description="Train, evaluate and convert SpatialVLA in JAX.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any, help: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help)
+        sub.set_defaults(run=run)
+        return sub
+
+    p = command("demo", run_demo, "train, kill, resume, evaluate, export and plot the tiny model in minutes")
+    p.add_argument("--config", default="configs/demo.py")
+    p.add_argument("--workdir", type=Path, default=Path("runs/demo"))
+
+    p = command("train", run_train, "train a model; a run that was stopped goes on by itself")
+    p.add_argument("--config", required=True, help="Python file with get_config(); --config.KEY=VALUE changes a key")
+    p.add_argument("--workdir", type=Path, required=True)
+
+    p = command("evaluate", run_evaluate, "open-loop errors of a checkpoint on recorded episodes")
+    p.add_argument("--checkpoint", type=Path, required=True, help="run directory, one of its steps, or an export")
+    p.add_argument("--config", help="names the data; by default the one that the run was trained with")
+    p.add_argument("--split", default="val")
+    p.add_argument("--batch-size", type=int, default=32)
+
+    p = command("convert", run_convert, "convert a checkpoint between formats")
+    p.add_argument("src", type=Path)
+    p.add_argument("dst", type=Path)
+    p.add_argument("--to", choices=("orbax", "pytorch", "big_vision"), required=True)
+    p.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights written; by default as they are")
+
+    p = command("record", run_record, "record demonstrations in a simulator (extra [sim])")
+    p.add_argument("simulator", choices=("libero",))
+    p.add_argument("--suite", default="libero_spatial")
+    p.add_argument("--episodes", type=int, required=True, help="successful episodes a task")
+    p.add_argument("--out", type=Path, required=True)
+    p.add_argument("--seed", type=int, default=0)
+
+    args, rest = parser.parse_known_args(argv)
+    try:
+        args.overrides = overrides_of(rest, allowed=hasattr(args, "config"))
+        args.run(args)
+    except InputError as error:
+        print(f"spatialvla-jax {args.command}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def overrides_of(rest: list[str], allowed: bool) -> dict[str, str]:
+    """`--config.train.steps=100` → {"train.steps": "100"}; anything else is unknown."""
+    overrides = {}
+    for argument in rest:
+        key, equals, value = argument.removeprefix("--config.").partition("=")
+        if not (allowed and argument.startswith("--config.") and equals):
+            raise InputError(f"argument {argument!r} is not known; config keys are set as --config.KEY=VALUE")
+        overrides[key] = value
+    return overrides
+
+
+def run_train(args: argparse.Namespace) -> None:
+    from spatialvla_jax.config import load_config
+    from spatialvla_jax.training.loop import train
+
+    result = train(load_config(args.config, args.overrides), args.workdir)
+    print(f"trained {result['params']:,} parameters to step {result['step']}; checkpoints in {result['checkpoint']}")
+
+
+def run_evaluate(args: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from spatialvla_jax.config import load_config, train_config_of
+    from spatialvla_jax.evaluation.open_loop import evaluate, table
+    from spatialvla_jax.inference.policy import Policy
+    from spatialvla_jax.training.loop import open_data
+
+    policy = Policy.load(args.checkpoint)
+    if args.config is None and args.overrides:
+        raise InputError("--config.KEY=VALUE needs --config FILE")
+    config = train_config_of(args.checkpoint) if args.config is None else load_config(args.config, args.overrides)
+    loader = open_data(config, policy.processor)
+    with tqdm(total=loader.num_frames(args.split), unit="frame", desc="evaluate") as bar:
+        result = evaluate(policy, loader, args.split, batch_size=args.batch_size, progress=bar.update)
+    print(table(result))
+    print(json.dumps(result))
+
+
+def run_convert(args: argparse.Namespace) -> None:
+    from spatialvla_jax.interop import convert
+
+    result = convert(args.src, args.dst, to=args.to, dtype=args.dtype)
+    print(f"wrote {args.dst}")
+    print(json.dumps(result))
+
+
+def run_record(args: argparse.Namespace) -> None:
+    from spatialvla_jax.data.record import record_libero
+
+    record_libero(args.suite, args.episodes, args.out, seed=args.seed)
+    print(f"wrote {args.out}")
+
+
+def run_demo(args: argparse.Namespace) -> None:
+    from spatialvla_jax.demo import run
+
+    run(args.config, args.workdir, args.overrides)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,3 @@
+from spatialvla_jax.evaluation.open_loop import evaluate, predict
+
+__all__ = ["evaluate", "predict"]

@@ -1,0 +1,91 @@
+"""Open-loop evaluation: what the policy would have done in each recorded frame, beside two baselines."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from spatialvla_jax.actions import encode
+from spatialvla_jax.data import Loader
+from spatialvla_jax.data.statistics import unnormalize
+from spatialvla_jax.errors import InputError
+from spatialvla_jax.inference.policy import Policy
+
+DIMENSIONS = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")
+
+
+def predict(
+    policy: Policy, episode: dict[str, Any], batch_size: int
+) -> tuple[Int[np.ndarray, "L T n"], Float[np.ndarray, "L T 7"]]:
+    """Greedy chunks for every frame of one of the loader's episodes: (ids, normalised actions)."""
+    length = len(episode["image"])
+    arrays = {k: v for k, v in episode.items() if isinstance(v, np.ndarray)}
+    parts = []
+    for start in range(0, length, batch_size):
+        rows = np.minimum(np.arange(start, start + batch_size), length - 1)  # padded: one compiled shape
+        parts.append(policy.act({k: v[rows] for k, v in arrays.items()}))
+    ids, actions = (np.concatenate(p)[:length] for p in zip(*parts, strict=True))
+    return ids, actions
+
+
+def evaluate(
+    policy: Policy, loader: Loader, split: str, *, batch_size: int = 32, progress: Callable[[int], Any] | None = None
+) -> dict[str, Any]:
+    """Token accuracies and L1 of greedy chunks over every frame of a split; steps past an episode's end don't count.
+
+    Beside the policy stand two baselines: `mean`, the training split's mean action, and `repeat`, the action of the
+    frame before held for the whole chunk (the mean action in an episode's first frame). `progress(frames)` is called
+    after each episode. L1 is a mean over all dimensions in normalised units; `*_per_dimension` gives x, y, z, roll,
+    pitch, yaw, gripper, `*_robot` in the robot's units. Raises InputError for a dataset that the policy does not know.
+    """
+    mean_action = loader.actions().mean(axis=0)
+    names = ("policy", "mean", "repeat")
+    errors: dict[str, list[np.ndarray]] = {k: [] for k in (*names, *(f"{k}_robot" for k in names))}
+    hits: list[np.ndarray] = []
+    frames = episodes = 0
+    for episode in loader.episodes(split):
+        statistics = policy.processor.statistics.get(episode["dataset"])
+        if statistics is None:
+            raise InputError(f"the policy has no statistics of dataset {episode['dataset']!r}")
+        target, mask = episode["actions"], episode["action_mask"]
+        ids, predicted = predict(policy, episode, batch_size)
+        previous = np.concatenate([mean_action[None], target[:-1, 0]])
+        guesses = {
+            "policy": predicted,
+            "mean": np.broadcast_to(mean_action, target.shape),
+            "repeat": np.broadcast_to(previous[:, None], target.shape),
+        }
+        for name, guess in guesses.items():
+            errors[name].append(np.abs(guess - target)[mask])
+            robot = unnormalize(guess, statistics["action"]) - unnormalize(target, statistics["action"])
+            errors[f"{name}_robot"].append(np.abs(robot)[mask])
+        hits.append((ids == np.asarray(encode(policy.processor.grid, target)))[mask])
+        frames, episodes = frames + len(target), episodes + 1
+        if progress is not None:
+            progress(len(target))
+    if not frames:
+        raise InputError(f"split {split!r} has no frames")
+    hit = np.concatenate(hits).mean(axis=0)
+    per_dimension = {k: np.concatenate(v).mean(axis=0) for k, v in errors.items()}
+    result: dict[str, Any] = {"split": split, "episodes": episodes, "frames": frames, "token_accuracy": float(hit.mean())}
+    parts = (hit[:1], hit[1:2], hit[2:]) if len(hit) == 3 else (hit[:3], hit[3:6], hit[6:])
+    for kind, part in zip(("translation", "rotation", "gripper"), parts, strict=True):
+        result[f"token_accuracy_{kind}"] = float(part.mean())
+    for name, label in zip(names, ("l1", "l1_mean_baseline", "l1_repeat_baseline"), strict=True):
+        result[label] = float(per_dimension[name].mean())
+        result[f"{label}_per_dimension"] = [float(v) for v in per_dimension[name]]
+        result[f"{label}_per_dimension_robot"] = [float(v) for v in per_dimension[f"{name}_robot"]]
+    return result
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result as text: L1 per dimension, normalised and in robot units, for the policy and the baselines."""
+    rows = [("", *DIMENSIONS, "all")]
+    labels = {"l1": "policy", "l1_mean_baseline": "mean action", "l1_repeat_baseline": "last action"}
+    for key, name in labels.items():
+        rows.append((name, *(f"{v:.3f}" for v in result[f"{key}_per_dimension"]), f"{result[key]:.3f}"))
+    for key, name in labels.items():
+        rows.append((f"{name}, robot units", *(f"{v:.3f}" for v in result[f"{key}_per_dimension_robot"]), ""))
+    widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True))) for r in rows)

@@ -1,0 +1,209 @@
+"""The training run: data, state, steps, metrics, checkpoints; started again it goes on where it was."""
+
+import json
+import os
+import zlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from spatialvla_jax.actions import fit_gaussians, gaussian_grid, linear_grid, uniform_grid
+from spatialvla_jax.config import check_resumable
+from spatialvla_jax.data import Loader, load_data
+from spatialvla_jax.errors import InputError
+from spatialvla_jax.models import SpatialVLA, preset
+from spatialvla_jax.processor import Processor, model_to_dict
+from spatialvla_jax.training import checkpoint
+from spatialvla_jax.training.augment import Augmentation
+from spatialvla_jax.training.metrics import MetricsLog
+from spatialvla_jax.training.optimizer import learning_rate, make_optimizer
+from spatialvla_jax.training.sharding import BATCH, check_batch, make_mesh
+from spatialvla_jax.training.state import TrainState, init_state
+from spatialvla_jax.training.step import make_eval_step, make_train_step
+
+IDENTITY_KEYS = ("sample_id", "dataset_id")  # in the loader's batch, not for the device
+
+
+def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+    """Train to `config.train.steps`, from the last checkpoint in `workdir` if there is one.
+
+    Returns {"step", "params" (count), "checkpoint" (directory), "metrics" (last logged)}. The same config and seed give
+    the same bits, however often the run was killed in between.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    saved = workdir / "config.json"
+    if saved.exists():
+        check_resumable(json.loads(saved.read_text()), config, workdir)
+    mesh = make_mesh(config.mesh.to_dict())
+    check_batch(config.train.batch_size, config.train.accumulate, mesh)
+    loader = open_data(config)
+    write_json(saved, config.to_dict())
+    write_json(workdir / "statistics.json", loader.statistics)
+
+    processor = make_processor(config, loader)
+    model = make_model(config, processor)
+    schedule = learning_rate(config.optimizer, config.train.steps)
+    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    frozen = frozen_patterns(config, model)
+    state, shardings = init_state(model, optimizer, frozen, config.seed, mesh)
+    metadata = {
+        "model": model_to_dict(model.config),
+        "processor": processor.to_dict(),
+        "train_config": json.loads(json.dumps(config.to_dict())),
+    }
+    manager = checkpoint.open_manager(
+        workdir,
+        every=config.checkpoint.every,
+        keep_last=config.checkpoint.keep_last,
+        keep_every=config.checkpoint.keep_every or None,
+    )
+    latest = manager.latest_step()
+    if latest is not None:
+        before = checkpoint.restore_metadata(manager, latest)
+        if before["processor"] != metadata["processor"] or before["model"] != json.loads(json.dumps(metadata["model"])):
+            raise InputError(f"the data of {workdir} changed since its run began: grid, statistics or tokenizer differ")
+        state = checkpoint.restore(manager, latest, state, shardings)
+    start = int(state.step)
+
+    batch_sharding, replicated = NamedSharding(mesh, BATCH), NamedSharding(mesh, P())
+    grid = jax.device_put(processor.grid, replicated)
+    step_fn = jax.jit(
+        make_train_step(
+            model,
+            optimizer,
+            schedule=schedule,
+            frozen=frozen,
+            augmentation=augmentation_of(config),
+            accumulate=config.train.accumulate,
+            seed=config.seed,
+        ),
+        in_shardings=(shardings, batch_sharding, replicated),
+        out_shardings=(shardings, replicated),
+        donate_argnums=0,
+    )
+    eval_fn = jax.jit(
+        make_eval_step(model), in_shardings=(shardings.params, batch_sharding, replicated, batch_sharding)
+    )
+
+    log = MetricsLog(workdir, start)
+    batches = loader.batches(
+        config.train.batch_size,
+        start_step=start,
+        seed=config.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    last: dict[str, float] = {}
+    bar = tqdm(total=config.train.steps, initial=start, unit="step", desc="train", dynamic_ncols=True)
+    try:
+        for step in range(start + 1, config.train.steps + 1):
+            batch = next(batches)
+            # A fingerprint of which frames the step saw: two runs saw the same data if these agree.
+            digest = zlib.crc32(np.ascontiguousarray(batch["sample_id"]).tobytes())
+            state, metrics = step_fn(state, to_device(batch, batch_sharding), grid)
+            bar.update()
+            if step % config.train.log_every == 0 or step in (1, config.train.steps):
+                last = {k: float(v) for k, v in jax.device_get(metrics).items()}
+                bar.set_postfix(loss=f"{last['loss']:.3f}", l1=f"{last['l1']:.3f}", refresh=False)
+                log.write(step, last | {"batch": f"{digest:08x}"})
+            if config.train.eval_every and (step % config.train.eval_every == 0 or step == config.train.steps):
+                values = validate(eval_fn, state, loader, config, mesh, batch_sharding, grid)
+                log.write(step, {f"val/{k}": v for k, v in values.items()})
+            checkpoint.save(manager, state, metadata, force=step == config.train.steps)
+    finally:
+        bar.close()
+        log.close()
+        manager.wait_until_finished()
+        manager.close()
+    size = sum(x.size for x in jax.tree.leaves(state.params))
+    return {"step": int(state.step), "params": size, "checkpoint": str(workdir / checkpoint.FOLDER), "metrics": last}
+
+
+def validate(eval_fn, state: TrainState, loader: Loader, config, mesh: Mesh, sharding, grid) -> dict[str, float]:
+    """Teacher-forced metrics averaged over the frames of the validation split."""
+    totals: dict[str, float] = {}
+    count = 0.0
+    for batch in loader.epoch(config.train.batch_size // config.train.accumulate, config.train.eval_split):
+        valid = jax.device_put(batch.pop("valid"), sharding)
+        sums, n = jax.device_get(eval_fn(state.params, to_device(batch, sharding), grid, valid))
+        count += float(n)
+        totals = {k: totals.get(k, 0.0) + float(v) for k, v in sums.items()}
+    return {k: v / count for k, v in totals.items()}
+
+
+def to_device(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
+    """This host's rows of the global batch → global arrays."""
+    return {
+        k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items() if k not in IDENTITY_KEYS
+    }
+
+
+def open_data(config: ConfigDict, processor: Processor | None = None) -> Loader:
+    """The loader; with a `processor` its statistics and tokenizer take the place of the data's own."""
+    return load_data(
+        config.data,
+        image_size=preset(config.model.preset).img.image_size,
+        action_chunk=config.model.action_chunk,
+        depth=config.model.depth == "dataset",
+        statistics=processor and processor.statistics,
+        tokenizer=processor and processor.tokenizer,
+    )
+
+
+def make_processor(config: ConfigDict, loader: Loader) -> Processor:
+    """The grid fitted to the training split, with the loader's tokenizer and statistics."""
+    if config.grid.kind == "linear":
+        grid = linear_grid()
+    elif config.grid.kind == "uniform":
+        grid = uniform_grid(config.grid.num_bins)
+    elif config.grid.kind == "gaussian":
+        stats = fit_gaussians(loader.actions("train"))
+        grid = gaussian_grid(stats, config.grid.num_bins, config.grid.min_sigma)
+    else:
+        raise InputError(f"config key grid.kind is {config.grid.kind!r}; choose gaussian, uniform or linear")
+    return Processor(
+        tokenizer=loader.tokenizer,
+        grid=jax.tree.map(np.asarray, grid),
+        statistics=loader.statistics,
+        intrinsics=loader.intrinsics,
+        prompt_template=config.data.prompt.template,
+    )
+
+
+def make_model(config: ConfigDict, processor: Processor) -> SpatialVLA:
+    """The model that the config names, its vocabulary fitted to tokenizer and grid."""
+    fields = {k: v for k, v in config.model.to_dict().items() if k != "preset"}
+    return SpatialVLA(
+        preset(
+            config.model.preset,
+            text_vocab=max(preset(config.model.preset).text_vocab, processor.tokenizer.vocab_size),
+            spatial_tokens=processor.grid.vocab_size,
+            tokens_per_action=processor.grid.tokens_per_action,
+            prompt_length=config.data.prompt.length,
+            **fields,
+        )
+    )
+
+
+def frozen_patterns(config: ConfigDict, model: SpatialVLA) -> tuple[str, ...]:
+    """The config's patterns, less the depth model's where this model has none."""
+    has_zoe = model.config.depth == "zoedepth"
+    return tuple(p for p in config.optimizer.frozen if p != "zoe" or has_zoe)
+
+
+def augmentation_of(config: ConfigDict) -> Augmentation | None:
+    fields = config.augment.to_dict()
+    return Augmentation(**fields) if fields.pop("enabled") else None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """By rename, so that a crash leaves the old file whole."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(temporary, path)
