@@ -85,9 +85,12 @@ def write_orbax(path: str | Path, checkpoint: Checkpoint) -> None:
         "train_config": None,
     }
     items = ocp.args.Composite(params=ocp.args.StandardSave(checkpoint.params()), metadata=ocp.args.JsonSave(metadata))
-    with new_directory(path) as folder, ocp.CheckpointManager((folder / FOLDER).absolute()) as manager:
-        manager.save(0, args=items)
-        manager.wait_until_finished()
+    with new_directory(path) as folder:
+        try:
+            with ocp.CheckpointManager((folder / FOLDER).absolute()) as manager:
+                manager.save(0, args=items)
+        except ValueError as error:  # what Orbax makes of a full disk
+            raise InputError(f"{path} cannot be written: {_first_line(error)}") from error
 
 
 def _first_line(error: Exception) -> str:

@@ -1,0 +1,50 @@
+import json
+
+import numpy as np
+import pytest
+
+from spatialvla_jax.errors import InputError
+from spatialvla_jax.interop import convert, load_pretrained, read_checkpoint, write_huggingface
+from spatialvla_jax.interop.formats import equal
+
+
+def test_published_to_orbax_and_back(checkpoint, tmp_path):
+    published, run, again = (tmp_path / name for name in ("published", "run", "again"))
+    write_huggingface(published, checkpoint)
+    figures = convert(published, run, to="orbax")
+    assert figures["bit_exact"] and figures["parameters"] == 90_160 and figures["bytes"] == 4 * 90_160
+    assert convert(run, again, to="pytorch")["bit_exact"]
+    for file in published.iterdir():
+        assert (again / file.name).read_bytes() == file.read_bytes(), file.name
+    json.dumps(figures)
+
+
+def test_load_pretrained_recognises_both(checkpoint, tmp_path):
+    write_huggingface(tmp_path / "published", checkpoint)
+    convert(tmp_path / "published", tmp_path / "run", to="orbax")
+    for path in (tmp_path / "published", tmp_path / "run", tmp_path / "run" / "checkpoints" / "0"):
+        model, params, processor = load_pretrained(path)
+        assert model.config == checkpoint.config and processor is not None
+        np.testing.assert_array_equal(params["ego3d"]["norm"]["scale"], checkpoint.params()["ego3d"]["norm"]["scale"])
+
+
+def test_convert_to_bfloat16(checkpoint, tmp_path):
+    write_huggingface(tmp_path / "a", checkpoint)
+    figures = convert(tmp_path / "a", tmp_path / "b", to="orbax", dtype="bfloat16")
+    assert figures["bit_exact"] and figures["bytes"] == 2 * 90_160
+    assert not equal(read_checkpoint(tmp_path / "a"), read_checkpoint(tmp_path / "b"))
+
+
+def test_bad_requests(checkpoint, tmp_path):
+    write_huggingface(tmp_path / "a", checkpoint)
+    (tmp_path / "empty").mkdir()
+    for arguments, says in [
+        ((tmp_path / "none", tmp_path / "b", "orbax"), "none does not exist"),
+        ((tmp_path / "empty", tmp_path / "b", "orbax"), "is no checkpoint"),
+        ((tmp_path / "a", tmp_path / "b", "onnx"), "cannot convert to 'onnx'"),
+        ((tmp_path / "a", tmp_path / "b", "orbax", "int8"), "dtype 'int8' is not one of"),
+        ((tmp_path / "a", tmp_path / "empty", "orbax"), "empty exists"),
+    ]:
+        with pytest.raises(InputError, match=says):
+            convert(*arguments)
+    assert not (tmp_path / "b").exists()

@@ -1,0 +1,272 @@
+import json
+import shutil
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from spatialvla_jax.actions import linear_grid
+from spatialvla_jax.errors import InputError
+from spatialvla_jax.interop import read_huggingface, write_huggingface
+from spatialvla_jax.interop.formats import cast, equal
+from spatialvla_jax.interop.huggingface import config_from_published, config_to_published
+from spatialvla_jax.interop.safetensors import open_directory
+from spatialvla_jax.models import preset
+
+ZOE = "vision_zoe_model."
+
+
+@pytest.fixture
+def directory(tmp_path, checkpoint):
+    """A directory of ours to damage."""
+    write_huggingface(tmp_path / "model", checkpoint)
+    return tmp_path / "model"
+
+
+def edit_json(file, **changes):
+    data = json.loads(file.read_text())
+    data.update(changes)
+    file.write_text(json.dumps(data))
+
+
+def edit_weights(directory, edit):
+    tensors = load_file(directory / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, directory / "model.safetensors")
+
+
+def test_published_directory_comes_back_byte_for_byte(golden, tmp_path):
+    read = read_huggingface(golden, ignore=(ZOE,))
+    assert read.ignored == 287
+    write_huggingface(tmp_path / "out", read)
+    before, after = load_file(golden / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    assert after.keys() == {key for key in before if not key.startswith(ZOE)}
+    for key, tensor in after.items():
+        assert tensor.dtype == before[key].dtype and tensor.shape == before[key].shape
+        assert tensor.tobytes() == before[key].tobytes(), key
+
+
+def test_what_we_write_we_read_back(checkpoint, directory):
+    assert equal(read_huggingface(directory), checkpoint)
+
+
+def test_bfloat16_in_shards(checkpoint, tmp_path):
+    """Small shards: no file above the limit, an index that names every tensor, bytes as in the single file."""
+    narrow = cast(checkpoint, "bfloat16")
+    write_huggingface(tmp_path / "one", narrow)
+    write_huggingface(tmp_path / "many", narrow, max_shard_bytes=40_000)
+    shards = sorted((tmp_path / "many").glob("*.safetensors"))
+    assert len(shards) > 3
+    one, many = open_directory(tmp_path / "one"), open_directory(tmp_path / "many")
+    assert one.keys() == many.keys()
+    assert all(one[key].read().tobytes() == many[key].read().tobytes() for key in one)
+    assert all(tensor.dtype == ml_dtypes.bfloat16 for tensor in many.values())
+    for shard in shards:
+        tensors = load_file(shard)
+        assert len(tensors) == 1 or sum(t.nbytes for t in tensors.values()) <= 40_000
+    index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(t.read().nbytes for t in many.values())
+    assert equal(read_huggingface(tmp_path / "many"), narrow)
+
+
+def test_config_of_the_published_model(golden):
+    """The released 4 B config leaves fields to the defaults of transformers; ours must come out all the same."""
+    published = {
+        "image_token_index": 257152,
+        "spatial_token_num": 8194,
+        "torch_dtype": "bfloat16",
+        "use_vision_zoe": True,
+        "text_config": {
+            "hidden_size": 2304,
+            "intermediate_size": 9216,
+            "num_hidden_layers": 26,
+            "num_key_value_heads": 4,
+            "vocab_size": 265347,
+        },
+        "vision_config": {
+            "hidden_size": 1152,
+            "intermediate_size": 4304,
+            "num_attention_heads": 16,
+            "num_hidden_layers": 27,
+            "patch_size": 14,
+        },
+    }
+    assert config_from_published(published) == preset("spatialvla-4b-224")
+
+
+@pytest.mark.parametrize("name", ["tiny", "small", "spatialvla-4b-224"])
+def test_config_round_trip(name):
+    config = preset(name, depth="none", mask="causal")
+    assert config_from_published(json.loads(json.dumps(config_to_published(config, {np.dtype("f4")})))) == config
+
+
+def test_published_config_fields_come_back(golden):
+    """Every field of the published config that we know keeps its value (boilerplate of transformers aside)."""
+    published = json.loads((golden / "config.json").read_text())
+    ours = config_to_published(config_from_published(published), {np.dtype("f4")})
+    skip = {"vision_zoe_config", "transformers_version", "_attn_implementation_autoset"}
+
+    def check(a, b, where):
+        for key, value in a.items():
+            if key in skip:
+                continue
+            assert key in b, f"{where}{key}"
+            if isinstance(value, dict):
+                check(value, b[key], f"{where}{key}.")
+            else:
+                assert b[key] == value, f"{where}{key}"
+
+    check(published, ours, "")
+
+
+def test_release_processor_files(checkpoint, directory, processor):
+    """Without processor.json the release's own files give the same grid, statistics, intrinsics and tokenizer."""
+    (directory / "processor.json").unlink()
+    read = read_huggingface(directory).processor
+    assert read is not None
+    assert read.tokenizer.to_bytes() == processor.tokenizer.to_bytes()
+    assert read.statistics == processor.statistics
+    assert read.intrinsics == {"default": processor.intrinsics["toy"]} | processor.intrinsics
+    jax.tree.map(np.testing.assert_array_equal, read.grid, processor.grid)
+    release = json.loads((directory / "processor_config.json").read_text())
+    assert release["action_config"]["num_bins"]["total"] == processor.grid.vocab_size
+    assert release["action_chunk_size"] == checkpoint.config.action_chunk
+    (directory / "tokenizer.model").unlink()
+    with pytest.raises(InputError, match=r"no tokenizer\.model"):
+        read_huggingface(directory)
+
+
+def test_a_linear_grid_has_no_release_files(checkpoint, processor, tmp_path):
+    linear = replace(checkpoint, processor=replace(processor, grid=linear_grid()))
+    write_huggingface(tmp_path / "m", linear)
+    assert not (tmp_path / "m" / "processor_config.json").exists()
+    assert equal(read_huggingface(tmp_path / "m"), linear)
+
+
+# What may be wrong: (damage to the directory, what the sentence must say).
+def unknown(d):
+    edit_weights(d, lambda t: t.update({f"extra.{i:02}": np.zeros(2, np.float32) for i in range(12)}))
+
+
+def missing(d):
+    edit_weights(d, lambda t: t.pop("spatial_embed_tokens.weight"))
+
+
+def misshapen(d):
+    edit_weights(d, lambda t: t.update({"spatial_embed_tokens.weight": np.zeros((130, 25), np.float32)}))
+
+
+def integer(d):
+    edit_weights(d, lambda t: t.update({"spatial_embed_tokens.weight": np.zeros((130, 24), np.int32)}))
+
+
+def mixed_layers(d):
+    key = "language_model.model.layers.2.mlp.down_proj.weight"
+    edit_weights(d, lambda t: t.update({key: t[key].astype(np.float16)}))
+
+
+def not_finite(d):
+    def edit(t):
+        t["language_model.model.norm.weight"][3] = np.nan
+        t["multi_modal_projector.linear.bias"][0] = np.inf
+
+    edit_weights(d, edit)
+
+
+def truncated(d):
+    data = (d / "model.safetensors").read_bytes()
+    (d / "model.safetensors").write_bytes(data[:-100])
+
+
+def truncated_header(d):
+    data = (d / "model.safetensors").read_bytes()
+    (d / "model.safetensors").write_bytes(data[:100])
+
+
+def no_weights(d):
+    (d / "model.safetensors").unlink()
+
+
+def absent_shard(d):
+    weight_map = dict.fromkeys(load_file(d / "model.safetensors"), "model-00001-of-00002.safetensors")
+    (d / "model.safetensors").rename(d / "other.safetensors")
+    (d / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def wrong_index(d):
+    (d / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"no.such.key": "model.safetensors"}}))
+
+
+def other_config(d):
+    edit_json(d / "config.json", spatial_token_num=131)
+
+
+def deeper_config(d):
+    text = json.loads((d / "config.json").read_text())["text_config"]
+    edit_json(d / "config.json", text_config=text | {"num_hidden_layers": 5})
+
+
+def poor_config(d):
+    (d / "config.json").write_text('{"model_type": "paligemma", "text_config": {}, "vision_config": {}}')
+
+
+def no_json(d):
+    (d / "config.json").write_text("{")
+
+
+@pytest.mark.parametrize(
+    "damage, says",
+    [
+        (unknown, r"12 tensors unknown: extra\.00, .*extra\.09, …"),
+        (missing, r"1 tensor missing: spatial_embed_tokens\.weight"),
+        (misshapen, r"another shape .*spatial_embed_tokens\.weight \(130, 25\) instead of \(130, 24\)"),
+        (integer, r"another dtype than F32, BF16, F16: spatial_embed_tokens\.weight \(I32\)"),
+        (mixed_layers, r"another dtype .*layers\.2\.mlp\.down_proj"),
+        (not_finite, r"2 tensors not finite: language_model\.model\.norm\.weight, multi_modal"),
+        (truncated, r"cut short: \d+ bytes of \d+"),
+        (truncated_header, "cut short inside its header"),
+        (no_weights, r"neither model\.safetensors nor model\.safetensors\.index\.json"),
+        (absent_shard, r"93 tensors in a shard that does not exist: .*\(model-00001-of-00002\.safetensors\)"),
+        (wrong_index, r"1 tensor named but in no shard: no\.such\.key"),
+        (other_config, r"spatial_embed_tokens\.weight \(130, 24\) instead of \(131, 24\)"),
+        (deeper_config, r"11 tensors missing: language_model\.model\.layers\.4\."),
+        (poor_config, "has no field"),
+        (no_json, "cannot be read as JSON"),
+    ],
+)
+def test_bad_directories_are_named(directory, damage, says):
+    damage(directory)
+    with pytest.raises(InputError, match=says) as raised:
+        read_huggingface(directory)
+    assert str(directory) in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_ignoring_is_explicit(golden, tmp_path):
+    """ZoeDepth's tensors in a model that takes depth from its data are an error unless asked for."""
+    shutil.copytree(golden, tmp_path / "m")
+    edit_json(tmp_path / "m" / "config.json", spatialvla_jax={"depth": "dataset"})
+    with pytest.raises(InputError, match="287 tensors unknown: vision_zoe_model"):
+        read_huggingface(tmp_path / "m")
+    assert read_huggingface(tmp_path / "m", ignore=(ZOE,)).ignored == 287
+
+
+def test_the_destination_stays_as_it_was(checkpoint, directory, tmp_path):
+    before = {p.name: p.read_bytes() for p in directory.iterdir()}
+    with pytest.raises(InputError, match="exists"):
+        write_huggingface(directory, checkpoint)
+    assert {p.name: p.read_bytes() for p in directory.iterdir()} == before
+    leaves = {path: leaf for path, leaf in checkpoint.leaves.items() if path != "spatial_embedding"}
+    with pytest.raises(InputError, match=r"1 tensor missing for its config: spatial_embedding"):
+        write_huggingface(tmp_path / "new", replace(checkpoint, leaves=leaves))
+    assert [p.name for p in tmp_path.iterdir()] == [directory.name]
+
+
+def test_casting_is_rounding(checkpoint, tmp_path):
+    write_huggingface(tmp_path / "m", cast(checkpoint, "bfloat16"))
+    wide, narrow = checkpoint.params(), read_huggingface(tmp_path / "m").params()
+    same = jax.tree.map(lambda a, b: np.array_equal(jnp.asarray(a, jnp.bfloat16), b), wide, narrow)
+    assert all(jax.tree.leaves(same))

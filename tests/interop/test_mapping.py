@@ -1,0 +1,98 @@
+from dataclasses import replace
+from math import prod
+
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from safetensors.numpy import load_file
+
+from spatialvla_jax.interop.huggingface import read_config
+from spatialvla_jax.interop.mapping import SPATIALVLA, Rule, flatten, param_shapes, slots
+from spatialvla_jax.models import preset
+from spatialvla_jax.models.beit import BeitConfig
+from spatialvla_jax.models.zoedepth import ZoeDepth, ZoeDepthConfig
+
+
+def zoedepth_shapes(config: ZoeDepthConfig) -> dict[str, tuple[int, ...]]:
+    image = jnp.zeros((1, 384, 384, 3))
+    params = jax.eval_shape(ZoeDepth(config, jnp.dtype("float32")).init, jax.random.key(0), image)["params"]
+    return {f"zoe/{path}": leaf.shape for path, leaf in flatten(params).items()}
+
+
+def test_every_golden_tensor_comes_back_byte_for_byte(golden):
+    """All 380, ZoeDepth's too: into our leaves, of which every number is written, and out again."""
+    published = load_file(golden / "model.safetensors")
+    tiny = ZoeDepthConfig(
+        backbone=BeitConfig(width=32, depth=4, num_heads=2, mlp_dim=64),
+        neck_widths=(16, 24, 32, 32),
+        fusion_width=16,
+        relative_features=8,
+        bottleneck_width=16,
+        bin_embedding_dim=16,
+        num_bins=8,
+        classifier_mlp_dim=64,
+    )
+    shapes = param_shapes(replace(read_config(golden / "config.json"), depth="dataset")) | zoedepth_shapes(tiny)
+    table = slots(shapes)
+    assert {slot.key: slot.shape for slot in table} == {key: tensor.shape for key, tensor in published.items()}
+    leaves = {path: np.full(shape, np.nan, np.float32) for path, shape in shapes.items()}
+    for slot in table:
+        slot.to_ours(published[slot.key], leaves[slot.path])
+    assert all(np.isfinite(leaf).all() for leaf in leaves.values())
+    for slot in table:
+        assert slot.to_published(leaves[slot.path]).tobytes() == published[slot.key].tobytes(), slot.key
+
+
+def test_full_size_has_the_published_number_of_parameters():
+    shapes = param_shapes(preset("spatialvla-4b-224", depth="dataset")) | zoedepth_shapes(ZoeDepthConfig())
+    table = slots(shapes)
+    assert sum(prod(slot.shape) for slot in table) == 4_027_854_731
+    assert len({slot.key for slot in table}) == len(table)
+
+
+def test_no_name_appears_twice():
+    keys = [key for rule in SPATIALVLA for key in rule.keys]
+    assert len(keys) == len(set(keys)) and len({rule.path for rule in SPATIALVLA}) == len(SPATIALVLA)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    left=st.permutations("ABCD"),
+    right=st.permutations("ABCD"),
+    group=st.integers(1, 3),
+    sizes=st.lists(st.integers(1, 4), min_size=4, max_size=4),
+    several_keys=st.booleans(),
+    stacks=st.integers(0, 2),
+)
+def test_any_layout_inverts(left, right, group, sizes, several_keys, stacks):
+    """Random permutations with a grouped axis, stacked keys and up to two layer axes: there and back is bit-exact."""
+    layout = f"({' '.join(left[:group])}) {' '.join(left[group:])} -> {' '.join(right)}"
+    keys = ("a.{layer}", "b.{layer}")[: 1 + several_keys]
+    shape = (3, 2)[:stacks] + (2,) * several_keys + tuple(sizes)
+    table = slots({"leaf": shape}, [Rule("leaf", layout, keys)])
+    leaf = np.arange(prod(shape)).reshape(shape)
+    published = {slot.key: slot.to_published(leaf) for slot in table}
+    assert len(published) == len(table) == prod(shape[:-4])
+    again = np.full_like(leaf, -1)
+    for slot in table:
+        assert published[slot.key].shape == slot.shape
+        slot.to_ours(published[slot.key], again)
+    np.testing.assert_array_equal(again, leaf)
+
+
+def test_layout_against_einsum():
+    """What "(N H) D -> N D H" means: the same product from the published matrix and from ours."""
+    rng = np.random.default_rng(0)
+    x, w = rng.normal(size=(5, 6)), rng.normal(size=(2 * 3, 6))
+    (slot,) = slots({"q": (2, 6, 3)}, [Rule("q", "(N H) D -> N D H", ("q",))])
+    ours = np.empty((2, 6, 3))
+    slot.to_ours(w, ours)
+    np.testing.assert_allclose(np.einsum("td,ndh->tnh", x, ours).reshape(5, 6), x @ w.T)
+
+
+def test_a_leaf_without_a_rule_is_named():
+    with pytest.raises(KeyError, match="img/new"):
+        slots({"img/new": (3,)})

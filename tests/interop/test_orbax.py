@@ -1,0 +1,108 @@
+import json
+import resource
+from contextlib import contextmanager
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from spatialvla_jax.errors import InputError
+from spatialvla_jax.interop import read_orbax, write_huggingface, write_orbax
+from spatialvla_jax.interop.formats import cast, equal
+from spatialvla_jax.processor import model_to_dict
+
+
+def save_run(workdir, checkpoint, *, step=7, params=None, metadata=None):
+    """A checkpoint as training writes it: device arrays, with an optimizer."""
+    params = jax.tree.map(jnp.asarray, checkpoint.params() if params is None else params)
+    facts = {"model": model_to_dict(checkpoint.config), "processor": checkpoint.processor.to_dict(), "train_config": {}}
+    items = ocp.args.Composite(
+        params=ocp.args.StandardSave(params),
+        optimizer=ocp.args.StandardSave({"mu": jnp.zeros(3)}),
+        metadata=ocp.args.JsonSave({"step": step, **(facts if metadata is None else metadata)}),
+    )
+    with ocp.CheckpointManager((workdir / "checkpoints").absolute()) as manager:
+        manager.save(step, args=items)
+        manager.wait_until_finished()
+
+
+@contextmanager
+def no_room(limit):
+    """Files end at `limit` bytes, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_we_write_we_read_back(checkpoint, tmp_path, dtype):
+    stored = cast(checkpoint, dtype)
+    write_orbax(tmp_path / "run", stored)
+    assert equal(read_orbax(tmp_path / "run"), stored)
+    assert equal(read_orbax(tmp_path / "run" / "checkpoints" / "0"), stored)
+
+
+def test_a_training_run_gives_its_newest_step(checkpoint, tmp_path):
+    old = jax.tree.map(np.zeros_like, checkpoint.params())
+    save_run(tmp_path, checkpoint, step=3, params=old)
+    save_run(tmp_path, checkpoint, step=20)
+    (tmp_path / "checkpoints" / "30.orbax-checkpoint-tmp-1").mkdir()  # killed while saving
+    assert equal(read_orbax(tmp_path), checkpoint)
+    assert not np.any(read_orbax(tmp_path / "checkpoints" / "3").params()["spatial_embedding"])
+
+
+def test_bad_runs_are_named(checkpoint, tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(InputError, match="no finished checkpoint"):
+        read_orbax(tmp_path)
+
+    save_run(tmp_path / "a", checkpoint, metadata={"model": {"img": {}}})
+    with pytest.raises(InputError, match="metadata does not describe a model"):
+        read_orbax(tmp_path / "a")
+
+    facts = {"model": model_to_dict(replace(checkpoint.config, spatial_tokens=131)), "processor": None}
+    save_run(tmp_path / "b", checkpoint, metadata=facts)
+    with pytest.raises(InputError, match=r"spatial_embedding \(130, 24\) instead of \(131, 24\)"):
+        read_orbax(tmp_path / "b")
+
+    params = checkpoint.params()
+    del params["spatial_embedding"]
+    save_run(tmp_path / "c", checkpoint, params=params)
+    with pytest.raises(InputError, match="1 tensor missing for its config: spatial_embedding"):
+        read_orbax(tmp_path / "c")
+
+    params["spatial_embedding"] = np.full((130, 24), np.nan, np.float32)
+    save_run(tmp_path / "d", checkpoint, params=params)
+    with pytest.raises(InputError, match="1 tensor not finite: spatial_embedding"):
+        read_orbax(tmp_path / "d")
+
+
+def test_damaged_files_are_named(checkpoint, tmp_path):
+    write_orbax(tmp_path / "run", checkpoint)
+    step = tmp_path / "run" / "checkpoints" / "0"
+    for data in (step / "params").rglob("d/*"):
+        data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
+    with pytest.raises(InputError, match="params cannot be read"):
+        read_orbax(tmp_path / "run")
+    (step / "metadata" / "metadata").write_text("{")
+    with pytest.raises(InputError, match="metadata cannot be read as JSON"):
+        read_orbax(tmp_path / "run")
+
+
+@pytest.mark.parametrize("write", [write_orbax, write_huggingface])
+def test_a_full_disk_leaves_nothing(checkpoint, tmp_path, write):
+    with no_room(20_000), pytest.raises(InputError, match="run cannot be written"):
+        write(tmp_path / "run", checkpoint)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_metadata_is_what_training_writes(checkpoint, tmp_path):
+    write_orbax(tmp_path / "run", checkpoint)
+    metadata = json.loads((tmp_path / "run" / "checkpoints" / "0" / "metadata" / "metadata").read_text())
+    assert metadata.keys() == {"step", "model", "processor", "train_config"} and metadata["step"] == 0
