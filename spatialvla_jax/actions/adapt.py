@@ -1,5 +1,7 @@
 """Spatial embedding adaption: a table of one grid interpolated at the bin centres of another (paper III-B)."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -42,8 +44,7 @@ def _adapt(old_grid: ActionGrid, new_grid: ActionGrid, table: Float[Array, "V_ol
             weight[:, None] * jnp.take(table, start + row, axis=0, mode="clip")
             for row, weight in zip(rows, weights, strict=True)
         ]
-        mixture = sum(corners[1:], corners[0])
-        parts.append(mixture.astype(table.dtype))
+        parts.append(functools.reduce(jnp.add, corners).astype(table.dtype))
     return jnp.concatenate([*parts, table[-2:]])
 
 

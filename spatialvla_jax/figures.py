@@ -1,0 +1,313 @@
+"""Figures as PNG files: plain arrays in, a file out, written by rename. No pyplot, so no state is shared."""
+
+import os
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from jaxtyping import Float
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from spatialvla_jax.actions import ActionGrid, fit_gaussians
+from spatialvla_jax.actions.gaussian import RANGES
+from spatialvla_jax.actions.grid import to_spherical
+
+# Okabe-Ito: told apart with any colour vision and in grey print.
+BLUE, ORANGE, GREEN, RED, GREY, DARK = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#9A9A9A", "#222222"
+
+STYLE: dict[Any, Any] = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.labelsize": 9,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.fontsize": 8.5,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.8,
+    "axes.edgecolor": DARK,
+    "mathtext.fontset": "dejavusans",
+    "grid.color": "#E4E4E4",
+    "grid.linewidth": 0.6,
+}
+
+Pathlike = str | os.PathLike[str]
+
+
+def loss_curve(path: Pathlike, records: Sequence[Mapping[str, Any]]) -> None:
+    """Loss and token accuracies over the steps.
+
+    `records` are those of metrics.jsonl: "step" with "loss", "accuracy/translation", "accuracy/rotation" and
+    "accuracy/gripper" for training, the same under "val/" for validation; every key but "step" may be absent.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(10.4, 3.6), layout="constrained")
+        left, right = figure.subplots(1, 2)
+
+        _curve(left, records, "loss", BLUE, "training")
+        _curve(left, records, "val/loss", RED, "validation")
+        left.set(title="Loss", xlabel="step", ylabel="cross-entropy per token (nats)")
+        left.set_ylim(bottom=0)
+
+        for name, colour in (("translation", BLUE), ("rotation", GREEN), ("gripper", ORANGE)):
+            _curve(right, records, f"accuracy/{name}", colour, name)
+            _curve(right, records, f"val/accuracy/{name}", colour, f"{name}, val.")
+        right.set(title="Token accuracy", xlabel="step", ylabel="fraction correct", ylim=(0, 1.02))
+
+        for axes, place in (
+            (left, {"loc": "upper right"}),
+            (right, {"loc": "center left", "bbox_to_anchor": (1, 0.5)}),
+        ):
+            axes.grid()
+            axes.set_axisbelow(True)
+            axes.set_xlim(left=0)
+            if axes.get_legend_handles_labels()[0]:
+                axes.legend(**place)
+        _save(figure, path)
+
+
+def action_grid(path: Pathlike, grid: ActionGrid, actions: Float[np.ndarray, "N 7"]) -> None:
+    """A grid over the data that it is for, as in the paper's Fig. 3.
+
+    Left, in 3-D: the translations' directions with the (theta, phi) cells on the unit sphere, and the translations
+    themselves with the cells cut by the planes z = 0 and y = 0. Right, per variable: the data, the Gaussian fitted to
+    it and the bin edges. `actions` f32[N, 7] are normalised.
+    """
+    actions = np.asarray(actions, np.float32).reshape(-1, 7)
+    spherical = np.asarray(to_spherical(actions[:, :3]))
+    values = np.concatenate([spherical, actions[:, 3:6].clip(-1, 1)], 1)
+    shown = np.random.default_rng(0).permutation(len(actions))[:3000]
+    edges = [np.asarray(e, np.float64) for e in grid.edges]
+
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(12.6, 7), layout="constrained")
+        places = figure.add_gridspec(2, 6, height_ratios=[2.1, 1])
+        solids = [figure.add_subplot(places[0, 2 * i : 2 * i + 2], projection="3d") for i in range(3)]
+        _sphere(solids[0], edges, spherical[shown])
+        _ball(solids[1], edges, actions[shown, :3], spherical[shown])
+        _box(solids[2], edges, values[shown, 3:6])
+        stats = fit_gaussians(actions)
+        for i, symbol in enumerate((r"$\theta$", r"$\phi$", "$r$", "roll", "pitch", "yaw")):
+            axes = figure.add_subplot(places[1, i])
+            _histogram(axes, values[:, i], edges[i], stats[i], RANGES[i])
+            mu, sigma = stats[i].round(3) + 0.0  # no "-0"
+            axes.set_title(f"$\\mu={mu:g}$, $\\sigma={sigma:g}$", fontsize=8.5)
+            axes.set_xlabel(
+                f"{symbol} (rad), {len(edges[i]) - 1} bins" if i < 2 else f"{symbol}, {len(edges[i]) - 1} bins"
+            )
+        handles, labels = figure.axes[-1].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=3)
+        _save(figure, path)
+
+
+def trajectories(path: Pathlike, episodes: Sequence[Mapping[str, Any]]) -> None:
+    """Predicted against expert end-effector paths of one to three episodes: the running sums of their actions.
+
+    Each episode is {"expert": f32[L, 7], "predicted": f32[L, 7], "title": str (optional)}, actions in robot units with
+    the gripper 0 closed ... 1 open. A thick line is a closed gripper; triangles show where it closes and opens.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(4.6 * len(episodes), 5))
+        figure.subplots_adjust(left=0, right=0.97, bottom=0.1, top=0.9, wspace=0.06)
+        for i, episode in enumerate(episodes):
+            axes = figure.add_subplot(1, len(episodes), i + 1, projection="3d")
+            paths = {}
+            for name, colour in (("expert", DARK), ("predicted", RED)):
+                actions = np.asarray(episode[name], np.float64)
+                paths[name] = np.concatenate([np.zeros((1, 3)), np.cumsum(actions[:, :3], 0)])
+                _path(axes, paths[name], actions[:, 6] < 0.5, colour)
+            _cube(axes, np.concatenate(list(paths.values())))
+            axes.set_title(textwrap.fill(episode.get("title", ""), 44), pad=0)
+        marks = [
+            Line2D([], [], color=DARK, label="expert"),
+            Line2D([], [], color=RED, label="predicted"),
+            Line2D([], [], color=GREY, linewidth=4, label="gripper closed"),
+            _mark("o", "start"),
+            _mark("v", "closes"),
+            _mark("^", "opens"),
+            _mark("s", "end"),
+        ]
+        figure.legend(handles=marks, loc="lower center", ncols=len(marks) if len(episodes) > 1 else 4)
+        _save(figure, path)
+
+
+def _curve(axes: Any, records: Sequence[Mapping[str, Any]], key: str, colour: str, label: str) -> None:
+    points = np.array([(r["step"], r[key]) for r in records if key in r], float).reshape(-1, 2)
+    if not len(points):
+        return
+    steps, values = points.T
+    if key.startswith("val/"):
+        axes.plot(steps, values, "--o", color=colour, markersize=3.5, linewidth=1.2, label=label)
+        return
+    # The raw values pale, and their running mean over a fiftieth of the run on top.
+    width = max(1, len(values) // 50)
+    mean = np.convolve(np.pad(values, (width // 2, (width - 1) // 2), "edge"), np.full(width, 1 / width), "valid")
+    axes.plot(steps, values, color=colour, linewidth=0.7, alpha=0.3)
+    axes.plot(steps, mean, color=colour, linewidth=1.6, label=label)
+
+
+def _histogram(
+    axes: Any,
+    values: Float[np.ndarray, " N"],
+    edges: Float[np.ndarray, " n"],
+    stats: Float[np.ndarray, " 2"],
+    bounds: tuple[float, float],
+) -> None:
+    mu, sigma = stats
+    axes.hist(values, bins=80, range=bounds, density=True, color="#BBD3E8", label="data")
+    top = axes.get_ylim()[1]
+    axes.vlines(edges, 0, top, color=GREY, linewidth=0.7, label="bin edges")
+    x = np.linspace(*bounds, 400)
+    if sigma > 0:
+        density = np.exp(-(((x - mu) / sigma) ** 2) / 2) / sigma
+        # Scaled to its mass within the range, as the grid cuts it.
+        axes.plot(x, density / np.trapezoid(density, x), color=RED, linewidth=1.6, label="Gaussian fitted to the data")
+    axes.set_xlim(*bounds)
+    axes.set_ylim(0, top)
+    axes.set_yticks([])
+    axes.spines["left"].set_visible(False)
+
+
+def _sphere(axes: Any, edges: list[np.ndarray], spherical: np.ndarray) -> None:
+    """Directions as points on the unit sphere under its (theta, phi) cells; the far side is paler."""
+    _view(axes, (1, 1, 1), 1.28)
+    _arrows(axes, 1)
+    theta, phi, _ = edges[:3]
+    lines = [_direction(np.full(181, t), np.linspace(-np.pi, np.pi, 181)) for t in theta[1:-1]]
+    lines += [_direction(np.linspace(0, np.pi, 91), np.full(91, p)) for p in phi[:-1]]
+    for line in lines:
+        near = _near(axes, line)
+        for side, colour, width in ((~near, "#E2E2E2", 0.5), (near, "#777777", 0.6)):
+            axes.plot(*np.where(side[:, None], line, np.nan).T, color=colour, linewidth=width, zorder=1)
+    points = _direction(spherical[:, 0], spherical[:, 1])
+    near = _near(axes, points)
+    axes.scatter(*points[~near].T, s=2, color=BLUE, alpha=0.08, linewidths=0, depthshade=False)
+    axes.scatter(*points[near].T, s=4, color=BLUE, alpha=0.6, linewidths=0, depthshade=False)
+    axes.set_title(f"translation, direction only: {len(theta) - 1} × {len(phi) - 1} cells of $\\theta$, $\\phi$")
+
+
+def _ball(axes: Any, edges: list[np.ndarray], xyz: np.ndarray, spherical: np.ndarray) -> None:
+    """Translations coloured by their r bin, with the cells that the planes z = 0 and y = 0 cut open."""
+    theta, phi, r = edges[:3]
+    reach = np.quantile(spherical[:, 2], 0.99)
+    shells = r[1:-1][r[1:-1] <= max(reach, r[1])]
+    outer = shells[-1] if len(shells) else max(reach, 1e-3)
+    _view(axes, (outer,) * 3, 1.28)
+    _arrows(axes, outer)
+    circle = np.linspace(-np.pi, np.pi, 181)
+    for radius in shells:
+        axes.plot(*(radius * _direction(np.full(181, np.pi / 2), circle)).T, color="#777777", linewidth=0.7)
+        axes.plot(
+            *(radius * _direction(np.abs(circle), np.where(circle < 0, np.pi, 0))).T, color="#BBBBBB", linewidth=0.7
+        )
+    for p in phi[:-1]:
+        axes.plot(*np.stack([np.zeros(3), outer * _direction(np.pi / 2, p)]).T, color="#777777", linewidth=0.5)
+    for t in theta:
+        for p in (0, np.pi):
+            axes.plot(*np.stack([np.zeros(3), outer * _direction(t, p)]).T, color="#BBBBBB", linewidth=0.5)
+    inside = spherical[:, 2] <= outer
+    shell = np.searchsorted(r[1:-1], spherical[inside, 2], side="right")
+    axes.scatter(
+        *xyz[inside].T,
+        c=shell,
+        cmap="viridis",
+        vmin=0,
+        vmax=1.2 * max(shell.max(initial=0), 1),
+        s=4,
+        alpha=0.6,
+        linewidths=0,
+        depthshade=False,
+    )
+    axes.set_title(f"translation: {len(r) - 1} bins of $r$ (colour), cells cut at $z=0$, $y=0$")
+
+
+def _box(axes: Any, edges: list[np.ndarray], angles: np.ndarray) -> None:
+    """Rotations as points in front of three walls ruled with the cells; each axis to its own scale."""
+    reach = np.maximum(np.quantile(np.abs(angles), 0.995, axis=0), 1e-3)
+    _view(axes, reach, 0.95)
+    for wall, side in enumerate((-1, 1, -1)):
+        for across in {0, 1, 2} - {wall}:
+            ruled = edges[3 + across][np.abs(edges[3 + across]) < reach[across]]
+            for edge, colour in [*((e / reach[across], "#AAAAAA") for e in ruled), (-1, DARK), (1, DARK)]:
+                line = np.tile([[-1.0], [1.0]], 3)
+                line[:, wall], line[:, across] = side, edge
+                axes.plot(*(line * reach).T, color=colour, linewidth=0.6)
+    for i, (name, place) in enumerate((("roll", (0, -1.2, -1.1)), ("pitch", (1.2, 0, -1.1)), ("yaw", (1.15, 1.15, 0)))):
+        axes.text(*(np.array(place) * reach), f"{name}\n±{reach[i]:.2g}", ha="center", va="center")
+    inside = (np.abs(angles) <= reach).all(1)
+    axes.scatter(*angles[inside].T, s=4, color=BLUE, alpha=0.5, linewidths=0, depthshade=False)
+    axes.set_title(f"rotation: {' × '.join(str(len(e) - 1) for e in edges[3:])} cells of roll, pitch, yaw")
+
+
+def _direction(theta: Any, phi: Any) -> np.ndarray:
+    theta, phi = np.broadcast_arrays(theta, phi)
+    return np.stack([np.sin(theta) * np.cos(phi), np.sin(theta) * np.sin(phi), np.cos(theta)], -1)
+
+
+def _near(axes: Any, points: np.ndarray) -> np.ndarray:
+    """Which points of the unit sphere face the viewer."""
+    return points @ _direction(np.deg2rad(90 - axes.elev), np.deg2rad(axes.azim)) > 0
+
+
+def _view(axes: Any, reach: Sequence[float] | np.ndarray, zoom: float) -> None:
+    """A bare box from -reach to reach of each axis."""
+    axes.view_init(elev=22, azim=-58)
+    axes.set_proj_type("ortho")
+    axes.set(**{f"{k}lim": (-x, x) for k, x in zip("xyz", reach, strict=True)})
+    axes.set_box_aspect((1, 1, 1), zoom=zoom)
+    axes.set_axis_off()
+
+
+def _arrows(axes: Any, radius: float) -> None:
+    """The axes as they leave the sphere, named."""
+    for name, tip in zip("xyz", np.eye(3) * radius, strict=True):
+        axes.plot(*np.stack([tip, 1.16 * tip]).T, color=DARK, linewidth=1.4)
+        axes.text(*(1.25 * tip), name, ha="center", va="center")
+
+
+def _path(axes: Any, points: Float[np.ndarray, "L 3"], closed: np.ndarray, colour: str) -> None:
+    """`points` has one more row than `closed`: where each action starts, and the end."""
+    axes.plot(*points.T, color=colour, linewidth=1.3)
+    thick = np.concatenate([closed, [False]]) | np.concatenate([[False], closed])
+    gaps = np.where(thick[:, None], points, np.nan)
+    axes.plot(*gaps.T, color=colour, linewidth=4, alpha=0.35, solid_capstyle="round")
+    change = np.flatnonzero(np.diff(closed.astype(int))) + 1
+    for i in change:
+        axes.plot(*points[i : i + 1].T, "v" if closed[i] else "^", color=colour, markersize=7, markeredgecolor="white")
+    axes.plot(*points[:1].T, "o", color=colour, markersize=6, markeredgecolor="white")
+    axes.plot(*points[-1:].T, "s", color=colour, markersize=6, markeredgecolor="white")
+
+
+def _cube(axes: Any, points: Float[np.ndarray, "N 3"]) -> None:
+    """Equal scales: a cube around all points."""
+    low, high = points.min(0), points.max(0)
+    middle, half = (low + high) / 2, max((high - low).max() / 2, 1e-6) * 1.05
+    axes.set(**{f"{k}lim": (m - half, m + half) for k, m in zip("xyz", middle, strict=True)})
+    axes.set_proj_type("ortho")
+    axes.view_init(elev=24, azim=-58)
+    axes.set_box_aspect((1, 1, 1), zoom=0.95)
+    for name, axis in zip("xyz", (axes.xaxis, axes.yaxis, axes.zaxis), strict=True):
+        axis.set_pane_color((0.97, 0.97, 0.97, 1))
+        axis.line.set_color("#BBBBBB")
+        axis.set_major_locator(MaxNLocator(4))
+        axis.set_label_text(rf"$\Sigma\,\Delta {name}$")
+        axis.labelpad = 1
+    axes.tick_params(labelsize=7.5, pad=1)
+
+
+def _mark(marker: str, label: str) -> Line2D:
+    return Line2D([], [], color=GREY, marker=marker, markersize=6, linestyle="", label=label)
+
+
+def _save(figure: Figure, path: Pathlike) -> None:
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    FigureCanvasAgg(figure).print_figure(temporary, format="png", dpi=150, facecolor="white")
+    os.replace(temporary, path)
