@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
+from ml_collections import ConfigDict
 
 from spatialvla_jax.data import mixture
 from spatialvla_jax.data.images import decode_batches, scale_intrinsics, tensorflow
@@ -34,7 +35,7 @@ class _Split:
 
 
 def load_data(
-    config: Mapping[str, Any],
+    config: Mapping[str, Any] | ConfigDict,
     *,
     image_size: int,
     action_chunk: int = 4,
@@ -57,6 +58,7 @@ def load_data(
     call reads the datasets once and caches an index; `progress(name, shards done, shards)` is called meanwhile.
     Raises InputError for anything wrong in the config or the data.
     """
+    config = config.to_dict() if isinstance(config, ConfigDict) else config
     return Loader(config, image_size, action_chunk, depth, statistics, tokenizer, progress)
 
 
@@ -238,7 +240,7 @@ class Loader:
             ids = samples(step)
             try:
                 images = next(decoded)
-            except (tf.errors.OpError, StopIteration):
+            except tf.errors.OpError:
                 self._find_broken(split, ids)
                 raise
             yield self._assemble(split, ids, images)

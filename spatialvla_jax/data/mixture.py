@@ -8,9 +8,10 @@ pass. Nothing is buffered and nothing depends on how many hosts read.
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, UInt64
 
 from spatialvla_jax.errors import InputError
 
@@ -57,56 +58,63 @@ def draw(
     mixture: Mixture, seed: int, samples: Int[np.ndarray, " B"]
 ) -> tuple[Int[np.ndarray, " B"], Int[np.ndarray, " B"]]:
     """Dataset i64[B] and frame within it i64[B] of the samples with global numbers `samples` i64[B]."""
-    dataset, frame = np.empty_like(samples), np.empty_like(samples)
     blocks, slots = np.divmod(samples, BLOCK)
-    nth = np.empty_like(samples)
+    dataset, nth = np.empty_like(samples), np.empty_like(samples)
     for block in np.unique(blocks):
         rows = blocks == block
         order, rank = _block(mixture.counts, seed, int(block))
         dataset[rows] = order[slots[rows]]
         nth[rows] = rank[slots[rows]] + block * np.asarray(mixture.counts)[dataset[rows]]
-    for number in np.unique(dataset).tolist():
-        size = mixture.sizes[number]
-        for epoch in np.unique(nth[dataset == number] // size).tolist():
-            rows = (dataset == number) & (nth // size == epoch)
-            frame[rows] = permute(nth[rows] % size, size, (seed, 1, number, epoch))
-    return dataset, frame
+    sizes = np.asarray(mixture.sizes)[dataset]
+    epoch, position = np.divmod(nth, sizes)
+    return dataset, permute(position, sizes, _key(seed, 1, dataset, epoch))
 
 
 @functools.lru_cache(maxsize=4)
 def _block(counts: tuple[int, ...], seed: int, block: int) -> tuple[np.ndarray, np.ndarray]:
     """Of one block: the dataset of every slot, and how many slots before it in the block have the same dataset."""
-    order = np.repeat(np.arange(len(counts)), counts)[permute(np.arange(BLOCK), BLOCK, (seed, 0, block))]
+    order = np.repeat(np.arange(len(counts)), counts)[permute(np.arange(BLOCK), BLOCK, _key(seed, 0, block))]
     by_dataset = np.argsort(order, kind="stable")
     rank = np.empty_like(order)
     rank[by_dataset] = np.arange(BLOCK) - np.repeat(np.cumsum((0, *counts[:-1])), counts)
     return order, rank
 
 
-def permute(positions: Int[np.ndarray, " B"], size: int, key: tuple[int, ...]) -> Int[np.ndarray, " B"]:
-    """Positions in a seeded random order of range(size): a bijection computed point by point, without a table.
+def permute(
+    positions: Int[np.ndarray, " B"], sizes: Int[np.ndarray, " B"] | int, keys: UInt64[np.ndarray, " B"] | np.uint64
+) -> Int[np.ndarray, " B"]:
+    """Where `positions` < `sizes` go in the random order of range(size) that each key stands for: a bijection for every
+    size and key, computed point by point without a table. `sizes` and `keys` broadcast against `positions`.
 
-    A Feistel network over the smallest even number of bits that holds `size`, walked until it lands inside (Black and
+    A Feistel network over the smallest even number of bits that holds the size, walked until it lands inside (Black and
     Rogaway 2002, "Ciphers with arbitrary finite domains").
     """
-    half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
-    mask = (np.uint64(1) << half) - np.uint64(1)
-    round_keys = np.random.SeedSequence(key).generate_state(_ROUNDS, np.uint64)
+    sizes, keys = (np.broadcast_to(value, positions.shape) for value in (sizes, keys))
+    half = np.maximum(1, (np.frexp(sizes - 1)[1] + 1) // 2).astype(np.uint64)  # frexp's exponent is the bit length
 
-    def shuffle(value: np.ndarray) -> np.ndarray:
+    def shuffle(value: np.ndarray, half: np.ndarray, keys: np.ndarray) -> np.ndarray:
+        mask = (np.uint64(1) << half) - np.uint64(1)
         left, right = value >> half, value & mask
-        for round_key in round_keys:
-            left, right = right, left ^ (_mix(right + round_key) & mask)
+        for number in range(_ROUNDS):
+            left, right = right, left ^ (_mix(_mix(keys + np.uint64(number)) ^ right) & mask)
         return (left << half) | right
 
-    value = shuffle(positions.astype(np.uint64))
-    while (outside := value >= size).any():
-        value[outside] = shuffle(value[outside])
+    value = shuffle(positions.astype(np.uint64), half, keys)
+    while (outside := np.flatnonzero(value >= sizes)).size:
+        value[outside] = shuffle(value[outside], half[outside], keys[outside])
     return value.astype(np.int64)
 
 
+def _key(*parts: Any) -> UInt64[np.ndarray, " B"]:
+    """One number out of several, of which some may be arrays."""
+    key = np.zeros(1, np.uint64)
+    for part in parts:
+        key = _mix((key ^ np.asarray(part).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15))
+    return key
+
+
 def _mix(value: np.ndarray) -> np.ndarray:
-    """Finaliser of SplitMix64: every input bit reaches every output bit."""
+    """Finaliser of SplitMix64 (Steele, Lea and Flood 2014): every input bit reaches every output bit."""
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return value ^ (value >> np.uint64(31))

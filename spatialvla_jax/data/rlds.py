@@ -43,8 +43,8 @@ def open_rlds(path: str | os.PathLike[str]) -> Any:
 
 
 def split_shards(builder: Any, split: str) -> list[tuple[Path, int]]:
-    """The shards of a split, in order, each (file, episodes in it). Raises InputError naming the splits that exist, or a
-    shard that does not."""
+    """The shards of a split, in order, each (file, episodes in it). Raises InputError naming the splits that exist, or
+    a shard that does not."""
     splits = sorted(name for name in builder.info.splits if name != "all")
     if split not in splits:
         raise InputError(f"{builder.data_dir} has no split {split!r}: it has {', '.join(splits) or 'none'}")
@@ -88,16 +88,18 @@ def read_episodes(
 def _episode(
     record: bytes, offset: int, spec: DatasetSpec, shapes: dict[str, tuple[int, ...]]
 ) -> dict[str, np.ndarray]:
-    values = read_example(record, {f"steps/{key}" for key in shapes})
+    features = read_example(record, {f"steps/{key}" for key in shapes})
     steps: dict[str, np.ndarray] = {}
-    length = len(values.get(f"steps/{spec.image}", ()))
+    length = len(features.get(f"steps/{spec.image}", ()))
     for key, shape in shapes.items():
-        value = values.get(f"steps/{key}", np.empty(0))
-        bytes_like = key in (spec.image, spec.depth, spec.language)
-        shape = (2,) if bytes_like else shape
+        value = features.get(f"steps/{key}", np.empty(0))
         if value.size != length * int(np.prod(shape)):
             raise InputError(f"{key!r} has {value.size} values for {length} steps of shape {shape}")
-        steps[key] = value.reshape(length, *shape)
+        value = value.reshape(length, *shape)
+        if (broken := np.argwhere(~np.isfinite(value))).size:
+            step, *place = broken[0].tolist()
+            raise InputError(f"step {step} has the {key} value {value[tuple(broken[0])]} in dimension {place}")
+        steps[key] = value
     action = np.concatenate([steps[key].reshape(length, -1) for key in spec.action], axis=1).astype(np.float32)
     language = np.asarray([_text(record, *span) for span in steps[spec.language]], object)
     if not length:
@@ -114,10 +116,6 @@ def _episode(
         episode["intrinsics"] = steps[spec.intrinsics].astype(np.float32)
     episode |= {key: steps[key] for key in spec.arrays}
     episode = apply_operations(episode, spec.operations)
-    if (broken := np.argwhere(~np.isfinite(episode["action"]))).size:
-        step, dimension = broken[0]
-        value = episode["action"][step, dimension]
-        raise InputError(f"step {episode['step'][step]} has the action value {value} in dimension {dimension}")
     if not len(episode["step"]):
         raise InputError(f"no steps are left of {length} after {[name for name, *_ in spec.operations]}")
     return {key: value[:0] for key, value in episode.items()} if skip else episode
@@ -131,7 +129,8 @@ def _text(record: bytes, start: int, length: int) -> str:
 
 
 def _shapes(name: str, builder: Any, spec: DatasetSpec) -> dict[str, tuple[int, ...]]:
-    """Shape of every key of a step that the spec reads; InputError when one is missing or the action is not 7 wide."""
+    """Shape of every key of a step that the spec reads; (2,) = (offset, length) where it is bytes. InputError when one
+    is missing or the action is not 7 wide."""
     if "steps" not in builder.info.features:
         raise InputError(f"{builder.data_dir} is not an RLDS dataset: its episodes have no 'steps'")
     keys = [spec.image, spec.language, *spec.action, *spec.arrays]
@@ -143,7 +142,9 @@ def _shapes(name: str, builder: Any, spec: DatasetSpec) -> dict[str, tuple[int, 
             if not hasattr(feature, "keys") or part not in feature:
                 raise InputError(f"Dataset {name!r} ({builder.data_dir}) has no key {key!r} in its steps")
             feature = feature[part]
-        shapes[key] = tuple(feature.shape)
+        shapes[key] = (2,) if key in (spec.image, spec.language, spec.depth) else tuple(feature.shape)
+        if key == spec.depth and feature.np_dtype != np.uint16:
+            raise InputError(f"Dataset {name!r} has {key!r} as {feature.np_dtype}; a 16-bit PNG is expected")
     width = sum(int(np.prod(shapes[key])) for key in spec.action)
     if width != 7:
         found = " + ".join(f"{key} {shapes[key]}" for key in spec.action)

@@ -73,11 +73,12 @@ def make_rlds(
 ) -> Path:
     """Writes `splits` ({name: episodes, each a list of step dicts}) and returns the version directory."""
     import tensorflow_datasets as tfds
+    from tensorflow_datasets.core.dataset_info import DatasetIdentity
 
     directory = Path(path) / name / version
     directory.mkdir(parents=True)
     features = tfds.features.FeaturesDict({"steps": tfds.features.Dataset(step_features or libero_features())})
-    identity = tfds.core.dataset_info.DatasetIdentity(
+    identity = DatasetIdentity(
         name=name, version=tfds.core.Version(version), data_dir=str(directory), module_name=""
     )
     info = tfds.core.DatasetInfo(builder=identity, features=features)

@@ -1,0 +1,245 @@
+import copy
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tensorflow_datasets as tfds
+from toy_rlds import libero_features, make_episodes, make_rlds
+
+from spatialvla_jax.data.index import load_index
+from spatialvla_jax.data.oxe import CATALOGUE, DatasetSpec
+from spatialvla_jax.errors import InputError
+
+LIBERO = CATALOGUE["libero"]
+
+
+def read(index, key, frame):
+    offset, size = index.arrays[key][frame]
+    with open(index.files[index.arrays["episode_file"][index.episode(frame)]], "rb") as file:
+        file.seek(offset)
+        return file.read(size)
+
+
+def test_equals_what_tfds_reads(rlds, tmp_path):
+    """Every frame's bytes, action, camera, language and episode, in the stored order."""
+    index = load_index("toy", rlds, LIBERO, "train", tmp_path)
+    builder = tfds.builder_from_directory(rlds)
+    skip = {"steps": {"observation": {"image": tfds.decode.SkipDecoding(), "depth": tfds.decode.SkipDecoding()}}}
+    dataset = builder.as_dataset("train", decoders=skip, read_config=tfds.ReadConfig(interleave_cycle_length=1))
+    frame = 0
+    for number, episode in enumerate(dataset):
+        for step, values in enumerate(episode["steps"].as_numpy_iterator()):
+            assert read(index, "image", frame) == values["observation"]["image"]
+            assert read(index, "depth", frame) == values["observation"]["depth"]
+            np.testing.assert_array_equal(index.arrays["intrinsics"][frame], values["observation"]["intrinsics"])
+            np.testing.assert_array_equal(index.arrays["action"][frame, :6], values["action"][:6])
+            assert index.arrays["action"][frame, 6] == (values["action"][6] < 0)
+            assert index.instructions[index.arrays["language"][frame]] == values["language_instruction"].decode()
+            assert index.episode(frame) == number and index.arrays["step"][frame] == step
+            frame += 1
+        assert index.arrays["episode_end"][number] == frame
+    assert frame == index.num_frames > 0 and index.num_episodes == 7 and len(index.files) == 3
+    rows = index.statistics["action"]
+    np.testing.assert_allclose(rows["q01"], np.quantile(index.arrays["action"], 0.01, axis=0), atol=1e-6)
+    assert index.statistics["num_transitions"] == frame and index.statistics["num_trajectories"] == 7
+
+
+def test_is_made_once(rlds, tmp_path):
+    calls = []
+    first = load_index("toy", rlds, LIBERO, "train", tmp_path, lambda *call: calls.append(call))
+    assert calls == [("toy", 1, 3), ("toy", 2, 3), ("toy", 3, 3)]
+    second = load_index("toy", rlds, LIBERO, "train", tmp_path, lambda *call: calls.append(call))
+    assert len(calls) == 3 and len(list(tmp_path.iterdir())) == 1
+    np.testing.assert_array_equal(first.arrays["image"], second.arrays["image"])
+    load_index("toy", rlds, DatasetSpec(), "train", tmp_path)  # another spec is another index
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_made_twice_at_once(rlds, tmp_path, monkeypatch):
+    """Two processes may make the same index: one of them wins, and both read it."""
+    from spatialvla_jax.data import index as module
+
+    original = os.replace
+
+    def replace(source, target):
+        monkeypatch.setattr(module.os, "replace", original)
+        load_index("toy", rlds, LIBERO, "val", tmp_path)  # the other process is faster
+        original(source, target)
+
+    monkeypatch.setattr(module.os, "replace", replace)
+    assert load_index("toy", rlds, LIBERO, "val", tmp_path).num_episodes == 2
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_bridge_format(tmp_path):
+    """Frames follow when operations drop steps; episodes without language are left out and counted."""
+    features = tfds.features
+    steps = {
+        "observation": {
+            "image_0": features.Image(shape=(None, None, 3), encoding_format="jpeg"),
+            "state": features.Tensor(shape=(7,), dtype=np.float32),
+        },
+        "action": features.Tensor(shape=(7,), dtype=np.float32),
+        "language_instruction": features.Text(),
+    }
+    episodes = [
+        [
+            {
+                "observation": {"image_0": f"image {step}".encode(), "state": np.full(7, step**2, np.float32)},
+                "action": np.full(7, float(step % 2), np.float32),
+                "language_instruction": text,
+            }
+            for step in range(5)
+        ]
+        for text in ("fold it", "", "turn it")
+    ]
+    path = make_rlds(tmp_path, {"train": episodes}, step_features=steps)
+    index = load_index("bridge", path, CATALOGUE["bridge_orig"], "train", tmp_path / "cache")
+    assert (index.num_frames, index.num_episodes, index.skipped) == (6, 2, 1)
+    assert [read(index, "image", frame) for frame in range(6)] == [b"image 1", b"image 2", b"image 3"] * 2
+    expected = [[3] * 6 + [1], [5] * 6 + [0], [7] * 6 + [1]] * 2
+    np.testing.assert_array_equal(index.arrays["action"], expected)
+    assert index.arrays["step"].tolist() == [1, 2, 3] * 2 and index.arrays["episode_number"].tolist() == [0, 2]
+
+
+def test_fractal_format(tmp_path):
+    """The action is joined from three keys, the language lies in the observation."""
+    features = tfds.features
+    steps = {
+        "observation": {
+            "image": features.Image(shape=(8, 8, 3), encoding_format="jpeg"),
+            "natural_language_instruction": features.Text(),
+        },
+        "action": {
+            "world_vector": features.Tensor(shape=(3,), dtype=np.float32),
+            "rotation_delta": features.Tensor(shape=(3,), dtype=np.float32),
+            "gripper_closedness_action": features.Tensor(shape=(1,), dtype=np.float32),
+            "terminate_episode": features.Tensor(shape=(3,), dtype=np.int32),
+        },
+    }
+    episode = [
+        {
+            "observation": {"image": b"x", "natural_language_instruction": "pick it"},
+            "action": {
+                "world_vector": np.asarray([1, 2, 3], np.float32) + step,
+                "rotation_delta": np.asarray([4, 5, 6], np.float32) + step,
+                "gripper_closedness_action": np.asarray([gripper], np.float32),
+                "terminate_episode": np.asarray([0, 1, 0], np.int32),
+            },
+        }
+        for step, gripper in enumerate([0, 1, 0, -1])
+    ]
+    path = make_rlds(tmp_path, {"train": [episode]}, step_features=steps)
+    index = load_index("fractal", path, CATALOGUE["fractal20220817_data"], "train", tmp_path / "cache")
+    expected = np.arange(1, 7) + np.arange(4)[:, None]
+    np.testing.assert_array_equal(index.arrays["action"], np.append(expected, [[1], [0], [0], [1]], axis=1))
+    assert index.instructions == ("pick it",)
+
+
+def check_broken(tmp_path, change, match):
+    """The index of a dataset with `change(episodes)` applied fails with a message that matches."""
+    episodes = make_episodes(4)
+    change(episodes)
+    path = make_rlds(tmp_path, {"train": episodes})
+    with pytest.raises(InputError, match=match):
+        load_index("toy", path, LIBERO, "train", tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())  # nothing half-written
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_action_that_is_not_finite(tmp_path, value):
+    def change(episodes):
+        episodes[3][2]["action"][4] = value
+
+    where = r"dataset 'toy', file .*toy-train\.tfrecord-00001.*, episode 0: step 2"
+    check_broken(tmp_path, change, rf"{where} has the action value {value} in dimension \[4\]")
+
+
+def test_episode_without_language(tmp_path):
+    def change(episodes):
+        for step in episodes[1]:
+            step["language_instruction"] = ""
+
+    check_broken(tmp_path, change, r"episode 1: step 0 has no language \('language_instruction' is empty\)")
+
+
+def test_language_that_is_not_text(tmp_path):
+    def change(episodes):
+        episodes[0][1]["language_instruction"] = b"\xff\xfe"
+
+    check_broken(tmp_path, change, "episode 0: .*not UTF-8")
+
+
+def test_action_of_another_width(tmp_path):
+    episodes = copy.deepcopy(make_episodes(1))
+    for step in episodes[0]:
+        step["action"] = step["action"][:6]
+    path = make_rlds(tmp_path, {"train": episodes}, step_features=libero_features(action_width=6))
+    with pytest.raises(InputError, match=r"'toy' .* has an action 6 wide \(action \(6,\)\); 7 is expected"):
+        load_index("toy", path, LIBERO, "train", tmp_path / "cache")
+
+
+def test_depth_of_another_type(tmp_path):
+    steps = libero_features()
+    steps["observation"]["depth"] = tfds.features.Image(shape=(None, None, 1), dtype=np.uint8, encoding_format="png")
+    episodes = make_episodes(1)
+    for step in episodes[0]:
+        step["observation"]["depth"] = step["observation"]["depth"].astype(np.uint8)
+    path = make_rlds(tmp_path, {"train": episodes}, step_features=steps)
+    with pytest.raises(InputError, match="'observation/depth' as uint8; a 16-bit PNG is expected"):
+        load_index("toy", path, LIBERO, "train", tmp_path / "cache")
+
+
+def test_key_that_is_not_there(rlds, tmp_path):
+    with pytest.raises(InputError, match=r"has no key 'observation/wrist' in its steps"):
+        load_index("toy", rlds, DatasetSpec(image="observation/wrist"), "train", tmp_path)
+
+
+@pytest.mark.parametrize("change", ["truncate", "flip", "drop"])
+def test_damaged_file(tmp_path, change):
+    path = make_rlds(tmp_path, {"train": make_episodes(4)})
+    file = sorted(path.glob("*.tfrecord*"))[0]
+    data = bytearray(file.read_bytes())
+    sizes = [len(record) for record in tf.data.TFRecordDataset(os.fspath(file)).as_numpy_iterator()]
+    if change == "flip":
+        data[-100] ^= 1
+    file.write_bytes({"truncate": data[:-100], "flip": data, "drop": data[: -sizes[-1] - 16]}[change])
+    message = "should hold 3 episodes" if change == "drop" else "truncated or its checksum is wrong"
+    with pytest.raises(InputError, match=rf"file {file}, episode 2: .*{message}"):
+        load_index("toy", path, LIBERO, "train", tmp_path / "cache")
+
+
+def test_missing_directory_and_versions(rlds, tmp_path):
+    def load(path):
+        load_index("toy", path, LIBERO, "train", tmp_path)
+
+    with pytest.raises(InputError, match=r"2\.0\.0 does not exist: the versions there are 1\.0\.0"):
+        load(rlds.parent / "2.0.0")
+    with pytest.raises(InputError, match=r"holds the versions 1\.0\.0"):
+        load(rlds.parent)
+    with pytest.raises(InputError, match=r"other/1\.0\.0 does not exist: .* holds toy"):
+        load(rlds.parent.parent / "other" / "1.0.0")
+    with pytest.raises(InputError, match="holds nothing"):
+        load(tmp_path)
+
+
+def test_split_that_does_not_exist(rlds, tmp_path):
+    with pytest.raises(InputError, match=r"has no split 'test': it has train, val"):
+        load_index("toy", rlds, LIBERO, "test", tmp_path)
+
+
+def test_missing_shard(tmp_path):
+    path = make_rlds(tmp_path, {"train": make_episodes(4)})
+    file = sorted(path.glob("*.tfrecord*"))[1]
+    file.unlink()
+    with pytest.raises(InputError, match=f"{file} is missing"):
+        load_index("toy", path, LIBERO, "train", tmp_path / "cache")
+
+
+def test_imports_without_tensorflow():
+    """Only reading data needs TensorFlow; importing the loader, or the pieces that a policy uses, does not."""
+    code = "import sys, spatialvla_jax.data.loader; assert not {'tensorflow', 'tensorflow_datasets'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,285 @@
+import itertools
+import os
+import shutil
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ml_collections import ConfigDict
+from toy_rlds import INTRINSICS, data_config, make_episodes, make_rlds
+
+from spatialvla_jax.data import load_data
+from spatialvla_jax.data.images import decode_image
+from spatialvla_jax.data.loader import chunk_actions
+from spatialvla_jax.data.statistics import normalize
+from spatialvla_jax.errors import InputError
+
+SIZE = 16
+
+
+@pytest.fixture(scope="module")
+def cache_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory):
+    return make_rlds(tmp_path_factory.mktemp("other"), {"train": make_episodes(3, seed=5, size=(32, 32))}, name="other")
+
+
+@pytest.fixture(scope="module")
+def loader(rlds, cache_dir):
+    return load_data(data_config(rlds, cache_dir=cache_dir), image_size=SIZE, depth=True)
+
+
+@pytest.fixture(scope="module")
+def mixed(rlds, other, cache_dir):
+    return load_data(data_config(rlds, other, cache_dir=cache_dir), image_size=SIZE)
+
+
+def take(batches, count):
+    return list(itertools.islice(batches, count))
+
+
+def assert_equal(one, two):
+    assert one.keys() == two.keys()
+    for key in one:
+        np.testing.assert_array_equal(one[key], two[key], err_msg=key)
+
+
+def test_batch_is_the_contract(loader):
+    batch = next(loader.batches(6))
+    shapes = {
+        "image": ((6, SIZE, SIZE, 3), np.uint8),
+        "depth": ((6, SIZE, SIZE), np.float32),
+        "intrinsics": ((6, 3, 3), np.float32),
+        "prompt_ids": ((6, 24), np.int32),
+        "prompt_mask": ((6, 24), bool),
+        "actions": ((6, 4, 7), np.float32),
+        "action_mask": ((6, 4), bool),
+        "dataset_id": ((6,), np.int32),
+        "sample_id": ((6,), np.int64),
+    }
+    assert {key: (value.shape, value.dtype) for key, value in batch.items()} == shapes
+
+
+def test_frames_equal_what_tfds_reads(loader, rlds):
+    """Image, depth, camera, prompt and actions of every frame against an independent reading."""
+    builder = tfds.builder_from_directory(rlds)
+    skip = {"steps": {"observation": {"image": tfds.decode.SkipDecoding()}}}
+    episodes = builder.as_dataset("val", decoders=skip)
+    frame = 0
+    for episode, stored in zip(loader.episodes("val"), episodes, strict=True):
+        steps = list(stored["steps"].as_numpy_iterator())
+        raw = np.asarray([step["action"] for step in steps])
+        raw[:, 6] = raw[:, 6] < 0
+        actions = normalize(raw, loader.statistics["toy0"]["action"])
+        assert episode["dataset"] == "toy0" and episode["instruction"] == steps[0]["language_instruction"].decode()
+        assert len(episode["image"]) == len(steps)
+        for row, step in enumerate(steps):
+            np.testing.assert_array_equal(episode["image"][row], decode_image(step["observation"]["image"], SIZE)[0])
+            depth = step["observation"]["depth"][..., 0]
+            rows, columns = ((np.arange(SIZE) + 0.5) * side / SIZE for side in depth.shape)
+            nearest = depth[np.ix_(rows.astype(int), columns.astype(int))] / 1000
+            np.testing.assert_allclose(episode["depth"][row], nearest, rtol=1e-6)
+            scale = np.asarray([[SIZE / 64], [SIZE / 48], [1]])
+            np.testing.assert_allclose(episode["intrinsics"][row], INTRINSICS * scale, rtol=1e-6)
+            text = loader.tokenizer.decode(episode["prompt_ids"][row][episode["prompt_mask"][row]])
+            assert text == step["language_instruction"].decode().lower() + "\n"
+            for later in range(4):
+                inside = row + later < len(steps)
+                neutral = np.append(np.zeros(6), actions[-1, 6])
+                expected = actions[row + later] if inside else neutral
+                np.testing.assert_array_equal(episode["actions"][row, later], expected)
+                assert episode["action_mask"][row, later] == inside
+            assert episode["sample_id"][row] == frame
+            frame += 1
+
+
+def test_chunks_by_hand():
+    """Two episodes of 2 and 3 frames: chunks do not look into the next episode and end in neutral actions."""
+    actions = np.zeros((5, 7), np.float32)
+    actions[:, 0], actions[:, 6] = [1, 2, 3, 4, 5], [0, 1, 1, 0, 0.5]
+    statistics = {"q01": [0] * 7, "q99": [10] + [1] * 6, "min": [0] * 7, "max": [10] + [1] * 6}
+    chunks, mask = chunk_actions(actions, np.arange(5), np.asarray([2, 2, 5, 5, 5]), 3, statistics)
+    x = [[-0.8, -0.6, 0], [-0.6, 0, 0], [-0.4, -0.2, 0], [-0.2, 0, 0], [0, 0, 0]]
+    np.testing.assert_allclose(chunks[..., 0], x, atol=1e-6)
+    gripper = [[0, 1, 1], [1, 1, 1], [1, 0, 0.5], [0, 0.5, 0.5], [0.5, 0.5, 0.5]]
+    np.testing.assert_array_equal(chunks[..., 6], gripper)
+    assert mask.sum(axis=1).tolist() == [2, 1, 3, 2, 1]
+    np.testing.assert_array_equal(chunks[0, 2, 1:6], 0)
+
+
+@given(st.integers(0, 40), st.integers(1, 9), st.integers(0, 5))
+@settings(max_examples=6, deadline=None)
+def test_resume_is_exact(mixed, start, batch_size, seed):
+    """Batches from step s on are the tail of the batches from 0 on."""
+    whole = take(mixed.batches(batch_size, seed=seed), start + 2)
+    for one, two in zip(whole[start:], take(mixed.batches(batch_size, start_step=start, seed=seed), 2), strict=True):
+        assert_equal(one, two)
+
+
+def test_order_does_not_depend_on_processes_or_threads(mixed, rlds, other, cache_dir):
+    whole = take(mixed.batches(12, seed=1), 3)
+    threads = load_data(data_config(rlds, other, cache_dir=cache_dir, workers=3), image_size=SIZE)
+    for one, two in zip(whole, threads.batches(12, seed=1), strict=False):
+        assert_equal(one, two)
+    for count in (2, 3):
+        parts = [take(mixed.batches(12, seed=1, process_index=i, process_count=count), 3) for i in range(count)]
+        for one, *rows in zip(whole, *parts, strict=True):
+            assert_equal(one, {key: np.concatenate([row[key] for row in rows]) for key in one})
+
+
+def test_every_frame_once_a_pass(loader):
+    total = loader.num_frames()
+    ids = np.concatenate([batch["sample_id"] for batch in take(loader.batches(7, seed=2), 2 * total // 7)])
+    for one_pass in ids[: len(ids) // total * total].reshape(-1, total):
+        np.testing.assert_array_equal(np.sort(one_pass), np.arange(total))
+    assert not np.array_equal(ids[:total], np.arange(total))
+    assert not np.array_equal(ids, np.concatenate([b["sample_id"] for b in take(loader.batches(7), len(ids) // 7)]))
+
+
+def test_epoch_pads_and_marks(loader):
+    total = loader.num_frames("val")
+    batches = list(loader.epoch(5, "val"))
+    valid = np.concatenate([batch["valid"] for batch in batches])
+    ids = np.concatenate([batch["sample_id"] for batch in batches])
+    assert valid.sum() == total and len(valid) == -(-total // 5) * 5
+    np.testing.assert_array_equal(ids[valid], np.arange(total))
+    parts = [list(loader.epoch(4, "val", process_index=i, process_count=2)) for i in range(2)]
+    halves = [np.concatenate([a["sample_id"], b["sample_id"]]) for a, b in zip(*parts, strict=True)]
+    np.testing.assert_array_equal(np.concatenate(halves)[:total], np.arange(total))
+
+
+def test_mixture(mixed, loader):
+    """Samples of both datasets with their own camera, statistics and share."""
+    table = mixed.table()
+    sizes = [row["frames"] for row in table]
+    assert [row["dataset"] for row in table] == ["toy0", "toy1"] and sum(sizes) == mixed.num_frames()
+    np.testing.assert_allclose([row["share"] for row in table], np.asarray(sizes) / sum(sizes), atol=1e-4)
+    seen = {}
+    for batch in take(mixed.batches(16), 8):
+        for row in range(16):
+            seen[int(batch["sample_id"][row])] = {key: value[row] for key, value in batch.items()}
+    actions = mixed.actions()
+    for number, sample in seen.items():
+        assert sample["dataset_id"] == (number >= sizes[0])
+        np.testing.assert_allclose(sample["actions"][0], actions[number], atol=1e-7)
+        old = (64, 48) if number < sizes[0] else (32, 32)
+        scale = np.asarray([[SIZE / old[0]], [SIZE / old[1]], [1]])
+        np.testing.assert_allclose(sample["intrinsics"], INTRINSICS * scale, rtol=1e-6)
+    assert mixed.statistics["toy0"] == loader.statistics["toy0"] != mixed.statistics["toy1"]
+    relative = INTRINSICS / [[64], [48], [1]]
+    np.testing.assert_allclose(mixed.intrinsics["toy0"], relative, rtol=1e-6)
+
+
+def test_weights_and_balance(rlds, other, cache_dir):
+    config = data_config(rlds, other, cache_dir=cache_dir, balance=False)
+    config["datasets"][0]["weight"] = 3.0
+    shares = [row["share"] for row in load_data(config, image_size=SIZE).table()]
+    np.testing.assert_allclose(shares, [0.75, 0.25], atol=1e-4)
+
+
+def test_default_camera(rlds, cache_dir):
+    """A dataset without intrinsics has the release's camera, scaled from 640x480 whatever the stored size."""
+    config = data_config(rlds, cache_dir=cache_dir)
+    config["datasets"][0]["spec"] = "libero_no_noops"
+    intrinsics = next(load_data(config, image_size=224).batches(2))["intrinsics"]
+    expected = [[623.588 * 0.35, 0, 319.501 * 0.35], [0, 623.588 * 224 / 480, 239.545 * 224 / 480], [0, 0, 1]]
+    np.testing.assert_allclose(intrinsics, [expected, expected], rtol=1e-6)
+
+
+def test_statistics_and_tokenizer_of_a_checkpoint(loader, rlds, cache_dir):
+    statistics = {"toy0": {"action": loader.statistics["toy0"]["action"] | {"q01": [-2.0] * 7, "q99": [2.0] * 7}}}
+    config = data_config(rlds, cache_dir=cache_dir)
+    again = load_data(config, image_size=SIZE, statistics=statistics, tokenizer=loader.tokenizer)
+    assert again.tokenizer is loader.tokenizer
+    assert np.abs(again.actions("val")[:, :6]).max() <= 0.5
+    with pytest.raises(InputError, match="statistics know x, but not the dataset 'toy0'"):
+        load_data(config, image_size=SIZE, statistics={"x": {}})
+
+
+def test_config_dict_and_tokenizer_file(loader, rlds, cache_dir, tmp_path):
+    (tmp_path / "small.model").write_bytes(loader.tokenizer.to_bytes())
+    config = ConfigDict(data_config(rlds, cache_dir=cache_dir))
+    config["prompt"]["model"] = str(tmp_path / "small.model")
+    again = load_data(config, image_size=SIZE, depth=True)
+    assert_equal(next(again.batches(4)), next(loader.batches(4)))
+    config["prompt"]["model"] = str(tmp_path / "other.model")
+    with pytest.raises(InputError, match=r"data\.prompt\.model .*other\.model"):
+        load_data(config, image_size=SIZE)
+
+
+@pytest.mark.parametrize("key", ["image", "depth"])
+@pytest.mark.parametrize("kind", ["garbage", "truncated"])
+def test_image_that_does_not_decode(tmp_path, key, kind):
+    """The sentence names the frame, and only the batch that holds it fails."""
+    path = make_rlds(tmp_path, {"train": make_episodes(4, steps=(4, 4))})
+    config = data_config(path, cache_dir=tmp_path / "cache")
+    loader = load_data(config, image_size=SIZE, depth=True)
+    index = loader._index("train")[0]
+    offset, length = index.arrays[key][13].tolist()  # episode 3 = the first of the second file, step 1
+    with open(index.files[1], "r+b") as file:  # after indexing: the checksums are checked there
+        file.seek(offset if kind == "garbage" else offset + length // 2)
+        file.write(b"\0" * (length if kind == "garbage" else length - length // 2))
+    batches = loader.epoch(4, "train")
+    if (kind, key) == ("truncated", "image"):
+        # A JPEG whose end is zeros still decodes (libjpeg fills in grey), so cut it short in the index instead.
+        arrays = dict(index.arrays)
+        arrays["image"] = np.array(index.arrays["image"])
+        arrays["image"][13, 1] = length // 2
+        object.__setattr__(index, "arrays", arrays)
+    take(batches, 3)
+    where = r"dataset 'toy0', file .*00001.*, episode 0, step 1"
+    with pytest.raises(InputError, match=f"{where}: the image does not decode"):
+        next(batches)
+
+
+def test_dataset_that_vanishes(tmp_path):
+    path = make_rlds(tmp_path, {"train": make_episodes(4)})
+    loader = load_data(data_config(path, cache_dir=tmp_path / "cache"), image_size=SIZE)
+    shutil.rmtree(path)
+    with pytest.raises(InputError, match=r"tfrecord.* cannot be read any more"):
+        next(loader.batches(4))
+
+
+def test_open_files_stay_few(tmp_path):
+    """More shards than are kept open."""
+    from spatialvla_jax.data.loader import _Files
+
+    files = _Files(limit=3)
+    for number in range(8):
+        (tmp_path / str(number)).write_bytes(bytes([number] * 4))
+    before = len(os.listdir("/proc/self/fd"))
+    for number in (*range(8), 2, 7):
+        assert files.read(str(tmp_path / str(number)), 1, 2) == bytes([number] * 2)
+        assert len(os.listdir("/proc/self/fd")) <= before + 3
+    del files
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda config: config.update(datasets=[]), "mixture is empty"),
+        (lambda config: config["datasets"][0].update(weight=0), "must be a positive number"),
+        (lambda config: config["datasets"][0].update(wait=1), "unknown key 'wait'"),
+        (lambda config: config["datasets"][0].pop("path"), "has no 'path'"),
+        (lambda config: config["datasets"].append(config["datasets"][0]), "has a name twice"),
+        (lambda config: config.update(split="test"), "has no split 'test': it has train, val"),
+        (lambda config: config["datasets"][0].update(spec={}), "'toy0' has no depth"),
+        (lambda config: config["prompt"].update(length=4), "needs .* tokens, more than the 4"),
+    ],
+)
+def test_bad_configs(rlds, cache_dir, change, message):
+    config = data_config(rlds, cache_dir=cache_dir)
+    change(config)
+    with pytest.raises(InputError, match=message):
+        load_data(config, image_size=SIZE, depth=True)
+
+
+def test_batch_that_does_not_divide(loader):
+    with pytest.raises(InputError, match="batch size 7 does not divide among 2 processes"):
+        next(loader.batches(7, process_count=2))

@@ -1,0 +1,92 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spatialvla_jax.data.mixture import BLOCK, draw, make_mixture, permute
+from spatialvla_jax.errors import InputError
+
+
+@given(st.integers(1, 3000), st.integers(0, 2**63))
+@settings(max_examples=60, deadline=None)
+def test_permute_is_a_bijection(size, seed):
+    order = permute(np.arange(size), size, np.uint64(seed))
+    np.testing.assert_array_equal(np.sort(order), np.arange(size))
+
+
+def test_permute_looks_random():
+    """Uniform in mean and free of correlation with the position, and another one for another key."""
+    size = 20_000
+    order, other = (permute(np.arange(size), size, np.uint64(key)) for key in (0, 1))
+    assert abs(np.corrcoef(order, np.arange(size))[0, 1]) < 0.03
+    assert abs(np.corrcoef(order, other)[0, 1]) < 0.03
+    assert abs(np.corrcoef(order[1:], order[:-1])[0, 1]) < 0.03
+    assert np.sum(order == other) < 8  # 1 is expected
+
+
+def test_order_is_pinned():
+    """Another order would break the resumption of every older run."""
+    dataset, frame = draw(make_mixture((10, 1000), (1.0, 0.01)), 7, 10**9 + np.arange(10))
+    assert dataset.tolist() == [0, 0, 0, 0, 0, 1, 1, 1, 1, 0]
+    assert frame.tolist() == [0, 6, 1, 2, 9, 263, 927, 516, 969, 7]
+
+
+@given(st.lists(st.integers(1, 400), min_size=1, max_size=5), st.integers(0, 1000), st.data())
+@settings(max_examples=25, deadline=None)
+def test_every_frame_once_a_pass(sizes, seed, data):
+    weights = tuple(data.draw(st.floats(0.05, 10)) for _ in sizes)
+    mixture = make_mixture(tuple(sizes), weights, balance=data.draw(st.booleans()))
+    dataset, frame = draw(mixture, seed, np.arange(30_000))
+    for number, size in enumerate(sizes):
+        own = frame[dataset == number]
+        whole = own[: len(own) // size * size].reshape(-1, size)
+        np.testing.assert_array_equal(np.sort(whole, axis=1), np.tile(np.arange(size), (len(whole), 1)))
+
+
+def test_passes_go_on_over_block_borders():
+    mixture = make_mixture((1000, 777), (1.0, 1.0))
+    dataset, frame = draw(mixture, 3, BLOCK - 20_000 + np.arange(40_000))
+    for number, size in enumerate(mixture.sizes):
+        counts = np.bincount(frame[dataset == number], minlength=size)
+        assert counts.max() - counts.min() <= 2  # whole passes between a begun and an unfinished one
+
+
+@given(st.integers(0, 10**12), st.integers(1, 300), st.integers(0, 2**31))
+@settings(max_examples=30, deadline=None)
+def test_draw_is_a_pure_function_of_the_sample_number(first, count, seed):
+    mixture = make_mixture((10_000, 37, 5_000_000), (1.0, 3.0, 0.2))
+    samples = first + np.arange(count)
+    dataset, frame = draw(mixture, seed, samples)
+    for part in np.array_split(np.random.default_rng(0).permutation(count), 3):
+        if len(part):
+            np.testing.assert_array_equal(draw(mixture, seed, samples[part]), (dataset[part], frame[part]))
+    assert (frame < np.asarray(mixture.sizes)[dataset]).all() and (frame >= 0).all()
+
+
+@given(st.lists(st.tuples(st.integers(1, 10**7), st.floats(0.01, 100)), min_size=1, max_size=28), st.booleans())
+@settings(max_examples=50, deadline=None)
+def test_shares_follow_the_weights(datasets, balance):
+    sizes, weights = zip(*datasets, strict=True)
+    mixture = make_mixture(sizes, weights, balance=balance)
+    wanted = np.asarray(weights) * (np.asarray(sizes) if balance else 1)
+    assert sum(mixture.counts) == BLOCK and min(mixture.counts) >= 1
+    np.testing.assert_allclose(mixture.shares, wanted / wanted.sum(), atol=(len(sizes) + 1) / BLOCK)
+    drawn = np.bincount(draw(mixture, 0, np.arange(BLOCK))[0], minlength=len(sizes))
+    np.testing.assert_array_equal(drawn, mixture.counts)
+
+
+def test_epoch_length():
+    assert make_mixture((1000,), (2.0,)).epoch_length == 1000
+    even = make_mixture((1000, 3000), (1.0, 1.0), balance=False)
+    assert even.shares == (0.5, 0.5) and even.epoch_length == 6000
+
+
+@pytest.mark.parametrize("weights", [(1.0, 0.0), (1.0, -1.0), (1.0, float("nan")), (1.0, float("inf"))])
+def test_weights_must_be_positive(weights):
+    with pytest.raises(InputError, match="must be a positive number"):
+        make_mixture((10, 10), weights)
+
+
+def test_empty_mixture():
+    with pytest.raises(InputError, match="mixture is empty"):
+        make_mixture((), ())

@@ -1,0 +1,76 @@
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spatialvla_jax.data.statistics import action_statistics, load_statistics, normalize, save_statistics, unnormalize
+from spatialvla_jax.errors import InputError
+
+
+def some_actions(count=500, seed=0):
+    rng = np.random.default_rng(seed)
+    actions = rng.normal(size=(count, 7)) * [1, 0.1, 5, 1, 1, 1, 1] + [0, 1, 0, 0, 0, 0, 0]
+    actions[:, 4] = 0.25
+    actions[:, 6] = rng.integers(0, 2, count)
+    return actions.astype(np.float32)
+
+
+def test_statistics_by_hand():
+    actions = np.zeros((101, 7), np.float32)
+    actions[:, 0] = np.arange(101)
+    entry = action_statistics(actions, num_trajectories=3)
+    rows = entry["action"]
+    assert (rows["q01"][0], rows["q99"][0], rows["min"][0], rows["max"][0], rows["mean"][0]) == (1, 99, 0, 100, 50)
+    assert rows["std"][0] == pytest.approx(np.sqrt((101**2 - 1) / 12))
+    assert rows["mask"] == [True] * 6 + [False]
+    assert (entry["num_transitions"], entry["num_trajectories"]) == (101, 3)
+    assert set(rows) == {"mean", "std", "max", "min", "q01", "q99", "mask"}
+
+
+def test_normalize_by_hand():
+    rows = action_statistics(some_actions(), 1)["action"]
+    rows |= {"q01": [-1.0, *rows["q01"][1:]], "q99": [3.0, *rows["q99"][1:]]}
+    actions = np.zeros((4, 7), np.float32)
+    actions[:, 0], actions[:, 6] = [-1, 1, 3, 99], [0, 1, 0.3, 7]
+    normalized = normalize(actions, rows)
+    np.testing.assert_allclose(normalized[:, 0], [-1, 0, 1, 1], atol=1e-6)
+    np.testing.assert_array_equal(normalized[:, 6], actions[:, 6])  # the gripper is left alone
+    np.testing.assert_array_equal(normalized[:, 4], 0)  # a constant dimension
+    assert normalized.dtype == np.float32
+
+
+@given(st.integers(0, 10_000))
+@settings(max_examples=25, deadline=None)
+def test_round_trip(seed):
+    """unnormalize(normalize(x)) is x clipped to its quantiles."""
+    actions = some_actions(seed=seed)
+    rows = action_statistics(actions, 1)["action"]
+    back = unnormalize(normalize(actions, rows), rows)
+    low, high = np.asarray(rows["q01"]), np.asarray(rows["q99"])
+    expected = np.where(rows["mask"], np.clip(actions, low, high), actions)
+    np.testing.assert_allclose(back, expected, atol=1e-5)
+    assert np.abs(normalize(actions, rows)[:, :6]).max() <= 1
+
+
+def test_rows_may_differ_by_sample():
+    actions = some_actions(2)
+    rows = [action_statistics(some_actions(seed=s), 1)["action"] for s in (1, 2)]
+    together = normalize(actions, {key: np.asarray([row[key] for row in rows]) for key in rows[0]})
+    np.testing.assert_array_equal(together, [normalize(a, r) for a, r in zip(actions, rows, strict=True)])
+
+
+def test_json_round_trip(tmp_path):
+    statistics = {"a": action_statistics(some_actions(), 4)}
+    save_statistics(tmp_path / "dataset_statistics.json", statistics)
+    assert load_statistics(tmp_path / "dataset_statistics.json") == statistics
+    assert [p.name for p in tmp_path.iterdir()] == ["dataset_statistics.json"]
+
+
+@pytest.mark.parametrize("text", [None, "not json", "[]", json.dumps({"a": {"action": {"mean": []}}})])
+def test_bad_files(tmp_path, text):
+    if text is not None:
+        (tmp_path / "s.json").write_text(text)
+    with pytest.raises(InputError, match=r"s\.json"):
+        load_statistics(tmp_path / "s.json")
