@@ -1,0 +1,59 @@
+"""Eight simulated CPU devices for every test; a toy dataset and a config file on it for those that train."""
+
+import os
+
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+from toy_rlds import make_episodes, make_rlds
+
+# The first example compiles: a time limit for each would only measure that.
+settings.register_profile("compiling", deadline=None)
+settings.load_profile("compiling")
+
+CONFIG = """
+from spatialvla_jax.config import default_config
+
+
+def get_config():
+    config = default_config()
+    config.model.update(preset="nano", depth="dataset", dtype="float32", remat="none")
+    config.data.datasets = [{{"name": "toy", "spec": "libero", "path": {path!r}, "weight": 1.0}}]
+    config.data.update(cache_dir={cache!r}, workers=1)
+    config.data.prompt.length = 32
+    config.grid.num_bins = (4, 4, 2, 4, 4, 4)
+    config.optimizer.learning_rate = 1e-3
+    config.train.update(steps=40, batch_size=8, log_every=1, eval_every=0)
+    config.checkpoint.update(every=5, keep_last=2)
+    return config
+"""
+
+
+@pytest.fixture(scope="session")
+def rlds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One LIBERO-style dataset: 7 training and 2 validation episodes."""
+    return make_rlds(tmp_path_factory.mktemp("rlds"), {"train": make_episodes(7), "val": make_episodes(2, seed=1)})
+
+
+@pytest.fixture(scope="session")
+def config_file(rlds: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A config file that trains the smallest model on `rlds`."""
+    folder = tmp_path_factory.mktemp("config")
+    path = folder / "toy.py"
+    path.write_text(CONFIG.format(path=str(rlds), cache=str(folder / "cache")))
+    return path
+
+
+@pytest.fixture(scope="session")
+def trained(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of ten steps."""
+    from spatialvla_jax.config import load_config
+    from spatialvla_jax.training.loop import train
+
+    workdir = tmp_path_factory.mktemp("trained")
+    train(load_config(config_file, {"train.steps": "10", "mesh.fsdp": "4", "mesh.data": "2"}), workdir)
+    return workdir

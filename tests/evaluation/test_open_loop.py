@@ -1,0 +1,45 @@
+from pathlib import Path
+
+import numpy as np
+
+from spatialvla_jax import Policy
+from spatialvla_jax.actions import decode, encode
+from spatialvla_jax.config import load_config
+from spatialvla_jax.evaluation.open_loop import evaluate, table
+from spatialvla_jax.training.loop import open_data
+
+
+def test_a_perfect_policy_and_both_baselines_by_hand(trained: Path, config_file: Path, monkeypatch) -> None:
+    """A policy that replays the tokens of the true actions: accuracy 1, and L1 that of the quantisation alone."""
+    policy = Policy.load(trained)
+    loader = open_data(load_config(config_file), policy.processor)
+    grid = policy.processor.grid
+
+    def replay(batch):
+        ids = np.asarray(encode(grid, batch["actions"]))
+        return ids, np.asarray(decode(grid, ids))
+
+    monkeypatch.setattr(policy, "act", replay)
+    result = evaluate(policy, loader, "val", batch_size=4)
+    episodes = list(loader.episodes("val"))
+    assert result["episodes"] == 2 and result["frames"] == sum(len(e["image"]) for e in episodes)
+    assert result["token_accuracy"] == result["token_accuracy_rotation"] == 1.0
+
+    mean = loader.actions("train").mean(axis=0)
+    errors = {"l1": [], "l1_mean_baseline": [], "l1_repeat_baseline": []}
+    for episode in episodes:
+        actions = episode["actions"][:, 0]
+        for t in range(len(actions)):
+            held = actions[t - 1] if t else mean
+            for true in actions[t : t + 4]:
+                quantised = np.asarray(decode(grid, encode(grid, true)))
+                for name, guess in zip(errors, (quantised, mean, held), strict=True):
+                    errors[name].append(np.abs(guess - true))
+    for name, values in errors.items():
+        np.testing.assert_allclose(result[name], np.mean(values), rtol=1e-5)
+        np.testing.assert_allclose(result[f"{name}_per_dimension"], np.mean(values, axis=0), rtol=1e-5)
+    bounds = policy.processor.statistics["toy"]["action"]
+    scale = np.append((np.array(bounds["q99"]) - np.array(bounds["q01"]))[:6] / 2, 1)
+    robot = np.mean(errors["l1_mean_baseline"], axis=0) * scale
+    np.testing.assert_allclose(result["l1_mean_baseline_per_dimension_robot"], robot, rtol=1e-4)
+    assert "last action" in table(result)

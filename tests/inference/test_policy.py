@@ -1,0 +1,110 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from spatialvla_jax import Policy
+from spatialvla_jax.actions import decode, encode
+from spatialvla_jax.config import load_config
+from spatialvla_jax.data.statistics import unnormalize
+from spatialvla_jax.errors import InputError
+from spatialvla_jax.interop import convert
+from spatialvla_jax.training.loop import open_data
+
+
+@pytest.fixture(scope="module")
+def policy(trained: Path) -> Policy:
+    return Policy.load(trained)
+
+
+@pytest.fixture
+def observation() -> dict:
+    rng = np.random.default_rng(0)
+    return {
+        "image": rng.integers(0, 256, (48, 64, 3), dtype=np.uint8),
+        "depth": rng.uniform(0.5, 2, (48, 64)).astype(np.float32),
+        "intrinsics": np.array([[50, 0, 31], [0, 48, 25], [0, 0, 1]], np.float32),
+        "prompt": "pick up object 1",
+        "unnorm_key": "toy",
+    }
+
+
+def test_actions_are_the_decoded_ids_in_robot_units(policy: Policy, observation: dict) -> None:
+    out = policy.infer(observation)
+    assert out["actions"].shape == (4, 7) and out["action_ids"].shape == (4, 3)
+    grid = policy.processor.grid
+    for i, (start, size) in enumerate(grid.token_ranges):
+        assert ((out["action_ids"][:, i] >= start) & (out["action_ids"][:, i] < start + size)).all()
+    expected = unnormalize(np.asarray(decode(grid, out["action_ids"])), policy.processor.statistics["toy"]["action"])
+    np.testing.assert_array_equal(out["actions"], expected)
+    # The actions fall back into their own cells (unless clipped at the cube).
+    again = np.asarray(encode(grid, np.asarray(decode(grid, out["action_ids"]))))
+    inside = (np.abs(np.asarray(decode(grid, out["action_ids"]))[:, :3]) < 1).all(axis=1)
+    np.testing.assert_array_equal(again[inside], out["action_ids"][inside])
+
+
+def test_infer_sees_what_training_saw(policy: Policy, config_file: Path) -> None:
+    """A stored frame through `infer` (resized by JAX) and through the loader (resized by TensorFlow): same tokens."""
+    import tensorflow_datasets as tfds
+
+    path = load_config(config_file).data.datasets[0]["path"]
+    loader = open_data(load_config(config_file), policy.processor)
+    agree = total = 0
+    for batch, episode in zip(loader.episodes("val"), tfds.builder_from_directory(path).as_dataset("val"), strict=True):
+        expected, _ = policy.act({k: v for k, v in batch.items() if isinstance(v, np.ndarray)})
+        for row, step in enumerate(tfds.as_numpy(episode["steps"])):
+            seen = step["observation"]
+            out = policy.infer(
+                {
+                    "image": seen["image"],
+                    "depth": seen["depth"][..., 0] / 1000,
+                    "intrinsics": seen["intrinsics"],
+                    "prompt": step["language_instruction"].decode(),
+                }
+            )
+            agree += (out["action_ids"] == expected[row]).all()
+            total += 1
+    assert total > 5 and agree == total
+
+
+def test_intrinsics_default_to_the_training_camera(policy: Policy, observation: dict) -> None:
+    given = policy.infer(observation)["action_ids"]
+    for key in ("intrinsics", "unnorm_key"):
+        del observation[key]
+    np.testing.assert_array_equal(policy.infer(observation)["action_ids"], given)
+    np.testing.assert_allclose(
+        policy.intrinsics({}, (48, 64)), np.array([[50, 0, 31], [0, 48, 25], [0, 0, 1]], np.float32), rtol=1e-6
+    )
+
+
+def test_batched_and_single_calls_agree(policy: Policy, config_file: Path) -> None:
+    batch = next(open_data(load_config(config_file), policy.processor).epoch(4, "val"))
+    ids, actions = policy.act(batch)
+    for i in range(4):
+        one, action = policy.act({k: batch[k][i] for k in batch if k != "valid"}, batched=False)
+        np.testing.assert_array_equal(one, ids[i])
+        np.testing.assert_allclose(action, actions[i], atol=1e-6)
+
+
+def test_an_export_acts_the_same(policy: Policy, trained: Path, observation: dict, tmp_path: Path) -> None:
+    convert(trained, tmp_path / "export", to="pytorch")
+    out = Policy.load(tmp_path / "export").infer(observation)
+    expected = policy.infer(observation)
+    np.testing.assert_array_equal(out["action_ids"], expected["action_ids"])
+    np.testing.assert_array_equal(out["actions"], expected["actions"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image": None}, r"'image' must be uint8\[H, W, 3\]"),
+        ({"image": np.zeros((4, 4, 3))}, r"got float64\[4, 4, 3\]"),
+        ({"prompt": None}, "'prompt' must be a string, got NoneType"),
+        ({"unnorm_key": "bridge"}, "unnorm_key 'bridge' is not a dataset of this policy; choose one of toy"),
+        ({"intrinsics": np.eye(4)}, r"shape \[3, 3\], got \[4, 4\]"),
+        ({"depth": None}, r"'depth' must be metres of shape \[48, 64\], got nothing"),
+    ],
+)
+def test_bad_observations(policy: Policy, observation: dict, change: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        policy.infer(observation | change)

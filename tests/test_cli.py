@@ -1,0 +1,114 @@
+"""Bad input ends with one sentence on stderr and exit code 2; good input does what it says."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from toy_rlds import libero_features, make_episodes, make_rlds
+
+from spatialvla_jax.cli import main
+
+
+def fails(capsys: pytest.CaptureFixture, *argv: object) -> str:
+    assert main([str(a) for a in argv]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith(f"spatialvla-jax {argv[0]}: ")
+    return error
+
+
+def config_for(config_file: Path, path: Path, folder: Path) -> Path:
+    """The test config with another dataset."""
+    lines = [
+        f'    config.data.datasets = [{{"name": "toy", "spec": "libero", "path": {str(path)!r}}}]' if "datasets" in line else line
+        for line in config_file.read_text().splitlines()
+    ]
+    changed = folder / "changed.py"
+    changed.write_text("\n".join(lines))
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.step=3", "config key train.step does not exist; did you mean train.steps?"),
+        ("train.steps=many", "config key train.steps is int, and 'many' is not"),
+        ("model.preset=huge", "model preset 'huge' does not exist; choose one of nano, tiny, small"),
+        ("mesh.tensor=3", "does not fit 8 devices"),
+        ("train.batch_size=12", "train.batch_size 12 does not divide"),
+        ("grid.kind=cubic", "grid.kind is 'cubic'; choose gaussian, uniform or linear"),
+        ("optimizer.frozen=('lmm',)", "optimizer.frozen pattern 'lmm' matches no parameter"),
+    ],
+)
+def test_bad_config(config_file: Path, tmp_path: Path, capsys, override: str, message: str) -> None:
+    assert message in fails(capsys, "train", "--config", config_file, "--workdir", tmp_path / "run", f"--config.{override}")
+
+
+def test_bad_arguments(config_file: Path, tmp_path: Path, capsys) -> None:
+    assert "config file nowhere.py does not exist" in fails(capsys, "train", "--config", "nowhere.py", "--workdir", tmp_path)
+    assert "'--stepz=3' is not known" in fails(capsys, "train", "--config", config_file, "--workdir", tmp_path, "--stepz=3")
+
+
+def test_missing_dataset(config_file: Path, tmp_path: Path, capsys) -> None:
+    changed = config_for(config_file, tmp_path / "nothing" / "1.0.0", tmp_path)
+    assert "nothing/1.0.0" in fails(capsys, "train", "--config", changed, "--workdir", tmp_path / "run")
+
+
+def test_wrong_version(config_file: Path, rlds: Path, tmp_path: Path, capsys) -> None:
+    changed = config_for(config_file, rlds.parent / "2.0.0", tmp_path)
+    error = fails(capsys, "train", "--config", changed, "--workdir", tmp_path / "run")
+    assert "2.0.0" in error and "1.0.0" in error
+
+
+def test_episode_without_language(config_file: Path, tmp_path: Path, capsys) -> None:
+    episodes = make_episodes(2)
+    for step in episodes[1]:
+        step["language_instruction"] = ""
+    changed = config_for(config_file, make_rlds(tmp_path, {"train": episodes, "val": episodes}), tmp_path)
+    error = fails(capsys, "train", "--config", changed, "--workdir", tmp_path / "run")
+    assert "toy" in error and "language" in error
+
+
+def test_action_of_another_width(config_file: Path, tmp_path: Path, capsys) -> None:
+    episodes = make_episodes(2)
+    for episode in episodes:
+        for step in episode:
+            step["action"] = step["action"][:6]
+    path = make_rlds(tmp_path, {"train": episodes, "val": episodes}, step_features=libero_features(6))
+    error = fails(capsys, "train", "--config", config_for(config_file, path, tmp_path), "--workdir", tmp_path / "run")
+    assert "toy" in error and "6" in error and "7" in error
+
+
+def test_image_that_does_not_decode(config_file: Path, tmp_path: Path, capsys) -> None:
+    episodes = make_episodes(2)
+    episodes[0][1]["observation"]["image"] = b"\xff\xd8 not a picture"
+    path = make_rlds(tmp_path, {"train": episodes, "val": episodes})
+    error = fails(capsys, "train", "--config", config_for(config_file, path, tmp_path), "--workdir", tmp_path / "run")
+    assert "image does not decode" in error and "toy" in error
+
+
+def test_split_that_does_not_exist(trained: Path, config_file: Path, capsys) -> None:
+    error = fails(capsys, "evaluate", "--checkpoint", trained, "--split", "test")
+    assert "'test'" in error and "train" in error and "val" in error
+
+
+def test_checkpoint_of_another_config(trained: Path, config_file: Path, capsys) -> None:
+    argv = ("train", "--config", config_file, "--workdir", trained, "--config.train.steps=10", "--config.seed=1")
+    assert "seed = 0, this config says 1" in fails(capsys, *argv)
+
+
+def test_no_checkpoint(tmp_path: Path, capsys) -> None:
+    assert str(tmp_path / "empty") in fails(capsys, "evaluate", "--checkpoint", tmp_path / "empty")
+
+
+def test_evaluate_and_convert(trained: Path, config_file: Path, tmp_path: Path, capsys) -> None:
+    assert main(["evaluate", "--checkpoint", str(trained)]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert 0 <= result["token_accuracy"] <= 1 and len(result["l1_per_dimension"]) == 7
+    assert main(["convert", str(trained), str(tmp_path / "out"), "--to", "pytorch"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["bit_exact"] is True
+    # The export alone runs the policy, and gives the same numbers.
+    moved = shutil.move(tmp_path / "out", tmp_path / "moved")
+    assert "--config must name the data" in fails(capsys, "evaluate", "--checkpoint", moved)
+    assert main(["evaluate", "--checkpoint", str(moved), "--config", str(config_file)]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result

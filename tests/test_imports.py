@@ -1,0 +1,33 @@
+"""The core runs where neither TensorFlow nor PyTorch nor a simulator is installed."""
+
+import pkgutil
+import subprocess
+import sys
+
+import spatialvla_jax
+
+CORE = [
+    name
+    for _, name, _ in pkgutil.walk_packages(spatialvla_jax.__path__, "spatialvla_jax.")
+    if not name.startswith(("spatialvla_jax.data.record", "spatialvla_jax.interop.torch_model"))
+]
+PROGRAM = """
+import importlib, sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"tensorflow", "tensorflow_datasets", "torch", "libero", "robosuite", "mujoco"}:
+            raise ImportError(name + " is blocked")
+
+sys.meta_path.insert(0, Blocked())
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+import spatialvla_jax
+spatialvla_jax.Policy, spatialvla_jax.load_pretrained
+"""
+
+
+def test_core_imports_without_tensorflow_and_pytorch() -> None:
+    assert {"spatialvla_jax.models.spatialvla", "spatialvla_jax.training.loop", "spatialvla_jax.cli"} <= set(CORE)
+    done = subprocess.run([sys.executable, "-c", PROGRAM, *CORE], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,67 @@
+import colorsys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spatialvla_jax.training.augment import Augmentation, augment, colour_jitter, crop, hsv_to_rgb, rgb_to_hsv
+
+SIZE = 32
+CAMERA = np.array([[40, 0, 15], [0, 42, 17], [0, 0, 1]], np.float32)
+
+
+@given(st.tuples(*[st.floats(0, 1, width=32)] * 3))
+def test_hsv_is_the_standard_librarys(rgb: tuple[float, float, float]) -> None:
+    hsv = [float(x) for x in rgb_to_hsv(jnp.array(rgb))]
+    expected = colorsys.rgb_to_hsv(*rgb)
+    np.testing.assert_allclose(hsv[1:], expected[1:], atol=1e-5)
+    if expected[1] * expected[2] > 1e-2:  # the hue of a grey is noise
+        assert abs((hsv[0] - expected[0] + 0.5) % 1 - 0.5) < 1e-4
+    np.testing.assert_allclose(hsv_to_rgb(*map(jnp.float32, hsv)), rgb, atol=1e-5)
+
+
+@settings(max_examples=20)
+@given(st.integers(0, 10_000))
+def test_crop_moves_the_intrinsics_with_the_pixels(seed: int) -> None:
+    """An image that shows its own ray directions still shows them, by the moved intrinsics, after the crop."""
+    v, u = np.meshgrid(np.arange(SIZE) + 0.5, np.arange(SIZE) + 0.5, indexing="ij")
+    rays = np.stack([(u - 15) / 40, (v - 17) / 42, np.ones_like(u)], -1)
+    shown = (rays + 1) / 3  # into [0, 1]
+    config = Augmentation(crop_area=0.5, brightness=0, contrast=0, saturation=0, hue=0)
+    image, depth, intrinsics = augment(
+        jax.random.key(seed), jnp.float32(shown)[None], jnp.float32(rays[..., 0] + 2)[None], jnp.asarray(CAMERA)[None], config
+    )
+    K = np.asarray(intrinsics[0])
+    expected = np.stack([(u - K[0, 2]) / K[0, 0], (v - K[1, 2]) / K[1, 1]], -1)
+    inner = np.s_[1:-1, 1:-1]  # bilinear sampling repeats the edge
+    np.testing.assert_allclose((np.asarray(image[0]) * 3 - 1)[inner][..., :2], expected[inner], atol=1e-3)
+    np.testing.assert_allclose(np.asarray(depth[0])[inner], expected[inner][..., 0] + 2, atol=1e-3)
+    assert K[0, 0] > 40 and K[1, 1] > 42
+
+
+def test_intrinsics_stay_when_switched_off() -> None:
+    image = jnp.zeros((2, SIZE, SIZE, 3))
+    camera = jnp.tile(CAMERA, (2, 1, 1))
+    _, depth, intrinsics = augment(jax.random.key(0), image, None, camera, Augmentation(move_intrinsics=False))
+    assert depth is None
+    np.testing.assert_array_equal(intrinsics, camera)
+
+
+def test_whole_crop_is_the_image() -> None:
+    image = jax.random.uniform(jax.random.key(0), (2, SIZE, SIZE, 3))
+    np.testing.assert_allclose(crop(image, jnp.zeros((2, 2)), 1.0), image, atol=1e-6)
+
+
+def test_colour_jitter_stays_in_range_and_varies_by_example() -> None:
+    image = jax.random.uniform(jax.random.key(0), (1, SIZE, SIZE, 3)).repeat(4, axis=0)
+    out, _, _ = augment(jax.random.key(1), image, None, jnp.tile(CAMERA, (4, 1, 1)), Augmentation(crop_area=1))
+    assert out.min() >= 0 and out.max() <= 1
+    assert len({float(x.mean()) for x in out}) == 4
+
+
+def test_no_jitter_is_the_identity() -> None:
+    image = jax.random.uniform(jax.random.key(0), (SIZE, SIZE, 3))
+    off = Augmentation(crop_area=1, brightness=0, contrast=0, saturation=0, hue=0)
+    np.testing.assert_allclose(colour_jitter(jax.random.key(1), image, off), image, atol=1e-5)

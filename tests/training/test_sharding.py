@@ -1,0 +1,109 @@
+import jax
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from spatialvla_jax.actions import PRETRAIN_GAUSSIANS, gaussian_grid
+from spatialvla_jax.config import default_config
+from spatialvla_jax.errors import InputError
+from spatialvla_jax.models import SpatialVLA, preset
+from spatialvla_jax.training.augment import Augmentation
+from spatialvla_jax.training.optimizer import learning_rate, make_optimizer
+from spatialvla_jax.training.sharding import BATCH, check_batch, make_mesh, param_shardings
+from spatialvla_jax.training.state import init_params, init_state
+from spatialvla_jax.training.step import make_train_step
+
+GRID = gaussian_grid(PRETRAIN_GAUSSIANS, (4, 4, 2, 4, 4, 4))
+FROZEN = ("llm/embedder",)
+
+
+def random_batch(model: SpatialVLA, size: int, seed: int) -> dict[str, np.ndarray]:
+    cfg, rng = model.config, np.random.default_rng(seed)
+    S, P = cfg.img.image_size, cfg.prompt_length
+    length = rng.integers(3, P + 1, size)
+    return {
+        "image": rng.integers(0, 256, (size, S, S, 3), dtype=np.uint8),
+        "depth": rng.uniform(0.3, 3, (size, S, S)).astype(np.float32),
+        "intrinsics": np.tile(np.array([[60, 0, 28], [0, 60, 28], [0, 0, 1]], np.float32), (size, 1, 1)),
+        "prompt_ids": rng.integers(3, cfg.text_vocab, (size, P)).astype(np.int32),
+        "prompt_mask": np.arange(P) < length[:, None],
+        "actions": rng.uniform(-1, 1, (size, cfg.action_chunk, 7)).astype(np.float32),
+    }
+
+
+def losses(mesh_shape: dict[str, int], devices: int, *, accumulate: int = 1, steps: int = 20) -> list[float]:
+    model = SpatialVLA(preset("nano", spatial_tokens=GRID.vocab_size))
+    config = default_config().optimizer
+    config.learning_rate = 1e-3
+    optimizer = make_optimizer(config, steps)
+    mesh = make_mesh(mesh_shape, jax.devices()[:devices])
+    state, shardings = init_state(model, optimizer, FROZEN, 0, mesh)
+    step = make_train_step(
+        model,
+        optimizer,
+        schedule=learning_rate(config, steps),
+        frozen=FROZEN,
+        augmentation=Augmentation(),
+        accumulate=accumulate,
+        seed=0,
+    )
+    batch_sharding = jax.sharding.NamedSharding(mesh, BATCH)
+    step = jax.jit(
+        step, in_shardings=(shardings, batch_sharding, None), out_shardings=(shardings, None), donate_argnums=0
+    )
+    out = []
+    for i in range(steps):
+        state, metrics = step(state, jax.device_put(random_batch(model, 8, i), batch_sharding), GRID)
+        out.append(float(metrics["loss"]))
+    return out
+
+
+@pytest.fixture(scope="module")
+def one_device() -> list[float]:
+    return losses({"data": 1, "fsdp": 1, "tensor": 1}, 1)
+
+
+def test_eight_devices_give_the_losses_of_one(one_device: list[float]) -> None:
+    eight = losses({"data": 2, "fsdp": 2, "tensor": 2}, 8)
+    np.testing.assert_allclose(eight, one_device, atol=1e-4)
+    assert one_device[-1] < one_device[0]
+
+
+def test_accumulation_gives_the_losses_of_the_whole_batch(one_device: list[float]) -> None:
+    np.testing.assert_allclose(losses({"data": 2}, 2, accumulate=4, steps=20), one_device, atol=1e-4)
+
+
+def test_full_size_parameters_are_split() -> None:
+    """On fsdp 4 × tensor 2, all but the norms and biases of the published model lie on one device by an eighth."""
+    model = SpatialVLA(preset("spatialvla-4b-224", depth="dataset"))
+    params = jax.eval_shape(lambda: init_params(model, 0))
+    mesh = make_mesh({"fsdp": 4, "tensor": 2})
+    flat = flatten_dict(param_shardings(params, mesh), sep="/")
+    whole = {k: v.size for k, v in flatten_dict(params, sep="/").items()}
+    held = {k: np.prod(flat[k].shard_shape(v.shape)) for k, v in flatten_dict(params, sep="/").items()}
+    tables = ("llm/embedder/input_embedding", "llm/lm_head", "spatial_embedding")  # split over fsdp alone
+    layers = [k for k in whole if whole[k] > 5e6 and k not in tables and k != "img/head/kernel"]
+    assert layers and all(held[k] * 8 == whole[k] for k in layers)
+    assert all(held[k] * 4 == whole[k] for k in tables)
+    assert sum(held.values()) < 0.22 * sum(whole.values())
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ({"data": 3}, "does not fit 8 devices"),
+        ({"data": 3, "fsdp": -1}, "does not fit 8 devices"),
+        ({"data": 0, "fsdp": -1}, "does not fit 8 devices"),
+        ({"pipeline": 8}, "has no axis 'pipeline'"),
+    ],
+)
+def test_bad_mesh(shape: dict[str, int], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        make_mesh(shape)
+
+
+def test_bad_batch() -> None:
+    mesh = make_mesh({"data": 2, "fsdp": 4})
+    check_batch(16, 2, mesh)
+    with pytest.raises(InputError, match="batch_size 12 does not divide"):
+        check_batch(12, 1, mesh)

@@ -1,0 +1,103 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from spatialvla_jax.actions import PRETRAIN_GAUSSIANS, decode, encode, gaussian_grid, linear_grid
+from spatialvla_jax.errors import InputError
+from spatialvla_jax.models import SpatialVLA, preset
+from spatialvla_jax.training.optimizer import learning_rate, make_optimizer, merge, split_frozen
+from spatialvla_jax.training.state import init_params
+from spatialvla_jax.training.step import constrained_argmax, loss_and_metrics
+from spatialvla_jax.config import default_config
+from test_sharding import random_batch
+
+GRID = gaussian_grid(PRETRAIN_GAUSSIANS, (4, 4, 2, 4, 4, 4))
+
+
+def inputs_of(model: SpatialVLA, size: int) -> dict[str, jax.Array]:
+    batch = random_batch(model, size, 0)
+    return batch | {"image": batch["image"] / np.float32(255)}
+
+
+@pytest.mark.parametrize("grid", [GRID, linear_grid()], ids=["spatial", "linear256"])
+def test_loss_is_the_plain_cross_entropy(grid) -> None:
+    """Written out in numpy from the model's own logits: 12 (or 28) action tokens and <eos>, all weighing the same."""
+    model = SpatialVLA(
+        preset("nano", spatial_tokens=grid.vocab_size, tokens_per_action=grid.tokens_per_action, depth="none")
+    )
+    params = init_params(model, 0)
+    inputs = inputs_of(model, 3)
+    loss, metrics = loss_and_metrics(model, params, inputs, grid)
+    ids = np.asarray(encode(grid, inputs["actions"]))
+    flat = ids.reshape(3, -1)
+    logits = np.asarray(
+        model.apply({"params": params}, inputs["image"], inputs["prompt_ids"], inputs["prompt_mask"], flat), np.float64
+    )
+    targets = np.concatenate([flat + model.config.action_offset, np.full((3, 1), 1)], axis=1)
+    assert logits.shape == (3, 4 * grid.tokens_per_action + 1, model.config.llm.vocab_size)
+    log_z = np.log(np.exp(logits).sum(-1))
+    picked = np.take_along_axis(logits, targets[..., None], axis=2)[..., 0]
+    np.testing.assert_allclose(loss, (log_z - picked).mean(axis=1), rtol=1e-5)
+    best = np.asarray(constrained_argmax(jnp.asarray(logits[:, :-1]), grid, model.config.action_offset)).reshape(ids.shape)
+    for i, (start, size) in enumerate(grid.token_ranges):
+        assert ((best[..., i] >= start) & (best[..., i] < start + size)).all()
+    np.testing.assert_allclose(metrics["accuracy"], (best == ids).mean(axis=(1, 2)), atol=1e-6)
+    expected = np.abs(np.asarray(decode(grid, best)) - inputs["actions"]).mean(axis=(1, 2))
+    np.testing.assert_allclose(metrics["l1"], expected, rtol=1e-5)
+
+
+def test_padding_of_the_prompt_changes_nothing() -> None:
+    """What stands behind the prompt's mask, and how much of it there is, is never seen."""
+    inputs = inputs_of(SpatialVLA(preset("nano")), 4)
+    losses = []
+    for length, filler in ((32, 0), (32, 7), (40, 9)):
+        model = SpatialVLA(preset("nano", spatial_tokens=GRID.vocab_size, prompt_length=length))
+        mask = np.pad(inputs["prompt_mask"], ((0, 0), (0, length - 32)))
+        ids = np.where(mask, np.pad(inputs["prompt_ids"], ((0, 0), (0, length - 32))), filler)
+        losses.append(loss_and_metrics(model, init_params(model, 0), inputs | {"prompt_ids": ids, "prompt_mask": mask}, GRID)[0])
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-6)
+    np.testing.assert_allclose(losses[2], losses[0], rtol=1e-5)
+
+
+def test_causal_mask_differs_from_prefix() -> None:
+    inputs = inputs_of(SpatialVLA(preset("nano")), 2)
+    a, b = (SpatialVLA(preset("nano", spatial_tokens=GRID.vocab_size, mask=m)) for m in ("prefix", "causal"))
+    params = init_params(a, 0)
+    assert not np.allclose(loss_and_metrics(a, params, inputs, GRID)[0], loss_and_metrics(b, params, inputs, GRID)[0])
+
+
+def test_frozen_parameters_have_no_gradient_and_no_optimizer_state() -> None:
+    model = SpatialVLA(preset("nano", spatial_tokens=GRID.vocab_size))
+    params = init_params(model, 0)
+    trainable, frozen = split_frozen(params, ("llm/embedder", "img"))
+    assert set(frozen) == {"llm", "img"} and set(frozen["llm"]) == {"embedder"} and "img" not in trainable
+    assert jax.tree.structure(merge(trainable, frozen)) == jax.tree.structure(params)
+    state = make_optimizer(default_config().optimizer, 10).init(trainable)
+    moments = [x for x in jax.tree.leaves(state) if x.ndim]
+    assert sum(x.size for x in moments) == 2 * sum(x.size for x in jax.tree.leaves(trainable))
+    with pytest.raises(InputError, match="'vision' matches no parameter"):
+        split_frozen(params, ("vision",))
+
+
+def test_schedule_is_linear_up_and_down() -> None:
+    config = default_config().optimizer
+    config.learning_rate, config.warmup = 1.0, 0.1
+    rate = learning_rate(config, 100)
+    np.testing.assert_allclose([rate(i) for i in (0, 5, 10, 55, 100)], [0, 0.5, 1, 0.5, 0], atol=1e-6)
+
+
+def test_optimizer_is_clipped_adamw() -> None:
+    """One update by hand: gradients clipped to norm 1, bias-corrected moments, lr of step 0 of a schedule without warm-up."""
+    config = default_config().optimizer
+    config.learning_rate = 0.1
+    optimizer = make_optimizer(config, 1000)
+    w, g = {"w": jnp.array([1.0, -2.0])}, {"w": jnp.array([30.0, 40.0])}
+    state = optimizer.init(w)
+    _, state = optimizer.update(g, state, w)  # rate 0
+    updates, _ = optimizer.update(g, state, w)
+    clipped = np.array([0.6, 0.8])
+    rate = float(learning_rate(config, 1000)(1))
+    np.testing.assert_allclose(updates["w"], -rate * clipped / (np.abs(clipped) + 1e-8), rtol=1e-5)
+    assert optax.global_norm(updates) > 0
