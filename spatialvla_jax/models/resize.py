@@ -1,0 +1,98 @@
+"""PyTorch's resampling rules (`torch.nn.functional.interpolate`, `pad`) as pure functions on NHWC or NHW arrays.
+
+Resampling is linear and separable: each function builds one weight matrix per axis at trace time and applies both as
+matrix products, which is exact and needs no gather.
+"""
+
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+Size = tuple[int, ...]  # (height, width)
+
+
+def reflect_pad(x: Float[Array, "B H W *C"], pad: int) -> Float[Array, "B H+2*pad W+2*pad *C"]:
+    """Mirror `pad` (< H, W) pixels around every side; the edge pixel itself is not repeated."""
+    return jnp.pad(x, ((0, 0), (pad, pad), (pad, pad)) + ((0, 0),) * (x.ndim - 3), mode="reflect")
+
+
+def resize_bicubic(x: Float[Array, "B H W *C"], size: Size) -> Float[Array, "B H2 W2 *C"]:
+    """Bicubic (Keys' kernel, a = -0.75), corners aligned, no antialiasing, border pixels repeated."""
+    return _separable(x, size, _bicubic)
+
+
+def resize_bilinear(x: Float[Array, "B H W *C"], size: Size, align_corners: bool = True) -> Float[Array, "B H2 W2 *C"]:
+    """Bilinear, no antialiasing."""
+    return _separable(x, size, _bilinear if align_corners else _bilinear_half_pixel)
+
+
+def resize_area(x: Float[Array, "B H W *C"], size: Size) -> Float[Array, "B H2 W2 *C"]:
+    """Mean over the input pixels that each output pixel touches (adaptive average pooling)."""
+    return _separable(x, size, _area)
+
+
+def _separable(x, size: Size, weights):
+    if x.shape[1:3] == size:
+        return x
+    rows, columns = (jnp.asarray(weights(n, m), x.dtype) for n, m in zip(x.shape[1:3], size, strict=True))
+    # Accelerators round float32 products unless asked not to; pixels and metres must keep their digits.
+    highest = jax.lax.Precision.HIGHEST
+    x = jnp.einsum("yh,bhw...->byw...", rows, x, precision=highest)
+    return jnp.einsum("xw,byw...->byx...", columns, x, precision=highest)
+
+
+# Each matrix below is [outputs, inputs]. Source positions are rounded to float32 as PyTorch rounds them.
+
+
+def _aligned_positions(n: int, m: int) -> np.ndarray:
+    return np.arange(m, dtype=np.float32) * np.float32((n - 1) / max(m - 1, 1))
+
+
+def _from_taps(n: int, first: np.ndarray, taps: list[np.ndarray]) -> np.ndarray:
+    """Output i weighs input first[i] + k by taps[k][i]; an input beyond the border stands for the border's."""
+    matrix = np.zeros((len(first), n), np.float32)
+    for k, weight in enumerate(taps):
+        np.add.at(matrix, (np.arange(len(first)), np.clip(first + k, 0, n - 1)), weight)
+    return matrix
+
+
+@cache
+def _bicubic(n: int, m: int, a: float = -0.75) -> np.ndarray:
+    position = _aligned_positions(n, m)
+    floor = np.floor(position)
+
+    def near(d):  # |distance| <= 1
+        return ((a + 2) * d - (a + 3)) * d * d + 1
+
+    def far(d):  # 1 < |distance| < 2
+        return ((a * d - 5 * a) * d + 8 * a) * d - 4 * a
+
+    t = (position - floor).astype(np.float64)
+    return _from_taps(n, floor.astype(int) - 1, [far(t + 1), near(t), near(1 - t), far(2 - t)])
+
+
+@cache
+def _bilinear(n: int, m: int) -> np.ndarray:
+    return _linear(n, _aligned_positions(n, m))
+
+
+@cache
+def _bilinear_half_pixel(n: int, m: int) -> np.ndarray:
+    return _linear(n, np.maximum((np.arange(m, dtype=np.float32) + 0.5) * np.float32(n / m) - 0.5, 0))
+
+
+def _linear(n: int, position: np.ndarray) -> np.ndarray:
+    floor = np.floor(position)
+    t = position - floor
+    return _from_taps(n, floor.astype(int), [1 - t, t])
+
+
+@cache
+def _area(n: int, m: int) -> np.ndarray:
+    start = np.arange(m) * n // m
+    stop = -(-np.arange(1, m + 1) * n // m)
+    inside = (np.arange(n) >= start[:, None]) & (np.arange(n) < stop[:, None])
+    return (inside / (stop - start)[:, None]).astype(np.float32)
