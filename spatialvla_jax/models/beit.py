@@ -1,0 +1,134 @@
+"""BEiT vision transformer (Bao et al. 2022) as ZoeDepth uses it: relative position bias in every layer, no absolute
+positions, a class token, layer scale, and the hidden states after each quarter of the layers as output.
+"""
+
+from dataclasses import dataclass
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from spatialvla_jax.errors import InputError
+from spatialvla_jax.models.resize import resize_bilinear
+
+Grid = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class BeitConfig:
+    """Defaults: BEiT-L/16 at 384 px. `image_size` is the pretrained one, which sizes the relative position tables."""
+
+    image_size: int = 384
+    patch_size: int = 16
+    width: int = 1024
+    depth: int = 24
+    num_heads: int = 16
+    mlp_dim: int = 4096
+    num_taps: int = 4
+
+    def __post_init__(self):
+        if self.depth % self.num_taps:
+            raise InputError(f"BEiT depth {self.depth} must be a multiple of its number of taps, {self.num_taps}.")
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side of the pretrained image."""
+        return self.image_size // self.patch_size
+
+
+def relative_position_bias(table: Float[Array, "R N"], pretrained: int, grid: Grid) -> Float[Array, "N T T"]:
+    """Attention bias [head, query, key] of a class token followed by the row-major patches of `grid` = (H, W).
+
+    `table` holds a row for each offset (dy, dx) between two patches of a `pretrained` x `pretrained` grid, then one
+    each for class → patch, patch → class and class → class. Another grid interpolates the offsets (MiDaS 3.1).
+    """
+    (H, W), N = grid, table.shape[-1]
+    offsets = table[:-3].reshape(1, 2 * pretrained - 1, 2 * pretrained - 1, N)
+    offsets = resize_bilinear(offsets, (2 * H - 1, 2 * W - 1), align_corners=False)[0]
+    # Entry (query, key) is offsets[query - key]: a slice for every key instead of a gather, which TPUs do slowly.
+    rows = jnp.stack([offsets[H - 1 - k : 2 * H - 1 - k] for k in range(H)], axis=1)
+    patches = jnp.stack([rows[:, :, W - 1 - k : 2 * W - 1 - k] for k in range(W)], axis=3)  # Hq Hk Wq Wk N
+    patches = patches.transpose(4, 0, 2, 1, 3).reshape(N, H * W, H * W)
+
+    def fill(row: int, *shape: int):
+        return jnp.broadcast_to(table[row, :, None, None], (N, *shape))
+
+    return jnp.block([[fill(-1, 1, 1), fill(-3, 1, H * W)], [fill(-2, H * W, 1), patches]])
+
+
+class BeitAttention(nn.Module):
+    config: BeitConfig
+    grid: Grid
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """The softmax is computed in float32."""
+        cfg = self.config
+        heads = (cfg.num_heads, cfg.width // cfg.num_heads)
+        q = nn.DenseGeneral(heads, dtype=self.dtype, name="query")(x)
+        k = nn.DenseGeneral(heads, dtype=self.dtype, use_bias=False, name="key")(x)
+        v = nn.DenseGeneral(heads, dtype=self.dtype, name="value")(x)
+        rows = (2 * cfg.grid - 1) ** 2 + 3
+        table = self.param("relative_position_bias", nn.initializers.zeros, (rows, cfg.num_heads))
+        bias = relative_position_bias(table.astype(jnp.float32), cfg.grid, self.grid)
+        y = jax.nn.dot_product_attention(q, k, v, bias=bias[None])
+        return nn.DenseGeneral(cfg.width, axis=(-2, -1), dtype=self.dtype, name="out")(y)
+
+
+class BeitLayer(nn.Module):
+    config: BeitConfig
+    grid: Grid
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"], _=None) -> tuple[Float[Array, "B T D"], None]:
+        cfg = self.config
+        scale1, scale2 = (
+            self.param(name, nn.initializers.constant(0.1), (cfg.width,)).astype(self.dtype)
+            for name in ("layer_scale1", "layer_scale2")
+        )
+        y = nn.LayerNorm(epsilon=1e-12, use_fast_variance=False, dtype=self.dtype, name="norm1")(x)
+        x = x + scale1 * BeitAttention(cfg, self.grid, self.dtype, name="attention")(y)
+        y = nn.LayerNorm(epsilon=1e-12, use_fast_variance=False, dtype=self.dtype, name="norm2")(x)
+        y = nn.gelu(nn.Dense(cfg.mlp_dim, dtype=self.dtype, name="mlp_in")(y), approximate=False)
+        return x + scale2 * nn.Dense(cfg.width, dtype=self.dtype, name="mlp_out")(y), None
+
+
+class BeitStage(nn.Module):
+    """The layers up to one tap: returns its output twice, as the scan's carry and as what it collects."""
+
+    config: BeitConfig
+    grid: Grid
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"], _) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
+        layers = _scan(BeitLayer, self.config.depth // self.config.num_taps)
+        x, _ = layers(self.config, self.grid, self.dtype, name="layers")(x, None)
+        return x, x
+
+
+class Beit(nn.Module):
+    """Image → hidden states at the taps. Layer parameters are stacked [taps, layers a tap, …]."""
+
+    config: BeitConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "taps B T D"]:
+        """`images` are normalised, H and W multiples of the patch size; T: the class token, then row-major patches."""
+        cfg = self.config
+        patch = (cfg.patch_size, cfg.patch_size)
+        x = nn.Conv(cfg.width, patch, strides=patch, padding="VALID", dtype=self.dtype, name="patch_embedding")(images)
+        B, H, W, D = x.shape
+        cls = self.param("cls_token", nn.initializers.zeros, (1, 1, D)).astype(self.dtype)
+        x = jnp.concatenate([jnp.broadcast_to(cls, (B, 1, D)), x.reshape(B, H * W, D)], axis=1)
+        stages = _scan(BeitStage, cfg.num_taps)
+        _, taps = stages(cfg, (H, W), self.dtype, name="stages")(x, None)
+        return taps
+
+
+def _scan(block: type[nn.Module], length: int):
+    return nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=length)
