@@ -9,9 +9,11 @@ from typing import Any
 
 from spatialvla_jax.actions import ActionGrid, LinearGrid, grid_from_dict, grid_to_dict
 from spatialvla_jax.data.prompt import Tokenizer
+from spatialvla_jax.models.beit import BeitConfig
 from spatialvla_jax.models.gemma2 import Gemma2Config
 from spatialvla_jax.models.siglip import SiglipConfig
 from spatialvla_jax.models.spatialvla import SpatialVLAConfig
+from spatialvla_jax.models.zoedepth import ZoeDepthConfig
 
 
 @dataclass(frozen=True)
@@ -54,5 +56,6 @@ def model_to_dict(config: SpatialVLAConfig) -> dict[str, Any]:
 
 def model_from_dict(data: dict[str, Any]) -> SpatialVLAConfig:
     """Inverse of `model_to_dict`."""
-    nested = {"img": SiglipConfig(**data["img"]), "llm": Gemma2Config(**data["llm"])}
+    zoe = {**data["zoe"], "backbone": BeitConfig(**data["zoe"]["backbone"]), "neck_widths": tuple(data["zoe"]["neck_widths"])}
+    nested = {"img": SiglipConfig(**data["img"]), "llm": Gemma2Config(**data["llm"]), "zoe": ZoeDepthConfig(**zoe)}
     return SpatialVLAConfig(**{**data, **nested})

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -16,6 +17,7 @@ from spatialvla_jax.models.attention import positions_of, prefix_lm_mask
 from spatialvla_jax.models.ego3d import Ego3D
 from spatialvla_jax.models.gemma2 import Gemma2, Gemma2Config, KVCache
 from spatialvla_jax.models.siglip import Siglip, SiglipConfig
+from spatialvla_jax.models.zoedepth import ZoeDepth, ZoeDepthConfig, estimate_depth
 
 PAD, EOS, BOS = 0, 1, 2
 
@@ -30,6 +32,7 @@ class SpatialVLAConfig:
 
     img: SiglipConfig = SiglipConfig()
     llm: Gemma2Config = Gemma2Config(vocab_size=265_347)
+    zoe: ZoeDepthConfig = ZoeDepthConfig()
     text_vocab: int = 257_152
     spatial_tokens: int = 8194
     prompt_length: int = 48
@@ -66,6 +69,8 @@ class SpatialVLA(nn.Module):
         self.llm = Gemma2(cfg.llm, dtype, cfg.remat)
         if cfg.depth != "none":
             self.ego3d = Ego3D(cfg.img.width, cfg.img.grid, dtype)
+        if cfg.depth == "zoedepth":
+            self.zoe = ZoeDepth(cfg.zoe, dtype)
         shape = (cfg.spatial_tokens, cfg.llm.width)
         self.spatial_embedding = self.param("spatial_embedding", nn.initializers.normal(cfg.llm.width**-0.5), shape)
 
@@ -77,8 +82,11 @@ class SpatialVLA(nn.Module):
     ) -> Float[Array, "B P D"]:
         """Image in [0, 1], depth in metres, intrinsics in pixels of the image → tokens at the language model's width.
 
-        Divided by sqrt(width), which the language model multiplies back into all its inputs.
+        `depth` is read by a model with `depth="dataset"` alone. The tokens are divided by sqrt(width), which the language
+        model multiplies back into all its inputs.
         """
+        if self.config.depth == "zoedepth":
+            depth = jax.lax.stop_gradient(estimate_depth(self.zoe, image, self.config.zoe.backbone.image_size))
         position = None if self.config.depth == "none" else self.ego3d(depth, intrinsics)
         tokens, _ = self.img(image.astype(jnp.float32) * 2 - 1, position)
         return tokens / jnp.asarray(self.config.llm.width**0.5, tokens.dtype)
