@@ -1,0 +1,159 @@
+"""Gemma 2 against transformers with random weights."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spatialvla_jax.interop.mapping import TABLE, Rule, gemma2
+from spatialvla_jax.models.attention import prefix_lm_mask
+from spatialvla_jax.models.gemma2 import Gemma2, Gemma2Config, KVCache
+from tests.models.torch_reference import our_params, randomise
+
+RULES = [*gemma2("llm", "m.model"), Rule("llm/lm_head", TABLE, ("m.lm_head.weight",))]
+FLOAT32 = jnp.dtype("float32")
+
+
+def build(config: Gemma2Config, seed: int):
+    """(transformers model, our model, our variables): one set of random weights."""
+    reference = transformers.Gemma2ForCausalLM(
+        transformers.Gemma2Config(
+            vocab_size=config.vocab_size,
+            hidden_size=config.width,
+            intermediate_size=config.mlp_dim,
+            num_hidden_layers=config.depth,
+            num_attention_heads=config.num_heads,
+            num_key_value_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            query_pre_attn_scalar=int(config.query_pre_attn_scalar),
+            sliding_window=config.sliding_window,
+            attn_logit_softcapping=config.attn_softcap,
+            final_logit_softcapping=config.final_softcap,
+            rope_parameters={"rope_type": "default", "rope_theta": config.rope_base},
+            tie_word_embeddings=False,
+            attn_implementation="eager",  # the others drop the soft cap
+        )
+    )
+    randomise(reference, seed)
+    model = Gemma2(config, FLOAT32)
+    return reference, model, {"params": our_params(reference, {"llm": param_shapes(model)}, RULES, "m")["llm"]}
+
+
+def param_shapes(model: Gemma2):
+    x, one = jnp.zeros((1, 1, model.config.width)), jnp.ones((1, 1), int)
+
+    def everything(m):
+        return m.embed(one), m(x, one, one[None] > 0), m.logits(x)
+
+    return jax.eval_shape(lambda: model.init(jax.random.key(0), method=everything))["params"]
+
+
+def ours(model, variables, ids, positions, mask):
+    def run(m, ids, positions, mask):
+        hidden, _ = m(m.embed(ids), positions, mask)
+        return m.logits(hidden)
+
+    return jax.jit(lambda *x: model.apply(variables, *x, method=run))(ids, positions, mask)
+
+
+def small_config(kv_heads, groups, head_dim, width, mlp_dim, depth, window, softcap) -> Gemma2Config:
+    return Gemma2Config(
+        vocab_size=37,
+        width=width * kv_heads * groups,  # transformers wants a multiple of the heads
+        depth=depth,
+        mlp_dim=mlp_dim,
+        num_heads=kv_heads * groups,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        query_pre_attn_scalar=head_dim + 3.0,
+        sliding_window=window,
+        attn_softcap=softcap,
+        rope_base=500.0,
+    )
+
+
+CONFIGS = st.builds(
+    small_config,
+    kv_heads=st.integers(1, 3),
+    groups=st.integers(1, 3),
+    head_dim=st.sampled_from([4, 8]),
+    width=st.integers(3, 8),
+    mlp_dim=st.integers(5, 40),
+    depth=st.integers(1, 4),
+    window=st.integers(1, 6),
+    softcap=st.sampled_from([0.5, 5.0, 50.0]),
+)
+
+
+@settings(deadline=None, max_examples=5)
+@given(config=CONFIGS, batch=st.integers(1, 3), length=st.integers(1, 9), seed=st.integers(0, 99))
+def test_causal_with_a_sliding_window(config, batch, length, seed):
+    """Small shapes, a window shorter than the sequence in every second layer, both soft caps at work."""
+    reference, model, variables = build(config, seed)
+    ids = np.random.default_rng(seed).integers(0, config.vocab_size, (batch, length))
+    positions = np.broadcast_to(np.arange(length), ids.shape)
+    mask = np.broadcast_to(np.tri(length, dtype=bool), (batch, length, length))
+    with torch.no_grad():
+        expected = reference(torch.from_numpy(ids)).logits
+    np.testing.assert_allclose(ours(model, variables, ids, positions, mask), expected, rtol=0, atol=1e-4)
+
+
+def test_a_layer_at_full_width():
+    """One layer of 2304 with a prefix mask, a padded place and positions from 1, as SpatialVLA calls it."""
+    config = Gemma2Config(vocab_size=64, depth=1)
+    reference, model, variables = build(config, seed=0)
+    ids = np.random.default_rng(0).integers(0, 64, (2, 12))
+    valid = np.ones((2, 12), bool)
+    valid[1, 5:8] = False
+    positions = np.cumsum(valid, axis=1)
+    mask = np.asarray(prefix_lm_mask(valid, 8))
+    additive = torch.from_numpy(np.where(mask, 0, np.finfo(np.float32).min).astype(np.float32))[:, None]
+    with torch.no_grad():
+        expected = reference(
+            torch.from_numpy(ids),
+            attention_mask={"full_attention": additive, "sliding_attention": additive},
+            position_ids=torch.from_numpy(positions),
+        ).logits
+    result = ours(model, variables, ids, positions, mask)
+    np.testing.assert_allclose(np.asarray(result)[valid], expected.numpy()[valid], rtol=0, atol=1e-4)
+
+
+@settings(deadline=None, max_examples=3)
+@given(config=CONFIGS, first=st.integers(1, 6), seed=st.integers(0, 99))
+def test_the_cache_changes_nothing(config, first, seed):
+    """`first` tokens at once and the rest one by one give the hidden states of the whole sequence."""
+    length = 7
+    model = Gemma2(config, FLOAT32)
+    leaves, tree = jax.tree.flatten(param_shapes(model))
+    rng = np.random.default_rng(seed)
+    variables = {"params": tree.unflatten([0.5 * rng.normal(size=leaf.shape).astype(np.float32) for leaf in leaves])}
+    x = rng.normal(size=(2, length, config.width)).astype(np.float32)
+    positions = np.broadcast_to(np.arange(length) + 1, (2, length))
+    mask = np.broadcast_to(np.tri(length, dtype=bool), (2, length, length))
+    whole, none = jax.jit(lambda v: model.apply(v, x, positions, mask))(variables)
+    assert none is None
+
+    @jax.jit
+    def step(x, at, mask, cache, index):
+        return model.apply(variables, x, at, mask, key_positions=positions, cache=cache, cache_index=index)
+
+    cache, parts = KVCache.zeros(config, 2, length, FLOAT32), []
+    for part in [slice(0, first), *(slice(i, i + 1) for i in range(first, length))]:
+        hidden, cache = step(x[:, part], positions[:, part], mask[:, part], cache, part.start)
+        parts.append(hidden)
+    np.testing.assert_allclose(jnp.concatenate(parts, axis=1), whole, rtol=0, atol=1e-4)
+
+
+def test_logits_of_some_rows():
+    config = Gemma2Config(vocab_size=37, width=16, depth=1, mlp_dim=8, num_heads=2, num_kv_heads=1, head_dim=8)
+    model = Gemma2(config, FLOAT32)
+    head = jax.random.normal(jax.random.key(0), (37, 16)) * 10
+    hidden = jax.random.normal(jax.random.key(1), (2, 3, 16))
+    variables = {"params": {"lm_head": head}}
+    whole = model.apply(variables, hidden, method="logits")
+    assert jnp.abs(whole).max() <= config.final_softcap
+    some = model.apply(variables, hidden, (5, 11), method="logits")
+    np.testing.assert_allclose(some, whole[..., 5:16], rtol=1e-6)
