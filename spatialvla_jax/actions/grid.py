@@ -55,8 +55,7 @@ class ActionGrid:
         return (0, translations), (translations, rotations), (translations + rotations, 2)
 
     def encode(self, actions: Float[Array, "*B 7"]) -> Int[Array, "*B 3"]:
-        # Ids are constants of the action: without this, atan2 and hypot would put NaN into gradients at the poles.
-        actions = jax.lax.stop_gradient(actions.astype(jnp.float32))
+        actions = actions.astype(jnp.float32)
         values = jnp.concatenate([to_spherical(actions[..., :3]), actions[..., 3:6]], -1)
         bins = [_bin_of(edges, values[..., i]) for i, edges in enumerate(self.edges)]
         _, (rotation_start, _), (gripper_start, _) = self.token_ranges
