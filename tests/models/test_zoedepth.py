@@ -147,7 +147,7 @@ def test_bfloat16_loses_no_more_than_transformers():
     images = random_images(4, 1, 64, 64)
     exact = run_hf(hf, images)
     with torch.no_grad():
-        theirs = hf.to(torch.bfloat16)(nchw(images).to(torch.bfloat16)).predicted_depth.float().numpy()
+        theirs = hf.bfloat16()(nchw(images).to(torch.bfloat16)).predicted_depth.float().numpy()
     half = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), params)
     ours = run(TINY, jnp.bfloat16)(half, images)
     assert ours.dtype == jnp.float32
