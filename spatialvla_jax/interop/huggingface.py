@@ -19,9 +19,11 @@ from spatialvla_jax.errors import InputError
 from spatialvla_jax.interop import safetensors
 from spatialvla_jax.interop.checkpoint import Checkpoint, Leaf, all_finite, new_directory, read_json, write_json
 from spatialvla_jax.interop.mapping import Slot, check_leaves, check_names, param_shapes, slots
+from spatialvla_jax.models.beit import BeitConfig
 from spatialvla_jax.models.gemma2 import Gemma2Config
 from spatialvla_jax.models.siglip import SiglipConfig
 from spatialvla_jax.models.spatialvla import SpatialVLAConfig
+from spatialvla_jax.models.zoedepth import ZoeDepthConfig
 from spatialvla_jax.processor import Processor
 
 CONFIG, PROCESSOR = "config.json", "processor.json"
@@ -141,12 +143,89 @@ def config_from_published(data: dict[str, Any]) -> SpatialVLAConfig:
     base = SpatialVLAConfig(
         img=img,
         llm=llm,
+        zoe=_zoedepth_from_published(data["vision_zoe_config"]),
         text_vocab=data["image_token_index"],
         spatial_tokens=data["spatial_token_num"],
         depth="zoedepth" if data["use_vision_zoe"] else "none",
         dtype=data.get("torch_dtype") or data.get("dtype") or "float32",
     )
     return replace(base, **data.get(EXTRA, {}))
+
+
+def _zoedepth_from_published(data: dict[str, Any]) -> ZoeDepthConfig:
+    beit = data["backbone_config"]
+    bins = {domain["n_bins"] for domain in data["bin_configurations"]}
+    backbone = BeitConfig(
+        image_size=beit["image_size"],
+        patch_size=beit["patch_size"],
+        width=beit["hidden_size"],
+        depth=beit["num_hidden_layers"],
+        num_heads=beit["num_attention_heads"],
+        mlp_dim=beit["intermediate_size"],
+        num_taps=len(beit["out_features"]),
+    )
+    return ZoeDepthConfig(
+        backbone=backbone,
+        neck_widths=tuple(data["neck_hidden_sizes"]),
+        fusion_width=data["fusion_hidden_size"],
+        relative_features=data["num_relative_features"],
+        bottleneck_width=data["bottleneck_features"],
+        bin_embedding_dim=data["bin_embedding_dim"],
+        num_bins=max(bins),
+        min_temperature=data["min_temp"],
+        max_temperature=data["max_temp"],
+        classifier_width=data["patch_transformer_hidden_size"],
+        classifier_depth=data["num_patch_transformer_layers"],
+        classifier_heads=data["patch_transformer_num_attention_heads"],
+        classifier_mlp_dim=data["patch_transformer_intermediate_size"],
+    )
+
+
+def _zoedepth_to_published(zoe: ZoeDepthConfig, weights: str) -> dict[str, Any]:
+    beit = zoe.backbone
+    taps = [beit.depth // beit.num_taps * (i + 1) for i in range(beit.num_taps)]
+    return {
+        "architectures": ["ZoeDepthForDepthEstimation"],
+        "model_type": "zoedepth",
+        # The released code reads these two only in part; its weights have 16 attractors everywhere.
+        "attractor_alpha": 1000,
+        "num_attractors": [16, 8, 4, 1],
+        "attractor_gamma": 2,
+        "attractor_kind": "mean",
+        "backbone_config": {
+            "model_type": "beit",
+            "hidden_size": beit.width,
+            "image_size": beit.image_size,
+            "intermediate_size": beit.mlp_dim,
+            "num_attention_heads": beit.num_heads,
+            "num_hidden_layers": beit.depth,
+            "out_features": [f"stage{i}" for i in taps],
+            "out_indices": taps,
+            "patch_size": beit.patch_size,
+            "reshape_hidden_states": False,
+            "use_relative_position_bias": True,
+        },
+        "backbone_hidden_size": beit.width,
+        "bin_centers_type": "softplus",
+        "bin_configurations": [
+            {"name": name, "n_bins": zoe.num_bins, "min_depth": 0.001, "max_depth": depth}
+            for name, depth in (("nyu", 10.0), ("kitti", 80.0))
+        ],
+        "bin_embedding_dim": zoe.bin_embedding_dim,
+        "bottleneck_features": zoe.bottleneck_width,
+        "fusion_hidden_size": zoe.fusion_width,
+        "max_temp": zoe.max_temperature,
+        "min_temp": zoe.min_temperature,
+        "neck_hidden_sizes": list(zoe.neck_widths),
+        "num_patch_transformer_layers": zoe.classifier_depth,
+        "num_relative_features": zoe.relative_features,
+        "patch_transformer_hidden_size": zoe.classifier_width,
+        "patch_transformer_intermediate_size": zoe.classifier_mlp_dim,
+        "patch_transformer_num_attention_heads": zoe.classifier_heads,
+        "readout_type": "project",
+        "reassemble_factors": [4, 2, 1, 0.5],
+        "torch_dtype": weights,
+    }
 
 
 def config_to_published(config: SpatialVLAConfig, dtypes: set[np.dtype]) -> dict[str, Any]:
@@ -206,6 +285,7 @@ def config_to_published(config: SpatialVLAConfig, dtypes: set[np.dtype]) -> dict
             "torch_dtype": weights,
             "vision_use_head": False,
         },
+        "vision_zoe_config": _zoedepth_to_published(config.zoe, weights),
         EXTRA: {name: getattr(config, name) for name in EXTRA_FIELDS},
     }
 

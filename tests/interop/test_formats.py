@@ -2,6 +2,7 @@ import json
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.interop import convert, load_pretrained, read_checkpoint, write_huggingface
@@ -17,6 +18,15 @@ def test_published_to_orbax_and_back(checkpoint, tmp_path):
     for file in published.iterdir():
         assert (again / file.name).read_bytes() == file.read_bytes(), file.name
     json.dumps(figures)
+
+
+def test_the_published_model_with_zoedepth(golden, tmp_path):
+    """The golden directory as it was published: to Orbax and back, all 380 tensors in the same bytes."""
+    assert convert(golden, tmp_path / "run", to="orbax")["bit_exact"]
+    assert convert(tmp_path / "run", tmp_path / "again", to="pytorch")["bit_exact"]
+    before, after = load_file(golden / "model.safetensors"), load_file(tmp_path / "again" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(before[key].tobytes() == after[key].tobytes() for key in before)
 
 
 def test_load_pretrained_recognises_both(checkpoint, tmp_path):
