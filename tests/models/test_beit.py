@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from transformers import BeitConfig as HfBeitConfig
 from transformers.models.beit.modeling_beit import BeitLayer as HfLayer
 from transformers.models.beit.modeling_beit import BeitRelativePositionBias as HfBias
+from zoe_reference import TINY, layer_params, published_names, random_hf_model, randomise, zoedepth_params
 
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.models.beit import Beit, BeitConfig, BeitLayer, relative_position_bias
-from tests.models.zoe_reference import TINY, layer_params, published_names, random_hf_model, randomise, zoedepth_params
 
 SMALL = st.integers(1, 6)
 

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 from transformers import ZoeDepthForDepthEstimation
+from zoe_reference import TINY, hf_config, published_names, random_hf_model, zoedepth_params
 
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.models.zoedepth import ZoeDepth, ZoeDepthConfig, estimate_depth, zoedepth_input
-from tests.models.zoe_reference import TINY, hf_config, published_names, random_hf_model, zoedepth_params
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
