@@ -3,13 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.interop.checkpoint import Checkpoint, Leaf, check_finite, new_directory, read_json
-from spatialvla_jax.interop.mapping import check_leaves, flatten, param_shapes, unflatten
+from spatialvla_jax.interop.mapping import check_leaves, flatten, param_shapes
 from spatialvla_jax.models.spatialvla import SpatialVLAConfig
 from spatialvla_jax.processor import Processor, model_from_dict, model_to_dict
 
@@ -37,16 +37,7 @@ def read_orbax(path: str | Path) -> Checkpoint:
     if step is None:
         raise InputError(f"{path} holds no finished checkpoint")
     config, processor = _read_metadata(step / "metadata" / "metadata")
-    params = (step / "params").absolute()
-    try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            tree = checkpointer.metadata(params).item_metadata.tree
-    except Exception as error:  # Orbax raises whatever its storage raises
-        raise InputError(f"{params} cannot be read: {_first_line(error)}") from error
-    leaves = {
-        leaf: Leaf(tuple(info.shape), np.dtype(info.dtype), lambda leaf=leaf, info=info: _read_leaf(params, leaf, info))
-        for leaf, info in flatten(tree).items()
-    }
+    leaves = _open_params((step / "params").absolute())
     check_leaves(step, leaves, param_shapes(config))
     check_finite(step, leaves)
     return Checkpoint(config, leaves, processor)
@@ -61,17 +52,28 @@ def _read_metadata(file: Path) -> tuple[SpatialVLAConfig, Processor | None]:
         raise InputError(f"{file} does not describe a model and processor of this version: {error}") from error
 
 
-def _read_leaf(params: Path, leaf: str, info: Any) -> np.ndarray:
-    item = unflatten({leaf: jax.ShapeDtypeStruct(info.shape, info.dtype)})
-    arguments = unflatten({leaf: ocp.RestoreArgs(restore_type=np.ndarray)})
+def _open_params(params: Path) -> dict[str, Leaf]:
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
-            restored = checkpointer.restore(
-                params, ocp.args.PyTreeRestore(item=item, restore_args=arguments, partial_restore=True)
-            )
-    except Exception as error:
-        raise InputError(f"{params} cannot be read at {leaf}: {_first_line(error)}") from error
-    return flatten(restored)[leaf]
+            tree = checkpointer.metadata(params).item_metadata
+        infos = flatten(tree.tree)
+    except Exception as error:  # Orbax raises whatever its storage raises
+        raise InputError(f"{params} cannot be read: {_first_line(error)}") from error
+    driver = "zarr3" if tree.use_zarr3 else "zarr"
+
+    def leaf(path: str, info: Any) -> Leaf:
+        # Straight from the array store: restoring leaf by leaf through Orbax takes 35 times as long.
+        store = {"driver": "ocdbt", "base": params.as_uri(), "path": f"{info.name}/"}
+
+        def read() -> np.ndarray:
+            try:
+                return tensorstore.open({"driver": driver, "kvstore": store}, read=True).result().read().result()
+            except (ValueError, OSError) as error:
+                raise InputError(f"{params} cannot be read at {path}: {_first_line(error)}") from error
+
+        return Leaf(tuple(info.shape), np.dtype(info.dtype), read)
+
+    return {path: leaf(path, info) for path, info in infos.items()}
 
 
 def write_orbax(path: str | Path, checkpoint: Checkpoint) -> None:
