@@ -9,18 +9,19 @@ from typing import Any
 import jax.numpy as jnp
 
 from spatialvla_jax.errors import InputError
+from spatialvla_jax.interop.big_vision import read_big_vision, write_big_vision
 from spatialvla_jax.interop.checkpoint import Checkpoint
 from spatialvla_jax.interop.huggingface import CONFIG, read_huggingface, write_huggingface
 from spatialvla_jax.interop.orbax import read_orbax, step_directory, write_orbax
 from spatialvla_jax.models.spatialvla import SpatialVLA
 from spatialvla_jax.processor import Processor
 
-WRITERS = {"orbax": write_orbax, "pytorch": write_huggingface}
+WRITERS = {"orbax": write_orbax, "pytorch": write_huggingface, "big_vision": write_big_vision}
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
-    """Recognise and open a checkpoint: an Orbax run of ours or one of its steps, or a published directory."""
+    """Recognise and open a checkpoint: an Orbax run of ours or one of its steps, a published directory, or a .npz."""
     path = Path(path)
     if not path.exists():
         raise InputError(f"{path} does not exist")
@@ -28,6 +29,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         return read_orbax(path)
     if (path / CONFIG).exists():
         return read_huggingface(path)
+    if path.is_file():
+        return read_big_vision(path)
     raise InputError(f"{path} is no checkpoint: neither a run with a finished step nor a directory with {CONFIG}")
 
 
@@ -41,7 +44,9 @@ def load_pretrained(path: str | Path) -> tuple[SpatialVLA, dict[str, Any], Proce
 
 
 def convert(src: str | Path, dst: str | Path, to: str, dtype: str | None = None) -> dict[str, Any]:
-    """Convert checkpoint `src` into the new directory `dst` of format `to`, weights cast to `dtype` where one is given.
+    """Convert checkpoint `src` into `dst`, a new directory (orbax, pytorch) or .npz file (big_vision).
+
+    Weights are cast to `dtype` where one is given.
 
     Returns {"source", "destination", "format", "parameters", "tensors", "bytes", "bit_exact", "seconds"}; `bit_exact`
     comes from reading `dst` back. Raises InputError, and `dst` is then untouched.

@@ -5,10 +5,10 @@ config.json, and processor.json holds our processor whole, so that what we write
 own files are written beside them, and read where processor.json is missing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ml_dtypes
 import numpy as np
@@ -25,6 +25,8 @@ from spatialvla_jax.models.siglip import SiglipConfig
 from spatialvla_jax.models.spatialvla import SpatialVLAConfig
 from spatialvla_jax.models.zoedepth import ZoeDepthConfig
 from spatialvla_jax.processor import Processor
+
+T = TypeVar("T")
 
 CONFIG, PROCESSOR = "config.json", "processor.json"
 RELEASE_PROCESSOR, IMAGES, TOKENIZER = "processor_config.json", "preprocessor_config.json", "tokenizer.model"
@@ -49,23 +51,30 @@ def read_huggingface(path: str | Path, ignore: Sequence[str] = ()) -> Checkpoint
     if ZOE_PREFIX in ignore and config.depth == "zoedepth":
         config = replace(config, depth="dataset")
     shapes = param_shapes(config)
-    table = slots(shapes)
-    wanted = {slot.key: slot for slot in table}
-    check_names(path, "missing", wanted.keys() - kept.keys())
-    check_names(path, "unknown", kept.keys() - wanted.keys())
-    wrong = [f"{k} {t.shape} instead of {wanted[k].shape}" for k, t in kept.items() if t.shape != wanted[k].shape]
-    check_names(path, f"of another shape than {CONFIG} says", wrong)
-    check_names(path, "not finite", [key for key, tensor in kept.items() if not all_finite(tensor.read())])
-    by_leaf: dict[str, list[Slot]] = {}
-    for slot in table:
-        by_leaf.setdefault(slot.path, []).append(slot)
-    mixed = [s.key for group in by_leaf.values() for s in group if kept[s.key].dtype != kept[group[0].key].dtype]
-    check_names(path, "of another dtype than the same weight of the first layer", mixed)
-    leaves = {leaf: _stacked(shapes[leaf], group, kept) for leaf, group in by_leaf.items()}
+    leaves = stacked_leaves(path, kept, shapes)
     return Checkpoint(config, leaves, read_processor(path), ignored=len(stored) - len(kept))
 
 
-def _stacked(shape: tuple[int, ...], group: list[Slot], stored: dict[str, safetensors.Stored]) -> Leaf:
+def stacked_leaves(
+    path: Path, stored: Mapping[str, safetensors.Stored], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, Leaf]:
+    """Leaves of ours with these shapes out of published tensors, all of which must be used. Raises InputError."""
+    table = slots(shapes)
+    wanted = {slot.key: slot for slot in table}
+    check_names(path, "missing", wanted.keys() - stored.keys())
+    check_names(path, "unknown", stored.keys() - wanted.keys())
+    wrong = [f"{k} {t.shape} instead of {wanted[k].shape}" for k, t in stored.items() if t.shape != wanted[k].shape]
+    check_names(path, f"of another shape than {CONFIG} says", wrong)
+    check_names(path, "not finite", [key for key, tensor in stored.items() if not all_finite(tensor.read())])
+    by_leaf: dict[str, list[Slot]] = {}
+    for slot in table:
+        by_leaf.setdefault(slot.path, []).append(slot)
+    mixed = [s.key for group in by_leaf.values() for s in group if stored[s.key].dtype != stored[group[0].key].dtype]
+    check_names(path, "of another dtype than the same weight of the first layer", mixed)
+    return {leaf: _stacked(shapes[leaf], group, stored) for leaf, group in by_leaf.items()}
+
+
+def _stacked(shape: tuple[int, ...], group: list[Slot], stored: Mapping[str, safetensors.Stored]) -> Leaf:
     dtype = stored[group[0].key].dtype
 
     def read() -> np.ndarray:
@@ -105,45 +114,24 @@ def write_huggingface(path: str | Path, checkpoint: Checkpoint, max_shard_bytes:
 
 def read_config(file: Path) -> SpatialVLAConfig:
     """Raises InputError for a file that is missing or describes no SpatialVLA."""
+    return parse_config(file, config_from_published)
+
+
+def parse_config(file: Path, parse: Callable[[dict[str, Any]], T]) -> T:
     data = read_json(file)
     try:
-        return config_from_published(data)
+        return parse(data)
     except KeyError as error:
-        raise InputError(f"{file} has no field {error.args[0]!r}, so it is no SpatialVLA config") from error
+        raise InputError(f"{file} has no field {error.args[0]!r}") from error
     except TypeError as error:
-        raise InputError(f"{file} does not describe a SpatialVLA: {error}") from error
+        raise InputError(f"{file} does not describe the model: {error}") from error
 
 
 def config_from_published(data: dict[str, Any]) -> SpatialVLAConfig:
-    vision, text = data["vision_config"], data["text_config"]
-    rope = text.get("rope_parameters") or {}
-    # What the release's files leave out has the defaults of transformers' configs, which are the published sizes.
-    img = SiglipConfig(
-        image_size=vision.get("image_size", 224),
-        patch_size=vision.get("patch_size", 16),
-        width=vision["hidden_size"],
-        depth=vision["num_hidden_layers"],
-        num_heads=vision["num_attention_heads"],
-        mlp_dim=vision["intermediate_size"],
-    )
-    llm = Gemma2Config(
-        vocab_size=text["vocab_size"],
-        width=text["hidden_size"],
-        depth=text["num_hidden_layers"],
-        mlp_dim=text["intermediate_size"],
-        num_heads=text.get("num_attention_heads", 8),
-        num_kv_heads=text.get("num_key_value_heads", 4),
-        head_dim=text.get("head_dim", 256),
-        query_pre_attn_scalar=float(text.get("query_pre_attn_scalar", 256)),
-        sliding_window=text.get("sliding_window", 4096),
-        attn_softcap=text.get("attn_logit_softcapping", 50.0),
-        final_softcap=text.get("final_logit_softcapping", 30.0),
-        rope_base=float(text.get("rope_theta", rope.get("rope_theta", 10_000.0))),
-    )
     base = SpatialVLAConfig(
-        img=img,
-        llm=llm,
-        zoe=_zoedepth_from_published(data["vision_zoe_config"]),
+        img=siglip_from_published(data["vision_config"]),
+        llm=gemma2_from_published(data["text_config"]),
+        zoe=zoedepth_from_published(data["vision_zoe_config"]),
         text_vocab=data["image_token_index"],
         spatial_tokens=data["spatial_token_num"],
         depth="zoedepth" if data["use_vision_zoe"] else "none",
@@ -152,7 +140,39 @@ def config_from_published(data: dict[str, Any]) -> SpatialVLAConfig:
     return replace(base, **data.get(EXTRA, {}))
 
 
-def _zoedepth_from_published(data: dict[str, Any]) -> ZoeDepthConfig:
+# What the release's files leave out has the defaults of transformers' configs, which are the published sizes.
+
+
+def siglip_from_published(data: dict[str, Any]) -> SiglipConfig:
+    return SiglipConfig(
+        image_size=data.get("image_size", 224),
+        patch_size=data.get("patch_size", 16),
+        width=data["hidden_size"],
+        depth=data["num_hidden_layers"],
+        num_heads=data["num_attention_heads"],
+        mlp_dim=data["intermediate_size"],
+    )
+
+
+def gemma2_from_published(data: dict[str, Any]) -> Gemma2Config:
+    rope = data.get("rope_parameters") or {}
+    return Gemma2Config(
+        vocab_size=data["vocab_size"],
+        width=data["hidden_size"],
+        depth=data["num_hidden_layers"],
+        mlp_dim=data["intermediate_size"],
+        num_heads=data.get("num_attention_heads", 8),
+        num_kv_heads=data.get("num_key_value_heads", 4),
+        head_dim=data.get("head_dim", 256),
+        query_pre_attn_scalar=float(data.get("query_pre_attn_scalar", 256)),
+        sliding_window=data.get("sliding_window", 4096),
+        attn_softcap=data.get("attn_logit_softcapping", 50.0),
+        final_softcap=data.get("final_logit_softcapping", 30.0),
+        rope_base=float(data.get("rope_theta", rope.get("rope_theta", 10_000.0))),
+    )
+
+
+def zoedepth_from_published(data: dict[str, Any]) -> ZoeDepthConfig:
     beit = data["backbone_config"]
     bins = {domain["n_bins"] for domain in data["bin_configurations"]}
     backbone = BeitConfig(

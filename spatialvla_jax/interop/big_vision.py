@@ -1,0 +1,99 @@
+"""big_vision's .npz checkpoints: one array a leaf, under "params/img/embedding/kernel" and so on.
+
+Our names and layouts are big_vision's, so nothing is renamed. What it has no place for, our config and processor, lies
+in the same file as JSON under "spatialvla_jax".
+"""
+
+import json
+import os
+import zipfile
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from spatialvla_jax.errors import InputError
+from spatialvla_jax.interop.checkpoint import Checkpoint, Leaf, check_finite
+from spatialvla_jax.interop.mapping import check_leaves, check_names, param_shapes
+from spatialvla_jax.processor import Processor, model_from_dict, model_to_dict
+
+PREFIX, FACTS = "params/", "spatialvla_jax"
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+FLOATS = (np.dtype(np.float32), np.dtype(np.float16), BFLOAT16)
+
+
+def open_npz(path: Path) -> dict[str, Leaf]:
+    """The arrays of a file, without "params/", read when asked for. Raises InputError for a file that is no .npz."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            leaves = dict(_open_member(path, archive, name) for name in archive.namelist() if name != f"{FACTS}.npy")
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path} is not a whole .npz file: {error}") from error
+    wrong = [f"{name} ({leaf.dtype})" for name, leaf in leaves.items() if leaf.dtype not in FLOATS]
+    check_names(path, "of another dtype than float32, float16, bfloat16", wrong)
+    return leaves
+
+
+def _open_member(path: Path, archive: zipfile.ZipFile, name: str) -> tuple[str, Leaf]:
+    with archive.open(name) as member:
+        version = np.lib.format.read_magic(member)
+        header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = header(member)
+    dtype = BFLOAT16 if dtype == np.dtype("V2") else dtype  # numpy has no name for it
+    key = name.removesuffix(".npy")
+
+    def read() -> np.ndarray:
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                return arrays[key].view(dtype)
+        except (OSError, ValueError, zipfile.BadZipFile) as error:
+            raise InputError(f"{path} cannot be read at {key}: {error}") from error
+
+    return key.removeprefix(PREFIX), Leaf(shape, dtype, read)
+
+
+def read_big_vision(path: str | Path) -> Checkpoint:
+    """A SpatialVLA that `write_big_vision` wrote. Raises InputError, also for a PaliGemma that is not one yet."""
+    path = Path(path)
+    leaves = open_npz(path)
+    with np.load(path, allow_pickle=False) as arrays:
+        if FACTS not in arrays:
+            raise InputError(f"{path} holds no SpatialVLA; `start_from_paligemma` makes one of a PaliGemma 2")
+        facts = json.loads(str(arrays[FACTS]))
+    try:
+        config, processor = model_from_dict(facts["model"]), facts["processor"]
+        processor = None if processor is None else Processor.from_dict(processor)
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{path} does not describe a model and processor of this version: {error}") from error
+    check_leaves(path, leaves, param_shapes(config))
+    check_finite(path, leaves)
+    return Checkpoint(config, leaves, processor)
+
+
+def write_big_vision(path: str | Path, checkpoint: Checkpoint) -> None:
+    """Write a .npz file by rename, one leaf at a time. Raises InputError when it exists or cannot be written."""
+    path = Path(path)
+    check_leaves("checkpoint", checkpoint.leaves, param_shapes(checkpoint.config))
+    if path.exists():
+        raise InputError(f"{path} exists; choose a new destination")
+    processor = checkpoint.processor.to_dict() if checkpoint.processor else None
+    facts = json.dumps({"model": model_to_dict(checkpoint.config), "processor": processor})
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with zipfile.ZipFile(temporary, "w") as archive:
+            for name, leaf in checkpoint.leaves.items():
+                array = leaf.read()
+                _write_member(archive, PREFIX + name, array.view("V2") if array.dtype == BFLOAT16 else array)
+            _write_member(archive, FACTS, np.array(facts))
+        os.rename(temporary, path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write_member(archive: zipfile.ZipFile, name: str, array: np.ndarray) -> None:
+    # A fixed date makes equal checkpoints equal files.
+    with archive.open(zipfile.ZipInfo(f"{name}.npy", (1980, 1, 1, 0, 0, 0)), "w", force_zip64=True) as member:
+        np.lib.format.write_array(member, array, allow_pickle=False)

@@ -1,0 +1,148 @@
+"""The start of pre-training: a SpatialVLA out of PaliGemma 2 and, for depth inside the model, ZoeDepth."""
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from spatialvla_jax.errors import InputError
+from spatialvla_jax.interop import safetensors
+from spatialvla_jax.interop.big_vision import open_npz
+from spatialvla_jax.interop.checkpoint import Checkpoint, Leaf, check_finite
+from spatialvla_jax.interop.huggingface import (
+    CONFIG,
+    ZOE_PREFIX,
+    gemma2_from_published,
+    parse_config,
+    siglip_from_published,
+    stacked_leaves,
+    zoedepth_from_published,
+)
+from spatialvla_jax.interop.mapping import check_leaves, flatten, param_shapes
+from spatialvla_jax.models.ego3d import Ego3D
+from spatialvla_jax.models.gemma2 import Gemma2Config
+from spatialvla_jax.models.siglip import SiglipConfig
+from spatialvla_jax.models.spatialvla import SpatialVLAConfig
+
+TABLE, HEAD = "llm/embedder/input_embedding", "llm/lm_head"
+
+# transformers 5 in memory, transformers 5 on disk → the names of transformers 4, which the table has.
+RENAMED = (
+    (r"^model\.language_model\.", "language_model.model."),
+    (r"^model\.", ""),
+    (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),
+)
+
+
+def start_from_paligemma(
+    paligemma: str | Path, zoedepth: str | Path | None = None, *, seed: int = 0, **changes: Any
+) -> Checkpoint:
+    """A SpatialVLA ready for pre-training.
+
+    `paligemma` is a Hugging Face directory (names of transformers 4 or 5) or big_vision's .npz; `zoedepth` a Hugging
+    Face directory, and without one the model takes depth from its data. `changes` are fields of SpatialVLAConfig.
+
+    As in the release: the vocabulary gains `<image>` and the action tokens, all at the mean of the text rows; the LM
+    head is untied with the same rows; the spatial embedding starts as its action rows. Ego3D starts from `seed`.
+    Raises InputError for whatever does not fit.
+    """
+    path = Path(paligemma)
+    img, llm, text_vocab, leaves = (_from_npz if path.suffix == ".npz" else _from_directory)(path)
+    config = replace(SpatialVLAConfig(img=img, llm=llm, text_vocab=text_vocab, depth="dataset"), **changes)
+    if zoedepth is not None:
+        zoe = parse_config(Path(zoedepth) / CONFIG, zoedepth_from_published)
+        config = replace(config, depth="zoedepth", zoe=zoe)
+    config = replace(config, llm=replace(llm, vocab_size=config.action_offset + config.spatial_tokens))
+    shapes = param_shapes(config)
+    text, dtype = leaves.pop(TABLE), leaves["img/head/kernel"].dtype
+
+    def rows(first: int, count: int) -> Callable[[], np.ndarray]:
+        """Rows [first, first + count) of the grown table."""
+
+        def read() -> np.ndarray:
+            table = text.read()[:text_vocab]
+            mean = table.mean(axis=0, dtype=np.float64).astype(table.dtype)
+            grown = max(first + count - text_vocab, 0)
+            return np.concatenate([table, np.broadcast_to(mean, (grown, len(mean)))])[first : first + count]
+
+        return read
+
+    vocabulary = shapes[TABLE][0]
+    leaves[TABLE] = leaves[HEAD] = Leaf(shapes[TABLE], text.dtype, rows(0, vocabulary))
+    action_rows = rows(config.action_offset, config.spatial_tokens)
+    leaves["spatial_embedding"] = Leaf(shapes["spatial_embedding"], text.dtype, action_rows)
+    if config.depth != "none":
+        leaves |= {name: _leaf(x.astype(dtype)) for name, x in _fresh_ego3d(config, seed).items()}
+    if zoedepth is not None:
+        stored = safetensors.open_directory(Path(zoedepth))
+        published = {ZOE_PREFIX + key: tensor for key, tensor in stored.items()}
+        leaves |= stacked_leaves(Path(zoedepth), published, {p: s for p, s in shapes.items() if p.startswith("zoe/")})
+    check_leaves(path, leaves, shapes)
+    return Checkpoint(config, {name: leaves[name] for name in shapes}, None)
+
+
+def _from_directory(path: Path) -> tuple[SiglipConfig, Gemma2Config, int, dict[str, Leaf]]:
+    def parse(data: dict[str, Any]) -> tuple[SiglipConfig, Gemma2Config, int]:
+        parts = siglip_from_published(data["vision_config"]), gemma2_from_published(data["text_config"])
+        return *parts, data["image_token_index"]
+
+    img, llm, text_vocab = parse_config(path / CONFIG, parse)
+    stored = {_published_name(key): tensor for key, tensor in safetensors.open_directory(path).items()}
+    return img, llm, text_vocab, stacked_leaves(path, stored, _paligemma_shapes(img, llm))
+
+
+def _published_name(key: str) -> str:
+    for pattern, name in RENAMED:
+        key = re.sub(pattern, name, key)
+    return key
+
+
+def _from_npz(path: Path) -> tuple[SiglipConfig, Gemma2Config, int, dict[str, Leaf]]:
+    leaves = open_npz(path)
+    try:
+        block = "img/Transformer/encoderblock"
+        depth, width, num_heads, _ = leaves[f"{block}/MultiHeadDotProductAttention_0/query/kernel"].shape
+        patch = leaves["img/embedding/kernel"].shape[0]
+        image_size = patch * round(leaves["img/pos_embedding"].shape[1] ** 0.5)
+        img = SiglipConfig(
+            image_size, patch, width, depth, num_heads, leaves[f"{block}/MlpBlock_0/Dense_0/bias"].shape[1]
+        )
+        text_vocab, width = leaves[TABLE].shape
+        depth, num_heads, _, head_dim = leaves["llm/layers/attn/q_einsum/w"].shape
+        llm = Gemma2Config(
+            vocab_size=text_vocab,
+            width=width,
+            depth=depth,
+            mlp_dim=leaves["llm/layers/mlp/linear"].shape[1],
+            num_heads=num_heads,
+            num_kv_heads=leaves["llm/layers/attn/kv_einsum/w"].shape[2],
+            head_dim=head_dim,
+            # Gemma 2 27B alone scales by width / heads (Gemma Team 2024, table 1).
+            query_pre_attn_scalar=width / num_heads if width == 4608 else head_dim,
+        )
+    except (KeyError, ValueError) as error:
+        raise InputError(f"{path} is no PaliGemma 2 of big_vision: {error}") from error
+    check_leaves(path, leaves, _paligemma_shapes(img, llm))
+    check_finite(path, leaves)
+    return img, llm, text_vocab, leaves
+
+
+def _paligemma_shapes(img: SiglipConfig, llm: Gemma2Config) -> dict[str, tuple[int, ...]]:
+    shapes = param_shapes(SpatialVLAConfig(img=img, llm=llm, depth="none"))
+    return {path: shape for path, shape in shapes.items() if path not in (HEAD, "spatial_embedding")}
+
+
+def _fresh_ego3d(config: SpatialVLAConfig, seed: int) -> dict[str, np.ndarray]:
+    S = config.img.image_size
+    ego3d = Ego3D(config.img.width, config.img.grid, jnp.dtype("float32"))
+    params = jax.jit(ego3d.init)(jax.random.key(seed), jnp.ones((1, S, S)), jnp.eye(3)[None])["params"]
+    return {f"ego3d/{path}": np.asarray(x) for path, x in flatten(params).items()}
+
+
+def _leaf(x: np.ndarray) -> Leaf:
+    return Leaf(x.shape, x.dtype, lambda: x)

@@ -1,0 +1,54 @@
+import numpy as np
+import pytest
+
+from spatialvla_jax.errors import InputError
+from spatialvla_jax.interop import convert, read_big_vision, read_huggingface, write_big_vision, write_huggingface
+from spatialvla_jax.interop.formats import cast, equal
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_we_write_we_read_back(checkpoint, tmp_path, dtype):
+    stored = cast(checkpoint, dtype)
+    write_big_vision(tmp_path / "model.npz", stored)
+    assert equal(read_big_vision(tmp_path / "model.npz"), stored)
+    write_big_vision(tmp_path / "again.npz", read_big_vision(tmp_path / "model.npz"))
+    assert (tmp_path / "again.npz").read_bytes() == (tmp_path / "model.npz").read_bytes()
+
+
+def test_the_golden_model_through_all_three(golden, tmp_path):
+    """Published → big_vision → Orbax → published: the same bytes in every tensor."""
+    assert convert(golden, tmp_path / "a.npz", to="big_vision")["bit_exact"]
+    assert convert(tmp_path / "a.npz", tmp_path / "b", to="orbax")["bit_exact"]
+    assert convert(tmp_path / "b", tmp_path / "c", to="pytorch")["bit_exact"]
+    assert equal(read_huggingface(tmp_path / "c"), read_huggingface(golden))
+
+
+def test_names_are_big_visions(checkpoint, tmp_path):
+    write_big_vision(tmp_path / "model.npz", cast(checkpoint, "bfloat16"))
+    with np.load(tmp_path / "model.npz", allow_pickle=False) as arrays:
+        assert arrays["params/llm/layers/attn/kv_einsum/w"].shape == (4, 2, 2, 24, 8)
+        assert arrays["params/llm/layers/attn/kv_einsum/w"].dtype == "V2"  # bfloat16, as numpy stores it
+        assert arrays["params/img/Transformer/encoderblock/MlpBlock_0/Dense_0/kernel"].shape == (2, 32, 48)
+        assert arrays["params/img/pos_embedding"].shape == (1, 16, 32)
+
+
+def test_bad_files_are_named(checkpoint, tmp_path):
+    write_huggingface(tmp_path / "hf", checkpoint)
+    write_big_vision(tmp_path / "model.npz", checkpoint)
+    data = (tmp_path / "model.npz").read_bytes()
+    (tmp_path / "short.npz").write_bytes(data[:-500])
+    middle = len(data) // 2
+    (tmp_path / "damaged.npz").write_bytes(data[:middle] + bytes(64) + data[middle + 64 :])
+    np.savez(tmp_path / "other.npz", **{"params/img/x": np.zeros(3, np.float32)})
+    np.savez(tmp_path / "ints.npz", **{"params/img/x": np.zeros(3, np.int32)})
+    for name, says in [
+        ("short.npz", r"short\.npz is not a whole \.npz file"),
+        ("damaged.npz", r"damaged\.npz cannot be read at params/"),
+        ("other.npz", "holds no SpatialVLA"),
+        ("ints.npz", r"1 tensor of another dtype than float32, float16, bfloat16: img/x \(int32\)"),
+    ]:
+        with pytest.raises(InputError, match=says):
+            read_big_vision(tmp_path / name)
+    with pytest.raises(InputError, match="exists"):
+        write_big_vision(tmp_path / "model.npz", checkpoint)
+    assert (tmp_path / "model.npz").read_bytes() == data

@@ -1,0 +1,175 @@
+"""PaliGemma 2 and ZoeDepth as the start of a SpatialVLA, against transformers."""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
+
+from spatialvla_jax.errors import InputError
+from spatialvla_jax.interop import start_from_paligemma
+from spatialvla_jax.interop.mapping import flatten
+from spatialvla_jax.models import SpatialVLA
+from spatialvla_jax.models.attention import positions_of, prefix_lm_mask
+from tests.models.torch_reference import randomise
+from tests.models.zoe_reference import TINY, random_hf_model
+
+TEXT_VOCAB, SPARE = 36, 4  # the published tables have rows that no token uses, too
+
+
+@pytest.fixture(scope="module")
+def reference():
+    config = PaliGemmaConfig(
+        vision_config={
+            "model_type": "siglip_vision_model",
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 42,
+            "patch_size": 14,
+            "vision_use_head": False,
+            "projection_dim": 16,
+        },
+        text_config={
+            "model_type": "gemma2",
+            "vocab_size": TEXT_VOCAB + SPARE,
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "query_pre_attn_scalar": 8,
+        },
+        image_token_index=TEXT_VOCAB,
+        projection_dim=16,
+        hidden_size=16,
+        attn_implementation="eager",
+    )
+    return randomise(PaliGemmaForConditionalGeneration(config), seed=0)
+
+
+def save(folder, model, rename=lambda key: key):
+    model.save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    save_file({rename(key): tensor for key, tensor in tensors.items()}, folder / "model.safetensors")
+    return folder
+
+
+def test_logits_are_paligemmas(reference, tmp_path):
+    """Without Ego3D and before any training, text logits are those of the PaliGemma that it came from."""
+    checkpoint = start_from_paligemma(save(tmp_path / "pg", reference), depth="none", dtype="float32", spatial_tokens=6)
+    cfg, params = checkpoint.config, checkpoint.params()
+    rng = np.random.default_rng(0)
+    image = rng.uniform(0, 1, (2, 42, 42, 3)).astype(np.float32)
+    ids = rng.integers(3, TEXT_VOCAB, (2, 7))
+
+    def prefix_logits(m, image, ids, mask):
+        embeddings, valid = m.embed_prefix(image, ids, mask, None, None)
+        hidden, _ = m.llm(embeddings, positions_of(valid), prefix_lm_mask(valid, valid.shape[1]))
+        return m.logits(hidden)
+
+    mask = np.ones(ids.shape, bool)
+    ours = jax.jit(lambda p: SpatialVLA(cfg).apply({"params": p}, image, ids, mask, method=prefix_logits))(params)
+    tokens = np.concatenate([np.full((2, cfg.img.num_tokens), TEXT_VOCAB), ids], axis=1)
+    with torch.no_grad():
+        expected = reference(
+            input_ids=torch.from_numpy(tokens),
+            pixel_values=torch.from_numpy(image.transpose(0, 3, 1, 2) * 2 - 1),
+            attention_mask=torch.ones(tokens.shape, dtype=torch.int64),
+            token_type_ids=torch.zeros(tokens.shape, dtype=torch.int64),
+        ).logits
+    np.testing.assert_allclose(ours[..., :TEXT_VOCAB], expected[..., :TEXT_VOCAB], rtol=0, atol=1e-4)
+
+
+def test_the_vocabulary_grows_by_the_mean(reference, tmp_path):
+    checkpoint = start_from_paligemma(save(tmp_path / "pg", reference), spatial_tokens=10)
+    params = checkpoint.params()
+    table = params["llm"]["embedder"]["input_embedding"]
+    old = reference.model.language_model.embed_tokens.weight.detach().numpy()[:TEXT_VOCAB]
+    assert checkpoint.config.llm.vocab_size == len(table) == TEXT_VOCAB + 1 + 10
+    np.testing.assert_array_equal(table[:TEXT_VOCAB], old)
+    np.testing.assert_allclose(table[TEXT_VOCAB:], np.tile(old.mean(0), (11, 1)), atol=1e-6)
+    np.testing.assert_array_equal(params["llm"]["lm_head"], table)
+    np.testing.assert_array_equal(params["spatial_embedding"], table[-10:])
+    assert 0 < np.abs(params["ego3d"]["dense_0"]["kernel"]).max() < 0.01
+
+
+def to_v4(key):
+    return key.replace("vision_tower.", "vision_tower.vision_model.")
+
+
+def to_memory(key):
+    return "model." + key.replace("language_model.model.", "language_model.")
+
+
+@pytest.mark.parametrize("rename", [to_v4, to_memory])
+def test_old_and_new_names(reference, tmp_path, rename):
+    disk = start_from_paligemma(save(tmp_path / "a", reference)).params()
+    other = start_from_paligemma(save(tmp_path / "b", reference, rename)).params()
+    jax.tree.map(np.testing.assert_array_equal, disk, other)
+
+
+@pytest.mark.parametrize("prefix", ["", "params/"])
+def test_from_big_vision(reference, tmp_path, prefix):
+    """The same leaves from the .npz that big_vision would have, in bfloat16 as its void type."""
+    reference = reference.to(torch.bfloat16)
+    try:
+        there = start_from_paligemma(save(tmp_path / "pg", reference), spatial_tokens=5)
+    finally:
+        reference.to(torch.float32)
+    leaves = flatten(there.params())
+    table = "llm/embedder/input_embedding"
+    leaves[table] = leaves[table][:TEXT_VOCAB]
+    ours = ("llm/lm_head", "spatial_embedding", "ego3d")
+    arrays = {prefix + name: x.view("V2") for name, x in leaves.items() if not name.startswith(ours)}
+    np.savez(tmp_path / "pg.npz", **arrays)
+    here = start_from_paligemma(tmp_path / "pg.npz", spatial_tokens=5)
+    assert here.config == there.config
+    jax.tree.map(np.testing.assert_array_equal, here.params(), there.params())
+    assert all(x.dtype == ml_dtypes.bfloat16 for x in jax.tree.leaves(here.params()))
+
+
+def test_with_zoedepth_inside(reference, tmp_path):
+    zoedepth = random_hf_model(TINY, seed=1)
+    zoedepth.save_pretrained(tmp_path / "zoe")
+    checkpoint = start_from_paligemma(save(tmp_path / "pg", reference), tmp_path / "zoe")
+    assert checkpoint.config.depth == "zoedepth" and checkpoint.config.zoe == TINY
+    bias = zoedepth.relative_head.conv1.bias.detach().numpy()
+    np.testing.assert_array_equal(checkpoint.params()["zoe"]["relative_head"]["conv1"]["bias"], bias)
+
+
+def test_what_is_no_paligemma_is_named(tmp_path, golden):
+    np.savez(tmp_path / "x.npz", a=np.zeros(2, np.float32))
+    with pytest.raises(InputError, match="is no PaliGemma 2 of big_vision"):
+        start_from_paligemma(tmp_path / "x.npz")
+    with pytest.raises(InputError, match=r"tensors unknown: .*position_embedding_3d"):
+        start_from_paligemma(golden)
+
+
+def test_the_start_trains(reference, tmp_path):
+    """Nothing in it is dead or infinite: every part but the frozen one has a finite gradient."""
+    checkpoint = start_from_paligemma(save(tmp_path / "pg", reference), dtype="float32", spatial_tokens=9)
+    model, params = SpatialVLA(checkpoint.config), checkpoint.params()
+    rng = np.random.default_rng(0)
+
+    def loss_of(params):
+        logits = model.apply(
+            {"params": params},
+            rng.uniform(size=(1, 42, 42, 3)).astype(np.float32),
+            np.full((1, 4), 5),
+            np.ones((1, 4), bool),
+            np.arange(9)[None, :4],
+            depth=np.ones((1, 42, 42), np.float32),
+            intrinsics=np.array([[[42.0, 0, 21], [0, 42, 21], [0, 0, 1]]], np.float32),
+        )
+        return -jax.nn.log_softmax(logits)[..., TEXT_VOCAB + 1].mean()
+
+    gradients = jax.jit(jax.grad(loss_of))(params)
+    assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(gradients))
+    for name in ("img", "llm", "ego3d", "spatial_embedding"):
+        assert max(jnp.abs(g).max() for g in jax.tree.leaves(gradients[name])) > 0, name
