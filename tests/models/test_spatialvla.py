@@ -79,13 +79,21 @@ def test_logits_at_every_position_of_the_prompt(golden, model_and_params, inputs
         np.testing.assert_allclose(logits[i, : len(expected)], expected, **TOLERANCE)
 
 
-def test_greedy_tokens(golden, model_and_params, inputs):
-    """Unconstrained decoding over the key/value cache: all 36 tokens, with the logits of the first."""
-    model, params = model_and_params
-    prefill = jax.jit(lambda x: model.apply({"params": params}, **x, method="prefill")[0])
-    logits = model.apply({"params": params}, prefill(inputs), method="logits")
-    np.testing.assert_allclose(logits[:, 0], [golden[f"prefill_logits_{i}"][0, -1] for i in range(3)], **TOLERANCE)
-    ids = jax.jit(lambda x: generate(model, params, None, **x))(inputs)
+def test_greedy_tokens_from_images_alone(golden, inputs):
+    """The published model whole, ZoeDepth inside: all 36 tokens, unconstrained, and the logits of the first."""
+    checkpoint = read_huggingface(GOLDEN / "tiny_model")
+    assert checkpoint.config.depth == "zoedepth" and checkpoint.config.prompt_length > 24
+    model, params = SpatialVLA(replace(checkpoint.config, prompt_length=24)), checkpoint.params()
+    observations = {name: x for name, x in inputs.items() if name != "depth"}
+
+    @jax.jit
+    def run(params, observations):
+        hidden, *_ = model.apply({"params": params}, **observations, method="prefill")
+        logits = model.apply({"params": params}, hidden, method="logits")
+        return logits[:, 0], generate(model, params, None, **observations)
+
+    logits, ids = run(params, observations)
+    np.testing.assert_allclose(logits, [golden[f"prefill_logits_{i}"][0, -1] for i in range(3)], **TOLERANCE)
     np.testing.assert_array_equal(ids, stacked(golden, "greedy_ids"))
 
 
