@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
+from torch_reference import randomise
 from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
+from zoe_reference import TINY, random_hf_model
 
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.interop import start_from_paligemma
 from spatialvla_jax.interop.mapping import flatten
 from spatialvla_jax.models import SpatialVLA
 from spatialvla_jax.models.attention import positions_of, prefix_lm_mask
-from tests.models.torch_reference import randomise
-from tests.models.zoe_reference import TINY, random_hf_model
 
 TEXT_VOCAB, SPARE = 36, 4  # the published tables have rows that no token uses, too
 

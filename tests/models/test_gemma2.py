@@ -7,11 +7,11 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch_reference import our_params, randomise
 
 from spatialvla_jax.interop.mapping import TABLE, Rule, gemma2
 from spatialvla_jax.models.attention import prefix_lm_mask
 from spatialvla_jax.models.gemma2 import Gemma2, Gemma2Config, KVCache
-from tests.models.torch_reference import our_params, randomise
 
 RULES = [*gemma2("llm", "m.model"), Rule("llm/lm_head", TABLE, ("m.lm_head.weight",))]
 FLOAT32 = jnp.dtype("float32")

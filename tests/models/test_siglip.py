@@ -6,11 +6,11 @@ import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch_reference import our_params, randomise
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from spatialvla_jax.interop.mapping import siglip
 from spatialvla_jax.models.siglip import Siglip, SiglipConfig
-from tests.models.torch_reference import our_params, randomise
 
 
 def compare(config: SiglipConfig, batch: int, seed: int) -> None:
