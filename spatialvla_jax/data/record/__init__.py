@@ -1,0 +1,5 @@
+"""Demonstrations recorded in simulators with scripted experts."""
+
+from spatialvla_jax.data.record.libero import TaskReport, record_libero
+
+__all__ = ["TaskReport", "record_libero"]

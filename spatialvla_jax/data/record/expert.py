@@ -1,0 +1,147 @@
+"""A scripted pick-and-place expert that reads the simulator's state: bowl by its rim, onto the plate.
+
+Plain numpy and pure functions: `act` maps (plan, progress, scene) to an action and the next progress, so that the whole
+behaviour can be tested on hand-made states.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+# One unit of an OSC_POSE action is 5 cm or 0.5 rad of goal offset (robosuite's default controller limits).
+METRES_PER_UNIT, RADIANS_PER_UNIT = 0.05, 0.5
+GAIN = 1.5  # above 1 it commands past the target, which shortens the tail that the controller's damping gives
+GRIP_RADIUS, GRIP_HEIGHT = 0.050, 0.040  # metres, from the bowl's origin: just below its rim
+PLACED = 0.012  # metres between the origins of bowl and plate when the one stands on the other
+OPEN, CLOSE = -1.0, 1.0
+
+
+class Scene(NamedTuple):
+    """What the expert sees: metres and rotation matrices in the world frame."""
+
+    eef_pos: Float[np.ndarray, "3"]
+    eef_mat: Float[np.ndarray, "3 3"]
+    bowl_pos: Float[np.ndarray, "3"]
+    bowl_mat: Float[np.ndarray, "3 3"]
+    plate_pos: Float[np.ndarray, "3"]
+
+
+class Plan(NamedTuple):
+    """How one episode is solved: where the rim is held (radians, world frame, 0 along +x), and heights in metres."""
+
+    rim_angle: float
+    spread: float = 0.15  # radians to either side of it that an episode may choose
+    radius: float = GRIP_RADIUS  # of the grip point about the bowl axis
+    hover: float = 0.08  # above the grip point while the gripper is not yet over it
+    lift: float = 0.06  # straight up after closing, before moving sideways
+    carry: float = 0.06  # above the plate while the bowl is not yet over it
+    lean: float = 0.0  # radians that the fingers point forward (+x) instead of straight down, for what is far away
+
+
+class Progress(NamedTuple):
+    """Phase, its age in steps and its anchor: for "close" the grip point, for others the eef at its start."""
+
+    phase: str = "reach"
+    age: int = 0
+    anchor: tuple[float, float, float] = (0.0, 0.0, 0.0)
+
+
+PHASES = ("reach", "close", "lift", "carry", "open", "done")
+CLOSE_STEPS, OPEN_STEPS = 9, 5  # the fingers need about nine control steps from fully open
+
+
+def grip_pose(plan: Plan, scene: Scene) -> tuple[Float[np.ndarray, "3"], Float[np.ndarray, "3 3"]]:
+    """The end-effector pose that holds the rim at `plan.rim_angle`: pointing down, fingers along the rim's radius."""
+    up = scene.bowl_mat[:, 2]
+    radial = np.array([np.cos(plan.rim_angle), np.sin(plan.rim_angle), 0.0])
+    radial -= up * (up @ radial)  # the bowl may stand tilted
+    position = scene.bowl_pos + GRIP_HEIGHT * up + plan.radius * radial / np.linalg.norm(radial)
+    return position, down_facing(gripper_yaw(plan.rim_angle), plan.lean)
+
+
+def gripper_yaw(rim_angle: float) -> float:
+    """The yaw in [-pi/2, pi/2) that puts the fingers along the rim's radius; at yaw 0 they open along the world's y."""
+    return (rim_angle % np.pi) - np.pi / 2
+
+
+def down_facing(yaw: float, lean: float = 0.0) -> Float[np.ndarray, "3 3"]:
+    """The rotation of a gripper that points down, turned by `yaw` about the world's z, leaning forward by `lean`."""
+    c, s = np.cos(yaw), np.sin(yaw)
+    turned = np.array([[c, s, 0.0], [s, -c, 0.0], [0.0, 0.0, -1.0]])
+    c, s = np.cos(lean), np.sin(lean)
+    return np.array([[c, 0.0, -s], [0.0, 1.0, 0.0], [s, 0.0, c]]) @ turned
+
+
+def rotation_matrix(vector: Float[np.ndarray, "3"]) -> Float[np.ndarray, "3 3"]:
+    """The rotation about `vector` by its length (radians): Rodrigues' formula."""
+    angle = np.linalg.norm(vector)
+    if angle < 1e-9:
+        return np.eye(3)
+    x, y, z = vector / angle
+    cross = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
+    return np.eye(3) + np.sin(angle) * cross + (1 - np.cos(angle)) * cross @ cross
+
+
+def rotation_vector(rotation: Float[np.ndarray, "3 3"]) -> Float[np.ndarray, "3"]:
+    """Axis times angle (radians, angle < pi) of a rotation matrix."""
+    axis = 0.5 * np.array(
+        [rotation[2, 1] - rotation[1, 2], rotation[0, 2] - rotation[2, 0], rotation[1, 0] - rotation[0, 1]]
+    )
+    sine = np.linalg.norm(axis)
+    return axis if sine < 1e-9 else axis / sine * np.arctan2(sine, (np.trace(rotation) - 1) / 2)
+
+
+def move(scene: Scene, offset: Float[np.ndarray, "3"], mat: Float[np.ndarray, "3 3"], grip: float) -> np.ndarray:
+    """The action f32[7] in [-1, 1] that drives the eef by `offset` metres and to the rotation `mat`."""
+    turn = rotation_vector(mat @ scene.eef_mat.T)
+    action = GAIN * np.concatenate([offset / METRES_PER_UNIT, turn / RADIANS_PER_UNIT])
+    return np.append(np.clip(action, -1, 1), grip).astype(np.float32)
+
+
+def act(plan: Plan, progress: Progress, scene: Scene) -> tuple[Float[np.ndarray, "7"], Progress]:
+    """One step of the expert: the action to send now and the progress to pass in with the next scene."""
+    position, mat = grip_pose(plan, scene)
+    phase, age, anchor = progress
+    next_anchor = scene.eef_pos
+    if phase == "reach":
+        offset, finished = _reach(plan, scene, position, mat)
+        action = move(scene, offset, mat, OPEN)
+        next_anchor = position  # fixed from here on: the closing fingers push the bowl, which must not be followed
+    elif phase == "close":
+        action, finished = move(scene, np.array(anchor) - scene.eef_pos, mat, CLOSE), age + 1 >= CLOSE_STEPS
+    elif phase == "lift":
+        rise = anchor[2] + plan.lift - scene.eef_pos[2]
+        # From 2 cm below the top on, the sideways motion may begin.
+        action, finished = move(scene, np.array([0, 0, rise + 0.02]), mat, CLOSE), rise < 0.02
+    elif phase == "carry":
+        offset, finished = _carry(plan, anchor[2], scene)
+        action = move(scene, offset, mat, CLOSE)
+    else:
+        up = 0.0 if age < OPEN_STEPS // 2 else 0.03
+        action, finished = move(scene, np.array([0, 0, up]), scene.eef_mat, OPEN), age + 1 >= OPEN_STEPS
+    if finished:
+        return action, Progress(PHASES[PHASES.index(phase) + 1], 0, tuple(next_anchor.tolist()))
+    return action, Progress(phase, age + 1, anchor)
+
+
+def _reach(plan: Plan, scene: Scene, position: np.ndarray, mat: np.ndarray) -> tuple[np.ndarray, bool]:
+    """Down a funnel: the height above the grip point shrinks with the sideways and rotational error."""
+    offset = position - scene.eef_pos
+    error = np.linalg.norm(offset[:2]) + 0.05 * np.linalg.norm(rotation_vector(mat @ scene.eef_mat.T))
+    finished = bool(error < 0.015 and abs(offset[2]) < 0.02)  # the last centimetres happen while the fingers close
+    offset[2] += np.clip(3 * (error - 0.015), 0, plan.hover)
+    return offset, finished
+
+
+def _carry(plan: Plan, start_z: float, scene: Scene) -> tuple[np.ndarray, bool]:
+    """The same funnel for the bowl over the plate: what moves the bowl moves the gripper that holds it.
+
+    From a cabinet or a drawer it leaves at the height that it was lifted to.
+    """
+    offset = scene.plate_pos - scene.bowl_pos
+    error = np.linalg.norm(offset[:2])
+    finished = bool(error < 0.02 and -offset[2] < PLACED)
+    start_height = start_z - scene.eef_pos[2] - offset[2]
+    offset[2] += np.clip(1.5 * (error - 0.015), 0, max(plan.carry, start_height))
+    return offset, finished

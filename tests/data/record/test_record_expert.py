@@ -1,0 +1,104 @@
+"""The expert's phases on hand-made states, and a whole episode in a toy world without physics."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from spatialvla_jax.data.record import expert
+from spatialvla_jax.data.record.expert import Plan, Progress, Scene, act
+
+HOME = np.array([-0.2, 0.0, 1.17])
+angles = st.floats(-np.pi, np.pi)
+
+
+def scene(eef_pos=HOME, eef_mat=None, bowl=(-0.07, 0.02, 0.9), plate=(0.06, 0.2, 0.9)) -> Scene:
+    eef_mat = expert.down_facing(0.0) if eef_mat is None else eef_mat
+    return Scene(np.array(eef_pos), eef_mat, np.array(bowl), np.eye(3), np.array(plate))
+
+
+def run(plan: Plan, start: Scene, max_steps: int = 200) -> tuple[list[np.ndarray], list[str], Scene]:
+    """A world where 30% of the commanded offset happens in a step and the bowl follows the closed gripper."""
+    now, progress, actions, phases = start, Progress(), [], []
+    while progress.phase != "done" and len(actions) < max_steps:
+        action, progress = act(plan, progress, now)
+        actions.append(action)
+        phases.append(progress.phase)
+        shift = 0.3 * expert.METRES_PER_UNIT * action[:3]
+        turn = expert.rotation_matrix(0.3 * expert.RADIANS_PER_UNIT * action[3:6])
+        held = progress.phase in ("lift", "carry")
+        now = now._replace(
+            eef_pos=now.eef_pos + shift, eef_mat=turn @ now.eef_mat, bowl_pos=now.bowl_pos + (shift if held else 0)
+        )
+    return actions, phases, now
+
+
+@pytest.mark.parametrize("rim_angle", np.deg2rad([-120, -75, -30, 60, 110]))
+@pytest.mark.parametrize("bowl", [(-0.07, 0.02, 0.9), (0.08, -0.13, 1.06)])
+def test_an_episode_ends_with_the_bowl_on_the_plate(rim_angle, bowl):
+    tilted = expert.rotation_matrix(np.array([0.1, -0.1, 0.4])) @ expert.down_facing(0.0)
+    actions, phases, end = run(Plan(rim_angle), scene(eef_mat=tilted, bowl=bowl))
+    assert phases[-1] == "done"
+    assert list(dict.fromkeys(phases)) == ["reach", "close", "lift", "carry", "open", "done"]
+    assert np.linalg.norm((end.bowl_pos - end.plate_pos)[:2]) < 0.03
+    assert 0 <= end.bowl_pos[2] - end.plate_pos[2] < 0.03
+    actions = np.stack(actions)
+    assert actions.dtype == np.float32 and actions.shape[1] == 7 and np.abs(actions).max() <= 1
+    grips = actions[:, 6]
+    assert set(grips) == {-1.0, 1.0} and np.count_nonzero(np.diff(grips)) == 2  # open, close once, open once
+    assert grips[0] == grips[-1] == -1.0
+
+
+@given(rim_angle=angles, lean=st.floats(0, 0.5))
+def test_the_fingers_lie_along_the_rims_radius(rim_angle, lean):
+    yaw = expert.gripper_yaw(rim_angle)
+    assert -np.pi / 2 <= yaw <= np.pi / 2
+    radius = np.array([np.cos(rim_angle), np.sin(rim_angle), 0.0])
+    assert abs(abs(expert.down_facing(yaw)[:, 1] @ radius) - 1) < 1e-9  # the fingers open along the gripper's y
+    leaning = expert.down_facing(yaw, lean)
+    np.testing.assert_allclose(leaning @ leaning.T, np.eye(3), atol=1e-12)
+    np.testing.assert_allclose(leaning[:, 2], [np.sin(lean), 0, -np.cos(lean)], atol=1e-12)
+
+
+@given(axis=st.tuples(*[st.floats(-1, 1)] * 3), angle=st.floats(0.001, 3.1))
+def test_rotation_vector_inverts_rotation_matrix(axis, angle):
+    norm = np.linalg.norm(axis)
+    vector = np.array(axis) / norm * angle if norm > 1e-3 else np.zeros(3)
+    np.testing.assert_allclose(expert.rotation_vector(expert.rotation_matrix(vector)), vector, atol=1e-6)
+
+
+def test_it_hovers_until_it_is_over_the_grip_point():
+    plan, start = Plan(np.pi / 2), scene()
+    grip, _ = expert.grip_pose(plan, start)
+    beside = scene(eef_pos=np.add(grip, [0.1, 0, plan.hover]))
+    assert act(plan, Progress(), beside)[0][2] == pytest.approx(0, abs=1e-6)
+    above = scene(eef_pos=np.add(grip, [0, 0, plan.hover]))
+    assert act(plan, Progress(), above)[0][2] < -0.5
+    turned = scene(eef_pos=grip, eef_mat=expert.down_facing(0.8))
+    assert act(plan, Progress(), turned)[0][2] > 0, "a gripper that is not aligned yet must not be down at the rim"
+    assert act(plan, Progress(), turned)[1].phase == "reach"
+    assert act(plan, Progress(), scene(eef_pos=grip))[1].phase == "close"
+
+
+def test_it_does_not_follow_a_bowl_that_the_closing_fingers_push():
+    plan = Plan(np.pi / 2)
+    grip, _ = expert.grip_pose(plan, scene())
+    closing = Progress("close", 3, tuple(grip))
+    still, _ = act(plan, closing, scene(eef_pos=grip))
+    pushed, _ = act(plan, closing, scene(eef_pos=grip, bowl=(-0.07, 0.0, 0.9)))
+    np.testing.assert_array_equal(still, pushed)
+    assert still[6] == expert.CLOSE
+
+
+def test_from_a_height_it_leaves_at_that_height():
+    """A bowl out of a drawer must not be lowered before it is clear of the drawer."""
+    held = scene(eef_pos=(0.08, -0.08, 1.2), bowl=(0.08, -0.13, 1.15))
+    action, _ = act(Plan(np.pi / 2), Progress("carry", 0, (0.08, -0.08, 1.2)), held)
+    assert action[2] == pytest.approx(0, abs=1e-6) and action[1] == 1
+
+
+def test_the_grip_point_follows_a_tilted_bowl():
+    tilt = expert.rotation_matrix(np.array([0.3, 0.0, 0.0]))
+    plan, level = Plan(np.pi / 2), scene()
+    up, _ = expert.grip_pose(plan, level._replace(bowl_mat=tilt))
+    np.testing.assert_allclose(tilt.T @ (up - level.bowl_pos), [0, 0.05, 0.04], atol=1e-9)

