@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, redirect_stdout
+from contextlib import closing, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -191,7 +191,7 @@ def _set_up_worker() -> None:
 
 def _simulate(suite: str, task_id: int, seed: int) -> tuple[Any, Any, Float[np.ndarray, "states size"]]:
     """The environment of a task (fixtures placed by `seed`), the benchmark's task record and its initial states."""
-    with redirect_stdout(io.StringIO()):  # both packages print at import
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # their chatter at import
         from libero.libero import benchmark, get_libero_path
         from libero.libero.envs import OffScreenRenderEnv
 

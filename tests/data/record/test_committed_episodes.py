@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from record_geometry import unproject
 
 DIRECTORY = Path(__file__).parents[3] / "data/libero_spatial_demo/1.0.0"
 
@@ -27,14 +28,6 @@ def episodes() -> dict[str, list[tuple[dict, list[dict]]]]:
 
 def all_episodes(episodes):
     return [pair for split in episodes.values() for pair in split]
-
-
-def unproject(step: dict, extrinsics: np.ndarray) -> np.ndarray:
-    """World points f32[S, S, 3] (metres) of every pixel's centre."""
-    depth, intrinsics = step["observation"]["depth"][..., 0] / 1000, step["observation"]["intrinsics"]
-    v, u = np.mgrid[: depth.shape[0], : depth.shape[1]] + 0.5
-    rays = np.stack([u, v, np.ones_like(u)], -1) @ np.linalg.inv(intrinsics).T
-    return (rays * depth[..., None]) @ extrinsics[:3, :3].T + extrinsics[:3, 3]
 
 
 def test_size_on_disk():

