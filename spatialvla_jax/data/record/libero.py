@@ -141,7 +141,8 @@ def in_processes(function: Callable[[Any], Any], jobs: Sequence[Any], workers: i
     """
     from tqdm import tqdm
 
-    context = multiprocessing.get_context("spawn")  # a fork would share the parent's threads and renderer
+    # Fresh processes, never a fork: OSMesa crashes in a process that has loaded TensorFlow, as the writer does.
+    context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_set_up_worker) as pool:
         try:
             yield from tqdm(pool.map(function, jobs), "recording", len(jobs), unit="episode", disable=not progress)
