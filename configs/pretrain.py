@@ -7,7 +7,12 @@ def get_config():
     config = default_config()
     config.data.datasets = [
         {"name": "bridge_orig", "spec": "bridge_orig", "path": "data/bridge_orig/1.0.0", "weight": 1.0},
-        {"name": "fractal20220817_data", "spec": "fractal20220817_data", "path": "data/fractal20220817_data/0.1.0", "weight": 1.0},
+        {
+            "name": "fractal20220817_data",
+            "spec": "fractal20220817_data",
+            "path": "data/fractal20220817_data/0.1.0",
+            "weight": 1.0,
+        },
     ]
     config.train.update(steps=120_000, batch_size=2048)
     return config

@@ -10,7 +10,9 @@ from spatialvla_jax.errors import InputError
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="spatialvla-jax", description="Train, evaluate and convert SpatialVLA in JAX.")
+    parser = argparse.ArgumentParser(
+        prog="spatialvla-jax", description="Train, evaluate and convert SpatialVLA in JAX."
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, run: Any, help: str) -> argparse.ArgumentParser:
@@ -41,9 +43,13 @@ def main(argv: list[str] | None = None) -> int:
     p = command("record", run_record, "record demonstrations in a simulator (extra [sim])")
     p.add_argument("simulator", choices=("libero",))
     p.add_argument("--suite", default="libero_spatial")
-    p.add_argument("--episodes", type=int, required=True, help="successful episodes a task")
-    p.add_argument("--out", type=Path, required=True)
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--episodes", type=int, required=True, help="train episodes in all, dealt over the tasks in turn")
+    p.add_argument("--val-episodes", type=int, default=0, help="validation episodes, from other initial states")
+    p.add_argument("--tasks", type=task_ids, help="task ids in dealing order, e.g. 0,5,7; by default all")
+    p.add_argument("--out", type=Path, required=True, help="dataset directory; its version, 1.0.0, is made inside")
+    p.add_argument("--image-size", type=int, default=128, help="pixels a side")
+    p.add_argument("--workers", type=int, help="processes; by default one a core")
+    p.add_argument("--seed", type=int, default=0, help="same seed, same episodes, for any number of workers")
 
     args, rest = parser.parse_known_args(argv)
     try:
@@ -101,11 +107,29 @@ def run_convert(args: argparse.Namespace) -> None:
     print(json.dumps(result))
 
 
+def task_ids(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
 def run_record(args: argparse.Namespace) -> None:
     from spatialvla_jax.data.record import record_libero
 
-    record_libero(args.suite, args.episodes, args.out, seed=args.seed)
-    print(f"wrote {args.out}")
+    directory, reports = record_libero(
+        args.suite,
+        args.episodes,
+        args.out,
+        val_episodes=args.val_episodes,
+        tasks=args.tasks,
+        seed=args.seed,
+        image_size=args.image_size,
+        workers=args.workers,
+    )
+    for task, report in reports.items():
+        print(
+            f"task {task}: {report.kept} kept, {report.tried - report.kept} rejected by the benchmark, "
+            f"{report.mean_steps:.0f} steps a kept episode: {report.language}"
+        )
+    print(f"wrote {directory}")
 
 
 def run_demo(args: argparse.Namespace) -> None:

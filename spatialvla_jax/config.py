@@ -139,7 +139,7 @@ def parse_as(current: Any, key: str, text: str) -> Any:
     if kind is str:
         return text
     try:
-        value = {"true": True, "false": False}.get(text.lower(), None)
+        value = {"true": True, "false": False}.get(text.lower())
         value = ast.literal_eval(text) if value is None else value
         if kind is float and type(value) is int:
             value = float(value)

@@ -62,7 +62,9 @@ def run(config_path: str, workdir: Path, overrides: dict[str, str]) -> dict[str,
     figures.loss_curve(workdir / "loss.png", records)
     if isinstance(policy.processor.grid, ActionGrid):
         figures.action_grid(workdir / "action_grid.png", policy.processor.grid, loader.actions())
-    figures.trajectories(workdir / "trajectories.png", [trajectory(policy, next(loader.episodes(config.train.eval_split)))])
+    figures.trajectories(
+        workdir / "trajectories.png", [trajectory(policy, next(loader.episodes(config.train.eval_split)))]
+    )
 
     losses = [r["loss"] for r in records if "loss" in r]
     summary = {
@@ -91,7 +93,7 @@ def run(config_path: str, workdir: Path, overrides: dict[str, str]) -> dict[str,
 
 
 def train(config_path: str, workdir: Path, flags: list[str], kill_after: int | None = None) -> None:
-    """The train command as a process of its own; with `kill_after`, SIGKILL some steps after that checkpoint is whole."""
+    """The train command as a process of its own; with `kill_after`, SIGKILL soon after that checkpoint is whole."""
     command = [sys.executable, "-m", "spatialvla_jax.cli", "train", "--config", config_path, "--workdir", str(workdir)]
     process = subprocess.Popen([*command, *flags])
     if kill_after is not None:
@@ -134,7 +136,7 @@ def roundtrip_exact(policy: Policy, export: Path, loader: Any, split: str) -> bo
 
 
 def trajectory(policy: Policy, episode: dict[str, Any]) -> dict[str, Any]:
-    """Expert and predicted actions of an episode in robot units; the policy executes whole chunks on recorded images."""
+    """Expert and predicted actions of an episode in robot units; the policy runs whole chunks on recorded images."""
     statistics = policy.processor.statistics[episode["dataset"]]["action"]
     _, predicted = predict(policy, episode, batch_size=32)
     chunk = predicted.shape[1]

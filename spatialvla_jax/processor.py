@@ -56,6 +56,10 @@ def model_to_dict(config: SpatialVLAConfig) -> dict[str, Any]:
 
 def model_from_dict(data: dict[str, Any]) -> SpatialVLAConfig:
     """Inverse of `model_to_dict`."""
-    zoe = {**data["zoe"], "backbone": BeitConfig(**data["zoe"]["backbone"]), "neck_widths": tuple(data["zoe"]["neck_widths"])}
+    zoe = {
+        **data["zoe"],
+        "backbone": BeitConfig(**data["zoe"]["backbone"]),
+        "neck_widths": tuple(data["zoe"]["neck_widths"]),
+    }
     nested = {"img": SiglipConfig(**data["img"]), "llm": Gemma2Config(**data["llm"]), "zoe": ZoeDepthConfig(**zoe)}
     return SpatialVLAConfig(**{**data, **nested})

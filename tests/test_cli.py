@@ -20,7 +20,9 @@ def fails(capsys: pytest.CaptureFixture, *argv: object) -> str:
 def config_for(config_file: Path, path: Path, folder: Path) -> Path:
     """The test config with another dataset."""
     lines = [
-        f'    config.data.datasets = [{{"name": "toy", "spec": "libero", "path": {str(path)!r}}}]' if "datasets" in line else line
+        f'    config.data.datasets = [{{"name": "toy", "spec": "libero", "path": {str(path)!r}}}]'
+        if "datasets" in line
+        else line
         for line in config_file.read_text().splitlines()
     ]
     changed = folder / "changed.py"
@@ -41,12 +43,18 @@ def config_for(config_file: Path, path: Path, folder: Path) -> Path:
     ],
 )
 def test_bad_config(config_file: Path, tmp_path: Path, capsys, override: str, message: str) -> None:
-    assert message in fails(capsys, "train", "--config", config_file, "--workdir", tmp_path / "run", f"--config.{override}")
+    assert message in fails(
+        capsys, "train", "--config", config_file, "--workdir", tmp_path / "run", f"--config.{override}"
+    )
 
 
 def test_bad_arguments(config_file: Path, tmp_path: Path, capsys) -> None:
-    assert "config file nowhere.py does not exist" in fails(capsys, "train", "--config", "nowhere.py", "--workdir", tmp_path)
-    assert "'--stepz=3' is not known" in fails(capsys, "train", "--config", config_file, "--workdir", tmp_path, "--stepz=3")
+    assert "config file nowhere.py does not exist" in fails(
+        capsys, "train", "--config", "nowhere.py", "--workdir", tmp_path
+    )
+    assert "'--stepz=3' is not known" in fails(
+        capsys, "train", "--config", config_file, "--workdir", tmp_path, "--stepz=3"
+    )
 
 
 def test_missing_dataset(config_file: Path, tmp_path: Path, capsys) -> None:

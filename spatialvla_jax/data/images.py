@@ -21,6 +21,7 @@ DEFAULT_INTRINSICS_SIZE = (480, 640)
 def tensorflow() -> Any:
     """The TensorFlow module, imported on first use and kept off the accelerators, which belong to JAX."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # nothing here multiplies matrices; this silences its banner
     import tensorflow as tf
 
     tf.config.set_visible_devices([], "GPU")

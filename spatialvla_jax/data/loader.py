@@ -131,9 +131,7 @@ class Loader:
 
         return self._stream(split, samples, range(start_step, sys.maxsize), len(rows))
 
-    def epoch(
-        self, batch_size: int, split: str, *, process_index: int = 0, process_count: int = 1
-    ) -> Iterator[Batch]:
+    def epoch(self, batch_size: int, split: str, *, process_index: int = 0, process_count: int = 1) -> Iterator[Batch]:
         """This process's rows of batches with every frame of a split once, in stored order. The last batch is padded;
         `valid` bool[B] tells which rows count."""
         data = self._split(split)

@@ -1,7 +1,7 @@
 """Where the values of a tf.train.Example lie inside its record, from the protobuf wire format; pure numpy.
 
-    Example  {1: Features}        Features  {1: map entry {1: key, 2: Feature}}*
-    Feature  {1: BytesList} | {2: FloatList} | {3: Int64List}, each list {1: value}*, numbers packed or not
+Example  {1: Features}        Features  {1: map entry {1: key, 2: Feature}}*
+Feature  {1: BytesList} | {2: FloatList} | {3: Int64List}, each list {1: value}*, numbers packed or not
 """
 
 from collections.abc import Iterator

@@ -68,7 +68,12 @@ def evaluate(
         raise InputError(f"split {split!r} has no frames")
     hit = np.concatenate(hits).mean(axis=0)
     per_dimension = {k: np.concatenate(v).mean(axis=0) for k, v in errors.items()}
-    result: dict[str, Any] = {"split": split, "episodes": episodes, "frames": frames, "token_accuracy": float(hit.mean())}
+    result: dict[str, Any] = {
+        "split": split,
+        "episodes": episodes,
+        "frames": frames,
+        "token_accuracy": float(hit.mean()),
+    }
     parts = (hit[:1], hit[1:2], hit[2:]) if len(hit) == 3 else (hit[:3], hit[3:6], hit[6:])
     for kind, part in zip(("translation", "rotation", "gripper"), parts, strict=True):
         result[f"token_accuracy_{kind}"] = float(part.mean())
@@ -81,11 +86,14 @@ def evaluate(
 
 def table(result: dict[str, Any]) -> str:
     """The result as text: L1 per dimension, normalised and in robot units, for the policy and the baselines."""
-    rows = [("", *DIMENSIONS, "all")]
+    rows: list[tuple[str, ...]] = [("", *DIMENSIONS, "all")]
     labels = {"l1": "policy", "l1_mean_baseline": "mean action", "l1_repeat_baseline": "last action"}
     for key, name in labels.items():
         rows.append((name, *(f"{v:.3f}" for v in result[f"{key}_per_dimension"]), f"{result[key]:.3f}"))
     for key, name in labels.items():
         rows.append((f"{name}, robot units", *(f"{v:.3f}" for v in result[f"{key}_per_dimension_robot"]), ""))
     widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True))) for r in rows)
+    return "\n".join(
+        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True)))
+        for r in rows
+    )

@@ -21,23 +21,25 @@ def generate(
 ) -> Int[Array, "B A"]:
     """The A action tokens of a chunk, as ids of the whole vocabulary.
 
-    `token_ranges` (a grid's: first id and number of each token kind of one action) restricts every step to tokens of its
-    kind, so that the result is always a valid action and only those rows of the LM head are read; None takes the best of
-    the whole vocabulary, as the release does.
+    `token_ranges` (a grid's: first id and number of each token kind of one action) restricts every step to tokens of
+    its kind, so that the result is always a valid action and only those rows of the LM head are read; None takes the
+    best of the whole vocabulary, as the release does.
     """
     cfg = model.config
     variables = {"params": params}
-    hidden, cache, valid = model.apply(
-        variables, image, prompt_ids, prompt_mask, depth=depth, intrinsics=intrinsics, method="prefill"
-    )
+
+    def call(method: str, *args: Any, **kwargs: Any) -> Any:
+        return model.apply(variables, *args, method=method, **kwargs)
+
+    hidden, cache, valid = call("prefill", image, prompt_ids, prompt_mask, depth=depth, intrinsics=intrinsics)
     ids: list[Int[Array, " B"]] = []
     for step in range(cfg.num_action_tokens):
         if step:
-            hidden, cache = model.apply(variables, ids[-1], step - 1, cache, valid, method="decode")
+            hidden, cache = call("decode", ids[-1], step - 1, cache, valid)
         first, rows = 0, None
         if token_ranges is not None:
             start, size = token_ranges[step % len(token_ranges)]
             first, rows = cfg.action_offset + start, (cfg.action_offset + start, size)
-        logits = model.apply(variables, hidden, rows, method="logits")
+        logits = call("logits", hidden, rows)
         ids.append(logits[:, 0].argmax(axis=-1).astype(jnp.int32) + first)
     return jnp.stack(ids, axis=1)

@@ -1,7 +1,7 @@
 """Attention and masks.
 
-Axis letters, used in every shape of this package: B batch, T query position, S key position, N heads, K key/value heads,
-H head dim, D width, F MLP width, L layers, V vocabulary, P patches of the image.
+Axis letters, used in every shape of this package: B batch, T query position, S key position, N heads, K key/value
+heads, H head dim, D width, F MLP width, L layers, V vocabulary, P patches of the image. Images are S×S.
 """
 
 import jax

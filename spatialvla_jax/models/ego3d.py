@@ -8,9 +8,7 @@ SUB_GRID = 2  # points along one side of a patch
 NUM_FREQUENCIES = 8
 
 
-def back_project(
-    depth: Float[Array, "B S S"], intrinsics: Float[Array, "B 3 3"], grid: int
-) -> Float[Array, "B P 12"]:
+def back_project(depth: Float[Array, "B S S"], intrinsics: Float[Array, "B 3 3"], grid: int) -> Float[Array, "B P 12"]:
     """Camera-frame points (metres) of the 2×2 sub-grid in each of the grid² patches, as (row, column, xyz) numbers.
 
     Depth (metres) is averaged over each cell of the sub-grid (area resize); rays go through the cells' centres.

@@ -5,6 +5,7 @@ embedding table.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -92,7 +93,7 @@ class Attention(nn.Module):
         k, v = Einsum((2, K, D, H), (2,), self.dtype, name="kv_einsum")("btd,ckdh->cbtkh", x)
         q, k = rotary(q, positions, cfg.rope_base), rotary(k, positions, cfg.rope_base)
         if cache is not None:
-            at = (0, cache_index, 0, 0)
+            at: Any = (0, cache_index, 0, 0)
             k = jax.lax.dynamic_update_slice(cache[0], k.astype(cache[0].dtype), at)
             v = jax.lax.dynamic_update_slice(cache[1], v.astype(cache[1].dtype), at)
             cache = (k, v)
@@ -156,7 +157,7 @@ class Gemma2(nn.Module):
             rematerialise(Block, self.remat),
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=cfg.depth,
         )(cfg, self.dtype)
         self.final_norm = RMSNorm(self.dtype)
@@ -192,9 +193,7 @@ class Gemma2(nn.Module):
         x, updated = self.layers(x, layers, cache_index, positions, (mask, local))
         return self.final_norm(x), None if cache is None else KVCache(*updated)
 
-    def logits(
-        self, hidden: Float[Array, "B T D"], rows: tuple[int, int] | None = None
-    ) -> Float[Array, "B T V"]:
+    def logits(self, hidden: Float[Array, "B T D"], rows: tuple[int, int] | None = None) -> Float[Array, "B T V"]:
         """Soft-capped logits in float32, of all tokens or of `rows` = (first, count) of the head alone."""
         head = self.lm_head if rows is None else self.lm_head[rows[0] : rows[0] + rows[1]]
         out = jnp.einsum("btd,vd->btv", hidden, head.astype(self.dtype), preferred_element_type=jnp.float32)

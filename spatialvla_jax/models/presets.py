@@ -21,9 +21,9 @@ PRESETS: dict[str, SpatialVLAConfig] = {
     ),
     # Trains on a laptop's CPU in minutes.
     "tiny": SpatialVLAConfig(
-        img=SiglipConfig(image_size=112, width=128, depth=4, num_heads=4, mlp_dim=256),
+        img=SiglipConfig(image_size=112, width=128, depth=3, num_heads=4, mlp_dim=256),
         llm=Gemma2Config(
-            width=128, depth=4, mlp_dim=384, num_heads=4, num_kv_heads=2, head_dim=32, query_pre_attn_scalar=32.0
+            width=128, depth=3, mlp_dim=384, num_heads=4, num_kv_heads=2, head_dim=32, query_pre_attn_scalar=32.0
         ),
         text_vocab=256,
         prompt_length=32,
@@ -54,7 +54,9 @@ def preset(name: str, **changes) -> SpatialVLAConfig:
     base = PRESETS[name]
     unknown = set(changes) - set(SpatialVLAConfig.__dataclass_fields__)
     if unknown:
-        raise InputError(f"model has no field {sorted(unknown)[0]!r}; its fields are {', '.join(base.__dataclass_fields__)}")
+        raise InputError(
+            f"model has no field {sorted(unknown)[0]!r}; its fields are {', '.join(base.__dataclass_fields__)}"
+        )
     config = replace(base, **changes)
     vocabulary = config.action_offset + config.spatial_tokens
     return replace(config, llm=replace(config.llm, vocab_size=vocabulary))

@@ -70,7 +70,7 @@ class Encoder(nn.Module):
             rematerialise(EncoderBlock, self.remat),
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=nn.broadcast,
+            in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
             length=self.config.depth,
         )
         x, _ = block(self.config, self.dtype, name="encoderblock")(x, None)

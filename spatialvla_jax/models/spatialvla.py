@@ -26,8 +26,8 @@ PAD, EOS, BOS = 0, 1, 2
 class SpatialVLAConfig:
     """Every size of the model. Defaults: `spatialvla-4b-224`.
 
-    `depth` names the source of depth: `zoedepth` (estimated inside the model), `dataset` (given with the image) or `none`
-    (no Ego3D). `mask` is `prefix` or `causal` (the release's training scripts). `dtype` is that of the computation.
+    `depth` names the source of depth: `zoedepth` (estimated inside the model), `dataset` (given with the image) or
+    `none` (no Ego3D). `mask` is `prefix` or `causal` (the release's training scripts). `dtype` is the computation's.
     """
 
     img: SiglipConfig = SiglipConfig()
@@ -82,12 +82,15 @@ class SpatialVLA(nn.Module):
     ) -> Float[Array, "B P D"]:
         """Image in [0, 1], depth in metres, intrinsics in pixels of the image → tokens at the language model's width.
 
-        `depth` is read by a model with `depth="dataset"` alone. The tokens are divided by sqrt(width), which the language
-        model multiplies back into all its inputs.
+        `depth` is read by a model with `depth="dataset"` alone. The tokens are divided by sqrt(width), which the
+        language model multiplies back into all its inputs.
         """
         if self.config.depth == "zoedepth":
             depth = jax.lax.stop_gradient(estimate_depth(self.zoe, image, self.config.zoe.backbone.image_size))
-        position = None if self.config.depth == "none" else self.ego3d(depth, intrinsics)
+        position = None
+        if self.config.depth != "none":
+            assert depth is not None and intrinsics is not None, "Ego3D needs depth and intrinsics"
+            position = self.ego3d(depth, intrinsics)
         tokens, _ = self.img(image.astype(jnp.float32) * 2 - 1, position)
         return tokens / jnp.asarray(self.config.llm.width**0.5, tokens.dtype)
 
@@ -137,7 +140,7 @@ class SpatialVLA(nn.Module):
         depth: Float[Array, "B S S"] | None = None,
         intrinsics: Float[Array, "B 3 3"] | None = None,
     ) -> tuple[Float[Array, "B 1 D"], KVCache, Bool[Array, "B S"]]:
-        """→ (hidden state that predicts the first action token, cache with room for the chunk, valid prefix slots)."""
+        """→ (hidden state that predicts the first token, cache with room for the chunk, valid prefix slots)."""
         prefix, valid = self.embed_prefix(image, prompt_ids, prompt_mask, depth, intrinsics)
         room = jnp.zeros((valid.shape[0], self.config.num_action_tokens), bool)
         slots = jnp.concatenate([valid, room], axis=1)
@@ -153,7 +156,7 @@ class SpatialVLA(nn.Module):
     def decode(
         self, ids: Int[Array, " B"], step: int | Int[Array, ""], cache: KVCache, valid: Bool[Array, "B S"]
     ) -> tuple[Float[Array, "B 1 D"], KVCache]:
-        """Feed token number `step` of the chunk (any id of the vocabulary) → the hidden state that predicts the next."""
+        """Feed token `step` of the chunk (any id of the vocabulary) → the hidden state that predicts the next."""
         generated = jnp.broadcast_to(
             jnp.arange(self.config.num_action_tokens) <= step, (ids.shape[0], self.config.num_action_tokens)
         )

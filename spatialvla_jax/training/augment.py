@@ -69,7 +69,7 @@ def crop_intrinsics(
 
 
 def colour_jitter(key: PRNGKeyArray, image: Float[Array, "S S 3"], config: Augmentation) -> Float[Array, "S S 3"]:
-    """Brightness, contrast, saturation and hue of one image, as tf.image's random ops define them; clipped to [0, 1]."""
+    """Brightness, contrast, saturation and hue of one image, as tf.image defines them; clipped to [0, 1]."""
     b, c, s, h = (
         jax.random.uniform(k, minval=-w, maxval=w)
         for k, w in zip(

@@ -16,7 +16,7 @@ FOLDER = "checkpoints"
 
 
 def open_manager(workdir: Path, *, every: int, keep_last: int, keep_every: int | None) -> ocp.CheckpointManager:
-    """Saves every `every` steps; the last `keep_last` and every `keep_every`-th are kept. Unfinished saves are removed."""
+    """Saves every `every` steps, keeps the last `keep_last` and each `keep_every`-th, removes unfinished saves."""
     options = ocp.CheckpointManagerOptions(
         save_interval_steps=every,
         max_to_keep=keep_last,

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 from tqdm import tqdm
@@ -113,7 +113,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
                 bar.set_postfix(loss=f"{last['loss']:.3f}", l1=f"{last['l1']:.3f}", refresh=False)
                 log.write(step, last | {"batch": f"{digest:08x}"})
             if config.train.eval_every and (step % config.train.eval_every == 0 or step == config.train.steps):
-                values = validate(eval_fn, state, loader, config, mesh, batch_sharding, grid)
+                values = validate(eval_fn, state, loader, config, batch_sharding, grid)
                 log.write(step, {f"val/{k}": v for k, v in values.items()})
             checkpoint.save(manager, state, metadata, force=step == config.train.steps)
     finally:
@@ -125,13 +125,22 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     return {"step": int(state.step), "params": size, "checkpoint": str(workdir / checkpoint.FOLDER), "metrics": last}
 
 
-def validate(eval_fn, state: TrainState, loader: Loader, config, mesh: Mesh, sharding, grid) -> dict[str, float]:
+def validate(
+    eval_fn: Any, state: TrainState, loader: Loader, config: ConfigDict, sharding: NamedSharding, grid: Any
+) -> dict[str, float]:
     """Teacher-forced metrics averaged over the frames of the validation split."""
     totals: dict[str, float] = {}
     count = 0.0
-    for batch in loader.epoch(config.train.batch_size // config.train.accumulate, config.train.eval_split):
-        valid = jax.device_put(batch.pop("valid"), sharding)
-        sums, n = jax.device_get(eval_fn(state.params, to_device(batch, sharding), grid, valid))
+    batches = loader.epoch(
+        config.train.batch_size // config.train.accumulate,
+        config.train.eval_split,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    for batch in batches:
+        arrays = to_device(batch, sharding)
+        valid = arrays.pop("valid")
+        sums, n = jax.device_get(eval_fn(state.params, arrays, grid, valid))
         count += float(n)
         totals = {k: totals.get(k, 0.0) + float(v) for k, v in sums.items()}
     return {k: v / count for k, v in totals.items()}
@@ -139,9 +148,7 @@ def validate(eval_fn, state: TrainState, loader: Loader, config, mesh: Mesh, sha
 
 def to_device(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
     """This host's rows of the global batch → global arrays."""
-    return {
-        k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items() if k not in IDENTITY_KEYS
-    }
+    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items() if k not in IDENTITY_KEYS}
 
 
 def open_data(config: ConfigDict, processor: Processor | None = None) -> Loader:

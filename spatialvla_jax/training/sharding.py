@@ -4,6 +4,7 @@ Axes: `data` (replicas; only gradients cross it), `fsdp` (batch and parameters s
 """
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -35,7 +36,7 @@ RULES: tuple[tuple[str, P], ...] = (
 )
 
 
-def make_mesh(shape: dict[str, int], devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(shape: dict[str, int], devices: Sequence[Any] | None = None) -> Mesh:
     """Mesh over all devices; one axis may be −1, "whatever is left".
 
     Raises InputError when the axes do not multiply to the number of devices.
@@ -74,12 +75,12 @@ def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
 
 def param_shardings(params: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
     """The same tree with a NamedSharding for every array (or ShapeDtypeStruct)."""
-    flat = flatten_dict(params, sep="/")
+    flat: dict[str, Any] = flatten_dict(params, sep="/")
     return unflatten_dict({k: NamedSharding(mesh, spec_of(k, v.shape, mesh)) for k, v in flat.items()}, sep="/")
 
 
 def like_params(tree: Any, params: dict[str, Any], mesh: Mesh) -> Any:
-    """Shardings for a tree that contains copies of the parameter tree, as optimizer states do; the rest is replicated."""
+    """Shardings for a tree with copies of the parameter tree in it, as optimizer states are; the rest is replicated."""
     flat = flatten_dict(params, sep="/")
 
     def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:

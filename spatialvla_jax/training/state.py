@@ -41,7 +41,11 @@ def example_inputs(model: SpatialVLA, batch: int = 1) -> tuple[tuple[Array, ...]
 def init_params(model: SpatialVLA, seed: int) -> dict[str, Any]:
     """Random parameters, float32."""
     args, kwargs = example_inputs(model)
-    return model.init(jax.random.key(seed), *args, **kwargs)["params"]
+
+    def init() -> Any:
+        return model.init(jax.random.key(seed), *args, **kwargs)["params"]  # pyright: ignore[reportArgumentType]
+
+    return jax.jit(init)()
 
 
 def init_state(
@@ -59,8 +63,9 @@ def init_state(
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(trainable))
 
     abstract = jax.eval_shape(lambda: create(init_params(model, seed)))
+    replicated: Any = NamedSharding(mesh, P())
     shardings = TrainState(
-        step=NamedSharding(mesh, P()),
+        step=replicated,
         params=param_shardings(abstract.params, mesh),
         opt_state=like_params(abstract.opt_state, abstract.params, mesh),
     )

@@ -43,7 +43,7 @@ def make_train_step(
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         inputs = prepare(batch, key, augmentation)
 
-        def loss_fn(trainable: dict[str, Any], inputs: dict[str, Array]) -> tuple[Float[Array, ""], Metrics]:
+        def loss_fn(trainable: Any, inputs: dict[str, Array]) -> tuple[Float[Array, ""], Metrics]:
             loss, metrics = loss_and_metrics(model, merge(trainable, fixed), inputs, grid)
             return loss.mean(), {k: v.mean() for k, v in metrics.items()}
 
@@ -63,19 +63,19 @@ def make_train_step(
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (grad_shapes, metric_shapes))
             (grads, metrics), _ = jax.lax.scan(add, zeros, micro)
         updates, opt_state = optimizer.update(grads, state.opt_state, trainable)
-        trainable = optax.apply_updates(trainable, updates)
+        updated: Any = optax.apply_updates(trainable, updates)
         metrics |= {
             "learning_rate": schedule(state.step),
             "gradient_norm": optax.global_norm(grads),
             "update_norm": optax.global_norm(updates),
         }
-        return TrainState(state.step + 1, merge(trainable, fixed), opt_state), metrics
+        return TrainState(state.step + 1, merge(updated, fixed), opt_state), metrics
 
     return step
 
 
 def make_eval_step(model: SpatialVLA):
-    """→ `step(params, batch, grid, valid bool[B]) -> (metric sums over valid examples, their number)`, teacher-forced."""
+    """→ `step(params, batch, grid, valid bool[B]) -> (metric sums over valid examples, their number)`."""
 
     def step(params: dict[str, Any], batch: dict[str, Array], grid: Any, valid: Bool[Array, " B"]):
         _, metrics = loss_and_metrics(model, params, prepare(batch, None, None), grid)
@@ -100,13 +100,13 @@ def loss_and_metrics(
 ) -> tuple[Float[Array, " B"], dict[str, Float[Array, " B"]]]:
     """Cross-entropy on the action tokens and `<eos>` (13 of a 4-step chunk), averaged per example; teacher-forced.
 
-    Accuracies and `l1` (decoded against true normalised actions, all 7 dimensions) take the best token of the kind that
-    stands at each place, as the policy's constrained decoding does.
+    Accuracies and `l1` (decoded against true normalised actions, all 7 dimensions) take the best token of the kind
+    that stands at each place, as the policy's constrained decoding does.
     """
     cfg = model.config
     B = inputs["actions"].shape[0]
     ids = encode(grid, inputs["actions"])  # [B, T, tokens_per_action]
-    logits = model.apply(
+    logits: Any = model.apply(
         {"params": params},
         inputs["image"],
         inputs["prompt_ids"],

@@ -78,9 +78,7 @@ def make_rlds(
     directory = Path(path) / name / version
     directory.mkdir(parents=True)
     features = tfds.features.FeaturesDict({"steps": tfds.features.Dataset(step_features or libero_features())})
-    identity = DatasetIdentity(
-        name=name, version=tfds.core.Version(version), data_dir=str(directory), module_name=""
-    )
+    identity = DatasetIdentity(name=name, version=tfds.core.Version(version), data_dir=str(directory), module_name="")
     info = tfds.core.DatasetInfo(builder=identity, features=features)
     writer = tfds.core.SequentialWriter(info, episodes_per_shard)
     writer.initialize_splits(list(splits))

@@ -31,7 +31,11 @@ def test_crop_moves_the_intrinsics_with_the_pixels(seed: int) -> None:
     shown = (rays + 1) / 3  # into [0, 1]
     config = Augmentation(crop_area=0.5, brightness=0, contrast=0, saturation=0, hue=0)
     image, depth, intrinsics = augment(
-        jax.random.key(seed), jnp.float32(shown)[None], jnp.float32(rays[..., 0] + 2)[None], jnp.asarray(CAMERA)[None], config
+        jax.random.key(seed),
+        jnp.float32(shown)[None],
+        jnp.float32(rays[..., 0] + 2)[None],
+        jnp.asarray(CAMERA)[None],
+        config,
     )
     K = np.asarray(intrinsics[0])
     expected = np.stack([(u - K[0, 2]) / K[0, 0], (v - K[1, 2]) / K[1, 1]], -1)

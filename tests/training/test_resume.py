@@ -53,7 +53,9 @@ def test_killed_runs_end_in_the_same_bits(config_file: Path, tmp_path: Path) -> 
     kills = []
     for step in steps:
         process = start(config_file, disturbed, cache)
-        kills += [kill_when(process, lambda step=step: bool(logged(disturbed)) and logged(disturbed)[-1]["step"] >= step)]
+        kills += [
+            kill_when(process, lambda step=step: bool(logged(disturbed)) and logged(disturbed)[-1]["step"] >= step)
+        ]
     # And once in the middle of a save.
     unfinished = lambda: any("tmp" in p.name for p in (disturbed / "checkpoints").glob("*"))  # noqa: E731
     kills += [kill_when(start(config_file, disturbed, cache), unfinished)]

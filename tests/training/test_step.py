@@ -3,15 +3,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from test_sharding import random_batch
 
 from spatialvla_jax.actions import PRETRAIN_GAUSSIANS, decode, encode, gaussian_grid, linear_grid
+from spatialvla_jax.config import default_config
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.models import SpatialVLA, preset
 from spatialvla_jax.training.optimizer import learning_rate, make_optimizer, merge, split_frozen
 from spatialvla_jax.training.state import init_params
 from spatialvla_jax.training.step import constrained_argmax, loss_and_metrics
-from spatialvla_jax.config import default_config
-from test_sharding import random_batch
 
 GRID = gaussian_grid(PRETRAIN_GAUSSIANS, (4, 4, 2, 4, 4, 4))
 
@@ -40,7 +40,9 @@ def test_loss_is_the_plain_cross_entropy(grid) -> None:
     log_z = np.log(np.exp(logits).sum(-1))
     picked = np.take_along_axis(logits, targets[..., None], axis=2)[..., 0]
     np.testing.assert_allclose(loss, (log_z - picked).mean(axis=1), rtol=1e-5)
-    best = np.asarray(constrained_argmax(jnp.asarray(logits[:, :-1]), grid, model.config.action_offset)).reshape(ids.shape)
+    best = np.asarray(constrained_argmax(jnp.asarray(logits[:, :-1]), grid, model.config.action_offset)).reshape(
+        ids.shape
+    )
     for i, (start, size) in enumerate(grid.token_ranges):
         assert ((best[..., i] >= start) & (best[..., i] < start + size)).all()
     np.testing.assert_allclose(metrics["accuracy"], (best == ids).mean(axis=(1, 2)), atol=1e-6)
@@ -56,7 +58,9 @@ def test_padding_of_the_prompt_changes_nothing() -> None:
         model = SpatialVLA(preset("nano", spatial_tokens=GRID.vocab_size, prompt_length=length))
         mask = np.pad(inputs["prompt_mask"], ((0, 0), (0, length - 32)))
         ids = np.where(mask, np.pad(inputs["prompt_ids"], ((0, 0), (0, length - 32))), filler)
-        losses.append(loss_and_metrics(model, init_params(model, 0), inputs | {"prompt_ids": ids, "prompt_mask": mask}, GRID)[0])
+        losses.append(
+            loss_and_metrics(model, init_params(model, 0), inputs | {"prompt_ids": ids, "prompt_mask": mask}, GRID)[0]
+        )
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-6)
     np.testing.assert_allclose(losses[2], losses[0], rtol=1e-5)
 
@@ -89,7 +93,7 @@ def test_schedule_is_linear_up_and_down() -> None:
 
 
 def test_optimizer_is_clipped_adamw() -> None:
-    """One update by hand: gradients clipped to norm 1, bias-corrected moments, lr of step 0 of a schedule without warm-up."""
+    """Two equal gradients by hand: clipped to norm 1, so bias-corrected Adam moves by the rate in each direction."""
     config = default_config().optimizer
     config.learning_rate = 0.1
     optimizer = make_optimizer(config, 1000)
@@ -99,5 +103,5 @@ def test_optimizer_is_clipped_adamw() -> None:
     updates, _ = optimizer.update(g, state, w)
     clipped = np.array([0.6, 0.8])
     rate = float(learning_rate(config, 1000)(1))
-    np.testing.assert_allclose(updates["w"], -rate * clipped / (np.abs(clipped) + 1e-8), rtol=1e-5)
+    np.testing.assert_allclose(updates["w"], -rate * clipped / (np.abs(clipped) + 1e-8), rtol=1e-4)
     assert optax.global_norm(updates) > 0

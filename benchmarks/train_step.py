@@ -1,0 +1,118 @@
+"""The jitted training step on random batches: samples a second, memory.
+
+    python benchmarks/train_step.py [--preset tiny] [--batch-size 32] [--repeats 5] [--steps 20]
+
+Everything the training loop jits is in it: augmentation, encoding, forward, backward, clipping, AdamW. Prints the
+environment, then each repeat and the median; ends with one line of JSON. Compilation and the first steps don't count.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from spatialvla_jax.actions import PRETRAIN_GAUSSIANS, gaussian_grid
+from spatialvla_jax.config import default_config
+from spatialvla_jax.models import PRESETS, SpatialVLA, preset
+from spatialvla_jax.training.augment import Augmentation
+from spatialvla_jax.training.optimizer import learning_rate, make_optimizer
+from spatialvla_jax.training.sharding import BATCH, check_batch, make_mesh
+from spatialvla_jax.training.state import init_state
+from spatialvla_jax.training.step import make_train_step
+
+
+def random_batch(model: SpatialVLA, size: int) -> dict[str, np.ndarray]:
+    cfg, rng = model.config, np.random.default_rng(0)
+    S, P = cfg.img.image_size, cfg.prompt_length
+    batch = {
+        "image": rng.integers(0, 256, (size, S, S, 3), dtype=np.uint8),
+        "intrinsics": np.tile(np.array([[S, 0, S / 2], [0, S, S / 2], [0, 0, 1]], np.float32), (size, 1, 1)),
+        "prompt_ids": rng.integers(3, cfg.text_vocab, (size, P)).astype(np.int32),
+        "prompt_mask": np.arange(P) < rng.integers(8, P + 1, (size, 1)),
+        "actions": rng.uniform(-1, 1, (size, cfg.action_chunk, 7)).astype(np.float32),
+    }
+    if cfg.depth == "dataset":
+        batch["depth"] = rng.uniform(0.3, 3, (size, S, S)).astype(np.float32)
+    return batch
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=PRESETS, default="tiny")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=20, help="a repeat")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the computation; by default the preset's")
+    parser.add_argument("--remat", choices=("none", "dots", "full"), default="none")
+    args = parser.parse_args()
+
+    device = jax.devices()[0]
+    print(f"Python {platform.python_version()}, JAX {jax.__version__}, {jax.device_count()} × {device.device_kind}")
+    grid = gaussian_grid(PRETRAIN_GAUSSIANS)
+    changes = {"remat": args.remat} | ({"dtype": args.dtype} if args.dtype else {})
+    model = SpatialVLA(preset(args.preset, spatial_tokens=grid.vocab_size, **changes))
+    config = default_config().optimizer
+    frozen = tuple(p for p in config.frozen if p != "zoe" or model.config.depth == "zoedepth")
+    optimizer = make_optimizer(config, 1000)
+    mesh = make_mesh({"fsdp": -1})
+    check_batch(args.batch_size, 1, mesh)
+    state, shardings = init_state(model, optimizer, frozen, 0, mesh)
+    params = sum(x.size for x in jax.tree.leaves(state.params))
+    step = make_train_step(
+        model,
+        optimizer,
+        schedule=learning_rate(config, 1000),
+        frozen=frozen,
+        augmentation=Augmentation(),
+        accumulate=1,
+        seed=0,
+    )
+    batch_sharding = NamedSharding(mesh, BATCH)
+    batch = jax.device_put(random_batch(model, args.batch_size), batch_sharding)
+    began = time.perf_counter()
+    jitted = jax.jit(
+        step, in_shardings=(shardings, batch_sharding, None), out_shardings=(shardings, None), donate_argnums=0
+    )
+    compiled = jitted.lower(state, batch, grid).compile()
+    compile_seconds = time.perf_counter() - began
+
+    for _ in range(3):
+        state, metrics = compiled(state, batch, grid)
+    jax.block_until_ready(metrics)
+    seconds = []
+    for repeat in range(args.repeats):
+        began = time.perf_counter()
+        for _ in range(args.steps):
+            state, metrics = compiled(state, batch, grid)
+        jax.block_until_ready(metrics)
+        seconds.append((time.perf_counter() - began) / args.steps)
+        print(f"repeat {repeat + 1}: {1e3 * seconds[-1]:.2f} ms a step, {args.batch_size / seconds[-1]:.1f} samples/s")
+    median = statistics.median(seconds)
+    memory = device.memory_stats() or {}
+    print(
+        json.dumps(
+            {
+                "device": device.device_kind,
+                "devices": jax.device_count(),
+                "preset": args.preset,
+                "dtype": model.config.dtype,
+                "params": params,
+                "batch_size": args.batch_size,
+                "step_ms": round(1e3 * median, 3),
+                "step_ms_range": [round(1e3 * min(seconds), 3), round(1e3 * max(seconds), 3)],
+                "samples_per_second": round(args.batch_size / median, 1),
+                "compile_seconds": round(compile_seconds, 1),
+                "peak_memory_gb": round(memory.get("peak_bytes_in_use", 0) / 1e9, 2),
+                "loss": round(float(metrics["loss"]), 4),
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
