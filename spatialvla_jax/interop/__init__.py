@@ -6,9 +6,11 @@ from spatialvla_jax.interop.formats import convert, load_pretrained, read_checkp
 from spatialvla_jax.interop.huggingface import read_huggingface, write_huggingface
 from spatialvla_jax.interop.orbax import read_orbax, write_orbax
 from spatialvla_jax.interop.paligemma import start_from_paligemma
+from spatialvla_jax.interop.verify import VerificationError, verify
 
 __all__ = [
     "Checkpoint",
+    "VerificationError",
     "convert",
     "load_pretrained",
     "read_big_vision",
@@ -16,6 +18,7 @@ __all__ = [
     "read_huggingface",
     "read_orbax",
     "start_from_paligemma",
+    "verify",
     "write_big_vision",
     "write_huggingface",
     "write_orbax",

@@ -13,11 +13,16 @@ from spatialvla_jax.interop.big_vision import read_big_vision, write_big_vision
 from spatialvla_jax.interop.checkpoint import Checkpoint
 from spatialvla_jax.interop.huggingface import CONFIG, read_huggingface, write_huggingface
 from spatialvla_jax.interop.orbax import read_orbax, step_directory, write_orbax
+from spatialvla_jax.interop.verify import MISSING, available
+from spatialvla_jax.interop.verify import verify as run_both
 from spatialvla_jax.models.spatialvla import SpatialVLA
 from spatialvla_jax.processor import Processor
 
 WRITERS = {"orbax": write_orbax, "pytorch": write_huggingface, "big_vision": write_big_vision}
 DTYPES = ("float32", "bfloat16", "float16")
+
+# Larger exports are run beside JAX on request only: both sides compute in float32 on the host.
+VERIFIED_BY_DEFAULT = 500_000_000  # parameters
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
@@ -43,30 +48,53 @@ def load_pretrained(path: str | Path) -> tuple[SpatialVLA, dict[str, Any], Proce
     return SpatialVLA(checkpoint.config), checkpoint.params(), checkpoint.processor
 
 
-def convert(src: str | Path, dst: str | Path, to: str, dtype: str | None = None) -> dict[str, Any]:
+def convert(
+    src: str | Path, dst: str | Path, to: str, dtype: str | None = None, verify: bool | None = None
+) -> dict[str, Any]:
     """Convert checkpoint `src` into `dst`, a new directory (orbax, pytorch) or .npz file (big_vision).
 
-    Weights are cast to `dtype` where one is given.
+    Weights are cast to `dtype` where one is given. `verify` runs a PyTorch export beside JAX (`verify.verify`); None
+    does so up to VERIFIED_BY_DEFAULT parameters and where PyTorch is installed.
 
-    Returns {"source", "destination", "format", "parameters", "tensors", "bytes", "bit_exact", "seconds"}; `bit_exact`
-    comes from reading `dst` back. Raises InputError, and `dst` is then untouched.
+    Returns {"source", "destination", "format", "parameters", "tensors", "bytes", "bit_exact", "seconds",
+    "verification"}; `bit_exact` comes from reading `dst` back, `verification` is what `verify` found, or the sentence
+    that says why it was not run. Raises InputError, and `dst` is then untouched; VerificationError, and `dst` is kept.
     """
     if to not in WRITERS:
         raise InputError(f"cannot convert to {to!r}; choose one of {', '.join(WRITERS)}")
+    if verify and to == "pytorch" and not available():
+        raise InputError(f"{dst} cannot be verified: {MISSING}")
     start = time.perf_counter()
     checkpoint = cast(read_checkpoint(src), dtype)
     WRITERS[to](dst, checkpoint)
     leaves = checkpoint.leaves.values()
+    parameters = sum(prod(leaf.shape) for leaf in leaves)
+    bit_exact = equal(checkpoint, read_checkpoint(dst))
+    skipped = _why_not(to, parameters, verify)
     return {
         "source": str(src),
         "destination": str(dst),
         "format": to,
-        "parameters": sum(prod(leaf.shape) for leaf in leaves),
+        "parameters": parameters,
         "tensors": len(leaves),
         "bytes": sum(leaf.nbytes for leaf in leaves),
-        "bit_exact": equal(checkpoint, read_checkpoint(dst)),
+        "bit_exact": bit_exact,
+        "verification": run_both(checkpoint, dst) if skipped is None else skipped,
         "seconds": round(time.perf_counter() - start, 3),
     }
+
+
+def _why_not(to: str, parameters: int, verify: bool | None) -> str | None:
+    """The sentence that says why an export is not run beside JAX, or None where it is."""
+    if to != "pytorch":
+        return f"{to} is JAX's own layout: its bytes were read back and compared"
+    if verify is False:
+        return "not asked for"
+    if not available():
+        return MISSING
+    if verify is None and parameters > VERIFIED_BY_DEFAULT:
+        return f"{parameters:,} parameters are more than {VERIFIED_BY_DEFAULT:,}, so the export was not run beside JAX"
+    return None
 
 
 def cast(checkpoint: Checkpoint, dtype: str | None) -> Checkpoint:

@@ -2,7 +2,9 @@
 
 Fields that the published config has no place for (prompt length, source of depth, …) stand under "spatialvla_jax" in
 config.json, and processor.json holds our processor whole, so that what we write is read back unchanged. The release's
-own files are written beside them, and read where processor.json is missing.
+own files are written beside them, and read where processor.json is missing. PyTorch code travels along under the names
+of the release's files (`torch_model.py`), for `AutoModel` and `AutoProcessor` of transformers 5; with the release's
+files in their place the directory runs the release's code.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -32,6 +34,18 @@ CONFIG, PROCESSOR = "config.json", "processor.json"
 RELEASE_PROCESSOR, IMAGES, TOKENIZER = "processor_config.json", "preprocessor_config.json", "tokenizer.model"
 MAX_SHARD_BYTES = 5 * 10**9
 ZOE_PREFIX = "vision_zoe_model."
+
+# Class → its file, as in the release. Everything is in the first; the others only point there.
+CODE = {
+    "SpatialVLAForConditionalGeneration": "modeling_spatialvla",
+    "SpatialVLAConfig": "configuration_spatialvla",
+    "SpatialVLAProcessor": "processing_spatialvla",
+}
+AUTO_MODEL = {
+    "AutoConfig": "configuration_spatialvla.SpatialVLAConfig",
+    "AutoModel": "modeling_spatialvla.SpatialVLAForConditionalGeneration",
+}
+AUTO_PROCESSOR = {"AutoProcessor": "processing_spatialvla.SpatialVLAProcessor"}
 
 # Fields of ours without a published one, stored under EXTRA.
 EXTRA = "spatialvla_jax"
@@ -109,7 +123,16 @@ def write_huggingface(path: str | Path, checkpoint: Checkpoint, max_shard_bytes:
         write_json(folder / CONFIG, config_to_published(checkpoint.config, dtypes))
         if checkpoint.processor is not None:
             write_processor(folder, checkpoint.processor, checkpoint.config)
+        write_code(folder)
         safetensors.write_directory(folder, specs, read, max_shard_bytes)
+
+
+def write_code(path: Path) -> None:
+    """The PyTorch model and processor, one file under the three names that `auto_map` refers to."""
+    (_, first), *others = CODE.items()
+    (path / f"{first}.py").write_text(Path(__file__).with_name("torch_model.py").read_text())
+    for name, file in others:
+        (path / f"{file}.py").write_text(f'"""In {first}.py."""\n\nfrom .{first} import {name}  # noqa: F401\n')
 
 
 def read_config(file: Path) -> SpatialVLAConfig:
@@ -254,6 +277,7 @@ def config_to_published(config: SpatialVLAConfig, dtypes: set[np.dtype]) -> dict
     weights = "bfloat16" if dtypes == {np.dtype(ml_dtypes.bfloat16)} else "float32"
     return {
         "architectures": ["SpatialVLAForConditionalGeneration"],
+        "auto_map": AUTO_MODEL,
         "model_type": "spatialvla",
         "_vocab_size": llm.vocab_size,
         "action_token_begin_idx": config.action_offset,
@@ -351,6 +375,7 @@ def write_processor(path: Path, processor: Processor, config: SpatialVLAConfig) 
     (path / TOKENIZER).write_bytes(processor.tokenizer.to_bytes())
     size = {"height": config.img.image_size, "width": config.img.image_size}
     images = {
+        "auto_map": AUTO_PROCESSOR,
         "do_convert_rgb": True,
         "do_normalize": False,
         "do_rescale": True,
@@ -380,6 +405,7 @@ def _release_processor(processor: Processor, grid: ActionGrid, config: SpatialVL
             "num_bins": {**bins, "gripper": 2, "total": grid.vocab_size},
             "use_spherical": True,
         },
+        "auto_map": AUTO_PROCESSOR,
         "bin_policy": {group: {f"{name}_bins": edges[name] for name in names} for group, names in groups.items()},
         "intrinsic_config": {"default": next(iter(cameras.values())), **cameras},
         "min_sigma": 0.0,

@@ -1,0 +1,217 @@
+"""Does an export act the same? Runs JAX and the exported PyTorch directory on fixed probes and compares every stage.
+
+Both sides compute in float32, whatever the dtype of the weights: bfloat16 weights are exact in it, so that equal tokens
+are asked of every export. PyTorch runs on the CPU.
+"""
+
+from dataclasses import replace
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from spatialvla_jax.actions import decode
+from spatialvla_jax.data.statistics import unnormalize
+from spatialvla_jax.inference.generate import generate
+from spatialvla_jax.inference.policy import resize
+from spatialvla_jax.interop.checkpoint import Checkpoint
+from spatialvla_jax.interop.mapping import unflatten
+from spatialvla_jax.models import SpatialVLA
+from spatialvla_jax.models.zoedepth import estimate_depth
+
+INSTRUCTIONS = ("open the drawer", "put the bowl on the plate", "pick up the red block", "turn on the stove")
+# What float32 leaves is far below; what is above is another computation. Resized pixels lie on whole levels of 1/255,
+# which two sums in another order may round apart.
+LIMITS = {"inputs": 1.5 / 255, "logits": 1e-2}
+MISSING = "PyTorch is not installed, so the export was not run beside JAX; pip install 'spatialvla-jax[torch]' adds it"
+
+
+class VerificationError(Exception):
+    """The export does not act as its source does; `result` is what `verify` would have returned."""
+
+    def __init__(self, message: str, result: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.result = result
+
+
+def available() -> bool:
+    """Whether PyTorch and transformers are installed."""
+    return find_spec("torch") is not None and find_spec("transformers") is not None
+
+
+def verify(checkpoint: Checkpoint, directory: str | Path) -> dict[str, Any]:
+    """Compare `checkpoint` in JAX with the PyTorch export `directory`; needs the extra [torch].
+
+    Returns {"examples", "dtype", "tokens", "tokens_equal", "differences": {stage: {"max", "mean"}}}, with the stages
+    that the model has: inputs (pixels as each side's processor makes them; what follows starts from the same),
+    depth, image_features, logits (of the first action token), actions (in robot units). Raises VerificationError when a
+    greedy token differs or a stage does by more than its limit.
+    """
+    probes = make_probes(checkpoint.config.img.image_size)
+    inputs = _inputs(checkpoint, probes)
+    ours = _run_jax(checkpoint, inputs)
+    theirs = _run_torch(Path(directory), checkpoint, inputs, probes)
+
+    differences = {}
+    for stage in ours.keys() - {"tokens"}:
+        error = np.abs(ours[stage].astype(np.float64) - theirs[stage])
+        differences[stage] = {"max": float(error.max()), "mean": float(error.mean())}
+    order = [s for s in ("inputs", "depth", "image_features", "logits", "actions") if s in differences]
+    result = {
+        "examples": len(INSTRUCTIONS),
+        "dtype": "float32",
+        "tokens": int(ours["tokens"].size),
+        "tokens_equal": int((ours["tokens"] == theirs["tokens"]).sum()),
+        "differences": {stage: differences[stage] for stage in order},
+    }
+    found = ", ".join(f"{stage} by up to {differences[stage]['max']:.1e}" for stage in LIMITS)
+    wrong = [stage for stage, limit in LIMITS.items() if not differences[stage]["max"] <= limit]
+    if result["tokens_equal"] < result["tokens"] or wrong:
+        differing = f"{result['tokens'] - result['tokens_equal']} of {result['tokens']} greedy tokens"
+        raise VerificationError(f"{directory} does not act as its source: {differing} differ, {found}", result)
+    return result
+
+
+def table(result: dict[str, Any]) -> str:
+    """What `verify` found, for people to read."""
+    rows = [
+        f"{name.replace('_', ' '):15} {d['max']:9.1e} {d['mean']:9.1e}" for name, d in result["differences"].items()
+    ]
+    head = f"{'JAX ↔ PyTorch':15} {'max':>9} {'mean':>9}   ({result['examples']} examples, {result['dtype']})"
+    return "\n".join([head, *rows, f"greedy tokens equal: {result['tokens_equal']} of {result['tokens']}"])
+
+
+def make_probes(size: int) -> dict[str, np.ndarray]:
+    """Fixed smooth images u8[N, H, W, 3] that are not square, depth f32[N, H, W] in metres, intrinsics f32[N, 3, 3]."""
+    H, W, N = size * 5 // 4, size * 3 // 2, len(INSTRUCTIONS)
+    rng = np.random.default_rng(0)
+    waves = rng.normal(size=(N, 4, 6, 2)) * 4
+    phase = rng.uniform(0, 2 * np.pi, (N, 4, 6))
+    y, x = np.mgrid[:H, :W] / size
+    # Four channels: colours and depth.
+    angle = waves[..., 0, None, None] * y + waves[..., 1, None, None] * x + phase[..., None, None]
+    channels = 0.5 + np.sin(angle).mean(axis=2) / 2
+    noise = rng.normal(0, 8, (N, H, W, 3))
+    camera = np.array([[0.9 * W, 0, 0.52 * W], [0, 0.95 * W, 0.47 * H], [0, 0, 1]])
+    return {
+        "image": (channels[:, :3].transpose(0, 2, 3, 1) * 255 + noise).clip(0, 255).astype(np.uint8),
+        "depth": (0.4 + 2 * channels[:, 3]).astype(np.float32),
+        "intrinsics": np.repeat(camera[None], N, 0).astype(np.float32),
+    }
+
+
+def _inputs(checkpoint: Checkpoint, probes: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The JAX model's inputs; prompts are random tokens where there is no tokenizer."""
+    config, N = checkpoint.config, len(INSTRUCTIONS)
+    depths = probes["depth"] if config.depth == "dataset" else [None] * N
+    examples = [
+        resize(jnp.asarray(image), depth, jnp.asarray(intrinsics), size=config.img.image_size)
+        for image, depth, intrinsics in zip(probes["image"], depths, probes["intrinsics"], strict=True)
+    ]
+    inputs = {name: np.stack([x[name] for x in examples]) for name in examples[0]}
+    inputs["image"] = inputs["image"].astype(np.float32) / 255
+    if checkpoint.processor is None:
+        length = np.linspace(config.prompt_length // 2, config.prompt_length, N, dtype=int)
+        mask = np.arange(config.prompt_length) < length[:, None]
+        ids = np.random.default_rng(1).integers(2, min(config.text_vocab, 50_000), mask.shape) * mask
+    else:
+        encode, template = checkpoint.processor.tokenizer.encode_prompt, checkpoint.processor.prompt_template
+        # As long as they are: a model with little room for its prompts has the same weights as one with more.
+        encoded = [encode(text, template=template, length=1024) for text in INSTRUCTIONS]
+        ids, mask = (np.stack(x) for x in zip(*encoded, strict=True))
+        longest = mask.sum(1).max()
+        ids, mask = ids[:, :longest], mask[:, :longest]
+    return inputs | {"prompt_ids": ids.astype(np.int32), "prompt_mask": mask}
+
+
+def _run_jax(checkpoint: Checkpoint, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    config = replace(checkpoint.config, dtype="float32", prompt_length=inputs["prompt_ids"].shape[1])
+    model, processor = SpatialVLA(config), checkpoint.processor
+    params = unflatten({path: leaf.read().astype(np.float32) for path, leaf in checkpoint.leaves.items()})
+    ranges = None if processor is None else processor.grid.token_ranges
+
+    # Depth by itself: what follows takes it as given, and the large ZoeDepth is compiled once.
+    @jax.jit
+    def estimate(params: Any, image: Any) -> Any:
+        size = config.zoe.backbone.image_size
+        return model.apply({"params": params}, image, method=lambda m, x: estimate_depth(m.zoe, x, size))
+
+    @jax.jit
+    def run(params: Any, inputs: Any) -> dict[str, Any]:
+        apply: Any = partial(seeing.apply, {"params": params})
+        hidden, *_ = apply(**inputs, method="prefill")
+        return {
+            "image_features": apply(inputs["image"], inputs.get("depth"), inputs["intrinsics"], method="embed_image"),
+            "logits": apply(hidden, method="logits")[:, 0],
+            "tokens": generate(seeing, params, ranges, **inputs),
+        }
+
+    out = {"inputs": inputs["image"]}
+    seeing = model
+    with jax.default_matmul_precision("highest"):
+        if config.depth == "zoedepth":
+            seeing = SpatialVLA(replace(config, depth="dataset"))
+            out["depth"] = np.asarray(estimate(params, inputs["image"]))
+            params = {name: part for name, part in params.items() if name != "zoe"}
+            inputs = inputs | {"depth": out["depth"]}
+        out |= {name: np.asarray(x) for name, x in run(params, inputs).items()}
+    if processor is not None:
+        ids = out["tokens"].reshape(len(INSTRUCTIONS), config.action_chunk, -1) - config.action_offset
+        statistics = next(iter(processor.statistics.values()))["action"]
+        out["actions"] = unnormalize(np.asarray(decode(processor.grid, ids)), statistics)
+    return out
+
+
+def _run_torch(
+    directory: Path, checkpoint: Checkpoint, inputs: dict[str, np.ndarray], probes: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """As a user runs the directory, its own code and, where there is one, its own processor."""
+    import torch
+    from transformers import AutoModel, AutoProcessor
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model = AutoModel.from_pretrained(directory, trust_remote_code=True, dtype=torch.float32)
+    has_depth, processor = "depth" in inputs, None
+    if checkpoint.processor is None:
+        padding = (~inputs["prompt_mask"]).sum(1)
+        # Padding on the left and the image first.
+        prompts = np.stack([np.roll(ids, n) for ids, n in zip(inputs["prompt_ids"], padding, strict=True)])
+        valid = np.stack([np.roll(mask, n) for mask, n in zip(inputs["prompt_mask"], padding, strict=True)])
+        images = np.full((len(prompts), checkpoint.config.img.num_tokens), checkpoint.config.text_vocab)
+        data = {
+            "input_ids": np.concatenate([images, prompts], 1).astype(np.int64),
+            "attention_mask": np.concatenate([np.ones_like(images), valid], 1).astype(np.int64),
+            "pixel_values": inputs["image"].transpose(0, 3, 1, 2),
+            "intrinsic": inputs["intrinsics"],
+        }
+        batch = {name: torch.from_numpy(x) for name, x in data.items()}
+        if has_depth:
+            batch["depth"] = torch.from_numpy(inputs["depth"])
+    else:
+        processor = AutoProcessor.from_pretrained(directory, trust_remote_code=True)
+        depth = probes["depth"] if has_depth else None
+        batch = processor(
+            images=list(probes["image"]), text=list(INSTRUCTIONS), intrinsics=probes["intrinsics"], depth=depth
+        )
+    own_pixels, pixels = batch["pixel_values"], torch.from_numpy(inputs["image"]).permute(0, 3, 1, 2)
+    batch["pixel_values"] = pixels
+    with torch.no_grad():
+        tokens = model.predict_action(batch)
+        out = {
+            "inputs": own_pixels.permute(0, 2, 3, 1),
+            "image_features": model.get_image_features(pixels, batch["intrinsic"], batch.get("depth")),
+            "logits": model(**batch, logits_to_keep=1).logits[:, -1],
+            "tokens": tokens,
+        }
+        if checkpoint.config.depth == "zoedepth":
+            out["depth"] = model.estimate_depth(pixels)
+    arrays = {name: x.numpy() for name, x in out.items()}
+    if processor is not None:
+        key = next(iter(processor.statistics))
+        arrays["actions"] = np.stack([processor.decode_actions(ids, key)["actions"] for ids in tokens])
+    return arrays

@@ -1,0 +1,75 @@
+import re
+from dataclasses import replace
+
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from spatialvla_jax.errors import InputError
+from spatialvla_jax.interop import VerificationError, convert, formats, verify, write_huggingface, write_orbax
+from spatialvla_jax.interop.verify import table
+
+
+@pytest.fixture
+def run(checkpoint, tmp_path):
+    write_orbax(tmp_path / "run", checkpoint)
+    return tmp_path / "run"
+
+
+def test_convert_verifies(run, tmp_path, monkeypatch):
+    """By default up to a size; in float32 whatever the dtype of the weights."""
+    done = convert(run, tmp_path / "out", to="pytorch", dtype="bfloat16")["verification"]
+    assert done["tokens"] == done["tokens_equal"] == 4 * 9
+    assert list(done["differences"]) == ["inputs", "image_features", "logits", "actions"]
+    assert 0 < done["differences"]["logits"]["max"] < 1e-4
+    lines = table(done).splitlines()
+    assert re.match(r"logits +\d\.\de-\d\d +\d\.\de-\d\d$", lines[3]) and lines[-1] == "greedy tokens equal: 36 of 36"
+
+
+def test_convert_says_why_it_did_not_verify(run, tmp_path, monkeypatch):
+    def why(name, **options):
+        return convert(run, tmp_path / name, **options)["verification"]
+
+    assert why("a", to="pytorch", verify=False) == "not asked for"
+    assert "bytes were read back" in why("b.npz", to="big_vision", verify=True)
+    monkeypatch.setattr(formats, "VERIFIED_BY_DEFAULT", 1000)
+    assert re.match(r"[\d,]+ parameters are more than 1,000, so", why("c", to="pytorch"))
+    monkeypatch.setattr(formats, "available", lambda: False)
+    assert "pip install 'spatialvla-jax[torch]'" in why("d", to="pytorch")
+    with pytest.raises(InputError, match="cannot be verified: PyTorch is not installed"):
+        why("e", to="pytorch", verify=True)
+    assert not (tmp_path / "e").exists()
+
+
+def swap_layers(tensors):
+    a, b = (f"language_model.model.layers.{i}.mlp.down_proj.weight" for i in (0, 1))
+    tensors[a], tensors[b] = tensors[b], tensors[a]
+
+
+def swap_projections(tensors):
+    a, b = (f"vision_tower.vision_model.encoder.layers.0.self_attn.{name}_proj.weight" for name in "qk")
+    tensors[a], tensors[b] = tensors[b], tensors[a]
+
+
+def swap_rows(tensors):
+    tensors["spatial_embed_tokens.weight"] = tensors["spatial_embed_tokens.weight"][::-1].copy()
+
+
+@pytest.mark.parametrize("tamper", [swap_layers, swap_projections, swap_rows])
+def test_a_tampered_export_fails(checkpoint, tmp_path, tamper):
+    write_huggingface(tmp_path / "out", checkpoint)
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    tamper(tensors)
+    save_file(tensors, tmp_path / "out" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(VerificationError, match=r"does not act as its source: \d+ of 36 greedy tokens") as raised:
+        verify(checkpoint, tmp_path / "out")
+    found = raised.value.result
+    assert found["tokens_equal"] < found["tokens"] or found["differences"]["logits"]["max"] > 1e-2
+
+
+def test_without_a_processor(checkpoint, tmp_path):
+    """Random prompts of several lengths, tokens of the whole vocabulary, and no Ego3D."""
+    leaves = {path: leaf for path, leaf in checkpoint.leaves.items() if not path.startswith("ego3d/")}
+    bare = replace(checkpoint, config=replace(checkpoint.config, depth="none"), leaves=leaves, processor=None)
+    write_huggingface(tmp_path / "out", bare)
+    found = verify(bare, tmp_path / "out")
+    assert found["tokens"] == found["tokens_equal"] and "actions" not in found["differences"]
