@@ -61,7 +61,8 @@ def check_finite(what: object, leaves: Mapping[str, Leaf]) -> None:
 
 
 def all_finite(x: np.ndarray) -> bool:
-    return bool(np.isfinite(x).all())
+    flat, block = x.reshape(-1), 2**24  # in blocks, as the answers take memory too
+    return all(bool(np.isfinite(flat[i : i + block]).all()) for i in range(0, flat.size, block))
 
 
 @contextmanager

@@ -1,19 +1,22 @@
 """Our own runs: `<workdir>/checkpoints/<step>/{params, optimizer, metadata}`, by training or by a conversion."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.interop.checkpoint import Checkpoint, Leaf, check_finite, new_directory, read_json
-from spatialvla_jax.interop.mapping import check_leaves, flatten, param_shapes
+from spatialvla_jax.interop.mapping import check_leaves, flatten, param_shapes, unflatten
 from spatialvla_jax.models.spatialvla import SpatialVLAConfig
 from spatialvla_jax.processor import Processor, model_from_dict, model_to_dict
 
 FOLDER = "checkpoints"
+CHUNK_BYTES = 64 * 2**20  # what is written, and read, at once
 
 
 def step_directory(path: str | Path) -> Path | None:
@@ -53,31 +56,37 @@ def _read_metadata(file: Path) -> tuple[SpatialVLAConfig, Processor | None]:
 
 
 def _open_params(params: Path) -> dict[str, Leaf]:
+    # Straight from the array store: restoring leaf by leaf through Orbax takes 35 times as long.
+    def leaf(path: str, info: Any, spec: dict[str, Any]) -> Leaf:
+        def read() -> np.ndarray:
+            try:
+                return tensorstore.open(spec, read=True).result().read().result()
+            except (ValueError, OSError) as error:
+                raise InputError(f"{params} cannot be read at {path}: {_first_line(error)}") from error
+
+        return Leaf(tuple(info.shape), np.dtype(info.dtype), read)
+
+    return {path: leaf(path, info, spec) for path, info, spec in _stored(params)}
+
+
+def _stored(params: Path) -> Iterator[tuple[str, Any, dict[str, Any]]]:
+    """(path of the leaf, Orbax's facts about it, where tensorstore finds it) for every leaf."""
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
             tree = checkpointer.metadata(params).item_metadata
         infos = flatten(tree.tree)
     except Exception as error:  # Orbax raises whatever its storage raises
         raise InputError(f"{params} cannot be read: {_first_line(error)}") from error
-    driver = "zarr3" if tree.use_zarr3 else "zarr"
-
-    def leaf(path: str, info: Any) -> Leaf:
-        # Straight from the array store: restoring leaf by leaf through Orbax takes 35 times as long.
+    for path, info in infos.items():
         store = {"driver": "ocdbt", "base": params.as_uri(), "path": f"{info.name}/"}
-
-        def read() -> np.ndarray:
-            try:
-                return tensorstore.open({"driver": driver, "kvstore": store}, read=True).result().read().result()
-            except (ValueError, OSError) as error:
-                raise InputError(f"{params} cannot be read at {path}: {_first_line(error)}") from error
-
-        return Leaf(tuple(info.shape), np.dtype(info.dtype), read)
-
-    return {path: leaf(path, info) for path, info in infos.items()}
+        yield path, info, {"driver": "zarr3" if tree.use_zarr3 else "zarr", "kvstore": store}
 
 
 def write_orbax(path: str | Path, checkpoint: Checkpoint) -> None:
-    """Write a run with one step, 0, and no optimizer; it appears whole or not at all."""
+    """Write a run with one step, 0, and no optimizer; it appears whole or not at all.
+
+    Holds one leaf at a time. Raises InputError when `path` exists or the leaves do not fit the config.
+    """
     path = Path(path)
     check_leaves("checkpoint", checkpoint.leaves, param_shapes(checkpoint.config))
     metadata = {
@@ -86,13 +95,40 @@ def write_orbax(path: str | Path, checkpoint: Checkpoint) -> None:
         "processor": checkpoint.processor.to_dict() if checkpoint.processor else None,
         "train_config": None,
     }
-    items = ocp.args.Composite(params=ocp.args.StandardSave(checkpoint.params()), metadata=ocp.args.JsonSave(metadata))
     with new_directory(path) as folder:
         try:
-            with ocp.CheckpointManager((folder / FOLDER).absolute()) as manager:
-                manager.save(0, args=items)
-        except ValueError as error:  # what Orbax makes of a full disk
+            _lay_out((folder / FOLDER).absolute(), checkpoint.leaves, metadata)
+            for name, _, spec in _stored((folder / FOLDER / "0" / "params").absolute()):
+                _fill(tensorstore.open(spec, read=True, write=True).result(), checkpoint.leaves[name])
+        except ValueError as error:  # what Orbax and tensorstore make of a full disk
             raise InputError(f"{path} cannot be written: {_first_line(error)}") from error
+
+
+def _lay_out(folder: Path, leaves: dict[str, Leaf], metadata: dict[str, Any]) -> None:
+    """Orbax saves zeros, which take no room in memory or on disk: everything but the numbers."""
+    zeros = unflatten({name: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape) for name, leaf in leaves.items()})
+    chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), zeros)
+    items = ocp.args.Composite(
+        params=ocp.args.PyTreeSave(zeros, save_args=chunks), metadata=ocp.args.JsonSave(metadata)
+    )
+    types = ocp.type_handlers
+    uncopied = types.create_type_handler_registry(
+        (np.ndarray, types.NumpyHandler(deepcopy_host_arrays=False)), (jax.Array, types.ArrayHandler())
+    )
+    handlers = {
+        "params": ocp.PyTreeCheckpointHandler(type_handler_registry=uncopied),
+        "metadata": ocp.JsonCheckpointHandler(),
+    }
+    with ocp.CheckpointManager(folder, item_handlers=handlers) as manager:
+        manager.save(0, args=items)
+
+
+def _fill(store: Any, leaf: Leaf) -> None:
+    """Write a leaf chunk by chunk: written at once it would be held twice more, encoded."""
+    array, chunk = leaf.read(), store.chunk_layout.write_chunk.shape
+    for index in np.ndindex(*(-(-n // m) for n, m in zip(array.shape, chunk, strict=True))):
+        part = tuple(slice(i * m, min((i + 1) * m, n)) for i, m, n in zip(index, chunk, array.shape, strict=True))
+        store[part].write(array[part]).result()
 
 
 def _first_line(error: Exception) -> str:

@@ -19,7 +19,7 @@ def test_the_golden_model_through_all_three(golden, tmp_path):
     """Published → big_vision → Orbax → published: the same bytes in every tensor."""
     assert convert(golden, tmp_path / "a.npz", to="big_vision")["bit_exact"]
     assert convert(tmp_path / "a.npz", tmp_path / "b", to="orbax")["bit_exact"]
-    assert convert(tmp_path / "b", tmp_path / "c", to="pytorch")["bit_exact"]
+    assert convert(tmp_path / "b", tmp_path / "c", to="pytorch", verify=False)["bit_exact"]
     assert equal(read_huggingface(tmp_path / "c"), read_huggingface(golden))
 
 

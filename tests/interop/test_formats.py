@@ -14,16 +14,18 @@ def test_published_to_orbax_and_back(checkpoint, tmp_path):
     write_huggingface(published, checkpoint)
     figures = convert(published, run, to="orbax")
     assert figures["bit_exact"] and figures["parameters"] == 90_160 and figures["bytes"] == 4 * 90_160
-    assert convert(run, again, to="pytorch")["bit_exact"]
+    assert convert(run, again, to="pytorch", verify=False)["bit_exact"]
     for file in published.iterdir():
         assert (again / file.name).read_bytes() == file.read_bytes(), file.name
     json.dumps(figures)
 
 
 def test_the_published_model_with_zoedepth(golden, tmp_path):
-    """The golden directory as it was published: to Orbax and back, all 380 tensors in the same bytes."""
+    """The golden directory to Orbax and back: all 380 tensors in the same bytes, and PyTorch runs them as JAX does."""
     assert convert(golden, tmp_path / "run", to="orbax")["bit_exact"]
-    assert convert(tmp_path / "run", tmp_path / "again", to="pytorch")["bit_exact"]
+    figures = convert(tmp_path / "run", tmp_path / "again", to="pytorch")
+    assert figures["bit_exact"] and figures["verification"]["tokens_equal"] == 48
+    assert all(figures["verification"]["differences"][s]["max"] < 2e-4 for s in ("depth", "image_features", "logits"))
     before, after = load_file(golden / "model.safetensors"), load_file(tmp_path / "again" / "model.safetensors")
     assert before.keys() == after.keys()
     assert all(before[key].tobytes() == after[key].tobytes() for key in before)

@@ -1,5 +1,6 @@
 import json
 import resource
+import weakref
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.interop import read_orbax, write_huggingface, write_orbax
+from spatialvla_jax.interop import Checkpoint, orbax, read_orbax, write_huggingface, write_orbax
 from spatialvla_jax.interop.formats import cast, equal
 from spatialvla_jax.processor import model_to_dict
 
@@ -46,6 +47,36 @@ def test_what_we_write_we_read_back(checkpoint, tmp_path, dtype):
     write_orbax(tmp_path / "run", stored)
     assert equal(read_orbax(tmp_path / "run"), stored)
     assert equal(read_orbax(tmp_path / "run" / "checkpoints" / "0"), stored)
+
+
+def test_leaves_larger_than_a_chunk(checkpoint, tmp_path, monkeypatch):
+    """Chunks that do not divide a leaf, and zeros of both signs."""
+    monkeypatch.setattr(orbax, "CHUNK_BYTES", 5000)
+    params = checkpoint.params()
+    params["spatial_embedding"] = np.full_like(params["spatial_embedding"], -0.0)
+    stored = Checkpoint.of(checkpoint.config, params, checkpoint.processor)
+    write_orbax(tmp_path / "run", stored)
+    assert equal(read_orbax(tmp_path / "run"), stored)
+    with ocp.CheckpointManager((tmp_path / "run" / "checkpoints").absolute()) as manager:
+        restored = manager.restore(0, args=ocp.args.Composite(params=ocp.args.StandardRestore()))["params"]
+    jax.tree.map(np.testing.assert_array_equal, restored, params)
+
+
+@pytest.mark.parametrize("write", [write_orbax, write_huggingface])
+def test_one_leaf_at_a_time(checkpoint, tmp_path, write):
+    held = []
+
+    def counted(leaf):
+        def read():
+            assert not any(array() is not None for array in held)
+            array = leaf.read().copy()
+            held.append(weakref.ref(array))
+            return array
+
+        return replace(leaf, read=read)
+
+    write(tmp_path / "out", replace(checkpoint, leaves={path: counted(x) for path, x in checkpoint.leaves.items()}))
+    assert len(held) >= len(checkpoint.leaves)
 
 
 def test_a_training_run_gives_its_newest_step(checkpoint, tmp_path):
