@@ -95,7 +95,9 @@ def run(config_path: str, workdir: Path, overrides: dict[str, str]) -> dict[str,
 def train(config_path: str, workdir: Path, flags: list[str], kill_after: int | None = None) -> None:
     """The train command as a process of its own; with `kill_after`, SIGKILL soon after that checkpoint is whole."""
     command = [sys.executable, "-m", "spatialvla_jax.cli", "train", "--config", config_path, "--workdir", str(workdir)]
-    process = subprocess.Popen([*command, *flags])
+    # The three processes compile the same step: the first stores it for the others.
+    compiled = {"JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "compiled")}
+    process = subprocess.Popen([*command, *flags], env=os.environ | compiled)
     if kill_after is not None:
         checkpoint = workdir / "checkpoints" / str(kill_after)
         while process.poll() is None and not (checkpoint.is_dir() and last_step(workdir) > kill_after):

@@ -36,10 +36,11 @@ def test_size_on_disk():
     assert max(sizes) < 2 * 2**20
 
 
-def test_enough_episodes_over_all_tasks(episodes):
+def test_enough_episodes_over_several_tasks(episodes):
     assert set(episodes) == {"train", "val"}
     assert len(episodes["train"]) >= 20 and len(episodes["val"]) >= 4
-    assert {int(metadata["task_id"]) for metadata, _ in episodes["train"]} == set(range(10))
+    tasks = {split: {int(metadata["task_id"]) for metadata, _ in pairs} for split, pairs in episodes.items()}
+    assert len(tasks["train"]) >= 4 and tasks["val"] <= tasks["train"]
 
 
 def test_val_episodes_start_elsewhere(episodes):
