@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
+from etils import epath
 
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.interop.checkpoint import Checkpoint, Leaf, check_finite, new_directory, read_json
@@ -72,8 +73,7 @@ def _open_params(params: Path) -> dict[str, Leaf]:
 def _stored(params: Path) -> Iterator[tuple[str, Any, dict[str, Any]]]:
     """(path of the leaf, Orbax's facts about it, where tensorstore finds it) for every leaf."""
     try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            tree = checkpointer.metadata(params).item_metadata
+        tree = ocp.PyTreeCheckpointHandler().metadata(epath.Path(params))
         infos = flatten(tree.tree)
     except Exception as error:  # Orbax raises whatever its storage raises
         raise InputError(f"{params} cannot be read: {_first_line(error)}") from error

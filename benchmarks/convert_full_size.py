@@ -1,0 +1,125 @@
+"""Peak memory of converting a full-size checkpoint: published → Orbax → published, and whether every byte comes back.
+
+    python benchmarks/convert_full_size.py [--preset spatialvla-4b-224] [--dir /tmp]
+
+Makes a directory in the published layout with random bfloat16 weights (8 GB by default), converts it there and back,
+each conversion in a process of its own, and removes everything. Prints the peak resident memory of each conversion;
+ends with one line of JSON.
+"""
+
+import argparse
+import json
+import multiprocessing
+import platform
+import resource
+import shutil
+import sys
+import tempfile
+import time
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from spatialvla_jax.interop import Checkpoint, convert, write_huggingface
+from spatialvla_jax.interop.checkpoint import Leaf
+from spatialvla_jax.interop.mapping import param_shapes
+from spatialvla_jax.interop.safetensors import open_directory
+from spatialvla_jax.models import preset
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+
+def random_checkpoint(name: str) -> Checkpoint:
+    """Weights made when they are read: finite, of both signs, and as little compressible as trained ones."""
+
+    def leaf(seed: int, shape: tuple[int, ...]) -> Leaf:
+        def read() -> np.ndarray:
+            rng, x = np.random.default_rng(seed), np.empty(prod(shape), BFLOAT16)
+            for i in range(0, x.size, 2**24):
+                x[i : i + 2**24] = rng.standard_normal(min(2**24, x.size - i), np.float32) * np.float32(0.02)
+            return x.reshape(shape)
+
+        return Leaf(shape, BFLOAT16, read)
+
+    config = preset(name)
+    leaves = {path: leaf(seed, shape) for seed, (path, shape) in enumerate(param_shapes(config).items())}
+    return Checkpoint(config, leaves, None)
+
+
+def peak_gb() -> float:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (1e9 if sys.platform == "darwin" else 1e6), 2)
+
+
+def in_own_process(function: Any, *arguments: Any) -> dict[str, Any]:
+    """{"seconds", "peak_gb", "idle_gb"}: `idle_gb` is the process before it begins."""
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=_measured, args=(queue, function, arguments))
+    process.start()
+    process.join()
+    if process.exitcode:
+        sys.exit(f"{function.__name__} failed")
+    return queue.get()
+
+
+def _measured(queue: Any, function: Any, arguments: Any) -> None:
+    idle, start = peak_gb(), time.perf_counter()
+    function(*arguments)
+    queue.put({"seconds": round(time.perf_counter() - start, 1), "peak_gb": peak_gb(), "idle_gb": idle})
+
+
+def make(name: str, path: Path) -> None:
+    write_huggingface(path, random_checkpoint(name))
+
+
+def there(source: Path, destination: Path) -> None:
+    assert convert(source, destination, to="orbax")["bit_exact"]
+
+
+def back(source: Path, destination: Path) -> None:
+    assert convert(source, destination, to="pytorch", verify=False)["bit_exact"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="spatialvla-4b-224")
+    parser.add_argument("--dir", type=Path, default=Path(tempfile.gettempdir()), help="where the files go meanwhile")
+    arguments = parser.parse_args()
+
+    parameters = sum(prod(shape) for shape in param_shapes(preset(arguments.preset)).values())
+    needed, free = 3.2 * 2 * parameters, shutil.disk_usage(arguments.dir).free
+    if free < needed:
+        sys.exit(f"{arguments.dir} has {free / 1e9:.1f} GB free; {needed / 1e9:.1f} GB are needed")
+    environment = {"python": platform.python_version(), "jax": jax.__version__, "numpy": np.__version__}
+    print("environment: " + ", ".join(f"{k} {v}" for k, v in environment.items()))
+
+    with tempfile.TemporaryDirectory(dir=arguments.dir) as folder:
+        published, run, again = (Path(folder) / name for name in ("published", "run", "again"))
+        in_own_process(make, arguments.preset, published)
+        figures = {
+            "to_orbax": in_own_process(there, published, run),
+            "to_published": in_own_process(back, run, again),
+        }
+        before, after = open_directory(published), open_directory(again)
+        equal = before.keys() == after.keys() and all(
+            before[key].dtype == after[key].dtype and before[key].read().tobytes() == after[key].read().tobytes()
+            for key in before
+        )
+        shards = {tensor.file.name: tensor.file.stat().st_size for tensor in after.values()}
+
+    print(f"{arguments.preset}: {parameters:,} parameters in bfloat16, {len(after)} tensors in {len(shards)} shards")
+    for name, found in figures.items():
+        print(f"{name:13} {found['seconds']:8.1f} s   peak {found['peak_gb']:.2f} GB (idle {found['idle_gb']:.2f} GB)")
+    print(f"every tensor comes back byte for byte: {equal}")
+    result = {"benchmark": "convert_full_size", "preset": arguments.preset, "parameters": parameters, **environment}
+    print(json.dumps({**result, **figures, "largest_shard_bytes": max(shards.values()), "byte_equal": equal}))
+    sys.exit(not equal)
+
+
+if __name__ == "__main__":
+    main()
