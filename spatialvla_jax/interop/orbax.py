@@ -1,6 +1,7 @@
 """Our own runs: `<workdir>/checkpoints/<step>/{params, optimizer, metadata}`, by training or by a conversion."""
 
 from collections.abc import Iterator
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ def write_orbax(path: str | Path, checkpoint: Checkpoint) -> None:
         try:
             _lay_out((folder / FOLDER).absolute(), checkpoint.leaves, metadata)
             for name, _, spec in _stored((folder / FOLDER / "0" / "params").absolute()):
-                _fill(tensorstore.open(spec, read=True, write=True).result(), checkpoint.leaves[name])
+                _fill(spec, checkpoint.leaves[name])
         except ValueError as error:  # what Orbax and tensorstore make of a full disk
             raise InputError(f"{path} cannot be written: {_first_line(error)}") from error
 
@@ -107,10 +108,7 @@ def write_orbax(path: str | Path, checkpoint: Checkpoint) -> None:
 def _lay_out(folder: Path, leaves: dict[str, Leaf], metadata: dict[str, Any]) -> None:
     """Orbax saves zeros, which take no room in memory or on disk: everything but the numbers."""
     zeros = unflatten({name: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape) for name, leaf in leaves.items()})
-    chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), zeros)
-    items = ocp.args.Composite(
-        params=ocp.args.PyTreeSave(zeros, save_args=chunks), metadata=ocp.args.JsonSave(metadata)
-    )
+    items = ocp.args.Composite(params=ocp.args.PyTreeSave(zeros), metadata=ocp.args.JsonSave(metadata))
     types = ocp.type_handlers
     uncopied = types.create_type_handler_registry(
         (np.ndarray, types.NumpyHandler(deepcopy_host_arrays=False)), (jax.Array, types.ArrayHandler())
@@ -123,12 +121,26 @@ def _lay_out(folder: Path, leaves: dict[str, Leaf], metadata: dict[str, Any]) ->
         manager.save(0, args=items)
 
 
-def _fill(store: Any, leaf: Leaf) -> None:
-    """Write a leaf chunk by chunk: written at once it would be held twice more, encoded."""
-    array, chunk = leaf.read(), store.chunk_layout.write_chunk.shape
+def _fill(spec: dict[str, Any], leaf: Leaf) -> None:
+    """Write a leaf chunk by chunk: as the one chunk that Orbax makes of it, it would be held twice more, encoded."""
+    laid_out = tensorstore.open(spec, read=True).result().spec().to_json()
+    chunk = _chunk_shape(leaf.shape, leaf.dtype.itemsize)
+    laid_out["metadata"]["chunks"] = chunk
+    store = tensorstore.open(laid_out, create=True, delete_existing=True).result()
+    array = leaf.read()
     for index in np.ndindex(*(-(-n // m) for n, m in zip(array.shape, chunk, strict=True))):
         part = tuple(slice(i * m, min((i + 1) * m, n)) for i, m, n in zip(index, chunk, array.shape, strict=True))
         store[part].write(array[part]).result()
+
+
+def _chunk_shape(shape: tuple[int, ...], itemsize: int) -> list[int]:
+    """Whole rows that lie behind each other, of CHUNK_BYTES at most: layers, or rows of a table."""
+    chunk = list(shape)
+    for axis in range(len(shape)):
+        if prod(chunk) * itemsize <= CHUNK_BYTES:
+            break
+        chunk[axis] = max(1, CHUNK_BYTES // (prod(chunk[axis + 1 :]) * itemsize))
+    return chunk
 
 
 def _first_line(error: Exception) -> str:
