@@ -1,6 +1,6 @@
 """Our own runs: `<workdir>/checkpoints/<step>/{params, optimizer, metadata}`, by training or by a conversion."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,11 @@ def _open_params(params: Path) -> dict[str, Leaf]:
     def leaf(path: str, info: Any, spec: dict[str, Any]) -> Leaf:
         def read() -> np.ndarray:
             try:
-                return tensorstore.open(spec, read=True).result().read().result()
+                store: Any = tensorstore.open(spec, read=True).result()
+                array = np.empty(info.shape, info.dtype)
+                for part in _parts(array.shape, store.chunk_layout.read_chunk.shape):
+                    array[part] = store[part].read().result()
+                return array
             except (ValueError, OSError) as error:
                 raise InputError(f"{params} cannot be read at {path}: {_first_line(error)}") from error
 
@@ -128,9 +132,14 @@ def _fill(spec: dict[str, Any], leaf: Leaf) -> None:
     laid_out["metadata"]["chunks"] = chunk
     store = tensorstore.open(laid_out, create=True, delete_existing=True).result()
     array = leaf.read()
-    for index in np.ndindex(*(-(-n // m) for n, m in zip(array.shape, chunk, strict=True))):
-        part = tuple(slice(i * m, min((i + 1) * m, n)) for i, m, n in zip(index, chunk, array.shape, strict=True))
+    for part in _parts(array.shape, chunk):
         store[part].write(array[part]).result()
+
+
+def _parts(shape: Sequence[int], chunk: Sequence[int]) -> Iterator[tuple[slice, ...]]:
+    """The chunks of an array, one by one: tensorstore holds encoded whatever it is asked for at once."""
+    for index in np.ndindex(*(-(-n // m) for n, m in zip(shape, chunk, strict=True))):
+        yield tuple(slice(i * m, min((i + 1) * m, n)) for i, m, n in zip(index, chunk, shape, strict=True))
 
 
 def _chunk_shape(shape: tuple[int, ...], itemsize: int) -> list[int]:
