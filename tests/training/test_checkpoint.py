@@ -1,0 +1,45 @@
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from spatialvla_jax.config import load_config
+from spatialvla_jax.interop import load_pretrained
+from spatialvla_jax.training.loop import train
+from spatialvla_jax.training.metrics import MetricsLog, read_metrics
+
+
+def test_the_last_and_every_kth_are_kept(config_file: Path, tmp_path: Path) -> None:
+    """Also: bf16 compute leaves the parameters in float32, and the loss falls."""
+    overrides = {
+        "model.dtype": "bfloat16",
+        "train.steps": "14",
+        "train.accumulate": "1",
+        "checkpoint.every": "2",
+        "checkpoint.keep_last": "2",
+        "checkpoint.keep_every": "6",
+    }
+    result = train(load_config(config_file, overrides), tmp_path)
+    assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == [6, 12, 14]
+    model, params, processor = load_pretrained(tmp_path)
+    assert {x.dtype for x in jax.tree.leaves(params)} == {np.dtype("float32")}
+    assert model.config.dtype == "bfloat16" and result["step"] == 14
+    assert processor is not None and set(processor.statistics) == {"toy"}
+    losses = [r["loss"] for r in read_metrics(tmp_path / "metrics.jsonl")]
+    assert losses[-1] < losses[0]
+
+
+def test_a_resumed_log_reads_as_if_it_had_never_stopped(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, 0)
+    for step in range(1, 6):
+        log.write(step, {"loss": 1 / step, "batch": "abc"})
+    log.close()
+    with log.path.open("a") as file:
+        file.write('{"step": 6, "lo')  # cut short by a kill
+    log = MetricsLog(tmp_path, 3)
+    log.write(4, {"loss": float(jnp.float32(0.1))})
+    log.close()
+    assert [r["step"] for r in read_metrics(log.path)] == [1, 2, 3, 4]
+    assert read_metrics(log.path)[-1]["loss"] == pytest.approx(0.1)
