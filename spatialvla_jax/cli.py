@@ -39,6 +39,11 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("dst", type=Path)
     p.add_argument("--to", choices=("orbax", "pytorch", "big_vision"), required=True)
     p.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights written; by default as they are")
+    p.add_argument(
+        "--verify",
+        action=argparse.BooleanOptionalAction,
+        help="run the PyTorch export beside JAX; by default up to 500 M parameters",
+    )
 
     p = command("record", run_record, "record demonstrations in a simulator (extra [sim])")
     p.add_argument("simulator", choices=("libero",))
@@ -101,8 +106,17 @@ def run_evaluate(args: argparse.Namespace) -> None:
 
 def run_convert(args: argparse.Namespace) -> None:
     from spatialvla_jax.interop import convert
+    from spatialvla_jax.interop.verify import VerificationError, table
 
-    result = convert(args.src, args.dst, to=args.to, dtype=args.dtype)
+    try:
+        result = convert(args.src, args.dst, to=args.to, dtype=args.dtype, verify=args.verify)
+    except VerificationError as error:
+        print(table(error.result))
+        print(json.dumps(error.result))
+        print(f"spatialvla-jax convert: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    verification = result["verification"]
+    print(table(verification) if isinstance(verification, dict) else f"not verified: {verification}")
     print(f"wrote {args.dst}")
     print(json.dumps(result))
 

@@ -21,6 +21,7 @@ from spatialvla_jax.errors import InputError
 from spatialvla_jax.evaluation.open_loop import evaluate, predict, table
 from spatialvla_jax.inference.policy import Policy
 from spatialvla_jax.interop import convert, load_pretrained
+from spatialvla_jax.interop.verify import table as verification_table
 from spatialvla_jax.training.loop import open_data, write_json
 from spatialvla_jax.training.metrics import read_metrics
 
@@ -54,7 +55,8 @@ def run(config_path: str, workdir: Path, overrides: dict[str, str]) -> dict[str,
     print(table(result), flush=True)
 
     say(f"exporting to PyTorch's layout in {export} and reading it back")
-    convert(run_dir, export, to="pytorch")
+    verification = convert(run_dir, export, to="pytorch")["verification"]
+    print(verification_table(verification) if isinstance(verification, dict) else f"not run in PyTorch: {verification}")
     roundtrip = roundtrip_exact(policy, export, loader, config.train.eval_split)
 
     say("drawing")
