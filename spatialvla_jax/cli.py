@@ -119,6 +119,9 @@ def run_convert(args: argparse.Namespace) -> None:
     print(table(verification) if isinstance(verification, dict) else f"not verified: {verification}")
     print(f"wrote {args.dst}")
     print(json.dumps(result))
+    if not result["bit_exact"]:
+        print(f"spatialvla-jax convert: {args.dst} reads back with other bytes than {args.src}", file=sys.stderr)
+        raise SystemExit(1)
 
 
 def task_ids(text: str) -> list[int]:

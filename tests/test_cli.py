@@ -123,21 +123,21 @@ def test_evaluate_and_convert(trained: Path, config_file: Path, tmp_path: Path, 
 
 
 def test_a_failed_verification_ends_with_exit_code_1(trained: Path, tmp_path: Path, capsys, monkeypatch) -> None:
-    """The exported PyTorch module is given another model's weights: its tokens differ, and the command says so."""
-    from spatialvla_jax.interop import formats, huggingface
+    """Two tables of the export are turned upside down: its tokens differ, and the command says so."""
+    from safetensors.numpy import load_file, save_file
 
-    write = huggingface.write_huggingface
+    from spatialvla_jax.interop import formats
+
+    write = formats.WRITERS["pytorch"]
 
     def tampered(path, checkpoint, **options):
         write(path, checkpoint, **options)
-        from safetensors.numpy import load_file, save_file
-
         tensors = load_file(path / "model.safetensors")
         tensors["spatial_embed_tokens.weight"] = tensors["spatial_embed_tokens.weight"][::-1].copy()
         tensors["language_model.lm_head.weight"] = tensors["language_model.lm_head.weight"][::-1].copy()
         save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
 
-    monkeypatch.setattr(formats, "write_huggingface", tampered)
+    monkeypatch.setitem(formats.WRITERS, "pytorch", tampered)
     with pytest.raises(SystemExit) as stopped:
         main(["convert", str(trained), str(tmp_path / "out"), "--to", "pytorch", "--verify"])
     assert stopped.value.code == 1
