@@ -14,6 +14,6 @@ def get_config():
     # Few episodes, few steps, one fixed camera: lighter augmentation and a higher rate than the published recipe's.
     config.augment.update(crop_area=0.95, brightness=0.02, contrast=0.02, saturation=0.02, hue=0.005)
     config.optimizer.update(learning_rate=7e-4, warmup=0.05)
-    config.train.update(steps=700, batch_size=32, log_every=10, eval_every=175)
+    config.train.update(steps=800, batch_size=32, log_every=10, eval_every=200)
     config.checkpoint.update(every=40, keep_last=2, keep_every=80)
     return config

@@ -1,4 +1,7 @@
-"""Pre-training as published: batch 2048, linear decay from 2e-5, text embeddings and depth model frozen."""
+"""Pre-training with the published recipe: batch 2048, linear decay from 2e-5, text embeddings and depth model frozen.
+
+The published run is given as ten days on 64 A100, not as a number of steps: set `train.steps` to what you have.
+"""
 
 from spatialvla_jax.config import default_config
 
@@ -14,5 +17,5 @@ def get_config():
             "weight": 1.0,
         },
     ]
-    config.train.update(steps=120_000, batch_size=2048)
+    config.train.update(steps=120_000, batch_size=2048, eval_every=0)  # fractal has no validation split
     return config

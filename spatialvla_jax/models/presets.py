@@ -7,6 +7,10 @@ from spatialvla_jax.models.gemma2 import Gemma2Config
 from spatialvla_jax.models.siglip import SiglipConfig
 from spatialvla_jax.models.spatialvla import SpatialVLAConfig
 
+GEMMA2_9B = Gemma2Config(
+    vocab_size=265_347, width=3584, depth=42, mlp_dim=14_336, num_heads=16, num_kv_heads=8, head_dim=256
+)
+
 PRESETS: dict[str, SpatialVLAConfig] = {
     # Every part at its smallest, for tests.
     "nano": SpatialVLAConfig(
@@ -41,6 +45,12 @@ PRESETS: dict[str, SpatialVLAConfig] = {
         depth="dataset",
     ),
     "spatialvla-4b-224": SpatialVLAConfig(),
+    # The other sizes of PaliGemma 2 (Steiner et al. 2024): larger images, and Gemma 2 9B.
+    "spatialvla-4b-448": SpatialVLAConfig(img=SiglipConfig(image_size=448)),
+    "spatialvla-4b-896": SpatialVLAConfig(img=SiglipConfig(image_size=896)),
+    "spatialvla-11b-224": SpatialVLAConfig(llm=GEMMA2_9B),
+    "spatialvla-11b-448": SpatialVLAConfig(img=SiglipConfig(image_size=448), llm=GEMMA2_9B),
+    "spatialvla-11b-896": SpatialVLAConfig(img=SiglipConfig(image_size=896), llm=GEMMA2_9B),
 }
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,10 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     mesh = make_mesh(config.mesh.to_dict())
     check_batch(config.train.batch_size, config.train.accumulate, mesh)
     loader = open_data(config)
+    if config.train.eval_every:
+        loader.num_frames(
+            config.train.eval_split
+        )  # a split that is missing is an error now, not at the first validation
     write_json(saved, config.to_dict())
     write_json(workdir / "statistics.json", loader.statistics)
 
@@ -160,7 +165,22 @@ def open_data(config: ConfigDict, processor: Processor | None = None) -> Loader:
         depth=config.model.depth == "dataset",
         statistics=processor and processor.statistics,
         tokenizer=processor and processor.tokenizer,
+        progress=shard_progress(),
     )
+
+
+def shard_progress() -> Callable[[str, int, int], None]:
+    """A progress bar for each dataset that is indexed: (name, shards done, shards)."""
+    bars: dict[str, tqdm] = {}
+
+    def show(name: str, done: int, total: int) -> None:
+        if name not in bars:
+            bars[name] = tqdm(total=total, desc=f"indexing {name}", unit="shard", leave=False)
+        bars[name].update(done - bars[name].n)
+        if done == total:
+            bars.pop(name).close()
+
+    return show
 
 
 def make_processor(config: ConfigDict, loader: Loader) -> Processor:

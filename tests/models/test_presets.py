@@ -1,0 +1,59 @@
+import math
+
+import jax
+import pytest
+import torch
+from transformers import Gemma2Config, Gemma2ForCausalLM, SiglipVisionConfig, SiglipVisionModel
+
+from spatialvla_jax.errors import InputError
+from spatialvla_jax.models import PRESETS, SpatialVLA, preset
+from spatialvla_jax.training.state import init_params
+
+GEMMA2 = {  # the published configurations of google/gemma-2-2b and -9b
+    2304: {"hidden_size": 2304, "num_hidden_layers": 26, "intermediate_size": 9216, "num_attention_heads": 8},
+    3584: {"hidden_size": 3584, "num_hidden_layers": 42, "intermediate_size": 14336, "num_attention_heads": 16},
+}
+
+
+def count(tree) -> int:
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
+
+
+def abstract_params(name: str, **changes) -> dict:
+    return jax.eval_shape(lambda: init_params(SpatialVLA(preset(name, **changes)), 0))
+
+
+def test_the_published_model_has_its_parameters() -> None:
+    assert count(abstract_params("spatialvla-4b-224")) == 4_027_854_731
+
+
+@pytest.mark.parametrize("name", [n for n in PRESETS if n.startswith("spatialvla-")])
+def test_full_sizes_count_what_transformers_counts(name: str) -> None:
+    params = abstract_params(name, depth="dataset")
+    config = PRESETS[name]
+    size = {**GEMMA2[config.llm.width], "num_key_value_heads": config.llm.num_kv_heads, "head_dim": 256}
+    with torch.device("meta"):
+        llm = Gemma2ForCausalLM(Gemma2Config(vocab_size=265_347, tie_word_embeddings=False, **size))
+        vision = SiglipVisionModel(
+            SiglipVisionConfig(
+                hidden_size=1152,
+                num_hidden_layers=27,
+                num_attention_heads=16,
+                intermediate_size=4304,
+                patch_size=14,
+                image_size=config.img.image_size,
+                vision_use_head=False,
+            )
+        )
+    assert count(params["llm"]) == sum(p.numel() for p in llm.parameters())
+    assert (
+        count(params["img"])
+        == sum(p.numel() for p in vision.parameters()) + 1152 * size["hidden_size"] + size["hidden_size"]
+    )
+
+
+def test_bad_preset() -> None:
+    with pytest.raises(InputError, match="preset 'big' does not exist; choose one of nano"):
+        preset("big")
+    with pytest.raises(InputError, match="model has no field 'width'"):
+        preset("tiny", width=3)
