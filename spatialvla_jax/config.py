@@ -20,6 +20,7 @@ def default_config() -> ConfigDict:
     return ConfigDict(
         {
             "seed": 0,
+            "init": "",  # a checkpoint to start from, in any format that `load_pretrained` reads; empty: random
             "model": {
                 "preset": "spatialvla-4b-224",
                 "depth": "zoedepth",  # zoedepth | dataset | none

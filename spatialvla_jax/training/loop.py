@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import unflatten_dict
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
@@ -18,6 +19,8 @@ from spatialvla_jax.actions import fit_gaussians, gaussian_grid, linear_grid, un
 from spatialvla_jax.config import check_resumable
 from spatialvla_jax.data import Loader, load_data
 from spatialvla_jax.errors import InputError
+from spatialvla_jax.interop import read_checkpoint
+from spatialvla_jax.interop.mapping import check_leaves, param_shapes
 from spatialvla_jax.models import SpatialVLA, preset
 from spatialvla_jax.processor import Processor, model_to_dict
 from spatialvla_jax.training import checkpoint
@@ -56,7 +59,6 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     schedule = learning_rate(config.optimizer, config.train.steps)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     frozen = frozen_patterns(config, model)
-    state, shardings = init_state(model, optimizer, frozen, config.seed, mesh)
     metadata = {
         "model": model_to_dict(model.config),
         "processor": processor.to_dict(),
@@ -69,6 +71,8 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         keep_every=config.checkpoint.keep_every or None,
     )
     latest = manager.latest_step()
+    start_from = starting_params(config.init, model) if config.init and latest is None else None
+    state, shardings = init_state(model, optimizer, frozen, config.seed, mesh, start_from)
     if latest is not None:
         before = checkpoint.restore_metadata(manager, latest)
         if before["processor"] != metadata["processor"] or before["model"] != json.loads(json.dumps(metadata["model"])):
@@ -216,6 +220,13 @@ def make_model(config: ConfigDict, processor: Processor) -> SpatialVLA:
             **fields,
         )
     )
+
+
+def starting_params(path: str, model: SpatialVLA) -> dict[str, Any]:
+    """A checkpoint's parameters in float32; raises InputError naming those that this model has otherwise."""
+    checkpoint = read_checkpoint(path)
+    check_leaves(path, checkpoint.leaves, param_shapes(model.config))
+    return unflatten_dict({k: v.read().astype(np.float32) for k, v in checkpoint.leaves.items()}, sep="/")
 
 
 def frozen_patterns(config: ConfigDict, model: SpatialVLA) -> tuple[str, ...]:

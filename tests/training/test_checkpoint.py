@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from spatialvla_jax.config import load_config
+from spatialvla_jax.errors import InputError
 from spatialvla_jax.interop import load_pretrained
 from spatialvla_jax.training.loop import train
 from spatialvla_jax.training.metrics import MetricsLog, read_metrics
@@ -29,6 +30,17 @@ def test_the_last_and_every_kth_are_kept(config_file: Path, tmp_path: Path) -> N
     assert processor is not None and set(processor.statistics) == {"toy"}
     losses = [r["loss"] for r in read_metrics(tmp_path / "metrics.jsonl")]
     assert losses[-1] < losses[0]
+
+
+def test_a_run_starts_from_a_checkpoint(config_file: Path, trained: Path, tmp_path: Path) -> None:
+    """With a learning rate of 0 it ends where it started; a checkpoint of other sizes is refused by name."""
+    overrides = {"init": str(trained), "train.steps": "2", "optimizer.learning_rate": "0.0"}
+    train(load_config(config_file, overrides), tmp_path / "run")
+    before, after = (load_pretrained(run)[1] for run in (trained, tmp_path / "run"))
+    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, before, after)))
+    overrides["grid.num_bins"] = "(8, 4, 2, 4, 4, 4)"
+    with pytest.raises(InputError, match="spatial_embedding"):
+        train(load_config(config_file, overrides), tmp_path / "other")
 
 
 def test_a_resumed_log_reads_as_if_it_had_never_stopped(tmp_path: Path) -> None:
