@@ -14,10 +14,17 @@ def main(argv: list[str] | None = None) -> int:
         prog="spatialvla-jax", description="Train, evaluate and convert SpatialVLA in JAX."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    groups: dict[str, Any] = {"": commands}
+
+    def group(name: str, help: str) -> None:
+        sub = commands.add_parser(name, help=help, description=help)
+        groups[name] = sub.add_subparsers(dest="subcommand", required=True, metavar="COMMAND")
 
     def command(name: str, run: Any, help: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=help, description=help)
-        sub.set_defaults(run=run)
+        """`name` is "train", or "data show" in the group "data"."""
+        *prefix, last = name.split()
+        sub = groups[" ".join(prefix)].add_parser(last, help=help, description=help)
+        sub.set_defaults(run=run, command=name)
         return sub
 
     p = command("demo", run_demo, "train, kill, resume, evaluate, export and plot the tiny model in minutes")
