@@ -7,7 +7,7 @@ import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from jaxtyping import Float
@@ -26,12 +26,32 @@ _STATISTICS_ROWS = ("q01", "q99", "min", "max", "mask")
 
 
 @dataclasses.dataclass(frozen=True)
-class _Split:
+class Split:
     """One split of every dataset, with each dataset's prompts: ids i32[instructions, P] and mask."""
 
     indexes: tuple[Index, ...]
     prompts: tuple[tuple[np.ndarray, np.ndarray], ...]
     starts: np.ndarray  # i64[D + 1]: sample_id of every dataset's first frame, and the end
+
+    def locate(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Dataset and frame within it of the samples `ids`."""
+        dataset = np.searchsorted(self.starts, ids, side="right") - 1
+        return dataset, ids - self.starts[dataset]
+
+
+class Source(Protocol):
+    """Where the loader's frames lie: in RLDS files (`Rlds`) or in one packed file (`pack.Packed`)."""
+
+    def index(self, split: str) -> tuple[Index, ...]:
+        """The index of every dataset of the mixture."""
+        ...
+
+    def pixels(
+        self, split: Split, samples: Callable[[int], np.ndarray], steps: range, batch_size: int
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """For every step, of the frames `samples(step)` i64[B]: image u8[B,S,S,3], stored_size i32[B,2] (height and
+        width that the index's intrinsics are pixels of) and, if asked for, depth f32[B,S,S] metres."""
+        ...
 
 
 def load_data(
@@ -93,12 +113,10 @@ class Loader:
             if depth and entry["spec"].depth is None:
                 raise InputError(f"Dataset {entry['name']!r} has no depth, which the config asks for")
         self.image_size, self.action_chunk, self.depth = image_size, action_chunk, depth
-        self._entries, self._progress, self._prompt = entries, progress, config["prompt"]
-        self._train_split = config.get("split") or "train"
-        self._cache_dir = Path(config.get("cache_dir") or "~/.cache/spatialvla_jax").expanduser()
-        self._workers = config.get("workers") or os.cpu_count() or 1
+        self._source: Source = Rlds(config, entries, image_size, depth, progress)
+        self._prompt, self._train_split = config["prompt"], config.get("split") or "train"
         self._indexes: dict[str, tuple[Index, ...]] = {}
-        self._splits: dict[str, _Split] = {}
+        self._splits: dict[str, Split] = {}
 
         train = self._index(self._train_split)
         self.weights = tuple(entry["weight"] for entry in entries)
@@ -194,18 +212,15 @@ class Loader:
 
     def _index(self, split: str) -> tuple[Index, ...]:
         if split not in self._indexes:
-            self._indexes[split] = tuple(
-                load_index(entry["name"], entry["path"], entry["spec"], split, self._cache_dir, self._progress)
-                for entry in self._entries
-            )
+            self._indexes[split] = self._source.index(split)
         return self._indexes[split]
 
-    def _split(self, split: str) -> _Split:
+    def _split(self, split: str) -> Split:
         if split not in self._splits:
             indexes = self._index(split)
             prompts = tuple(self._encode(index) for index in indexes)
             starts = np.cumsum([0, *(index.num_frames for index in indexes)])
-            self._splits[split] = _Split(indexes, prompts, starts)
+            self._splits[split] = Split(indexes, prompts, starts)
         return self._splits[split]
 
     def _encode(self, index: Index) -> tuple[np.ndarray, np.ndarray]:
@@ -224,28 +239,15 @@ class Loader:
         return train_tokenizer(instructions, self._prompt["vocab_size"], template=template)
 
     def _stream(
-        self, split: _Split, samples: Callable[[int], np.ndarray], steps: range, batch_size: int
+        self, split: Split, samples: Callable[[int], np.ndarray], steps: range, batch_size: int
     ) -> Iterator[Batch]:
         """Batches of the frames `samples(step)` i64[B] for every step."""
+        for step, images in zip(steps, self._source.pixels(split, samples, steps, batch_size), strict=False):
+            yield self._assemble(split, samples(step), images)
 
-        def read(step: int) -> tuple[np.ndarray, ...]:
-            return self._read(split, samples(int(step)), files)
-
-        tf = tensorflow()
-        files = _Files()
-        decoded = decode_batches(read, steps, batch_size, self.image_size, self.depth, self._workers)
-        for step in steps:
-            ids = samples(step)
-            try:
-                images = next(decoded)
-            except tf.errors.OpError:
-                self._find_broken(split, ids)
-                raise
-            yield self._assemble(split, ids, images)
-
-    def _assemble(self, split: _Split, ids: np.ndarray, images: dict[str, np.ndarray]) -> Batch:
+    def _assemble(self, split: Split, ids: np.ndarray, images: dict[str, np.ndarray]) -> Batch:
         """Everything of a batch besides its pixels, from the indexes."""
-        dataset, frames = _locate(split, ids)
+        dataset, frames = split.locate(ids)
         rows, chunk, length = len(ids), self.action_chunk, self._prompt["length"]
         intrinsics = np.empty((rows, 3, 3), np.float32)
         prompt_ids, prompt_mask = np.empty((rows, length), np.int32), np.empty((rows, length), bool)
@@ -275,35 +277,6 @@ class Loader:
             "sample_id": ids,
         }
 
-    def _read(self, split: _Split, ids: np.ndarray, files: "_Files") -> tuple[np.ndarray, ...]:
-        """Encoded images (and depth maps with their units) of the frames `ids`."""
-        keys = ("image", "depth") if self.depth else ("image",)
-        encoded = {key: np.empty(len(ids), object) for key in keys}
-        units = np.empty(len(ids), np.float32)
-        dataset, frames = _locate(split, ids)
-        for number in np.unique(dataset):
-            index, own = split.indexes[number], np.flatnonzero(dataset == number)
-            units[own] = index.spec.depth_unit
-            names = index.arrays["episode_file"][index.episode(frames[own])]
-            for key in keys:
-                spans = index.arrays[key][frames[own]].tolist()
-                for row, name, (offset, length) in zip(own, names, spans, strict=True):
-                    encoded[key][row] = files.read(index.files[name], offset, length)
-        return (*encoded.values(), units) if self.depth else tuple(encoded.values())
-
-    def _find_broken(self, split: _Split, ids: np.ndarray) -> None:
-        """Raises InputError for the first frame among `ids` that cannot be read or decoded."""
-        tf = tensorflow()
-        for sample, *encoded in zip(ids, *self._read(split, ids, _Files()), strict=True):
-            try:
-                tf.io.decode_image(encoded[0], channels=3, expand_animations=False)
-                if self.depth:
-                    tf.io.decode_png(encoded[1], channels=1, dtype=tf.uint16)
-            except tf.errors.InvalidArgumentError as error:
-                (dataset,), (frame,) = _locate(split, np.asarray([sample]))
-                where = split.indexes[dataset].describe(int(frame))
-                raise InputError(f"{where}: the image does not decode ({len(encoded[0])} bytes)") from error
-
 
 def chunk_actions(
     actions: np.ndarray, frames: np.ndarray, ends: np.ndarray, chunk: int, statistics: Mapping[str, Any]
@@ -325,10 +298,71 @@ def _rows(batch_size: int, process_index: int, process_count: int) -> np.ndarray
     return np.arange(batch_size).reshape(process_count, -1)[process_index]
 
 
-def _locate(split: _Split, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Dataset and frame within it of the samples `ids`."""
-    dataset = np.searchsorted(split.starts, ids, side="right") - 1
-    return dataset, ids - split.starts[dataset]
+class Rlds:
+    """The frames of RLDS datasets, out of their TFRecords. See `Source`."""
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        entries: list[dict[str, Any]],
+        image_size: int,
+        depth: bool,
+        progress: Callable[[str, int, int], None] | None,
+    ):
+        self._entries, self._image_size, self._depth, self._progress = entries, image_size, depth, progress
+        self._cache_dir = Path(config.get("cache_dir") or "~/.cache/spatialvla_jax").expanduser()
+        self._workers = config.get("workers") or os.cpu_count() or 1
+
+    def index(self, split: str) -> tuple[Index, ...]:
+        return tuple(
+            load_index(entry["name"], entry["path"], entry["spec"], split, self._cache_dir, self._progress)
+            for entry in self._entries
+        )
+
+    def pixels(
+        self, split: Split, samples: Callable[[int], np.ndarray], steps: range, batch_size: int
+    ) -> Iterator[dict[str, np.ndarray]]:
+        def read(step: int) -> tuple[np.ndarray, ...]:
+            return self._read(split, samples(int(step)), files)
+
+        tf = tensorflow()
+        files = _Files()
+        decoded = decode_batches(read, steps, batch_size, self._image_size, self._depth, self._workers)
+        for step in steps:
+            try:
+                yield next(decoded)
+            except tf.errors.OpError:
+                self._find_broken(split, samples(step))
+                raise
+
+    def _read(self, split: Split, ids: np.ndarray, files: "_Files") -> tuple[np.ndarray, ...]:
+        """Encoded images (and depth maps with their units) of the frames `ids`."""
+        keys = ("image", "depth") if self._depth else ("image",)
+        encoded = {key: np.empty(len(ids), object) for key in keys}
+        units = np.empty(len(ids), np.float32)
+        dataset, frames = split.locate(ids)
+        for number in np.unique(dataset):
+            index, own = split.indexes[number], np.flatnonzero(dataset == number)
+            units[own] = index.spec.depth_unit
+            names = index.arrays["episode_file"][index.episode(frames[own])]
+            for key in keys:
+                spans = index.arrays[key][frames[own]].tolist()
+                for row, name, (offset, length) in zip(own, names, spans, strict=True):
+                    encoded[key][row] = files.read(index.files[name], offset, length)
+        return (*encoded.values(), units) if self._depth else tuple(encoded.values())
+
+    def _find_broken(self, split: Split, ids: np.ndarray) -> None:
+        """Raises InputError for the first frame among `ids` that cannot be read or decoded."""
+        tf = tensorflow()
+        for sample, *encoded in zip(ids, *self._read(split, ids, _Files()), strict=True):
+            try:
+                tf.io.decode_image(encoded[0], channels=3, expand_animations=False)
+                if self._depth:
+                    tf.io.decode_png(encoded[1], channels=1, dtype=tf.uint16)
+            except tf.errors.InvalidArgumentError as error:
+                (dataset,), (frame,) = split.locate(np.asarray([sample]))
+                where = split.indexes[dataset].describe(int(frame))
+                raise InputError(f"{where}: the image does not decode ({len(encoded[0])} bytes)") from error
 
 
 class _Files:
