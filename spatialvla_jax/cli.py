@@ -46,6 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("dst", type=Path)
     p.add_argument("--to", choices=("orbax", "pytorch", "big_vision"), required=True)
     p.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights written; by default as they are")
+    p.add_argument("--zoedepth", type=Path, help="ZoeDepth's directory, where SRC is a PaliGemma 2 to start from")
     p.add_argument(
         "--verify",
         action=argparse.BooleanOptionalAction,
@@ -116,7 +117,7 @@ def run_convert(args: argparse.Namespace) -> None:
     from spatialvla_jax.interop.verify import VerificationError, table
 
     try:
-        result = convert(args.src, args.dst, to=args.to, dtype=args.dtype, verify=args.verify)
+        result = convert(args.src, args.dst, to=args.to, dtype=args.dtype, verify=args.verify, zoedepth=args.zoedepth)
     except VerificationError as error:
         print(table(error.result))
         print(json.dumps(error.result))

@@ -21,6 +21,7 @@ def default_config() -> ConfigDict:
         {
             "seed": 0,
             "init": "",  # a checkpoint to start from, in any format that `load_pretrained` reads; empty: random
+            "init_zoedepth": "",  # where `init` is a PaliGemma 2 and model.depth is zoedepth: a ZoeDepth's directory
             "model": {
                 "preset": "spatialvla-4b-224",
                 "depth": "zoedepth",  # zoedepth | dataset | none

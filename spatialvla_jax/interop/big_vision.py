@@ -53,12 +53,12 @@ def _open_member(path: Path, archive: zipfile.ZipFile, name: str) -> tuple[str, 
 
 
 def read_big_vision(path: str | Path) -> Checkpoint:
-    """A SpatialVLA that `write_big_vision` wrote. Raises InputError, also for a PaliGemma that is not one yet."""
+    """A SpatialVLA that `write_big_vision` wrote. Raises InputError."""
     path = Path(path)
     leaves = open_npz(path)
     with np.load(path, allow_pickle=False) as arrays:
         if FACTS not in arrays:
-            raise InputError(f"{path} holds no SpatialVLA; `start_from_paligemma` makes one of a PaliGemma 2")
+            raise InputError(f"{path} holds no SpatialVLA: it has no member {FACTS!r}")
         facts = json.loads(str(arrays[FACTS]))
     try:
         config, processor = model_from_dict(facts["model"]), facts["processor"]

@@ -15,6 +15,7 @@ from spatialvla_jax.interop.big_vision import read_big_vision, write_big_vision
 from spatialvla_jax.interop.checkpoint import Checkpoint, Leaf
 from spatialvla_jax.interop.huggingface import CONFIG, read_huggingface, write_huggingface
 from spatialvla_jax.interop.orbax import read_orbax, step_directory, write_orbax
+from spatialvla_jax.interop.paligemma import is_paligemma, start_from_paligemma
 from spatialvla_jax.interop.verify import MISSING, available
 from spatialvla_jax.interop.verify import verify as run_both
 from spatialvla_jax.models.spatialvla import SpatialVLA
@@ -27,11 +28,18 @@ DTYPES = ("float32", "bfloat16", "float16")
 VERIFIED_BY_DEFAULT = 500_000_000  # parameters
 
 
-def read_checkpoint(path: str | Path) -> Checkpoint:
-    """Recognise and open a checkpoint: an Orbax run of ours or one of its steps, a published directory, or a .npz."""
+def read_checkpoint(path: str | Path, zoedepth: str | Path | None = None) -> Checkpoint:
+    """Recognise and open a checkpoint: an Orbax run of ours or one of its steps, a published directory, a .npz, or a
+    PaliGemma 2 (`start_from_paligemma`), to which alone `zoedepth` belongs."""
     path = Path(path)
     if not path.exists():
         raise InputError(f"{path} does not exist")
+    if is_paligemma(path):
+        return start_from_paligemma(path, zoedepth)
+    if zoedepth is not None:
+        raise InputError(
+            f"{path} is no PaliGemma 2, so it takes no ZoeDepth from {zoedepth}: it has its own depth source"
+        )
     if step_directory(path) is not None:
         return read_orbax(path)
     if (path / CONFIG).exists():
@@ -41,21 +49,29 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     raise InputError(f"{path} is no checkpoint: neither a run with a finished step nor a directory with {CONFIG}")
 
 
-def load_pretrained(path: str | Path) -> tuple[SpatialVLA, dict[str, Any], Processor | None]:
+def load_pretrained(
+    path: str | Path, zoedepth: str | Path | None = None
+) -> tuple[SpatialVLA, dict[str, Any], Processor | None]:
     """(model, params, processor) of anything that `read_checkpoint` reads.
 
     The params are host numpy arrays in their stored dtypes; the processor is None where the checkpoint has none.
     """
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(path, zoedepth)
     return SpatialVLA(checkpoint.config), checkpoint.params(), checkpoint.processor
 
 
 def convert(
-    src: str | Path, dst: str | Path, to: str, dtype: str | None = None, verify: bool | None = None
+    src: str | Path,
+    dst: str | Path,
+    to: str,
+    dtype: str | None = None,
+    verify: bool | None = None,
+    zoedepth: str | Path | None = None,
 ) -> dict[str, Any]:
     """Convert checkpoint `src` into `dst`, a new directory (orbax, pytorch) or .npz file (big_vision).
 
-    Weights are cast to `dtype` where one is given. `verify` runs a PyTorch export beside JAX (`verify.verify`); None
+    Weights are cast to `dtype` where one is given. A PaliGemma 2 becomes a SpatialVLA to pre-train, with the
+    ZoeDepth in the directory `zoedepth` where one is given. `verify` runs a PyTorch export beside JAX (`verify.verify`); None
     does so up to VERIFIED_BY_DEFAULT parameters and where PyTorch is installed.
 
     Returns {"source", "destination", "format", "parameters", "tensors", "bytes", "bit_exact", "seconds",
@@ -67,7 +83,7 @@ def convert(
     if verify and to == "pytorch" and not available():
         raise InputError(f"{dst} cannot be verified: {MISSING}")
     start = time.perf_counter()
-    checkpoint = cast(read_checkpoint(src), dtype)
+    checkpoint = cast(read_checkpoint(src, zoedepth), dtype)
     WRITERS[to](dst, checkpoint)
     leaves = checkpoint.leaves.values()
     parameters = sum(prod(leaf.shape) for leaf in leaves)

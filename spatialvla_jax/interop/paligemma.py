@@ -1,6 +1,7 @@
 """The start of pre-training: a SpatialVLA out of PaliGemma 2 and, for depth inside the model, ZoeDepth."""
 
 import re
+import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +13,8 @@ import numpy as np
 
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.interop import safetensors
-from spatialvla_jax.interop.big_vision import open_npz
-from spatialvla_jax.interop.checkpoint import Checkpoint, Leaf, check_finite
+from spatialvla_jax.interop.big_vision import FACTS, open_npz
+from spatialvla_jax.interop.checkpoint import Checkpoint, Leaf, check_finite, read_json
 from spatialvla_jax.interop.huggingface import (
     CONFIG,
     ZOE_PREFIX,
@@ -37,6 +38,13 @@ RENAMED = (
     (r"^model\.", ""),
     (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),
 )
+
+
+def is_paligemma(path: Path) -> bool:
+    """Whether `path` is a PaliGemma: a Hugging Face directory by its `model_type`, a .npz without our own facts."""
+    if path.is_file():
+        return zipfile.is_zipfile(path) and f"{FACTS}.npy" not in zipfile.ZipFile(path).namelist()
+    return (path / CONFIG).exists() and read_json(path / CONFIG).get("model_type") == "paligemma"
 
 
 def start_from_paligemma(

@@ -19,8 +19,9 @@ from spatialvla_jax.actions import fit_gaussians, gaussian_grid, linear_grid, un
 from spatialvla_jax.config import check_resumable
 from spatialvla_jax.data import Loader, load_data
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.interop import read_checkpoint
+from spatialvla_jax.interop import read_checkpoint, start_from_paligemma
 from spatialvla_jax.interop.mapping import check_leaves, param_shapes
+from spatialvla_jax.interop.paligemma import is_paligemma
 from spatialvla_jax.models import SpatialVLA, preset
 from spatialvla_jax.processor import Processor, model_to_dict
 from spatialvla_jax.training import checkpoint
@@ -71,7 +72,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         keep_every=config.checkpoint.keep_every or None,
     )
     latest = manager.latest_step()
-    start_from = starting_params(config.init, model) if config.init and latest is None else None
+    start_from = starting_params(config, model) if config.init and latest is None else None
     state, shardings = init_state(model, optimizer, frozen, config.seed, mesh, start_from)
     if latest is not None:
         before = checkpoint.restore_metadata(manager, latest)
@@ -222,10 +223,19 @@ def make_model(config: ConfigDict, processor: Processor) -> SpatialVLA:
     )
 
 
-def starting_params(path: str, model: SpatialVLA) -> dict[str, Any]:
-    """A checkpoint's parameters in float32; raises InputError naming those that this model has otherwise."""
-    checkpoint = read_checkpoint(path)
-    check_leaves(path, checkpoint.leaves, param_shapes(model.config))
+def starting_params(config: ConfigDict, model: SpatialVLA) -> dict[str, Any]:
+    """`config.init`'s parameters in float32; raises InputError naming those that this model has otherwise."""
+    if is_paligemma(Path(config.init)):
+        sizes = {k: getattr(model.config, k) for k in ("spatial_tokens", "tokens_per_action", "depth")}
+        if model.config.depth == "zoedepth" and not config.init_zoedepth:
+            raise InputError(
+                f"config key init is the PaliGemma {config.init}: init_zoedepth must name a ZoeDepth for it"
+            )
+        zoedepth = config.init_zoedepth if model.config.depth == "zoedepth" else None
+        checkpoint = start_from_paligemma(config.init, zoedepth, seed=config.seed, **sizes)
+    else:
+        checkpoint = read_checkpoint(config.init)
+    check_leaves(config.init, checkpoint.leaves, param_shapes(model.config))
     return unflatten_dict({k: v.read().astype(np.float32) for k, v in checkpoint.leaves.items()}, sep="/")
 
 

@@ -11,8 +11,9 @@ from torch_reference import randomise
 from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from zoe_reference import TINY, random_hf_model
 
+from spatialvla_jax.cli import main
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.interop import start_from_paligemma
+from spatialvla_jax.interop import load_pretrained, start_from_paligemma
 from spatialvla_jax.interop.mapping import flatten
 from spatialvla_jax.models import SpatialVLA
 from spatialvla_jax.models.attention import positions_of, prefix_lm_mask
@@ -137,10 +138,24 @@ def test_from_big_vision(reference, tmp_path, prefix):
 def test_with_zoedepth_inside(reference, tmp_path):
     zoedepth = random_hf_model(TINY, seed=1)
     zoedepth.save_pretrained(tmp_path / "zoe")
-    checkpoint = start_from_paligemma(save(tmp_path / "pg", reference), tmp_path / "zoe")
+    source = save(tmp_path / "pg", reference)
+    checkpoint = start_from_paligemma(source, tmp_path / "zoe")
     assert checkpoint.config.depth == "zoedepth" and checkpoint.config.zoe == TINY
     bias = zoedepth.relative_head.conv1.bias.detach().numpy()
     np.testing.assert_array_equal(checkpoint.params()["zoe"]["relative_head"]["conv1"]["bias"], bias)
+
+    # The same by command, and in one line; ZoeDepth belongs to a PaliGemma alone.
+    assert (
+        main(["convert", str(source), str(tmp_path / "start"), "--to", "orbax", "--zoedepth", str(tmp_path / "zoe")])
+        == 0
+    )
+    assert is_same(load_pretrained(tmp_path / "start"), load_pretrained(source, tmp_path / "zoe"))
+    with pytest.raises(InputError, match="takes no ZoeDepth"):
+        load_pretrained(tmp_path / "start", tmp_path / "zoe")
+
+
+def is_same(a, b):
+    return a[0].config == b[0].config and all(jax.tree.leaves(jax.tree.map(np.array_equal, a[1], b[1])))
 
 
 def test_what_is_no_paligemma_is_named(tmp_path, golden):

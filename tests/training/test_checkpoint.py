@@ -8,8 +8,12 @@ import pytest
 from spatialvla_jax.config import load_config
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.interop import load_pretrained
+from spatialvla_jax.interop.mapping import flatten, param_shapes
+from spatialvla_jax.models import preset
 from spatialvla_jax.training.loop import train
 from spatialvla_jax.training.metrics import MetricsLog, read_metrics
+
+TABLE = "llm/embedder/input_embedding"
 
 
 def test_the_last_and_every_kth_are_kept(config_file: Path, tmp_path: Path) -> None:
@@ -40,6 +44,26 @@ def test_a_run_starts_from_a_checkpoint(config_file: Path, trained: Path, tmp_pa
     assert all(jax.tree.leaves(jax.tree.map(np.array_equal, before, after)))
     overrides["grid.num_bins"] = "(8, 4, 2, 4, 4, 4)"
     with pytest.raises(InputError, match="spatial_embedding"):
+        train(load_config(config_file, overrides), tmp_path / "other")
+
+
+def test_a_run_starts_from_a_paligemma(config_file: Path, tmp_path: Path) -> None:
+    """big_vision's PaliGemma 2, of this model's sizes: its weights, and the mean of its text rows for action tokens."""
+    config = preset("nano")
+    rng = np.random.default_rng(0)
+    shapes = {k: s for k, s in param_shapes(config).items() if k.startswith(("img", "llm")) and k != "llm/lm_head"}
+    shapes[TABLE] = (config.text_vocab, config.llm.width)
+    arrays = {k: rng.normal(0, 0.02, shape).astype(np.float32) for k, shape in shapes.items()}
+    np.savez(tmp_path / "paligemma.npz", **arrays)
+    overrides = {"init": str(tmp_path / "paligemma.npz"), "train.steps": "1", "optimizer.learning_rate": "0.0"}
+    train(load_config(config_file, overrides), tmp_path / "run")
+    params = flatten(load_pretrained(tmp_path / "run")[1])
+    np.testing.assert_array_equal(params["img/head/kernel"], arrays["img/head/kernel"])
+    np.testing.assert_array_equal(params[TABLE][: config.text_vocab], arrays[TABLE])
+    mean = np.broadcast_to(arrays[TABLE].mean(0), params["spatial_embedding"].shape)
+    np.testing.assert_allclose(params["spatial_embedding"], mean, atol=1e-7)
+    overrides["model.depth"] = "zoedepth"
+    with pytest.raises(InputError, match="init_zoedepth"):
         train(load_config(config_file, overrides), tmp_path / "other")
 
 
