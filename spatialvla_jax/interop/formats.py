@@ -70,8 +70,8 @@ def convert(
 ) -> dict[str, Any]:
     """Convert checkpoint `src` into `dst`, a new directory (orbax, pytorch) or .npz file (big_vision).
 
-    Weights are cast to `dtype` where one is given. A PaliGemma 2 becomes a SpatialVLA to pre-train, with the
-    ZoeDepth in the directory `zoedepth` where one is given. `verify` runs a PyTorch export beside JAX (`verify.verify`); None
+    Weights are cast to `dtype` where one is given. A PaliGemma 2 becomes a SpatialVLA to pre-train, with the ZoeDepth
+    in the directory `zoedepth` where one is given. `verify` runs a PyTorch export beside JAX (`verify.verify`); None
     does so up to VERIFIED_BY_DEFAULT parameters and where PyTorch is installed.
 
     Returns {"source", "destination", "format", "parameters", "tensors", "bytes", "bit_exact", "seconds",
