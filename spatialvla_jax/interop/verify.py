@@ -21,6 +21,7 @@ from spatialvla_jax.inference.policy import resize
 from spatialvla_jax.interop.checkpoint import Checkpoint
 from spatialvla_jax.interop.mapping import unflatten
 from spatialvla_jax.models import SpatialVLA
+from spatialvla_jax.models.spatialvla import SpatialVLAConfig
 from spatialvla_jax.models.zoedepth import estimate_depth
 
 INSTRUCTIONS = ("open the drawer", "put the bowl on the plate", "pick up the red block", "turn on the stove")
@@ -176,25 +177,12 @@ def _run_torch(
 
     logging.disable_progress_bar()
     model = AutoModel.from_pretrained(directory, trust_remote_code=True, dtype=torch.float32)
-    has_depth, processor = "depth" in inputs, None
+    processor = None
     if checkpoint.processor is None:
-        padding = (~inputs["prompt_mask"]).sum(1)
-        # Padding on the left and the image first.
-        prompts = np.stack([np.roll(ids, n) for ids, n in zip(inputs["prompt_ids"], padding, strict=True)])
-        valid = np.stack([np.roll(mask, n) for mask, n in zip(inputs["prompt_mask"], padding, strict=True)])
-        images = np.full((len(prompts), checkpoint.config.img.num_tokens), checkpoint.config.text_vocab)
-        data = {
-            "input_ids": np.concatenate([images, prompts], 1).astype(np.int64),
-            "attention_mask": np.concatenate([np.ones_like(images), valid], 1).astype(np.int64),
-            "pixel_values": inputs["image"].transpose(0, 3, 1, 2),
-            "intrinsic": inputs["intrinsics"],
-        }
-        batch = {name: torch.from_numpy(x) for name, x in data.items()}
-        if has_depth:
-            batch["depth"] = torch.from_numpy(inputs["depth"])
+        batch = torch_inputs(checkpoint.config, inputs)
     else:
         processor = AutoProcessor.from_pretrained(directory, trust_remote_code=True)
-        depth = probes["depth"] if has_depth else None
+        depth = probes["depth"] if "depth" in inputs else None
         batch = processor(
             images=list(probes["image"]), text=list(INSTRUCTIONS), intrinsics=probes["intrinsics"], depth=depth
         )
@@ -215,3 +203,20 @@ def _run_torch(
         key = next(iter(processor.statistics))
         arrays["actions"] = np.stack([processor.decode_actions(ids, key)["actions"] for ids in tokens])
     return arrays
+
+
+def torch_inputs(config: SpatialVLAConfig, inputs: dict[str, np.ndarray]) -> dict[str, Any]:
+    """What the PyTorch model takes, out of the JAX model's inputs: the image first, padding on the left."""
+    import torch
+
+    padding = (~inputs["prompt_mask"]).sum(1)
+    prompts = np.stack([np.roll(ids, n) for ids, n in zip(inputs["prompt_ids"], padding, strict=True)])
+    valid = np.stack([np.roll(mask, n) for mask, n in zip(inputs["prompt_mask"], padding, strict=True)])
+    images = np.full((len(prompts), config.img.num_tokens), config.text_vocab)
+    arrays = {
+        "input_ids": np.concatenate([images, prompts], 1).astype(np.int64),
+        "attention_mask": np.concatenate([np.ones_like(images), valid], 1).astype(np.int64),
+        "pixel_values": inputs["image"].transpose(0, 3, 1, 2),
+        "intrinsic": inputs["intrinsics"],
+    } | {name: inputs[name] for name in ("depth",) if name in inputs}
+    return {name: torch.from_numpy(np.ascontiguousarray(x)) for name, x in arrays.items()}
