@@ -53,6 +53,13 @@ def main(argv: list[str] | None = None) -> int:
         help="run the PyTorch export beside JAX; by default up to 500 M parameters",
     )
 
+    group("data", "convert and look at datasets")
+    p = command("data lerobot", run_lerobot, "convert a LeRobot dataset (v2.0, v2.1, v3.0) to RLDS (extra [lerobot])")
+    p.add_argument("src", type=Path, help="directory that holds meta/info.json")
+    p.add_argument("dst", type=Path, help="dataset directory; its version, 1.0.0, is made inside")
+    p.add_argument("--camera", help="which one, where there are several, e.g. observation.images.top")
+    p.add_argument("--name", help="the dataset's; by default that of DST")
+
     p = command("record", run_record, "record demonstrations in a simulator (extra [sim])")
     p.add_argument("simulator", choices=("libero",))
     p.add_argument("--suite", default="libero_spatial")
@@ -154,6 +161,26 @@ def run_record(args: argparse.Namespace) -> None:
             f"task {task}: {report.kept} kept, {report.tried - report.kept} rejected by the benchmark, "
             f"{report.mean_steps:.0f} steps a kept episode: {report.language}"
         )
+    print(f"wrote {directory}")
+
+
+def run_lerobot(args: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from spatialvla_jax.data.lerobot import JPEG_QUALITY, convert_lerobot
+
+    with tqdm(unit="episode", desc="convert") as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        directory, source = convert_lerobot(args.src, args.dst, camera=args.camera, name=args.name, progress=progress)
+    width = "x".join(map(str, source.shapes["action"]))
+    print(f"actions are {width} wide, {source.names}: the spec in your config says what they mean")
+    print(f"frames of {source.camera}; those of videos are stored as JPEG of quality {JPEG_QUALITY}")
+    for split, episodes in source.splits.items():
+        print(f"{split}: {len(episodes):,} episodes, {sum(episode.length for episode in episodes):,} frames")
     print(f"wrote {directory}")
 
 

@@ -1,0 +1,367 @@
+"""Small LeRobot datasets, written here from scratch, converted and read by the loader."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from spatialvla_jax.cli import main
+from spatialvla_jax.data import lerobot, load_data
+from spatialvla_jax.data.lerobot import convert_lerobot
+from spatialvla_jax.errors import InputError
+
+FPS = 10
+SIZE = (48, 64)
+LENGTHS = (5, 3, 8, 1)
+TASKS = ("pick up the cup", "open the drawer – slowly")
+FRONT, WRIST = "observation.images.front", "observation.images.wrist"
+
+
+def frame(camera: str, episode: int, step: int) -> np.ndarray:
+    """A smooth picture that differs from every other one: u8[48, 64, 3]."""
+    y, x = np.mgrid[: SIZE[0], : SIZE[1]] / 64
+    phase = 0.9 * step + 2.1 * episode + (0.5 if camera == WRIST else 0)
+    waves = [np.sin(5 * x + phase), np.cos(4 * y - 2 * phase), np.sin(3 * (x + y) + 1.7 * phase)]
+    return (127 + 100 * np.stack(waves, -1)).astype(np.uint8)
+
+
+def actions_of(episode: int) -> np.ndarray:
+    return np.random.default_rng(episode).uniform(-1, 1, (LENGTHS[episode], 7)).astype(np.float32)
+
+
+def states_of(episode: int) -> np.ndarray:
+    return np.random.default_rng(100 + episode).normal(size=(LENGTHS[episode], 8)).astype(np.float32)
+
+
+def write_video(path: Path, frames: list[np.ndarray]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=FPS, options={"crf": "5", "g": "2"})
+        stream.width, stream.height, stream.pix_fmt = SIZE[1], SIZE[0], "yuv420p"
+        for pixels in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def png(pixels: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def table_of(episode: int, first: int, video: bool, actions: np.ndarray) -> pa.Table:
+    length = LENGTHS[episode]
+    columns = {
+        "action": pa.array(actions.tolist(), pa.list_(pa.float32(), 7)),
+        "observation.state": pa.array(states_of(episode).tolist(), pa.list_(pa.float32(), 8)),
+        "timestamp": pa.array(np.arange(length) / FPS, pa.float32()),
+        "frame_index": pa.array(range(length), pa.int64()),
+        "episode_index": pa.array([episode] * length, pa.int64()),
+        "index": pa.array(range(first, first + length), pa.int64()),
+        "task_index": pa.array([episode % 2] * length, pa.int64()),
+    }
+    if not video:
+        for camera in (FRONT, WRIST):
+            cells = [{"bytes": png(frame(camera, episode, i)), "path": f"frame_{i:06d}.png"} for i in range(length)]
+            columns[camera] = pa.array(cells, pa.struct({"bytes": pa.binary(), "path": pa.string()}))
+    return pa.table(columns)
+
+
+def info_of(version: str, video: bool) -> dict:
+    camera = {"dtype": "video" if video else "image", "shape": [*SIZE, 3], "names": ["height", "width", "channel"]}
+    depth = camera | {"info": {"video.is_depth_map": True}}
+    info = {
+        "codebase_version": version,
+        "total_episodes": len(LENGTHS),
+        "total_frames": sum(LENGTHS),
+        "total_tasks": len(TASKS),
+        "chunks_size": 2,
+        "fps": FPS,
+        "splits": {"train": f"0:{len(LENGTHS) - 1}", "val": f"{len(LENGTHS) - 1}:{len(LENGTHS)}"},
+        "features": {
+            FRONT: camera,
+            WRIST: camera,
+            "observation.images.depth": depth,
+            "observation.state": {"dtype": "float32", "shape": [8], "names": None},
+            "action": {"dtype": "float32", "shape": [7], "names": {"motors": [*"xyzabc", "gripper"]}},
+        },
+    }
+    if version.startswith("v2"):
+        info["data_path"] = "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet"
+        info["video_path"] = "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4"
+    else:
+        info["data_path"] = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
+        info["video_path"] = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
+    return info
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, path)
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def make_lerobot(root: Path, version: str, video: bool, actions: dict[int, np.ndarray] | None = None) -> Path:
+    """Four episodes, two cameras; in v3 the episodes 0-1 and 2-3 share a parquet file, and 0-2 a video."""
+    actions = {i: actions_of(i) for i in range(len(LENGTHS))} | (actions or {})
+    starts = np.cumsum([0, *LENGTHS])
+    (root / "meta").mkdir(parents=True)
+    (root / "meta" / "info.json").write_text(json.dumps(info_of(version, video), indent=4))
+    tables = [table_of(i, int(starts[i]), video, actions[i]) for i in range(len(LENGTHS))]
+    frames = {
+        camera: [[frame(camera, i, t) for t in range(length)] for i, length in enumerate(LENGTHS)]
+        for camera in (FRONT, WRIST)
+    }
+    if version.startswith("v2"):
+        write_jsonl(root / "meta" / "tasks.jsonl", [{"task_index": i, "task": text} for i, text in enumerate(TASKS)])
+        rows = [{"episode_index": i, "tasks": [TASKS[i % 2]], "length": length} for i, length in enumerate(LENGTHS)]
+        write_jsonl(root / "meta" / "episodes.jsonl", rows[::-1])  # in any order
+        for i, table in enumerate(tables):
+            write_table(root / f"data/chunk-{i // 2:03d}/episode_{i:06d}.parquet", table)
+            for camera in (FRONT, WRIST) if video else ():
+                write_video(root / f"videos/chunk-{i // 2:03d}/{camera}/episode_{i:06d}.mp4", frames[camera][i])
+        return root
+    texts = {"task_index": pa.array([1, 0]), "__index_level_0__": pa.array(TASKS[::-1])}  # as pandas writes an index
+    write_table(root / "meta/tasks.parquet", pa.table(texts))
+    rows = []
+    for i, length in enumerate(LENGTHS):
+        row = {"episode_index": i, "tasks": [TASKS[i % 2]], "length": length, "stats/action/min": [0.0] * 7}
+        row |= {"data/chunk_index": 0, "data/file_index": i // 2}
+        row |= {"dataset_from_index": int(starts[i]), "dataset_to_index": int(starts[i + 1])}
+        for camera in (FRONT, WRIST) if video else ():
+            start = starts[i] / FPS if i < 3 else 0.0
+            own = {
+                "chunk_index": 0,
+                "file_index": i // 3,
+                "from_timestamp": start,
+                "to_timestamp": start + length / FPS,
+            }
+            row |= {f"videos/{camera}/{key}": value for key, value in own.items()}
+        rows.append(row)
+    write_table(root / "meta/episodes/chunk-000/file-000.parquet", pa.Table.from_pylist(rows))
+    for number in (0, 1):
+        pair = pa.concat_tables(tables[2 * number : 2 * number + 2])
+        write_table(root / f"data/chunk-000/file-{number:03d}.parquet", pair)
+    for camera in (FRONT, WRIST) if video else ():
+        write_video(
+            root / f"videos/{camera}/chunk-000/file-000.mp4",
+            [pixels for episode in frames[camera][:3] for pixels in episode],
+        )
+        write_video(root / f"videos/{camera}/chunk-000/file-001.mp4", frames[camera][3])
+    return root
+
+
+def load(path: Path, cache: Path):
+    """The converted dataset, read with a spec of the user's own config; pixels at the stored size's height."""
+    entry = {"name": "mine", "path": str(path), "spec": {"operations": [["clip_gripper", 0.0, 1.0]]}}
+    prompt = {"length": 32, "vocab_size": 96}
+    config = {"datasets": [entry], "cache_dir": str(cache), "workers": 1, "prompt": prompt}
+    return load_data(config, image_size=48, action_chunk=4)
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    return float(10 * np.log10(255**2 / max(np.mean((a.astype(float) - b.astype(float)) ** 2), 1e-9)))
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(("version", "video"), [("v2.0", True), ("v2.1", False), ("v3.0", True), ("v3.0", False)])
+def test_the_loader_reads_what_was_converted(tmp_path, version, video):
+    source = make_lerobot(tmp_path / "source", version, video)
+    path, _ = convert_lerobot(source, tmp_path / "mine", camera=WRIST, frames_per_shard=6)
+    loader = load(path, tmp_path / "cache")
+    seen = 0
+    for split, numbers in (("train", (0, 1, 2)), ("val", (3,))):
+        raw = np.concatenate([actions_of(i) for i in numbers])
+        expected = raw.copy()
+        expected[:, 6] = raw[:, 6].clip(0, 1)
+        index = loader._index(split)[0]
+        np.testing.assert_array_equal(index.arrays["action"], expected)
+        for number, episode in zip(numbers, loader.episodes(split), strict=True):
+            assert len(episode["image"]) == LENGTHS[number]
+            assert episode["instruction"] == TASKS[number % 2]
+            for step, image in enumerate(episode["image"]):
+                wide = Image.fromarray(frame(WRIST, number, step)).resize((48, 48), Image.Resampling.LANCZOS)
+                assert psnr(image, np.asarray(wide)) > 32  # another frame or camera has less than 20
+                seen += 1
+            # The chunk stops at the episode's end, so the boundaries are right.
+            left = np.minimum(LENGTHS[number] - np.arange(LENGTHS[number]), 4)
+            np.testing.assert_array_equal(episode["action_mask"].sum(1), left)
+    assert seen == sum(LENGTHS)
+
+
+def test_frames_differ_enough_for_the_test_above():
+    pictures = [frame(WRIST, i, t) for i, length in enumerate(LENGTHS) for t in range(length)]
+    pictures.append(frame(FRONT, 0, 0))
+    assert max(psnr(a, b) for i, a in enumerate(pictures) for b in pictures[:i]) < 20
+
+
+def test_states_and_stored_images_are_kept(tmp_path):
+    import tensorflow_datasets as tfds
+
+    source = make_lerobot(tmp_path / "source", "v3.0", video=False)
+    path, _ = convert_lerobot(source, tmp_path / "mine", camera=FRONT, name="other_name")
+    assert {p.name for p in path.iterdir()} == {
+        "conversion.json",
+        "dataset_info.json",
+        "features.json",
+        "other_name-train.tfrecord-00000-of-00001",
+        "other_name-val.tfrecord-00000-of-00001",
+    }
+    builder: Any = tfds.builder_from_directory(str(path))
+    assert builder.info.splits["train"].num_bytes > 1000
+    for number, episode in enumerate(builder.as_dataset("train")):
+        assert episode["episode_metadata"]["episode_index"].numpy() == number
+        steps = list(episode["steps"].as_numpy_iterator())
+        np.testing.assert_array_equal([s["observation"]["state"] for s in steps], states_of(number))
+        np.testing.assert_array_equal(
+            [s["observation"]["image"] for s in steps], [frame(FRONT, number, t) for t in range(LENGTHS[number])]
+        )
+        assert [s["is_last"] for s in steps] == [False] * (LENGTHS[number] - 1) + [True]
+        assert [s["is_first"] for s in steps] == [True] + [False] * (LENGTHS[number] - 1)
+
+
+@pytest.mark.parametrize("version", ["v2.1", "v3.0"])
+def test_an_interrupted_conversion_goes_on(tmp_path, monkeypatch, version):
+    source = make_lerobot(tmp_path / "source", version, video=True)
+    whole, _ = convert_lerobot(source, tmp_path / "whole", camera=FRONT, name="toy", frames_per_shard=3)
+    read, got = lerobot.read_episode, []
+
+    def dies(source, episode):
+        if episode.number == 2:
+            raise KeyboardInterrupt
+        got.append(episode.number)
+        return read(source, episode)
+
+    monkeypatch.setattr(lerobot, "read_episode", dies)
+    with pytest.raises(KeyboardInterrupt):
+        convert_lerobot(source, tmp_path / "resumed", camera=FRONT, name="toy", frames_per_shard=3)
+    assert got == [0, 1] and not (tmp_path / "resumed" / "1.0.0").exists()
+    with pytest.raises(InputError, match="interrupted and had another camera"):
+        convert_lerobot(source, tmp_path / "resumed", camera=WRIST, name="toy", frames_per_shard=3)
+
+    got.clear()
+    monkeypatch.setattr(
+        lerobot, "read_episode", lambda source, episode: got.append(episode.number) or read(source, episode)
+    )
+    reported = []
+    resumed, _ = convert_lerobot(
+        source,
+        tmp_path / "resumed",
+        camera=FRONT,
+        name="toy",
+        frames_per_shard=3,
+        progress=lambda *counts: reported.append(counts),
+    )
+    assert got == [2, 3]
+    assert reported[0] == (1, 4) and reported[-1] == (4, 4)
+    assert files_of(resumed) == files_of(whole)
+    assert [p.name for p in (tmp_path / "resumed").iterdir()] == ["1.0.0"]
+    with pytest.raises(InputError, match="exists already"):
+        convert_lerobot(source, tmp_path / "resumed", camera=FRONT)
+
+
+def test_one_episode_in_memory(tmp_path, monkeypatch):
+    """No episode is read before the one before it is on its way to the disk."""
+    source = make_lerobot(tmp_path / "source", "v2.1", video=False)
+    read, write, events = lerobot.read_episode, lerobot._serialize, []
+    monkeypatch.setattr(lerobot, "read_episode", lambda s, e: events.append("read") or read(s, e))
+    monkeypatch.setattr(lerobot, "_serialize", lambda f, e: events.append("write") or write(f, e))
+    convert_lerobot(source, tmp_path / "mine", camera=FRONT)
+    assert events == ["read", "write"] * len(LENGTHS)
+
+
+def test_nan_is_left_to_the_loader(tmp_path):
+    actions = actions_of(1)
+    actions[2, 4] = np.nan
+    source = make_lerobot(tmp_path / "source", "v2.1", video=False, actions={1: actions})
+    path, _ = convert_lerobot(source, tmp_path / "mine", camera=FRONT)
+    with pytest.raises(InputError, match="nan"):
+        load(path, tmp_path / "cache")
+
+
+def change_info(source: Path, **changes: object) -> None:
+    info = json.loads((source / "meta/info.json").read_text())
+    (source / "meta/info.json").write_text(json.dumps(info | changes))
+
+
+def another_length(source: Path) -> None:
+    """Episode 2 is one row longer than its video and parquet file."""
+    rows = [json.loads(line) for line in (source / "meta/episodes.jsonl").read_text().splitlines()]
+    write_jsonl(source / "meta/episodes.jsonl", [r | {"length": r["length"] + (r["episode_index"] == 2)} for r in rows])
+
+
+def later(source: Path) -> None:
+    """The rows of episode 0 are 40 ms late."""
+    file = source / "data/chunk-000/episode_000000.parquet"
+    table = pq.read_table(file)
+    times = pa.array(np.arange(LENGTHS[0]) / FPS + 0.04, pa.float32())
+    write_table(file, table.set_column(table.schema.names.index("timestamp"), "timestamp", times))
+
+
+def video_of(source: Path, episode: int) -> Path:
+    return source / f"videos/chunk-{episode // 2:03d}/{FRONT}/episode_{episode:06d}.mp4"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda s: video_of(s, 1).unlink(), "episode 1: the video .*episode_000001.mp4 does not exist"),
+        (lambda s: video_of(s, 1).write_bytes(b"no video"), "episode 1: the video .* does not decode"),
+        (lambda s: write_video(video_of(s, 0), [frame(FRONT, 0, 0)] * 4), "5 rows in .*, but 4 frames in"),
+        (lambda s: write_video(video_of(s, 0), [frame(FRONT, 0, 0)] * 6), "5 rows in .*, but 6 frames in"),
+        (later, "frame . of .* is at .* s, its row says .* s; at most 0.0250 s"),
+        (another_length, "episode 2: .* has 8 rows of it, meta/ says 9"),
+        (lambda s: change_info(s, codebase_version="v1.6"), "codebase_version 'v1.6': v2.0, v2.1, v3.0 are read"),
+        (lambda s: change_info(s, splits={"train": "0:3"}), "do not hold each of the 4 episodes once"),
+        (lambda s: change_info(s, splits={"train": "most"}), "FIRST:END is expected"),
+        (lambda s: change_info(s, features={}), "no camera 'observation.images.front': choose --camera from none"),
+        (lambda s: (s / "meta/info.json").unlink(), "info.json cannot be read"),
+        (lambda s: (s / "meta/info.json").write_text("{"), "info.json is not JSON"),
+        (
+            lambda s: (s / "meta/tasks.jsonl").write_text('{"task_index": 0, "task": "x"}\n'),
+            "task_index 1 is not among",
+        ),
+        (lambda s: (s / "meta/tasks.jsonl").write_text('{"index": 0}\n'), "not that of a LeRobot dataset"),
+        (lambda s: (s / "data/chunk-001/episode_000002.parquet").unlink(), "episode_000002.parquet does not exist"),
+        (lambda s: (s / "data/chunk-001/episode_000002.parquet").write_bytes(b"x" * 99), "not a readable parquet"),
+    ],
+)
+def test_faults_are_one_sentence(tmp_path, spoil, message):
+    source = make_lerobot(tmp_path / "source", "v2.1", video=True)
+    spoil(source)
+    with pytest.raises(InputError, match=message):
+        convert_lerobot(source, tmp_path / "mine", camera=FRONT)
+    assert not (tmp_path / "mine" / "1.0.0").exists()
+
+
+def test_a_truncated_v3_video(tmp_path):
+    """The last episode of the file lacks its frames; the message names it, not its neighbours."""
+    source = make_lerobot(tmp_path / "source", "v3.0", video=True)
+    frames = [frame(FRONT, i, t) for i in range(3) for t in range(LENGTHS[i])]
+    write_video(source / f"videos/{FRONT}/chunk-000/file-000.mp4", frames[:-2])
+    with pytest.raises(InputError, match=r"episode 2: 8 rows in .*, but 6 frames in"):
+        convert_lerobot(source, tmp_path / "mine", camera=FRONT)
+
+
+def test_command(tmp_path, capsys):
+    source = make_lerobot(tmp_path / "source", "v3.0", video=True)
+    assert main(["data", "lerobot", str(source), str(tmp_path / "mine")]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("spatialvla-jax data lerobot: ") and f"choose --camera from {FRONT}, {WRIST}" in error
+    assert main(["data", "lerobot", str(source), str(tmp_path / "mine"), "--camera", FRONT]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[-1] == f"wrote {tmp_path / 'mine' / '1.0.0'}" and "train: 3 episodes, 16 frames" in out
+    assert "gripper" in out[0] and "quality 95" in out[1]
