@@ -20,13 +20,13 @@ from PIL import Image
 
 from spatialvla_jax.data.images import tensorflow
 from spatialvla_jax.data.record.writer import VERSION, check_out
-from spatialvla_jax.data.tfrecord import RECORD_FOOTER, RECORD_HEADER
 from spatialvla_jax.errors import InputError
 
 CODEBASE_VERSIONS = ("v2.0", "v2.1", "v3.0")
 JPEG_QUALITY = 95  # of video frames; images inside the parquet files are kept byte for byte
 FRAMES_PER_SHARD = 2048
 STATE = "observation.state"
+_FRAMING = 16  # bytes of length and checksums that a TFRecord adds to its record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +105,7 @@ def convert_lerobot(
             done += len(episodes)
             if progress:
                 progress(done, total)
-            num_bytes += file.stat().st_size - len(episodes) * (RECORD_HEADER + RECORD_FOOTER)
+            num_bytes += file.stat().st_size - len(episodes) * _FRAMING
         lengths = [len(episodes) for episodes in shards]
         infos.append(
             tfds.core.SplitInfo(name=split, shard_lengths=lengths, num_bytes=num_bytes, filename_template=template)
