@@ -7,8 +7,10 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,11 +19,11 @@ from typing import Any
 import numpy as np
 
 from spatialvla_jax.data.oxe.spec import DatasetSpec
-from spatialvla_jax.data.rlds import open_rlds, read_episodes, split_shards
+from spatialvla_jax.data.rlds import UNLABELED, open_rlds, read_episodes, slice_shards
 from spatialvla_jax.data.statistics import action_statistics
-from spatialvla_jax.errors import InputError
+from spatialvla_jax.errors import Fault, InputError
 
-_VERSION = 1  # of the files below; another one makes a new index
+_VERSION = 2  # of the files below; another one makes a new index
 # Rows are frames, except those of `episode_*`, which are episodes.
 _ARRAYS: dict[str, tuple[str, tuple[int, ...]]] = {
     "action": ("<f4", (7,)),
@@ -37,6 +39,27 @@ _ARRAYS: dict[str, tuple[str, tuple[int, ...]]] = {
 
 
 @dataclasses.dataclass(frozen=True)
+class Faults:
+    """What to do about bad data: `policy` "fail", or "skip" it, count it and go on up to `limit` times."""
+
+    policy: str = "fail"
+    limit: int = 0
+
+    def __post_init__(self) -> None:
+        if self.policy not in ("fail", "skip") or not isinstance(self.limit, int) or self.limit < 0:
+            raise InputError(
+                f"data.faults has policy {self.policy!r} and limit {self.limit!r}: expected fail or skip, and a number"
+            )
+
+    def check(self, counts: Mapping[str, int], what: str) -> None:
+        """Raises InputError when more was left out than the limit allows."""
+        faults = {reason: count for reason, count in counts.items() if reason != UNLABELED}
+        if (total := sum(faults.values())) > self.limit:
+            listed = ", ".join(f"{count} {reason}" for reason, count in sorted(faults.items()))
+            raise InputError(f"{total} {what} are faulty ({listed}), more than the {self.limit} of data.faults.limit")
+
+
+@dataclasses.dataclass(frozen=True)
 class Index:
     """One split of one dataset: N frames of E episodes. Arrays are memory-mapped."""
 
@@ -45,7 +68,8 @@ class Index:
     files: tuple[str, ...]
     instructions: tuple[str, ...]
     statistics: dict[str, Any]  # of this split, in the release's layout
-    skipped: int  # episodes left out because they have no language
+    num_read: int  # episodes that the split holds: those used and those skipped
+    skipped: Mapping[str, int]  # episodes left out, by reason
     arrays: Mapping[str, np.ndarray]
 
     @property
@@ -76,26 +100,30 @@ def load_index(
     split: str,
     cache_dir: str | os.PathLike[str],
     progress: Callable[[str, int, int], None] | None = None,
+    faults: Faults = Faults(),
 ) -> Index:
     """The index of a split, from the cache or made now. `progress(name, shards done, shards)` is called meanwhile.
 
-    Raises InputError for anything wrong with the data: what is indexed has been read in full and checked, except that
-    images are not decoded yet.
+    What is indexed has been read in full and checked, except that images are not decoded yet. Raises InputError for
+    anything wrong with the data; under the policy "skip" only when too much is.
     """
     builder = open_rlds(path)
-    shards = split_shards(builder, split)
+    shards = slice_shards(builder, split)
     key = {
         "version": _VERSION,
         "spec": dataclasses.asdict(spec),
         "split": split,
-        "files": [(file.name, file.stat().st_size, count) for file, count in shards],
+        "files": [(file.name, file.stat().st_size, numbers.start, numbers.stop) for file, numbers in shards],
         "features": builder.info.features.to_json(),
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    directory = Path(cache_dir) / f"{name}-{split}-{digest}"
+    directory = Path(cache_dir) / f"{name}-{re.sub('[^0-9A-Za-z]+', '_', split)}-{digest}"
     if not (directory / "meta.json").is_file():
-        _build(directory, name, builder, shards, spec, progress)
+        _build(directory, name, builder, shards, spec, progress, faults)
     meta = json.loads((directory / "meta.json").read_text())
+    # The policy is not in the key: without faults it makes no difference, and with them the index says so.
+    if meta["fault"] and faults.policy == "fail":
+        raise InputError(meta["fault"])
     arrays = {
         key: np.memmap(directory / f"{key}.bin", _ARRAYS[key][0], "r", shape=(rows, *_ARRAYS[key][1]))
         for key, rows in meta["rows"].items()
@@ -106,6 +134,7 @@ def load_index(
         tuple(os.fspath(file) for file, _ in shards),
         tuple(meta["instructions"]),
         meta["statistics"],
+        meta["read"],
         meta["skipped"],
         arrays,
     )
@@ -115,9 +144,10 @@ def _build(
     directory: Path,
     name: str,
     builder: Any,
-    shards: list[tuple[Path, int]],
+    shards: list[tuple[Path, range]],
     spec: DatasetSpec,
     progress: Callable[[str, int, int], None] | None,
+    faults: Faults,
 ) -> None:
     directory.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f"{directory.name}.", dir=directory.parent))
@@ -132,32 +162,43 @@ def _build(
             rows[key] += len(value)
 
         instructions: dict[str, int] = {}
-        skipped = 0
+        skipped: Counter[str] = Counter()
+        first_fault = ""
+
+        def skip(reason: str, sentence: str) -> None:
+            nonlocal first_fault
+            if reason != UNLABELED and faults.policy == "fail":
+                raise Fault(reason, sentence)
+            first_fault = first_fault or sentence
+            skipped[reason] += 1
+            faults.check(skipped, f"episodes of the dataset {name!r}")
+
         with ExitStack() as stack:
             streams |= {key: stack.enter_context(open(work / f"{key}.bin", "wb")) for key in keys}
-            for number, (file, count) in enumerate(shards):
-                for episode_number, episode in enumerate(read_episodes(name, builder, file, count, spec)):
+            for shard, (file, numbers) in enumerate(shards):
+                episodes = read_episodes(name, builder, file, numbers, spec, skip)
+                for number, episode in zip(numbers, episodes, strict=True):
                     if not len(episode["step"]):
-                        skipped += 1
                         continue
                     language = [instructions.setdefault(text, len(instructions)) for text in episode["language"]]
                     for key in keys & episode.keys():
                         append(key, language if key == "language" else episode[key])
                     append("episode_end", [rows["step"]])
-                    append("episode_file", [number])
-                    append("episode_number", [episode_number])
+                    append("episode_file", [shard])
+                    append("episode_number", [number])
                 if progress:
-                    progress(name, number + 1, len(shards))
+                    progress(name, shard + 1, len(shards))
         if not rows["step"]:
-            raise InputError(
-                f"Dataset {name!r} ({builder.data_dir}) has no episode to use ({skipped} have no language)"
-            )
+            listed = ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()))
+            raise InputError(f"Dataset {name!r} ({builder.data_dir}) has no episode to use ({listed})")
         actions = np.memmap(work / "action.bin", "<f4", "r", shape=(rows["action"], 7))
         meta = {
             "rows": rows,
             "instructions": list(instructions),
             "statistics": action_statistics(actions, rows["episode_end"]),
-            "skipped": skipped,
+            "read": sum(len(numbers) for _, numbers in shards),
+            "skipped": dict(skipped),
+            "fault": first_fault,
         }
         (work / "meta.json").write_text(json.dumps(meta, indent=2))
         try:

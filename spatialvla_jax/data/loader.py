@@ -201,7 +201,7 @@ class Loader:
             {
                 "dataset": index.name,
                 "episodes": index.num_episodes,
-                "skipped": index.skipped,
+                "skipped": sum(index.skipped.values()),
                 "frames": index.num_frames,
                 "weight": weight,
                 "share": share,

@@ -1,7 +1,7 @@
 """RLDS datasets as TFDS writes them: which files hold a split, and their episodes in canonical form, images unread."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,10 @@ import numpy as np
 from spatialvla_jax.data.images import tensorflow
 from spatialvla_jax.data.oxe.operations import apply_operations
 from spatialvla_jax.data.oxe.spec import DatasetSpec
-from spatialvla_jax.data.tfrecord import RECORD_FOOTER, RECORD_HEADER, read_example
-from spatialvla_jax.errors import InputError
+from spatialvla_jax.data.tfrecord import read_example, read_records
+from spatialvla_jax.errors import Fault, InputError
+
+UNLABELED = "unlabeled"  # why an episode is left out that its spec says to leave out; no fault
 
 
 def open_rlds(path: str | os.PathLike[str]) -> Any:
@@ -43,46 +45,78 @@ def open_rlds(path: str | os.PathLike[str]) -> Any:
 
 
 def split_shards(builder: Any, split: str) -> list[tuple[Path, int]]:
-    """The shards of a split, in order, each (file, episodes in it). Raises InputError naming the splits that exist, or
-    a shard that does not."""
-    splits = sorted(name for name in builder.info.splits if name != "all")
-    if split not in splits:
-        raise InputError(f"{builder.data_dir} has no split {split!r}: it has {', '.join(splits) or 'none'}")
-    files = [Path(path) for path in builder.info.splits[split].filepaths]
-    for file in files:
-        if not file.is_file():
-            raise InputError(f"{file} is missing, a shard of the split {split!r}")
-    return list(zip(files, builder.info.splits[split].shard_lengths, strict=True))
+    """The shards of a whole split, in order, each (file, episodes in it). Raises InputError as `slice_shards` does."""
+    return [(file, len(numbers)) for file, numbers in slice_shards(builder, split)]
+
+
+def slice_shards(builder: Any, split: str) -> list[tuple[Path, range]]:
+    """The shards that hold a split or a part of one, in order, each (file, numbers of its episodes in the file).
+
+    `split` is written as TFDS does: "train", "train[:95%]", "train[100:200]", "train+val". Parts are ranges of
+    episodes, whichever shards those lie in. Raises InputError naming the splits that exist, or a shard that does not.
+    """
+    try:
+        pieces = builder.info.splits[split].file_instructions
+    except ValueError as error:
+        known = ", ".join(sorted(name for name in builder.info.splits if name != "all")) or "none"
+        raise InputError(
+            f"{builder.data_dir} has no split {split!r}: it has {known}, whole or as in 'train[:95%]'"
+        ) from (error)
+    if not pieces:
+        raise InputError(f"The split {split!r} of {builder.data_dir} holds no episodes")
+    for piece in pieces:
+        if not Path(piece.filename).is_file():
+            raise InputError(f"{piece.filename} is missing, a shard of the split {split!r}")
+    return [(Path(piece.filename), range(piece.skip, piece.skip + piece.take)) for piece in pieces]
 
 
 def read_episodes(
-    name: str, builder: Any, file: Path, count: int, spec: DatasetSpec
+    name: str,
+    builder: Any,
+    file: Path,
+    numbers: range | int,
+    spec: DatasetSpec,
+    skip: Callable[[str, str], None] | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """The `count` canonical episodes of one shard, in order; L steps each:
+    """The canonical episodes `numbers` of one shard (or so many from its first on), in order; L steps each:
 
     action f32[L, 7] · language object[L] of str · step i64[L] (number in the stored episode) · image i64[L, 2] (offset
     and length of the encoded image in the file) and, where the spec names them, depth i64[L, 2] alike, intrinsics
-    f32[L, 3, 3] and its further arrays. An episode without language comes with no steps if the spec skips those.
+    f32[L, 3, 3] and its further arrays.
 
-    Checks the records' checksums. Raises InputError naming dataset, file, episode and step.
+    Checks the records' checksums. For what is wrong raises a Fault naming dataset, file, episode and step; or, with
+    `skip`, calls it with (reason, that sentence) for every episode lost and goes on. A lost episode has no steps, and
+    neither has one without language if the spec leaves those out (`UNLABELED`).
     """
     shapes = _shapes(name, builder, spec)
-    tf = tensorflow()
-    offset = RECORD_HEADER
-    records = iter(tf.data.TFRecordDataset(os.fspath(file)).as_numpy_iterator())
-    for number in range(count):
-        where = f"dataset {name!r}, file {file}, episode {number}"
+    numbers = range(numbers) if isinstance(numbers, int) else numbers
+    records = read_records(file, skip=numbers.start)
+    lost: Fault | None = None  # the rest of the file
+    for number in numbers:
         try:
-            record = next(records, None)
-        except tf.errors.OpError as error:
-            raise InputError(f"{where}: the record is truncated or its checksum is wrong") from error
-        if record is None:
-            raise InputError(f"{where}: the file ends early, it should hold {count} episodes")
-        try:
-            yield _episode(record, offset, spec, shapes)
+            if lost:
+                raise lost
+            try:
+                offset, record, intact = next(records)
+            except StopIteration:
+                lost = Fault("truncated", f"the file ends early, it should hold {numbers.stop} episodes")
+                raise lost from None
+            except Fault as fault:
+                lost = fault
+                raise
+            if not intact:
+                raise Fault("checksum", "the record's checksum is wrong")
+            episode = _episode(record, offset, spec, shapes)
+            if skip and not len(episode["step"]):
+                skip(UNLABELED, "")
         except InputError as error:
-            raise InputError(f"{where}: {error}") from error
-        offset += len(record) + RECORD_FOOTER + RECORD_HEADER
+            reason = error.reason if isinstance(error, Fault) else "invalid"
+            sentence = f"dataset {name!r}, file {file}, episode {number}: {error}"
+            if not skip:
+                raise Fault(reason, sentence) from error
+            skip(reason, sentence)
+            episode = {"step": np.empty(0, np.int64)}
+        yield episode
 
 
 def _episode(
@@ -94,20 +128,20 @@ def _episode(
     for key, shape in shapes.items():
         value = features.get(f"steps/{key}", np.empty(0))
         if value.size != length * int(np.prod(shape)):
-            raise InputError(f"{key!r} has {value.size} values for {length} steps of shape {shape}")
+            raise Fault("shape", f"{key!r} has {value.size} values for {length} steps of shape {shape}")
         value = value.reshape(length, *shape)
         if (broken := np.argwhere(~np.isfinite(value))).size:
             step, *place = broken[0].tolist()
-            raise InputError(f"step {step} has the {key} value {value[tuple(broken[0])]} in dimension {place}")
+            raise Fault("not finite", f"step {step} has the {key} value {value[tuple(broken[0])]} in dimension {place}")
         steps[key] = value
     action = np.concatenate([steps[key].reshape(length, -1) for key in spec.action], axis=1).astype(np.float32)
     language = np.asarray([_text(record, *span) for span in steps[spec.language]], object)
     if not length:
-        raise InputError("the episode has no steps")
+        raise Fault("no steps", "the episode has no steps")
     missing = np.flatnonzero([not text for text in language])
     skip = spec.skip_unlabeled and missing.size == length
     if missing.size and not skip:
-        raise InputError(f"step {missing[0]} has no language ({spec.language!r} is empty)")
+        raise Fault("no language", f"step {missing[0]} has no language ({spec.language!r} is empty)")
     episode = {"action": action, "language": language, "step": np.arange(length)}
     episode["image"] = steps[spec.image] + (offset, 0)
     if spec.depth:
@@ -117,7 +151,7 @@ def _episode(
     episode |= {key: steps[key] for key in spec.arrays}
     episode = apply_operations(episode, spec.operations)
     if not len(episode["step"]):
-        raise InputError(f"no steps are left of {length} after {[name for name, *_ in spec.operations]}")
+        raise Fault("no steps", f"no steps are left of {length} after {[name for name, *_ in spec.operations]}")
     return {key: value[:0] for key, value in episode.items()} if skip else episode
 
 
@@ -125,7 +159,7 @@ def _text(record: bytes, start: int, length: int) -> str:
     try:
         return record[start : start + length].decode().strip()
     except UnicodeDecodeError as error:
-        raise InputError("the language instruction is not UTF-8") from error
+        raise Fault("not UTF-8", "the language instruction is not UTF-8") from error
 
 
 def _shapes(name: str, builder: Any, spec: DatasetSpec) -> dict[str, tuple[int, ...]]:

@@ -1,22 +1,69 @@
-"""Where the values of a tf.train.Example lie inside its record, from the protobuf wire format; pure numpy.
+"""TFRecord files, record by record, and where the values of a tf.train.Example lie inside its record; no TensorFlow.
+
+A record is: its length u64, the length's checksum u32, the data, the data's checksum u32. An example, in the protobuf
+wire format, is
 
 Example  {1: Features}        Features  {1: map entry {1: key, 2: Feature}}*
 Feature  {1: BytesList} | {2: FloatList} | {3: Int64List}, each list {1: value}*, numbers packed or not
 """
 
+import os
+import struct
 from collections.abc import Iterator
+from pathlib import Path
 
+import google_crc32c
 import numpy as np
 
-from spatialvla_jax.errors import InputError
+from spatialvla_jax.errors import Fault
 
-# A TFRecord is: length u64, its crc u32, the data, the data's crc u32.
-RECORD_HEADER, RECORD_FOOTER = 12, 4
+_HEADER, _FOOTER = struct.Struct("<QI"), struct.Struct("<I")
+RECORD_HEADER, RECORD_FOOTER = _HEADER.size, _FOOTER.size  # bytes around the data
+
+
+def read_records(path: Path, skip: int = 0) -> Iterator[tuple[int, bytes, bool]]:
+    """The records of a file, without the first `skip`, each (offset of the data in the file, data, whether the data's
+    checksum holds).
+
+    A wrong checksum of the data spoils one record; after a wrong one of the length, or when the file ends within a
+    record, nobody knows where the next one begins: that raises a Fault, as does a file that cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            offset = number = 0
+            while offset < size:
+                header = file.read(_HEADER.size)
+                if len(header) < _HEADER.size:
+                    raise Fault("truncated", "the record is truncated")
+                length, checksum = _HEADER.unpack(header)
+                if checksum != masked_crc(header[:8]):
+                    raise Fault(
+                        "checksum", "the checksum of the record's length is wrong: nothing after it is readable"
+                    )
+                offset += _HEADER.size
+                if offset + length + _FOOTER.size > size:
+                    raise Fault("truncated", "the record is truncated")
+                if number < skip:
+                    file.seek(length + _FOOTER.size, os.SEEK_CUR)
+                else:
+                    data, footer = file.read(length), file.read(_FOOTER.size)
+                    yield offset, data, footer == _FOOTER.pack(masked_crc(data))
+                offset += length + _FOOTER.size
+                number += 1
+    except OSError as error:
+        raise Fault("unreadable file", f"the file cannot be read: {error.strerror}") from error
+
+
+def masked_crc(data: bytes) -> int:
+    """The checksum that TFRecords hold: CRC-32C, rotated and offset."""
+    crc = google_crc32c.value(data)
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
 def read_example(record: bytes, keys: set[str]) -> dict[str, np.ndarray]:
     """The features named in `keys` that the record has: numbers as f32[n] or i64[n], byte strings as i64[n, 2] of
-    (offset, length) in the record. Raises InputError when the record is not a tf.train.Example."""
+    (offset, length) in the record. Raises a Fault when the record is not a tf.train.Example."""
     found: dict[str, np.ndarray] = {}
     try:
         for _, features in _messages(record, 0, len(record)):
@@ -26,7 +73,7 @@ def read_example(record: bytes, keys: set[str]) -> dict[str, np.ndarray]:
                     for kind, values in _messages(record, *spans[2]):
                         found[key] = _values(record, kind, *values)
     except (IndexError, ValueError, TypeError) as error:
-        raise InputError("the record is not a tf.train.Example") from error
+        raise Fault("not an example", "the record is not a tf.train.Example") from error
     return found
 
 
