@@ -175,6 +175,14 @@ class Loader:
                 yield {"dataset": index.name, "instruction": instruction} | batch
                 first = end
 
+    def indexes(self, split: str | None = None) -> tuple[Index, ...]:
+        """Every dataset's index of a split (the training split by default)."""
+        return self._index(split or self._train_split)
+
+    def frames(self, samples: np.ndarray, split: str | None = None) -> Batch:
+        """One batch of chosen frames of a split (the training split by default), numbered i64[B] as in sample_id."""
+        return next(self._stream(self._split(split or self._train_split), lambda _: samples, range(1), len(samples)))
+
     def actions(self, split: str | None = None) -> Float[np.ndarray, "N 7"]:
         """Normalised actions of all frames of a split (the training split by default), for fitting a grid."""
         indexes = self._index(split or self._train_split)
