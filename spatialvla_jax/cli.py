@@ -60,6 +60,17 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--camera", help="which one, where there are several, e.g. observation.images.top")
     p.add_argument("--name", help="the dataset's; by default that of DST")
 
+    p = command("data depth", run_data_depth, "store ZoeDepth's depth of every frame in copies of RLDS datasets")
+    p.add_argument("src", type=Path, nargs="?", help="a dataset's version directory; by default those of --config")
+    p.add_argument("--spec", help="catalogue entry of SRC, which says where its image is")
+    p.add_argument("--config", help="names the datasets and the model's image size")
+    p.add_argument("--checkpoint", type=Path, required=True, help="any checkpoint with a ZoeDepth, or a ZoeDepth alone")
+    p.add_argument("--out", type=Path, required=True, help="the copies are made in OUT/NAME/VERSION")
+    p.add_argument("--split", action="append", help="may be repeated; by default every split")
+    p.add_argument("--image-size", type=int, help="pixels a side; by default the config's or the checkpoint's")
+    p.add_argument("--batch-size", type=int, default=16)
+    p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation")
+
     p = command("record", run_record, "record demonstrations in a simulator (extra [sim])")
     p.add_argument("simulator", choices=("libero",))
     p.add_argument("--suite", default="libero_spatial")
@@ -182,6 +193,48 @@ def run_lerobot(args: argparse.Namespace) -> None:
     for split, episodes in source.splits.items():
         print(f"{split}: {len(episodes):,} episodes, {sum(episode.length for episode in episodes):,} frames")
     print(f"wrote {directory}")
+
+
+def run_data_depth(args: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from spatialvla_jax.config import load_config
+    from spatialvla_jax.data.oxe import CATALOGUE, make_spec
+    from spatialvla_jax.data.rewrite import MAX_DEPTH
+    from spatialvla_jax.models.presets import preset
+    from spatialvla_jax.precompute_depth import precompute_depth
+
+    if (args.src is None) == (args.config is None) or (args.src is None) != (args.spec is None):
+        raise InputError("name the data either as SRC --spec NAME or by --config FILE")
+    size = args.image_size
+    if args.config is None:
+        datasets = [(args.src, make_spec(args.spec, CATALOGUE, str(args.src)))]
+    else:
+        config = load_config(args.config, args.overrides).to_dict()
+        entries = config["data"]["datasets"]
+        datasets = [(Path(x["path"]), make_spec(x["spec"], CATALOGUE, x["name"])) for x in entries]
+        size = size or preset(config["model"]["preset"]).img.image_size
+    with tqdm(unit="episode") as bar:
+
+        def progress(name: str, done: int, total: int) -> None:
+            bar.set_description(f"depth of {name}", refresh=False)
+            bar.total = total
+            bar.update(done - bar.n)
+
+        results = precompute_depth(
+            datasets,
+            args.checkpoint,
+            args.out,
+            image_size=size,
+            splits=args.split and tuple(args.split),
+            batch_size=args.batch_size,
+            dtype=args.dtype,
+            progress=progress,
+        )
+    for result in results:
+        if result["clipped"]:
+            print(f"{result['clipped']} pixels were farther than {MAX_DEPTH} m and are stored as that")
+        print(f"wrote {result['directory']}: {result['frames']} frames; its spec's depth is {result['depth']!r}")
 
 
 def run_demo(args: argparse.Namespace) -> None:

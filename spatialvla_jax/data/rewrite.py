@@ -1,0 +1,275 @@
+"""A copy of an RLDS dataset with a depth map added to every step; what was stored before stays, byte for byte."""
+
+import json
+import os
+import posixpath
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, UInt8, UInt16
+
+from spatialvla_jax.data.images import decode_image, tensorflow
+from spatialvla_jax.data.rlds import open_rlds
+from spatialvla_jax.data.tfrecord import read_example, read_records
+from spatialvla_jax.errors import InputError
+
+DEPTH = "depth_zoe"  # stands beside the image: "observation/image" gets "observation/depth_zoe"
+DEPTH_UNIT = 0.001  # metres per count of the 16-bit PNG: at most 0.5 mm of rounding, from 1 mm to MAX_DEPTH
+MAX_DEPTH = 65.535  # metres; what lies farther is stored as this
+MANIFEST = "depth.json"
+_FRAMING = 16  # bytes of a TFRecord beside its data
+
+# u8[B,S,S,3] → f32[B,S,S] in metres; may be an array that is still being computed
+Estimator = Callable[[UInt8[np.ndarray, "B S S 3"]], Any]
+
+
+def depth_key(image: str) -> str:
+    """The key of the depth of the image with key `image`."""
+    return posixpath.join(posixpath.dirname(image), DEPTH)
+
+
+def add_depth(
+    path: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    estimate: Estimator,
+    *,
+    image: str,
+    image_size: int,
+    batch_size: int,
+    made_with: Mapping[str, Any],
+    splits: tuple[str, ...] | None = None,
+    workers: int | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Writes `out`/NAME/VERSION: the dataset in the version directory `path` with `depth_key(image)` in every step.
+
+    `estimate` sees every step's `image` as the model does, `image_size` pixels a side. Splits (all by default), shards
+    and all stored features are the source's. Shards appear one by one, by rename, and dataset_info.json last: until
+    then it is no dataset, and the same call goes on after the last whole shard. `made_with` (JSON) and the source are
+    written down, and another of either may not go on. `progress(name, episodes done, episodes)` is called meanwhile.
+
+    Returns {"dataset", "directory", "depth", "frames" (of this call), "clipped" (pixels of them beyond MAX_DEPTH)}.
+    Raises InputError.
+    """
+    builder = open_rlds(path)
+    source = Path(builder.data_dir)
+    name, key = builder.info.name, depth_key(image)
+    directory = Path(out) / name / str(builder.info.version)
+    if directory.resolve() == source.resolve():
+        raise InputError(f"{directory} is the dataset itself; choose another --out")
+    splits = splits or tuple(sorted(split for split in builder.info.splits if split != "all"))
+    features = _features(builder, image, key, image_size)
+    shards = {split: _shards(builder, split) for split in splits}
+    made_with = {
+        "image": image,
+        "depth": key,
+        "unit": DEPTH_UNIT,
+        "image_size": image_size,
+        **made_with,
+        "source": {split: [[file.name, file.stat().st_size, n] for file, n in own] for split, own in shards.items()},
+    }
+    total = sum(count for own in shards.values() for _, count in own)
+    done = frames = clipped = 0
+    tf = tensorflow()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        _check_manifest(directory / MANIFEST, made_with)
+        with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+            for file, count in (shard for own in shards.values() for shard in own):
+                target = directory / file.name
+                if not target.exists():
+                    temporary = directory / f".{file.name}.tmp"
+                    maps = _Maps(file, _frames(file, count, image), estimate, image_size, batch_size, pool)
+                    with tf.io.TFRecordWriter(os.fspath(temporary)) as writer:
+                        for number, (_, record) in enumerate(_records(file, count)):
+                            writer.write(record + _example(key, maps.take(number)))
+                            if progress:
+                                progress(name, done + number + 1, total)
+                    os.replace(temporary, target)
+                    frames, clipped = frames + maps.frames, clipped + maps.clipped
+                done += count
+                if progress:
+                    progress(name, done, total)
+        _finish(directory, source, shards, features)
+    except (OSError, tf.errors.OpError) as error:
+        raise InputError(f"{directory} cannot be written: {error}") from error
+    return {"dataset": name, "directory": str(directory), "depth": key, "frames": frames, "clipped": clipped}
+
+
+class _Maps:
+    """The depth maps of one shard's frames as PNG, in order; decoding, `estimate` and encoding overlap."""
+
+    def __init__(
+        self,
+        file: Path,
+        episodes: list[np.ndarray],
+        estimate: Estimator,
+        size: int,
+        batch_size: int,
+        pool: ThreadPoolExecutor,
+    ):
+        self.frames = self.clipped = 0
+        self._file, self._episodes, self._estimate = file, episodes, estimate
+        self._size, self._batch_size, self._pool = size, batch_size, pool
+        self._pngs = self._stream()
+
+    def take(self, episode: int) -> list[bytes]:
+        """The maps of the next episode, whose number is `episode`."""
+        return [next(self._pngs) for _ in self._episodes[episode]]
+
+    def _stream(self) -> Iterator[bytes]:
+        frames = [(number, step) for number, spans in enumerate(self._episodes) for step in range(len(spans))]
+        batches = [frames[i : i + self._batch_size] for i in range(0, len(frames), self._batch_size)]
+        computing: tuple[list[tuple[int, int]], Any] | None = None
+        with open(self._file, "rb") as stream:
+
+            def decode(frame: tuple[int, int]) -> np.ndarray:
+                offset, length = self._episodes[frame[0]][frame[1]].tolist()
+                return self._decode(frame, os.pread(stream.fileno(), length, offset))
+
+            images = self._pool.map(decode, batches[0]) if batches else iter(())
+            for number, batch in enumerate(batches):
+                stacked = np.stack([*images])
+                if number + 1 < len(batches):
+                    images = self._pool.map(decode, batches[number + 1])  # starts now
+                padding = np.repeat(stacked[-1:], self._batch_size - len(stacked), axis=0)
+                depth = self._estimate(np.concatenate([stacked, padding]))
+                if computing is not None:
+                    yield from self._encode(*computing)
+                computing = batch, depth
+            if computing is not None:
+                yield from self._encode(*computing)
+
+    def _decode(self, frame: tuple[int, int], encoded: bytes) -> np.ndarray:
+        try:
+            return decode_image(encoded, self._size)[0].numpy()
+        except tensorflow().errors.InvalidArgumentError as error:
+            raise InputError(f"{self._describe(frame)}: the image does not decode ({len(encoded)} bytes)") from error
+
+    def _encode(self, batch: list[tuple[int, int]], depth: Any) -> Iterator[bytes]:
+        metres = np.asarray(depth, np.float32)[: len(batch)]
+        for frame, own in zip(batch, metres, strict=True):
+            if not np.isfinite(own).all():
+                raise InputError(f"{self._describe(frame)}: the depth model gives values that are not finite")
+        counts = to_counts(metres)
+        self.frames += len(batch)
+        self.clipped += int((metres > MAX_DEPTH + DEPTH_UNIT / 2).sum())
+        return iter(self._pool.map(lambda x: tensorflow().io.encode_png(x[..., None]).numpy(), counts))
+
+    def _describe(self, frame: tuple[int, int]) -> str:
+        return f"file {self._file}, episode {frame[0]}, step {frame[1]}"
+
+
+def to_counts(metres: Float[np.ndarray, "*B"]) -> UInt16[np.ndarray, "*B"]:
+    """Depth in metres → u16[*B] in units of DEPTH_UNIT; never 0, which means no reading."""
+    return np.clip(np.rint(np.asarray(metres, np.float64) / DEPTH_UNIT), 1, 65535).astype(np.uint16)
+
+
+def _shards(builder: Any, split: str) -> list[tuple[Path, int]]:
+    """(file, episodes in it) of all shards of a split."""
+    known = sorted(name for name in builder.info.splits if name != "all")
+    if split not in known:
+        raise InputError(f"{builder.data_dir} has no split {split!r}: it has {', '.join(known) or 'none'}")
+    info = builder.info.splits[split]
+    shards = [(Path(file), count) for file, count in zip(info.filepaths, info.shard_lengths, strict=True)]
+    for file, _ in shards:
+        if not file.is_file():
+            raise InputError(f"{file} is missing, a shard of the split {split!r}")
+    return shards
+
+
+def _frames(file: Path, count: int, image: str) -> list[np.ndarray]:
+    """For every episode, offset and length of its encoded images in the file, i64[L, 2]."""
+    key = f"steps/{image}"
+    none = np.empty((0, 2), np.int64)
+    images = ((offset, read_example(record, {key}).get(key, none)) for offset, record in _records(file, count))
+    return [spans + np.asarray([offset, 0]) for offset, spans in images]
+
+
+def _records(file: Path, count: int) -> Iterator[tuple[int, bytes]]:
+    """(offset in the file, bytes) of the `count` records of a shard; InputError where they are not whole."""
+    number = 0
+    try:
+        for offset, record, intact in read_records(file):
+            if not intact:
+                raise InputError("the record's checksum is wrong")
+            yield offset, record
+            number += 1
+    except InputError as error:
+        raise InputError(f"{file}, episode {number}: {error}") from error
+    if number != count:
+        raise InputError(f"{file} holds {number} episodes; its dataset_info.json says {count}")
+
+
+def _example(key: str, values: list[bytes]) -> bytes:
+    """A serialised tf.train.Example of one feature. Behind another's bytes it is merged with that one when read."""
+    train = tensorflow().train
+    feature = train.Feature(bytes_list=train.BytesList(value=values))
+    return train.Example(features=train.Features(feature={f"steps/{key}": feature})).SerializeToString()
+
+
+def _features(builder: Any, image: str, key: str, size: int) -> dict[str, Any]:
+    """The content of features.json with the depth map in it."""
+    import tensorflow_datasets as tfds
+    from google.protobuf import json_format
+
+    if "steps" not in builder.info.features:
+        raise InputError(f"{builder.data_dir} is not an RLDS dataset: its episodes have no 'steps'")
+    proto = builder.info.features.to_proto()
+    node = proto.features_dict.features["steps"].sequence.feature
+    *parents, last = image.split("/")
+    for part in [*parents, last]:
+        if part not in node.features_dict.features:
+            raise InputError(f"{builder.data_dir} has no key {image!r} in its steps")
+        parent, node = node, node.features_dict.features[part]
+    siblings = parent.features_dict.features
+    if DEPTH in siblings:
+        raise InputError(f"{builder.data_dir} has {key!r} already")
+    doc = f"z-depth of {image} in millimetres, estimated by ZoeDepth; at most {MAX_DEPTH} m"
+    depth = tfds.features.Image(shape=(size, size, 1), dtype=np.uint16, encoding_format="png", doc=doc)
+    siblings[DEPTH].CopyFrom(depth.to_proto())
+    return json_format.MessageToDict(proto)
+
+
+def _check_manifest(file: Path, made_with: Mapping[str, Any]) -> None:
+    """Writes down what the depth is made with; InputError when the directory was begun with something else."""
+    made_with = json.loads(json.dumps(made_with))
+    if not file.exists():
+        _write_json(file, made_with)
+        return
+    try:
+        before = json.loads(file.read_text())
+    except ValueError as error:
+        raise InputError(f"{file} is not JSON: {error}") from error
+    for key, value in made_with.items():
+        if before.get(key) != value:
+            values = "" if key == "source" else f", {before.get(key)!r} and not {value!r}"
+            raise InputError(f"{file.parent} was begun with another {key}{values}; choose another --out")
+
+
+def _finish(
+    directory: Path, source: Path, shards: Mapping[str, list[tuple[Path, int]]], features: dict[str, Any]
+) -> None:
+    """Everything beside the shards; dataset_info.json, which makes it a dataset, last."""
+    info = json.loads((source / "dataset_info.json").read_text())
+    info["splits"] = [split for split in info["splits"] if split["name"] in shards]
+    for split in info["splits"]:
+        sizes = [(directory / file.name).stat().st_size for file, _ in shards[split["name"]]]
+        split["numBytes"] = str(sum(sizes) - _FRAMING * sum(count for _, count in shards[split["name"]]))
+    for file in source.iterdir():
+        if file.is_file() and ".tfrecord" not in file.name and file.name not in ("dataset_info.json", "features.json"):
+            temporary = directory / f".{file.name}.tmp"
+            shutil.copyfile(file, temporary)
+            os.replace(temporary, directory / file.name)
+    _write_json(directory / "features.json", features)
+    _write_json(directory / "dataset_info.json", info)
+
+
+def _write_json(file: Path, value: Any) -> None:
+    temporary = file.with_name(f".{file.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(temporary, file)

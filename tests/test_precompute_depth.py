@@ -1,0 +1,239 @@
+"""`data depth`: the copied dataset, its resuming, and a model that reads the stored depth beside one that estimates."""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tensorflow as tf
+import tensorflow_datasets as tfds
+from toy_rlds import data_config, make_episodes, make_rlds
+from zoe_reference import TINY, random_hf_model
+
+from spatialvla_jax import precompute_depth as module
+from spatialvla_jax.cli import main
+from spatialvla_jax.data import load_data
+from spatialvla_jax.data.oxe import CATALOGUE
+from spatialvla_jax.data.rewrite import DEPTH_UNIT, add_depth, to_counts
+from spatialvla_jax.data.tfrecord import read_records
+from spatialvla_jax.errors import InputError
+from spatialvla_jax.interop import load_pretrained, read_checkpoint, read_huggingface, write_huggingface
+from spatialvla_jax.models import SpatialVLA
+from spatialvla_jax.models.ego3d import back_project
+from spatialvla_jax.precompute_depth import precompute_depth, read_zoedepth
+
+MODEL = Path(__file__).parent / "golden" / "tiny_model"  # images of 56 px
+SIZE = 56
+KEY = "observation/depth_zoe"
+STORED = replace(CATALOGUE["libero"], depth=KEY, depth_unit=DEPTH_UNIT)
+
+
+def brightness(images):
+    """A stand-in for ZoeDepth: metres from the mean colour."""
+    return images.astype(np.float32).mean(axis=-1) / 50 + 0.1
+
+
+def copy(source, out, estimate=brightness, **changes):
+    options = {"image": "observation/image", "image_size": SIZE, "batch_size": 4, "made_with": {"weights": "a"}}
+    return add_depth(source, out, estimate, **(options | changes))
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    splits = {"train": make_episodes(5, steps=(1, 4)), "val": make_episodes(2, seed=1, steps=(2, 3))}
+    path = make_rlds(tmp_path_factory.mktemp("source"), splits, episodes_per_shard=2)
+    (path / "steps-task.labels.txt").write_text("kept\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def lively(tmp_path_factory):
+    """The golden model with larger weights in ZoeDepth's heads: its own depth is flat to 2 mm, this one is not."""
+    read = read_checkpoint(MODEL)
+
+    def amplified(path, leaf):
+        heads = path.startswith(("zoe/metric_head", "zoe/relative_head")) and "classifier" not in path
+        return replace(leaf, read=lambda: 4 * leaf.read()) if heads and path.endswith("kernel") else leaf
+
+    path = tmp_path_factory.mktemp("lively") / "model"
+    leaves = {name: amplified(name, leaf) for name, leaf in read.leaves.items()}
+    write_huggingface(path, replace(read, leaves=leaves))
+    return path
+
+
+@pytest.fixture(scope="module")
+def copied(source, lively, tmp_path_factory):
+    """The toy data with a model's depth."""
+    out = tmp_path_factory.mktemp("copied")
+    (result,) = precompute_depth([(source, STORED)], lively, out, batch_size=8)
+    assert result["directory"] == str(out / "toy" / "1.0.0") and result["depth"] == KEY
+    return out / "toy" / "1.0.0"
+
+
+def test_everything_stored_stays(source, copied):
+    """Every record begins with the source's bytes, and TFDS reads all features, the new one too."""
+    before, after = (tfds.builder_from_directory(path) for path in (source, copied))
+    assert after.info.full_name == before.info.full_name
+    assert (copied / "steps-task.labels.txt").read_text() == "kept\n"
+    for split in ("train", "val"):
+        old, new = before.info.splits[split], after.info.splits[split]
+        assert [Path(f).name for f in old.filepaths] == [Path(f).name for f in new.filepaths]
+        assert old.shard_lengths == new.shard_lengths and len(new.shard_lengths) > (split == "train")
+        added = 0
+        for one, two in zip(old.filepaths, new.filepaths, strict=True):
+            for (_, short, _), (_, long, intact) in zip(read_records(one), read_records(two), strict=True):
+                assert long.startswith(short) and intact
+                added += len(long) - len(short)
+        assert new.num_bytes - old.num_bytes == added > 0
+        for one, two in zip(before.as_dataset(split), after.as_dataset(split), strict=True):
+            for x, y in zip(one["steps"], two["steps"], strict=True):
+                depth = y["observation"].pop("depth_zoe")
+                assert depth.shape == (SIZE, SIZE, 1) and depth.dtype == tf.uint16
+                assert tf.reduce_min(depth) > 0
+                tf.nest.map_structure(np.testing.assert_array_equal, x, y)
+
+
+def test_model_on_stored_depth_sees_the_points_of_the_step(copied, lively, tmp_path):
+    """The 3-D points of the model with depth in the data beside those of the same weights with ZoeDepth inside.
+
+    The stored map has the model's own size, so reading it (nearest) moves nothing and the two differ by the rounding
+    to millimetres alone: 0.5 mm a pixel, and no more for the mean over a cell of the area resize. x and y carry it in
+    proportion to their ray.
+    """
+    config = data_config(copied, cache_dir=tmp_path)
+    config["datasets"][0]["spec"] = STORED
+    batch = next(load_data(config, image_size=SIZE, depth=True).batches(8))
+    model, params, _ = load_pretrained(lively)
+    image, intrinsics = jnp.asarray(batch["image"], jnp.float32) / 255, batch["intrinsics"]
+
+    def inside(m, image):
+        depth = module.estimate_depth(m.zoe, image, m.config.zoe.backbone.image_size)
+        return depth, back_project(depth, intrinsics, m.config.img.grid), m.embed_image(image, None, intrinsics)
+
+    depth, points, tokens = jax.jit(lambda p: model.apply({"params": p}, image, method=inside))(params)
+    assert float(depth.std()) > 100 * DEPTH_UNIT  # a constant would prove nothing
+    half = DEPTH_UNIT / 2 + 1e-5  # the step compiles to another order of sums than the command
+    np.testing.assert_allclose(batch["depth"], depth, rtol=0, atol=half)
+    points = np.asarray(points).reshape(-1, 3)
+    stored = np.asarray(back_project(batch["depth"], intrinsics, model.config.img.grid)).reshape(-1, 3)
+    rays = np.abs(points / points[:, 2:])
+    assert (np.abs(stored - points) <= half * rays + 1e-5).all()
+    # And through the image part of the model with depth="dataset" and the same weights: of Ego3D's waves the shortest
+    # turns by 2^7 / 2 rad a metre, so by at most 0.032 rad.
+    reader = SpatialVLA(replace(model.config, depth="dataset"))
+    embed = jax.jit(lambda p: reader.apply({"params": p}, image, batch["depth"], intrinsics, method="embed_image"))
+    np.testing.assert_allclose(embed(params), tokens, rtol=0, atol=0.032 * float(jnp.abs(tokens).max()))
+
+
+def test_counts():
+    metres = np.asarray([[0.0, 0.0004, 0.0016, 1.2344, 65.535, 80.0]], np.float32)
+    assert to_counts(metres).tolist() == [[1, 1, 2, 1234, 65535, 65535]] and to_counts(metres).dtype == np.uint16
+    random = np.random.default_rng(0).uniform(0.001, 65.535, 10_000).astype(np.float32)
+    assert np.abs(to_counts(random) * DEPTH_UNIT - random).max() <= DEPTH_UNIT / 2 + 1e-9
+
+
+def test_batches_do_not_matter_and_the_far_is_counted(source, tmp_path):
+    def far(images):
+        return brightness(images) + 65.0
+
+    one, two = copy(source, tmp_path / "a", far, batch_size=3), copy(source, tmp_path / "b", far, batch_size=64)
+    assert one["frames"] == two["frames"] > 0 and one["clipped"] == two["clipped"] > 0
+    for file in sorted(Path(one["directory"]).glob("*.tfrecord*")):
+        assert file.read_bytes() == (Path(two["directory"]) / file.name).read_bytes()
+
+
+def test_goes_on_where_it_stopped(source, tmp_path):
+    """Killed in the middle of the second shard: the first stays as it is, and the end is that of an unbroken run."""
+    calls = 0
+
+    def dies(images):
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise KeyboardInterrupt
+        return brightness(images)
+
+    with pytest.raises(KeyboardInterrupt):
+        copy(source, tmp_path / "a", dies, batch_size=2)
+    directory = tmp_path / "a" / "toy" / "1.0.0"
+    whole = sorted(directory.glob("toy*.tfrecord*"))
+    assert len(whole) == 1 and not (directory / "dataset_info.json").exists()
+    stamp = whole[0].stat().st_mtime_ns
+    with pytest.raises(InputError, match=r"begun with another weights, 'a' and not 'b'; choose another --out"):
+        copy(source, tmp_path / "a", batch_size=2, made_with={"weights": "b"})
+    seen = []
+    rest = copy(source, tmp_path / "a", batch_size=2, progress=lambda *done: seen.append(done))
+    assert whole[0].stat().st_mtime_ns == stamp
+    assert seen[0] == ("toy", 2, 7) and seen[-1] == ("toy", 7, 7)
+    unbroken = copy(source, tmp_path / "b", batch_size=2)
+    assert 0 < rest["frames"] < unbroken["frames"]
+    names = {file.name for file in Path(unbroken["directory"]).iterdir()}
+    assert names == {file.name for file in directory.iterdir()}  # and no temporary ones
+    for name in names:
+        assert (directory / name).read_bytes() == (Path(unbroken["directory"]) / name).read_bytes()
+    again = copy(source, tmp_path / "a", batch_size=2)
+    assert again["frames"] == 0
+
+
+def test_one_split(source, tmp_path):
+    directory = copy(source, tmp_path, splits=("val",))["directory"]
+    assert list(tfds.builder_from_directory(directory).info.splits) == ["val"]
+    with pytest.raises(InputError, match="has no split 'test': it has train, val"):
+        copy(source, tmp_path / "b", splits=("test",))
+
+
+def test_bad_data(source, tmp_path):
+    with pytest.raises(InputError, match="no key 'observation/wrist' in its steps"):
+        copy(source, tmp_path / "a", image="observation/wrist")
+    done = copy(source, tmp_path / "b")["directory"]
+    with pytest.raises(InputError, match=f"has '{KEY}' already"):
+        copy(done, tmp_path / "c")
+    with pytest.raises(InputError, match="is the dataset itself"):
+        copy(source, source.parents[1])
+    with pytest.raises(InputError, match=r"episode 0, step 0: the depth model gives values that are not finite"):
+        copy(source, tmp_path / "d", lambda images: brightness(images) * np.nan)
+    episodes = make_episodes(2)
+    episodes[1][2]["observation"]["image"] = b"\xff\xd8 not a picture"
+    broken = make_rlds(tmp_path / "e", {"train": episodes})
+    with pytest.raises(InputError, match=r"episode 1, step 2: the image does not decode"):
+        copy(broken, tmp_path / "f")
+    shard = next(broken.glob("*.tfrecord*"))
+    os.truncate(shard, shard.stat().st_size - 9)
+    with pytest.raises(InputError, match=rf"{shard.name}, episode 1: the record is truncated"):
+        copy(broken, tmp_path / "g")
+
+
+def test_zoedepth_alone_gives_the_same_weights(tmp_path):
+    """A ZoeDepth's own Hugging Face directory; it has no image size, so one must be named."""
+    random_hf_model(TINY, 0).save_pretrained(tmp_path / "zoe")
+    config, leaves, size = read_zoedepth(tmp_path / "zoe")
+    assert config == TINY and size is None and leaves.keys() == read_zoedepth(MODEL)[1].keys()
+    with pytest.raises(InputError, match="--image-size must give"):
+        precompute_depth([], tmp_path / "zoe", tmp_path)
+    with pytest.raises(InputError, match="the batch size 9 does not divide among 8 devices"):
+        precompute_depth([], MODEL, tmp_path, batch_size=9)
+
+
+def test_command(config_file, rlds, tmp_path, capsys, monkeypatch):
+    """By config and by directory; the manifest says what the depth was made with."""
+    monkeypatch.setattr(module, "make_estimator", lambda config, params, dtype: brightness)
+    argv = ["data", "depth", "--checkpoint", str(MODEL), "--out"]
+    assert main([*argv, str(tmp_path / "a"), "--config", str(config_file), "--split", "val"]) == 0
+    directory = tmp_path / "a" / rlds.parent.name / rlds.name
+    done = capsys.readouterr().out.splitlines()[-1]
+    assert done.startswith(f"wrote {directory}: ") and done.endswith(f"frames; its spec's depth is '{KEY}'")
+    assert main([*argv, str(tmp_path / "b"), str(rlds), "--spec", "libero", "--split", "val"]) == 0
+    manifests = [json.loads((tmp_path / x / "toy" / "1.0.0" / "depth.json").read_text()) for x in "ab"]
+    assert manifests[0] == manifests[1]
+    assert manifests[0]["image_size"] == SIZE and manifests[0]["dtype"] == "float32"
+    capsys.readouterr()
+    assert main([*argv, str(tmp_path / "c"), str(rlds)]) == 2
+    assert "name the data either as SRC --spec NAME or by --config FILE" in capsys.readouterr().err
+    write_huggingface(tmp_path / "without", read_huggingface(MODEL, ignore=("vision_zoe_model.",)))
+    argv = ["data", "depth", "--checkpoint", str(tmp_path / "without"), "--out", str(tmp_path)]
+    assert main([*argv, "--config", str(config_file)]) == 2
+    assert "without holds no ZoeDepth: its model takes depth from 'dataset'" in capsys.readouterr().err
