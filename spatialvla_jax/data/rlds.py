@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from spatialvla_jax.data.images import tensorflow
-from spatialvla_jax.data.oxe.operations import apply_operations
-from spatialvla_jax.data.oxe.spec import DatasetSpec
+from spatialvla_jax.data.oxe.operations import apply_operations, width_before
+from spatialvla_jax.data.oxe.spec import DatasetSpec, action_keys, action_width, join_action
 from spatialvla_jax.data.tfrecord import read_example, read_records
 from spatialvla_jax.errors import Fault, InputError
 
@@ -134,8 +134,11 @@ def _episode(
             step, *place = broken[0].tolist()
             raise Fault("not finite", f"step {step} has the {key} value {value[tuple(broken[0])]} in dimension {place}")
         steps[key] = value
-    action = np.concatenate([steps[key].reshape(length, -1) for key in spec.action], axis=1).astype(np.float32)
-    language = np.asarray([_text(record, *span) for span in steps[spec.language]], object)
+    action = join_action(spec, steps, length)
+    if spec.instruction is None:
+        language = np.asarray([_text(record, words) for words in steps[spec.language]], object)
+    else:
+        language = np.full(length, spec.instruction, object)
     if not length:
         raise Fault("no steps", "the episode has no steps")
     missing = np.flatnonzero([not text for text in language])
@@ -155,10 +158,13 @@ def _episode(
     return {key: value[:0] for key, value in episode.items()} if skip else episode
 
 
-def _text(record: bytes, start: int, length: int) -> str:
+def _text(record: bytes, words: np.ndarray) -> str:
+    """Words from their span (offset, length) in the record, or from their bytes as numbers, ended by a zero."""
     try:
-        return record[start : start + length].decode().strip()
-    except UnicodeDecodeError as error:
+        is_span = len(words) == 2
+        text = record[words[0] : words[0] + words[1]] if is_span else bytes(words.tolist()).split(b"\0")[0]
+        return text.decode().strip()
+    except ValueError as error:
         raise Fault("not UTF-8", "the language instruction is not UTF-8") from error
 
 
@@ -167,25 +173,38 @@ def _shapes(name: str, builder: Any, spec: DatasetSpec) -> dict[str, tuple[int, 
     is missing or the action is not 7 wide."""
     if "steps" not in builder.info.features:
         raise InputError(f"{builder.data_dir} is not an RLDS dataset: its episodes have no 'steps'")
-    keys = [spec.image, spec.language, *spec.action, *spec.arrays]
-    keys += [key for key in (spec.depth, spec.intrinsics) if key]
+    keys = [spec.image, *action_keys(spec), *spec.arrays]
+    keys += [key for key in (spec.depth, spec.intrinsics) if key] + [spec.language] * (spec.instruction is None)
     shapes = {}
     for key in keys:
-        feature = builder.info.features["steps"].feature
-        for part in key.split("/"):
-            if not hasattr(feature, "keys") or part not in feature:
-                raise InputError(f"Dataset {name!r} ({builder.data_dir}) has no key {key!r} in its steps")
-            feature = feature[part]
-        shapes[key] = (2,) if key in (spec.image, spec.language, spec.depth) else tuple(feature.shape)
+        feature = _feature(builder.info.features["steps"].feature, key)
+        if feature is None:
+            raise InputError(f"Dataset {name!r} ({builder.data_dir}) has no key {key!r} in its steps")
+        text = key == spec.language and not np.issubdtype(feature.np_dtype, np.integer)
+        shapes[key] = (2,) if text or key in (spec.image, spec.depth) else tuple(feature.shape)
         if key == spec.depth and feature.np_dtype != np.uint16:
             raise InputError(f"Dataset {name!r} has {key!r} as {feature.np_dtype}; a 16-bit PNG is expected")
-    width = sum(int(np.prod(shapes[key])) for key in spec.action)
-    if width != 7:
-        found = " + ".join(f"{key} {shapes[key]}" for key in spec.action)
-        raise InputError(f"Dataset {name!r} ({builder.data_dir}) has an action {width} wide ({found}); 7 is expected")
+    width, expected = action_width(spec, shapes), width_before(spec.operations)
+    if width != expected:
+        found = " + ".join(f"{part} {shapes[part]}" if part in shapes else str(part) for part in spec.action)
+        raise InputError(
+            f"Dataset {name!r} ({builder.data_dir}) has an action {width} wide ({found}); {expected} is expected"
+        )
     if spec.intrinsics and shapes[spec.intrinsics] != (3, 3):
         raise InputError(f"Dataset {name!r} has intrinsics of shape {shapes[spec.intrinsics]}; (3, 3) is expected")
     return shapes
+
+
+def _feature(features: Any, key: str) -> Any:
+    """The feature at the path `key`, or None. Names may hold slashes themselves ("future/xyz_residual")."""
+    if not hasattr(features, "keys"):
+        return None
+    for name in features:
+        if key == name:
+            return features[name]
+        if key.startswith(f"{name}/") and (feature := _feature(features[name], key[len(name) + 1 :])) is not None:
+            return feature
+    return None
 
 
 def _versions(path: Path) -> list[str]:

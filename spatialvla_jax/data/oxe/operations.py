@@ -1,16 +1,87 @@
 """The operations that turn a dataset's own action into the canonical one: pure numpy functions, each with one meaning.
 
 An operation takes and returns an episode: a dict of arrays that share their first axis, the steps. "action" is
-f32[L, 7]; the others (the frames' byte ranges, the keys in `DatasetSpec.arrays`, …) follow when steps are dropped. The
-rules for Bridge and Fractal are those of OpenVLA's standardisation transforms, which the release uses unchanged.
+f32[L, n]: movement (3), rotation (3, or as many as its representation has until `to_euler`), gripper last; the others
+(the frames' byte ranges, the keys in `DatasetSpec.arrays`, …) follow when steps are dropped. The rules are those of
+the release's data/oxe/transforms.py and data/utils/{data_utils,droid_utils}.py, which descend from Octo and OpenVLA.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from scipy.spatial.transform import Rotation
+
+from spatialvla_jax.errors import Fault, InputError
 
 Episode = dict[str, np.ndarray]
+
+# How many numbers each representation of a rotation has. r6 is the first two rows of the matrix; matrix is row by row.
+ROTATIONS = {"euler": 3, "axis_angle": 3, "quaternion": 4, "quaternion_wxyz": 4, "r6": 6, "matrix": 9}
+
+
+def to_euler(episode: Episode, rotation: str) -> Episode:
+    """The action's rotation as roll, pitch, yaw (R = Rz Ry Rx) instead of one of `ROTATIONS`."""
+    action = episode["action"]
+    euler = read_rotation(action[:, 3:-1], rotation).as_euler("xyz")
+    return episode | {"action": np.concatenate([action[:, :3], euler, action[:, -1:]], axis=1, dtype=np.float32)}
+
+
+def scale(episode: Episode, *factors: float) -> Episode:
+    """The action times one factor a column."""
+    if len(factors) != episode["action"].shape[1]:
+        raise InputError(f"'scale' has {len(factors)} factors for an action {episode['action'].shape[1]} wide")
+    return episode | {"action": episode["action"] * np.asarray(factors, np.float32)}
+
+
+def clip_gripper(episode: Episode, low: float, high: float) -> Episode:
+    """The gripper clipped to [low, high]."""
+    return _with_gripper(episode, np.clip(episode["action"][:, -1], low, high))
+
+
+def invert_gripper(episode: Episode) -> Episode:
+    """1 - gripper."""
+    return _with_gripper(episode, 1 - episode["action"][:, -1])
+
+
+def gripper_range(episode: Episode, closed: float, opened: float) -> Episode:
+    """A gripper that goes from `closed` to `opened`, as 0 to 1."""
+    return _with_gripper(episode, (episode["action"][:, -1] - closed) / (opened - closed))
+
+
+def binarize_gripper(episode: Episode) -> Episode:
+    """A continuous gripper as 0 or 1: above 0.95 is open, below 0.05 closed, and a value between becomes what is
+    reached after it; at the episode's end, where nothing is reached, the last action's own value."""
+    gripper = episode["action"][:, -1]
+    reached = np.flatnonzero((gripper > 0.95) | (gripper < 0.05))
+    after = np.searchsorted(reached, np.arange(len(gripper)))
+    states = np.append((gripper[reached] > 0.95).astype(np.float32), gripper[-1:])
+    return _with_gripper(episode, states[after])
+
+
+def absolute_gripper(episode: Episode) -> Episode:
+    """A relative gripper (+1 closes, -1 opens, 0 leaves it) as 0 closed, 1 open. Before the first command it is the
+    opposite of that command; without any command it is open."""
+    relative = episode["action"][:, -1]
+    command = np.where(relative < -0.1, 1.0, np.where(relative > 0.1, -1.0, 0.0))
+    given = np.flatnonzero(command)
+    latest = np.searchsorted(given, np.arange(len(command)), side="right")
+    states = np.append(-command[given[0]] if len(given) else 1.0, command[given])
+    return _with_gripper(episode, states[latest] / 2 + 0.5)
+
+
+def relabel_from_state(episode: Episode, key: str, rotation: str = "euler") -> Episode:
+    """Movement = from this step's reached pose (the first numbers of `key`: position, rotation) to the next one's;
+    drops the last step. Positions and Euler angles are subtracted (Bridge's rule); another rotation becomes the
+    turn between both, seen from the robot's base."""
+    pose, action = episode[key], episode["action"]
+    delta = np.diff(pose[:, :6], axis=0)
+    if rotation != "euler":
+        turned = read_rotation(pose[:, 3 : 3 + ROTATIONS[rotation]], rotation)
+        delta = np.concatenate([delta[:, :3], (turned[1:] * turned[:-1].inv()).as_euler("xyz")], axis=1)
+    episode = {name: value[:-1] for name, value in episode.items()}
+    return episode | {"action": np.concatenate([delta, action[:-1, -1:]], axis=1, dtype=np.float32)}
 
 
 def drop_first(episode: Episode) -> Episode:
@@ -18,54 +89,75 @@ def drop_first(episode: Episode) -> Episode:
     return {key: value[1:] for key, value in episode.items()}
 
 
-def clip_gripper(episode: Episode, low: float, high: float) -> Episode:
-    """The gripper clipped to [low, high]."""
-    return _with_gripper(episode, np.clip(episode["action"][:, 6], low, high))
+def drop_idle(episode: Episode, window: int, tolerance: float) -> Episode:
+    """Without the steps from which on `window` actions all leave the arm where it is (no part of the movement above
+    `tolerance`). Of every pause its last `window - 1` steps stay, so the movement in the next `window` actions of the
+    steps that stay is as before; so do the last ones of the episode, which has no such window after them."""
+    length = len(episode["action"])
+    moving = np.any(np.abs(episode["action"][:, :6]) > tolerance, axis=1)
+    moves = np.append(0, np.cumsum(moving))  # before each step
+    start, end = np.arange(length), np.arange(length) + window
+    keep = (end > length) | (moves[np.minimum(end, length)] > moves[start])
+    return {key: value[keep] for key, value in episode.items()}
 
 
-def invert_gripper(episode: Episode) -> Episode:
-    """1 - gripper."""
-    return _with_gripper(episode, 1 - episode["action"][:, 6])
+def drop_noops(episode: Episode, threshold: float) -> Episode:
+    """Without the steps that neither move (norm of the movement below `threshold`) nor change the gripper, and without
+    all that do not move at the start (OpenVLA's rule for LIBERO)."""
+    moving = np.linalg.norm(episode["action"][:, :6], axis=1) >= threshold
+    gripper = episode["action"][:, -1]
+    keep = moving | ((np.diff(gripper, prepend=gripper[:1]) != 0) & (np.cumsum(moving) > 0))
+    return {key: value[keep] for key, value in episode.items()}
 
 
-def binarize_gripper(episode: Episode) -> Episode:
-    """A continuous gripper as 0 or 1: above 0.95 is open, below 0.05 closed, and a value between becomes what is
-    reached after it; at the episode's end, where nothing is reached, the last action's own value."""
-    gripper = episode["action"][:, 6].copy()
-    state = gripper[-1] if len(gripper) else 0.0
-    for step in reversed(range(len(gripper))):
-        if gripper[step] > 0.95 or gripper[step] < 0.05:
-            state = float(gripper[step] > 0.95)
-        gripper[step] = state
-    return _with_gripper(episode, gripper)
+def read_rotation(values: np.ndarray, rotation: str) -> Rotation:
+    """Rotations from [L, n] of one of `ROTATIONS`. Raises a Fault for values that are none."""
+    try:
+        match rotation:
+            case "euler":
+                return Rotation.from_euler("xyz", values)
+            case "axis_angle":
+                return Rotation.from_rotvec(values)
+            case "quaternion":
+                return Rotation.from_quat(values)
+            case "quaternion_wxyz":
+                return Rotation.from_quat(np.roll(values, -1, axis=-1))
+            case "matrix":
+                return Rotation.from_matrix(values.reshape(-1, 3, 3))
+            case "r6":  # Gram-Schmidt; the third row is the cross product of the other two
+                first = _unit(values[:, :3])
+                second = _unit(values[:, 3:] - np.sum(first * values[:, 3:], axis=1, keepdims=True) * first)
+                return Rotation.from_matrix(np.stack([first, second, np.cross(first, second)], axis=1))
+    except ValueError as error:  # a quaternion of norm 0, a matrix that turns left into right
+        raise Fault("rotation", f"there is a rotation that is none ({rotation}): {error}") from error
+    raise InputError(f"the rotation {rotation!r} is unknown: known are {', '.join(ROTATIONS)}")
 
 
-def absolute_gripper(episode: Episode) -> Episode:
-    """A relative gripper (+1 closes, -1 opens, 0 leaves it) as 0 closed, 1 open. Before the first command it is the
-    opposite of that command; without any command it is open."""
-    relative = episode["action"][:, 6]
-    command = np.where(relative < -0.1, 1.0, np.where(relative > 0.1, -1.0, 0.0))
-    given = np.flatnonzero(command)
-    latest = np.searchsorted(given, np.arange(len(command)), side="right") - 1
-    start = -command[given[0]] if len(given) else 1.0
-    state = np.where(latest >= 0, command[given[latest]] if len(given) else start, start)
-    return _with_gripper(episode, state / 2 + 0.5)
-
-
-def relabel_from_state(episode: Episode, key: str) -> Episode:
-    """Movement = the next step's reached pose (the first 6 numbers of `key`) minus this one's; drops the last step."""
-    pose = episode[key][:, :6]
-    episode = {name: value[:-1] for name, value in episode.items()}
-    return episode | {"action": np.concatenate([pose[1:] - pose[:-1], episode["action"][:, 6:]], axis=1)}
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    """Vectors of length 1, or 0 for those without a direction."""
+    length = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors / np.where(length > 0, length, 1)
 
 
 def _with_gripper(episode: Episode, gripper: np.ndarray) -> Episode:
-    return episode | {"action": np.concatenate([episode["action"][:, :6], gripper[:, None]], axis=1, dtype=np.float32)}
+    return episode | {"action": np.concatenate([episode["action"][:, :-1], gripper[:, None]], axis=1, dtype=np.float32)}
 
 
 OPERATIONS: dict[str, Callable[..., Episode]] = {
     function.__name__: function
-    for function in (drop_first, clip_gripper, invert_gripper, binarize_gripper, absolute_gripper, relabel_from_state)
+    for function in (
+        to_euler,
+        scale,
+        clip_gripper,
+        invert_gripper,
+        gripper_range,
+        binarize_gripper,
+        absolute_gripper,
+        relabel_from_state,
+        drop_first,
+        drop_idle,
+        drop_noops,
+    )
 }
 
 
@@ -74,3 +166,22 @@ def apply_operations(episode: Episode, operations: tuple[tuple[Any, ...], ...]) 
     for name, *arguments in operations:
         episode = OPERATIONS[name](episode, *arguments)
     return episode
+
+
+def check_operations(operations: tuple[tuple[Any, ...], ...]) -> None:
+    """Raises InputError for an operation that does not exist, or not with these arguments."""
+    for name, *arguments in operations:
+        if name not in OPERATIONS:
+            raise InputError(f"the operation {name!r} is unknown: known are {', '.join(sorted(OPERATIONS))}")
+        signature = inspect.signature(OPERATIONS[name])
+        try:
+            rotation = signature.bind({}, *arguments).arguments.get("rotation", "euler")
+        except TypeError as error:
+            raise InputError(f"the operation {name!r} takes {signature}: {error}") from error
+        if rotation not in ROTATIONS:
+            raise InputError(f"the rotation {rotation!r} of {name!r} is unknown: known are {', '.join(ROTATIONS)}")
+
+
+def width_before(operations: tuple[tuple[Any, ...], ...]) -> int:
+    """How wide the action must be for `operations` to make it 7 wide."""
+    return 7 + sum(ROTATIONS[arguments[0]] - 3 for name, *arguments in operations if name == "to_euler")

@@ -1,11 +1,15 @@
 """What one dataset's entry says."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+from jaxtyping import Float
+
 from spatialvla_jax.data.images import DEFAULT_INTRINSICS, DEFAULT_INTRINSICS_SIZE
-from spatialvla_jax.data.oxe.operations import OPERATIONS
+from spatialvla_jax.data.oxe.operations import check_operations
 from spatialvla_jax.errors import InputError
 
 
@@ -14,13 +18,15 @@ class DatasetSpec:
     """Where an RLDS dataset keeps what we need, and how its action becomes the canonical one.
 
     Keys are paths within a step, such as "observation/image". The canonical action is f32[7]: dx, dy, dz, droll,
-    dpitch, dyaw and the gripper, 0 closed .. 1 open.
+    dpitch, dyaw and the gripper, 0 closed .. 1 open. It is joined from `action`: keys, columns of keys ("state[6]",
+    "action[:3]", "action[-1]") and constant columns (numbers); then come the `operations`, in order.
     """
 
     image: str = "observation/image"
-    language: str = "language_instruction"
-    action: tuple[str, ...] = ("action",)  # joined along the last axis
-    operations: tuple[tuple[Any, ...], ...] = ()  # (name, *arguments) of oxe/operations.py, in order
+    language: str = "language_instruction"  # text, or the bytes of one as numbers, ended by a zero
+    instruction: str | None = None  # the same words for every episode, instead of `language`
+    action: tuple[str | float, ...] = ("action",)
+    operations: tuple[tuple[Any, ...], ...] = ()  # (name, *arguments) of oxe/operations.py
     arrays: tuple[str, ...] = ()  # further numeric keys that the operations read
     depth: str | None = None  # 16-bit PNG
     depth_unit: float = 0.001  # metres per count
@@ -28,6 +34,49 @@ class DatasetSpec:
     default_intrinsics: tuple[tuple[float, ...], ...] = DEFAULT_INTRINSICS  # where the data has none
     default_intrinsics_size: tuple[int, int] = DEFAULT_INTRINSICS_SIZE  # height, width that these are pixels of
     skip_unlabeled: bool = False  # leave out (and count) episodes without language instead of failing
+    # Nothing below changes what is read.
+    tfds_name: str | None = None  # of the dataset's directory where it is another than the catalogue's
+    robot: str = ""
+    episodes: int | None = None  # in the training split
+    known_camera: bool = False  # `default_intrinsics` are this camera's own
+    unread_depth: str | None = None  # a depth map that is stored in another form than `depth` can be
+
+
+def split_column(column: str) -> tuple[str, slice]:
+    """A part of `DatasetSpec.action`: its key and which columns of it. Raises InputError."""
+    match = re.fullmatch(r"([^\[\]]+)(?:\[(-?\d+)\]|\[(-?\d*):(-?\d*)\])?", column)
+    if not match:
+        raise InputError(f"the action's column {column!r} is not written like 'key', 'key[3]' or 'key[3:6]'")
+    key, single, first, last = match.groups()
+    if single:
+        return key, slice(int(single), int(single) + 1 or None)
+    return key, slice(int(first) if first else None, int(last) if last else None)
+
+
+def action_keys(spec: DatasetSpec) -> list[str]:
+    """The keys that the action is joined from."""
+    return [split_column(column)[0] for column in spec.action if isinstance(column, str)]
+
+
+def action_width(spec: DatasetSpec, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """How wide `join_action` makes it, from the shape of one step of each key."""
+    width = 0
+    for column in spec.action:
+        key, columns = split_column(column) if isinstance(column, str) else ("", slice(1))
+        width += len(range(*columns.indices(int(np.prod(shapes[key])) if key else 1)))
+    return width
+
+
+def join_action(spec: DatasetSpec, steps: Mapping[str, np.ndarray], length: int) -> Float[np.ndarray, "L n"]:
+    """The action before any operation."""
+    parts = []
+    for column in spec.action:
+        if isinstance(column, str):
+            key, columns = split_column(column)
+            parts.append(steps[key].reshape(length, -1)[:, columns])
+        else:
+            parts.append(np.full((length, 1), column))
+    return np.concatenate(parts, axis=1, dtype=np.float32, casting="unsafe")
 
 
 def make_spec(value: Any, catalogue: Mapping[str, DatasetSpec], name: str) -> DatasetSpec:
@@ -46,12 +95,11 @@ def make_spec(value: Any, catalogue: Mapping[str, DatasetSpec], name: str) -> Da
             f"The spec of dataset {name!r} has the unknown field {unknown[0]!r}: known are {', '.join(known)}"
         )
     spec = DatasetSpec(**fields)
-    for operation, *_ in spec.operations:
-        if operation not in OPERATIONS:
-            raise InputError(
-                f"The spec of dataset {name!r} has the unknown operation {operation!r}: known are "
-                f"{', '.join(sorted(OPERATIONS))}"
-            )
+    try:
+        action_keys(spec)
+        check_operations(spec.operations)
+    except InputError as error:
+        raise InputError(f"The spec of dataset {name!r} is wrong: {error}") from error
     return spec
 
 
