@@ -6,6 +6,8 @@ from spatialvla_jax.actions.gaussian import (
     PRETRAIN_GAUSSIANS,
     fit_gaussians,
     gaussian_grid,
+    grid_variables,
+    pool_gaussians,
     uniform_grid,
 )
 from spatialvla_jax.actions.grid import ActionGrid, decode, encode, grid_from_dict, grid_to_dict
@@ -23,6 +25,8 @@ __all__ = [
     "gaussian_grid",
     "grid_from_dict",
     "grid_to_dict",
+    "grid_variables",
     "linear_grid",
+    "pool_gaussians",
     "uniform_grid",
 ]

@@ -71,14 +71,25 @@ def uniform_grid(num_bins: Sequence[int] | np.ndarray = PRESET_BINS[8194]) -> Ac
 def fit_gaussians(actions: Float[np.ndarray, "*B 7"]) -> Float[np.ndarray, "6 2"]:
     """Normalised actions → f64[6, 2], the maximum-likelihood (mu, sigma) of theta, phi, r, roll, pitch, yaw.
 
-    Values are bounded to [-1, 1] as in `encode`. Raises InputError for no actions, another width, or non-finite values.
+    Raises InputError for no actions, another width, or non-finite values.
     """
     actions = np.asarray(actions, np.float32)
     if actions.ndim < 2 or actions.shape[-1] != 7 or not actions.size or not np.isfinite(actions).all():
         raise InputError(f"Gaussians are fitted to finite actions of shape [..., 7], not {actions.shape}.")
-    actions = actions.reshape(-1, 7)
-    values = np.concatenate([np.asarray(to_spherical(jnp.asarray(actions[:, :3]))), actions[:, 3:6].clip(-1, 1)], -1)
+    values = grid_variables(actions.reshape(-1, 7))
     return np.stack([values.mean(0, dtype=np.float64), values.std(0, dtype=np.float64)], -1)
+
+
+def grid_variables(actions: Float[np.ndarray, "*B 7"]) -> Float[np.ndarray, "*B 6"]:
+    """theta, phi, r, roll, pitch, yaw of normalised actions, f32, bounded to [-1, 1] first as in `encode`."""
+    return np.concatenate([to_spherical(actions[..., :3]), actions[..., 3:6].clip(-1, 1)], -1)
+
+
+def pool_gaussians(gaussians: Sequence[Float[np.ndarray, "6 2"]], counts: Sequence[int]) -> Float[np.ndarray, "6 2"]:
+    """What `fit_gaussians` gives on several sets of actions together, from its result on each and their sizes."""
+    mu, sigma = np.moveaxis(np.asarray(gaussians, np.float64), -1, 0)
+    mean = np.average(mu, axis=0, weights=counts)
+    return np.stack([mean, np.sqrt(np.average(sigma**2 + (mu - mean) ** 2, axis=0, weights=counts))], -1)
 
 
 def _quantiles(mu: float, sigma: float, low: float, high: float, n: int) -> Float[np.ndarray, " n"]:

@@ -75,15 +75,17 @@ class ActionGrid:
         return jnp.concatenate([jnp.clip(xyz, -1, 1), jnp.stack([*angles, gripper.astype(jnp.float32)], -1)], -1)
 
 
-def to_spherical(xyz: Float[Array | np.ndarray, "*B 3"]) -> Float[Array, "*B 3"]:
-    """Cartesian values, bounded to [-1, 1], as (theta, phi, r). Angles that are undefined (origin, poles) are 0."""
-    x, y, z = jnp.moveaxis(jnp.clip(xyz, -1, 1), -1, 0)
-    radius = jnp.hypot(x, y)  # hypot and not a sum of squares: tiny actions keep their direction
-    r = jnp.hypot(radius, z)
+def to_spherical(xyz: Any) -> Any:
+    """Cartesian values f32[*B, 3], bounded to [-1, 1], as (theta, phi, r), by the library (JAX or NumPy) that they are
+    arrays of. Angles that are undefined (origin, poles) are 0."""
+    xp = xyz.__array_namespace__()
+    x, y, z = xp.moveaxis(xp.clip(xyz, -1, 1), -1, 0)
+    radius = xp.hypot(x, y)  # hypot and not a sum of squares: tiny actions keep their direction
+    r = xp.hypot(radius, z)
     # The zeros of both signs must agree: atan2(0, -0.0) is pi.
-    theta = jnp.where(r == 0, 0, jnp.atan2(radius, z))
-    phi = jnp.where(radius == 0, 0, jnp.atan2(y, x))
-    return jnp.stack([theta, phi, r], -1)
+    theta = xp.where(r == 0, 0, xp.atan2(radius, z))
+    phi = xp.where(radius == 0, 0, xp.atan2(y, x))
+    return xp.stack([theta, phi, r], -1)
 
 
 def bin_centers(edges: Float[Array | np.ndarray, " n"]) -> Float[Array, " bins"]:
