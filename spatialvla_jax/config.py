@@ -12,7 +12,10 @@ from ml_collections import ConfigDict
 from spatialvla_jax.errors import InputError
 
 # Keys that may change when a run goes on: they touch what is watched, kept and where it runs, not what is computed.
-FREE_ON_RESUME = ("checkpoint", "mesh", "train.log_every", "train.eval_every", "data.workers", "data.cache_dir")
+FREE_ON_RESUME = (
+    *("checkpoint", "mesh", "train.log_every", "train.eval_every", "train.eval_frames"),
+    *("data.root", "data.cache_dir", "data.workers", "data.memory_gb", "data.faults"),
+)
 
 
 def default_config() -> ConfigDict:
@@ -31,9 +34,19 @@ def default_config() -> ConfigDict:
                 "action_chunk": 4,
             },
             "data": {
-                "datasets": [],  # each {"name", "spec", "path", "weight"}
-                "split": "train",
+                "mixture": "",  # of the catalogue, such as oxe_spatial_vla_plus; its datasets lie in the directory root
+                "root": "",
+                "datasets": [],  # further ones, each {"name", "spec", "path", "weight"}
+                "drop": {},  # {dataset: fraction of the steps after which it gives no more samples}
+                "split": "train",  # or a part of it: train[:95%]
                 "balance": True,  # multiply weights by dataset sizes, as published
+                "faults": {
+                    "policy": "fail",
+                    "limit": 100,
+                },  # skip: leave out damaged data and count it, up to the limit
+                "read_block": 1,  # consecutive frames read at once; more for spinning disks and remote storage
+                "shuffle_frames": 100_000,  # frames shuffled together where read_block > 1
+                "memory_gb": 8.0,  # what a process may hold of data
                 "cache_dir": "",  # of the dataset indexes; empty: ~/.cache/spatialvla_jax
                 "workers": 0,  # decoding threads; 0: one a core
                 "prompt": {
@@ -74,6 +87,7 @@ def default_config() -> ConfigDict:
                 "log_every": 50,
                 "eval_every": 5_000,
                 "eval_split": "val",
+                "eval_frames": 0,  # of it, evenly spaced; 0: all
             },
             "checkpoint": {"every": 5_000, "keep_last": 2, "keep_every": 0},
             "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
@@ -111,13 +125,13 @@ def train_config_of(run: Path) -> ConfigDict:
 
 
 def check_keys(config: dict[str, Any], default: dict[str, Any], prefix: str = "") -> None:
-    """Raises InputError for a key that `default` lacks, naming the nearest one."""
+    """Raises InputError for a key that `default` lacks, naming the nearest one. An empty dict takes any."""
     for key, value in config.items():
         if key not in default:
             near = difflib.get_close_matches(key, default, n=1)
             hint = f"; did you mean {prefix}{near[0]}?" if near else f"; there are {', '.join(default)}"
             raise InputError(f"config key {prefix}{key} does not exist{hint}")
-        if isinstance(default[key], dict):
+        if isinstance(default[key], dict) and default[key]:
             check_keys(value, default[key], f"{prefix}{key}.")
 
 

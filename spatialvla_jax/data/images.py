@@ -77,12 +77,19 @@ def decoder(size: int, depth: bool) -> Callable[..., dict[str, Any]]:
 
 
 def decode_batches(
-    read: Callable[[int], tuple[np.ndarray, ...]], steps: range, batch_size: int, size: int, depth: bool, workers: int
+    read: Callable[[int], tuple[np.ndarray, ...]],
+    steps: range,
+    batch_size: int,
+    size: int,
+    depth: bool,
+    workers: int,
+    ready: int = 2,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Decoded images of the batches `steps`, in order.
 
     `read(step)` gives the encoded ones: image bytes object[B][, depth bytes object[B], metres per count f32[B]]. At
-    most `workers` images are being decoded and three batches wait: nothing here tunes itself, so memory stays put.
+    most `workers` images are being decoded, one encoded batch and `ready` decoded ones wait: nothing here tunes itself,
+    so memory stays put.
     """
     tf = tensorflow()
     dtypes = (tf.string, tf.string, tf.float32) if depth else (tf.string,)
@@ -97,5 +104,5 @@ def decode_batches(
 
     dataset = tf.data.Dataset.range(steps.start, steps.stop).map(encoded).prefetch(1).unbatch()
     dataset = dataset.map(decoder(size, depth), num_parallel_calls=workers, deterministic=True)
-    dataset = dataset.batch(batch_size, drop_remainder=True).prefetch(2).with_options(options)
+    dataset = dataset.batch(batch_size, drop_remainder=True).prefetch(ready).with_options(options)
     return dataset.as_numpy_iterator()

@@ -6,6 +6,7 @@ Made in one pass, kept in a cache directory, memory-mapped when used: host memor
 import dataclasses
 import hashlib
 import json
+import mmap
 import os
 import re
 import shutil
@@ -71,6 +72,7 @@ class Index:
     num_read: int  # episodes that the split holds: those used and those skipped
     skipped: Mapping[str, int]  # episodes left out, by reason
     arrays: Mapping[str, np.ndarray]
+    maps: tuple[mmap.mmap, ...] = ()  # what the arrays look into
 
     @property
     def num_frames(self) -> int:
@@ -83,6 +85,11 @@ class Index:
     def episode(self, frames: Any) -> np.ndarray:
         """The episode i64[...] of each frame."""
         return np.searchsorted(self.arrays["episode_end"], frames, side="right")
+
+    def release(self) -> None:
+        """Gives the touched pages back: they stay in the system's cache, not in this process's resident set."""
+        for memory in self.maps:
+            memory.madvise(mmap.MADV_DONTNEED)
 
     def describe(self, frame: int) -> str:
         """Names a frame in an error: dataset, file, episode within the file, step."""
@@ -124,8 +131,9 @@ def load_index(
     # The policy is not in the key: without faults it makes no difference, and with them the index says so.
     if meta["fault"] and faults.policy == "fail":
         raise InputError(meta["fault"])
+    maps = {key: _map(directory / f"{key}.bin") for key in meta["rows"]}
     arrays = {
-        key: np.memmap(directory / f"{key}.bin", _ARRAYS[key][0], "r", shape=(rows, *_ARRAYS[key][1]))
+        key: np.frombuffer(maps[key], _ARRAYS[key][0]).reshape(rows, *_ARRAYS[key][1])
         for key, rows in meta["rows"].items()
     }
     return Index(
@@ -137,7 +145,13 @@ def load_index(
         meta["read"],
         meta["skipped"],
         arrays,
+        tuple(maps.values()),
     )
+
+
+def _map(path: Path) -> mmap.mmap:
+    with open(path, "rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def _build(

@@ -1,57 +1,28 @@
 """Batches of a mixture of RLDS datasets, in an order that is a pure function of the seed and the step."""
 
-import dataclasses
 import functools
-import os
 import sys
-from collections import OrderedDict
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 from ml_collections import ConfigDict
 
 from spatialvla_jax.data import mixture
-from spatialvla_jax.data.images import decode_batches, scale_intrinsics, tensorflow
-from spatialvla_jax.data.index import Index, load_index
-from spatialvla_jax.data.oxe import CATALOGUE, DatasetSpec, make_spec
+from spatialvla_jax.data.entries import make_entries
+from spatialvla_jax.data.images import scale_intrinsics
+from spatialvla_jax.data.index import Index
 from spatialvla_jax.data.prompt import Tokenizer, train_tokenizer
+from spatialvla_jax.data.reader import Rlds, Samples, Source, Split
 from spatialvla_jax.data.statistics import normalize
 from spatialvla_jax.errors import InputError
 
 Batch = dict[str, np.ndarray]
 _STATISTICS_ROWS = ("q01", "q99", "min", "max", "mask")
-
-
-@dataclasses.dataclass(frozen=True)
-class Split:
-    """One split of every dataset, with each dataset's prompts: ids i32[instructions, P] and mask."""
-
-    indexes: tuple[Index, ...]
-    prompts: tuple[tuple[np.ndarray, np.ndarray], ...]
-    starts: np.ndarray  # i64[D + 1]: sample_id of every dataset's first frame, and the end
-
-    def locate(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Dataset and frame within it of the samples `ids`."""
-        dataset = np.searchsorted(self.starts, ids, side="right") - 1
-        return dataset, ids - self.starts[dataset]
-
-
-class Source(Protocol):
-    """Where the loader's frames lie: in RLDS files (`Rlds`) or in one packed file (`pack.Packed`)."""
-
-    def index(self, split: str) -> tuple[Index, ...]:
-        """The index of every dataset of the mixture."""
-        ...
-
-    def pixels(
-        self, split: Split, samples: Callable[[int], np.ndarray], steps: range, batch_size: int
-    ) -> Iterator[dict[str, np.ndarray]]:
-        """For every step, of the frames `samples(step)` i64[B]: image u8[B,S,S,3], stored_size i32[B,2] (height and
-        width that the index's intrinsics are pixels of) and, if asked for, depth f32[B,S,S] metres."""
-        ...
+_RELEASE_EVERY = 1024  # samples after which the touched pages of the indexes are given back
 
 
 def load_data(
@@ -66,9 +37,18 @@ def load_data(
 ) -> "Loader":
     """The loader that a config's `data` part describes:
 
-    datasets    list of {"name", "path" (version directory), "spec" (catalogue name or fields), "weight" (1.0)}
-    split       "train"; the split that statistics, tokenizer and `batches` use
+    mixture     a mixture of the catalogue by name; `root` is the directory that holds its datasets, of which each one's
+                newest version is taken
+    datasets    further ones: list of {"name", "path" (version directory), "spec" (catalogue name or fields), "weight"
+                (1.0), "splits" ({split: what this dataset has in its place})}
+    drop        {dataset: fraction of the run's steps after which it gives no more samples}
+    split       "train", or a part of one such as "train[:95%]"; what statistics, tokenizer and `batches` use
     balance     True; weights are multiplied by the datasets' frame counts
+    faults      {"policy": "fail" | "skip", "limit": N}: whether damaged episodes and frames are left out and counted,
+                up to N episodes of a split and, while streaming, N frames of a process; then it fails all the same
+    read_block  1; how many consecutive frames are read at once, see mixture.py; `shuffle_frames` of them are then
+                shuffled together (100 000)
+    memory_gb   8; what the process may hold of data: queues get shallower for it, and too small a budget is an error
     cache_dir   where indexes are kept; None is ~/.cache/spatialvla_jax
     workers     threads that decode; None is one a core
     prompt      {"length": P, "template": "{instruction}", "model": path of a SentencePiece model or None to train one
@@ -103,15 +83,11 @@ class Loader:
         tokenizer: Tokenizer | None,
         progress: Callable[[str, int, int], None] | None,
     ):
-        entries = [_entry(entry) for entry in config["datasets"]]
-        if not entries:
-            raise InputError("The mixture is empty: data.datasets must name at least one dataset")
-        self.names = tuple(entry["name"] for entry in entries)
-        if len(set(self.names)) < len(self.names):
-            raise InputError(f"data.datasets has a name twice: {', '.join(self.names)}")
+        entries = make_entries(config)
+        self.names = tuple(entry.name for entry in entries)
         for entry in entries:
-            if depth and entry["spec"].depth is None:
-                raise InputError(f"Dataset {entry['name']!r} has no depth, which the config asks for")
+            if depth and entry.spec.depth is None:
+                raise InputError(f"Dataset {entry.name!r} has no depth, which the config asks for")
         self.image_size, self.action_chunk, self.depth = image_size, action_chunk, depth
         self._source: Source = Rlds(config, entries, image_size, depth, progress)
         self._prompt, self._train_split = config["prompt"], config.get("split") or "train"
@@ -119,9 +95,14 @@ class Loader:
         self._splits: dict[str, Split] = {}
 
         train = self._index(self._train_split)
-        self.weights = tuple(entry["weight"] for entry in entries)
+        self.weights = tuple(entry.weight for entry in entries)
+        self._balance, self._drop = config.get("balance", True), dict(config.get("drop") or {})
         self.mixture = mixture.make_mixture(
-            tuple(index.num_frames for index in train), self.weights, balance=config.get("balance", True)
+            tuple(index.num_frames for index in train),
+            self.weights,
+            balance=self._balance,
+            block=config.get("read_block", 1),
+            shuffle=config.get("shuffle_frames", 100_000),
         )
         self.statistics = dict(statistics or {index.name: index.statistics for index in train})
         for name in self.names:
@@ -134,45 +115,71 @@ class Loader:
         self._split(self._train_split)  # all prompts fit, or it is an error now
 
     def batches(
-        self, batch_size: int, *, start_step: int = 0, seed: int = 0, process_index: int = 0, process_count: int = 1
+        self,
+        batch_size: int,
+        *,
+        start_step: int = 0,
+        seed: int = 0,
+        process_index: int = 0,
+        process_count: int = 1,
+        total_steps: int | None = None,
     ) -> Iterator[Batch]:
         """Endless training batches from step `start_step` on: this process's rows of global batches of `batch_size`.
 
         Step s holds samples s * batch_size … of the mixture's endless sequence, whatever the number of processes.
+        `total_steps` is what the fractions of `data.drop` are of.
         """
         split = self._split(self._train_split)
         rows = _rows(batch_size, process_index, process_count)
+        phases = self._phases(batch_size, seed, total_steps)
+        firsts = [first for first, *_ in phases]
 
-        def samples(step: int) -> np.ndarray:
-            dataset, frame = mixture.draw(self.mixture, seed, step * batch_size + rows)
+        def samples(step: int, attempt: int = 0) -> np.ndarray:
+            first, datasets, drawn = phases[bisect_right(firsts, step) - 1]
+            numbers = (step - first) * batch_size + rows
+            dataset, frame = mixture.draw(datasets, mixture.another_seed(seed, attempt), numbers, drawn)
             return split.starts[dataset] + frame
 
-        return self._stream(split, samples, range(start_step, sys.maxsize), len(rows))
+        windows = self.mixture.window_frames if self.mixture.block > 1 else ()
+        return self._stream(split, samples, range(start_step, sys.maxsize), len(rows), windows)
 
-    def epoch(self, batch_size: int, split: str, *, process_index: int = 0, process_count: int = 1) -> Iterator[Batch]:
-        """This process's rows of batches with every frame of a split once, in stored order. The last batch is padded;
-        `valid` bool[B] tells which rows count."""
+    def epoch(
+        self,
+        batch_size: int,
+        split: str,
+        *,
+        process_index: int = 0,
+        process_count: int = 1,
+        frames: int | None = None,
+    ) -> Iterator[Batch]:
+        """This process's rows of batches with every frame of a split once, in stored order, or with so many `frames`
+        evenly spaced among them. The last batch is padded; `valid` bool[B] tells which rows count."""
         data = self._split(split)
         rows = _rows(batch_size, process_index, process_count)
         total = int(data.starts[-1])
-        steps = range(-(-total // batch_size))
+        count = min(frames or total, total)
+        steps = range(-(-count // batch_size))
 
-        def samples(step: int) -> np.ndarray:
-            return np.minimum(step * batch_size + rows, total - 1)
+        def samples(step: int, attempt: int = 0) -> np.ndarray:
+            ids = np.minimum(step * batch_size + rows, count - 1) * total // count
+            return (ids + attempt) % total  # in the place of one that cannot be read stands another, not valid
 
         for step, batch in zip(steps, self._stream(data, samples, steps, len(rows)), strict=True):
-            yield batch | {"valid": step * batch_size + rows < total}
+            meant = (step * batch_size + rows < count) & (batch["sample_id"] == samples(step))
+            yield batch | {"valid": meant}
 
     def episodes(self, split: str) -> Iterator[dict[str, Any]]:
-        """Every episode of a split: a batch of its L frames in order, with "dataset" (its name) and "instruction"."""
+        """Every episode of a split: a batch of its L frames in order, with "dataset" (its name) and "instruction".
+        Those with frames that turn out unreadable are left out, if the config allows it."""
         data = self._split(split)
         for number, index in enumerate(data.indexes):
             first = 0
             for end in index.arrays["episode_end"].tolist():
                 ids = data.starts[number] + np.arange(first, end)
-                batch = next(self._stream(data, lambda _, ids=ids: ids, range(1), len(ids)))
-                instruction = index.instructions[index.arrays["language"][first]]
-                yield {"dataset": index.name, "instruction": instruction} | batch
+                batch = self.frames(ids, split)
+                if np.array_equal(batch["sample_id"], ids):
+                    instruction = index.instructions[index.arrays["language"][first]]
+                    yield {"dataset": index.name, "instruction": instruction} | batch
                 first = end
 
     def indexes(self, split: str | None = None) -> tuple[Index, ...]:
@@ -180,8 +187,14 @@ class Loader:
         return self._index(split or self._train_split)
 
     def frames(self, samples: np.ndarray, split: str | None = None) -> Batch:
-        """One batch of chosen frames of a split (the training split by default), numbered i64[B] as in sample_id."""
-        return next(self._stream(self._split(split or self._train_split), lambda _: samples, range(1), len(samples)))
+        """One batch of chosen frames of a split (the training split by default), numbered i64[B] as in sample_id. In
+        the place of one that cannot be read stands a later one, if the config allows it."""
+        data = self._split(split or self._train_split)
+
+        def later(_: int, attempt: int = 0) -> np.ndarray:
+            return (samples + attempt) % data.starts[-1]
+
+        return next(self._stream(data, later, range(1), len(samples)))
 
     def actions(self, split: str | None = None) -> Float[np.ndarray, "N 7"]:
         """Normalised actions of all frames of a split (the training split by default), for fitting a grid."""
@@ -193,7 +206,7 @@ class Loader:
         """Every dataset's camera (its first training frame's) in units of the image: fx and cx over its width, fy and
         cy over its height."""
         split = self._split(self._train_split)
-        first = next(self._stream(split, lambda _: split.starts[:-1], range(1), len(self.names)))["intrinsics"]
+        first = self.frames(split.starts[:-1])["intrinsics"]
         relative = scale_intrinsics(first, (self.image_size, self.image_size), (1, 1))
         return dict(zip(self.names, relative.tolist(), strict=True))
 
@@ -202,21 +215,71 @@ class Loader:
         return sum(index.num_frames for index in self._index(split or self._train_split))
 
     def table(self) -> list[dict[str, Any]]:
-        """The training mixture, one row a dataset: name, episodes, skipped episodes, frames, weight, effective share of
-        the samples, and passes over the dataset in one epoch (= `mixture.epoch_length` samples)."""
-        rows = zip(self._index(self._train_split), self.weights, self.mixture.shares, strict=True)
+        """The training mixture, one row a dataset: name, episodes read, used and skipped (by reason), frames, weight,
+        effective share of the samples in every phase, and passes over the dataset in one epoch of the first phase (=
+        `mixture.epoch_length` samples)."""
+        phases = [phase for _, phase in self._fractions()]
         return [
             {
                 "dataset": index.name,
+                "read": index.num_read,
                 "episodes": index.num_episodes,
-                "skipped": sum(index.skipped.values()),
+                "skipped": dict(index.skipped),
                 "frames": index.num_frames,
-                "weight": weight,
-                "share": share,
-                "passes": self.mixture.epoch_length * share / index.num_frames,
+                "weight": self.weights[number],
+                "share": phases[0].shares[number],
+                "shares": [phase.shares[number] for phase in phases],
+                "passes": phases[0].epoch_length * phases[0].shares[number] / index.num_frames,
             }
-            for index, weight, share in rows
+            for number, index in enumerate(self._index(self._train_split))
         ]
+
+    def describe(self) -> str:
+        """`table` as text."""
+        borders = [fraction for fraction, _ in self._fractions()]
+        names = ["share", *(f"from {border:.0%}" for border in borders[1:])]
+        rows = [["dataset", "episodes", "skipped", "frames", "weight", *names, "passes"]]
+        for row in self.table():
+            skipped = ", ".join(f"{count} {reason}" for reason, count in row["skipped"].items()) or "0"
+            shares = [f"{share:.2%}" for share in row["shares"]]
+            numbers = [f"{row['episodes']:,}", skipped, f"{row['frames']:,}", f"{row['weight']:g}"]
+            rows.append([row["dataset"], *numbers, *shares, f"{row['passes']:.2f}"])
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+        return "\n".join([*lines, f"One epoch, {self.mixture.epoch_length:,} samples, sees every dataset in full."])
+
+    def num_skipped(self, split: str | None = None) -> int:
+        """Episodes of a split (the training split by default) that were left out when it was indexed."""
+        return sum(sum(index.skipped.values()) for index in self._index(split or self._train_split))
+
+    def replaced(self, split: str | None = None) -> dict[tuple[str, str], int]:
+        """Samples of a split (the training split by default) that this process drew anew since it began, because their
+        frames could not be read: {(dataset, reason): count}. Samples delivered + these = samples drawn."""
+        return dict(self._split(split or self._train_split).replaced)
+
+    def _fractions(self) -> list[tuple[float, mixture.Mixture]]:
+        """The phases of a run: the fraction of its steps at which each begins, and its mixture."""
+        phases = [(0.0, self.mixture)]
+        for border in sorted(set(self._drop.values())):
+            gone = frozenset(self.names.index(name) for name, until in self._drop.items() if until <= border)
+            phases.append((border, self.mixture.without(self.weights, gone, balance=self._balance)))
+        return phases
+
+    def _phases(
+        self, batch_size: int, seed: int, total_steps: int | None
+    ) -> list[tuple[int, mixture.Mixture, np.ndarray]]:
+        """The phases of a run: first step, mixture, and what was drawn of each dataset before."""
+        if self._drop and total_steps is None:
+            raise InputError("data.drop needs to know how many steps the run has")
+        phases: list[tuple[int, mixture.Mixture, np.ndarray]] = []
+        drawn = np.zeros(len(self.names), np.int64)
+        for fraction, datasets in self._fractions():
+            first = round(fraction * (total_steps or 0))
+            if phases:
+                before, previous, _ = phases[-1]
+                drawn = drawn + mixture.count_draws(previous, seed, (first - before) * batch_size)
+            phases.append((first, datasets, drawn))
+        return phases
 
     def _index(self, split: str) -> tuple[Index, ...]:
         if split not in self._indexes:
@@ -247,11 +310,18 @@ class Loader:
         return train_tokenizer(instructions, self._prompt["vocab_size"], template=template)
 
     def _stream(
-        self, split: Split, samples: Callable[[int], np.ndarray], steps: range, batch_size: int
+        self, split: Split, samples: Samples, steps: range, batch_size: int, windows: tuple[int, ...] = ()
     ) -> Iterator[Batch]:
-        """Batches of the frames `samples(step)` i64[B] for every step."""
-        for step, images in zip(steps, self._source.pixels(split, samples, steps, batch_size), strict=False):
-            yield self._assemble(split, samples(step), images)
+        """Batches of the frames `samples(step)` i64[B] for every step, or of those that stand in for them."""
+        seen = 0
+        for step, images in zip(steps, self._source.pixels(split, samples, steps, batch_size, windows), strict=False):
+            ids = images["sample_id"] if "sample_id" in images else samples(step)
+            yield self._assemble(split, ids, images)
+            seen += batch_size
+            if seen >= _RELEASE_EVERY:
+                seen = 0
+                for index in split.indexes:
+                    index.release()
 
     def _assemble(self, split: Split, ids: np.ndarray, images: dict[str, np.ndarray]) -> Batch:
         """Everything of a batch besides its pixels, from the indexes."""
@@ -304,105 +374,3 @@ def _rows(batch_size: int, process_index: int, process_count: int) -> np.ndarray
     if batch_size % process_count:
         raise InputError(f"The batch size {batch_size} does not divide among {process_count} processes")
     return np.arange(batch_size).reshape(process_count, -1)[process_index]
-
-
-class Rlds:
-    """The frames of RLDS datasets, out of their TFRecords. See `Source`."""
-
-    def __init__(
-        self,
-        config: Mapping[str, Any],
-        entries: list[dict[str, Any]],
-        image_size: int,
-        depth: bool,
-        progress: Callable[[str, int, int], None] | None,
-    ):
-        self._entries, self._image_size, self._depth, self._progress = entries, image_size, depth, progress
-        self._cache_dir = Path(config.get("cache_dir") or "~/.cache/spatialvla_jax").expanduser()
-        self._workers = config.get("workers") or os.cpu_count() or 1
-
-    def index(self, split: str) -> tuple[Index, ...]:
-        return tuple(
-            load_index(entry["name"], entry["path"], entry["spec"], split, self._cache_dir, self._progress)
-            for entry in self._entries
-        )
-
-    def pixels(
-        self, split: Split, samples: Callable[[int], np.ndarray], steps: range, batch_size: int
-    ) -> Iterator[dict[str, np.ndarray]]:
-        def read(step: int) -> tuple[np.ndarray, ...]:
-            return self._read(split, samples(int(step)), files)
-
-        tf = tensorflow()
-        files = _Files()
-        decoded = decode_batches(read, steps, batch_size, self._image_size, self._depth, self._workers)
-        for step in steps:
-            try:
-                yield next(decoded)
-            except tf.errors.OpError:
-                self._find_broken(split, samples(step))
-                raise
-
-    def _read(self, split: Split, ids: np.ndarray, files: "_Files") -> tuple[np.ndarray, ...]:
-        """Encoded images (and depth maps with their units) of the frames `ids`."""
-        keys = ("image", "depth") if self._depth else ("image",)
-        encoded = {key: np.empty(len(ids), object) for key in keys}
-        units = np.empty(len(ids), np.float32)
-        dataset, frames = split.locate(ids)
-        for number in np.unique(dataset):
-            index, own = split.indexes[number], np.flatnonzero(dataset == number)
-            units[own] = index.spec.depth_unit
-            names = index.arrays["episode_file"][index.episode(frames[own])]
-            for key in keys:
-                spans = index.arrays[key][frames[own]].tolist()
-                for row, name, (offset, length) in zip(own, names, spans, strict=True):
-                    encoded[key][row] = files.read(index.files[name], offset, length)
-        return (*encoded.values(), units) if self._depth else tuple(encoded.values())
-
-    def _find_broken(self, split: Split, ids: np.ndarray) -> None:
-        """Raises InputError for the first frame among `ids` that cannot be read or decoded."""
-        tf = tensorflow()
-        for sample, *encoded in zip(ids, *self._read(split, ids, _Files()), strict=True):
-            try:
-                tf.io.decode_image(encoded[0], channels=3, expand_animations=False)
-                if self._depth:
-                    tf.io.decode_png(encoded[1], channels=1, dtype=tf.uint16)
-            except tf.errors.InvalidArgumentError as error:
-                (dataset,), (frame,) = split.locate(np.asarray([sample]))
-                where = split.indexes[dataset].describe(int(frame))
-                raise InputError(f"{where}: the image does not decode ({len(encoded[0])} bytes)") from error
-
-
-class _Files:
-    """Byte ranges of files, with the most recently used ones kept open."""
-
-    def __init__(self, limit: int = 64):
-        self._limit = limit
-        self._open: OrderedDict[str, int] = OrderedDict()
-
-    def read(self, path: str, offset: int, length: int) -> bytes:
-        if path not in self._open:
-            try:
-                self._open[path] = os.open(path, os.O_RDONLY)
-            except OSError as error:
-                raise InputError(f"{path} cannot be read any more: {error.strerror}") from error
-            if len(self._open) > self._limit:
-                os.close(self._open.popitem(last=False)[1])
-        self._open.move_to_end(path)
-        return os.pread(self._open[path], length, offset)
-
-    def __del__(self) -> None:
-        for descriptor in self._open.values():
-            os.close(descriptor)
-
-
-def _entry(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """A checked copy of one of the config's datasets."""
-    values: dict[str, Any] = {"weight": 1.0} | dict(entry)
-    for key in ("name", "path", "spec"):
-        if key not in values:
-            raise InputError(f"An entry of data.datasets has no {key!r}: it has {', '.join(sorted(values))}")
-    if unknown := sorted(set(values) - {"name", "path", "spec", "weight"}):
-        raise InputError(f"Dataset {values['name']!r} in data.datasets has the unknown key {unknown[0]!r}")
-    spec: DatasetSpec = make_spec(values["spec"], CATALOGUE, values["name"])
-    return values | {"spec": spec}

@@ -4,10 +4,16 @@ Samples come in blocks of `BLOCK` slots. In every block each dataset has the sam
 remainder), in an order drawn anew for every block. Counting a dataset's slots gives its n-th draw, and a seeded
 permutation of the dataset's frames, another one each pass, gives the draw's frame: every frame comes exactly once a
 pass. Nothing is buffered and nothing depends on how many hosts read.
+
+A permutation of single frames reads a local disk at random, which is what it does best. Spinning disks and remote
+storage want larger reads: then blocks of consecutive frames are permuted, and the frames within each window of some
+blocks (`permute_blocks`). What it costs: the window's compressed frames are kept in memory, frames farther apart than
+a window in the order of blocks never mix within a pass, and every host reads every block of which it has a frame: it
+pays for one or a few hosts; many hosts read few frames each, and are better off with single ones.
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,7 +30,9 @@ class Mixture:
     """Datasets by number of frames, and how many of every `BLOCK` samples each one gives."""
 
     sizes: tuple[int, ...]
-    counts: tuple[int, ...]
+    counts: tuple[int, ...]  # 0: the dataset is left out
+    block: int = 1  # consecutive frames read at once
+    windows: tuple[int, ...] = ()  # blocks of each dataset that are shuffled together, where block > 1
 
     @property
     def shares(self) -> tuple[float, ...]:
@@ -34,11 +42,28 @@ class Mixture:
     @property
     def epoch_length(self) -> int:
         """Samples until every dataset of the mixture has been seen at least once in full."""
-        return max(-(-size * BLOCK // count) for size, count in zip(self.sizes, self.counts, strict=True))
+        return max(-(-size * BLOCK // count) for size, count in zip(self.sizes, self.counts, strict=True) if count)
+
+    @property
+    def window_frames(self) -> tuple[int, ...]:
+        """Frames of each dataset that are shuffled together, where block > 1."""
+        return tuple(min(size, window * self.block) for size, window in zip(self.sizes, self.windows, strict=True))
+
+    def without(self, weights: tuple[float, ...], left_out: frozenset[int], *, balance: bool = True) -> "Mixture":
+        """The same mixture with the datasets of these numbers left out."""
+        kept = [number for number in range(len(self.sizes)) if number not in left_out]
+        sizes, weights = tuple(self.sizes[n] for n in kept), tuple(weights[n] for n in kept)
+        counts = dict(zip(kept, make_mixture(sizes, weights, balance=balance).counts, strict=True))
+        return replace(self, counts=tuple(counts.get(number, 0) for number in range(len(self.sizes))))
 
 
-def make_mixture(sizes: tuple[int, ...], weights: tuple[float, ...], *, balance: bool = True) -> Mixture:
+def make_mixture(
+    sizes: tuple[int, ...], weights: tuple[float, ...], *, balance: bool = True, block: int = 1, shuffle: int = 100_000
+) -> Mixture:
     """Mixture of datasets with `sizes` frames; `balance` multiplies the weights by the sizes (as Octo and OpenVLA do).
+
+    Where frames are read in blocks of more than one, about `shuffle` of them are shuffled together: each dataset's
+    share of that.
 
     Raises InputError when there is no dataset or a weight is not a positive finite number.
     """
@@ -51,13 +76,18 @@ def make_mixture(sizes: tuple[int, ...], weights: tuple[float, ...], *, balance:
     counts = np.floor(quota).astype(np.int64)
     left_over = BLOCK - len(sizes) - counts.sum()
     counts[np.argsort(counts - quota, kind="stable")[:left_over]] += 1
-    return Mixture(tuple(sizes), tuple(int(count) + 1 for count in counts))  # + 1: no dataset is rounded away
+    counts = tuple(int(count) + 1 for count in counts)  # + 1: no dataset is rounded away
+    windows = tuple(max(1, round(shuffle * count / BLOCK / block)) for count in counts) if block > 1 else ()
+    return Mixture(tuple(sizes), counts, block, windows)
 
 
 def draw(
-    mixture: Mixture, seed: int, samples: Int[np.ndarray, " B"]
+    mixture: Mixture, seed: int, samples: Int[np.ndarray, " B"], drawn: Int[np.ndarray, " D"] | int = 0
 ) -> tuple[Int[np.ndarray, " B"], Int[np.ndarray, " B"]]:
-    """Dataset i64[B] and frame within it i64[B] of the samples with global numbers `samples` i64[B]."""
+    """Dataset i64[B] and frame within it i64[B] of the samples with global numbers `samples` i64[B].
+
+    `drawn`: what earlier mixtures of the same datasets have drawn of each, so that its pass goes on.
+    """
     blocks, slots = np.divmod(samples, BLOCK)
     dataset, nth = np.empty_like(samples), np.empty_like(samples)
     for block in np.unique(blocks):
@@ -65,12 +95,28 @@ def draw(
         order, rank = _block(mixture.counts, seed, int(block))
         dataset[rows] = order[slots[rows]]
         nth[rows] = rank[slots[rows]] + block * np.asarray(mixture.counts)[dataset[rows]]
+    nth += np.broadcast_to(drawn, len(mixture.sizes))[dataset]
     sizes = np.asarray(mixture.sizes)[dataset]
     epoch, position = np.divmod(nth, sizes)
-    return dataset, permute(position, sizes, _key(seed, 1, dataset, epoch))
+    key = _key(seed, 1, dataset, epoch)
+    if mixture.block == 1:
+        return dataset, permute(position, sizes, key)
+    return dataset, permute_blocks(position, sizes, key, mixture.block, np.asarray(mixture.windows)[dataset])
 
 
-@functools.lru_cache(maxsize=4)
+def count_draws(mixture: Mixture, seed: int, samples: int) -> Int[np.ndarray, " D"]:
+    """How many of the first `samples` samples each dataset gives."""
+    blocks, slots = divmod(samples, BLOCK)
+    order, _ = _block(mixture.counts, seed, blocks)
+    return blocks * np.asarray(mixture.counts) + np.bincount(order[:slots], minlength=len(mixture.counts))
+
+
+def another_seed(seed: int, attempt: int) -> int:
+    """The seed of the draws that replace, at the `attempt`-th time, samples which cannot be read: 0 is `seed`."""
+    return int(_key(seed, 2, attempt)[0]) if attempt else seed
+
+
+@functools.lru_cache(maxsize=8)
 def _block(counts: tuple[int, ...], seed: int, block: int) -> tuple[np.ndarray, np.ndarray]:
     """Of one block: the dataset of every slot, and how many slots before it in the block have the same dataset."""
     order = np.repeat(np.arange(len(counts)), counts)[permute(np.arange(BLOCK), BLOCK, _key(seed, 0, block))]
@@ -103,6 +149,30 @@ def permute(
     while (outside := np.flatnonzero(value >= sizes)).size:
         value[outside] = shuffle(value[outside], half[outside], keys[outside])
     return value.astype(np.int64)
+
+
+def permute_blocks(
+    positions: Int[np.ndarray, " B"],
+    sizes: Int[np.ndarray, " B"] | int,
+    keys: UInt64[np.ndarray, " B"] | np.uint64,
+    block: int,
+    windows: Int[np.ndarray, " B"] | int,
+) -> Int[np.ndarray, " B"]:
+    """Like `permute`, but close positions go to close places: of the blocks of `block` consecutive places, in random
+    order, each `windows` in a row are shuffled together."""
+    sizes, keys, windows = (np.broadcast_to(value, positions.shape) for value in (sizes, keys, windows))
+    blocks = -(-sizes // block)
+
+    def shuffle(value: np.ndarray, blocks: np.ndarray, keys: np.ndarray, windows: np.ndarray) -> np.ndarray:
+        window, place = np.divmod(value, windows * block)
+        first = window * windows
+        place = permute(place, np.minimum(windows, blocks - first) * block, _key(keys, 1, window))
+        return permute(first + place // block, blocks, _key(keys, 0)) * block + place % block
+
+    value = shuffle(positions, blocks, keys, windows)
+    while (outside := np.flatnonzero(value >= sizes)).size:  # the last block is not full
+        value[outside] = shuffle(value[outside], blocks[outside], keys[outside], windows[outside])
+    return value
 
 
 def _key(*parts: Any) -> UInt64[np.ndarray, " B"]:

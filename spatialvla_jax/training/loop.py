@@ -2,6 +2,8 @@
 
 import json
 import os
+import sys
+import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -48,10 +50,10 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     mesh = make_mesh(config.mesh.to_dict())
     check_batch(config.train.batch_size, config.train.accumulate, mesh)
     loader = open_data(config)
-    if config.train.eval_every:
-        loader.num_frames(
-            config.train.eval_split
-        )  # a split that is missing is an error now, not at the first validation
+    if config.train.eval_every:  # a split that is missing is an error now, not at the first validation
+        loader.num_frames(config.train.eval_split)
+    if jax.process_index() == 0:
+        tqdm.write(loader.describe(), file=sys.stderr)
     write_json(saved, config.to_dict())
     write_json(workdir / "statistics.json", loader.statistics)
 
@@ -108,20 +110,30 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         seed=config.seed,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
+        total_steps=config.train.steps,
     )
+    skipped, replaced, waited, logged = loader.num_skipped(), 0, 0.0, start
     last: dict[str, float] = {}
     bar = tqdm(total=config.train.steps, initial=start, unit="step", desc="train", dynamic_ncols=True)
     try:
         for step in range(start + 1, config.train.steps + 1):
+            waiting = time.perf_counter()
             batch = next(batches)
+            waited += time.perf_counter() - waiting
             # A fingerprint of which frames the step saw: two runs saw the same data if these agree.
             digest = zlib.crc32(np.ascontiguousarray(batch["sample_id"]).tobytes())
             state, metrics = step_fn(state, to_device(batch, batch_sharding), grid)
             bar.update()
             if step % config.train.log_every == 0 or step in (1, config.train.steps):
                 last = {k: float(v) for k, v in jax.device_get(metrics).items()}
-                bar.set_postfix(loss=f"{last['loss']:.3f}", l1=f"{last['l1']:.3f}", refresh=False)
-                log.write(step, last | {"batch": f"{digest:08x}"})
+                # Waiting for data is in the step's time unless the device was still busy with the steps before.
+                wait = waited / (step - logged)
+                shown = {"loss": f"{last['loss']:.3f}", "l1": f"{last['l1']:.3f}", "data_wait": f"{1000 * wait:.0f}ms"}
+                bar.set_postfix(shown, refresh=False)
+                before, replaced = replaced, sum(loader.replaced().values())
+                counts = {"data/skipped": skipped, "data/replaced": replaced - before}  # episodes; samples since last
+                log.write(step, last | {"batch": f"{digest:08x}"} | counts, {"data/wait_seconds": wait})
+                waited, logged = 0.0, step
             if config.train.eval_every and (step % config.train.eval_every == 0 or step == config.train.steps):
                 values = validate(eval_fn, state, loader, config, batch_sharding, grid)
                 log.write(step, {f"val/{k}": v for k, v in values.items()})
@@ -146,6 +158,7 @@ def validate(
         config.train.eval_split,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
+        frames=config.train.eval_frames or None,
     )
     for batch in batches:
         arrays = to_device(batch, sharding)
@@ -195,7 +208,7 @@ def make_processor(config: ConfigDict, loader: Loader) -> Processor:
     elif config.grid.kind == "uniform":
         grid = uniform_grid(config.grid.num_bins)
     elif config.grid.kind == "gaussian":
-        stats = fit_gaussians(loader.actions("train"))
+        stats = fit_gaussians(loader.actions())
         grid = gaussian_grid(stats, config.grid.num_bins, config.grid.min_sigma)
     else:
         raise InputError(f"config key grid.kind is {config.grid.kind!r}; choose gaussian, uniform or linear")

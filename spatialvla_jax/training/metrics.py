@@ -24,11 +24,12 @@ class MetricsLog:
         self.file = self.path.open("a")
         self.tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
 
-    def write(self, step: int, values: dict[str, Any]) -> None:
-        """`values` are JSON scalars; numbers go to TensorBoard too."""
+    def write(self, step: int, values: dict[str, Any], timings: dict[str, float] | None = None) -> None:
+        """`values` are JSON scalars; numbers go to TensorBoard too. `timings` go there alone: the file is the same
+        whenever the run is."""
         self.file.write(json.dumps({"step": step, **values}) + "\n")
         self.file.flush()
-        for name, value in values.items():
+        for name, value in (values | (timings or {})).items():
             if isinstance(value, float | int):
                 self.tensorboard.add_scalar(name, value, step)
 

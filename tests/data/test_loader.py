@@ -185,7 +185,7 @@ def test_weights_and_balance(rlds, other, cache_dir):
 def test_default_camera(rlds, cache_dir):
     """A dataset without intrinsics has the release's camera, scaled from 640x480 whatever the stored size."""
     config = data_config(rlds, cache_dir=cache_dir)
-    config["datasets"][0]["spec"] = "libero_no_noops"
+    config["datasets"][0]["spec"] = {}
     intrinsics = next(load_data(config, image_size=224).batches(2))["intrinsics"]
     expected = [[623.588 * 0.35, 0, 319.501 * 0.35], [0, 623.588 * 224 / 480, 239.545 * 224 / 480], [0, 0, 1]]
     np.testing.assert_allclose(intrinsics, [expected, expected], rtol=1e-6)
@@ -247,7 +247,7 @@ def test_dataset_that_vanishes(tmp_path):
 
 def test_open_files_stay_few(tmp_path):
     """More shards than are kept open."""
-    from spatialvla_jax.data.loader import _Files
+    from spatialvla_jax.data.reader import _Files
 
     files = _Files(limit=3)
     for number in range(8):
@@ -267,7 +267,7 @@ def test_open_files_stay_few(tmp_path):
         (lambda config: config["datasets"][0].update(weight=0), "must be a positive number"),
         (lambda config: config["datasets"][0].update(wait=1), "unknown key 'wait'"),
         (lambda config: config["datasets"][0].pop("path"), "has no 'path'"),
-        (lambda config: config["datasets"].append(config["datasets"][0]), "has a name twice"),
+        (lambda config: config["datasets"].append(config["datasets"][0]), "have a name twice: toy0"),
         (lambda config: config.update(split="test"), "has no split 'test': it has train, val"),
         (lambda config: config["datasets"][0].update(spec={}), "'toy0' has no depth"),
         (lambda config: config["prompt"].update(length=4), "needs .* tokens, more than the 4"),

@@ -1,0 +1,82 @@
+"""Which datasets a config's `data` part names: those of a mixture of the catalogue, and its own."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from spatialvla_jax.data.oxe import CATALOGUE, DatasetSpec, make_spec
+from spatialvla_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One dataset of a run."""
+
+    name: str
+    spec: DatasetSpec
+    path: str  # version directory
+    weight: float = 1.0
+    splits: Mapping[str, str] = dataclasses.field(default_factory=dict)  # what this dataset has in a split's place
+
+
+def make_entries(config: Mapping[str, Any]) -> tuple[Entry, ...]:
+    """The datasets of `mixture` under `root`, then those of `datasets`. Raises InputError for anything wrong with the
+    config, and one that names all directories that a mixture lacks."""
+    mixture = config.get("mixture")
+    entries = (*(_mixture(mixture, config.get("root")) if mixture else ()), *map(_entry, config.get("datasets", ())))
+    names = [entry.name for entry in entries]
+    if not entries:
+        raise InputError("The mixture is empty: data.mixture or data.datasets must name at least one dataset")
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise InputError(f"data.datasets and data.mixture have a name twice: {', '.join(twice)}")
+    for name, until in config.get("drop", {}).items():
+        if name not in names:
+            raise InputError(f"data.drop names {name!r}, which is not in the mixture: that has {', '.join(names)}")
+        if not 0 < until < 1:
+            raise InputError(f"data.drop[{name!r}] is {until}: expected the fraction of the steps, between 0 and 1")
+    if len(config.get("drop", {})) == len(names):
+        raise InputError("data.drop names every dataset: one at least must last to the end")
+    return entries
+
+
+def _entry(values: Mapping[str, Any]) -> Entry:
+    """One of the config's own datasets."""
+    known = [field.name for field in dataclasses.fields(Entry)]
+    for key in ("name", "path", "spec"):
+        if key not in values:
+            raise InputError(f"An entry of data.datasets has no {key!r}: it has {', '.join(sorted(values))}")
+    if unknown := sorted(set(values) - set(known)):
+        raise InputError(f"Dataset {values['name']!r} in data.datasets has the unknown key {unknown[0]!r}")
+    return Entry(**{**values, "spec": make_spec(values["spec"], CATALOGUE, values["name"])})
+
+
+def _mixture(name: str, root: str | None) -> list[Entry]:
+    from spatialvla_jax.data.oxe.mixtures import MIXTURES
+
+    if name not in MIXTURES:
+        raise InputError(f"data.mixture is {name!r}: known are {', '.join(sorted(MIXTURES))}")
+    if not root:
+        raise InputError(f"data.mixture {name!r} needs data.root, the directory that holds its datasets")
+    entries, missing = [], []
+    for dataset, weight in MIXTURES[name]:
+        spec = make_spec(dataset, CATALOGUE, dataset)
+        if path := newest_version(Path(root) / (spec.tfds_name or dataset)):
+            entries.append(Entry(dataset, spec, str(path), weight))
+        else:
+            missing.append(spec.tfds_name or dataset)
+    if missing:
+        raise InputError(
+            f"{root} lacks {len(missing)} of the {len(MIXTURES[name])} datasets of {name!r}: {', '.join(missing)}"
+        )
+    return entries
+
+
+def newest_version(path: Path) -> Path | None:
+    """The newest of a dataset's version directories, None when it has none."""
+    if not path.is_dir():
+        return None
+    versions = [child for child in path.iterdir() if (child / "dataset_info.json").is_file()]
+    return max(
+        versions, key=lambda child: [int(part) for part in child.name.split(".") if part.isdigit()], default=None
+    )

@@ -1,0 +1,311 @@
+"""From frame numbers to pixels: byte ranges of TFRecords, read, decoded and resized ahead of the batches.
+
+What makes the memory of loaders grow, and what this one does instead:
+
+- Readers that are open for every shard of every dataset, each with a prefetched episode or more: here a few dozen file
+  descriptors, and ranges of single frames or blocks of frames.
+- Shuffle buffers of decoded images: here the shuffle is arithmetic on frame numbers. Blocks of frames (`read_block`)
+  are kept compressed, up to a fixed number of bytes.
+- Buffers whose depth tf.data tunes while it runs: here autotuning is off and depths follow from `memory_gb`.
+- Pages of memory-mapped indexes that stay resident once touched: here they are given back every so many frames.
+"""
+
+import dataclasses
+import os
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from spatialvla_jax.data.entries import Entry
+from spatialvla_jax.data.images import decode_batches, decoder, tensorflow
+from spatialvla_jax.data.index import Faults, Index, load_index
+from spatialvla_jax.errors import Fault, InputError
+
+# i64[B]: the frames of a step; the second argument counts how often some of them had to be drawn again.
+Samples = Callable[..., np.ndarray]
+_ATTEMPTS = 100
+_MOST_READY = 4  # more batches ahead than these help nobody
+# Bytes: TensorFlow's own, its threads' and the pages of the indexes; and of one image while it is decoded and resized.
+_RUNTIME, _WORKSPACE = 900 * 2**20, 32 * 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """One split of every dataset, with each dataset's prompts: ids i32[instructions, P] and mask."""
+
+    indexes: tuple[Index, ...]
+    prompts: tuple[tuple[np.ndarray, np.ndarray], ...]
+    starts: np.ndarray  # i64[D + 1]: sample_id of every dataset's first frame, and the end
+    broken: dict[int, str] = dataclasses.field(default_factory=dict)  # why these frames cannot be read, as far as known
+    replaced: Counter[tuple[str, str]] = dataclasses.field(default_factory=Counter)  # draws of them, by dataset and why
+
+    def locate(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Dataset and frame within it of the samples `ids`."""
+        dataset = np.searchsorted(self.starts, ids, side="right") - 1
+        return dataset, ids - self.starts[dataset]
+
+    def describe(self, sample_id: int) -> str:
+        """Names a frame in an error."""
+        (dataset,), (frame,) = self.locate(np.asarray([sample_id]))
+        return self.indexes[dataset].describe(int(frame))
+
+
+class Source(Protocol):
+    """Where the loader's frames lie: in RLDS files (`Rlds`) or in one packed file (`pack.Packed`)."""
+
+    def index(self, split: str) -> tuple[Index, ...]:
+        """The index of every dataset of the mixture."""
+        ...
+
+    def pixels(
+        self, split: Split, samples: Samples, steps: range, batch_size: int, windows: tuple[int, ...] = ()
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """For every step, of the frames `samples(step)` i64[B]: image u8[B,S,S,3], stored_size i32[B,2] (height and
+        width that the index's intrinsics are pixels of) and, if asked for, depth f32[B,S,S] metres.
+
+        A source whose frames may turn out unreadable draws others, `samples(step, 1)` and so on, and gives those that
+        it took as sample_id i64[B]. `windows`: frames of each dataset that are shuffled together, if read in blocks.
+        """
+        ...
+
+
+class Rlds:
+    """The frames of RLDS datasets, out of their TFRecords. See `Source`."""
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        entries: tuple[Entry, ...],
+        image_size: int,
+        depth: bool,
+        progress: Callable[[str, int, int], None] | None,
+    ):
+        self._entries, self._image_size, self._progress = entries, image_size, progress
+        self._keys = ("image", "depth") if depth else ("image",)
+        self._cache_dir = Path(config.get("cache_dir") or "~/.cache/spatialvla_jax").expanduser()
+        self._workers = config.get("workers") or os.cpu_count() or 1
+        self._block = config.get("read_block", 1)
+        self._budget = config.get("memory_gb", 8.0)
+        self._faults = Faults(**config.get("faults", {}))
+
+    def index(self, split: str) -> tuple[Index, ...]:
+        indexes = tuple(
+            load_index(
+                *(entry.name, entry.path, entry.spec, entry.splits.get(split, split)),
+                *(self._cache_dir, self._progress, self._faults),
+            )
+            for entry in self._entries
+        )
+        self._faults.check(sum((Counter(i.skipped) for i in indexes), Counter()), f"episodes of the split {split!r}")
+        return indexes
+
+    def pixels(
+        self, split: Split, samples: Samples, steps: range, batch_size: int, windows: tuple[int, ...] = ()
+    ) -> Iterator[dict[str, np.ndarray]]:
+        tf = tensorflow()
+        ready, cache = self._plan(split, batch_size, windows)
+        store = _Blocks(self._block, cache) if windows else _Files()
+        while steps:
+            taken: dict[int, np.ndarray] = {}
+            failure: list[Exception] = []
+
+            def read(step: int, taken: Any = taken, failure: Any = failure) -> tuple[np.ndarray, ...]:
+                try:
+                    taken[int(step)], encoded = self._read(split, samples, int(step), store)
+                except Exception as error:  # TensorFlow would make its own out of it
+                    failure.append(error)
+                    raise
+                return encoded
+
+            depth = "depth" in self._keys
+            batches = decode_batches(read, steps, batch_size, self._image_size, depth, self._workers, ready)
+            for step in steps:
+                try:
+                    batch = next(batches)
+                except tf.errors.OpError:
+                    if failure:
+                        raise failure[0] from None
+                    if not self._find_broken(split, taken[step], store):
+                        raise
+                    steps = range(step, steps.stop)  # again from here, now that they are known
+                    break
+                ids = taken.pop(step)
+                if split.broken:
+                    self._count_replaced(split, samples, step, ids)
+                yield batch | {"sample_id": ids}
+            else:
+                return
+
+    def _read(
+        self, split: Split, samples: Samples, step: int, store: "_Files"
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
+        """The frames i64[B] of a step and their encoded images (and depth maps with their units)."""
+        ids = samples(step)
+        encoded = {key: np.empty(len(ids), object) for key in self._keys}
+        units = np.empty(len(ids), np.float32)
+        rows = np.arange(len(ids))
+        for attempt in range(_ATTEMPTS):
+            if attempt:
+                ids = np.array(ids)
+                ids[rows] = samples(step, attempt)[rows]
+            rows = self._fetch(split, ids, rows, store, encoded, units)
+            if not rows.size:
+                return ids, (*encoded.values(), units) if "depth" in self._keys else tuple(encoded.values())
+        raise InputError(f"{_ATTEMPTS} draws in a row gave no readable frame (step {step})")
+
+    def _fetch(
+        self,
+        split: Split,
+        ids: np.ndarray,
+        rows: np.ndarray,
+        store: "_Files",
+        encoded: dict[str, np.ndarray],
+        units: np.ndarray,
+    ) -> np.ndarray:
+        """Fills `rows` of `encoded` and `units`; gives those rows whose frames cannot be read."""
+        failed = set()
+        dataset, frames = split.locate(ids[rows])
+        for number in np.unique(dataset):
+            index, own = split.indexes[number], rows[dataset == number]
+            units[own] = index.spec.depth_unit
+            frame = frames[dataset == number]
+            files = index.arrays["episode_file"][index.episode(frame)].tolist()
+            for key in self._keys:
+                spans = index.arrays[key][frame].tolist()
+                for row, frame_number, file, span in zip(own.tolist(), frame.tolist(), files, spans, strict=True):
+                    if split.broken and ids[row] in split.broken:
+                        failed.add(row)
+                        continue
+                    try:
+                        encoded[key][row] = store.frame(index, key, frame_number, file, *span)
+                    except Fault as fault:
+                        self._leave_out(
+                            split, int(ids[row]), fault.reason, f"the {key} cannot be read any more: {fault}"
+                        )
+                        failed.add(row)
+        return np.asarray(sorted(failed), np.int64)
+
+    def _find_broken(self, split: Split, ids: np.ndarray, store: "_Files") -> bool:
+        """Leaves out those frames among `ids` that cannot be read or decoded; whether there are any."""
+        tf = tensorflow()
+        before = len(split.broken)
+        encoded = {key: np.empty(len(ids), object) for key in self._keys}
+        units = np.empty(len(ids), np.float32)
+        unread = self._fetch(split, ids, np.arange(len(ids)), store, encoded, units)
+        for row in np.setdiff1d(np.arange(len(ids)), unread).tolist():
+            frame = [encoded[key][row] for key in self._keys]
+            try:
+                decoder(self._image_size, "depth" in self._keys)(
+                    *map(tf.constant, [*frame, *units[row : row + len(frame) - 1]])
+                )
+            except tf.errors.OpError:
+                sizes = " and ".join(f"{len(data)} bytes of {key}" for key, data in zip(self._keys, frame, strict=True))
+                self._leave_out(split, int(ids[row]), "undecodable image", f"the image does not decode ({sizes})")
+        return len(split.broken) > before
+
+    def _leave_out(self, split: Split, sample: int, reason: str, message: str) -> None:
+        """Notes a frame as broken, or raises."""
+        if self._faults.policy == "fail":
+            raise Fault(reason, f"{split.describe(sample)}: {message}")
+        split.broken[sample] = reason
+        self._faults.check(Counter(split.broken.values()), "frames")
+
+    def _count_replaced(self, split: Split, samples: Samples, step: int, taken: np.ndarray) -> None:
+        """Counts the draws that came before those which were `taken`."""
+        rows = np.arange(len(taken))
+        for attempt in range(_ATTEMPTS):
+            ids = samples(step, attempt)
+            rows = rows[ids[rows] != taken[rows]]
+            for sample, dataset in zip(ids[rows].tolist(), split.locate(ids[rows])[0].tolist(), strict=True):
+                split.replaced[split.indexes[dataset].name, split.broken[sample]] += 1
+            if not rows.size:
+                return
+
+    def _plan(self, split: Split, batch_size: int, windows: tuple[int, ...]) -> tuple[int, int]:
+        """How many decoded batches may wait, and how many bytes of blocks are kept. Raises InputError when the budget
+        holds no batch at all."""
+        encoded = np.asarray([sum(_mean_size(index.arrays[key]) for key in self._keys) for index in split.indexes])
+        cache = int(1.2 * np.sum(encoded * windows)) if windows else 0
+        fixed = _RUNTIME + self._workers * _WORKSPACE + cache
+        pixels = self._image_size**2 * (7 if "depth" in self._keys else 3)
+        batch = batch_size * (pixels + int(encoded.max()))
+        # Besides those that wait: one is read, one decoded, one being put together, one with the caller.
+        ready = int((self._budget * 2**30 - fixed) // batch) - 4
+        if ready < 1:
+            needed = (fixed + 5 * batch) / 2**30
+            blocks = f", {cache / 2**30:.2f} of it for blocks (data.shuffle_frames)" if cache else ""
+            raise InputError(
+                f"data.memory_gb is {self._budget}, but batches of {batch_size} need {needed:.2f} GB here{blocks}"
+            )
+        return min(ready, _MOST_READY), cache
+
+
+def _mean_size(spans: np.ndarray) -> float:
+    """Mean length of byte ranges i64[N, 2], from some of them."""
+    return float(spans[:: max(1, len(spans) // 1000), 1].mean())
+
+
+class _Files:
+    """Byte ranges of files, with the most recently used ones kept open."""
+
+    def __init__(self, limit: int = 64):
+        self._limit = limit
+        self._open: OrderedDict[str, int] = OrderedDict()
+
+    def frame(self, index: Index, key: str, frame: int, file: int, offset: int, length: int) -> bytes:
+        """The bytes of a frame's image or depth map, which lie there. Raises a Fault."""
+        return self.read(index.files[file], offset, length)
+
+    def read(self, path: str, offset: int, length: int) -> bytes:
+        try:
+            if path not in self._open:
+                self._open[path] = os.open(path, os.O_RDONLY)
+                if len(self._open) > self._limit:
+                    os.close(self._open.popitem(last=False)[1])
+            self._open.move_to_end(path)
+            data = os.pread(self._open[path], length, offset)
+        except OSError as error:
+            raise Fault("unreadable file", str(error.strerror)) from error
+        if len(data) < length:
+            raise Fault("unreadable file", "the file is shorter than it was")
+        return data
+
+    def __del__(self) -> None:
+        for descriptor in self._open.values():
+            os.close(descriptor)
+
+
+class _Blocks(_Files):
+    """The same, read in blocks of `block` consecutive frames, of which `capacity` bytes are kept."""
+
+    def __init__(self, block: int, capacity: int, limit: int = 64):
+        super().__init__(limit)
+        self._block, self._capacity, self._size = block, capacity, 0
+        # Of each block a (file, offset, data) for every episode that it has frames of.
+        self._kept: OrderedDict[tuple[str, str, int], list[tuple[int, int, bytes]]] = OrderedDict()
+
+    def frame(self, index: Index, key: str, frame: int, file: int, offset: int, length: int) -> bytes:
+        name = (index.name, key, frame // self._block)
+        if name not in self._kept:
+            self._kept[name] = list(self._parts(index, key, name[2]))
+            self._size += sum(len(data) for *_, data in self._kept[name])
+            while self._size > self._capacity and len(self._kept) > 1:
+                _, parts = self._kept.popitem(last=False)
+                self._size -= sum(len(data) for *_, data in parts)
+        self._kept.move_to_end(name)
+        for held, start, data in self._kept[name]:
+            if held == file and start <= offset < start + len(data):
+                return data[offset - start : offset - start + length]
+        raise AssertionError(f"frame {frame} is not in its block")
+
+    def _parts(self, index: Index, key: str, block: int) -> Iterator[tuple[int, int, bytes]]:
+        frames = np.arange(block * self._block, min((block + 1) * self._block, index.num_frames))
+        episodes, spans = index.episode(frames), index.arrays[key][frames]
+        for episode in np.unique(episodes).tolist():  # an episode's images lie one after the other
+            own = spans[episodes == episode]
+            file = int(index.arrays["episode_file"][episode])
+            start, stop = int(own[0, 0]), int(own[-1].sum())
+            yield file, start, self.read(index.files[file], start, stop - start)
