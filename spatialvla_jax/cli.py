@@ -54,6 +54,13 @@ def main(argv: list[str] | None = None) -> int:
     )
 
     group("data", "convert and look at datasets")
+    p = command(
+        "data show", run_show, "write an HTML page that shows a mixture: frames, instructions, actions, weights"
+    )
+    p.add_argument("--config", required=True, help="names the data")
+    p.add_argument("--out", type=Path, required=True, help="the page, e.g. mixture.html")
+    p.add_argument("--seed", type=int, default=0, help="another one shows other episodes")
+
     p = command("data lerobot", run_lerobot, "convert a LeRobot dataset (v2.0, v2.1, v3.0) to RLDS (extra [lerobot])")
     p.add_argument("src", type=Path, help="directory that holds meta/info.json")
     p.add_argument("dst", type=Path, help="dataset directory; its version, 1.0.0, is made inside")
@@ -70,6 +77,12 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--image-size", type=int, help="pixels a side; by default the config's or the checkpoint's")
     p.add_argument("--batch-size", type=int, default=16)
     p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation")
+
+    p = command("data pack", run_data_pack, "one file that trains without TensorFlow, of a small data set")
+    p.add_argument("--config", required=True, help="names the datasets, the model's image size and source of depth")
+    p.add_argument("--out", type=Path, required=True, help="file to write, then the config's data.packed")
+    p.add_argument("--split", action="append", help="may be repeated; by default those of training and validation")
+    p.add_argument("--image-size", type=int, help="pixels a side; by default the config's")
 
     p = command("record", run_record, "record demonstrations in a simulator (extra [sim])")
     p.add_argument("simulator", choices=("libero",))
@@ -175,6 +188,28 @@ def run_record(args: argparse.Namespace) -> None:
     print(f"wrote {directory}")
 
 
+def run_show(args: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from spatialvla_jax.config import load_config
+    from spatialvla_jax.data import load_data
+    from spatialvla_jax.data.show import IMAGE_SIZE, write_page
+    from spatialvla_jax.models.presets import preset
+    from spatialvla_jax.training.loop import make_processor, shard_progress
+
+    config: Any = load_config(args.config, args.overrides)
+    size = preset(config.model.preset).img.image_size if config.data.get("packed") else IMAGE_SIZE
+    loader = load_data(config.data, image_size=size, progress=shard_progress())
+    grid = make_processor(config, loader).grid
+    with tqdm(total=len(loader.names), unit="dataset", desc="show") as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.update(done - bar.n)
+
+        write_page(args.out, loader, grid, title=Path(args.config).stem, seed=args.seed, progress=progress)
+    print(f"wrote {args.out} ({args.out.stat().st_size / 1e6:.1f} MB): open it in a browser")
+
+
 def run_lerobot(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
@@ -235,6 +270,36 @@ def run_data_depth(args: argparse.Namespace) -> None:
         if result["clipped"]:
             print(f"{result['clipped']} pixels were farther than {MAX_DEPTH} m and are stored as that")
         print(f"wrote {result['directory']}: {result['frames']} frames; its spec's depth is {result['depth']!r}")
+
+
+def run_data_pack(args: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from spatialvla_jax.config import load_config
+    from spatialvla_jax.data import load_data
+    from spatialvla_jax.data.pack import write_pack
+    from spatialvla_jax.models.presets import preset
+    from spatialvla_jax.training.loop import shard_progress
+
+    config = load_config(args.config, args.overrides).to_dict()
+    data, model, training = config["data"], config["model"], config["train"]
+    loader = load_data(
+        data,
+        image_size=args.image_size or preset(model["preset"]).img.image_size,
+        action_chunk=model["action_chunk"],
+        depth=model["depth"] == "dataset",
+        progress=shard_progress(),
+    )
+    splits = args.split or [data["split"], *([training["eval_split"]] if training["eval_every"] else [])]
+    with tqdm(unit="frame", desc="pack") as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        result = write_pack(loader, args.out, data, splits, progress)
+    frames = ", ".join(f"{count:,} frames of {split}" for split, count in result["frames"].items())
+    print(f"wrote {result['path']}: {result['bytes']:,} bytes, {frames}")
 
 
 def run_demo(args: argparse.Namespace) -> None:
