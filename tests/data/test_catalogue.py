@@ -66,7 +66,8 @@ QUATERNIONS = (
     (S * D, S * D, S * C, S * C),
 )
 EULERS = (0.2, 0, 0), (0, -0.3, 0), (0, 0, 0.4), (0.4, 0, np.pi / 2)
-TURNS = (0.2, 0, 0), (0, -0.3, 0), (0, 0, 0.4), (0, 0, 0)  # axis-angle and Euler angles of a turn about one axis agree
+HALF = np.arccos(S * C)  # half the angle of the last one, whose axis its quaternion gives
+TURNS = *EULERS[:3], tuple(2 * HALF / np.sin(HALF) * np.asarray(QUATERNIONS[3][:3]))  # the same as axis-angles
 
 SQUARES = np.asarray([0, 1, 4, 9])[:, None]  # poses whose differences are 1, 3, 5
 
@@ -205,7 +206,7 @@ CASES: dict[str, Case] = {
             "action": rows(ramp(1, 2, 3), np.multiply(TURNS, 10), (-1, 1, 0, -1)),
             "observation/main_camera_intrinsic_cv": np.arange(36).reshape(4, 3, 3),
         },
-        rows(ramp(1, 2, 3) / 10, TURNS, (0, 1, 0.5, 0)),
+        rows(ramp(1, 2, 3) / 10, EULERS, (0, 1, 0.5, 0)),
         depth="depth",
         intrinsics="observation/main_camera_intrinsic_cv",
     ),
@@ -230,7 +231,7 @@ CASES: dict[str, Case] = {
         kept=(0, 1, 2),
     ),
     "kaist_nonprehensile_converted_externally_to_rlds": Case(
-        {"action": rows(ramp(1, 2, 3), TURNS, ramp(*range(14)))}, rows(ramp(1, 2, 3), TURNS, 0)
+        {"action": rows(ramp(1, 2, 3), TURNS, ramp(*range(14)))}, rows(ramp(1, 2, 3), EULERS, 0)
     ),
     "stanford_mask_vit_converted_externally_to_rlds": Case(
         {"action": rows(ramp(1, 2, 3, 6), (-1, 1, 0, 0.5))}, rows(ramp(1, 2, 3), 0, 0, ramp(6), (1, 0, 0.5, 0.25))
