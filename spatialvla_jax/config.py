@@ -14,7 +14,7 @@ from spatialvla_jax.errors import InputError
 # Keys that may change when a run goes on: they touch what is watched, kept and where it runs, not what is computed.
 FREE_ON_RESUME = (
     *("checkpoint", "mesh", "train.log_every", "train.eval_every", "train.eval_frames"),
-    *("data.root", "data.cache_dir", "data.workers", "data.memory_gb", "data.faults"),
+    *("data.root", "data.packed", "data.cache_dir", "data.workers", "data.memory_gb", "data.faults"),
 )
 
 
@@ -37,6 +37,7 @@ def default_config() -> ConfigDict:
                 "mixture": "",  # of the catalogue, such as oxe_spatial_vla_plus; its datasets lie in the directory root
                 "root": "",
                 "datasets": [],  # further ones, each {"name", "spec", "path", "weight"}
+                "packed": "",  # a file of `data pack` that takes the place of the datasets
                 "drop": {},  # {dataset: fraction of the steps after which it gives no more samples}
                 "split": "train",  # or a part of it: train[:95%]
                 "balance": True,  # multiply weights by dataset sizes, as published

@@ -15,6 +15,7 @@ from spatialvla_jax.data import mixture
 from spatialvla_jax.data.entries import make_entries
 from spatialvla_jax.data.images import scale_intrinsics
 from spatialvla_jax.data.index import Index
+from spatialvla_jax.data.pack import Packed
 from spatialvla_jax.data.prompt import Tokenizer, train_tokenizer
 from spatialvla_jax.data.reader import Rlds, Samples, Source, Split
 from spatialvla_jax.data.statistics import normalize
@@ -42,6 +43,8 @@ def load_data(
     datasets    further ones: list of {"name", "path" (version directory), "spec" (catalogue name or fields), "weight"
                 (1.0), "splits" ({split: what this dataset has in its place})}
     drop        {dataset: fraction of the run's steps after which it gives no more samples}
+    packed      a file of `data pack` that takes the place of `mixture` and `datasets` and brings their tokenizer; it is
+                read without TensorFlow
     split       "train", or a part of one such as "train[:95%]"; what statistics, tokenizer and `batches` use
     balance     True; weights are multiplied by the datasets' frame counts
     faults      {"policy": "fail" | "skip", "limit": N}: whether damaged episodes and frames are left out and counted,
@@ -83,13 +86,14 @@ class Loader:
         tokenizer: Tokenizer | None,
         progress: Callable[[str, int, int], None] | None,
     ):
-        entries = make_entries(config)
+        packed = Packed(config, image_size, depth) if config.get("packed") else None
+        entries = packed.entries if packed else make_entries(config)
         self.names = tuple(entry.name for entry in entries)
         for entry in entries:
             if depth and entry.spec.depth is None:
                 raise InputError(f"Dataset {entry.name!r} has no depth, which the config asks for")
         self.image_size, self.action_chunk, self.depth = image_size, action_chunk, depth
-        self._source: Source = Rlds(config, entries, image_size, depth, progress)
+        self._source: Source = packed or Rlds(config, entries, image_size, depth, progress)
         self._prompt, self._train_split = config["prompt"], config.get("split") or "train"
         self._indexes: dict[str, tuple[Index, ...]] = {}
         self._splits: dict[str, Split] = {}
@@ -111,7 +115,7 @@ class Loader:
         self._bounds = {
             row: np.asarray([self.statistics[name]["action"][row] for name in self.names]) for row in _STATISTICS_ROWS
         }
-        self.tokenizer = tokenizer or self._make_tokenizer(train)
+        self.tokenizer = tokenizer or (packed and packed.tokenizer) or self._make_tokenizer(train)
         self._split(self._train_split)  # all prompts fit, or it is an error now
 
     def batches(

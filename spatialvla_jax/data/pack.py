@@ -1,0 +1,278 @@
+"""A small data set as one memory-mapped file, which the loader reads without TensorFlow: bit for bit the same batches.
+
+Layout: MAGIC, version u32, length of the header u32, its SHA-256, the header (JSON), then the arrays, each from a
+multiple of ALIGNMENT bytes on. Images are decoded and resized; depth maps are the stored counts, resized; intrinsics
+are pixels of the resized image. All numbers are little-endian.
+"""
+
+import base64
+import dataclasses
+import hashlib
+import json
+import mmap
+import os
+import shutil
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from spatialvla_jax.data.entries import Entry
+from spatialvla_jax.data.index import Index
+from spatialvla_jax.data.oxe import make_spec
+from spatialvla_jax.data.prompt import Tokenizer
+from spatialvla_jax.data.reader import Samples, Split
+from spatialvla_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from spatialvla_jax.data.loader import Loader
+
+MAGIC, VERSION, ALIGNMENT = b"SVLAPACK", 1, 4096
+_PREFIX = struct.Struct("<8sII32s")
+_BATCH = 64  # frames that are in memory at a time while a file is written
+_NAMES = ("datasets", "mixture")  # keys of the config's `data` part that a packed file stands for
+
+
+def write_pack(
+    loader: "Loader",
+    out: str | os.PathLike[str],
+    data: Mapping[str, Any],
+    splits: Sequence[str],
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Writes these splits of the loader's data, by rename. `data` is the config's part that the loader was made of;
+    `progress(frames done, frames)` is called meanwhile.
+
+    Returns {"path", "bytes", "frames": {split: number}}. Raises InputError, also when the disk has not enough room.
+    """
+    out = Path(out)
+    indexes = {split: loader.indexes(split) for split in splits}
+    place = 0
+
+    def layout(index: Index) -> dict[str, Any]:
+        nonlocal place
+        places = {}
+        for key, (dtype, shape) in _arrays(index, loader).items():
+            places[key] = [place, np.dtype(dtype).newbyteorder("<").str, list(shape)]
+            place += -(-np.dtype(dtype).itemsize * prod(shape) // ALIGNMENT) * ALIGNMENT
+        return {
+            "files": list(index.files),
+            "instructions": list(index.instructions),
+            "statistics": index.statistics,
+            "num_read": index.num_read,
+            "skipped": dict(index.skipped),
+            "arrays": places,
+        }
+
+    header = {
+        "image_size": loader.image_size,
+        "depth": loader.depth,
+        "datasets": [
+            {"name": index.name, "weight": weight, "spec": dataclasses.asdict(index.spec)}
+            for index, weight in zip(loader.indexes(), loader.weights, strict=True)
+        ],
+        "config": _named(data),
+        "tokenizer": base64.b64encode(loader.tokenizer.to_bytes()).decode(),
+        "splits": {split: [layout(index) for index in own] for split, own in indexes.items()},
+        "bytes": place,  # of the arrays
+    }
+    text = json.dumps(header).encode()
+    start = _data_start(len(text))
+    size = start + place
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if (free := shutil.disk_usage(out.parent).free) < size:
+            raise InputError(f"{out} needs {size:,} bytes, but its disk has only {free:,} left")
+        with open(temporary, "wb") as file:
+            file.truncate(size)
+            file.write(_PREFIX.pack(MAGIC, VERSION, len(text), hashlib.sha256(text).digest()) + text)
+            file.flush()
+            total = sum(index.num_frames for own in indexes.values() for index in own)
+            done = 0
+            for split, own in indexes.items():
+                places = [meta["arrays"] for meta in header["splits"][split]]
+                _write_small(file.fileno(), start, own, places)
+                for number in _write_pixels(file.fileno(), start, loader, split, own, places):
+                    done += number
+                    if progress:
+                        progress(done, total)
+        os.replace(temporary, out)
+    except OSError as error:
+        raise InputError(f"{out} cannot be written: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    frames = {split: sum(index.num_frames for index in own) for split, own in indexes.items()}
+    return {"path": str(out), "bytes": size, "frames": frames}
+
+
+def _arrays(index: Index, loader: "Loader") -> dict[str, tuple[Any, tuple[int, ...]]]:
+    """Dtype and shape of the index's arrays; images and depth maps in the place of their byte ranges."""
+    arrays: dict[str, tuple[Any, tuple[int, ...]]] = {key: (x.dtype, x.shape) for key, x in index.arrays.items()}
+    frame = (index.num_frames, loader.image_size, loader.image_size)
+    arrays["image"] = (np.uint8, (*frame, 3))
+    arrays.pop("depth", None)
+    return arrays | ({"depth": (np.uint16, frame)} if loader.depth else {})
+
+
+def _write_small(file: int, start: int, indexes: Sequence[Index], places: Sequence[Mapping[str, Any]]) -> None:
+    for index, place in zip(indexes, places, strict=True):
+        for key in index.arrays.keys() - {"image", "depth", "intrinsics"}:
+            offset, dtype, _ = place[key]
+            _write(file, np.ascontiguousarray(index.arrays[key], dtype), start + offset)
+
+
+def _write_pixels(
+    file: int,
+    start: int,
+    loader: "Loader",
+    split: str,
+    indexes: Sequence[Index],
+    places: Sequence[Mapping[str, Any]],
+) -> Iterator[int]:
+    """Image, depth and intrinsics of every frame of a split; gives how many were written, batch by batch."""
+    starts = np.cumsum([0, *(index.num_frames for index in indexes)])
+    written = 0
+    for batch in loader.epoch(_BATCH, split):
+        valid = batch["valid"]
+        ids, dataset = batch["sample_id"][valid], batch["dataset_id"][valid]
+        for number in np.unique(dataset).tolist():
+            own = dataset == number
+            frames, index, place = ids[own] - starts[number], indexes[number], places[number]
+            rows: dict[str, np.ndarray] = {"image": batch["image"][valid][own]}
+            if loader.depth:
+                rows["depth"] = _counts(batch["depth"][valid][own], index)
+            if index.spec.intrinsics:
+                rows["intrinsics"] = batch["intrinsics"][valid][own]
+            for key, value in rows.items():
+                offset, dtype, shape = place[key]
+                stride = np.dtype(dtype).itemsize * prod(shape[1:])
+                for frame, row in zip(frames.tolist(), value.astype(dtype), strict=True):
+                    _write(file, row, start + offset + frame * stride)
+        written += len(ids)
+        yield len(ids)
+    if written != starts[-1]:
+        raise InputError(f"{starts[-1] - written} frames of the split {split!r} cannot be read, so it cannot be packed")
+
+
+def _counts(depth: np.ndarray, index: Index) -> np.ndarray:
+    """Depth in metres → u16 that gives exactly these metres back."""
+    counts = np.rint(depth.astype(np.float64) / index.spec.depth_unit).astype(np.uint16)
+    if not np.array_equal(_metres(counts, index), depth):
+        raise InputError(f"the depth of dataset {index.name!r} is no whole number of {index.spec.depth_unit} m")
+    return counts
+
+
+def _metres(counts: np.ndarray, index: Index) -> np.ndarray:
+    return counts.astype(np.float32) * np.float32(index.spec.depth_unit)
+
+
+def _write(file: int, array: np.ndarray, offset: int) -> None:
+    data = array.tobytes()
+    while data:
+        count = os.pwrite(file, data, offset)
+        data, offset = data[count:], offset + count
+
+
+def _data_start(header: int) -> int:
+    return -(-(_PREFIX.size + header) // ALIGNMENT) * ALIGNMENT
+
+
+def _named(data: Mapping[str, Any]) -> dict[str, Any]:
+    """What of the config names the data, in plain JSON; where it lies is no matter."""
+    named = {key: data[key] for key in _NAMES if data.get(key)}
+    if "datasets" in named:
+        entries = [{key: value for key, value in entry.items() if key != "path"} for entry in named["datasets"]]
+        named["datasets"] = [entry | {"weight": entry.get("weight", 1.0)} for entry in entries]
+    return json.loads(json.dumps(named, default=dataclasses.asdict))
+
+
+class Packed:
+    """The frames of a file of `write_pack`. See `reader.Source`. Raises InputError for a file that is not one."""
+
+    def __init__(self, config: Mapping[str, Any], image_size: int, depth: bool):
+        self._path = path = Path(config["packed"])
+        self._memory, self._start, self._header = _open(path)
+        if self._header["image_size"] != image_size:
+            raise InputError(
+                f"{path} holds images of {self._header['image_size']} px, but the model's are {image_size} px"
+            )
+        if depth and not self._header["depth"]:
+            raise InputError(f"{path} holds no depth, which the config asks for")
+        for key, value in _named(config).items():
+            if value != self._header["config"].get(key):
+                raise InputError(
+                    f"config key data.{key} names other data than {path} holds: leave it empty or pack again"
+                )
+        self._depth = depth
+        self.tokenizer = Tokenizer.from_bytes(base64.b64decode(self._header["tokenizer"]))
+        self.entries = tuple(
+            Entry(entry["name"], make_spec(entry["spec"], {}, entry["name"]), str(path), entry["weight"])
+            for entry in self._header["datasets"]
+        )
+
+    def index(self, split: str) -> tuple[Index, ...]:
+        splits = self._header["splits"]
+        if split not in splits:
+            raise InputError(f"{self._path} has no split {split!r}: it has {', '.join(splits)}")
+        return tuple(
+            Index(
+                entry.name,
+                entry.spec,
+                tuple(meta["files"]),
+                tuple(meta["instructions"]),
+                meta["statistics"],
+                meta["num_read"],
+                meta["skipped"],
+                {key: self._array(*place) for key, place in meta["arrays"].items()},
+                (self._memory,),
+            )
+            for entry, meta in zip(self.entries, splits[split], strict=True)
+        )
+
+    def pixels(
+        self, split: Split, samples: Samples, steps: range, batch_size: int, windows: tuple[int, ...] = ()
+    ) -> Iterator[dict[str, np.ndarray]]:
+        size = self._header["image_size"]
+        for step in steps:
+            ids = samples(step)
+            image = np.empty((batch_size, size, size, 3), np.uint8)
+            depth = np.empty((batch_size, size, size), np.float32) if self._depth else None
+            dataset, frames = split.locate(ids)
+            for number in np.unique(dataset):
+                index, own = split.indexes[number], dataset == number
+                image[own] = index.arrays["image"][frames[own]]
+                if depth is not None:
+                    depth[own] = _metres(index.arrays["depth"][frames[own]], index)
+            batch = {"image": image, "stored_size": np.full((batch_size, 2), size, np.int32), "sample_id": ids}
+            yield batch | ({} if depth is None else {"depth": depth})
+
+    def _array(self, offset: int, dtype: str, shape: list[int]) -> np.ndarray:
+        return np.frombuffer(self._memory, dtype, prod(shape), self._start + offset).reshape(shape)
+
+
+def _open(path: Path) -> tuple[mmap.mmap, int, dict[str, Any]]:
+    """(the mapped file, where its arrays begin, its header)."""
+    try:
+        with open(path, "rb") as file:
+            prefix = file.read(_PREFIX.size)
+            if len(prefix) < _PREFIX.size or not prefix.startswith(MAGIC):
+                raise InputError(f"{path} is not a packed data set")
+            _, version, length, digest = _PREFIX.unpack(prefix)
+            if version != VERSION:
+                raise InputError(f"{path} is a packed data set of version {version}; this program reads {VERSION}")
+            text = file.read(length)
+            if hashlib.sha256(text).digest() != digest:
+                raise InputError(f"{path} is damaged: the checksum of its header is wrong")
+            header = json.loads(text)
+            start = _data_start(length)
+            if (size := os.fstat(file.fileno()).st_size) != start + header["bytes"]:
+                raise InputError(
+                    f"{path} is damaged: it has {size:,} bytes and should have {start + header['bytes']:,}"
+                )
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), start, header
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
