@@ -252,7 +252,7 @@ def _page(
     body = []
     for number, (index, row) in enumerate(zip(indexes, rows, strict=True)):
         shares = "".join(
-            f'<td class="share"><span style="width:{100 * share / top:.1f}%"></span>{share:.2%}</td>'
+            f'<td class="share"><span style="width:{60 * share / top:.1f}%"></span>{share:.2%}</td>'
             for share in row["shares"]
         )
         body.append(
@@ -338,13 +338,13 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 td, th { padding: .25em .7em; text-align: right; border-bottom: 1px solid var(--line); font-weight: normal; }
 tr:first-child th { color: var(--soft); }
 .mixture th:first-child, .mixture th:nth-child(-n+3), .mixture td:nth-child(-n+3) { text-align: left; }
-.share { position: relative; min-width: 9em; }
+.share { position: relative; min-width: 11em; }
 .share span { position: absolute; left: 0; top: 15%; bottom: 15%; background: var(--share); z-index: -1; }
 figure { margin: 0; } figcaption small { display: block; }
 .strips { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 560px), 1fr)); gap: 1.4em; }
 .strip { display: flex; gap: 4px; } .strip img { flex: 0 1 192px; min-width: 0; height: auto; border-radius: 3px; }
 .strips figcaption { overflow-wrap: anywhere; max-width: 580px; }
-.panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(240px, 1fr)); gap: 1em 1.6em; }
+.panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(44%, 240px), 1fr)); gap: 1em 1.6em; }
 .pair { display: flex; flex-wrap: wrap; gap: 0 4em; } .lengths { width: 300px; }
 details { margin-top: 1em; } summary { cursor: pointer; }
 svg { width: 100%; display: block; }

@@ -70,6 +70,7 @@ def loader(tmp_path_factory: pytest.TempPathFactory) -> Loader:
         "spec": {"robot": "WidowX <i>250</i>", "skip_unlabeled": True},
     }
     config["prompt"]["length"] = 128
+    config["drop"] = {"toy0": 0.75}
     return load_data(config, image_size=IMAGE_SIZE)
 
 
@@ -92,8 +93,10 @@ def test_every_dataset_instruction_and_count_is_there(page: Page, loader: Loader
             assert instruction in page.text
     assert f"2 datasets with 11 episodes and {loader.num_frames()} frames" in page.text
     first, second = loader.table()
-    assert f"7 0 {first['frames']} 1 {first['share']:.2%} {first['passes']:.2f}" in page.cells
-    assert f"4 1 {second['frames']} 0.5 {second['share']:.2%} {second['passes']:.2f}" in page.cells
+    for row, counts in ((first, f"7 0 {first['frames']} 1"), (second, f"4 1 {second['frames']} 0.5")):
+        early, late = row["shares"]
+        assert f"{counts} {early:.2%} {late:.2%} {row['passes']:.2f}" in page.cells
+    assert "share in phase 1 share in phase 2" in page.text and second["shares"][1] == 1
     assert "7 of 7 episodes used ·" in page.text and "4 of 5 episodes used (left out: 1 unlabeled)" in page.text
     assert "robot: WidowX <i>250</i> · camera: default · depth: none stored" in page.text
     assert "camera: in the data · depth: in the data" in page.text
