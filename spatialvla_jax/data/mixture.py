@@ -116,7 +116,7 @@ def another_seed(seed: int, attempt: int) -> int:
     return int(_key(seed, 2, attempt)[0]) if attempt else seed
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=16)
 def _block(counts: tuple[int, ...], seed: int, block: int) -> tuple[np.ndarray, np.ndarray]:
     """Of one block: the dataset of every slot, and how many slots before it in the block have the same dataset."""
     order = np.repeat(np.arange(len(counts)), counts)[permute(np.arange(BLOCK), BLOCK, _key(seed, 0, block))]

@@ -125,6 +125,8 @@ def _episode(
     features = read_example(record, {f"steps/{key}" for key in shapes})
     steps: dict[str, np.ndarray] = {}
     length = len(features.get(f"steps/{spec.image}", ()))
+    if not length:
+        raise Fault("no steps", "the episode has no steps")
     for key, shape in shapes.items():
         value = features.get(f"steps/{key}", np.empty(0))
         if value.size != length * int(np.prod(shape)):
@@ -139,8 +141,6 @@ def _episode(
         language = np.asarray([_text(record, words) for words in steps[spec.language]], object)
     else:
         language = np.full(length, spec.instruction, object)
-    if not length:
-        raise Fault("no steps", "the episode has no steps")
     missing = np.flatnonzero([not text for text in language])
     skip = spec.skip_unlabeled and missing.size == length
     if missing.size and not skip:
