@@ -234,6 +234,7 @@ def run_data_depth(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from spatialvla_jax.config import load_config
+    from spatialvla_jax.data.entries import make_entries
     from spatialvla_jax.data.oxe import CATALOGUE, make_spec
     from spatialvla_jax.data.rewrite import MAX_DEPTH
     from spatialvla_jax.models.presets import preset
@@ -246,8 +247,7 @@ def run_data_depth(args: argparse.Namespace) -> None:
         datasets = [(args.src, make_spec(args.spec, CATALOGUE, str(args.src)))]
     else:
         config = load_config(args.config, args.overrides).to_dict()
-        entries = config["data"]["datasets"]
-        datasets = [(Path(x["path"]), make_spec(x["spec"], CATALOGUE, x["name"])) for x in entries]
+        datasets = [(Path(entry.path), entry.spec) for entry in make_entries(config["data"])]
         size = size or preset(config["model"]["preset"]).img.image_size
     with tqdm(unit="episode") as bar:
 
@@ -269,7 +269,8 @@ def run_data_depth(args: argparse.Namespace) -> None:
     for result in results:
         if result["clipped"]:
             print(f"{result['clipped']} pixels were farther than {MAX_DEPTH} m and are stored as that")
-        print(f"wrote {result['directory']}: {result['frames']} frames; its spec's depth is {result['depth']!r}")
+        print(f"wrote {result['directory']}: {result['depth']} of {result['frames']} frames")
+    print(f"to train on it: datasets in {args.out}, data.precomputed_depth=True, model.depth=dataset")
 
 
 def run_data_pack(args: argparse.Namespace) -> None:

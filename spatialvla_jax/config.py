@@ -40,6 +40,7 @@ def default_config() -> ConfigDict:
                 "packed": "",  # a file of `data pack` that takes the place of the datasets
                 "drop": {},  # {dataset: fraction of the steps after which it gives no more samples}
                 "split": "train",  # or a part of it: train[:95%]
+                "precomputed_depth": False,  # the depth of `data depth` instead of the datasets' own
                 "balance": True,  # multiply weights by dataset sizes, as published
                 "faults": {
                     "policy": "fail",

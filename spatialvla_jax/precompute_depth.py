@@ -44,7 +44,8 @@ def precompute_depth(
     progress: Callable[[str, int, int], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Copies each dataset (version directory, spec) to `out`/NAME/VERSION with the depth of its images: what the
-    training step of a model with depth "zoedepth" computes from the unaugmented image, see `data.rewrite.add_depth`.
+    training step of a model with depth "zoedepth" computes from the unaugmented image, see `data.rewrite.add_depth`. A
+    config with `data.precomputed_depth` reads it.
 
     `checkpoint` is anything that `read_checkpoint` reads with a ZoeDepth in it, or a ZoeDepth's Hugging Face directory.
     `image_size` is by default the checkpoint's. The batch is split over all devices. Raises InputError.

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from spatialvla_jax.data.oxe import CATALOGUE, DatasetSpec, make_spec
+from spatialvla_jax.data.rewrite import with_precomputed_depth
 from spatialvla_jax.errors import InputError
 
 
@@ -25,6 +26,8 @@ def make_entries(config: Mapping[str, Any]) -> tuple[Entry, ...]:
     config, and one that names all directories that a mixture lacks."""
     mixture = config.get("mixture")
     entries = (*(_mixture(mixture, config.get("root")) if mixture else ()), *map(_entry, config.get("datasets", ())))
+    if config.get("precomputed_depth"):
+        entries = tuple(dataclasses.replace(entry, spec=with_precomputed_depth(entry.spec)) for entry in entries)
     names = [entry.name for entry in entries]
     if not entries:
         raise InputError("The mixture is empty: data.mixture or data.datasets must name at least one dataset")

@@ -45,6 +45,7 @@ def load_data(
     drop        {dataset: fraction of the run's steps after which it gives no more samples}
     packed      a file of `data pack` that takes the place of `mixture` and `datasets` and brings their tokenizer; it is
                 read without TensorFlow
+    precomputed_depth  False; the depth that `data depth` has stored instead of the datasets' own
     split       "train", or a part of one such as "train[:95%]"; what statistics, tokenizer and `batches` use
     balance     True; weights are multiplied by the datasets' frame counts
     faults      {"policy": "fail" | "skip", "limit": N}: whether damaged episodes and frames are left out and counted,

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 MAGIC, VERSION, ALIGNMENT = b"SVLAPACK", 1, 4096
 _PREFIX = struct.Struct("<8sII32s")
 _BATCH = 64  # frames that are in memory at a time while a file is written
-_NAMES = ("datasets", "mixture")  # keys of the config's `data` part that a packed file stands for
+_NAMES = ("datasets", "mixture", "precomputed_depth")  # keys of the config's `data` part that a packed file stands for
 
 
 def write_pack(

@@ -1,5 +1,6 @@
 """A copy of an RLDS dataset with a depth map added to every step; what was stored before stays, byte for byte."""
 
+import dataclasses
 import json
 import os
 import posixpath
@@ -13,6 +14,7 @@ import numpy as np
 from jaxtyping import Float, UInt8, UInt16
 
 from spatialvla_jax.data.images import decode_image, tensorflow
+from spatialvla_jax.data.oxe import DatasetSpec
 from spatialvla_jax.data.rlds import open_rlds
 from spatialvla_jax.data.tfrecord import read_example, read_records
 from spatialvla_jax.errors import InputError
@@ -32,6 +34,11 @@ def depth_key(image: str) -> str:
     return posixpath.join(posixpath.dirname(image), DEPTH)
 
 
+def with_precomputed_depth(spec: DatasetSpec) -> DatasetSpec:
+    """The spec with the depth that `add_depth` has stored in the place of the dataset's own."""
+    return dataclasses.replace(spec, depth=depth_key(spec.image), depth_unit=DEPTH_UNIT)
+
+
 def add_depth(
     path: str | os.PathLike[str],
     out: str | os.PathLike[str],
@@ -45,7 +52,7 @@ def add_depth(
     workers: int | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Writes `out`/NAME/VERSION: the dataset in the version directory `path` with `depth_key(image)` in every step.
+    """Writes `out`/NAME/VERSION, named as `path` is: the dataset there with `depth_key(image)` in every step.
 
     `estimate` sees every step's `image` as the model does, `image_size` pixels a side. Splits (all by default), shards
     and all stored features are the source's. Shards appear one by one, by rename, and dataset_info.json last: until
@@ -58,7 +65,7 @@ def add_depth(
     builder = open_rlds(path)
     source = Path(builder.data_dir)
     name, key = builder.info.name, depth_key(image)
-    directory = Path(out) / name / str(builder.info.version)
+    directory = Path(out) / source.parent.name / source.name
     if directory.resolve() == source.resolve():
         raise InputError(f"{directory} is the dataset itself; choose another --out")
     splits = splits or tuple(sorted(split for split in builder.info.splits if split != "all"))
