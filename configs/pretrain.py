@@ -1,6 +1,8 @@
-"""Pre-training with the published recipe: batch 2048, linear decay from 2e-5, text embeddings and depth model frozen.
+"""Pre-training with the published recipe: 28 datasets, batch 2048, linear decay from 2e-5, text embeddings and depth
+model frozen; DROID leaves for the last third.
 
-The published run is given as ten days on 64 A100, not as a number of steps: set `train.steps` to what you have.
+The datasets lie in the directories DIR/<name>/<version>, as TFDS keeps them: --config.data.root=DIR. The published run
+is given as ten days on 64 A100, not as a number of steps: set `train.steps` to what you have.
 """
 
 from spatialvla_jax.config import default_config
@@ -8,14 +10,7 @@ from spatialvla_jax.config import default_config
 
 def get_config():
     config = default_config()
-    config.data.datasets = [
-        {"name": "bridge_orig", "spec": "bridge_orig", "path": "data/bridge_orig/1.0.0", "weight": 1.0},
-        {
-            "name": "fractal20220817_data",
-            "spec": "fractal20220817_data",
-            "path": "data/fractal20220817_data/0.1.0",
-            "weight": 1.0,
-        },
-    ]
-    config.train.update(steps=120_000, batch_size=2048, eval_every=0)  # fractal has no validation split
+    config.data.update(mixture="oxe_spatial_vla_plus", root="data", drop={"droid": 2 / 3})
+    config.data.split = "train[:95%]"  # few of the datasets have a validation split
+    config.train.update(steps=120_000, batch_size=2048, eval_split="train[95%:]", eval_frames=20_480)
     return config

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spatialvla_jax.data.mixture import BLOCK, draw, make_mixture, permute
+from spatialvla_jax.data.mixture import BLOCK, another_seed, count_draws, draw, make_mixture, permute, permute_blocks
 from spatialvla_jax.errors import InputError
 
 
@@ -31,11 +31,40 @@ def test_order_is_pinned():
     assert frame.tolist() == [0, 6, 1, 2, 9, 263, 927, 516, 969, 7]
 
 
-@given(st.lists(st.integers(1, 400), min_size=1, max_size=5), st.integers(0, 1000), st.data())
+@given(st.integers(1, 3000), st.integers(0, 2**63), st.integers(1, 70), st.integers(1, 50))
+@settings(max_examples=80, deadline=None)
+def test_permute_blocks_is_a_bijection(size, seed, block, window):
+    order = permute_blocks(np.arange(size), size, np.uint64(seed), block, window)
+    np.testing.assert_array_equal(np.sort(order), np.arange(size))
+
+
+@given(st.integers(1, 40), st.integers(2, 30), st.integers(1, 8), st.integers(0, 2**63))
+@settings(max_examples=40, deadline=None)
+def test_blocks_stay_together(blocks, block, window, seed):
+    """Where the size is a multiple of the block, each window holds whole blocks, and several of them shuffled."""
+    order = permute_blocks(np.arange(blocks * block), blocks * block, np.uint64(seed), block, window)
+    seen = []
+    for start in range(0, blocks, window):
+        own = order[start * block : (start + window) * block]
+        inside = np.unique(own // block)
+        assert len(own) == len(inside) * block == min(window, blocks - start) * block
+        seen += inside.tolist()
+    assert sorted(seen) == list(range(blocks))
+
+
+def test_blocks_are_mixed_within_their_window():
+    """No more correlation of neighbours than chance gives: consecutive samples come from other blocks."""
+    order = permute_blocks(np.arange(64_000), 64_000, np.uint64(3), 64, 100)
+    assert np.mean(order[1:] // 64 == order[:-1] // 64) < 0.02
+    assert abs(np.corrcoef(order, np.arange(64_000))[0, 1]) < 0.1
+
+
+@given(st.lists(st.integers(1, 400), min_size=1, max_size=5), st.integers(0, 1000), st.integers(1, 20), st.data())
 @settings(max_examples=25, deadline=None)
-def test_every_frame_once_a_pass(sizes, seed, data):
+def test_every_frame_once_a_pass(sizes, seed, block, data):
     weights = tuple(data.draw(st.floats(0.05, 10)) for _ in sizes)
-    mixture = make_mixture(tuple(sizes), weights, balance=data.draw(st.booleans()))
+    balance, shuffle = data.draw(st.booleans()), data.draw(st.integers(1, 500))
+    mixture = make_mixture(tuple(sizes), weights, balance=balance, block=block, shuffle=shuffle)
     dataset, frame = draw(mixture, seed, np.arange(30_000))
     for number, size in enumerate(sizes):
         own = frame[dataset == number]
@@ -73,6 +102,30 @@ def test_shares_follow_the_weights(datasets, balance):
     np.testing.assert_allclose(mixture.shares, wanted / wanted.sum(), atol=(len(sizes) + 1) / BLOCK)
     drawn = np.bincount(draw(mixture, 0, np.arange(BLOCK))[0], minlength=len(sizes))
     np.testing.assert_array_equal(drawn, mixture.counts)
+
+
+@given(st.integers(0, 3 * BLOCK), st.integers(0, 1000), st.integers(1, 8))
+@settings(max_examples=15, deadline=None)
+def test_passes_go_on_over_a_phase_border(border, seed, block):
+    """A dataset that is dropped takes nothing away from the others: each still gives every frame once a pass."""
+    first = make_mixture((1000, 777, 50), (1.0, 1.0, 2.0), block=block, shuffle=100)
+    second = first.without((1.0, 1.0, 2.0), frozenset([0]))
+    drawn = count_draws(first, seed, border)
+    before = draw(first, seed, np.arange(border))
+    np.testing.assert_array_equal(drawn, np.bincount(before[0], minlength=3))
+    after = draw(second, seed, np.arange(30_000), drawn)
+    assert 0 not in after[0]
+    for number in (1, 2):
+        own = np.concatenate([before[1][before[0] == number], after[1][after[0] == number]])
+        whole = own[: len(own) // first.sizes[number] * first.sizes[number]].reshape(-1, first.sizes[number])
+        np.testing.assert_array_equal(np.sort(whole, axis=1), np.tile(np.arange(first.sizes[number]), (len(whole), 1)))
+    kept = make_mixture((777, 50), (1.0, 2.0))
+    assert second.counts == (0, *kept.counts) and second.epoch_length == kept.epoch_length
+
+
+def test_another_seed():
+    assert another_seed(5, 0) == 5
+    assert len({another_seed(seed, attempt) for seed in range(20) for attempt in range(1, 20)}) == 380
 
 
 def test_epoch_length():

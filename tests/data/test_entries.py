@@ -1,0 +1,227 @@
+"""Datasets by mixture and by entry, parts of splits, and phases."""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+from toy_rlds import data_config, make_episodes, make_rlds
+
+from spatialvla_jax.config import load_config
+from spatialvla_jax.data import load_data
+from spatialvla_jax.data.entries import make_entries, newest_version
+from spatialvla_jax.data.oxe.mixtures import MIXTURES
+from spatialvla_jax.errors import InputError
+
+SIZE = 16
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A directory with two datasets of the catalogue, of which one has two versions."""
+    root = tmp_path_factory.mktemp("root")
+    for name, version, count in (("libero", "1.0.0", 9), ("libero", "1.10.0", 20), ("libero_no_noops", "1.0.0", 10)):
+        make_rlds(root, {"train": make_episodes(count, steps=(4, 4))}, name=name, version=version, episodes_per_shard=4)
+    return root
+
+
+@pytest.fixture
+def mixtures(monkeypatch):
+    monkeypatch.setitem(MIXTURES, "two", (("libero", 1.0), ("libero_no_noops", 0.5)))
+
+
+@pytest.fixture(scope="module")
+def cache_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+def test_mixture_by_name(root, mixtures, cache_dir):
+    """Each dataset in its directory's newest version, with the catalogue's entry and the mixture's weight."""
+    config = data_config(cache_dir=cache_dir, mixture="two", root=str(root))
+    loader = load_data(config, image_size=SIZE)
+    assert loader.names == ("libero", "libero_no_noops") and loader.weights == (1.0, 0.5)
+    assert [row["episodes"] for row in loader.table()] == [20, 10]
+    np.testing.assert_allclose([row["share"] for row in loader.table()], [0.8, 0.2], atol=1e-4)
+    text = loader.describe()
+    assert "libero_no_noops" in text and "80.00%" in text and "20.00%" in text and text.count("\n") == 3
+
+
+def test_version_is_the_newest_number(root):
+    assert newest_version(root / "libero") == root / "libero" / "1.10.0"
+    assert newest_version(root) is None and newest_version(root / "nothing") is None
+
+
+def test_datasets_that_a_mixture_lacks(root, mixtures, monkeypatch):
+    monkeypatch.setitem(MIXTURES, "four", (("libero", 1.0), ("bridge_orig", 1.0), ("fractal20220817_data", 1.0)))
+    with pytest.raises(
+        InputError, match=f"{root} lacks 2 of the 3 datasets of 'four': bridge_.*, fractal20220817_data"
+    ):
+        make_entries({"mixture": "four", "root": str(root)})
+    with pytest.raises(InputError, match=r"data\.mixture is 'tow': known are .*two"):
+        make_entries({"mixture": "tow", "root": str(root)})
+    with pytest.raises(InputError, match=r"needs data\.root"):
+        make_entries({"mixture": "two"})
+    own = {"name": "libero", "path": "x", "spec": "libero"}
+    with pytest.raises(InputError, match="have a name twice: libero"):
+        make_entries({"mixture": "two", "root": str(root), "datasets": [own]})
+
+
+USER_CONFIG = """
+from spatialvla_jax.config import default_config
+
+
+def get_config():
+    config = default_config()
+    config.data.update(mixture="two", root={root!r}, cache_dir={cache!r}, workers=1)
+    config.data.datasets = [
+        {{
+            "name": "my_robot",
+            "path": {path!r},
+            "weight": 4.0,
+            "spec": {{
+                "image": "observation/image",
+                "action": ["action"],
+                "operations": [["clip_gripper", 0.0, 1.0], ["invert_gripper"]],
+                "default_intrinsics": [[60.0, 0, 32], [0, 60.0, 24], [0, 0, 1]],
+                "default_intrinsics_size": [48, 64],
+            }},
+        }}
+    ]
+    config.data.drop = {{"libero": 0.5}}
+    return config
+"""
+
+
+def test_own_dataset_beside_a_mixture(root, mixtures, tmp_path, cache_dir):
+    """A dataset that the package has never heard of, from its owner's config file alone."""
+    path = make_rlds(tmp_path, {"train": make_episodes(5, seed=4)}, name="mine")
+    file = tmp_path / "config.py"
+    file.write_text(USER_CONFIG.format(root=str(root), cache=str(cache_dir), path=str(path)))
+    config = load_config(file, {"data.prompt.vocab_size": "96"})
+    loader = load_data(config.data, image_size=SIZE)
+    assert loader.names == ("libero", "libero_no_noops", "my_robot") and loader.weights == (1.0, 0.5, 4.0)
+    batch = loader.frames(np.asarray([loader.num_frames() - 1]))
+    np.testing.assert_allclose(batch["intrinsics"][0], [[15, 0, 8], [0, 20, 8], [0, 0, 1]])
+    assert (loader.table()[0]["shares"][1], len(loader.table()[2]["shares"])) == (0, 2)
+
+
+# --- parts of splits --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("train", "rest", "sizes"),
+    [
+        ("train[:95%]", "train[95%:]", (19, 1)),
+        ("train[:7]", "train[7:]", (7, 13)),
+        ("train[:-3]", "train[-3:]", (17, 3)),
+    ],
+)
+def test_parts_of_a_split(root, cache_dir, train, rest, sizes):
+    """Episodes, in order, across the borders of shards; together the parts are the whole."""
+    config = data_config(root / "libero" / "1.10.0", cache_dir=cache_dir)
+    whole = load_data(config, image_size=SIZE)
+    loader = load_data(config | {"split": train}, image_size=SIZE)
+    parts = [*loader.episodes(train), *loader.episodes(rest)]
+    assert tuple(loader.indexes(split)[0].num_episodes for split in (train, rest)) == sizes
+    for part, episode in zip(parts, whole.episodes("train"), strict=True):
+        np.testing.assert_array_equal(part["image"], episode["image"])
+    assert loader.num_frames() == 4 * sizes[0]
+    (index,) = loader.indexes()
+    actions = np.asarray(whole.indexes()[0].arrays["action"])[: 4 * sizes[0]]
+    np.testing.assert_allclose(index.statistics["action"]["mean"], actions.mean(axis=0), atol=1e-6)
+    last = loader.indexes(rest)[0]
+    assert last.describe(0).endswith(f"episode {sizes[0] % 4}, step 0")
+
+
+def test_split_of_one_dataset(root, rlds, cache_dir):
+    """A dataset without a validation split holds some of its training episodes out."""
+    config = data_config(root / "libero" / "1.10.0", rlds, cache_dir=cache_dir)
+    config["datasets"][0]["splits"] = {"train": "train[:90%]", "val": "train[90%:]"}
+    loader = load_data(config, image_size=SIZE)
+    assert [index.num_episodes for index in loader.indexes()] == [18, 7]
+    assert [index.num_episodes for index in loader.indexes("val")] == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("split", "message"),
+    [
+        ("train[:0]", r"'train\[:0\]' of .* holds no episodes"),
+        ("train[:5%", r"has no split 'train\[:5%'"),
+        ("train[50:]", r"has no split 'train\[50:\]': it has train, whole or as in"),
+        ("test[:5%]", r"has no split 'test\[:5%\]': it has train"),
+    ],
+)
+def test_bad_splits(root, cache_dir, split, message):
+    config = data_config(root / "libero" / "1.10.0", cache_dir=cache_dir, split=split)
+    with pytest.raises(InputError, match=message):
+        load_data(config, image_size=SIZE)
+
+
+def test_some_frames_of_a_split(root, cache_dir):
+    loader = load_data(data_config(root / "libero" / "1.10.0", cache_dir=cache_dir), image_size=SIZE)
+    batches = list(loader.epoch(8, "train", frames=20))
+    ids = np.concatenate([batch["sample_id"][batch["valid"]] for batch in batches])
+    assert len(batches) == 3 and ids.tolist() == list(range(0, 80, 4))
+    assert sum(batch["valid"].sum() for batch in loader.epoch(8, "train", frames=1000)) == 80
+
+
+# --- phases -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block", [1, 3])
+def test_phases(root, rlds, cache_dir, block):
+    """A dataset leaves at its fraction of the steps; the rest is as for any stream: exact resume, any number of hosts,
+    passes that go on over the border."""
+    paths = (root / "libero" / "1.10.0", root / "libero" / "1.0.0", rlds)
+    config = data_config(*paths, cache_dir=cache_dir, read_block=block, shuffle_frames=30)
+    loader = load_data(config | {"drop": {"toy0": 2 / 3, "toy2": 0.25}}, image_size=SIZE)
+    whole = list(itertools.islice(loader.batches(12, seed=3, total_steps=24), 24))
+    datasets = [set(batch["dataset_id"].tolist()) for batch in whole]
+    assert set.union(*datasets[:6]) == {0, 1, 2} and set.union(*datasets[6:16]) == {0, 1}
+    assert set.union(*datasets[16:]) == {1}
+    for start in (0, 5, 6, 7, 15, 16, 20):
+        resumed = loader.batches(12, seed=3, start_step=start, total_steps=24)
+        for one, two in zip(whole[start:], resumed, strict=False):
+            for key in one:
+                np.testing.assert_array_equal(one[key], two[key])
+    for count in (2, 4):
+        parts = [loader.batches(12, seed=3, process_index=i, process_count=count, total_steps=24) for i in range(count)]
+        for one, *rows in zip(whole, *parts, strict=False):
+            np.testing.assert_array_equal(one["image"], np.concatenate([row["image"] for row in rows]))
+            np.testing.assert_array_equal(one["sample_id"], np.concatenate([row["sample_id"] for row in rows]))
+    ids = np.concatenate([batch["sample_id"][batch["dataset_id"] == 1] for batch in whole])
+    for one_pass in ids[: len(ids) // 36 * 36].reshape(-1, 36):
+        np.testing.assert_array_equal(np.sort(one_pass), 80 + np.arange(36))
+    assert "from 25%" in loader.describe() and "from 67%" in loader.describe()
+    plain = load_data(config, image_size=SIZE).batches(12, seed=3)
+    for one, two in zip(whole[:6], plain, strict=False):
+        np.testing.assert_array_equal(one["sample_id"], two["sample_id"])
+
+
+@pytest.mark.parametrize(
+    ("drop", "message"),
+    [
+        ({"droid": 0.5}, r"data\.drop names 'droid', which is not in the mixture: that has toy0"),
+        ({"toy0": 1.5}, r"data\.drop\['toy0'\] is 1\.5"),
+        ({"toy0": 0.5}, "names every dataset"),
+    ],
+)
+def test_bad_phases(rlds, cache_dir, drop, message):
+    with pytest.raises(InputError, match=message):
+        load_data(data_config(rlds, cache_dir=cache_dir, drop=drop), image_size=SIZE)
+
+
+def test_phases_need_the_number_of_steps(root, rlds, cache_dir):
+    config = data_config(rlds, root / "libero" / "1.0.0", cache_dir=cache_dir, drop={"toy1": 0.5})
+    with pytest.raises(InputError, match="how many steps"):
+        next(load_data(config, image_size=SIZE).batches(4))
+
+
+def test_pretraining_names_the_published_mixture():
+    """The recipe's config: 28 datasets, DROID in the first two thirds, validation on episodes that are held out."""
+    config = load_config(Path(__file__).parents[2] / "configs" / "pretrain.py")
+    names = [name for name, _ in MIXTURES[config.data.mixture]]
+    assert len(names) == 28 and set(config.data.drop) == {"droid"} <= set(names)
+    later = [name for name, _ in MIXTURES["oxe_spatial_vla_plus_stage2"]]
+    assert [name for name in names if name not in config.data.drop] == later
+    assert (config.data.split, config.train.eval_split) == ("train[:95%]", "train[95%:]")
