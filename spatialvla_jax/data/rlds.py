@@ -1,6 +1,7 @@
 """RLDS datasets as TFDS writes them: which files hold a split, and their episodes in canonical form, images unread."""
 
 import os
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -146,7 +147,8 @@ def _episode(
     if missing.size and not skip:
         raise Fault("no language", f"step {missing[0]} has no language ({spec.language!r} is empty)")
     episode = {"action": action, "language": language, "step": np.arange(length)}
-    episode["image"] = steps[spec.image] + (offset, 0)
+    cameras = (spec.image,) if spec.depth else (spec.image, *spec.other_images)
+    episode["image"] = steps[cameras[zlib.crc32(action.tobytes()) % len(cameras)]] + (offset, 0)
     if spec.depth:
         episode["depth"] = steps[spec.depth] + (offset, 0)
     if spec.intrinsics:
@@ -173,7 +175,8 @@ def _shapes(name: str, builder: Any, spec: DatasetSpec) -> dict[str, tuple[int, 
     is missing or the action is not 7 wide."""
     if "steps" not in builder.info.features:
         raise InputError(f"{builder.data_dir} is not an RLDS dataset: its episodes have no 'steps'")
-    keys = [spec.image, *action_keys(spec), *spec.arrays]
+    images = (spec.image, *spec.other_images, spec.depth)
+    keys = [spec.image, *spec.other_images, *action_keys(spec), *spec.arrays]
     keys += [key for key in (spec.depth, spec.intrinsics) if key] + [spec.language] * (spec.instruction is None)
     shapes = {}
     for key in keys:
@@ -181,7 +184,7 @@ def _shapes(name: str, builder: Any, spec: DatasetSpec) -> dict[str, tuple[int, 
         if feature is None:
             raise InputError(f"Dataset {name!r} ({builder.data_dir}) has no key {key!r} in its steps")
         text = key == spec.language and not np.issubdtype(feature.np_dtype, np.integer)
-        shapes[key] = (2,) if text or key in (spec.image, spec.depth) else tuple(feature.shape)
+        shapes[key] = (2,) if text or key in images else tuple(feature.shape)
         if key == spec.depth and feature.np_dtype != np.uint16:
             raise InputError(f"Dataset {name!r} has {key!r} as {feature.np_dtype}; a 16-bit PNG is expected")
     width, expected = action_width(spec, shapes), width_before(spec.operations)

@@ -13,12 +13,12 @@ import pytest
 from oxe_features import FEATURES, random_steps, tfds_features
 from toy_rlds import make_rlds
 
-from spatialvla_jax.data.oxe import CATALOGUE, MIXTURES, NOT_IN_GRID_FIT, DatasetSpec
+from spatialvla_jax.data.oxe import CATALOGUE, MIXTURES, NOT_IN_GRID_FIT, DatasetSpec, make_spec
 from spatialvla_jax.data.oxe.__main__ import table
 from spatialvla_jax.data.oxe.open_x import JOINTS_ONLY
 from spatialvla_jax.data.oxe.published import PUBLISHED
 from spatialvla_jax.data.rlds import UNLABELED, open_rlds, read_episodes
-from spatialvla_jax.errors import Fault
+from spatialvla_jax.errors import Fault, InputError
 
 NATURAL = "observation/natural_language_instruction"
 
@@ -186,7 +186,7 @@ CASES: dict[str, Case] = {
     ),
     "fmb_dataset": plain(image="image_side_1"),
     "dobbe": plain(image="wrist_image"),
-    "droid": droid("exterior_image_1_left", kept=(0, 3, 4, 5, 6, 7)),
+    "droid": droid("exterior_image_2_left", kept=(0, 3, 4, 5, 6, 7)),
     "rh20t_rlds": Case({"action/tcp_base": MOVE, "action/gripper": FLAG[0]}, rows(MOVE, FLAG[1])),
     "bridge_oxe": Case(
         {"action/open_gripper": (0, 1, 0, 0), "observation/state": rows(SQUARES * (1, 2, 3, 4, 5, 6), 7)},
@@ -333,6 +333,60 @@ def test_episodes_without_language_are_left_out(name, tmp_path):
     lost = []
     (episode,) = read_episodes(name, open_rlds(path), file, 1, CATALOGUE[name], lambda *args: lost.append(args))
     assert not len(episode["step"]) and [reason for reason, _ in lost] == [UNLABELED]
+
+
+def test_one_of_two_cameras(tmp_path):
+    """Every episode of DROID has one of the two outer cameras, and half of them the other one."""
+    episodes = [steps for steps, _ in write(tmp_path, "droid", count=32)]
+    features = tfds_features(FEATURES["droid"])
+    path = make_rlds(tmp_path, {"train": episodes}, step_features=features, episodes_per_shard=32)
+    (file,) = path.glob("*.tfrecord*")
+    stored = file.read_bytes()
+
+    def cameras(spec):
+        for episode in read_episodes("droid", open_rlds(path), file, 32, spec):
+            texts = [stored[offset : offset + length].decode() for offset, length in episode["image"].tolist()]
+            (camera,) = {text.split()[0] for text in texts}
+            yield camera
+
+    seen = list(cameras(CATALOGUE["droid"]))
+    assert seen == list(cameras(CATALOGUE["droid"]))
+    assert set(seen) == {"observation/exterior_image_1_left", "observation/exterior_image_2_left"}
+    assert 8 <= seen.count("observation/exterior_image_1_left") <= 24
+
+
+def test_depth_belongs_to_the_first_camera(tmp_path):
+    name = "maniskill_dataset_converted_externally_to_rlds"
+    episodes = [steps for steps, _ in write(tmp_path, name, CASES[name].inputs, count=1)]
+    path = make_rlds(tmp_path, {"train": episodes}, step_features=tfds_features(FEATURES[name]))
+    (file,) = path.glob("*.tfrecord*")
+    wrists = ("observation/wrist_image",) * 9  # one of ten cameras would hardly be the first by chance
+    spec = dataclasses.replace(CATALOGUE[name], other_images=wrists)
+    (episode,) = read_episodes(name, open_rlds(path), file, 1, spec)
+    offset, length = episode["image"][0].tolist()
+    assert file.read_bytes()[offset : offset + length] == b"observation/image 0"
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"action": ["action/world_vector", 0, "action/open_gripper"]}, r"an action 5 wide .* 0 .*; 7 is expected"),
+        ({"action": ["action/world_vector[:9]", "action/rotation_delta[3]", 0]}, "an action 4 wide"),
+        ({"action": ["observation/state"], "operations": [["to_euler", "quaternion"]]}, "7 wide .*; 8 is expected"),
+        ({"action": ["action/future/x"]}, "has no key 'action/future/x'"),
+        (
+            {"action": ["observation/state"], "other_images": ["observation/image_2"]},
+            "has no key 'observation/image_2'",
+        ),
+    ],
+)
+def test_specs_that_do_not_fit(spec, message, tmp_path):
+    ((steps, _),) = write(tmp_path, "toto", count=1)
+    path = make_rlds(tmp_path, {"train": [steps]}, step_features=tfds_features(FEATURES["toto"]))
+    (file,) = path.glob("*.tfrecord*")
+    made = make_spec({"language": NATURAL} | spec, CATALOGUE, "mine")
+    with pytest.raises(InputError, match=f"'mine'.*{message}"):
+        list(read_episodes("mine", open_rlds(path), file, 1, made))
 
 
 def test_one_instruction_for_all(tmp_path):

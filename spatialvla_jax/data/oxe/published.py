@@ -168,11 +168,12 @@ PUBLISHED: dict[str, DatasetSpec] = {
     ),
     # The only camera is on the hand-held stick.
     "dobbe": _oxe(image="observation/wrist_image", robot="Hello Stretch", episodes=5_208),
-    # The release looks through one of the two outer cameras, chosen anew every time, and leaves out frames whose next
-    # four actions all leave the arm where it is: 1e-5 after normalisation, about 7e-6 before. Features and count
-    # (92,233 episodes in both RLDS versions' first release): droid-dataset.github.io.
+    # The release looks through one of the two outer cameras, drawn for each pass over an episode, and leaves out frames
+    # whose next four actions all leave the arm where it is: 1e-5 after normalisation, about 7e-6 before. Features: the
+    # builder's printed description; episodes of version 1.0.0: OpenVLA's published statistics.
     "droid": _oxe(
         image="observation/exterior_image_1_left",
+        other_images=("observation/exterior_image_2_left",),
         action=("action_dict/cartesian_velocity", "action_dict/gripper_position"),
         operations=(("invert_gripper",), ("drop_idle", 4, 7e-6)),
         robot="Franka",

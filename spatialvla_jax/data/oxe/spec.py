@@ -23,6 +23,9 @@ class DatasetSpec:
     """
 
     image: str = "observation/image"
+    # More outer cameras: each episode has one of all, the one that its actions hash to; with depth, which is that of
+    # `image`, only `image`.
+    other_images: tuple[str, ...] = ()
     language: str = "language_instruction"  # text, or the bytes of one as numbers, ended by a zero
     instruction: str | None = None  # the same words for every episode, instead of `language`
     action: tuple[str | float, ...] = ("action",)
