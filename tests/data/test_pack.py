@@ -14,7 +14,7 @@ import pytest
 from toy_rlds import data_config, make_episodes, make_rlds
 
 from spatialvla_jax.cli import main
-from spatialvla_jax.config import load_config
+from spatialvla_jax.config import check_resumable, load_config
 from spatialvla_jax.data import load_data
 from spatialvla_jax.data.oxe import CATALOGUE
 from spatialvla_jax.data.pack import ALIGNMENT, write_pack
@@ -121,6 +121,14 @@ def test_one_config_serves_both(data, file, stream):
         open_pack(file, data, datasets=changed)
     moved = [entry | {"path": "/elsewhere"} for entry in data["datasets"]]
     assert open_pack(file, data, datasets=moved).weights == stream.weights
+    with pytest.raises(InputError, match=r"data.precomputed_depth names other data than .*toy.pack holds"):
+        open_pack(file, data, precomputed_depth=True)
+
+
+def test_a_run_may_go_on_from_the_file(config_file, tmp_path):
+    """Its batches are the stream's, so it is no other config."""
+    before = load_config(config_file)
+    check_resumable(before.to_dict(), load_config(config_file, {"data.packed": "toy.pack"}), tmp_path)
 
 
 def test_the_arrays_are_aligned(file):
