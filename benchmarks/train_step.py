@@ -1,6 +1,6 @@
 """The jitted training step on random batches: samples a second, memory.
 
-    python benchmarks/train_step.py [--preset tiny] [--batch-size 32] [--repeats 5] [--steps 20]
+    python benchmarks/train_step.py [--preset tiny] [--batch-size 32] [--repeats 5] [--steps 20] [--trace]
 
 Everything the training loop jits is in it: augmentation, encoding, forward, backward, clipping, AdamW. Prints the
 environment, then each repeat and the median; ends with one line of JSON. Compilation and the first steps don't count.
@@ -11,14 +11,17 @@ import json
 import platform
 import statistics
 import time
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
+from trace_table import trace
 
 from spatialvla_jax.actions import PRETRAIN_GAUSSIANS, gaussian_grid
 from spatialvla_jax.config import default_config
 from spatialvla_jax.models import PRESETS, SpatialVLA, preset
+from spatialvla_jax.models.remat import POLICIES
 from spatialvla_jax.training.augment import Augmentation
 from spatialvla_jax.training.optimizer import learning_rate, make_optimizer
 from spatialvla_jax.training.sharding import BATCH, check_batch, make_mesh
@@ -48,13 +51,15 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, default=20, help="a repeat")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the computation; by default the preset's")
-    parser.add_argument("--remat", choices=("none", "dots", "full"), default="none")
+    parser.add_argument("--remat", choices=POLICIES, default="none")
+    parser.add_argument("--depth", choices=("zoedepth", "dataset", "none"), help="source of depth; the preset's")
+    parser.add_argument("--trace", action="store_true", help="also print where the time goes, from a profiler trace")
     args = parser.parse_args()
 
     device = jax.devices()[0]
     print(f"Python {platform.python_version()}, JAX {jax.__version__}, {jax.device_count()} × {device.device_kind}")
     grid = gaussian_grid(PRETRAIN_GAUSSIANS)
-    changes = {"remat": args.remat} | ({"dtype": args.dtype} if args.dtype else {})
+    changes = {"remat": args.remat} | {k: v for k in ("dtype", "depth") if (v := getattr(args, k))}
     model = SpatialVLA(preset(args.preset, spatial_tokens=grid.vocab_size, **changes))
     config = default_config().optimizer
     frozen = tuple(p for p in config.frozen if p != "zoe" or model.config.depth == "zoedepth")
@@ -94,6 +99,16 @@ def main() -> None:
         print(f"repeat {repeat + 1}: {1e3 * seconds[-1]:.2f} ms a step, {args.batch_size / seconds[-1]:.1f} samples/s")
     median = statistics.median(seconds)
     memory = device.memory_stats() or {}
+    traced = {}
+    if args.trace:
+
+        def run() -> Any:
+            nonlocal state
+            state, metrics = compiled(state, batch, grid)
+            return metrics
+
+        text, traced = trace(run, 3, compiled.as_text())
+        print(text)
     print(
         json.dumps(
             {
@@ -109,7 +124,10 @@ def main() -> None:
                 "compile_seconds": round(compile_seconds, 1),
                 "peak_memory_gb": round(memory.get("peak_bytes_in_use", 0) / 1e9, 2),
                 "loss": round(float(metrics["loss"]), 4),
+                "remat": args.remat,
+                "depth": model.config.depth,
             }
+            | ({"trace_ms": traced} if traced else {})
         )
     )
 

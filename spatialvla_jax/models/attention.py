@@ -30,6 +30,22 @@ def attend(
     return jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(B, T, N, H)
 
 
+def attend_fully(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S N H"],
+    v: Float[Array, "B S N H"],
+    bias: Float[Array, "B N T S"] | None = None,
+) -> Float[Array, "B T N H"]:
+    """Attention of the vision models: every position sees all, scale H^-0.5, softmax in float32.
+
+    cuDNN's fused kernel in bfloat16 on a GPU (half the time of XLA's at SigLIP's and BEiT's sizes), elsewhere XLA's.
+    """
+    fused = q.dtype == jnp.bfloat16 and jax.default_backend() == "gpu"
+    if fused and bias is not None:
+        bias = bias.astype(q.dtype)
+    return jax.nn.dot_product_attention(q, k, v, bias=bias, implementation="cudnn" if fused else "xla")
+
+
 def prefix_lm_mask(valid: Bool[Array, "B S"], prefix_length: int) -> Bool[Array, "B S S"]:
     """The first `prefix_length` positions see each other both ways, the rest is causal; padding is never seen.
 

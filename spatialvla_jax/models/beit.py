@@ -5,11 +5,12 @@ positions, a class token, layer scale, and the hidden states after each quarter 
 from dataclasses import dataclass
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from spatialvla_jax.errors import InputError
+from spatialvla_jax.models.attention import attend_fully
+from spatialvla_jax.models.partition import split_batch
 from spatialvla_jax.models.resize import resize_bilinear
 
 Grid = tuple[int, int]
@@ -73,7 +74,7 @@ class BeitAttention(nn.Module):
         rows = (2 * cfg.grid - 1) ** 2 + 3
         table = self.param("relative_position_bias", nn.initializers.zeros, (rows, cfg.num_heads))
         bias = relative_position_bias(table.astype(jnp.float32), cfg.grid, self.grid)
-        y = jax.nn.dot_product_attention(q, k, v, bias=bias[None])
+        y = attend_fully(q, k, v, bias[None])
         return nn.DenseGeneral(cfg.width, axis=(-2, -1), dtype=self.dtype, name="out")(y)
 
 
@@ -90,10 +91,10 @@ class BeitLayer(nn.Module):
             for name in ("layer_scale1", "layer_scale2")
         )
         y = nn.LayerNorm(epsilon=1e-12, use_fast_variance=False, dtype=self.dtype, name="norm1")(x)
-        x = x + scale1 * BeitAttention(cfg, self.grid, self.dtype, name="attention")(y)
+        x = split_batch(x + scale1 * BeitAttention(cfg, self.grid, self.dtype, name="attention")(y), "tensor")
         y = nn.LayerNorm(epsilon=1e-12, use_fast_variance=False, dtype=self.dtype, name="norm2")(x)
         y = nn.gelu(nn.Dense(cfg.mlp_dim, dtype=self.dtype, name="mlp_in")(y), approximate=False)
-        return x + scale2 * nn.Dense(cfg.width, dtype=self.dtype, name="mlp_out")(y), None
+        return split_batch(x + scale2 * nn.Dense(cfg.width, dtype=self.dtype, name="mlp_out")(y), "tensor"), None
 
 
 class BeitStage(nn.Module):

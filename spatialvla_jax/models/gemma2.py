@@ -14,6 +14,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from spatialvla_jax.models.attention import attend, rotary
+from spatialvla_jax.models.partition import split_batch
 from spatialvla_jax.models.remat import rematerialise
 
 
@@ -110,7 +111,8 @@ class FeedForward(nn.Module):
         D, F = self.config.width, self.config.mlp_dim
         gating = self.param("gating_einsum", fan_in_init((1,)), (2, D, F)).astype(self.dtype)
         linear = self.param("linear", fan_in_init((0,)), (F, D)).astype(self.dtype)
-        return (nn.gelu(x @ gating[0], approximate=True) * (x @ gating[1])) @ linear
+        gate, up = jnp.einsum("btd,cdf->cbtf", x, gating)  # one product: its backward pass has no sum of two
+        return (nn.gelu(gate, approximate=True) * up) @ linear
 
 
 class Block(nn.Module):
@@ -124,9 +126,9 @@ class Block(nn.Module):
         norm = lambda name, y: RMSNorm(self.dtype, name=name)(y)  # noqa: E731
         attention = Attention(self.config, self.dtype, name="attn")
         y, cache = attention(norm("pre_attention_norm", x), cache, cache_index, positions, mask)
-        x = x + norm("post_attention_norm", y)
+        x = split_batch(x + norm("post_attention_norm", y))
         y = FeedForward(self.config, self.dtype, name="mlp")(norm("pre_ffw_norm", x))
-        return x + norm("post_ffw_norm", y), cache
+        return split_batch(x + norm("post_ffw_norm", y)), cache
 
 
 class Embedder(nn.Module):
@@ -183,7 +185,7 @@ class Gemma2(nn.Module):
         without one, S = T. Every second layer, from the first, sees at most `sliding_window` positions back.
         """
         cfg = self.config
-        x = embeddings.astype(self.dtype) * jnp.asarray(cfg.width**0.5, self.dtype)
+        x = split_batch(embeddings.astype(self.dtype) * jnp.asarray(cfg.width**0.5, self.dtype))
         local = None
         if mask.shape[-1] > cfg.sliding_window:
             keys = positions if key_positions is None else key_positions

@@ -9,6 +9,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from spatialvla_jax.models.attention import attend_fully
+from spatialvla_jax.models.partition import split_batch
 from spatialvla_jax.models.remat import rematerialise
 
 
@@ -44,6 +46,11 @@ class MlpBlock(nn.Module):
         return nn.Dense(width, dtype=self.dtype)(nn.gelu(x, approximate=True))
 
 
+def _attention(q, k, v, **unused):
+    """As `nn.MultiHeadDotProductAttention` calls it; there is no mask and no dropout."""
+    return attend_fully(q, k, v)
+
+
 class EncoderBlock(nn.Module):
     config: SiglipConfig
     dtype: jnp.dtype
@@ -52,11 +59,11 @@ class EncoderBlock(nn.Module):
     def __call__(self, x: Float[Array, "B P D"], _) -> tuple[Float[Array, "B P D"], None]:
         y = nn.LayerNorm(dtype=self.dtype)(x)
         attention = nn.MultiHeadDotProductAttention(
-            self.config.num_heads, dtype=self.dtype, deterministic=True, force_fp32_for_softmax=True
+            self.config.num_heads, dtype=self.dtype, deterministic=True, attention_fn=_attention
         )
-        x = x + attention(y)
+        x = split_batch(x + attention(y))
         y = nn.LayerNorm(dtype=self.dtype)(x)
-        return x + MlpBlock(self.config.mlp_dim, self.dtype)(y), None
+        return split_batch(x + MlpBlock(self.config.mlp_dim, self.dtype)(y)), None
 
 
 class Encoder(nn.Module):
@@ -101,7 +108,7 @@ class Siglip(nn.Module):
         x = nn.Conv(cfg.width, patch, strides=patch, padding="VALID", dtype=self.dtype, name="embedding")(image)
         x = x.reshape(x.shape[0], cfg.num_tokens, cfg.width)
         table = self.param("pos_embedding", nn.initializers.normal(cfg.width**-0.5), (1, cfg.num_tokens, cfg.width))
-        x = x + table.astype(self.dtype)
+        x = split_batch(x + table.astype(self.dtype))
         tokens = Encoder(cfg, self.dtype, self.remat, name="Transformer")(x)
         fused = tokens if extra is None else tokens + extra.astype(tokens.dtype)
         return nn.Dense(self.head_width, dtype=self.dtype, name="head")(fused), tokens

@@ -12,6 +12,7 @@ from spatialvla_jax.models import SpatialVLA
 from spatialvla_jax.models.spatialvla import EOS
 from spatialvla_jax.training.augment import Augmentation, augment
 from spatialvla_jax.training.optimizer import merge, split_frozen
+from spatialvla_jax.training.sharding import cast_split
 from spatialvla_jax.training.state import TrainState
 
 # The kind of every token of one action, by the number of tokens that a grid spends on it.
@@ -44,7 +45,8 @@ def make_train_step(
         inputs = prepare(batch, key, augmentation)
 
         def loss_fn(trainable: Any, inputs: dict[str, Array]) -> tuple[Float[Array, ""], Metrics]:
-            loss, metrics = loss_and_metrics(model, merge(trainable, fixed), inputs, grid)
+            params = cast_split(merge(trainable, fixed), model.config.dtype)
+            loss, metrics = loss_and_metrics(model, params, inputs, grid)
             return loss.mean(), {k: v.mean() for k, v in metrics.items()}
 
         gradient = jax.value_and_grad(loss_fn, has_aux=True)
@@ -67,7 +69,6 @@ def make_train_step(
         metrics |= {
             "learning_rate": schedule(state.step),
             "gradient_norm": optax.global_norm(grads),
-            "update_norm": optax.global_norm(updates),
         }
         return TrainState(state.step + 1, merge(updated, fixed), opt_state), metrics
 

@@ -1,0 +1,79 @@
+"""Where the time of a jitted step goes: a profiler trace summed by part of the model and kind of kernel."""
+
+import re
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import jax
+
+# First match wins, on the name of the operation: jit(step)/…/llm/layers/attn/….
+PARTS = (
+    ("depth", r"/zoe/|estimate_depth"),
+    ("vision", r"/img/"),
+    ("ego3d", r"/ego3d/"),
+    ("attention", r"llm/.*attn/(?!q_einsum|kv_einsum|attn_vec_einsum)"),
+    ("lm head", r"llm\.logits|softmax_cross|log_softmax"),
+    ("language", r"/llm|spatial_embedding"),
+    ("augment", r"augment"),
+    ("optimizer", r"adam|clip_by|apply_updates|global_norm|scale_by"),
+)
+# On the kernel's name.
+KINDS = (
+    ("collective", r"nccl|all-gather|reduce-scatter|all-reduce"),
+    ("matmul", r"gemm|cublas|cutlass|nvjet|triton_gemm|dot_general|custom-call|fmha|dot"),
+    ("convolution", r"conv(?!ert)|fprop|wgrad|dgrad"),
+    ("copy", r"memcpy|memset|copy|transpose"),
+)
+
+
+def first_match(table: tuple[tuple[str, str], ...], name: str, other: str) -> str:
+    return next((label for label, pattern in table if re.search(pattern, name, re.IGNORECASE)), other)
+
+
+def trace(run: Callable[[], Any], steps: int, hlo: str) -> tuple[str, dict[str, float]]:
+    """Trace `steps` calls of `run`; → (a table to print, milliseconds a step by part). `hlo` is the compiled text."""
+    names = dict(re.findall(r"%?([\w.\-]+) = .*?metadata=\{.*?op_name=\"([^\"]*)\"", hlo))
+    with TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for _ in range(steps):
+                out = run()
+            jax.block_until_ready(out)
+        (file,) = Path(folder).rglob("*.xplane.pb")
+        data = jax.profiler.ProfileData.from_file(str(file))
+        spans, total = [], defaultdict(float)
+        slowest: dict[tuple[str, str], float] = defaultdict(float)
+        for plane in data.planes:
+            if not plane.name.startswith("/device:GPU:0"):
+                continue
+            for line in plane.lines:
+                if not line.name.startswith("Stream"):
+                    continue
+                for event in line.events:
+                    stats = dict(event.stats)
+                    op = str(stats.get("hlo_op", ""))
+                    path = names.get(op) or str(stats.get("tf_op", "")) or op
+                    part = first_match(PARTS, path, "other")
+                    total[part, first_match(KINDS, f"{event.name} {op}", "elementwise")] += event.duration_ns
+                    slowest[op or event.name, path] += event.duration_ns
+                    spans.append((event.start_ns, event.start_ns + event.duration_ns))
+    busy, end = 0.0, 0.0
+    for start, stop in sorted(spans):
+        busy += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    wall = end - min(start for start, _ in spans) if spans else 0.0
+    ms = 1e-6 / steps
+    kinds = sorted({kind for _, kind in total})
+    rows = [f"{'ms a step':12}" + "".join(f"{kind:>13}" for kind in kinds) + f"{'sum':>9}"]
+    parts = {part: sum(v for (p, _), v in total.items() if p == part) * ms for part, _ in total}
+    for part in sorted(parts, key=lambda p: -parts[p]):
+        cells = "".join(f"{total.get((part, kind), 0) * ms:13.1f}" for kind in kinds)
+        rows.append(f"{part:12}{cells}{parts[part]:9.1f}")
+    parts["idle"] = (wall - busy) * ms
+    rows.append(f"{'idle':12}{'':{13 * len(kinds)}}{parts['idle']:9.1f}")
+    rows.append("slowest operations:")
+    for (op, path), ns in sorted(slowest.items(), key=lambda x: -x[1])[:60]:
+        rows.append(f"{ns * ms:8.2f}  {op[:40]:40}  {path[-110:]}")
+    return "\n".join(rows), {part: round(value, 2) for part, value in parts.items()}
