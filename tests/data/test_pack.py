@@ -127,8 +127,8 @@ def test_one_config_serves_both(data, file, stream):
 
 def test_a_run_may_go_on_from_the_file(config_file, tmp_path):
     """Its batches are the stream's, so it is no other config."""
-    before = load_config(config_file)
-    check_resumable(before.to_dict(), load_config(config_file, {"data.packed": "toy.pack"}), tmp_path)
+    before = json.loads(json.dumps(load_config(config_file).to_dict()))
+    check_resumable(before, load_config(config_file, {"data.packed": "toy.pack"}), tmp_path)
 
 
 def test_the_arrays_are_aligned(file):
