@@ -41,6 +41,7 @@ def default_config() -> ConfigDict:
                 "drop": {},  # {dataset: fraction of the steps after which it gives no more samples}
                 "split": "train",  # or a part of it: train[:95%]
                 "precomputed_depth": False,  # the depth of `data depth` instead of the datasets' own
+                "statistics": "",  # a file of `spatialvla-jax stats`; empty: made from the data when a run begins
                 "balance": True,  # multiply weights by dataset sizes, as published
                 "faults": {
                     "policy": "fail",
@@ -62,6 +63,8 @@ def default_config() -> ConfigDict:
                 "kind": "gaussian",  # gaussian | uniform | linear (256 bins a dimension, 7 tokens an action)
                 "num_bins": (16, 32, 8, 16, 16, 16),
                 "min_sigma": 0.5,
+                # Datasets that the Gaussians are not fitted to, as published.
+                "exclude": ("language_table", "berkeley_fanuc_manipulation", "cmu_stretch", "jaco_play"),
             },
             "augment": {
                 "enabled": True,

@@ -113,6 +113,7 @@ class Loader:
         for name in self.names:
             if name not in self.statistics:
                 raise InputError(f"The statistics know {', '.join(self.statistics)}, but not the dataset {name!r}")
+        self.statistics = {name: self.statistics[name] for name in self.names}
         self._bounds = {
             row: np.asarray([self.statistics[name]["action"][row] for name in self.names]) for row in _STATISTICS_ROWS
         }

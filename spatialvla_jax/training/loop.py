@@ -17,10 +17,11 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from spatialvla_jax.actions import fit_gaussians, gaussian_grid, linear_grid, uniform_grid
 from spatialvla_jax.config import check_resumable
 from spatialvla_jax.data import Loader, load_data
+from spatialvla_jax.data.stats_pipeline import load_stats
 from spatialvla_jax.errors import InputError
+from spatialvla_jax.grid_tools import make_grid, mixture_gaussians
 from spatialvla_jax.interop import read_checkpoint, start_from_paligemma
 from spatialvla_jax.interop.mapping import check_leaves, param_shapes
 from spatialvla_jax.interop.paligemma import is_paligemma
@@ -175,13 +176,16 @@ def to_device(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str
 
 
 def open_data(config: ConfigDict, processor: Processor | None = None) -> Loader:
-    """The loader; with a `processor` its statistics and tokenizer take the place of the data's own."""
+    """The loader; with a `processor` its statistics and tokenizer take the place of the data's own, without one those
+    of `data.statistics` if it is set."""
+    path = config.data.get("statistics")
+    given = load_stats(path)["statistics"] if path and not processor else None
     return load_data(
         config.data,
         image_size=preset(config.model.preset).img.image_size,
         action_chunk=config.model.action_chunk,
         depth=config.model.depth == "dataset",
-        statistics=processor and processor.statistics,
+        statistics=processor.statistics if processor else given,
         tokenizer=processor and processor.tokenizer,
         progress=shard_progress(),
     )
@@ -203,15 +207,7 @@ def shard_progress() -> Callable[[str, int, int], None]:
 
 def make_processor(config: ConfigDict, loader: Loader) -> Processor:
     """The grid fitted to the training split, with the loader's tokenizer and statistics."""
-    if config.grid.kind == "linear":
-        grid = linear_grid()
-    elif config.grid.kind == "uniform":
-        grid = uniform_grid(config.grid.num_bins)
-    elif config.grid.kind == "gaussian":
-        stats = fit_gaussians(loader.actions())
-        grid = gaussian_grid(stats, config.grid.num_bins, config.grid.min_sigma)
-    else:
-        raise InputError(f"config key grid.kind is {config.grid.kind!r}; choose gaussian, uniform or linear")
+    grid = make_grid(config.grid.to_dict(), lambda: mixture_gaussians(config, loader))
     return Processor(
         tokenizer=loader.tokenizer,
         grid=jax.tree.map(np.asarray, grid),

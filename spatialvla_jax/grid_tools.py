@@ -1,0 +1,168 @@
+"""Make, read, draw and compare action grids: what training and `spatialvla-jax grid` share."""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float
+from ml_collections import ConfigDict
+
+from spatialvla_jax.actions import (
+    ActionGrid,
+    LinearGrid,
+    decode,
+    encode,
+    fit_gaussians,
+    gaussian_grid,
+    grid_from_dict,
+    grid_to_dict,
+    linear_grid,
+    pool_gaussians,
+    uniform_grid,
+)
+from spatialvla_jax.data import Loader
+from spatialvla_jax.data.statistics import normalize
+from spatialvla_jax.data.stats_pipeline import load_stats, pooled
+from spatialvla_jax.errors import InputError
+
+_BLOCK = 2**16  # actions tokenized at once
+
+PARTS = {"translation": slice(0, 3), "rotation": slice(3, 6), "gripper": slice(6, 7)}
+
+
+def make_grid(config: Mapping[str, Any], gaussians: Callable[[], Float[np.ndarray, "6 2"]]) -> ActionGrid | LinearGrid:
+    """The grid of a config's `grid` part; `gaussians` is called where the kind needs them. Raises InputError."""
+    if config["kind"] == "linear":
+        return linear_grid()
+    if config["kind"] == "uniform":
+        return uniform_grid(config["num_bins"])
+    if config["kind"] == "gaussian":
+        return gaussian_grid(gaussians(), config["num_bins"], config["min_sigma"])
+    raise InputError(f"config key grid.kind is {config['kind']!r}; choose gaussian, uniform or linear")
+
+
+def fitted_datasets(names: Sequence[str], exclude: Sequence[str]) -> list[str]:
+    """The datasets that the grid is fitted to. Raises InputError when none is left."""
+    if not (fitted := [name for name in names if name not in exclude]):
+        raise InputError(
+            f"grid.exclude names every dataset ({', '.join(names)}), so there is nothing to fit the grid to: "
+            "set --config.grid.exclude=()"
+        )
+    return fitted
+
+
+def fitted_actions(loader: Loader, exclude: Sequence[str]) -> Iterator[Float[np.ndarray, "N 7"]]:
+    """The normalised actions that the grid is fitted to, one dataset of the training split after another."""
+    fitted = fitted_datasets(loader.names, exclude)
+    for index in loader.indexes():
+        if index.name in fitted:
+            yield normalize(index.arrays["action"], loader.statistics[index.name]["action"])
+
+
+def mixture_gaussians(config: ConfigDict, loader: Loader) -> Float[np.ndarray, "6 2"]:
+    """(mu, sigma) of the six variables over the training split less `grid.exclude`, every frame counting the same: from
+    the file `data.statistics` if there is one, else from the data."""
+    if path := config.data.get("statistics"):
+        return pooled(load_stats(path), fitted_datasets(loader.names, config.grid.exclude))
+    parts = [(fit_gaussians(actions), len(actions)) for actions in fitted_actions(loader, config.grid.exclude)]
+    return pool_gaussians([gaussians for gaussians, _ in parts], [count for _, count in parts])
+
+
+def sample_actions(grid: ActionGrid | LinearGrid, count: int = 100_000, seed: int = 0) -> Float[np.ndarray, "N 7"]:
+    """Actions that fall into every bin of each variable equally often, evenly within it: what a grid fitted to a
+    distribution takes that to be. f32, bounded to [-1, 1] as normalised actions are, the gripper 0 or 1."""
+    rng = np.random.default_rng(seed)
+
+    def draw(edges: Any) -> np.ndarray:
+        bins = rng.integers(0, len(edges) - 1, count)
+        low, high = np.asarray(edges, np.float64)[[bins, bins + 1]]
+        return low + (high - low) * rng.random(count)
+
+    if isinstance(grid, LinearGrid):
+        moves = [draw(grid.levels) for _ in range(6)]
+    else:
+        theta, phi, r, *angles = map(draw, grid.edges)
+        moves = [r * np.sin(theta) * np.cos(phi), r * np.sin(theta) * np.sin(phi), r * np.cos(theta), *angles]
+    return np.stack([*np.clip(moves, -1, 1), rng.integers(0, 2, count)], -1).astype(np.float32)
+
+
+def sample_gaussians(gaussians: Any, count: int = 100_000, seed: int = 0) -> Float[np.ndarray, "N 7"]:
+    """`sample_actions` of six Gaussians [6, 2] (mu, sigma), cut at the variables' ranges."""
+    return sample_actions(gaussian_grid(gaussians, (1000,) * 6, min_sigma=0), count, seed)
+
+
+def quantisation_error(grid: ActionGrid | LinearGrid, actions: Float[np.ndarray, "N 7"]) -> dict[str, dict[str, float]]:
+    """{"translation", "rotation", "gripper"} → {"mean", "max"} of the distance between the actions and what their
+    tokens decode to, in normalised units: Euclidean over (x, y, z) and over (roll, pitch, yaw)."""
+    apart: dict[str, list[np.ndarray]] = {part: [] for part in PARTS}
+    for start in range(0, len(actions), _BLOCK):
+        block = actions[start : start + _BLOCK]
+        difference = np.asarray(decode(grid, encode(grid, block)), np.float64) - block
+        for part, columns in PARTS.items():
+            apart[part].append(np.linalg.norm(difference[:, columns], axis=1))
+    together = {part: np.concatenate(distances) for part, distances in apart.items()}
+    return {part: {"mean": float(d.mean()), "max": float(d.max())} for part, d in together.items()}
+
+
+def describe_grid(grid: ActionGrid | LinearGrid) -> dict[str, Any]:
+    """{"kind", "bins" (of every variable), "vocab_size", "tokens_per_action"}."""
+    bins = grid.num_bins if isinstance(grid, ActionGrid) else (grid.vocab_size,)
+    kind = grid_to_dict(grid)["kind"]
+    return {"kind": kind, "bins": bins, "vocab_size": grid.vocab_size, "tokens_per_action": grid.tokens_per_action}
+
+
+def compare_grids(
+    grids: Mapping[str, ActionGrid | LinearGrid], actions: Float[np.ndarray, "N 7"]
+) -> list[dict[str, Any]]:
+    """One row a grid: its name, `describe_grid` and `quantisation_error` on the same actions."""
+    return [
+        {"grid": name} | describe_grid(grid) | {"error": quantisation_error(grid, actions)}
+        for name, grid in grids.items()
+    ]
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows of `compare_grids` for a reader."""
+    header = ["grid", "kind", "bins", "tokens", "per action", *(f"{part} mean / max" for part in PARTS)]
+    cells = [header] + [
+        [
+            row["grid"],
+            row["kind"],
+            "×".join(map(str, row["bins"])),
+            str(row["vocab_size"]),
+            str(row["tokens_per_action"]),
+            *("{mean:.4f} / {max:.4f}".format(**row["error"][part]) for part in PARTS),
+        ]
+        for row in rows
+    ]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells)
+
+
+def save_grid(path: str | Path, grid: ActionGrid | LinearGrid) -> None:
+    """As JSON, by rename."""
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(json.dumps(grid_to_dict(grid), indent=2) + "\n")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def load_grid(path: str | Path) -> ActionGrid | LinearGrid:
+    """The grid of a file of `save_grid`, or of a checkpoint of any format that carries one. Raises InputError."""
+    from spatialvla_jax.interop import read_checkpoint
+
+    if Path(path).suffix == ".json" and Path(path).is_file():
+        try:
+            data = json.loads(Path(path).read_text())
+            return grid_from_dict(data if isinstance(data, dict) else {})
+        except ValueError as error:  # of JSON, or InputError
+            raise InputError(f"{path} holds no action grid: {error}") from error
+    if (processor := read_checkpoint(path).processor) is None:
+        raise InputError(f"{path} holds weights but no action grid")
+    return jax.tree.map(np.asarray, processor.grid)
