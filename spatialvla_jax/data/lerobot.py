@@ -230,25 +230,38 @@ def read_frames(where: str, episode: Episode, times: np.ndarray, tolerance: floa
 
 
 def _rows(where: str, episode: Episode, columns: list[str]) -> dict[str, list[Any]]:
-    """The episode's rows of its parquet file, column by column, read in small pieces."""
+    """The episode's rows of its parquet file, column by column. A few rows of the file are in memory at a time, even
+    where all its images are one row group."""
     import pyarrow as pa
-    import pyarrow.dataset as pads
+    import pyarrow.parquet as pq
 
     if not episode.data.is_file():
         raise InputError(f"{where}: the file {episode.data} does not exist")
+    rows: dict[str, list[Any]] = {key: [] for key in columns}
     try:
-        dataset = pads.dataset(os.fspath(episode.data), format="parquet")
-        if missing := [key for key in [*columns, "episode_index"] if key not in dataset.schema.names]:
-            raise InputError(f"{where}: {episode.data} has no column {missing[0]!r}")
-        mine = pads.field("episode_index") == episode.number
-        table = dataset.scanner(
-            columns=columns, filter=mine, batch_size=256, batch_readahead=1, fragment_readahead=1
-        ).to_table()
+        with pq.ParquetFile(episode.data, buffer_size=2**20, pre_buffer=False) as file:
+            if missing := [key for key in [*columns, "episode_index"] if key not in file.schema_arrow.names]:
+                raise InputError(f"{where}: {episode.data} has no column {missing[0]!r}")
+            numbers = file.read(columns=["episode_index"]).column(0).to_numpy()
+            mine = np.flatnonzero(numbers == episode.number)
+            if len(mine) != episode.length:
+                raise InputError(f"{where}: {episode.data} has {len(mine)} rows of it, meta/ says {episode.length}")
+            first, stop = (int(mine[0]), int(mine[-1]) + 1) if len(mine) else (0, 0)
+            if stop - first != episode.length:
+                raise InputError(f"{where}: its rows in {episode.data} are not together")
+            starts = np.cumsum([0, *(file.metadata.row_group(i).num_rows for i in range(file.num_row_groups))])
+            groups = [i for i in range(file.num_row_groups) if starts[i] < stop and starts[i + 1] > first]
+            at = int(starts[groups[0]]) if groups else stop
+            for batch in file.iter_batches(64, row_groups=groups, columns=columns, use_threads=False):
+                low, high = max(first - at, 0), max(stop - at, 0)
+                for key in columns:
+                    rows[key] += batch.column(key)[low:high].to_pylist()
+                at += batch.num_rows
+                if at >= stop:
+                    break
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{where}: {episode.data} is not a readable parquet file: {error}") from error
-    if table.num_rows != episode.length:
-        raise InputError(f"{where}: {episode.data} has {table.num_rows} rows of it, meta/ says {episode.length}")
-    return table.to_pydict()
+    return rows
 
 
 def _episodes_v2(root: Path, info: dict[str, Any], video_key: str | None) -> list[Episode]:

@@ -104,7 +104,7 @@ def info_of(version: str, video: bool) -> dict:
 
 def write_table(path: Path, table: pa.Table) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table, path)
+    pq.write_table(table, path, row_group_size=4)  # so that episodes begin and end within groups
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> None:
@@ -346,6 +346,14 @@ def test_faults_are_one_sentence(tmp_path, spoil, message):
     with pytest.raises(InputError, match=message):
         convert_lerobot(source, tmp_path / "mine", camera=FRONT)
     assert not (tmp_path / "mine" / "1.0.0").exists()
+
+
+def test_rows_of_one_episode_must_be_together(tmp_path):
+    source = make_lerobot(tmp_path / "source", "v3.0", video=False)
+    file = source / "data/chunk-000/file-000.parquet"
+    write_table(file, pq.read_table(file).take([0, 1, 2, 5, 6, 7, 3, 4]))
+    with pytest.raises(InputError, match=r"episode 0: its rows in .* are not together"):
+        convert_lerobot(source, tmp_path / "mine", camera=FRONT)
 
 
 def test_a_truncated_v3_video(tmp_path):
