@@ -76,7 +76,9 @@ def _mixture(name: str, root: str | None) -> list[Entry]:
 
 
 def newest_version(path: Path) -> Path | None:
-    """The newest of a dataset's version directories, None when it has none."""
+    """The newest of a dataset's version directories, or the path itself if it is one; None when there is none."""
+    if (path / "dataset_info.json").is_file():
+        return path
     if not path.is_dir():
         return None
     versions = [child for child in path.iterdir() if (child / "dataset_info.json").is_file()]

@@ -25,6 +25,17 @@ from spatialvla_jax.data.statistics import action_statistics
 from spatialvla_jax.errors import Fault, InputError
 
 _VERSION = 2  # of the files below; another one makes a new index
+# Fields of a spec that change nothing in the files below.
+_NOT_READ = {
+    "default_intrinsics",
+    "default_intrinsics_size",
+    "depth_unit",
+    "tfds_name",
+    "robot",
+    "episodes",
+    "known_camera",
+    "unread_depth",
+}
 # Rows are frames, except those of `episode_*`, which are episodes.
 _ARRAYS: dict[str, tuple[str, tuple[int, ...]]] = {
     "action": ("<f4", (7,)),
@@ -118,7 +129,7 @@ def load_index(
     shards = slice_shards(builder, split)
     key = {
         "version": _VERSION,
-        "spec": dataclasses.asdict(spec),
+        "spec": {key: value for key, value in dataclasses.asdict(spec).items() if key not in _NOT_READ},
         "split": split,
         "files": [(file.name, file.stat().st_size, numbers.start, numbers.stop) for file, numbers in shards],
         "features": builder.info.features.to_json(),

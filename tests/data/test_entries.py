@@ -48,6 +48,7 @@ def test_mixture_by_name(root, mixtures, cache_dir):
 
 def test_version_is_the_newest_number(root):
     assert newest_version(root / "libero") == root / "libero" / "1.10.0"
+    assert newest_version(root / "libero" / "1.0.0") == root / "libero" / "1.0.0"  # a name may pin its version
     assert newest_version(root) is None and newest_version(root / "nothing") is None
 
 

@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import os
 import subprocess
 import sys
@@ -53,7 +54,9 @@ def test_is_made_once(rlds, tmp_path):
     second = load_index("toy", rlds, LIBERO, "train", tmp_path, lambda *call: calls.append(call))
     assert len(calls) == 3 and len(list(tmp_path.iterdir())) == 1
     np.testing.assert_array_equal(first.arrays["image"], second.arrays["image"])
-    load_index("toy", rlds, DatasetSpec(), "train", tmp_path)  # another spec is another index
+    load_index("toy", rlds, dataclasses.replace(LIBERO, robot="another", depth_unit=1.0), "train", tmp_path)
+    assert len(calls) == 3
+    load_index("toy", rlds, DatasetSpec(), "train", tmp_path)  # what reads otherwise is another index
     assert len(list(tmp_path.iterdir())) == 2
 
 

@@ -1,5 +1,4 @@
 import itertools
-import os
 import shutil
 
 import numpy as np
@@ -243,21 +242,6 @@ def test_dataset_that_vanishes(tmp_path):
     shutil.rmtree(path)
     with pytest.raises(InputError, match=r"tfrecord.* cannot be read any more"):
         next(loader.batches(4))
-
-
-def test_open_files_stay_few(tmp_path):
-    """More shards than are kept open."""
-    from spatialvla_jax.data.reader import _Files
-
-    files = _Files(limit=3)
-    for number in range(8):
-        (tmp_path / str(number)).write_bytes(bytes([number] * 4))
-    before = len(os.listdir("/proc/self/fd"))
-    for number in (*range(8), 2, 7):
-        assert files.read(str(tmp_path / str(number)), 1, 2) == bytes([number] * 2)
-        assert len(os.listdir("/proc/self/fd")) <= before + 3
-    del files
-    assert len(os.listdir("/proc/self/fd")) == before
 
 
 @pytest.mark.parametrize(

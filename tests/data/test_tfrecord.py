@@ -4,8 +4,8 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spatialvla_jax.data.tfrecord import read_example
-from spatialvla_jax.errors import InputError
+from spatialvla_jax.data.tfrecord import RECORD_FOOTER, RECORD_HEADER, read_example, read_records
+from spatialvla_jax.errors import Fault, InputError
 
 INTEGERS = st.lists(st.integers(-(2**63), 2**63 - 1), max_size=20)
 FLOATS = st.lists(st.floats(width=32, allow_nan=False), max_size=20)
@@ -57,3 +57,51 @@ def test_numbers_that_are_not_packed():
 def test_not_an_example(record):
     with pytest.raises(InputError, match=r"not a tf\.train\.Example"):
         read_example(record, {"a"})
+
+
+@given(st.lists(st.binary(max_size=3000), max_size=6))
+@settings(max_examples=30, deadline=None)
+def test_records_are_those_that_tensorflow_writes(tmp_path_factory, records):
+    path = tmp_path_factory.mktemp("records") / "file.tfrecord"
+    with tf.io.TFRecordWriter(str(path)) as writer:
+        for record in records:
+            writer.write(record)
+    found = list(read_records(path))
+    assert [data for _, data, _ in found] == records and all(intact for *_, intact in found)
+    content = path.read_bytes()
+    assert all(content[offset : offset + len(data)] == data for offset, data, _ in found)
+    for skip in range(len(records) + 2):
+        assert list(read_records(path, skip)) == found[skip:]
+
+
+@given(st.integers(0, 10**6), st.integers(1, 255))
+@settings(max_examples=60, deadline=None)
+def test_no_flipped_byte_goes_unnoticed(tmp_path_factory, place, mask):
+    """A byte of a record's data spoils that record, one of its length all from it on, and no record is made up."""
+    records = [bytes([n]) * (5 + n) for n in range(4)]
+    path = tmp_path_factory.mktemp("records") / "file.tfrecord"
+    with tf.io.TFRecordWriter(str(path)) as writer:
+        for record in records:
+            writer.write(record)
+    data = bytearray(path.read_bytes())
+    place %= len(data)
+    data[place] ^= mask
+    path.write_bytes(data)
+    starts = np.cumsum([0, *(len(record) + RECORD_HEADER + RECORD_FOOTER for record in records)])
+    hit = int(np.searchsorted(starts, place, side="right")) - 1
+    found = []
+    try:
+        found += read_records(path)
+        assert place - starts[hit] >= RECORD_HEADER
+        assert [intact for *_, intact in found] == [number != hit for number in range(4)]
+    except Fault as fault:
+        assert place - starts[hit] < RECORD_HEADER and fault.reason == "checksum"
+    found = iter(read_records(path))
+    for number in range(hit):
+        assert next(found)[1:] == (records[number], True)
+
+
+def test_file_that_is_not_there(tmp_path):
+    with pytest.raises(Fault, match="cannot be read: No such file") as error:
+        next(read_records(tmp_path / "none"))
+    assert error.value.reason == "unreadable file"

@@ -1,0 +1,167 @@
+"""Reading: single frames and blocks, open files, the memory budget, and how far ahead anything is read."""
+
+import itertools
+import os
+
+import numpy as np
+import pytest
+from toy_rlds import data_config, make_episodes, make_rlds
+
+from spatialvla_jax.data import load_data, reader
+from spatialvla_jax.errors import Fault, InputError
+
+SIZE = 16
+
+
+@pytest.fixture(scope="module")
+def cache_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    """Two datasets; the second one's episodes are shorter than a block."""
+    folder = tmp_path_factory.mktemp("data")
+    long, short = make_episodes(6, steps=(20, 30)), make_episodes(20, seed=1, steps=(1, 5))
+    return [make_rlds(folder, {"train": episodes}, name=name) for name, episodes in (("long", long), ("short", short))]
+
+
+def take(batches, count):
+    return list(itertools.islice(batches, count))
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """The (offset, length) of every read of a dataset's file."""
+    calls = []
+    pread = os.pread
+
+    def record(descriptor, length, offset):
+        calls.append((offset, length))
+        return pread(descriptor, length, offset)
+
+    monkeypatch.setattr(reader.os, "pread", record)
+    return calls
+
+
+@pytest.mark.parametrize("block", [2, 7, 16, 1000])
+def test_blocks_give_the_same_frames(paths, cache_dir, block):
+    """Whatever is read at once: each sample is the frame that its number says, every frame comes once a pass, a resumed
+    stream goes on as the whole one does, and hosts see their rows."""
+    single = load_data(data_config(*paths, cache_dir=cache_dir), image_size=SIZE, depth=True)
+    config = data_config(*paths, cache_dir=cache_dir, read_block=block, shuffle_frames=60)
+    loader = load_data(config, image_size=SIZE, depth=True)
+    whole = take(loader.batches(16, seed=2), 20)
+    for batch in whole[::6]:
+        expected = single.frames(batch["sample_id"])
+        for key in batch:
+            np.testing.assert_array_equal(batch[key], expected[key])
+    for number, index in enumerate(loader.indexes()):
+        ids = np.concatenate([batch["sample_id"][batch["dataset_id"] == number] for batch in whole])
+        for one_pass in ids[: len(ids) // index.num_frames * index.num_frames].reshape(-1, index.num_frames):
+            assert len(set(one_pass.tolist())) == index.num_frames
+    for start in (1, 13, 19):
+        for one, two in zip(whole[start:], loader.batches(16, seed=2, start_step=start), strict=False):
+            for key in one:
+                np.testing.assert_array_equal(one[key], two[key])
+    for count in (2, 4):
+        parts = [take(loader.batches(16, seed=2, process_index=i, process_count=count), 5) for i in range(count)]
+        for one, *rows in zip(whole, *parts, strict=False):
+            for key in one:
+                np.testing.assert_array_equal(one[key], np.concatenate([row[key] for row in rows]))
+
+
+def test_blocks_are_read_once(paths, cache_dir, reads):
+    """One pass over a dataset costs one read an episode's part of a block, not one a frame."""
+    config = data_config(paths[0], cache_dir=cache_dir, read_block=16, shuffle_frames=64)
+    loader = load_data(config, image_size=SIZE)
+    total = loader.num_frames()
+    del reads[:]
+    for _ in zip(range(total // 8), loader.batches(8), strict=False):
+        pass
+    parts = -(-total // 16) + 6  # an episode's end splits a block
+    assert len(reads) <= 1.5 * parts  # reading ahead begins the second pass
+    del reads[:]
+    for _ in zip(range(total // 8), load_data(config | {"read_block": 1}, image_size=SIZE).batches(8), strict=False):
+        pass
+    assert len(reads) >= total - 8
+
+
+def test_start_up_does_not_depend_on_the_depth(paths, cache_dir, reads):
+    """The first batch of a run at its billionth step reads what the first batch of a new run does."""
+    loader = load_data(data_config(*paths, cache_dir=cache_dir), image_size=SIZE)
+    for start in (0, 10**9):
+        del reads[:]
+        next(loader.batches(8, start_step=start))
+        assert len(reads) <= 8 * 12  # its own and those ahead of it, however long that is
+
+
+def test_open_files_stay_few(tmp_path):
+    """More shards than are kept open."""
+    files = reader._Files(limit=3)
+    for number in range(8):
+        (tmp_path / str(number)).write_bytes(bytes([number] * 4))
+    before = len(os.listdir("/proc/self/fd"))
+    for number in (*range(8), 2, 7):
+        assert files.read(str(tmp_path / str(number)), 1, 2) == bytes([number] * 2)
+        assert len(os.listdir("/proc/self/fd")) <= before + 3
+    with pytest.raises(Fault, match="shorter than it was"):
+        files.read(str(tmp_path / "1"), 2, 9)
+    del files
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_blocks_stay_within_their_bytes(paths, cache_dir):
+    loader = load_data(data_config(paths[0], cache_dir=cache_dir), image_size=SIZE)
+    (index,) = loader.indexes()
+    capacity = 12 * int(index.arrays["image"][:, 1].max())
+    blocks = reader._Blocks(4, capacity)
+    frames = np.random.default_rng(0).integers(0, index.num_frames, 300).tolist()
+    files = index.arrays["episode_file"][index.episode(frames)].tolist()
+    for frame, file in zip(frames, files, strict=True):
+        span = index.arrays["image"][frame].tolist()
+        assert blocks.frame(index, "image", frame, file, *span) == reader._Files().read(index.files[file], *span)
+        assert blocks._size == sum(len(data) for parts in blocks._kept.values() for *_, data in parts) <= capacity
+
+
+def test_budget(paths, cache_dir, monkeypatch):
+    """Queues follow from the budget, and one that holds no batch is refused with what it would take."""
+    config = data_config(*paths, cache_dir=cache_dir)
+
+    def plan(batch_size, block=1, **changes):
+        loader = load_data(config | {"read_block": block} | changes, image_size=224)
+        split, windows = loader._split("train"), loader.mixture.window_frames if block > 1 else ()
+        return loader._source._plan(split, batch_size, windows)
+
+    assert plan(128, memory_gb=8.0) == (4, 0)
+    assert [plan(1024, memory_gb=gigabytes)[0] for gigabytes in (1.7, 1.8, 1.95, 4)] == [1, 2, 3, 4]
+    with pytest.raises(InputError, match=r"memory_gb is 1, but batches of 1024 need 1\.\d+ GB here$"):
+        plan(1024, memory_gb=1)
+    ready, cache = plan(128, block=8, memory_gb=8.0, shuffle_frames=100)
+    sizes = np.concatenate([index.arrays["image"][:, 1] for index in load_data(config, image_size=SIZE).indexes()])
+    assert ready == 4 and 100 * sizes.mean() < cache < 150 * sizes.mean()
+    monkeypatch.setattr(reader, "_mean_size", lambda spans: 1e9)
+    with pytest.raises(InputError, match=r"memory_gb is 8\.0, but batches of 8 need .* \(data\.shuffle_frames\)"):
+        plan(8, block=8, memory_gb=8.0, shuffle_frames=100)
+    with pytest.raises(InputError, match=r"memory_gb is 0\.5"):
+        next(load_data(config | {"memory_gb": 0.5}, image_size=SIZE).batches(4))
+
+
+def test_pages_of_the_index_are_given_back(paths, cache_dir):
+    loader = load_data(data_config(*paths, cache_dir=cache_dir), image_size=SIZE)
+    for index in loader.indexes():
+        before = {key: value.copy() for key, value in index.arrays.items()}
+        index.release()
+        for key, value in index.arrays.items():
+            np.testing.assert_array_equal(value, before[key])
+    addresses = {f"{index.arrays['image'].ctypes.data:x}" for index in loader.indexes()}
+    for index in loader.indexes():
+        index.release()
+    with open("/proc/self/smaps") as file:
+        lines = file.read().splitlines()
+    resident = [
+        int(next(x for x in lines[n:] if x.startswith("Rss:")).split()[1])
+        for n, line in enumerate(lines)
+        if line.split("-")[0] in addresses
+    ]
+    assert resident == [0] * len(addresses)
