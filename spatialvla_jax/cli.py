@@ -67,6 +67,16 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--camera", help="which one, where there are several, e.g. observation.images.top")
     p.add_argument("--name", help="the dataset's; by default that of DST")
 
+    p = command("data import", run_data_import, "store any tf.data.Dataset of trajectories as an RLDS dataset")
+    p.add_argument(
+        "--from",
+        dest="function",
+        required=True,
+        metavar="MODULE:FUNCTION",
+        help="returns a dataset (the split train), or {split: dataset}",
+    )
+    p.add_argument("--out", type=Path, required=True, help="dataset directory; its version, 1.0.0, is made inside")
+
     p = command("data depth", run_data_depth, "store ZoeDepth's depth of every frame in copies of RLDS datasets")
     p.add_argument("src", type=Path, nargs="?", help="a dataset's version directory; by default those of --config")
     p.add_argument("--spec", help="catalogue entry of SRC, which says where its image is")
@@ -227,6 +237,25 @@ def run_lerobot(args: argparse.Namespace) -> None:
     print(f"frames of {source.camera}; those of videos are stored as JPEG of quality {JPEG_QUALITY}")
     for split, episodes in source.splits.items():
         print(f"{split}: {len(episodes):,} episodes, {sum(episode.length for episode in episodes):,} frames")
+    print(f"wrote {directory}")
+
+
+def run_data_import(args: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from spatialvla_jax.data.trajectories import trajectories_of, write_rlds
+
+    sys.path.insert(0, "")  # so that a module of the working directory is found
+    with tqdm(unit="trajectory", desc="import") as bar:
+
+        def progress(split: str, done: int, total: int | None) -> None:
+            bar.set_description(f"import {split}", refresh=False)
+            bar.total = total
+            bar.update(done - bar.n)
+
+        directory, stored = write_rlds(trajectories_of(args.function), args.out, progress=progress)
+    for key, kind in stored.items():
+        print(f"{key}: {kind}")
     print(f"wrote {directory}")
 
 
