@@ -53,7 +53,7 @@ def default_config() -> ConfigDict:
                 "cache_dir": "",  # of the dataset indexes; empty: ~/.cache/spatialvla_jax
                 "workers": 0,  # decoding threads; 0: one a core
                 "prompt": {
-                    "length": 48,  # tokens, <bos> and newline included
+                    "length": 52,  # tokens, <bos> and newline included; 320 in all with image and actions suits GPUs
                     "template": "{instruction}",
                     "model": "",  # PaliGemma's SentencePiece file; empty: a small one trained on the instructions
                     "vocab_size": 256,  # of the small one, at most
