@@ -2,18 +2,19 @@
 
 What makes the memory of loaders grow, and what this one does instead:
 
-- Readers that are open for every shard of every dataset, each with a prefetched episode or more: here a few dozen file
-  descriptors, and ranges of single frames or blocks of frames.
+- Readers that are open for every shard of every dataset, each with a prefetched episode or more: here some hundred file
+  descriptors at most, and ranges of single frames or blocks of frames.
 - Shuffle buffers of decoded images: here the shuffle is arithmetic on frame numbers. Blocks of frames (`read_block`)
   are kept compressed, up to a fixed number of bytes.
 - Buffers whose depth tf.data tunes while it runs: here autotuning is off and depths follow from `memory_gb`.
 - Pages of memory-mapped indexes that stay resident once touched: here they are given back every so many frames.
 """
 
+import contextlib
 import dataclasses
 import os
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -166,26 +167,26 @@ class Rlds:
         units: np.ndarray,
     ) -> np.ndarray:
         """Fills `rows` of `encoded` and `units`; gives those rows whose frames cannot be read."""
-        failed = set()
+        failed = {row for row in rows.tolist() if ids[row] in split.broken} if split.broken else set()
+        places: list[tuple[int, Index, str, int, int, int, int]] = []
         dataset, frames = split.locate(ids[rows])
         for number in np.unique(dataset):
-            index, own = split.indexes[number], rows[dataset == number]
+            index, own, frame = split.indexes[number], rows[dataset == number], frames[dataset == number]
             units[own] = index.spec.depth_unit
-            frame = frames[dataset == number]
             files = index.arrays["episode_file"][index.episode(frame)].tolist()
             for key in self._keys:
                 spans = index.arrays[key][frame].tolist()
-                for row, frame_number, file, span in zip(own.tolist(), frame.tolist(), files, spans, strict=True):
-                    if split.broken and ids[row] in split.broken:
-                        failed.add(row)
-                        continue
-                    try:
-                        encoded[key][row] = store.frame(index, key, frame_number, file, *span)
-                    except Fault as fault:
-                        self._leave_out(
-                            split, int(ids[row]), fault.reason, f"the {key} cannot be read any more: {fault}"
-                        )
-                        failed.add(row)
+                for row, one, file, span in zip(own.tolist(), frame.tolist(), files, spans, strict=True):
+                    if row not in failed:
+                        places.append((row, index, key, one, file, *span))
+        store.expect((index.files[file], offset, length) for _, index, _, _, file, offset, length in places)
+        for row, index, key, *place in places:
+            try:
+                encoded[key][row] = store.frame(index, key, *place)
+            except Fault as fault:
+                if row not in failed:
+                    self._leave_out(split, int(ids[row]), fault.reason, f"the {key} cannot be read any more: {fault}")
+                failed.add(row)
         return np.asarray(sorted(failed), np.int64)
 
     def _find_broken(self, split: Split, ids: np.ndarray, store: "_Files") -> bool:
@@ -251,9 +252,16 @@ def _mean_size(spans: np.ndarray) -> float:
 class _Files:
     """Byte ranges of files, with the most recently used ones kept open."""
 
-    def __init__(self, limit: int = 64):
+    def __init__(self, limit: int = 256):
         self._limit = limit
         self._open: OrderedDict[str, int] = OrderedDict()
+
+    def expect(self, ranges: Iterable[tuple[str, int, int]]) -> None:
+        """Tells the system what is read next: it fetches all of it at once while the first is waited for."""
+        if hasattr(os, "posix_fadvise"):  # Linux
+            for path, offset, length in ranges:
+                with contextlib.suppress(OSError):  # reading it says what is wrong
+                    os.posix_fadvise(self._descriptor(path), offset, length, os.POSIX_FADV_WILLNEED)
 
     def frame(self, index: Index, key: str, frame: int, file: int, offset: int, length: int) -> bytes:
         """The bytes of a frame's image or depth map, which lie there. Raises a Fault."""
@@ -261,17 +269,20 @@ class _Files:
 
     def read(self, path: str, offset: int, length: int) -> bytes:
         try:
-            if path not in self._open:
-                self._open[path] = os.open(path, os.O_RDONLY)
-                if len(self._open) > self._limit:
-                    os.close(self._open.popitem(last=False)[1])
-            self._open.move_to_end(path)
-            data = os.pread(self._open[path], length, offset)
+            data = os.pread(self._descriptor(path), length, offset)
         except OSError as error:
             raise Fault("unreadable file", str(error.strerror)) from error
         if len(data) < length:
             raise Fault("unreadable file", "the file is shorter than it was")
         return data
+
+    def _descriptor(self, path: str) -> int:
+        if path not in self._open:
+            self._open[path] = os.open(path, os.O_RDONLY)
+            if len(self._open) > self._limit:
+                os.close(self._open.popitem(last=False)[1])
+        self._open.move_to_end(path)
+        return self._open[path]
 
     def __del__(self) -> None:
         for descriptor in self._open.values():
@@ -281,11 +292,14 @@ class _Files:
 class _Blocks(_Files):
     """The same, read in blocks of `block` consecutive frames, of which `capacity` bytes are kept."""
 
-    def __init__(self, block: int, capacity: int, limit: int = 64):
-        super().__init__(limit)
+    def __init__(self, block: int, capacity: int):
+        super().__init__()
         self._block, self._capacity, self._size = block, capacity, 0
         # Of each block a (file, offset, data) for every episode that it has frames of.
         self._kept: OrderedDict[tuple[str, str, int], list[tuple[int, int, bytes]]] = OrderedDict()
+
+    def expect(self, ranges: Iterable[tuple[str, int, int]]) -> None:
+        """Nothing: most of it is here already, and a block is a read that is large enough."""
 
     def frame(self, index: Index, key: str, frame: int, file: int, offset: int, length: int) -> bytes:
         name = (index.name, key, frame // self._block)
