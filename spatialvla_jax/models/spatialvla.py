@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from spatialvla_jax.models.attention import positions_of, prefix_lm_mask
 from spatialvla_jax.models.ego3d import Ego3D
 from spatialvla_jax.models.gemma2 import Gemma2, Gemma2Config, KVCache
+from spatialvla_jax.models.partition import split_batch
 from spatialvla_jax.models.siglip import Siglip, SiglipConfig
 from spatialvla_jax.models.zoedepth import ZoeDepth, ZoeDepthConfig, estimate_depth
 
@@ -35,7 +36,7 @@ class SpatialVLAConfig:
     zoe: ZoeDepthConfig = ZoeDepthConfig()
     text_vocab: int = 257_152
     spatial_tokens: int = 8194
-    prompt_length: int = 48
+    prompt_length: int = 52
     action_chunk: int = 4
     tokens_per_action: int = 3
     depth: Literal["zoedepth", "dataset", "none"] = "zoedepth"
@@ -86,7 +87,10 @@ class SpatialVLA(nn.Module):
         language model multiplies back into all its inputs.
         """
         if self.config.depth == "zoedepth":
-            depth = jax.lax.stop_gradient(estimate_depth(self.zoe, image, self.config.zoe.backbone.image_size))
+            # It is not split over `tensor`, so that axis takes a part of the batch too.
+            images = split_batch(image, "tensor")
+            depth = jax.lax.stop_gradient(estimate_depth(self.zoe, images, self.config.zoe.backbone.image_size))
+            depth = split_batch(depth)
         position = None
         if self.config.depth != "none":
             assert depth is not None and intrinsics is not None, "Ego3D needs depth and intrinsics"

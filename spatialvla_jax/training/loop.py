@@ -28,12 +28,12 @@ from spatialvla_jax.interop.paligemma import is_paligemma
 from spatialvla_jax.models import SpatialVLA, preset
 from spatialvla_jax.processor import Processor, model_to_dict
 from spatialvla_jax.training import checkpoint
-from spatialvla_jax.training.augment import Augmentation
 from spatialvla_jax.training.metrics import MetricsLog
-from spatialvla_jax.training.optimizer import learning_rate, make_optimizer
-from spatialvla_jax.training.sharding import BATCH, check_batch, make_mesh
+from spatialvla_jax.training.optimizer import make_optimizer
+from spatialvla_jax.training.program import frozen_patterns, jit_train_step, make_model
+from spatialvla_jax.training.sharding import BATCH, check_batch, make_mesh, on_mesh
 from spatialvla_jax.training.state import TrainState, init_state
-from spatialvla_jax.training.step import make_eval_step, make_train_step
+from spatialvla_jax.training.step import make_eval_step
 
 IDENTITY_KEYS = ("sample_id", "dataset_id")  # in the loader's batch, not for the device
 
@@ -59,8 +59,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     write_json(workdir / "statistics.json", loader.statistics)
 
     processor = make_processor(config, loader)
-    model = make_model(config, processor)
-    schedule = learning_rate(config.optimizer, config.train.steps)
+    model = make_model(config, processor.grid, processor.tokenizer.vocab_size)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     frozen = frozen_patterns(config, model)
     metadata = {
@@ -86,22 +85,10 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
     batch_sharding, replicated = NamedSharding(mesh, BATCH), NamedSharding(mesh, P())
     grid = jax.device_put(processor.grid, replicated)
-    step_fn = jax.jit(
-        make_train_step(
-            model,
-            optimizer,
-            schedule=schedule,
-            frozen=frozen,
-            augmentation=augmentation_of(config),
-            accumulate=config.train.accumulate,
-            seed=config.seed,
-        ),
-        in_shardings=(shardings, batch_sharding, replicated),
-        out_shardings=(shardings, replicated),
-        donate_argnums=0,
-    )
+    step_fn = jit_train_step(config, model, mesh, shardings)
     eval_fn = jax.jit(
-        make_eval_step(model), in_shardings=(shardings.params, batch_sharding, replicated, batch_sharding)
+        on_mesh(make_eval_step(model), mesh),
+        in_shardings=(shardings.params, batch_sharding, replicated, batch_sharding),
     )
 
     log = MetricsLog(workdir, start)
@@ -217,21 +204,6 @@ def make_processor(config: ConfigDict, loader: Loader) -> Processor:
     )
 
 
-def make_model(config: ConfigDict, processor: Processor) -> SpatialVLA:
-    """The model that the config names, its vocabulary fitted to tokenizer and grid."""
-    fields = {k: v for k, v in config.model.to_dict().items() if k != "preset"}
-    return SpatialVLA(
-        preset(
-            config.model.preset,
-            text_vocab=max(preset(config.model.preset).text_vocab, processor.tokenizer.vocab_size),
-            spatial_tokens=processor.grid.vocab_size,
-            tokens_per_action=processor.grid.tokens_per_action,
-            prompt_length=config.data.prompt.length,
-            **fields,
-        )
-    )
-
-
 def starting_params(config: ConfigDict, model: SpatialVLA) -> dict[str, Any]:
     """`config.init`'s parameters in float32; raises InputError naming those that this model has otherwise."""
     if is_paligemma(Path(config.init)):
@@ -246,17 +218,6 @@ def starting_params(config: ConfigDict, model: SpatialVLA) -> dict[str, Any]:
         checkpoint = read_checkpoint(config.init)
     check_leaves(config.init, checkpoint.leaves, param_shapes(model.config))
     return unflatten_dict({k: v.read().astype(np.float32) for k, v in checkpoint.leaves.items()}, sep="/")
-
-
-def frozen_patterns(config: ConfigDict, model: SpatialVLA) -> tuple[str, ...]:
-    """The config's patterns, less the depth model's where this model has none."""
-    has_zoe = model.config.depth == "zoedepth"
-    return tuple(p for p in config.optimizer.frozen if p != "zoe" or has_zoe)
-
-
-def augmentation_of(config: ConfigDict) -> Augmentation | None:
-    fields = config.augment.to_dict()
-    return Augmentation(**fields) if fields.pop("enabled") else None
 
 
 def write_json(path: Path, value: Any) -> None:

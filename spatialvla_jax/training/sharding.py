@@ -4,19 +4,22 @@ Axes: `data` (replicas; only gradients cross it), `fsdp` (batch and parameters s
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any
 
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from spatialvla_jax.errors import InputError
+from spatialvla_jax.models.partition import BATCH_AXES
 
 AXES = ("data", "fsdp", "tensor")
-BATCH = P(("data", "fsdp"))
+BATCH = P(BATCH_AXES)
 
 # First match wins; a path is "llm/layers/attn/q_einsum/w". Stacked layers lead with an unsplit L. What matches nothing
 # (norms, biases, the small Ego3D) is replicated. The vocabulary tables split over their width, because their number of
@@ -33,7 +36,12 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"img/.*/Dense_0/kernel", P(None, "fsdp", "tensor")),
     (r"img/.*/Dense_1/kernel", P(None, "tensor", "fsdp")),
     (r"img/head/kernel", P("fsdp", None)),
+    (r"zoe/backbone/.*/(query|key|value)/kernel", P(None, None, "fsdp", None, None)),
+    (r"zoe/backbone/.*/out/kernel", P(None, None, None, None, "fsdp")),
+    (r"zoe/backbone/.*/mlp_(in|out)/kernel", P(None, None, "fsdp", None)),
 )
+# Looked up, not multiplied: rows cross the mesh, never the table, and gradients of rows add up in float32.
+LOOKED_UP = r"llm/embedder/input_embedding|spatial_embedding"
 
 
 def make_mesh(shape: dict[str, int], devices: Sequence[Any] | None = None) -> Mesh:
@@ -52,7 +60,24 @@ def make_mesh(shape: dict[str, int], devices: Sequence[Any] | None = None) -> Me
     if any(s < 1 for s in sizes) or int(np.prod(sizes)) != len(devices):
         asked = " × ".join(f"{a} {shape.get(a, 1)}" for a in AXES)
         raise InputError(f"mesh {asked} does not fit {len(devices)} devices; the axes must multiply to that number")
-    return Mesh(np.asarray(devices).reshape(sizes), AXES)
+    return Mesh(arrange(devices, sizes), AXES)
+
+
+def arrange(devices: Sequence[Any], sizes: Sequence[int]) -> np.ndarray:
+    """The devices as an array of the mesh's shape. TPUs: neighbours in an axis are neighbours in the torus, and slices
+    differ in `data` alone, so that only gradients leave a slice. Raises InputError where `data` cannot hold the slices.
+    """
+    slices = len({getattr(d, "slice_index", None) or 0 for d in devices})
+    if devices[0].platform != "tpu" or len(devices) == 1:
+        return np.asarray(devices).reshape(sizes)
+    if slices == 1:
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    data, *inner = sizes
+    if data % slices:
+        raise InputError(f"mesh data {data} does not divide by the {slices} slices: only `data` goes across slices")
+    return mesh_utils.create_hybrid_device_mesh(
+        (data // slices, *inner), (slices, 1, 1), devices, allow_split_physical_axes=True
+    )
 
 
 def check_batch(batch_size: int, accumulate: int, mesh: Mesh) -> None:
@@ -65,12 +90,42 @@ def check_batch(batch_size: int, accumulate: int, mesh: Mesh) -> None:
         )
 
 
-def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
+def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh | jax.sharding.AbstractMesh) -> P:
     """The PartitionSpec of one parameter; a dimension that the mesh does not divide stays whole."""
     for pattern, spec in RULES:
         if re.fullmatch(pattern, path):
             return P(*(a if a and d % mesh.shape[a] == 0 else None for a, d in zip(spec, shape, strict=True)))
     return P()
+
+
+def on_mesh(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """The function traced on the mesh, where `models.partition` and `cast_split` take effect."""
+
+    @wraps(function)
+    def wrapped(*args: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args)
+
+    return wrapped
+
+
+def cast_split(params: dict[str, Any], dtype: Any) -> dict[str, Any]:
+    """The matrices that are split over `fsdp` in the computation's dtype, so that half the bytes are gathered.
+
+    Every other parameter stays as it is; on no mesh, or one without a split, all do.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape["fsdp"] == 1:
+        return params
+
+    def cast(path: str, x: Any) -> Any:
+        spec = spec_of(path, x.shape, mesh)
+        if "fsdp" not in spec or re.fullmatch(LOOKED_UP, path):
+            return x
+        return jax.lax.with_sharding_constraint(x.astype(dtype), spec)
+
+    flat: dict[str, Any] = flatten_dict(params, sep="/")
+    return unflatten_dict({k: cast(k, v) for k, v in flat.items()}, sep="/")
 
 
 def param_shardings(params: dict[str, Any], mesh: Mesh) -> dict[str, Any]:

@@ -57,18 +57,29 @@ def init_state(
     params: dict[str, Any] | None = None,
 ) -> tuple[TrainState, TrainState]:
     """→ (state on the mesh, its shardings). Parameters are random unless given; they are made in their shards."""
+    _, shardings = abstract_state(model, optimizer, frozen, mesh)
 
     def create(params: dict[str, Any]) -> TrainState:
-        trainable, _ = split_frozen(params, frozen)
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(trainable))
+        return new_state(params, optimizer, frozen)
 
-    abstract = jax.eval_shape(lambda: create(init_params(model, seed)))
-    replicated: Any = NamedSharding(mesh, P())
-    shardings = TrainState(
-        step=replicated,
-        params=param_shardings(abstract.params, mesh),
-        opt_state=like_params(abstract.opt_state, abstract.params, mesh),
-    )
     if params is None:
         return jax.jit(lambda: create(init_params(model, seed)), out_shardings=shardings)(), shardings
     return jax.jit(create, out_shardings=shardings)(jax.device_put(params, shardings.params)), shardings
+
+
+def new_state(params: dict[str, Any], optimizer: optax.GradientTransformation, frozen: tuple[str, ...]) -> TrainState:
+    trainable, _ = split_frozen(params, frozen)
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(trainable))
+
+
+def abstract_state(
+    model: SpatialVLA, optimizer: optax.GradientTransformation, frozen: tuple[str, ...], mesh: Mesh
+) -> tuple[TrainState, TrainState]:
+    """→ (shapes and dtypes of the state, its shardings): nothing is allocated."""
+    state = jax.eval_shape(lambda: new_state(init_params(model, 0), optimizer, frozen))
+    replicated: Any = NamedSharding(mesh, P())
+    return state, TrainState(
+        step=replicated,
+        params=param_shardings(state.params, mesh),
+        opt_state=like_params(state.opt_state, state.params, mesh),
+    )

@@ -1,0 +1,80 @@
+"""What a config means on a mesh: the model, the optimizer and the jitted training step with the places of all that goes
+in and out. The training loop runs this step, `training/topology.py` compiles it ahead of time: there is one."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from spatialvla_jax.models import SpatialVLA, preset
+from spatialvla_jax.training.augment import Augmentation
+from spatialvla_jax.training.optimizer import learning_rate, make_optimizer
+from spatialvla_jax.training.sharding import BATCH, on_mesh
+from spatialvla_jax.training.state import TrainState
+from spatialvla_jax.training.step import make_train_step
+
+
+def make_model(config: ConfigDict, grid: Any, text_vocab: int = 0) -> SpatialVLA:
+    """The model that the config names, its vocabulary fitted to the grid and to a tokenizer of `text_vocab` tokens."""
+    fields = {k: v for k, v in config.model.to_dict().items() if k != "preset"}
+    return SpatialVLA(
+        preset(
+            config.model.preset,
+            text_vocab=max(preset(config.model.preset).text_vocab, text_vocab),
+            spatial_tokens=grid.vocab_size,
+            tokens_per_action=grid.tokens_per_action,
+            prompt_length=config.data.prompt.length,
+            **fields,
+        )
+    )
+
+
+def frozen_patterns(config: ConfigDict, model: SpatialVLA) -> tuple[str, ...]:
+    """The config's patterns, less the depth model's where this model has none."""
+    has_zoe = model.config.depth == "zoedepth"
+    return tuple(p for p in config.optimizer.frozen if p != "zoe" or has_zoe)
+
+
+def augmentation_of(config: ConfigDict) -> Augmentation | None:
+    fields = config.augment.to_dict()
+    return Augmentation(**fields) if fields.pop("enabled") else None
+
+
+def jit_train_step(config: ConfigDict, model: SpatialVLA, mesh: Mesh, shardings: TrainState) -> Any:
+    """→ jitted `step(state, batch, grid) -> (state, metrics)`: the state in `shardings`, donated; the batch split."""
+    step = make_train_step(
+        model,
+        make_optimizer(config.optimizer, config.train.steps),
+        schedule=learning_rate(config.optimizer, config.train.steps),
+        frozen=frozen_patterns(config, model),
+        augmentation=augmentation_of(config),
+        accumulate=config.train.accumulate,
+        seed=config.seed,
+    )
+    replicated = NamedSharding(mesh, P())
+    return jax.jit(
+        on_mesh(step, mesh),
+        in_shardings=(shardings, NamedSharding(mesh, BATCH), replicated),
+        out_shardings=(shardings, replicated),
+        donate_argnums=0,
+    )
+
+
+def abstract_batch(model: SpatialVLA, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of a global batch as the loader gives it."""
+    cfg, B = model.config, batch_size
+    S, Q = cfg.img.image_size, cfg.prompt_length
+    shapes: dict[str, tuple[tuple[int, ...], Any]] = {
+        "image": ((B, S, S, 3), jnp.uint8),
+        "intrinsics": ((B, 3, 3), jnp.float32),
+        "prompt_ids": ((B, Q), jnp.int32),
+        "prompt_mask": ((B, Q), jnp.bool_),
+        "actions": ((B, cfg.action_chunk, 7), jnp.float32),
+        "action_mask": ((B, cfg.action_chunk), jnp.bool_),
+    }
+    if cfg.depth == "dataset":
+        shapes["depth"] = ((B, S, S), jnp.float32)
+    return {k: jax.ShapeDtypeStruct(*v) for k, v in shapes.items()}
