@@ -24,7 +24,7 @@ lint: .venv/.installed
 	touch $@
 
 lock:
-	$(BIN)/python -m pip install --upgrade --editable '.[torch,dev]'
+	$(BIN)/python -m pip install --upgrade --editable '.[torch,beam,lerobot,dev]'
 	$(BIN)/python -m pip freeze --exclude-editable > requirements.lock
 
 clean:

