@@ -94,6 +94,29 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--split", action="append", help="may be repeated; by default those of training and validation")
     p.add_argument("--image-size", type=int, help="pixels a side; by default the config's")
 
+    p = command("stats", run_stats, "action statistics and grid Gaussians of a mixture, by Apache Beam (extra [beam])")
+    p.add_argument("--config", required=True, help="names the data")
+    p.add_argument("--out", required=True, help="the file for data.statistics, e.g. stats.json")
+    runners = ("DirectRunner", "FlinkRunner", "DataflowRunner", "SparkRunner")
+    p.add_argument("--runner", choices=runners, default="DirectRunner")
+    p.epilog = (
+        "What follows -- goes to the runner, e.g. -- --flink_master=localhost:8081; or, to use all cores here, "
+        "-- --direct_num_workers=0 --direct_running_mode=multi_processing"
+    )
+
+    group("grid", "fit, draw and compare action grids")
+    p = command("grid fit", run_grid_fit, "make the grid that a run would: from its data, or from a file of stats")
+    p.add_argument("--config", required=True, help="its grid part, and the data")
+    p.add_argument("--stats", type=Path, help="a file of `stats`; its datasets less grid.exclude stand for the data")
+    p.add_argument("--out", type=Path, required=True, help="e.g. grid.json")
+    p = command("grid show", run_grid_show, "draw a grid in 3-D and variable by variable")
+    p.add_argument("grid", type=Path, metavar="GRID|RUN", help="a file of `grid fit`, a run, or another checkpoint")
+    p.add_argument("--out", type=Path, required=True, help="e.g. grid.png")
+    grid_actions_arguments(p, "by default the grid's own: every bin equally often")
+    p = command("grid compare", run_grid_compare, "bins, tokens and quantisation errors of grids on the same actions")
+    p.add_argument("grids", nargs="+", metavar="GRID|RUN", help="as for `grid show`")
+    grid_actions_arguments(p, "by default the Gaussians of the published pre-training mixture")
+
     p = command("record", run_record, "record demonstrations in a simulator (extra [sim])")
     p.add_argument("simulator", choices=("libero",))
     p.add_argument("--suite", default="libero_spatial")
@@ -105,8 +128,13 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--workers", type=int, help="processes; by default one a core")
     p.add_argument("--seed", type=int, default=0, help="same seed, same episodes, for any number of workers")
 
-    args, rest = parser.parse_known_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    split = argv.index("--") if "--" in argv else len(argv)
+    args, rest = parser.parse_known_args(argv[:split])
+    args.runner_options = argv[split + 1 :]
     try:
+        if args.runner_options and args.command != "stats":
+            raise InputError("only the command stats takes arguments after --")
         args.overrides = overrides_of(rest, allowed=hasattr(args, "config"))
         args.run(args)
     except InputError as error:
@@ -124,6 +152,11 @@ def overrides_of(rest: list[str], allowed: bool) -> dict[str, str]:
             raise InputError(f"argument {argument!r} is not known; config keys are set as --config.KEY=VALUE")
         overrides[key] = value
     return overrides
+
+
+def grid_actions_arguments(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument("--config", help="use the actions of the data that it names")
+    parser.add_argument("--stats", type=Path, help=f"use samples of the mixture's Gaussians in it; {default}")
 
 
 def run_train(args: argparse.Namespace) -> None:
@@ -171,6 +204,91 @@ def run_convert(args: argparse.Namespace) -> None:
     if not result["bit_exact"]:
         print(f"spatialvla-jax convert: {args.dst} reads back with other bytes than {args.src}", file=sys.stderr)
         raise SystemExit(1)
+
+
+def run_stats(args: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from spatialvla_jax.config import load_config
+    from spatialvla_jax.data.stats_pipeline import compute_stats, table
+
+    config = load_config(args.config, args.overrides)
+    with tqdm(unit="shard", desc="stats") as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        stats = compute_stats(
+            config.data.to_dict(), config.grid.exclude, args.out, args.runner, args.runner_options, progress
+        )
+    print(table(stats))
+    print(f"wrote {args.out}: set data.statistics to it")
+
+
+def run_grid_fit(args: argparse.Namespace) -> None:
+    from spatialvla_jax.config import load_config
+    from spatialvla_jax.data.stats_pipeline import load_stats, pooled
+    from spatialvla_jax.grid_tools import describe_grid, fitted_datasets, make_grid, mixture_gaussians, save_grid
+    from spatialvla_jax.training.loop import open_data
+
+    config = load_config(args.config, args.overrides)
+    if args.stats:
+        stats = load_stats(args.stats)
+        gaussians = pooled(stats, fitted_datasets(list(stats["gaussians"]), config.grid.exclude))
+        grid = make_grid(config.grid.to_dict(), lambda: gaussians)
+    else:
+        grid = make_grid(config.grid.to_dict(), lambda: mixture_gaussians(config, open_data(config)))
+    save_grid(args.out, grid)
+    about = describe_grid(grid)
+    print(f"wrote {args.out}: {about['kind']}, {'×'.join(map(str, about['bins']))} bins, {grid.vocab_size} tokens")
+
+
+def grid_actions(args: argparse.Namespace) -> tuple[Any, str] | None:
+    """The actions that --config or --stats asks for, and what they are in words."""
+    import numpy as np
+
+    from spatialvla_jax.config import load_config
+    from spatialvla_jax.data.stats_pipeline import load_stats, pooled
+    from spatialvla_jax.grid_tools import fitted_actions, fitted_datasets, sample_gaussians
+    from spatialvla_jax.training.loop import open_data
+
+    if args.config:
+        config = load_config(args.config, args.overrides)
+        actions = np.concatenate(list(fitted_actions(open_data(config), config.grid.exclude)))
+        return actions, f"data of {Path(args.config).name}"
+    if args.overrides:
+        raise InputError("--config.KEY=VALUE needs --config FILE")
+    if args.stats:
+        stats = load_stats(args.stats)
+        names = stats["mixture"]["datasets"] if stats.get("mixture") else fitted_datasets(list(stats["gaussians"]), ())
+        return sample_gaussians(pooled(stats, names)), f"samples of {args.stats.name}"
+    return None
+
+
+def run_grid_show(args: argparse.Namespace) -> None:
+    from spatialvla_jax import figures
+    from spatialvla_jax.actions import ActionGrid
+    from spatialvla_jax.grid_tools import load_grid, sample_actions
+
+    grid = load_grid(args.grid)
+    actions, source = grid_actions(args) or (sample_actions(grid), "samples of the grid")
+    draw = figures.action_grid if isinstance(grid, ActionGrid) else figures.linear_grid
+    draw(args.out, grid, actions, source)
+    print(f"wrote {args.out}: {args.grid} over {len(actions):,} actions ({source})")
+
+
+def run_grid_compare(args: argparse.Namespace) -> None:
+    from spatialvla_jax.actions import PRETRAIN_GAUSSIANS
+    from spatialvla_jax.grid_tools import compare_grids, load_grid, sample_gaussians, table
+
+    grids = {name: load_grid(name) for name in args.grids}
+    published = "samples of the published pre-training Gaussians"
+    actions, source = grid_actions(args) or (sample_gaussians(PRETRAIN_GAUSSIANS), published)
+    rows = compare_grids(grids, actions)
+    print(f"errors in normalised units on {len(actions):,} actions ({source})")
+    print(table(rows))
+    print(json.dumps({"actions": {"source": source, "count": len(actions)}, "grids": rows}))
 
 
 def task_ids(text: str) -> list[int]:

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from spatialvla_jax.actions import ActionGrid, fit_gaussians
+from spatialvla_jax.actions import ActionGrid, LinearGrid, fit_gaussians
 from spatialvla_jax.actions.gaussian import RANGES
 from spatialvla_jax.actions.grid import to_spherical
 
@@ -73,12 +73,12 @@ def loss_curve(path: Pathlike, records: Sequence[Mapping[str, Any]]) -> None:
         _save(figure, path)
 
 
-def action_grid(path: Pathlike, grid: ActionGrid, actions: Float[np.ndarray, "N 7"]) -> None:
+def action_grid(path: Pathlike, grid: ActionGrid, actions: Float[np.ndarray, "N 7"], source: str = "data") -> None:
     """A grid over the data that it is for, as in the paper's Fig. 3.
 
     Left, in 3-D: the translations' directions with the (theta, phi) cells on the unit sphere, and the translations
     themselves with the cells cut by the planes z = 0 and y = 0. Right, per variable: the data, the Gaussian fitted to
-    it and the bin edges. `actions` f32[N, 7] are normalised.
+    it and the bin edges. `actions` f32[N, 7] are normalised; `source` says in the legend what they are.
     """
     actions = np.asarray(actions, np.float32).reshape(-1, 7)
     spherical = np.asarray(to_spherical(actions[:, :3]))
@@ -96,7 +96,7 @@ def action_grid(path: Pathlike, grid: ActionGrid, actions: Float[np.ndarray, "N 
         stats = fit_gaussians(actions)
         for i, symbol in enumerate((r"$\theta$", r"$\phi$", "$r$", "roll", "pitch", "yaw")):
             axes = figure.add_subplot(places[1, i])
-            _histogram(axes, values[:, i], edges[i], stats[i], RANGES[i])
+            _histogram(axes, values[:, i], edges[i], stats[i], RANGES[i], source)
             mu, sigma = stats[i].round(3) + 0.0  # no "-0"
             axes.set_title(f"$\\mu={mu:g}$, $\\sigma={sigma:g}$", fontsize=8.5)
             axes.set_xlabel(
@@ -104,6 +104,25 @@ def action_grid(path: Pathlike, grid: ActionGrid, actions: Float[np.ndarray, "N 
             )
         handles, labels = figure.axes[-1].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3)
+        _save(figure, path)
+
+
+def linear_grid(path: Pathlike, grid: LinearGrid, actions: Float[np.ndarray, "N 7"], source: str = "data") -> None:
+    """The baseline's levels, which all dimensions share, as ticks under each dimension's normalised actions."""
+    levels = np.asarray(grid.levels)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(12.6, 5), layout="constrained")
+        names = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")
+        places = figure.add_gridspec(2, 4)
+        for i, name in enumerate(names):
+            axes = figure.add_subplot(places[divmod(i, 4)])
+            axes.hist(actions[:, i], bins=80, range=(-1, 1), density=True, color="#BBD3E8", label=source)
+            top = axes.get_ylim()[1]
+            axes.vlines(levels, -0.12 * top, -0.02 * top, color=DARK, linewidth=0.4, label="levels")
+            axes.set(xlabel=name, xlim=(-1.01, 1.01), ylim=(-0.13 * top, top), yticks=[])
+            axes.spines["left"].set_visible(False)
+        figure.suptitle(f"{len(levels)} levels a dimension, {grid.tokens_per_action} tokens an action", fontsize=10)
+        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower right", ncols=2)
         _save(figure, path)
 
 
@@ -159,16 +178,18 @@ def _histogram(
     edges: Float[np.ndarray, " n"],
     stats: Float[np.ndarray, " 2"],
     bounds: tuple[float, float],
+    source: str,
 ) -> None:
     mu, sigma = stats
-    axes.hist(values, bins=80, range=bounds, density=True, color="#BBD3E8", label="data")
+    axes.hist(values, bins=80, range=bounds, density=True, color="#BBD3E8", label=source)
     top = axes.get_ylim()[1]
-    axes.vlines(edges, 0, top, color=GREY, linewidth=0.7, label="bin edges")
     x = np.linspace(*bounds, 400)
     if sigma > 0:
         density = np.exp(-(((x - mu) / sigma) ** 2) / 2) / sigma
-        # Scaled to its mass within the range, as the grid cuts it.
-        axes.plot(x, density / np.trapezoid(density, x), color=RED, linewidth=1.6, label="Gaussian fitted to the data")
+        density /= np.trapezoid(density, x)  # to its mass within the range, as the grid cuts it
+        axes.plot(x, density, color=RED, linewidth=1.6, label=f"Gaussian fitted to the {source}")
+        top = np.clip(1.05 * density.max(), top, 2 * top)  # a narrow one may leave the picture
+    axes.vlines(edges, 0, top, color=GREY, linewidth=0.7, label="bin edges", zorder=1.5)
     axes.set_xlim(*bounds)
     axes.set_ylim(0, top)
     axes.set_yticks([])

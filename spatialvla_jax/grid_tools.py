@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 from ml_collections import ConfigDict
+from scipy.stats import truncnorm
 
 from spatialvla_jax.actions import (
     ActionGrid,
@@ -24,6 +25,7 @@ from spatialvla_jax.actions import (
     pool_gaussians,
     uniform_grid,
 )
+from spatialvla_jax.actions.gaussian import RANGES
 from spatialvla_jax.data import Loader
 from spatialvla_jax.data.statistics import normalize
 from spatialvla_jax.data.stats_pipeline import load_stats, pooled
@@ -83,16 +85,27 @@ def sample_actions(grid: ActionGrid | LinearGrid, count: int = 100_000, seed: in
         return low + (high - low) * rng.random(count)
 
     if isinstance(grid, LinearGrid):
-        moves = [draw(grid.levels) for _ in range(6)]
-    else:
-        theta, phi, r, *angles = map(draw, grid.edges)
-        moves = [r * np.sin(theta) * np.cos(phi), r * np.sin(theta) * np.sin(phi), r * np.cos(theta), *angles]
-    return np.stack([*np.clip(moves, -1, 1), rng.integers(0, 2, count)], -1).astype(np.float32)
+        return _actions([draw(grid.levels) for _ in range(6)], rng)
+    return _actions(_cartesian(*map(draw, grid.edges)), rng)
 
 
 def sample_gaussians(gaussians: Any, count: int = 100_000, seed: int = 0) -> Float[np.ndarray, "N 7"]:
-    """`sample_actions` of six Gaussians [6, 2] (mu, sigma), cut at the variables' ranges."""
-    return sample_actions(gaussian_grid(gaussians, (1000,) * 6, min_sigma=0), count, seed)
+    """Actions of six independent Gaussians [6, 2] (mu, sigma), cut at the ranges; else as `sample_actions`."""
+    rng = np.random.default_rng(seed)
+    variables = []
+    for (mu, sigma), bounds in zip(gaussians, RANGES, strict=True):
+        sigma = max(sigma, 1e-6)
+        low, high = (np.asarray(bounds) - mu) / sigma
+        variables.append(truncnorm.rvs(low, high, mu, sigma, size=count, random_state=rng))
+    return _actions(_cartesian(*variables), rng)
+
+
+def _cartesian(theta: Any, phi: Any, r: Any, *angles: Any) -> list[np.ndarray]:
+    return [r * np.sin(theta) * np.cos(phi), r * np.sin(theta) * np.sin(phi), r * np.cos(theta), *angles]
+
+
+def _actions(moves: list[np.ndarray], rng: np.random.Generator) -> Float[np.ndarray, "N 7"]:
+    return np.stack([*np.clip(moves, -1, 1), rng.integers(0, 2, len(moves[0]))], -1).astype(np.float32)
 
 
 def quantisation_error(grid: ActionGrid | LinearGrid, actions: Float[np.ndarray, "N 7"]) -> dict[str, dict[str, float]]:

@@ -258,6 +258,23 @@ def pooled(stats: Mapping[str, Any], names: Sequence[str]) -> Float[np.ndarray, 
     )
 
 
+def table(stats: Mapping[str, Any]) -> str:
+    """What `compute_stats` found, for a reader."""
+    fitted = stats["mixture"]["datasets"] if stats["mixture"] else []
+    rows = [["dataset", "episodes", "left out", "frames", "quantiles", "in the grid's fit"]]
+    for name, entry in stats["statistics"].items():
+        error, skipped = stats["quantile_error"][name], sum(stats["skipped"][name].values())
+        accuracy = f"within {error:.1e}" if error else "exact"
+        counts = [f"{entry['num_trajectories']:,}", f"{skipped:,}", f"{entry['num_transitions']:,}"]
+        rows.append([name, *counts, accuracy, "yes" if name in fitted else "no"])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    if stats["mixture"]:
+        gaussians = stats["mixture"]["gaussians"].items()
+        lines.append("grid: " + ", ".join(f"{name} {mu:.4f} ± {sigma:.4f}" for name, (mu, sigma) in gaussians))
+    return "\n".join(lines)
+
+
 def load_stats(path: str | Path) -> dict[str, Any]:
     """A file that `compute_stats` wrote. Raises InputError naming it when it is missing or something else."""
     try:
