@@ -142,8 +142,8 @@ class Loader:
 
         def samples(step: int, attempt: int = 0) -> np.ndarray:
             first, datasets, drawn = phases[bisect_right(firsts, step) - 1]
-            numbers = (step - first) * batch_size + rows
-            dataset, frame = mixture.draw(datasets, mixture.another_seed(seed, attempt), numbers, drawn)
+            numbers = mixture.another((step - first) * batch_size + rows, attempt)
+            dataset, frame = mixture.draw(datasets, seed, numbers, drawn)
             return split.starts[dataset] + frame
 
         windows = self.mixture.window_frames if self.mixture.block > 1 else ()

@@ -23,6 +23,7 @@ from spatialvla_jax.errors import InputError
 
 BLOCK = 2**16
 _ROUNDS = 6
+_STRIDE = 40503  # odd, far from any simple fraction of a block
 
 
 @dataclass(frozen=True)
@@ -111,12 +112,14 @@ def count_draws(mixture: Mixture, seed: int, samples: int) -> Int[np.ndarray, " 
     return blocks * np.asarray(mixture.counts) + np.bincount(order[:slots], minlength=len(mixture.counts))
 
 
-def another_seed(seed: int, attempt: int) -> int:
-    """The seed of the draws that replace, at the `attempt`-th time, samples which cannot be read: 0 is `seed`."""
-    return int(_key(seed, 2, attempt)[0]) if attempt else seed
+def another(samples: Int[np.ndarray, " B"], attempt: int) -> Int[np.ndarray, " B"]:
+    """The sample numbers that stand in for `samples`, whose frames cannot be read, at the `attempt`-th time: others of
+    the same block, so that nothing has to be computed anew."""
+    blocks, slots = np.divmod(samples, BLOCK)
+    return blocks * BLOCK + (slots + attempt * _STRIDE) % BLOCK
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=4)
 def _block(counts: tuple[int, ...], seed: int, block: int) -> tuple[np.ndarray, np.ndarray]:
     """Of one block: the dataset of every slot, and how many slots before it in the block have the same dataset."""
     order = np.repeat(np.arange(len(counts)), counts)[permute(np.arange(BLOCK), BLOCK, _key(seed, 0, block))]

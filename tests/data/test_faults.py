@@ -237,8 +237,8 @@ def expected(loader, broken, steps, batch_size):
     ids, replaced = np.empty((steps, batch_size), int), Counter()
     for sample in range(steps * batch_size):
         for attempt in itertools.count():
-            seed = mixture.another_seed(5, attempt)
-            dataset, frame = mixture.draw(loader.mixture, seed, np.asarray([sample]))
+            number = mixture.another(np.asarray([sample]), attempt)
+            dataset, frame = mixture.draw(loader.mixture, 5, number)
             number = int(24 * dataset[0] + frame[0])
             if number not in broken:
                 break
@@ -348,7 +348,8 @@ def test_slow_disk(rlds, tmp_path, monkeypatch):
 
 
 def test_a_run_logs_what_it_skipped(tmp_path, config_file):
-    """Episodes that indexing left out and samples that were replaced are in the metrics of the run."""
+    """Episodes that indexing left out and samples that were replaced are in the metrics of the run, the time that it
+    waited for data in TensorBoard."""
     from spatialvla_jax.config import load_config
     from spatialvla_jax.training.loop import train
 
@@ -367,3 +368,5 @@ def test_a_run_logs_what_it_skipped(tmp_path, config_file):
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [record["data/skipped"] for record in records] == [1] * 3
     assert sum(record["data/replaced"] for record in records) >= 1
+    (events,) = (tmp_path / "run" / "tensorboard").iterdir()
+    assert b"data/wait_seconds" in events.read_bytes() and b"data/replaced" in events.read_bytes()

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spatialvla_jax.data.mixture import BLOCK, another_seed, count_draws, draw, make_mixture, permute, permute_blocks
+from spatialvla_jax.data.mixture import BLOCK, another, count_draws, draw, make_mixture, permute, permute_blocks
 from spatialvla_jax.errors import InputError
 
 
@@ -123,9 +123,15 @@ def test_passes_go_on_over_a_phase_border(border, seed, block):
     assert second.counts == (0, *kept.counts) and second.epoch_length == kept.epoch_length
 
 
-def test_another_seed():
-    assert another_seed(5, 0) == 5
-    assert len({another_seed(seed, attempt) for seed in range(20) for attempt in range(1, 20)}) == 380
+@given(st.lists(st.integers(0, 10**12), min_size=1, max_size=5))
+@settings(max_examples=30, deadline=None)
+def test_samples_that_stand_in(samples):
+    """Of the same block, and another one at every attempt."""
+    numbers = np.asarray(samples)
+    found = np.stack([another(numbers, attempt) for attempt in range(100)])
+    np.testing.assert_array_equal(found[0], numbers)
+    np.testing.assert_array_equal(found // BLOCK, np.tile(numbers // BLOCK, (100, 1)))
+    assert all(len(set(column)) == 100 for column in found.T.tolist())
 
 
 def test_epoch_length():
