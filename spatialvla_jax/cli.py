@@ -8,6 +8,8 @@ from typing import Any
 
 from spatialvla_jax.errors import InputError
 
+BENCHMARKS = {"tokenizer": "tokenizer.py", "loader": "loader.py", "train": "train_step.py"}
+
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
@@ -34,6 +36,12 @@ def main(argv: list[str] | None = None) -> int:
     p = command("train", run_train, "train a model; a run that was stopped goes on by itself")
     p.add_argument("--config", required=True, help="Python file with get_config(); --config.KEY=VALUE changes a key")
     p.add_argument("--workdir", type=Path, required=True)
+
+    p = command("compile", run_compile, "compile the training step for a TPU pod, on any machine (extra [tpu])")
+    p.add_argument("--config", required=True, help="as for train; its data is not read")
+    p.add_argument("--topology", required=True, help="e.g. v5e:16x16, v4:4x4x4, or by name: v5p-128, v6e-256")
+    p.add_argument("--slices", type=int, default=1, help="pods joined by the data-center network, along mesh.data")
+    p.add_argument("--search", action="store_true", help="rank meshes, remat policies and accumulation")
 
     p = command("evaluate", run_evaluate, "open-loop errors of a checkpoint on recorded episodes")
     p.add_argument("--checkpoint", type=Path, required=True, help="run directory, one of its steps, or an export")
@@ -117,6 +125,10 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("grids", nargs="+", metavar="GRID|RUN", help="as for `grid show`")
     grid_actions_arguments(p, "by default the Gaussians of the published pre-training mixture")
 
+    p = command("bench", run_bench, "measure a part; bench NAME -h says how, and what can be set")
+    p.add_argument("benchmark", choices=BENCHMARKS)
+    p.add_argument("arguments", nargs=argparse.REMAINDER, help="of the benchmark")
+
     p = command("record", run_record, "record demonstrations in a simulator (extra [sim])")
     p.add_argument("simulator", choices=("libero",))
     p.add_argument("--suite", default="libero_spatial")
@@ -165,6 +177,27 @@ def run_train(args: argparse.Namespace) -> None:
 
     result = train(load_config(args.config, args.overrides), args.workdir)
     print(f"trained {result['params']:,} parameters to step {result['step']}; checkpoints in {result['checkpoint']}")
+
+
+def run_compile(args: argparse.Namespace) -> None:
+    import jax
+    from tqdm import tqdm
+
+    from spatialvla_jax.config import load_config
+    from spatialvla_jax.training.topology import compile_for, line, parse_topology, table
+
+    jax.config.update("jax_platforms", "cpu")  # there may be no TPU, and none is used
+    topology = parse_topology(args.topology, args.slices)
+    config = load_config(args.config, args.overrides)
+    cache = Path(config.data.cache_dir or "~/.cache/spatialvla_jax").expanduser() / "compile"
+    results = compile_for(config, topology, cache, searching=args.search, progress=lambda s: tqdm.write(s, sys.stderr))
+    for plan, report in results:
+        print(f"{plan}: {line(report)}")
+    plan, best = results[0]
+    print(f"{best['preset']} on {topology} ({topology.chips} chips), {plan}")
+    print(table(best))
+    print(f"wrote the reports to {cache}")
+    print(json.dumps({k: v for k, v in best.items() if k != "collectives"}))
 
 
 def run_evaluate(args: argparse.Namespace) -> None:
@@ -289,6 +322,16 @@ def run_grid_compare(args: argparse.Namespace) -> None:
     print(f"errors in normalised units on {len(actions):,} actions ({source})")
     print(table(rows))
     print(json.dumps({"actions": {"source": source, "count": len(actions)}, "grids": rows}))
+
+
+def run_bench(args: argparse.Namespace) -> None:
+    import subprocess
+
+    script = Path(__file__).parents[1] / "benchmarks" / BENCHMARKS[args.benchmark]
+    if not script.is_file():
+        raise InputError(f"{script} does not exist: benchmarks run from a clone of the repository")
+    if code := subprocess.call([sys.executable, str(script), *args.arguments]):  # a fresh process, for its memory
+        raise SystemExit(code)
 
 
 def task_ids(text: str) -> list[int]:

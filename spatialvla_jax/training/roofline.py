@@ -1,0 +1,398 @@
+"""What a compiled TPU program costs, read from its optimised HLO text: FLOPs, HBM traffic and collectives of one chip.
+
+XLA's own `cost_analysis` counts the body of a loop once; here it counts as often as the loop runs it (scanned layers,
+accumulation), from the bound in each loop's condition.
+
+    compute seconds    = hardware FLOPs of a chip / peak FLOP/s          (with what is rematerialised)
+    HBM seconds        = bytes read and written by its instructions / HBM bandwidth
+    ICI, DCN seconds   = bytes that a chip must receive in collectives / its bandwidth
+    step ≥ roofline    = the largest of these: perfect overlap, peak rates
+    MFU ≤ mfu bound    = model FLOPs / (chips × peak × roofline step), model FLOPs without rematerialisation
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import numpy as np
+
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Chip:
+    """Peak bf16 FLOP/s, HBM bytes and bytes/s, bytes/s into one chip over all its ICI links and from the data-center
+    network, sides of the torus, largest slice in chips, TensorCores.
+
+    Source: the vendor's page of each generation, cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e (ICI is half of the
+    bidirectional figure; DCN a chip's share of its host's). v4's ICI: six links of 50 GB/s (arXiv 2304.01433).
+    """
+
+    peak: float
+    hbm: float
+    hbm_bandwidth: float
+    ici: float
+    dcn: float
+    sides: int
+    largest: int
+    cores: int
+
+
+CHIPS = {
+    "v4": Chip(275e12, 32 * 2**30, 1200e9, 300e9, 6.25e9, sides=3, largest=4096, cores=2),
+    "v5e": Chip(197e12, 16 * 2**30, 819e9, 200e9, 3.125e9, sides=2, largest=256, cores=1),
+    "v5p": Chip(459e12, 95 * 2**30, 2765e9, 600e9, 6.25e9, sides=3, largest=6144, cores=2),
+    "v6e": Chip(918e12, 32 * 2**30, 1638e9, 400e9, 12.5e9, sides=2, largest=256, cores=1),
+}
+
+COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+BITS = {"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "bf16": 16, "f16": 16, "s16": 16, "u16": 16}
+BITS |= {"s32": 32, "u32": 32, "f32": 32, "s64": 64, "u64": 64, "f64": 64, "c64": 64, "token": 0, "f8e4m3fn": 8}
+ARRAY = re.compile(r"\b([a-z]+[0-9]*[a-z0-9]*)\[([0-9,]*)\](\{[^{}]*\})?")
+INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = ")
+# Instructions that move nothing by themselves: their work is inside, or they rename.
+FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all"}
+FREE |= {"partition-id", "replica-id", "async-start", "async-update", "async-done", "opt-barrier", "copy-done"}
+FREE |= {f"{c}-done" for c in COLLECTIVES} | {"slice-done", "dynamic-slice-done", "custom-call-done"}
+
+
+@dataclass(frozen=True)
+class Instruction:
+    name: str
+    op: str
+    shape: str  # as printed: dtype[dims]{layout}, a tuple in parentheses
+    operands: tuple[str, ...]
+    text: str
+    root: bool
+
+
+@dataclass(frozen=True)
+class Collective:
+    """`count` runs a step of one instruction; `bytes` is what a chip receives in one run."""
+
+    kind: str
+    dtype: str
+    shape: str
+    group: int
+    across_slices: bool
+    bytes: float
+    count: int
+    where: str
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one chip and one step."""
+
+    flops: float
+    hbm_bytes: float
+    collectives: tuple[Collective, ...] = field(default=())
+
+    def received(self, across_slices: bool) -> float:
+        return sum(c.bytes * c.count for c in self.collectives if c.across_slices == across_slices)
+
+
+def read_program(text: str, devices_per_slice: int) -> Cost:
+    """Cost of a module from `compiled.as_text()`."""
+    computations = parse(text)
+    entry = next(name for name, (is_entry, _) in computations.items() if is_entry)
+    tables = {name: {i.name: i for i in body} for name, (_, body) in computations.items()}
+    flops = hbm = 0.0
+    collectives: list[Collective] = []
+    for name, times in executed(computations, entry):
+        for i in computations[name][1]:
+            flops += times * flops_of(i, computations, tables, tables[name])
+            kind = i.op.removesuffix("-start")
+            if kind in COLLECTIVES or (kind == "fusion" and "all-reduce-scatter" in i.text.split("metadata=")[0]):
+                collectives.append(collective(i, kind, times, devices_per_slice, computations))
+            if i.op not in FREE:
+                hbm += times * traffic(i, computations, tables[name])
+    return Cost(flops, hbm, tuple(collectives))
+
+
+def parse(text: str) -> dict[str, tuple[bool, list[Instruction]]]:
+    """→ {computation: (is the entry, its instructions)}."""
+    computations: dict[str, tuple[bool, list[Instruction]]] = {}
+    body: list[Instruction] = []
+    for line in text.splitlines():
+        if line and not line[0].isspace():
+            head = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
+            if head:
+                body = []
+                computations[head[2]] = (bool(head[1]), body)
+        elif found := INSTRUCTION.match(line):
+            rest = line[found.end() :]
+            shape, rest = split_shape(rest)
+            op, _, arguments = rest.partition("(")
+            operands = tuple(re.findall(r"%([\w.\-]+)", arguments[: closing(arguments)]))
+            body.append(Instruction(found[2], op.strip(), shape, operands, rest, bool(found[1])))
+    return computations
+
+
+def split_shape(text: str) -> tuple[str, str]:
+    """The shape at the start, and what follows; a tuple's shape is in parentheses and may hold some."""
+    if not text.startswith("("):
+        shape, _, rest = text.partition(" ")
+        return shape, rest
+    end = closing(text[1:]) + 2
+    return text[:end], text[end + 1 :]
+
+
+def closing(text: str) -> int:
+    """Where the parenthesis that is already open closes."""
+    depth = 1
+    for at, c in enumerate(text):
+        depth += (c == "(") - (c == ")")
+        if depth == 0:
+            return at
+    return len(text)
+
+
+def executed(computations: dict, entry: str) -> Iterator[tuple[str, int]]:
+    """Every computation that the entry runs (not the insides of fusions), with how often a step runs it."""
+    waiting = [(entry, 1)]
+    while waiting:
+        name, times = waiting.pop()
+        yield name, times
+        for i in computations[name][1]:
+            if i.op == "while":
+                condition, body = (re.search(rf"{part}=%?([\w.\-]+)", i.text) for part in ("condition", "body"))
+                assert condition is not None and body is not None
+                waiting.append((body[1], times * trip_count(computations[condition[1]][1])))
+            elif i.op in ("call", "conditional") or i.op.endswith("async-start"):
+                called = re.findall(r"(?:to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)", i.text)
+                waiting += [(c, times) for c in called]
+
+
+def trip_count(condition: list[Instruction]) -> int:
+    """Of a loop that counts from 0 while it is below a constant, as scans become; 1 where it is of another form."""
+    names = {i.name: i for i in condition}
+    root = next(i for i in condition if i.root)
+    bounds = [names[o].text for o in root.operands if o in names and names[o].op == "constant"]
+    found = re.match(r"constant\((\d+)\)", bounds[0]) if bounds and "direction=LT" in root.text else None
+    return int(found[1]) if found else 1
+
+
+def arrays(shape: str) -> list[tuple[str, tuple[int, ...], bool]]:
+    """(dtype, dims, in HBM) of every array in a printed shape; `S(1)` in a layout is the chip's vector memory."""
+    return [
+        (dtype, tuple(map(int, dims.split(","))) if dims else (), "S(" not in (layout or ""))
+        for dtype, dims, layout in ARRAY.findall(shape)
+    ]
+
+
+def size(shape: str, hbm_only: bool = False) -> float:
+    return sum(prod(d) * BITS.get(t, 32) / 8 for t, d, in_hbm in arrays(shape) if in_hbm or not hbm_only)
+
+
+def called_by(i: Instruction) -> str | None:
+    found = re.search(r"calls=%?([\w.\-]+)", i.text)
+    return found[1] if found else None
+
+
+def flops_of(i: Instruction, computations: dict, tables: dict, table: dict[str, Instruction]) -> float:
+    """Of the matrix products and convolutions in an instruction, 2 for each multiply-add."""
+    if i.op == "fusion":
+        inner = called_by(i)
+        return sum(flops_of(j, computations, tables, tables[inner]) for j in computations[inner][1]) if inner else 0
+    if i.op not in ("convolution", "dot") or len(i.operands) < 2:
+        return 0
+    (_, out, _), *_ = arrays(i.shape)
+    (_, lhs, _), *_ = arrays(table[i.operands[0]].shape)
+    if i.op == "dot":
+        dims = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", i.text)
+        return 2 * prod(out) * prod(lhs[int(d)] for d in dims[1].split(",") if d) if dims else 0
+    (_, rhs, _), *_ = arrays(table[i.operands[1]].shape)
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", i.text)
+    assert labels is not None
+    window = (
+        {k: v.split("x") for k, v in re.findall(r"(\w+)=([\d_x\-]+)", re.search(r"window=\{([^}]*)\}", i.text)[1])}
+        if "window={" in i.text
+        else {}
+    )
+    spatial = [c for c in labels[3] if c.isdigit()]
+    work = 2.0 * out[labels[3].index("b")] * out[labels[3].index("f")] * rhs[labels[2].index("i")]
+    if group := re.search(r"batch_group_count=(\d+)", i.text):
+        work /= int(group[1])
+    for n, c in enumerate(spatial):
+        number = lambda key, default: int(window[key][n]) if key in window else default  # noqa: B023, E731
+        pad = int(window["pad"][n].split("_")[0]) if "pad" in window else 0
+        work *= valid_places(
+            lhs[labels[1].index(c)],
+            out[labels[3].index(c)],
+            number("size", 1),
+            pad,
+            number("stride", 1),
+            number("lhs_dilate", 1),
+            number("rhs_dilate", 1),
+        )
+    return work
+
+
+def valid_places(n: int, out: int, window: int, pad: int, stride: int, lhs_dilate: int, rhs_dilate: int) -> int:
+    """Along one dimension: pairs of an output and a window position that meet an input, not padding nor a hole."""
+    span = (n - 1) * lhs_dilate
+    if lhs_dilate == 1:  # outputs o with 0 <= o * stride + k * rhs_dilate - pad <= span
+        total = 0
+        for k in range(window):
+            at = k * rhs_dilate - pad
+            first = max(0, -(at // stride))
+            last = min(out - 1, (span - at) // stride)
+            total += max(0, last - first + 1)
+        return total
+    total = 0
+    for k in range(window):
+        for o in range(out):
+            at = o * stride + k * rhs_dilate - pad
+            total += 0 <= at <= span and at % lhs_dilate == 0
+    return total
+
+
+def traffic(i: Instruction, computations: dict, table: dict[str, Instruction]) -> float:
+    """Bytes of HBM that an instruction reads and writes. Of an operand that is only sliced, the slice counts; of a
+    result that is an operand updated in place, the update."""
+    inner = called_by(i) if i.op == "fusion" else None
+    if inner is None:
+        return plain_traffic(i, table)
+    body = computations[inner][1]
+    names = {j.name: j for j in body}
+    parameters = {int(j.text.split("(")[1].split(")")[0]): j for j in body if j.op == "parameter"}
+    root = next(j for j in body if j.root)
+    parts = [names[o] for o in root.operands] if root.op == "tuple" else [root]
+    total, updated = 0.0, set()
+    for part in parts:
+        target = part
+        while target.op == "bitcast":
+            target = names[target.operands[0]]
+        if target.op == "dynamic-update-slice":
+            total += size(names[target.operands[1]].shape) if size(part.shape, hbm_only=True) else 0
+            updated.add(target.operands[0])
+        else:
+            total += size(part.shape, hbm_only=True)
+    for at, operand in enumerate(i.operands):
+        shape, parameter = table[operand].shape, parameters.get(at)
+        if parameter is None or not size(shape, hbm_only=True):
+            continue
+        uses = list(uses_of(parameter, body))
+        if uses and all(u.op in ("dynamic-slice", "slice", "gather") for u in uses):
+            total += min(size(shape), sum(size(u.shape) for u in uses))
+        elif not (parameter.name in updated and len(uses) == 1):
+            total += size(shape, hbm_only=True)
+    return total
+
+
+def uses_of(i: Instruction, body: list[Instruction]) -> Iterator[Instruction]:
+    for j in body:
+        if i.name in j.operands:
+            if j.op == "bitcast":
+                yield from uses_of(j, body)
+            else:
+                yield j
+
+
+def plain_traffic(i: Instruction, table: dict[str, Instruction]) -> float:
+    def operand(n: int) -> float:
+        return size(table[i.operands[n]].shape, hbm_only=True)
+
+    if i.op in ("copy-start", "slice-start", "dynamic-slice-start"):  # between memories: the result holds both ends
+        moved = min((size(s) for s in shapes_of(i.shape) if size(s) > 64), default=0)
+        return moved * sum("S(" not in s for s in shapes_of(i.shape)[:2])
+    if i.op in ("dynamic-slice", "slice", "gather"):
+        return 2 * size(i.shape, hbm_only=True)
+    if i.op == "dynamic-update-slice":
+        return 2 * operand(1)
+    if i.op.removesuffix("-start") in COLLECTIVES:
+        return sum(operand(n) for n in range(len(i.operands))) + size(i.shape, hbm_only=True) * (
+            0.5 if i.op.endswith("-start") else 1
+        )
+    return size(i.shape, hbm_only=True) + sum(operand(n) for n in range(len(i.operands)))
+
+
+def shapes_of(shape: str) -> list[str]:
+    return [m.group(0) for m in ARRAY.finditer(shape)]
+
+
+def collective(i: Instruction, kind: str, times: int, devices_per_slice: int, computations: dict) -> Collective:
+    """A ring's or a torus's least traffic: (n − 1)/n of the whole for a gather or a scatter, twice that for a sum."""
+    text = i.text
+    if kind == "fusion":
+        inner = called_by(i)
+        body = computations[inner][1] if inner else []
+        reduce = next((j for j in body if j.op == "all-reduce"), None)
+        kind, text = "reduce-scatter", reduce.text if reduce else i.text
+        shape = reduce.shape if reduce else i.shape
+    else:
+        shape = i.shape
+    groups = replica_groups(text)
+    n = len(groups[0]) if groups else 2
+    if i.op == "all-gather-start":
+        shape = "(" + ", ".join(shapes_of(shape)[len(shapes_of(shape)) // 2 :]) + ")"
+    whole = size(shape) * (n if kind == "reduce-scatter" and i.op != "fusion" else 1)
+    if i.op == "collective-permute-start":
+        whole = size(shapes_of(shape)[0])
+    factor = {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0}.get(kind, (n - 1) / n)
+    op_name = re.search(r'op_name="([^"]*)"', i.text)
+    largest = max(arrays(shape), key=lambda a: prod(a[1]) * BITS.get(a[0], 32), default=("", (), True))
+    return Collective(
+        kind=kind,
+        dtype=largest[0],
+        shape="x".join(map(str, largest[1])),
+        group=n,
+        across_slices=any(len({d // devices_per_slice for d in g}) > 1 for g in groups),
+        bytes=whole * factor,
+        count=times,
+        where=where_of(op_name[1] if op_name else ""),
+    )
+
+
+def replica_groups(text: str) -> list[list[int]]:
+    """Device numbers of each group, from the three ways in which they are printed."""
+    if found := re.search(r"replica_groups=\{(\{[\d,{}]*\})\}", text):
+        return [[int(d) for d in g.split(",")] for g in re.findall(r"\{([\d,]+)\}", found[1])]
+    if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
+        shape, dims = ([int(x) for x in found[k].split(",")] for k in (1, 2))
+        ids = np.arange(prod(dims)).reshape(dims)
+        if found[3]:
+            ids = ids.transpose([int(x) for x in found[3].split(",")])
+        return ids.reshape(shape).tolist()
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([\d,]*)\)|)[^{]*\{([^}]*)\}", text):
+        axes = {k: int(v) for k, v in re.findall(r"'(\w+)'=(\d+)", found[1])}
+        ids = np.arange(prod(axes.values())).reshape(tuple(axes.values()))
+        over = [list(axes).index(a) for a in re.findall(r"'(\w+)'", found[3])]
+        kept = [n for n in range(len(axes)) if n not in over]
+        return ids.transpose(kept + over).reshape(-1, prod([ids.shape[n] for n in over])).tolist()
+    if found := re.search(r"source_target_pairs=\{(\{[\d,{}]*\})\}", text):
+        return [[int(d) for d in g.split(",")] for g in re.findall(r"\{([\d,]+)\}", found[1])]
+    return []
+
+
+def where_of(op_name: str) -> str:
+    """The part of the network and the pass that an instruction comes from."""
+    part = next((p for p in ("zoe", "img", "ego3d", "logits", "embed", "llm") if re.search(rf"\b{p}\b", op_name)), "")
+    backward = "transpose(" in op_name
+    again = "rematted_computation" in op_name
+    return " ".join(filter(None, (part or "rest", "again" if again else "backward" if backward else "forward")))
+
+
+def product_flops(jaxpr: Any) -> float:
+    """Of the matrix products and convolutions in a jaxpr, a scan's body times its length; 2 a multiply-add."""
+    total = 0.0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracting, _), _ = equation.params["dimension_numbers"]
+            lhs = equation.invars[0].aval.shape
+            total += 2 * prod(equation.outvars[0].aval.shape) * prod(lhs[d] for d in contracting)
+        elif equation.primitive.name == "conv_general_dilated":
+            out, kernel = equation.outvars[0].aval.shape, equation.invars[1].aval.shape
+            features = kernel[equation.params["dimension_numbers"].rhs_spec[0]]
+            work = 2 * prod(out) * prod(kernel) / features / equation.params["batch_group_count"]
+            total += work / prod(equation.params["lhs_dilation"])
+        times = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
+        for value in equation.params.values():
+            for inner in value if isinstance(value, tuple | list) else (value,):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    total += times * product_flops(inner)
+    return total

@@ -1,0 +1,446 @@
+"""Ahead-of-time compilation of the training step for a TPU pod, by libtpu on any CPU machine (extra [tpu]).
+
+What is compiled is `training.program.jit_train_step`, the step that the training loop runs, with the shardings that it
+runs with. The compiler itself says whether the step fits the chip; advice on what would fit has been compiled, too.
+"""
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from ml_collections import ConfigDict
+
+from spatialvla_jax.actions import PRETRAIN_GAUSSIANS
+from spatialvla_jax.errors import InputError
+from spatialvla_jax.grid_tools import make_grid
+from spatialvla_jax.training.optimizer import make_optimizer, merge, split_frozen
+from spatialvla_jax.training.program import abstract_batch, frozen_patterns, jit_train_step, make_model
+from spatialvla_jax.training.roofline import CHIPS, GB, Chip, product_flops, read_program
+from spatialvla_jax.training.sharding import AXES, check_batch, make_mesh
+from spatialvla_jax.training.state import abstract_state, init_params
+from spatialvla_jax.training.step import loss_and_metrics, prepare
+
+# Without a TPU, libtpu asks a metadata server what it runs on unless it is told.
+NO_TPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_MIN_LOG_LEVEL": "3",
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+FLAT = ((2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))  # the slices of v5e and v6e from one host up
+MAX_ADVICE = 4  # suggestions compiled before giving up
+REMAT = ("none", "dots", "full")  # from the most memory to the least
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Topology:
+    """`slices` pods of `dims` chips of a generation; `str` gives "v5e:16x16" or "2 × v5e:16x16"."""
+
+    generation: str
+    dims: tuple[int, ...]
+    slices: int = 1
+
+    @property
+    def chip(self) -> Chip:
+        return CHIPS[self.generation]
+
+    @property
+    def chips(self) -> int:
+        return prod(self.dims) * self.slices
+
+    @property
+    def name(self) -> str:
+        return f"{self.generation}:{'x'.join(map(str, self.dims))}"
+
+    def __str__(self) -> str:
+        return self.name if self.slices == 1 else f"{self.slices} × {self.name}"
+
+    def devices(self) -> list[Any]:
+        """Devices to compile for, one a chip. Raises InputError where libtpu is not installed or refuses."""
+        if importlib.util.find_spec("libtpu") is None:
+            raise InputError(
+                "compiling for TPUs needs libtpu, which is not installed: pip install 'spatialvla-jax[tpu]'"
+            )
+        for key, value in NO_TPU.items():
+            os.environ.setdefault(key, value)
+        options: dict[str, Any] = {"num_slices": self.slices} if self.slices > 1 else {}
+        if self.chip.cores == 2:
+            options["chip_config_name"] = "megacore"  # both cores of a chip are one device
+        try:
+            return list(topologies.get_topology_desc(self.name, platform="tpu", **options).devices)
+        except Exception as error:
+            raise InputError(f"libtpu has no topology {self}: {str(error).splitlines()[0]}") from None
+
+
+def parse_topology(text: str, slices: int = 1) -> Topology:
+    """ "v5e:16x16" as it lies, or a product's name: "v5e-256" (256 chips), "v4-128" (128 TensorCores, 64 chips).
+
+    Raises InputError for one that does not exist.
+    """
+    found = re.fullmatch(r"(\w+)(?::(\d+(?:x\d+)*)|-(\d+))", text)
+    if not found or found[1] not in CHIPS:
+        raise InputError(f"topology {text!r} does not exist; write one of {', '.join(CHIPS)} and a shape, as v5e:16x16")
+    if slices < 1:
+        raise InputError(f"--slices must be at least 1, not {slices}")
+    generation, chip = found[1], CHIPS[found[1]]
+    shapes = FLAT if chip.sides == 2 else cubes(chip.largest)
+    if found[2]:
+        dims = tuple(map(int, found[2].split("x")))
+        if dims in shapes:
+            return Topology(generation, dims, slices)
+        near = min(shapes, key=lambda s: abs(np.log(prod(s) / max(1, prod(dims)))))
+    else:
+        count = int(found[3]) / chip.cores
+        # The one nearest to a cube or square is what a size alone gives.
+        for dims in sorted(shapes, key=lambda s: max(s) - min(s)):
+            if prod(dims) == count:
+                return Topology(generation, dims, slices)
+        near = min(shapes, key=lambda s: abs(np.log(prod(s) / max(1, count))))
+    kind = (
+        "2-D, from 2x2 to 16x16" if chip.sides == 2 else f"3-D, to {chip.largest} chips, its sides 2 or multiples of 4"
+    )
+    raise InputError(
+        f"topology {text} does not exist: {generation} is {kind}; the nearest is {Topology(generation, near).name}"
+    )
+
+
+def cubes(largest: int) -> list[tuple[int, ...]]:
+    """The slices of v4 and v5p: 2x2x1, then sides that are 2 or multiples of 4, shortest first."""
+    sides = [2, *range(4, 33, 4)]
+    shapes = [(a, b, c) for a in sides for b in sides for c in sides if a <= b <= c and a * b * c <= largest]
+    return [(2, 2, 1), *shapes]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What may change so that a step fits: the mesh (data, fsdp, tensor), the remat policy, the batch."""
+
+    mesh: tuple[int, int, int]
+    remat: str
+    batch_size: int
+    accumulate: int
+
+    def __str__(self) -> str:
+        mesh = " × ".join(f"{axis} {n}" for axis, n in zip(AXES, self.mesh, strict=True))
+        return f"mesh {mesh}, remat {self.remat}, batch {self.batch_size} in {self.accumulate}"
+
+    def flags(self, other: "Plan") -> str:
+        """The command line arguments that lead from `other` here."""
+        flags = [f"--config.mesh.{a}={n}" for a, n, m in zip(AXES, self.mesh, other.mesh, strict=True) if n != m]
+        flags += [f"--config.model.remat={self.remat}"] * (self.remat != other.remat)
+        flags += [f"--config.train.batch_size={self.batch_size}"] * (self.batch_size != other.batch_size)
+        flags += [f"--config.train.accumulate={self.accumulate}"] * (self.accumulate != other.accumulate)
+        return " ".join(flags)
+
+
+def plan_of(config: ConfigDict, topology: Topology, devices: list[Any]) -> Plan:
+    """Raises InputError where the mesh or the batch does not divide."""
+    mesh = make_mesh(config.mesh.to_dict(), devices)
+    check_batch(config.train.batch_size, config.train.accumulate, mesh)
+    data, fsdp, tensor = (mesh.shape[a] for a in AXES)
+    return Plan((data, fsdp, tensor), config.model.remat, config.train.batch_size, config.train.accumulate)
+
+
+def compile_plan(config: ConfigDict, plan: Plan, topology: Topology, cache: Path) -> dict[str, Any]:
+    """Compile one plan → its report (see `table`), kept in `cache` under all that it depends on."""
+    config = ConfigDict(config.to_dict())
+    config.mesh.update(dict(zip(AXES, plan.mesh, strict=True)))
+    config.model.remat = plan.remat
+    config.train.update(batch_size=plan.batch_size, accumulate=plan.accumulate)
+    mesh = make_mesh(config.mesh.to_dict(), topology.devices())
+    check_batch(plan.batch_size, plan.accumulate, mesh)
+    grid = make_grid(config.grid.to_dict(), lambda: np.asarray(PRETRAIN_GAUSSIANS))
+    model = make_model(config, grid)
+    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    frozen = frozen_patterns(config, model)
+    state, shardings = abstract_state(model, optimizer, frozen, mesh)
+    step = jit_train_step(config, model, mesh, shardings)
+    lowered = step.lower(state, abstract_batch(model, plan.batch_size), grid)
+    versions = {"jax": jax.__version__, "libtpu": importlib.metadata.version("libtpu")}
+    key = hashlib.sha256(f"{topology} {plan} {versions} {FORMAT} {lowered.as_text()}".encode()).hexdigest()[:24]
+    kept = cache / f"{key}.json"
+    if kept.exists():
+        return json.loads(kept.read_text())
+
+    chip = topology.chip
+    report: dict[str, Any] = {
+        "topology": topology.name,
+        "slices": topology.slices,
+        "chips": topology.chips,
+        **asdict(plan),
+    }
+    report |= {"preset": config.model.preset, "depth": config.model.depth, **versions}
+    began = time.perf_counter()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        report |= {"fits": False, "compile_seconds": time.perf_counter() - began} | out_of_memory(str(error))
+    else:
+        cost = read_program(compiled.as_text(), prod(topology.dims))
+        flops = model_flops(config, grid) * plan.batch_size
+        seconds = {
+            "compute": cost.flops / chip.peak,
+            "hbm": cost.hbm_bytes / chip.hbm_bandwidth,
+            "ici": cost.received(across_slices=False) / chip.ici,
+            "dcn": cost.received(across_slices=True) / chip.dcn,
+        }
+        bound = max(seconds.values())
+        memory = memory_of(
+            compiled.memory_analysis(), held(state.params, shardings.params), held(state.opt_state, shardings.opt_state)
+        )
+        report |= {
+            "fits": memory["total"] <= chip.hbm,
+            "memory": memory,
+            "hbm": chip.hbm,
+            "model_flops": flops,
+            "hardware_flops": cost.flops * topology.chips,
+            "hbm_bytes": cost.hbm_bytes,
+            "seconds": seconds,
+            "step_seconds": bound,
+            "samples_per_second": plan.batch_size / bound,
+            "mfu_bound": flops / (topology.chips * chip.peak * bound),
+            "collectives": [asdict(c) for c in cost.collectives],
+            "compile_seconds": time.perf_counter() - began,
+        }
+    cache.mkdir(parents=True, exist_ok=True)
+    temporary = kept.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(report))
+    os.replace(temporary, kept)
+    return report
+
+
+def model_flops(config: ConfigDict, grid: Any) -> float:
+    """FLOPs of one sample that the model itself needs: the forward pass, and the backward pass to every trainable
+    parameter, without augmentation, rematerialisation and optimizer. Counted over the products of the traced gradient.
+    """
+    config = ConfigDict(config.to_dict())
+    config.model.remat = "none"
+    model = make_model(config, grid)
+    frozen = frozen_patterns(config, model)
+
+    def gradient(params: Any, batch: Any) -> Any:
+        trainable, fixed = split_frozen(params, frozen)
+        inputs = prepare(batch, None, None)
+        return jax.grad(lambda t: loss_and_metrics(model, merge(t, fixed), inputs, grid)[0].mean())(trainable)
+
+    params = jax.eval_shape(lambda: init_params(model, 0))
+    return product_flops(jax.make_jaxpr(gradient)(params, abstract_batch(model, 1)).jaxpr)
+
+
+FORMAT = 1  # of a report: another one leaves the cached ones alone
+
+
+def held(shapes: Any, shardings: Any) -> int:
+    """Bytes that one chip holds of a tree."""
+    sizes = jax.tree.map(lambda x, s: prod(s.shard_shape(x.shape)) * x.dtype.itemsize, shapes, shardings)
+    return sum(jax.tree.leaves(sizes))
+
+
+def memory_of(analysis: Any, params: int, optimizer: int) -> dict[str, int]:
+    """Bytes of one chip by kind. The donated state's outputs lie where its inputs did and are not counted again."""
+    memory = {
+        "params": params,
+        "optimizer": optimizer,
+        "batch": max(0, analysis.argument_size_in_bytes - params - optimizer),
+        "temporaries": analysis.temp_size_in_bytes,
+        "outputs": max(0, analysis.output_size_in_bytes - analysis.alias_size_in_bytes),
+        "code": analysis.generated_code_size_in_bytes,
+    }
+    return memory | {"total": sum(memory.values())}
+
+
+def out_of_memory(message: str) -> dict[str, float]:
+    """{"used", "hbm"} in bytes from the compiler's refusal; raises what is another error."""
+    found = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", message)
+    if not found:
+        raise RuntimeError(f"the TPU compiler failed: {message[:2000]}")
+    unit = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+    return {"used": float(found[1]) * unit[found[2]], "hbm": float(found[3]) * unit[found[4]]}
+
+
+def used(report: dict[str, Any]) -> float:
+    """Bytes of HBM that a plan takes or would take."""
+    return report["memory"]["total"] if report["fits"] else report["used"]
+
+
+def smaller(plan: Plan, slices: int) -> Iterator[Plan]:
+    """Plans that need less memory than `plan`, those first that cost the least time: the same work split further, more
+    rematerialisation, both, at last a smaller batch."""
+    data, fsdp, tensor = plan.mesh
+
+    def change(**fields: Any) -> Plan:
+        return Plan(**(asdict(plan) | {"mesh": plan.mesh} | fields))
+
+    if data > slices:  # parameters and optimizer split over more chips: the same speed
+        yield change(mesh=(slices, fsdp * data // slices, tensor))
+    rows = plan.batch_size // (data * fsdp)
+    for remat in REMAT[REMAT.index(plan.remat) :]:
+        for n in (1, 2, 4, 8):
+            accumulate = plan.accumulate * n
+            if rows % accumulate == 0 and (remat, n) != (plan.remat, 1):
+                yield change(remat=remat, accumulate=accumulate)
+    for n in (2, 4, 8, 16):
+        if rows % n == 0 and rows // n:
+            yield change(remat=REMAT[-1], batch_size=plan.batch_size // n, accumulate=1)
+
+
+def advise(
+    plan: Plan, report: dict[str, Any], slices: int, compile_: Callable[[Plan], dict[str, Any]]
+) -> tuple[Plan | None, list[Plan]]:
+    """→ (a smaller plan that was compiled and fits, plans that were tried and do not).
+
+    Which ones to try is guessed from how much is missing, with temporaries that grow with the examples at once; the
+    compiler decides.
+    """
+    tried: list[Plan] = []
+    candidates = list(smaller(plan, slices))
+    over = used(report) / report["hbm"]
+    while candidates and len(tried) < MAX_ADVICE:
+        # The first that shrinks the examples at once enough, or remats more; else what shrinks the most.
+        enough = [c for c in candidates if shrinks(plan, c) >= over]
+        candidate = enough[0] if enough else candidates[-1]
+        candidates = candidates[candidates.index(candidate) + 1 :]
+        result = compile_(candidate)
+        if result["fits"]:
+            return candidate, tried
+        tried.append(candidate)
+        over = max(over, shrinks(plan, candidate) * used(result) / result["hbm"])
+    return None, tried
+
+
+def shrinks(plan: Plan, other: Plan) -> float:
+    """By what factor the activations kept at once may be smaller; a remat policy is worth up to 4 (full), 2 (dots)."""
+    examples = (plan.batch_size / plan.accumulate / plan.mesh[0] / plan.mesh[1]) / (
+        other.batch_size / other.accumulate / other.mesh[0] / other.mesh[1]
+    )
+    split = other.mesh[1] / plan.mesh[1]
+    return examples * split * 2.0 ** (REMAT.index(other.remat) - REMAT.index(plan.remat))
+
+
+def search(
+    plan: Plan, topology: Topology, compile_: Callable[[Plan], dict[str, Any]], progress: Progress
+) -> list[tuple[Plan, dict[str, Any]]]:
+    """Meshes, remat policies and accumulation for the plan's batch → those that fit, fastest by the roofline first.
+
+    For each mesh and policy, accumulation grows until the step fits; a policy that keeps less is left out where one
+    that keeps more fits in as few parts, as it would do the same products and more.
+    """
+    fitting: list[tuple[Plan, dict[str, Any]]] = []
+    for mesh in meshes(topology, plan.batch_size):
+        rows, best = plan.batch_size // (mesh[0] * mesh[1]), 0
+        for remat in REMAT:
+            for accumulate in (1, 2, 4, 8, 16):
+                if rows % accumulate or (best and accumulate >= best):
+                    break
+                candidate = Plan(mesh, remat, plan.batch_size, accumulate)
+                report = compile_(candidate)
+                progress(f"{candidate}: {line(report)}")
+                if report["fits"]:
+                    fitting.append((candidate, report))
+                    best = accumulate
+                    break
+                # Were all of it activations, this many parts would still be too many examples.
+                if report["used"] > 16 / accumulate * report["hbm"]:
+                    break
+            if best == 1:
+                break
+    return sorted(fitting, key=lambda f: (f[1]["step_seconds"], f[1]["memory"]["total"]))
+
+
+def meshes(topology: Topology, batch_size: int) -> list[tuple[int, int, int]]:
+    """Those with `data` over whole slices and a batch that divides: the widest `fsdp` first, at most 3 of each
+    `tensor` in 1, 2, 4."""
+    found = []
+    for tensor in (1, 2, 4):
+        inner = topology.chips // topology.slices
+        if inner % tensor:
+            continue
+        halves = [h for h in (1, 2, 4, 8) if (inner // tensor) % h == 0][:3]
+        shapes = [(topology.slices * h, inner // tensor // h, tensor) for h in halves]
+        found += [m for m in shapes if batch_size % (m[0] * m[1]) == 0]
+    return found
+
+
+def line(report: dict[str, Any]) -> str:
+    """A report in a line."""
+    if not report["fits"]:
+        return f"does not fit, {used(report) / 2**30:.1f} of {report['hbm'] / 2**30:.1f} GiB"
+    return (
+        f"{report['memory']['total'] / 2**30:.1f} of {report['hbm'] / 2**30:.1f} GiB, "
+        f"step ≥ {1e3 * report['step_seconds']:.0f} ms, MFU ≤ {100 * report['mfu_bound']:.0f} %"
+    )
+
+
+def table(report: dict[str, Any]) -> str:
+    """A fitting report for people: memory by kind, costs, collectives by kind and place in the network."""
+    gib = lambda n: f"{n / 2**30:8.2f} GiB"  # noqa: E731
+    memory, seconds = report["memory"], report["seconds"]
+    lines = ["memory of a chip"]
+    lines += [f"  {kind:12s}{gib(n)}" for kind, n in memory.items() if kind != "total"]
+    lines += [f"  {'total':12s}{gib(memory['total'])} of {report['hbm'] / 2**30:.0f} GiB HBM", "a step"]
+    lines += [
+        f"  model FLOPs     {report['model_flops']:.3e}, {report['model_flops'] / report['batch_size']:.3e} a sample",
+        f"  hardware FLOPs  {report['hardware_flops']:.3e}, with what is computed again",
+        f"  HBM traffic     {report['hbm_bytes'] / GB:.1f} GB a chip",
+        "  at peak rates   " + ", ".join(f"{k} {1e3 * s:.1f} ms" for k, s in seconds.items()),
+        f"  roofline        step ≥ {1e3 * report['step_seconds']:.1f} ms, "
+        f"{report['samples_per_second']:.0f} samples/s, MFU ≤ {100 * report['mfu_bound']:.1f} %",
+        "collectives of a step: runs, GB received by a chip, largest array",
+    ]
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for c in report["collectives"]:
+        network = "DCN" if c["across_slices"] else "ICI"
+        groups.setdefault((c["kind"], network, c["where"]), []).append(c)
+    traffic = lambda cs: sum(c["bytes"] * c["count"] for c in cs)  # noqa: E731
+    for (kind, network, where), cs in sorted(groups.items(), key=lambda g: -traffic(g[1])):
+        largest = max(cs, key=lambda c: c["bytes"])
+        lines.append(
+            f"  {kind:18s} {network} {where:16s} {sum(c['count'] for c in cs):6d} {traffic(cs) / GB:9.3f} GB  "
+            f"{largest['dtype']}[{largest['shape'].replace('x', ',')}] over {largest['group']}"
+        )
+    return "\n".join(lines)
+
+
+def compile_for(
+    config: ConfigDict, topology: Topology, cache: Path, *, searching: bool = False, progress: Progress = lambda _: None
+) -> list[tuple[Plan, dict[str, Any]]]:
+    """The config's plan compiled, or (`searching`) those that fit, fastest first.
+
+    Raises InputError where the step does not fit, naming settings that do: they were compiled.
+    """
+    plan = plan_of(config, topology, topology.devices())
+
+    def compile_(plan: Plan) -> dict[str, Any]:
+        progress(f"compiling {plan} for {topology}")
+        return compile_plan(config, plan, topology, cache)
+
+    if searching:
+        fitting = search(plan, topology, compile_, progress)
+        if not fitting:
+            raise InputError(f"no mesh, remat policy or accumulation of batch {plan.batch_size} fits {topology}")
+        return fitting
+    report = compile_(plan)
+    if report["fits"]:
+        return [(plan, report)]
+    too_much = f"{plan} takes {used(report) / 2**30:.1f} GiB a chip, {topology} has {report['hbm'] / 2**30:.1f}"
+    progress(f"{too_much}; looking for settings that fit")
+    better, tried = advise(plan, report, topology.slices, compile_)
+    if better is None:
+        raise InputError(f"{too_much}; nor do {len(tried)} smaller ones fit, down to {tried[-1] if tried else plan}")
+    raise InputError(f"{too_much}; this fits (compiled): {better.flags(plan)}")
