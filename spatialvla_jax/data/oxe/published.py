@@ -157,6 +157,7 @@ PUBLISHED: dict[str, DatasetSpec] = {
             "action/future/target_close[0]",
         ),
         operations=(("invert_gripper",),),
+        tfds_name="bc_z/0.1.0",  # the release: later versions are broken
         robot="Google Robot",
         episodes=39_350,
     ),

@@ -38,7 +38,7 @@ class DatasetSpec:
     default_intrinsics_size: tuple[int, int] = DEFAULT_INTRINSICS_SIZE  # height, width that these are pixels of
     skip_unlabeled: bool = False  # leave out (and count) episodes without language instead of failing
     # Nothing below changes what is read.
-    tfds_name: str | None = None  # of the dataset's directory where it is another than the catalogue's
+    tfds_name: str | None = None  # directory, if not named as in the catalogue; may pin the version: name/1.0.0
     robot: str = ""
     episodes: int | None = None  # in the training split
     known_camera: bool = False  # `default_intrinsics` are this camera's own
