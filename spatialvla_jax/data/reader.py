@@ -13,6 +13,7 @@ What makes the memory of loaders grow, and what this one does instead:
 
 import contextlib
 import dataclasses
+import functools
 import os
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -109,19 +110,12 @@ class Rlds:
     ) -> Iterator[dict[str, np.ndarray]]:
         tf = tensorflow()
         ready, cache = self._plan(split, batch_size, windows)
-        store = _Blocks(self._block, cache) if windows else _Files()
         while steps:
+            # Each round has its own: a thread of the one before may still be reading.
             taken: dict[int, np.ndarray] = {}
             failure: list[Exception] = []
-
-            def read(step: int, taken: Any = taken, failure: Any = failure) -> tuple[np.ndarray, ...]:
-                try:
-                    taken[int(step)], encoded = self._read(split, samples, int(step), store)
-                except Exception as error:  # TensorFlow would make its own out of it
-                    failure.append(error)
-                    raise
-                return encoded
-
+            store = _Blocks(self._block, cache) if windows else _Files()
+            read = functools.partial(self._read_step, split, samples, store, taken, failure)
             depth = "depth" in self._keys
             batches = decode_batches(read, steps, batch_size, self._image_size, depth, self._workers, ready)
             for step in steps:
@@ -130,7 +124,7 @@ class Rlds:
                 except tf.errors.OpError:
                     if failure:
                         raise failure[0] from None
-                    if not self._find_broken(split, taken[step], store):
+                    if not self._find_broken(split, taken[step]):
                         raise
                     steps = range(step, steps.stop)  # again from here, now that they are known
                     break
@@ -140,6 +134,23 @@ class Rlds:
                 yield batch | {"sample_id": ids}
             else:
                 return
+
+    def _read_step(
+        self,
+        split: Split,
+        samples: Samples,
+        store: "_Files",
+        taken: dict[int, np.ndarray],
+        failure: list[Exception],
+        step: Any,
+    ) -> tuple[np.ndarray, ...]:
+        """What TensorFlow calls. It would make an exception of its own out of ours, so that goes to `failure`."""
+        try:
+            taken[int(step)], encoded = self._read(split, samples, int(step), store)
+        except Exception as error:
+            failure.append(error)
+            raise
+        return encoded
 
     def _read(
         self, split: Split, samples: Samples, step: int, store: "_Files"
@@ -190,13 +201,13 @@ class Rlds:
                 failed.add(row)
         return np.asarray(sorted(failed), np.int64)
 
-    def _find_broken(self, split: Split, ids: np.ndarray, store: "_Files") -> bool:
+    def _find_broken(self, split: Split, ids: np.ndarray) -> bool:
         """Leaves out those frames among `ids` that cannot be read or decoded; whether there are any."""
         tf = tensorflow()
         before = len(split.broken)
         encoded = {key: np.empty(len(ids), object) for key in self._keys}
         units = np.empty(len(ids), np.float32)
-        unread = self._fetch(split, ids, np.arange(len(ids)), store, encoded, units)
+        unread = self._fetch(split, ids, np.arange(len(ids)), _Files(), encoded, units)
         for row in np.setdiff1d(np.arange(len(ids)), unread).tolist():
             frame = [encoded[key][row] for key in self._keys]
             try:
@@ -213,7 +224,7 @@ class Rlds:
         if self._faults.policy == "fail":
             raise Fault(reason, f"{split.describe(sample)}: {message}")
         split.broken[sample] = reason
-        self._faults.check(Counter(split.broken.values()), "frames")
+        self._faults.check(Counter(list(split.broken.values())), "frames")  # a copy: others add to it
 
     def _count_replaced(self, split: Split, samples: Samples, step: int, taken: np.ndarray) -> None:
         """Counts the draws that came before those which were `taken`."""
