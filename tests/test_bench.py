@@ -1,0 +1,78 @@
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from spatialvla_jax.cli import main
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+def test_bench_loader(tmp_path, capfd):
+    """Every part of it at the smallest sizes; what the figures say is not looked at, only that they agree."""
+    sizes = {"datasets": 2, "frames": 60, "copies": 3, "batch-size": 4, "workers": 2, "repeats": 1}
+    sizes |= {"repeat-samples": 8, "samples": 400, "read-block": 8, "shuffle-frames": 100, "memory-gb": 2}
+    sizes |= {"buffered-samples": 400, "buffer": 16, "overlap-steps": 3, "chip-rate": 10}
+    options = [text for name, value in sizes.items() for text in (f"--{name}", str(value))]
+    assert main(["bench", "loader", "--root", str(tmp_path), *options]) == 0
+    result = json.loads(capfd.readouterr().out.splitlines()[-1])
+
+    assert result["benchmark"] == "loader" and result["cores"] == 2
+    assert result["datasets"] == 2 and result["frames"] == 2 * 60 * 3
+    links = sorted((tmp_path / "60x3").rglob("*.tfrecord-*"))
+    assert len(links) == 6 and len({file.stat().st_ino for file in links}) == 2
+
+    for run, budget in zip(result["memory"], (2048, None), strict=True):
+        assert run["samples"] == 400 and run["budget_mb"] == budget and run["samples_per_second"] > 0
+        assert list(run["rss_mb"]) == ["20", "40", "60", "80", "100"]
+        assert 0 < max(run["rss_mb"].values()) <= run["peak_mb"]
+        assert run["growth"] == pytest.approx(run["rss_mb"]["100"] / run["rss_mb"]["20"] - 1, abs=1e-4)
+
+    assert result["start"]["first_step"] > 0 and result["start"]["deep_step"] > 0
+
+    speed = result["speed"]
+    for name in ("ceiling", "loader", "buffered", "buffered_colour"):
+        figures = speed[name]
+        assert figures["per_core"] == pytest.approx(figures["samples_per_second"] / 2, abs=0.1)
+        ceiling = speed["ceiling"]
+        ratio = figures["samples_per_second"] / ceiling["samples_per_second"]
+        assert figures["of_ceiling"] == pytest.approx(ratio, rel=0.02)
+        ratio = figures["per_cpu_second"] / ceiling["per_cpu_second"]
+        assert figures["of_ceiling_cpu"] == pytest.approx(ratio, rel=0.02)
+    for chips in (4, 8):
+        needed = chips * 10 / speed["loader"]["per_core"]
+        assert speed["cores_per_host"][str(chips)] == pytest.approx(needed, abs=0.1)
+
+    overlap = result["overlap"]
+    assert overlap["step_ms"] > overlap["decode_ms"] and overlap["wait_ms_median"] <= overlap["wait_ms_max"]
+    events = json.loads(Path(overlap["trace"]).read_text())["traceEvents"]
+    waits = [event for event in events if event["name"] == "wait for data"]
+    assert len(waits) == 3
+    assert max(event["dur"] for event in waits) == pytest.approx(1e3 * overlap["wait_ms_max"], abs=10)
+
+
+def test_frames_of_the_benchmark():
+    """The same every time, all different, and as large as cameras' are."""
+    spec = importlib.util.spec_from_file_location("bench_loader", BENCHMARKS / "loader.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for seed in (0, 1):
+        one, two = (list(module.make_trajectories(seed, 160)) for _ in range(2))
+        images = np.concatenate([episode["observation"]["image"] for episode in one])
+        assert len(images) == 160 == len(set(images))
+        assert 20_000 < np.mean([len(image) for image in images]) < 60_000
+        for a, b in zip(one, two, strict=True):
+            np.testing.assert_array_equal(a["observation"]["image"], b["observation"]["image"])
+            np.testing.assert_array_equal(a["action"], b["action"])
+
+
+def test_bench_passes_arguments_on(capfd):
+    assert main(["bench", "tokenizer", "--actions", "1000", "--repeats", "1"]) == 0
+    result = json.loads(capfd.readouterr().out.splitlines()[-1])
+    assert (result["benchmark"], result["actions"], result["repeats"]) == ("tokenizer", 1000, 1)
+    with pytest.raises(SystemExit) as stopped:
+        main(["bench", "loader", "--no-such-option"])
+    assert stopped.value.code == 2
