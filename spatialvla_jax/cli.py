@@ -271,7 +271,7 @@ def run_grid_fit(args: argparse.Namespace) -> None:
         gaussians = pooled(stats, fitted_datasets(list(stats["gaussians"]), config.grid.exclude))
         grid = make_grid(config.grid.to_dict(), lambda: gaussians)
     else:
-        grid = make_grid(config.grid.to_dict(), lambda: mixture_gaussians(config, open_data(config)))
+        grid = make_grid(config.grid.to_dict(), lambda: mixture_gaussians(config.to_dict(), open_data(config)))
     save_grid(args.out, grid)
     about = describe_grid(grid)
     print(f"wrote {args.out}: {about['kind']}, {'×'.join(map(str, about['bins']))} bins, {grid.vocab_size} tokens")
@@ -306,8 +306,10 @@ def run_grid_show(args: argparse.Namespace) -> None:
 
     grid = load_grid(args.grid)
     actions, source = grid_actions(args) or (sample_actions(grid), "samples of the grid")
-    draw = figures.action_grid if isinstance(grid, ActionGrid) else figures.linear_grid
-    draw(args.out, grid, actions, source)
+    if isinstance(grid, ActionGrid):
+        figures.action_grid(args.out, grid, actions, source)
+    else:
+        figures.linear_grid(args.out, grid, actions, source)
     print(f"wrote {args.out}: {args.grid} over {len(actions):,} actions ({source})")
 
 

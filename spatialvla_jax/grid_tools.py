@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import numpy as np
 from jaxtyping import Float
-from ml_collections import ConfigDict
 from scipy.stats import truncnorm
 
 from spatialvla_jax.actions import (
@@ -65,12 +64,13 @@ def fitted_actions(loader: Loader, exclude: Sequence[str]) -> Iterator[Float[np.
             yield normalize(index.arrays["action"], loader.statistics[index.name]["action"])
 
 
-def mixture_gaussians(config: ConfigDict, loader: Loader) -> Float[np.ndarray, "6 2"]:
-    """(mu, sigma) of the six variables over the training split less `grid.exclude`, every frame counting the same: from
-    the file `data.statistics` if there is one, else from the data."""
-    if path := config.data.get("statistics"):
-        return pooled(load_stats(path), fitted_datasets(loader.names, config.grid.exclude))
-    parts = [(fit_gaussians(actions), len(actions)) for actions in fitted_actions(loader, config.grid.exclude)]
+def mixture_gaussians(config: Mapping[str, Any], loader: Loader) -> Float[np.ndarray, "6 2"]:
+    """(mu, sigma) of the six variables over a config's training split less `grid.exclude`, every frame counting the
+    same: from the file `data.statistics` if there is one, else from the data."""
+    exclude = config["grid"]["exclude"]
+    if path := config["data"].get("statistics"):
+        return pooled(load_stats(path), fitted_datasets(loader.names, exclude))
+    parts = [(fit_gaussians(actions), len(actions)) for actions in fitted_actions(loader, exclude)]
     return pool_gaussians([gaussians for gaussians, _ in parts], [count for _, count in parts])
 
 

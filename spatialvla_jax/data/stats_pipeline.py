@@ -112,7 +112,10 @@ def compute_stats(
     try:
         # Beam's type check cannot read jaxtyping's annotations.
         flags = [f"--runner={RUNNERS[runner]}", "--no_pipeline_type_check", *options]
-        pipeline = beam.Pipeline(options=PipelineOptions(flags))
+        try:
+            pipeline = beam.Pipeline(options=PipelineOptions(flags))
+        except ValueError as error:
+            raise InputError(f"{runner} does not start: {' '.join(str(error).split())}") from error
         read = pipeline | "shards" >> beam.Create(shards) | beam.Reshuffle() | "read" >> beam.Map(read_shard)
         summaries = (
             read

@@ -165,7 +165,7 @@ def to_device(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str
 def open_data(config: ConfigDict, processor: Processor | None = None) -> Loader:
     """The loader; with a `processor` its statistics and tokenizer take the place of the data's own, without one those
     of `data.statistics` if it is set."""
-    path = config.data.get("statistics")
+    path = config.data.to_dict().get("statistics")
     given = load_stats(path)["statistics"] if path and not processor else None
     return load_data(
         config.data,
@@ -194,7 +194,7 @@ def shard_progress() -> Callable[[str, int, int], None]:
 
 def make_processor(config: ConfigDict, loader: Loader) -> Processor:
     """The grid fitted to the training split, with the loader's tokenizer and statistics."""
-    grid = make_grid(config.grid.to_dict(), lambda: mixture_gaussians(config, loader))
+    grid = make_grid(config.grid.to_dict(), lambda: mixture_gaussians(config.to_dict(), loader))
     return Processor(
         tokenizer=loader.tokenizer,
         grid=jax.tree.map(np.asarray, grid),
