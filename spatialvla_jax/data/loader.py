@@ -62,8 +62,9 @@ def load_data(
     call reads the datasets once and caches an index; `progress(name, shards done, shards)` is called meanwhile.
     Raises InputError for anything wrong in the config or the data.
     """
-    config = config.to_dict() if isinstance(config, ConfigDict) else config
-    return Loader(config, image_size, action_chunk, depth, statistics, tokenizer, progress)
+    plain: Any = config
+    plain = plain.to_dict() if isinstance(plain, ConfigDict) else plain
+    return Loader(plain, image_size, action_chunk, depth, statistics, tokenizer, progress)
 
 
 class Loader:
