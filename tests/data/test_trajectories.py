@@ -41,22 +41,25 @@ def trajectories(lengths=LENGTHS, encoded=True):
         }
 
 
-def as_tf(items):
+def as_tf(items, kind=tf.data.Dataset):
     """A tf.data.Dataset of the same trajectories."""
     items = list(items)
     signature = tf.nest.map_structure(
         lambda x: tf.TensorSpec([None, *x.shape[1:]], tf.string if x.dtype == object else x.dtype), items[0]
     )
-    return tf.data.Dataset.from_generator(lambda: iter(items), output_signature=signature)
+    return kind.from_generator(lambda: iter(items), output_signature=signature)
 
 
-@pytest.mark.parametrize("kind", ["tf", "iterable"])
+@pytest.mark.parametrize("kind", ["tf", "iterable", "dlimp"])
 @pytest.mark.parametrize("encoded", [True, False])
 def test_frames_come_back(tmp_path, kind, encoded):
     """Images bit for bit, depth, actions and words; and it is a dataset that resumes like any other."""
     items = list(trajectories(encoded=encoded))
     calls = []
     data = as_tf(items) if kind == "tf" else items
+    if kind == "dlimp":
+        dlimp = pytest.importorskip("dlimp", reason="not on the package index: the extra [dlimp]")
+        data = as_tf(items, dlimp.DLataset).map(lambda trajectory: trajectory)
     path, stored = write_rlds({"train": data}, tmp_path / "mine", progress=lambda *call: calls.append(call))
     assert path == tmp_path / "mine" / "1.0.0" and [p.name for p in (tmp_path / "mine").iterdir()] == ["1.0.0"]
     assert calls == [("train", n + 1, 3 if kind == "iterable" else None) for n in range(3)]

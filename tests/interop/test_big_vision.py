@@ -4,6 +4,7 @@ import pytest
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.interop import convert, read_big_vision, read_huggingface, write_big_vision, write_huggingface
 from spatialvla_jax.interop.formats import cast, equal
+from spatialvla_jax.interop.mapping import flatten
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -52,3 +53,11 @@ def test_bad_files_are_named(checkpoint, tmp_path):
     with pytest.raises(InputError, match="exists"):
         write_big_vision(tmp_path / "model.npz", checkpoint)
     assert (tmp_path / "model.npz").read_bytes() == data
+
+
+def test_big_vision_reads_what_we_write(checkpoint, tmp_path):
+    utils = pytest.importorskip("big_vision.utils", reason="no package: clone it and set PYTHONPATH")
+    write_big_vision(tmp_path / "model.npz", cast(checkpoint, "bfloat16"))
+    theirs = flatten(utils.load_params(str(tmp_path / "model.npz")))
+    for name, x in flatten(cast(checkpoint, "bfloat16").params()).items():
+        np.testing.assert_array_equal(np.asarray(theirs[name]).astype(np.float32), x.astype(np.float32), err_msg=name)
