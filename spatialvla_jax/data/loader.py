@@ -303,8 +303,7 @@ class Loader:
 
     def _encode(self, index: Index) -> tuple[np.ndarray, np.ndarray]:
         template, length = self._prompt.get("template", "{instruction}"), self._prompt["length"]
-        pairs = [self.tokenizer.encode_prompt(text, template=template, length=length) for text in index.instructions]
-        return np.stack([ids for ids, _ in pairs]), np.stack([mask for _, mask in pairs])
+        return self.tokenizer.encode_prompts(index.instructions, template=template, length=length)
 
     def _make_tokenizer(self, indexes: tuple[Index, ...]) -> Tokenizer:
         if path := self._prompt.get("model"):

@@ -1,7 +1,7 @@
 """Instructions as token ids: PaliGemma's SentencePiece model, or a small one trained from a dataset's instructions."""
 
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import sentencepiece
@@ -52,15 +52,25 @@ class Tokenizer:
 
         The prompt is the lower-cased instruction in the template. Raises InputError when it does not fit `length`.
         """
-        prompt = render(instruction, template)
-        tokens = [BOS, *self._processor.EncodeAsIds(prompt), self._newline]
-        if len(tokens) > length:
-            raise InputError(
-                f"The prompt {prompt!r} needs {len(tokens)} tokens, more than the {length} of data.prompt.length"
-            )
-        ids = np.full(length, PAD, np.int32)
-        ids[: len(tokens)] = tokens
-        return ids, np.arange(length) < len(tokens)
+        ids, mask = self.encode_prompts([instruction], template=template, length=length)
+        return ids[0], mask[0]
+
+    def encode_prompts(
+        self, instructions: Sequence[str], *, template: str = "{instruction}", length: int
+    ) -> tuple[Int[np.ndarray, "N P"], Bool[np.ndarray, "N P"]]:
+        """`encode_prompt` of many at once: a large mixture has some 100 000 instructions, and a run waits for them."""
+        prompts = [render(instruction, template) for instruction in instructions]
+        ids = np.full((len(prompts), length), PAD, np.int32)
+        mask = np.zeros(ids.shape, bool)
+        for row, tokens in enumerate(self._processor.EncodeAsIds(prompts)):
+            if len(tokens) + 2 > length:
+                raise InputError(
+                    f"The prompt {prompts[row]!r} needs {len(tokens) + 2} tokens, more than the {length} of "
+                    "data.prompt.length"
+                )
+            ids[row, : len(tokens) + 2] = [BOS, *tokens, self._newline]
+            mask[row, : len(tokens) + 2] = True
+        return ids, mask
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids, without the special ones."""
