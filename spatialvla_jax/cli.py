@@ -245,16 +245,15 @@ def run_stats(args: argparse.Namespace) -> None:
     from spatialvla_jax.config import load_config
     from spatialvla_jax.data.stats_pipeline import compute_stats, table
 
-    config = load_config(args.config, args.overrides)
+    config = load_config(args.config, args.overrides).to_dict()
     with tqdm(unit="shard", desc="stats") as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        stats = compute_stats(
-            config.data.to_dict(), config.grid.exclude, args.out, args.runner, args.runner_options, progress
-        )
+        data, exclude = config["data"], config["grid"]["exclude"]
+        stats = compute_stats(data, exclude, args.out, args.runner, args.runner_options, progress)
     print(table(stats))
     print(f"wrote {args.out}: set data.statistics to it")
 
@@ -266,12 +265,13 @@ def run_grid_fit(args: argparse.Namespace) -> None:
     from spatialvla_jax.training.loop import open_data
 
     config = load_config(args.config, args.overrides)
+    values = config.to_dict()
     if args.stats:
         stats = load_stats(args.stats)
-        gaussians = pooled(stats, fitted_datasets(list(stats["gaussians"]), config.grid.exclude))
-        grid = make_grid(config.grid.to_dict(), lambda: gaussians)
+        gaussians = pooled(stats, fitted_datasets(list(stats["gaussians"]), values["grid"]["exclude"]))
+        grid = make_grid(values["grid"], lambda: gaussians)
     else:
-        grid = make_grid(config.grid.to_dict(), lambda: mixture_gaussians(config.to_dict(), open_data(config)))
+        grid = make_grid(values["grid"], lambda: mixture_gaussians(values, open_data(config)))
     save_grid(args.out, grid)
     about = describe_grid(grid)
     print(f"wrote {args.out}: {about['kind']}, {'×'.join(map(str, about['bins']))} bins, {grid.vocab_size} tokens")
@@ -288,7 +288,7 @@ def grid_actions(args: argparse.Namespace) -> tuple[Any, str] | None:
 
     if args.config:
         config = load_config(args.config, args.overrides)
-        actions = np.concatenate(list(fitted_actions(open_data(config), config.grid.exclude)))
+        actions = np.concatenate(list(fitted_actions(open_data(config), config.to_dict()["grid"]["exclude"])))
         return actions, f"data of {Path(args.config).name}"
     if args.overrides:
         raise InputError("--config.KEY=VALUE needs --config FILE")
