@@ -16,6 +16,10 @@ from spatialvla_jax.training.sharding import BATCH, on_mesh
 from spatialvla_jax.training.state import TrainState
 from spatialvla_jax.training.step import make_train_step
 
+# Weights are gathered whole, as latency hiding can then do ahead of their use. By default the compiler sends large ones
+# around the ring in parts, each followed by its part of the product.
+TPU_OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000}
+
 
 def make_model(config: ConfigDict, grid: Any, text_vocab: int = 0) -> SpatialVLA:
     """The model that the config names, its vocabulary fitted to the grid and to a tokenizer of `text_vocab` tokens."""
@@ -43,7 +47,9 @@ def augmentation_of(config: ConfigDict) -> Augmentation | None:
     return Augmentation(**fields) if fields.pop("enabled") else None
 
 
-def jit_train_step(config: ConfigDict, model: SpatialVLA, mesh: Mesh, shardings: TrainState) -> Any:
+def jit_train_step(
+    config: ConfigDict, model: SpatialVLA, mesh: Mesh, shardings: TrainState, num_datasets: int = 0
+) -> Any:
     """→ jitted `step(state, batch, grid) -> (state, metrics)`: the state in `shardings`, donated; the batch split."""
     step = make_train_step(
         model,
@@ -53,6 +59,7 @@ def jit_train_step(config: ConfigDict, model: SpatialVLA, mesh: Mesh, shardings:
         augmentation=augmentation_of(config),
         accumulate=config.train.accumulate,
         seed=config.seed,
+        num_datasets=num_datasets,
     )
     replicated = NamedSharding(mesh, P())
     return jax.jit(
@@ -60,6 +67,7 @@ def jit_train_step(config: ConfigDict, model: SpatialVLA, mesh: Mesh, shardings:
         in_shardings=(shardings, NamedSharding(mesh, BATCH), replicated),
         out_shardings=(shardings, replicated),
         donate_argnums=0,
+        compiler_options=TPU_OPTIONS if mesh.devices.flat[0].platform == "tpu" else None,
     )
 
 

@@ -207,11 +207,8 @@ def flops_of(i: Instruction, computations: dict, tables: dict, table: dict[str, 
     (_, rhs, _), *_ = arrays(table[i.operands[1]].shape)
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", i.text)
     assert labels is not None
-    window = (
-        {k: v.split("x") for k, v in re.findall(r"(\w+)=([\d_x\-]+)", re.search(r"window=\{([^}]*)\}", i.text)[1])}
-        if "window={" in i.text
-        else {}
-    )
+    sizes = re.search(r"window=\{([^}]*)\}", i.text)
+    window = {k: v.split("x") for k, v in re.findall(r"(\w+)=([\d_x\-]+)", sizes[1])} if sizes else {}
     spatial = [c for c in labels[3] if c.isdigit()]
     work = 2.0 * out[labels[3].index("b")] * out[labels[3].index("f")] * rhs[labels[2].index("i")]
     if group := re.search(r"batch_group_count=(\d+)", i.text):
@@ -260,17 +257,19 @@ def traffic(i: Instruction, computations: dict, table: dict[str, Instruction]) -
     names = {j.name: j for j in body}
     parameters = {int(j.text.split("(")[1].split(")")[0]): j for j in body if j.op == "parameter"}
     root = next(j for j in body if j.root)
-    parts = [names[o] for o in root.operands] if root.op == "tuple" else [root]
+    shapes = shapes_of(i.shape)
+    several = root.op == "tuple" and len(root.operands) == len(shapes)
+    results = zip(root.operands, shapes, strict=True) if several else [(root.name, i.shape)]
     total, updated = 0.0, set()
-    for part in parts:
-        target = part
+    for name, shape in results:
+        target = names[name]
         while target.op == "bitcast":
             target = names[target.operands[0]]
         if target.op == "dynamic-update-slice":
-            total += size(names[target.operands[1]].shape) if size(part.shape, hbm_only=True) else 0
+            total += size(names[target.operands[1]].shape) if size(shape, hbm_only=True) else 0
             updated.add(target.operands[0])
         else:
-            total += size(part.shape, hbm_only=True)
+            total += size(shape, hbm_only=True)
     for at, operand in enumerate(i.operands):
         shape, parameter = table[operand].shape, parameters.get(at)
         if parameter is None or not size(shape, hbm_only=True):

@@ -42,6 +42,7 @@ RULES: tuple[tuple[str, P], ...] = (
 )
 # Looked up, not multiplied: rows cross the mesh, never the table, and gradients of rows add up in float32.
 LOOKED_UP = r"llm/embedder/input_embedding|spatial_embedding"
+OUTSIDE_SCANS = ("llm/lm_head", "img/head/kernel")
 
 
 def make_mesh(shape: dict[str, int], devices: Sequence[Any] | None = None) -> Mesh:
@@ -122,7 +123,10 @@ def cast_split(params: dict[str, Any], dtype: Any) -> dict[str, Any]:
         spec = spec_of(path, x.shape, mesh)
         if "fsdp" not in spec or re.fullmatch(LOOKED_UP, path):
             return x
-        return jax.lax.with_sharding_constraint(x.astype(dtype), spec)
+        x = jax.lax.with_sharding_constraint(x.astype(dtype), spec)
+        if path in OUTSIDE_SCANS:  # so that its gradient is summed and split, and not the batch gathered for it
+            x = jax.lax.with_sharding_constraint(x, P(*(None if axis == "fsdp" else axis for axis in spec)))
+        return x
 
     flat: dict[str, Any] = flatten_dict(params, sep="/")
     return unflatten_dict({k: cast(k, v) for k, v in flat.items()}, sep="/")

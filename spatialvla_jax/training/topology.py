@@ -4,6 +4,7 @@ What is compiled is `training.program.jit_train_step`, the step that the trainin
 runs with. The compiler itself says whether the step fits the chip; advice on what would fit has been compiled, too.
 """
 
+import gzip
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -12,7 +13,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -185,14 +186,17 @@ def compile_plan(config: ConfigDict, plan: Plan, topology: Topology, cache: Path
         "chips": topology.chips,
         **asdict(plan),
     }
-    report |= {"preset": config.model.preset, "depth": config.model.depth, **versions}
+    report |= {"report": str(kept), "preset": config.model.preset, "depth": config.model.depth, **versions}
     began = time.perf_counter()
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         report |= {"fits": False, "compile_seconds": time.perf_counter() - began} | out_of_memory(str(error))
     else:
-        cost = read_program(compiled.as_text(), prod(topology.dims))
+        hlo = compiled.as_text()
+        cache.mkdir(parents=True, exist_ok=True)
+        (cache / f"{key}.hlo.gz").write_bytes(gzip.compress(hlo.encode(), mtime=0))
+        cost = read_program(hlo, prod(topology.dims))
         flops = model_flops(config, grid) * plan.batch_size
         seconds = {
             "compute": cost.flops / chip.peak,
@@ -285,7 +289,7 @@ def smaller(plan: Plan, slices: int) -> Iterator[Plan]:
     data, fsdp, tensor = plan.mesh
 
     def change(**fields: Any) -> Plan:
-        return Plan(**(asdict(plan) | {"mesh": plan.mesh} | fields))
+        return replace(plan, **fields)
 
     if data > slices:  # parameters and optimizer split over more chips: the same speed
         yield change(mesh=(slices, fsdp * data // slices, tensor))
@@ -442,5 +446,5 @@ def compile_for(
     progress(f"{too_much}; looking for settings that fit")
     better, tried = advise(plan, report, topology.slices, compile_)
     if better is None:
-        raise InputError(f"{too_much}; nor do {len(tried)} smaller ones fit, down to {tried[-1] if tried else plan}")
+        raise InputError(f"{too_much}; neither does it fit with {tried[-1] if tried else 'anything smaller'}")
     raise InputError(f"{too_much}; this fits (compiled): {better.flags(plan)}")

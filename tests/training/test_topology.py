@@ -1,0 +1,352 @@
+"""Ahead-of-time compilation: the step of a nano model is really compiled by libtpu, the rest runs on small inputs."""
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from spatialvla_jax.actions import PRETRAIN_GAUSSIANS
+from spatialvla_jax.cli import main
+from spatialvla_jax.config import default_config
+from spatialvla_jax.errors import InputError
+from spatialvla_jax.grid_tools import make_grid
+from spatialvla_jax.training import topology as topology_module
+from spatialvla_jax.training.roofline import product_flops, read_program, replica_groups, valid_places
+from spatialvla_jax.training.sharding import make_mesh
+from spatialvla_jax.training.topology import (
+    Plan,
+    Topology,
+    advise,
+    compile_for,
+    meshes,
+    model_flops,
+    out_of_memory,
+    parse_topology,
+    search,
+    smaller,
+)
+
+CONFIG = """
+from spatialvla_jax.config import default_config
+
+
+def get_config():
+    config = default_config()
+    config.model.update(preset="nano", depth="dataset", dtype="float32", remat="full")
+    config.data.prompt.length = 16
+    config.data.cache_dir = {cache!r}
+    config.grid.num_bins = (4, 4, 2, 4, 4, 4)
+    config.augment.enabled = False
+    config.train.batch_size = 16
+    return config
+"""
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("compile")
+    (folder / "nano.py").write_text(CONFIG.format(cache=str(folder / "cache")))
+    return folder / "nano.py"
+
+
+@pytest.mark.parametrize(
+    ("text", "dims", "chips"),
+    [
+        ("v5e:16x16", (16, 16), 256),
+        ("v5e-256", (16, 16), 256),
+        ("v6e-8", (2, 4), 8),
+        ("v4:4x4x4", (4, 4, 4), 64),
+        ("v4-128", (4, 4, 4), 64),  # 128 TensorCores
+        ("v5p-8", (2, 2, 1), 4),
+        ("v5p-256", (4, 4, 8), 128),
+    ],
+)
+def test_names_of_topologies(text: str, dims: tuple[int, ...], chips: int) -> None:
+    topology = parse_topology(text)
+    assert (topology.dims, topology.chips) == (dims, chips)
+    assert parse_topology(text, slices=3).chips == 3 * chips
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("v5e:3x5", "nearest is v5e:4x4"),
+        ("v5e:32x16", "nearest is v5e:16x16"),
+        ("v4:4x4", "v4 is 3-D"),
+        ("v4-100", "does not exist"),
+        ("v9:2x2", "write one of v4, v5e, v5p, v6e"),
+        ("v5e", "does not exist"),
+        ("v5e:0x4", "does not exist"),
+    ],
+)
+def test_topology_that_does_not_exist(text: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        parse_topology(text)
+
+
+def test_a_nano_step_compiles_for_a_pod(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["compile", "--config", str(config_file), "--topology", "v5e:2x2"]
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    report = json.loads(out.splitlines()[-1])
+    assert report["fits"] and report["mesh"] == [1, 4, 1]
+    memory = report["memory"]
+    assert memory["total"] == sum(v for k, v in memory.items() if k != "total") < report["hbm"]
+    # Parameters, mean and variance; the frozen table has no optimizer state.
+    assert 0 < memory["params"] < memory["optimizer"] < 2 * memory["params"]
+    assert report["step_seconds"] == max(report["seconds"].values())
+    # Everything that the model needs is done, and the padding and rematerialisation of one layer or two on top.
+    assert 1 < report["hardware_flops"] / report["model_flops"] < 2
+    assert "all-gather" in out and "memory of a chip" in out
+
+    kept = json.loads(Path(report["report"]).read_text())
+    hlo = gzip.decompress(Path(report["report"]).with_suffix(".hlo.gz").read_bytes()).decode()
+    assert read_program(hlo, 4).flops * 4 == report["hardware_flops"]
+    # What crosses the mesh is parameters and gradients: with the batch split, no activation of a layer is summed.
+    activations = [c for c in kept["collectives"] if c["kind"] == "all-reduce" and c["shape"].startswith("16x")]
+    assert not activations
+    # The second time it comes from the cache.
+    topology = parse_topology("v5e:2x2")
+    assert main(arguments) == 0
+    again = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert again == report and topology.chips == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--topology", "v5e:5x5"), "topology v5e:5x5 does not exist"),
+        (("--topology", "v5e:2x2", "--config.mesh.fsdp=3"), "does not fit 4 devices"),
+        (("--topology", "v5e:2x2", "--config.train.batch_size=18"), "batch_size 18 does not divide"),
+        (("--topology", "v5e:2x2", "--slices", "2"), "mesh data 1 does not divide by the 2 slices"),
+        (("--topology", "v5e:2x2", "--slices", "0"), "--slices must be at least 1"),
+    ],
+)
+def test_bad_input_is_one_sentence(
+    config_file: Path, arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["compile", "--config", str(config_file), *arguments]) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
+
+
+def test_without_libtpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(topology_module.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(InputError, match=r"needs libtpu.*\[tpu\]"):
+        Topology("v5e", (2, 2)).devices()
+
+
+def test_slices_differ_in_data_alone() -> None:
+    mesh = make_mesh({"data": 4, "fsdp": 2}, Topology("v5e", (2, 2), slices=2).devices())
+    slices = np.vectorize(lambda d: d.slice_index)(mesh.devices)
+    assert (slices[:2] == slices[0, 0, 0]).all() and (slices[2:] == slices[2, 0, 0]).all()
+    assert len(np.unique(slices)) == 2
+
+
+FULL = Plan((2, 4, 1), "none", 64, 1)
+
+
+def memory_model(limit: float):
+    """A compiler whose programs need memory by a simple rule: → (compile, the plans it was asked for)."""
+    asked: list[Plan] = []
+    activations = {"none": 8.0, "dots": 3.0, "full": 1.0}
+
+    def compile_(plan: Plan) -> dict[str, Any]:
+        asked.append(plan)
+        data, fsdp, _ = plan.mesh
+        total = 8 / fsdp + activations[plan.remat] * plan.batch_size / plan.accumulate / (data * fsdp)
+        slower = {"none": 1.0, "dots": 1.1, "full": 1.3}[plan.remat] + 0.05 * plan.accumulate
+        if total > limit:
+            return {"fits": False, "used": total, "hbm": limit}
+        return {
+            "fits": True,
+            "memory": {"total": total},
+            "hbm": limit,
+            "step_seconds": slower,
+            "mfu_bound": 0.5 / slower,
+        }
+
+    return compile_, asked
+
+
+@pytest.mark.parametrize("limit", [60.0, 30.0, 20.0, 12.0, 8.0, 5.0, 3.0])
+def test_advice_was_compiled_and_fits(limit: float) -> None:
+    compile_, asked = memory_model(limit)
+    report = compile_(FULL)
+    assert not report["fits"]
+    better, tried = advise(FULL, report, 1, compile_)
+    assert better is not None and better in asked and compile_(better)["fits"]
+    assert all(not compile_(plan)["fits"] for plan in tried)
+    assert len(tried) < topology_module.MAX_ADVICE
+
+
+def test_out_of_memory_ends_with_the_advice(config_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    config = default_config()
+    config.model.remat = "none"
+    config.train.batch_size = 64
+
+    def compiler(limit: float):
+        compile_, _ = memory_model(limit)
+        monkeypatch.setattr(topology_module, "compile_plan", lambda config, plan, topology, cache: compile_(plan))
+
+    topology = Topology("v5e", (2, 4))
+    compiler(40.0)
+    with pytest.raises(InputError, match=r"takes .* this fits \(compiled\): --config\.[a-z.]+=\w+"):
+        compile_for(config, topology, tmp_path)
+    compiler(1e-3)
+    with pytest.raises(InputError, match=r"neither does it fit with .* remat full, batch 8 in 1"):
+        compile_for(config, topology, tmp_path)
+    with pytest.raises(InputError, match="no mesh, remat policy or accumulation"):
+        compile_for(config, topology, tmp_path, searching=True)
+
+
+def test_smaller_plans_divide_and_say_how_to_get_there() -> None:
+    for plan in smaller(FULL, 1):
+        data, fsdp, tensor = plan.mesh
+        assert data * fsdp * tensor == 8 and plan.batch_size % (plan.accumulate * data * fsdp) == 0
+        assert plan != FULL and plan.flags(FULL).startswith("--config.")
+    assert Plan((1, 8, 1), "dots", 64, 2).flags(FULL) == (
+        "--config.mesh.data=1 --config.mesh.fsdp=8 --config.model.remat=dots --config.train.accumulate=2"
+    )
+
+
+def test_search_ranks_what_fits() -> None:
+    topology = Topology("v5e", (2, 4))
+    compile_, asked = memory_model(20.0)
+    found = search(FULL, topology, compile_, lambda _: None)
+    assert found and all(report["fits"] for _, report in found)
+    speeds = [report["step_seconds"] for _, report in found]
+    assert speeds == sorted(speeds)
+    everything = [
+        Plan(mesh, remat, 64, accumulate)
+        for mesh in meshes(topology, 64)
+        for remat in ("none", "dots", "full")
+        for accumulate in (1, 2, 4, 8, 16)
+        if 64 // (mesh[0] * mesh[1]) % accumulate == 0
+    ]
+    compile_again, _ = memory_model(20.0)
+    best = min(r["step_seconds"] for r in map(compile_again, everything) if r["fits"])
+    assert speeds[0] == best and len(asked) < len(everything)
+
+
+def test_the_compilers_refusal_is_read() -> None:
+    message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 33.17G of 15.75G hbm. Exceeded"
+    assert out_of_memory(message) == {"used": 33.17 * 2**30, "hbm": 15.75 * 2**30}
+    with pytest.raises(RuntimeError, match="the TPU compiler failed: INTERNAL"):
+        out_of_memory("INTERNAL: something else")
+
+
+HLO = """HloModule jit_step
+
+%fused (p0: bf16[5,8,16], p1: s32[]) -> bf16[8,16] {
+  %p0 = bf16[5,8,16]{2,1,0} parameter(0)
+  %p1 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %slice = bf16[1,8,16]{2,1,0} dynamic-slice(%p0, %p1, %zero, %zero), dynamic_slice_sizes={1,8,16}
+  ROOT %out = bf16[8,16]{1,0} bitcast(%slice)
+}
+
+%body (state: (s32[], bf16[5,8,16], bf16[4,8])) -> (s32[], bf16[5,8,16], bf16[4,8]) {
+  %state = (s32[], bf16[5,8,16], bf16[4,8]) parameter(0)
+  %n = s32[] get-tuple-element(%state), index=0
+  %w = bf16[5,8,16]{2,1,0} get-tuple-element(%state), index=1
+  %x = bf16[4,8]{1,0} get-tuple-element(%state), index=2
+  %layer = bf16[8,16]{1,0:T(8,128)S(1)} fusion(%w, %n), kind=kLoop, calls=%fused
+  %all = bf16[16,16]{1,0:T(8,128)S(1)} all-gather(%layer), replica_groups=[2,2]<=[4], dimensions={0}
+  %y = bf16[4,16]{1,0:T(8,128)S(1)} convolution(%x, %layer), dim_labels=bf_io->bf
+  %sum = f32[8,16]{1,0:T(8,128)S(1)} all-reduce(%y), replica_groups={{0,2},{1,3}}, to_apply=%add
+  ROOT %next = (s32[], bf16[5,8,16], bf16[4,8]) tuple(%n, %w, %x)
+}
+
+%condition (state: (s32[], bf16[5,8,16], bf16[4,8])) -> pred[] {
+  %state = (s32[], bf16[5,8,16], bf16[4,8]) parameter(0)
+  %n = s32[] get-tuple-element(%state), index=0
+  %layers = s32[] constant(5)
+  ROOT %less = pred[] compare(%n, %layers), direction=LT
+}
+
+ENTRY %main (a: s32[], b: bf16[5,8,16], c: bf16[4,8]) -> (s32[], bf16[5,8,16], bf16[4,8]) {
+  %a = s32[] parameter(0)
+  %b = bf16[5,8,16]{2,1,0} parameter(1)
+  %c = bf16[4,8]{1,0} parameter(2)
+  %start = (s32[], bf16[5,8,16], bf16[4,8]) tuple(%a, %b, %c)
+  ROOT %loop = (s32[], bf16[5,8,16], bf16[4,8]) while(%start), condition=%condition, body=%body
+}
+"""
+
+
+def test_costs_of_a_loop_count_every_turn() -> None:
+    cost = read_program(HLO, devices_per_slice=2)
+    assert cost.flops == 5 * 2 * 4 * 16 * 8
+    gather, total = sorted(cost.collectives, key=lambda c: c.kind)
+    assert (gather.kind, gather.count, gather.group, gather.across_slices) == ("all-gather", 5, 2, False)
+    assert gather.bytes == 16 * 16 * 2 / 2  # half of the result comes from the other chip
+    assert (total.kind, total.group, total.across_slices) == ("all-reduce", 2, True)
+    assert total.bytes == 8 * 16 * 4
+    # A turn reads one layer's slice, and x and the counter; results stay in vector memory.
+    assert cost.hbm_bytes == 5 * (8 * 16 * 2 + 4 + 4 * 8 * 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "groups"),
+    [
+        ("replica_groups={{0,1},{2,3}}", [[0, 1], [2, 3]]),
+        ("replica_groups=[2,2]<=[4], x", [[0, 1], [2, 3]]),
+        ("replica_groups=[2,2]<=[2,2]T(1,0), x", [[0, 2], [1, 3]]),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=2] {'axis_0'}, x", [[0, 2], [1, 3]]),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=2] {'axis_1'}, x", [[0, 1], [2, 3]]),
+        ("source_target_pairs={{0,1},{1,0}}", [[0, 1], [1, 0]]),
+    ],
+)
+def test_groups_of_a_collective(text: str, groups: list[list[int]]) -> None:
+    assert replica_groups(text) == groups
+
+
+@given(
+    n=st.integers(1, 9),
+    window=st.integers(1, 5),
+    pad=st.integers(0, 4),
+    stride=st.integers(1, 3),
+    lhs_dilate=st.integers(1, 3),
+    rhs_dilate=st.integers(1, 3),
+)
+def test_places_where_a_window_meets_the_input(n, window, pad, stride, lhs_dilate, rhs_dilate) -> None:
+    padded = np.zeros(pad + (n - 1) * lhs_dilate + 1 + pad + 1, int)
+    padded[pad : pad + (n - 1) * lhs_dilate + 1 : lhs_dilate] = 1
+    reach = (window - 1) * rhs_dilate
+    out = max(0, (len(padded) - 1 - reach + stride - 1) // stride)
+    expected = sum(padded[o * stride + k * rhs_dilate] for o in range(out) for k in range(window))
+    assert valid_places(n, out, window, pad, stride, lhs_dilate, rhs_dilate) == expected
+
+
+def test_products_of_a_jaxpr() -> None:
+    def function(x, w, image, kernel):
+        y, _ = jax.lax.scan(lambda y, _: (y @ w, None), x, None, length=7)
+        return y.sum() + jax.lax.conv(image, kernel, (1, 1), "VALID").sum()
+
+    shapes = [jnp.zeros(s) for s in ((3, 4), (4, 4), (2, 3, 8, 8), (5, 3, 3, 3))]
+    expected = 7 * 2 * 3 * 4 * 4 + 2 * (2 * 5 * 6 * 6) * (3 * 3 * 3)
+    assert product_flops(jax.make_jaxpr(function)(*shapes).jaxpr) == expected
+
+
+def test_model_flops_of_the_published_model() -> None:
+    """Near 2 FLOPs a parameter and token forward, 6 where it is trained; remat changes nothing."""
+    config = default_config()
+    grid = make_grid(config.grid.to_dict(), lambda: np.asarray(PRETRAIN_GAUSSIANS))
+    config.model.update(depth="none", remat="full")
+    flops = model_flops(config, grid)
+    language, vision, head = 26 * 77_860_864, 412e6, 265_347 * 2304
+    tokens = 256 + config.data.prompt.length + 12
+    estimate = 6 * (language * tokens + vision * 256 + head * 13)
+    assert 1 < flops / estimate < 1.06  # attention on top
+    config.model.remat = "none"
+    assert model_flops(config, grid) == flops
+    config.model.depth = "zoedepth"
+    assert 0.4e12 < model_flops(config, grid) - flops < 0.8e12  # frozen: its forward pass alone
