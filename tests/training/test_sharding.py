@@ -1,15 +1,21 @@
+import re
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from spatialvla_jax.actions import PRETRAIN_GAUSSIANS, gaussian_grid
 from spatialvla_jax.config import default_config
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.models import SpatialVLA, preset
+from spatialvla_jax.models.partition import split_batch
 from spatialvla_jax.training.augment import Augmentation
 from spatialvla_jax.training.optimizer import learning_rate, make_optimizer
-from spatialvla_jax.training.sharding import BATCH, check_batch, make_mesh, param_shardings
+from spatialvla_jax.training.sharding import BATCH, cast_split, check_batch, make_mesh, on_mesh, param_shardings
 from spatialvla_jax.training.state import init_params, init_state
 from spatialvla_jax.training.step import make_train_step
 
@@ -49,7 +55,10 @@ def losses(mesh_shape: dict[str, int], devices: int, *, accumulate: int = 1, ste
     )
     batch_sharding = jax.sharding.NamedSharding(mesh, BATCH)
     step = jax.jit(
-        step, in_shardings=(shardings, batch_sharding, None), out_shardings=(shardings, None), donate_argnums=0
+        on_mesh(step, mesh),
+        in_shardings=(shardings, batch_sharding, None),
+        out_shardings=(shardings, None),
+        donate_argnums=0,
     )
     out = []
     for i in range(steps):
@@ -86,6 +95,35 @@ def test_full_size_parameters_are_split() -> None:
     assert layers and all(held[k] * 8 == whole[k] for k in layers)
     assert all(held[k] * 4 == whole[k] for k in tables)
     assert sum(held.values()) < 0.22 * sum(whole.values())
+
+
+def test_split_matrices_alone_are_cast() -> None:
+    """They are gathered in the computation's dtype; tables that are looked up, norms and biases stay float32."""
+    model = SpatialVLA(preset("nano", spatial_tokens=GRID.vocab_size))
+    params = jax.eval_shape(lambda: init_params(model, 0))
+
+    def dtypes(fsdp: int) -> dict[str, str]:
+        mesh = make_mesh({"fsdp": fsdp}, jax.devices()[:fsdp])
+        cast = jax.eval_shape(on_mesh(lambda p: cast_split(p, jnp.bfloat16), mesh), params)
+        return {k: str(v.dtype) for k, v in flatten_dict(cast, sep="/").items()}
+
+    assert set(dtypes(1).values()) == {"float32"}
+    cast = {k for k, v in dtypes(4).items() if v == "bfloat16"}
+    assert {"llm/lm_head", "img/head/kernel", "llm/layers/mlp/linear", "llm/layers/attn/q_einsum/w"} <= cast
+    assert not any(re.search("norm|Norm|bias|input_embedding|spatial_embedding|ego3d|pos_embedding", k) for k in cast)
+
+
+def test_the_batch_is_pinned_on_a_mesh_alone() -> None:
+    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    x = jnp.zeros((8, 3))
+
+    def sharding(*extra: str, rows: int = 8):
+        pinned = jax.jit(on_mesh(lambda x: split_batch(x, *extra), mesh), in_shardings=NamedSharding(mesh, P()))
+        return pinned(x[:rows]).sharding.shard_shape((rows, 3))
+
+    assert sharding() == (2, 3) and sharding("tensor") == (1, 3)
+    assert sharding("tensor", rows=4) == (1, 3)  # does not divide by 8: the batch axes alone
+    assert split_batch(x, "tensor") is x
 
 
 @pytest.mark.parametrize(
