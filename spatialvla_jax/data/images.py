@@ -22,7 +22,7 @@ DEFAULT_INTRINSICS_SIZE = (480, 640)
 @functools.cache
 def tensorflow() -> Any:
     """The TensorFlow module, imported on first use and kept off the accelerators, which belong to JAX."""
-    _return_freed_images()
+    _limit_heaps()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # nothing here multiplies matrices; this silences its banner
     import tensorflow as tf
@@ -31,14 +31,18 @@ def tensorflow() -> Any:
     return tf
 
 
-def _return_freed_images() -> None:
-    """Makes glibc give every freed block of the size of an image back to the system.
+def _limit_heaps() -> None:
+    """Makes glibc take images from one heap a core, and batches from the system and back to it.
 
-    By itself it raises that size, up to 32 MB, with each larger block that is freed; images then come from the heaps of
-    many threads, which fragment: the resident set of a stream grew by 22 % in 22,000 samples, and by 0.4 % with this.
+    By itself it has eight heaps a core, which fragment, and raises the size of what goes back to the system, up to 32
+    MB, with each larger block that is freed: the resident set of a stream grew by 22 % in 22,000 samples, and by 0.4 %
+    in 12,800 with this. Giving back every image keeps it flat as well, but its pages cost a quarter of the decoding.
     """
     with contextlib.suppress(AttributeError, OSError):  # another C library
-        ctypes.CDLL(None).mallopt(-3, 2**17)  # M_MMAP_THRESHOLD
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-8, os.cpu_count() or 1)  # M_ARENA_MAX
+        mallopt(-3, 2**22)  # M_MMAP_THRESHOLD
+        mallopt(-1, 2**26)  # M_TRIM_THRESHOLD: what is free at the end of a heap is about to be used again
 
 
 def scale_intrinsics(

@@ -7,7 +7,7 @@ What makes the memory of loaders grow, and what this one does instead:
 - Shuffle buffers of decoded images: here the shuffle is arithmetic on frame numbers. Blocks of frames (`read_block`)
   are kept compressed, up to a fixed number of bytes.
 - Buffers whose depth tf.data tunes while it runs: here autotuning is off and depths follow from `memory_gb`.
-- The C library's own: freed images that stay in the heaps of many threads (`images.tensorflow` sees to that).
+- The C library's own: freed images that fragment the heaps of many threads (`images.tensorflow` sees to that).
 - Pages of memory-mapped indexes that stay resident once touched: here they are given back every so many frames.
 """
 
