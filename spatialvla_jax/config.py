@@ -13,7 +13,7 @@ from spatialvla_jax.errors import InputError
 
 # Keys that may change when a run goes on: they touch what is watched, kept and where it runs, not what is computed.
 FREE_ON_RESUME = (
-    *("checkpoint", "mesh", "train.log_every", "train.eval_every", "train.eval_frames"),
+    *("checkpoint", "mesh", "train.max_skipped", "train.log_every", "train.eval_every", "train.eval_frames"),
     *("data.root", "data.packed", "data.cache_dir", "data.workers", "data.memory_gb", "data.faults"),
 )
 
@@ -83,12 +83,15 @@ def default_config() -> ConfigDict:
                 "eps": 1e-8,
                 "weight_decay": 0.0,
                 "clip": 1.0,
+                "state_dtype": "float32",  # float32 | bfloat16, of AdamW's first moment
+                "ema": 0.0,  # decay of averaged parameters, which are then validated and kept for use; 0: none
                 "frozen": ("llm/embedder", "zoe"),  # patterns of parameter paths
             },
             "train": {
                 "steps": 120_000,
                 "batch_size": 128,
                 "accumulate": 1,
+                "max_skipped": 100,  # steps whose loss or gradient is not finite, before the run ends with an error
                 "log_every": 50,
                 "eval_every": 5_000,
                 "eval_split": "val",

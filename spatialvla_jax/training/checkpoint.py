@@ -1,62 +1,131 @@
 """Checkpoints with Orbax: asynchronous, committed by rename, each one enough to run the policy.
 
 Layout: `<workdir>/checkpoints/<step>/{params, optimizer, metadata}`; `metadata` is JSON with the step, the model's
-sizes, the processor (grid, statistics, tokenizer) and the training config.
+sizes, the processor (grid, statistics, tokenizer) and the training config. Where the optimizer keeps averaged
+parameters, `params` are these and `optimizer` holds the trained ones.
 """
 
+import contextlib
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from tqdm import tqdm
 
+from spatialvla_jax.errors import InputError
+from spatialvla_jax.training.optimizer import swap_average
 from spatialvla_jax.training.state import TrainState
 
 FOLDER = "checkpoints"
 
 
-def open_manager(workdir: Path, *, every: int, keep_last: int, keep_every: int | None) -> ocp.CheckpointManager:
-    """Saves every `every` steps, keeps the last `keep_last` and each `keep_every`-th, removes unfinished saves."""
-    options = ocp.CheckpointManagerOptions(
-        save_interval_steps=every,
-        max_to_keep=keep_last,
-        keep_period=keep_every,
-        cleanup_tmp_directories=True,
-        enable_async_checkpointing=True,
-    )
-    return ocp.CheckpointManager((workdir / FOLDER).absolute(), options=options)
+class Checkpoints:
+    """Saves every `every` steps in the background, keeps the last `keep_last` and each `keep_every`-th.
 
+    A save that fails is tried again, with the state of that moment, after 1, 2, 4, … steps (the last of a run: seconds)
+    up to `RETRIES` times in a row; then InputError says why. What was saved before is never touched. Over several
+    processes the first failure is the last: the others could not follow, and the job's restart is the second attempt.
+    """
 
-def save(manager: ocp.CheckpointManager, state: TrainState, metadata: dict[str, Any], *, force: bool = False) -> bool:
-    """Start saving `state` as of its step, if that step is due (or forced); returns whether it was."""
-    step = int(state.step)
-    return manager.save(
-        step,
-        args=ocp.args.Composite(
-            params=ocp.args.StandardSave(state.params),
-            optimizer=ocp.args.StandardSave(state.opt_state),
-            metadata=ocp.args.JsonSave({"step": step, **metadata}),
-        ),
-        force=force,
-    )
+    RETRIES = 4
 
+    def __init__(self, workdir: Path, metadata: dict[str, Any], *, every: int, keep_last: int, keep_every: int | None):
+        self.folder, self.metadata, self.every = (workdir / FOLDER).absolute(), metadata, every
+        self.keep = {"max_to_keep": keep_last, "keep_period": keep_every}
+        self.failures, self.retry_at = 0, 0
+        self.began, self.seconds = 0.0, 0.0  # of the save under way; how long the last one took
+        self.manager = self._open()
 
-def restore_metadata(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
-    return manager.restore(step, args=ocp.args.Composite(metadata=ocp.args.JsonRestore()))["metadata"]
+    def _open(self) -> ocp.CheckpointManager:
+        options = ocp.CheckpointManagerOptions(
+            **self.keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
+        )
+        return ocp.CheckpointManager(self.folder, options=options)
 
+    def latest(self) -> int | None:
+        return self.manager.latest_step()
 
-def restore(manager: ocp.CheckpointManager, step: int, state: TrainState, shardings: TrainState) -> TrainState:
-    """The state saved at `step`, in the shapes and shardings given (which may be another mesh's)."""
+    def due(self, step: int) -> bool:
+        """Whether to save after `step`; looks after the save under way."""
+        if self.began and not self.manager.is_saving_in_progress():
+            self._finish(step)
+        return step % self.every == 0 or step == self.retry_at
 
-    def target(tree: Any, sharding: Any) -> Any:
-        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, sharding)
+    def save(self, state: TrainState, step: int, *, last: bool = False) -> None:
+        """Start saving `state`, which is that after `step`; wait for it where it is the `last`."""
+        self._start(state, step)
+        while last and not self._finish(step):
+            time.sleep(2.0 ** (self.failures - 1))
+            self._start(state, step)
 
-    restored = manager.restore(
-        step,
-        args=ocp.args.Composite(
-            params=ocp.args.StandardRestore(target(state.params, shardings.params)),
-            optimizer=ocp.args.StandardRestore(target(state.opt_state, shardings.opt_state)),
-        ),
-    )
-    at = jax.device_put(jax.numpy.int32(step), shardings.step)
-    return TrainState(at, restored["params"], restored["optimizer"])
+    def _start(self, state: TrainState, step: int) -> None:
+        self._finish(step)  # only one at a time
+        self.began = time.perf_counter()
+        params, opt_state = swap_average(state.params, state.opt_state)
+        items = ocp.args.Composite(
+            params=ocp.args.StandardSave(params),
+            optimizer=ocp.args.StandardSave(opt_state),
+            metadata=ocp.args.JsonSave({"step": step, **self.metadata}),
+        )
+        try:
+            self.manager.save(step, args=items, force=True)
+        except Exception as error:  # Orbax raises whatever its storage raises
+            self._failed(error, step)
+
+    def _finish(self, step: int) -> bool:
+        """Wait for the save under way; returns whether it succeeded."""
+        if not self.began:
+            return self.failures == 0
+        try:
+            self.manager.wait_until_finished()
+            self.manager.check_for_errors()
+        except Exception as error:
+            self._failed(error, step)
+            return False
+        self.seconds, self.began, self.failures = time.perf_counter() - self.began, 0.0, 0
+        return True
+
+    def _failed(self, error: Exception, step: int) -> None:
+        self.began, self.retry_at = 0.0, step + 2**self.failures
+        self.failures += 1
+        sentence = (
+            f"no checkpoint could be written to {self.folder} at step {step}: {' '.join(str(error).split())[:300]}"
+        )
+        if jax.process_count() > 1:
+            raise InputError(sentence) from error
+        with contextlib.suppress(Exception):
+            self.manager.close()
+        # A fresh manager knows of finished checkpoints alone, and clears the remains away.
+        self.manager = self._open()
+        kept = "there is none yet" if self.latest() is None else f"the last good one is of step {self.latest()}"
+        if self.failures > self.RETRIES:
+            raise InputError(f"{sentence}; {kept}") from error
+        tqdm.write(f"{sentence}; {kept}; trying again", file=sys.stderr)
+
+    def restore_metadata(self, step: int) -> dict[str, Any]:
+        return self.manager.restore(step, args=ocp.args.Composite(metadata=ocp.args.JsonRestore()))["metadata"]
+
+    def restore(self, step: int, state: TrainState, shardings: TrainState) -> TrainState:
+        """The state saved at `step`, in the shapes and shardings given (which may be another mesh's)."""
+
+        def target(tree: Any, sharding: Any) -> Any:
+            return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, sharding)
+
+        params, opt_state = swap_average(state.params, state.opt_state)
+        param_shardings, opt_shardings = swap_average(shardings.params, shardings.opt_state)
+        restored = self.manager.restore(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardRestore(target(params, param_shardings)),
+                optimizer=ocp.args.StandardRestore(target(opt_state, opt_shardings)),
+            ),
+        )
+        at = jax.device_put(np.int32(step), shardings.step)
+        return TrainState(at, *swap_average(restored["params"], restored["optimizer"]))
+
+    def close(self) -> None:
+        self.manager.close()

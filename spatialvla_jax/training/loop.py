@@ -3,7 +3,6 @@
 import json
 import os
 import sys
-import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -28,22 +27,29 @@ from spatialvla_jax.interop.paligemma import is_paligemma
 from spatialvla_jax.models import SpatialVLA, preset
 from spatialvla_jax.processor import Processor, model_to_dict
 from spatialvla_jax.training import checkpoint
-from spatialvla_jax.training.metrics import MetricsLog
-from spatialvla_jax.training.optimizer import make_optimizer
+from spatialvla_jax.training.checkpoint import Checkpoints
+from spatialvla_jax.training.distributed import Preemption, is_writer
+from spatialvla_jax.training.metrics import Clock, MetricsLog, check_wandb, peak, rates, scalars
+from spatialvla_jax.training.optimizer import make_optimizer, split_frozen, swap_average, update_norms
 from spatialvla_jax.training.program import frozen_patterns, jit_train_step, make_model
 from spatialvla_jax.training.sharding import BATCH, check_batch, make_mesh, on_mesh
 from spatialvla_jax.training.state import TrainState, init_state
 from spatialvla_jax.training.step import make_eval_step
+from spatialvla_jax.training.topology import model_flops
 
-IDENTITY_KEYS = ("sample_id", "dataset_id")  # in the loader's batch, not for the device
 
+def train(
+    config: ConfigDict, workdir: Path, *, wandb: str = "", profile: tuple[int, int] | None = None
+) -> dict[str, Any]:
+    """Train to `config.train.steps`, from the last checkpoint in `workdir` if there is one; after SIGTERM, to the end
+    of the step and a checkpoint of it.
 
-def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
-    """Train to `config.train.steps`, from the last checkpoint in `workdir` if there is one.
-
-    Returns {"step", "params" (count), "checkpoint" (directory), "metrics" (last logged)}. The same config and seed give
-    the same bits, however often the run was killed in between.
+    Metrics also go to the Weights & Biases project `wandb`; steps `profile`, first and last, are traced to
+    `workdir/profile`. Returns {"step", "params" (count), "checkpoint" (directory), "metrics" (last logged)}. The same
+    config and seed give the same bits, however often the run was killed in between.
     """
+    if wandb:
+        check_wandb()
     workdir.mkdir(parents=True, exist_ok=True)
     saved = workdir / "config.json"
     if saved.exists():
@@ -53,10 +59,10 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     loader = open_data(config)
     if config.train.eval_every:  # a split that is missing is an error now, not at the first validation
         loader.num_frames(config.train.eval_split)
-    if jax.process_index() == 0:
+    if is_writer():
         tqdm.write(loader.describe(), file=sys.stderr)
-    write_json(saved, config.to_dict())
-    write_json(workdir / "statistics.json", loader.statistics)
+        write_json(saved, config.to_dict())
+        write_json(workdir / "statistics.json", loader.statistics)
 
     processor = make_processor(config, loader)
     model = make_model(config, processor.grid, processor.tokenizer.vocab_size)
@@ -67,79 +73,119 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         "processor": processor.to_dict(),
         "train_config": json.loads(json.dumps(config.to_dict())),
     }
-    manager = checkpoint.open_manager(
+    checkpoints = Checkpoints(
         workdir,
+        metadata,
         every=config.checkpoint.every,
         keep_last=config.checkpoint.keep_last,
         keep_every=config.checkpoint.keep_every or None,
     )
-    latest = manager.latest_step()
+    latest = checkpoints.latest()
     start_from = starting_params(config, model) if config.init and latest is None else None
     state, shardings = init_state(model, optimizer, frozen, config.seed, mesh, start_from)
     if latest is not None:
-        before = checkpoint.restore_metadata(manager, latest)
+        before = checkpoints.restore_metadata(latest)
         if before["processor"] != metadata["processor"] or before["model"] != json.loads(json.dumps(metadata["model"])):
             raise InputError(f"the data of {workdir} changed since its run began: grid, statistics or tokenizer differ")
-        state = checkpoint.restore(manager, latest, state, shardings)
-    start = int(state.step)
+        state = checkpoints.restore(latest, state, shardings)
+    start, steps = latest or 0, config.train.steps
 
     batch_sharding, replicated = NamedSharding(mesh, BATCH), NamedSharding(mesh, P())
     grid = jax.device_put(processor.grid, replicated)
-    step_fn = jit_train_step(config, model, mesh, shardings)
+    step_fn = jit_train_step(config, model, mesh, shardings, len(loader.names))
     eval_fn = jax.jit(
-        on_mesh(make_eval_step(model), mesh),
+        on_mesh(make_eval_step(model, len(loader.names)), mesh),
         in_shardings=(shardings.params, batch_sharding, replicated, batch_sharding),
+        out_shardings=replicated,
     )
 
-    log = MetricsLog(workdir, start)
+    def last_update(state: TrainState) -> dict[str, Any]:
+        return update_norms(config.optimizer, steps, split_frozen(state.params, frozen)[0], state.opt_state)
+
+    update_fn = jax.jit(last_update, in_shardings=(shardings,), out_shardings=replicated)
+    tokens = model.config.prefix_length + model.config.num_action_tokens + 1
+    flops = model_flops(config, processor.grid) if peak() else 0.0
+
+    log = MetricsLog(workdir, start, wandb)
     batches = loader.batches(
         config.train.batch_size,
         start_step=start,
         seed=config.seed,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
-        total_steps=config.train.steps,
+        total_steps=steps,
     )
-    skipped, replaced, waited, logged = loader.num_skipped(), 0, 0.0, start
-    last: dict[str, float] = {}
-    bar = tqdm(total=config.train.steps, initial=start, unit="step", desc="train", dynamic_ncols=True)
+    skipped, replaced, logged, clock = loader.num_skipped(), 0, start, Clock()
+    step, running, last = start, None, {}
+    bar = tqdm(total=steps, initial=start, unit="step", desc="train", dynamic_ncols=True, disable=not is_writer())
     try:
-        for step in range(start + 1, config.train.steps + 1):
-            waiting = time.perf_counter()
-            batch = next(batches)
-            waited += time.perf_counter() - waiting
-            # A fingerprint of which frames the step saw: two runs saw the same data if these agree.
-            digest = zlib.crc32(np.ascontiguousarray(batch["sample_id"]).tobytes())
-            state, metrics = step_fn(state, to_device(batch, batch_sharding), grid)
-            bar.update()
-            if step % config.train.log_every == 0 or step in (1, config.train.steps):
-                last = {k: float(v) for k, v in jax.device_get(metrics).items()}
-                # Waiting for data is in the step's time unless the device was still busy with the steps before.
-                wait = waited / (step - logged)
-                shown = {"loss": f"{last['loss']:.3f}", "l1": f"{last['l1']:.3f}", "data_wait": f"{1000 * wait:.0f}ms"}
-                bar.set_postfix(shown, refresh=False)
-                before, replaced = replaced, sum(loader.replaced().values())
-                counts = {"data/skipped": skipped, "data/replaced": replaced - before}  # episodes; samples since last
-                log.write(step, last | {"batch": f"{digest:08x}"} | counts, {"data/wait_seconds": wait})
-                waited, logged = 0.0, step
-            if config.train.eval_every and (step % config.train.eval_every == 0 or step == config.train.steps):
-                values = validate(eval_fn, state, loader, config, batch_sharding, grid)
-                log.write(step, {f"val/{k}": v for k, v in values.items()})
-            checkpoint.save(manager, state, metadata, force=step == config.train.steps)
+        with Preemption() as preemption:
+            for step in range(start + 1, steps + 1):
+                if profile and step == max(profile[0], start + 1) <= profile[1]:
+                    jax.profiler.start_trace(str(workdir / "profile"))
+                with clock("data"):
+                    batch = next(batches)
+                # A fingerprint of which frames the step saw: two runs saw the same data if these agree.
+                digest = zlib.crc32(np.ascontiguousarray(batch["sample_id"]).tobytes())
+                with clock("compute"):
+                    state, metrics = step_fn(state, to_device(batch, batch_sharding), grid)
+                    if running is not None:  # wait for the step before: the device has one to do meanwhile
+                        check_skipped(running, step - 1, config.train.max_skipped)
+                    running = metrics
+                bar.update()
+                stop = step == steps or preemption.reached(step)
+                if step % config.train.log_every == 0 or step in (1, steps):
+                    with clock("compute"):
+                        last = scalars(jax.device_get(metrics | update_fn(state)), loader.names)
+                    times = clock.report(step - logged)
+                    shown = {"loss": f"{last['loss']:.3f}", "l1": f"{last['l1']:.3f}"}
+                    shown["data_wait"] = f"{times['data/wait_seconds'] / times['step/seconds']:.0%}"
+                    bar.set_postfix(shown, refresh=False)
+                    before, replaced = replaced, sum(loader.replaced().values())
+                    counts = {"data/skipped": skipped, "data/replaced": replaced - before}  # episodes; samples since
+                    times |= rates(times["step/seconds"], config.train.batch_size, tokens, flops)
+                    log.write(
+                        step, last | {"batch": f"{digest:08x}"} | counts, times | {"save/seconds": checkpoints.seconds}
+                    )
+                    logged = step
+                if config.train.eval_every and (step % config.train.eval_every == 0 or step == steps):
+                    with clock("eval"):
+                        values = validate(eval_fn, state, loader, config, batch_sharding, grid)
+                    log.write(step, {f"val/{k}": v for k, v in values.items()})
+                if profile and step == profile[1] > start:
+                    jax.block_until_ready(state)
+                    jax.profiler.stop_trace()
+                if stop or checkpoints.due(step):
+                    with clock("compute"):
+                        jax.block_until_ready(state)
+                    with clock("save"):
+                        checkpoints.save(state, step, last=stop)
+                if stop:
+                    break
     finally:
         bar.close()
         log.close()
-        manager.wait_until_finished()
-        manager.close()
+        checkpoints.close()
     size = sum(x.size for x in jax.tree.leaves(state.params))
-    return {"step": int(state.step), "params": size, "checkpoint": str(workdir / checkpoint.FOLDER), "metrics": last}
+    return {"step": step, "params": size, "checkpoint": str(workdir / checkpoint.FOLDER), "metrics": last}
+
+
+def check_skipped(metrics: dict[str, jax.Array], step: int, limit: int) -> None:
+    """Waits for the step that gives `metrics`; raises InputError once too many were skipped."""
+    skipped = int(metrics["skipped"])
+    if skipped > limit:
+        raise InputError(
+            f"step {step}: loss or gradient are not finite, {skipped} times in this run: more than train.max_skipped "
+            f"{limit}; lower the learning rate, or look at the data of the steps with `skipped` in metrics.jsonl"
+        )
 
 
 def validate(
     eval_fn: Any, state: TrainState, loader: Loader, config: ConfigDict, sharding: NamedSharding, grid: Any
 ) -> dict[str, float]:
     """Teacher-forced metrics averaged over the frames of the validation split."""
-    totals: dict[str, float] = {}
+    params, _ = swap_average(state.params, state.opt_state)
+    totals: dict[str, Any] = {}
     count = 0.0
     batches = loader.epoch(
         config.train.batch_size // config.train.accumulate,
@@ -151,15 +197,16 @@ def validate(
     for batch in batches:
         arrays = to_device(batch, sharding)
         valid = arrays.pop("valid")
-        sums, n = jax.device_get(eval_fn(state.params, arrays, grid, valid))
+        sums, n = jax.device_get(eval_fn(params, arrays, grid, valid))
         count += float(n)
-        totals = {k: totals.get(k, 0.0) + float(v) for k, v in sums.items()}
-    return {k: v / count for k, v in totals.items()}
+        totals = {k: totals.get(k, 0.0) + np.asarray(v, np.float64) for k, v in sums.items()}
+    means = {k: v if k == "datasets" else v / count for k, v in totals.items()}
+    return scalars(means, loader.names)
 
 
 def to_device(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
     """This host's rows of the global batch → global arrays."""
-    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items() if k not in IDENTITY_KEYS}
+    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items() if k != "sample_id"}
 
 
 def open_data(config: ConfigDict, processor: Processor | None = None) -> Loader:

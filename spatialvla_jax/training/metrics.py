@@ -1,21 +1,41 @@
-"""Metrics to a JSON-lines file and TensorBoard."""
+"""Metrics to a JSON-lines file, TensorBoard and Weights & Biases; where a step's time goes, and what it achieves."""
 
+import contextlib
+import hashlib
+import importlib.util
 import json
 import os
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 from tensorboardX import SummaryWriter
+
+from spatialvla_jax.errors import InputError
+from spatialvla_jax.training.distributed import is_writer
+
+# Dense bf16 FLOP/s of one device, by what its name has in it, first match (the vendors' data sheets).
+PEAKS = (
+    *(("TPU v4", 275e12), ("TPU v5 lite", 197e12), ("TPU v5e", 197e12), ("TPU v5", 459e12)),
+    *(("TPU v6", 918e12), ("A100", 312e12), ("H100", 989e12), ("H200", 989e12), ("4090", 165e12)),
+)
 
 
 class MetricsLog:
-    """Appends one JSON object a record to `metrics.jsonl`, and scalars to TensorBoard.
+    """Appends one JSON object a record to `metrics.jsonl`, scalars to TensorBoard and, given its project, to Weights
+    & Biases. Only the run's first process writes.
 
     A resumed run drops what was logged beyond `resume_step`, so the file reads as if the run had never stopped.
     """
 
-    def __init__(self, workdir: Path, resume_step: int) -> None:
-        self.path = workdir / "metrics.jsonl"
+    def __init__(self, workdir: Path, resume_step: int, wandb: str = "") -> None:
+        self.path, self.wandb = workdir / "metrics.jsonl", None
+        if not is_writer():
+            return
         if self.path.exists():
             kept = [r for r in read_metrics(self.path) if r["step"] <= resume_step]
             temporary = self.path.with_suffix(".tmp")
@@ -23,19 +43,36 @@ class MetricsLog:
             os.replace(temporary, self.path)
         self.file = self.path.open("a")
         self.tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
+        if wandb:
+            check_wandb()
+            import wandb as client  # pyright: ignore[reportMissingImports]
+
+            same = hashlib.sha256(str(workdir.absolute()).encode()).hexdigest()[:16]  # a run that goes on is one run
+            self.wandb = client.init(project=wandb, name=workdir.name, id=same, resume="allow", dir=str(workdir))
 
     def write(self, step: int, values: dict[str, Any], timings: dict[str, float] | None = None) -> None:
-        """`values` are JSON scalars; numbers go to TensorBoard too. `timings` go there alone: the file is the same
-        whenever the run is."""
+        """`values` are JSON scalars. `timings` do not go to the file, which is the same whenever the run is."""
+        if not is_writer():
+            return
         self.file.write(json.dumps({"step": step, **values}) + "\n")
         self.file.flush()
-        for name, value in (values | (timings or {})).items():
-            if isinstance(value, float | int):
-                self.tensorboard.add_scalar(name, value, step)
+        scalars = {k: v for k, v in (values | (timings or {})).items() if isinstance(v, float | int)}
+        for name, value in scalars.items():
+            self.tensorboard.add_scalar(name, value, step)
+        if self.wandb is not None:
+            self.wandb.log(scalars, step=step)
 
     def close(self) -> None:
-        self.file.close()
-        self.tensorboard.close()
+        if is_writer():
+            self.file.close()
+            self.tensorboard.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def check_wandb() -> None:
+    if importlib.util.find_spec("wandb") is None:
+        raise InputError("--wandb needs the package wandb, which is not installed: pip install wandb")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -47,3 +84,57 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return records
+
+
+def scalars(metrics: dict[str, Any], datasets: Sequence[str]) -> dict[str, float]:
+    """The step's metrics as numbers; "datasets" of `by_dataset` as loss/NAME and accuracy/NAME of those in it."""
+    values = {k: np.asarray(v) for k, v in metrics.items()}
+    named: dict[str, float] = {}
+    for name, (count, loss, accuracy) in zip(datasets, values.pop("datasets").tolist(), strict=True):
+        if count:
+            named |= {f"loss/{name}": loss / count, f"accuracy/{name}": accuracy / count}
+    return {k: v.item() for k, v in values.items()} | named
+
+
+class Clock:
+    """Where this process's time went since the last report: `with clock("data"): …`."""
+
+    def __init__(self) -> None:
+        self.spent: defaultdict[str, float] = defaultdict(float)
+        self.began = time.perf_counter()
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.spent[name] += time.perf_counter() - began
+
+    def report(self, steps: int) -> dict[str, float]:
+        """Seconds a step, of the last `steps`: in all, waiting for data and for devices, and stalled by saving.
+        Validation does not count."""
+        whole = time.perf_counter() - self.began - self.spent["eval"]
+        parts = {"data/wait_seconds": "data", "compute/seconds": "compute", "save/stall_seconds": "save"}
+        report = {"step/seconds": whole / steps} | {k: self.spent[v] / steps for k, v in parts.items()}
+        self.__init__()
+        return report
+
+
+def rates(seconds: float, samples: int, tokens: int, flops: float) -> dict[str, float]:
+    """What a step of `seconds` over `samples` achieves, each of `tokens` positions and `flops` FLOPs.
+
+    MFU = flops × samples / (seconds × devices × peak): FLOPs of the forward pass and the backward pass to trainable
+    parameters, without rematerialisation, augmentation and optimizer (`topology.model_flops`); 0 for devices of unknown
+    peak, where MFU is left out. Memory is that of this process's first device.
+    """
+    values = {"samples_per_second": samples / seconds, "tokens_per_second": samples * tokens / seconds}
+    if flops:
+        values["mfu"] = flops * samples / (seconds * jax.device_count() * (peak() or np.inf))
+    memory = jax.local_devices()[0].memory_stats() or {}
+    names = {"bytes_in_use": "memory/gb", "peak_bytes_in_use": "memory/peak_gb"}
+    return values | {name: memory[key] / 1e9 for key, name in names.items() if key in memory}
+
+
+def peak() -> float | None:
+    """Peak FLOP/s of a device of this run, where the table has it."""
+    kind = jax.devices()[0].device_kind
+    return next((flops for name, flops in PEAKS if name in kind), None)

@@ -1,10 +1,13 @@
-"""AdamW with linear warm-up and decay, clipping, and freezing by path pattern."""
+"""AdamW with linear warm-up and decay, clipping, freezing by path pattern, and averaged parameters."""
 
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Array, Float, Int
 
 from spatialvla_jax.errors import InputError
 
@@ -23,14 +26,82 @@ def learning_rate(config: Any, steps: int) -> optax.Schedule:
     )
 
 
+class AverageState(NamedTuple):
+    params: Params
+
+
+def average(decay: float) -> optax.GradientTransformation:
+    """Leaves the updates alone and keeps an exponential moving average of the parameters that they lead to."""
+
+    def update(updates: Any, state: AverageState, params: Any) -> tuple[Any, AverageState]:
+        new: Any = optax.apply_updates(params, updates)
+        return updates, AverageState(jax.tree.map(lambda a, x: decay * a + (1 - decay) * x, state.params, new))
+
+    return optax.GradientTransformation(lambda params: AverageState(jax.tree.map(jnp.copy, params)), update)  # pyright: ignore[reportArgumentType]
+
+
 def make_optimizer(config: Any, steps: int) -> optax.GradientTransformation:
-    """Global-norm clipping, then AdamW, on the trainable parameters."""
+    """Global-norm clipping, then AdamW, on the trainable parameters; with `ema`, their average.
+
+    `state_dtype` is the first moment's. The second stays in float32: at b2 = 0.999 it changes by a thousandth a step,
+    less than bfloat16 resolves.
+    """
+    if config.state_dtype not in ("float32", "bfloat16"):
+        raise InputError(f"optimizer.state_dtype {config.state_dtype!r} must be float32 or bfloat16")
+    if not 0 <= config.ema < 1:
+        raise InputError(f"optimizer.ema {config.ema} must be a decay in [0, 1), 0 for none")
     return optax.chain(
         optax.clip_by_global_norm(config.clip),
         optax.adamw(
-            learning_rate(config, steps), b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay
+            learning_rate(config, steps),
+            b1=config.b1,
+            b2=config.b2,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            mu_dtype=config.state_dtype,
         ),
+        *([average(config.ema)] if config.ema else []),
     )
+
+
+def num_updates(opt_state: Any) -> Int[Array, ""]:
+    """How often the parameters were updated: the steps so far less those that were skipped."""
+    return opt_state[1][0].count
+
+
+def update_norms(config: Any, steps: int, params: Params, opt_state: Any) -> dict[str, Float[Array, ""]]:
+    """Norms of the last update, all and by part of the model, made again from the state that it left behind: a step
+    that need not report them does not write them either.
+
+    `params` are the trainable ones after that update, `opt_state` is of `make_optimizer`.
+    """
+    adam = opt_state[1][0]
+    rate = learning_rate(config, steps)(adam.count - 1)
+
+    def update(p: Array, mu: Array, nu: Array) -> Array:
+        mean = mu.astype(jnp.float32) / (1 - config.b1**adam.count)
+        direction = mean / (jnp.sqrt(nu / (1 - config.b2**adam.count)) + config.eps)
+        before = (p + rate * direction) / (1 - rate * config.weight_decay)
+        return rate * (direction + config.weight_decay * before)
+
+    return part_norms(jax.tree.map(update, params, adam.mu, adam.nu), "update_norm")
+
+
+def part_norms(tree: Params, name: str) -> dict[str, Float[Array, ""]]:
+    """{name: norm of the tree, name/part: that of each of its top-level parts}."""
+    parts = {part: optax.global_norm(value) for part, value in tree.items()}
+    whole = jnp.sqrt(jnp.sum(jnp.stack([norm**2 for norm in parts.values()])))
+    return {name: whole} | {f"{name}/{part}": norm for part, norm in parts.items()}
+
+
+def swap_average(params: Params, opt_state: Any) -> tuple[Params, Any]:
+    """The averaged parameters in the place of the trained ones and these in theirs; its own inverse, and nothing where
+    no average is kept."""
+    if not isinstance(opt_state[-1], AverageState):
+        return params, opt_state
+    trained, averaged = flatten_dict(params, sep="/"), flatten_dict(opt_state[-1].params, sep="/")
+    kept = unflatten_dict({k: trained[k] for k in averaged}, sep="/")
+    return unflatten_dict({**trained, **averaged}, sep="/"), (*opt_state[:-1], AverageState(kept))
 
 
 def split_frozen(params: Params, patterns: tuple[str, ...]) -> tuple[Params, Params]:

@@ -64,7 +64,11 @@ def init_state(
 
     if params is None:
         return jax.jit(lambda: create(init_params(model, seed)), out_shardings=shardings)(), shardings
-    return jax.jit(create, out_shardings=shardings)(jax.device_put(params, shardings.params)), shardings
+    # Every process holds all of them and gives its devices their parts.
+    parts = jax.tree.map(
+        lambda x, s: jax.make_array_from_callback(x.shape, s, lambda i: x[i]), params, shardings.params
+    )
+    return jax.jit(create, out_shardings=shardings)(parts), shardings
 
 
 def new_state(params: dict[str, Any], optimizer: optax.GradientTransformation, frozen: tuple[str, ...]) -> TrainState:

@@ -11,7 +11,7 @@ from spatialvla_jax.actions import decode, encode
 from spatialvla_jax.models import SpatialVLA
 from spatialvla_jax.models.spatialvla import EOS
 from spatialvla_jax.training.augment import Augmentation, augment
-from spatialvla_jax.training.optimizer import merge, split_frozen
+from spatialvla_jax.training.optimizer import merge, num_updates, part_norms, split_frozen
 from spatialvla_jax.training.sharding import cast_split
 from spatialvla_jax.training.state import TrainState
 
@@ -20,7 +20,7 @@ TOKEN_KINDS = {
     3: ("translation", "rotation", "gripper"),
     7: ("translation",) * 3 + ("rotation",) * 3 + ("gripper",),
 }
-Metrics = dict[str, Float[Array, ""]]
+Metrics = dict[str, Float[Array, "..."]]  # scalars, and "datasets" f32[N,3]: see `by_dataset`
 
 
 def make_train_step(
@@ -32,11 +32,14 @@ def make_train_step(
     augmentation: Augmentation | None,
     accumulate: int,
     seed: int,
+    num_datasets: int = 0,
 ):
     """→ `step(state, batch, grid) -> (state, metrics)`, to be jitted with the state donated.
 
     `batch` holds the loader's arrays (image u8[B,S,S,3], …); `accumulate` splits it into that many microbatches whose
-    gradients are averaged, which is the gradient of the whole batch.
+    gradients are averaged, which is the gradient of the whole batch. Where its loss or its gradient is not finite, the
+    step is counted (`skipped`, of the whole run) and changes nothing else. `num_datasets`: that of the mixture, for
+    metrics by dataset.
     """
 
     def step(state: TrainState, batch: dict[str, Array], grid: Any) -> tuple[TrainState, Metrics]:
@@ -47,7 +50,8 @@ def make_train_step(
         def loss_fn(trainable: Any, inputs: dict[str, Array]) -> tuple[Float[Array, ""], Metrics]:
             params = cast_split(merge(trainable, fixed), model.config.dtype)
             loss, metrics = loss_and_metrics(model, params, inputs, grid)
-            return loss.mean(), {k: v.mean() for k, v in metrics.items()}
+            means = {k: v.mean() for k, v in metrics.items()}
+            return loss.mean(), means | by_dataset(metrics, inputs["dataset_id"], num_datasets)
 
         gradient = jax.value_and_grad(loss_fn, has_aux=True)
         if accumulate == 1:
@@ -64,23 +68,29 @@ def make_train_step(
             (_, metric_shapes), grad_shapes = jax.eval_shape(gradient, trainable, one)
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (grad_shapes, metric_shapes))
             (grads, metrics), _ = jax.lax.scan(add, zeros, micro)
+        metrics |= part_norms(grads, "gradient_norm")
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
         updates, opt_state = optimizer.update(grads, state.opt_state, trainable)
-        updated: Any = optax.apply_updates(trainable, updates)
+        new: Any = (optax.apply_updates(trainable, updates), opt_state)
+        updated, opt_state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, (trainable, state.opt_state))
         metrics |= {
-            "learning_rate": schedule(state.step),
-            "gradient_norm": optax.global_norm(grads),
+            "learning_rate": schedule(num_updates(state.opt_state)),
+            "skipped": state.step + 1 - num_updates(opt_state),
         }
         return TrainState(state.step + 1, merge(updated, fixed), opt_state), metrics
 
     return step
 
 
-def make_eval_step(model: SpatialVLA):
+def make_eval_step(model: SpatialVLA, num_datasets: int = 0):
     """→ `step(params, batch, grid, valid bool[B]) -> (metric sums over valid examples, their number)`."""
 
     def step(params: dict[str, Any], batch: dict[str, Array], grid: Any, valid: Bool[Array, " B"]):
-        _, metrics = loss_and_metrics(model, params, prepare(batch, None, None), grid)
-        return {k: jnp.where(valid, v, 0).sum() for k, v in metrics.items()}, valid.sum()
+        inputs = prepare(batch, None, None)
+        _, metrics = loss_and_metrics(model, params, inputs, grid)
+        sums = {k: jnp.where(valid, v, 0).sum() for k, v in metrics.items()}
+        dataset_id = jnp.where(valid, inputs["dataset_id"], -1)
+        return sums | by_dataset(metrics, dataset_id, num_datasets), valid.sum()
 
     return step
 
@@ -93,7 +103,19 @@ def prepare(batch: dict[str, Array], key: Any, augmentation: Augmentation | None
     inputs = {"image": image, "intrinsics": intrinsics}
     if depth is not None:
         inputs["depth"] = depth
-    return inputs | {k: batch[k] for k in ("prompt_ids", "prompt_mask", "actions")}
+    dataset_id = batch.get("dataset_id", jnp.zeros(len(image), jnp.int32))
+    return inputs | {k: batch[k] for k in ("prompt_ids", "prompt_mask", "actions")} | {"dataset_id": dataset_id}
+
+
+def by_dataset(
+    metrics: dict[str, Float[Array, " B"]], dataset_id: Int[Array, " B"], num_datasets: int
+) -> dict[str, Float[Array, "N 3"]]:
+    """{"datasets": examples, sum of loss and sum of accuracy of each dataset}; a dataset_id of −1 counts nowhere."""
+    if not num_datasets:
+        return {}
+    columns = jnp.stack([jnp.ones_like(metrics["loss"]), metrics["loss"], metrics["accuracy"]], axis=1)
+    member = dataset_id == jnp.arange(num_datasets)[:, None]
+    return {"datasets": jnp.where(member[..., None], columns, 0).sum(axis=1)}
 
 
 def loss_and_metrics(
