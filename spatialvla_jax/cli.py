@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,17 @@ def main(argv: list[str] | None = None) -> int:
     p = command("train", run_train, "train a model; a run that was stopped goes on by itself")
     p.add_argument("--config", required=True, help="Python file with get_config(); --config.KEY=VALUE changes a key")
     p.add_argument("--workdir", type=Path, required=True)
+    p.add_argument("--wandb", default="", metavar="PROJECT", help="send metrics to Weights & Biases as well")
+    p.add_argument("--profile", type=step_range, metavar="FIRST:LAST", help="trace these steps to WORKDIR/profile")
+    p.add_argument(
+        "--coordinator",
+        default=os.environ.get("JAX_COORDINATOR_ADDRESS"),
+        metavar="HOST:PORT|auto",
+        help="process 0 of several that train together; auto on TPU pods, SLURM and MPI",
+    )
+    p.add_argument("--num-processes", type=int, default=os.environ.get("JAX_NUM_PROCESSES"))
+    p.add_argument("--process-id", type=int, default=os.environ.get("JAX_PROCESS_ID"))
+    p.add_argument("--heartbeat", type=int, default=100, help="seconds after which a silent process ends the others")
 
     p = command("compile", run_compile, "compile the training step for a TPU pod, on any machine (extra [tpu])")
     p.add_argument("--config", required=True, help="as for train; its data is not read")
@@ -166,6 +178,14 @@ def overrides_of(rest: list[str], allowed: bool) -> dict[str, str]:
     return overrides
 
 
+def step_range(text: str) -> tuple[int, int]:
+    """`50:55` → (50, 55)."""
+    first, _, last = text.partition(":")
+    if not (first.isdigit() and last.isdigit() and 0 < int(first) <= int(last)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not FIRST:LAST, such as 50:55")
+    return int(first), int(last)
+
+
 def grid_actions_arguments(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument("--config", help="use the actions of the data that it names")
     parser.add_argument("--stats", type=Path, help=f"use samples of the mixture's Gaussians in it; {default}")
@@ -173,10 +193,19 @@ def grid_actions_arguments(parser: argparse.ArgumentParser, default: str) -> Non
 
 def run_train(args: argparse.Namespace) -> None:
     from spatialvla_jax.config import load_config
+    from spatialvla_jax.training.distributed import is_writer, join
     from spatialvla_jax.training.loop import train
 
-    result = train(load_config(args.config, args.overrides), args.workdir)
-    print(f"trained {result['params']:,} parameters to step {result['step']}; checkpoints in {result['checkpoint']}")
+    config = load_config(args.config, args.overrides)
+    if args.coordinator:
+        join(args.coordinator, args.num_processes, args.process_id, args.heartbeat)
+    result = train(config, args.workdir, wandb=args.wandb, profile=args.profile)
+    if is_writer():
+        again = "" if result["step"] == config.train.steps else f" of {config.train.steps}, the same command goes on"
+        print(
+            f"trained {result['params']:,} parameters to step {result['step']}{again}; "
+            f"checkpoints in {result['checkpoint']}"
+        )
 
 
 def run_compile(args: argparse.Namespace) -> None:
