@@ -54,7 +54,17 @@ ARRAY = re.compile(r"\b([a-z]+[0-9]*[a-z0-9]*)\[([0-9,]*)\](\{[^{}]*\})?")
 INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = ")
 # Instructions that move nothing by themselves: their work is inside, or they rename.
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all"}
-FREE |= {"partition-id", "replica-id", "async-start", "async-update", "async-done", "opt-barrier", "copy-done"}
+FREE |= {
+    "send-done",
+    "recv-done",
+    "partition-id",
+    "replica-id",
+    "async-start",
+    "async-update",
+    "async-done",
+    "opt-barrier",
+    "copy-done",
+}
 FREE |= {f"{c}-done" for c in COLLECTIVES} | {"slice-done", "dynamic-slice-done", "custom-call-done"}
 
 
@@ -107,6 +117,8 @@ def read_program(text: str, devices_per_slice: int) -> Cost:
             kind = i.op.removesuffix("-start")
             if kind in COLLECTIVES or (kind == "fusion" and "all-reduce-scatter" in i.text.split("metadata=")[0]):
                 collectives.append(collective(i, kind, times, devices_per_slice, computations))
+            if i.op == "recv" and "_xla_megascale_transfer_type" in i.text:
+                collectives.append(across_slices(i, times))
             if i.op not in FREE:
                 hbm += times * traffic(i, computations, tables[name])
     return Cost(flops, hbm, tuple(collectives))
@@ -343,6 +355,24 @@ def collective(i: Instruction, kind: str, times: int, devices_per_slice: int, co
         bytes=whole * factor,
         count=times,
         where=where_of(op_name[1] if op_name else ""),
+    )
+
+
+def across_slices(i: Instruction, times: int) -> Collective:
+    """Between slices the compiler writes pairs of send and recv, and in their attributes what they are."""
+    dtype, dims, _ = arrays(i.shape)[0]
+    found = re.search(r'_xla_megascale_transfer_type="(\w+)"', i.text)
+    kind = found[1].lower().replace("_", "-") if found else "transfer"
+    targets = re.search(r'_xla_megascale_target="\{([\d,]+)\}', i.text)
+    return Collective(
+        kind=kind,
+        dtype=dtype,
+        shape="x".join(map(str, dims)),
+        group=len(targets[1].split(",")) if targets else 2,
+        across_slices=True,
+        bytes=size(shapes_of(i.shape)[0]),
+        count=times,
+        where="",
     )
 
 

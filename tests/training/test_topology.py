@@ -277,6 +277,8 @@ ENTRY %main (a: s32[], b: bf16[5,8,16], c: bf16[4,8]) -> (s32[], bf16[5,8,16], b
   %b = bf16[5,8,16]{2,1,0} parameter(1)
   %c = bf16[4,8]{1,0} parameter(2)
   %start = (s32[], bf16[5,8,16], bf16[4,8]) tuple(%a, %b, %c)
+  %token = token[] after-all()
+  %in = (f32[3,8]{1,0}, u32[], token[]) recv(%token), x={_xla_megascale_transfer_type="ALL_REDUCE"}
   ROOT %loop = (s32[], bf16[5,8,16], bf16[4,8]) while(%start), condition=%condition, body=%body
 }
 """
@@ -285,13 +287,15 @@ ENTRY %main (a: s32[], b: bf16[5,8,16], c: bf16[4,8]) -> (s32[], bf16[5,8,16], b
 def test_costs_of_a_loop_count_every_turn() -> None:
     cost = read_program(HLO, devices_per_slice=2)
     assert cost.flops == 5 * 2 * 4 * 16 * 8
-    gather, total = sorted(cost.collectives, key=lambda c: c.kind)
+    gather, slices, total = sorted(cost.collectives, key=lambda c: (c.kind, c.count))
+    assert (slices.kind, slices.shape, slices.across_slices) == ("all-reduce", "3x8", True)
+    assert slices.bytes == 3 * 8 * 4
     assert (gather.kind, gather.count, gather.group, gather.across_slices) == ("all-gather", 5, 2, False)
     assert gather.bytes == 16 * 16 * 2 / 2  # half of the result comes from the other chip
     assert (total.kind, total.group, total.across_slices) == ("all-reduce", 2, True)
     assert total.bytes == 8 * 16 * 4
     # A turn reads one layer's slice, and x and the counter; results stay in vector memory.
-    assert cost.hbm_bytes == 5 * (8 * 16 * 2 + 4 + 4 * 8 * 2)
+    assert cost.hbm_bytes == 5 * (8 * 16 * 2 + 4 + 4 * 8 * 2) + slices.bytes + 4  # and what comes from afar
 
 
 @pytest.mark.parametrize(
