@@ -82,6 +82,7 @@ def abstract_batch(model: SpatialVLA, batch_size: int) -> dict[str, jax.ShapeDty
         "prompt_mask": ((B, Q), jnp.bool_),
         "actions": ((B, cfg.action_chunk, 7), jnp.float32),
         "action_mask": ((B, cfg.action_chunk), jnp.bool_),
+        "dataset_id": ((B,), jnp.int32),
     }
     if cfg.depth == "dataset":
         shapes["depth"] = ((B, S, S), jnp.float32)

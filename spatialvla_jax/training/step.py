@@ -87,7 +87,7 @@ def make_eval_step(model: SpatialVLA, num_datasets: int = 0):
 
     def step(params: dict[str, Any], batch: dict[str, Array], grid: Any, valid: Bool[Array, " B"]):
         inputs = prepare(batch, None, None)
-        _, metrics = loss_and_metrics(model, params, inputs, grid)
+        _, metrics = loss_and_metrics(model, cast_split(params, model.config.dtype), inputs, grid)
         sums = {k: jnp.where(valid, v, 0).sum() for k, v in metrics.items()}
         dataset_id = jnp.where(valid, inputs["dataset_id"], -1)
         return sums | by_dataset(metrics, dataset_id, num_datasets), valid.sum()

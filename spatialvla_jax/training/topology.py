@@ -24,6 +24,7 @@ from jax.experimental import topologies
 from ml_collections import ConfigDict
 
 from spatialvla_jax.actions import PRETRAIN_GAUSSIANS
+from spatialvla_jax.data.oxe import MIXTURES
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.grid_tools import make_grid
 from spatialvla_jax.training.optimizer import make_optimizer, merge, split_frozen
@@ -171,7 +172,8 @@ def compile_plan(config: ConfigDict, plan: Plan, topology: Topology, cache: Path
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     frozen = frozen_patterns(config, model)
     state, shardings = abstract_state(model, optimizer, frozen, mesh)
-    step = jit_train_step(config, model, mesh, shardings)
+    num_datasets = len(MIXTURES.get(config.data.mixture, ())) + len(config.data.datasets)
+    step = jit_train_step(config, model, mesh, shardings, num_datasets)
     lowered = step.lower(state, abstract_batch(model, plan.batch_size), grid)
     versions = {"jax": jax.__version__, "libtpu": importlib.metadata.version("libtpu")}
     key = hashlib.sha256(f"{topology} {plan} {versions} {FORMAT} {lowered.as_text()}".encode()).hexdigest()[:24]
