@@ -1,0 +1,18 @@
+"""Full fine-tuning with the published recipe, on a dataset of yours: linear decay from 2e-5 after a 0.5 % warm-up, text
+embeddings and depth model frozen, the action grid fitted to the new data (min_sigma 0).
+
+    spatialvla-jax train --config configs/finetune.py --workdir DIR --config.init=CHECKPOINT \\
+        --config.data.datasets="[{'name': 'mine', 'spec': 'libero', 'path': 'DIR/1.0.0'}]"
+
+`init` is any checkpoint that `load_pretrained` reads. The release gives 8 GPUs, not a number of steps: set `train.steps`.
+"""
+
+from spatialvla_jax.config import default_config
+
+
+def get_config():
+    config = default_config()
+    config.grid.min_sigma = 0.0
+    config.train.update(steps=20_000, batch_size=128, eval_every=1_000)
+    config.checkpoint.update(every=1_000)
+    return config

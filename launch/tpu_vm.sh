@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Train on a TPU VM slice with gcloud, on all of its workers; start again after every failure and preemption.
+#
+#   launch/tpu_vm.sh [--dry-run] TPU ZONE CONFIG WORKDIR [arguments of `spatialvla-jax train`]
+#
+# The repository lies in ~/spatialvla_jax on every worker, with its environment; WORKDIR is on a file system that all
+# share. Exit code 2 of a run is bad input, which no restart mends, and 0 its end, also that after SIGTERM.
+set -euo pipefail
+
+dry_run=
+if [[ ${1:-} == --dry-run ]]; then dry_run=1; shift; fi
+if (( $# < 4 )); then sed -n '4s/^# *//p' "$0" >&2; exit 2; fi
+tpu=$1 zone=$2 config=$3 workdir=$4; shift 4
+
+printf -v train '%q ' .venv/bin/spatialvla-jax train --config "$config" --workdir "$workdir" --coordinator auto "$@"
+command=(gcloud compute tpus tpu-vm ssh "$tpu" --zone "$zone" --worker all --command "cd ~/spatialvla_jax && $train")
+
+if [[ $dry_run ]]; then printf '%q ' "${command[@]}"; echo; exit; fi
+until "${command[@]}"; do
+  code=$?
+  if (( code == 2 )); then exit 2; fi
+  echo "the run ended with $code; again in 30 s" >&2
+  sleep 30
+done

@@ -1,0 +1,60 @@
+"""The commands that `launch/` would run."""
+
+import os
+import shlex
+import subprocess
+
+import pytest
+
+TRAIN = "train --config configs/pretrain.py --workdir '/mnt/my runs/A_1' --coordinator auto --config.train.steps=9"
+RUN = ("configs/pretrain.py", "/mnt/my runs/A_1")
+GOLDEN = {
+    "tpu_vm.sh": (
+        ("my-tpu", "us-west4-a"),
+        "gcloud compute tpus tpu-vm ssh my-tpu --zone us-west4-a --worker all --command",
+        f"cd ~/spatialvla_jax && .venv/bin/spatialvla-jax {TRAIN}",
+    ),
+    "gke_xpk.sh": (
+        ("pod", "v5litepod-256", "2", "image:1"),
+        "xpk workload create --cluster pod --workload a-1 --tpu-type v5litepod-256 --num-slices 2"
+        " --docker-image image:1 --max-restarts 100 --termination-grace-period-seconds 300 --command",
+        f"spatialvla-jax {TRAIN}",
+    ),
+    "slurm.sbatch": ((), f"srun --kill-on-bad-exit=1 .venv/bin/spatialvla-jax {TRAIN}", None),
+}
+
+
+def launch(name: str, *arguments: str) -> subprocess.CompletedProcess:
+    environment = {k: v for k, v in os.environ.items() if k != "NAME"}
+    return subprocess.run(["bash", f"launch/{name}", *arguments], env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_dry_run_prints_the_command(name: str) -> None:
+    places, command, inner = GOLDEN[name]
+    done = launch(name, "--dry-run", *places, *RUN, "--config.train.steps=9")
+    words = shlex.split(done.stdout)
+    if inner is not None:  # a command line for another shell
+        assert shlex.split(words.pop()) == shlex.split(inner)
+    assert words == shlex.split(command) and done.returncode == 0 and done.stderr == ""
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_too_few_arguments(name: str) -> None:
+    done = launch(name, "--dry-run")
+    assert done.returncode == 2 and f"launch/{name}" in done.stderr and "CONFIG WORKDIR" in done.stderr
+
+
+def test_the_run_starts_again_until_it_ends(tmp_path) -> None:
+    """With stand-ins for gcloud, which fails twice, and for sleep."""
+    (tmp_path / "gcloud").write_text(f"#!/bin/bash\necho x >> {tmp_path}/runs; (( $(wc -l < {tmp_path}/runs) > 2 ))\n")
+    (tmp_path / "sleep").write_text("#!/bin/bash\n")
+    for name in ("gcloud", "sleep"):
+        (tmp_path / name).chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", "launch/tpu_vm.sh", "tpu", "zone", *RUN], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and done.stderr.count("again in 30 s") == 2
+    (tmp_path / "gcloud").write_text("#!/bin/bash\nexit 2\n")
+    assert subprocess.run(["bash", "launch/tpu_vm.sh", "tpu", "zone", *RUN], env=environment).returncode == 2
