@@ -4,7 +4,7 @@ embeddings and depth model frozen, the action grid fitted to the new data (min_s
     spatialvla-jax train --config configs/finetune.py --workdir DIR --config.init=CHECKPOINT \\
         --config.data.datasets="[{'name': 'mine', 'spec': 'libero', 'path': 'DIR/1.0.0'}]"
 
-`init` is any checkpoint that `load_pretrained` reads. The release gives 8 GPUs, not a number of steps: set `train.steps`.
+`init` is any checkpoint that `load_pretrained` reads. The release gives 8 GPUs and no length: set `train.steps`.
 """
 
 from spatialvla_jax.config import default_config
