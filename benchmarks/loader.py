@@ -38,6 +38,7 @@ IMAGE_SIZE, CHUNK, PROMPT_LENGTH = 224, 4, 32
 SIZES = ((480, 640, 75), (256, 256, 95))
 EPISODE_STEPS = (50, 150)
 SETTLED = 0.05  # of a core: what a process uses when its queues are full
+READERS = 1  # of each dataset of the buffered stream
 DIFFERENT_FRAMES = 512  # that the ceiling decodes over and over
 DEEP_STEP = 1_000_000
 
@@ -269,8 +270,14 @@ def buffered_stream(loader: Any, data: dict[str, Any], batch_size: int, buffer: 
                 "action_mask": places < length,
             }
 
-        episodes = builder.as_dataset(split="train", shuffle_files=True, decoders={"steps": tfds.decode.SkipDecoding()})
-        return episodes.repeat().map(chunk, num_parallel_calls=auto).unbatch()
+        # By itself TFDS opens 16 files of each dataset and reads 16 episodes of each: more than 19 GB were not enough.
+        readers = {"num_parallel_calls_for_interleave_files": READERS, "num_parallel_calls_for_decode": READERS}
+        config = tfds.ReadConfig(
+            interleave_cycle_length=READERS, interleave_block_length=1, skip_prefetch=True, **readers
+        )
+        decoders = {"steps": tfds.decode.SkipDecoding()}
+        episodes = builder.as_dataset(split="train", shuffle_files=True, decoders=decoders, read_config=config)
+        return episodes.repeat().map(chunk, num_parallel_calls=READERS).unbatch()
 
     def decode(frame: dict[str, Any]) -> dict[str, Any]:
         image, _ = decode_image(frame["image"], IMAGE_SIZE)
