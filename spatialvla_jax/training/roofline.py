@@ -3,8 +3,8 @@
 XLA's own `cost_analysis` counts the body of a loop once; here it counts as often as the loop runs it (scanned layers,
 accumulation), from the bound in each loop's condition.
 
-    compute seconds    = hardware FLOPs of a chip / peak FLOP/s          (with what is rematerialised)
-    HBM seconds        = bytes read and written by its instructions / HBM bandwidth
+    compute seconds    = hardware FLOPs of a chip (with rematerialisation; at least the model's) / peak FLOP/s
+    HBM seconds        = bytes that its instructions read from and write to HBM / HBM bandwidth
     ICI, DCN seconds   = bytes that a chip must receive in collectives / its bandwidth
     step ≥ roofline    = the largest of these: perfect overlap, peak rates
     MFU ≤ mfu bound    = model FLOPs / (chips × peak × roofline step), model FLOPs without rematerialisation
@@ -112,11 +112,15 @@ def read_program(text: str, devices_per_slice: int) -> Cost:
     flops = hbm = 0.0
     collectives: list[Collective] = []
     for name, times in executed(computations, entry):
+        channels: set[str] = set()
         for i in computations[name][1]:
             flops += times * flops_of(i, computations, tables, tables[name])
-            kind = i.op.removesuffix("-start")
-            if kind in COLLECTIVES or (kind == "fusion" and "all-reduce-scatter" in i.text.split("metadata=")[0]):
-                collectives.append(collective(i, kind, times, devices_per_slice, computations))
+            for j, kind in collectives_in(i, computations):
+                # One that runs beside several fusions is written in each of them.
+                channel = re.search(r"channel_id=(\d+)", j.text)
+                if channel is None or channel[1] not in channels:
+                    channels |= {channel[1]} if channel else set()
+                    collectives.append(collective(j, kind, times, devices_per_slice, computations))
             if i.op == "recv" and "_xla_megascale_transfer_type" in i.text:
                 collectives.append(across_slices(i, times))
             if i.op not in FREE:
@@ -267,40 +271,63 @@ def traffic(i: Instruction, computations: dict, table: dict[str, Instruction]) -
         return plain_traffic(i, table)
     body = computations[inner][1]
     names = {j.name: j for j in body}
-    parameters = {int(j.text.split("(")[1].split(")")[0]): j for j in body if j.op == "parameter"}
     root = next(j for j in body if j.root)
     shapes = shapes_of(i.shape)
     several = root.op == "tuple" and len(root.operands) == len(shapes)
     results = zip(root.operands, shapes, strict=True) if several else [(root.name, i.shape)]
-    total, updated = 0.0, set()
+    total = 0.0
     for name, shape in results:
-        target = names[name]
-        while target.op == "bitcast":
-            target = names[target.operands[0]]
-        if target.op == "dynamic-update-slice":
-            total += size(names[target.operands[1]].shape) if size(shape, hbm_only=True) else 0
-            updated.add(target.operands[0])
-        else:
-            total += size(shape, hbm_only=True)
+        if size(shape, hbm_only=True):
+            total += written(names[name], names, computations)
     for at, operand in enumerate(i.operands):
-        shape, parameter = table[operand].shape, parameters.get(at)
-        if parameter is None or not size(shape, hbm_only=True):
-            continue
-        uses = list(uses_of(parameter, body))
-        if uses and all(u.op in ("dynamic-slice", "slice", "gather") for u in uses):
-            total += min(size(shape), sum(size(u.shape) for u in uses))
-        elif not (parameter.name in updated and len(uses) == 1):
-            total += size(shape, hbm_only=True)
+        shape = table[operand].shape
+        if size(shape, hbm_only=True):
+            total += min(size(shape), read(at, body, computations))
     return total
 
 
-def uses_of(i: Instruction, body: list[Instruction]) -> Iterator[Instruction]:
-    for j in body:
-        if i.name in j.operands:
-            if j.op == "bitcast":
-                yield from uses_of(j, body)
-            else:
-                yield j
+def written(i: Instruction, names: dict[str, Instruction], computations: dict) -> float:
+    """Bytes of an instruction's result in a fusion that are new: an update alone, nothing of what passes through."""
+    if i.op == "bitcast":
+        return written(names[i.operands[0]], names, computations)
+    if i.op == "parameter":
+        return 0
+    if i.op == "dynamic-update-slice":
+        return size(names[i.operands[1]].shape)
+    if i.op == "get-tuple-element":
+        source = names[i.operands[0]]
+        if source.op in ("custom-call", "parameter"):  # a collective under way
+            return 0
+        inner, at = called_by(source), int(re.search(r"index=(\d+)", i.text)[1])  # pyright: ignore[reportOptionalSubscript]
+        if inner is not None:
+            body = {j.name: j for j in computations[inner][1]}
+            root = next(j for j in body.values() if j.root)
+            if root.op == "tuple":
+                return written(body[root.operands[at]], body, computations)
+    if i.op == "fusion" and (inner := called_by(i)):
+        body = {j.name: j for j in computations[inner][1]}
+        root = next(j for j in body.values() if j.root)
+        return written(root, body, computations) if root.op != "tuple" else size(i.shape)
+    return size(i.shape)
+
+
+def read(parameter: int, body: list[Instruction], computations: dict) -> float:
+    """Bytes of a fusion's parameter that its body reads."""
+    name = next((j.name for j in body if j.op == "parameter" and j.text.startswith(f"parameter({parameter})")), None)
+    total, waiting = 0.0, [name]
+    while waiting:
+        name = waiting.pop()
+        for j in body:
+            for at in (n for n, operand in enumerate(j.operands) if operand == name):
+                if j.op == "bitcast":
+                    waiting.append(j.name)
+                elif j.op in ("dynamic-slice", "slice", "gather"):
+                    total += size(j.shape) if at == 0 else 0
+                elif j.op == "fusion" and (inner := called_by(j)):
+                    total += read(at, computations[inner][1], computations)
+                elif not (j.op in ("tuple", "custom-call") or (j.op == "dynamic-update-slice" and at == 0)):
+                    total += size(next(k.shape for k in body if k.name == name))
+    return total
 
 
 def plain_traffic(i: Instruction, table: dict[str, Instruction]) -> float:
@@ -323,6 +350,16 @@ def plain_traffic(i: Instruction, table: dict[str, Instruction]) -> float:
 
 def shapes_of(shape: str) -> list[str]:
     return [m.group(0) for m in ARRAY.finditer(shape)]
+
+
+def collectives_in(i: Instruction, computations: dict) -> Iterator[tuple[Instruction, str]]:
+    """The collectives that an instruction is or, as a fusion, holds, with their kinds."""
+    kind = i.op.removesuffix("-start")
+    if kind in COLLECTIVES or (kind == "fusion" and "all-reduce-scatter" in i.text.split("metadata=")[0]):
+        yield i, kind
+    elif kind == "fusion" and (inner := called_by(i)):
+        for j in computations[inner][1]:
+            yield from collectives_in(j, computations)
 
 
 def collective(i: Instruction, kind: str, times: int, devices_per_slice: int, computations: dict) -> Collective:
