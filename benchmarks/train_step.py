@@ -22,11 +22,10 @@ from spatialvla_jax.actions import PRETRAIN_GAUSSIANS, gaussian_grid
 from spatialvla_jax.config import default_config
 from spatialvla_jax.models import PRESETS, SpatialVLA, preset
 from spatialvla_jax.models.remat import POLICIES
-from spatialvla_jax.training.augment import Augmentation
-from spatialvla_jax.training.optimizer import learning_rate, make_optimizer
+from spatialvla_jax.training.optimizer import make_optimizer
+from spatialvla_jax.training.program import frozen_patterns, jit_train_step, make_model
 from spatialvla_jax.training.sharding import BATCH, check_batch, make_mesh
 from spatialvla_jax.training.state import init_state
-from spatialvla_jax.training.step import make_train_step
 
 
 def random_batch(model: SpatialVLA, size: int) -> dict[str, np.ndarray]:
@@ -59,31 +58,21 @@ def main() -> None:
     device = jax.devices()[0]
     print(f"Python {platform.python_version()}, JAX {jax.__version__}, {jax.device_count()} × {device.device_kind}")
     grid = gaussian_grid(PRETRAIN_GAUSSIANS)
-    changes = {"remat": args.remat} | {k: v for k in ("dtype", "depth") if (v := getattr(args, k))}
-    model = SpatialVLA(preset(args.preset, spatial_tokens=grid.vocab_size, **changes))
-    config = default_config().optimizer
-    frozen = tuple(p for p in config.frozen if p != "zoe" or model.config.depth == "zoedepth")
-    optimizer = make_optimizer(config, 1000)
+    config = default_config()
+    default = preset(args.preset)
+    config.model.update(
+        preset=args.preset, dtype=args.dtype or default.dtype, depth=args.depth or default.depth, remat=args.remat
+    )
+    config.train.batch_size = args.batch_size
+    model = make_model(config, grid)
     mesh = make_mesh({"fsdp": -1})
     check_batch(args.batch_size, 1, mesh)
-    state, shardings = init_state(model, optimizer, frozen, 0, mesh)
+    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    state, shardings = init_state(model, optimizer, frozen_patterns(config, model), 0, mesh)
     params = sum(x.size for x in jax.tree.leaves(state.params))
-    step = make_train_step(
-        model,
-        optimizer,
-        schedule=learning_rate(config, 1000),
-        frozen=frozen,
-        augmentation=Augmentation(),
-        accumulate=1,
-        seed=0,
-    )
-    batch_sharding = NamedSharding(mesh, BATCH)
-    batch = jax.device_put(random_batch(model, args.batch_size), batch_sharding)
+    batch = jax.device_put(random_batch(model, args.batch_size), NamedSharding(mesh, BATCH))
     began = time.perf_counter()
-    jitted = jax.jit(
-        step, in_shardings=(shardings, batch_sharding, None), out_shardings=(shardings, None), donate_argnums=0
-    )
-    compiled = jitted.lower(state, batch, grid).compile()
+    compiled = jit_train_step(config, model, mesh, shardings).lower(state, batch, grid).compile()
     compile_seconds = time.perf_counter() - began
 
     for _ in range(3):
