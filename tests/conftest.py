@@ -58,3 +58,29 @@ def trained(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     workdir = tmp_path_factory.mktemp("trained")
     train(load_config(config_file, {"train.steps": "10", "mesh.fsdp": "4", "mesh.data": "2"}), workdir)
     return workdir
+
+
+@pytest.fixture(scope="session")
+def packed_config(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same on a packed file, which needs no TensorFlow."""
+    from spatialvla_jax.config import load_config
+    from spatialvla_jax.data.pack import write_pack
+    from spatialvla_jax.training.loop import open_data
+
+    folder, config = tmp_path_factory.mktemp("packed"), load_config(config_file)
+    write_pack(open_data(config), folder / "toy.pack", config.data.to_dict(), ("train", "val"))
+    text = config_file.read_text().replace(
+        "    return", f"    config.data.packed = {str(folder / 'toy.pack')!r}\n    return"
+    )
+    (folder / "packed.py").write_text(text)
+    return folder / "packed.py"
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory):
+    """Starts training runs in processes of their own."""
+    from processes import Server
+
+    server = Server(tmp_path_factory.mktemp("compiled"))
+    yield server
+    server.close()

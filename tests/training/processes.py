@@ -1,0 +1,121 @@
+"""`spatialvla-jax train` in processes that start fast: a server imports everything once and forks for each."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+
+class Server:
+    """Forks processes that run the command line. They share a cache of compiled programs."""
+
+    def __init__(self, cache: Path) -> None:
+        shared = {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        self.process = subprocess.Popen(
+            [sys.executable, __file__],
+            env=os.environ | shared,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def ask(self, **request) -> int:
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+    def train(self, config: Path, workdir: Path, *arguments: str, devices: int = 1, file_limit: int = 0) -> "Run":
+        """A run, on so many CPU devices and perhaps with a limit on the size of the files that it writes."""
+        workdir.parent.mkdir(parents=True, exist_ok=True)
+        errors = workdir.with_name(f"{workdir.name}.{time.monotonic_ns()}.txt")
+        argv = ["train", "--config", str(config), "--workdir", str(workdir), *arguments]
+        return Run(self, self.ask(argv=argv, errors=str(errors), devices=devices, file_limit=file_limit), errors)
+
+    def close(self) -> None:
+        assert self.process.stdin
+        self.process.stdin.close()
+        self.process.wait()
+
+
+class Run:
+    def __init__(self, server: Server, pid: int, errors: Path) -> None:
+        self.server, self.pid, self.errors, self.code = server, pid, errors, None
+
+    def poll(self) -> int | None:
+        """The exit code, negative for a signal; None while it runs."""
+        if self.code is None:
+            status = self.server.ask(poll=self.pid)
+            self.code = None if status == -1 else os.waitstatus_to_exitcode(status)
+        return self.code
+
+    def wait(self, seconds: float = 120) -> int:
+        """The exit code."""
+        assert not self.until(lambda: False, seconds)
+        return self.code  # pyright: ignore[reportReturnType]
+
+    def until(self, moment: Callable[[], bool], seconds: float = 120) -> bool:
+        """Wait for a moment of the run; False if it ended before. A run that takes longer fails the test and says where
+        it was."""
+        end = time.monotonic() + seconds
+        while not moment():
+            if self.poll() is not None:
+                return False
+            if time.monotonic() > end:
+                self.send(signal.SIGUSR1)
+                time.sleep(1)
+                self.kill()
+                raise AssertionError(f"still running after {seconds} s: {self.errors.read_text()[-8000:]}")
+            time.sleep(0.01)
+        return True
+
+    def send(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send(signal.SIGKILL)
+        while self.poll() is None:
+            time.sleep(0.001)
+
+
+def serve() -> None:
+    import faulthandler
+    import resource
+
+    import spatialvla_jax.training.loop  # noqa: F401
+    from spatialvla_jax.cli import main
+
+    running: set[int] = set()
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "poll" in request:
+            pid, status = os.waitpid(request["poll"], os.WNOHANG)
+            print(status if pid else -1, flush=True)
+            running.discard(pid)
+            continue
+        pid = os.fork()
+        if pid == 0:
+            file = os.open(request["errors"], os.O_WRONLY | os.O_CREAT)
+            null = os.open(os.devnull, os.O_RDWR)
+            for target, source in ((0, null), (1, file), (2, file)):
+                os.dup2(source, target)
+            faulthandler.register(signal.SIGUSR1, all_threads=True)
+            os.environ["XLA_FLAGS"] = (
+                f"--xla_force_host_platform_device_count={request['devices']} --xla_backend_optimization_level=0"
+            )
+            if request["file_limit"]:
+                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_limit"], request["file_limit"]))
+            sys.exit(main(request["argv"]))
+        running.add(pid)
+        print(pid, flush=True)
+    for pid in running:  # of tests that failed
+        os.kill(pid, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    serve()
