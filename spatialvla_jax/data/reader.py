@@ -14,6 +14,7 @@ What makes the memory of loaders grow, and what this one does instead:
 import contextlib
 import dataclasses
 import functools
+import mmap
 import os
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -302,13 +303,14 @@ class _Files:
 
 
 class _Blocks(_Files):
-    """The same, read in blocks of `block` consecutive frames, of which `capacity` bytes are kept."""
+    """The same, read in blocks of `block` consecutive frames. They lie in one ring of `capacity` bytes, a new one in
+    the place of the oldest: all of it is taken at once and nothing is freed, so that the resident set stays flat."""
 
     def __init__(self, block: int, capacity: int):
         super().__init__()
-        self._block, self._capacity, self._size = block, capacity, 0
-        # Of each block a (file, offset, data) for every episode that it has frames of.
-        self._kept: OrderedDict[tuple[str, str, int], list[tuple[int, int, bytes]]] = OrderedDict()
+        self._block, self._ring, self._end = block, _pages(capacity), 0
+        # Of each block, oldest first, a (file, offset, place in the ring, length) for every episode it has frames of.
+        self._kept: OrderedDict[tuple[str, str, int], list[tuple[int, int, int, int]]] = OrderedDict()
 
     def expect(self, ranges: Iterable[tuple[str, int, int]]) -> None:
         """Nothing: most of it is here already, and a block is a read that is large enough."""
@@ -316,16 +318,36 @@ class _Blocks(_Files):
     def frame(self, index: Index, key: str, frame: int, file: int, offset: int, length: int) -> bytes:
         name = (index.name, key, frame // self._block)
         if name not in self._kept:
-            self._kept[name] = list(self._parts(index, key, name[2]))
-            self._size += sum(len(data) for *_, data in self._kept[name])
-            while self._size > self._capacity and len(self._kept) > 1:
-                _, parts = self._kept.popitem(last=False)
-                self._size -= sum(len(data) for *_, data in parts)
-        self._kept.move_to_end(name)
-        for held, start, data in self._kept[name]:
-            if held == file and start <= offset < start + len(data):
-                return data[offset - start : offset - start + length]
+            self._kept[name] = self._load(list(self._parts(index, key, name[2])))
+        for held, start, place, size in self._kept[name]:
+            if held == file and start <= offset < start + size:
+                return self._ring[place + offset - start : place + offset - start + length]
         raise AssertionError(f"frame {frame} is not in its block")
+
+    def _load(self, parts: list[tuple[int, int, bytes]]) -> list[tuple[int, int, int, int]]:
+        """Puts a block into the ring."""
+        size = sum(len(data) for *_, data in parts)
+        if size > len(self._ring):  # far above the mean: the ring grows
+            self._kept.clear()
+            self._ring, self._end = _pages(2 * size), 0
+        if self._end + size > len(self._ring):
+            self._forget(self._end, len(self._ring))
+            self._end = 0
+        self._forget(self._end, self._end + size)
+        places = []
+        for file, start, data in parts:
+            self._ring[self._end : self._end + len(data)] = data
+            places.append((file, start, self._end, len(data)))
+            self._end += len(data)
+        return places
+
+    def _forget(self, first: int, stop: int) -> None:
+        """Drops the blocks that lie in the ring between `first` and `stop`: they are the oldest."""
+        while self._kept:
+            oldest, parts = next(iter(self._kept.items()))
+            if parts[0][2] >= stop or parts[-1][2] + parts[-1][3] <= first:
+                return
+            del self._kept[oldest]
 
     def _parts(self, index: Index, key: str, block: int) -> Iterator[tuple[int, int, bytes]]:
         frames = np.arange(block * self._block, min((block + 1) * self._block, index.num_frames))
@@ -335,3 +357,8 @@ class _Blocks(_Files):
             file = int(index.arrays["episode_file"][episode])
             start, stop = int(own[0, 0]), int(own[-1].sum())
             yield file, start, self.read(index.files[file], start, stop - start)
+
+
+def _pages(size: int) -> mmap.mmap:
+    """So many bytes of memory, taken now where the system can (Linux)."""
+    return mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_POPULATE", 0))

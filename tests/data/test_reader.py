@@ -116,12 +116,19 @@ def test_blocks_stay_within_their_bytes(paths, cache_dir):
     (index,) = loader.indexes()
     capacity = 12 * int(index.arrays["image"][:, 1].max())
     blocks = reader._Blocks(4, capacity)
+    ring = blocks._ring
     frames = np.random.default_rng(0).integers(0, index.num_frames, 300).tolist()
     files = index.arrays["episode_file"][index.episode(frames)].tolist()
     for frame, file in zip(frames, files, strict=True):
         span = index.arrays["image"][frame].tolist()
         assert blocks.frame(index, "image", frame, file, *span) == reader._Files().read(index.files[file], *span)
-        assert blocks._size == sum(len(data) for parts in blocks._kept.values() for *_, data in parts) <= capacity
+        assert blocks._ring is ring and sum(len(parts) for parts in blocks._kept.values())
+    # A ring that is too small for a block grows, once.
+    small = reader._Blocks(4, 10)
+    for frame, file in list(zip(frames, files, strict=True))[:50]:
+        span = index.arrays["image"][frame].tolist()
+        assert small.frame(index, "image", frame, file, *span) == reader._Files().read(index.files[file], *span)
+    assert len(small._ring) < 4 * capacity
 
 
 def test_budget(paths, cache_dir, monkeypatch):
