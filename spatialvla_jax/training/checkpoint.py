@@ -6,6 +6,8 @@ parameters, `params` are these and `optimizer` holds the trained ones.
 """
 
 import contextlib
+import logging
+import re
 import sys
 import time
 from pathlib import Path
@@ -21,6 +23,10 @@ from spatialvla_jax.training.optimizer import swap_average
 from spatialvla_jax.training.state import TrainState
 
 FOLDER = "checkpoints"
+
+# Orbax logs the traceback of every error that it raises, too, and leaves some unheard.
+for name in ("absl", "asyncio"):
+    logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 class Checkpoints:
@@ -128,4 +134,12 @@ class Checkpoints:
         return TrainState(at, *swap_average(restored["params"], restored["optimizer"]))
 
     def close(self) -> None:
-        self.manager.close()
+        """Wait for the save under way. Where it fails the run has ended early, and says by another error why."""
+        with contextlib.suppress(Exception):
+            self.manager.close()
+
+
+def reason(error: Exception) -> str:
+    """The system's own words in an error of the array store, or the error's first words."""
+    found = re.search(r": ([^:\[\]]+) \[os_error_code", str(error))
+    return found[1] if found else " ".join(str(error).split())[:300]
