@@ -19,7 +19,17 @@ setup(
         # Not on the package index. big_vision is no package at all: a clone of it belongs on PYTHONPATH.
         "dlimp": ["dlimp @ git+https://github.com/kvablack/dlimp"],
         "lerobot": ["av>=14", "pyarrow>=17"],
-        "dev": ["jax[tpu]", "hypothesis", "ipykernel", "nbclient", "nbformat", "pyright", "pytest", "pytest-xdist", "ruff"],
+        "dev": [
+            "jax[tpu]",
+            "hypothesis",
+            "ipykernel",
+            "nbclient",
+            "nbformat",
+            "pyright",
+            "pytest",
+            "pytest-xdist",
+            "ruff",
+        ],
     },
     entry_points={"console_scripts": ["spatialvla-jax=spatialvla_jax.cli:main"]},
 )
