@@ -6,8 +6,9 @@ parameters, `params` are these and `optimizer` holds the trained ones.
 """
 
 import contextlib
+import errno
 import logging
-import re
+import os
 import sys
 import time
 from pathlib import Path
@@ -98,9 +99,7 @@ class Checkpoints:
     def _failed(self, error: Exception, step: int) -> None:
         self.began, self.retry_at = 0.0, step + 2**self.failures
         self.failures += 1
-        sentence = (
-            f"no checkpoint could be written to {self.folder} at step {step}: {' '.join(str(error).split())[:300]}"
-        )
+        sentence = f"no checkpoint could be written to {self.folder} at step {step}: {reason(error)}"
         if jax.process_count() > 1:
             raise InputError(sentence) from error
         with contextlib.suppress(Exception):
@@ -141,5 +140,5 @@ class Checkpoints:
 
 def reason(error: Exception) -> str:
     """The system's own words in an error of the array store, or the error's first words."""
-    found = re.search(r": ([^:\[\]]+) \[os_error_code", str(error))
-    return found[1] if found else " ".join(str(error).split())[:300]
+    text = " ".join(str(error).split())
+    return next((words for number in errno.errorcode if (words := os.strerror(number)) in text), text[:300])

@@ -1,0 +1,93 @@
+"""Killed at random moments, asked to end, or out of disk: nothing is lost, and a run ends in the same bits."""
+
+import random
+import signal
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from processes import Server
+
+from spatialvla_jax.interop import load_pretrained
+from spatialvla_jax.interop.orbax import step_directory
+from spatialvla_jax.training.metrics import read_metrics
+
+STEPS = "--config.train.steps=60"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(server: Server, packed_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    workdir = tmp_path_factory.mktemp("undisturbed") / "run"
+    finish(server, packed_config, workdir)
+    return workdir
+
+
+def finish(server: Server, config: Path, workdir: Path) -> None:
+    run = server.train(config, workdir, STEPS)
+    assert run.wait() == 0, run.errors.read_text()
+
+
+def records(workdir: Path) -> list[dict]:
+    path = workdir / "metrics.jsonl"
+    return read_metrics(path) if path.exists() else []
+
+
+def last_step(workdir: Path) -> int:
+    return max((r["step"] for r in records(workdir)), default=0)
+
+
+def assert_same(a: Path, b: Path) -> None:
+    assert records(a) == records(b)
+    same = jax.tree.map(np.array_equal, load_pretrained(a)[1], load_pretrained(b)[1])
+    assert all(jax.tree.leaves(same))
+
+
+def test_killed_twenty_times(server: Server, packed_config: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """SIGKILL in start-up, and at moments of the steps that follow, saves among them (one step in five)."""
+    chance, workdir = random.Random(0), tmp_path / "run"
+    for n in range(20):
+        run = server.train(packed_config, workdir, STEPS)
+        if n % 2:
+            reached, delay = last_step(workdir), chance.uniform(0, 0.5)
+            assert run.until(lambda reached=reached: last_step(workdir) > reached), run.errors.read_text()
+        else:
+            delay = chance.uniform(0, 4)
+        time.sleep(delay)
+        assert run.poll() is None, run.errors.read_text()
+        run.kill()
+    finish(server, packed_config, workdir)
+    assert_same(workdir, undisturbed)
+
+
+def test_sigterm_saves_and_ends_well(server: Server, packed_config: Path, undisturbed: Path, tmp_path: Path) -> None:
+    workdir = tmp_path / "run"
+    run = server.train(packed_config, workdir, STEPS, "--config.checkpoint.every=1000")
+    assert run.until(lambda: last_step(workdir) >= 7)
+    run.send(signal.SIGTERM)
+    assert run.wait(30) == 0
+    saved = step_directory(workdir)
+    assert saved is not None and int(saved.name) == last_step(workdir) < 60
+    assert f"to step {saved.name} of 60, the same command goes on" in run.errors.read_text()
+    finish(server, packed_config, workdir)
+    assert_same(workdir, undisturbed)
+
+
+def test_full_disk(server: Server, packed_config: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """No file can grow enough for a checkpoint: tried again four times, then one sentence, and what was saved stays."""
+    workdir = tmp_path / "run"
+    run = server.train(packed_config, workdir, STEPS)
+    assert run.until(lambda: last_step(workdir) >= 12)
+    run.kill()
+    saved = step_directory(workdir)
+    assert saved is not None
+    run = server.train(packed_config, workdir, STEPS, file_limit=150_000)
+    assert run.wait() == 2
+    errors = run.errors.read_text()
+    assert errors.count("; trying again") == 4
+    (sentence,) = (line for line in errors.splitlines() if line.startswith("spatialvla-jax train: "))
+    assert f"no checkpoint could be written to {workdir / 'checkpoints'} at step" in sentence
+    assert "File too large" in sentence and sentence.endswith(f"the last good one is of step {saved.name}")
+    finish(server, packed_config, workdir)
+    assert_same(workdir, undisturbed)
