@@ -4,6 +4,8 @@ BIN := .venv/bin
 
 .PHONY: demo test lint lock clean
 
+# The locked environment is a CPU's; without this the TPU compiler in it, which tests use, looks for TPUs and complains.
+demo: export JAX_PLATFORMS ?= cpu
 demo: .venv/.installed
 	$(BIN)/spatialvla-jax demo --workdir runs/demo
 
