@@ -1,0 +1,102 @@
+"""From chunks of T actions to one action a step: open loop, receding horizon, ensembles of overlapping chunks.
+
+    executor = Executor(weigh=adaptive, every=1)   # one a client or environment
+    while True:
+        action = executor.step(policy.infer(observation)["actions"] if executor.due else None)
+
+Many environments share one policy call: those that are due form the batch.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from jaxtyping import Float
+
+from spatialvla_jax.errors import InputError
+
+# Predictions of one action, oldest first -> their weights, of any sum above 0.
+Weigh = Callable[[Float[np.ndarray, "N 7"]], Float[np.ndarray, " N"]]
+
+
+def newest(predictions: Float[np.ndarray, "N 7"]) -> Float[np.ndarray, " N"]:
+    """The last prediction alone: no ensemble."""
+    return np.eye(len(predictions))[-1]
+
+
+def adaptive(predictions: Float[np.ndarray, "N 7"], alpha: float = 0.1) -> Float[np.ndarray, " N"]:
+    """exp(alpha · cosine similarity with the newest prediction): what points elsewhere counts less.
+
+    CogACT (Li et al. 2024, section 3.4), but the similarity is that of the six motions: a gripper of 0 or 1 beside
+    motions of millimetres would decide it alone.
+    """
+    motion = predictions[:, :6]
+    norms = np.linalg.norm(motion, axis=1)
+    return np.exp(alpha * (motion @ motion[-1]) / (norms * norms[-1] + 1e-12))
+
+
+def recent(predictions: Float[np.ndarray, "N 7"], rate: float = 0.8) -> Float[np.ndarray, " N"]:
+    """exp(-rate · age): how the release's own SimplerEnv evaluation weighs (its `action_ensemble_temp` of -0.8)."""
+    return np.exp(-rate * np.arange(len(predictions))[::-1])
+
+
+def combine(
+    predictions: Float[np.ndarray, "N 7"] | Sequence[Float[np.ndarray, " 7"]], weigh: Weigh
+) -> Float[np.ndarray, " 7"]:
+    """Predictions of one action, oldest first → the weighted mean of the motions and the gripper of the majority.
+
+    A mean would half open the gripper; the weighted median is a gripper that was predicted, closed on a tie, as in the
+    release, which opens above a mean of one half.
+    """
+    stacked = np.asarray(predictions, np.float64)
+    weights = weigh(stacked)
+    weights = weights / weights.sum()
+    action = stacked[-1] + weights @ (stacked - stacked[-1])  # so that equal predictions stay what they are, exactly
+    order = np.argsort(stacked[:, 6], kind="stable")
+    action[6] = stacked[order[np.searchsorted(np.cumsum(weights[order]), 0.5 - 1e-9)], 6]
+    return action.astype(np.float32)
+
+
+class Executor:
+    """Executes one client's chunks; `due` says whether the next step needs a new one.
+
+    A new chunk is due every `every` steps, by default when the last one is used up. `weigh` combines all chunks that
+    reach the step: Executor() is the open loop, Executor(every=k) the receding horizon, Executor(adaptive, 1) the
+    adaptive ensemble.
+    """
+
+    def __init__(self, weigh: Weigh = newest, every: int = sys.maxsize) -> None:
+        if every < 1:
+            raise InputError(f"a new chunk every {every} steps is not possible; choose 1 or more")
+        self.weigh, self.every = weigh, every
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the episode."""
+        self._chunks: list[tuple[int, Float[np.ndarray, "T 7"]]] = []  # (steps since, chunk), oldest first
+
+    @property
+    def due(self) -> bool:
+        return not self._chunks or self._chunks[-1][0] >= self.every
+
+    def step(self, chunk: Float[np.ndarray, "T 7"] | None = None) -> Float[np.ndarray, " 7"]:
+        """The action of this step; `chunk` begins at it and is needed where `due`."""
+        if chunk is not None:
+            self._chunks.append((0, np.array(chunk)))
+        if not self._chunks:
+            raise InputError("the last chunk is used up: this step needs a new one")
+        action = combine([chunk[age] for age, chunk in self._chunks], self.weigh)
+        self._chunks = [(age + 1, chunk) for age, chunk in self._chunks if age + 1 < len(chunk)]
+        return action
+
+
+def executor(mode: str) -> Executor:
+    """By name: `open_loop`, `receding:K` (a chunk every K steps), `adaptive` or `recent` (an ensemble each step)."""
+    kind, _, every = mode.partition(":")
+    if mode == "open_loop":
+        return Executor()
+    if kind == "receding" and every.isdecimal() and int(every) > 0:
+        return Executor(every=int(every))
+    if mode in ("adaptive", "recent"):
+        return Executor(adaptive if mode == "adaptive" else recent, every=1)
+    raise InputError(f"execution {mode!r} is not known; choose open_loop, receding:K, adaptive or recent")
