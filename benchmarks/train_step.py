@@ -70,19 +70,20 @@ def main() -> None:
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     state, shardings = init_state(model, optimizer, frozen_patterns(config, model), 0, mesh)
     params = sum(x.size for x in jax.tree.leaves(state.params))
+    seed = np.uint32(0)
     batch = jax.device_put(random_batch(model, args.batch_size), NamedSharding(mesh, BATCH))
     began = time.perf_counter()
-    compiled = jit_train_step(config, model, mesh, shardings).lower(state, batch, grid).compile()
+    compiled = jit_train_step(config, model, mesh, shardings).lower(state, batch, grid, seed).compile()
     compile_seconds = time.perf_counter() - began
 
     for _ in range(3):
-        state, metrics = compiled(state, batch, grid)
+        state, metrics = compiled(state, batch, grid, seed)
     jax.block_until_ready(metrics)
     seconds = []
     for repeat in range(args.repeats):
         began = time.perf_counter()
         for _ in range(args.steps):
-            state, metrics = compiled(state, batch, grid)
+            state, metrics = compiled(state, batch, grid, seed)
         jax.block_until_ready(metrics)
         seconds.append((time.perf_counter() - began) / args.steps)
         print(f"repeat {repeat + 1}: {1e3 * seconds[-1]:.2f} ms a step, {args.batch_size / seconds[-1]:.1f} samples/s")
@@ -93,7 +94,7 @@ def main() -> None:
 
         def run() -> Any:
             nonlocal state
-            state, metrics = compiled(state, batch, grid)
+            state, metrics = compiled(state, batch, grid, seed)
             return metrics
 
         text, traced = trace(run, 3, compiled.as_text())

@@ -91,7 +91,7 @@ def train(
     start, steps = latest or 0, config.train.steps
 
     batch_sharding, replicated = NamedSharding(mesh, BATCH), NamedSharding(mesh, P())
-    grid = jax.device_put(processor.grid, replicated)
+    grid, seed = jax.device_put((processor.grid, np.uint32(config.seed)), replicated)
     step_fn = jit_train_step(config, model, mesh, shardings, len(loader.names))
     eval_fn = jax.jit(
         on_mesh(make_eval_step(model, len(loader.names)), mesh),
@@ -128,7 +128,7 @@ def train(
                 # A fingerprint of which frames the step saw: two runs saw the same data if these agree.
                 digest = zlib.crc32(np.ascontiguousarray(batch["sample_id"]).tobytes())
                 with clock("compute"):
-                    state, metrics = step_fn(state, to_device(batch, batch_sharding), grid)
+                    state, metrics = step_fn(state, to_device(batch, batch_sharding), grid, seed)
                     if running is not None:  # wait for the step before: the device has one to do meanwhile
                         check_skipped(running, step - 1, config.train.max_skipped)
                     running = metrics

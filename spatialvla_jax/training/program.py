@@ -50,7 +50,7 @@ def augmentation_of(config: ConfigDict) -> Augmentation | None:
 def jit_train_step(
     config: ConfigDict, model: SpatialVLA, mesh: Mesh, shardings: TrainState, num_datasets: int = 0
 ) -> Any:
-    """→ jitted `step(state, batch, grid) -> (state, metrics)`: the state in `shardings`, donated; the batch split."""
+    """→ jitted `step(state, batch, grid, seed) -> (state, metrics)`: the state in `shardings`, donated; batch split."""
     step = make_train_step(
         model,
         make_optimizer(config.optimizer, config.train.steps),
@@ -58,13 +58,12 @@ def jit_train_step(
         frozen=frozen_patterns(config, model),
         augmentation=augmentation_of(config),
         accumulate=config.train.accumulate,
-        seed=config.seed,
         num_datasets=num_datasets,
     )
     replicated = NamedSharding(mesh, P())
     return jax.jit(
         on_mesh(step, mesh),
-        in_shardings=(shardings, NamedSharding(mesh, BATCH), replicated),
+        in_shardings=(shardings, NamedSharding(mesh, BATCH), replicated, replicated),
         out_shardings=(shardings, replicated),
         donate_argnums=0,
         compiler_options=TPU_OPTIONS if mesh.devices.flat[0].platform == "tpu" else None,

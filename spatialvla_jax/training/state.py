@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 from jax.sharding import Mesh, NamedSharding
@@ -38,14 +39,14 @@ def example_inputs(model: SpatialVLA, batch: int = 1) -> tuple[tuple[Array, ...]
     return args, kwargs
 
 
-def init_params(model: SpatialVLA, seed: int) -> dict[str, Any]:
+def init_params(model: SpatialVLA, seed: Int[Array, ""] | int) -> dict[str, Any]:
     """Random parameters, float32."""
     args, kwargs = example_inputs(model)
 
-    def init() -> Any:
+    def init(seed: Any) -> Any:
         return model.init(jax.random.key(seed), *args, **kwargs)["params"]  # pyright: ignore[reportArgumentType]
 
-    return jax.jit(init)()
+    return jax.jit(init)(jnp.asarray(seed, jnp.uint32))
 
 
 def init_state(
@@ -63,7 +64,8 @@ def init_state(
         return new_state(params, optimizer, frozen)
 
     if params is None:
-        return jax.jit(lambda: create(init_params(model, seed)), out_shardings=shardings)(), shardings
+        random = jax.jit(lambda seed: create(init_params(model, seed)), out_shardings=shardings)
+        return random(np.uint32(seed)), shardings
     # Every process holds all of them and gives its devices their parts.
     parts = jax.tree.map(
         lambda x, s: jax.make_array_from_callback(x.shape, s, lambda i: x[i]), params, shardings.params

@@ -31,18 +31,19 @@ def make_train_step(
     frozen: tuple[str, ...],
     augmentation: Augmentation | None,
     accumulate: int,
-    seed: int,
     num_datasets: int = 0,
 ):
-    """→ `step(state, batch, grid) -> (state, metrics)`, to be jitted with the state donated.
+    """→ `step(state, batch, grid, seed) -> (state, metrics)`, to be jitted with the state donated.
 
     `batch` holds the loader's arrays (image u8[B,S,S,3], …); `accumulate` splits it into that many microbatches whose
     gradients are averaged, which is the gradient of the whole batch. Where its loss or its gradient is not finite, the
     step is counted (`skipped`, of the whole run) and changes nothing else. `num_datasets`: that of the mixture, for
-    metrics by dataset.
+    metrics by dataset. Grid and seed are arguments, so that runs which differ in them share one compilation.
     """
 
-    def step(state: TrainState, batch: dict[str, Array], grid: Any) -> tuple[TrainState, Metrics]:
+    def step(
+        state: TrainState, batch: dict[str, Array], grid: Any, seed: Int[Array, ""] | int
+    ) -> tuple[TrainState, Metrics]:
         trainable, fixed = split_frozen(state.params, frozen)
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         inputs = prepare(batch, key, augmentation)

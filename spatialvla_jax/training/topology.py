@@ -174,7 +174,7 @@ def compile_plan(config: ConfigDict, plan: Plan, topology: Topology, cache: Path
     state, shardings = abstract_state(model, optimizer, frozen, mesh)
     num_datasets = len(MIXTURES.get(config.data.mixture, ())) + len(config.data.datasets)
     step = jit_train_step(config, model, mesh, shardings, num_datasets)
-    lowered = step.lower(state, abstract_batch(model, plan.batch_size), grid)
+    lowered = step.lower(state, abstract_batch(model, plan.batch_size), grid, np.uint32(0))
     versions = {"jax": jax.__version__, "libtpu": importlib.metadata.version("libtpu")}
     key = hashlib.sha256(f"{topology} {plan} {versions} {FORMAT} {lowered.as_text()}".encode()).hexdigest()[:24]
     kept = cache / f"{key}.json"

@@ -39,7 +39,6 @@ def run():
             frozen=FROZEN,
             augmentation=None,
             accumulate=1,
-            seed=0,
             num_datasets=3,
         )
     )
@@ -47,7 +46,7 @@ def run():
     def run(batches: list[dict[str, np.ndarray]]) -> list[tuple[TrainState, dict[str, Any]]]:
         state, results = new_state(init_params(model, 0), optimizer, FROZEN), []
         for batch in batches:
-            state, metrics = step(state, batch, GRID)
+            state, metrics = step(state, batch, GRID, 0)
             results.append((state, metrics))
         return results
 

@@ -51,18 +51,17 @@ def losses(mesh_shape: dict[str, int], devices: int, *, accumulate: int = 1, ste
         frozen=FROZEN,
         augmentation=Augmentation(),
         accumulate=accumulate,
-        seed=0,
     )
     batch_sharding = jax.sharding.NamedSharding(mesh, BATCH)
     step = jax.jit(
         on_mesh(step, mesh),
-        in_shardings=(shardings, batch_sharding, None),
+        in_shardings=(shardings, batch_sharding, None, None),
         out_shardings=(shardings, None),
         donate_argnums=0,
     )
     out = []
     for i in range(steps):
-        state, metrics = step(state, jax.device_put(random_batch(model, 8, i), batch_sharding), GRID)
+        state, metrics = step(state, jax.device_put(random_batch(model, 8, i), batch_sharding), GRID, 0)
         out.append(float(metrics["loss"]))
     return out
 
