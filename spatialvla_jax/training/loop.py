@@ -45,8 +45,8 @@ def train(
     of the step and a checkpoint of it.
 
     Metrics also go to the Weights & Biases project `wandb`; steps `profile`, first and last, are traced to
-    `workdir/profile`. Returns {"step", "params" (count), "checkpoint" (directory), "metrics" (last logged)}. The same
-    config and seed give the same bits, however often the run was killed in between.
+    `workdir/profile`. Returns {"step", "params" and "trainable" (counts), "checkpoint" (directory), "metrics" (last
+    logged)}. The same config and seed give the same bits, however often the run was killed in between.
     """
     if wandb:
         check_wandb()
@@ -166,8 +166,16 @@ def train(
         bar.close()
         log.close()
         checkpoints.close()
-    size = sum(x.size for x in jax.tree.leaves(state.params))
-    return {"step": step, "params": size, "checkpoint": str(workdir / checkpoint.FOLDER), "metrics": last}
+    size, trainable = (
+        sum(x.size for x in jax.tree.leaves(p)) for p in (state.params, split_frozen(state.params, frozen)[0])
+    )
+    return {
+        "step": step,
+        "params": size,
+        "trainable": trainable,
+        "checkpoint": str(workdir / checkpoint.FOLDER),
+        "metrics": last,
+    }
 
 
 def check_skipped(metrics: dict[str, jax.Array], step: int, limit: int) -> None:

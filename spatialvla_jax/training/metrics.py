@@ -9,7 +9,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 import numpy as np
@@ -26,8 +26,8 @@ PEAKS = (
 
 
 class MetricsLog:
-    """Appends one JSON object a record to `metrics.jsonl`, scalars to TensorBoard and, given its project, to Weights
-    & Biases. Only the run's first process writes.
+    """Appends one JSON object a record to `metrics.jsonl`, its timings to `times.jsonl`, scalars to TensorBoard and,
+    given its project, to Weights & Biases. Only the run's first process writes.
 
     A resumed run drops what was logged beyond `resume_step`, so the file reads as if the run had never stopped.
     """
@@ -36,12 +36,7 @@ class MetricsLog:
         self.path, self.wandb = workdir / "metrics.jsonl", None
         if not is_writer():
             return
-        if self.path.exists():
-            kept = [r for r in read_metrics(self.path) if r["step"] <= resume_step]
-            temporary = self.path.with_suffix(".tmp")
-            temporary.write_text("".join(json.dumps(r) + "\n" for r in kept))
-            os.replace(temporary, self.path)
-        self.file = self.path.open("a")
+        self.file, self.times = (_kept(path, resume_step) for path in (self.path, workdir / "times.jsonl"))
         self.tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
         if wandb:
             check_wandb()
@@ -51,11 +46,14 @@ class MetricsLog:
             self.wandb = client.init(project=wandb, name=workdir.name, id=same, resume="allow", dir=str(workdir))
 
     def write(self, step: int, values: dict[str, Any], timings: dict[str, float] | None = None) -> None:
-        """`values` are JSON scalars. `timings` do not go to the file, which is the same whenever the run is."""
+        """`values` are JSON scalars. `timings` have a file of their own: the other is the same whenever the run is."""
         if not is_writer():
             return
         self.file.write(json.dumps({"step": step, **values}) + "\n")
         self.file.flush()
+        if timings:
+            self.times.write(json.dumps({"step": step, **timings}) + "\n")
+            self.times.flush()
         scalars = {k: v for k, v in (values | (timings or {})).items() if isinstance(v, float | int)}
         for name, value in scalars.items():
             self.tensorboard.add_scalar(name, value, step)
@@ -65,9 +63,20 @@ class MetricsLog:
     def close(self) -> None:
         if is_writer():
             self.file.close()
+            self.times.close()
             self.tensorboard.close()
         if self.wandb is not None:
             self.wandb.finish()
+
+
+def _kept(path: Path, resume_step: int) -> TextIO:
+    """The file opened to append to, without the records beyond `resume_step`."""
+    if path.exists():
+        kept = [r for r in read_metrics(path) if r["step"] <= resume_step]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(r) + "\n" for r in kept))
+        os.replace(temporary, path)
+    return path.open("a")
 
 
 def check_wandb() -> None:
