@@ -25,6 +25,16 @@ def default_config() -> ConfigDict:
             "seed": 0,
             "init": "",  # a checkpoint to start from, in any format that `load_pretrained` reads; empty: random
             "init_zoedepth": "",  # where `init` is a PaliGemma 2 and model.depth is zoedepth: a ZoeDepth's directory
+            # Where `init` carries an action grid and this config makes another one (paper III-B): make the new spatial
+            # table from the old one, and the action rows of the LM head, by interpolation at the new bins' centres.
+            "adapt": {"embedding": False, "head": False},
+            # Low-rank adapters on the linear layers of `init`, and the spatial table in full, instead of all weights
+            # less `optimizer.frozen`. Published: rank 32, alpha 32, all linear layers.
+            "lora": {
+                "rank": 0,  # 0: none
+                "alpha": 32.0,  # the change of a kernel is alpha / rank · B A
+                "targets": ("llm", "img", "ego3d"),  # patterns of the kernels' paths
+            },
             "model": {
                 "preset": "spatialvla-4b-224",
                 "depth": "zoedepth",  # zoedepth | dataset | none
@@ -60,7 +70,7 @@ def default_config() -> ConfigDict:
                 },
             },
             "grid": {
-                "kind": "gaussian",  # gaussian | uniform | linear (256 bins a dimension, 7 tokens an action)
+                "kind": "gaussian",  # gaussian | uniform | linear (256 bins a dimension, 7 tokens) | checkpoint (that of init)
                 "num_bins": (16, 32, 8, 16, 16, 16),
                 "min_sigma": 0.5,
                 # Datasets that the Gaussians are not fitted to, as published.
@@ -122,6 +132,22 @@ def load_config(path: str | Path, overrides: dict[str, str] | None = None) -> Co
     for key, text in (overrides or {}).items():
         set_key(config, key, text)
     return config
+
+
+def check_post_training(config: ConfigDict) -> None:
+    """Raises InputError where `adapt`, `lora` and `grid.kind` can't go together; looks at no file."""
+    adapting = [f"adapt.{name}" for name, asked in config.adapt.to_dict().items() if asked]
+    if adapting and config.grid.kind == "linear":
+        raise InputError(f"{adapting[0]} interpolates between bins in space, which grid.kind=linear does not have")
+    if not config.init:
+        if config.grid.kind == "checkpoint":
+            raise InputError("grid.kind=checkpoint keeps the grid of init, and init is empty")
+        if config.lora.rank:
+            raise InputError(f"lora.rank={config.lora.rank} adapts the weights of init, and init is empty")
+        if adapting:
+            raise InputError(f"{adapting[0]} adapts the weights of init, and init is empty")
+    if config.lora.rank < 0 or config.lora.alpha <= 0:
+        raise InputError(f"lora.rank {config.lora.rank} must be 0 or more, lora.alpha {config.lora.alpha} more than 0")
 
 
 def train_config_of(run: Path) -> ConfigDict:

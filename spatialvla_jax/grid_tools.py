@@ -35,15 +35,24 @@ _BLOCK = 2**16  # actions tokenized at once
 PARTS = {"translation": slice(0, 3), "rotation": slice(3, 6), "gripper": slice(6, 7)}
 
 
-def make_grid(config: Mapping[str, Any], gaussians: Callable[[], Float[np.ndarray, "6 2"]]) -> ActionGrid | LinearGrid:
-    """The grid of a config's `grid` part; `gaussians` is called where the kind needs them. Raises InputError."""
+def make_grid(
+    config: Mapping[str, Any],
+    gaussians: Callable[[], Float[np.ndarray, "6 2"]],
+    kept: ActionGrid | LinearGrid | None = None,
+) -> ActionGrid | LinearGrid:
+    """The grid of a config's `grid` part; `gaussians` is called where the kind needs them, `kept` is that of the
+    checkpoint to start from. Raises InputError."""
     if config["kind"] == "linear":
         return linear_grid()
     if config["kind"] == "uniform":
         return uniform_grid(config["num_bins"])
     if config["kind"] == "gaussian":
         return gaussian_grid(gaussians(), config["num_bins"], config["min_sigma"])
-    raise InputError(f"config key grid.kind is {config['kind']!r}; choose gaussian, uniform or linear")
+    if config["kind"] == "checkpoint":
+        if kept is None:
+            raise InputError("config key grid.kind is 'checkpoint', and there is none here that carries a grid")
+        return kept
+    raise InputError(f"config key grid.kind is {config['kind']!r}; choose gaussian, uniform, linear or checkpoint")
 
 
 def fitted_datasets(names: Sequence[str], exclude: Sequence[str]) -> list[str]:

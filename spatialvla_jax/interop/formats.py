@@ -14,6 +14,7 @@ from spatialvla_jax.errors import InputError
 from spatialvla_jax.interop.big_vision import read_big_vision, write_big_vision
 from spatialvla_jax.interop.checkpoint import Checkpoint, Leaf
 from spatialvla_jax.interop.huggingface import CONFIG, read_huggingface, write_huggingface
+from spatialvla_jax.interop.lora import PEFT_WEIGHTS, is_adapter_run, read_adapters, same_bytes, write_peft
 from spatialvla_jax.interop.orbax import read_orbax, step_directory, write_orbax
 from spatialvla_jax.interop.paligemma import is_paligemma, start_from_paligemma
 from spatialvla_jax.interop.verify import MISSING, available
@@ -22,6 +23,7 @@ from spatialvla_jax.models.spatialvla import SpatialVLA
 from spatialvla_jax.processor import Processor
 
 WRITERS = {"orbax": write_orbax, "pytorch": write_huggingface, "big_vision": write_big_vision}
+PEFT = "peft"
 DTYPES = ("float32", "bfloat16", "float16")
 
 # Larger exports are run beside JAX on request only: both sides compute in float32 on the host.
@@ -30,7 +32,8 @@ VERIFIED_BY_DEFAULT = 500_000_000  # parameters
 
 def read_checkpoint(path: str | Path, zoedepth: str | Path | None = None) -> Checkpoint:
     """Recognise and open a checkpoint: an Orbax run of ours or one of its steps, a published directory, a .npz, or a
-    PaliGemma 2 (`start_from_paligemma`), to which alone `zoedepth` belongs."""
+    PaliGemma 2 (`start_from_paligemma`), to which alone `zoedepth` belongs. A run of adapters is read with its base, as
+    the model that both make."""
     path = Path(path)
     if not path.exists():
         raise InputError(f"{path} does not exist")
@@ -41,7 +44,7 @@ def read_checkpoint(path: str | Path, zoedepth: str | Path | None = None) -> Che
             f"{path} is no PaliGemma 2, so it takes no ZoeDepth from {zoedepth}: it has its own depth source"
         )
     if step_directory(path) is not None:
-        return read_orbax(path)
+        return read_adapters(path, read_checkpoint).whole if is_adapter_run(path) else read_orbax(path)
     if (path / CONFIG).exists():
         return read_huggingface(path)
     if path.is_file():
@@ -67,22 +70,33 @@ def convert(
     dtype: str | None = None,
     verify: bool | None = None,
     zoedepth: str | Path | None = None,
+    merge: bool = False,
 ) -> dict[str, Any]:
-    """Convert checkpoint `src` into `dst`, a new directory (orbax, pytorch) or .npz file (big_vision).
+    """Convert checkpoint `src` into `dst`, a new directory (orbax, pytorch, peft) or .npz file (big_vision).
 
     Weights are cast to `dtype` where one is given. A PaliGemma 2 becomes a SpatialVLA to pre-train, with the ZoeDepth
-    in the directory `zoedepth` where one is given. `verify` runs a PyTorch export beside JAX (`verify.verify`); None
-    does so up to VERIFIED_BY_DEFAULT parameters and where PyTorch is installed.
+    in the directory `zoedepth` where one is given. A run of adapters becomes a plain checkpoint by `merge`, or to
+    "peft" a directory of the adapters alone (`lora.write_peft`). `verify` runs a PyTorch export beside JAX
+    (`verify.verify`); None does so up to VERIFIED_BY_DEFAULT parameters and where PyTorch is installed.
 
     Returns {"source", "destination", "format", "parameters", "tensors", "bytes", "bit_exact", "seconds",
     "verification"}; `bit_exact` comes from reading `dst` back, `verification` is what `verify` found, or the sentence
     that says why it was not run. Raises InputError, and `dst` is then untouched; VerificationError, and `dst` is kept.
     """
-    if to not in WRITERS:
-        raise InputError(f"cannot convert to {to!r}; choose one of {', '.join(WRITERS)}")
+    if to not in (*WRITERS, PEFT):
+        raise InputError(f"cannot convert to {to!r}; choose one of {', '.join((*WRITERS, PEFT))}")
+    adapters = Path(src).exists() and is_adapter_run(src)
+    if not adapters and (merge or to == PEFT):
+        raise InputError(f"{src} holds no adapters {'to merge' if merge else 'for peft'}: it is no run with lora.rank")
+    if adapters and merge == (to == PEFT):
+        raise InputError(f"{src} holds adapters: --merge gives a whole checkpoint, --to peft the adapters alone")
+    if to == PEFT and dtype:
+        raise InputError(f"{src} holds adapters, which are written as they were trained: leave --dtype out")
     if verify and to == "pytorch" and not available():
         raise InputError(f"{dst} cannot be verified: {MISSING}")
     start = time.perf_counter()
+    if to == PEFT:
+        return _convert_to_peft(src, dst, start)
     checkpoint = cast(read_checkpoint(src, zoedepth), dtype)
     WRITERS[to](dst, checkpoint)
     leaves = checkpoint.leaves.values()
@@ -98,6 +112,21 @@ def convert(
         "bytes": sum(leaf.nbytes for leaf in leaves),
         "bit_exact": bit_exact,
         "verification": run_both(checkpoint, dst) if skipped is None else skipped,
+        "seconds": round(time.perf_counter() - start, 3),
+    }
+
+
+def _convert_to_peft(src: str | Path, dst: str | Path, start: float) -> dict[str, Any]:
+    tensors = write_peft(dst, read_adapters(src, read_checkpoint))
+    return {
+        "source": str(src),
+        "destination": str(dst),
+        "format": PEFT,
+        "parameters": sum(prod(leaf.shape) for leaf in tensors.values()),
+        "tensors": len(tensors),
+        "bytes": sum(leaf.nbytes for leaf in tensors.values()),
+        "bit_exact": same_bytes(Path(dst) / PEFT_WEIGHTS, tensors),
+        "verification": "adapters alone: their bytes were read back and compared",
         "seconds": round(time.perf_counter() - start, 3),
     }
 

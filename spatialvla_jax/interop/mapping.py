@@ -209,7 +209,7 @@ class Slot:
 
     def to_ours(self, tensor: np.ndarray, leaf: np.ndarray) -> None:
         """Write the published tensor into its part of our leaf."""
-        source, target = _axes(self.layout)
+        source, target = axes_of_layout(self.layout)
         part = leaf[self.index]
         sizes = dict(zip(target, part.shape, strict=True))
         flat = [axis for group in source for axis in group]
@@ -218,7 +218,7 @@ class Slot:
 
     def to_published(self, leaf: np.ndarray) -> np.ndarray:
         """The published tensor out of our leaf, contiguous; the inverse of `to_ours`."""
-        source, target = _axes(self.layout)
+        source, target = axes_of_layout(self.layout)
         named = [axis for axis in target if axis != "1"]
         part = leaf[self.index]
         part = part.reshape([size for axis, size in zip(target, part.shape, strict=True) if axis != "1"])
@@ -233,7 +233,7 @@ def slots(shapes: Mapping[str, tuple[int, ...]], rules: Iterable[Rule] = SPATIAL
 
 
 def _slots_of(rule: Rule, shape: tuple[int, ...]) -> Iterator[Slot]:
-    source, target = _axes(rule.layout)
+    source, target = axes_of_layout(rule.layout)
     sizes = dict(zip(target, shape[-len(target) :], strict=True))
     published = tuple(prod(sizes[axis] for axis in group) for group in source)
     parts = len(rule.keys) > 1
@@ -292,7 +292,7 @@ def check_leaves(what: object, leaves: Mapping[str, Any], shapes: Mapping[str, t
     check_names(what, "of another shape than its config says", wrong)
 
 
-def _axes(layout: str) -> tuple[list[list[str]], list[str]]:
+def axes_of_layout(layout: str) -> tuple[list[list[str]], list[str]]:
     """A layout "(N H) D -> N D H" as ([["N", "H"], ["D"]], ["N", "D", "H"])."""
     left, right = layout.split("->")
     groups = [(grouped or single).split() for grouped, single in re.findall(r"\(([^)]*)\)|(\S+)", left)]

@@ -41,23 +41,31 @@ def read_orbax(path: str | Path) -> Checkpoint:
     step = step_directory(path)
     if step is None:
         raise InputError(f"{path} holds no finished checkpoint")
-    config, processor = _read_metadata(step / "metadata" / "metadata")
-    leaves = _open_params((step / "params").absolute())
+    config, processor = parse_metadata(step, read_metadata(step))
+    leaves = open_params(step)
     check_leaves(step, leaves, param_shapes(config))
     check_finite(step, leaves)
     return Checkpoint(config, leaves, processor)
 
 
-def _read_metadata(file: Path) -> tuple[SpatialVLAConfig, Processor | None]:
-    metadata = read_json(file)
+def read_metadata(step: Path) -> dict[str, Any]:
+    """What a step's directory says of itself. Raises InputError where it can't be read."""
+    return read_json(step / "metadata" / "metadata")
+
+
+def parse_metadata(step: Path, metadata: dict[str, Any]) -> tuple[SpatialVLAConfig, Processor | None]:
+    """The model and processor in what `read_metadata` gave. Raises InputError where it has none of this version."""
     try:
         config, processor = model_from_dict(metadata["model"]), metadata["processor"]
         return config, None if processor is None else Processor.from_dict(processor)
     except (KeyError, TypeError) as error:
-        raise InputError(f"{file} does not describe a model and processor of this version: {error}") from error
+        raise InputError(f"{step}/metadata does not describe a model and processor of this version: {error}") from error
 
 
-def _open_params(params: Path) -> dict[str, Leaf]:
+def open_params(step: Path) -> dict[str, Leaf]:
+    """{path: leaf} of a step's parameters, which are read when asked for. Raises InputError for damaged files."""
+    params = (step / "params").absolute()
+
     # Straight from the array store: restoring leaf by leaf through Orbax takes 35 times as long.
     def leaf(path: str, info: Any, spec: dict[str, Any]) -> Leaf:
         def read() -> np.ndarray:

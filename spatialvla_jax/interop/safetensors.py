@@ -104,7 +104,7 @@ def write_directory(
     count = len(shards)
     names = [SINGLE] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
     for name, keys in zip(names, shards, strict=True):
-        _write_file(path / name, {key: specs[key] for key in keys}, read)
+        write_file(path / name, {key: specs[key] for key in keys}, read)
     if count > 1:
         total = sum(prod(shape) * dtype.itemsize for shape, dtype in specs.values())
         weight_map = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
@@ -112,7 +112,7 @@ def write_directory(
         write_json(path / INDEX, index)
 
 
-def _write_file(file: Path, specs: Mapping[str, tuple[tuple[int, ...], np.dtype]], read: Callable) -> None:
+def write_file(file: Path, specs: Mapping[str, tuple[tuple[int, ...], np.dtype]], read: Callable) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for key, (shape, dtype) in specs.items():

@@ -1,0 +1,63 @@
+"""A checkpoint on another action grid: spatial embedding adaption (paper III-B), and the same for the LM head."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from spatialvla_jax.actions import ActionGrid, LinearGrid, adapt_embeddings, grid_to_dict
+from spatialvla_jax.errors import InputError
+from spatialvla_jax.interop.checkpoint import Checkpoint, Leaf
+
+TABLE, HEAD, EMBEDDING = "llm/embedder/input_embedding", "llm/lm_head", "spatial_embedding"
+
+
+def adapt_checkpoint(
+    path: str | Path, checkpoint: Checkpoint, grid: ActionGrid | LinearGrid, *, embedding: bool, head: bool
+) -> Checkpoint:
+    """`checkpoint`, read from `path`, for `grid`; as it is where that is the grid that it has.
+
+    `embedding` makes the spatial table from the old one by `adapt_embeddings`, `head` the action rows of the LM head;
+    text rows are copied. The release adapts the table alone, which moved bins of the same number allow; without `head`,
+    other numbers of bins are refused. Action rows of the text table, which nobody looks up, come along.
+    Raises InputError for a checkpoint without a grid, a 256-bin grid, and a new grid without `embedding`: its old table
+    would stand on centres that have moved.
+    """
+    if checkpoint.processor is None:
+        if embedding or head:
+            raise InputError(f"{path} has no action grid to adapt from: set adapt.embedding and adapt.head to False")
+        return checkpoint
+    old = checkpoint.processor.grid
+    if grid_to_dict(old) == grid_to_dict(grid):
+        return checkpoint
+    if isinstance(old, LinearGrid) or isinstance(grid, LinearGrid):
+        raise InputError(f"{path} and this config have different grids, and a linear one can't be adapted")
+    if not embedding:
+        raise InputError(
+            f"{path} was trained on another action grid than this config gives: set adapt.embedding=True to adapt its "
+            "spatial table to the new one, or grid.kind=checkpoint to keep the old one"
+        )
+    if old.num_bins != grid.num_bins and not head:
+        raise InputError(
+            f"{path} has a grid of {old.num_bins} bins and this config gives {grid.num_bins}: set adapt.head=True to "
+            "adapt the LM head too, or grid.num_bins to the same"
+        )
+
+    def adapted(leaf: Leaf, first: int) -> Leaf:
+        """The rows from `first` on are those of the grid's ids."""
+
+        def read() -> np.ndarray:
+            table = leaf.read()
+            return np.concatenate([table[:first], np.asarray(adapt_embeddings(old, grid, table[first:]))])
+
+        return Leaf((first + grid.vocab_size, *leaf.shape[1:]), leaf.dtype, read)
+
+    config, leaves = checkpoint.config, dict(checkpoint.leaves)
+    leaves[EMBEDDING] = adapted(leaves[EMBEDDING], 0)
+    if head:
+        leaves[HEAD] = adapted(leaves[HEAD], config.action_offset)
+    if old.num_bins != grid.num_bins:
+        leaves[TABLE] = adapted(leaves[TABLE], config.action_offset)
+    llm = replace(config.llm, vocab_size=config.action_offset + grid.vocab_size)
+    config = replace(config, spatial_tokens=grid.vocab_size, llm=llm)
+    return replace(checkpoint, config=config, leaves=leaves, processor=replace(checkpoint.processor, grid=grid))

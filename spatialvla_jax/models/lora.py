@@ -1,0 +1,107 @@
+"""LoRA (Hu et al. 2021): low-rank changes of linear layers, as a tree of arrays beside the model's own parameters.
+
+The adapters of the kernel "llm/layers/mlp/linear" are "lora/llm/layers/mlp/linear/a" and "…/b". W + scale · B A, with
+scale = alpha / rank, takes W's place before the model is applied: there is no second model. A kernel of ours that holds
+several published layers has adapters of its own for each, such as those of every layer and of keys and values.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Array, Float
+
+from spatialvla_jax.errors import InputError
+
+ADAPTERS = "lora"
+
+# Kernels of linear layers: (path, their axes, those that the layer sums over). Along L and C they are separate layers.
+# These are what the published recipe adapts, every linear layer of Gemma 2, SigLIP, projector and Ego3D; its list of
+# names also meets one in ZoeDepth, which gets no gradient. The LM head is frozen there.
+LINEAR: tuple[tuple[str, str, str], ...] = (
+    ("llm/layers/attn/q_einsum/w", "LNDH", "D"),
+    ("llm/layers/attn/kv_einsum/w", "LCKDH", "D"),
+    ("llm/layers/attn/attn_vec_einsum/w", "LNHD", "NH"),
+    ("llm/layers/mlp/gating_einsum", "LCDF", "D"),
+    ("llm/layers/mlp/linear", "LFD", "F"),
+    ("img/Transformer/encoderblock/.*/(query|key|value)/kernel", "LDNH", "D"),
+    ("img/Transformer/encoderblock/.*/out/kernel", "LNHD", "NH"),
+    ("img/Transformer/encoderblock/.*/Dense_0/kernel", "LDF", "D"),
+    ("img/Transformer/encoderblock/.*/Dense_1/kernel", "LFD", "F"),
+    ("img/head/kernel", "DO", "D"),
+    ("ego3d/dense_./kernel", "DO", "D"),
+)
+
+
+def is_linear(path: str) -> bool:
+    return any(re.fullmatch(pattern, path) for pattern, _, _ in LINEAR)
+
+
+def axes_of(path: str) -> tuple[str, str, str]:
+    """The axes of a linear layer's kernel, of its a and of its b: ("LNDH", "LrD", "LNHr")."""
+    axes, inputs = next((axes, inputs) for pattern, axes, inputs in LINEAR if re.fullmatch(pattern, path))
+    stack = "".join(x for x in axes if x in "LC")
+    outputs = "".join(x for x in axes if x not in stack + inputs)
+    return axes, f"{stack}r{inputs}", f"{stack}{outputs}r"
+
+
+def adapter_shapes(
+    shapes: Mapping[str, tuple[int, ...]], rank: int, targets: Sequence[str]
+) -> dict[str, tuple[int, ...]]:
+    """{"llm/layers/mlp/linear/a": shape, "…/b": shape, …} for the linear layers whose path a pattern of `targets`
+    matches from its start, out of the model's own {path: shape}. Raises InputError for a pattern that meets none."""
+    found: dict[str, tuple[int, ...]] = {}
+    for pattern in targets:
+        paths = [path for path in shapes if re.match(pattern, path) and is_linear(path)]
+        if not paths:
+            raise InputError(f"lora.targets pattern {pattern!r} matches no linear layer's kernel")
+        for path in paths:
+            axes, *parts = axes_of(path)
+            sizes = dict(zip(axes, shapes[path], strict=True)) | {"r": rank}
+            found |= {f"{path}/{name}": tuple(sizes[x] for x in part) for name, part in zip("ab", parts, strict=True)}
+    return {path: found[path] for path in sorted(found)}
+
+
+def init_adapters(
+    shapes: Mapping[str, tuple[int, ...]], rank: int, targets: Sequence[str], key: Array
+) -> dict[str, Any]:
+    """Adapters f32 that change nothing yet: a normal with deviation 1 / rank, as in the release, and b zero."""
+    drawn = adapter_shapes(shapes, rank, targets)
+    keys = jax.random.split(key, len(drawn))
+    flat = {
+        path: jax.random.normal(k, shape) / rank if path.endswith("/a") else jnp.zeros(shape)
+        for k, (path, shape) in zip(keys, drawn.items(), strict=True)
+    }
+    return unflatten_dict(flat, sep="/")
+
+
+def merge_adapters(params: Mapping[str, Any], scale: float, dtype: Any = None) -> dict[str, Any]:
+    """`params` with "lora" in it → the model's own, W + scale · B A for every adapted W, in `dtype` or in W's own.
+
+    Without "lora" they come back as they are. Gradients reach a and b through the sum; W need not have any.
+    """
+    if ADAPTERS not in params:
+        return dict(params)
+    flat: dict[str, Any] = flatten_dict({k: v for k, v in params.items() if k != ADAPTERS}, sep="/")
+    adapters: dict[str, Any] = flatten_dict(params[ADAPTERS], sep="/")
+    with jax.default_matmul_precision("highest"):
+        for path in [path.removesuffix("/a") for path in adapters if path.endswith("/a")]:
+            w = flat[path]
+            change = scale * product(path, adapters[f"{path}/a"], adapters[f"{path}/b"])
+            flat[path] = (w.astype(jnp.float32) + change).astype(dtype or w.dtype)
+    return unflatten_dict(flat, sep="/")
+
+
+def product(path: str, a: Float[Any, "..."], b: Float[Any, "..."]) -> Float[Any, "..."]:
+    """B A in the shape of the kernel at `path`, by the library (JAX or NumPy) that a and b are arrays of."""
+    axes, a_axes, b_axes = axes_of(path)
+    sizes = dict(zip(a_axes + b_axes, a.shape + b.shape, strict=True))
+    stack, inputs = a_axes.split("r")
+    outputs = b_axes[len(stack) : -1]
+    lead, rank = [sizes[x] for x in stack], sizes["r"]
+    whole = b.reshape(*lead, -1, rank) @ a.reshape(*lead, rank, -1)
+    order = stack + outputs + inputs
+    return whole.reshape([sizes[x] for x in order]).transpose([order.index(x) for x in axes])
