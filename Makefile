@@ -17,17 +17,21 @@ lint: .venv/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+# Tests drive the server with it. It asks for NumPy 1, so it can't be in the lock, and runs with 2.
+OPENPI_CLIENT := openpi-client==0.1.2
+
 # Exact versions, so that a fresh clone gets the environment that was tested; `make lock` renews them.
 .venv/.installed: requirements.lock setup.py
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps $(OPENPI_CLIENT)
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
 lock:
-	$(BIN)/python -m pip install --upgrade --editable '.[torch,beam,lerobot,dev]'
-	$(BIN)/python -m pip freeze --exclude-editable > requirements.lock
+	$(BIN)/python -m pip install --upgrade --editable '.[torch,beam,lerobot,serve,dev]'
+	$(BIN)/python -m pip freeze --exclude-editable --exclude openpi-client > requirements.lock
 
 clean:
 	rm -rf .venv runs build *.egg-info

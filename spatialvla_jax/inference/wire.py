@@ -1,0 +1,105 @@
+"""Observations and actions as msgpack, in openpi's encoding; reading is safe for what strangers send."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import msgpack
+import numpy as np
+
+from spatialvla_jax.errors import InputError
+
+KEYS = ("image", "prompt", "intrinsics", "depth", "unnorm_key", "reset")
+DTYPES = ("|u1", "|i1", "<u2", "<i2", "<u4", "<i4", "<u8", "<i8", "<f2", "<f4", "<f8")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one client, and all together, may ask for."""
+
+    message_bytes: int = 16 << 20
+    image_side: int = 1920  # pixels
+    prompt_characters: int = 1000
+    clients: int = 128
+    queue: int = 64  # observations that wait for the policy
+    batch: int = 32
+    wait: float = 0.004  # seconds that a batch waits for clients that have not sent theirs yet
+
+
+LIMITS = Limits()
+
+
+def pack(message: dict[str, Any]) -> bytes:
+    """msgpack, arrays as openpi's map {__ndarray__, data, dtype, shape}."""
+
+    def encode(value: Any) -> Any:
+        array = np.asarray(value)
+        return {b"__ndarray__": True, b"data": array.tobytes(), b"dtype": array.dtype.str, b"shape": array.shape}
+
+    return msgpack.packb(message, default=encode)
+
+
+def unpack(message: bytes | str) -> dict[Any, Any]:
+    """Inverse of `pack` for what strangers send: numbers, strings, arrays of `DTYPES`, few containers, nothing else.
+
+    Raises InputError. What it allocates is bounded by the message, whatever the lengths in it claim.
+    """
+    containers = 0
+
+    def seen(value: Any) -> Any:
+        nonlocal containers
+        containers += 1
+        if containers > 64:
+            raise InputError("the message holds more than 64 lists and maps")
+        return value
+
+    def decode(value: dict[Any, Any]) -> Any:
+        seen(value)
+        if b"__npgeneric__" in value:
+            return value.get(b"data")
+        if b"__ndarray__" not in value:
+            return value
+        data, dtype, shape = (value.get(key) for key in (b"data", b"dtype", b"shape"))
+        if dtype not in DTYPES:
+            raise InputError(f"an array's dtype must be one of {', '.join(DTYPES)}, got {dtype!r:.40}")
+        if not (isinstance(shape, list) and all(type(n) is int and 0 <= n < 1 << 32 for n in shape)):
+            raise InputError(f"an array's shape must be a list of sizes, got {shape!r:.40}")
+        if not (isinstance(data, bytes) and len(data) == math.prod(shape) * np.dtype(dtype).itemsize):
+            got = f"{len(data)} bytes" if isinstance(data, bytes) else type(data).__name__
+            raise InputError(f"an array {dtype}{shape} holds {got}")
+        return np.frombuffer(data, dtype).reshape(shape)
+
+    if isinstance(message, str):
+        raise InputError("an observation is a binary msgpack message, got text")
+    try:
+        value = msgpack.unpackb(
+            message, object_hook=decode, list_hook=seen, max_array_len=16, max_map_len=16, max_ext_len=0
+        )
+    except InputError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise InputError(f"an observation is a msgpack map in openpi's encoding, this is none: {error}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"an observation is a map, got {type(value).__name__}")
+    return value
+
+
+def check(observation: dict[Any, Any], limits: Limits) -> None:
+    """Raises InputError where an observation has keys, types or sizes that no policy should see."""
+    for key in observation:
+        if key not in KEYS:
+            raise InputError(f"observation key {key!r:.40} is not known; choose of {', '.join(KEYS)}")
+    for key, kind in (("prompt", str), ("unnorm_key", str), ("reset", bool)):
+        value = observation.get(key)
+        if value is not None and not isinstance(value, kind):
+            raise InputError(f"observation {key!r} must be a {kind.__name__}, got {type(value).__name__}")
+    for key in ("image", "depth", "intrinsics"):
+        value = observation.get(key)
+        if value is not None and not isinstance(value, np.ndarray):
+            raise InputError(f"observation {key!r} must be an array, got {type(value).__name__}")
+        if value is not None and not (value.size > 0 and max(value.shape[:2], default=0) <= limits.image_side):
+            raise InputError(f"observation {key!r} is {list(value.shape)}: its sides are 1 to {limits.image_side}")
+        if value is not None and value.dtype.kind == "f" and not np.isfinite(value).all():
+            raise InputError(f"observation {key!r} must be finite")
+    if len(observation.get("prompt") or "") > limits.prompt_characters:
+        raise InputError(f"observation 'prompt' may have {limits.prompt_characters} characters")
