@@ -31,7 +31,7 @@ import transformers
 from tqdm import tqdm
 from transformers import AutoModel
 
-from spatialvla_jax.inference.generate import generate
+from spatialvla_jax.inference.generate import generate, prepare
 from spatialvla_jax.interop import Checkpoint, write_huggingface
 from spatialvla_jax.interop.verify import torch_inputs
 from spatialvla_jax.models import PRESETS, SpatialVLA, preset
@@ -93,13 +93,14 @@ def run_jax(
     @jax.jit
     def run(params: Any, inputs: Any) -> dict[str, Any]:
         apply: Any = partial(model.apply, {"params": params})
-        hidden, *_ = apply(**inputs, method="prefill")
-        logits = apply(hidden, method="logits")[:, 0]
+        nothing = jnp.zeros((len(inputs["image"]), config.num_action_tokens), int)  # the first logits don't see it
+        logits = apply(**inputs, action_ids=nothing)[:, 0]
         out = {"first": logits.argmax(-1)}
         if stages:
             image = inputs["image"]
             features = apply(image, inputs.get("depth"), inputs["intrinsics"], method="embed_image")
-            out |= {"logits": logits, "image_features": features, "tokens": generate(model, params, None, **inputs)}
+            tokens, _ = generate(model, prepare(model, params), None, **inputs)
+            out |= {"logits": logits, "image_features": features, "tokens": tokens}
             if config.depth == "zoedepth":
                 zoe_size = config.zoe.backbone.image_size
                 out["depth"] = apply(image, method=lambda m, x: estimate_depth(m.zoe, x, zoe_size))

@@ -14,6 +14,8 @@ PARTS = (
     ("depth", r"/zoe/|estimate_depth"),
     ("vision", r"/img/"),
     ("ego3d", r"/ego3d/"),
+    ("prompt", r"/prompt/"),
+    ("tokens", r"/tokens/"),
     ("attention", r"llm/.*attn/(?!q_einsum|kv_einsum|attn_vec_einsum)"),
     ("lm head", r"llm\.logits|softmax_cross|log_softmax"),
     ("language", r"/llm|spatial_embedding"),

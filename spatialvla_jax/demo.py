@@ -1,5 +1,6 @@
 """The demonstration: train the tiny model, kill and resume it, evaluate, export, read back, draw, and sum up."""
 
+import math
 import os
 import resource
 import shutil
@@ -21,6 +22,7 @@ from spatialvla_jax.errors import InputError
 from spatialvla_jax.evaluation.open_loop import evaluate, predict, table
 from spatialvla_jax.inference.policy import Policy
 from spatialvla_jax.interop import convert, load_pretrained
+from spatialvla_jax.interop.mapping import param_shapes
 from spatialvla_jax.interop.verify import table as verification_table
 from spatialvla_jax.training.loop import open_data, write_json
 from spatialvla_jax.training.metrics import read_metrics
@@ -71,7 +73,7 @@ def run(config_path: str, workdir: Path, overrides: dict[str, str]) -> dict[str,
     losses = [r["loss"] for r in records if "loss" in r]
     summary = {
         "steps": records[-1]["step"],
-        "params": sum(x.size for x in jax.tree.leaves(policy.params)),
+        "params": sum(math.prod(shape) for shape in param_shapes(policy.model.config).values()),
         "loss_first": losses[0],
         "loss_last": losses[-1],
         "val_token_accuracy": result["token_accuracy"],
@@ -136,7 +138,7 @@ def roundtrip_exact(policy: Policy, export: Path, loader: Any, split: str) -> bo
     again = Policy.load(export)
     batch = next(loader.epoch(16, split))
     tokens = np.array_equal(policy.act(batch)[0], again.act(batch)[0])
-    return tokens and tree_equal(policy.params, again.params)
+    return tokens and tree_equal(policy.weights, again.weights)
 
 
 def trajectory(policy: Policy, episode: dict[str, Any]) -> dict[str, Any]:

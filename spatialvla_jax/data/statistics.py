@@ -49,6 +49,12 @@ def unnormalize(actions: Float[np.ndarray, "*B 7"], statistics: Mapping[str, Any
     return np.where(mask, (actions + 1) / 2 * (high - low) + low, actions).astype(np.float32)
 
 
+def action_bounds(statistics: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, Bool[np.ndarray, "*B 7"]]:
+    """What `unnormalize` needs: (value of -1, value of 1, which dimensions have them)."""
+    low, high, mask, _ = _bounds(statistics)
+    return low, high, mask
+
+
 def _bounds(statistics: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, Bool[np.ndarray, "*B 7"], np.ndarray]:
     low, high, smallest, largest = (np.asarray(statistics[name], np.float64) for name in ("q01", "q99", "min", "max"))
     return low, high, np.asarray(statistics.get("mask", MASK), bool), smallest == largest

@@ -1,5 +1,8 @@
-"""Image and words in, robot actions out."""
+"""Images and words in, robot actions out."""
 
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,123 +11,220 @@ import jax.numpy as jnp
 import numpy as np
 
 from spatialvla_jax.actions import decode
-from spatialvla_jax.data.statistics import unnormalize
+from spatialvla_jax.data.statistics import action_bounds
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.inference.generate import generate
+from spatialvla_jax.inference.generate import generate, prepare
 from spatialvla_jax.models import SpatialVLA
 from spatialvla_jax.processor import Processor
 
+# Shapes are compiled once each: a batch takes the next larger of these sizes, a prompt the next multiple of 16.
+BATCH_SIZES = (1, 2, 4, 8, 16, 32)
+PROMPT_STEP = 16
+
 
 class Policy:
-    """Greedy policy over a model, its parameters and its processor; `Policy.load(path)` makes one from a checkpoint."""
+    """Greedy policy over a model, its parameters and its processor; `Policy.load(path)` makes one from a checkpoint.
 
-    def __init__(self, model: SpatialVLA, params: dict[str, Any], processor: Processor) -> None:
+    It keeps nothing from one call to the next. `constrained=False` lets every step choose from the whole vocabulary, as
+    the release does; `int8` keeps the language model's matrices in 8 bits; with `speculate`, an observation's "draft"
+    (the "action_ids" of a chunk that is likely) saves passes over the weights where it comes true.
+    """
+
+    def __init__(
+        self,
+        model: SpatialVLA,
+        params: dict[str, Any],
+        processor: Processor,
+        *,
+        constrained: bool = True,
+        int8: bool = False,
+        speculate: bool = False,
+    ) -> None:
         self.model, self.processor = model, processor
-        self.params = jax.device_put(params)
-        self._act = jax.jit(lambda params, grid, inputs: act(model, params, grid, inputs))
-        self._resize = jax.jit(resize, static_argnames="size")
+        self.constrained, self.speculate = constrained, speculate
+        self.weights = jax.device_put(prepare(model, params, int8=int8, whole_vocabulary=not constrained))
+        self._act = jax.jit(lambda *args: act(model, constrained, *args))
 
     @classmethod
-    def load(cls, path: str | Path) -> "Policy":
-        """From anything `load_pretrained` reads that carries a processor. Raises InputError where it has none."""
+    def load(
+        cls, path: str | Path, *, dtype: str = "", quantize: str = "", constrained: bool = True, speculate: bool = False
+    ) -> "Policy":
+        """From anything `load_pretrained` reads that carries a processor.
+
+        `dtype` (float32 or bfloat16) takes the place of the model's own, `quantize` is "" or "int8". Raises InputError.
+        """
         from spatialvla_jax.interop import load_pretrained
 
+        if dtype not in ("", "float32", "bfloat16") or quantize not in ("", "int8"):
+            raise InputError(
+                f"dtype is {dtype!r} and quantize {quantize!r}: they can be '', float32 or bfloat16, and '' or int8"
+            )
         model, params, processor = load_pretrained(path)
         if processor is None:
             raise InputError(f"{path} holds weights but no action grid and tokenizer, so it cannot act")
-        return cls(model, params, processor)
+        model = SpatialVLA(replace(model.config, dtype=dtype or model.config.dtype))
+        return cls(model, params, processor, constrained=constrained, int8=quantize == "int8", speculate=speculate)
 
     def infer(self, observation: dict[str, Any]) -> dict[str, np.ndarray]:
         """One observation → {"actions": f32[T, 7] in robot units, "action_ids": i32[T, tokens_per_action]}.
 
         `observation` has "image" u8[H, W, 3] and "prompt" str; "intrinsics" f32[3, 3] in pixels of that image and
         "unnorm_key" (a dataset's name) may be None or absent; "depth" f32[H, W] in metres is needed by a model that
-        takes depth from its data. Raises InputError naming what is missing or misshapen.
+        takes depth from its data; "draft" i32[T, tokens_per_action] is a guess of the result. Everything after the
+        tokenizer, resizing included, is one jitted call. Raises InputError naming what is missing or misshapen.
         """
+        return self.infer_batch([observation])[0]
+
+    def infer_batch(self, observations: Sequence[dict[str, Any]]) -> list[dict[str, np.ndarray]]:
+        """`infer` of each, in one call of the model for all whose images have one size and up to 32."""
+        groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        inputs = [self.inputs(observation) for observation in observations]
+        for i, one in enumerate(inputs):
+            groups[one["image"].shape].append(i)
+        results: list[Any] = [None] * len(inputs)
+        for rows in (g[i : i + BATCH_SIZES[-1]] for g in groups.values() for i in range(0, len(g), BATCH_SIZES[-1])):
+            for i, result in zip(rows, self._run([inputs[i] for i in rows]), strict=True):
+                results[i] = result
+        return results
+
+    def check(self, observation: dict[str, Any]) -> None:
+        """Raises InputError for an observation that `infer` would not take."""
+        self.inputs(observation)
+
+    def inputs(self, observation: dict[str, Any]) -> dict[str, np.ndarray]:
+        """The arrays of one observation, as `act` takes them. Raises InputError."""
+        if not isinstance(observation, dict):
+            raise InputError(f"an observation must be a dict, got {type(observation).__name__}")
         image = np.asarray(observation["image"]) if "image" in observation else None
-        if image is None or image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8:
+        if image is None or image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8 or not image.size:
             got = "nothing" if image is None else f"{image.dtype}{list(image.shape)}"
             raise InputError(f"observation 'image' must be uint8[H, W, 3], got {got}")
         if not isinstance(observation.get("prompt"), str):
             raise InputError(f"observation 'prompt' must be a string, got {type(observation.get('prompt')).__name__}")
-        statistics = self.statistics(observation.get("unnorm_key"))
-        cfg = self.model.config
-        ids, mask = self.processor.tokenizer.encode_prompt(
+        cfg, size = self.model.config, image.shape[:2]
+        low, high, mask = action_bounds(self.statistics(observation.get("unnorm_key"))["action"])
+        ids, valid = self.processor.tokenizer.encode_prompt(
             observation["prompt"], template=self.processor.prompt_template, length=cfg.prompt_length
         )
-        depth = observation.get("depth")
+        arrays = {
+            "image": image,
+            "intrinsics": self.intrinsics(observation, size),
+            "prompt_ids": ids,
+            "prompt_mask": valid,
+            "bounds": np.stack([low, high, mask]).astype(np.float32),
+        }
         if cfg.depth == "dataset":
-            if depth is None or np.shape(depth) != image.shape[:2]:
-                raise InputError(
-                    f"observation 'depth' must be metres of shape {list(image.shape[:2])}, got "
-                    f"{'nothing' if depth is None else list(np.shape(depth))}: this model takes depth from its data"
-                )
-        else:
-            depth = None
-        inputs = self._resize(
-            jnp.asarray(image),
-            None if depth is None else jnp.asarray(depth, jnp.float32),
-            jnp.asarray(self.intrinsics(observation, image.shape[:2]), jnp.float32),
-            size=cfg.img.image_size,
-        )
-        ids_, actions = self.act(inputs | {"prompt_ids": ids, "prompt_mask": mask}, batched=False)
-        return {"actions": unnormalize(actions, statistics["action"]), "action_ids": ids_}
+            depth = _floats(observation, "depth", size, "metres of ", ": this model takes depth from its data")
+            arrays["depth"] = depth
+        if self.speculate:
+            arrays["draft"] = self._draft(observation.get("draft"))
+        return arrays
 
     def act(self, inputs: dict[str, Any], *, batched: bool = True) -> tuple[np.ndarray, np.ndarray]:
         """Arrays as the loader gives them → (ids i32[B, T, tokens_per_action], normalised actions f32[B, T, 7])."""
         if not batched:
             inputs = {k: jnp.asarray(v)[None] for k, v in inputs.items()}
         keys = ("image", "depth", "intrinsics", "prompt_ids", "prompt_mask")
-        ids, actions = self._act(self.params, self.processor.grid, {k: inputs[k] for k in keys if k in inputs})
-        ids, actions = np.asarray(ids), np.asarray(actions)
+        out = self._act(self.weights, self.processor.grid, {k: inputs[k] for k in keys if k in inputs})
+        ids, actions = np.asarray(out["action_ids"]), np.asarray(out["actions"])
         return (ids, actions) if batched else (ids[0], actions[0])
 
     def reset(self) -> None:
-        """Forget the episode. Greedy chunks carry nothing from one call to the next, so there is nothing to forget."""
+        """Forget the episode: nothing to do, since a chunk depends on its observation alone."""
 
-    def statistics(self, key: str | None) -> dict[str, Any]:
+    def statistics(self, key: Any) -> dict[str, Any]:
         known = self.processor.statistics
         if key is None and len(known) == 1:
             return next(iter(known.values()))
-        if key not in known:
+        if not isinstance(key, str) or key not in known:
             raise InputError(f"unnorm_key {key!r} is not a dataset of this policy; choose one of {', '.join(known)}")
         return known[key]
 
     def intrinsics(self, observation: dict[str, Any], size: tuple[int, int]) -> np.ndarray:
         """The observation's intrinsics, or those that the policy was trained with, in pixels of an image of `size`."""
-        given = observation.get("intrinsics")
-        if given is not None:
-            if np.shape(given) != (3, 3):
-                raise InputError(f"observation 'intrinsics' must be of shape [3, 3], got {list(np.shape(given))}")
-            return np.asarray(given, np.float32)
+        if observation.get("intrinsics") is not None:
+            return _floats(observation, "intrinsics", (3, 3))
         known = self.processor.intrinsics
         key = observation.get("unnorm_key") or next(iter(known))
         relative = np.asarray(known[key if key in known else next(iter(known))], np.float32)
         return relative * np.array([[size[1]], [size[0]], [1]], np.float32)
 
+    def _run(self, inputs: list[dict[str, np.ndarray]]) -> list[dict[str, np.ndarray]]:
+        """At most 32 of one image size, padded with copies of the last to a compiled batch size."""
+        count, size = len(inputs), next(b for b in BATCH_SIZES if b >= len(inputs))
+        batch = {k: np.stack([x[k] for x in (*inputs, *inputs[-1:] * (size - count))]) for k in inputs[0]}
+        longest = int(batch["prompt_mask"].sum(axis=1).max())
+        length = min(-(-longest // PROMPT_STEP) * PROMPT_STEP, batch["prompt_ids"].shape[1])
+        batch |= {k: batch[k][:, :length] for k in ("prompt_ids", "prompt_mask")}
+        out = jax.device_get(self._act(self.weights, self.processor.grid, batch))
+        return [{k: out[k][i] for k in ("actions", "action_ids")} for i in range(count)]
 
-def act(model: SpatialVLA, params: Any, grid: Any, inputs: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
-    """The jitted whole: uint8 images of the model's size → (ids [B, T, n], normalised actions [B, T, 7])."""
+    def _draft(self, draft: Any) -> np.ndarray:
+        """A guess as ids of actions; without one, the middle of every range."""
+        cfg = self.model.config
+        shape = (cfg.action_chunk, cfg.tokens_per_action)
+        ranges = self.processor.grid.token_ranges
+        if draft is None:
+            return np.tile(np.array([start + size // 2 for start, size in ranges], np.int32), (cfg.action_chunk, 1))
+        draft = np.asarray(draft)
+        if draft.shape != shape or draft.dtype.kind not in "iu":
+            raise InputError(
+                f"observation 'draft' must be action ids of shape {list(shape)}, got {draft.dtype}{list(draft.shape)}"
+            )
+        return np.clip(draft, 0, cfg.spatial_tokens - 1).astype(np.int32)
+
+
+def act(model: SpatialVLA, constrained: bool, weights: Any, grid: Any, inputs: dict[str, Any]) -> dict[str, jax.Array]:
+    """The jitted whole: uint8 images [B, H, W, 3] → {"action_ids" [B, T, n], "actions" [B, T, 7], "passes" []}.
+
+    With `inputs["bounds"]` f32[B, 3, 7] (low, high, which dimensions have them) actions are in robot units, without
+    normalised. An id that is no action, which an unconstrained choice can give, counts as the first.
+    """
     cfg = model.config
-    tokens = generate(
+    draft = inputs.get("draft")
+    seen = resize(inputs["image"], inputs.get("depth"), inputs["intrinsics"], size=cfg.img.image_size)
+    tokens, passes = generate(
         model,
-        params,
-        grid.token_ranges,
-        inputs["image"].astype(jnp.float32) / 255,
+        weights,
+        grid.token_ranges if constrained else None,
+        seen["image"].astype(jnp.float32) / 255,
         inputs["prompt_ids"],
         inputs["prompt_mask"],
-        depth=inputs.get("depth"),
-        intrinsics=inputs["intrinsics"],
+        depth=seen.get("depth"),
+        intrinsics=seen["intrinsics"],
+        draft=None if draft is None else draft.reshape(len(draft), -1) + cfg.action_offset,
     )
     ids = (tokens - cfg.action_offset).reshape(-1, cfg.action_chunk, cfg.tokens_per_action)
-    return ids, decode(grid, ids)
+    actions = decode(grid, jnp.maximum(ids, 0))
+    if "bounds" in inputs:
+        low, high, mask = inputs["bounds"].swapaxes(0, 1)[:, :, None]
+        actions = jnp.where(mask > 0, (actions + 1) / 2 * (high - low) + low, actions)
+    return {"action_ids": ids, "actions": actions, "passes": passes}
 
 
 def resize(image: Any, depth: Any, intrinsics: Any, *, size: int) -> dict[str, Any]:
-    """As the loader does: Lanczos with antialiasing for the image, nearest for depth, intrinsics scaled along."""
-    H, W, _ = image.shape
-    pixels = jax.image.resize(image.astype(jnp.float32), (size, size, 3), "lanczos3", antialias=True)
-    out = {"image": jnp.clip(jnp.round(pixels), 0, 255).astype(jnp.uint8)}
+    """As the loader does, of one or a batch: Lanczos with antialiasing for the image, nearest for depth, intrinsics
+    scaled along."""
+    *batch, H, W, _ = image.shape
+    out = {"image": image}
+    if (size, size) != (H, W):
+        pixels = jax.image.resize(image.astype(jnp.float32), (*batch, size, size, 3), "lanczos3", antialias=True)
+        out = {"image": jnp.clip(jnp.round(pixels), 0, 255).astype(jnp.uint8)}
     if depth is not None:
-        out["depth"] = jax.image.resize(depth, (size, size), "nearest")
+        out["depth"] = jax.image.resize(depth, (*batch, size, size), "nearest")
     return out | {"intrinsics": intrinsics * jnp.array([[size / W], [size / H], [1.0]])}
+
+
+def _floats(observation: dict[str, Any], key: str, shape: tuple[int, ...], kind: str = "", why: str = "") -> np.ndarray:
+    """Finite numbers f32[shape] under `key`, or an InputError that says what they must be."""
+    value = observation.get(key)
+    array = None if value is None else np.asarray(value)
+    if array is None or array.shape != tuple(shape) or array.dtype.kind not in "fiu":
+        got = "nothing" if array is None else f"{array.dtype}{list(array.shape)}"
+        raise InputError(f"observation {key!r} must be {kind}shape {list(shape)}, got {got}{why}")
+    array = array.astype(np.float32)
+    if not np.isfinite(array).all():
+        raise InputError(
+            f"observation {key!r} must be finite, and holds {int((~np.isfinite(array)).sum())} that are not"
+        )
+    return array

@@ -16,7 +16,7 @@ import numpy as np
 
 from spatialvla_jax.actions import decode
 from spatialvla_jax.data.statistics import unnormalize
-from spatialvla_jax.inference.generate import generate
+from spatialvla_jax.inference.generate import generate, prepare
 from spatialvla_jax.inference.policy import resize
 from spatialvla_jax.interop.checkpoint import Checkpoint
 from spatialvla_jax.interop.mapping import unflatten
@@ -144,11 +144,11 @@ def _run_jax(checkpoint: Checkpoint, inputs: dict[str, np.ndarray]) -> dict[str,
     @jax.jit
     def run(params: Any, inputs: Any) -> dict[str, Any]:
         apply: Any = partial(seeing.apply, {"params": params})
-        hidden, *_ = apply(**inputs, method="prefill")
+        nothing = jnp.zeros((len(inputs["image"]), config.num_action_tokens), int)  # the first logits don't see it
         return {
             "image_features": apply(inputs["image"], inputs.get("depth"), inputs["intrinsics"], method="embed_image"),
-            "logits": apply(hidden, method="logits")[:, 0],
-            "tokens": generate(seeing, params, ranges, **inputs),
+            "logits": apply(**inputs, action_ids=nothing)[:, 0],
+            "tokens": generate(seeing, prepare(seeing, params), ranges, **inputs)[0],
         }
 
     out = {"inputs": inputs["image"]}

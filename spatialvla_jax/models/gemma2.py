@@ -5,12 +5,10 @@ embedding table.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from spatialvla_jax.models.attention import attend, rotary
@@ -34,19 +32,6 @@ class Gemma2Config:
     attn_softcap: float = 50.0
     final_softcap: float = 30.0
     rope_base: float = 10_000.0
-
-
-@struct.dataclass
-class KVCache:
-    """Keys and values of all layers at a fixed length; a slot counts only where the attention mask lets it."""
-
-    k: Float[Array, "L B S K H"]
-    v: Float[Array, "L B S K H"]
-
-    @classmethod
-    def zeros(cls, config: Gemma2Config, batch: int, length: int, dtype: jnp.dtype) -> "KVCache":
-        shape = (config.depth, batch, length, config.num_kv_heads, config.head_dim)
-        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
 
 class RMSNorm(nn.Module):
@@ -83,23 +68,16 @@ class Attention(nn.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        cache: tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]] | None,
-        cache_index: Int[Array, ""] | None,
         positions: Int[Array, "B T"],
-        mask: Bool[Array, "B T S"],
-    ):
+        mask: Bool[Array, "B T T"],
+    ) -> Float[Array, "B T D"]:
         cfg = self.config
         N, K, D, H = cfg.num_heads, cfg.num_kv_heads, cfg.width, cfg.head_dim
         q = Einsum((N, D, H), (1,), self.dtype, name="q_einsum")("btd,ndh->btnh", x)
         k, v = Einsum((2, K, D, H), (2,), self.dtype, name="kv_einsum")("btd,ckdh->cbtkh", x)
         q, k = rotary(q, positions, cfg.rope_base), rotary(k, positions, cfg.rope_base)
-        if cache is not None:
-            at: Any = (0, cache_index, 0, 0)
-            k = jax.lax.dynamic_update_slice(cache[0], k.astype(cache[0].dtype), at)
-            v = jax.lax.dynamic_update_slice(cache[1], v.astype(cache[1].dtype), at)
-            cache = (k, v)
         out = attend(q, k, v, mask, scale=cfg.query_pre_attn_scalar**-0.5, softcap=cfg.attn_softcap)
-        return Einsum((N, H, D), (0, 1), self.dtype, name="attn_vec_einsum")("btnh,nhd->btd", out), cache
+        return Einsum((N, H, D), (0, 1), self.dtype, name="attn_vec_einsum")("btnh,nhd->btd", out)
 
 
 class FeedForward(nn.Module):
@@ -119,15 +97,14 @@ class Block(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x, layer, cache_index, positions, masks):
-        cache, is_local = layer
+    def __call__(self, x, is_local, positions, masks):
         mask = masks[0] if masks[1] is None else jnp.where(is_local, masks[1], masks[0])
         norm = lambda name, y: RMSNorm(self.dtype, name=name)(y)  # noqa: E731
         attention = Attention(self.config, self.dtype, name="attn")
-        y, cache = attention(norm("pre_attention_norm", x), cache, cache_index, positions, mask)
+        y = attention(norm("pre_attention_norm", x), positions, mask)
         x = split_batch(x + norm("post_attention_norm", y))
         y = FeedForward(self.config, self.dtype, name="mlp")(norm("pre_ffw_norm", x))
-        return split_batch(x + norm("post_ffw_norm", y)), cache
+        return split_batch(x + norm("post_ffw_norm", y)), None
 
 
 class Embedder(nn.Module):
@@ -158,7 +135,7 @@ class Gemma2(nn.Module):
             rematerialise(Block, self.remat),
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
+            in_axes=(0, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=cfg.depth,
         )(cfg, self.dtype)
         self.final_norm = RMSNorm(self.dtype)
@@ -172,32 +149,24 @@ class Gemma2(nn.Module):
         self,
         embeddings: Float[Array, "B T D"],
         positions: Int[Array, "B T"],
-        mask: Bool[Array, "B T S"],
-        *,
-        key_positions: Int[Array, "B S"] | None = None,
-        cache: KVCache | None = None,
-        cache_index: Int[Array, ""] | int | None = None,
-    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
+        mask: Bool[Array, "B T T"],
+    ) -> Float[Array, "B T D"]:
         """Run all layers. Inputs are scaled by sqrt(width) here, hidden states come normalised.
 
-        With a `cache`, the T new keys and values are written at slot `cache_index` and attention runs over its S slots;
-        without one, S = T. Every second layer, from the first, sees at most `sliding_window` positions back.
+        Every second layer, from the first, sees at most `sliding_window` positions back.
         """
         cfg = self.config
         x = split_batch(embeddings.astype(self.dtype) * jnp.asarray(cfg.width**0.5, self.dtype))
         local = None
         if mask.shape[-1] > cfg.sliding_window:
-            keys = positions if key_positions is None else key_positions
-            local = mask & (positions[:, :, None] - keys[:, None, :] < cfg.sliding_window)
-        is_local = jnp.arange(cfg.depth) % 2 == 0
-        layers = (None if cache is None else (cache.k, cache.v), is_local)
-        x, updated = self.layers(x, layers, cache_index, positions, (mask, local))
-        return self.final_norm(x), None if cache is None else KVCache(*updated)
+            local = mask & (positions[:, :, None] - positions[:, None, :] < cfg.sliding_window)
+        x, _ = self.layers(x, jnp.arange(cfg.depth) % 2 == 0, positions, (mask, local))
+        return self.final_norm(x)
 
-    def logits(self, hidden: Float[Array, "B T D"], rows: tuple[int, int] | None = None) -> Float[Array, "B T V"]:
-        """Soft-capped logits in float32, of all tokens or of `rows` = (first, count) of the head alone."""
-        head = self.lm_head if rows is None else self.lm_head[rows[0] : rows[0] + rows[1]]
-        out = jnp.einsum("btd,vd->btv", hidden, head.astype(self.dtype), preferred_element_type=jnp.float32)
+    def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Soft-capped logits in float32."""
+        head = self.lm_head.astype(self.dtype)
+        out = jnp.einsum("btd,vd->btv", hidden, head, preferred_element_type=jnp.float32)
         return self.config.final_softcap * jnp.tanh(out / self.config.final_softcap)
 
 

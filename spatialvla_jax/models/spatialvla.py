@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from spatialvla_jax.models.attention import positions_of, prefix_lm_mask
 from spatialvla_jax.models.ego3d import Ego3D
-from spatialvla_jax.models.gemma2 import Gemma2, Gemma2Config, KVCache
+from spatialvla_jax.models.gemma2 import Gemma2, Gemma2Config
 from spatialvla_jax.models.partition import split_batch
 from spatialvla_jax.models.siglip import Siglip, SiglipConfig
 from spatialvla_jax.models.zoedepth import ZoeDepth, ZoeDepthConfig, estimate_depth
@@ -59,7 +59,7 @@ class SpatialVLAConfig:
 
 
 class SpatialVLA(nn.Module):
-    """`__call__` gives training logits; `prefill` and `decode` generate with a key/value cache."""
+    """`__call__` gives training logits; `inference/generate.py` decodes with the same parameters."""
 
     config: SpatialVLAConfig
 
@@ -98,13 +98,6 @@ class SpatialVLA(nn.Module):
         tokens, _ = self.img(image.astype(jnp.float32) * 2 - 1, position)
         return tokens / jnp.asarray(self.config.llm.width**0.5, tokens.dtype)
 
-    def embed_tokens(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """Text rows from the language model's table, action rows from the spatial embedding."""
-        action = ids - self.config.action_offset
-        spatial = jnp.take(self.spatial_embedding, jnp.maximum(action, 0), axis=0)
-        text = self.llm.embed(jnp.minimum(ids, self.config.text_vocab))
-        return jnp.where((action >= 0)[..., None], spatial.astype(text.dtype), text)
-
     def embed_prefix(self, image, prompt_ids, prompt_mask, depth, intrinsics):
         """→ (embeddings f[B, prefix_length, D], valid bool[B, prefix_length])."""
         tokens = self.embed_image(image, depth, intrinsics)
@@ -131,55 +124,9 @@ class SpatialVLA(nn.Module):
         actions = jnp.take(self.spatial_embedding, action_ids, axis=0).astype(prefix.dtype)
         embeddings = jnp.concatenate([prefix, actions], axis=1)
         valid = jnp.concatenate([prefix_valid, jnp.ones(action_ids.shape, bool)], axis=1)
-        hidden, _ = self.llm(embeddings, positions_of(valid), prefix_lm_mask(valid, self.mask_prefix()))
+        hidden = self.llm(embeddings, positions_of(valid), prefix_lm_mask(valid, self.mask_prefix()))
         first = last_of_prompt(hidden[:, : prefix.shape[1]], prefix_valid)
         return self.llm.logits(jnp.concatenate([first, hidden[:, prefix.shape[1] :]], axis=1))
-
-    def prefill(
-        self,
-        image: Float[Array, "B S S 3"],
-        prompt_ids: Int[Array, "B Q"],
-        prompt_mask: Bool[Array, "B Q"],
-        *,
-        depth: Float[Array, "B S S"] | None = None,
-        intrinsics: Float[Array, "B 3 3"] | None = None,
-    ) -> tuple[Float[Array, "B 1 D"], KVCache, Bool[Array, "B S"]]:
-        """→ (hidden state that predicts the first token, cache with room for the chunk, valid prefix slots)."""
-        prefix, valid = self.embed_prefix(image, prompt_ids, prompt_mask, depth, intrinsics)
-        room = jnp.zeros((valid.shape[0], self.config.num_action_tokens), bool)
-        slots = jnp.concatenate([valid, room], axis=1)
-        mask = prefix_lm_mask(slots, self.mask_prefix())[:, : prefix.shape[1]]
-        cache = KVCache.zeros(self.config.llm, prefix.shape[0], slots.shape[1], prefix.dtype)
-        positions = positions_of(slots)
-        hidden, cache = self.llm(
-            prefix, positions[:, : prefix.shape[1]], mask, key_positions=positions, cache=cache, cache_index=0
-        )
-        assert cache is not None
-        return last_of_prompt(hidden, valid), cache, valid
-
-    def decode(
-        self, ids: Int[Array, " B"], step: int | Int[Array, ""], cache: KVCache, valid: Bool[Array, "B S"]
-    ) -> tuple[Float[Array, "B 1 D"], KVCache]:
-        """Feed token `step` of the chunk (any id of the vocabulary) → the hidden state that predicts the next."""
-        generated = jnp.broadcast_to(
-            jnp.arange(self.config.num_action_tokens) <= step, (ids.shape[0], self.config.num_action_tokens)
-        )
-        slots = jnp.concatenate([valid, generated], axis=1)
-        positions = positions_of(slots)
-        hidden, cache_ = self.llm(
-            self.embed_tokens(ids[:, None]),
-            positions[:, -1:],
-            slots[:, None, :],
-            key_positions=positions,
-            cache=cache,
-            cache_index=valid.shape[1] + jnp.asarray(step),
-        )
-        assert cache_ is not None
-        return hidden, cache_
-
-    def logits(self, hidden: Float[Array, "B T D"], rows: tuple[int, int] | None = None) -> Float[Array, "B T V"]:
-        """Logits in float32 of the whole vocabulary, or of `rows` = (first id, count)."""
-        return self.llm.logits(hidden, rows)
 
 
 def last_of_prompt(hidden: Float[Array, "B T D"], valid: Bool[Array, "B T"]) -> Float[Array, "B 1 D"]:

@@ -1,34 +1,96 @@
+from dataclasses import replace
+from functools import cache
+
 import jax
 import numpy as np
 import pytest
 from test_step import GRID, inputs_of
 
-from spatialvla_jax.inference.generate import generate
+from spatialvla_jax.inference.generate import generate, prepare
 from spatialvla_jax.models import SpatialVLA, preset
 from spatialvla_jax.training.state import init_params
 from spatialvla_jax.training.step import constrained_argmax
 
 
+@pytest.fixture(scope="module")
+def nano():
+    """(model, its parameters, inputs of three observations): prompts of several lengths."""
+    model = SpatialVLA(preset("nano", spatial_tokens=GRID.vocab_size))
+    return model, init_params(model, 0), inputs_of(model, 3)
+
+
+@cache
+def compiled(model: SpatialVLA, constrained: bool):
+    ranges = GRID.token_ranges if constrained else None
+    return jax.jit(lambda weights, x, draft: generate(model, weights, ranges, **x, draft=draft))
+
+
+def run(model: SpatialVLA, params, inputs, constrained=True, draft=None, **layout):
+    """(tokens, passes) through the jitted path."""
+    fields = ("image", "prompt_ids", "prompt_mask", "depth", "intrinsics")
+    weights = prepare(model, params, **layout)
+    tokens, passes = compiled(model, constrained)(weights, {k: inputs[k] for k in fields}, draft)
+    return np.asarray(tokens), int(passes)
+
+
 @pytest.mark.parametrize("mask", ["prefix", "causal"])
 @pytest.mark.parametrize("constrained", [True, False])
-def test_cached_decoding_is_greedy_on_the_full_forward_pass(mask: str, constrained: bool) -> None:
+def test_tokens_are_greedy_on_the_full_forward_pass(nano, mask: str, constrained: bool) -> None:
     """Fed back to the training-time forward pass without a cache, every generated token is the best there."""
-    model = SpatialVLA(preset("nano", spatial_tokens=GRID.vocab_size, mask=mask))
-    params = init_params(model, 0)
-    inputs = inputs_of(model, 3)
-    ranges = GRID.token_ranges if constrained else None
-    images, prompts = inputs["image"], (inputs["prompt_ids"], inputs["prompt_mask"])
-    view = {"depth": inputs["depth"], "intrinsics": inputs["intrinsics"]}
-    tokens = jax.jit(lambda p: generate(model, p, ranges, images, *prompts, **view))(params)
+    model, params, inputs = nano
+    model = SpatialVLA(replace(model.config, mask=mask))
+    tokens, _ = run(model, params, inputs, constrained)
     assert tokens.shape == (3, 12)
-    offset = model.config.action_offset
-    if not constrained:
-        # Random weights may emit text, which the training-time forward pass cannot be fed: compare up to there.
-        count = int(np.argmin(np.append((np.asarray(tokens) >= offset).all(axis=0), False)))
-        fed = np.maximum(np.asarray(tokens) - offset, 0)
-        logits = np.asarray(jax.jit(lambda p: model.apply({"params": p}, images, *prompts, fed, **view))(params))
-        np.testing.assert_array_equal(logits.argmax(-1)[:, : count + 1][:, :12], np.asarray(tokens)[:, : count + 1])
+    offset, fed = model.config.action_offset, np.maximum(tokens - model.config.action_offset, 0)
+    given = {k: inputs[k] for k in ("image", "prompt_ids", "prompt_mask", "depth", "intrinsics")}
+    logits = jax.jit(lambda p: model.apply({"params": p}, **given, action_ids=fed))(params)
+    if constrained:
+        np.testing.assert_array_equal(constrained_argmax(logits[:, :-1], GRID, offset), fed)
         return
-    fed = np.asarray(tokens) - offset
-    logits = jax.jit(lambda p: model.apply({"params": p}, images, *prompts, fed, **view))(params)
-    np.testing.assert_array_equal(constrained_argmax(logits[:, :-1], GRID, offset), fed)
+    # Random weights may emit text, which the training-time forward pass cannot be fed: compare up to there.
+    count = int(np.argmin(np.append((tokens >= offset).all(axis=0), False)))
+    best = np.asarray(logits).argmax(-1)[:, : count + 1][:, :12]
+    np.testing.assert_array_equal(best, tokens[:, : count + 1])
+
+
+def test_two_grippers_at_once_save_a_third_of_the_passes(nano) -> None:
+    """Four actions of three tokens in 8 passes after the prompt, whichever gripper is chosen."""
+    tokens, passes = run(*nano)
+    assert passes == 8
+    assert len(set(tokens[:, 2::3].ravel())) == 2  # both occur, or nothing is tested
+
+
+@pytest.mark.parametrize("constrained", [True, False])
+def test_a_draft_changes_the_passes_and_never_the_tokens(nano, constrained: bool) -> None:
+    expected, _ = run(*nano, constrained)
+    same, none = run(*nano, constrained, draft=expected)
+    np.testing.assert_array_equal(same, expected)
+    assert none == 0
+    wrong = expected.copy()
+    wrong[:, 7] = nano[0].config.action_offset  # one token off: all before it is kept
+    again, few = run(*nano, constrained, draft=wrong)
+    np.testing.assert_array_equal(again, expected)
+    assert 1 <= few <= 5
+    noise, many = run(*nano, constrained, draft=np.full_like(expected, nano[0].config.action_offset))
+    np.testing.assert_array_equal(noise, expected)
+    assert few <= many <= 12
+
+
+def test_batch_and_prompt_length_change_nothing(nano) -> None:
+    model, params, inputs = nano
+    expected, _ = run(model, params, inputs)
+    for i in range(3):
+        alone, _ = run(model, params, {k: v[i : i + 1] for k, v in inputs.items()})
+        np.testing.assert_array_equal(alone[0], expected[i])
+    longest = int(np.asarray(inputs["prompt_mask"]).sum(1).max())
+    for length in (longest, longest + 3):
+        short = inputs | {k: inputs[k][:, :length] for k in ("prompt_ids", "prompt_mask")}
+        np.testing.assert_array_equal(run(model, params, short)[0], expected)
+
+
+def test_rows_of_the_head_and_int8(nano) -> None:
+    expected, _ = run(*nano)
+    tokens, _ = run(*nano, whole_vocabulary=False)
+    np.testing.assert_array_equal(tokens, expected)
+    tokens, _ = run(*nano, int8=True, whole_vocabulary=False)
+    assert tokens.shape == expected.shape and (tokens[:, ::3] == expected[:, ::3]).mean() > 0.5

@@ -36,7 +36,7 @@ def test_actions_are_the_decoded_ids_in_robot_units(policy: Policy, observation:
     for i, (start, size) in enumerate(grid.token_ranges):
         assert ((out["action_ids"][:, i] >= start) & (out["action_ids"][:, i] < start + size)).all()
     expected = unnormalize(np.asarray(decode(grid, out["action_ids"])), policy.processor.statistics["toy"]["action"])
-    np.testing.assert_array_equal(out["actions"], expected)
+    np.testing.assert_allclose(out["actions"], expected, rtol=1e-6, atol=1e-7)
     # The actions fall back into their own cells (unless clipped at the cube).
     again = np.asarray(encode(grid, np.asarray(decode(grid, out["action_ids"]))))
     inside = (np.abs(np.asarray(decode(grid, out["action_ids"]))[:, :3]) < 1).all(axis=1)
@@ -101,7 +101,7 @@ def test_an_export_acts_the_same(policy: Policy, trained: Path, observation: dic
         ({"image": np.zeros((4, 4, 3))}, r"got float64\[4, 4, 3\]"),
         ({"prompt": None}, "'prompt' must be a string, got NoneType"),
         ({"unnorm_key": "bridge"}, "unnorm_key 'bridge' is not a dataset of this policy; choose one of toy"),
-        ({"intrinsics": np.eye(4)}, r"shape \[3, 3\], got \[4, 4\]"),
+        ({"intrinsics": np.eye(4)}, r"'intrinsics' must be shape \[3, 3\], got float64\[4, 4\]"),
         ({"depth": None}, r"'depth' must be metres of shape \[48, 64\], got nothing"),
     ],
 )

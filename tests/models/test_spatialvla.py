@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from spatialvla_jax.inference.generate import generate
+from spatialvla_jax.inference.generate import generate, prepare
 from spatialvla_jax.interop import read_huggingface
 from spatialvla_jax.interop.mapping import flatten, slots
 from spatialvla_jax.models import SpatialVLA
@@ -70,8 +70,8 @@ def test_logits_at_every_position_of_the_prompt(golden, model_and_params, inputs
 
     def prefix_logits(m, image, prompt_ids, prompt_mask, depth, intrinsics):
         embeddings, valid = m.embed_prefix(image, prompt_ids, prompt_mask, depth, intrinsics)
-        hidden, _ = m.llm(embeddings, positions_of(valid), prefix_lm_mask(valid, valid.shape[1]))
-        return m.logits(hidden)
+        hidden = m.llm(embeddings, positions_of(valid), prefix_lm_mask(valid, valid.shape[1]))
+        return m.llm.logits(hidden)
 
     logits = jax.jit(lambda x: model.apply({"params": params}, **x, method=prefix_logits))(inputs)
     for i in range(3):
@@ -88,9 +88,8 @@ def test_greedy_tokens_from_images_alone(golden, inputs):
 
     @jax.jit
     def run(params, observations):
-        hidden, *_ = model.apply({"params": params}, **observations, method="prefill")
-        logits = model.apply({"params": params}, hidden, method="logits")
-        return logits[:, 0], generate(model, params, None, **observations)
+        logits = jnp.asarray(model.apply({"params": params}, **observations, action_ids=jnp.zeros((3, 12), int)))
+        return logits[:, 0], generate(model, prepare(model, params), None, **observations)[0]
 
     logits, ids = run(params, observations)
     np.testing.assert_allclose(logits, [golden[f"prefill_logits_{i}"][0, -1] for i in range(3)], **TOLERANCE)
@@ -124,9 +123,13 @@ def published_logits(model, params, inputs, golden, *, padding_seen):
 
     def run(m, image, depth, intrinsics):
         tokens = m.embed_image(image, depth, intrinsics)
-        embeddings = jnp.concatenate([tokens, m.embed_tokens(ids[:, tokens.shape[1] :])], axis=1)
-        hidden, _ = m.llm(embeddings, jnp.broadcast_to(order + 1, ids.shape), jnp.asarray(mask))
-        return m.logits(hidden)
+        rest = ids[:, tokens.shape[1] :]
+        action = (rest - model.config.action_offset)[..., None]
+        text = m.llm.embed(np.minimum(rest, model.config.text_vocab))
+        embedded = jnp.where(action >= 0, m.spatial_embedding[np.maximum(action[..., 0], 0)], text)
+        embeddings = jnp.concatenate([tokens, embedded], axis=1)
+        hidden = m.llm(embeddings, jnp.broadcast_to(order + 1, ids.shape), jnp.asarray(mask))
+        return m.llm.logits(hidden)
 
     arguments = (inputs["image"], inputs["depth"], inputs["intrinsics"])
     return model.apply({"params": params}, *arguments, method=run)

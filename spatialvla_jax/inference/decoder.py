@@ -1,0 +1,107 @@
+"""Gemma 2 laid out for generation: a list of layers, projections of one input in one product, a cache for each layer.
+
+The mathematics are those of `models/gemma2.py`, which trains. Its layers are stacked for a scan, and a GPU copies a
+slice of the stack at every step; here every matrix is an array of its own, rows first, so that a step reads each weight
+once. `lay_out` makes this layout, `forward` runs it. Plain dicts throughout, so a layer is deleted or added by hand.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from spatialvla_jax.models.attention import attend, rotary
+from spatialvla_jax.models.gemma2 import Gemma2Config
+
+Cache = tuple[tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]], ...]
+
+
+class Quantized(NamedTuple):
+    """An int8 matrix with one scale a row: row r stands for values[r] · scale[r]."""
+
+    values: Int[Array, "out in"]
+    scale: Float[Array, " out"]
+
+
+Matrix = Float[Array, "out in"] | Quantized
+
+
+def quantize(matrix: Float[Array, "out in"]) -> Quantized:
+    """Symmetric int8, rounded to nearest: a row's largest magnitude is 127."""
+    scale = jnp.maximum(jnp.max(jnp.abs(matrix.astype(jnp.float32)), axis=1), 1e-30) / 127
+    return Quantized(jnp.round(matrix.astype(jnp.float32) / scale[:, None]).astype(jnp.int8), scale)
+
+
+def lay_out(stacked: dict[str, Any], place: Callable[[Any], Array], finish: Callable[[Array], Matrix]) -> list[Any]:
+    """The layers of `params["llm"]["layers"]` one by one. `place` moves an array to the device, `finish` takes each
+    matrix that it becomes there (`quantize`, or nothing to do); no more than a layer is held twice."""
+    depth = len(stacked["pre_attention_norm"]["scale"])
+    return [_layer(jax.tree.map(lambda x, i=i: place(x[i]), stacked), finish) for i in range(depth)]
+
+
+def _layer(w: dict[str, Any], finish: Callable[[Array], Matrix]) -> dict[str, Any]:
+    q, kv, out = (w["attn"][name]["w"] for name in ("q_einsum", "kv_einsum", "attn_vec_einsum"))
+    D = q.shape[1]
+    return {
+        "qkv": finish(jnp.concatenate([x.swapaxes(-1, -2).reshape(-1, D) for x in (q, kv)])),
+        "out": finish(out.reshape(-1, D).T),
+        "gate_up": finish(w["mlp"]["gating_einsum"].swapaxes(1, 2).reshape(-1, D)),
+        "down": finish(w["mlp"]["linear"].T),
+        **{name: w[name]["scale"] for name in w if name.endswith("_norm")},
+    }
+
+
+def linear(x: Float[Array, "*B in"], matrix: Matrix, dtype: Any = None) -> Float[Array, "*B out"]:
+    """x · matrixᵀ in `dtype`, by default that of x."""
+    values = matrix.values.astype(x.dtype) if isinstance(matrix, Quantized) else matrix
+    y = jnp.einsum("...i,oi->...o", x, values, preferred_element_type=dtype or x.dtype)
+    return y * matrix.scale.astype(y.dtype) if isinstance(matrix, Quantized) else y
+
+
+def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"]) -> Float[Array, "*B D"]:
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + 1e-6)
+    return (y * (1 + scale.astype(jnp.float32))).astype(x.dtype)
+
+
+def forward(
+    cfg: Gemma2Config,
+    layers: list[Any],
+    embeddings: Float[Array, "B T D"],
+    positions: Int[Array, "B T"],
+    mask: Bool[Array, "B T S"],
+    local_mask: Bool[Array, "B T S"] | None = None,
+    cache: Cache | None = None,
+    at: Int[Array, ""] | int = 0,
+) -> tuple[Float[Array, "B T D"], Cache]:
+    """Hidden states before the final norm, and keys and values: of the T positions alone, or with a `cache` its S slots
+    with them written at `at`. `local_mask` is for the layers with a sliding window, every second from the first."""
+    B, T, D = embeddings.shape
+    N, K, H = cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
+    x, written = embeddings * jnp.asarray(D**0.5, embeddings.dtype), []
+    for i, w in enumerate(layers):
+        qkv = linear(rms_norm(x, w["pre_attention_norm"]), w["qkv"]).reshape(B, T, N + 2 * K, H)
+        q, k = (rotary(part, positions, cfg.rope_base) for part in (qkv[:, :, :N], qkv[:, :, N : N + K]))
+        v = qkv[:, :, N + K :]
+        if cache is not None:
+            k, v = (
+                jax.lax.dynamic_update_slice(old, new, (0, at, 0, 0)) for old, new in zip(cache[i], (k, v), strict=True)
+            )
+        written.append((k, v))
+        seen = mask if local_mask is None or i % 2 else local_mask
+        y = attend(q, k, v, seen, scale=cfg.query_pre_attn_scalar**-0.5, softcap=cfg.attn_softcap)
+        x = x + rms_norm(linear(y.reshape(B, T, N * H), w["out"]), w["post_attention_norm"])
+        gate, up = jnp.split(linear(rms_norm(x, w["pre_ffw_norm"]), w["gate_up"]), 2, axis=-1)
+        x = x + rms_norm(linear(jax.nn.gelu(gate, approximate=True) * up, w["down"]), w["post_ffw_norm"])
+    return x, tuple(written)
+
+
+def narrow(
+    cfg: Gemma2Config, mask: Bool[Array, "B T S"], positions: Int[Array, "B T"], keys: Int[Array, "B S"]
+) -> Bool[Array, "B T S"] | None:
+    """`mask` narrowed to the sliding window; None where the whole sequence fits into it."""
+    if mask.shape[-1] <= cfg.sliding_window:
+        return None
+    return mask & (positions[:, :, None] - keys[:, None, :] < cfg.sliding_window)

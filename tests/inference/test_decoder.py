@@ -1,0 +1,53 @@
+"""The serving layout of Gemma 2 against the model that trains."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spatialvla_jax.inference.decoder import forward, lay_out, linear, narrow, quantize, rms_norm
+from spatialvla_jax.models.gemma2 import Gemma2, Gemma2Config
+
+# More layers than one of each kind, and a window that cuts into the sequence.
+CONFIG = Gemma2Config(
+    vocab_size=7, width=16, depth=3, mlp_dim=24, num_heads=4, num_kv_heads=2, head_dim=8, sliding_window=4
+)
+
+
+@settings(deadline=None, max_examples=5)
+@given(first=st.integers(1, 6), window=st.sampled_from([4, 64]), seed=st.integers(0, 99))
+def test_whole_or_in_parts_it_is_the_model(first: int, window: int, seed: int) -> None:
+    """Hidden states of a sequence, at once and as `first` tokens and then one by one into a cache."""
+    length, config = 7, CONFIG.__class__(**{**vars(CONFIG), "sliding_window": window})
+    model, rng = Gemma2(config, jnp.dtype("float32")), np.random.default_rng(seed)
+    x = rng.normal(size=(2, length, config.width)).astype(np.float32)
+    positions = np.broadcast_to(np.arange(length) + 1, (2, length))
+    mask = np.broadcast_to(np.tri(length, dtype=bool), (2, length, length))
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), x, positions, mask))["params"]
+    params = jax.tree.map(lambda s: 0.5 * rng.normal(size=s.shape).astype(np.float32), shapes)
+    expected = jax.jit(lambda p: model.apply({"params": p}, x, positions, mask))(params)
+
+    layers = lay_out(params["layers"], jnp.asarray, lambda m: m)
+    norm = params["final_norm"]["scale"]
+    run = jax.jit(lambda *args: forward(config, layers, *args))
+    whole, cache = run(x, positions, mask, narrow(config, mask, positions, positions))
+    np.testing.assert_allclose(rms_norm(whole, norm), expected, rtol=0, atol=1e-4)
+
+    cache, parts = jax.tree.map(jnp.zeros_like, cache), []
+    for part in [slice(0, first), *(slice(i, i + 1) for i in range(first, length))]:
+        seen = (mask[:, part], narrow(config, mask[:, part], positions[:, part], positions))
+        hidden, cache = run(x[:, part], positions[:, part], *seen, cache, part.start)
+        parts.append(rms_norm(hidden, norm))
+    np.testing.assert_allclose(jnp.concatenate(parts, axis=1), expected, rtol=0, atol=1e-4)
+
+
+@given(rows=st.integers(1, 9), columns=st.integers(1, 9), seed=st.integers(0, 99))
+def test_int8_is_within_half_a_step_of_every_weight(rows: int, columns: int, seed: int) -> None:
+    matrix = np.random.default_rng(seed).normal(size=(rows, columns)).astype(np.float32)
+    matrix[0] = 0
+    small = quantize(jnp.asarray(matrix))
+    assert small.values.dtype == jnp.int8
+    restored = np.asarray(small.values, np.float32) * np.asarray(small.scale)[:, None]
+    assert (np.abs(restored - matrix) <= np.asarray(small.scale)[:, None] * 0.501).all()
+    np.testing.assert_allclose(linear(jnp.eye(columns), small), restored.T, rtol=1e-6, atol=1e-7)
