@@ -71,6 +71,13 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument(
         "--execute", default="chunk", help="or one action a request: open_loop, receding:K, adaptive, recent"
     )
+    p.add_argument(
+        "--image-size",
+        type=image_size,
+        action="append",
+        metavar="HEIGHTxWIDTH",
+        help="of the clients' images, may be repeated; by default the model's own",
+    )
     p.add_argument("--max-batch", type=int, default=32, help="observations of one call of the policy")
     p.add_argument("--max-wait-ms", type=float, default=4, help="for which a batch waits for further clients")
     p.add_argument("--max-clients", type=int, default=128)
@@ -200,6 +207,14 @@ def step_range(text: str) -> tuple[int, int]:
     return int(first), int(last)
 
 
+def image_size(text: str) -> tuple[int, int]:
+    """`480x640` → (480, 640)."""
+    height, _, width = text.partition("x")
+    if not (height.isdigit() and width.isdigit() and 0 < int(height) <= 4096 and 0 < int(width) <= 4096):
+        raise argparse.ArgumentTypeError(f"{text!r} is not HEIGHTxWIDTH, such as 480x640")
+    return int(height), int(width)
+
+
 def grid_actions_arguments(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument("--config", help="use the actions of the data that it names")
     parser.add_argument("--stats", type=Path, help=f"use samples of the mixture's Gaussians in it; {default}")
@@ -278,7 +293,12 @@ def run_serve(args: argparse.Namespace) -> None:
     if args.token_file and not args.token_file.is_file():
         raise InputError(f"token file {args.token_file} does not exist")
     token = args.token_file.read_text() if args.token_file else os.environ.get("SPATIALVLA_TOKEN", "")
-    limits = Limits(clients=args.max_clients, batch=args.max_batch, wait=args.max_wait_ms / 1000)
+    limits = Limits(
+        image_sizes=tuple(args.image_size or ()),
+        clients=args.max_clients,
+        batch=args.max_batch,
+        wait=args.max_wait_ms / 1000,
+    )
     logging.getLogger("websockets.server").setLevel(logging.CRITICAL)  # a stranger's broken handshake is no event
     policy = Policy.load(args.checkpoint)
     server = Server(policy, args.host, args.port, token=token.strip(), execute=args.execute, limits=limits)

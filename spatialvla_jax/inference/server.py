@@ -15,9 +15,11 @@ import json
 import logging
 import signal
 import time
+from bisect import bisect_left
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from contextlib import suppress
+from dataclasses import asdict, replace
 from http import HTTPStatus
 from typing import Any
 
@@ -29,7 +31,7 @@ from websockets.http11 import Request, Response
 
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.inference.ensemble import Executor, executor
-from spatialvla_jax.inference.policy import Policy
+from spatialvla_jax.inference.policy import BATCH_SIZES, PROMPT_STEP, Policy
 from spatialvla_jax.inference.wire import KEYS, LIMITS, Limits, check, pack, unpack
 
 log = logging.getLogger(__name__)
@@ -138,12 +140,14 @@ class Server:
     ) -> None:
         if not token and not is_loopback(host):
             raise InputError(f"host {host} can be reached from other machines: serving on it needs a token")
+        config = policy.model.config
+        if not limits.image_sizes:
+            limits = replace(limits, image_sizes=((config.img.image_size,) * 2,))
         self.policy, self.host, self.port, self.token, self.limits = policy, host, port, token, limits
         self.execute, self.clients, self.busy, self.draining = execute, set[Client](), 0, False
         Client(execute)  # raises now what it would raise for the first client
         self.batcher = Batcher(self._infer_batch, limits, lambda: len(self.clients))
         self.metrics = Metrics(lambda: len(self.clients), self.batcher.waiting.qsize)
-        config = policy.model.config
         self.metadata = {
             "observation": list(KEYS),
             "needs_depth": config.depth == "dataset",
@@ -183,15 +187,21 @@ class Server:
         self.batcher.thread.shutdown(wait=False)
 
     def _warm_up(self) -> None:
-        size = self.policy.model.config.img.image_size
-        observation = {
-            "image": np.zeros((size, size, 3), np.uint8),
-            "depth": np.ones((size, size), np.float32),
-            "prompt": "",
-            "unnorm_key": self.metadata["unnorm_keys"][0],
-        }
-        for count in sorted({min(2**i, self.limits.batch) for i in range(self.limits.batch.bit_length() + 1)}):
-            self.policy.infer_batch([observation] * count)
+        """Compiles all that a request can need: every image size, prompt length and batch size."""
+        cfg, processor = self.policy.model.config, self.policy.processor
+        prompts = {}  # one for each multiple of PROMPT_STEP
+        for words in range(cfg.prompt_length):
+            with suppress(InputError):  # beyond the longest
+                _, mask = processor.tokenizer.encode_prompt(
+                    "a " * words, template=processor.prompt_template, length=cfg.prompt_length
+                )
+                prompts.setdefault(-(-mask.sum() // PROMPT_STEP), "a " * words)
+        for size in self.limits.image_sizes:
+            image, depth = np.zeros((*size, 3), np.uint8), np.ones(size, np.float32)
+            for prompt in prompts.values():
+                one = {"image": image, "depth": depth, "prompt": prompt, "unnorm_key": next(iter(processor.statistics))}
+                for count in BATCH_SIZES[: bisect_left(BATCH_SIZES, self.limits.batch) + 1]:
+                    self.policy.infer_batch([one] * count)
 
     def _infer_batch(self, observations: list[dict]) -> list[dict]:
         start = time.perf_counter()
@@ -262,6 +272,10 @@ class Server:
             if not observation:
                 return {"reset": True}
         self.policy.check(observation)
+        size = observation["image"].shape[:2]
+        if size not in self.limits.image_sizes:
+            known = " or ".join(f"{height}x{width}" for height, width in self.limits.image_sizes)
+            raise InputError(f"observation 'image' is {size[0]}x{size[1]}: this server is compiled for {known}")
         if client.executor and not client.executor.due:
             return {"actions": client.executor.step()[None]}
         if client.draft is not None:
