@@ -16,7 +16,7 @@ import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -27,17 +27,27 @@ from spatialvla_jax.data.prompt import Tokenizer
 from spatialvla_jax.data.reader import Samples, Split
 from spatialvla_jax.errors import InputError
 
-if TYPE_CHECKING:
-    from spatialvla_jax.data.loader import Loader
-
 MAGIC, VERSION, ALIGNMENT = b"SVLAPACK", 1, 4096
 _PREFIX = struct.Struct("<8sII32s")
 _BATCH = 64  # frames that are in memory at a time while a file is written
 _NAMES = ("datasets", "mixture", "precomputed_depth")  # keys of the config's `data` part that a packed file stands for
 
 
+class Frames(Protocol):
+    """What of a `Loader` goes into a packed file; see there."""
+
+    image_size: int
+    depth: bool
+    weights: tuple[float, ...]
+    tokenizer: Tokenizer
+
+    def indexes(self, split: str) -> tuple[Index, ...]: ...
+
+    def epoch(self, batch_size: int, split: str) -> Iterator[dict[str, np.ndarray]]: ...
+
+
 def write_pack(
-    loader: "Loader",
+    loader: Frames,
     out: str | os.PathLike[str],
     data: Mapping[str, Any],
     splits: Sequence[str],
@@ -72,7 +82,7 @@ def write_pack(
         "depth": loader.depth,
         "datasets": [
             {"name": index.name, "weight": weight, "spec": dataclasses.asdict(index.spec)}
-            for index, weight in zip(loader.indexes(), loader.weights, strict=True)
+            for index, weight in zip(loader.indexes(splits[0]), loader.weights, strict=True)
         ],
         "config": _named(data),
         "tokenizer": base64.b64encode(loader.tokenizer.to_bytes()).decode(),
@@ -109,7 +119,7 @@ def write_pack(
     return {"path": str(out), "bytes": size, "frames": frames}
 
 
-def _arrays(index: Index, loader: "Loader") -> dict[str, tuple[Any, tuple[int, ...]]]:
+def _arrays(index: Index, loader: Frames) -> dict[str, tuple[Any, tuple[int, ...]]]:
     """Dtype and shape of the index's arrays; images and depth maps in the place of their byte ranges."""
     arrays: dict[str, tuple[Any, tuple[int, ...]]] = {key: (x.dtype, x.shape) for key, x in index.arrays.items()}
     frame = (index.num_frames, loader.image_size, loader.image_size)
@@ -128,7 +138,7 @@ def _write_small(file: int, start: int, indexes: Sequence[Index], places: Sequen
 def _write_pixels(
     file: int,
     start: int,
-    loader: "Loader",
+    loader: Frames,
     split: str,
     indexes: Sequence[Index],
     places: Sequence[Mapping[str, Any]],

@@ -1,3 +1,1 @@
-from spatialvla_jax.evaluation.open_loop import evaluate, predict
-
-__all__ = ["evaluate", "predict"]
+"""Open loop on recorded frames (`open_loop`) and closed loop in simulators (`closed_loop`)."""

