@@ -159,7 +159,7 @@ def test_it_goes_on_where_it_was_stopped(first, tmp_path):
     asked = len(policy.sizes)
     assert run(tmp_path, policy) == result and len(policy.sizes) == asked, "nothing is left to run"
     with pytest.raises(InputError, match="policy = 'toy', now it is 'another'"):
-        evaluate(Point, Policy().infer_batch, EPISODES, Settings(MAX_STEPS), tmp_path, policy="another")
+        evaluate(Point, direct, EPISODES, Settings(MAX_STEPS), tmp_path, policy="another")
 
 
 def test_a_crash_and_a_hang_are_recorded_and_the_episode_is_run_again(first, tmp_path):
@@ -174,7 +174,7 @@ def test_a_crash_and_a_hang_are_recorded_and_the_episode_is_run_again(first, tmp
 
 
 def test_an_environment_that_always_fails_is_counted_and_then_ends_the_run(tmp_path, monkeypatch):
-    three = rollouts(functools.partial(Point, crash="always"), Policy_infer, EPISODES[:1], Settings(MAX_STEPS))
+    three = rollouts(functools.partial(Point, crash="always"), direct, EPISODES[:1], Settings(MAX_STEPS))
     ((_, record, _),) = list(three)
     assert not record["success"] and len(record["faults"]) == closed_loop.ATTEMPTS
     assert "ValueError: no such joint" in record["faults"][0]["reason"]
@@ -185,7 +185,7 @@ def test_an_environment_that_always_fails_is_counted_and_then_ends_the_run(tmp_p
         run(tmp_path, crash="input", workers=1)
 
 
-def Policy_infer(observations, workers):
+def direct(observations, workers):
     return Policy().infer_batch(observations)
 
 
