@@ -1,5 +1,6 @@
 """Full fine-tuning with the published recipe, on a dataset of yours: linear decay from 2e-5 after a 0.5 % warm-up, text
-embeddings and depth model frozen, the action grid fitted to the new data (min_sigma 0).
+embeddings and depth model frozen, the action grid fitted to the new data (min_sigma 0) and the spatial table adapted to
+it. Without adaption: --config.adapt.embedding=False --config.grid.kind=checkpoint.
 
     spatialvla-jax train --config configs/finetune.py --workdir DIR --config.init=CHECKPOINT \\
         --config.data.datasets="[{'name': 'mine', 'spec': 'libero', 'path': 'DIR/1.0.0'}]"
@@ -12,6 +13,7 @@ from spatialvla_jax.config import default_config
 
 def get_config():
     config = default_config()
+    config.adapt.embedding = True
     config.grid.min_sigma = 0.0
     config.train.update(steps=20_000, batch_size=128, eval_every=1_000)
     config.checkpoint.update(every=1_000)

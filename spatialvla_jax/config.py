@@ -70,7 +70,8 @@ def default_config() -> ConfigDict:
                 },
             },
             "grid": {
-                "kind": "gaussian",  # gaussian | uniform | linear (256 bins a dimension, 7 tokens) | checkpoint (that of init)
+                # gaussian | uniform | linear (256 bins a dimension, 7 tokens an action) | checkpoint (that of init)
+                "kind": "gaussian",
                 "num_bins": (16, 32, 8, 16, 16, 16),
                 "min_sigma": 0.5,
                 # Datasets that the Gaussians are not fitted to, as published.
@@ -118,16 +119,7 @@ def load_config(path: str | Path, overrides: dict[str, str] | None = None) -> Co
 
     Raises InputError for a missing file, a key that does not exist or a value of another type.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"config file {path} does not exist")
-    spec = importlib.util.spec_from_file_location("_user_config", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise InputError(f"config file {path} has no function get_config()")
-    config = module.get_config()
+    config = call_function(Path(path), "get_config")
     check_keys(config.to_dict(), default_config().to_dict())
     for key, text in (overrides or {}).items():
         set_key(config, key, text)
@@ -148,6 +140,19 @@ def check_post_training(config: ConfigDict) -> None:
             raise InputError(f"{adapting[0]} adapts the weights of init, and init is empty")
     if config.lora.rank < 0 or config.lora.alpha <= 0:
         raise InputError(f"lora.rank {config.lora.rank} must be 0 or more, lora.alpha {config.lora.alpha} more than 0")
+
+
+def call_function(path: Path, name: str) -> Any:
+    """What the function `name` of a Python file returns. Raises InputError for a missing file or function."""
+    if not path.is_file():
+        raise InputError(f"config file {path} does not exist")
+    spec = importlib.util.spec_from_file_location("_user_config", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, name):
+        raise InputError(f"config file {path} has no function {name}()")
+    return getattr(module, name)()
 
 
 def train_config_of(run: Path) -> ConfigDict:

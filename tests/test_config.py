@@ -6,7 +6,7 @@ from spatialvla_jax.config import check_resumable, default_config, load_config, 
 from spatialvla_jax.errors import InputError
 
 
-@pytest.mark.parametrize("name", ["demo", "pretrain", "finetune"])
+@pytest.mark.parametrize("name", ["demo", "pretrain", "finetune", "lora"])
 def test_the_configs_here_load(name: str) -> None:
     assert load_config(f"configs/{name}.py", {"train.steps": "7"}).train.steps == 7
 

@@ -150,7 +150,7 @@ def write_peft(path: str | Path, run: AdapterRun) -> dict[str, Leaf]:
 
 
 def adapter_tensors(trained: Mapping[str, Leaf]) -> dict[str, Leaf]:
-    """Our adapters under `peft`'s names: "….q_proj.lora_A.weight" f[rank, in], "….q_proj.lora_B.weight" f[out, rank]."""
+    """Our adapters under `peft`'s names: "….q_proj.lora_A.weight" f[rank, in] and "….lora_B.weight" f[out, rank]."""
     leaves = {path: leaf for path, leaf in trained.items() if path.startswith(f"{ADAPTERS}/")}
     tensors = {}
     for slot in slots({path: leaf.shape for path, leaf in leaves.items()}, adapter_rules()):

@@ -1,7 +1,8 @@
 """Checkpoints with Orbax: asynchronous, committed by rename, each one enough to run the policy.
 
 Layout: `<workdir>/checkpoints/<step>/{params, optimizer, metadata}`; `metadata` is JSON with the step, the model's
-sizes, the processor (grid, statistics, tokenizer) and the training config. Where the optimizer keeps averaged
+sizes, the processor (grid, statistics, tokenizer) and the training config; of a run with adapters also where its frozen
+parameters are, which `params` leaves out. Where the optimizer keeps averaged
 parameters, `params` are these and `optimizer` holds the trained ones.
 """
 
@@ -20,7 +21,7 @@ import orbax.checkpoint as ocp
 from tqdm import tqdm
 
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.training.optimizer import swap_average
+from spatialvla_jax.training.optimizer import merge, split_frozen, swap_average
 from spatialvla_jax.training.state import TrainState
 
 FOLDER = "checkpoints"
@@ -40,8 +41,18 @@ class Checkpoints:
 
     RETRIES = 4
 
-    def __init__(self, workdir: Path, metadata: dict[str, Any], *, every: int, keep_last: int, keep_every: int | None):
+    def __init__(
+        self,
+        workdir: Path,
+        metadata: dict[str, Any],
+        *,
+        every: int,
+        keep_last: int,
+        keep_every: int | None,
+        left_out: tuple[str, ...] = (),
+    ):
         self.folder, self.metadata, self.every = (workdir / FOLDER).absolute(), metadata, every
+        self.left_out = left_out  # patterns of parameters that are neither saved nor restored, for they never change
         self.keep = {"max_to_keep": keep_last, "keep_period": keep_every}
         self.failures, self.retry_at = 0, 0
         self.began, self.seconds = 0.0, 0.0  # of the save under way; how long the last one took
@@ -72,7 +83,7 @@ class Checkpoints:
     def _start(self, state: TrainState, step: int) -> None:
         self._finish(step)  # only one at a time
         self.began = time.perf_counter()
-        params, opt_state = swap_average(state.params, state.opt_state)
+        params, opt_state = swap_average(split_frozen(state.params, self.left_out)[0], state.opt_state)
         items = ocp.args.Composite(
             params=ocp.args.StandardSave(params),
             optimizer=ocp.args.StandardSave(opt_state),
@@ -120,8 +131,10 @@ class Checkpoints:
         def target(tree: Any, sharding: Any) -> Any:
             return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, sharding)
 
-        params, opt_state = swap_average(state.params, state.opt_state)
-        param_shardings, opt_shardings = swap_average(shardings.params, shardings.opt_state)
+        kept, fixed = split_frozen(state.params, self.left_out)
+        params, opt_state = swap_average(kept, state.opt_state)
+        kept_shardings, _ = split_frozen(shardings.params, self.left_out)
+        param_shardings, opt_shardings = swap_average(kept_shardings, shardings.opt_state)
         restored = self.manager.restore(
             step,
             args=ocp.args.Composite(
@@ -130,7 +143,8 @@ class Checkpoints:
             ),
         )
         at = jax.device_put(np.int32(step), shardings.step)
-        return TrainState(at, *swap_average(restored["params"], restored["optimizer"]))
+        params, opt_state = swap_average(restored["params"], restored["optimizer"])
+        return TrainState(at, merge(params, fixed), opt_state)
 
     def close(self) -> None:
         """Wait for the save under way. Where it fails the run has ended early, and says by another error why."""

@@ -10,29 +10,25 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax.traverse_util import unflatten_dict
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from spatialvla_jax.config import check_resumable
+from spatialvla_jax.config import check_post_training, check_resumable
 from spatialvla_jax.data import Loader, load_data
+from spatialvla_jax.data.prompt import Tokenizer
 from spatialvla_jax.data.stats_pipeline import load_stats
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.grid_tools import make_grid, mixture_gaussians
-from spatialvla_jax.interop import read_checkpoint, start_from_paligemma
-from spatialvla_jax.interop.mapping import check_leaves, param_shapes
-from spatialvla_jax.interop.paligemma import is_paligemma
-from spatialvla_jax.models import SpatialVLA, preset
+from spatialvla_jax.models import preset
 from spatialvla_jax.processor import Processor, model_to_dict
-from spatialvla_jax.training import checkpoint
-from spatialvla_jax.training.checkpoint import Checkpoints
+from spatialvla_jax.training.checkpoint import FOLDER, Checkpoints
 from spatialvla_jax.training.distributed import Preemption, is_writer
 from spatialvla_jax.training.metrics import Clock, MetricsLog, check_wandb, peak, rates, scalars
 from spatialvla_jax.training.optimizer import make_optimizer, split_frozen, swap_average, update_norms
-from spatialvla_jax.training.program import frozen_patterns, jit_train_step, make_model
+from spatialvla_jax.training.program import frozen_patterns, jit_train_step, lora_scale, make_model
 from spatialvla_jax.training.sharding import BATCH, check_batch, make_mesh, on_mesh
+from spatialvla_jax.training.start import check_same, make_processor, open_start, starting_params
 from spatialvla_jax.training.state import TrainState, init_state
 from spatialvla_jax.training.step import make_eval_step
 from spatialvla_jax.training.topology import model_flops
@@ -51,24 +47,25 @@ def train(
     if wandb:
         check_wandb()
     workdir.mkdir(parents=True, exist_ok=True)
+    check_post_training(config)
     saved = workdir / "config.json"
     if saved.exists():
         check_resumable(json.loads(saved.read_text()), config, workdir)
     mesh = make_mesh(config.mesh.to_dict())
     check_batch(config.train.batch_size, config.train.accumulate, mesh)
-    loader = open_data(config)
+    source, before = open_start(config, workdir)
+    loader = open_data(config, tokenizer=None if before is None or config.data.prompt.model else before.tokenizer)
     if config.train.eval_every:  # a split that is missing is an error now, not at the first validation
         loader.num_frames(config.train.eval_split)
     if is_writer():
         tqdm.write(loader.describe(), file=sys.stderr)
-        write_json(saved, config.to_dict())
-        write_json(workdir / "statistics.json", loader.statistics)
 
-    processor = make_processor(config, loader)
+    processor = make_processor(config, loader, before)
     model = make_model(config, processor.grid, processor.tokenizer.vocab_size)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     frozen = frozen_patterns(config, model)
-    metadata = {
+    start_from, origin = starting_params(config, workdir, model, source, processor.grid)
+    metadata = origin | {
         "model": model_to_dict(model.config),
         "processor": processor.to_dict(),
         "train_config": json.loads(json.dumps(config.to_dict())),
@@ -79,22 +76,23 @@ def train(
         every=config.checkpoint.every,
         keep_last=config.checkpoint.keep_last,
         keep_every=config.checkpoint.keep_every or None,
+        left_out=frozen if config.lora.rank else (),
     )
     latest = checkpoints.latest()
-    start_from = starting_params(config, model) if config.init and latest is None else None
     state, shardings = init_state(model, optimizer, frozen, config.seed, mesh, start_from)
     if latest is not None:
-        before = checkpoints.restore_metadata(latest)
-        if before["processor"] != metadata["processor"] or before["model"] != json.loads(json.dumps(metadata["model"])):
-            raise InputError(f"the data of {workdir} changed since its run began: grid, statistics or tokenizer differ")
+        check_same(checkpoints.restore_metadata(latest), metadata, workdir)
         state = checkpoints.restore(latest, state, shardings)
     start, steps = latest or 0, config.train.steps
+    if is_writer():
+        write_json(saved, config.to_dict())
+        write_json(workdir / "statistics.json", loader.statistics)
 
     batch_sharding, replicated = NamedSharding(mesh, BATCH), NamedSharding(mesh, P())
     grid, seed = jax.device_put((processor.grid, np.uint32(config.seed)), replicated)
     step_fn = jit_train_step(config, model, mesh, shardings, len(loader.names))
     eval_fn = jax.jit(
-        on_mesh(make_eval_step(model, len(loader.names)), mesh),
+        on_mesh(make_eval_step(model, len(loader.names), lora_scale(config)), mesh),
         in_shardings=(shardings.params, batch_sharding, replicated, batch_sharding),
         out_shardings=replicated,
     )
@@ -173,7 +171,7 @@ def train(
         "step": step,
         "params": size,
         "trainable": trainable,
-        "checkpoint": str(workdir / checkpoint.FOLDER),
+        "checkpoint": str(workdir / FOLDER),
         "metrics": last,
     }
 
@@ -217,9 +215,9 @@ def to_device(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items() if k != "sample_id"}
 
 
-def open_data(config: ConfigDict, processor: Processor | None = None) -> Loader:
-    """The loader; with a `processor` its statistics and tokenizer take the place of the data's own, without one those
-    of `data.statistics` if it is set."""
+def open_data(config: ConfigDict, processor: Processor | None = None, tokenizer: Tokenizer | None = None) -> Loader:
+    """The loader; with a `processor` its statistics and tokenizer take the place of the data's own, without one the
+    `tokenizer` and the statistics of `data.statistics`, each if there is one."""
     path = config.data.to_dict().get("statistics")
     given = load_stats(path)["statistics"] if path and not processor else None
     return load_data(
@@ -228,7 +226,7 @@ def open_data(config: ConfigDict, processor: Processor | None = None) -> Loader:
         action_chunk=config.model.action_chunk,
         depth=config.model.depth == "dataset",
         statistics=processor.statistics if processor else given,
-        tokenizer=processor and processor.tokenizer,
+        tokenizer=processor.tokenizer if processor else tokenizer,
         progress=shard_progress(),
     )
 
@@ -245,34 +243,6 @@ def shard_progress() -> Callable[[str, int, int], None]:
             bars.pop(name).close()
 
     return show
-
-
-def make_processor(config: ConfigDict, loader: Loader) -> Processor:
-    """The grid fitted to the training split, with the loader's tokenizer and statistics."""
-    grid = make_grid(config.grid.to_dict(), lambda: mixture_gaussians(config.to_dict(), loader))
-    return Processor(
-        tokenizer=loader.tokenizer,
-        grid=jax.tree.map(np.asarray, grid),
-        statistics=loader.statistics,
-        intrinsics=loader.intrinsics,
-        prompt_template=config.data.prompt.template,
-    )
-
-
-def starting_params(config: ConfigDict, model: SpatialVLA) -> dict[str, Any]:
-    """`config.init`'s parameters in float32; raises InputError naming those that this model has otherwise."""
-    if is_paligemma(Path(config.init)):
-        sizes = {k: getattr(model.config, k) for k in ("spatial_tokens", "tokens_per_action", "depth")}
-        if model.config.depth == "zoedepth" and not config.init_zoedepth:
-            raise InputError(
-                f"config key init is the PaliGemma {config.init}: init_zoedepth must name a ZoeDepth for it"
-            )
-        zoedepth = config.init_zoedepth if model.config.depth == "zoedepth" else None
-        checkpoint = start_from_paligemma(config.init, zoedepth, seed=config.seed, **sizes)
-    else:
-        checkpoint = read_checkpoint(config.init)
-    check_leaves(config.init, checkpoint.leaves, param_shapes(model.config))
-    return unflatten_dict({k: v.read().astype(np.float32) for k, v in checkpoint.leaves.items()}, sep="/")
 
 
 def write_json(path: Path, value: Any) -> None:

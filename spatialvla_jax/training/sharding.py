@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from spatialvla_jax.errors import InputError
+from spatialvla_jax.models.lora import ADAPTERS, axes_of
 from spatialvla_jax.models.partition import BATCH_AXES
 
 AXES = ("data", "fsdp", "tensor")
@@ -93,10 +94,19 @@ def check_batch(batch_size: int, accumulate: int, mesh: Mesh) -> None:
 
 def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh | jax.sharding.AbstractMesh) -> P:
     """The PartitionSpec of one parameter; a dimension that the mesh does not divide stays whole."""
-    for pattern, spec in RULES:
-        if re.fullmatch(pattern, path):
-            return P(*(a if a and d % mesh.shape[a] == 0 else None for a, d in zip(spec, shape, strict=True)))
-    return P()
+    if (spec := rule_of(path)) is None:
+        return P()
+    return P(*(a if a and d % mesh.shape[a] == 0 else None for a, d in zip(spec, shape, strict=True)))
+
+
+def rule_of(path: str) -> tuple[str | None, ...] | None:
+    """The axes that RULES has for a parameter. Adapters lie as their kernel does, so that B A is made in its shards."""
+    if path.startswith(f"{ADAPTERS}/"):
+        kernel, _, name = path.removeprefix(f"{ADAPTERS}/").rpartition("/")
+        axes, *parts = axes_of(kernel)
+        by_axis = dict(zip(axes, rule_of(kernel) or (), strict=False))
+        return tuple(by_axis.get(axis) for axis in parts["ab".index(name)])
+    return next((tuple(spec) for pattern, spec in RULES if re.fullmatch(pattern, path)), None)
 
 
 def on_mesh(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:

@@ -58,7 +58,7 @@ def init_state(
     params: dict[str, Any] | None = None,
 ) -> tuple[TrainState, TrainState]:
     """→ (state on the mesh, its shardings). Parameters are random unless given; they are made in their shards."""
-    _, shardings = abstract_state(model, optimizer, frozen, mesh)
+    _, shardings = abstract_state(model, optimizer, frozen, mesh, params)
 
     def create(params: dict[str, Any]) -> TrainState:
         return new_state(params, optimizer, frozen)
@@ -79,10 +79,16 @@ def new_state(params: dict[str, Any], optimizer: optax.GradientTransformation, f
 
 
 def abstract_state(
-    model: SpatialVLA, optimizer: optax.GradientTransformation, frozen: tuple[str, ...], mesh: Mesh
+    model: SpatialVLA,
+    optimizer: optax.GradientTransformation,
+    frozen: tuple[str, ...],
+    mesh: Mesh,
+    params: dict[str, Any] | None = None,
 ) -> tuple[TrainState, TrainState]:
-    """→ (shapes and dtypes of the state, its shardings): nothing is allocated."""
-    state = jax.eval_shape(lambda: new_state(init_params(model, 0), optimizer, frozen))
+    """→ (shapes and dtypes of the state, its shardings): nothing is allocated. Those of `params` where they are given,
+    as arrays or shapes."""
+    params = params or jax.eval_shape(lambda: init_params(model, 0))
+    state = jax.eval_shape(lambda params: new_state(params, optimizer, frozen), params)
     replicated: Any = NamedSharding(mesh, P())
     return state, TrainState(
         step=replicated,

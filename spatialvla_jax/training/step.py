@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from spatialvla_jax.actions import decode, encode
 from spatialvla_jax.models import SpatialVLA
+from spatialvla_jax.models.lora import merge_adapters
 from spatialvla_jax.models.spatialvla import EOS
 from spatialvla_jax.training.augment import Augmentation, augment
 from spatialvla_jax.training.optimizer import merge, num_updates, part_norms, split_frozen
@@ -32,13 +33,15 @@ def make_train_step(
     augmentation: Augmentation | None,
     accumulate: int,
     num_datasets: int = 0,
+    lora_scale: float = 0.0,
 ):
     """→ `step(state, batch, grid, seed) -> (state, metrics)`, to be jitted with the state donated.
 
     `batch` holds the loader's arrays (image u8[B,S,S,3], …); `accumulate` splits it into that many microbatches whose
     gradients are averaged, which is the gradient of the whole batch. Where its loss or its gradient is not finite, the
     step is counted (`skipped`, of the whole run) and changes nothing else. `num_datasets`: that of the mixture, for
-    metrics by dataset. Grid and seed are arguments, so that runs which differ in them share one compilation.
+    metrics by dataset; `lora_scale`: that of `merge_adapters`, where there are adapters. Grid and seed are arguments,
+    so that runs which differ in them share one compilation.
     """
 
     def step(
@@ -49,7 +52,8 @@ def make_train_step(
         inputs = prepare(batch, key, augmentation)
 
         def loss_fn(trainable: Any, inputs: dict[str, Array]) -> tuple[Float[Array, ""], Metrics]:
-            params = cast_split(merge(trainable, fixed), model.config.dtype)
+            params = merge_adapters(merge(trainable, fixed), lora_scale, model.config.dtype)
+            params = cast_split(params, model.config.dtype)
             loss, metrics = loss_and_metrics(model, params, inputs, grid)
             means = {k: v.mean() for k, v in metrics.items()}
             return loss.mean(), means | by_dataset(metrics, inputs["dataset_id"], num_datasets)
@@ -83,12 +87,13 @@ def make_train_step(
     return step
 
 
-def make_eval_step(model: SpatialVLA, num_datasets: int = 0):
+def make_eval_step(model: SpatialVLA, num_datasets: int = 0, lora_scale: float = 0.0):
     """→ `step(params, batch, grid, valid bool[B]) -> (metric sums over valid examples, their number)`."""
 
     def step(params: dict[str, Any], batch: dict[str, Array], grid: Any, valid: Bool[Array, " B"]):
         inputs = prepare(batch, None, None)
-        _, metrics = loss_and_metrics(model, cast_split(params, model.config.dtype), inputs, grid)
+        params = cast_split(merge_adapters(params, lora_scale, model.config.dtype), model.config.dtype)
+        _, metrics = loss_and_metrics(model, params, inputs, grid)
         sums = {k: jnp.where(valid, v, 0).sum() for k, v in metrics.items()}
         dataset_id = jnp.where(valid, inputs["dataset_id"], -1)
         return sums | by_dataset(metrics, dataset_id, num_datasets), valid.sum()

@@ -27,11 +27,19 @@ from spatialvla_jax.actions import PRETRAIN_GAUSSIANS
 from spatialvla_jax.data.oxe import MIXTURES
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.grid_tools import make_grid
+from spatialvla_jax.models.lora import merge_adapters
 from spatialvla_jax.training.optimizer import make_optimizer, merge, split_frozen
-from spatialvla_jax.training.program import abstract_batch, frozen_patterns, jit_train_step, make_model
+from spatialvla_jax.training.program import (
+    abstract_batch,
+    abstract_params,
+    frozen_patterns,
+    jit_train_step,
+    lora_scale,
+    make_model,
+)
 from spatialvla_jax.training.roofline import CHIPS, GB, Chip, product_flops, read_program
 from spatialvla_jax.training.sharding import AXES, check_batch, make_mesh
-from spatialvla_jax.training.state import abstract_state, init_params
+from spatialvla_jax.training.state import abstract_state
 from spatialvla_jax.training.step import loss_and_metrics, prepare
 
 # Without a TPU, libtpu asks a metadata server what it runs on unless it is told.
@@ -171,7 +179,7 @@ def compile_plan(config: ConfigDict, plan: Plan, topology: Topology, cache: Path
     model = make_model(config, grid)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     frozen = frozen_patterns(config, model)
-    state, shardings = abstract_state(model, optimizer, frozen, mesh)
+    state, shardings = abstract_state(model, optimizer, frozen, mesh, abstract_params(config, model))
     num_datasets = len(MIXTURES.get(config.data.mixture, ())) + len(config.data.datasets)
     step = jit_train_step(config, model, mesh, shardings, num_datasets)
     lowered = step.lower(state, abstract_batch(model, plan.batch_size), grid, np.uint32(0))
@@ -244,9 +252,14 @@ def model_flops(config: ConfigDict, grid: Any) -> float:
     def gradient(params: Any, batch: Any) -> Any:
         trainable, fixed = split_frozen(params, frozen)
         inputs = prepare(batch, None, None)
-        return jax.grad(lambda t: loss_and_metrics(model, merge(t, fixed), inputs, grid)[0].mean())(trainable)
 
-    params = jax.eval_shape(lambda: init_params(model, 0))
+        def loss(trainable: Any) -> Any:
+            params = merge_adapters(merge(trainable, fixed), lora_scale(config))
+            return loss_and_metrics(model, params, inputs, grid)[0].mean()
+
+        return jax.grad(loss)(trainable)
+
+    params = abstract_params(config, model)
     return product_flops(jax.make_jaxpr(gradient)(params, abstract_batch(model, 1)).jaxpr)
 
 

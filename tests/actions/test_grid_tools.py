@@ -41,7 +41,7 @@ def test_make_grid():
     never = lambda: pytest.fail("needs no Gaussians")  # noqa: E731
     assert same(make_grid(config | {"kind": "uniform"}, never), uniform_grid(SMALL))
     assert same(make_grid(config | {"kind": "linear"}, never), linear_grid())
-    with pytest.raises(InputError, match=r"grid.kind is 'cubic'; choose gaussian, uniform or linear"):
+    with pytest.raises(InputError, match=r"grid.kind is 'cubic'; choose gaussian, uniform, linear or checkpoint"):
         make_grid(config | {"kind": "cubic"}, never)
 
 

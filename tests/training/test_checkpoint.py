@@ -43,7 +43,7 @@ def test_a_run_starts_from_a_checkpoint(config_file: Path, trained: Path, tmp_pa
     before, after = (load_pretrained(run)[1] for run in (trained, tmp_path / "run"))
     assert all(jax.tree.leaves(jax.tree.map(np.array_equal, before, after)))
     overrides["grid.num_bins"] = "(8, 4, 2, 4, 4, 4)"
-    with pytest.raises(InputError, match="spatial_embedding"):
+    with pytest.raises(InputError, match=r"another action grid.*adapt.embedding=True.*grid.kind=checkpoint"):
         train(load_config(config_file, overrides), tmp_path / "other")
 
 

@@ -1,0 +1,103 @@
+"""Where a run starts: random parameters, or a checkpoint with its tokenizer and grid, adapted as asked for."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax.traverse_util import unflatten_dict
+from ml_collections import ConfigDict
+
+from spatialvla_jax.data import Loader
+from spatialvla_jax.errors import InputError
+from spatialvla_jax.grid_tools import make_grid, mixture_gaussians
+from spatialvla_jax.interop import Checkpoint, read_checkpoint, start_from_paligemma
+from spatialvla_jax.interop.adapt import adapt_checkpoint
+from spatialvla_jax.interop.checkpoint import Leaf
+from spatialvla_jax.interop.lora import refer
+from spatialvla_jax.interop.mapping import check_leaves, param_shapes
+from spatialvla_jax.interop.orbax import parse_metadata, read_metadata, step_directory
+from spatialvla_jax.interop.paligemma import is_paligemma
+from spatialvla_jax.models import SpatialVLA
+from spatialvla_jax.models.lora import ADAPTERS, init_adapters
+from spatialvla_jax.processor import Processor
+from spatialvla_jax.training.program import frozen_patterns, lora_targets
+
+
+def open_start(config: ConfigDict, workdir: Path) -> tuple[Checkpoint | None, Processor | None]:
+    """→ (the SpatialVLA in `config.init`, the processor to go on with), each None where there is none or no need.
+
+    A run that goes on has its own processor, and needs `init` for what adapters are added to alone.
+    """
+    if not config.init:
+        return None, None
+    step = step_directory(workdir)
+    checkpoint = None
+    if (step is None or config.lora.rank) and not is_paligemma(Path(config.init)):
+        checkpoint = read_checkpoint(config.init)
+    if step is not None:
+        return checkpoint, parse_metadata(step, read_metadata(step))[1]
+    return checkpoint, checkpoint and checkpoint.processor
+
+
+def make_processor(config: ConfigDict, loader: Loader, before: Processor | None = None) -> Processor:
+    """The grid fitted to the training split, or that of `before`, with the loader's tokenizer and statistics."""
+    grid = make_grid(config.grid.to_dict(), lambda: mixture_gaussians(config.to_dict(), loader), before and before.grid)
+    return Processor(
+        tokenizer=loader.tokenizer,
+        grid=jax.tree.map(np.asarray, grid),
+        statistics=loader.statistics,
+        intrinsics=loader.intrinsics,
+        prompt_template=config.data.prompt.template,
+    )
+
+
+def starting_params(
+    config: ConfigDict, workdir: Path, model: SpatialVLA, checkpoint: Checkpoint | None, grid: Any
+) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    """→ (parameters, what the run's metadata says of them), from `config.init`, which is a PaliGemma or the
+    `checkpoint`, adapted to `grid`; no parameters where random ones or those of the run's own checkpoint do.
+
+    They are in float32; where adapters are added, the frozen ones are in the dtype that they are stored in.
+    Raises InputError naming those that this model has otherwise.
+    """
+    if not config.init or (step_directory(workdir) and not config.lora.rank):
+        return None, {}
+    lora, adapt, shapes = config.lora, config.adapt.to_dict(), param_shapes(model.config)
+    start = (checkpoint and adapt_checkpoint(config.init, checkpoint, grid, **adapt)) or _paligemma(config, model)
+    check_leaves(config.init, start.leaves, shapes)
+    frozen = frozen_patterns(config, model) if lora.rank else ()
+
+    def read(path: str, leaf: Leaf) -> np.ndarray:
+        return leaf.read() if any(re.match(p, path) for p in frozen) else leaf.read().astype(np.float32)
+
+    params = unflatten_dict({path: read(path, leaf) for path, leaf in start.leaves.items()}, sep="/")
+    if checkpoint is None or not lora.rank:
+        return params, {}
+    adapters = init_adapters(shapes, lora.rank, lora_targets(config, model), jax.random.key(config.seed))
+    about = {"rank": lora.rank, "alpha": lora.alpha, "adapt": adapt, "base": refer(config.init, checkpoint)}
+    return params | {ADAPTERS: jax.tree.map(np.asarray, adapters)}, {"lora": about}
+
+
+def check_same(before: dict[str, Any], now: dict[str, Any], workdir: Path) -> None:
+    """Raises InputError where a run's data, or what its adapters are added to, is not what it was."""
+    now = json.loads(json.dumps(now))
+    if before["processor"] != now["processor"] or before["model"] != now["model"]:
+        raise InputError(f"the data of {workdir} changed since its run began: grid, statistics or tokenizer differ")
+    if before.get("lora") != now.get("lora"):
+        raise InputError(f"{now['lora']['base']['path']} changed since the run in {workdir} began to adapt it")
+
+
+def _paligemma(config: ConfigDict, model: SpatialVLA) -> Checkpoint:
+    if config.lora.rank:
+        raise InputError(
+            f"lora.rank={config.lora.rank} leaves the LM head as it is, and that of the PaliGemma {config.init} knows "
+            "no action tokens: start from a SpatialVLA"
+        )
+    if model.config.depth == "zoedepth" and not config.init_zoedepth:
+        raise InputError(f"config key init is the PaliGemma {config.init}: init_zoedepth must name a ZoeDepth for it")
+    sizes = {k: getattr(model.config, k) for k in ("spatial_tokens", "tokens_per_action", "depth")}
+    zoedepth = config.init_zoedepth if model.config.depth == "zoedepth" else None
+    return start_from_paligemma(config.init, zoedepth, seed=config.seed, **sizes)
