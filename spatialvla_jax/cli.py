@@ -55,11 +55,25 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--slices", type=int, default=1, help="pods joined by the data-center network, along mesh.data")
     p.add_argument("--search", action="store_true", help="rank meshes, remat policies and accumulation")
 
-    p = command("evaluate", run_evaluate, "open-loop errors of a checkpoint on recorded episodes")
-    p.add_argument("--checkpoint", type=Path, required=True, help="run directory, one of its steps, or an export")
+    p = command("evaluate", run_evaluate, "open-loop errors on recorded episodes, or success rates in simulation")
+    p.add_argument("--checkpoint", type=Path, help="run directory, one of its steps, or an export")
     p.add_argument("--config", help="names the data; by default the one that the run was trained with")
     p.add_argument("--split", default="val")
     p.add_argument("--batch-size", type=int, default=32)
+    p = p.add_argument_group("closed loop (extra [sim])")
+    p.add_argument("--closed-loop", metavar="SUITE,…", help="libero_spatial, libero_object, libero_goal, libero_10")
+    p.add_argument(
+        "--episodes", type=int, default=50, help="of each task and seed; the benchmark has 50 initial states"
+    )
+    p.add_argument("--seeds", type=task_ids, default=[0], help="e.g. 0,1,2")
+    p.add_argument("--tasks", type=task_ids, help="task ids, e.g. 0,5,7; by default all ten")
+    p.add_argument("--execute", default="open_loop", help="open_loop, receding:K, adaptive or recent")
+    p.add_argument("--server", metavar="ws://HOST:PORT", help="a policy served by openpi's protocol, not --checkpoint")
+    p.add_argument("--unnorm-key", help="the dataset whose action units are meant, where the policy knows several")
+    p.add_argument("--image-size", type=int, default=128, help="pixels a side, best as in the training data")
+    p.add_argument("--workers", type=int, default=os.cpu_count(), help="environments at once, a process each")
+    p.add_argument("--videos", type=int, default=0, help="of successes, and as many of failures, a task")
+    p.add_argument("--out", type=Path, default=Path("runs/closed_loop"), help="the same one again goes on")
 
     p = command("serve", run_serve, "serve a policy to robots by websocket, in openpi's protocol (extra [serve])")
     p.add_argument("--checkpoint", type=Path, required=True, help="run directory, one of its steps, or an export")
@@ -168,8 +182,19 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--episodes", type=int, required=True, help="train episodes in all, dealt over the tasks in turn")
     p.add_argument("--val-episodes", type=int, default=0, help="validation episodes, from other initial states")
     p.add_argument("--tasks", type=task_ids, help="task ids in dealing order, e.g. 0,5,7; by default all")
-    p.add_argument("--out", type=Path, required=True, help="dataset directory; its version, 1.0.0, is made inside")
+    p.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help="dataset directory, in which its version, 1.0.0, is made; or FILE.pack, for models of this --image-size",
+    )
     p.add_argument("--image-size", type=int, default=128, help="pixels a side")
+    p.add_argument(
+        "--initial-states",
+        choices=("benchmark", "drawn"),
+        default="benchmark",
+        help="the benchmark's own, or others out of the same regions, so that all of its own are new in evaluation",
+    )
     p.add_argument("--workers", type=int, help="processes; by default one a core")
     p.add_argument("--seed", type=int, default=0, help="same seed, same episodes, for any number of workers")
 
@@ -266,6 +291,11 @@ def run_evaluate(args: argparse.Namespace) -> None:
     from spatialvla_jax.inference.policy import Policy
     from spatialvla_jax.training.loop import open_data
 
+    if args.closed_loop:
+        run_closed_loop(args)
+        return
+    if args.checkpoint is None:
+        raise InputError("--checkpoint must name what is to be evaluated")
     policy = Policy.load(args.checkpoint)
     if args.config is None and args.overrides:
         raise InputError("--config.KEY=VALUE needs --config FILE")
@@ -305,6 +335,53 @@ def run_serve(args: argparse.Namespace) -> None:
     print(f"compiling for batches of 1 to {args.max_batch}", flush=True)
     asyncio.run(run(server, lambda: print(f"serving {args.checkpoint} on ws://{args.host}:{server.port}", flush=True)))
     print("every reply is sent; stopped")
+
+
+def run_closed_loop(args: argparse.Namespace) -> None:
+    from functools import partial
+
+    from tqdm import tqdm
+
+    from spatialvla_jax.evaluation import closed_loop, libero
+    from spatialvla_jax.inference.client import Client
+    from spatialvla_jax.inference.policy import Policy
+
+    if (args.checkpoint is None) == (args.server is None):
+        raise InputError("closed loop evaluates either --checkpoint or --server")
+    episodes = libero.episodes(args.closed_loop.split(","), args.episodes, args.seeds, args.tasks)
+    settings = closed_loop.Settings(libero.MAX_STEPS, args.execute, min(args.workers, len(episodes)))
+    extra = {"unnorm_key": args.unnorm_key} if args.unnorm_key else {}
+    if args.server:
+        token = os.environ.get("SPATIALVLA_TOKEN", "")
+        metadata = Client(args.server, token).metadata
+        name, keys, depth = args.server, metadata.get("unnorm_keys", []), metadata.get("needs_depth", False)
+        infer = closed_loop.served(args.server, token, **extra)
+    else:
+        policy = Policy.load(args.checkpoint)
+        steps = sorted((args.checkpoint / "checkpoints").glob("[0-9]*"), key=lambda path: int(path.name))
+        name, keys = str((steps or [args.checkpoint])[-1].resolve()), list(policy.processor.statistics)
+        depth = policy.model.config.depth == "dataset"
+        infer = closed_loop.padded(policy.infer_batch, settings.workers, **extra)
+    mirrored = (args.unnorm_key or "".join(keys[:1])).endswith("no_noops")
+    with tqdm(total=len(episodes), unit="episode", desc="closed loop") as bar:
+
+        def progress(done: int, successes: int) -> None:
+            bar.set_postfix_str(f"{successes} successes", refresh=False)
+            bar.update(done - bar.n)
+
+        result = closed_loop.evaluate(
+            partial(libero.Libero, args.image_size, depth, mirrored),
+            infer,
+            episodes,
+            settings,
+            args.out,
+            policy=f"{name}, {args.image_size} px" + (f", {args.unnorm_key}" if args.unnorm_key else ""),
+            videos=args.videos,
+            progress=progress,
+        )
+    print(closed_loop.table(result))
+    print(f"wrote {args.out}: result.json, episodes.jsonl and {len(list((args.out / 'videos').iterdir()))} videos")
+    print(json.dumps(result))
 
 
 def run_convert(args: argparse.Namespace) -> None:
@@ -439,6 +516,7 @@ def run_record(args: argparse.Namespace) -> None:
         tasks=args.tasks,
         seed=args.seed,
         image_size=args.image_size,
+        drawn=args.initial_states == "drawn",
         workers=args.workers,
     )
     for task, report in reports.items():
