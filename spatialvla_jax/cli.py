@@ -99,7 +99,8 @@ def main(argv: list[str] | None = None) -> int:
     p = command("convert", run_convert, "convert a checkpoint between formats")
     p.add_argument("src", type=Path)
     p.add_argument("dst", type=Path)
-    p.add_argument("--to", choices=("orbax", "pytorch", "big_vision"), required=True)
+    p.add_argument("--to", choices=("orbax", "pytorch", "big_vision", "peft"), required=True)
+    p.add_argument("--merge", action="store_true", help="write a run of LoRA adapters and its base as one checkpoint")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights written; by default as they are")
     p.add_argument("--zoedepth", type=Path, help="ZoeDepth's directory, where SRC is a PaliGemma 2 to start from")
     p.add_argument(
@@ -389,7 +390,8 @@ def run_convert(args: argparse.Namespace) -> None:
     from spatialvla_jax.interop.verify import VerificationError, table
 
     try:
-        result = convert(args.src, args.dst, to=args.to, dtype=args.dtype, verify=args.verify, zoedepth=args.zoedepth)
+        options = {"dtype": args.dtype, "verify": args.verify, "zoedepth": args.zoedepth, "merge": args.merge}
+        result = convert(args.src, args.dst, to=args.to, **options)
     except VerificationError as error:
         print(table(error.result))
         print(json.dumps(error.result))
