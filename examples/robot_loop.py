@@ -20,15 +20,19 @@ class SimulatedWidowX:
 
     low, high = np.array([0.10, -0.25, 0.02]), np.array([0.45, 0.25, 0.35])  # the workspace that it never leaves
 
-    def __init__(self) -> None:
+    def __init__(self, height: int, width: int) -> None:
+        self.height, self.width = height, width
         self.position, self.rotation, self.gripper = np.array([0.28, 0.0, 0.18]), np.zeros(3), 1.0
 
     def observe(self) -> dict[str, Any]:
-        image, depth = np.full((240, 320, 3), 180, np.uint8), np.full((240, 320), 0.8, np.float32)
-        x, y = ((self.position - self.low) / (self.high - self.low))[:2]
-        hand = np.s_[int(210 * x) : int(210 * x) + 30, int(290 * y) : int(290 * y) + 30]
+        shape = (self.height, self.width)
+        image, depth = np.full((*shape, 3), 180, np.uint8), np.full(shape, 0.8, np.float32)
+        row, column = (0.9 * np.array(shape) * ((self.position - self.low) / (self.high - self.low))[:2]).astype(int)
+        hand = np.s_[row : row + self.height // 10 + 1, column : column + self.width // 10 + 1]
         image[hand], depth[hand] = (40, 40, int(200 * self.gripper)), 0.8 - self.position[2]
-        intrinsics = np.array([[300, 0, 160], [0, 300, 120], [0, 0, 1]], np.float32)
+        intrinsics = np.array(
+            [[self.width, 0, self.width / 2], [0, self.width, self.height / 2], [0, 0, 1]], np.float32
+        )
         return {"image": image, "depth": depth, "intrinsics": intrinsics}
 
     def act(self, action: np.ndarray) -> None:
@@ -56,6 +60,7 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--hertz", type=float, default=5)
     args = parser.parse_args()
-    robot = SimulatedWidowX()
-    control(robot, WebsocketClientPolicy(args.host, args.port, args.token), args.prompt, args.steps, args.hertz)
+    client = WebsocketClientPolicy(args.host, args.port, args.token)
+    robot = SimulatedWidowX(*client.get_server_metadata()["image_sizes"][0])
+    control(robot, client, args.prompt, args.steps, args.hertz)
     print(f"gripper at {robot.position.round(3)} m after {args.steps} steps")

@@ -150,6 +150,7 @@ class Server:
         self.metrics = Metrics(lambda: len(self.clients), self.batcher.waiting.qsize)
         self.metadata = {
             "observation": list(KEYS),
+            "image_sizes": limits.image_sizes,
             "needs_depth": config.depth == "dataset",
             "unnorm_keys": list(policy.processor.statistics),
             "action_chunk": config.action_chunk,
@@ -168,12 +169,13 @@ class Server:
             process_request=self._get,
             max_size=self.limits.message_bytes,
             max_queue=1,
+            close_timeout=5,
             compression=None,
             origins=[None],  # no web page may talk to it
         )
         self.port = next(iter(self._listener.sockets)).getsockname()[1]
 
-    async def drain(self, seconds: float = 30) -> None:
+    async def drain(self, seconds: float = 20) -> None:
         """Accepts nobody, replies to what has arrived, for at most `seconds`, and closes all connections."""
         self.draining = True
         self._listener.close(close_connections=False)

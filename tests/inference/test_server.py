@@ -1,0 +1,450 @@
+import asyncio
+import importlib.util
+import os
+import signal
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import msgpack
+import numpy as np
+import pytest
+import websockets.exceptions
+from openpi_client import msgpack_numpy
+from openpi_client.action_chunk_broker import ActionChunkBroker
+from openpi_client.websocket_client_policy import WebsocketClientPolicy
+from websockets.sync.client import connect
+
+from spatialvla_jax import Policy, load_pretrained
+from spatialvla_jax.cli import main
+from spatialvla_jax.errors import InputError
+from spatialvla_jax.inference.ensemble import executor
+from spatialvla_jax.inference.server import Server, run
+from spatialvla_jax.inference.wire import Limits, check, pack, unpack
+from spatialvla_jax.models import SpatialVLA
+
+ROOT = Path(__file__).parents[2]
+LIMITS = Limits(message_bytes=200_000, image_sizes=((48, 64),), clients=32, batch=2)
+
+
+def load_script(path: str) -> Any:
+    spec = importlib.util.spec_from_file_location(Path(path).stem + "_script", ROOT / path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@contextmanager
+def serving(policy: Any, limits: Limits = LIMITS, **options: Any) -> Iterator[Server]:
+    """A server of this process, in a thread of its own."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    server = Server(policy, "127.0.0.1", 0, limits=limits, **options)
+    asyncio.run_coroutine_threadsafe(server.start(), loop).result()
+    try:
+        yield server
+    finally:
+        asyncio.run_coroutine_threadsafe(server.drain(), loop).result()
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+
+
+def asks(prompt: str) -> dict[str, Any]:
+    """What the stub needs of an observation."""
+    return {"image": np.zeros((48, 64, 3), np.uint8), "prompt": prompt}
+
+
+class Stub:
+    """Answers with the prompt's number; `slow` takes until `go`, `bad` fails whatever batch it is in."""
+
+    def __init__(self) -> None:
+        config = SimpleNamespace(img=SimpleNamespace(image_size=8), depth="none", action_chunk=4, prompt_length=1)
+        tokenizer = SimpleNamespace(encode_prompt=lambda *_, **__: (np.zeros(1), np.ones(1)))
+        self.model = SimpleNamespace(config=config)
+        self.processor = SimpleNamespace(statistics={"toy": {}}, tokenizer=tokenizer, prompt_template="")
+        self.go, self.batches = threading.Event(), []
+
+    def check(self, observation: dict) -> None:
+        if "prompt" not in observation:
+            raise InputError("observation 'prompt' must be a string, got NoneType")
+
+    def infer_batch(self, observations: list[dict]) -> list[dict]:
+        prompts = [o["prompt"] for o in observations]
+        self.batches.append(observations)
+        if "slow" in prompts:
+            assert self.go.wait(10)
+        if "bad" in prompts:
+            raise ZeroDivisionError
+        numbers = [float(prompt) if prompt.isdecimal() else 0.0 for prompt in prompts]
+        ids = [np.full((4, 3), n, np.int32) for n in numbers]
+        return [{"actions": np.full((4, 7), n, np.float32), "action_ids": i} for n, i in zip(numbers, ids, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def policy(trained: Path) -> Policy:
+    """For prompts of up to 16 tokens, so that there is one length to compile."""
+    model, params, processor = load_pretrained(trained)
+    assert processor
+    return Policy(SpatialVLA(replace(model.config, prompt_length=16)), params, processor)
+
+
+@pytest.fixture(scope="module")
+def server(policy: Policy) -> Iterator[Server]:
+    with serving(policy) as server:
+        yield server
+
+
+def observations(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    rng = np.random.default_rng(seed)
+    return [
+        {
+            "image": rng.integers(0, 256, (48, 64, 3), dtype=np.uint8),
+            "depth": rng.uniform(0.5, 2, (48, 64)).astype(np.float32),
+            "intrinsics": np.array([[50, 0, 31], [0, 48, 25], [0, 0, 1]], np.float32),
+            "prompt": f"pick up object {i}",
+            "unnorm_key": "toy",
+        }
+        for i in range(count)
+    ]
+
+
+def client_of(server: Server, token: str | None = None) -> WebsocketClientPolicy:
+    return WebsocketClientPolicy("127.0.0.1", server.port, token)
+
+
+def get(server: Server, path: str, **headers: str) -> tuple[int, str]:
+    request = urllib.request.Request(f"http://127.0.0.1:{server.port}{path}", headers=headers)
+    try:
+        with urllib.request.urlopen(request) as response:
+            return response.status, response.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def eventually(condition: Any, seconds: float = 5) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+# --- with a trained policy ---------------------------------------------------------------------------------------
+
+
+def test_the_published_client_gets_the_direct_call_bit_for_bit(server: Server, policy: Policy) -> None:
+    client = client_of(server)
+    metadata = client.get_server_metadata()
+    assert metadata["action_chunk"] == 4 and metadata["needs_depth"] and metadata["unnorm_keys"] == ["toy"]
+    for observation in observations(3):
+        answer, expected = client.infer(observation), policy.infer(observation)
+        for key in ("actions", "action_ids"):
+            assert answer[key].dtype == expected[key].dtype
+            np.testing.assert_array_equal(answer[key], expected[key])
+        assert answer["server_timing"]["infer_ms"] > 0
+    steps = ActionChunkBroker(client, action_horizon=4)
+    observation = observations(1)[0]
+    expected = policy.infer(observation)["actions"]
+    np.testing.assert_array_equal([steps.infer(observation)["actions"] for _ in range(4)], expected)
+
+
+def test_eight_clients_at_once_get_their_own_answers(server: Server, policy: Policy) -> None:
+    seen = observations(8, seed=1)
+    expected = [policy.infer(observation)["action_ids"] for observation in seen]
+    assert len({ids.tobytes() for ids in expected}) > 4  # they can be told apart
+
+    def drive(first: int) -> None:
+        client = client_of(server)
+        for turn in range(8):
+            answer = client.infer(seen[(first + turn) % 8])
+            np.testing.assert_array_equal(answer["action_ids"], expected[(first + turn) % 8])
+        client._ws.close()
+
+    before = len(server.clients)
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(drive, range(8)))
+    eventually(lambda: len(server.clients) == before)
+
+
+def test_bad_observations_get_a_sentence_and_may_go_on(server: Server, policy: Policy) -> None:
+    client, good = client_of(server), observations(1)[0]
+    for change, message in [
+        ({"image": good["image"].astype(np.float32) * np.nan}, r"'image' must be uint8\[H, W, 3\], got float32"),
+        ({k: good[k][1:] for k in ("image", "depth")}, "'image' is 47x64: this server is compiled for 48x64"),
+        ({"depth": good["depth"] * np.inf}, "'depth' must be finite"),
+        ({"depth": good["depth"][1:]}, "'depth' must be metres"),
+        ({"intrinsics": [[1, 2], [3, 4]]}, "'intrinsics' must be an array, got list"),
+        ({"prompt": 3}, "'prompt' must be a str, got int"),
+        ({"prompt": "å" * 1001}, "may have 1000 characters"),
+        ({"prompt": "object " * 40}, "tokens"),
+        ({"unnorm_key": ["toy"]}, "'unnorm_key' must be a str, got list"),
+        ({"unnorm_key": "bridge"}, "choose one of toy"),
+        ({"state": 1}, "'state' is not known; choose of image, prompt"),
+    ]:
+        with pytest.raises(RuntimeError, match=message):
+            client.infer(good | change)
+    np.testing.assert_array_equal(client.infer(good)["action_ids"], policy.infer(good)["action_ids"])
+
+
+def test_fuzz(server: Server, policy: Policy) -> None:
+    """What `benchmarks/serve.py --fuzz` sends, a little of it; then it answers as before."""
+    before = len(server.clients)
+    kinds = load_script("benchmarks/serve.py").fuzz(server.port, observations(1)[0], 300, seed=0)
+    assert sum(kinds.values()) == 300 and len(kinds) > 8
+    observation = observations(1)[0]
+    np.testing.assert_array_equal(
+        client_of(server).infer(observation)["action_ids"], policy.infer(observation)["action_ids"]
+    )
+    eventually(lambda: len(server.clients) == before + 1)
+
+
+def test_ensembled_actions_are_those_of_the_executor(policy: Policy) -> None:
+    seen = observations(5)
+    for mode in ("adaptive", "receding:3"):
+        with serving(policy, execute=mode, limits=replace(LIMITS, batch=1)) as server:
+            client, local = client_of(server), executor(mode)
+            for episode in range(2):
+                for observation in seen:
+                    action = local.step(policy.infer(observation)["actions"] if local.due else None)
+                    np.testing.assert_array_equal(client.infer(observation)["actions"], action[None])
+                if episode == 0:
+                    assert client.infer({"reset": True})["reset"]
+                    local.reset()
+
+
+def test_the_command_serves_a_robot_until_sigterm(policy: Policy, capfd, monkeypatch) -> None:
+    """`examples/robot_loop.py` against `spatialvla-jax serve`, which ends with 0."""
+    example, robots = load_script("examples/robot_loop.py"), []
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def drive() -> None:
+        try:
+            eventually(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0, 30)
+            client = WebsocketClientPolicy("127.0.0.1", port, "secret")
+            robots.append(example.SimulatedWidowX(*client.get_server_metadata()["image_sizes"][0]))
+            example.control(robots[0], client, "pick up object 1", steps=6, hertz=1000)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setenv("SPATIALVLA_TOKEN", "secret")
+    monkeypatch.setattr(Policy, "load", lambda path, **options: policy)  # compiled already
+    thread = threading.Thread(target=drive)
+    thread.start()
+    arguments = ["--checkpoint", "run", "--port", str(port), "--max-batch", "1", "--image-size", "48x64"]
+    assert main(["serve", *arguments]) == 0
+    thread.join()
+    assert f"on ws://127.0.0.1:{port}" in capfd.readouterr().out
+    assert not np.array_equal(robots[0].position, example.SimulatedWidowX(48, 64).position)
+
+
+def test_bad_arguments_of_the_command(trained: Path, tmp_path: Path, capsys) -> None:
+    for arguments, message in [
+        (["--host", "0.0.0.0"], "serving on it needs a token"),
+        (["--token-file", str(tmp_path / "none")], "token file"),
+        (["--execute", "sometimes"], "execution 'sometimes' is not known"),
+        (["--max-batch", "0"], "batch of 0"),
+    ]:
+        assert main(["serve", "--checkpoint", str(trained), *arguments]) == 2
+        assert message in capsys.readouterr().err
+
+
+# --- with a stub -------------------------------------------------------------------------------------------------
+
+
+def test_health_metadata_and_metrics() -> None:
+    with serving(Stub()) as server:
+        client_of(server).infer(asks("1"))
+        with pytest.raises(RuntimeError):
+            client_of(server).infer({})
+        assert get(server, "/healthz") == (200, "OK\n")
+        assert '"action_chunk": 4' in get(server, "/metadata")[1]
+        metrics = get(server, "/metrics")[1]
+        assert 'spatialvla_requests_total{outcome="ok"} 1.0' in metrics
+        assert 'spatialvla_requests_total{outcome="invalid"} 1.0' in metrics
+        assert "spatialvla_batch_size_count 1.0" in metrics
+        assert get(server, "/other")[0] == 404
+
+
+def test_a_token_is_asked_for() -> None:
+    with pytest.raises(InputError, match=r"host 0.0.0.0 can be reached from other machines"):
+        Server(Stub(), "0.0.0.0", 0)  # type: ignore[arg-type]
+    with serving(Stub(), token="secret") as server:
+        assert client_of(server, "secret").infer(asks("7"))["actions"][0, 0] == 7
+        for token in (None, "Secret", "secret2"):
+            with pytest.raises(websockets.exceptions.InvalidStatus, match="401"):
+                client_of(server, token)
+        assert get(server, "/healthz")[0] == 200
+        assert get(server, "/metrics")[0] == get(server, "/metadata")[0] == 401
+        assert get(server, "/metrics", Authorization="Api-Key secret")[0] == 200
+
+
+def test_web_pages_are_refused() -> None:
+    with serving(Stub()) as server, pytest.raises(websockets.exceptions.InvalidStatus, match="403"):
+        connect(f"ws://127.0.0.1:{server.port}", origin="http://127.0.0.1")  # type: ignore[arg-type]
+
+
+def test_a_full_server_refuses_further_clients() -> None:
+    with serving(Stub()) as server:
+        clients = [client_of(server) for _ in range(LIMITS.clients)]
+        with pytest.raises(websockets.exceptions.InvalidStatus, match="503"):
+            client_of(server)
+        clients.pop()._ws.close()
+        eventually(lambda: len(server.clients) < LIMITS.clients)
+        assert client_of(server).infer(asks("2"))["actions"][0, 0] == 2
+
+
+def test_what_waits_for_the_device_is_one_batch() -> None:
+    stub = Stub()
+    with serving(stub, replace(LIMITS, batch=4)) as server, ThreadPoolExecutor(5) as threads:
+        clients = [client_of(server) for _ in range(5)]
+        first = threads.submit(clients[0].infer, asks("slow"))
+        eventually(lambda: stub.batches[-1][0]["prompt"] == "slow")
+        rest = [threads.submit(clients[i].infer, asks(str(i))) for i in range(1, 5)]
+        eventually(lambda: server.batcher.waiting.qsize() == 4)
+        stub.go.set()
+        assert [future.result()["actions"][0, 0] for future in rest] == [1, 2, 3, 4]
+        first.result()
+        assert {o["prompt"] for o in stub.batches[-1]} == {"1", "2", "3", "4"}
+
+
+def test_a_full_queue_says_so_at_once() -> None:
+    stub = Stub()
+    with serving(stub, replace(LIMITS, queue=1, batch=1)) as server, ThreadPoolExecutor(2) as threads:
+        slow = threads.submit(client_of(server).infer, asks("slow"))
+        eventually(lambda: stub.batches[-1][0]["prompt"] == "slow")
+        waiting = threads.submit(client_of(server).infer, asks("5"))
+        eventually(lambda: server.batcher.waiting.qsize() == 1)
+        with pytest.raises(RuntimeError, match="busy"):
+            client_of(server).infer(asks("6"))
+        stub.go.set()
+        assert waiting.result()["actions"][0, 0] == 5 and slow.result()
+
+
+def test_an_observation_that_breaks_the_policy_costs_only_itself() -> None:
+    stub = Stub()
+    with serving(stub, replace(LIMITS, batch=4)) as server, ThreadPoolExecutor(4) as threads:
+        clients = [client_of(server) for _ in range(4)]
+        slow = threads.submit(clients[0].infer, asks("slow"))
+        eventually(lambda: stub.batches[-1][0]["prompt"] == "slow")
+        prompts = ("1", "bad", "3")
+        rest = [threads.submit(c.infer, asks(p)) for c, p in zip(clients[1:], prompts, strict=True)]
+        eventually(lambda: server.batcher.waiting.qsize() == 3)
+        stub.go.set()
+        assert slow.result() and rest[0].result()["actions"][0, 0] == 1 and rest[2].result()["actions"][0, 0] == 3
+        with pytest.raises(RuntimeError, match="failed on this observation: ZeroDivisionError"):
+            rest[1].result()
+
+
+def test_a_client_that_vanishes_frees_its_state() -> None:
+    stub = Stub()
+    with serving(stub) as server:
+        gone = client_of(server)
+        gone._ws.send(pack(asks("slow")))
+        eventually(lambda: stub.batches[-1][0]["prompt"] == "slow")
+        gone._ws.socket.close()  # no farewell
+        stub.go.set()
+        eventually(lambda: not server.clients and not server.busy)
+        assert client_of(server).infer(asks("4"))["actions"][0, 0] == 4
+
+
+def test_the_last_chunk_is_the_next_draft_until_reset() -> None:
+    stub = Stub()
+    with serving(stub) as server:
+        client, other = client_of(server), client_of(server)
+        for observation in (asks("3"), asks("4"), asks("5") | {"reset": True}):
+            client.infer(observation)
+        other.infer(asks("6"))
+        drafts = [batch[0].get("draft") for batch in stub.batches[-4:]]
+        assert drafts[0] is None and (drafts[1] == 3).all() and drafts[2] is None and drafts[3] is None
+
+
+def test_sigterm_answers_what_is_in_flight() -> None:
+    stub = Stub()
+    server = Server(stub, "127.0.0.1", 0, limits=LIMITS)  # type: ignore[arg-type]
+    answers: list[Any] = []
+
+    def drive() -> None:
+        idle, client = client_of(server), client_of(server)
+        threading.Timer(0.2, lambda: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(0.2), stub.go.set())).start()
+        answers.append(client.infer(asks("slow")))
+        with pytest.raises(websockets.exceptions.ConnectionClosed, match="1001"):
+            idle._ws.recv()
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", server.port))
+        answers.append("done")
+
+    thread = threading.Thread(target=drive)
+    asyncio.run(run(server, thread.start))
+    thread.join()
+    assert len(answers) == 2 and answers[0]["actions"].shape == (4, 7)
+
+
+# --- messages ----------------------------------------------------------------------------------------------------
+
+
+def test_messages_are_those_of_openpi() -> None:
+    observation = observations(1)[0] | {"reset": np.True_, "unnorm_key": None}
+    for message, read in ((msgpack_numpy.packb(observation), unpack), (pack(observation), msgpack_numpy.unpackb)):
+        back = read(message)
+        assert back.keys() == observation.keys()
+        for key, value in observation.items():
+            np.testing.assert_array_equal(back[key], value)
+
+
+ARRAY = {b"__ndarray__": True, b"data": b"\0" * 12, b"dtype": "|u1", b"shape": [2, 2, 3]}
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("text", "binary msgpack message, got text"),
+        (b"", "this is none"),
+        (b"\xc1", "this is none"),
+        (b"\xdd\xff\xff\xff\xff", "exceeds max_array_len"),
+        (b"\xc6\xff\xff\xff\xff", "incomplete"),
+        (b"\x91" * 5000, "this is none"),
+        (b"\xa2\xff\xfe", "utf-8"),
+        (b"\xd4\x05a", "max_ext_len"),
+        (msgpack.packb(3), "is a map, got int"),
+        (msgpack.packb(ARRAY), "is a map, got ndarray"),
+        (msgpack.packb([[[]] * 9] * 9), "more than 64 lists"),
+        (msgpack.packb({"x": [{}] * 70}), "exceeds max_array_len"),
+        (msgpack.packb({"image": ARRAY | {b"dtype": "|O"}}), "dtype must be one of"),
+        (msgpack.packb({"image": ARRAY | {b"dtype": "(1000000,1000000)f8"}}), "dtype must be one of"),
+        (msgpack.packb({"image": ARRAY | {b"dtype": [1]}}), "dtype must be one of"),
+        (msgpack.packb({"image": ARRAY | {b"shape": [1 << 31, 1 << 31, 3]}}), "holds 12 bytes"),
+        (msgpack.packb({"image": ARRAY | {b"shape": [-2, -2, 3]}}), "list of sizes"),
+        (msgpack.packb({"image": ARRAY | {b"shape": 12}}), "list of sizes"),
+        (msgpack.packb({"image": ARRAY | {b"data": b"\0" * 11}}), "holds 11 bytes"),
+        (msgpack.packb({"image": ARRAY | {b"data": None}}), "holds NoneType"),
+    ],
+)
+def test_messages_of_strangers(message: bytes | str, expected: str) -> None:
+    with pytest.raises(InputError, match=expected):
+        unpack(message)
+
+
+def test_a_message_beyond_the_limit_ends_its_connection() -> None:
+    with serving(Stub()) as server:
+        client, other = client_of(server), client_of(server)
+        with pytest.raises(websockets.exceptions.ConnectionClosedError, match="1009"):
+            client.infer({"image": np.zeros(LIMITS.message_bytes, np.uint8)})
+        assert other.infer(asks("2"))["actions"][0, 0] == 2
+
+
+def test_values_of_strangers() -> None:
+    for observation in ({"image": 1}, {"depth": [1.0]}, {"reset": 1}, {b"image": 1}, {3: 4}):
+        with pytest.raises(InputError):
+            check(observation, LIMITS)
