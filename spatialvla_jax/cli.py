@@ -331,7 +331,8 @@ def run_serve(args: argparse.Namespace) -> None:
         wait=args.max_wait_ms / 1000,
     )
     logging.getLogger("websockets.server").setLevel(logging.CRITICAL)  # a stranger's broken handshake is no event
-    policy = Policy.load(args.checkpoint)
+    options = {"dtype": args.dtype, "quantize": args.quantize, "speculate": args.speculate}
+    policy = Policy.load(args.checkpoint, **options)
     server = Server(policy, args.host, args.port, token=token.strip(), execute=args.execute, limits=limits)
     print(f"compiling for batches of 1 to {args.max_batch}", flush=True)
     asyncio.run(run(server, lambda: print(f"serving {args.checkpoint} on ws://{args.host}:{server.port}", flush=True)))
@@ -358,7 +359,8 @@ def run_closed_loop(args: argparse.Namespace) -> None:
         name, keys, depth = args.server, metadata.get("unnorm_keys", []), metadata.get("needs_depth", False)
         infer = closed_loop.served(args.server, token, **extra)
     else:
-        policy = Policy.load(args.checkpoint)
+        options = {"dtype": args.dtype, "quantize": args.quantize, "speculate": args.speculate}
+    policy = Policy.load(args.checkpoint, **options)
         steps = sorted((args.checkpoint / "checkpoints").glob("[0-9]*"), key=lambda path: int(path.name))
         name, keys = str((steps or [args.checkpoint])[-1].resolve()), list(policy.processor.statistics)
         depth = policy.model.config.depth == "dataset"
