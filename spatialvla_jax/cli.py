@@ -82,6 +82,9 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument(
         "--token-file", type=Path, help="clients send 'Authorization: Api-Key TOKEN'; or set SPATIALVLA_TOKEN"
     )
+    p.add_argument("--dtype", choices=("float32", "bfloat16"), default="", help="of the computation; the model's own")
+    p.add_argument("--quantize", choices=("int8",), default="", help="the language model's matrices")
+    p.add_argument("--speculate", action="store_true", help="take each client's last chunk as a guess of the next")
     p.add_argument(
         "--execute", default="chunk", help="or one action a request: open_loop, receding:K, adaptive, recent"
     )
@@ -359,8 +362,7 @@ def run_closed_loop(args: argparse.Namespace) -> None:
         name, keys, depth = args.server, metadata.get("unnorm_keys", []), metadata.get("needs_depth", False)
         infer = closed_loop.served(args.server, token, **extra)
     else:
-        options = {"dtype": args.dtype, "quantize": args.quantize, "speculate": args.speculate}
-    policy = Policy.load(args.checkpoint, **options)
+        policy = Policy.load(args.checkpoint)
         steps = sorted((args.checkpoint / "checkpoints").glob("[0-9]*"), key=lambda path: int(path.name))
         name, keys = str((steps or [args.checkpoint])[-1].resolve()), list(policy.processor.statistics)
         depth = policy.model.config.depth == "dataset"
