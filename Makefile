@@ -2,12 +2,15 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint lock clean
+.PHONY: demo sweep test lint lock clean
 
 # The locked environment is a CPU's; without this the TPU compiler in it, which tests use, looks for TPUs and complains.
-demo: export JAX_PLATFORMS ?= cpu
+demo sweep: export JAX_PLATFORMS ?= cpu
 demo: .venv/.installed
 	$(BIN)/spatialvla-jax demo --workdir runs/demo
+
+sweep: .venv/.installed
+	$(BIN)/spatialvla-jax sweep --config configs/sweeps/grid_resolution.py --workdir runs/grid_resolution
 
 test: .venv/.installed
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests

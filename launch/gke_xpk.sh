@@ -4,7 +4,8 @@
 #   launch/gke_xpk.sh [--dry-run] CLUSTER TPU_TYPE SLICES IMAGE CONFIG WORKDIR [arguments of `spatialvla-jax train`]
 #
 # IMAGE holds the repository, installed, in its working directory; WORKDIR is on a file system that the cluster mounts in
-# every pod (`xpk storage attach … --auto-mount=true`). The job's name is $NAME, or made of WORKDIR.
+# every pod (`xpk storage attach … --auto-mount=true`). The job's name is $NAME, or made of WORKDIR. With
+# COMMAND=sweep in the environment it runs that command in the place of `train`.
 set -euo pipefail
 
 dry_run=
@@ -13,7 +14,7 @@ if (( $# < 6 )); then sed -n '4s/^# *//p' "$0" >&2; exit 2; fi
 cluster=$1 type=$2 slices=$3 image=$4 config=$5 workdir=$6; shift 6
 
 name=${NAME:-$(basename "$workdir" | tr '[:upper:]_.' '[:lower:]--')}
-printf -v train '%q ' spatialvla-jax train --config "$config" --workdir "$workdir" --coordinator auto "$@"
+printf -v train '%q ' spatialvla-jax "${COMMAND:-train}" --config "$config" --workdir "$workdir" --coordinator auto "$@"
 command=(xpk workload create --cluster "$cluster" --workload "$name" --tpu-type "$type" --num-slices "$slices"
   --docker-image "$image" --max-restarts 100 --termination-grace-period-seconds 300
   --command "$train")

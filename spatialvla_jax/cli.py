@@ -39,15 +39,21 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--workdir", type=Path, required=True)
     p.add_argument("--wandb", default="", metavar="PROJECT", help="send metrics to Weights & Biases as well")
     p.add_argument("--profile", type=step_range, metavar="FIRST:LAST", help="trace these steps to WORKDIR/profile")
-    p.add_argument(
-        "--coordinator",
-        default=os.environ.get("JAX_COORDINATOR_ADDRESS"),
-        metavar="HOST:PORT|auto",
-        help="process 0 of several that train together; auto on TPU pods, SLURM and MPI",
-    )
-    p.add_argument("--num-processes", type=int, default=os.environ.get("JAX_NUM_PROCESSES"))
-    p.add_argument("--process-id", type=int, default=os.environ.get("JAX_PROCESS_ID"))
-    p.add_argument("--heartbeat", type=int, default=100, help="seconds after which a silent process ends the others")
+    process_arguments(p)
+
+    p = command("sweep", run_sweep, "train and evaluate every trial of a sweep, and compare; `sweep report DIR` again")
+    p.add_argument("--config", help="Python file with get_sweep(); --config.KEY=VALUE changes a key of its base")
+    p.add_argument("--workdir", type=Path)
+    p.add_argument("--only", default="*", metavar="PATTERN", help="trials by name, such as '*_seed-0'")
+    p.add_argument("--parallel", type=int, default=1, metavar="N", help="trials at once, on this machine")
+    p.add_argument("--launcher", choices=("local", "slurm", "xpk"), default="local", help="or a job for every trial")
+    p.add_argument("--launcher-args", default="", help="options of sbatch, or 'CLUSTER TPU_TYPE SLICES IMAGE' of xpk")
+    p.add_argument("--dry-run", action="store_true", help="check the sweep and print its trials or jobs")
+    p.add_argument("--report", action=argparse.BooleanOptionalAction, default=True, help="write it at the end")
+    process_arguments(p)
+    p = p.add_subparsers(metavar="report").add_parser("report", help="write a sweep's report from what is there")
+    p.add_argument("dir", type=Path, help="the sweep's --workdir")
+    p.set_defaults(run=run_sweep_report, command="sweep report")
 
     p = command("compile", run_compile, "compile the training step for a TPU pod, on any machine (extra [tpu])")
     p.add_argument("--config", required=True, help="as for train; its data is not read")
@@ -228,6 +234,20 @@ def overrides_of(rest: list[str], allowed: bool) -> dict[str, str]:
     return overrides
 
 
+def process_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--coordinator",
+        default=os.environ.get("JAX_COORDINATOR_ADDRESS"),
+        metavar="HOST:PORT|auto",
+        help="process 0 of several that train together; auto on TPU pods, SLURM and MPI",
+    )
+    parser.add_argument("--num-processes", type=int, default=os.environ.get("JAX_NUM_PROCESSES"))
+    parser.add_argument("--process-id", type=int, default=os.environ.get("JAX_PROCESS_ID"))
+    parser.add_argument(
+        "--heartbeat", type=int, default=100, help="seconds after which a silent process ends the others"
+    )
+
+
 def step_range(text: str) -> tuple[int, int]:
     """`50:55` → (50, 55)."""
     first, _, last = text.partition(":")
@@ -264,6 +284,55 @@ def run_train(args: argparse.Namespace) -> None:
             f"trained {result['params']:,} parameters to step {result['step']}{again}; "
             f"checkpoints in {result['checkpoint']}"
         )
+
+
+def run_sweep(args: argparse.Namespace) -> None:
+    from collections import Counter
+
+    from tqdm import tqdm
+
+    from spatialvla_jax.sweep.plan import load_sweep
+    from spatialvla_jax.sweep.report import write_report
+    from spatialvla_jax.sweep.run import FAILED, FINISHED, launch, prepare, run_here, run_parallel
+    from spatialvla_jax.training.distributed import is_writer, join
+
+    if args.config is None or args.workdir is None:
+        raise InputError("a sweep needs --config FILE and --workdir DIR; `sweep report DIR` only writes its report")
+    if args.coordinator:
+        join(args.coordinator, args.num_processes, args.process_id, args.heartbeat)
+    sweep = load_sweep(args.config, args.overrides)
+    trials, flags = sweep.select(args.only), [f"--config.{k}={v}" for k, v in args.overrides.items()]
+    if args.dry_run and args.launcher == "local":
+        print("\n".join(trial.name for trial in trials))
+        return
+    if not args.dry_run:
+        prepare(sweep, args.workdir)
+    if args.launcher != "local":
+        launch(args.launcher, args.launcher_args, args.config, args.workdir, trials, flags, args.dry_run)
+        return
+    if args.parallel > 1:
+        command = [sys.executable, "-m", "spatialvla_jax.cli", "sweep", "--config", args.config, *flags]
+        command += ["--workdir", str(args.workdir), "--no-report"]
+        outcomes = run_parallel(command, args.workdir, trials, args.parallel)
+    else:
+        outcomes = run_here(sweep, args.workdir, trials, lambda s: tqdm.write(s, sys.stderr))
+    if is_writer() and args.report and FINISHED in outcomes.values():
+        print(write_report(args.workdir))
+    if is_writer():
+        counts = Counter(outcomes.values())
+        told = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
+        left = len(trials) - counts[FINISHED]
+        print(f"{len(trials)} trials: {told}{'; the same command goes on' if left else ''}")
+        if counts[FAILED]:
+            failed = [name for name, outcome in outcomes.items() if outcome == FAILED]
+            print(f"spatialvla-jax sweep: {len(failed)} failed: {', '.join(failed)}", file=sys.stderr)
+            raise SystemExit(1)
+
+
+def run_sweep_report(args: argparse.Namespace) -> None:
+    from spatialvla_jax.sweep.report import write_report
+
+    print(write_report(args.dir))
 
 
 def run_compile(args: argparse.Namespace) -> None:

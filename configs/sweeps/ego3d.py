@@ -1,0 +1,24 @@
+"""What is the third dimension worth (Table IV): Ego3D on the recorded depth, on ZoeDepth's, or none. Tiny model,
+committed episodes.
+
+ZoeDepth is too dear to run in every step here, so its depth is computed once; without the copy there are two values:
+
+    spatialvla-jax data depth data/libero_spatial_demo/1.0.0 --spec libero --checkpoint ZOEDEPTH --out data/zoedepth
+"""
+
+from pathlib import Path
+
+from spatialvla_jax.config import load_config
+
+ESTIMATED = "data/zoedepth/libero_spatial_demo/1.0.0"
+
+
+def get_sweep():
+    base = load_config("configs/demo.py")
+    base.train.update(steps=150, eval_every=50)
+    base.checkpoint.update(every=50, keep_last=1, keep_every=0)
+    datasets = [entry | {"path": ESTIMATED} for entry in base.to_dict()["data"]["datasets"]]
+    zoedepth = {"zoedepth": {"data.datasets": datasets, "data.precomputed_depth": True}}
+    sources = {"recorded": {"model.depth": "dataset"}, "none": {"model.depth": "none"}}
+    sources |= zoedepth if Path(ESTIMATED).exists() else {}
+    return {"base": base, "axes": {"depth": sources}, "seeds": [0, 1]}

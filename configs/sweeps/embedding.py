@@ -1,0 +1,20 @@
+"""Should the text embeddings be trained (Table IV)? As published they are frozen. Tiny model, committed episodes, whose
+text embeddings are random: what is frozen here is no knowledge, as it is in a pre-trained model."""
+
+from spatialvla_jax.config import load_config
+
+
+def get_sweep():
+    base = load_config("configs/demo.py")
+    base.train.update(steps=150, eval_every=50)
+    base.checkpoint.update(every=50, keep_last=1, keep_every=0)
+    return {
+        "base": base,
+        "axes": {
+            "text": {
+                "frozen": {"optimizer.frozen": ("llm/embedder", "zoe")},
+                "trained": {"optimizer.frozen": ("zoe",)},
+            }
+        },
+        "seeds": [0, 1],
+    }

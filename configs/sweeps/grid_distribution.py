@@ -1,0 +1,11 @@
+"""Which distribution should the action grid follow (Table IV): Gaussians fitted to the data, none (equal bins), or no
+grid at all but 256 bins a dimension and seven tokens an action. Tiny model, committed episodes."""
+
+from spatialvla_jax.config import load_config
+
+
+def get_sweep():
+    base = load_config("configs/demo.py")
+    base.train.update(steps=150, eval_every=50)
+    base.checkpoint.update(every=50, keep_last=1, keep_every=0)
+    return {"base": base, "axes": {"grid.kind": ["gaussian", "uniform", "linear"]}, "seeds": [0, 1]}

@@ -1,0 +1,16 @@
+"""How fine should the action grid be? The paper's four vocabularies (Table IV), with the tiny model on the committed
+episodes: minutes on two CPU cores. `make sweep` runs it."""
+
+from spatialvla_jax.actions import PRESET_BINS
+from spatialvla_jax.config import load_config
+
+
+def get_sweep():
+    base = load_config("configs/demo.py")
+    base.train.update(steps=150, eval_every=50)
+    base.checkpoint.update(every=50, keep_last=1, keep_every=0)
+    return {
+        "base": base,
+        "axes": {"resolution": {str(tokens): {"grid.num_bins": bins} for tokens, bins in PRESET_BINS.items()}},
+        "seeds": [0, 1],
+    }

@@ -1,0 +1,198 @@
+"""What a sweep file means: one trial for every combination of its axes' values and seeds, checked before any runs.
+
+A sweep file has `get_sweep()`, which returns
+
+    {
+        "base": "configs/demo.py",                     # a config file, or a config
+        "axes": {
+            "model.depth": ["dataset", "none"],        # a config key and its values
+            "grid": {"coarse": {"grid.num_bins": (8, 16, 4, 8, 8, 8)}, "fine": {}},  # or values with names
+        },
+        "seeds": [0, 1],
+        "keep_checkpoints": False,                     # may be left out: True
+    }
+"""
+
+import difflib
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from spatialvla_jax.actions import linear_grid, uniform_grid
+from spatialvla_jax.config import call_function, check_keys, default_config, flatten, load_config, set_key
+from spatialvla_jax.errors import InputError
+from spatialvla_jax.training.optimizer import make_optimizer
+from spatialvla_jax.training.program import make_model
+
+KEYS = ("base", "axes", "seeds", "keep_checkpoints")
+CHOICES = {
+    "grid.kind": ("gaussian", "uniform", "linear", "checkpoint"),
+    "model.depth": ("zoedepth", "dataset", "none"),
+    "model.mask": ("prefix", "causal"),
+}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """`name` is its directory's; `values` is {axis: name of its value}."""
+
+    name: str
+    values: dict[str, str]
+    seed: int
+    config: ConfigDict
+
+    @property
+    def digest(self) -> str:
+        """Of its config."""
+        text = json.dumps(self.config.to_dict(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """`axes` is {axis: names of its values}, in the file's order, which is also that of the report."""
+
+    name: str
+    axes: dict[str, tuple[str, ...]]
+    seeds: tuple[int, ...]
+    keep_checkpoints: bool
+    trials: tuple[Trial, ...]
+
+    def select(self, pattern: str) -> tuple[Trial, ...]:
+        """The trials whose names match the shell pattern. Raises InputError where there is none."""
+        if chosen := tuple(trial for trial in self.trials if fnmatchcase(trial.name, pattern)):
+            return chosen
+        raise InputError(f"no trial of sweep {self.name} matches {pattern!r}; the first is {self.trials[0].name}")
+
+
+def load_sweep(path: str | Path, overrides: Mapping[str, str] | None = None) -> Sweep:
+    """The sweep of a file, the keys `overrides` of its base config changed first.
+
+    Raises InputError for whatever would make a trial fail that can be known without data.
+    """
+    path = Path(path)
+    given = call_function(path, "get_sweep")
+    if not isinstance(given, Mapping) or not {"base", "axes", "seeds"} <= given.keys() <= set(KEYS):
+        raise InputError(f"get_sweep() of {path} must return a dict with the keys base, axes, seeds, keep_checkpoints")
+    base = _base(path, given["base"], overrides or {})
+    axes = {axis: _values(path, axis, values) for axis, values in given["axes"].items()}
+    for axis, values in axes.items():
+        for key in sorted({key for changes in values.values() for key in changes}):
+            if key in (overrides or {}) or key == "seed":
+                whose = f"axis {axis!r} of {path}" if key != "seed" else "the seeds"
+                raise InputError(f"config key {key} is set by {whose} and can't be set otherwise as well")
+    seeds = tuple(given["seeds"])
+    if not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
+        raise InputError(f"seeds of {path} must be integers from 0 on, and at least one, got {list(seeds)}")
+
+    trials = []
+    for names in itertools.product(*axes.values()):
+        chosen = dict(zip(axes, names, strict=True))
+        changes = [(axis, key, value) for axis, name in chosen.items() for key, value in axes[axis][name].items()]
+        label = "_".join(f"{_slug(axis.rsplit('.')[-1])}-{_slug(name)}" for axis, name in chosen.items())
+        config = _changed(f"{path}: trial {label}", base, changes)
+        _check(f"{path}: trial {label or 'of the base'}", config, {key for _, key, _ in changes})
+        for seed in seeds:
+            seeded = ConfigDict(config.to_dict() | {"seed": seed})
+            trials.append(Trial(f"{label}_seed-{seed}".lstrip("_"), chosen, seed, seeded))
+    _check_distinct(path, trials)
+    keep = bool(given.get("keep_checkpoints", True))
+    return Sweep(path.stem, {axis: tuple(values) for axis, values in axes.items()}, seeds, keep, tuple(trials))
+
+
+def _base(path: Path, base: Any, overrides: Mapping[str, str]) -> ConfigDict:
+    if isinstance(base, str):
+        return load_config(base, dict(overrides))
+    if not isinstance(base, ConfigDict):
+        raise InputError(f"base of {path} must be a config file or a config, got {type(base).__name__}")
+    check_keys(base.to_dict(), default_config().to_dict())
+    for key, text in overrides.items():
+        set_key(base, key, text)
+    return base
+
+
+def _values(path: Path, axis: str, values: Any) -> dict[str, dict[str, Any]]:
+    """An axis in its long form: {name: {config key: value}}."""
+    if not isinstance(values, Mapping | Sequence) or isinstance(values, str):
+        raise InputError(f"axis {axis!r} of {path} must be a list of values or a dict of named ones")
+    if not values:
+        raise InputError(f"axis {axis!r} of {path} has no values")
+    if isinstance(values, Mapping):
+        if bad := [name for name, changes in values.items() if not isinstance(changes, Mapping)]:
+            raise InputError(f"value {bad[0]!r} of axis {axis!r} of {path} must be a dict of config keys")
+        return {str(name): dict(changes) for name, changes in values.items()}
+    if axis not in (known := flatten(default_config().to_dict())):
+        near = difflib.get_close_matches(axis, known, 1, 0)[0]
+        raise InputError(
+            f"axis {axis!r} of {path} is no config key ({near} is one), so its values must be a dict of named ones"
+        )
+    if len({str(value) for value in values}) < len(values):
+        raise InputError(f"axis {axis!r} of {path} has a value twice: {list(values)}")
+    return {str(value): {axis: value} for value in values}
+
+
+def _changed(where: str, base: ConfigDict, changes: list[tuple[str, str, Any]]) -> ConfigDict:
+    config = ConfigDict(base.to_dict())
+    seen: dict[str, str] = {}
+    for axis, key, value in changes:
+        if key in seen:
+            raise InputError(f"{where}: axes {seen[key]!r} and {axis!r} both set {key}")
+        seen[key] = axis
+        try:
+            set_key(config, key, value if isinstance(value, str) else repr(value))
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
+    return config
+
+
+def _check(where: str, config: ConfigDict, changed: set[str]) -> None:
+    """Raises InputError for a config that can't be trained, and for a change that would do nothing."""
+    grid, adapt, lora = config.grid, config.adapt, config.lora
+    flat, problem = flatten(config.to_dict()), None
+    if wrong := [key for key, choices in CHOICES.items() if flat[key] not in choices]:
+        problem = f"{wrong[0]} is {flat[wrong[0]]!r}; choose one of {', '.join(CHOICES[wrong[0]])}"
+    elif len(grid.num_bins) != 6 or not all(type(n) is int and n > 0 for n in grid.num_bins):
+        problem = f"grid.num_bins must be six numbers of bins, got {grid.num_bins}"
+    elif grid.kind == "linear" and (adapt.embedding or adapt.head):
+        problem = "a linear grid has no cells to interpolate between, so adapt.embedding and adapt.head must be False"
+    elif grid.kind == "linear" and "grid.num_bins" in changed:
+        problem = "a linear grid has 256 bins a dimension, so grid.num_bins would change nothing"
+    elif grid.kind == "checkpoint" and (adapt.embedding or "grid.num_bins" in changed):
+        problem = "grid.kind=checkpoint keeps the grid of init, so neither adapt.embedding nor grid.num_bins fits it"
+    elif not config.init and (grid.kind == "checkpoint" or adapt.embedding or adapt.head or lora.rank):
+        problem = (
+            "grid.kind=checkpoint, adapt.embedding, adapt.head and lora.rank need init, a checkpoint to start from"
+        )
+    elif config.init and not Path(config.init).exists():
+        problem = f"init is {config.init}, which does not exist"
+    elif config.data.packed and not Path(config.data.packed).is_file():
+        problem = f"data.packed is {config.data.packed}, which does not exist"
+    if problem:
+        raise InputError(f"{where}: {problem}")
+    try:
+        make_model(config, linear_grid() if grid.kind == "linear" else uniform_grid(grid.num_bins))
+        make_optimizer(config.optimizer, config.train.steps)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+
+
+def _check_distinct(path: Path, trials: list[Trial]) -> None:
+    names, configs = {}, {}
+    for trial in trials:
+        if trial.name in names:
+            raise InputError(f"{path}: two trials would be named {trial.name}; rename values or seeds")
+        if (digest := trial.digest) in configs:
+            raise InputError(f"{path}: trials {configs[digest]} and {trial.name} have the same config")
+        names[trial.name] = configs[digest] = trial.name
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.+]+", "-", text).strip("-")

@@ -1,0 +1,282 @@
+"""A sweep's results as one HTML page without external files, and as table.csv and table.md."""
+
+import base64
+import csv
+import html
+import io
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from spatialvla_jax import figures
+from spatialvla_jax.actions import ActionGrid
+from spatialvla_jax.errors import InputError
+from spatialvla_jax.evaluation.open_loop import DIMENSIONS
+from spatialvla_jax.grid_tools import load_grid
+from spatialvla_jax.training.metrics import read_metrics
+
+GRIDS_A_FIGURE = 4
+BASELINES = {"mean action": "l1_mean_baseline", "last action held": "l1_repeat_baseline"}
+NOT_COMPARABLE = """Cross-entropies of vocabularies of different sizes can't be compared; L1 (teacher-forced, unseen
+episodes) can."""
+GRIDS = """From the top: directions of the translations on the unit sphere; translations in the ball, cut open;
+rotations in the cube."""
+FEATURES = """Rows of the spatial embedding table over a slice of constant r through the median movement: three
+principal components, common to all panels, as red, green and blue."""
+
+# What a trial is measured by: name → (heading, decimals, value of result.json).
+MEASURES: dict[str, tuple[str, int, Callable[[dict[str, Any]], float]]] = {
+    "l1": ("L1", 4, lambda r: r["evaluation"]["l1"]),
+    "token_accuracy": ("tokens right", 3, lambda r: r["evaluation"]["token_accuracy"]),
+    "accuracy_translation": ("translation", 3, lambda r: r["evaluation"]["token_accuracy_translation"]),
+    "accuracy_rotation": ("rotation", 3, lambda r: r["evaluation"]["token_accuracy_rotation"]),
+    "accuracy_gripper": ("gripper", 3, lambda r: r["evaluation"]["token_accuracy_gripper"]),
+    "tokens_used": ("tokens used", 0, lambda r: r["tokens_used"]),
+    "tokens": ("of", 0, lambda r: r["grid"]["vocab_size"]),
+    "step_ms": ("ms a step", 1, lambda r: 1000 * r["step_seconds_median"]),
+    "params": ("parameters", 0, lambda r: r["params"]),
+    "trainable": ("trained", 0, lambda r: r["trainable"]),
+}
+PER_DIMENSION = {
+    f"l1_{name}": (name, 4, lambda r, i=i: r["evaluation"]["l1_per_dimension"][i]) for i, name in enumerate(DIMENSIONS)
+}
+
+
+def write_report(workdir: Path) -> str:
+    """Writes report.html, table.csv, table.md and figures/ into a sweep's directory from the trials that are finished
+    so far, each file by rename; returns what it wrote in words. Raises InputError where none is."""
+    if not (workdir / "sweep.json").is_file():
+        raise InputError(f"{workdir} holds no sweep: it has no sweep.json")
+    plan = json.loads((workdir / "sweep.json").read_text())
+    results, failures = [], []
+    for name in plan["trials"]:
+        folder = workdir / "trials" / name
+        if (folder / "result.json").exists():
+            results.append(json.loads((folder / "result.json").read_text()) | {"folder": folder})
+        elif (folder / "failed.json").exists():
+            failures.append(json.loads((folder / "failed.json").read_text()))
+    if not results:
+        why = f", and {len(failures)} failed: {failures[0]['reason']}" if failures else ""
+        raise InputError(f"no trial in {workdir} is finished{why}")
+    rows = table_rows(plan, results)
+    header, lines = cells(plan, rows, MEASURES)
+    (workdir / "figures").mkdir(exist_ok=True)
+    drawn = draw(workdir / "figures", plan, results)
+    _write(workdir / "table.csv", csv_text(plan, rows))
+    _write(workdir / "table.md", markdown(header, lines) + "\n" + markdown(*cells(plan, rows, PER_DIMENSION)))
+    _write(workdir / "report.html", page(plan, results, failures, rows, drawn))
+    return f"wrote {workdir}/report.html, table.csv and table.md: {len(results)} of {len(plan['trials'])} trials"
+
+
+def table_rows(plan: dict[str, Any], results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for every combination of values, in the plan's order: {"values", "seeds", measure: (mean, standard error
+    or None)}. The baselines come last; they have errors only, and depend on the data alone."""
+    rows = []
+    for values in _distinct(trial["values"] for trial in plan["trials"].values()):
+        group = [result for result in results if result["values"] == values]
+        if group:
+            measures = {k: mean_error([get(r) for r in group]) for k, (_, _, get) in (MEASURES | PER_DIMENSION).items()}
+            rows.append({"values": list(values.values()), "seeds": len(group), **measures})
+    for name, key in BASELINES.items():
+        errors = np.mean([[r["evaluation"][key], *r["evaluation"][f"{key}_per_dimension"]] for r in results], axis=0)
+        known = {k: (float(e), None) for k, e in zip(("l1", *PER_DIMENSION), errors, strict=True)}
+        rows.append({"values": [name] + [""] * (len(plan["axes"]) - 1), "seeds": None, **known})
+    return rows
+
+
+def mean_error(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and its standard error; None for a single value."""
+    error = float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
+    return float(np.mean(values)), error
+
+
+def cells(
+    plan: dict[str, Any], rows: list[dict[str, Any]], measures: dict[str, Any]
+) -> tuple[list[str], list[list[str]]]:
+    """(header, rows) for a reader: mean ± standard error."""
+    header = [*plan["axes"], "seeds", *(heading for heading, _, _ in measures.values())]
+    lines = []
+    for row in rows:
+        line = [*row["values"], "" if row["seeds"] is None else str(row["seeds"])]
+        for key, (_, decimals, _) in measures.items():
+            mean, error = row.get(key, (None, None))
+            text = "" if mean is None else f"{mean:,.{decimals}f}"
+            # What is the same for every seed, such as the number of parameters, has no error worth showing.
+            line.append(f"{text} ± {error:,.{decimals}f}" if error else text)
+        lines.append(line)
+    return header, lines
+
+
+def csv_text(plan: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """Every measure and its standard error, in full digits."""
+    keys = (*MEASURES, *PER_DIMENSION)
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow([*plan["axes"], "seeds", *(column for key in keys for column in (key, f"{key}_se"))])
+    for row in rows:
+        numbers = [number for key in keys for number in row.get(key, (None, None))]
+        writer.writerow([*row["values"], row["seeds"], *numbers])
+    return out.getvalue()
+
+
+def markdown(header: list[str], lines: list[list[str]]) -> str:
+    rows = [header, ["---"] * len(header), *lines]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def draw(folder: Path, plan: dict[str, Any], results: list[dict[str, Any]]) -> list[tuple[str, str, Path]]:
+    """→ (title, caption, picture) of every figure."""
+
+    def by_value(get: Callable[[dict[str, Any]], Any]) -> dict[str, dict[str, list[list[Any]]]]:
+        """{axis: {value: for each combination with the other axes' values, what its seeds gave}}."""
+        groups: dict[str, Any] = {axis: {value: {} for value in values} for axis, values in plan["axes"].items()}
+        for result in results:
+            for axis, value in result["values"].items():
+                groups[axis][value].setdefault(tuple(result["values"].values()), []).append(get(result))
+        return {axis: {v: list(c.values()) for v, c in group.items() if c} for axis, group in groups.items()}
+
+    over = "seeds" if len(plan["axes"]) < 2 else "the other axes and seeds; the error is that by seeds"
+    base = {k: np.mean([r["evaluation"][v] for r in results]).item() for k, v in BASELINES.items()}
+    figures.effects(folder / "effects.png", by_value(lambda r: r["evaluation"]["l1"]), base)
+    caption = "L1 of greedy chunks on unseen episodes, normalised units: every trial, mean and standard error over "
+    drawn = [("Error", f"{caption}{over}. The lines across need no training.", folder / "effects.png")]
+    figures.learning_curves(folder / "curves.png", by_value(lambda r: read_metrics(r["folder"] / "metrics.jsonl")))
+    caption = f"Mean over {over}, the band one standard error. {NOT_COMPARABLE}"
+    drawn.append(("Learning curves", caption, folder / "curves.png"))
+    for axis, groups in by_value(lambda r: r["evaluation"]["l1_per_dimension"]).items():
+        path = folder / f"dimensions-{axis}.png"
+        base = {k: np.mean([r["evaluation"][f"{v}_per_dimension"] for r in results], 0) for k, v in BASELINES.items()}
+        figures.dimension_errors(path, groups, base)
+        drawn.append((f"Errors per dimension by {axis}", f"L1, mean and standard error over {over}.", path))
+    return drawn + draw_grids(folder, plan, results) + draw_features(folder, results)
+
+
+def draw_grids(folder: Path, plan: dict[str, Any], results: list[dict[str, Any]]) -> list[tuple[str, str, Path]]:
+    """Every grid once, under the values of the first trial that has it, of those axes on which the grids differ."""
+    first: dict[str, tuple[dict[str, Any], ActionGrid]] = {}
+    for result in results:
+        grid = load_grid(result["folder"] / "grid.json")
+        if isinstance(grid, ActionGrid):
+            first.setdefault((result["folder"] / "grid.json").read_text(), (result, grid))
+    shown = list(first.values())
+    differing = [axis for axis in plan["axes"] if len({r["values"][axis] for r, _ in shown}) > 1 or len(shown) == 1]
+    drawn = []
+    for start in range(0, len(shown), GRIDS_A_FIGURE):
+        some, path = shown[start : start + GRIDS_A_FIGURE], folder / f"grids-{start // GRIDS_A_FIGURE + 1}.png"
+        labels = [", ".join(r["values"][axis] for axis in differing) for r, _ in some]
+        figures.action_grids(path, labels, [g for _, g in some], [_arrays(r)["actions"] for r, _ in some])
+        drawn.append(("Action grids", GRIDS, path))
+    return drawn
+
+
+def draw_features(folder: Path, results: list[dict[str, Any]]) -> list[tuple[str, str, Path]]:
+    """The spatial tables of trials that started from a checkpoint, of one seed, before and after."""
+    panels: dict[str, Any] = {}
+    for result in results:
+        arrays = _arrays(result)
+        for when in ("before", "after"):
+            if f"{when}_features" in arrays and result["seed"] == min(r["seed"] for r in results):
+                label = "pre-trained" if when == "before" else ", ".join(result["values"].values())
+                panels.setdefault(label, [arrays[f"{when}_{k}"] for k in ("theta", "phi", "features")])
+    if not panels:
+        return []
+    figures.feature_maps(folder / "features.png", panels)
+    return [("Spatial features", FEATURES, folder / "features.png")]
+
+
+def page(
+    plan: dict[str, Any],
+    results: list[dict[str, Any]],
+    failures: list[dict[str, Any]],
+    rows: list[dict[str, Any]],
+    drawn: list[tuple[str, str, Path]],
+) -> str:
+    some = results[0]["evaluation"]
+    devices = html.escape(", ".join(Counter(r["device"] for r in results)))
+    shape = " × ".join(f"{len(values)} {html.escape(axis)}" for axis, values in plan["axes"].items())
+    steps = ", ".join(f"{n:,}" for n in sorted({r["steps"] for r in results}))
+    name = html.escape(plan["name"])
+    pictures = "".join(
+        f"<h2>{html.escape(title)}</h2><figure>{_image(path, title)}"
+        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+        for title, caption, path in drawn
+    )
+    lost = "".join(f"<li><b>{html.escape(f['trial'])}</b>: {html.escape(f['reason'])}</li>" for f in failures)
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{name}</title>
+<style>{STYLE}</style>
+</head>
+<body>
+<h1>{name}</h1>
+<p>{len(results)} of {len(plan["trials"])} trials are finished: {shape} × {len(plan["seeds"])} seeds, {steps} steps
+each, on {devices}. Every trial was evaluated open loop on {some["frames"]:,} frames of {some["episodes"]:,} episodes of
+the split {html.escape(some["split"])}.</p>
+<h2>Results</h2>
+<p>Mean ± standard error over seeds. <b>L1</b> is the mean error of greedy four-step chunks in normalised units;
+<b>tokens right</b> the share of their tokens that are those of the recorded action, by kind beside it; <b>tokens
+used</b> counts the different tokens that the training data has.</p>
+{_table(*cells(plan, rows, MEASURES), len(plan["axes"]))}
+<h2>L1 per dimension</h2>
+{_table(*cells(plan, rows, PER_DIMENSION), len(plan["axes"]))}
+{pictures}
+{f"<h2>Failed trials</h2><ul>{lost}</ul>" if lost else ""}
+</body>
+</html>
+"""
+
+
+def _table(header: list[str], lines: list[list[str]], axes: int) -> str:
+    def row(tag: str, texts: Iterable[str]) -> str:
+        return (
+            "<tr>"
+            + "".join(
+                f"<{tag}{' class=axis' if i < axes else ''}>{html.escape(text)}</{tag}>" for i, text in enumerate(texts)
+            )
+            + "</tr>"
+        )
+
+    body = "".join(row("td", line) for line in lines)
+    return f'<div class="scroll"><table><thead>{row("th", header)}</thead><tbody>{body}</tbody></table></div>'
+
+
+def _image(path: Path, title: str) -> str:
+    return (
+        f'<img src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}" alt="{html.escape(title)}">'
+    )
+
+
+def _arrays(result: dict[str, Any]) -> dict[str, np.ndarray]:
+    with np.load(result["folder"] / "data.npz", allow_pickle=False) as file:
+        return dict(file)
+
+
+def _distinct(values: Iterable[dict[str, str]]) -> list[dict[str, str]]:
+    return [dict(items) for items in dict.fromkeys(tuple(v.items()) for v in values)]
+
+
+def _write(path: Path, text: str) -> None:
+    """By rename."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, "utf-8")
+    os.replace(temporary, path)
+
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1180px; margin: 2em auto; padding: 0 1.5em; color: #1c2024; }
+h1 { font-size: 1.8em; } h2 { margin-top: 2em; border-bottom: 1px solid #d9dde1; } p { max-width: 54em; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; border: solid; border-width: 2px 0; }
+th { border-bottom: 1px solid; font-weight: 600; }
+th, td { padding: .25em .8em; text-align: right; white-space: nowrap; }
+.axis { text-align: left; }
+figure { margin: 0; } img { max-width: 100%; height: auto; } figcaption { color: #60666d; max-width: 60em; }
+"""

@@ -1,0 +1,245 @@
+"""Run a sweep's trials: each is trained, evaluated and summed up in one file, once, whoever runs the sweep.
+
+DIR/sweep.json                            the plan, for the report
+DIR/compiled/                             JAX's compilation cache: grids of equal size share one compilation
+DIR/trials/NAME/                          the run, as `train` leaves it
+DIR/trials/NAME/result.json               it is finished; or failed.json says why it is not
+DIR/trials/NAME/{grid.json,data.npz}      what the report draws
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
+from tqdm import tqdm
+
+from spatialvla_jax.actions import encode
+from spatialvla_jax.config import check_resumable
+from spatialvla_jax.errors import InputError
+from spatialvla_jax.evaluation.open_loop import evaluate
+from spatialvla_jax.grid_tools import describe_grid, save_grid
+from spatialvla_jax.inference.policy import Policy
+from spatialvla_jax.sweep.plan import Sweep, Trial
+from spatialvla_jax.training.distributed import is_writer
+from spatialvla_jax.training.loop import open_data, train, write_json
+from spatialvla_jax.training.metrics import read_metrics
+
+FINISHED, FAILED, STOPPED, ELSEWHERE = "finished", "failed", "stopped", "being run by another process"
+SHOWN = 4000  # actions of the data that are kept for the report's drawings
+
+
+def folder_of(workdir: Path, trial: Trial) -> Path:
+    return workdir / "trials" / trial.name
+
+
+def prepare(sweep: Sweep, workdir: Path) -> None:
+    """Write the plan. Raises InputError for a trial that began under another config."""
+    for trial in sweep.trials:
+        saved = folder_of(workdir, trial) / "config.json"
+        if saved.exists():
+            check_resumable(json.loads(saved.read_text()), trial.config, saved.parent)
+    workdir.mkdir(parents=True, exist_ok=True)
+    trials = {trial.name: {"values": trial.values, "seed": trial.seed} for trial in sweep.trials}
+    plan = {"name": sweep.name, "axes": sweep.axes, "seeds": sweep.seeds, "trials": trials}
+    plan, path = json.loads(json.dumps(plan)), workdir / "sweep.json"
+    if not path.exists() or json.loads(path.read_text()) != plan:  # processes that start together find it written
+        write_json(path, plan)
+
+
+def run_here(sweep: Sweep, workdir: Path, trials: Sequence[Trial], say: Callable[[str], None]) -> dict[str, str]:
+    """One trial after another in this process → {name: outcome}. SIGTERM ends the trial with a checkpoint, and all."""
+    share_compilations(workdir / "compiled")
+    outcomes = {}
+    for number, trial in enumerate(trials, 1):
+        folder = folder_of(workdir, trial)
+        folder.mkdir(parents=True, exist_ok=True)
+        with claim(folder) as mine:
+            if (folder / "result.json").exists():
+                outcomes[trial.name] = FINISHED
+                continue
+            if not mine:
+                outcomes[trial.name] = ELSEWHERE
+                continue
+            say(f"trial {number} of {len(trials)}: {trial.name}")
+            outcomes[trial.name] = outcome = attempt(trial, folder, sweep.keep_checkpoints)
+        if outcome == FAILED:
+            say(f"{trial.name} failed: {json.loads((folder / 'failed.json').read_text())['reason']}")
+        if outcome == STOPPED:
+            break
+    return outcomes
+
+
+def run_parallel(command: Sequence[str], workdir: Path, trials: Sequence[Trial], processes: int) -> dict[str, str]:
+    """`command --only NAME` for every trial, some at once → {name: outcome}; what they print goes to log.txt.
+
+    GPUs are dealt to the processes; where there are fewer, they share the memory of all.
+    """
+    gpus = [path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia[0-9]*")]
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(sorted(gpus))).split(",")
+    running: set[subprocess.Popen] = set()
+    stopping = threading.Event()
+    places = list(range(processes))  # a free one for every thread
+
+    def run(trial: Trial) -> str:
+        folder = folder_of(workdir, trial)
+        if stopping.is_set() or (folder / "result.json").exists():
+            return FINISHED if (folder / "result.json").exists() else STOPPED
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "failed.json").unlink(missing_ok=True)
+        place = places.pop()
+        own = {"CUDA_VISIBLE_DEVICES": ",".join(gpus[place::processes])} if len(gpus) >= processes else {}
+        share = {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / processes:.3f}"}
+        with (folder / "log.txt").open("a") as log:
+            environment = (share if not own else {}) | dict(os.environ) | own
+            process = subprocess.Popen([*command, "--only", trial.name], stdout=log, stderr=log, env=environment)
+            running.add(process)
+            code = process.wait()
+            running.discard(process)
+        places.append(place)
+        if (folder / "result.json").exists():
+            return FINISHED
+        if code not in (0, 1):  # killed, or out of memory: it had no time to say why
+            write_failure(folder, trial, "ProcessError", f"its process ended with exit code {code}, see log.txt", "")
+        return FAILED if (folder / "failed.json").exists() else STOPPED
+
+    def stop(*_: Any) -> None:
+        stopping.set()
+        for process in list(running):
+            process.terminate()
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        with ThreadPoolExecutor(processes) as pool:
+            outcomes = tqdm(pool.map(run, trials), total=len(trials), desc="sweep", unit="trial")
+            return dict(zip([trial.name for trial in trials], outcomes, strict=True))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def launch(
+    launcher: str, arguments: str, config: str, workdir: Path, trials: Sequence[Trial], flags: Sequence[str], dry: bool
+) -> None:
+    """Start one job for every trial that is not finished; a dry run prints what the jobs would run."""
+    for trial in trials:
+        if (folder_of(workdir, trial) / "result.json").exists():
+            continue
+        command, environment = job_command(launcher, arguments, config, workdir, trial, flags, dry)
+        if code := subprocess.run(command, env=os.environ | environment).returncode:
+            raise InputError(f"`{shlex.join(command)}` ended with exit code {code}")
+
+
+def job_command(
+    launcher: str, arguments: str, config: str, workdir: Path, trial: Trial, flags: Sequence[str], dry_run: bool
+) -> tuple[list[str], dict[str, str]]:
+    """The script of `launch/` that runs one trial, with the environment that it needs beside the usual.
+
+    `arguments` are sbatch's options, or the CLUSTER TPU_TYPE SLICES IMAGE of xpk.
+    """
+    places = [config, str(workdir), "--only", trial.name, *flags]
+    dry = ["--dry-run"] if dry_run else []
+    if launcher == "xpk":
+        name = trial.name.lower().replace("_", "-").replace(".", "-")[-38:].strip("-")
+        return ["bash", "launch/gke_xpk.sh", *dry, *shlex.split(arguments), *places], {"COMMAND": "sweep", "NAME": name}
+    submit = ["bash"] if dry_run else ["sbatch", "--nodes=1", f"--job-name={trial.name}", *shlex.split(arguments)]
+    return [*submit, "launch/slurm.sbatch", *dry, *places], {"COMMAND": "sweep"}
+
+
+def share_compilations(folder: Path) -> None:
+    """Whatever is compiled from now on is stored, and loaded where it was compiled before, by this process or another.
+    A directory that the user has set stays."""
+    if not jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
+        jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        compilation_cache.reset_cache()  # it looks for its directory only once, and something may have been compiled
+
+
+@contextlib.contextmanager
+def claim(folder: Path) -> Iterator[bool]:
+    """Whether the trial is ours until the end of the block; the system gives it free when the process dies."""
+    if not is_writer():
+        yield True
+        return
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+def attempt(trial: Trial, folder: Path, keep_checkpoints: bool) -> str:
+    """Run a trial → its outcome. Whatever goes wrong is written to failed.json."""
+    (folder / "failed.json").unlink(missing_ok=True)
+    try:
+        trained = train(trial.config, folder)
+        if trained["step"] < trial.config.train.steps:
+            return STOPPED
+        if is_writer():
+            write_json(folder / "result.json", measure(trial, folder, trained))
+    except Exception as error:
+        write_failure(folder, trial, type(error).__name__, str(error), traceback.format_exc())
+        return FAILED
+    if is_writer() and not keep_checkpoints:
+        shutil.rmtree(folder / "checkpoints")
+    return FINISHED
+
+
+def write_failure(folder: Path, trial: Trial, kind: str, reason: str, trace: str) -> None:
+    failure = {"trial": trial.name, "error": kind, "reason": " ".join(reason.split()), "traceback": trace}
+    write_json(folder / "failed.json", failure)
+
+
+def measure(trial: Trial, folder: Path, trained: dict[str, Any]) -> dict[str, Any]:
+    """What a finished training run is worth, as it stands in result.json; writes what the report draws."""
+    began, config = time.monotonic(), trial.config
+    policy = Policy.load(folder)
+    loader, grid = open_data(config, policy.processor), policy.processor.grid
+    actions = loader.actions()
+    with tqdm(total=loader.num_frames(config.train.eval_split), unit="frame", desc="evaluate") as bar:
+        evaluation = evaluate(policy, loader, config.train.eval_split, progress=bar.update)
+    records, times = (read_metrics(folder / f"{name}.jsonl") for name in ("metrics", "times"))
+    seconds = [record["step/seconds"] for record in times]
+    shown = np.random.default_rng(0).permutation(len(actions))[:SHOWN]
+    save_grid(folder / "grid.json", grid)
+    save_arrays(folder / "data.npz", actions=actions[shown])
+    return {
+        "trial": trial.name,
+        "values": trial.values,
+        "seed": trial.seed,
+        "config_digest": trial.digest,
+        "steps": trained["step"],
+        "params": trained["params"],
+        "trainable": trained["trainable"],
+        "grid": describe_grid(grid),
+        "tokens_used": len(np.unique(np.asarray(encode(grid, actions)))),
+        "loss": next(record["loss"] for record in reversed(records) if "loss" in record),
+        "step_seconds_median": float(np.median(seconds[1:] or seconds)),  # the first ones hold the compilation
+        "train_seconds": float(np.dot(seconds, np.diff([0, *(record["step"] for record in times)]))),
+        "evaluation_seconds": time.monotonic() - began,
+        "device": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
+        "evaluation": evaluation,
+    }
+
+
+def save_arrays(path: Path, **arrays: np.ndarray) -> None:
+    """By rename."""
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("wb") as file:
+        np.savez_compressed(file, **arrays)  # pyright: ignore[reportArgumentType]
+    os.replace(temporary, path)
