@@ -287,7 +287,7 @@ def fuzz(
 
 
 def greeted(port: int) -> ClientConnection:
-    connection = connect(f"ws://127.0.0.1:{port}", compression=None, close_timeout=0.1)
+    connection = connect(f"ws://127.0.0.1:{port}", compression=None, close_timeout=0.1).__enter__()
     connection.recv(30)
     return connection
 

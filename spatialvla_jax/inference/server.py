@@ -9,6 +9,7 @@ Asyncio does the reading and writing; one thread calls the policy, on what has a
 """
 
 import asyncio
+import gc
 import hmac
 import ipaddress
 import json
@@ -299,6 +300,8 @@ def is_loopback(host: str) -> bool:
 async def run(server: Server, ready: Callable[[], None] = lambda: None) -> None:
     """Serves until SIGTERM or SIGINT, then drains. `ready` is called when clients can connect."""
     await server.start()
+    gc.collect()
+    gc.freeze()  # what compiling left stays, and would be searched through in the middle of requests
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
