@@ -1,6 +1,6 @@
 """The jitted training step on random batches: samples a second, memory.
 
-    python benchmarks/train_step.py [--preset tiny] [--batch-size 32] [--repeats 5] [--steps 20] [--trace]
+    python benchmarks/train_step.py [--preset tiny] [--batch-size 32] [--repeats 5] [--steps 20] [--lora 32] [--trace]
 
 Everything the training loop jits is in it: augmentation, encoding, forward, backward, clipping, AdamW. Prints the
 environment, then each repeat and the median; ends with one line of JSON. Compilation and the first steps don't count.
@@ -23,7 +23,7 @@ from spatialvla_jax.config import default_config
 from spatialvla_jax.models import PRESETS, SpatialVLA, preset
 from spatialvla_jax.models.remat import POLICIES
 from spatialvla_jax.training.optimizer import make_optimizer
-from spatialvla_jax.training.program import frozen_patterns, jit_train_step, make_model
+from spatialvla_jax.training.program import abstract_params, frozen_patterns, jit_train_step, make_model
 from spatialvla_jax.training.sharding import BATCH, check_batch, make_mesh
 from spatialvla_jax.training.state import init_state
 
@@ -43,6 +43,15 @@ def random_batch(model: SpatialVLA, size: int) -> dict[str, np.ndarray]:
     return batch
 
 
+def start_from(config: Any, model: SpatialVLA) -> dict[str, Any] | None:
+    """Random parameters as adapters' runs hold them, in the dtypes of a published base; None without adapters."""
+    if not config.lora.rank:
+        return None
+    shapes = abstract_params(config, model)
+    draw = lambda s: 0.02 * jax.random.normal(jax.random.key(0), s.shape, s.dtype)  # noqa: E731
+    return jax.jit(lambda: jax.tree.map(draw, shapes))()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="tiny")
@@ -52,6 +61,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the computation; by default the preset's")
     parser.add_argument("--remat", choices=POLICIES, default="none")
     parser.add_argument("--depth", choices=("zoedepth", "dataset", "none"), help="source of depth; the preset's")
+    parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="adapters on frozen weights")
     parser.add_argument("--trace", action="store_true", help="also print where the time goes, from a profiler trace")
     args = parser.parse_args()
 
@@ -63,12 +73,12 @@ def main() -> None:
     config.model.update(
         preset=args.preset, dtype=args.dtype or default.dtype, depth=args.depth or default.depth, remat=args.remat
     )
-    config.train.batch_size = args.batch_size
+    config.train.batch_size, config.lora.rank = args.batch_size, args.lora
     model = make_model(config, grid)
     mesh = make_mesh({"fsdp": -1})
     check_batch(args.batch_size, 1, mesh)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
-    state, shardings = init_state(model, optimizer, frozen_patterns(config, model), 0, mesh)
+    state, shardings = init_state(model, optimizer, frozen_patterns(config, model), 0, mesh, start_from(config, model))
     params = sum(x.size for x in jax.tree.leaves(state.params))
     seed = np.uint32(0)
     batch = jax.device_put(random_batch(model, args.batch_size), NamedSharding(mesh, BATCH))
@@ -107,6 +117,7 @@ def main() -> None:
                 "preset": args.preset,
                 "dtype": model.config.dtype,
                 "params": params,
+                "lora": args.lora,
                 "batch_size": args.batch_size,
                 "step_ms": round(1e3 * median, 3),
                 "step_ms_range": [round(1e3 * min(seconds), 3), round(1e3 * max(seconds), 3)],
