@@ -148,11 +148,13 @@ def job_command(
 ) -> tuple[list[str], dict[str, str]]:
     """The script of `launch/` that runs one trial, with the environment that it needs beside the usual.
 
-    `arguments` are sbatch's options, or the CLUSTER TPU_TYPE SLICES IMAGE of xpk.
+    `arguments` are sbatch's options, or the CLUSTER TPU_TYPE SLICES IMAGE of xpk; raises InputError for others.
     """
     places = [config, str(workdir), "--only", trial.name, *flags]
     dry = ["--dry-run"] if dry_run else []
     if launcher == "xpk":
+        if len(shlex.split(arguments)) != 4:
+            raise InputError(f"--launcher-args for xpk are CLUSTER TPU_TYPE SLICES IMAGE, got {arguments!r}")
         name = trial.name.lower().replace("_", "-").replace(".", "-")[-38:].strip("-")
         return ["bash", "launch/gke_xpk.sh", *dry, *shlex.split(arguments), *places], {"COMMAND": "sweep", "NAME": name}
     submit = ["bash"] if dry_run else ["sbatch", "--nodes=1", f"--job-name={trial.name}", *shlex.split(arguments)]

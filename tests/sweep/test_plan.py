@@ -1,0 +1,149 @@
+"""What a sweep file means, and what is refused before anything runs."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from spatialvla_jax.cli import main
+from spatialvla_jax.errors import InputError
+from spatialvla_jax.sweep.plan import load_sweep
+
+SWEEP = """
+from spatialvla_jax.config import default_config
+
+
+def get_sweep():
+    base = default_config()
+    base.model.update(preset="nano", depth="dataset")
+    return {sweep}
+"""
+GOOD = {"axes": {"grid.kind": ["gaussian", "uniform"]}, "seeds": [0, 1]}
+
+
+def write(folder: Path, **changes) -> Path:
+    sweep = ", ".join(f"{key!r}: {value!r}" for key, value in (GOOD | changes).items())
+    path = folder / "mine.py"
+    path.write_text(SWEEP.format(sweep=f'{{"base": base, {sweep}}}' if "base" not in changes else f"{{{sweep}}}"))
+    return path
+
+
+def test_trials_are_all_combinations_of_values_and_seeds(tmp_path: Path) -> None:
+    grids = {"coarse one": {"grid.num_bins": (8, 16, 4, 8, 8, 8)}, "fine": {}}
+    path = write(tmp_path, axes={"grid": grids, "model.depth": ["dataset", "none"]}, seeds=[0, 7])
+    sweep = load_sweep(path, {"train.steps": "12"})
+    assert sweep.name == "mine" and sweep.keep_checkpoints
+    assert sweep.axes == {"grid": ("coarse one", "fine"), "model.depth": ("dataset", "none")}
+    assert [trial.name for trial in sweep.trials] == [
+        f"grid-{grid}_depth-{depth}_seed-{seed}"
+        for grid in ("coarse-one", "fine")
+        for depth in ("dataset", "none")
+        for seed in (0, 7)
+    ]
+    trial = sweep.trials[3]
+    assert trial.values == {"grid": "coarse one", "model.depth": "none"} and trial.seed == trial.config.seed == 7
+    assert trial.config.grid.num_bins == (8, 16, 4, 8, 8, 8) and trial.config.model.depth == "none"
+    assert trial.config.train.steps == 12 and sweep.trials[4].config.grid.num_bins == (16, 32, 8, 16, 16, 16)
+    assert len({trial.digest for trial in sweep.trials}) == 8
+    assert [trial.seed for trial in sweep.select("*coarse*seed-7")] == [7, 7]
+    with pytest.raises(InputError, match="no trial of sweep mine matches 'x'; the first is grid-coarse-one_depth"):
+        sweep.select("x")
+
+
+LINEAR = {"linear": {"grid.kind": "linear"}}
+BAD = {
+    "an unknown axis": (
+        {"axes": {"grid.knd": ["gaussian"]}},
+        "axis 'grid.knd' of .* is no config key .grid.kind is one",
+    ),
+    "an unknown key": ({"axes": {"a": {"b": {"grid.knd": "x"}}}}, "trial a-b: config key .* did you mean grid.kind"),
+    "an empty axis": ({"axes": {"grid.kind": []}}, "axis 'grid.kind' of .* has no values"),
+    "an empty named axis": ({"axes": {"grid": {}}}, "axis 'grid' of .* has no values"),
+    "an axis that is none": ({"axes": {"grid.kind": "uniform"}}, "must be a list of values or a dict"),
+    "a value that is none": ({"axes": {"grid": {"a": 3}}}, "value 'a' of axis 'grid' .* must be a dict"),
+    "a value twice": ({"axes": {"grid.kind": ["uniform", "uniform"]}}, "has a value twice"),
+    "trial names twice": (
+        {"axes": {"grid": {"a b": {"grid.kind": "uniform"}, "a-b": {}}}},
+        "two trials would be named grid-a-b_seed-0",
+    ),
+    "a config twice": ({"axes": {"grid": {"a": {}, "b": {"grid.kind": "gaussian"}}}}, "grid-a_.* and grid-b_.* same"),
+    "a seed twice": ({"seeds": [0, 0]}, "two trials would be named kind-gaussian_seed-0"),
+    "no seeds": ({"seeds": []}, "seeds of .* must be integers"),
+    "seeds of another type": ({"seeds": [0.5]}, "seeds of .* must be integers"),
+    "the seed as an axis": ({"axes": {"seed": [1, 2]}}, "config key seed is set by the seeds"),
+    "a value of another type": ({"axes": {"train.steps": ["many"]}}, "train.steps is int, and 'many' is not"),
+    "an unknown choice": ({"axes": {"model.depth": ["zeodepth"]}}, "depth-zeodepth: model.depth is 'zeodepth'; choose"),
+    "an unknown preset": ({"axes": {"model.preset": ["tny"]}}, "preset-tny: model preset 'tny' does not exist"),
+    "bins that are none": ({"axes": {"grid.num_bins": [(4, 4)]}}, "grid.num_bins must be six numbers"),
+    "a bad optimizer": ({"axes": {"optimizer.ema": [0.5, 1.5]}}, "trial ema-1.5: optimizer.ema 1.5 must be"),
+    "two axes on one key": (
+        {"axes": {"grid.kind": ["uniform"], "grid": LINEAR}},
+        "axes 'grid.kind' and 'grid' both set grid.kind",
+    ),
+    "a linear grid with adaption": (
+        {"axes": {"grid": LINEAR, "adapt.embedding": [False, True]}},
+        "trial grid-linear_embedding-True: a linear grid has no cells",
+    ),
+    "a linear grid with bins": (
+        {"axes": {"grid": LINEAR, "bins": {"a": {"grid.num_bins": (1, 1, 1, 1, 1, 1)}}}},
+        "a linear grid has 256 bins a dimension",
+    ),
+    "adaption of nothing": ({"axes": {"adapt.embedding": [True]}}, "need init"),
+    "adapters of nothing": ({"axes": {"lora.rank": [0, 4]}}, "trial rank-4: .* need init"),
+    "a checkpoint's grid and another": (
+        {"axes": {"grid": {"a": {"grid.kind": "checkpoint"}}, "adapt.embedding": [True]}},
+        "grid.kind=checkpoint keeps the grid of init",
+    ),
+    "a checkpoint that is missing": ({"axes": {"init": ["nowhere"]}}, "init is nowhere, which does not exist"),
+    "data that is missing": ({"axes": {"data.packed": ["x.pack"]}}, "data.packed is x.pack, which does not exist"),
+    "a base of another type": ({"base": 3}, "base of .* must be a config file or a config, got int"),
+    "a base that is missing": ({"base": "nowhere.py"}, "nowhere.py does not exist"),
+    "an unknown key of a sweep": ({"steps": 3}, "must return a dict with the keys base, axes, seeds, keep_checkpoints"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_sweeps_are_refused(case: str, tmp_path: Path) -> None:
+    changes, sentence = BAD[case]
+    with pytest.raises(InputError, match=sentence) as error:
+        load_sweep(write(tmp_path, **changes))
+    assert "\n" not in str(error.value)
+
+
+def test_the_command_line_refuses_in_one_sentence_before_anything_runs(tmp_path: Path, capsys) -> None:
+    path, workdir = str(write(tmp_path, axes={"grid": LINEAR, "adapt.head": [True]})), tmp_path / "out"
+    assert main(["sweep", "--config", path, "--workdir", str(workdir)]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "trial grid-linear_head-True: a linear grid has no cells" in message
+    assert not workdir.exists()
+    path = str(write(tmp_path))
+    assert main(["sweep", "--config", path, "--workdir", str(workdir), "--config.grid.kind=uniform"]) == 2
+    assert "config key grid.kind is set by axis 'grid.kind'" in capsys.readouterr().err
+    assert main(["sweep", "--config", path]) == 2
+    assert "a sweep needs --config FILE and --workdir DIR" in capsys.readouterr().err
+    assert main(["sweep", "--config", path, "--workdir", str(workdir), "--dry-run", "--only", "*seed-1"]) == 0
+    assert capsys.readouterr().out == "kind-gaussian_seed-1\nkind-uniform_seed-1\n"
+    assert not workdir.exists()
+
+
+PROVIDED = {
+    "grid_resolution": 8,
+    "grid_distribution": 6,
+    "ego3d": 4,
+    "embedding": 4,
+    "libero_small": 36,
+}
+
+
+@pytest.mark.parametrize("name", PROVIDED)
+def test_provided_sweeps(name: str, tmp_path: Path) -> None:
+    pack = tmp_path / "any.pack"
+    pack.touch()
+    sweep = load_sweep(f"configs/sweeps/{name}.py", {"data.packed": str(pack)})
+    assert len(sweep.trials) == PROVIDED[name]
+    if name == "grid_resolution":
+        assert list(sweep.axes["resolution"]) == ["1026", "4610", "6166", "8194"]
+
+
+def test_every_provided_sweep_is_tested() -> None:
+    assert {path.removesuffix(".py") for path in os.listdir("configs/sweeps") if path.endswith(".py")} == set(PROVIDED)

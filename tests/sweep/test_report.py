@@ -1,0 +1,122 @@
+"""The report's numbers by hand, and a page that needs nothing else."""
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from spatialvla_jax.actions import fit_gaussians, gaussian_grid, linear_grid, uniform_grid
+from spatialvla_jax.cli import main
+from spatialvla_jax.errors import InputError
+from spatialvla_jax.figures import _mean_error
+from spatialvla_jax.grid_tools import save_grid
+from spatialvla_jax.sweep.report import write_report
+from spatialvla_jax.sweep.run import save_arrays
+
+AXES = {"grid": ["fine", "coarse", "<linear>"], "ego3d": ["on", "off"]}
+ACTIONS = np.random.default_rng(0).normal(0, 0.3, (300, 7)).clip(-1, 1).astype(np.float32)
+STATS = fit_gaussians(ACTIONS)
+GRIDS = {
+    "fine": gaussian_grid(STATS, (4, 8, 2, 4, 4, 4), 0),
+    "coarse": uniform_grid((2, 4, 2, 2, 2, 2)),
+    "<linear>": linear_grid(),
+}
+
+
+def error_of(grid: str, ego3d: str, seed: int) -> float:
+    return 0.1 * (1 + AXES["grid"].index(grid)) + 0.01 * (ego3d == "off") + 0.02 * seed
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sweep of 3 × 2 × 2 trials, one of which failed and one is not there yet."""
+    workdir = tmp_path_factory.mktemp("report")
+    trials = {}
+    for grid in AXES["grid"]:
+        for ego3d in AXES["ego3d"]:
+            for seed in (0, 1):
+                name = f"{grid.strip('<>')}_{ego3d}_{seed}"
+                trials[name] = {"values": {"grid": grid, "ego3d": ego3d}, "seed": seed}
+                folder = workdir / "trials" / name
+                folder.mkdir(parents=True)
+                if name == "linear_off_0":
+                    (folder / "failed.json").write_text(json.dumps({"trial": name, "reason": "no <memory>"}))
+                elif name != "linear_off_1":
+                    write_trial(folder, GRIDS[grid], error_of(grid, ego3d, seed), trials[name])
+    plan = {"name": "mine", "axes": AXES, "seeds": [0, 1], "trials": trials}
+    (workdir / "sweep.json").write_text(json.dumps(plan))
+    return workdir
+
+
+def write_trial(folder: Path, grid, error: float, trial: dict) -> None:
+    accuracies = {f"token_accuracy{kind}": error / 2 for kind in ("", "_translation", "_rotation", "_gripper")}
+    evaluation = {"split": "val", "episodes": 2, "frames": 30, **accuracies}
+    for key, value in {"l1": error, "l1_mean_baseline": 0.5, "l1_repeat_baseline": 0.25}.items():
+        evaluation |= {key: value, f"{key}_per_dimension": [value + i / 100 for i in range(7)]}
+    result = {**trial, "steps": 4, "params": 1_234_567, "trainable": 1000, "tokens_used": 17, "evaluation": evaluation}
+    result |= {"step_seconds_median": error, "grid": {"vocab_size": grid.vocab_size}, "device": "1 × toy"}
+    (folder / "result.json").write_text(json.dumps(result))
+    records = [{"step": step, "loss": 5 / step} for step in (1, 2, 3, 4)] + [{"step": 4, "val/l1": error}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    save_grid(folder / "grid.json", grid)
+    features = {}
+    if trial["values"] == {"grid": "fine", "ego3d": "on"}:
+        edges = {"theta": np.linspace(0, np.pi, 5), "phi": np.linspace(-np.pi, np.pi, 9)}
+        slices = edges | {"features": np.random.default_rng(0).normal(size=(4, 8, 6))}
+        features = {f"{when}_{key}": value for when in ("before", "after") for key, value in slices.items()}
+    save_arrays(folder / "data.npz", actions=ACTIONS, **features)
+
+
+def test_tables_and_page(workdir: Path, capsys) -> None:
+    assert main(["sweep", "report", str(workdir)]) == 0
+    assert "10 of 12 trials" in capsys.readouterr().out
+    with (workdir / "table.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["grid"], row["ego3d"]) for row in rows] == [
+        *(("fine", "on"), ("fine", "off"), ("coarse", "on"), ("coarse", "off"), ("<linear>", "on")),
+        *(("mean action", ""), ("last action held", "")),
+    ]
+    errors = [error_of("coarse", "off", seed) for seed in (0, 1)]
+    row = rows[3]
+    assert float(row["l1"]) == pytest.approx(np.mean(errors)) and row["seeds"] == "2"
+    assert float(row["l1_se"]) == pytest.approx(np.std(errors, ddof=1) / np.sqrt(2))
+    assert float(row["l1_yaw"]) == pytest.approx(np.mean(errors) + 0.05)
+    assert (float(row["tokens_used"]), float(row["tokens"]), float(row["params"])) == (17, 26, 1_234_567)
+    assert float(row["step_ms"]) == pytest.approx(1000 * np.mean(errors)) and float(rows[5]["l1"]) == 0.5
+
+    table = (workdir / "table.md").read_text().splitlines()
+    assert table[5].startswith("| coarse | off | 2 | 0.2200 ± 0.0100 | 0.110 ± 0.005 |") and "1,234,567" in table[5]
+    assert table[7].startswith("| mean action |  |  | 0.5000 |  |")
+
+    page = (workdir / "report.html").read_text()
+    sources = re.findall(r'(?:src|href)="([^"]{0,30})', page)
+    assert sources and all(source.startswith("data:image/png;base64,") for source in sources)
+    assert "http" not in re.sub(r'src="[^"]*"', "", page)
+    assert "0.2200 ± 0.0100" in page and "no &lt;memory&gt;" in page and "<linear>" not in page
+    names = {"effects", "curves", "dimensions-grid", "dimensions-ego3d", "grids-1", "features"}
+    assert {path.stem for path in (workdir / "figures").iterdir()} == names and len(sources) == len(names)
+
+
+def test_the_error_of_a_mean_over_combinations_is_that_by_seeds() -> None:
+    """Two combinations far from each other, each of three seeds."""
+    parts = [[1.0, 2.0, 3.0], [11.0, 12.0, 13.0]]
+    mean, error = _mean_error(parts)
+    assert mean == 7 and error == pytest.approx(np.sqrt(2 * (1 / 3)) / 2)
+    assert _mean_error([[1.0], [2.0, 3.0]])[1] is None
+
+
+def test_what_can_not_be_reported(workdir: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"holds no sweep: it has no sweep\.json"):
+        write_report(tmp_path)
+    plan = json.loads((workdir / "sweep.json").read_text())
+    plan["trials"] = {"linear_off_0": plan["trials"]["linear_off_0"]}
+    (tmp_path / "sweep.json").write_text(json.dumps(plan))
+    with pytest.raises(InputError, match=r"no trial in .* is finished$"):
+        write_report(tmp_path)
+    (tmp_path / "trials" / "linear_off_0").mkdir(parents=True)
+    (tmp_path / "trials" / "linear_off_0" / "failed.json").write_text('{"reason": "no memory"}')
+    with pytest.raises(InputError, match=r"no trial in .* is finished, and 1 failed: no memory"):
+        write_report(tmp_path)

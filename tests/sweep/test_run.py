@@ -1,0 +1,170 @@
+"""Trials are run once, whoever runs them; what fails or stops is told; equal shapes are compiled once."""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from spatialvla_jax.cli import main
+from spatialvla_jax.config import default_config
+from spatialvla_jax.sweep import run
+from spatialvla_jax.sweep.plan import Sweep, Trial
+
+SWEEP = """
+def get_sweep():
+    return {{
+        "base": {base!r},
+        "axes": {{
+            "grid": {{
+                "gaussian": {{}},
+                "uniform": {{"grid.kind": "uniform"}},
+                "broken": {{"data.split": "nothing"}},
+            }},
+        }},
+        "seeds": [0, 1],
+        "keep_checkpoints": False,
+    }}
+"""
+
+
+@pytest.fixture(scope="module")
+def swept(packed_config: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path, int]:
+    """(command line, workdir, exit code) of a small sweep."""
+    folder = tmp_path_factory.mktemp("sweep")
+    (folder / "grids.py").write_text(SWEEP.format(base=str(packed_config)))
+    command = ["sweep", "--config", str(folder / "grids.py"), "--workdir", str(folder / "out")]
+    command += ["--config.train.steps=2", "--config.train.eval_every=2"]
+    # Started twice, each time for one grid and one seed that train and one trial that fails.
+    with pytest.raises(SystemExit):
+        main([*command, "--no-report", "--only", "grid-[gb]*_seed-0"])
+    with pytest.raises(SystemExit) as error:
+        main([*command, "--only", "grid-[ub]*_seed-1"])
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+    assert isinstance(error.value.code, int)
+    return command, folder / "out", error.value.code
+
+
+def test_a_sweep_from_end_to_end(swept: tuple[list[str], Path, int]) -> None:
+    _, workdir, code = swept
+    assert code == 1
+    assert {path.name for path in workdir.iterdir()} >= {"report.html", "table.csv", "table.md", "sweep.json"}
+    folder = workdir / "trials" / "grid-uniform_seed-1"
+    result = json.loads((folder / "result.json").read_text())
+    assert result["values"] == {"grid": "uniform"} and result["seed"] == 1 and result["steps"] == 2
+    assert result["grid"] == {
+        "kind": "spherical",
+        "bins": [4, 4, 2, 4, 4, 4],
+        "vocab_size": 98,
+        "tokens_per_action": 3,
+    }
+    assert 2 < result["tokens_used"] <= 98 and 0 < result["trainable"] < result["params"]
+    assert result["evaluation"]["episodes"] == 2 and 0 < result["step_seconds_median"] <= result["train_seconds"]
+    assert not (folder / "checkpoints").exists()  # the sweep does not keep them
+    failure = json.loads((workdir / "trials" / "grid-broken_seed-0" / "failed.json").read_text())
+    assert "nothing" in failure["reason"] and failure["error"] == "InputError" and "Traceback" in failure["traceback"]
+
+
+def test_grids_of_equal_size_share_one_compilation(swept: tuple[list[str], Path, int]) -> None:
+    """Two trials, of other grids and other seeds: one training step, one validation step, one decoding."""
+    names = [path.name.split("-")[0] for path in (swept[1] / "compiled").glob("*-cache")]
+    assert names.count("jit_step") == 2  # training and validation have the same name
+    assert names.count("jit_last_update") == 1 and 0 < names.count("jit__lambda") <= 2  # first state, and decoding
+
+
+def test_a_trial_is_not_run_again(swept: tuple[list[str], Path, int], monkeypatch, capsys) -> None:
+    command, workdir, _ = swept
+    started = []
+
+    def train(config, folder):
+        started.append(folder.name)
+        raise RuntimeError("out of\nmemory")
+
+    monkeypatch.setattr(run, "train", train)
+    monkeypatch.setattr(run, "share_compilations", lambda folder: None)
+    before = {path: path.stat().st_mtime_ns for path in workdir.glob("trials/*/result.json")}
+    with pytest.raises(SystemExit) as error:
+        main([*command, "--no-report", "--only", "grid-[gb]*_seed-0"])
+    assert error.value.code == 1 and started == ["grid-broken_seed-0"]  # what failed is tried again
+    assert {path: path.stat().st_mtime_ns for path in workdir.glob("trials/*/result.json")} == before and len(
+        before
+    ) == 2
+    told = capsys.readouterr()
+    assert "2 trials: 1 finished, 1 failed; the same command goes on" in told.out
+    assert "grid-broken_seed-0 failed: out of memory" in told.err and "1 failed: grid-broken_seed-0" in told.err
+
+    assert main([*command[:-2], "--config.train.steps=3"]) == 2  # nor under another config
+    message = capsys.readouterr().err
+    assert "grid-gaussian_seed-0 holds a run with train.steps = 2, this config says 3; use its config" in message
+
+
+def trials(*names: str) -> Sweep:
+    config = default_config()
+    config.train.steps = 10
+    made = tuple(Trial(name, {"axis": name}, 0, config) for name in names)
+    return Sweep("mine", {"axis": names}, (0,), True, made)
+
+
+def test_a_stopped_trial_ends_the_sweep_and_a_taken_one_is_left(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(run, "share_compilations", lambda folder: None)
+    monkeypatch.setattr(run, "train", lambda config, folder: {"step": 4 if folder.name == "b" else 10})
+    monkeypatch.setattr(run, "measure", lambda trial, folder, trained: {"trial": trial.name})
+    sweep = trials("a", "b", "c")
+    assert run.run_here(sweep, tmp_path, sweep.trials, print) == {"a": run.FINISHED, "b": run.STOPPED}
+    assert not (tmp_path / "trials" / "b" / "result.json").exists()
+    monkeypatch.setattr(run, "train", lambda config, folder: {"step": 10})
+    with run.claim(tmp_path / "trials" / "b") as mine, run.claim(tmp_path / "trials" / "b") as again:
+        assert mine and not again
+        outcomes = run.run_here(sweep, tmp_path, sweep.trials, print)
+        assert outcomes == {"a": run.FINISHED, "b": run.ELSEWHERE, "c": run.FINISHED}
+    assert run.run_here(sweep, tmp_path, sweep.trials, print)["b"] == run.FINISHED
+
+
+def test_several_at_once(tmp_path: Path, monkeypatch) -> None:
+    """With stand-ins for the processes: one finishes, one fails with a reason, one is killed, one is asked to stop."""
+    script = """
+import os, sys
+name, folder = sys.argv[-1], os.path.join(sys.argv[1], "trials", sys.argv[-1])
+print(name, "on", os.environ["CUDA_VISIBLE_DEVICES"])
+if name == "good":
+    open(os.path.join(folder, "result.json"), "w").write("{}")
+if name == "bad":
+    open(os.path.join(folder, "failed.json"), "w").write("{}")
+sys.exit({"good": 0, "bad": 1, "killed": 9, "stopped": 0}[name])
+"""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
+    sweep = trials("good", "bad", "killed", "stopped")
+    outcomes = run.run_parallel([sys.executable, "-c", script, str(tmp_path)], tmp_path, sweep.trials, 2)
+    assert outcomes == {"good": "finished", "bad": "failed", "killed": "failed", "stopped": "stopped"}
+    failure = json.loads((tmp_path / "trials" / "killed" / "failed.json").read_text())
+    assert "exit code 9" in failure["reason"]
+    logs = {name: (tmp_path / "trials" / name / "log.txt").read_text().split(" on ") for name in outcomes}
+    assert all(text[0] == name and text[1].strip() in ("4,6", "5") for name, text in logs.items())
+
+
+def test_jobs_of_slurm_and_xpk(swept: tuple[list[str], Path, int], tmp_path: Path, capfd) -> None:
+    command, _, _ = swept
+    command = [*command[:3], "--workdir", str(tmp_path), "--config.train.steps=3", "--dry-run", "--only", "*gaussian*"]
+    ours = f"sweep --config {command[2]} --workdir {tmp_path} --coordinator auto --only grid-gaussian_seed-{{}}"
+    assert main([*command, "--launcher", "slurm"]) == 0
+    jobs = capfd.readouterr().out.splitlines()
+    srun = "srun --kill-on-bad-exit=1 .venv/bin/spatialvla-jax"
+    assert [shlex.split(job) for job in jobs] == [
+        shlex.split(f"{srun} {ours.format(seed)} --config.train.steps=3") for seed in (0, 1)
+    ]
+    assert main([*command, "--launcher", "xpk", "--launcher-args", "pod v5litepod-8 1 image:1"]) == 0
+    job = shlex.split(capfd.readouterr().out.splitlines()[1])
+    assert shlex.split(job[-1]) == shlex.split(f"spatialvla-jax {ours.format(1)} --config.train.steps=3")
+    assert job[job.index("--workload") + 1] == "grid-gaussian-seed-1" and job[job.index("--cluster") + 1] == "pod"
+    assert main([*command, "--launcher", "xpk", "--launcher-args", "pod"]) == 2  # too few of them
+    assert list(tmp_path.iterdir()) == []
+    submit, environment = run.job_command(
+        "slurm", "--partition gpu --gpus-per-node=1", "s.py", tmp_path, trials("a").trials[0], (), False
+    )
+    assert environment == {"COMMAND": "sweep"}
+    start = "sbatch --nodes=1 --job-name=a --partition gpu --gpus-per-node=1 launch/slurm.sbatch s.py"
+    assert submit == [*shlex.split(start), str(tmp_path), "--only", "a"]
