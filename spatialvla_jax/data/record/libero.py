@@ -6,6 +6,7 @@
 import ctypes.util
 import importlib.util
 import io
+import logging
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -206,6 +207,7 @@ def set_up_worker() -> None:
     """Before the simulator is imported."""
     os.environ.setdefault("MUJOCO_GL", "osmesa")
     os.environ.setdefault("LP_NUM_THREADS", "1")  # one process a core: the software renderer takes no more threads
+    logging.getLogger("robosuite_logs").propagate = False  # it advises every process to write a file of macros
 
 
 def simulate(

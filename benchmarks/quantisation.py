@@ -1,0 +1,101 @@
+"""What quantisation alone costs: the scripted expert acts through action grids, and succeeds or not.
+
+    python benchmarks/quantisation.py --out runs/quantisation [--episodes 50] [--seeds 0] [--config configs/demo.py]
+
+At every step the expert looks at the simulator's state, its action is normalised with the statistics of the config's
+data, encoded, decoded, taken back to robot units and executed. No model, no camera. Beside the grids, fitted to that
+data, stand the 256 levels a dimension of the linear tokenizer, normalisation alone (its clipping also changes actions)
+and the expert itself. Writes a picture and results.json; an interrupted run goes on. Ends with one line of JSON.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from spatialvla_jax import figures
+from spatialvla_jax.actions import decode, encode, fit_gaussians, gaussian_grid, linear_grid
+from spatialvla_jax.actions.gaussian import PRESET_BINS
+from spatialvla_jax.config import load_config
+from spatialvla_jax.data.statistics import normalize, unnormalize
+from spatialvla_jax.evaluation import closed_loop, libero
+from spatialvla_jax.training.loop import open_data
+
+BINS = {130: (4, 8, 2, 4, 4, 4), 386: (6, 12, 4, 4, 4, 6), **PRESET_BINS}  # two more below the published ones
+Through = Callable[[np.ndarray], np.ndarray]  # actions f32[B, 7] as the expert wants them -> as they are executed
+
+
+def tokenizers(config_file: str, overrides: dict[str, str]) -> dict[str, Through]:
+    config = load_config(config_file, overrides)
+    loader = open_data(config)
+    statistics = loader.statistics[loader.names[0]]["action"]
+    gaussians = fit_gaussians(loader.actions())
+    grids = {str(size): gaussian_grid(gaussians, bins, config.grid.min_sigma) for size, bins in BINS.items()}
+
+    def through(grid) -> Through:
+        quantise = jax.jit(lambda actions: decode(grid, encode(grid, actions)))
+        return lambda actions: unnormalize(np.asarray(quantise(normalize(actions, statistics))), statistics)
+
+    return {
+        **{name: through(grid) for name, grid in grids.items()},
+        "linear 256": through(linear_grid()),
+        "normalised": lambda actions: unnormalize(normalize(actions, statistics), statistics),
+        "expert": lambda actions: actions,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--config", default="configs/demo.py", help="names the data; --config.KEY=VALUE changes it")
+    parser.add_argument("--suite", default="libero_spatial", choices=libero.PLANS)
+    parser.add_argument("--only", help="of what is listed, e.g. 1026,8194,expert")
+    parser.add_argument("--episodes", type=int, default=50, help="a task and seed")
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    args, rest = parser.parse_known_args()
+    overrides = dict(argument.removeprefix("--config.").split("=", 1) for argument in rest)
+
+    episodes = libero.episodes([args.suite], args.episodes, [int(seed) for seed in args.seeds.split(",")], None)
+    settings = closed_loop.Settings(libero.MAX_STEPS, workers=args.workers)
+    results = {}
+    for name, through in tokenizers(args.config, overrides).items():
+        if args.only and name not in args.only.split(","):
+            continue
+
+        def infer(observations: list[dict], through: Through = through) -> list[dict]:
+            return [{"actions": a[None]} for a in through(np.stack([o["expert"] for o in observations]))]
+
+        out = args.out / name.replace(" ", "_")
+        with tqdm(total=len(episodes), desc=name, unit="episode") as bar:
+            result = closed_loop.evaluate(
+                libero.LiberoExpert,
+                closed_loop.padded(infer, args.workers),
+                episodes,
+                settings,
+                out,
+                policy=f"expert through {name}, {args.config} {overrides}",
+                progress=lambda done, successes, bar=bar: bar.update(done - bar.n),
+            )
+        records = [json.loads(line) for line in (out / "episodes.jsonl").read_text().splitlines()]
+        steps = [record["steps"] for record in records if record["success"]]
+        results[name] = {key: result[key] for key in ("success", "standard_error", "episodes", "faults")}
+        results[name]["steps"] = float(np.mean(steps)) if steps else None
+        results[name]["tasks"] = [task["success"] for task in result["suites"][args.suite]["tasks"].values()]
+    (args.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    print(f"{'actions through':16}  success (%)   steps")
+    for name, row in results.items():
+        rate = f"{100 * row['success']:5.1f} ± {100 * row['standard_error']:.1f}"
+        print(f"{name:16}  {rate:>12}  {row['steps'] or float('nan'):6.1f}")
+    figures.quantisation(args.out / "quantisation.png", results)
+    print(f"wrote {args.out / 'quantisation.png'} and {args.out / 'results.json'}")
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
