@@ -326,6 +326,35 @@ def _band(axes: Any, combinations: Sequence[Sequence[Any]], key: str, colour: st
         axes.fill_between(steps, mean - error, mean + error, color=colour, alpha=0.18, linewidth=0)
 
 
+def quantisation(path: Pathlike, results: Mapping[str, Mapping[str, Any]]) -> None:
+    """Success of a policy whose actions go through grids, {name: {"success", "standard_error", "steps"}}, the names
+    numbers of tokens, and of others ("expert", "linear 256", …) as lines across; beside it the steps of a success."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(9.4, 3.4), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        grids = {int(name): row for name, row in results.items() if name.isdigit()}
+        sizes = sorted(grids)
+        rates = [100 * grids[size]["success"] for size in sizes]
+        errors = [100 * grids[size]["standard_error"] for size in sizes]
+        left.errorbar(sizes, rates, errors, color=BLUE, marker="o", markersize=5, capsize=3, label="action grid")
+        right.plot(sizes, [grids[size]["steps"] for size in sizes], color=BLUE, marker="o", markersize=5)
+        others = [name for name in results if not name.isdigit()]
+        for name, colour, line in zip(others, (ORANGE, GREEN, DARK), ("--", "-.", ":"), strict=False):
+            left.axhline(100 * results[name]["success"], color=colour, linestyle=line, linewidth=1.3, label=name)
+            right.axhline(results[name]["steps"], color=colour, linestyle=line, linewidth=1.3)
+        for axes in (left, right):
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(sizes, [f"{size:,}" for size in sizes], rotation=40, ha="right")
+            axes.minorticks_off()
+            axes.set_xlabel("tokens")
+            axes.grid()
+            axes.set_axisbelow(True)
+        left.set(title="The expert's success through tokens", ylabel="success (%)", ylim=(0, 103))
+        right.set(title="Steps that a success takes", ylabel="steps")
+        left.legend(loc="lower right")
+        _save(figure, path)
+
+
 def _curve(axes: Any, records: Sequence[Mapping[str, Any]], key: str, colour: str, label: str) -> None:
     points = np.array([(r["step"], r[key]) for r in records if key in r], float).reshape(-1, 2)
     if not len(points):
