@@ -1,0 +1,80 @@
+"""Recorded episodes in a packed file: what the loader gives is what was recorded."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from spatialvla_jax.config import default_config
+from spatialvla_jax.data import load_data
+from spatialvla_jax.data.record.packed import check_file, write_packed
+from spatialvla_jax.data.statistics import normalize
+from spatialvla_jax.errors import InputError
+
+SIZE, LENGTHS = 8, {"train": (5, 3, 4), "val": (2,)}
+
+
+def episodes():
+    rng = np.random.default_rng(0)
+    for split, lengths in LENGTHS.items():
+        for number, length in enumerate(lengths):
+            steps = [
+                {
+                    "observation": {
+                        "image": rng.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8),
+                        "depth": rng.integers(300, 5000, (SIZE, SIZE), dtype=np.uint16),
+                        "intrinsics": np.array([[9, 0, 4], [0, 9, 4], [0, 0, 1]], np.float32) + number,
+                    },
+                    "action": np.append(rng.uniform(-1, 1, 6), (-1, 1)[step % 2]).astype(np.float32),
+                    "language_instruction": f"task {number % 2}",
+                }
+                for step in range(length)
+            ]
+            yield split, {"steps": steps}
+
+
+@pytest.fixture(scope="module")
+def loader(tmp_path_factory):
+    out = tmp_path_factory.mktemp("packed") / "deep" / "set.pack"
+    result = write_packed(out, episodes(), name="toy", image_size=SIZE)
+    assert result["frames"] == {"train": 12, "val": 2} and result["bytes"] == out.stat().st_size
+    assert list(out.parent.iterdir()) == [out], "nothing else is left"
+    config = default_config().data.to_dict() | {"packed": str(out)}
+    return load_data(config, image_size=SIZE, action_chunk=2, depth=True)
+
+
+def test_frames_come_back_as_they_were(loader) -> None:
+    recorded = [step for split, episode in episodes() if split == "train" for step in episode["steps"]]
+    batch = loader.frames(np.arange(12))
+    for key, dtype in (("image", np.uint8), ("intrinsics", np.float32)):
+        expected = np.stack([step["observation"][key] for step in recorded])
+        np.testing.assert_array_equal(batch[key], expected)
+        assert batch[key].dtype == dtype
+    metres = np.stack([step["observation"]["depth"] for step in recorded]) * np.float32(0.001)
+    np.testing.assert_array_equal(batch["depth"], metres)
+
+
+def test_actions_are_canonical_and_end_with_their_episode(loader) -> None:
+    raw = np.stack([step["action"] for split, e in episodes() if split == "train" for step in e["steps"]])
+    canonical = np.concatenate([raw[:, :6], (1 - raw[:, 6:]) / 2], axis=1)
+    batch = loader.frames(np.arange(12))
+    np.testing.assert_allclose(
+        batch["actions"][:, 0], normalize(canonical, loader.statistics["toy"]["action"]), atol=1e-6
+    )
+    assert set(batch["actions"][:, 0, 6]) == {0.0, 1.0}
+    assert np.flatnonzero(~batch["action_mask"][:, 1]).tolist() == [4, 7, 11]
+
+
+def test_splits_instructions_and_prompts(loader) -> None:
+    told = [episode["instruction"] for episode in loader.episodes("train")]
+    assert told == ["task 0", "task 1", "task 0"]
+    assert [episode["dataset"] for episode in loader.episodes("val")] == ["toy"]
+    ids = loader.frames(np.array([0, 5, 8]))["prompt_ids"]
+    assert np.array_equal(ids[0], ids[2]) and not np.array_equal(ids[0], ids[1])
+    assert "task 1" in loader.tokenizer.decode(ids[1][loader.frames(np.array([5]))["prompt_mask"][0]])
+
+
+def test_a_file_that_exists_is_not_touched(tmp_path: Path) -> None:
+    (tmp_path / "set.pack").touch()
+    with pytest.raises(InputError, match="exists already"):
+        check_file(tmp_path / "set.pack")
