@@ -9,7 +9,7 @@ A sweep file has `get_sweep()`, which returns
             "grid": {"coarse": {"grid.num_bins": (8, 16, 4, 8, 8, 8)}, "fine": {}},  # or values with names
         },
         "seeds": [0, 1],
-        "keep_checkpoints": False,                     # may be left out: True
+        "keep_checkpoints": False,                     # True where it is left out
     }
 """
 
@@ -27,7 +27,15 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from spatialvla_jax.actions import linear_grid, uniform_grid
-from spatialvla_jax.config import call_function, check_keys, default_config, flatten, load_config, set_key
+from spatialvla_jax.config import (
+    call_function,
+    check_keys,
+    check_post_training,
+    default_config,
+    flatten,
+    load_config,
+    set_key,
+)
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.training.optimizer import make_optimizer
 from spatialvla_jax.training.program import make_model
@@ -67,7 +75,7 @@ class Sweep:
     trials: tuple[Trial, ...]
 
     def select(self, pattern: str) -> tuple[Trial, ...]:
-        """The trials whose names match the shell pattern. Raises InputError where there is none."""
+        """The trials whose names match a shell pattern. Raises InputError for none."""
         if chosen := tuple(trial for trial in self.trials if fnmatchcase(trial.name, pattern)):
             return chosen
         raise InputError(f"no trial of sweep {self.name} matches {pattern!r}; the first is {self.trials[0].name}")
@@ -105,7 +113,7 @@ def load_sweep(path: str | Path, overrides: Mapping[str, str] | None = None) -> 
             trials.append(Trial(f"{label}_seed-{seed}".lstrip("_"), chosen, seed, seeded))
     _check_distinct(path, trials)
     keep = bool(given.get("keep_checkpoints", True))
-    return Sweep(path.stem, {axis: tuple(values) for axis, values in axes.items()}, seeds, keep, tuple(trials))
+    return Sweep(path.stem, {axis: tuple(names) for axis, names in axes.items()}, seeds, keep, tuple(trials))
 
 
 def _base(path: Path, base: Any, overrides: Mapping[str, str]) -> ConfigDict:
@@ -155,22 +163,15 @@ def _changed(where: str, base: ConfigDict, changes: list[tuple[str, str, Any]]) 
 
 def _check(where: str, config: ConfigDict, changed: set[str]) -> None:
     """Raises InputError for a config that can't be trained, and for a change that would do nothing."""
-    grid, adapt, lora = config.grid, config.adapt, config.lora
-    flat, problem = flatten(config.to_dict()), None
+    grid, flat, problem = config.grid, flatten(config.to_dict()), None
     if wrong := [key for key, choices in CHOICES.items() if flat[key] not in choices]:
         problem = f"{wrong[0]} is {flat[wrong[0]]!r}; choose one of {', '.join(CHOICES[wrong[0]])}"
     elif len(grid.num_bins) != 6 or not all(type(n) is int and n > 0 for n in grid.num_bins):
-        problem = f"grid.num_bins must be six numbers of bins, got {grid.num_bins}"
-    elif grid.kind == "linear" and (adapt.embedding or adapt.head):
-        problem = "a linear grid has no cells to interpolate between, so adapt.embedding and adapt.head must be False"
+        problem = f"grid.num_bins must be six numbers, got {grid.num_bins}"
     elif grid.kind == "linear" and "grid.num_bins" in changed:
         problem = "a linear grid has 256 bins a dimension, so grid.num_bins would change nothing"
-    elif grid.kind == "checkpoint" and (adapt.embedding or "grid.num_bins" in changed):
+    elif grid.kind == "checkpoint" and (config.adapt.embedding or "grid.num_bins" in changed):
         problem = "grid.kind=checkpoint keeps the grid of init, so neither adapt.embedding nor grid.num_bins fits it"
-    elif not config.init and (grid.kind == "checkpoint" or adapt.embedding or adapt.head or lora.rank):
-        problem = (
-            "grid.kind=checkpoint, adapt.embedding, adapt.head and lora.rank need init, a checkpoint to start from"
-        )
     elif config.init and not Path(config.init).exists():
         problem = f"init is {config.init}, which does not exist"
     elif config.data.packed and not Path(config.data.packed).is_file():
@@ -178,6 +179,7 @@ def _check(where: str, config: ConfigDict, changed: set[str]) -> None:
     if problem:
         raise InputError(f"{where}: {problem}")
     try:
+        check_post_training(config)
         make_model(config, linear_grid() if grid.kind == "linear" else uniform_grid(grid.num_bins))
         make_optimizer(config.optimizer, config.train.steps)
     except InputError as error:
@@ -185,13 +187,13 @@ def _check(where: str, config: ConfigDict, changed: set[str]) -> None:
 
 
 def _check_distinct(path: Path, trials: list[Trial]) -> None:
-    names, configs = {}, {}
+    names, configs = set[str](), dict[str, str]()
     for trial in trials:
         if trial.name in names:
             raise InputError(f"{path}: two trials would be named {trial.name}; rename values or seeds")
-        if (digest := trial.digest) in configs:
-            raise InputError(f"{path}: trials {configs[digest]} and {trial.name} have the same config")
-        names[trial.name] = configs[digest] = trial.name
+        if (other := configs.setdefault(trial.digest, trial.name)) != trial.name:
+            raise InputError(f"{path}: trials {other} and {trial.name} have the same config")
+        names.add(trial.name)
 
 
 def _slug(text: str) -> str:

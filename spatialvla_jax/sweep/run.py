@@ -28,12 +28,13 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 from tqdm import tqdm
 
-from spatialvla_jax.actions import encode
+from spatialvla_jax.actions import ActionGrid, encode
 from spatialvla_jax.config import check_resumable
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.evaluation.open_loop import evaluate
 from spatialvla_jax.grid_tools import describe_grid, save_grid
 from spatialvla_jax.inference.policy import Policy
+from spatialvla_jax.interop import read_checkpoint
 from spatialvla_jax.sweep.plan import Sweep, Trial
 from spatialvla_jax.training.distributed import is_writer
 from spatialvla_jax.training.loop import open_data, train, write_json
@@ -219,7 +220,7 @@ def measure(trial: Trial, folder: Path, trained: dict[str, Any]) -> dict[str, An
     seconds = [record["step/seconds"] for record in times]
     shown = np.random.default_rng(0).permutation(len(actions))[:SHOWN]
     save_grid(folder / "grid.json", grid)
-    save_arrays(folder / "data.npz", actions=actions[shown])
+    save_arrays(folder / "data.npz", actions=actions[shown], **features_of(config.init, folder, actions))
     return {
         "trial": trial.name,
         "values": trial.values,
@@ -237,6 +238,23 @@ def measure(trial: Trial, folder: Path, trained: dict[str, Any]) -> dict[str, An
         "device": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
         "evaluation": evaluation,
     }
+
+
+def features_of(init: str, run: Path, actions: np.ndarray) -> dict[str, np.ndarray]:
+    """Rows of the spatial table over directions at the data's median r, of a run that started from a checkpoint, before
+    and after it: {"before_theta" (edges), "before_phi" (edges), "before_features" f32[n, m, D], "after_theta", …}."""
+    median, arrays = np.median(np.linalg.norm(actions[:, :3], axis=1)), {}
+    for when, path in {"before": init, "after": run}.items() if init else ():
+        checkpoint = read_checkpoint(path)
+        grid = checkpoint.processor.grid if checkpoint.processor else None
+        if isinstance(grid, ActionGrid):
+            bins = grid.num_bins[:3]
+            place = int(np.searchsorted(np.asarray(grid.r)[1:-1], median, side="right"))
+            table = np.asarray(checkpoint.leaves["spatial_embedding"].read(), np.float32)
+            rows = table[: np.prod(bins)].reshape(*bins, -1)[:, :, place]
+            values = {"theta": grid.theta, "phi": grid.phi, "features": rows}
+            arrays |= {f"{when}_{key}": np.asarray(value) for key, value in values.items()}
+    return arrays
 
 
 def save_arrays(path: Path, **arrays: np.ndarray) -> None:

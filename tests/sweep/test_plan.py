@@ -82,14 +82,17 @@ BAD = {
     ),
     "a linear grid with adaption": (
         {"axes": {"grid": LINEAR, "adapt.embedding": [False, True]}},
-        "trial grid-linear_embedding-True: a linear grid has no cells",
+        "trial grid-linear_embedding-True: adapt.embedding interpolates between bins in space",
     ),
     "a linear grid with bins": (
         {"axes": {"grid": LINEAR, "bins": {"a": {"grid.num_bins": (1, 1, 1, 1, 1, 1)}}}},
         "a linear grid has 256 bins a dimension",
     ),
-    "adaption of nothing": ({"axes": {"adapt.embedding": [True]}}, "need init"),
-    "adapters of nothing": ({"axes": {"lora.rank": [0, 4]}}, "trial rank-4: .* need init"),
+    "adaption of nothing": (
+        {"axes": {"adapt.embedding": [True]}},
+        "adapt.embedding adapts the weights of init, and init is empty",
+    ),
+    "adapters of nothing": ({"axes": {"lora.rank": [0, 4]}}, "trial rank-4: lora.rank=4 adapts .* init is empty"),
     "a checkpoint's grid and another": (
         {"axes": {"grid": {"a": {"grid.kind": "checkpoint"}}, "adapt.embedding": [True]}},
         "grid.kind=checkpoint keeps the grid of init",
@@ -114,7 +117,7 @@ def test_the_command_line_refuses_in_one_sentence_before_anything_runs(tmp_path:
     path, workdir = str(write(tmp_path, axes={"grid": LINEAR, "adapt.head": [True]})), tmp_path / "out"
     assert main(["sweep", "--config", path, "--workdir", str(workdir)]) == 2
     message = capsys.readouterr().err
-    assert message.count("\n") == 1 and "trial grid-linear_head-True: a linear grid has no cells" in message
+    assert message.count("\n") == 1 and "trial grid-linear_head-True: adapt.head interpolates between bins" in message
     assert not workdir.exists()
     path = str(write(tmp_path))
     assert main(["sweep", "--config", path, "--workdir", str(workdir), "--config.grid.kind=uniform"]) == 2
@@ -131,6 +134,7 @@ PROVIDED = {
     "grid_distribution": 6,
     "ego3d": 4,
     "embedding": 4,
+    "adaption": 8,
     "libero_small": 36,
 }
 
@@ -139,7 +143,8 @@ PROVIDED = {
 def test_provided_sweeps(name: str, tmp_path: Path) -> None:
     pack = tmp_path / "any.pack"
     pack.touch()
-    sweep = load_sweep(f"configs/sweeps/{name}.py", {"data.packed": str(pack)})
+    start = {"init": str(tmp_path)} if name == "adaption" else {}
+    sweep = load_sweep(f"configs/sweeps/{name}.py", {"data.packed": str(pack)} | start)
     assert len(sweep.trials) == PROVIDED[name]
     if name == "grid_resolution":
         assert list(sweep.axes["resolution"]) == ["1026", "4610", "6166", "8194"]
