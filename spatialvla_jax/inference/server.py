@@ -92,27 +92,19 @@ class Batcher:
 
 
 class Metrics:
+    """What GET /metrics tells."""
+
     def __init__(self, clients: Callable[[], int], waiting: Callable[[], int]) -> None:
-        self.registry = prometheus.CollectorRegistry()
-        prometheus.ProcessCollector(registry=self.registry)
-        options: dict[str, Any] = {"registry": self.registry}
-        self.requests = prometheus.Counter(
-            "spatialvla_requests", "by outcome: ok, invalid, busy, failed", ["outcome"], **options
-        )
-        self.seconds = prometheus.Histogram(
-            "spatialvla_request_seconds",
-            "from a message to its reply",
-            buckets=[2**i / 1000 for i in range(15)],
-            **options,
-        )
-        self.batch = prometheus.Histogram(
-            "spatialvla_batch_size",
-            "observations of one call of the policy",
-            buckets=[2**i for i in range(8)],
-            **options,
-        )
-        prometheus.Gauge("spatialvla_clients", "that are connected", **options).set_function(clients)
-        prometheus.Gauge("spatialvla_queue", "observations that wait", **options).set_function(waiting)
+        self.registry = registry = prometheus.CollectorRegistry()
+        prometheus.ProcessCollector(registry=registry)
+        about = "by outcome: ok, invalid, busy, failed"
+        self.requests = prometheus.Counter("spatialvla_requests", about, ["outcome"], registry=registry)
+        about, buckets = "from a message to its reply", [2**i / 1000 for i in range(15)]
+        self.seconds = prometheus.Histogram("spatialvla_request_seconds", about, buckets=buckets, registry=registry)
+        about, buckets = "observations of one call of the policy", [2**i for i in range(8)]
+        self.batch = prometheus.Histogram("spatialvla_batch_size", about, buckets=buckets, registry=registry)
+        prometheus.Gauge("spatialvla_clients", "that are connected", registry=registry).set_function(clients)
+        prometheus.Gauge("spatialvla_queue", "observations that wait", registry=registry).set_function(waiting)
 
 
 class Client:
@@ -177,7 +169,7 @@ class Server:
         self.port = next(iter(self._listener.sockets)).getsockname()[1]
 
     async def drain(self, seconds: float = 20) -> None:
-        """Accepts nobody, replies to what has arrived, for at most `seconds`, and closes all connections."""
+        """Accepts nobody, replies for at most `seconds` to what has arrived, and closes all connections."""
         self.draining = True
         self._listener.close(close_connections=False)
         deadline = time.monotonic() + seconds
@@ -185,7 +177,9 @@ class Server:
         while self.busy and time.monotonic() < deadline:
             await asyncio.sleep(0.01)
         await asyncio.gather(*(connection.close(1001) for connection in self._listener.connections))
-        await self._listener.wait_closed()
+        with suppress(TimeoutError):  # where the policy never came back
+            async with asyncio.timeout(5):
+                await self._listener.wait_closed()
         self._worker.cancel()
         self.batcher.thread.shutdown(wait=False)
 

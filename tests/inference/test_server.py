@@ -93,15 +93,21 @@ class Stub:
 
 @pytest.fixture(scope="module")
 def policy(trained: Path) -> Policy:
-    """For prompts of up to 16 tokens, so that there is one length to compile."""
+    """The direct call; for prompts of up to 16 tokens, so that there is one length to compile."""
     model, params, processor = load_pretrained(trained)
     assert processor
     return Policy(SpatialVLA(replace(model.config, prompt_length=16)), params, processor)
 
 
 @pytest.fixture(scope="module")
-def server(policy: Policy) -> Iterator[Server]:
-    with serving(policy) as server:
+def served(policy: Policy, trained: Path) -> Policy:
+    """The same, which takes guesses."""
+    return Policy(policy.model, load_pretrained(trained)[1], policy.processor, speculate=True)
+
+
+@pytest.fixture(scope="module")
+def server(served: Policy) -> Iterator[Server]:
+    with serving(served) as server:
         yield server
 
 
@@ -208,10 +214,10 @@ def test_fuzz(server: Server, policy: Policy) -> None:
     eventually(lambda: len(server.clients) == before + 1)
 
 
-def test_ensembled_actions_are_those_of_the_executor(policy: Policy) -> None:
+def test_ensembled_actions_are_those_of_the_executor(policy: Policy, served: Policy) -> None:
     seen = observations(5)
     for mode in ("adaptive", "receding:3"):
-        with serving(policy, execute=mode, limits=replace(LIMITS, batch=1)) as server:
+        with serving(served, execute=mode, limits=replace(LIMITS, batch=1)) as server:
             client, local = client_of(server), executor(mode)
             for episode in range(2):
                 for observation in seen:
@@ -222,7 +228,7 @@ def test_ensembled_actions_are_those_of_the_executor(policy: Policy) -> None:
                     local.reset()
 
 
-def test_the_command_serves_a_robot_until_sigterm(policy: Policy, capfd, monkeypatch) -> None:
+def test_the_command_serves_a_robot_until_sigterm(served: Policy, capfd, monkeypatch) -> None:
     """`examples/robot_loop.py` against `spatialvla-jax serve`, which ends with 0."""
     example, robots = load_script("examples/robot_loop.py"), []
     with socket.socket() as free:
@@ -239,7 +245,7 @@ def test_the_command_serves_a_robot_until_sigterm(policy: Policy, capfd, monkeyp
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setenv("SPATIALVLA_TOKEN", "secret")
-    monkeypatch.setattr(Policy, "load", lambda path, **options: policy)  # compiled already
+    monkeypatch.setattr(Policy, "load", lambda path, **options: served)  # compiled already
     thread = threading.Thread(target=drive)
     thread.start()
     arguments = ["--checkpoint", "run", "--port", str(port), "--max-batch", "1", "--image-size", "48x64"]
