@@ -9,7 +9,7 @@ from typing import Any
 
 from spatialvla_jax.errors import InputError
 
-BENCHMARKS = {"tokenizer": "tokenizer.py", "loader": "loader.py", "train": "train_step.py"}
+BENCHMARKS = {"tokenizer": "tokenizer.py", "loader": "loader.py", "train": "train_step.py", "serve": "serve.py"}
 
 
 def main(argv: list[str] | None = None) -> int:
