@@ -16,4 +16,4 @@ def test_notebook_runs(path: Path) -> None:
 
 
 def test_there_are_notebooks() -> None:
-    assert {p.stem for p in NOTEBOOKS} >= {"quickstart"}
+    assert {p.stem for p in NOTEBOOKS} >= {"quickstart", "convert", "action_grids", "adapt"}
