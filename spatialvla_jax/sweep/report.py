@@ -7,7 +7,7 @@ import io
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,25 +63,44 @@ def write_report(workdir: Path) -> str:
     if not results:
         why = f", and {len(failures)} failed: {failures[0]['reason']}" if failures else ""
         raise InputError(f"no trial in {workdir} is finished{why}")
-    rows = table_rows(plan, results)
-    header, lines = cells(plan, rows, MEASURES)
+    measures = MEASURES | speeds(results)
+    rows = table_rows(plan, results, measures | PER_DIMENSION)
     (workdir / "figures").mkdir(exist_ok=True)
     drawn = draw(workdir / "figures", plan, results)
-    _write(workdir / "table.csv", csv_text(plan, rows))
-    _write(workdir / "table.md", markdown(header, lines) + "\n" + markdown(*cells(plan, rows, PER_DIMENSION)))
-    _write(workdir / "report.html", page(plan, results, failures, rows, drawn))
+    _write(workdir / "table.csv", csv_text(plan, rows, measures | PER_DIMENSION))
+    tables = [cells(plan, rows, part) for part in (measures, PER_DIMENSION)]
+    _write(workdir / "table.md", "\n".join(markdown(*table) for table in tables))
+    _write(workdir / "report.html", page(plan, results, failures, tables, drawn))
     return f"wrote {workdir}/report.html, table.csv and table.md: {len(results)} of {len(plan['trials'])} trials"
 
 
-def table_rows(plan: dict[str, Any], results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def speeds(results: list[dict[str, Any]]) -> dict[str, tuple[str, int, Callable[[dict[str, Any]], float]]]:
+    """Measures: the first validation at which a trial was as good as all became, by L1 and, for equal grids, by loss."""
+    measures = {}
+    for name in ("l1", "loss"):
+        curves = [[(r["step"], r[f"val/{name}"]) for r in records(result) if f"val/{name}" in r] for result in results]
+        if not all(curves) or (name == "loss" and len({r["grid"]["vocab_size"] for r in results}) > 1):
+            continue
+        target = max(min(value for _, value in curve) for curve in curves)
+        steps = {r["folder"]: next(s for s, v in c if v <= target) for r, c in zip(results, curves, strict=True)}
+        heading = f"steps to val. {name.replace('l1', 'L1')} {target:.3f}"
+        measures[f"steps_to_{name}"] = (heading, 0, lambda r, steps=steps: steps[r["folder"]])
+    return measures
+
+
+def records(result: dict[str, Any]) -> list[dict[str, Any]]:
+    return read_metrics(result["folder"] / "metrics.jsonl")
+
+
+def table_rows(plan: dict[str, Any], results: list[dict[str, Any]], measures: dict[str, Any]) -> list[dict[str, Any]]:
     """One row for every combination of values, in the plan's order: {"values", "seeds", measure: (mean, standard error
     or None)}. The baselines come last; they have errors only, and depend on the data alone."""
     rows = []
     for values in _distinct(trial["values"] for trial in plan["trials"].values()):
         group = [result for result in results if result["values"] == values]
         if group:
-            measures = {k: mean_error([get(r) for r in group]) for k, (_, _, get) in (MEASURES | PER_DIMENSION).items()}
-            rows.append({"values": list(values.values()), "seeds": len(group), **measures})
+            numbers = {k: mean_error([get(r) for r in group]) for k, (_, _, get) in measures.items()}
+            rows.append({"values": list(values.values()), "seeds": len(group), **numbers})
     for name, key in BASELINES.items():
         errors = np.mean([[r["evaluation"][key], *r["evaluation"][f"{key}_per_dimension"]] for r in results], axis=0)
         known = {k: (float(e), None) for k, e in zip(("l1", *PER_DIMENSION), errors, strict=True)}
@@ -112,15 +131,13 @@ def cells(
     return header, lines
 
 
-def csv_text(plan: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+def csv_text(plan: dict[str, Any], rows: list[dict[str, Any]], keys: Mapping[str, Any]) -> str:
     """Every measure and its standard error, in full digits."""
-    keys = (*MEASURES, *PER_DIMENSION)
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow([*plan["axes"], "seeds", *(column for key in keys for column in (key, f"{key}_se"))])
     for row in rows:
-        numbers = [number for key in keys for number in row.get(key, (None, None))]
-        writer.writerow([*row["values"], row["seeds"], *numbers])
+        writer.writerow([*row["values"], row["seeds"], *(n for key in keys for n in row.get(key, (None, None)))])
     return out.getvalue()
 
 
@@ -145,7 +162,7 @@ def draw(folder: Path, plan: dict[str, Any], results: list[dict[str, Any]]) -> l
     figures.effects(folder / "effects.png", by_value(lambda r: r["evaluation"]["l1"]), base)
     caption = "L1 of greedy chunks on unseen episodes, normalised units: every trial, mean and standard error over "
     drawn = [("Error", f"{caption}{over}. The lines across need no training.", folder / "effects.png")]
-    figures.learning_curves(folder / "curves.png", by_value(lambda r: read_metrics(r["folder"] / "metrics.jsonl")))
+    figures.learning_curves(folder / "curves.png", by_value(records))
     caption = f"Mean over {over}, the band one standard error. {NOT_COMPARABLE}"
     drawn.append(("Learning curves", caption, folder / "curves.png"))
     for axis, groups in by_value(lambda r: r["evaluation"]["l1_per_dimension"]).items():
@@ -181,7 +198,7 @@ def draw_features(folder: Path, results: list[dict[str, Any]]) -> list[tuple[str
         arrays = _arrays(result)
         for when in ("before", "after"):
             if f"{when}_features" in arrays and result["seed"] == min(r["seed"] for r in results):
-                label = "pre-trained" if when == "before" else ", ".join(result["values"].values())
+                label = "pre-trained" if when == "before" else ", ".join(map(" ".join, result["values"].items()))
                 panels.setdefault(label, [arrays[f"{when}_{k}"] for k in ("theta", "phi", "features")])
     if not panels:
         return []
@@ -193,7 +210,7 @@ def page(
     plan: dict[str, Any],
     results: list[dict[str, Any]],
     failures: list[dict[str, Any]],
-    rows: list[dict[str, Any]],
+    tables: list[tuple[list[str], list[list[str]]]],
     drawn: list[tuple[str, str, Path]],
 ) -> str:
     some = results[0]["evaluation"]
@@ -223,10 +240,11 @@ the split {html.escape(some["split"])}.</p>
 <h2>Results</h2>
 <p>Mean ± standard error over seeds. <b>L1</b> is the mean error of greedy four-step chunks in normalised units;
 <b>tokens right</b> the share of their tokens that are those of the recorded action, by kind beside it; <b>tokens
-used</b> counts the different tokens that the training data has.</p>
-{_table(*cells(plan, rows, MEASURES), len(plan["axes"]))}
+used</b> counts the different tokens that the training data has; <b>steps to</b> a validation error is how soon a trial
+was as good as all became, as far as validations tell.</p>
+{_table(*tables[0], len(plan["axes"]))}
 <h2>L1 per dimension</h2>
-{_table(*cells(plan, rows, PER_DIMENSION), len(plan["axes"]))}
+{_table(*tables[1], len(plan["axes"]))}
 {pictures}
 {f"<h2>Failed trials</h2><ul>{lost}</ul>" if lost else ""}
 </body>

@@ -114,6 +114,8 @@ def run_parallel(command: Sequence[str], workdir: Path, trials: Sequence[Trial],
         places.append(place)
         if (folder / "result.json").exists():
             return FINISHED
+        if stopping.is_set():
+            return STOPPED
         if code not in (0, 1):  # killed, or out of memory: it had no time to say why
             write_failure(folder, trial, "ProcessError", f"its process ended with exit code {code}, see log.txt", "")
         return FAILED if (folder / "failed.json").exists() else STOPPED
@@ -126,8 +128,12 @@ def run_parallel(command: Sequence[str], workdir: Path, trials: Sequence[Trial],
     before = signal.signal(signal.SIGTERM, stop)
     try:
         with ThreadPoolExecutor(processes) as pool:
-            outcomes = tqdm(pool.map(run, trials), total=len(trials), desc="sweep", unit="trial")
-            return dict(zip([trial.name for trial in trials], outcomes, strict=True))
+            try:
+                outcomes = tqdm(pool.map(run, trials), total=len(trials), desc="sweep", unit="trial")
+                return dict(zip([trial.name for trial in trials], outcomes, strict=True))
+            except KeyboardInterrupt:
+                stop()
+                raise
     finally:
         signal.signal(signal.SIGTERM, before)
 

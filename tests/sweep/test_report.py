@@ -59,7 +59,8 @@ def write_trial(folder: Path, grid, error: float, trial: dict) -> None:
     result = {**trial, "steps": 4, "params": 1_234_567, "trainable": 1000, "tokens_used": 17, "evaluation": evaluation}
     result |= {"step_seconds_median": error, "grid": {"vocab_size": grid.vocab_size}, "device": "1 × toy"}
     (folder / "result.json").write_text(json.dumps(result))
-    records = [{"step": step, "loss": 5 / step} for step in (1, 2, 3, 4)] + [{"step": 4, "val/l1": error}]
+    records = [{"step": step, "loss": 5 / step} for step in (1, 2, 3, 4)]
+    records += [{"step": 2, "val/l1": error + 0.1, "val/loss": 2.0}, {"step": 4, "val/l1": error, "val/loss": 1.0}]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     save_grid(folder / "grid.json", grid)
     features = {}
@@ -86,6 +87,9 @@ def test_tables_and_page(workdir: Path, capsys) -> None:
     assert float(row["l1_yaw"]) == pytest.approx(np.mean(errors) + 0.05)
     assert (float(row["tokens_used"]), float(row["tokens"]), float(row["params"])) == (17, 26, 1_234_567)
     assert float(row["step_ms"]) == pytest.approx(1000 * np.mean(errors)) and float(rows[5]["l1"]) == 0.5
+
+    # The worst trial becomes as good as 0.32, which one of the coarse grid is after two steps and one after four.
+    assert [float(row["steps_to_l1"]) for row in rows[:5]] == [2, 2, 2, 3, 4] and "steps_to_loss" not in rows[0]
 
     table = (workdir / "table.md").read_text().splitlines()
     assert table[5].startswith("| coarse | off | 2 | 0.2200 ± 0.0100 | 0.110 ± 0.005 |") and "1,234,567" in table[5]
