@@ -208,7 +208,8 @@ def learning_curves(path: Pathlike, groups: Mapping[str, Mapping[str, Sequence[S
                 axes.grid()
                 axes.set_axisbelow(True)
                 axes.set_xlim(left=0)
-            right.legend(title=axis, loc="center left", bbox_to_anchor=(1, 0.5))
+            shown = left.get_legend_handles_labels()  # there may be no validation
+            right.legend(*shown, title=axis, loc="center left", bbox_to_anchor=(1, 0.5))
         _save(figure, path)
 
 

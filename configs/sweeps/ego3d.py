@@ -15,8 +15,8 @@ ESTIMATED = "data/zoedepth/libero_spatial_demo/1.0.0"
 
 def get_sweep():
     base = load_config("configs/demo.py")
-    base.train.update(steps=150, eval_every=50)
-    base.checkpoint.update(every=50, keep_last=1, keep_every=0)
+    base.train.update(steps=300, batch_size=16, eval_every=100)
+    base.checkpoint.update(every=100, keep_last=1, keep_every=0)
     datasets = [entry | {"path": ESTIMATED} for entry in base.to_dict()["data"]["datasets"]]
     zoedepth = {"zoedepth": {"data.datasets": datasets, "data.precomputed_depth": True}}
     sources = {"recorded": {"model.depth": "dataset"}, "none": {"model.depth": "none"}}

@@ -75,7 +75,7 @@ def write_report(workdir: Path) -> str:
 
 
 def speeds(results: list[dict[str, Any]]) -> dict[str, tuple[str, int, Callable[[dict[str, Any]], float]]]:
-    """Measures: the first validation at which a trial was as good as all became, by L1 and, for equal grids, by loss."""
+    """Measures: the first validation at which a trial was as good as all became: by L1; for as many tokens, by loss."""
     measures = {}
     for name in ("l1", "loss"):
         curves = [[(r["step"], r[f"val/{name}"]) for r in records(result) if f"val/{name}" in r] for result in results]

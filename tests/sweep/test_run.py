@@ -37,7 +37,7 @@ def swept(packed_config: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
     folder = tmp_path_factory.mktemp("sweep")
     (folder / "grids.py").write_text(SWEEP.format(base=str(packed_config)))
     command = ["sweep", "--config", str(folder / "grids.py"), "--workdir", str(folder / "out")]
-    command += ["--config.train.steps=2", "--config.train.eval_every=2"]
+    command += ["--config.train.steps=2"]
     # Started twice, each time for one grid and one seed that train and one trial that fails.
     with pytest.raises(SystemExit):
         main([*command, "--no-report", "--only", "grid-[gb]*_seed-0"])
@@ -70,9 +70,9 @@ def test_a_sweep_from_end_to_end(swept: tuple[list[str], Path, int]) -> None:
 
 
 def test_grids_of_equal_size_share_one_compilation(swept: tuple[list[str], Path, int]) -> None:
-    """Two trials, of other grids and other seeds: one training step, one validation step, one decoding."""
+    """Two trials, of other grids and other seeds: one training step, one first state, one decoding."""
     names = [path.name.split("-")[0] for path in (swept[1] / "compiled").glob("*-cache")]
-    assert names.count("jit_step") == 2  # training and validation have the same name
+    assert names.count("jit_step") == 1
     assert names.count("jit_last_update") == 1 and 0 < names.count("jit__lambda") <= 2  # first state, and decoding
 
 
@@ -97,7 +97,7 @@ def test_a_trial_is_not_run_again(swept: tuple[list[str], Path, int], monkeypatc
     assert "2 trials: 1 finished, 1 failed; the same command goes on" in told.out
     assert "grid-broken_seed-0 failed: out of memory" in told.err and "1 failed: grid-broken_seed-0" in told.err
 
-    assert main([*command[:-2], "--config.train.steps=3"]) == 2  # nor under another config
+    assert main([*command[:-1], "--config.train.steps=3"]) == 2  # nor under another config
     message = capsys.readouterr().err
     assert "grid-gaussian_seed-0 holds a run with train.steps = 2, this config says 3; use its config" in message
 
