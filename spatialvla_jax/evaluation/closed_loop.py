@@ -230,8 +230,8 @@ def _serve(connection: Connection, make: Callable[[], Environment]) -> None:
                 connection.send((*environment.reset(message), False))
             else:
                 connection.send((None, *environment.step(message)))
-    except (EOFError, KeyboardInterrupt, BrokenPipeError):
-        pass
+    except (EOFError, ConnectionError, KeyboardInterrupt):
+        pass  # nobody listens any more
     except InputError as error:
         connection.send(error)
     except Exception:

