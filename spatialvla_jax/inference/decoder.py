@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from spatialvla_jax.models.attention import attend, rotary
+from spatialvla_jax.models.attention import attend, rotary, rotary_angles
 from spatialvla_jax.models.gemma2 import Gemma2Config
 
 Cache = tuple[tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]], ...]
@@ -81,9 +81,10 @@ def forward(
     B, T, D = embeddings.shape
     N, K, H = cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
     x, written = embeddings * jnp.asarray(D**0.5, embeddings.dtype), []
+    angles = rotary_angles(positions, H, cfg.rope_base)
     for i, w in enumerate(layers):
         qkv = linear(rms_norm(x, w["pre_attention_norm"]), w["qkv"]).reshape(B, T, N + 2 * K, H)
-        q, k = (rotary(part, positions, cfg.rope_base) for part in (qkv[:, :, :N], qkv[:, :, N : N + K]))
+        q, k = (rotary(part, angles) for part in (qkv[:, :, :N], qkv[:, :, N : N + K]))
         v = qkv[:, :, N + K :]
         if cache is not None:
             k, v = (

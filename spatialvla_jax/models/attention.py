@@ -64,11 +64,21 @@ def positions_of(valid: Bool[Array, "B S"]) -> Int[Array, "B S"]:
     return jnp.cumsum(valid, axis=1)
 
 
-def rotary(x: Float[Array, "B T N H"], positions: Int[Array, "B T"], base: float = 10_000.0) -> Float[Array, "B T N H"]:
-    """Rotary position embedding (Su et al. 2021) on split halves, computed in float32."""
-    half = x.shape[-1] // 2
+def rotary_angles(
+    positions: Int[Array, "B T"], head_dim: int, base: float = 10_000.0
+) -> tuple[Float[Array, "B T 1 H/2"], Float[Array, "B T 1 H/2"]]:
+    """Sines and cosines for `rotary`, once for all layers."""
+    half = head_dim // 2
     frequencies = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angle = positions[..., None, None] * frequencies
+    # The barrier keeps a compiler from computing them again in every kernel that reads them.
+    return jax.lax.optimization_barrier((jnp.sin(angle), jnp.cos(angle)))
+
+
+def rotary(
+    x: Float[Array, "B T N H"], angles: tuple[Float[Array, "B T 1 H/2"], Float[Array, "B T 1 H/2"]]
+) -> Float[Array, "B T N H"]:
+    """Rotary position embedding (Su et al. 2021) on split halves, computed in float32."""
     x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    sin, cos = jnp.sin(angle), jnp.cos(angle)
+    sin, cos = angles
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)

@@ -5,7 +5,9 @@ positions, a class token, layer scale, and the hidden states after each quarter 
 from dataclasses import dataclass
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from spatialvla_jax.errors import InputError
@@ -38,8 +40,20 @@ class BeitConfig:
         return self.image_size // self.patch_size
 
 
-def relative_position_bias(table: Float[Array, "R N"], pretrained: int, grid: Grid) -> Float[Array, "N T T"]:
-    """Attention bias [head, query, key] of a class token followed by the row-major patches of `grid` = (H, W).
+HIDDEN = -1e9  # a bias that gives a key no weight
+
+
+def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The exact one by erf; `jax.nn.gelu` has it by erfc, which takes a GPU three times as long."""
+    y = x.astype(jnp.float32)
+    return (0.5 * y * (1 + jax.lax.erf(y * 2**-0.5))).astype(x.dtype)
+
+
+def relative_position_bias(
+    table: Float[Array, "R N"], pretrained: int, grid: Grid, padding: int = 0
+) -> Float[Array, "N T T"]:
+    """Attention bias [head, query, key] of a class token followed by the row-major patches of `grid` = (H, W), and
+    `padding` tokens that nobody sees.
 
     `table` holds a row for each offset (dy, dx) between two patches of a `pretrained` x `pretrained` grid, then one
     each for class → patch, patch → class and class → class. Another grid interpolates the offsets (MiDaS 3.1).
@@ -47,7 +61,10 @@ def relative_position_bias(table: Float[Array, "R N"], pretrained: int, grid: Gr
     (H, W), N = grid, table.shape[-1]
     offsets = table[:-3].reshape(1, 2 * pretrained - 1, 2 * pretrained - 1, N)
     offsets = resize_bilinear(offsets, (2 * H - 1, 2 * W - 1), align_corners=False)[0]
-    # Entry (query, key) is offsets[query - key]: a slice for every key instead of a gather, which TPUs do slowly.
+    if jax.default_backend() == "gpu":
+        rows = jnp.concatenate([offsets.reshape(-1, N), table[-3:], jnp.full((1, N), HIDDEN), jnp.zeros((1, N))])
+        return jnp.take(rows.T, _bias_rows(grid, padding), axis=1)
+    # TPUs are slow at gathers. Entry (query, key) is offsets[query - key]: a slice for every key.
     rows = jnp.stack([offsets[H - 1 - k : 2 * H - 1 - k] for k in range(H)], axis=1)
     patches = jnp.stack([rows[:, :, W - 1 - k : 2 * W - 1 - k] for k in range(W)], axis=3)  # Hq Hk Wq Wk N
     patches = patches.transpose(4, 0, 2, 1, 3).reshape(N, H * W, H * W)
@@ -55,7 +72,21 @@ def relative_position_bias(table: Float[Array, "R N"], pretrained: int, grid: Gr
     def fill(row: int, *shape: int):
         return jnp.broadcast_to(table[row, :, None, None], (N, *shape))
 
-    return jnp.block([[fill(-1, 1, 1), fill(-3, 1, H * W)], [fill(-2, H * W, 1), patches]])
+    bias = jnp.block([[fill(-1, 1, 1), fill(-3, 1, H * W)], [fill(-2, H * W, 1), patches]])
+    bias = jnp.pad(bias, ((0, 0), (0, padding), (0, 0)))
+    return jnp.pad(bias, ((0, 0), (0, 0), (0, padding)), constant_values=HIDDEN)
+
+
+def _bias_rows(grid: Grid, padding: int) -> np.ndarray:
+    """i32[T, T]: which row each (query, key) takes of the offsets, the table's last three, HIDDEN and zero."""
+    H, W = grid
+    y, x = (places.ravel() for places in np.indices(grid))
+    offsets = (2 * H - 1) * (2 * W - 1)
+    index = np.empty((1 + H * W, 1 + H * W), np.int32)
+    index[1:, 1:] = (y[:, None] - y + H - 1) * (2 * W - 1) + (x[:, None] - x + W - 1)
+    index[0, 1:], index[1:, 0], index[0, 0] = offsets, offsets + 1, offsets + 2
+    index = np.pad(index, ((0, padding), (0, 0)), constant_values=offsets + 4)
+    return np.pad(index, ((0, 0), (0, padding)), constant_values=offsets + 3)
 
 
 class BeitAttention(nn.Module):
@@ -73,7 +104,8 @@ class BeitAttention(nn.Module):
         v = nn.DenseGeneral(heads, dtype=self.dtype, name="value")(x)
         rows = (2 * cfg.grid - 1) ** 2 + 3
         table = self.param("relative_position_bias", nn.initializers.zeros, (rows, cfg.num_heads))
-        bias = relative_position_bias(table.astype(jnp.float32), cfg.grid, self.grid)
+        padding = x.shape[1] - self.grid[0] * self.grid[1] - 1
+        bias = relative_position_bias(table.astype(jnp.float32), cfg.grid, self.grid, padding)
         y = attend_fully(q, k, v, bias[None])
         return nn.DenseGeneral(cfg.width, axis=(-2, -1), dtype=self.dtype, name="out")(y)
 
@@ -93,7 +125,7 @@ class BeitLayer(nn.Module):
         y = nn.LayerNorm(epsilon=1e-12, use_fast_variance=False, dtype=self.dtype, name="norm1")(x)
         x = split_batch(x + scale1 * BeitAttention(cfg, self.grid, self.dtype, name="attention")(y), "tensor")
         y = nn.LayerNorm(epsilon=1e-12, use_fast_variance=False, dtype=self.dtype, name="norm2")(x)
-        y = nn.gelu(nn.Dense(cfg.mlp_dim, dtype=self.dtype, name="mlp_in")(y), approximate=False)
+        y = gelu(nn.Dense(cfg.mlp_dim, dtype=self.dtype, name="mlp_in")(y))
         return split_batch(x + scale2 * nn.Dense(cfg.width, dtype=self.dtype, name="mlp_out")(y), "tensor"), None
 
 
@@ -125,10 +157,13 @@ class Beit(nn.Module):
         x = nn.Conv(cfg.width, patch, strides=patch, padding="VALID", dtype=self.dtype, name="patch_embedding")(images)
         B, H, W, D = x.shape
         cls = self.param("cls_token", nn.initializers.zeros, (1, 1, D)).astype(self.dtype)
+        # Padded to a length that suits matrix units; nothing sees the padding, and it is cut off at the end.
+        tokens = H * W + 1
         x = jnp.concatenate([jnp.broadcast_to(cls, (B, 1, D)), x.reshape(B, H * W, D)], axis=1)
+        x = jnp.pad(x, ((0, 0), (0, -tokens % 8), (0, 0)))
         stages = _scan(BeitStage, cfg.num_taps)
         _, taps = stages(cfg, (H, W), self.dtype, name="stages")(x, None)
-        return taps
+        return taps[:, :, :tokens]
 
 
 def _scan(block: type[nn.Module], length: int):

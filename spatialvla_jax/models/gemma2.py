@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from spatialvla_jax.models.attention import attend, rotary
+from spatialvla_jax.models.attention import attend, rotary, rotary_angles
 from spatialvla_jax.models.partition import split_batch
 from spatialvla_jax.models.remat import rematerialise
 
@@ -68,14 +68,14 @@ class Attention(nn.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        positions: Int[Array, "B T"],
+        angles: tuple[Float[Array, "B T 1 H/2"], Float[Array, "B T 1 H/2"]],
         mask: Bool[Array, "B T T"],
     ) -> Float[Array, "B T D"]:
         cfg = self.config
         N, K, D, H = cfg.num_heads, cfg.num_kv_heads, cfg.width, cfg.head_dim
         q = Einsum((N, D, H), (1,), self.dtype, name="q_einsum")("btd,ndh->btnh", x)
         k, v = Einsum((2, K, D, H), (2,), self.dtype, name="kv_einsum")("btd,ckdh->cbtkh", x)
-        q, k = rotary(q, positions, cfg.rope_base), rotary(k, positions, cfg.rope_base)
+        q, k = rotary(q, angles), rotary(k, angles)
         out = attend(q, k, v, mask, scale=cfg.query_pre_attn_scalar**-0.5, softcap=cfg.attn_softcap)
         return Einsum((N, H, D), (0, 1), self.dtype, name="attn_vec_einsum")("btnh,nhd->btd", out)
 
@@ -97,11 +97,11 @@ class Block(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x, is_local, positions, masks):
+    def __call__(self, x, is_local, angles, masks):
         mask = masks[0] if masks[1] is None else jnp.where(is_local, masks[1], masks[0])
         norm = lambda name, y: RMSNorm(self.dtype, name=name)(y)  # noqa: E731
         attention = Attention(self.config, self.dtype, name="attn")
-        y = attention(norm("pre_attention_norm", x), positions, mask)
+        y = attention(norm("pre_attention_norm", x), angles, mask)
         x = split_batch(x + norm("post_attention_norm", y))
         y = FeedForward(self.config, self.dtype, name="mlp")(norm("pre_ffw_norm", x))
         return split_batch(x + norm("post_ffw_norm", y)), None
@@ -160,7 +160,8 @@ class Gemma2(nn.Module):
         local = None
         if mask.shape[-1] > cfg.sliding_window:
             local = mask & (positions[:, :, None] - positions[:, None, :] < cfg.sliding_window)
-        x, _ = self.layers(x, jnp.arange(cfg.depth) % 2 == 0, positions, (mask, local))
+        angles = rotary_angles(positions, cfg.head_dim, cfg.rope_base)
+        x, _ = self.layers(x, jnp.arange(cfg.depth) % 2 == 0, angles, (mask, local))
         return self.final_norm(x)
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:

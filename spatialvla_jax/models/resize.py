@@ -1,7 +1,7 @@
 """PyTorch's resampling rules (`torch.nn.functional.interpolate`, `pad`) as pure functions on NHWC or NHW arrays.
 
-Resampling is linear and separable: each function builds one weight matrix per axis at trace time and applies both as
-matrix products, which is exact and needs no gather.
+Resampling is linear and separable: each function builds one weight matrix per axis at trace time and applies both, as
+matrix products or, on a GPU, as sums of the few pixels that have weight, which the compiler fuses with what reads them.
 """
 
 from functools import cache
@@ -37,11 +37,26 @@ def resize_area(x: Float[Array, "B H W *C"], size: Size) -> Float[Array, "B H2 W
 def _separable(x, size: Size, weights):
     if x.shape[1:3] == size:
         return x
-    rows, columns = (jnp.asarray(weights(n, m), x.dtype) for n, m in zip(x.shape[1:3], size, strict=True))
+    rows, columns = (weights(n, m) for n, m in zip(x.shape[1:3], size, strict=True))
+    if jax.default_backend() == "gpu":
+        return _by_taps(_by_taps(x, rows, 1), columns, 2)
+    rows, columns = jnp.asarray(rows, x.dtype), jnp.asarray(columns, x.dtype)
     # Accelerators round float32 products unless asked not to; pixels and metres must keep their digits.
     highest = jax.lax.Precision.HIGHEST
     x = jnp.einsum("yh,bhw...->byw...", rows, x, precision=highest)
     return jnp.einsum("xw,byw...->byx...", columns, x, precision=highest)
+
+
+def _by_taps(x: Float[Array, "..."], matrix: np.ndarray, axis: int) -> Float[Array, "..."]:
+    """`matrix` [outputs, inputs] along `axis`, in float32: one gather for each of the columns that a row needs most."""
+    taps = (matrix != 0).sum(axis=1).max()
+    order = np.argsort(matrix == 0, axis=1, kind="stable")[:, :taps]
+    weights = np.take_along_axis(matrix, order, axis=1)
+    shape = tuple(-1 if i == axis else 1 for i in range(x.ndim))
+    parts = [
+        jnp.take(x, order[:, k], axis=axis).astype(jnp.float32) * weights[:, k].reshape(shape) for k in range(taps)
+    ]
+    return sum(parts[1:], parts[0]).astype(x.dtype)
 
 
 # Each matrix below is [outputs, inputs]. Source positions are rounded to float32 as PyTorch rounds them.

@@ -6,7 +6,6 @@ taken for every example by itself and not summed over the batch (equal at batch 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import flax.linen as nn
 import jax
@@ -15,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.models.beit import Beit, BeitConfig
+from spatialvla_jax.models.beit import Beit, BeitConfig, gelu
 from spatialvla_jax.models.resize import reflect_pad, resize_bicubic, resize_bilinear
 
 DOMAINS = ("nyu", "kitti")
@@ -25,8 +24,6 @@ NUM_ATTRACTORS = 16
 ATTRACTOR_ALPHA = 300.0
 
 DEPTH_PAD = 31  # pixels mirrored around the image, whatever its size
-
-_gelu = partial(nn.gelu, approximate=False)
 
 
 @dataclass(frozen=True)
@@ -124,7 +121,7 @@ class Reassemble(nn.Module):
         B, _, D = tokens.shape
         patches = tokens[:, 1:]
         readout = jnp.concatenate([patches, jnp.broadcast_to(tokens[:, :1], patches.shape)], axis=-1)
-        x = _gelu(nn.Dense(D, dtype=self.dtype, name="readout")(readout))
+        x = gelu(nn.Dense(D, dtype=self.dtype, name="readout")(readout))
         width = self.config.neck_widths[self.index]
         x = _conv(width, 1, self.dtype, "projection")(x.reshape(B, *grid, D))
         if self.index < 2:
@@ -235,7 +232,7 @@ class DomainHead(nn.Module):
             points = PixelMlp(cfg.bin_embedding_dim, NUM_ATTRACTORS, self.dtype, name=f"attractor_{i}")(x)
             points = nn.softplus(points.astype(jnp.float32))
             centers = attract(resize_bilinear(centers, x.shape[1:3]), points)
-        shape = PixelMlp(pixels.shape[-1] // 4, 4, self.dtype, _gelu, name="log_binomial")(pixels)
+        shape = PixelMlp(pixels.shape[-1] // 4, 4, self.dtype, gelu, name="log_binomial")(pixels)
         return centers, shape.astype(jnp.float32)
 
 

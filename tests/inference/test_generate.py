@@ -1,5 +1,6 @@
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,12 +21,12 @@ def nano():
 
 
 @cache
-def compiled(model: SpatialVLA, constrained: bool):
+def compiled(model: Any, constrained: bool):
     ranges = GRID.token_ranges if constrained else None
     return jax.jit(lambda weights, x, draft: generate(model, weights, ranges, **x, draft=draft))
 
 
-def run(model: SpatialVLA, params, inputs, constrained=True, draft=None, **layout):
+def run(model: Any, params, inputs, *, constrained=True, draft=None, **layout):
     """(tokens, passes) through the jitted path."""
     fields = ("image", "prompt_ids", "prompt_mask", "depth", "intrinsics")
     weights = prepare(model, params, **layout)
@@ -39,7 +40,7 @@ def test_tokens_are_greedy_on_the_full_forward_pass(nano, mask: str, constrained
     """Fed back to the training-time forward pass without a cache, every generated token is the best there."""
     model, params, inputs = nano
     model = SpatialVLA(replace(model.config, mask=mask))
-    tokens, _ = run(model, params, inputs, constrained)
+    tokens, _ = run(model, params, inputs, constrained=constrained)
     assert tokens.shape == (3, 12)
     offset, fed = model.config.action_offset, np.maximum(tokens - model.config.action_offset, 0)
     given = {k: inputs[k] for k in ("image", "prompt_ids", "prompt_mask", "depth", "intrinsics")}
@@ -62,16 +63,16 @@ def test_two_grippers_at_once_save_a_third_of_the_passes(nano) -> None:
 
 @pytest.mark.parametrize("constrained", [True, False])
 def test_a_draft_changes_the_passes_and_never_the_tokens(nano, constrained: bool) -> None:
-    expected, _ = run(*nano, constrained)
-    same, none = run(*nano, constrained, draft=expected)
+    expected, _ = run(*nano, constrained=constrained)
+    same, none = run(*nano, constrained=constrained, draft=expected)
     np.testing.assert_array_equal(same, expected)
     assert none == 0
     wrong = expected.copy()
     wrong[:, 7] = nano[0].config.action_offset  # one token off: all before it is kept
-    again, few = run(*nano, constrained, draft=wrong)
+    again, few = run(*nano, constrained=constrained, draft=wrong)
     np.testing.assert_array_equal(again, expected)
     assert 1 <= few <= 5
-    noise, many = run(*nano, constrained, draft=np.full_like(expected, nano[0].config.action_offset))
+    noise, many = run(*nano, constrained=constrained, draft=np.full_like(expected, nano[0].config.action_offset))
     np.testing.assert_array_equal(noise, expected)
     assert few <= many <= 12
 

@@ -15,7 +15,7 @@ from transformers.models.beit.modeling_beit import BeitRelativePositionBias as H
 from zoe_reference import TINY, layer_params, published_names, random_hf_model, randomise, zoedepth_params
 
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.models.beit import Beit, BeitConfig, BeitLayer, relative_position_bias
+from spatialvla_jax.models.beit import HIDDEN, Beit, BeitConfig, BeitLayer, relative_position_bias
 
 SMALL = st.integers(1, 6)
 
@@ -26,8 +26,14 @@ def test_relative_position_bias(pretrained, grid, heads):
     hf = HfBias(HfBeitConfig(image_size=pretrained, patch_size=1, num_attention_heads=heads))
     randomise(hf, seed=0)
     table = jnp.asarray(hf.relative_position_bias_table.detach())
-    ours = jax.jit(relative_position_bias, static_argnums=(1, 2))(table, pretrained, grid)
-    np.testing.assert_allclose(ours, hf(grid)[0].detach(), atol=1e-6)
+    expected = hf(grid)[0].detach()
+    np.testing.assert_allclose(relative_position_bias(table, pretrained, grid), expected, atol=1e-6)
+    padded = relative_position_bias(table, pretrained, grid, 3)
+    np.testing.assert_array_equal(padded[:, :-3, -3:], np.full_like(padded[:, :-3, -3:], HIDDEN))
+    with pytest.MonkeyPatch.context() as patch:  # the form for GPUs, on which no test runs
+        patch.setattr(jax, "default_backend", lambda: "gpu")
+        np.testing.assert_allclose(relative_position_bias(table, pretrained, grid), expected, atol=1e-5)
+        np.testing.assert_allclose(relative_position_bias(table, pretrained, grid, 3), padded, atol=1e-5)
 
 
 def compare_layer(config, grid, batch, seed):

@@ -1,5 +1,6 @@
 """Resampling against torch.nn.functional, which defines it."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -38,6 +39,19 @@ def test_matches_torch(method, source, target, seed):
     x = random_image(seed, 2, *source, 3)
     expected = torch_resize(x, target, **kwargs)
     np.testing.assert_allclose(ours(x, target), expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@settings(deadline=None, max_examples=10)
+@given(source=st.tuples(SIDE, SIDE), target=st.tuples(SIDE, SIDE), seed=st.integers(0, 2**32 - 1))
+def test_by_taps_is_the_same(method, source, target, seed):
+    """The form for GPUs, on which no test runs."""
+    ours, _ = METHODS[method]
+    x = random_image(seed, 2, *source, 3)
+    expected = ours(x, target)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "default_backend", lambda: "gpu")
+        np.testing.assert_allclose(ours(x, target), expected, atol=2e-5)
 
 
 @pytest.mark.parametrize(

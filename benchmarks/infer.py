@@ -1,0 +1,250 @@
+"""A policy from uint8 image to robot actions: milliseconds a chunk, chunks a second, memory, and where the time goes.
+
+    python benchmarks/infer.py [--preset tiny] [--variants bfloat16,int8,depth] [--batch-sizes 1,32] [--repeats 50]
+        [--torch] [--first-action] [--trace]
+
+Random weights, a 640×480 camera. Each variant goes through `Policy.infer_batch`, tokenizer and transfers included:
+`depth` is the model's dtype with depth given instead of estimated, `draft` has the result as a draft (speculation that
+always comes true: its bound), `free` chooses from the whole vocabulary. `--torch` times the exported PyTorch model
+beside it, `--first-action` a new process from its start to its first action, with an empty and a filled cache of
+compiled programs. Prints the environment and the floors, ends with one line of JSON.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from trace_table import trace
+
+from spatialvla_jax.actions import PRETRAIN_GAUSSIANS, gaussian_grid
+from spatialvla_jax.data.prompt import train_tokenizer
+from spatialvla_jax.inference.policy import Policy
+from spatialvla_jax.interop.mapping import param_shapes, unflatten
+from spatialvla_jax.models import PRESETS, SpatialVLA, SpatialVLAConfig, preset
+from spatialvla_jax.processor import Processor
+
+PROMPT = "pick up the black bowl between the plate and the ramekin and place it on the plate"
+H, W = 480, 640
+
+
+class Random:
+    """An array that is drawn where it is used: the device never holds more than what is made of it."""
+
+    def __init__(self, shape: tuple[int, ...], seed: int) -> None:
+        self.shape, self.seed = shape, seed
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: Any) -> "Random":
+        if isinstance(index, slice):
+            return Random((len(range(*index.indices(len(self)))), *self.shape[1:]), self.seed)
+        return Random(self.shape[1:], self.seed + 1000 * (index + 1))
+
+    def astype(self, dtype: Any) -> jax.Array:
+        fan_in = self.shape[-2] if len(self.shape) > 1 else 1
+        return draw(self.seed, 0.5 / fan_in**0.5, self.shape, jnp.dtype(dtype))
+
+
+@partial(jax.jit, static_argnums=(2, 3))
+def draw(seed: int, scale: float, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    return scale * jax.random.normal(jax.random.key(seed), shape, dtype)
+
+
+def make_policy(config: SpatialVLAConfig, **options: Any) -> Policy:
+    shapes = param_shapes(config)
+    params = unflatten({path: Random(shape, seed) for seed, (path, shape) in enumerate(shapes.items())})
+    rows = {name: [value] * 7 for name, value in (("q01", -1.0), ("q99", 1.0), ("min", -1.0), ("max", 1.0))}
+    processor = Processor(
+        tokenizer=train_tokenizer([PROMPT], 256),
+        grid=jax.tree.map(np.asarray, gaussian_grid(PRETRAIN_GAUSSIANS)),
+        statistics={"random": {"action": rows | {"mask": [True] * 6 + [False]}}},
+        intrinsics={"random": [[1.0, 0, 0.5], [0, 1.3, 0.5], [0, 0, 1]]},
+    )
+    return Policy(SpatialVLA(config), params, processor, **options)
+
+
+def observations(count: int, depth: bool) -> list[dict[str, Any]]:
+    rng = np.random.default_rng(0)
+    seen: list[dict[str, Any]] = []
+    for _ in range(count):
+        seen.append({"image": rng.integers(0, 256, (H, W, 3), dtype=np.uint8), "prompt": PROMPT})
+        if depth:
+            seen[-1]["depth"] = rng.uniform(0.3, 3, (H, W)).astype(np.float32)
+    return seen
+
+
+def timed(call: Callable[[], Any], repeats: int) -> dict[str, float]:
+    """Milliseconds a call: median and the ends of the middle nine tenths, after three calls that don't count."""
+    for _ in range(3):
+        call()
+    ms = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        call()
+        ms.append(1e3 * (time.perf_counter() - began))
+    ms.sort()
+    low, high = ms[len(ms) // 20], ms[-1 - len(ms) // 20]
+    return {"median_ms": round(statistics.median(ms), 2), "range_ms": [round(low, 2), round(high, 2)]}
+
+
+def bandwidth() -> float:
+    """Bytes a second that a copy on the device reads and writes."""
+    x = jnp.ones((2**31 if jax.default_backend() == "gpu" else 2**24,), jnp.bfloat16)
+    copy = jax.jit(lambda x: x + 1)
+    milliseconds = timed(lambda: copy(x).block_until_ready(), 10)["range_ms"][0]
+    return 2 * x.nbytes / (1e-3 * milliseconds)
+
+
+def floors(config: SpatialVLAConfig, policy: Policy, rate: float) -> dict[str, float]:
+    """What one chunk cannot take less than, part by part: the weights of the layers read once a pass at `rate`, and the
+    arithmetic of the prompt's pass."""
+    weights = sum(x.nbytes for x in jax.tree.leaves(policy.weights["layers"]))
+    head = sum(x.nbytes for x in jax.tree.leaves(policy.weights["head"]))
+    llm = config.llm
+    heads = (2 * llm.num_heads + 2 * llm.num_kv_heads) * llm.head_dim
+    per_token = 2 * llm.depth * llm.width * (heads + 3 * llm.mlp_dim)
+    passes = config.action_chunk * (config.tokens_per_action - 1)
+    return {
+        "layer_gb": round(weights / 1e9, 3),
+        "pass_ms": round(1e3 * (weights + head) / rate, 3),
+        "passes": passes,
+        "prompt_tflop": round(per_token * config.prefix_length / 1e12, 3),
+    }
+
+
+def run(config: SpatialVLAConfig, name: str, args: argparse.Namespace) -> dict[str, Any]:
+    options: dict[str, Any] = {"int8": name == "int8", "speculate": name == "draft", "constrained": name != "free"}
+    if name == "depth":
+        config = replace(config, depth="dataset")
+    device = jax.devices()[0]
+    policy = make_policy(config, **options)
+    jax.block_until_ready(policy.weights)
+    held = (device.memory_stats() or {}).get("bytes_in_use", 0)
+    result: dict[str, Any] = {"weights_gb": round(held / 1e9, 2)}
+    if name == args.variants[0]:
+        rate = bandwidth()
+        result |= {"copy_tb_s": round(rate / 1e12, 2)} | floors(config, policy, rate)
+        print(f"{'floors':10} " + ", ".join(f"{k} {v}" for k, v in result.items()))
+    for size in args.batch_sizes:
+        batch = observations(size, config.depth == "dataset")
+        if name == "draft":
+            for seen, out in zip(batch, policy.infer_batch(batch), strict=True):
+                seen["draft"] = out["action_ids"]
+        began = time.perf_counter()
+        policy.infer_batch(batch)
+        figures: dict[str, Any] = {"compile_s": round(time.perf_counter() - began, 1)}
+        figures |= timed(lambda batch=batch: policy.infer_batch(batch), args.repeats)
+        figures["chunks_per_second"] = round(1e3 * size / figures["median_ms"], 1)
+        figures["peak_gb"] = round((device.memory_stats() or {}).get("peak_bytes_in_use", 0) / 1e9, 2)
+        print(f"{name:10} batch {size:3}: " + ", ".join(f"{k} {v}" for k, v in figures.items()), flush=True)
+        if args.trace:
+            inputs = [policy.inputs(seen) for seen in batch]
+            arrays = jax.device_put({k: np.stack([x[k] for x in inputs]) for k in inputs[0]})
+            compiled = policy._act.lower(policy.weights, policy.processor.grid, arrays).compile()
+            text, parts = trace(
+                lambda arrays=arrays, compiled=compiled: compiled(policy.weights, policy.processor.grid, arrays),
+                3,
+                compiled.as_text(),
+            )
+            print(text)
+            figures["trace_ms"] = parts
+        result[str(size)] = figures
+    return result
+
+
+def run_torch(config: SpatialVLAConfig, args: argparse.Namespace) -> dict[str, Any]:
+    """The exported model's own `predict_action`, in bfloat16 with random weights: prepared inputs to tokens."""
+    import torch
+
+    from spatialvla_jax.interop.huggingface import config_to_published
+    from spatialvla_jax.interop.torch_model import SpatialVLAConfig as TorchConfig
+    from spatialvla_jax.interop.torch_model import SpatialVLAForConditionalGeneration
+    from spatialvla_jax.interop.verify import torch_inputs
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device(device):
+        model = SpatialVLAForConditionalGeneration(TorchConfig(**config_to_published(config, {np.dtype("float32")})))
+    torch.set_default_dtype(torch.float32)
+    model = model.to(torch.bfloat16).eval()
+    result: dict[str, Any] = {"torch": torch.__version__}
+    length, S, rng = 24, config.img.image_size, np.random.default_rng(0)
+    for size in args.batch_sizes:
+        arrays = {
+            "image": rng.random((size, S, S, 3), np.float32),
+            "intrinsics": np.tile(np.array([[S, 0, S / 2], [0, S, S / 2], [0, 0, 1]], np.float32), (size, 1, 1)),
+            "prompt_ids": np.full((size, length), 5),
+            "prompt_mask": np.ones((size, length), bool),
+        }
+        if config.depth == "dataset":
+            arrays["depth"] = rng.uniform(0.3, 3, (size, S, S)).astype(np.float32)
+        batch = {k: x.to(device) for k, x in torch_inputs(config, arrays).items()}
+
+        def call(batch: dict[str, Any] = batch) -> None:
+            with torch.no_grad():
+                model.predict_action(dict(batch)).cpu()
+
+        figures: dict[str, Any] = timed(call, max(args.repeats // 5, 3))
+        figures["chunks_per_second"] = round(1e3 * size / figures["median_ms"], 1)
+        print(f"{'PyTorch':10} batch {size:3}: " + ", ".join(f"{k} {v}" for k, v in figures.items()), flush=True)
+        result[str(size)] = figures
+    return result
+
+
+def first_action(args: argparse.Namespace) -> dict[str, float]:
+    """Seconds from a process's start to its first action: without compiled programs, then with those it left."""
+    seconds = {}
+    with tempfile.TemporaryDirectory() as cache:
+        for name in ("cold", "warm"):
+            began = time.perf_counter()
+            command = [sys.executable, __file__, "--preset", args.preset, "--only-first"]
+            environment = {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+            subprocess.run(command, check=True, env=os.environ | environment)
+            seconds[name] = round(time.perf_counter() - began, 1)
+    print("first action: " + ", ".join(f"{k} {v} s" for k, v in seconds.items()))
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=PRESETS, default="tiny")
+    parser.add_argument("--variants", type=lambda s: s.split(","), default=["bfloat16"])
+    parser.add_argument("--batch-sizes", type=lambda s: [int(x) for x in s.split(",")], default=[1, 32])
+    parser.add_argument("--repeats", type=int, default=50)
+    parser.add_argument("--torch", action="store_true")
+    parser.add_argument("--first-action", action="store_true")
+    parser.add_argument("--only-first", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--trace", action="store_true", help="also print where the time goes, from a profiler trace")
+    args = parser.parse_args()
+    config = replace(preset(args.preset), dtype="bfloat16")
+    if args.only_first:
+        make_policy(config).infer(observations(1, config.depth == "dataset")[0])
+        return
+    device = jax.devices()[0]
+    print(f"Python {platform.python_version()}, JAX {jax.__version__}, {device.device_kind}, {args.preset}")
+    result: dict[str, Any] = {"benchmark": "infer", "device": device.device_kind, "preset": args.preset}
+    if args.first_action:
+        result["first_action_s"] = first_action(args)
+    for name in args.variants:
+        result[name] = run(config, name, args)
+    if args.torch:
+        result["pytorch"] = run_torch(config, args)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
