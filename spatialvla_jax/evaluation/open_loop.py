@@ -42,7 +42,8 @@ def evaluate(
     mean_action = loader.actions().mean(axis=0)
     names = ("policy", "mean", "repeat")
     errors: dict[str, list[np.ndarray]] = {k: [] for k in (*names, *(f"{k}_robot" for k in names))}
-    hits: list[np.ndarray] = []
+    chosen: list[np.ndarray] = []
+    targets: list[np.ndarray] = []
     frames = episodes = 0
     for episode in loader.episodes(split):
         statistics = policy.processor.statistics.get(episode["dataset"])
@@ -60,13 +61,15 @@ def evaluate(
             errors[name].append(np.abs(guess - target)[mask])
             robot = unnormalize(guess, statistics["action"]) - unnormalize(target, statistics["action"])
             errors[f"{name}_robot"].append(np.abs(robot)[mask])
-        hits.append((ids == np.asarray(encode(policy.processor.grid, target)))[mask])
+        chosen.append(ids[mask])
+        targets.append(target[mask])
         frames, episodes = frames + len(target), episodes + 1
         if progress is not None:
             progress(len(target))
     if not frames:
         raise InputError(f"split {split!r} has no frames")
-    hit = np.concatenate(hits).mean(axis=0)
+    true = np.asarray(encode(policy.processor.grid, np.concatenate(targets)))  # all at once: one shape to compile
+    hit = (np.concatenate(chosen) == true).mean(axis=0)
     per_dimension = {k: np.concatenate(v).mean(axis=0) for k, v in errors.items()}
     result: dict[str, Any] = {
         "split": split,

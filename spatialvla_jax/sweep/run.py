@@ -90,8 +90,8 @@ def run_parallel(command: Sequence[str], workdir: Path, trials: Sequence[Trial],
 
     GPUs are dealt to the processes; where there are fewer, they share the memory of all.
     """
-    gpus = [path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia[0-9]*")]
-    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(sorted(gpus))).split(",")
+    count = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
     running: set[subprocess.Popen] = set()
     stopping = threading.Event()
     places = list(range(processes))  # a free one for every thread
