@@ -1,4 +1,4 @@
-"""Actions to tokens and back: this package's jitted functions beside plain NumPy.
+"""Actions to tokens and back, and spatial embedding adaption: this package's jitted functions beside plain NumPy.
 
     python benchmarks/tokenizer.py [--actions 1000000] [--repeats 7]
 
@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from spatialvla_jax.actions import PRETRAIN_GAUSSIANS, ActionGrid, decode, encode, gaussian_grid
+from spatialvla_jax.actions import PRETRAIN_GAUSSIANS, ActionGrid, adapt_embeddings, decode, encode, gaussian_grid
 
 
 def numpy_encode(edges: list[np.ndarray], actions: np.ndarray) -> np.ndarray:
@@ -42,6 +42,22 @@ def numpy_decode(edges: list[np.ndarray], ids: np.ndarray) -> np.ndarray:
     xyz = np.stack([r * np.sin(theta) * np.cos(phi), r * np.sin(theta) * np.sin(phi), r * np.cos(theta)], -1)
     gripper = ids[:, 2] - translations - rotations
     return np.concatenate([xyz.clip(-1, 1), np.stack([*angles, gripper], -1)], -1).astype(np.float32)
+
+
+def numpy_adapt(old: list[np.ndarray], new: list[np.ndarray], table: np.ndarray) -> np.ndarray:
+    """Axis by axis, without what is beyond the outermost centres."""
+    middles = [[(e[1:] + e[:-1]) / 2 for e in edges] for edges in (old, new)]
+    weights = [
+        np.stack([np.interp(wanted, known, row) for row in np.eye(len(known))], 1)
+        for known, wanted in zip(*middles, strict=True)
+    ]
+    shape, width = [len(e) - 1 for e in old], table.shape[1]
+    n = int(np.prod(shape[:3]))
+    parts = [
+        np.einsum("ai,bj,ck,ijkd->abcd", *w, x.reshape(*s, width), optimize=True).reshape(-1, width)
+        for w, s, x in ((weights[:3], shape[:3], table[:n]), (weights[3:], shape[3:], table[n:-2]))
+    ]
+    return np.concatenate([*parts, table[-2:]]).astype(table.dtype)
 
 
 def measure(function: Callable[[], Any], repeats: int) -> list[float]:
@@ -78,6 +94,11 @@ def main() -> None:
     on_device = jax.device_put(actions), jax.device_put(ids)
 
     mine, theirs = np.asarray(encode(grid, on_device[0])), ids
+    moved = gaussian_grid(np.array(PRETRAIN_GAUSSIANS) * [1, 0.7] + [0.15, 0], min_sigma=0)
+    table = np.random.default_rng(0).normal(size=(grid.vocab_size, 2304)).astype(np.float32)
+    table_on_device = jax.device_put(table)
+    moved_edges = [np.asarray(e) for e in moved.edges]
+
     differing = float((mine != theirs).any(-1).mean())
     error = float(np.abs(np.asarray(decode(grid, on_device[1])) - numpy_decode(edges, ids)).max())
     print(f"agreement: {differing:.2e} of actions differ in an id (values on an edge), decoded within {error:.1e}")
@@ -85,17 +106,21 @@ def main() -> None:
     cases = {
         "encode": (lambda: encode(grid, on_device[0]), lambda: numpy_encode(edges, actions)),
         "decode": (lambda: decode(grid, on_device[1]), lambda: numpy_decode(edges, ids)),
+        "adapt": (
+            lambda: adapt_embeddings(grid, moved, table_on_device),
+            lambda: numpy_adapt(edges, moved_edges, table),
+        ),
     }
     figures: dict[str, Any] = {}
-    print(f"{arguments.actions} actions, {arguments.repeats} repeats, 8194 ids; milliseconds")
+    print(f"{arguments.actions} actions, a table of 8194 ids × 2304, {arguments.repeats} repeats; milliseconds")
     print(f"{'':8}{'jax median':>12}{'fastest':>10}{'numpy median':>15}{'fastest':>10}{'ratio':>8}")
     for name, sides in cases.items():
         jitted, plain = (measure(side, arguments.repeats) for side in sides)
         a, b = statistics.median(jitted), statistics.median(plain)
         print(f"{name:8}{a * 1e3:12.1f}{min(jitted) * 1e3:10.1f}{b * 1e3:15.1f}{min(plain) * 1e3:10.1f}{b / a:8.1f}")
         figures[name] = {
-            "jax_actions_per_s": round(arguments.actions / a),
-            "numpy_actions_per_s": round(arguments.actions / b),
+            "jax_ms": round(1e3 * a, 2),
+            "numpy_ms": round(1e3 * b, 2),
             "ratio": round(b / a, 2),
         }
     result = {"benchmark": "tokenizer", "actions": arguments.actions, "repeats": arguments.repeats, **environment}
