@@ -6,7 +6,9 @@ the spatial table adapted to it and trained in full; all else, the LM head too, 
         --config.data.datasets="[{'name': 'mine', 'spec': 'libero', 'path': 'DIR/1.0.0'}]"
 
 `init` is a SpatialVLA in any format that `load_pretrained` reads; it has to stay where it is, as the run keeps adapters
-alone. The release gives 4-8 A100 and 200 epochs on LIBERO: set `train.steps`.
+alone. Its weights are held in the dtype that they are stored in: bfloat16 as published, `convert --dtype` changes it.
+Without spatial embedding adaption the release trains no spatial table either: --config.grid.kind=checkpoint
+--config.optimizer.frozen="('zoe', 'spatial_embedding')". It gives 4-8 A100 and 200 epochs on LIBERO: set `train.steps`.
 """
 
 from spatialvla_jax.config import default_config

@@ -210,7 +210,8 @@ def parse_as(current: Any, key: str, text: str) -> Any:
 def check_resumable(saved: dict[str, Any], config: ConfigDict, workdir: Path) -> None:
     """Raises InputError when a run began under a config that computes something else."""
     now = flatten(json.loads(json.dumps(config.to_dict())))
-    before = flatten(saved)
+    # A key that is younger than the run had its default.
+    before = flatten(json.loads(json.dumps(default_config().to_dict()))) | flatten(saved)
     changed = [
         k
         for k in sorted(now.keys() | before.keys())

@@ -9,7 +9,7 @@ import pytest
 from spatialvla_jax.actions import ActionGrid, adapt_embeddings, uniform_grid
 from spatialvla_jax.config import check_post_training, load_config
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.interop import read_checkpoint, write_huggingface
+from spatialvla_jax.interop import convert, read_checkpoint, write_huggingface
 from spatialvla_jax.interop.adapt import adapt_checkpoint
 from spatialvla_jax.interop.mapping import flatten
 from spatialvla_jax.training.loop import open_data
@@ -68,6 +68,16 @@ def test_the_grid_of_the_checkpoint_is_kept(config_file: Path, trained: Path, tm
         assert params is not None and old.processor is not None
         assert all(np.array_equal(params[path], leaf.read()) for path, leaf in old.leaves.items())
         assert processor.to_dict()["grid"] == old.processor.to_dict()["grid"]
+
+
+def test_what_adapters_are_added_to_keeps_its_dtype(config_file: Path, trained: Path, tmp_path: Path) -> None:
+    """Frozen weights as stored, in half the memory; whatever is trained in float32."""
+    convert(trained, tmp_path / "bf16", to="pytorch", dtype="bfloat16", verify=False)
+    _, params = start(config_file, tmp_path / "bf16", tmp_path / "new", lora__rank="4")
+    assert params is not None
+    full = {path for path, x in params.items() if x.dtype == np.float32}
+    assert full == {path for path in params if path.startswith("lora/")} | {EMBEDDING}
+    assert {str(x.dtype) for x in params.values()} == {"float32", "bfloat16"}
 
 
 def test_a_run_that_goes_on_is_not_adapted_again(config_file: Path, trained: Path) -> None:
