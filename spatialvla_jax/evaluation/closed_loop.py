@@ -16,7 +16,7 @@ import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -49,8 +49,9 @@ class Environment(Protocol):
         """The instruction and the first observation: what `Policy.infer` takes, less the prompt."""
         ...
 
-    def step(self, action: Float[np.ndarray, " 7"]) -> tuple[dict[str, Any], bool]:
-        """The observation after the action, and whether the task is done, which ends the episode."""
+    def step(self, action: Float[np.ndarray, " 7"], look: bool) -> tuple[dict[str, Any], bool]:
+        """The observation after the action, and whether the task is done, which ends the episode. Where `look` is
+        False nobody looks at the observation, which may be empty: rendering takes longer than physics."""
         ...
 
 
@@ -67,6 +68,7 @@ class Settings:
     execute: str = "open_loop"  # see `ensemble.executor`
     workers: int = 1
     timeout: float = 300.0  # seconds without an answer after which an environment hangs
+    film: bool = False  # every step's image is wanted
 
 
 class Rollout(NamedTuple):
@@ -82,7 +84,8 @@ def rollouts(
 ) -> Iterator[Rollout]:
     """Runs the episodes and gives each one as it ends.
 
-    `environment` is called in every worker process (spawned, so it must pickle). A record has "success", "steps",
+    `environment` is called in every worker process (spawned, so it must pickle) and asked for observations where a
+    chunk is due, or for every step where `film` is set. A record has "success", "steps",
     "instruction", "actions" (a checksum of all that were executed) and "faults": what went wrong with the environment
     and at which step; after `ATTEMPTS` of them the episode has failed. Raises the environment's InputError, and
     RuntimeError when faults are the rule.
@@ -149,7 +152,7 @@ class _Worker:
     def act(self, action: Float[np.ndarray, " 7"]) -> None:
         self.steps += 1
         self.checksum = zlib.crc32(np.asarray(action, "<f4").tobytes(), self.checksum)
-        self._send(action)
+        self._send((action, self.executor.due or self.settings.film))
 
     def _send(self, message: Any) -> None:
         self.deadline = time.monotonic() + self.settings.timeout
@@ -221,7 +224,7 @@ class _Worker:
 
 
 def _serve(connection: Connection, make: Callable[[], Environment]) -> None:
-    """The worker process: episodes and actions in, (instruction or None, observation, done) out."""
+    """The worker process: episodes or (action, look) in, (instruction or None, observation, done) out."""
     try:
         environment = make()
         while True:
@@ -229,7 +232,7 @@ def _serve(connection: Connection, make: Callable[[], Environment]) -> None:
             if isinstance(message, Episode):
                 connection.send((*environment.reset(message), False))
             else:
-                connection.send((None, *environment.step(message)))
+                connection.send((None, *environment.step(*message)))
     except (EOFError, ConnectionError, KeyboardInterrupt):
         pass  # nobody listens any more
     except InputError as error:
@@ -268,7 +271,8 @@ def evaluate(
             progress(len(mine), sum(mine))
 
     report()
-    for episode, record, frames in rollouts(environment, infer, [e for e in episodes if e not in results], settings):
+    settings, missing = replace(settings, film=videos > 0), [episode for episode in episodes if episode not in results]
+    for episode, record, frames in rollouts(environment, infer, missing, settings):
         kind = (episode.suite, episode.task, record["success"])
         if frames and kept[kind] < videos:
             kept[kind] += 1

@@ -46,9 +46,9 @@ class Libero:
         self.intrinsics, _ = camera(self.env, self.image_size)
         return instruction, self._look()
 
-    def step(self, action: Float[np.ndarray, " 7"]) -> tuple[dict[str, Any], bool]:
+    def step(self, action: Float[np.ndarray, " 7"], look: bool) -> tuple[dict[str, Any], bool]:
         self.state = self.env.step(np.append(action[:6], -1.0 if action[6] > 0.5 else 1.0))[0]
-        return self._look(), bool(self.env.check_success())
+        return self._look() if look else {}, bool(self.env.check_success())
 
     def _begin(self, episode: Episode, render: bool) -> str:
         """Builds the scene anew, the fixtures placed by the seed, so that no episode depends on another."""
