@@ -38,7 +38,7 @@ def config_for(config_file: Path, path: Path, folder: Path) -> Path:
         ("model.preset=huge", "model preset 'huge' does not exist; choose one of nano, tiny, small"),
         ("mesh.tensor=3", "does not fit 8 devices"),
         ("train.batch_size=12", "train.batch_size 12 does not divide"),
-        ("grid.kind=cubic", "grid.kind is 'cubic'; choose gaussian, uniform or linear"),
+        ("grid.kind=cubic", "grid.kind is 'cubic'; choose gaussian, uniform, linear or checkpoint"),
         ("optimizer.frozen=('lmm',)", "optimizer.frozen pattern 'lmm' matches no parameter"),
     ],
 )
