@@ -135,10 +135,6 @@ def run(config: SpatialVLAConfig, name: str, args: argparse.Namespace) -> dict[s
     jax.block_until_ready(policy.weights)
     held = (device.memory_stats() or {}).get("bytes_in_use", 0)
     result: dict[str, Any] = {"weights_gb": round(held / 1e9, 2)}
-    if name == args.variants[0]:
-        rate = bandwidth()
-        result |= {"copy_tb_s": round(rate / 1e12, 2)} | floors(config, policy, rate)
-        print(f"{'floors':10} " + ", ".join(f"{k} {v}" for k, v in result.items()))
     for size in args.batch_sizes:
         batch = observations(size, config.depth == "dataset")
         if name == "draft":
@@ -163,6 +159,10 @@ def run(config: SpatialVLAConfig, name: str, args: argparse.Namespace) -> dict[s
             print(text)
             figures["trace_ms"] = parts
         result[str(size)] = figures
+    if name == args.variants[-1]:  # last, as it needs memory of its own
+        rate = bandwidth()
+        result |= {"copy_tb_s": round(rate / 1e12, 2)} | floors(config, policy, rate)
+        print(f"{'floors':10} " + ", ".join(f"{k} {v}" for k, v in result.items() if not isinstance(v, dict)))
     return result
 
 

@@ -9,7 +9,14 @@ from typing import Any
 
 from spatialvla_jax.errors import InputError
 
-BENCHMARKS = {"tokenizer": "tokenizer.py", "loader": "loader.py", "train": "train_step.py", "serve": "serve.py"}
+BENCHMARKS = {
+    "tokenizer": "tokenizer.py",
+    "loader": "loader.py",
+    "train": "train_step.py",
+    "serve": "serve.py",
+    "infer": "infer.py",
+    "decoding": "decoding.py",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -322,7 +329,7 @@ def run_sweep(args: argparse.Namespace) -> None:
         counts = Counter(outcomes.values())
         told = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
         left = len(trials) - counts[FINISHED]
-        print(f"{len(trials)} trials: {told}{'; the same command goes on' if left else ''}")
+        print(f"{len(trials)} trial{'s' * (len(trials) > 1)}: {told}{'; the same command goes on' if left else ''}")
         if counts[FAILED]:
             failed = [name for name, outcome in outcomes.items() if outcome == FAILED]
             print(f"spatialvla-jax sweep: {len(failed)} failed: {', '.join(failed)}", file=sys.stderr)

@@ -28,6 +28,7 @@ class Quantized(NamedTuple):
 Matrix = Float[Array, "out in"] | Quantized
 
 
+@jax.jit
 def quantize(matrix: Float[Array, "out in"]) -> Quantized:
     """Symmetric int8, rounded to nearest: a row's largest magnitude is 127."""
     scale = jnp.maximum(jnp.max(jnp.abs(matrix.astype(jnp.float32)), axis=1), 1e-30) / 127

@@ -117,7 +117,7 @@ class Policy:
             depth = _floats(observation, "depth", size, "metres of ", ": this model takes depth from its data")
             arrays["depth"] = depth
         if self.speculate:
-            arrays["draft"] = self._draft(observation.get("draft"))
+            arrays["draft"] = self.draft(observation.get("draft"))
         return arrays
 
     def act(self, inputs: dict[str, Any], *, batched: bool = True) -> tuple[np.ndarray, np.ndarray]:
@@ -125,9 +125,13 @@ class Policy:
         if not batched:
             inputs = {k: jnp.asarray(v)[None] for k, v in inputs.items()}
         keys = ("image", "depth", "intrinsics", "prompt_ids", "prompt_mask")
-        out = self._act(self.weights, self.processor.grid, {k: inputs[k] for k in keys if k in inputs})
+        out = self.run({k: inputs[k] for k in keys if k in inputs})
         ids, actions = np.asarray(out["action_ids"]), np.asarray(out["actions"])
         return (ids, actions) if batched else (ids[0], actions[0])
+
+    def run(self, inputs: dict[str, Any]) -> dict[str, jax.Array]:
+        """`act` of this module, jitted, on this policy's weights and grid."""
+        return self._act(self.weights, self.processor.grid, inputs)
 
     def reset(self) -> None:
         """Forget the episode: nothing to do, since a chunk depends on its observation alone."""
@@ -156,11 +160,11 @@ class Policy:
         longest = int(batch["prompt_mask"].sum(axis=1).max())
         length = min(-(-longest // PROMPT_STEP) * PROMPT_STEP, batch["prompt_ids"].shape[1])
         batch |= {k: batch[k][:, :length] for k in ("prompt_ids", "prompt_mask")}
-        out = jax.device_get(self._act(self.weights, self.processor.grid, batch))
+        out = jax.device_get(self.run(batch))
         return [{k: out[k][i] for k in ("actions", "action_ids")} for i in range(count)]
 
-    def _draft(self, draft: Any) -> np.ndarray:
-        """A guess as ids of actions; without one, the middle of every range."""
+    def draft(self, draft: Any) -> np.ndarray:
+        """A guess i32[T, tokens_per_action] as `act` takes it; None is the middle of every range. Raises InputError."""
         cfg = self.model.config
         shape = (cfg.action_chunk, cfg.tokens_per_action)
         ranges = self.processor.grid.token_ranges
