@@ -111,6 +111,12 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--max-batch", type=int, default=32, help="observations of one call of the policy")
     p.add_argument("--max-wait-ms", type=float, default=4, help="for which a batch waits for further clients")
     p.add_argument("--max-clients", type=int, default=128)
+    p.add_argument(
+        "--compile-cache",
+        type=Path,
+        default=Path("~/.cache/spatialvla_jax/compiled"),
+        help="where compiled programs are kept: the second start is quick",
+    )
 
     p = command("convert", run_convert, "convert a checkpoint between formats")
     p.add_argument("src", type=Path)
@@ -391,6 +397,7 @@ def run_serve(args: argparse.Namespace) -> None:
     import asyncio
     import logging
 
+    from spatialvla_jax.compiled import share_compilations
     from spatialvla_jax.inference.policy import Policy
 
     try:
@@ -410,6 +417,7 @@ def run_serve(args: argparse.Namespace) -> None:
         wait=args.max_wait_ms / 1000,
     )
     logging.getLogger("websockets.server").setLevel(logging.CRITICAL)  # a stranger's broken handshake is no event
+    share_compilations(args.compile_cache.expanduser())
     options = {"dtype": args.dtype, "quantize": args.quantize, "speculate": args.speculate}
     policy = Policy.load(args.checkpoint, **options)
     server = Server(policy, args.host, args.port, token=token.strip(), execute=args.execute, limits=limits)

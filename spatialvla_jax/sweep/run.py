@@ -25,10 +25,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental.compilation_cache import compilation_cache
 from tqdm import tqdm
 
 from spatialvla_jax.actions import ActionGrid, encode
+from spatialvla_jax.compiled import share_compilations
 from spatialvla_jax.config import check_resumable
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.evaluation.open_loop import evaluate
@@ -166,15 +166,6 @@ def job_command(
         return ["bash", "launch/gke_xpk.sh", *dry, *shlex.split(arguments), *places], {"COMMAND": "sweep", "NAME": name}
     submit = ["bash"] if dry_run else ["sbatch", "--nodes=1", f"--job-name={trial.name}", *shlex.split(arguments)]
     return [*submit, "launch/slurm.sbatch", *dry, *places], {"COMMAND": "sweep"}
-
-
-def share_compilations(folder: Path) -> None:
-    """Whatever is compiled from now on is stored, and loaded where it was compiled before, by this process or another.
-    A directory that the user has set stays."""
-    if not jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
-        jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-        compilation_cache.reset_cache()  # it looks for its directory only once, and something may have been compiled
 
 
 @contextlib.contextmanager

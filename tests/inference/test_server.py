@@ -24,7 +24,7 @@ from openpi_client.action_chunk_broker import ActionChunkBroker
 from openpi_client.websocket_client_policy import WebsocketClientPolicy
 from websockets.sync.client import connect
 
-from spatialvla_jax import Policy, load_pretrained
+from spatialvla_jax import Policy, compiled, load_pretrained
 from spatialvla_jax.cli import main
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.inference.ensemble import executor
@@ -244,6 +244,8 @@ def test_the_command_serves_a_robot_until_sigterm(served: Policy, capfd, monkeyp
         finally:
             os.kill(os.getpid(), signal.SIGTERM)
 
+    kept = []
+    monkeypatch.setattr(compiled, "share_compilations", kept.append)  # it would for the tests that follow, too
     monkeypatch.setenv("SPATIALVLA_TOKEN", "secret")
     monkeypatch.setattr(Policy, "load", lambda path, **options: served)  # compiled already
     thread = threading.Thread(target=drive)
@@ -252,10 +254,12 @@ def test_the_command_serves_a_robot_until_sigterm(served: Policy, capfd, monkeyp
     assert main(["serve", *arguments]) == 0
     thread.join()
     assert f"on ws://127.0.0.1:{port}" in capfd.readouterr().out
+    assert kept == [Path("~/.cache/spatialvla_jax/compiled").expanduser()]
     assert not np.array_equal(robots[0].position, example.SimulatedWidowX(48, 64).position)
 
 
-def test_bad_arguments_of_the_command(trained: Path, tmp_path: Path, capsys) -> None:
+def test_bad_arguments_of_the_command(trained: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(compiled, "share_compilations", lambda folder: None)
     for arguments, message in [
         (["--host", "0.0.0.0"], "serving on it needs a token"),
         (["--token-file", str(tmp_path / "none")], "token file"),

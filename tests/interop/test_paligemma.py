@@ -71,8 +71,8 @@ def test_logits_are_paligemmas(reference, tmp_path):
 
     def prefix_logits(m, image, ids, mask):
         embeddings, valid = m.embed_prefix(image, ids, mask, None, None)
-        hidden, _ = m.llm(embeddings, positions_of(valid), prefix_lm_mask(valid, valid.shape[1]))
-        return m.logits(hidden)
+        hidden = m.llm(embeddings, positions_of(valid), prefix_lm_mask(valid, valid.shape[1]))
+        return m.llm.logits(hidden)
 
     mask = np.ones(ids.shape, bool)
     ours = jax.jit(lambda p: SpatialVLA(cfg).apply({"params": p}, image, ids, mask, method=prefix_logits))(params)
