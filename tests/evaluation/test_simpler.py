@@ -1,5 +1,7 @@
 """SimplerEnv's conventions against cases worked out by hand, and one environment of ManiSkill where it renders."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -120,8 +122,12 @@ def test_it_drives_an_environment_of_maniskill():
     gymnasium = pytest.importorskip("gymnasium")
     try:
         env = gymnasium.make("PickCube-v1", obs_mode="rgb", control_mode="pd_ee_delta_pose", sim_backend="physx_cpu")
-    except RuntimeError as error:  # SAPIEN wants a Vulkan driver with descriptor indexing
-        pytest.skip(f"SAPIEN cannot render here: {error}")
+    except RuntimeError as error:
+        # SAPIEN wants a Vulkan driver with descriptor indexing, which few machines without a GPU have, and says so in
+        # one of these ways. Any other error is one of ours.
+        if not re.search("rendering device|physical device|vk::", str(error)):
+            raise
+        pytest.skip(f"no Vulkan driver that SAPIEN can render with: {error}")
     observation, _ = env.reset(seed=0)
     policy = Script([[[0, 0, -0.5, 0, 0, 0, 1]] * 4] * 8)
     model = SimplerPolicy(policy.infer, "widowx_bridge")
