@@ -218,6 +218,7 @@ def main(argv: list[str] | None = None) -> int:
         default="benchmark",
         help="the benchmark's own, or others out of the same regions, so that all of its own are new in evaluation",
     )
+    p.add_argument("--noise", type=float, default=0.0, help="disturb the motion, record how the expert corrects it (0.2)")
     p.add_argument("--workers", type=int, help="processes; by default one a core")
     p.add_argument("--seed", type=int, default=0, help="same seed, same episodes, for any number of workers")
 
@@ -607,6 +608,7 @@ def run_record(args: argparse.Namespace) -> None:
         seed=args.seed,
         image_size=args.image_size,
         drawn=args.initial_states == "drawn",
+        noise=args.noise,
         workers=args.workers,
     )
     for task, report in reports.items():

@@ -31,6 +31,7 @@ JPEG_QUALITY = 85
 TRAIN_STATES, VAL_STATES = range(0, 40), range(40, 50)  # of the benchmark's 50 initial states of a task
 WARM_UP_STEPS = 15  # not recorded: objects settle and the arm moves to a start pose of its own
 MAX_STEPS = 130
+NOISE_STEPS = 4  # a disturbance of the motion lasts so long
 MAX_ATTEMPTS = 10
 
 # How the rim is held in each task (degrees about the bowl, 0 along +x, 90 along +y), so that the open fingers and the
@@ -64,6 +65,7 @@ class Job:
     image_size: int
     drawn: bool = False  # the initial state from the task's regions, as the benchmark drew its own; else one of those
     encoded: bool = True  # images as JPEG and PNG bytes; else as arrays
+    noise: float = 0.0  # see `record_libero`
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ def record_libero(
     seed: int = 0,
     image_size: int = 128,
     drawn: bool = False,
+    noise: float = 0.0,
     workers: int | None = None,
     progress: bool = True,
 ) -> tuple[Path, dict[int, TaskReport]]:
@@ -94,21 +97,25 @@ def record_libero(
 
     Only episodes that the benchmark's own predicate accepts are kept; a rejected one is tried again with other noise.
     Train and val start from different initial states of the benchmark, or, if `drawn`, from others out of the same
-    regions, so that all of the benchmark's are new to a policy that is trained on these. The same arguments give the
-    same episodes for any number of `workers` (processes; default one a core). Rendering follows MUJOCO_GL, by default
-    osmesa (CPU).
+    regions, so that all of the benchmark's are new to a policy that is trained on these. `noise` disturbs the motion on
+    the way to the bowl and to the plate, as a policy's own errors will, and records what the expert does about it
+    (DART, Laskey et al. 2017): its standard deviation, in units of the action. The same arguments give the same
+    episodes for any number of `workers` (processes; default one a core). Rendering follows MUJOCO_GL, by default osmesa
+    (CPU).
 
     Returns:
         The version directory that `tfds.builder_from_directory` reads (or the file), and a report for each task id.
 
     Raises:
-        InputError: unknown suite or task, less than one episode, an existing dataset at `out`, or no simulator.
+        InputError: unknown suite or task, less than one episode, negative noise, an existing dataset at `out`, or no simulator.
     """
+    if not noise >= 0:
+        raise InputError(f"noise is {noise}: expected at least 0")
     tasks = _check(suite, episodes, val_episodes, tasks, image_size, workers)
     packed = out.suffix == ".pack"
     check_file(out) if packed else check_out(out)
     jobs = deal(suite, tasks, episodes, val_episodes, seed, image_size)
-    jobs = [replace(job, drawn=drawn, encoded=not packed) for job in jobs]
+    jobs = [replace(job, drawn=drawn, noise=noise, encoded=not packed) for job in jobs]
     report: dict[int, list[tuple[str, int, int]]] = {task: [] for task in tasks}
 
     def recorded() -> Iterator[tuple[str, dict]]:
@@ -242,7 +249,7 @@ def _attempt(job: Job, attempt: int) -> dict | None:
         plan = PLANS[job.suite][job.task_id]
         plan = plan._replace(rim_angle=plan.rim_angle + plan.spread * rng.uniform(-1, 1))
         intrinsics, extrinsics = camera(env, job.image_size)
-        steps, progress = [], expert.Progress()
+        steps, progress, disturbance = [], expert.Progress(), np.zeros(7, np.float32)
         while progress.phase != "done" and len(steps) < MAX_STEPS:
             action, progress = expert.act(plan, progress, scene)
             image, depth = frame(env, job.image_size)
@@ -253,6 +260,10 @@ def _attempt(job: Job, attempt: int) -> dict | None:
                 )
             observation = {"image": image, "depth": depth, "intrinsics": intrinsics, "state": state}
             steps.append({"observation": observation, "action": action})
+            if job.noise and (len(steps) - 1) % NOISE_STEPS == 0:
+                disturbance = np.append(job.noise * rng.standard_normal(6), 0).astype(np.float32)
+            if job.noise and progress.phase in ("reach", "carry"):  # not while the fingers close or the bowl stands
+                action = np.clip(action + disturbance, -1, 1)
             scene, state = observe(env, env.step(action)[0])
         if progress.phase != "done" or not env.check_success():
             return None

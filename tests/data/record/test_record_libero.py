@@ -22,6 +22,7 @@ from spatialvla_jax.errors import InputError
         ({"tasks": [10]}, "unknown task 10 of libero_spatial: expected 0 to 9"),
         ({"image_size": 0}, "image_size is 0"),
         ({"workers": -2}, "workers is -2"),
+        ({"noise": -0.1}, "noise is -0.1"),
     ],
 )
 def test_bad_input_is_one_sentence(tmp_path, arguments, sentence):
