@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -202,14 +203,17 @@ def main(argv: list[str] | None = None) -> int:
     p = command("record", run_record, "record demonstrations in a simulator (extra [sim])")
     p.add_argument("simulator", choices=("libero",))
     p.add_argument("--suite", default="libero_spatial")
-    p.add_argument("--episodes", type=int, required=True, help="train episodes in all, dealt over the tasks in turn")
+    what = p.add_mutually_exclusive_group(required=True)
+    what.add_argument("--episodes", type=int, help="train episodes in all, dealt over the tasks in turn")
+    what.add_argument("--render", type=Path, metavar="FILE.npz", help="make the pictures of motions recorded before")
     p.add_argument("--val-episodes", type=int, default=0, help="validation episodes, from other initial states")
     p.add_argument("--tasks", type=task_ids, help="task ids in dealing order, e.g. 0,5,7; by default all")
     p.add_argument(
         "--out",
         type=Path,
         required=True,
-        help="dataset directory, in which its version, 1.0.0, is made; or FILE.pack, for models of this --image-size",
+        help="dataset directory, in which its version, 1.0.0, is made; or FILE.pack, for models of this --image-size; "
+        "or FILE.npz, the motions alone, for --render",
     )
     p.add_argument("--image-size", type=int, default=128, help="pixels a side")
     p.add_argument(
@@ -218,7 +222,7 @@ def main(argv: list[str] | None = None) -> int:
         default="benchmark",
         help="the benchmark's own, or others out of the same regions, so that all of its own are new in evaluation",
     )
-    p.add_argument("--noise", type=float, default=0.0, help="disturb the motion, record how the expert corrects it (0.2)")
+    p.add_argument("--noise", type=float, default=0.0, help="disturbs the motion, which the expert corrects, e.g. 0.2")
     p.add_argument("--workers", type=int, help="processes; by default one a core")
     p.add_argument("--seed", type=int, default=0, help="same seed, same episodes, for any number of workers")
 
@@ -597,8 +601,12 @@ def task_ids(text: str) -> list[int]:
 
 
 def run_record(args: argparse.Namespace) -> None:
-    from spatialvla_jax.data.record import record_libero
+    from spatialvla_jax.data.record import record_libero, render_motions
 
+    if args.render:
+        made = render_motions(args.render, args.out, image_size=args.image_size, workers=args.workers)
+        return print(f"wrote {made}")
+    began = time.monotonic()
     directory, reports = record_libero(
         args.suite,
         args.episodes,
@@ -616,6 +624,8 @@ def run_record(args: argparse.Namespace) -> None:
             f"task {task}: {report.kept} kept, {report.tried - report.kept} rejected by the benchmark, "
             f"{report.mean_steps:.0f} steps a kept episode: {report.language}"
         )
+    rate = 60 * sum(report.kept for report in reports.values()) / (time.monotonic() - began)
+    print(f"{rate:.1f} episodes a minute")
     print(f"wrote {directory}")
 
 

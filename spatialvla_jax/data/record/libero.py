@@ -9,11 +9,13 @@ import io
 import logging
 import multiprocessing
 import os
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,20 @@ class Job:
 
 
 @dataclass(frozen=True)
+class Motion:
+    """One accepted episode without its pictures, which `render_motion` makes: what was done, and where all was."""
+
+    suite: str
+    task_id: int
+    split: str
+    seed: int  # of the scene
+    init_state: int
+    qpos: Float[np.ndarray, "T Q"]  # of the simulator, before each action
+    state: Float[np.ndarray, "T 8"]
+    action: Float[np.ndarray, "T 7"]
+
+
+@dataclass(frozen=True)
 class TaskReport:
     """How the recording of one task went: episodes tried and kept (the rest was rejected), mean steps of those kept."""
 
@@ -93,7 +109,8 @@ def record_libero(
     progress: bool = True,
 ) -> tuple[Path, dict[int, TaskReport]]:
     """Records `episodes` train and `val_episodes` val episodes, dealt in turn over `tasks` (all by default), as RLDS,
-    or where `out` ends with .pack as a packed file of the frames as they are rendered, without TensorFlow.
+    or where `out` ends with .pack as a packed file of the frames as they are rendered, without TensorFlow, or where it
+    ends with .npz the motions alone, which needs no renderer, for `render_motions`.
 
     Only episodes that the benchmark's own predicate accepts are kept; a rejected one is tried again with other noise.
     Train and val start from different initial states of the benchmark, or, if `drawn`, from others out of the same
@@ -107,39 +124,65 @@ def record_libero(
         The version directory that `tfds.builder_from_directory` reads (or the file), and a report for each task id.
 
     Raises:
-        InputError: unknown suite or task, less than one episode, negative noise, an existing dataset at `out`, or no simulator.
+        InputError: unknown suite or task, less than one episode, negative noise, an existing dataset at `out`, or no
+            simulator.
     """
     if not noise >= 0:
         raise InputError(f"noise is {noise}: expected at least 0")
     tasks = _check(suite, episodes, val_episodes, tasks, image_size, workers)
-    packed = out.suffix == ".pack"
-    check_file(out) if packed else check_out(out)
+    _check_out(out)
     jobs = deal(suite, tasks, episodes, val_episodes, seed, image_size)
-    jobs = [replace(job, drawn=drawn, noise=noise, encoded=not packed) for job in jobs]
+    jobs = [replace(job, drawn=drawn, noise=noise, encoded=out.suffix != ".pack") for job in jobs]
     report: dict[int, list[tuple[str, int, int]]] = {task: [] for task in tasks}
 
-    def recorded() -> Iterator[tuple[str, dict]]:
-        results = in_processes(record_episode, jobs, workers or os.cpu_count() or 1, progress)
-        for job, (episode, tried) in zip(jobs, results, strict=True):
-            steps = episode["steps"]
-            report[job.task_id].append((steps[0]["language_instruction"], tried, len(steps)))
-            yield job.split, episode
+    def results(function: Callable[[Job], tuple[Any, str, int, int]]) -> Iterator[tuple[str, Any]]:
+        made = in_processes(function, jobs, workers or os.cpu_count() or 1, progress)
+        for job, (result, *row) in zip(jobs, made, strict=True):
+            report[job.task_id].append(tuple(row))
+            yield job.split, result
 
-    if packed:
-        write_packed(out, recorded(), name=suite, image_size=image_size)
+    if out.suffix == ".npz":
+        save_motions(out, [motion for _, motion in results(record_motion)])
     else:
-        out = write_episodes(
-            out,
-            recorded(),
-            image_size=image_size,
-            episodes_per_shard=max(3, -(-episodes // 16)),
-            description=f"Scripted-expert demonstrations of {suite}, recorded with seed {seed}.",
-        )
+        description = f"Scripted-expert demonstrations of {suite}, recorded with seed {seed}."
+        out = _write(out, results(record_episode), suite, image_size, episodes, description)
     return out, {
         task: TaskReport(rows[0][0], sum(r[1] for r in rows), len(rows), float(np.mean([r[2] for r in rows])))
         for task, rows in report.items()
         if rows
     }
+
+
+def render_motions(
+    motions: Path, out: Path, *, image_size: int = 128, workers: int | None = None, progress: bool = True
+) -> Path:
+    """Makes the pictures of the motions that `record_libero` wrote, and of them the dataset that it makes otherwise.
+
+    Each frame shows the positions of its step, where a recording in one go shows those of one physics step (2 ms)
+    before. Raises InputError.
+    """
+    check_simulator()
+    _check_out(out)
+    episodes = load_motions(motions)
+    render = partial(render_motion, image_size=image_size, encoded=out.suffix != ".pack")
+    rendered = in_processes(render, episodes, workers or os.cpu_count() or 1, progress)
+    pairs = ((motion.split, episode) for motion, episode in zip(episodes, rendered, strict=True))
+    suite, trained = episodes[0].suite, sum(motion.split == "train" for motion in episodes)
+    return _write(out, pairs, suite, image_size, trained, f"Scripted-expert demonstrations of {suite}.")
+
+
+def _check_out(out: Path) -> None:
+    check_file(out) if out.suffix in (".pack", ".npz") else check_out(out)
+
+
+def _write(
+    out: Path, episodes: Iterator[tuple[str, dict]], suite: str, image_size: int, trained: int, description: str
+) -> Path:
+    if out.suffix == ".pack":
+        write_packed(out, episodes, name=suite, image_size=image_size)
+        return out
+    per_shard = max(3, -(-trained // 16))
+    return write_episodes(out, episodes, image_size=image_size, episodes_per_shard=per_shard, description=description)
 
 
 def deal(suite: str, tasks: Sequence[int], episodes: int, val_episodes: int, seed: int, image_size: int) -> list[Job]:
@@ -170,12 +213,24 @@ def in_processes(function: Callable[[Any], Any], jobs: Sequence[Any], workers: i
             raise RuntimeError("a recording process died (a crash, or out of memory: try fewer workers)") from error
 
 
-def record_episode(job: Job) -> tuple[dict, int]:
-    """Tries until the benchmark accepts an episode; returns it (see `writer.features`) and the number of tries."""
+def record_episode(job: Job) -> tuple[dict, str, int, int]:
+    """Tries until the benchmark accepts an episode; → (the episode, see `writer.features`; its instruction; the number
+    of tries and of steps)."""
+    motion, scene, tried = _record(job, look=True)
+    return _episode(motion, *scene), scene[0], tried, len(motion.action)
+
+
+def record_motion(job: Job) -> tuple[Motion, str, int, int]:
+    """The same without pictures."""
+    motion, scene, tried = _record(job, look=False)
+    return motion, scene[0], tried, len(motion.action)
+
+
+def _record(job: Job, look: bool) -> tuple[Motion, tuple, int]:
     for attempt in range(MAX_ATTEMPTS):
-        episode = _attempt(job, attempt)
-        if episode is not None:
-            return episode, attempt + 1
+        recorded = _attempt(job, attempt, look)
+        if recorded is not None:
+            return *recorded, attempt + 1
     raise RuntimeError(f"{job.suite} task {job.task_id}: the expert failed {MAX_ATTEMPTS} times in a row ({job})")
 
 
@@ -236,43 +291,108 @@ def simulate(
     return env, task, tasks.get_task_init_states(task_id)
 
 
-def _attempt(job: Job, attempt: int) -> dict | None:
-    """One episode, or None where the expert fails."""
+def _attempt(job: Job, attempt: int, look: bool) -> tuple[Motion, tuple] | None:
+    """One episode as its motion and the other arguments of `_episode`, or None where the expert fails."""
     key = (job.seed, SPLITS.index(job.split), job.task_id, job.number, attempt)
     seed = int(np.random.SeedSequence(key).generate_state(1)[0])
     rng = np.random.default_rng(seed)
-    env, task, states = simulate(job.suite, job.task_id, seed)
+    env, task, states = simulate(job.suite, job.task_id, seed, render=look)
     with closing(env):
         numbers = TRAIN_STATES if job.split == "train" else VAL_STATES
         init_state = -1 if job.drawn else numbers[(job.number + attempt) % len(numbers)]
         scene, state = _start(env, env.get_sim_state() if job.drawn else states[init_state], rng)
         plan = PLANS[job.suite][job.task_id]
         plan = plan._replace(rim_angle=plan.rim_angle + plan.spread * rng.uniform(-1, 1))
-        intrinsics, extrinsics = camera(env, job.image_size)
-        steps, progress, disturbance = [], expert.Progress(), np.zeros(7, np.float32)
-        while progress.phase != "done" and len(steps) < MAX_STEPS:
+        view = camera(env, job.image_size)
+        rows, frames, progress, disturbance = [], [], expert.Progress(), np.zeros(7, np.float32)
+        while progress.phase != "done" and len(rows) < MAX_STEPS:
             action, progress = expert.act(plan, progress, scene)
-            image, depth = frame(env, job.image_size)
-            if job.encoded:
-                image, depth = (
-                    _encode(image, "JPEG", quality=JPEG_QUALITY, optimize=True),
-                    _encode(depth, "PNG", optimize=True),
-                )
-            observation = {"image": image, "depth": depth, "intrinsics": intrinsics, "state": state}
-            steps.append({"observation": observation, "action": action})
-            if job.noise and (len(steps) - 1) % NOISE_STEPS == 0:
+            if look:
+                frames.append(_picture(env, job.image_size, job.encoded))
+            rows.append((np.array(env.sim.data.qpos, np.float32), state, action))
+            if job.noise and (len(rows) - 1) % NOISE_STEPS == 0:
                 disturbance = np.append(job.noise * rng.standard_normal(6), 0).astype(np.float32)
             if job.noise and progress.phase in ("reach", "carry"):  # not while the fingers close or the bowl stands
                 action = np.clip(action + disturbance, -1, 1)
             scene, state = observe(env, env.step(action)[0])
         if progress.phase != "done" or not env.check_success():
             return None
-    for i, step in enumerate(steps):
-        last = i == len(steps) - 1
-        step |= {"language_instruction": task.language, "reward": float(last), "discount": 1.0}
-        step |= {"is_first": i == 0, "is_last": last, "is_terminal": last}
-    metadata = {"task_id": job.task_id, "task_name": task.name, "seed": seed, "init_state": init_state, "success": True}
-    return {"steps": steps, "episode_metadata": metadata | {"extrinsics": extrinsics}}
+    arrays = map(np.stack, zip(*rows, strict=True))
+    return Motion(job.suite, job.task_id, job.split, seed, init_state, *arrays), (
+        task.language,
+        task.name,
+        frames,
+        view,
+    )
+
+
+def render_motion(motion: Motion, image_size: int, encoded: bool) -> dict:
+    """The episode of a motion, its pictures made now."""
+    env, task, _ = simulate(motion.suite, motion.task_id, motion.seed)
+    with closing(env):
+        frames = []
+        for qpos in motion.qpos:
+            env.sim.data.qpos[:] = qpos
+            env.sim.forward()
+            frames.append(_picture(env, image_size, encoded))
+        return _episode(motion, task.language, task.name, frames, camera(env, image_size))
+
+
+def _episode(
+    motion: Motion, language: str, name: str, frames: list[tuple], view: tuple[np.ndarray, np.ndarray]
+) -> dict:
+    """What the writers take, see `writer.features`."""
+    steps, (intrinsics, extrinsics) = [], view
+    for i, ((image, depth), state, action) in enumerate(zip(frames, motion.state, motion.action, strict=True)):
+        last = i == len(frames) - 1
+        observation = {"image": image, "depth": depth, "intrinsics": intrinsics, "state": state}
+        step = {"observation": observation, "action": action, "language_instruction": language}
+        step |= {"reward": float(last), "discount": 1.0, "is_first": i == 0, "is_last": last, "is_terminal": last}
+        steps.append(step)
+    metadata = {"task_id": motion.task_id, "task_name": name, "seed": motion.seed, "init_state": motion.init_state}
+    return {"steps": steps, "episode_metadata": metadata | {"success": True, "extrinsics": extrinsics}}
+
+
+def _picture(env: Any, size: int, encoded: bool) -> tuple[Any, Any]:
+    image, depth = frame(env, size)
+    if not encoded:
+        return image, depth
+    return _encode(image, "JPEG", quality=JPEG_QUALITY, optimize=True), _encode(depth, "PNG", optimize=True)
+
+
+def save_motions(out: Path, motions: Sequence[Motion]) -> None:
+    """As NumPy's .npz, by rename: the episodes one after the other, and of each its length and its other fields."""
+    columns: dict[str, Any] = {key: np.array([getattr(m, key) for m in motions]) for key in ("suite", "split")}
+    columns |= {
+        key: np.array([getattr(m, key) for m in motions], np.int64) for key in ("task_id", "seed", "init_state")
+    }
+    columns |= {
+        "length": np.array([len(m.qpos) for m in motions]),
+        "width": np.array([m.qpos.shape[1] for m in motions]),
+    }
+    columns |= {key: np.concatenate([getattr(m, key).ravel() for m in motions]) for key in ("qpos", "state", "action")}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp.npz")
+    np.savez_compressed(temporary, **columns)
+    os.replace(temporary, out)
+
+
+def load_motions(path: Path) -> list[Motion]:
+    """Raises InputError for a file that `save_motions` did not write."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            columns = {key: file[key] for key in (*Motion.__dataclass_fields__, "length", "width")}
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path} is no file of motions, as `record libero --out FILE.npz` writes them") from error
+    motions, place = [], {"qpos": 0, "state": 0, "action": 0}
+    for i, (length, width) in enumerate(zip(columns["length"].tolist(), columns["width"].tolist(), strict=True)):
+        fields: dict[str, Any] = {key: str(columns[key][i]) for key in ("suite", "split")}
+        fields |= {key: int(columns[key][i]) for key in ("task_id", "seed", "init_state")}
+        for key, size in {"qpos": width, "state": 8, "action": 7}.items():
+            fields[key] = columns[key][place[key] : place[key] + length * size].reshape(length, size)
+            place[key] += length * size
+        motions.append(Motion(**fields))
+    return motions
 
 
 def _start(

