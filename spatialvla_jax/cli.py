@@ -205,7 +205,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--suite", default="libero_spatial")
     what = p.add_mutually_exclusive_group(required=True)
     what.add_argument("--episodes", type=int, help="train episodes in all, dealt over the tasks in turn")
-    what.add_argument("--render", type=Path, metavar="FILE.npz", help="make the pictures of motions recorded before")
+    what.add_argument("--render", type=Path, nargs="+", metavar="FILE.npz", help="motions to make the pictures of")
     p.add_argument("--val-episodes", type=int, default=0, help="validation episodes, from other initial states")
     p.add_argument("--tasks", type=task_ids, help="task ids in dealing order, e.g. 0,5,7; by default all")
     p.add_argument(

@@ -154,20 +154,26 @@ def record_libero(
 
 
 def render_motions(
-    motions: Path, out: Path, *, image_size: int = 128, workers: int | None = None, progress: bool = True
+    files: Sequence[Path], out: Path, *, image_size: int = 128, workers: int | None = None, progress: bool = True
 ) -> Path:
     """Makes the pictures of the motions that `record_libero` wrote, and of them the dataset that it makes otherwise.
+    Several files, recorded with different seeds, become one.
 
     Each frame shows the positions of its step, where a recording in one go shows those of one physics step (2 ms)
     before. Raises InputError.
     """
     check_simulator()
     _check_out(out)
-    episodes = load_motions(motions)
+    episodes = [motion for file in files for motion in load_motions(file)]
+    suites = sorted({motion.suite for motion in episodes})
+    if len(suites) != 1:
+        raise InputError(
+            f"{', '.join(map(str, files))} hold episodes of {' and '.join(suites) or 'nothing'}: expected one suite"
+        )
     render = partial(render_motion, image_size=image_size, encoded=out.suffix != ".pack")
     rendered = in_processes(render, episodes, workers or os.cpu_count() or 1, progress)
     pairs = ((motion.split, episode) for motion, episode in zip(episodes, rendered, strict=True))
-    suite, trained = episodes[0].suite, sum(motion.split == "train" for motion in episodes)
+    suite, trained = suites[0], sum(motion.split == "train" for motion in episodes)
     return _write(out, pairs, suite, image_size, trained, f"Scripted-expert demonstrations of {suite}.")
 
 
@@ -382,7 +388,7 @@ def load_motions(path: Path) -> list[Motion]:
     try:
         with np.load(path, allow_pickle=False) as file:
             columns = {key: file[key] for key in (*Motion.__dataclass_fields__, "length", "width")}
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise InputError(f"{path} is no file of motions, as `record libero --out FILE.npz` writes them") from error
     motions, place = [], {"qpos": 0, "state": 0, "action": 0}
     for i, (length, width) in enumerate(zip(columns["length"].tolist(), columns["width"].tolist(), strict=True)):

@@ -97,7 +97,7 @@ def test_a_file_of_something_else_is_named(tmp_path, monkeypatch, content):
     monkeypatch.setattr(libero, "check_simulator", lambda: None)
     (tmp_path / "set.npz").write_bytes(content)
     with pytest.raises(InputError, match=r"set\.npz is no file of motions"):
-        render_motions(tmp_path / "set.npz", tmp_path / "out.pack")
+        render_motions([tmp_path / "set.npz"], tmp_path / "out.pack")
     assert not (tmp_path / "out.pack").exists()
 
 
