@@ -2,10 +2,10 @@
 
     python benchmarks/attention.py [--preset small] [--batch-size 128] [--repeats 30]
 
-Compares XLA's attention, the Pallas kernels at several tiles, and cuDNN's, which has no soft cap: another formula, here
-as a bound. Errors are the largest over the largest value, against the plain formula in float32. A setting that fails is
-named and left out. Prints the environment, then a line for each; ends with one line of JSON. On a CPU the kernels are
-interpreted: `--preset nano` shows that the program runs.
+First each Pallas kernel alone at several tiles; then XLA's attention, the kernels at their own tiles and at the
+fastest, and cuDNN's, which has no soft cap: another formula, here as a bound. Errors are the largest over the largest
+value, against the plain formula in float32. A setting that fails is named and left out. Prints the environment, then a
+line for each; ends with one line of JSON. On a CPU the kernels are interpreted: `--preset nano` shows that it runs.
 """
 
 import argparse
@@ -14,6 +14,8 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -23,25 +25,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from spatialvla_jax.models import attention
-from spatialvla_jax.models.fused_attention import Tile, Tiles, attend_fused, tiles_for
+from spatialvla_jax.models import fused_attention as fused
+from spatialvla_jax.models.fused_attention import Tile
 
 # Batch, length, query heads, key/value heads, head dim.
 PRESETS = {"full": (32, 320, 8, 4, 256), "small": (128, 301, 8, 4, 64), "nano": (2, 70, 4, 2, 16)}
-# Forward, dk and dv, dq: queries × keys, warps, stages. The module's own come first.
+# Tried for each kernel beside the module's own: queries, keys, warps, stages.
 TILES = {
-    "full": [
-        Tiles(Tile(64, 64, 4, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
-        Tiles(Tile(64, 32, 4, 3), Tile(32, 64, 8, 2), Tile(64, 32, 8, 2)),
-        Tiles(Tile(128, 64, 8, 2), Tile(32, 64, 4, 2), Tile(64, 32, 4, 2)),
-        Tiles(Tile(64, 64, 4, 1), Tile(64, 32, 8, 1), Tile(64, 64, 4, 1)),
-    ],
-    "small": [
-        Tiles(Tile(128, 64, 8, 2), Tile(64, 128, 8, 2), Tile(128, 64, 8, 2)),
-        Tiles(Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 3)),
-        Tiles(Tile(64, 32, 4, 3), Tile(32, 64, 4, 3), Tile(64, 32, 4, 3)),
-        Tiles(Tile(128, 64, 4, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
-    ],
-    "nano": [Tiles(Tile(32, 16, 4, 1), Tile(16, 32, 4, 1), Tile(32, 32, 4, 1))],
+    "full": {
+        "forward": [(64, 64, 4, 1), (64, 64, 4, 2), (64, 64, 8, 2), (128, 32, 8, 2), (128, 64, 8, 2), (32, 64, 4, 2)],
+        "dkv": [(32, 32, 4, 1), (32, 64, 8, 1), (32, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 1), (64, 32, 8, 2)],
+        "dq": [(64, 32, 8, 2), (64, 32, 4, 1), (64, 32, 4, 2), (64, 64, 4, 1), (64, 64, 8, 2), (128, 32, 8, 1)],
+    },
+    "small": {
+        "forward": [(64, 64, 4, 3), (64, 32, 4, 3), (128, 64, 8, 2), (128, 64, 4, 2), (64, 128, 4, 2)],
+        "dkv": [(64, 64, 4, 3), (32, 64, 4, 3), (32, 128, 8, 2), (64, 128, 8, 2), (64, 64, 4, 1)],
+        "dq": [(64, 64, 4, 3), (64, 32, 4, 3), (128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 4, 1)],
+    },
+    "nano": {"forward": [(32, 16, 4, 1)], "dkv": [(16, 32, 4, 1)], "dq": [(32, 32, 4, 1)]},
 }
 PARTS = ("out", "dq", "dk", "dv")
 
@@ -97,8 +98,49 @@ def measure(
     return result
 
 
-def spell(tiles: Tiles) -> str:
-    return " ".join(f"{t.queries}x{t.keys}w{t.warps}s{t.stages}" for t in (tiles.forward, tiles.dkv, tiles.dq))
+def kernels(inputs: tuple[jax.Array, ...], options: dict[str, Any], tried: dict[str, Any], repeats: int) -> Any:
+    """(ms of each kernel at each tile, the fastest tiles)."""
+    q, k, v, mask, dout = inputs
+    own = fused.tiles_for(q.shape[-1])
+    call = lambda tiles: fused.Call(**options, tiles=tiles, interpret=jax.default_backend() != "gpu")  # noqa: E731
+    mask = mask.astype(jnp.int8)
+    z = jnp.full((q.shape[0], q.shape[2], q.shape[1]), 1e-3)
+    arguments = {"forward": (q, k, v, mask), "dkv": (q, k, v, mask, z, z, dout), "dq": (q, k, v, mask, z, z, dout)}
+    runs = {"forward": fused.run_forward, "dkv": fused.run_dkv, "dq": fused.run_dq}
+    places = [(name, tile) for name in runs for tile in [getattr(own, name), *(Tile(*t) for t in tried[name])]]
+
+    def build(place: tuple[str, Tile]) -> Any:
+        name, tile = place
+        run = partial(runs[name], call(replace(own, **{name: tile})))
+        return or_failure(lambda: jax.jit(run).lower(*arguments[name]).compile())
+
+    with ThreadPoolExecutor() as pool:
+        programs = list(pool.map(build, places))
+    times: dict[str, dict[str, Any]] = {name: {} for name in runs}
+    best: dict[str, tuple[float, Tile]] = {}
+    for (name, tile), program in zip(places, programs, strict=True):
+        ms = program
+        if not isinstance(program, dict):
+            ms = or_failure(lambda p=program, n=name: round(median_ms(p, arguments[n], repeats), 4))
+        times[name][spell(tile)] = ms
+        if isinstance(ms, float):
+            best[name] = min(best.get(name, (ms, tile)), (ms, tile), key=lambda x: x[0])
+    for name, by_tile in times.items():
+        print(f"  {name} alone, ms: " + ", ".join(f"{k} {v}" for k, v in by_tile.items()), flush=True)
+    return times, replace(own, **{name: tile for name, (_, tile) in best.items()})
+
+
+def or_failure(attempt: Callable[[], Any]) -> Any:
+    """What it returns, or the first line of what it raises."""
+    try:
+        return attempt()
+    except Exception as error:  # any: a compiler's refusal has no type of its own
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        return {"failed": lines[0][:200]}
+
+
+def spell(tile: Tile) -> str:
+    return f"{tile.queries}x{tile.keys}/{tile.warps}/{tile.stages}"
 
 
 def main() -> None:
@@ -114,7 +156,7 @@ def main() -> None:
     for name in args.preset or ["full", "small"]:
         B, T, N, K, H = PRESETS[name]
         B = args.batch_size or B
-        print(f"{name}: B {B}, T = S {T}, N {N}, K {K}, H {H}, bfloat16; tiles are forward, dk and dv, dq")
+        print(f"{name}: B {B}, T = S {T}, N {N}, K {K}, H {H}, bfloat16; tiles: queries x keys / warps / stages")
         inputs = random_inputs(B, T, N, K, H)
         options = {"scale": H**-0.5, "softcap": 50.0}
         with jax.default_matmul_precision("highest"):
@@ -123,17 +165,16 @@ def main() -> None:
             )
         expected = tuple(np.asarray(x) for x in exact)
         del exact
-        functions: dict[str, Callable[..., jax.Array]] = {"xla": xla}
-        for tiles in [tiles_for(H), *TILES[name]]:
-            functions[f"pallas {spell(tiles)}"] = partial(attend_fused, tiles=tiles)
-        functions["cudnn without soft cap (another formula)"] = cudnn
-        results[name] = {}
+        times, fastest = kernels(inputs, options, TILES[name], args.repeats)
+        functions: dict[str, Callable[..., jax.Array]] = {
+            "xla": xla,
+            "pallas": fused.attend_fused,
+            "pallas, fastest tiles": partial(fused.attend_fused, tiles=fastest),
+            "cudnn without soft cap (another formula)": cudnn,
+        }
+        results[name] = {"kernels": times, "fastest": {k: spell(t) for k, t in vars(fastest).items()}}
         for label, function in functions.items():
-            try:
-                result = measure(partial(function, **options), inputs, expected, args.repeats)
-            except Exception as error:  # any: a compiler's refusal has no type of its own
-                lines = str(error).strip().splitlines() or [type(error).__name__]
-                result = {"failed": lines[0][:200]}
+            result = or_failure(partial(measure, partial(function, **options), inputs, expected, args.repeats))
             results[name][label] = result
             print(f"  {label}: " + ", ".join(f"{k} {v}" for k, v in result.items()), flush=True)
     print(json.dumps({"device": device.device_kind, "jax": jax.__version__, "repeats": args.repeats} | results))

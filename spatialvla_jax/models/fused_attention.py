@@ -43,15 +43,17 @@ class Tile:
 
 @dataclass(frozen=True)
 class Tiles:
+    """One for each kernel."""
+
     forward: Tile
     dkv: Tile
     dq: Tile
 
 
 def tiles_for(head_dim: int) -> Tiles:
-    """Such that operands fit shared memory (227 KB on an H100) and accumulators the registers."""
+    """Such that several programs share a multiprocessor's 227 KB, and accumulators fit the registers (on an H100)."""
     if head_dim > 128:
-        return Tiles(Tile(64, 64, 8, 2), Tile(64, 64, 8, 1), Tile(64, 64, 8, 1))
+        return Tiles(Tile(64, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2))
     return Tiles(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2))
 
 
@@ -146,39 +148,47 @@ def run_backward(
     call: Call, q: Array, k: Array, v: Array, mask: Array, out: Array, z: Array, dout: Array
 ) -> tuple[Array, Array, Array]:
     """(dq, dk, dv), each as q, k and v."""
-    B, T, N, H = q.shape
-    S, K = k.shape[1:3]
-    G = N // K
     along = jnp.einsum("btnh,btnh->bnt", dout, out, preferred_element_type=jnp.float32)
     inputs = (q, k, v, mask, z, along, dout)
+    return run_dq(call, *inputs), *run_dkv(call, *inputs)
 
+
+def run_dq(call: Call, q: Array, k: Array, v: Array, mask: Array, z: Array, along: Array, dout: Array) -> Array:
+    B, T, N, H = q.shape
+    S, K = k.shape[1:3]
     tile = call.tiles.dq
-    keys = pl.BlockSpec((None, S, None, H), lambda t, n, b: (b, 0, n // G, 0))
+    keys = pl.BlockSpec((None, S, None, H), lambda t, n, b: (b, 0, n // (N // K), 0))
     queries = pl.BlockSpec((None, T, None, H), lambda t, n, b: (b, 0, n, 0))
     rows = pl.BlockSpec((None, None, T), lambda t, n, b: (b, n, 0))
     whole = pl.BlockSpec((None, T, S), lambda t, n, b: (b, 0, 0))
-    dq = pl.pallas_call(
+    return pl.pallas_call(
         partial(dq_kernel, call),
         grid=(pl.cdiv(T, tile.queries), N, B),
         in_specs=[queries, keys, keys, whole, rows, rows, queries],
         out_specs=queries,
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
         **options(call, tile, "attention_dq"),
-    )(*inputs)
+    )(q, k, v, mask, z, along, dout)
 
-    tile = call.tiles.dkv
+
+def run_dkv(
+    call: Call, q: Array, k: Array, v: Array, mask: Array, z: Array, along: Array, dout: Array
+) -> tuple[Array, Array]:
+    B, T, N, H = q.shape
+    S, K = k.shape[1:3]
+    tile, G = call.tiles.dkv, N // K
     keys = pl.BlockSpec((None, S, None, H), lambda s, n, b: (b, 0, n, 0))
     queries = pl.BlockSpec((None, T, G, H), lambda s, n, b: (b, 0, n, 0))  # of all heads that share the keys
     rows = pl.BlockSpec((None, G, T), lambda s, n, b: (b, n, 0))
-    dk, dv = pl.pallas_call(
+    whole = pl.BlockSpec((None, T, S), lambda s, n, b: (b, 0, 0))
+    return pl.pallas_call(
         partial(dkv_kernel, call),
         grid=(pl.cdiv(S, tile.keys), K, B),
         in_specs=[queries, keys, keys, whole, rows, rows, queries],
         out_specs=[keys, keys],
         out_shape=[jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)],
         **options(call, tile, "attention_dkv"),
-    )(*inputs)
-    return dq, dk, dv
+    )(q, k, v, mask, z, along, dout)
 
 
 def options(call: Call, tile: Tile, name: str) -> dict[str, Any]:
