@@ -10,6 +10,11 @@ from jax.sharding import PartitionSpec as P
 BATCH_AXES = ("data", "fsdp")
 
 
+def batch_splits(mesh: jax.sharding.AbstractMesh) -> int:
+    """Into how many parts the mesh's batch axes split."""
+    return prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
 def split_batch(x: Any, *extra: str) -> Any:
     """Pin the first dimension of `x` to the mesh's batch axes, and to the `extra` ones if it divides; the rest whole.
 

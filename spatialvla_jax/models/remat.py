@@ -3,12 +3,20 @@
 import flax.linen as nn
 import jax
 
+from spatialvla_jax.models.fused_attention import SAVED
+
 POLICIES = ("none", "full", "dots")
 
 
 def rematerialise(block: type[nn.Module], policy: str) -> type[nn.Module]:
-    """Wrap a scanned block: `none` keeps all activations, `full` only the block's input, `dots` matrix products too."""
+    """Wrap a scanned block: `none` keeps all activations, `full` only the block's input, `dots` matrix products too.
+
+    A fused attention counts as a matrix product.
+    """
     if policy == "none":
         return block
-    keep = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}[policy]
-    return nn.remat(block, prevent_cse=False, policy=keep)
+    policies = jax.checkpoint_policies
+    dots = policies.save_from_both_policies(
+        policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(*SAVED)
+    )
+    return nn.remat(block, prevent_cse=False, policy={"full": None, "dots": dots}[policy])
