@@ -61,6 +61,11 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the computation; by default the preset's")
     parser.add_argument("--remat", choices=POLICIES, default="none")
     parser.add_argument("--depth", choices=("zoedepth", "dataset", "none"), help="source of depth; the preset's")
+    parser.add_argument("--unroll", action="store_true", help="layer by layer instead of a loop over them")
+    parser.add_argument("--prompt-length", type=int, default=0, help="tokens; by default the config's")
+    parser.add_argument(
+        "--state-dtype", choices=("float32", "bfloat16"), default="float32", help="of AdamW's first moment"
+    )
     parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="adapters on frozen weights")
     parser.add_argument("--trace", action="store_true", help="also print where the time goes, from a profiler trace")
     args = parser.parse_args()
@@ -71,9 +76,15 @@ def main() -> None:
     config = default_config()
     default = preset(args.preset)
     config.model.update(
-        preset=args.preset, dtype=args.dtype or default.dtype, depth=args.depth or default.depth, remat=args.remat
+        preset=args.preset,
+        dtype=args.dtype or default.dtype,
+        depth=args.depth or default.depth,
+        remat=args.remat,
+        unroll=args.unroll,
     )
     config.train.batch_size, config.lora.rank = args.batch_size, args.lora
+    config.data.prompt.length = args.prompt_length or config.data.prompt.length
+    config.optimizer.state_dtype = args.state_dtype
     model = make_model(config, grid)
     mesh = make_mesh({"fsdp": -1})
     check_batch(args.batch_size, 1, mesh)
@@ -126,6 +137,9 @@ def main() -> None:
                 "peak_memory_gb": round(memory.get("peak_bytes_in_use", 0) / 1e9, 2),
                 "loss": round(float(metrics["loss"]), 4),
                 "remat": args.remat,
+                "unroll": args.unroll,
+                "prompt_length": model.config.prompt_length,
+                "state_dtype": args.state_dtype,
                 "depth": model.config.depth,
             }
             | ({"trace_ms": traced} if traced else {})

@@ -41,6 +41,9 @@ def default_config() -> ConfigDict:
                 "mask": "prefix",  # prefix | causal (the release's training scripts)
                 "dtype": "bfloat16",  # of the computation; parameters are float32
                 "remat": "dots",  # none | dots | full
+                # Compile layer by layer instead of a loop over them: a quarter faster on a GPU (a loop copies what the
+                # backward pass needs), minutes slower to compile at full size.
+                "unroll": False,
                 "action_chunk": 4,
             },
             "data": {

@@ -121,22 +121,24 @@ class Embedder(nn.Module):
 class Gemma2(nn.Module):
     """Embeddings in, hidden states out; `embed` and `logits` are its two ends.
 
-    `remat` is one of `models.remat.POLICIES`.
+    `remat` is one of `models.remat.POLICIES`; `unroll` compiles layer by layer instead of a loop over them.
     """
 
     config: Gemma2Config
     dtype: jnp.dtype
     remat: str = "none"
+    unroll: bool = False
 
     def setup(self) -> None:
         cfg = self.config
         self.embedder = Embedder(cfg, self.dtype)
         self.layers = nn.scan(
-            rematerialise(Block, self.remat),
+            rematerialise(Block, self.remat, self.unroll),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=cfg.depth,
+            unroll=cfg.depth if self.unroll else 1,
         )(cfg, self.dtype)
         self.final_norm = RMSNorm(self.dtype)
         self.lm_head = self.param("lm_head", nn.initializers.normal(cfg.width**-0.5), (cfg.vocab_size, cfg.width))

@@ -8,10 +8,11 @@ from spatialvla_jax.models.fused_attention import SAVED
 POLICIES = ("none", "full", "dots")
 
 
-def rematerialise(block: type[nn.Module], policy: str) -> type[nn.Module]:
+def rematerialise(block: type[nn.Module], policy: str, unroll: bool = False) -> type[nn.Module]:
     """Wrap a scanned block: `none` keeps all activations, `full` only the block's input, `dots` matrix products too.
 
-    A fused attention counts as a matrix product.
+    A fused attention counts as a matrix product. `unroll`: the scan will be; what is computed again must then be kept
+    apart from what was computed before, which the scan's loop does otherwise.
     """
     if policy == "none":
         return block
@@ -19,4 +20,4 @@ def rematerialise(block: type[nn.Module], policy: str) -> type[nn.Module]:
     dots = policies.save_from_both_policies(
         policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(*SAVED)
     )
-    return nn.remat(block, prevent_cse=False, policy={"full": None, "dots": dots}[policy])
+    return nn.remat(block, prevent_cse=unroll, policy={"full": None, "dots": dots}[policy])

@@ -70,15 +70,17 @@ class Encoder(nn.Module):
     config: SiglipConfig
     dtype: jnp.dtype
     remat: str
+    unroll: bool
 
     @nn.compact
     def __call__(self, x: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
         block = nn.scan(
-            rematerialise(EncoderBlock, self.remat),
+            rematerialise(EncoderBlock, self.remat, self.unroll),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
             length=self.config.depth,
+            unroll=self.config.depth if self.unroll else 1,
         )
         x, _ = block(self.config, self.dtype, name="encoderblock")(x, None)
         return nn.LayerNorm(dtype=self.dtype, name="encoder_norm")(x)
@@ -87,13 +89,14 @@ class Encoder(nn.Module):
 class Siglip(nn.Module):
     """Image → patch tokens → (+ position embedding from outside) → language-model width.
 
-    `head_width` is the language model's width; `remat` is one of `models.remat.POLICIES`.
+    `head_width` is the language model's width; `remat` and `unroll` are as in `gemma2.Gemma2`.
     """
 
     config: SiglipConfig
     head_width: int
     dtype: jnp.dtype
     remat: str = "none"
+    unroll: bool = False
 
     @nn.compact
     def __call__(
@@ -109,6 +112,6 @@ class Siglip(nn.Module):
         x = x.reshape(x.shape[0], cfg.num_tokens, cfg.width)
         table = self.param("pos_embedding", nn.initializers.normal(cfg.width**-0.5), (1, cfg.num_tokens, cfg.width))
         x = split_batch(x + table.astype(self.dtype))
-        tokens = Encoder(cfg, self.dtype, self.remat, name="Transformer")(x)
+        tokens = Encoder(cfg, self.dtype, self.remat, self.unroll, name="Transformer")(x)
         fused = tokens if extra is None else tokens + extra.astype(tokens.dtype)
         return nn.Dense(self.head_width, dtype=self.dtype, name="head")(fused), tokens

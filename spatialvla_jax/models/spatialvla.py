@@ -29,6 +29,7 @@ class SpatialVLAConfig:
 
     `depth` names the source of depth: `zoedepth` (estimated inside the model), `dataset` (given with the image) or
     `none` (no Ego3D). `mask` is `prefix` or `causal` (the release's training scripts). `dtype` is the computation's.
+    `remat` and `unroll` say how it is trained, see `models.remat`.
     """
 
     img: SiglipConfig = SiglipConfig()
@@ -43,6 +44,7 @@ class SpatialVLAConfig:
     mask: Literal["prefix", "causal"] = "prefix"
     dtype: str = "bfloat16"
     remat: str = "none"
+    unroll: bool = False
 
     @property
     def action_offset(self) -> int:
@@ -66,8 +68,8 @@ class SpatialVLA(nn.Module):
     def setup(self) -> None:
         cfg = self.config
         dtype = jnp.dtype(cfg.dtype)
-        self.img = Siglip(cfg.img, cfg.llm.width, dtype, cfg.remat)
-        self.llm = Gemma2(cfg.llm, dtype, cfg.remat)
+        self.img = Siglip(cfg.img, cfg.llm.width, dtype, cfg.remat, cfg.unroll)
+        self.llm = Gemma2(cfg.llm, dtype, cfg.remat, cfg.unroll)
         if cfg.depth != "none":
             self.ego3d = Ego3D(cfg.img.width, cfg.img.grid, dtype)
         if cfg.depth == "zoedepth":
