@@ -7,7 +7,7 @@ deleted or added by hand.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +60,7 @@ def linear(
     x: Float[Array, "*B in"], matrix: Matrix, dtype: Any = None, *, fused: bool = False
 ) -> Float[Array, "*B out"]:
     """x · matrixᵀ in `dtype`, by default that of x."""
-    if fused and _is_small(x, matrix):
+    if fused and _is_small(matrix, x):
         return kernels.int8_linear(x, *matrix, dtype or x.dtype)
     values = matrix.values.astype(x.dtype) if isinstance(matrix, Quantized) else matrix
     y = jnp.einsum("...i,oi->...o", x, values, preferred_element_type=dtype or x.dtype)
@@ -69,13 +69,13 @@ def linear(
 
 def gated(x: Float[Array, "*B D"], matrix: Matrix, *, fused: bool = False) -> Float[Array, "*B F"]:
     """gelu(x · gateᵀ) · (x · upᵀ) of a matrix that holds the gate's rows and then the others."""
-    if fused and _is_small(x, matrix):
+    if fused and _is_small(matrix, x):
         return kernels.int8_linear(x, *matrix, x.dtype, gated=True)
     gate, up = jnp.split(linear(x, matrix), 2, axis=-1)
     return jax.nn.gelu(gate, approximate=True) * up
 
 
-def _is_small(x: Array, matrix: Matrix) -> bool:
+def _is_small(matrix: Matrix, x: Array) -> TypeGuard[Quantized]:
     """Whether a product is bound by reading an int8 matrix, which `kernels.int8_linear` does best."""
     width = x.shape[-1]
     return isinstance(matrix, Quantized) and x.size <= width * kernels.MAX_TOKENS and width % 16 == 0

@@ -59,8 +59,8 @@ def generate(
     `weights` come from `prepare`. `token_ranges` (a grid's: first id and number of each token kind of one action)
     restricts every step to tokens of its kind, so that the result is always a valid action and `<eos>` is not waited
     for; None takes the best of the whole vocabulary, as the release does. A `draft` of the chunk changes how many
-    passes it takes, never the tokens. Q is any length that holds the prompts. `fused` decodes by `kernels.py`; None, on a
-    GPU.
+    passes it takes, never the tokens. Q is any length that holds the prompts. `fused` takes the kernels of
+    `kernels.py`, None where they are `available`.
     """
     cfg = model.config
     if fused is None:
