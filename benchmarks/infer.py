@@ -1,13 +1,15 @@
 """A policy from uint8 image to robot actions: milliseconds a chunk, chunks a second, memory, and where the time goes.
 
-    python benchmarks/infer.py [--preset tiny] [--variants bfloat16,int8,depth] [--batch-sizes 1,32] [--repeats 50]
+    python benchmarks/infer.py [--preset tiny] [--variants plain,bfloat16,int8] [--batch-sizes 1,32] [--repeats 50]
         [--torch] [--first-action] [--trace]
 
 Random weights, a 640×480 camera. Each variant goes through `Policy.infer_batch`, tokenizer and transfers included:
-`depth` is the model's dtype with depth given instead of estimated, `draft` has the result as a draft (speculation that
-always comes true: its bound), `free` chooses from the whole vocabulary. `--torch` times the exported PyTorch model
-beside it, `--first-action` a new process from its start to its first action, with an empty and a filled cache of
-compiled programs. Prints the environment and the floors, ends with one line of JSON.
+`plain` and `plain-int8` are `bfloat16` and `int8` without the kernels of `inference/kernels.py`, `depth` is the model's
+dtype with depth given instead of estimated, `draft` has the result as a draft (speculation that always comes true: its
+bound), `free` chooses from the whole vocabulary. On a GPU every kernel is first compared alone (`kernel_times.py` times
+them), and a variant that fails is reported and leaves the others be. `--torch` times the exported PyTorch model beside
+it, `--first-action` a new process from its start to its first action, with an empty and a filled cache of compiled
+programs. Prints the environment and the floors, ends with one line of JSON.
 """
 
 import argparse
@@ -27,6 +29,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from kernel_times import check_kernels
 from trace_table import trace
 
 from spatialvla_jax.actions import PRETRAIN_GAUSSIANS, gaussian_grid
@@ -127,7 +130,12 @@ def floors(config: SpatialVLAConfig, policy: Policy, rate: float) -> dict[str, f
 
 
 def run(config: SpatialVLAConfig, name: str, args: argparse.Namespace) -> dict[str, Any]:
-    options: dict[str, Any] = {"int8": name == "int8", "speculate": name == "draft", "constrained": name != "free"}
+    options: dict[str, Any] = {
+        "int8": name in ("int8", "plain-int8"),
+        "speculate": name == "draft",
+        "constrained": name != "free",
+        "fused": False if name.startswith("plain") else None,
+    }
     if name == "depth":
         config = replace(config, depth="dataset")
     device = jax.devices()[0]
@@ -150,9 +158,9 @@ def run(config: SpatialVLAConfig, name: str, args: argparse.Namespace) -> dict[s
         if args.trace:
             inputs = [policy.inputs(seen) for seen in batch]
             arrays = jax.device_put({k: np.stack([x[k] for x in inputs]) for k in inputs[0]})
-            compiled = policy._act.lower(policy.weights, policy.processor.grid, arrays).compile()
+            compiled = policy._act.lower(policy.weights, policy._grid, arrays).compile()
             text, parts = trace(
-                lambda arrays=arrays, compiled=compiled: compiled(policy.weights, policy.processor.grid, arrays),
+                lambda arrays=arrays, compiled=compiled: compiled(policy.weights, policy._grid, arrays),
                 3,
                 compiled.as_text(),
             )
@@ -239,8 +247,14 @@ def main() -> None:
     result: dict[str, Any] = {"benchmark": "infer", "device": device.device_kind, "preset": args.preset}
     if args.first_action:
         result["first_action_s"] = first_action(args)
+    if jax.default_backend() == "gpu":
+        result["kernels"] = check_kernels(config, timed=False)
     for name in args.variants:
-        result[name] = run(config, name, args)
+        try:
+            result[name] = run(config, name, args)
+        except Exception as error:  # of one variant: the others are still worth their time
+            print(f"{name:10} FAILED: {type(error).__name__}: {str(error)[:1000]}", flush=True)
+            result[name] = {"error": type(error).__name__}
     if args.torch:
         result["pytorch"] = run_torch(config, args)
     print(json.dumps(result))

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from spatialvla_jax.inference.decoder import Cache, Matrix, forward, lay_out, linear, narrow, quantize, rms_norm
+from spatialvla_jax.inference import kernels
+from spatialvla_jax.inference.decoder import Cache, Matrix, forward, lay_out, linear, narrow, quantize
 from spatialvla_jax.models import SpatialVLA, SpatialVLAConfig
 from spatialvla_jax.models.attention import positions_of, prefix_lm_mask
 
@@ -51,47 +52,53 @@ def generate(
     depth: Float[Array, "B S S"] | None = None,
     intrinsics: Float[Array, "B 3 3"] | None = None,
     draft: Int[Array, "B A"] | None = None,
+    fused: bool | None = None,
 ) -> tuple[Int[Array, "B A"], Int[Array, ""]]:
     """→ (the A action tokens of a chunk as ids of the whole vocabulary, passes over the weights after the prompt's).
 
     `weights` come from `prepare`. `token_ranges` (a grid's: first id and number of each token kind of one action)
     restricts every step to tokens of its kind, so that the result is always a valid action and `<eos>` is not waited
     for; None takes the best of the whole vocabulary, as the release does. A `draft` of the chunk changes how many
-    passes it takes, never the tokens. Q is any length that holds the prompts.
+    passes it takes, never the tokens. Q is any length that holds the prompts. `fused` takes the kernels of
+    `kernels.py`, None where they are `available`.
     """
     cfg = model.config
+    if fused is None:
+        fused = kernels.available(jnp.dtype(cfg.dtype), cfg.llm.head_dim)
     vision = {**weights["vision"], "spatial_embedding": weights["spatial"]}
     tokens: Any = model.apply({"params": vision}, image, depth, intrinsics, method="embed_image")
     prefix = jnp.concatenate([tokens, _rows(weights["text"], prompt_ids, tokens.dtype)], axis=1)
     valid = jnp.concatenate([jnp.ones(tokens.shape[:2], bool), prompt_mask], axis=1)
     if draft is None:
-        return _one_by_one(cfg, weights, token_ranges, prefix, valid)
-    return _from_draft(cfg, weights, token_ranges, prefix, valid, draft)
+        return _one_by_one(cfg, weights, token_ranges, prefix, valid, fused)
+    return _from_draft(cfg, weights, token_ranges, prefix, valid, draft, fused)
 
 
-def _one_by_one(cfg: SpatialVLAConfig, weights: Any, ranges: Ranges, prefix: Any, valid: Any):
+def _one_by_one(cfg: SpatialVLAConfig, weights: Any, ranges: Ranges, prefix: Any, valid: Any, fused: bool):
     """A pass for each token, less one an action where its last token, the gripper, has two values: both are fed in the
     pass that decides between them, and the pass after it is done too. A chunk of 4 × 3 tokens takes 8 passes."""
     B, P, n = *valid.shape, cfg.tokens_per_action
     branch = ranges is not None and n > 1 and ranges[-1][1] == 2
     slots = cfg.action_chunk * (n + branch)
+    spare = -(P + slots) % kernels.BLOCK
     mask = prefix_lm_mask(valid, P if cfg.mask == "prefix" else 0)
     with jax.named_scope("prompt"):
-        hidden, written = _forward(cfg, weights, prefix, positions_of(valid), mask, positions_of(valid))
-    room = ((0, 0), (0, slots), (0, 0), (0, 0))
+        hidden, written = _forward(cfg, weights, fused, prefix, positions_of(valid), mask, positions_of(valid))
+    room = ((0, 0), (0, slots + spare), (0, 0), (0, 0))
     cache: Cache = tuple((jnp.pad(k, room), jnp.pad(v, room)) for k, v in written)
-    first = _best(cfg, weights, ranges, _last(hidden, valid), (0,))[:, 0]
+    first = _best(cfg, weights, ranges, _last(hidden, valid), (0,), fused)[:, 0]
     count = jnp.sum(valid, axis=1)
     gripper = cfg.action_offset + (ranges[-1][0] if ranges is not None else 0)
     # Places of an action's slots after the prompt's last: with two grippers side by side, both have the same.
     place = jnp.minimum(jnp.arange(n + branch), n - 1)
-    keys = jnp.concatenate([positions_of(valid), jnp.tile(place, cfg.action_chunk)[None] * jnp.ones((B, 1), int)], 1)
+    keys = jnp.pad(positions_of(valid), ((0, 0), (0, slots + spare)))
 
     def action(carry: Any, step: Any) -> Any:
         cache, seen, keys, token = carry
         base, out = P + step * (n + branch), [token]
         start = count + 1 + step * n
-        keys = jax.lax.dynamic_update_slice(keys, start[:, None] + place, (0, base))
+        places = start[:, None] + place
+        keys = jax.lax.dynamic_update_slice(keys, places, (0, base))
         for k in range(n - branch):
             both = branch and k == n - 2
             feed = out[-1][:, None]
@@ -103,10 +110,10 @@ def _one_by_one(cfg: SpatialVLAConfig, weights: Any, ranges: Ranges, prefix: Any
             own = jnp.array([[1, 0, 0], [1, 1, 0], [1, 0, 1]], bool)[:T, :T]
             visible = jnp.repeat(seen[:, None], T, axis=1)
             visible = jax.lax.dynamic_update_slice(visible, jnp.repeat(own[None], B, axis=0), (0, 0, base + k))
-            at = jax.lax.dynamic_slice(keys, (0, base + k), (B, T))
-            hidden, cache = _forward(cfg, weights, _embed(cfg, weights, feed), at, visible, keys, cache, base + k)
+            embedded, at = _embed(cfg, weights, feed, ranges), places[:, k : k + T]
+            hidden, cache = _forward(cfg, weights, fused, embedded, at, visible, keys, cache, base + k)
             kinds = (k + 1, 0, 0) if both else ((k + 1) % n,)
-            best = _best(cfg, weights, ranges, hidden, kinds)
+            best = _best(cfg, weights, ranges, hidden, kinds, fused)
             chosen = jnp.ones((B, 1), bool)
             if both:
                 closed = best[:, :1] == gripper
@@ -116,13 +123,13 @@ def _one_by_one(cfg: SpatialVLAConfig, weights: Any, ranges: Ranges, prefix: Any
             out += list(best.T)
         return (cache, seen, keys, out[n]), jnp.stack(out[:n], axis=1)
 
-    seen = jnp.concatenate([valid, jnp.zeros((B, slots), bool)], axis=1)
+    seen = jnp.pad(valid, ((0, 0), (0, slots + spare)))
     with jax.named_scope("tokens"):
         _, ids = jax.lax.scan(action, (cache, seen, keys, first), jnp.arange(cfg.action_chunk))
     return ids.swapaxes(0, 1).reshape(B, -1), jnp.asarray(cfg.action_chunk * (n - branch))
 
 
-def _from_draft(cfg: SpatialVLAConfig, weights: Any, ranges: Ranges, prefix: Any, valid: Any, draft: Any):
+def _from_draft(cfg: SpatialVLAConfig, weights: Any, ranges: Ranges, prefix: Any, valid: Any, draft: Any, fused: bool):
     """All tokens in every pass (Jacobi decoding, Santilli et al. 2023): each is predicted from the draft's tokens
     before it, and the predictions are the next draft. At least one more of them is greedy decoding's each time, and a
     draft that predicts itself is its result. The first draft rides along with the prompt."""
@@ -130,13 +137,13 @@ def _from_draft(cfg: SpatialVLAConfig, weights: Any, ranges: Ranges, prefix: Any
     slots = jnp.concatenate([valid, jnp.ones((B, A - 1), bool)], axis=1)
     positions, kinds = positions_of(slots), tuple(range(A))
     mask = prefix_lm_mask(slots, P if cfg.mask == "prefix" else 0)
-    inputs = jnp.concatenate([prefix, _embed(cfg, weights, draft[:, :-1])], axis=1)
+    inputs = jnp.concatenate([prefix, _embed(cfg, weights, draft[:, :-1], ranges)], axis=1)
     with jax.named_scope("prompt"):
-        hidden, cache = _forward(cfg, weights, inputs, positions, mask, positions)
+        hidden, cache = _forward(cfg, weights, fused, inputs, positions, mask, positions)
     first = _last(hidden[:, :P], valid)
 
     def predict(hidden: Any) -> Any:
-        return _best(cfg, weights, ranges, jnp.concatenate([first, hidden], axis=1), kinds)
+        return _best(cfg, weights, ranges, jnp.concatenate([first, hidden], axis=1), kinds, fused)
 
     def unsettled(state: Any) -> Any:
         draft, tokens, *_ = state
@@ -144,8 +151,8 @@ def _from_draft(cfg: SpatialVLAConfig, weights: Any, ranges: Ranges, prefix: Any
 
     def refine(state: Any) -> Any:
         _, draft, cache, passes = state
-        embedded = _embed(cfg, weights, draft[:, :-1])
-        hidden, cache = _forward(cfg, weights, embedded, positions[:, P:], mask[:, P:], positions, cache, P)
+        embedded, at = _embed(cfg, weights, draft[:, :-1], ranges), positions[:, P:]
+        hidden, cache = _forward(cfg, weights, fused, embedded, at, mask[:, P:], positions, cache, P)
         return draft, predict(hidden), cache, passes + 1
 
     state = (draft, predict(hidden[:, P:]), cache, jnp.asarray(0))
@@ -154,17 +161,22 @@ def _from_draft(cfg: SpatialVLAConfig, weights: Any, ranges: Ranges, prefix: Any
     return tokens, passes
 
 
-def _forward(cfg: SpatialVLAConfig, weights: Any, x: Any, positions: Any, mask: Any, keys: Any, *cache: Any):
+def _forward(cfg: Any, weights: Any, fused: bool, x: Any, positions: Any, mask: Any, keys: Any, *cache: Any):
     window = narrow(cfg.llm, mask, positions, keys)
-    return forward(cfg.llm, weights["layers"], x, positions, mask, window, *cache)
+    norm = weights["final_norm"]
+    return forward(cfg.llm, weights["layers"], norm, x, positions, mask, window, *cache, fused=fused)
 
 
 def _best(
-    cfg: SpatialVLAConfig, weights: Any, ranges: Ranges, hidden: Float[Array, "B T D"], kinds: tuple[int, ...]
+    cfg: SpatialVLAConfig,
+    weights: Any,
+    ranges: Ranges,
+    hidden: Float[Array, "B T D"],
+    kinds: tuple[int, ...],
+    fused: bool,
 ) -> Int[Array, "B T"]:
     """The best token at each of T places, of that place's kind. The soft cap keeps the order and is left out."""
-    hidden = rms_norm(hidden, weights["final_norm"])
-    scores = linear(hidden, weights["head"], jnp.float32)
+    scores = linear(hidden, weights["head"], jnp.float32, fused=fused)
     if ranges is None:
         return jnp.argmax(scores, axis=-1).astype(jnp.int32)
     scores = scores[..., -cfg.spatial_tokens :]  # of a head with all rows, those of actions
@@ -174,9 +186,11 @@ def _best(
     return cfg.action_offset + jnp.argmax(jnp.where(allowed, scores, -jnp.inf), axis=-1).astype(jnp.int32)
 
 
-def _embed(cfg: SpatialVLAConfig, weights: Any, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+def _embed(cfg: SpatialVLAConfig, weights: Any, ids: Int[Array, "B T"], ranges: Ranges) -> Float[Array, "B T D"]:
     """Action rows from the spatial table, any other token that a free choice may bring from the text's."""
     action = ids - cfg.action_offset
+    if ranges is not None:
+        return jnp.take(weights["spatial"], action, axis=0, mode="clip")
     spatial = jnp.take(weights["spatial"], jnp.maximum(action, 0), axis=0)
     text = _rows(weights["text"], jnp.minimum(ids, cfg.text_vocab), spatial.dtype)
     return jnp.where((action >= 0)[..., None], spatial, text)

@@ -39,11 +39,13 @@ class Policy:
         constrained: bool = True,
         int8: bool = False,
         speculate: bool = False,
+        fused: bool | None = None,
     ) -> None:
         self.model, self.processor = model, processor
         self.constrained, self.speculate = constrained, speculate
         self.weights = jax.device_put(prepare(model, params, int8=int8, whole_vocabulary=not constrained))
-        self._act = jax.jit(lambda *args: act(model, constrained, *args))
+        self._grid = jax.device_put(processor.grid)
+        self._act = jax.jit(lambda *args: act(model, constrained, *args, fused=fused))
 
     @classmethod
     def load(
@@ -131,7 +133,7 @@ class Policy:
 
     def run(self, inputs: dict[str, Any]) -> dict[str, jax.Array]:
         """`act` of this module, jitted, on this policy's weights and grid."""
-        return self._act(self.weights, self.processor.grid, inputs)
+        return self._act(self.weights, self._grid, inputs)
 
     def reset(self) -> None:
         """Forget the episode: nothing to do, since a chunk depends on its observation alone."""
@@ -160,8 +162,9 @@ class Policy:
         longest = int(batch["prompt_mask"].sum(axis=1).max())
         length = min(-(-longest // PROMPT_STEP) * PROMPT_STEP, batch["prompt_ids"].shape[1])
         batch |= {k: batch[k][:, :length] for k in ("prompt_ids", "prompt_mask")}
-        out = jax.device_get(self.run(batch))
-        return [{k: out[k][i] for k in ("actions", "action_ids")} for i in range(count)]
+        made = self.run(batch)
+        out = jax.device_get({k: made[k] for k in ("actions", "action_ids")})
+        return [{k: x[i] for k, x in out.items()} for i in range(count)]
 
     def draft(self, draft: Any) -> np.ndarray:
         """A guess i32[T, tokens_per_action] as `act` takes it; None is the middle of every range. Raises InputError."""
@@ -178,7 +181,15 @@ class Policy:
         return np.clip(draft, 0, cfg.spatial_tokens - 1).astype(np.int32)
 
 
-def act(model: SpatialVLA, constrained: bool, weights: Any, grid: Any, inputs: dict[str, Any]) -> dict[str, jax.Array]:
+def act(
+    model: SpatialVLA,
+    constrained: bool,
+    weights: Any,
+    grid: Any,
+    inputs: dict[str, Any],
+    *,
+    fused: bool | None = None,
+) -> dict[str, jax.Array]:
     """The jitted whole: uint8 images [B, H, W, 3] → {"action_ids" [B, T, n], "actions" [B, T, 7], "passes" []}.
 
     With `inputs["bounds"]` f32[B, 3, 7] (low, high, which dimensions have them) actions are in robot units, without
@@ -197,6 +208,7 @@ def act(model: SpatialVLA, constrained: bool, weights: Any, grid: Any, inputs: d
         depth=seen.get("depth"),
         intrinsics=seen["intrinsics"],
         draft=None if draft is None else draft.reshape(len(draft), -1) + cfg.action_offset,
+        fused=fused,
     )
     ids = (tokens - cfg.action_offset).reshape(-1, cfg.action_chunk, cfg.tokens_per_action)
     actions = decode(grid, jnp.maximum(ids, 0))
