@@ -53,8 +53,8 @@ class Tiles:
 def tiles_for(head_dim: int) -> Tiles:
     """Such that several programs share a multiprocessor's 227 KB, and accumulators fit the registers (on an H100)."""
     if head_dim > 128:
-        return Tiles(Tile(64, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2))
-    return Tiles(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2))
+        return Tiles(Tile(64, 32, 4, 2), Tile(64, 64, 8, 2), Tile(64, 32, 4, 1))
+    return Tiles(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 32, 4, 3))
 
 
 def can_fuse(q: Array, k: Array, softcap: float) -> bool:
