@@ -75,12 +75,12 @@ def attend_cached(
             first = (split * blocks + i) * BLOCK
             slots = first + jnp.arange(BLOCK)
             k1, k2 = (k_ref[b, pl.ds(first, BLOCK), head, pl.ds(j, half)] for j in (0, half))
-            logits = pl.dot(q1, k1, trans_b=True) + pl.dot(q2, k2, trans_b=True)
+            logits = plgpu.dot(q1, k1.T) + plgpu.dot(q2, k2.T)
             # The slots to be written now are read below, from `qkv`: another program may be writing them.
             old = (slots < start) | (slots >= start + T)
             p = weigh(logits, mask_ref[b, token[:, None], slots[None]] & old[None])
             v = v_ref[b, pl.ds(first, BLOCK), head, pl.ds(0, H)]
-            return total + jnp.sum(p, axis=1), out + pl.dot(p.astype(dtype), v)
+            return total + jnp.sum(p, axis=1), out + plgpu.dot(p.astype(dtype), v)
 
         empty = jnp.zeros((rows,), jnp.float32), jnp.zeros((rows, H), jnp.float32)
         total, out = jax.lax.fori_loop(0, blocks, block, empty)
