@@ -2,6 +2,7 @@
 
     python benchmarks/closed_loop.py --workdir runs/libero_spatial [--minutes 9] [--config.train.steps=4000 …]
 
+Motions that `record libero --out FILE.npz` recorded (no renderer needed) are rendered with --motions FILE.npz ….
 What is done is not done again: after a stop, or after --minutes, the same command goes on. MUJOCO_GL=egl renders on a
 GPU. The model comes in three variants, one thing changed at a time: `full`, `no_ego3d` (no depth encoding) and
 `grid_1026` (a coarser action grid). Training starts from states drawn out of the tasks' regions, evaluation from the
@@ -30,6 +31,8 @@ def main() -> None:
     parser.add_argument("--tasks", help="ids, e.g. 0,5; by default all ten")
     parser.add_argument("--variants", default="full", help=f"of {','.join(VARIANTS)}")
     parser.add_argument("--record", type=int, default=500, metavar="EPISODES", help="in all, for training")
+    parser.add_argument("--noise", type=float, default=0.15, help="of the motion while recording")
+    parser.add_argument("--motions", type=Path, nargs="+", default=[], help="to render, instead of recording")
     parser.add_argument("--episodes", type=int, default=20, help="of evaluation, a task and seed")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--execute", default="open_loop")
@@ -57,11 +60,13 @@ def main() -> None:
     seconds: dict[str, float] = {}
     pack = args.workdir / f"{args.suite}.pack"
     tasks = ["--tasks", args.tasks] if args.tasks else []
-    common = ["--image-size", args.image_size, "--workers", args.workers, *tasks]
+    size = ["--image-size", args.image_size, "--workers", args.workers]
     if not pack.exists():
         amount = ["--episodes", args.record, "--val-episodes", max(1, args.record // 25)]
-        options = ["--suite", args.suite, "--initial-states", "drawn"]
-        call("record", "libero", *amount, *options, *common, "--out", pack)
+        options = [*amount, "--suite", args.suite, "--initial-states", "drawn", "--noise", args.noise, *tasks]
+        if args.motions:
+            options = ["--render", *args.motions]
+        call("record", "libero", *options, *size, "--out", pack)
     results = {}
     for name in args.variants.split(","):
         run = args.workdir / name
@@ -70,7 +75,7 @@ def main() -> None:
         protocol = ["--episodes", args.episodes, "--seeds", args.seeds, "--execute", args.execute]
         out = run / f"closed_loop_{args.execute.replace(':', '_')}"
         which = ["--closed-loop", args.suite, "--checkpoint", run, "--videos", args.videos]
-        call("evaluate", *which, *protocol, *common, "--out", out)
+        call("evaluate", *which, *protocol, *size, *tasks, "--out", out)
         results[name] = json.loads((out / "result.json").read_text())
     for name, result in results.items():
         print(f"{name:12} {100 * result['success']:5.1f} ± {100 * result['standard_error']:.1f} %")

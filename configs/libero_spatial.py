@@ -1,6 +1,7 @@
 """From scratch on recorded LIBERO-Spatial demonstrations, for closed-loop evaluation; see benchmarks/closed_loop.py.
 
-spatialvla-jax record libero --episodes 500 --val-episodes 20 --initial-states drawn --image-size 224 --out DIR/set.pack
+spatialvla-jax record libero --episodes 500 --val-episodes 20 --initial-states drawn --noise 0.15 --image-size 224 \
+    --out DIR/set.pack
 spatialvla-jax train --config configs/libero_spatial.py --workdir DIR/run --config.data.packed=DIR/set.pack
 spatialvla-jax evaluate --closed-loop libero_spatial --checkpoint DIR/run --image-size 224
 """
@@ -10,7 +11,7 @@ from spatialvla_jax.config import default_config
 
 def get_config():
     config = default_config()
-    config.model.update(preset="small", depth="dataset", remat="none")
+    config.model.update(preset="small", depth="dataset", remat="none", unroll=True)
     config.data.prompt.length = 32
     config.grid.min_sigma = 0.0
     # One fixed camera and one light: what the published augmentation covers does not occur.
