@@ -228,11 +228,12 @@ def _check_files(where: str, config: ConfigDict) -> None:
     if not config.init or config.grid.kind == "checkpoint" or is_paligemma(Path(config.init)):
         return
     try:
-        start, grid = read_checkpoint(config.init), _grid(config)
+        start = read_checkpoint(config.init)
         old = start.processor.grid if start.processor else None
         # A grid that is fitted to the data may be the one that the checkpoint has, if its bins are as many.
-        if config.grid.kind == "uniform" or not isinstance(old, ActionGrid) or old.num_bins != grid.num_bins:
-            adapt_checkpoint(config.init, start, grid, **config.adapt.to_dict())
+        as_many = isinstance(old, ActionGrid) and old.num_bins == tuple(config.grid.num_bins)
+        if not (as_many and config.grid.kind == "gaussian"):
+            adapt_checkpoint(config.init, start, _grid(config), **config.adapt.to_dict())
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
 

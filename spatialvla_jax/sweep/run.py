@@ -27,7 +27,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from spatialvla_jax.actions import ActionGrid, encode
+from spatialvla_jax.actions import ActionGrid, adapt_embeddings, encode, grid_to_dict
 from spatialvla_jax.compiled import share_compilations
 from spatialvla_jax.config import check_resumable
 from spatialvla_jax.errors import InputError
@@ -239,18 +239,24 @@ def measure(trial: Trial, folder: Path, trained: dict[str, Any]) -> dict[str, An
 
 def features_of(init: str, run: Path, actions: np.ndarray) -> dict[str, np.ndarray]:
     """Rows of the spatial table over directions at the data's median r, of a run that started from a checkpoint, before
-    and after it: {"before_theta" (edges), "before_phi" (edges), "before_features" f32[n, m, D], "after_theta", …}."""
-    median, arrays = np.median(np.linalg.norm(actions[:, :3], axis=1)), {}
+    and after it and, if the grid is another, as adapted to it, before any training: {"before_theta" (edges),
+    "before_phi" (edges), "before_features" f32[n, m, D], "after_theta", …, "adapted_theta", …}."""
+    median, arrays, tables = np.median(np.linalg.norm(actions[:, :3], axis=1)), {}, {}
     for when, path in {"before": init, "after": run}.items() if init else ():
         checkpoint = read_checkpoint(path)
         grid = checkpoint.processor.grid if checkpoint.processor else None
         if isinstance(grid, ActionGrid):
-            bins = grid.num_bins[:3]
-            place = int(np.searchsorted(np.asarray(grid.r)[1:-1], median, side="right"))
-            table = np.asarray(checkpoint.leaves["spatial_embedding"].read(), np.float32)
-            rows = table[: np.prod(bins)].reshape(*bins, -1)[:, :, place]
-            values = {"theta": grid.theta, "phi": grid.phi, "features": rows}
-            arrays |= {f"{when}_{key}": np.asarray(value) for key, value in values.items()}
+            tables[when] = grid, np.asarray(checkpoint.leaves["spatial_embedding"].read(), np.float32)
+    if len(tables) == 2:
+        (old, table), (new, _) = tables.values()
+        if grid_to_dict(old) != grid_to_dict(new):
+            tables["adapted"] = new, np.asarray(adapt_embeddings(old, new, table))
+    for when, (grid, table) in tables.items():
+        bins = grid.num_bins[:3]
+        place = int(np.searchsorted(np.asarray(grid.r)[1:-1], median, side="right"))
+        rows = table[: np.prod(bins)].reshape(*bins, -1)[:, :, place]
+        values = {"theta": grid.theta, "phi": grid.phi, "features": rows}
+        arrays |= {f"{when}_{key}": np.asarray(value) for key, value in values.items()}
     return arrays
 
 

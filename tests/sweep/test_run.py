@@ -4,11 +4,14 @@ import json
 import shlex
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+from spatialvla_jax.actions import adapt_embeddings, uniform_grid
 from spatialvla_jax.cli import main
 from spatialvla_jax.config import default_config
 from spatialvla_jax.sweep import run
@@ -20,9 +23,9 @@ def get_sweep():
         "base": {base!r},
         "axes": {{
             "grid": {{
+                "broken": {{"data.split": "nothing"}},  # first, so that the others show that it ends nothing
                 "gaussian": {{}},
                 "uniform": {{"grid.kind": "uniform"}},
-                "broken": {{"data.split": "nothing"}},
             }},
         }},
         "seeds": [0, 1],
@@ -100,6 +103,30 @@ def test_a_trial_is_not_run_again(swept: tuple[list[str], Path, int], monkeypatc
     assert main([*command[:-1], "--config.train.steps=3"]) == 2  # nor under another config
     message = capsys.readouterr().err
     assert "grid-gaussian_seed-0 holds a run with train.steps = 2, this config says 3; use its config" in message
+
+
+def test_spatial_features_before_on_the_new_grid_and_after(tmp_path: Path, monkeypatch) -> None:
+    """The middle one is the adapted table, before any training; with the grid as it was there is none."""
+    old, new = uniform_grid((4, 8, 2, 1, 1, 1)), uniform_grid((3, 6, 4, 1, 1, 1))
+    tables = {
+        name: np.random.default_rng(i).normal(size=(grid.vocab_size, 5)).astype(np.float32)
+        for i, (name, grid) in enumerate({"init": old, "run": new, "same": old}.items())
+    }
+
+    def read(path: str | Path) -> SimpleNamespace:
+        leaf = SimpleNamespace(read=lambda: tables[Path(path).name])
+        grid = new if Path(path).name == "run" else old
+        return SimpleNamespace(processor=SimpleNamespace(grid=grid), leaves={"spatial_embedding": leaf})
+
+    monkeypatch.setattr(run, "read_checkpoint", read)
+    actions = np.full((5, 7), 0.3, np.float32)  # 0.52 from the origin: the lower shell of two, the second of four
+    arrays = run.features_of("init", tmp_path / "run", actions)
+    np.testing.assert_array_equal(arrays["before_features"], tables["init"][:64].reshape(4, 8, 2, 5)[:, :, 0])
+    np.testing.assert_array_equal(arrays["after_features"], tables["run"][:72].reshape(3, 6, 4, 5)[:, :, 1])
+    adapted = np.asarray(adapt_embeddings(old, new, tables["init"]))[:72].reshape(3, 6, 4, 5)[:, :, 1]
+    np.testing.assert_array_equal(arrays["adapted_features"], adapted)
+    assert arrays["adapted_phi"].shape == (7,)
+    assert not any(key.startswith("adapted") for key in run.features_of("init", tmp_path / "same", actions))
 
 
 def trials(*names: str) -> Sweep:
