@@ -162,7 +162,8 @@ def draw(folder: Path, plan: dict[str, Any], results: list[dict[str, Any]]) -> l
         shares = []
         for axis in names:
             planned = prod(len(values) for other, values in plan["axes"].items() if other != axis)
-            shares.append(f"{len(next(iter(axes[axis].values())))} of {planned} for {axis}")
+            shared = len(next(iter(axes[axis].values()))) if axis in axes else 0
+            shares.append(f"{shared} of {planned} for {axis}")
         return (
             f"over seeds and those combinations of the other axes that all values have ({', '.join(shares)}); the "
             "error is that by seeds."
@@ -170,13 +171,11 @@ def draw(folder: Path, plan: dict[str, Any], results: list[dict[str, Any]]) -> l
 
     drawn = []
     if axes:
-        path, errors = (
-            folder / "effects.png",
-            {axis: get(g, lambda r: r["evaluation"]["l1"]) for axis, g in axes.items()},
-        )
-        figures.effects(path, errors, {k: np.mean([r["evaluation"][v] for r in results]) for k, v in BASELINES.items()})
+        path = folder / "effects.png"
+        base = {name: np.mean([r["evaluation"][key] for r in results]).item() for name, key in BASELINES.items()}
+        figures.effects(path, {axis: get(g, lambda r: r["evaluation"]["l1"]) for axis, g in axes.items()}, base)
         caption = "L1 of greedy chunks on unseen episodes, normalised units: trials, mean and standard error"
-        drawn.append(("Error", f"{caption} {over(*axes)} The lines across need no training.", path))
+        drawn.append(("Error", f"{caption} {over(*plan['axes'])} The lines across need no training.", path))
     if prod(map(len, plan["axes"].values())) <= CURVES_A_PLOT:
         whole = {
             ", ".join(v.values()): [[r for r in results if r["values"] == v]]
@@ -184,7 +183,7 @@ def draw(folder: Path, plan: dict[str, Any], results: list[dict[str, Any]]) -> l
         }
         curves, means = {", ".join(plan["axes"]): whole}, "over seeds."
     else:
-        curves, means = axes, over(*axes)
+        curves, means = axes, over(*plan["axes"])
     if curves:
         path = folder / "curves.png"
         figures.learning_curves(path, {axis: get(groups, records) for axis, groups in curves.items()})
