@@ -318,7 +318,7 @@ def run_sweep(args: argparse.Namespace) -> None:
         raise InputError("a sweep needs --config FILE and --workdir DIR; `sweep report DIR` only writes its report")
     if args.coordinator:
         join(args.coordinator, args.num_processes, args.process_id, args.heartbeat)
-    sweep = load_sweep(args.config, args.overrides)
+    sweep = load_sweep(args.config, args.overrides, args.only)
     trials, flags = sweep.select(args.only), [f"--config.{k}={v}" for k, v in args.overrides.items()]
     if args.dry_run and args.launcher == "local":
         print("\n".join(trial.name for trial in trials))

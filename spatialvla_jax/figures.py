@@ -1,4 +1,7 @@
-"""Figures as PNG files: plain arrays in, a file out, written by rename. No pyplot, so no state is shared."""
+"""Figures as PNG files: plain arrays in, a file out, written by rename. No pyplot, so no state is shared.
+
+Those of a sweep's report are written as PDF, too, for papers.
+"""
 
 import os
 import textwrap
@@ -39,6 +42,7 @@ STYLE: dict[Any, Any] = {
     "mathtext.fontset": "dejavusans",
     "grid.color": "#E4E4E4",
     "grid.linewidth": 0.6,
+    "pdf.fonttype": 42,  # journals refuse the default, Type 3
 }
 
 Pathlike = str | os.PathLike[str]
@@ -188,7 +192,7 @@ def effects(
         panels[0].set_ylabel("L1, unseen episodes")
         panels[0].set_ylim(bottom=0)
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
-        _save(figure, path)
+        _save(figure, path, ("pdf",))
 
 
 def learning_curves(path: Pathlike, groups: Mapping[str, Mapping[str, Sequence[Sequence[Any]]]]) -> None:
@@ -210,7 +214,7 @@ def learning_curves(path: Pathlike, groups: Mapping[str, Mapping[str, Sequence[S
                 axes.set_xlim(left=0)
             shown = left.get_legend_handles_labels()  # there may be no validation
             right.legend(*shown, title=axis, loc="center left", bbox_to_anchor=(1, 0.5))
-        _save(figure, path)
+        _save(figure, path, ("pdf",))
 
 
 def dimension_errors(
@@ -234,7 +238,7 @@ def dimension_errors(
         axes.grid(axis="y")
         axes.set_axisbelow(True)
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-        _save(figure, path)
+        _save(figure, path, ("pdf",))
 
 
 def action_grids(
@@ -268,7 +272,7 @@ def action_grids(
             column[0].set_title(f"{label}\n{grid.vocab_size:,} tokens\n$\\theta$, $\\phi$: {bins[0]} × {bins[1]}")
             column[1].set_title(f"$r$: {bins[2]}")
             column[2].set_title(f"roll, pitch, yaw: {' × '.join(map(str, bins[3:]))}")
-        _save(figure, path)
+        _save(figure, path, ("pdf",))
 
 
 def feature_maps(path: Pathlike, panels: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]]) -> None:
@@ -292,7 +296,7 @@ def feature_maps(path: Pathlike, panels: Mapping[str, tuple[np.ndarray, np.ndarr
             axes.set_yticks((0, np.pi / 2, np.pi), ("0", "π/2", "π"))
             axes.set(xlabel="φ", ylabel="θ")
             axes.invert_yaxis()  # the z axis points up
-        _save(figure, path)
+        _save(figure, path, ("pdf",))
 
 
 def _colours(values: Any) -> list[str]:
@@ -342,7 +346,8 @@ def quantisation(path: Pathlike, results: Mapping[str, Mapping[str, Any]]) -> No
         others = [name for name in results if not name.isdigit()]
         for name, colour, line in zip(others, (ORANGE, GREEN, DARK), ("--", "-.", ":"), strict=False):
             left.axhline(100 * results[name]["success"], color=colour, linestyle=line, linewidth=1.3, label=name)
-            right.axhline(results[name]["steps"], color=colour, linestyle=line, linewidth=1.3)
+            if results[name]["steps"] is not None:  # there was a success
+                right.axhline(results[name]["steps"], color=colour, linestyle=line, linewidth=1.3)
         for axes in (left, right):
             axes.set_xscale("log", base=2)
             axes.set_xticks(sizes, [f"{size:,}" for size in sizes], rotation=40, ha="right")
@@ -526,8 +531,9 @@ def _mark(marker: str, label: str) -> Line2D:
     return Line2D([], [], color=GREY, marker=marker, markersize=6, linestyle="", label=label)
 
 
-def _save(figure: Figure, path: Pathlike) -> None:
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    FigureCanvasAgg(figure).print_figure(temporary, format="png", dpi=150, facecolor="white")
-    os.replace(temporary, path)
+def _save(figure: Figure, path: Pathlike, also: tuple[str, ...] = ()) -> None:
+    path, canvas = Path(path), FigureCanvasAgg(figure)
+    for form in ("png", *also):
+        temporary = path.with_name(f".{path.name}.tmp")
+        canvas.print_figure(temporary, format=form, dpi=150, facecolor="white")
+        os.replace(temporary, path if form == "png" else path.with_suffix(f".{form}"))

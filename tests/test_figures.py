@@ -89,6 +89,14 @@ def test_trajectories(tmp_path, count):
     assert pixels(path, figures.RED) > 500
 
 
+def test_quantisation_where_nothing_succeeds(tmp_path):
+    """Then there are no steps of a success, be it through a grid or on a line across."""
+    none = {"success": 0.0, "standard_error": 0.0, "steps": None}
+    some = {"success": 0.5, "standard_error": 0.1, "steps": 80.0}
+    figures.quantisation(tmp_path / "q.png", {"130": none, "386": some, "linear 256": none, "expert": some})
+    assert pixels(tmp_path / "q.png", figures.BLUE) > 50 and pixels(tmp_path / "q.png", figures.GREEN) > 50
+
+
 def test_a_failure_leaves_the_old_file_whole(tmp_path):
     path = tmp_path / "loss.png"
     figures.loss_curve(path, records("loss"))

@@ -1,24 +1,25 @@
 """What is the third dimension worth (Table IV): Ego3D on the recorded depth, on ZoeDepth's, or none. Tiny model,
 committed episodes.
 
-ZoeDepth is too dear to run in every step here, so its depth is computed once; without the copy there are two values:
+ZoeDepth is too dear to run in every step here, so its depth is computed once, before the sweep:
 
     spatialvla-jax data depth data/libero_spatial_demo/1.0.0 --spec libero --checkpoint ZOEDEPTH --out data/zoedepth
+
+Without ZoeDepth: --only 'depth-[rn]*' runs the two others.
 """
 
-from pathlib import Path
-
 from spatialvla_jax.config import load_config
-
-ESTIMATED = "data/zoedepth/libero_spatial_demo/1.0.0"
 
 
 def get_sweep():
     base = load_config("configs/demo.py")
     base.train.update(steps=300, batch_size=16, eval_every=100)
     base.checkpoint.update(every=100, keep_last=1, keep_every=0)
-    datasets = [entry | {"path": ESTIMATED} for entry in base.to_dict()["data"]["datasets"]]
-    zoedepth = {"zoedepth": {"data.datasets": datasets, "data.precomputed_depth": True}}
-    sources = {"recorded": {"model.depth": "dataset"}, "none": {"model.depth": "none"}}
-    sources |= zoedepth if Path(ESTIMATED).exists() else {}
+    datasets = base.to_dict()["data"]["datasets"]
+    estimated = [entry | {"path": "data/zoedepth/libero_spatial_demo/1.0.0"} for entry in datasets]
+    sources = {
+        "recorded": {"model.depth": "dataset"},
+        "none": {"model.depth": "none"},
+        "zoedepth": {"data.datasets": estimated, "data.precomputed_depth": True},
+    }
     return {"base": base, "axes": {"depth": sources}, "seeds": [0, 1]}

@@ -264,6 +264,13 @@ class Packed:
         return np.frombuffer(self._memory, dtype, prod(shape), self._start + offset).reshape(shape)
 
 
+def packed_digest(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of the header of a packed file: of all that it says of its data, less the pixels. Raises InputError."""
+    _open(Path(path))
+    with open(path, "rb") as file:
+        return _PREFIX.unpack(file.read(_PREFIX.size))[3].hex()
+
+
 def _open(path: Path) -> tuple[mmap.mmap, int, dict[str, Any]]:
     """(the mapped file, where its arrays begin, its header)."""
     try:

@@ -14,6 +14,7 @@ A sweep file has `get_sweep()`, which returns
 """
 
 import difflib
+import functools
 import hashlib
 import itertools
 import json
@@ -26,7 +27,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from spatialvla_jax.actions import linear_grid, uniform_grid
+from spatialvla_jax.actions import ActionGrid, LinearGrid, linear_grid, uniform_grid
 from spatialvla_jax.config import (
     call_function,
     check_keys,
@@ -37,8 +38,13 @@ from spatialvla_jax.config import (
     set_key,
 )
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.training.optimizer import make_optimizer
-from spatialvla_jax.training.program import make_model
+from spatialvla_jax.interop import read_checkpoint
+from spatialvla_jax.interop.adapt import adapt_checkpoint
+from spatialvla_jax.interop.mapping import param_shapes, unflatten
+from spatialvla_jax.interop.paligemma import is_paligemma
+from spatialvla_jax.models.lora import adapter_shapes
+from spatialvla_jax.training.optimizer import make_optimizer, split_frozen
+from spatialvla_jax.training.program import frozen_patterns, lora_targets, make_model
 
 KEYS = ("base", "axes", "seeds", "keep_checkpoints")
 CHOICES = {
@@ -81,10 +87,11 @@ class Sweep:
         raise InputError(f"no trial of sweep {self.name} matches {pattern!r}; the first is {self.trials[0].name}")
 
 
-def load_sweep(path: str | Path, overrides: Mapping[str, str] | None = None) -> Sweep:
+def load_sweep(path: str | Path, overrides: Mapping[str, str] | None = None, only: str = "*") -> Sweep:
     """The sweep of a file, the keys `overrides` of its base config changed first.
 
-    Raises InputError for whatever would make a trial fail that can be known without data.
+    Raises InputError for whatever would make a trial fail that can be known without data; files are looked for where
+    a trial's name matches the shell pattern `only`.
     """
     path = Path(path)
     given = call_function(path, "get_sweep")
@@ -107,10 +114,15 @@ def load_sweep(path: str | Path, overrides: Mapping[str, str] | None = None) -> 
         changes = [(axis, key, value) for axis, name in chosen.items() for key, value in axes[axis][name].items()]
         label = "_".join(f"{_slug(axis.rsplit('.')[-1])}-{_slug(name)}" for axis, name in chosen.items())
         config = _changed(f"{path}: trial {label}", base, changes)
-        _check(f"{path}: trial {label or 'of the base'}", config, {key for _, key, _ in changes})
-        for seed in seeds:
-            seeded = ConfigDict(config.to_dict() | {"seed": seed})
-            trials.append(Trial(f"{label}_seed-{seed}".lstrip("_"), chosen, seed, seeded))
+        where = f"{path}: trial {label or 'of the base'}"
+        _check(where, config, {key for _, key, _ in changes})
+        made = [
+            Trial(f"{label}_seed-{seed}".lstrip("_"), chosen, seed, ConfigDict(config.to_dict() | {"seed": seed}))
+            for seed in seeds
+        ]
+        if any(fnmatchcase(trial.name, only) for trial in made):
+            _check_files(where, config)
+        trials += made
     _check_distinct(path, trials)
     keep = bool(given.get("keep_checkpoints", True))
     return Sweep(path.stem, {axis: tuple(names) for axis, names in axes.items()}, seeds, keep, tuple(trials))
@@ -163,25 +175,65 @@ def _changed(where: str, base: ConfigDict, changes: list[tuple[str, str, Any]]) 
 
 def _check(where: str, config: ConfigDict, changed: set[str]) -> None:
     """Raises InputError for a config that can't be trained, and for a change that would do nothing."""
-    grid, flat, problem = config.grid, flatten(config.to_dict()), None
+    grid, train, flat, problem = config.grid, config.train, flatten(config.to_dict()), None
     if wrong := [key for key, choices in CHOICES.items() if flat[key] not in choices]:
         problem = f"{wrong[0]} is {flat[wrong[0]]!r}; choose one of {', '.join(CHOICES[wrong[0]])}"
+    elif wrong := [key for key in ("steps", "batch_size", "accumulate") if train[key] < 1]:
+        problem = f"train.{wrong[0]} must be at least 1, got {train[wrong[0]]}"
     elif len(grid.num_bins) != 6 or not all(type(n) is int and n > 0 for n in grid.num_bins):
         problem = f"grid.num_bins must be six numbers, got {grid.num_bins}"
     elif grid.kind == "linear" and "grid.num_bins" in changed:
         problem = "a linear grid has 256 bins a dimension, so grid.num_bins would change nothing"
     elif grid.kind == "checkpoint" and (config.adapt.embedding or "grid.num_bins" in changed):
         problem = "grid.kind=checkpoint keeps the grid of init, so neither adapt.embedding nor grid.num_bins fits it"
-    elif config.init and not Path(config.init).exists():
-        problem = f"init is {config.init}, which does not exist"
-    elif config.data.packed and not Path(config.data.packed).is_file():
-        problem = f"data.packed is {config.data.packed}, which does not exist"
+    elif config.model.depth == "zoedepth" and not config.init:
+        problem = "model.depth=zoedepth takes the depth model of init, and init is empty: its depth would be random"
     if problem:
         raise InputError(f"{where}: {problem}")
     try:
         check_post_training(config)
-        make_model(config, linear_grid() if grid.kind == "linear" else uniform_grid(grid.num_bins))
-        make_optimizer(config.optimizer, config.train.steps)
+        model = make_model(config, _grid(config))
+        make_optimizer(config.optimizer, train.steps)
+        # Patterns are about paths alone, so one grid does for all.
+        shapes = _shapes(make_model(config, uniform_grid((1,) * 6)).config)
+        adapters = adapter_shapes(shapes, config.lora.rank, lora_targets(config, model)) if config.lora.rank else {}
+        paths = shapes | {f"lora/{path}": shape for path, shape in adapters.items()}
+        split_frozen(unflatten(paths), frozen_patterns(config, model))
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+
+
+_shapes = functools.cache(param_shapes)
+
+
+def _grid(config: ConfigDict) -> ActionGrid | LinearGrid:
+    """Of the size that the config's will have, where that is known."""
+    return linear_grid() if config.grid.kind == "linear" else uniform_grid(config.grid.num_bins)
+
+
+def _check_files(where: str, config: ConfigDict) -> None:
+    """Raises InputError for a file that is missing, and for a grid that the checkpoint in `init` can't be taken to."""
+    data, problem = config.data.to_dict(), None
+    paths = [entry["path"] for entry in data["datasets"] if "path" in entry and not data["packed"]]
+    if config.init and not Path(config.init).exists():
+        problem = f"init is {config.init}, which does not exist"
+    elif data["packed"] and not Path(data["packed"]).is_file():
+        problem = f"data.packed is {data['packed']}, which does not exist"
+    elif missing := [path for path in paths if not Path(path).exists()]:
+        problem = f"data.datasets has {missing[0]}, which does not exist"
+        if data["precomputed_depth"]:
+            problem += ": make it with `spatialvla-jax data depth`, or leave the trials that need it out with --only"
+    if problem:
+        raise InputError(f"{where}: {problem}")
+    if not config.init or config.grid.kind == "checkpoint" or is_paligemma(Path(config.init)):
+        return
+    try:
+        start = read_checkpoint(config.init)
+        old = start.processor.grid if start.processor else None
+        # A grid that is fitted to the data may be the one that the checkpoint has, if its bins are as many.
+        as_many = isinstance(old, ActionGrid) and old.num_bins == tuple(config.grid.num_bins)
+        if not (as_many and config.grid.kind == "gaussian"):
+            adapt_checkpoint(config.init, start, _grid(config), **config.adapt.to_dict())
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
 

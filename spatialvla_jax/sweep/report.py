@@ -8,6 +8,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from spatialvla_jax.grid_tools import load_grid
 from spatialvla_jax.training.metrics import read_metrics
 
 GRIDS_A_FIGURE = 4
+CURVES_A_PLOT = 8
 BASELINES = {"mean action": "l1_mean_baseline", "last action held": "l1_repeat_baseline"}
 NOT_COMPARABLE = """Cross-entropies of vocabularies of different sizes can't be compared; L1 (teacher-forced, unseen
 episodes) can."""
@@ -148,29 +150,67 @@ def markdown(header: list[str], lines: list[list[str]]) -> str:
 
 def draw(folder: Path, plan: dict[str, Any], results: list[dict[str, Any]]) -> list[tuple[str, str, Path]]:
     """→ (title, caption, picture) of every figure."""
+    axes = comparable(plan, results)
 
-    def by_value(get: Callable[[dict[str, Any]], Any]) -> dict[str, dict[str, list[list[Any]]]]:
-        """{axis: {value: for each combination with the other axes' values, what its seeds gave}}."""
-        groups: dict[str, Any] = {axis: {value: {} for value in values} for axis, values in plan["axes"].items()}
-        for result in results:
-            for axis, value in result["values"].items():
-                groups[axis][value].setdefault(tuple(result["values"].values()), []).append(get(result))
-        return {axis: {v: list(c.values()) for v, c in group.items() if c} for axis, group in groups.items()}
+    def get(groups: dict[str, list[list[Any]]], value: Callable[[dict[str, Any]], Any]) -> dict[str, list[list[Any]]]:
+        return {name: [[value(r) for r in seeds] for seeds in parts] for name, parts in groups.items()}
 
-    over = "seeds" if len(plan["axes"]) < 2 else "the other axes and seeds; the error is that by seeds"
-    base = {k: np.mean([r["evaluation"][v] for r in results]).item() for k, v in BASELINES.items()}
-    figures.effects(folder / "effects.png", by_value(lambda r: r["evaluation"]["l1"]), base)
-    caption = "L1 of greedy chunks on unseen episodes, normalised units: every trial, mean and standard error over "
-    drawn = [("Error", f"{caption}{over}. The lines across need no training.", folder / "effects.png")]
-    figures.learning_curves(folder / "curves.png", by_value(records))
-    caption = f"Mean over {over}, the band one standard error. {NOT_COMPARABLE}"
-    drawn.append(("Learning curves", caption, folder / "curves.png"))
-    for axis, groups in by_value(lambda r: r["evaluation"]["l1_per_dimension"]).items():
+    def over(*names: str) -> str:
+        """What the means of these axes' values are over."""
+        if len(plan["axes"]) == 1:
+            return "over seeds."
+        shares = []
+        for axis in names:
+            planned = prod(len(values) for other, values in plan["axes"].items() if other != axis)
+            shared = len(next(iter(axes[axis].values()))) if axis in axes else 0
+            shares.append(f"{shared} of {planned} for {axis}")
+        return (
+            f"over seeds and those combinations of the other axes that all values have ({', '.join(shares)}); the "
+            "error is that by seeds."
+        )
+
+    drawn = []
+    if axes:
+        path = folder / "effects.png"
+        base = {name: np.mean([r["evaluation"][key] for r in results]).item() for name, key in BASELINES.items()}
+        figures.effects(path, {axis: get(g, lambda r: r["evaluation"]["l1"]) for axis, g in axes.items()}, base)
+        caption = "L1 of greedy chunks on unseen episodes, normalised units: trials, mean and standard error"
+        drawn.append(("Error", f"{caption} {over(*plan['axes'])} The lines across need no training.", path))
+    if prod(map(len, plan["axes"].values())) <= CURVES_A_PLOT:
+        whole = {
+            ", ".join(v.values()): [[r for r in results if r["values"] == v]]
+            for v in _distinct(r["values"] for r in results)
+        }
+        curves, means = {", ".join(plan["axes"]): whole}, "over seeds."
+    else:
+        curves, means = axes, over(*plan["axes"])
+    if curves:
+        path = folder / "curves.png"
+        figures.learning_curves(path, {axis: get(groups, records) for axis, groups in curves.items()})
+        drawn.append(("Learning curves", f"Mean and, as a band, standard error {means} {NOT_COMPARABLE}", path))
+    base = {k: np.mean([r["evaluation"][f"{v}_per_dimension"] for r in results], 0) for k, v in BASELINES.items()}
+    for axis, groups in axes.items():
         path = folder / f"dimensions-{axis}.png"
-        base = {k: np.mean([r["evaluation"][f"{v}_per_dimension"] for r in results], 0) for k, v in BASELINES.items()}
-        figures.dimension_errors(path, groups, base)
-        drawn.append((f"Errors per dimension by {axis}", f"L1, mean and standard error over {over}.", path))
+        figures.dimension_errors(path, get(groups, lambda r: r["evaluation"]["l1_per_dimension"]), base)
+        drawn.append((f"Errors per dimension by {axis}", f"L1, mean and standard error {over(axis)}", path))
     return drawn + draw_grids(folder, plan, results) + draw_features(folder, results)
+
+
+def comparable(plan: dict[str, Any], results: list[dict[str, Any]]) -> dict[str, dict[str, list[list[Any]]]]:
+    """{axis: {value: [combination of the other axes' values][seed] of results}}. Values that have results share their
+    combinations: what only some of them have, because a trial failed or is to come, would tell in their means as if it
+    were due to the value. An axis whose values share none is left out."""
+    axes = {}
+    for axis, names in plan["axes"].items():
+        found: dict[str, dict[tuple[str, ...], list[Any]]] = {name: {} for name in names}
+        for result in results:
+            others = tuple(value for other, value in result["values"].items() if other != axis)
+            found[result["values"][axis]].setdefault(others, []).append(result)
+        found = {name: parts for name, parts in found.items() if parts}
+        shared = [others for others in next(iter(found.values())) if all(others in parts for parts in found.values())]
+        if shared:
+            axes[axis] = {name: [parts[others] for others in shared] for name, parts in found.items()}
+    return axes
 
 
 def draw_grids(folder: Path, plan: dict[str, Any], results: list[dict[str, Any]]) -> list[tuple[str, str, Path]]:
@@ -192,14 +232,15 @@ def draw_grids(folder: Path, plan: dict[str, Any], results: list[dict[str, Any]]
 
 
 def draw_features(folder: Path, results: list[dict[str, Any]]) -> list[tuple[str, str, Path]]:
-    """The spatial tables of trials that started from a checkpoint, of one seed, before and after."""
+    """The spatial tables of trials that started from a checkpoint, of one seed: before, on the new grid, after."""
     panels: dict[str, Any] = {}
     for result in results:
-        arrays = _arrays(result)
-        for when in ("before", "after"):
+        arrays, values = _arrays(result), ", ".join(map(" ".join, result["values"].items()))
+        for when, label in {"before": "pre-trained", "adapted": "adapted, not trained", "after": values}.items():
             if f"{when}_features" in arrays and result["seed"] == min(r["seed"] for r in results):
-                label = "pre-trained" if when == "before" else ", ".join(map(" ".join, result["values"].items()))
-                panels.setdefault(label, [arrays[f"{when}_{k}"] for k in ("theta", "phi", "features")])
+                panel = [arrays[f"{when}_{k}"] for k in ("theta", "phi", "features")]
+                other = when == "adapted" and label in panels and not np.array_equal(panels[label][2], panel[2])
+                panels.setdefault(f"{label}: {values}" if other else label, panel)
     if not panels:
         return []
     figures.feature_maps(folder / "features.png", panels)

@@ -4,11 +4,13 @@ DIR/sweep.json                            the plan, for the report
 DIR/compiled/                             JAX's compilation cache: grids of equal size share one compilation
 DIR/trials/NAME/                          the run, as `train` leaves it
 DIR/trials/NAME/result.json               it is finished; or failed.json says why it is not
+DIR/trials/NAME/running                   it runs, or its process died
 DIR/trials/NAME/{grid.json,data.npz}      what the report draws
 """
 
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import shlex
@@ -27,9 +29,10 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from spatialvla_jax.actions import ActionGrid, encode
+from spatialvla_jax.actions import ActionGrid, adapt_embeddings, encode, grid_to_dict
 from spatialvla_jax.compiled import share_compilations
 from spatialvla_jax.config import check_resumable
+from spatialvla_jax.data.pack import packed_digest
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.evaluation.open_loop import evaluate
 from spatialvla_jax.grid_tools import describe_grid, save_grid
@@ -49,11 +52,15 @@ def folder_of(workdir: Path, trial: Trial) -> Path:
 
 
 def prepare(sweep: Sweep, workdir: Path) -> None:
-    """Write the plan. Raises InputError for a trial that began under another config."""
+    """Write the plan. Raises InputError for a trial that began under another config, or was made from other data."""
+    packed = functools.cache(packed_digest)
     for trial in sweep.trials:
-        saved = folder_of(workdir, trial) / "config.json"
-        if saved.exists():
-            check_resumable(json.loads(saved.read_text()), trial.config, saved.parent)
+        folder, path = folder_of(workdir, trial), trial.config.data.packed
+        if (folder / "config.json").exists():
+            check_resumable(json.loads((folder / "config.json").read_text()), trial.config, folder)
+        result = json.loads((folder / "result.json").read_text()) if (folder / "result.json").exists() else {}
+        if "packed" in result and result["packed"] != (packed(path) if path else None):
+            raise InputError(f"{folder} was made from other data than {path or 'data.datasets'}: use another workdir")
     workdir.mkdir(parents=True, exist_ok=True)
     trials = {trial.name: {"values": trial.values, "seed": trial.seed} for trial in sweep.trials}
     plan = {"name": sweep.name, "axes": sweep.axes, "seeds": sweep.seeds, "trials": trials}
@@ -63,7 +70,12 @@ def prepare(sweep: Sweep, workdir: Path) -> None:
 
 
 def run_here(sweep: Sweep, workdir: Path, trials: Sequence[Trial], say: Callable[[str], None]) -> dict[str, str]:
-    """One trial after another in this process → {name: outcome}. SIGTERM ends the trial with a checkpoint, and all."""
+    """One trial after another in this process → {name: outcome}. SIGTERM ends the trial with a checkpoint, and all.
+
+    A trial that this process or another died of has failed, so that those after it are reached; like any that failed it
+    is tried again the next time. One alone is in nobody's way, and goes on at once; so does one of several processes,
+    which could not tell a mark of the time before from their first one's.
+    """
     share_compilations(workdir / "compiled")
     outcomes = {}
     for number, trial in enumerate(trials, 1):
@@ -76,8 +88,15 @@ def run_here(sweep: Sweep, workdir: Path, trials: Sequence[Trial], say: Callable
             if not mine:
                 outcomes[trial.name] = ELSEWHERE
                 continue
-            say(f"trial {number} of {len(trials)}: {trial.name}")
-            outcomes[trial.name] = outcome = attempt(trial, folder, sweep.keep_checkpoints)
+            died = (folder / "running").exists() and not (folder / "failed.json").exists()
+            if died and len(trials) > 1 and jax.process_count() == 1:
+                (folder / "running").unlink()
+                write_failure(folder, trial, "ProcessError", "its process died: killed, or out of memory?", "")
+                outcome = FAILED
+            else:
+                say(f"trial {number} of {len(trials)}: {trial.name}")
+                outcome = attempt(trial, folder, sweep.keep_checkpoints)
+            outcomes[trial.name] = outcome
         if outcome == FAILED:
             say(f"{trial.name} failed: {json.loads((folder / 'failed.json').read_text())['reason']}")
         if outcome == STOPPED:
@@ -185,6 +204,8 @@ def claim(folder: Path) -> Iterator[bool]:
 
 def attempt(trial: Trial, folder: Path, keep_checkpoints: bool) -> str:
     """Run a trial → its outcome. Whatever goes wrong is written to failed.json."""
+    if is_writer():
+        (folder / "running").touch()
     (folder / "failed.json").unlink(missing_ok=True)
     try:
         trained = train(trial.config, folder)
@@ -195,6 +216,8 @@ def attempt(trial: Trial, folder: Path, keep_checkpoints: bool) -> str:
     except Exception as error:
         write_failure(folder, trial, type(error).__name__, str(error), traceback.format_exc())
         return FAILED
+    finally:
+        (folder / "running").unlink(missing_ok=True)
     if is_writer() and not keep_checkpoints:
         shutil.rmtree(folder / "checkpoints")
     return FINISHED
@@ -223,6 +246,7 @@ def measure(trial: Trial, folder: Path, trained: dict[str, Any]) -> dict[str, An
         "values": trial.values,
         "seed": trial.seed,
         "config_digest": trial.digest,
+        "packed": packed_digest(config.data.packed) if config.data.packed else None,
         "steps": trained["step"],
         "params": trained["params"],
         "trainable": trained["trainable"],
@@ -239,18 +263,24 @@ def measure(trial: Trial, folder: Path, trained: dict[str, Any]) -> dict[str, An
 
 def features_of(init: str, run: Path, actions: np.ndarray) -> dict[str, np.ndarray]:
     """Rows of the spatial table over directions at the data's median r, of a run that started from a checkpoint, before
-    and after it: {"before_theta" (edges), "before_phi" (edges), "before_features" f32[n, m, D], "after_theta", …}."""
-    median, arrays = np.median(np.linalg.norm(actions[:, :3], axis=1)), {}
+    and after it and, if the grid is another, as adapted to it, before any training: {"before_theta" (edges),
+    "before_phi" (edges), "before_features" f32[n, m, D], "after_theta", …, "adapted_theta", …}."""
+    median, arrays, tables = np.median(np.linalg.norm(actions[:, :3], axis=1)), {}, {}
     for when, path in {"before": init, "after": run}.items() if init else ():
         checkpoint = read_checkpoint(path)
         grid = checkpoint.processor.grid if checkpoint.processor else None
         if isinstance(grid, ActionGrid):
-            bins = grid.num_bins[:3]
-            place = int(np.searchsorted(np.asarray(grid.r)[1:-1], median, side="right"))
-            table = np.asarray(checkpoint.leaves["spatial_embedding"].read(), np.float32)
-            rows = table[: np.prod(bins)].reshape(*bins, -1)[:, :, place]
-            values = {"theta": grid.theta, "phi": grid.phi, "features": rows}
-            arrays |= {f"{when}_{key}": np.asarray(value) for key, value in values.items()}
+            tables[when] = grid, np.asarray(checkpoint.leaves["spatial_embedding"].read(), np.float32)
+    if len(tables) == 2:
+        (old, table), (new, _) = tables.values()
+        if grid_to_dict(old) != grid_to_dict(new):
+            tables["adapted"] = new, np.asarray(adapt_embeddings(old, new, table))
+    for when, (grid, table) in tables.items():
+        bins = grid.num_bins[:3]
+        place = int(np.searchsorted(np.asarray(grid.r)[1:-1], median, side="right"))
+        rows = table[: np.prod(bins)].reshape(*bins, -1)[:, :, place]
+        values = {"theta": grid.theta, "phi": grid.phi, "features": rows}
+        arrays |= {f"{when}_{key}": np.asarray(value) for key, value in values.items()}
     return arrays
 
 

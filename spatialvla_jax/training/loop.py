@@ -51,6 +51,10 @@ def train(
     saved = workdir / "config.json"
     if saved.exists():
         check_resumable(json.loads(saved.read_text()), config, workdir)
+    if config.model.depth == "zoedepth" and not config.init and is_writer():
+        tqdm.write(
+            "warning: model.depth=zoedepth and init is empty: the depth model has random weights", file=sys.stderr
+        )
     mesh = make_mesh(config.mesh.to_dict())
     check_batch(config.train.batch_size, config.train.accumulate, mesh)
     source, before = open_start(config, workdir)

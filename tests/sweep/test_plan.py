@@ -1,13 +1,21 @@
 """What a sweep file means, and what is refused before anything runs."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from spatialvla_jax.actions import PRETRAIN_GAUSSIANS, gaussian_grid, linear_grid, uniform_grid
 from spatialvla_jax.cli import main
+from spatialvla_jax.data.prompt import train_tokenizer
 from spatialvla_jax.errors import InputError
+from spatialvla_jax.interop import read_checkpoint
+from spatialvla_jax.processor import Processor
+from spatialvla_jax.sweep import plan
 from spatialvla_jax.sweep.plan import load_sweep
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "tiny_model"
 
 SWEEP = """
 from spatialvla_jax.config import default_config
@@ -98,6 +106,27 @@ BAD = {
         "grid.kind=checkpoint keeps the grid of init",
     ),
     "a checkpoint that is missing": ({"axes": {"init": ["nowhere"]}}, "init is nowhere, which does not exist"),
+    "a pattern of what is frozen that matches nothing": (
+        {"axes": {"optimizer.frozen": [("zoe",), ("llm/embeder",)]}},
+        "trial frozen-llm-embeder: optimizer.frozen pattern 'llm/embeder' matches no parameter",
+    ),
+    "a pattern of adapters that matches nothing": (
+        {"axes": {"lora": {"a": {"lora.rank": 4, "lora.targets": ("llm", "image"), "init": "nowhere"}}}},
+        "trial lora-a: lora.targets pattern 'image' matches no linear layer",
+    ),
+    "no steps": ({"axes": {"train.steps": [10, 0]}}, "trial steps-0: train.steps must be at least 1, got 0"),
+    "no batch": (
+        {"axes": {"train.batch_size": [-8]}},
+        "trial batch-size-8: train.batch_size must be at least 1, got -8",
+    ),
+    "a depth model that is none": (
+        {"axes": {"model.depth": ["dataset", "zoedepth"]}},
+        "trial depth-zoedepth: model.depth=zoedepth takes the depth model of init, and init is empty",
+    ),
+    "datasets that are missing": (
+        {"axes": {"data.datasets": [[{"name": "a", "spec": "libero", "path": "a/1.0.0"}]]}},
+        "data.datasets has a/1.0.0, which does not exist$",
+    ),
     "data that is missing": ({"axes": {"data.packed": ["x.pack"]}}, "data.packed is x.pack, which does not exist"),
     "a base of another type": ({"base": 3}, "base of .* must be a config file or a config, got int"),
     "a base that is missing": ({"base": "nowhere.py"}, "nowhere.py does not exist"),
@@ -132,22 +161,91 @@ def test_the_command_line_refuses_in_one_sentence_before_anything_runs(tmp_path:
 PROVIDED = {
     "grid_resolution": 8,
     "grid_distribution": 6,
-    "ego3d": 4,
+    "ego3d": 6,
     "embedding": 4,
     "adaption": 8,
     "libero_small": 36,
 }
 
 
+def start_from(monkeypatch, grid) -> None:
+    """Whatever `init` is, it is the tiny checkpoint with this grid."""
+    processor = Processor(train_tokenizer(["pick up the bowl"], 256), grid, {}, {})
+    checkpoint = replace(read_checkpoint(GOLDEN), processor=processor)
+    monkeypatch.setattr(plan, "read_checkpoint", lambda init: checkpoint)
+
+
 @pytest.mark.parametrize("name", PROVIDED)
-def test_provided_sweeps(name: str, tmp_path: Path) -> None:
+def test_provided_sweeps(name: str, tmp_path: Path, monkeypatch) -> None:
     pack = tmp_path / "any.pack"
     pack.touch()
+    start_from(monkeypatch, gaussian_grid(PRETRAIN_GAUSSIANS))
     start = {"init": str(tmp_path)} if name == "adaption" else {}
     sweep = load_sweep(f"configs/sweeps/{name}.py", {"data.packed": str(pack)} | start)
     assert len(sweep.trials) == PROVIDED[name]
     if name == "grid_resolution":
         assert list(sweep.axes["resolution"]) == ["1026", "4610", "6166", "8194"]
+    if name == "adaption":
+        assert [trial.values["post-training"] for trial in sweep.trials[::2] if trial.config.lora.rank == 32] == [
+            "with adaption, LoRA",
+            "without, LoRA",
+        ]
+        frozen = [t.name for t in sweep.trials if "spatial_embedding" in t.config.optimizer.frozen]
+        assert frozen == [f"post-training-without-LoRA_seed-{seed}" for seed in (0, 1)]
+
+
+def test_estimated_depth_is_made_first_or_left_out(tmp_path: Path, monkeypatch, capsys) -> None:
+    sweep = str(Path("configs/sweeps/ego3d.py").absolute())
+    for name in ("configs", "data"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "configs" / "demo.py").write_text(Path("configs/demo.py").read_text())
+    (tmp_path / "data" / "libero_spatial_demo" / "1.0.0").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    command = ["sweep", "--config", sweep, "--workdir", "out", "--dry-run"]
+    assert main(command) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "trial depth-zoedepth: data.datasets has data/zoedepth/libero" in message
+    assert "make it with `spatialvla-jax data depth`, or leave the trials that need it out with --only" in message
+    assert main([*command, "--only", "depth-[rn]*"]) == 0
+    assert capsys.readouterr().out.count("depth-") == 4
+    (tmp_path / "data" / "zoedepth" / "libero_spatial_demo" / "1.0.0").mkdir(parents=True)
+    assert main(command) == 0
+    assert capsys.readouterr().out.count("depth-zoedepth") == 2
+
+
+BINS = (4, 4, 2, 4, 4, 4)
+ADAPT = {"grid.num_bins": BINS, "adapt.embedding": True}
+STARTS = {
+    "the same bins": (uniform_grid(BINS), ADAPT, None),
+    "the same grid": (uniform_grid(BINS), {"grid.num_bins": BINS, "grid.kind": "uniform"}, None),
+    "a fitted grid, which may be the same": (uniform_grid(BINS), {"grid.num_bins": BINS}, None),
+    "other bins": (
+        uniform_grid((4, 4, 2, 4, 4, 2)),
+        ADAPT,
+        "has a grid of .* set adapt.head=True to adapt the LM head",
+    ),
+    "other bins and the head": (uniform_grid((4, 4, 2, 4, 4, 2)), ADAPT | {"adapt.head": True}, None),
+    "other bins, not adapted": (uniform_grid((1,) * 6), {"grid.num_bins": BINS}, "set adapt.embedding=True"),
+    "another grid, not adapted": (
+        gaussian_grid(PRETRAIN_GAUSSIANS, BINS),
+        {"grid.num_bins": BINS, "grid.kind": "uniform"},
+        "was trained on another action grid",
+    ),
+    "from a linear grid": (linear_grid(), ADAPT, "a linear one can't be adapted"),
+    "its own grid": (linear_grid(), {"grid.kind": "checkpoint"}, None),
+}
+
+
+@pytest.mark.parametrize("case", STARTS)
+def test_a_grid_that_the_checkpoint_can_not_be_taken_to_is_refused(case: str, tmp_path: Path, monkeypatch) -> None:
+    grid, changes, sentence = STARTS[case]
+    start_from(monkeypatch, grid)
+    path = write(tmp_path, axes={"grid": {"a": changes | {"init": str(tmp_path)}}})
+    if sentence is None:
+        assert len(load_sweep(path).trials) == 2
+    else:
+        with pytest.raises(InputError, match=f"trial grid-a: .*{sentence}"):
+            load_sweep(path)
 
 
 def test_every_provided_sweep_is_tested() -> None:

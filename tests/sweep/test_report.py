@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from spatialvla_jax import figures
 from spatialvla_jax.actions import fit_gaussians, gaussian_grid, linear_grid, uniform_grid
 from spatialvla_jax.cli import main
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.figures import _mean_error
 from spatialvla_jax.grid_tools import save_grid
-from spatialvla_jax.sweep.report import write_report
+from spatialvla_jax.sweep.report import draw, write_report
 from spatialvla_jax.sweep.run import save_arrays
 
 AXES = {"grid": ["fine", "coarse", "<linear>"], "ego3d": ["on", "off"]}
@@ -67,7 +68,7 @@ def write_trial(folder: Path, grid, error: float, trial: dict) -> None:
     if trial["values"] == {"grid": "fine", "ego3d": "on"}:
         edges = {"theta": np.linspace(0, np.pi, 5), "phi": np.linspace(-np.pi, np.pi, 9)}
         slices = edges | {"features": np.random.default_rng(0).normal(size=(4, 8, 6))}
-        features = {f"{when}_{key}": value for when in ("before", "after") for key, value in slices.items()}
+        features = {f"{w}_{key}": value for w in ("before", "adapted", "after") for key, value in slices.items()}
     save_arrays(folder / "data.npz", actions=ACTIONS, **features)
 
 
@@ -101,7 +102,69 @@ def test_tables_and_page(workdir: Path, capsys) -> None:
     assert "http" not in re.sub(r'src="[^"]*"', "", page)
     assert "0.2200 ± 0.0100" in page and "no &lt;memory&gt;" in page and "<linear>" not in page
     names = {"effects", "curves", "dimensions-grid", "dimensions-ego3d", "grids-1", "features"}
-    assert {path.stem for path in (workdir / "figures").iterdir()} == names and len(sources) == len(names)
+    assert len(sources) == len(names)
+    files = [path.name for path in (workdir / "figures").iterdir()]
+    assert sorted(files) == sorted(f"{name}.{form}" for name in names for form in ("png", "pdf"))
+    assert "all values have (1 of 2 for grid, 2 of 3 for ego3d); the error" in page
+    assert "all values have (2 of 3 for ego3d); the error" in page
+
+
+def drawn(workdir: Path, monkeypatch, tmp_path: Path, plan: dict) -> dict[str, dict]:
+    """{name of a figure: what it is given to draw}."""
+    given = {}
+    for name in ("effects", "learning_curves", "dimension_errors", "action_grids", "feature_maps"):
+        monkeypatch.setattr(figures, name, lambda path, data, *rest, name=name: given.setdefault(name, data))
+    folders = {name: workdir / "trials" / name for name in plan["trials"]}
+    results = [
+        json.loads((folder / "result.json").read_text()) | {"folder": folder}
+        for name, folder in folders.items()
+        if (folder / "result.json").exists()
+    ]
+    captions = {path.stem: caption for _, caption, path in draw(tmp_path, plan, results)}
+    return given | {"captions": captions}
+
+
+def test_values_are_compared_over_the_combinations_that_all_have(workdir: Path, monkeypatch, tmp_path: Path) -> None:
+    """Both trials of the linear grid without Ego3D are missing, so grids are compared with it and the effect of Ego3D
+    on the two others: 0.01, where means over whatever there is would have the worst grid weigh on one side."""
+    plan = json.loads((workdir / "sweep.json").read_text())
+    given = drawn(workdir, monkeypatch, tmp_path, plan)
+    grids = {g: [[pytest.approx(error_of(g, "on", seed)) for seed in (0, 1)]] for g in AXES["grid"]}
+    ego3d = {
+        e: [[pytest.approx(error_of(g, e, seed)) for seed in (0, 1)] for g in ("fine", "coarse")] for e in AXES["ego3d"]
+    }
+    assert given["effects"] == {"grid": grids, "ego3d": ego3d}
+    means = {value: _mean_error(errors)[0] for value, errors in given["effects"]["ego3d"].items()}
+    assert means["off"] - means["on"] == pytest.approx(0.01)
+
+    # Two grids, each with another value of Ego3D, have nothing to be compared on, and curves are drawn all the same.
+    plan["trials"] = {name: plan["trials"][name] for name in ("fine_on_0", "coarse_off_0")}
+    given = drawn(workdir, monkeypatch, tmp_path, plan)
+    assert given.keys() == {"learning_curves", "action_grids", "feature_maps", "captions"}
+    assert list(given["learning_curves"]["grid, ego3d"]) == ["fine, on", "coarse, off"]
+
+
+def test_a_few_combinations_have_a_learning_curve_each(workdir: Path, monkeypatch, tmp_path: Path) -> None:
+    plan = json.loads((workdir / "sweep.json").read_text())
+    given = drawn(workdir, monkeypatch, tmp_path, plan)
+    (curves,) = given["learning_curves"].values()
+    assert list(curves) == ["fine, on", "fine, off", "coarse, on", "coarse, off", "<linear>, on"]
+    assert [r["val/l1"] for r in curves["coarse, off"][0][1] if "val/l1" in r][-1] == error_of("coarse", "off", 1)
+    assert given["captions"]["curves"].startswith("Mean and, as a band, standard error over seeds. Cross")
+    plan["axes"]["ego3d"] = ["on", "off", "a third"]  # that makes nine
+    given = drawn(workdir, monkeypatch, tmp_path, plan)
+    assert {axis: list(values) for axis, values in given["learning_curves"].items()} == AXES
+    assert "1 of 3 for grid" in given["captions"]["curves"]
+
+
+def test_a_sweep_of_seeds_alone(workdir: Path, tmp_path: Path) -> None:
+    """It has no axis, and a report."""
+    plan = {"name": "mine", "axes": {}, "seeds": [0], "trials": {"only": {"values": {}, "seed": 0}}}
+    (tmp_path / "sweep.json").write_text(json.dumps(plan))
+    (tmp_path / "trials" / "only").mkdir(parents=True)
+    write_trial(tmp_path / "trials" / "only", GRIDS["coarse"], 0.1, plan["trials"]["only"])
+    assert "1 of 1 trials" in write_report(tmp_path)
+    assert {path.stem for path in (tmp_path / "figures").iterdir()} == {"curves", "grids-1"}
 
 
 def test_the_error_of_a_mean_over_combinations_is_that_by_seeds() -> None:

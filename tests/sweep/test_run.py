@@ -2,15 +2,23 @@
 
 import json
 import shlex
+import shutil
+import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
+from toy_rlds import make_episodes, make_rlds
 
+from spatialvla_jax.actions import adapt_embeddings, uniform_grid
 from spatialvla_jax.cli import main
-from spatialvla_jax.config import default_config
+from spatialvla_jax.config import default_config, load_config
+from spatialvla_jax.data import load_data
+from spatialvla_jax.data.pack import packed_digest, write_pack
 from spatialvla_jax.sweep import run
 from spatialvla_jax.sweep.plan import Sweep, Trial
 
@@ -20,9 +28,9 @@ def get_sweep():
         "base": {base!r},
         "axes": {{
             "grid": {{
+                "broken": {{"data.split": "nothing"}},  # first, so that the others show that it ends nothing
                 "gaussian": {{}},
                 "uniform": {{"grid.kind": "uniform"}},
-                "broken": {{"data.split": "nothing"}},
             }},
         }},
         "seeds": [0, 1],
@@ -94,12 +102,87 @@ def test_a_trial_is_not_run_again(swept: tuple[list[str], Path, int], monkeypatc
         before
     ) == 2
     told = capsys.readouterr()
-    assert "2 trials: 1 finished, 1 failed; the same command goes on" in told.out
+    assert "2 trials: 1 failed, 1 finished; the same command goes on" in told.out
     assert "grid-broken_seed-0 failed: out of memory" in told.err and "1 failed: grid-broken_seed-0" in told.err
 
     assert main([*command[:-1], "--config.train.steps=3"]) == 2  # nor under another config
     message = capsys.readouterr().err
     assert "grid-gaussian_seed-0 holds a run with train.steps = 2, this config says 3; use its config" in message
+
+
+def test_spatial_features_before_on_the_new_grid_and_after(tmp_path: Path, monkeypatch) -> None:
+    """The middle one is the adapted table, before any training; with the grid as it was there is none."""
+    old, new = uniform_grid((4, 8, 2, 1, 1, 1)), uniform_grid((3, 6, 4, 1, 1, 1))
+    tables = {
+        name: np.random.default_rng(i).normal(size=(grid.vocab_size, 5)).astype(np.float32)
+        for i, (name, grid) in enumerate({"init": old, "run": new, "same": old}.items())
+    }
+
+    def read(path: str | Path) -> SimpleNamespace:
+        leaf = SimpleNamespace(read=lambda: tables[Path(path).name])
+        grid = new if Path(path).name == "run" else old
+        return SimpleNamespace(processor=SimpleNamespace(grid=grid), leaves={"spatial_embedding": leaf})
+
+    monkeypatch.setattr(run, "read_checkpoint", read)
+    actions = np.full((5, 7), 0.3, np.float32)  # 0.52 from the origin: the lower shell of two, the second of four
+    arrays = run.features_of("init", tmp_path / "run", actions)
+    np.testing.assert_array_equal(arrays["before_features"], tables["init"][:64].reshape(4, 8, 2, 5)[:, :, 0])
+    np.testing.assert_array_equal(arrays["after_features"], tables["run"][:72].reshape(3, 6, 4, 5)[:, :, 1])
+    adapted = np.asarray(adapt_embeddings(old, new, tables["init"]))[:72].reshape(3, 6, 4, 5)[:, :, 1]
+    np.testing.assert_array_equal(arrays["adapted_features"], adapted)
+    assert arrays["adapted_phi"].shape == (7,)
+    assert not any(key.startswith("adapted") for key in run.features_of("init", tmp_path / "same", actions))
+
+
+def test_trials_of_other_data_are_not_mixed(
+    swept: tuple[list[str], Path, int], packed_config: Path, config_file: Path, tmp_path: Path, capsys
+) -> None:
+    """The same file may lie elsewhere; another one, and what was not packed, are refused."""
+    command = [*swept[0], "--no-report", "--only", "grid-gaussian_seed-0"]
+    result = json.loads((swept[1] / "trials" / "grid-gaussian_seed-0" / "result.json").read_text())
+    pack = Path(load_config(packed_config).data.packed)
+    assert result["packed"] == packed_digest(pack)
+    shutil.copy(pack, tmp_path / "moved.pack")
+    assert main([*command, f"--config.data.packed={tmp_path / 'moved.pack'}"]) == 0
+    data = load_config(config_file).data
+    data.datasets[0]["path"] = str(make_rlds(tmp_path, {"train": make_episodes(2, seed=5), "val": make_episodes(1)}))
+    loader = load_data(data, image_size=56, depth=True)
+    write_pack(loader, tmp_path / "other.pack", data.to_dict(), ("train", "val"))
+    for path in (str(tmp_path / "other.pack"), ""):
+        capsys.readouterr()
+        assert main([*command, f"--config.data.packed={path}"]) == 2
+        message = capsys.readouterr().err
+        assert f"was made from other data than {path or 'data.datasets'}: use another" in message
+        assert message.count("\n") == 1
+
+
+DIES = """
+import os, sys
+from pathlib import Path
+from types import SimpleNamespace
+from spatialvla_jax.sweep import run
+from spatialvla_jax.sweep.plan import Sweep, Trial
+run.share_compilations = lambda folder: None
+run.train = lambda config, folder: os._exit(9) if folder.name == "a" else {"step": 10}
+run.measure = lambda trial, folder, trained: {}
+config = SimpleNamespace(train=SimpleNamespace(steps=10))
+trials = tuple(Trial(name, {}, 0, config) for name in sys.argv[2])
+print(run.run_here(Sweep("mine", {}, (0,), True, trials), Path(sys.argv[1]), trials, lambda text: None))
+"""
+
+
+def test_a_trial_that_its_process_dies_of_ends_nothing(tmp_path: Path) -> None:
+    def start(names: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-c", DIES, str(tmp_path), names]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    failed = tmp_path / "trials" / "a" / "failed.json"
+    assert start("ab").returncode == 9 and not failed.exists()
+    assert start("a").returncode == 9 and not failed.exists()  # alone it goes on, and dies again
+    again = start("ab")
+    assert again.returncode == 0 and again.stdout.strip() == str({"a": run.FAILED, "b": run.FINISHED})
+    assert "its process died" in json.loads(failed.read_text())["reason"]
+    assert start("ab").returncode == 9  # what failed is tried again
 
 
 def trials(*names: str) -> Sweep:

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from spatialvla_jax.actions import ActionGrid, adapt_embeddings, uniform_grid
-from spatialvla_jax.config import check_post_training, load_config
+from spatialvla_jax.config import check_post_training, default_config, load_config
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.interop import convert, read_checkpoint, write_huggingface
 from spatialvla_jax.interop.adapt import adapt_checkpoint
 from spatialvla_jax.interop.mapping import flatten
-from spatialvla_jax.training.loop import open_data
+from spatialvla_jax.training.loop import open_data, train
 from spatialvla_jax.training.program import make_model
 from spatialvla_jax.training.start import make_processor, open_start, starting_params
 
@@ -116,6 +116,16 @@ def test_what_does_not_fit_is_refused(config_file: Path, trained: Path, tmp_path
 def test_configs_that_contradict_themselves(config_file: Path, overrides: dict[str, str], sentence: str) -> None:
     with pytest.raises(InputError, match=sentence):
         check_post_training(load_config(config_file, overrides))
+
+
+def test_a_depth_model_without_weights_is_told(tmp_path: Path, capsys) -> None:
+    for depth, told in (("zoedepth", 1), ("dataset", 0)):
+        config = default_config()
+        config.model.update(preset="nano", depth=depth)
+        config.data.packed = "nowhere.pack"  # this far is enough
+        with pytest.raises(InputError, match=r"nowhere\.pack cannot be read"):
+            train(config, tmp_path)
+        assert capsys.readouterr().err.count("init is empty: the depth model has random weights\n") == told
 
 
 def test_adapters_need_a_head_that_knows_actions(config_file: Path, tmp_path: Path) -> None:
