@@ -28,7 +28,7 @@ from spatialvla_jax import Policy, compiled, load_pretrained
 from spatialvla_jax.cli import main
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.inference.ensemble import executor
-from spatialvla_jax.inference.server import Server, run
+from spatialvla_jax.inference.server import Batcher, Server, run
 from spatialvla_jax.inference.wire import Limits, check, pack, unpack
 from spatialvla_jax.models import SpatialVLA
 
@@ -329,6 +329,39 @@ def test_what_waits_for_the_device_is_one_batch() -> None:
         assert [future.result()["actions"][0, 0] for future in rest] == [1, 2, 3, 4]
         first.result()
         assert {o["prompt"] for o in stub.batches[-1]} == {"1", "2", "3", "4"}
+
+
+def test_a_batch_waits_for_the_other_clients_no_longer_than_its_bound() -> None:
+    def batches(wait: float, asking: int, clients: int, batch: int = 4, every: float = 0.0) -> tuple[list[int], float]:
+        """The sizes of the batches in which `asking` observations, one `every` seconds, are answered; and how long the
+        first one took."""
+        sizes, seconds = [], []
+
+        async def drive() -> None:
+            limits = replace(LIMITS, batch=batch, wait=wait)
+            batcher = Batcher(lambda seen: sizes.append(len(seen)) or seen, limits, lambda: clients)
+            worker = asyncio.create_task(batcher.run())
+
+            async def ask(turn: int) -> None:
+                await asyncio.sleep(turn * every)
+                start = time.monotonic()
+                await batcher.infer({})
+                seconds.append(time.monotonic() - start)
+
+            await asyncio.wait_for(asyncio.gather(*map(ask, range(asking))), 20)
+            worker.cancel()
+            batcher.thread.shutdown()
+
+        asyncio.run(drive())
+        return sizes, seconds[0]
+
+    sizes, seconds = batches(0.3, asking=1, clients=3)
+    assert sizes == [1] and 0.3 <= seconds < 10, "two clients say nothing"
+    assert batches(60, asking=1, clients=1)[0] == [1], "there is nobody to wait for"
+    assert batches(60, asking=3, clients=3)[0] == [3], "nobody is left to wait for"
+    assert batches(60, asking=8, clients=9)[0] == [4, 4], "a full batch waits for nobody"
+    sizes, _ = batches(0.3, asking=40, clients=100, batch=100, every=0.05)
+    assert sum(sizes) == 40 and sizes[0] < 35, "those that come meanwhile do not prolong it"
 
 
 def test_a_full_queue_says_so_at_once() -> None:
