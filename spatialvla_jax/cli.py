@@ -425,6 +425,7 @@ def run_serve(args: argparse.Namespace) -> None:
     import logging
 
     from spatialvla_jax.compiled import share_compilations
+    from spatialvla_jax.heaps import limit_heaps
     from spatialvla_jax.inference.policy import Policy
 
     try:
@@ -444,6 +445,7 @@ def run_serve(args: argparse.Namespace) -> None:
         wait=args.max_wait_ms / 1000,
     )
     logging.getLogger("websockets.server").setLevel(logging.CRITICAL)  # a stranger's broken handshake is no event
+    limit_heaps()
     share_compilations(args.compile_cache.expanduser())
     options = {"dtype": args.dtype, "quantize": args.quantize, "speculate": args.speculate}
     policy = Policy.load(args.checkpoint, constrained=not args.unconstrained, **options)
