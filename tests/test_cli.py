@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from toy_rlds import libero_features, make_episodes, make_rlds
 
+from spatialvla_jax import Policy, compiled
 from spatialvla_jax.cli import main
+from spatialvla_jax.errors import InputError
 
 
 def fails(capsys: pytest.CaptureFixture, *argv: object) -> str:
@@ -142,3 +144,18 @@ def test_a_failed_verification_ends_with_exit_code_1(trained: Path, tmp_path: Pa
         main(["convert", str(trained), str(tmp_path / "out"), "--to", "pytorch", "--verify"])
     assert stopped.value.code == 1
     assert "spatialvla-jax convert: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["evaluate"], ["serve", "--compile-cache", "never"]])
+def test_unconstrained_is_what_the_policy_is_loaded_with(arguments: list[str], capsys, monkeypatch) -> None:
+    loaded = []
+
+    def load(path: str, **options: object) -> None:
+        loaded.append(options["constrained"])
+        raise InputError("that is all")
+
+    monkeypatch.setattr(compiled, "share_compilations", lambda folder: None)
+    monkeypatch.setattr(Policy, "load", load)
+    for more in ([], ["--unconstrained"]):
+        assert fails(capsys, *arguments, "--checkpoint", "run", *more).endswith("that is all")
+    assert loaded == [True, False]

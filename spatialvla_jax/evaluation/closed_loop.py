@@ -383,15 +383,30 @@ def padded(infer_batch: Callable[[list[dict]], list[dict]], size: int, **extra: 
     return infer
 
 
-def served(address: str, token: str = "", **extra: Any) -> Infer:
-    """The policy at a server of openpi's protocol: one connection a worker, all at once."""
+def served(
+    address: str, token: str = "", *, keys: dict[str, str] | None = None, gripper_closes: bool = False, **extra: Any
+) -> Infer:
+    """The policy at a server of openpi's protocol: one connection a worker, all at once.
+
+    `keys` are the observations' and what the server calls them, {"image": "observation/image", …}: these and the prompt
+    are sent, by default all but "state" as they are. `gripper_closes`: its gripper is LIBERO's own, -1 open and 1
+    closed. `extra` is added to each observation. Raises InputError for a key that the environment does not give.
+    """
     clients: dict[int, Client] = {}
     threads = ThreadPoolExecutor(128, "client")
 
     def ask(observation: dict, worker: int) -> dict:
         if worker not in clients:
             clients[worker] = Client(address, token)
-        return clients[worker].infer(observation | extra)
+        full = observation | extra
+        if missing := [key for key in keys or () if key not in full]:
+            raise InputError(f"observations have no {missing[0]!r}, only {', '.join(full)}")
+        sent = {k: full[k] for k in full if k != "state"} if keys is None else {n: full[k] for k, n in keys.items()}
+        result = clients[worker].infer({"prompt": full["prompt"]} | sent)
+        if gripper_closes:
+            actions = np.array(result["actions"], np.float32)
+            result["actions"] = np.concatenate([actions[:, :6], (1 - actions[:, 6:7]) / 2], axis=1)
+        return result
 
     return lambda observations, workers: list(threads.map(ask, observations, workers))
 

@@ -13,6 +13,7 @@ from spatialvla_jax.data.record.libero import (
     check_simulator,
     frame,
     observe,
+    proprioception,
     set_up_worker,
     simulate,
 )
@@ -31,9 +32,9 @@ class Libero:
     """One simulated Franka (see `closed_loop.Environment`); an action is as in the dataset "libero": controller units
     in [-1, 1], gripper 0 closed .. 1 open.
 
-    Observations have "image" u8[S, S, 3], "intrinsics" f32[3, 3] in its pixels and, with `depth`, "depth" f32[S, S]
-    metres. The datasets *_no_noops hold mirrored pictures (the upside-down ones of the simulator turned by 180
-    degrees); `mirrored` gives such.
+    Observations have "image" u8[S, S, 3], "intrinsics" f32[3, 3] in its pixels, "state" f32[8] (see `proprioception`)
+    and, with `depth`, "depth" f32[S, S] metres. The datasets *_no_noops hold mirrored pictures (the upside-down ones of
+    the simulator turned by 180 degrees); `mirrored` gives such.
     """
 
     def __init__(self, image_size: int, depth: bool = False, mirrored: bool = False) -> None:
@@ -64,7 +65,7 @@ class Libero:
         image, millimetres = frame(self.env, self.image_size)
         if self.mirrored:  # the principal point is in the middle, so the intrinsics stay
             image, millimetres = np.ascontiguousarray(image[:, ::-1]), np.ascontiguousarray(millimetres[:, ::-1])
-        observation = {"image": image, "intrinsics": self.intrinsics}
+        observation = {"image": image, "intrinsics": self.intrinsics, "state": proprioception(self.state)}
         return observation | ({"depth": millimetres * np.float32(0.001)} if self.depth else {})
 
 

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from spatialvla_jax.errors import InputError
 
@@ -55,6 +55,12 @@ def combine(
     order = np.argsort(stacked[:, 6], kind="stable")
     action[6] = stacked[order[np.searchsorted(np.cumsum(weights[order]), 0.5 - 1e-9)], 6]
     return action.astype(np.float32)
+
+
+def shift(chunk: Int[np.ndarray, "T n"], steps: int) -> Int[np.ndarray, "T n"]:
+    """The draft of the chunk that is planned `steps` later: what is left of this one, its last action held."""
+    steps = min(steps, len(chunk))
+    return np.concatenate([chunk[steps:], np.repeat(chunk[-1:], steps, axis=0)])
 
 
 class Executor:

@@ -7,11 +7,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from spatialvla_jax.inference import kernels
-from spatialvla_jax.inference.decoder import Cache, Matrix, forward, lay_out, linear, narrow, quantize
+from spatialvla_jax.inference.decoder import Cache, Matrix, Quantized, forward, lay_out, linear, narrow, quantize
 from spatialvla_jax.models import SpatialVLA, SpatialVLAConfig
 from spatialvla_jax.models.attention import positions_of, prefix_lm_mask
 
 Ranges = tuple[tuple[int, int], ...] | None
+SLAB = 16_384  # rows of a table that are quantised at once
 
 
 def prepare(model: SpatialVLA, params: Any, *, int8: bool = False, whole_vocabulary: bool = True) -> dict[str, Any]:
@@ -19,7 +20,8 @@ def prepare(model: SpatialVLA, params: Any, *, int8: bool = False, whole_vocabul
 
     `int8` keeps its matrices and tables in 8 bits; the vision and depth models stay as they are. Without
     `whole_vocabulary` the LM head has its action rows alone, which is all that constrained decoding reads. Arrays of
-    NumPy are cast on the host, layer by layer, so that the device never holds more than the result.
+    NumPy are cast on the host, layer by layer, and tables quantised in slabs, which their scales by rows allow, the
+    largest before anything else is there: the device never holds much more than the result.
     """
     cfg, dtype = model.config, jnp.dtype(model.config.dtype)
 
@@ -29,15 +31,22 @@ def prepare(model: SpatialVLA, params: Any, *, int8: bool = False, whole_vocabul
     def finish(x: Array) -> Matrix:
         return quantize(x) if int8 else x
 
+    def table(rows: Any) -> Matrix:
+        if not int8:
+            return place(rows)
+        slabs = [quantize(place(rows[i : i + SLAB])) for i in range(0, len(rows), SLAB)]
+        return Quantized(*map(jnp.concatenate, zip(*slabs, strict=True)))
+
     llm = params["llm"]
+    text = table(llm["embedder"]["input_embedding"][: cfg.action_offset])
     head = llm["lm_head"] if whole_vocabulary else llm["lm_head"][cfg.action_offset :]
     return {
         "vision": {k: jax.tree.map(place, v) for k, v in params.items() if k in ("img", "ego3d", "zoe")},
         "layers": lay_out(llm["layers"], place, finish),
         "final_norm": place(llm["final_norm"]["scale"]),
-        "text": finish(place(llm["embedder"]["input_embedding"][: cfg.action_offset])),
+        "text": text,
         "spatial": place(params["spatial_embedding"]),
-        "head": finish(place(head)),
+        "head": table(head),
     }
 
 

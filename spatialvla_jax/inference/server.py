@@ -31,7 +31,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.inference.ensemble import Executor, executor
+from spatialvla_jax.inference.ensemble import Executor, executor, shift
 from spatialvla_jax.inference.policy import BATCH_SIZES, PROMPT_STEP, Policy
 from spatialvla_jax.inference.wire import KEYS, LIMITS, Limits, check, pack, unpack
 
@@ -115,7 +115,7 @@ class Client:
         self.reset()
 
     def reset(self) -> None:
-        self.draft: np.ndarray | None = None  # the last chunk's ids, a guess of the next one's
+        self.draft: np.ndarray | None = None  # a guess of the next chunk's ids
         if self.executor:
             self.executor.reset()
 
@@ -278,7 +278,9 @@ class Server:
         if client.draft is not None:
             observation["draft"] = client.draft
         result = await self.batcher.infer(observation)
-        client.draft = result["action_ids"]
+        # A client that gets whole chunks is taken to execute them to their end, as openpi's does.
+        ids = result["action_ids"]
+        client.draft = shift(ids, client.executor.every if client.executor else len(ids))
         if client.executor:
             result["actions"] = client.executor.step(result["actions"])[None]
         return result

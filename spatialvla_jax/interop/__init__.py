@@ -2,7 +2,7 @@
 
 from spatialvla_jax.interop.big_vision import read_big_vision, write_big_vision
 from spatialvla_jax.interop.checkpoint import Checkpoint
-from spatialvla_jax.interop.formats import convert, load_pretrained, read_checkpoint
+from spatialvla_jax.interop.formats import convert, fingerprint, load_pretrained, read_checkpoint
 from spatialvla_jax.interop.huggingface import read_huggingface, write_huggingface
 from spatialvla_jax.interop.orbax import read_orbax, write_orbax
 from spatialvla_jax.interop.paligemma import start_from_paligemma
@@ -12,6 +12,7 @@ __all__ = [
     "Checkpoint",
     "VerificationError",
     "convert",
+    "fingerprint",
     "load_pretrained",
     "read_big_vision",
     "read_checkpoint",

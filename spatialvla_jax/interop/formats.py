@@ -1,6 +1,7 @@
 """Recognising a checkpoint, loading it, and turning one format into another."""
 
 import hashlib
+import os
 import time
 from dataclasses import replace
 from math import prod
@@ -25,6 +26,7 @@ from spatialvla_jax.processor import Processor
 WRITERS = {"orbax": write_orbax, "pytorch": write_huggingface, "big_vision": write_big_vision}
 PEFT = "peft"
 DTYPES = ("float32", "bfloat16", "float16")
+ENDS = 1 << 16  # bytes
 
 # Larger exports are run beside JAX on request only: both sides compute in float32 on the host.
 VERIFIED_BY_DEFAULT = 500_000_000  # parameters
@@ -50,6 +52,21 @@ def read_checkpoint(path: str | Path, zoedepth: str | Path | None = None) -> Che
     if path.is_file():
         return read_big_vision(path)
     raise InputError(f"{path} is no checkpoint: neither a run with a finished step nor a directory with {CONFIG}")
+
+
+def fingerprint(path: str | Path) -> str:
+    """A checkpoint as it is now: which file, or which step of which run, and 8 digits that another training of the same
+    changes. They are of the names, the sizes and both ends of its files, so that it takes no time."""
+    path = step_directory(path) or Path(path)
+    folders = (path / "params", path / "metadata") if (path / "params").is_dir() else (path,)
+    files = [path] if path.is_file() else sorted(f for folder in folders for f in folder.rglob("*") if f.is_file())
+    digest = hashlib.sha256()
+    for file in files:
+        with open(file, "rb") as opened:
+            size, first = os.fstat(opened.fileno()).st_size, opened.read(ENDS)
+            opened.seek(max(0, size - ENDS))
+            digest.update(repr((str(file.relative_to(path)), size, first, opened.read())).encode())
+    return f"{path.resolve()} ({digest.hexdigest()[:8]})"
 
 
 def load_pretrained(

@@ -164,10 +164,10 @@ def test_it_goes_on_where_it_was_stopped(first, tmp_path):
 
 
 def test_a_crash_and_a_hang_are_recorded_and_the_episode_is_run_again(first, tmp_path):
-    result = run(tmp_path, marks=tmp_path, crash="1-0-0", hang="0-1-1", timeout=6)
+    result = run(tmp_path, marks=tmp_path, crash="1-0-0", hang="0-1-1", timeout=20)
     records = lines(tmp_path)
     assert records[1, 0, 0]["faults"] == [{"step": 3, "reason": "the process died with exit code 7"}]
-    assert records[0, 1, 1]["faults"] == [{"step": 3, "reason": "no answer in 6 s"}]
+    assert records[0, 1, 1]["faults"] == [{"step": 3, "reason": "no answer in 20 s"}]
     assert result["faults"] == 2 and "2 times an environment crashed or hung" in table(result)
     without = {k: {**r, "faults": []} for k, r in records.items()}
     expected = {k: {key: value for key, value in r.items() if key != "video"} for k, r in lines(first[0]).items()}

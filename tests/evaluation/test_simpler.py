@@ -118,7 +118,7 @@ def test_the_runner_gets_its_picture(tmp_path):
 
 def test_it_drives_an_environment_of_maniskill():
     """PickCube needs no download: a policy that goes down moves the hand down, in the camera's picture too."""
-    pytest.importorskip("mani_skill.envs", reason="needs ManiSkill: pip install mani-skill")
+    pytest.importorskip("mani_skill.envs", reason="needs ManiSkill: pip install 'spatialvla-jax[maniskill]'")
     gymnasium = pytest.importorskip("gymnasium")
     try:
         env = gymnasium.make("PickCube-v1", obs_mode="rgb", control_mode="pd_ee_delta_pose", sim_backend="physx_cpu")

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from test_step import GRID, inputs_of
 
+from spatialvla_jax.inference import generate as module
+from spatialvla_jax.inference.decoder import quantize
 from spatialvla_jax.inference.generate import generate, prepare
 from spatialvla_jax.models import SpatialVLA, preset
 from spatialvla_jax.training.state import init_params
@@ -92,3 +94,32 @@ def test_int8_with_the_head_s_action_rows_alone(nano) -> None:
     expected, _ = run(*nano)
     tokens, _ = run(*nano, int8=True, whole_vocabulary=False)
     assert tokens.shape == expected.shape and (tokens[:, ::3] == expected[:, ::3]).mean() > 0.5
+
+
+def test_tables_are_quantised_in_slabs_to_the_same_bits(nano, monkeypatch) -> None:
+    """No more than a slab of a table is there in full precision, and the first table is done before any layer."""
+    model, params, _ = nano
+    seen = []
+    monkeypatch.setattr(module, "SLAB", 100)
+    monkeypatch.setattr(module, "quantize", lambda x: seen.append(x.shape) or quantize(x))
+    weights = prepare(model, jax.tree.map(np.asarray, params), int8=True)
+    tables = {"text": params["llm"]["embedder"]["input_embedding"][: model.config.action_offset]}
+    tables["head"] = params["llm"]["lm_head"]
+    for name, table in tables.items():
+        assert len(table) > 100
+        jax.tree.map(np.testing.assert_array_equal, weights[name], quantize(table.astype(model.config.dtype)))
+    text, head = (-(-len(table) // 100) for table in tables.values())
+    assert sum(rows for rows, _ in seen[:text]) == len(tables["text"])
+    assert max(seen[:text] + seen[-head:])[0] == 100
+
+
+def test_32_at_once_get_the_tokens_that_each_gets_alone(nano) -> None:
+    model, params, _ = nano
+    inputs = inputs_of(model, 32)
+    expected, _ = run(model, params, inputs)
+    assert len(np.unique(expected, axis=0)) > 16, "they can be told apart"
+    weights = prepare(model, params)
+    fields = ("image", "prompt_ids", "prompt_mask", "depth", "intrinsics")
+    for i in range(32):
+        alone, _ = compiled(model, True)(weights, {k: inputs[k][i : i + 1] for k in fields}, None)
+        np.testing.assert_array_equal(alone[0], expected[i])

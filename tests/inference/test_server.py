@@ -28,7 +28,7 @@ from spatialvla_jax import Policy, compiled, load_pretrained
 from spatialvla_jax.cli import main
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.inference.ensemble import executor
-from spatialvla_jax.inference.server import Server, run
+from spatialvla_jax.inference.server import Batcher, Server, run
 from spatialvla_jax.inference.wire import Limits, check, pack, unpack
 from spatialvla_jax.models import SpatialVLA
 
@@ -66,9 +66,11 @@ def asks(prompt: str) -> dict[str, Any]:
 
 
 class Stub:
-    """Answers with the prompt's number; `slow` takes until `go`, `bad` fails whatever batch it is in."""
+    """Answers with the prompt's number, and with `ids` where given; `slow` takes until `go`, `bad` fails whatever batch
+    it is in."""
 
-    def __init__(self) -> None:
+    def __init__(self, ids: np.ndarray | None = None) -> None:
+        self.ids = ids
         config = SimpleNamespace(img=SimpleNamespace(image_size=8), depth="none", action_chunk=4, prompt_length=1)
         tokenizer = SimpleNamespace(encode_prompt=lambda *_, **__: (np.zeros(1), np.ones(1)))
         self.model = SimpleNamespace(config=config)
@@ -87,7 +89,7 @@ class Stub:
         if "bad" in prompts:
             raise ZeroDivisionError
         numbers = [float(prompt) if prompt.isdecimal() else 0.0 for prompt in prompts]
-        ids = [np.full((4, 3), n, np.int32) for n in numbers]
+        ids = [np.full((4, 3), n, np.int32) if self.ids is None else self.ids for n in numbers]
         return [{"actions": np.full((4, 7), n, np.float32), "action_ids": i} for n, i in zip(numbers, ids, strict=True)]
 
 
@@ -329,6 +331,39 @@ def test_what_waits_for_the_device_is_one_batch() -> None:
         assert {o["prompt"] for o in stub.batches[-1]} == {"1", "2", "3", "4"}
 
 
+def test_a_batch_waits_for_the_other_clients_no_longer_than_its_bound() -> None:
+    def batches(wait: float, asking: int, clients: int, batch: int = 4, every: float = 0.0) -> tuple[list[int], float]:
+        """The sizes of the batches in which `asking` observations, one `every` seconds, are answered; and how long the
+        first one took."""
+        sizes, seconds = [], []
+
+        async def drive() -> None:
+            limits = replace(LIMITS, batch=batch, wait=wait)
+            batcher = Batcher(lambda seen: sizes.append(len(seen)) or seen, limits, lambda: clients)
+            worker = asyncio.create_task(batcher.run())
+
+            async def ask(turn: int) -> None:
+                await asyncio.sleep(turn * every)
+                start = time.monotonic()
+                await batcher.infer({})
+                seconds.append(time.monotonic() - start)
+
+            await asyncio.wait_for(asyncio.gather(*map(ask, range(asking))), 20)
+            worker.cancel()
+            batcher.thread.shutdown()
+
+        asyncio.run(drive())
+        return sizes, seconds[0]
+
+    sizes, seconds = batches(0.3, asking=1, clients=3)
+    assert sizes == [1] and 0.3 <= seconds < 10, "two clients say nothing"
+    assert batches(60, asking=1, clients=1)[0] == [1], "there is nobody to wait for"
+    assert batches(60, asking=3, clients=3)[0] == [3], "nobody is left to wait for"
+    assert batches(60, asking=8, clients=9)[0] == [4, 4], "a full batch waits for nobody"
+    sizes, _ = batches(0.3, asking=40, clients=100, batch=100, every=0.05)
+    assert sum(sizes) == 40 and sizes[0] < 35, "those that come meanwhile do not prolong it"
+
+
 def test_a_full_queue_says_so_at_once() -> None:
     stub = Stub()
     with serving(stub, replace(LIMITS, queue=1, batch=1)) as server, ThreadPoolExecutor(2) as threads:
@@ -369,15 +404,21 @@ def test_a_client_that_vanishes_frees_its_state() -> None:
         assert client_of(server).infer(asks("4"))["actions"][0, 0] == 4
 
 
-def test_the_last_chunk_is_the_next_draft_until_reset() -> None:
-    stub = Stub()
-    with serving(stub) as server:
-        client, other = client_of(server), client_of(server)
-        for observation in (asks("3"), asks("4"), asks("5") | {"reset": True}):
-            client.infer(observation)
-        other.infer(asks("6"))
-        drafts = [batch[0].get("draft") for batch in stub.batches[-4:]]
-        assert drafts[0] is None and (drafts[1] == 3).all() and drafts[2] is None and drafts[3] is None
+def test_what_is_left_of_the_last_chunk_is_the_next_draft_until_reset() -> None:
+    """Beginning with the action that the next chunk begins with, whatever is executed of one."""
+    chunk = np.arange(12).reshape(4, 3)
+    for mode, left in (("chunk", 4), ("open_loop", 4), ("receding:3", 3), ("adaptive", 1)):
+        stub = Stub(chunk)
+        with serving(stub, execute=mode) as server:
+            client = client_of(server)
+            for _ in range(left if mode != "chunk" else 1):
+                client.infer(asks("3"))
+            client.infer(asks("4"))
+            client.infer(asks("5") | {"reset": True})
+            client_of(server).infer(asks("6"))
+        first, second, reset, other = [batch[0] for batch in stub.batches[-4:]]
+        assert first["prompt"] == "3" and not any("draft" in observation for observation in (first, reset, other))
+        np.testing.assert_array_equal(second["draft"], np.r_[chunk[left:], chunk[[3] * left]], mode)
 
 
 def test_sigterm_answers_what_is_in_flight() -> None:

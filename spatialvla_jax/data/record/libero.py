@@ -416,7 +416,7 @@ def _start(
 
 def observe(env: Any, observation: dict) -> tuple[expert.Scene, Float[np.ndarray, "8"]]:
     """What the expert sees, and the proprioceptive state that is recorded."""
-    from robosuite.utils.transform_utils import quat2axisangle, quat2mat
+    from robosuite.utils.transform_utils import quat2mat
 
     bowl, plate = env.obj_of_interest
     position, quaternion = observation["robot0_eef_pos"], observation["robot0_eef_quat"]
@@ -427,8 +427,16 @@ def observe(env: Any, observation: dict) -> tuple[expert.Scene, Float[np.ndarray
         bowl_mat=quat2mat(observation[f"{bowl}_quat"]),
         plate_pos=observation[f"{plate}_pos"].copy(),
     )
+    return scene, proprioception(observation)
+
+
+def proprioception(observation: dict) -> Float[np.ndarray, "8"]:
+    """The hand's position and axis-angle, and the two fingers', as LIBERO's demonstrations hold them."""
+    from robosuite.utils.transform_utils import quat2axisangle
+
+    position, quaternion = observation["robot0_eef_pos"], observation["robot0_eef_quat"]
     state = np.concatenate([position, quat2axisangle(quaternion.copy()), observation["robot0_gripper_qpos"]])
-    return scene, state.astype(np.float32)
+    return state.astype(np.float32)
 
 
 def camera(env: Any, size: int) -> tuple[Float[np.ndarray, "3 3"], Float[np.ndarray, "4 4"]]:

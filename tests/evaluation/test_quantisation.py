@@ -1,0 +1,65 @@
+"""`benchmarks/quantisation.py` on an environment of our own."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from spatialvla_jax.errors import InputError
+from spatialvla_jax.evaluation import libero
+
+SCRIPT = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks/quantisation.py"))
+
+
+class Line:
+    """Done when the expert's ten centimetres are covered, in whatever steps the tokenizer makes of them."""
+
+    def reset(self, episode):
+        self.left = 0.1
+        return "move on", self.look()
+
+    def step(self, action, look):
+        self.left -= action[0]
+        return self.look(), bool(abs(self.left) < 0.02)
+
+    def look(self):
+        return {"expert": np.array([np.clip(self.left, -0.01, 0.01), 0, 0, 0, 0, 0, 1], np.float32)}
+
+
+def run(monkeypatch, capfd, *arguments: str) -> tuple[dict, str]:
+    monkeypatch.setattr(libero, "LiberoExpert", Line)
+    monkeypatch.setattr(libero, "check_simulator", lambda: None)
+    monkeypatch.setattr(libero, "NUM_TASKS", 2)
+    monkeypatch.setattr(sys, "argv", ["quantisation.py", "--workers", "1", *arguments])
+    SCRIPT["main"]()
+    out = capfd.readouterr().out
+    return json.loads(out.splitlines()[-1]), out
+
+
+def test_any_grids_one_after_the_other_and_on_where_it_stopped(config_file, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)  # for the default of --out
+    config = ("--config", str(config_file))
+    first, _ = run(monkeypatch, capfd, *config, "--episodes", "1", "--only", "expert")
+    assert first["expert"]["success"] == 1 and first["expert"]["episodes"] == 2
+    out = tmp_path / "runs/quantisation"
+    before = (out / "expert/episodes.jsonl").read_text()
+    both, text = run(monkeypatch, capfd, *config, "--episodes", "1", "--only", "expert,1026,4x8x2x4x4x4")
+    assert list(both) == ["expert", "1026", "4x8x2x4x4x4"] and both["expert"] == first["expert"]
+    assert "1026: " in text and "4x8x2x4x4x4: " in text
+    assert (out / "expert/episodes.jsonl").read_text() == before, "nothing was run twice"
+    assert json.loads((out / "results.json").read_text()) == both and (out / "quantisation.png").exists()
+
+
+def test_a_name_that_is_none(config_file):
+    for only in ("1027", "4x8x2"):
+        with pytest.raises(InputError, match=f"--only '{only}' is none of 130, 386"):
+            SCRIPT["tokenizers"](str(config_file), {}, only)
+
+
+def test_a_grid_by_its_bins_is_the_one_of_that_size(config_file):
+    listed, own = SCRIPT["tokenizers"](str(config_file), {}, "130,4x8x2x4x4x4").values()
+    actions = np.random.default_rng(0).uniform(-1, 1, (50, 7)).astype(np.float32)
+    np.testing.assert_array_equal(listed(actions), own(actions))
