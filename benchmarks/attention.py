@@ -4,8 +4,10 @@
 
 First each Pallas kernel alone at several tiles; then XLA's attention, the kernels at their own tiles and at the
 fastest, and cuDNN's, which has no soft cap: another formula, here as a bound. Errors are the largest over the largest
-value, against the plain formula in float32. A setting that fails is named and left out. Prints the environment, then a
-line for each; ends with one line of JSON. On a CPU the kernels are interpreted: `--preset nano` shows that it runs.
+value, against the plain formula in float32. `--preset decode` is a decode pass's instead: one and three new tokens and
+a cache of 320, the plain formula and `inference/kernels.py`. A setting that fails is named and left out. Prints the
+environment, then a line for each; ends with one line of JSON. On a CPU the kernels are interpreted: `--preset nano`
+shows that it runs.
 """
 
 import argparse
@@ -24,9 +26,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from spatialvla_jax.inference import kernels as decoding
+from spatialvla_jax.inference.decoder import attend_and_write
 from spatialvla_jax.models import attention
 from spatialvla_jax.models import fused_attention as fused
 from spatialvla_jax.models.fused_attention import Tile
+from spatialvla_jax.models.gemma2 import Gemma2Config
 
 # Batch, length, query heads, key/value heads, head dim.
 PRESETS = {"full": (32, 320, 8, 4, 256), "small": (128, 301, 8, 4, 64), "nano": (2, 70, 4, 2, 16)}
@@ -45,6 +50,7 @@ TILES = {
     "nano": {"forward": [(32, 16, 4, 1)], "dkv": [(16, 32, 4, 1)], "dq": [(32, 32, 4, 1)]},
 }
 PARTS = ("out", "dq", "dk", "dv")
+STEPS = 16  # of decoding in one program, each on the cache that the last one left
 
 
 def xla(q: Any, k: Any, v: Any, mask: Any, **options: Any) -> jax.Array:
@@ -130,6 +136,42 @@ def kernels(inputs: tuple[jax.Array, ...], options: dict[str, Any], tried: dict[
     return times, replace(own, **{name: tile for name, (_, tile) in best.items()})
 
 
+def decode(B: int, T: int, repeats: int) -> dict[str, Any]:
+    """µs of one layer's attention over T new tokens at full size, from their products to the result and the cache."""
+    cfg, S, rng = Gemma2Config(), 320, np.random.default_rng(0)
+    N, K, H, at = cfg.num_heads, cfg.num_kv_heads, cfg.head_dim, S - 20
+    draw = lambda *shape: jnp.asarray(2 * rng.normal(size=shape), jnp.bfloat16)  # noqa: E731
+    new, cache = [draw(B, T, N + 2 * K, H) for _ in range(STEPS)], (draw(B, S, K, H), draw(B, S, K, H))
+    mask = jnp.broadcast_to(jnp.arange(S) < at + T, (B, T, S))
+    inputs: Any = new, attention.rotary_angles(jnp.full((B, T), at), H), mask, cache, jnp.asarray(at)
+
+    def plain(*args: Any) -> Any:
+        with patch.object(decoding, "can_attend", lambda *_: False):
+            return attend_and_write(cfg, *args)
+
+    def chain(step: Callable[..., Any], new: Any, angles: Any, mask: Any, cache: Any, at: Any) -> Any:
+        step, made = jax.jit(step), []
+        for qkv in new:
+            y, cache = step(qkv, angles, mask, cache, at)
+            made.append(y)
+        return made, cache
+
+    def measure(step: Callable[..., Any]) -> dict[str, float]:
+        run = jax.jit(partial(chain, step)).lower(*inputs).compile()
+        error = np.abs(np.asarray(run(*inputs)[0][0], np.float32) - expected).max() / np.abs(expected).max()
+        return {"us": round(1e3 * median_ms(run, inputs, repeats) / STEPS, 2), "error": float(f"{error:.2e}")}
+
+    exact = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, (new[0], *inputs[1:]))
+    with jax.default_matmul_precision("highest"):
+        expected = np.asarray(jax.jit(plain)(*exact)[0])
+    kernel = partial(decoding.attend_cached, scale=cfg.query_pre_attn_scalar**-0.5, softcap=cfg.attn_softcap)
+    steps = {"plain": plain, "pallas": kernel, "pallas, cache whole": partial(kernel, splits=1)}
+    result = {label: or_failure(partial(measure, step)) for label, step in steps.items()}
+    for label, figures in result.items():
+        print(f"decode, B {B}, T {T}, {label}: " + ", ".join(f"{k} {v}" for k, v in figures.items()), flush=True)
+    return result
+
+
 def or_failure(attempt: Callable[[], Any]) -> Any:
     """What it returns, or the first line of what it raises."""
     try:
@@ -145,7 +187,9 @@ def spell(tile: Tile) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=PRESETS, action="append", help="may be repeated; by default full and small")
+    parser.add_argument(
+        "--preset", choices=[*PRESETS, "decode"], action="append", help="may be repeated; by default full and small"
+    )
     parser.add_argument("--batch-size", type=int, help="by default the preset's")
     parser.add_argument("--repeats", type=int, default=20)
     args = parser.parse_args()
@@ -154,6 +198,10 @@ def main() -> None:
     print(f"Python {platform.python_version()}, JAX {jax.__version__}, {device.device_kind}")
     results: dict[str, dict[str, Any]] = {}
     for name in args.preset or ["full", "small"]:
+        if name == "decode":
+            sizes = [args.batch_size] if args.batch_size else [1, 32]
+            results[name] = {f"{B}x{T}": decode(B, T, args.repeats) for B in sizes for T in (1, 3)}
+            continue
         B, T, N, K, H = PRESETS[name]
         B = args.batch_size or B
         print(f"{name}: B {B}, T = S {T}, N {N}, K {K}, H {H}, bfloat16; tiles: queries x keys / warps / stages")

@@ -4,12 +4,11 @@
         [--torch] [--first-action] [--trace]
 
 Random weights, a 640×480 camera. Each variant goes through `Policy.infer_batch`, tokenizer and transfers included:
-`plain` and `plain-int8` are `bfloat16` and `int8` without the kernels of `inference/kernels.py`, `depth` is the model's
-dtype with depth given instead of estimated, `draft` has the result as a draft (speculation that always comes true: its
-bound), `free` chooses from the whole vocabulary. On a GPU every kernel is first compared alone (`kernel_times.py` times
-them), and a variant that fails is reported and leaves the others be. `--torch` times the exported PyTorch model beside
-it, `--first-action` a new process from its start to its first action, with an empty and a filled cache of compiled
-programs. Prints the environment and the floors, ends with one line of JSON.
+`plain` is `bfloat16` without the kernel of `inference/kernels.py`, `depth` is the model's dtype with depth given
+instead of estimated, `draft` has the result as a draft (speculation that always comes true: its bound), `free` chooses
+from the whole vocabulary. A variant that fails is reported and leaves the others be. `--torch` times the exported
+PyTorch model beside it, `--first-action` a new process from its start to its first action, with an empty and a filled
+cache of compiled programs. Prints the environment and the floors, ends with one line of JSON.
 """
 
 import argparse
@@ -22,18 +21,20 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from kernel_times import check_kernels
 from trace_table import trace
 
 from spatialvla_jax.actions import PRETRAIN_GAUSSIANS, gaussian_grid
 from spatialvla_jax.data.prompt import train_tokenizer
+from spatialvla_jax.inference import kernels
 from spatialvla_jax.inference.policy import Policy
 from spatialvla_jax.interop.mapping import param_shapes, unflatten
 from spatialvla_jax.models import PRESETS, SpatialVLA, SpatialVLAConfig, preset
@@ -130,12 +131,7 @@ def floors(config: SpatialVLAConfig, policy: Policy, rate: float) -> dict[str, f
 
 
 def run(config: SpatialVLAConfig, name: str, args: argparse.Namespace) -> dict[str, Any]:
-    options: dict[str, Any] = {
-        "int8": name in ("int8", "plain-int8"),
-        "speculate": name == "draft",
-        "constrained": name != "free",
-        "fused": False if name.startswith("plain") else None,
-    }
+    options: dict[str, Any] = {"int8": name == "int8", "speculate": name == "draft", "constrained": name != "free"}
     if name == "depth":
         config = replace(config, depth="dataset")
     device = jax.devices()[0]
@@ -247,11 +243,11 @@ def main() -> None:
     result: dict[str, Any] = {"benchmark": "infer", "device": device.device_kind, "preset": args.preset}
     if args.first_action:
         result["first_action_s"] = first_action(args)
-    if jax.default_backend() == "gpu":
-        result["kernels"] = check_kernels(config, timed=False)
     for name in args.variants:
+        plain = patch.object(kernels, "can_attend", lambda *_: False)
         try:
-            result[name] = run(config, name, args)
+            with plain if name == "plain" else nullcontext():
+                result[name] = run(config, name, args)
         except Exception as error:  # of one variant: the others are still worth their time
             print(f"{name:10} FAILED: {type(error).__name__}: {str(error)[:1000]}", flush=True)
             result[name] = {"error": type(error).__name__}

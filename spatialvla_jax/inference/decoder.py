@@ -2,12 +2,11 @@
 
 The mathematics are those of `models/gemma2.py`, which trains. Its layers are stacked for a scan, and a GPU copies a
 slice of the stack at every step; here every matrix is an array of its own, rows first, so that a step reads each weight
-once. `lay_out` makes this layout, `forward` runs it, on a GPU by `kernels.py`. Plain dicts throughout, so a layer is
-deleted or added by hand.
+once. `lay_out` makes this layout, `forward` runs it. Plain dicts throughout, so a layer is deleted or added by hand.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,29 +55,11 @@ def _layer(w: dict[str, Any], finish: Callable[[Array], Matrix]) -> dict[str, An
     }
 
 
-def linear(
-    x: Float[Array, "*B in"], matrix: Matrix, dtype: Any = None, *, fused: bool = False
-) -> Float[Array, "*B out"]:
+def linear(x: Float[Array, "*B in"], matrix: Matrix, dtype: Any = None) -> Float[Array, "*B out"]:
     """x · matrixᵀ in `dtype`, by default that of x."""
-    if fused and _is_small(matrix, x):
-        return kernels.int8_linear(x, *matrix, dtype or x.dtype)
     values = matrix.values.astype(x.dtype) if isinstance(matrix, Quantized) else matrix
     y = jnp.einsum("...i,oi->...o", x, values, preferred_element_type=dtype or x.dtype)
     return y * matrix.scale.astype(y.dtype) if isinstance(matrix, Quantized) else y
-
-
-def gated(x: Float[Array, "*B D"], matrix: Matrix, *, fused: bool = False) -> Float[Array, "*B F"]:
-    """gelu(x · gateᵀ) · (x · upᵀ) of a matrix that holds the gate's rows and then the others."""
-    if fused and _is_small(matrix, x):
-        return kernels.int8_linear(x, *matrix, x.dtype, gated=True)
-    gate, up = jnp.split(linear(x, matrix), 2, axis=-1)
-    return jax.nn.gelu(gate, approximate=True) * up
-
-
-def _is_small(matrix: Matrix, x: Array) -> TypeGuard[Quantized]:
-    """Whether a product is bound by reading an int8 matrix, which `kernels.int8_linear` does best."""
-    width = x.shape[-1]
-    return isinstance(matrix, Quantized) and x.size <= width * kernels.MAX_TOKENS and width % 16 == 0
 
 
 def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"]) -> Float[Array, "*B D"]:
@@ -87,12 +68,24 @@ def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"]) -> Float[Array,
     return (y * (1 + scale.astype(jnp.float32))).astype(x.dtype)
 
 
-def add_and_norm(
-    x: Float[Array, "*B D"], y: Float[Array, "*B D"], inner: Float[Array, " D"], outer: Float[Array, " D"]
-) -> tuple[Float[Array, "*B D"], Float[Array, "*B D"]]:
-    """→ (sum = x + rms_norm(y, inner), rms_norm(sum, outer)): the end of one block and the beginning of the next."""
-    x = x + rms_norm(y, inner)
-    return x, rms_norm(x, outer)
+def attend_and_write(
+    cfg: Gemma2Config,
+    qkv: Float[Array, "B T N+2*K H"],
+    angles: tuple[Float[Array, "B T 1 H/2"], Float[Array, "B T 1 H/2"]],
+    mask: Bool[Array, "B T S"],
+    cache: tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]] | None,
+    at: Int[Array, ""] | int,
+) -> tuple[Float[Array, "B T N H"], tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]]:
+    """→ (attention's result, keys and values: the T new ones alone, or the cache with them written at `at`)."""
+    N, K = cfg.num_heads, cfg.num_kv_heads
+    options = {"scale": cfg.query_pre_attn_scalar**-0.5, "softcap": cfg.attn_softcap}
+    if cache is not None and kernels.can_attend(qkv, cache, cfg.attn_softcap):
+        return kernels.attend_cached(qkv, angles, mask, cache, at, **options)
+    q, k = (rotary(part, angles) for part in (qkv[:, :, :N], qkv[:, :, N : N + K]))
+    v = qkv[:, :, N + K :]
+    if cache is not None:
+        k, v = (jax.lax.dynamic_update_slice(old, new, (0, at, 0, 0)) for old, new in zip(cache, (k, v), strict=True))
+    return attend(q, k, v, mask, **options), (k, v)
 
 
 def forward(
@@ -105,39 +98,22 @@ def forward(
     local_mask: Bool[Array, "B T S"] | None = None,
     cache: Cache | None = None,
     at: Int[Array, ""] | int = 0,
-    *,
-    fused: bool = False,
 ) -> tuple[Float[Array, "B T D"], Cache]:
     """Hidden states after the final norm, and keys and values: of the T positions alone, or with a `cache` its S slots
-    with them written at `at`. `local_mask` is for the layers with a sliding window, every second from the first.
-
-    `fused` takes the kernels of `kernels.py` where they apply: the same results up to rounding.
-    """
+    with them written at `at`. `local_mask` is for the layers with a sliding window, every second from the first."""
     B, T, D = embeddings.shape
-    N, K, H = cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
+    H = cfg.head_dim
     x, written = embeddings * jnp.asarray(D**0.5, embeddings.dtype), []
-    angles, scale = rotary_angles(positions, H, cfg.rope_base), cfg.query_pre_attn_scalar**-0.5
-    join = kernels.norm_add_norm if fused else add_and_norm
-    norms = [*(w["pre_attention_norm"] for w in layers), final_norm]
-    normed = rms_norm(x, norms[0])
+    angles = rotary_angles(positions, H, cfg.rope_base)
     for i, w in enumerate(layers):
+        qkv = linear(rms_norm(x, w["pre_attention_norm"]), w["qkv"]).reshape(B, T, -1, H)
         seen = mask if local_mask is None or i % 2 else local_mask
-        qkv = linear(normed, w["qkv"], fused=fused).reshape(B, T, N + 2 * K, H)
-        if fused and cache is not None and T <= kernels.MAX_TOKENS and mask.shape[-1] % kernels.BLOCK == 0:
-            y, kv = kernels.attend_cached(qkv, angles, seen, cache[i], at, scale=scale, softcap=cfg.attn_softcap)
-        else:
-            q, k = (rotary(part, angles) for part in (qkv[:, :, :N], qkv[:, :, N : N + K]))
-            kv = k, qkv[:, :, N + K :]
-            if cache is not None:
-                old, new = cache[i], kv
-                kv = tuple(jax.lax.dynamic_update_slice(o, n, (0, at, 0, 0)) for o, n in zip(old, new, strict=True))
-            y = attend(q, *kv, seen, scale=scale, softcap=cfg.attn_softcap)
+        y, kv = attend_and_write(cfg, qkv, angles, seen, None if cache is None else cache[i], at)
         written.append(kv)
-        y = linear(y.reshape(B, T, N * H), w["out"], fused=fused)
-        x, normed = join(x, y, w["post_attention_norm"], w["pre_ffw_norm"])
-        y = linear(gated(normed, w["gate_up"], fused=fused), w["down"], fused=fused)
-        x, normed = join(x, y, w["post_ffw_norm"], norms[i + 1])
-    return normed, tuple(written)
+        x = x + rms_norm(linear(y.reshape(B, T, -1), w["out"]), w["post_attention_norm"])
+        gate, up = jnp.split(linear(rms_norm(x, w["pre_ffw_norm"]), w["gate_up"]), 2, axis=-1)
+        x = x + rms_norm(linear(jax.nn.gelu(gate, approximate=True) * up, w["down"]), w["post_ffw_norm"])
+    return rms_norm(x, final_norm), tuple(written)
 
 
 def narrow(

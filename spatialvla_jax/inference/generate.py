@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from spatialvla_jax.inference import kernels
 from spatialvla_jax.inference.decoder import Cache, Matrix, Quantized, forward, lay_out, linear, narrow, quantize
+from spatialvla_jax.inference.kernels import BLOCK
 from spatialvla_jax.models import SpatialVLA, SpatialVLAConfig
 from spatialvla_jax.models.attention import positions_of, prefix_lm_mask
 
@@ -61,41 +61,37 @@ def generate(
     depth: Float[Array, "B S S"] | None = None,
     intrinsics: Float[Array, "B 3 3"] | None = None,
     draft: Int[Array, "B A"] | None = None,
-    fused: bool | None = None,
 ) -> tuple[Int[Array, "B A"], Int[Array, ""]]:
     """→ (the A action tokens of a chunk as ids of the whole vocabulary, passes over the weights after the prompt's).
 
     `weights` come from `prepare`. `token_ranges` (a grid's: first id and number of each token kind of one action)
     restricts every step to tokens of its kind, so that the result is always a valid action and `<eos>` is not waited
     for; None takes the best of the whole vocabulary, as the release does. A `draft` of the chunk changes how many
-    passes it takes, never the tokens. Q is any length that holds the prompts. `fused` takes the kernels of
-    `kernels.py`, None where they are `available`.
+    passes it takes, never the tokens. Q is any length that holds the prompts.
     """
     cfg = model.config
-    if fused is None:
-        fused = kernels.available(jnp.dtype(cfg.dtype), cfg.llm.head_dim)
     vision = {**weights["vision"], "spatial_embedding": weights["spatial"]}
     tokens: Any = model.apply({"params": vision}, image, depth, intrinsics, method="embed_image")
     prefix = jnp.concatenate([tokens, _rows(weights["text"], prompt_ids, tokens.dtype)], axis=1)
     valid = jnp.concatenate([jnp.ones(tokens.shape[:2], bool), prompt_mask], axis=1)
     if draft is None:
-        return _one_by_one(cfg, weights, token_ranges, prefix, valid, fused)
-    return _from_draft(cfg, weights, token_ranges, prefix, valid, draft, fused)
+        return _one_by_one(cfg, weights, token_ranges, prefix, valid)
+    return _from_draft(cfg, weights, token_ranges, prefix, valid, draft)
 
 
-def _one_by_one(cfg: SpatialVLAConfig, weights: Any, ranges: Ranges, prefix: Any, valid: Any, fused: bool):
+def _one_by_one(cfg: SpatialVLAConfig, weights: Any, ranges: Ranges, prefix: Any, valid: Any):
     """A pass for each token, less one an action where its last token, the gripper, has two values: both are fed in the
     pass that decides between them, and the pass after it is done too. A chunk of 4 × 3 tokens takes 8 passes."""
     B, P, n = *valid.shape, cfg.tokens_per_action
     branch = ranges is not None and n > 1 and ranges[-1][1] == 2
     slots = cfg.action_chunk * (n + branch)
-    spare = -(P + slots) % kernels.BLOCK
+    spare = -(P + slots) % BLOCK
     mask = prefix_lm_mask(valid, P if cfg.mask == "prefix" else 0)
     with jax.named_scope("prompt"):
-        hidden, written = _forward(cfg, weights, fused, prefix, positions_of(valid), mask, positions_of(valid))
+        hidden, written = _forward(cfg, weights, prefix, positions_of(valid), mask, positions_of(valid))
     room = ((0, 0), (0, slots + spare), (0, 0), (0, 0))
     cache: Cache = tuple((jnp.pad(k, room), jnp.pad(v, room)) for k, v in written)
-    first = _best(cfg, weights, ranges, _last(hidden, valid), (0,), fused)[:, 0]
+    first = _best(cfg, weights, ranges, _last(hidden, valid), (0,))[:, 0]
     count = jnp.sum(valid, axis=1)
     gripper = cfg.action_offset + (ranges[-1][0] if ranges is not None else 0)
     # Places of an action's slots after the prompt's last: with two grippers side by side, both have the same.
@@ -120,9 +116,9 @@ def _one_by_one(cfg: SpatialVLAConfig, weights: Any, ranges: Ranges, prefix: Any
             visible = jnp.repeat(seen[:, None], T, axis=1)
             visible = jax.lax.dynamic_update_slice(visible, jnp.repeat(own[None], B, axis=0), (0, 0, base + k))
             embedded, at = _embed(cfg, weights, feed, ranges), places[:, k : k + T]
-            hidden, cache = _forward(cfg, weights, fused, embedded, at, visible, keys, cache, base + k)
+            hidden, cache = _forward(cfg, weights, embedded, at, visible, keys, cache, base + k)
             kinds = (k + 1, 0, 0) if both else ((k + 1) % n,)
-            best = _best(cfg, weights, ranges, hidden, kinds, fused)
+            best = _best(cfg, weights, ranges, hidden, kinds)
             chosen = jnp.ones((B, 1), bool)
             if both:
                 closed = best[:, :1] == gripper
@@ -138,7 +134,7 @@ def _one_by_one(cfg: SpatialVLAConfig, weights: Any, ranges: Ranges, prefix: Any
     return ids.swapaxes(0, 1).reshape(B, -1), jnp.asarray(cfg.action_chunk * (n - branch))
 
 
-def _from_draft(cfg: SpatialVLAConfig, weights: Any, ranges: Ranges, prefix: Any, valid: Any, draft: Any, fused: bool):
+def _from_draft(cfg: SpatialVLAConfig, weights: Any, ranges: Ranges, prefix: Any, valid: Any, draft: Any):
     """All tokens in every pass (Jacobi decoding, Santilli et al. 2023): each is predicted from the draft's tokens
     before it, and the predictions are the next draft. At least one more of them is greedy decoding's each time, and a
     draft that predicts itself is its result. The first draft rides along with the prompt."""
@@ -148,11 +144,11 @@ def _from_draft(cfg: SpatialVLAConfig, weights: Any, ranges: Ranges, prefix: Any
     mask = prefix_lm_mask(slots, P if cfg.mask == "prefix" else 0)
     inputs = jnp.concatenate([prefix, _embed(cfg, weights, draft[:, :-1], ranges)], axis=1)
     with jax.named_scope("prompt"):
-        hidden, cache = _forward(cfg, weights, fused, inputs, positions, mask, positions)
+        hidden, cache = _forward(cfg, weights, inputs, positions, mask, positions)
     first = _last(hidden[:, :P], valid)
 
     def predict(hidden: Any) -> Any:
-        return _best(cfg, weights, ranges, jnp.concatenate([first, hidden], axis=1), kinds, fused)
+        return _best(cfg, weights, ranges, jnp.concatenate([first, hidden], axis=1), kinds)
 
     def unsettled(state: Any) -> Any:
         draft, tokens, *_ = state
@@ -161,7 +157,7 @@ def _from_draft(cfg: SpatialVLAConfig, weights: Any, ranges: Ranges, prefix: Any
     def refine(state: Any) -> Any:
         _, draft, cache, passes = state
         embedded, at = _embed(cfg, weights, draft[:, :-1], ranges), positions[:, P:]
-        hidden, cache = _forward(cfg, weights, fused, embedded, at, mask[:, P:], positions, cache, P)
+        hidden, cache = _forward(cfg, weights, embedded, at, mask[:, P:], positions, cache, P)
         return draft, predict(hidden), cache, passes + 1
 
     state = (draft, predict(hidden[:, P:]), cache, jnp.asarray(0))
@@ -170,22 +166,16 @@ def _from_draft(cfg: SpatialVLAConfig, weights: Any, ranges: Ranges, prefix: Any
     return tokens, passes
 
 
-def _forward(cfg: Any, weights: Any, fused: bool, x: Any, positions: Any, mask: Any, keys: Any, *cache: Any):
+def _forward(cfg: SpatialVLAConfig, weights: Any, x: Any, positions: Any, mask: Any, keys: Any, *cache: Any):
     window = narrow(cfg.llm, mask, positions, keys)
-    norm = weights["final_norm"]
-    return forward(cfg.llm, weights["layers"], norm, x, positions, mask, window, *cache, fused=fused)
+    return forward(cfg.llm, weights["layers"], weights["final_norm"], x, positions, mask, window, *cache)
 
 
 def _best(
-    cfg: SpatialVLAConfig,
-    weights: Any,
-    ranges: Ranges,
-    hidden: Float[Array, "B T D"],
-    kinds: tuple[int, ...],
-    fused: bool,
+    cfg: SpatialVLAConfig, weights: Any, ranges: Ranges, hidden: Float[Array, "B T D"], kinds: tuple[int, ...]
 ) -> Int[Array, "B T"]:
     """The best token at each of T places, of that place's kind. The soft cap keeps the order and is left out."""
-    scores = linear(hidden, weights["head"], jnp.float32, fused=fused)
+    scores = linear(hidden, weights["head"], jnp.float32)
     if ranges is None:
         return jnp.argmax(scores, axis=-1).astype(jnp.int32)
     scores = scores[..., -cfg.spatial_tokens :]  # of a head with all rows, those of actions

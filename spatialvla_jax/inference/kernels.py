@@ -1,8 +1,8 @@
-"""Kernels of a decode pass for NVIDIA GPUs, through Pallas and Triton.
+"""Attention of a decode pass in one kernel, for NVIDIA GPUs, through Pallas and Triton.
 
-A pass over one to four tokens is as fast as its weights are read and as its small kernels are few; XLA needs about ten
-a layer besides the products. `decoder.forward` takes these where `available` says so, and the plain formulas, which
-they are tested against, elsewhere. Outside a GPU they run in Pallas's interpreter.
+XLA needs several small kernels for the rotary embedding, the cache and the softmax of one to four tokens.
+`decoder.forward` takes this one where `can_attend`, and the plain formula elsewhere. Outside a GPU it runs in Pallas's
+interpreter.
 
 Triton's arrays have powers of two for sizes: what is larger than an axis is masked, or clamped and not written.
 """
@@ -15,14 +15,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Float, Int
 
-MAX_TOKENS = 4  # of an `attend_cached`, and rows of an `int8_linear`: more are better served by XLA's products
+from spatialvla_jax.models.fused_attention import MAX_SOFTCAP
+
 BLOCK = 32  # slots of the cache that are read at once; its length is a multiple
 PROGRAMS = 64  # a layer with fewer (batch, head) pairs than this spreads its cache over programs, too
 
 
-def available(dtype: Any, head_dim: int) -> bool:
-    """Whether a model of this computation dtype is decoded by these kernels by default."""
-    return jax.default_backend() == "gpu" and dtype == jnp.bfloat16 and head_dim >= 32 and not head_dim & (head_dim - 1)
+def can_attend(qkv: Array, cache: tuple[Array, Array], softcap: float) -> bool:
+    """Whether decoding should use `attend_cached`: bfloat16 on a GPU, up to four tokens, shapes the kernel takes."""
+    (_, T, _, H), S = qkv.shape, cache[0].shape[1]
+    suits = qkv.dtype == jnp.bfloat16 and T <= 4 and H in (32, 64, 128, 256) and S % BLOCK == 0
+    return suits and softcap <= MAX_SOFTCAP and jax.default_backend() == "gpu"
 
 
 def attend_cached(
@@ -39,9 +42,9 @@ def attend_cached(
 ) -> tuple[Float[Array, "B T N H"], tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]]:
     """→ (`attend` of the rotated queries on the cache with the T new keys and values, that cache).
 
-    Rotary, attention and the update in one kernel, in place. The soft cap bounds the logits, so that the softmax needs
-    no maximum: e^50 is far from the end of float32. `splits` parts of the cache, by default as many as fill the GPU,
-    are combined in a second kernel. S is a multiple of `BLOCK`.
+    Rotary, attention and the update in one kernel, in place. The soft cap, at most MAX_SOFTCAP, bounds the logits, so
+    that the softmax needs no maximum. `splits` parts of the cache, by default as many as fill the GPU, are combined in
+    a second kernel. S is a multiple of `BLOCK`.
     """
     (B, T, _, H), (_, S, K, _) = qkv.shape, cache[0].shape
     N = qkv.shape[2] - 2 * K
@@ -50,6 +53,16 @@ def attend_cached(
     splits = splits or (S // BLOCK if B * K < PROGRAMS else 1)
     blocks = S // BLOCK // splits
     assert blocks * splits * BLOCK == S, f"a cache of {S} slots is not {splits} times blocks of {BLOCK}"
+
+    if interpret is None:
+        interpret = jax.default_backend() != "gpu"
+    options: dict[str, Any] = {
+        "interpret": interpret,
+        "compiler_params": plgpu.CompilerParams(num_warps=4, num_stages=3),
+    }
+
+    def dot(a: Any, b: Any) -> Any:
+        return jax.lax.dot(a, b, preferred_element_type=jnp.float32)
 
     def rotate(x1: Any, x2: Any, sin: Any, cos: Any) -> tuple[Any, Any]:
         x1, x2 = x1.astype(jnp.float32), x2.astype(jnp.float32)
@@ -75,12 +88,12 @@ def attend_cached(
             first = (split * blocks + i) * BLOCK
             slots = first + jnp.arange(BLOCK)
             k1, k2 = (k_ref[b, pl.ds(first, BLOCK), head, pl.ds(j, half)] for j in (0, half))
-            logits = plgpu.dot(q1, k1.T) + plgpu.dot(q2, k2.T)
+            logits = dot(q1, k1.T) + dot(q2, k2.T)
             # The slots to be written now are read below, from `qkv`: another program may be writing them.
             old = (slots < start) | (slots >= start + T)
             p = weigh(logits, mask_ref[b, token[:, None], slots[None]] & old[None])
             v = v_ref[b, pl.ds(first, BLOCK), head, pl.ds(0, H)]
-            return total + jnp.sum(p, axis=1), out + plgpu.dot(p.astype(dtype), v)
+            return total + jnp.sum(p, axis=1), out + dot(p.astype(dtype), v)
 
         empty = jnp.zeros((rows,), jnp.float32), jnp.zeros((rows, H), jnp.float32)
         total, out = jax.lax.fori_loop(0, blocks, block, empty)
@@ -124,108 +137,8 @@ def attend_cached(
         grid=(B, K, splits),
         out_shape=[*first, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in cache)],
         input_output_aliases={5: len(first), 6: len(first) + 1},
-        **_options(interpret, 4),
+        **options,
     )(qkv, *(x[:, :, 0] for x in angles), mask, jnp.reshape(jnp.asarray(at, jnp.int32), 1), *cache)
     if splits > 1:
-        y = [pl.pallas_call(combine_kernel, grid=(B, T, N), out_shape=new, **_options(interpret, 4))(*y)]
+        y = [pl.pallas_call(combine_kernel, grid=(B, T, N), out_shape=new, **options)(*y)]
     return y[0], (k, v)
-
-
-def norm_add_norm(
-    x: Float[Array, "*B D"],
-    y: Float[Array, "*B D"],
-    inner: Float[Array, " D"],
-    outer: Float[Array, " D"],
-    *,
-    interpret: bool | None = None,
-) -> tuple[Float[Array, "*B D"], Float[Array, "*B D"]]:
-    """→ (sum = x + rms_norm(y, inner), rms_norm(sum, outer)), a program a row, rounded where the plain formula is."""
-    D, dtype = x.shape[-1], x.dtype
-    width = pl.next_power_of_2(D)
-
-    def norm_kernel(x_ref, y_ref, inner_ref, outer_ref, sum_ref, normed_ref):
-        row, column = pl.program_id(0), jnp.arange(width)
-        exists = column < D
-
-        def read(ref: Any, *index: Any) -> Any:
-            return plgpu.load(ref.at[(*index, column)], mask=exists, other=0.0).astype(jnp.float32)
-
-        def norm(z: Any, scale: Any) -> Any:
-            return (z * jax.lax.rsqrt(jnp.sum(z * z) / D + 1e-6) * (1 + scale)).astype(dtype)
-
-        added = norm(read(y_ref, row), read(inner_ref)).astype(jnp.float32)
-        total = (read(x_ref, row) + added).astype(dtype)
-        normed = norm(total.astype(jnp.float32), read(outer_ref))
-        plgpu.store(sum_ref.at[row, column], total, mask=exists)
-        plgpu.store(normed_ref.at[row, column], normed, mask=exists)
-
-    rows = x.size // D
-    total, normed = pl.pallas_call(
-        norm_kernel,
-        grid=(rows,),
-        out_shape=[jax.ShapeDtypeStruct((rows, D), dtype)] * 2,
-        **_options(interpret, 8),
-    )(x.reshape(rows, D), y.reshape(rows, D), inner, outer)
-    return total.reshape(x.shape), normed.reshape(x.shape)
-
-
-def int8_linear(
-    x: Float[Array, "*B in"],
-    values: Int[Array, "out in"],
-    scale: Float[Array, " out"],
-    dtype: Any,
-    *,
-    gated: bool = False,
-    interpret: bool | None = None,
-) -> Float[Array, "*B out"]:
-    """x · (values · scale)ᵀ in `dtype` for up to `MAX_TOKENS` rows of x, `in` a multiple of 16, summed in float32.
-
-    With `gated` the rows of `values` are those of a gate, then as many of what it gates: → gelu(gate) · up, half as
-    wide. Every thread reads 16 bytes at a time along a row; the loop over a row is written out, so that several such
-    reads are on their way at once.
-    """
-    (out, width), M = values.shape, x.size // x.shape[-1]
-    assert width % 16 == 0 and M <= MAX_TOKENS
-    made = out // 2 if gated else out
-    chunk = min(width & -width, 1024)
-    while chunk > 256 and width // chunk < 8:
-        chunk //= 2
-    # 32 values a thread and step; half of them where there is a gate, whose rows are read along.
-    tall = max(1, (2048 if gated else 4096) // chunk)
-    tall = min(tall, pl.next_power_of_2(made))
-
-    def int8_kernel(x_ref, values_ref, scale_ref, y_ref):
-        target = pl.program_id(0) * tall + jnp.arange(tall)
-        row = jnp.minimum(target, made - 1)
-        halves = (row, row + made) if gated else (row,)
-        sums = [[jnp.zeros((tall, chunk // 16), jnp.float32) for _ in range(M)] for _ in halves]
-        for start in range(0, width, chunk):
-            column = start + jnp.arange(chunk)
-            inputs = [x_ref[m, pl.ds(start, chunk)].astype(jnp.float32)[None] for m in range(M)]
-            for i, place in enumerate(halves):
-                read = values_ref[place[:, None], column[None]].astype(jnp.float32)
-                for m in range(M):
-                    # The 16 values of one thread are summed there.
-                    products = (read * inputs[m]).reshape(tall, chunk // 16, 16)
-                    sums[i][m] += jnp.sum(products, axis=2)
-        for m in range(M):
-            y = [jnp.sum(s[m], axis=1) * scale_ref[place] for s, place in zip(sums, halves, strict=True)]
-            if gated:
-                # Rounded as the plain formula is, between its two products and the gate.
-                gate, up = (part.astype(dtype).astype(jnp.float32) for part in y)
-                y = [jax.nn.gelu(gate, approximate=True) * up]
-            plgpu.store(y_ref.at[jnp.full((tall,), m), target], y[0].astype(dtype), mask=target < made)
-
-    y = pl.pallas_call(
-        int8_kernel,
-        grid=(pl.cdiv(made, tall),),
-        out_shape=jax.ShapeDtypeStruct((M, made), dtype),
-        **_options(interpret, 4),
-    )(x.reshape(M, width), values, scale)
-    return y.reshape(*x.shape[:-1], made)
-
-
-def _options(interpret: bool | None, warps: int) -> dict[str, Any]:
-    if interpret is None:
-        interpret = jax.default_backend() != "gpu"
-    return {"interpret": interpret, "compiler_params": plgpu.CompilerParams(num_warps=warps, num_stages=3)}

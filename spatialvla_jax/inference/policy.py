@@ -39,13 +39,12 @@ class Policy:
         constrained: bool = True,
         int8: bool = False,
         speculate: bool = False,
-        fused: bool | None = None,
     ) -> None:
         self.model, self.processor = model, processor
         self.constrained, self.speculate = constrained, speculate
         self.weights = jax.device_put(prepare(model, params, int8=int8, whole_vocabulary=not constrained))
         self._grid = jax.device_put(processor.grid)
-        self._act = jax.jit(lambda *args: act(model, constrained, *args, fused=fused))
+        self._act = jax.jit(lambda *args: act(model, constrained, *args))
 
     @classmethod
     def load(
@@ -181,15 +180,7 @@ class Policy:
         return np.clip(draft, 0, cfg.spatial_tokens - 1).astype(np.int32)
 
 
-def act(
-    model: SpatialVLA,
-    constrained: bool,
-    weights: Any,
-    grid: Any,
-    inputs: dict[str, Any],
-    *,
-    fused: bool | None = None,
-) -> dict[str, jax.Array]:
+def act(model: SpatialVLA, constrained: bool, weights: Any, grid: Any, inputs: dict[str, Any]) -> dict[str, jax.Array]:
     """The jitted whole: uint8 images [B, H, W, 3] → {"action_ids" [B, T, n], "actions" [B, T, 7], "passes" []}.
 
     With `inputs["bounds"]` f32[B, 3, 7] (low, high, which dimensions have them) actions are in robot units, without
@@ -208,7 +199,6 @@ def act(
         depth=seen.get("depth"),
         intrinsics=seen["intrinsics"],
         draft=None if draft is None else draft.reshape(len(draft), -1) + cfg.action_offset,
-        fused=fused,
     )
     ids = (tokens - cfg.action_offset).reshape(-1, cfg.action_chunk, cfg.tokens_per_action)
     actions = decode(grid, jnp.maximum(ids, 0))
