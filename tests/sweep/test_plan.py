@@ -136,6 +136,7 @@ PROVIDED = {
     "embedding": 4,
     "adaption": 8,
     "libero_small": 36,
+    "libero_adaption": 8,
 }
 
 
@@ -143,7 +144,7 @@ PROVIDED = {
 def test_provided_sweeps(name: str, tmp_path: Path) -> None:
     pack = tmp_path / "any.pack"
     pack.touch()
-    start = {"init": str(tmp_path)} if name == "adaption" else {}
+    start = {"init": str(tmp_path)} if name.endswith("adaption") else {}
     sweep = load_sweep(f"configs/sweeps/{name}.py", {"data.packed": str(pack)} | start)
     assert len(sweep.trials) == PROVIDED[name]
     if name == "grid_resolution":

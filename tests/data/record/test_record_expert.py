@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from spatialvla_jax.data.record import expert
 from spatialvla_jax.data.record.expert import Plan, Progress, Scene, act
+from spatialvla_jax.data.record.libero import PLANS
 
 HOME = np.array([-0.2, 0.0, 1.17])
 angles = st.floats(-np.pi, np.pi)
@@ -17,9 +18,9 @@ def scene(eef_pos=HOME, eef_mat=None, taken=(-0.07, 0.02, 0.9), place=(0.06, 0.2
     return Scene(np.array(eef_pos), eef_mat, np.array(taken), np.eye(3), np.array(place))
 
 
-def run(plan: Plan, start: Scene, max_steps: int = 200) -> tuple[list[np.ndarray], list[str], Scene]:
+def run(plan: Plan, start: Scene, max_steps: int = 200) -> tuple[list[np.ndarray], list[str], list[Scene]]:
     """A world where 30% of the commanded offset happens in a step and the object follows the closed gripper."""
-    now, progress, actions, phases = start, Progress(), [], []
+    now, progress, actions, phases, scenes = start, Progress(), [], [], [start]
     while progress.phase != "done" and len(actions) < max_steps:
         action, progress = act(plan, progress, now)
         actions.append(action)
@@ -30,14 +31,15 @@ def run(plan: Plan, start: Scene, max_steps: int = 200) -> tuple[list[np.ndarray
         now = now._replace(
             eef_pos=now.eef_pos + shift, eef_mat=turn @ now.eef_mat, object_pos=now.object_pos + (shift if held else 0)
         )
-    return actions, phases, now
+        scenes.append(now)
+    return actions, phases, scenes
 
 
 @pytest.mark.parametrize("angle", np.deg2rad([-120, -75, -30, 60, 110]))
 @pytest.mark.parametrize("bowl", [(-0.07, 0.02, 0.9), (0.08, -0.13, 1.06)])
 def test_an_episode_ends_with_the_bowl_on_the_plate(angle, bowl):
     tilted = expert.rotation_matrix(np.array([0.1, -0.1, 0.4])) @ expert.down_facing(0.0)
-    actions, phases, end = run(Plan(angle), scene(eef_mat=tilted, taken=bowl))
+    actions, phases, (*_, end) = run(Plan(angle), scene(eef_mat=tilted, taken=bowl))
     assert phases[-1] == "done"
     assert list(dict.fromkeys(phases)) == ["reach", "close", "lift", "carry", "open", "done"]
     assert np.linalg.norm((end.object_pos - end.place_pos)[:2]) < 0.03
@@ -47,6 +49,27 @@ def test_an_episode_ends_with_the_bowl_on_the_plate(angle, bowl):
     grips = actions[:, 6]
     assert set(grips) == {-1.0, 1.0} and np.count_nonzero(np.diff(grips)) == 2  # open, close once, open once
     assert grips[0] == grips[-1] == -1.0
+
+
+@pytest.mark.parametrize("taken", [(-0.12, -0.24, 0.07), (0.05, -0.1, 0.07)])
+def test_a_bottle_is_carried_over_the_rim_and_let_go_of_in_the_basket(taken):
+    """Ketchup, whose y points up: its bottom is 7.2 cm below its origin; the rim is 14.6 cm above the basket's."""
+    standing = expert.rotation_matrix(np.array([np.pi / 2, 0.0, 0.0]))
+    start = scene(eef_pos=(-0.15, 0.0, 0.26), taken=taken, place=(0.0, 0.26, 0.0))._replace(object_mat=standing)
+    actions, phases, scenes = run(PLANS["libero_object"][4], start)
+    assert list(dict.fromkeys(phases)) == ["reach", "close", "lift", "carry", "open", "done"]
+    path = np.stack([now.object_pos - now.place_pos for now in scenes])
+    beside = np.linalg.norm(path[:, :2], axis=1)
+    assert path[(beside > 0.04) & (beside < 0.11), 2].min() > 0.146 + 0.072
+    assert beside[-1] < 0.02 and 0.09 < path[-1, 2] < 0.12
+    assert [action[6] for action in actions[-10:]] == [expert.OPEN] * 10
+
+
+def test_it_is_held_above_its_origin_whichever_of_its_axes_points_up():
+    plan = Plan(0.3, radius=0.0, height=0.03)
+    for turn in ([0.0, 0.0, 1.0], [np.pi / 2, 0.0, 0.0], [-np.pi / 2, 0.0, 0.0], [0.0, np.pi / 2, 0.0], [np.pi, 0, 0]):
+        turned = scene()._replace(object_mat=expert.rotation_matrix(np.array(turn)))
+        np.testing.assert_allclose(expert.grip_pose(plan, turned)[0] - turned.object_pos, [0, 0, 0.03], atol=1e-9)
 
 
 @given(angle=angles, lean=st.floats(0, 0.5))
