@@ -39,7 +39,7 @@ class Plan(NamedTuple):
     lift: float = 0.06  # straight up after closing, before moving sideways
     carry: float = 0.06  # above the height of release while the object is not yet over its place
     release: float = 0.0  # height of the object's origin above the place's when it is let go
-    open_steps: int = 5  # until the object is free, and has fallen where it is let go above its place
+    open_steps: int = 5  # half of them still, until the fingers are off the object, half rising
     lean: float = 0.0  # radians that the fingers point forward (+x) instead of straight down, for what is far away
 
 

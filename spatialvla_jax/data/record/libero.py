@@ -38,7 +38,7 @@ MAX_ATTEMPTS = 10
 
 # Objects are held on their upright axis; boxes lie with their narrow side along y. They are carried over the rim of the
 # basket, 14.6 cm above its origin, and let go of in it, the tallest 1 cm above its floor: the hand stays above the rim.
-IN_BASKET = expert.Plan(np.deg2rad(90), radius=0.0, lift=0.08, carry=0.13, release=0.105, open_steps=10)
+IN_BASKET = expert.Plan(np.deg2rad(90), radius=0.0, lift=0.08, carry=0.13, release=0.105, open_steps=16)
 
 PLANS = {
     # How the rim is held in each task (degrees about the bowl, 0 along +x, 90 along +y), so that the open fingers and
@@ -66,9 +66,9 @@ PLANS = {
         IN_BASKET._replace(height=0.045),  # ketchup, a bottle
         IN_BASKET._replace(height=0.015, angle=np.deg2rad(60)),  # tomato sauce, a can, beside a carton
         IN_BASKET._replace(height=0.005),  # butter, flat
-        IN_BASKET._replace(height=0.030),  # milk, a carton
+        IN_BASKET._replace(height=0.040),  # milk, a carton
         IN_BASKET._replace(height=0.005),  # chocolate pudding, flat
-        IN_BASKET._replace(height=0.030),  # orange juice, a carton
+        IN_BASKET._replace(height=0.040),  # orange juice, a carton
     ),
 }
 
