@@ -57,7 +57,8 @@ PLANS = {
         expert.Plan(np.deg2rad(75), lean=0.3),  # on the wooden cabinet
     ),
     # Above the fingers, 4 cm over the grip point, is the hand, 20 cm long: what is tall is held near its top, and where
-    # the hand would come down on a neighbour it is turned.
+    # the hand would come down on a neighbour it is turned. So it is at cartons, whose roofs are hollow and open along
+    # y, where a finger was caught.
     "libero_object": (
         IN_BASKET._replace(height=0.015),  # alphabet soup, a can
         IN_BASKET._replace(height=0.005, angle=np.deg2rad(70)),  # cream cheese, flat, beside a can
@@ -66,9 +67,9 @@ PLANS = {
         IN_BASKET._replace(height=0.045),  # ketchup, a bottle
         IN_BASKET._replace(height=0.015, angle=np.deg2rad(60)),  # tomato sauce, a can, beside a carton
         IN_BASKET._replace(height=0.005),  # butter, flat
-        IN_BASKET._replace(height=0.040),  # milk, a carton
+        IN_BASKET._replace(height=0.030, angle=np.deg2rad(10)),  # milk, a carton
         IN_BASKET._replace(height=0.005),  # chocolate pudding, flat
-        IN_BASKET._replace(height=0.040),  # orange juice, a carton
+        IN_BASKET._replace(height=0.030, angle=np.deg2rad(10)),  # orange juice, a carton
     ),
 }
 
