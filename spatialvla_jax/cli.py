@@ -216,7 +216,7 @@ def main(argv: list[str] | None = None) -> int:
 
     p = command("record", run_record, "record demonstrations in a simulator (extra [sim])")
     p.add_argument("simulator", choices=("libero",))
-    p.add_argument("--suite", default="libero_spatial")
+    p.add_argument("--suite", default="libero_spatial", help="libero_spatial or libero_object")
     what = p.add_mutually_exclusive_group(required=True)
     what.add_argument("--episodes", type=int, help="train episodes in all, dealt over the tasks in turn")
     what.add_argument("--render", type=Path, nargs="+", metavar="FILE.npz", help="motions to make the pictures of")

@@ -79,7 +79,7 @@ class LiberoExpert(Libero):
         instruction = self._begin(episode, render=False)
         plan = PLANS[episode.suite][episode.task]
         turn = plan.spread * np.random.default_rng(episode_seed(episode)).uniform(-1, 1)
-        self.plan, self.progress = plan._replace(rim_angle=plan.rim_angle + turn), expert.Progress()
+        self.plan, self.progress = plan._replace(angle=plan.angle + turn), expert.Progress()
         return instruction, self._look()
 
     def _look(self) -> dict[str, Any]:

@@ -31,6 +31,10 @@ SAVED = ("fused_attention_out", "fused_attention_z")
 MAX_SOFTCAP = 80.0  # exp(80) and sums of it are finite in float32, exp(−80) is normal
 
 
+def dot(a: Array, b: Array) -> Array:
+    return jax.lax.dot(a, b, preferred_element_type=jnp.float32)
+
+
 @dataclass(frozen=True)
 class Tile:
     """Queries × keys that a program holds at once, and Triton's warps a program and stages of its pipeline."""
@@ -207,7 +211,7 @@ def forward_kernel(call: Call, q_ref, k_ref, v_ref, mask_ref, out_ref, z_ref) ->
         here = (i * tile.keys, tile.keys, S)
         k, v = load(k_ref, here), load(v_ref, here)
         p, _ = weights(call, q, k, load(mask_ref, (at, tile.queries, T), here))
-        return total + jnp.sum(p, axis=1), out + triton.dot(p.astype(v.dtype), v)
+        return total + jnp.sum(p, axis=1), out + dot(p.astype(v.dtype), v)
 
     zeros = jnp.zeros(tile.queries, jnp.float32), jnp.zeros((tile.queries, H), jnp.float32)
     total, out = jax.lax.fori_loop(0, pl.cdiv(S, tile.keys), add, zeros)
@@ -227,8 +231,8 @@ def dq_kernel(call: Call, q_ref, k_ref, v_ref, mask_ref, z_ref, along_ref, dout_
         here = (i * tile.keys, tile.keys, S)
         k, v = load(k_ref, here), load(v_ref, here)
         p, slope = weights(call, q, k, load(mask_ref, block, here))
-        ds = p * z[:, None] * (triton.dot(dout, v.T) - along[:, None]) * slope
-        return dq + triton.dot(ds.astype(k.dtype), k)
+        ds = p * z[:, None] * (dot(dout, v.T) - along[:, None]) * slope
+        return dq + dot(ds.astype(k.dtype), k)
 
     dq = jax.lax.fori_loop(0, pl.cdiv(S, tile.keys), add, jnp.zeros((tile.queries, H), jnp.float32))
     store(dq_ref, call.scale * dq, block)
@@ -252,9 +256,9 @@ def dkv_kernel(call: Call, q_ref, k_ref, v_ref, mask_ref, z_ref, along_ref, dout
         z, along = load(z_ref, head, here), load(along_ref, head, here)
         p, slope = weights(call, k, q, load(mask_ref, here, block).T)
         p *= z[None, :]
-        dv += triton.dot(p.astype(dout.dtype), dout)
-        ds = p * (triton.dot(v, dout.T) - along[None, :]) * slope
-        return dk + triton.dot(ds.astype(q.dtype), q), dv
+        dv += dot(p.astype(dout.dtype), dout)
+        ds = p * (dot(v, dout.T) - along[None, :]) * slope
+        return dk + dot(ds.astype(q.dtype), q), dv
 
     zeros = jnp.zeros((tile.keys, H), jnp.float32)
     dk, dv = jax.lax.fori_loop(0, G * blocks, add, (zeros, zeros))
@@ -268,7 +272,7 @@ def weights(call: Call, a: Array, b: Array, mask: Array) -> tuple[Array, Array]:
     tanh by exp2, since libdevice's is slow: within 1e-7, so p within 1e-5 of itself at a cap of 50.
     """
     rate = 2 * call.scale / call.softcap * math.log2(math.e)
-    t = 1 - 2 / (1 + jnp.exp2(rate * triton.dot(a, b.T)))
+    t = 1 - 2 / (1 + jnp.exp2(rate * dot(a, b.T)))
     return jnp.where(mask != 0, jnp.exp2(call.softcap * math.log2(math.e) * t), 0.0), 1 - t * t
 
 

@@ -165,6 +165,7 @@ PROVIDED = {
     "embedding": 4,
     "adaption": 8,
     "libero_small": 36,
+    "libero_adaption": 8,
 }
 
 
@@ -180,7 +181,7 @@ def test_provided_sweeps(name: str, tmp_path: Path, monkeypatch) -> None:
     pack = tmp_path / "any.pack"
     pack.touch()
     start_from(monkeypatch, gaussian_grid(PRETRAIN_GAUSSIANS))
-    start = {"init": str(tmp_path)} if name == "adaption" else {}
+    start = {"init": str(tmp_path)} if name.endswith("adaption") else {}
     sweep = load_sweep(f"configs/sweeps/{name}.py", {"data.packed": str(pack)} | start)
     assert len(sweep.trials) == PROVIDED[name]
     if name == "grid_resolution":

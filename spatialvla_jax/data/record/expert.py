@@ -1,4 +1,5 @@
-"""A scripted pick-and-place expert that reads the simulator's state: bowl by its rim, onto the plate.
+"""A scripted pick-and-place expert that reads the simulator's state: one object is taken from above, and let go of
+where it belongs, as a bowl on a plate or a bottle in a basket.
 
 Plain numpy and pure functions: `act` maps (plan, progress, scene) to an action and the next progress, so that the whole
 behaviour can be tested on hand-made states.
@@ -12,8 +13,7 @@ from jaxtyping import Float
 # One unit of an OSC_POSE action is 5 cm or 0.5 rad of goal offset (robosuite's default controller limits).
 METRES_PER_UNIT, RADIANS_PER_UNIT = 0.05, 0.5
 GAIN = 1.5  # above 1 it commands past the target, which shortens the tail that the controller's damping gives
-GRIP_RADIUS, GRIP_HEIGHT = 0.050, 0.040  # metres, from the bowl's origin: just below its rim
-PLACED = 0.012  # metres between the origins of bowl and plate when the one stands on the other
+PLACED = 0.012  # metres above the height of release, where the object is let go of
 OPEN, CLOSE = -1.0, 1.0
 
 
@@ -22,20 +22,24 @@ class Scene(NamedTuple):
 
     eef_pos: Float[np.ndarray, "3"]
     eef_mat: Float[np.ndarray, "3 3"]
-    bowl_pos: Float[np.ndarray, "3"]
-    bowl_mat: Float[np.ndarray, "3 3"]
-    plate_pos: Float[np.ndarray, "3"]
+    object_pos: Float[np.ndarray, "3"]  # of what is taken
+    object_mat: Float[np.ndarray, "3 3"]
+    place_pos: Float[np.ndarray, "3"]  # of where it belongs
 
 
 class Plan(NamedTuple):
-    """How one episode is solved: where the rim is held (radians, world frame, 0 along +x), and heights in metres."""
+    """How one episode is solved: along which line the fingers close (radians, world frame, 0 along +x), and lengths in
+    metres. What is not given is for a bowl, held just below its rim, that is put on a plate."""
 
-    rim_angle: float
+    angle: float
     spread: float = 0.15  # radians to either side of it that an episode may choose
-    radius: float = GRIP_RADIUS  # of the grip point about the bowl axis
+    radius: float = 0.050  # of the grip point about the object's upright axis, towards `angle`
+    height: float = 0.040  # of the grip point above the object's origin
     hover: float = 0.08  # above the grip point while the gripper is not yet over it
     lift: float = 0.06  # straight up after closing, before moving sideways
-    carry: float = 0.06  # above the plate while the bowl is not yet over it
+    carry: float = 0.06  # above the height of release while the object is not yet over its place
+    release: float = 0.0  # height of the object's origin above the place's when it is let go
+    open_steps: int = 5  # half of them still, until the fingers are off the object, half rising
     lean: float = 0.0  # radians that the fingers point forward (+x) instead of straight down, for what is far away
 
 
@@ -48,21 +52,27 @@ class Progress(NamedTuple):
 
 
 PHASES = ("reach", "close", "lift", "carry", "open", "done")
-CLOSE_STEPS, OPEN_STEPS = 9, 5  # the fingers need about nine control steps from fully open
+CLOSE_STEPS = 9  # the fingers need about nine control steps from fully open
 
 
 def grip_pose(plan: Plan, scene: Scene) -> tuple[Float[np.ndarray, "3"], Float[np.ndarray, "3 3"]]:
-    """The end-effector pose that holds the rim at `plan.rim_angle`: pointing down, fingers along the rim's radius."""
-    up = scene.bowl_mat[:, 2]
-    radial = np.array([np.cos(plan.rim_angle), np.sin(plan.rim_angle), 0.0])
-    radial -= up * (up @ radial)  # the bowl may stand tilted
-    position = scene.bowl_pos + GRIP_HEIGHT * up + plan.radius * radial / np.linalg.norm(radial)
-    return position, down_facing(gripper_yaw(plan.rim_angle), plan.lean)
+    """The end-effector pose that holds the object: pointing down, fingers along `plan.angle`."""
+    up = upright(scene.object_mat)
+    radial = np.array([np.cos(plan.angle), np.sin(plan.angle), 0.0])
+    radial -= up * (up @ radial)  # the object may stand tilted
+    position = scene.object_pos + plan.height * up + plan.radius * radial / np.linalg.norm(radial)
+    return position, down_facing(gripper_yaw(plan.angle), plan.lean)
 
 
-def gripper_yaw(rim_angle: float) -> float:
-    """The yaw in [-pi/2, pi/2) that puts the fingers along the rim's radius; at yaw 0 they open along the world's y."""
-    return (rim_angle % np.pi) - np.pi / 2
+def upright(mat: Float[np.ndarray, "3 3"]) -> Float[np.ndarray, "3"]:
+    """The axis of an object that points up, which in LIBERO is the y of some and the z of others."""
+    axis = np.argmax(np.abs(mat[2]))
+    return np.sign(mat[2, axis]) * mat[:, axis]
+
+
+def gripper_yaw(angle: float) -> float:
+    """The yaw in [-pi/2, pi/2) that puts the fingers along `angle`; at yaw 0 they open along the world's y."""
+    return (angle % np.pi) - np.pi / 2
 
 
 def down_facing(yaw: float, lean: float = 0.0) -> Float[np.ndarray, "3 3"]:
@@ -107,7 +117,7 @@ def act(plan: Plan, progress: Progress, scene: Scene) -> tuple[Float[np.ndarray,
     if phase == "reach":
         offset, finished = _reach(plan, scene, position, mat)
         action = move(scene, offset, mat, OPEN)
-        next_anchor = position  # fixed from here on: the closing fingers push the bowl, which must not be followed
+        next_anchor = position  # fixed from here on: the closing fingers push the object, which must not be followed
     elif phase == "close":
         action, finished = move(scene, np.array(anchor) - scene.eef_pos, mat, CLOSE), age + 1 >= CLOSE_STEPS
     elif phase == "lift":
@@ -118,8 +128,8 @@ def act(plan: Plan, progress: Progress, scene: Scene) -> tuple[Float[np.ndarray,
         offset, finished = _carry(plan, anchor[2], scene)
         action = move(scene, offset, mat, CLOSE)
     else:
-        up = 0.0 if age < OPEN_STEPS // 2 else 0.03
-        action, finished = move(scene, np.array([0, 0, up]), scene.eef_mat, OPEN), age + 1 >= OPEN_STEPS
+        up = 0.0 if age < plan.open_steps // 2 else 0.03
+        action, finished = move(scene, np.array([0, 0, up]), scene.eef_mat, OPEN), age + 1 >= plan.open_steps
     if finished:
         return action, Progress(PHASES[PHASES.index(phase) + 1], 0, tuple(next_anchor.tolist()))
     return action, Progress(phase, age + 1, anchor)
@@ -135,13 +145,14 @@ def _reach(plan: Plan, scene: Scene, position: np.ndarray, mat: np.ndarray) -> t
 
 
 def _carry(plan: Plan, start_z: float, scene: Scene) -> tuple[np.ndarray, bool]:
-    """The same funnel for the bowl over the plate: what moves the bowl moves the gripper that holds it.
+    """The same funnel for the object over its place: what moves the object moves the gripper that holds it.
 
     From a cabinet or a drawer it leaves at the height that it was lifted to.
     """
-    offset = scene.plate_pos - scene.bowl_pos
+    offset = scene.place_pos - scene.object_pos
+    offset[2] += plan.release
     error = np.linalg.norm(offset[:2])
     finished = bool(error < 0.02 and -offset[2] < PLACED)
     start_height = start_z - scene.eef_pos[2] - offset[2]
-    offset[2] += np.clip(1.5 * (error - 0.015), 0, max(plan.carry, start_height))
+    offset[2] += np.clip(plan.carry / 0.04 * (error - 0.015), 0, max(plan.carry, start_height))
     return offset, finished

@@ -1,4 +1,4 @@
-"""Demonstrations of LIBERO-Spatial, recorded with the scripted expert in parallel processes."""
+"""Demonstrations of LIBERO-Spatial and LIBERO-Object, recorded with the scripted expert in parallel processes."""
 
 # The simulator is an optional extra.
 # pyright: reportMissingImports=false
@@ -36,10 +36,14 @@ MAX_STEPS = 130
 NOISE_STEPS = 4  # a disturbance of the motion lasts so long
 MAX_ATTEMPTS = 10
 
-# How the rim is held in each task (degrees about the bowl, 0 along +x, 90 along +y), so that the open fingers and the
-# arm miss the neighbours: ramekin, drawer walls, cabinet, cookie box. Far from the base the gripper leans forward,
-# because the arm is nearly stretched there and the controller loses its accuracy.
+# Objects are held on their upright axis; boxes lie with their narrow side along y. They are carried over the rim of the
+# basket, 14.6 cm above its origin, and let go of in it, the tallest 1 cm above its floor: the hand stays above the rim.
+IN_BASKET = expert.Plan(np.deg2rad(90), radius=0.0, lift=0.08, carry=0.13, release=0.105, open_steps=16)
+
 PLANS = {
+    # How the rim is held in each task (degrees about the bowl, 0 along +x, 90 along +y), so that the open fingers and
+    # the arm miss the neighbours: ramekin, drawer walls, cabinet, cookie box. Far from the base the gripper leans
+    # forward, because the arm is nearly stretched there and the controller loses its accuracy.
     "libero_spatial": (
         expert.Plan(np.deg2rad(-75)),  # between the plate and the ramekin
         expert.Plan(np.deg2rad(-45)),  # next to the ramekin
@@ -51,7 +55,22 @@ PLANS = {
         expert.Plan(np.deg2rad(60)),  # on the stove
         expert.Plan(np.deg2rad(-75)),  # next to the plate
         expert.Plan(np.deg2rad(75), lean=0.3),  # on the wooden cabinet
-    )
+    ),
+    # Above the fingers, 4 cm over the grip point, is the hand, 20 cm long: what is tall is held near its top, and where
+    # the hand would come down on a neighbour it is turned. So it is at cartons, whose roofs are hollow and open along
+    # y, where a finger was caught.
+    "libero_object": (
+        IN_BASKET._replace(height=0.015),  # alphabet soup, a can
+        IN_BASKET._replace(height=0.005, angle=np.deg2rad(70)),  # cream cheese, flat, beside a can
+        IN_BASKET._replace(height=0.045),  # salad dressing, a bottle
+        IN_BASKET._replace(height=0.030),  # bbq sauce, a bottle
+        IN_BASKET._replace(height=0.045),  # ketchup, a bottle
+        IN_BASKET._replace(height=0.015, angle=np.deg2rad(60)),  # tomato sauce, a can, beside a carton
+        IN_BASKET._replace(height=0.005),  # butter, flat
+        IN_BASKET._replace(height=0.030, angle=np.deg2rad(10)),  # milk, a carton
+        IN_BASKET._replace(height=0.005),  # chocolate pudding, flat
+        IN_BASKET._replace(height=0.030, angle=np.deg2rad(10)),  # orange juice, a carton
+    ),
 }
 
 
@@ -115,7 +134,7 @@ def record_libero(
     Only episodes that the benchmark's own predicate accepts are kept; a rejected one is tried again with other noise.
     Train and val start from different initial states of the benchmark, or, if `drawn`, from others out of the same
     regions, so that all of the benchmark's are new to a policy that is trained on these. `noise` disturbs the motion on
-    the way to the bowl and to the plate, as a policy's own errors will, and records what the expert does about it
+    the way to the object and to its place, as a policy's own errors will, and records what the expert does about it
     (DART, Laskey et al. 2017): its standard deviation, in units of the action. The same arguments give the same
     episodes for any number of `workers` (processes; default one a core). Rendering follows MUJOCO_GL, by default osmesa
     (CPU).
@@ -308,7 +327,7 @@ def _attempt(job: Job, attempt: int, look: bool) -> tuple[Motion, tuple] | None:
         init_state = -1 if job.drawn else numbers[(job.number + attempt) % len(numbers)]
         scene, state = _start(env, env.get_sim_state() if job.drawn else states[init_state], rng)
         plan = PLANS[job.suite][job.task_id]
-        plan = plan._replace(rim_angle=plan.rim_angle + plan.spread * rng.uniform(-1, 1))
+        plan = plan._replace(angle=plan.angle + plan.spread * rng.uniform(-1, 1))
         view = camera(env, job.image_size)
         rows, frames, progress, disturbance = [], [], expert.Progress(), np.zeros(7, np.float32)
         while progress.phase != "done" and len(rows) < MAX_STEPS:
@@ -318,7 +337,7 @@ def _attempt(job: Job, attempt: int, look: bool) -> tuple[Motion, tuple] | None:
             rows.append((np.array(env.sim.data.qpos, np.float32), state, action))
             if job.noise and (len(rows) - 1) % NOISE_STEPS == 0:
                 disturbance = np.append(job.noise * rng.standard_normal(6), 0).astype(np.float32)
-            if job.noise and progress.phase in ("reach", "carry"):  # not while the fingers close or the bowl stands
+            if job.noise and progress.phase in ("reach", "carry"):  # not while the fingers close or the object stands
                 action = np.clip(action + disturbance, -1, 1)
             scene, state = observe(env, env.step(action)[0])
         if progress.phase != "done" or not env.check_success():
@@ -418,14 +437,14 @@ def observe(env: Any, observation: dict) -> tuple[expert.Scene, Float[np.ndarray
     """What the expert sees, and the proprioceptive state that is recorded."""
     from robosuite.utils.transform_utils import quat2mat
 
-    bowl, plate = env.obj_of_interest
+    taken, place = env.obj_of_interest
     position, quaternion = observation["robot0_eef_pos"], observation["robot0_eef_quat"]
     scene = expert.Scene(
         eef_pos=position.copy(),
         eef_mat=quat2mat(quaternion),
-        bowl_pos=observation[f"{bowl}_pos"].copy(),
-        bowl_mat=quat2mat(observation[f"{bowl}_quat"]),
-        plate_pos=observation[f"{plate}_pos"].copy(),
+        object_pos=observation[f"{taken}_pos"].copy(),
+        object_mat=quat2mat(observation[f"{taken}_quat"]),
+        place_pos=observation[f"{place}_pos"].copy(),
     )
     return scene, proprioception(observation)
 

@@ -7,19 +7,20 @@ from hypothesis import strategies as st
 
 from spatialvla_jax.data.record import expert
 from spatialvla_jax.data.record.expert import Plan, Progress, Scene, act
+from spatialvla_jax.data.record.libero import PLANS
 
 HOME = np.array([-0.2, 0.0, 1.17])
 angles = st.floats(-np.pi, np.pi)
 
 
-def scene(eef_pos=HOME, eef_mat=None, bowl=(-0.07, 0.02, 0.9), plate=(0.06, 0.2, 0.9)) -> Scene:
+def scene(eef_pos=HOME, eef_mat=None, taken=(-0.07, 0.02, 0.9), place=(0.06, 0.2, 0.9)) -> Scene:
     eef_mat = expert.down_facing(0.0) if eef_mat is None else eef_mat
-    return Scene(np.array(eef_pos), eef_mat, np.array(bowl), np.eye(3), np.array(plate))
+    return Scene(np.array(eef_pos), eef_mat, np.array(taken), np.eye(3), np.array(place))
 
 
-def run(plan: Plan, start: Scene, max_steps: int = 200) -> tuple[list[np.ndarray], list[str], Scene]:
-    """A world where 30% of the commanded offset happens in a step and the bowl follows the closed gripper."""
-    now, progress, actions, phases = start, Progress(), [], []
+def run(plan: Plan, start: Scene, max_steps: int = 200) -> tuple[list[np.ndarray], list[str], list[Scene]]:
+    """A world where 30% of the commanded offset happens in a step and the object follows the closed gripper."""
+    now, progress, actions, phases, scenes = start, Progress(), [], [], [start]
     while progress.phase != "done" and len(actions) < max_steps:
         action, progress = act(plan, progress, now)
         actions.append(action)
@@ -28,20 +29,21 @@ def run(plan: Plan, start: Scene, max_steps: int = 200) -> tuple[list[np.ndarray
         turn = expert.rotation_matrix(0.3 * expert.RADIANS_PER_UNIT * action[3:6])
         held = progress.phase in ("lift", "carry")
         now = now._replace(
-            eef_pos=now.eef_pos + shift, eef_mat=turn @ now.eef_mat, bowl_pos=now.bowl_pos + (shift if held else 0)
+            eef_pos=now.eef_pos + shift, eef_mat=turn @ now.eef_mat, object_pos=now.object_pos + (shift if held else 0)
         )
-    return actions, phases, now
+        scenes.append(now)
+    return actions, phases, scenes
 
 
-@pytest.mark.parametrize("rim_angle", np.deg2rad([-120, -75, -30, 60, 110]))
+@pytest.mark.parametrize("angle", np.deg2rad([-120, -75, -30, 60, 110]))
 @pytest.mark.parametrize("bowl", [(-0.07, 0.02, 0.9), (0.08, -0.13, 1.06)])
-def test_an_episode_ends_with_the_bowl_on_the_plate(rim_angle, bowl):
+def test_an_episode_ends_with_the_bowl_on_the_plate(angle, bowl):
     tilted = expert.rotation_matrix(np.array([0.1, -0.1, 0.4])) @ expert.down_facing(0.0)
-    actions, phases, end = run(Plan(rim_angle), scene(eef_mat=tilted, bowl=bowl))
+    actions, phases, (*_, end) = run(Plan(angle), scene(eef_mat=tilted, taken=bowl))
     assert phases[-1] == "done"
     assert list(dict.fromkeys(phases)) == ["reach", "close", "lift", "carry", "open", "done"]
-    assert np.linalg.norm((end.bowl_pos - end.plate_pos)[:2]) < 0.03
-    assert 0 <= end.bowl_pos[2] - end.plate_pos[2] < 0.03
+    assert np.linalg.norm((end.object_pos - end.place_pos)[:2]) < 0.03
+    assert 0 <= end.object_pos[2] - end.place_pos[2] < 0.03
     actions = np.stack(actions)
     assert actions.dtype == np.float32 and actions.shape[1] == 7 and np.abs(actions).max() <= 1
     grips = actions[:, 6]
@@ -49,11 +51,32 @@ def test_an_episode_ends_with_the_bowl_on_the_plate(rim_angle, bowl):
     assert grips[0] == grips[-1] == -1.0
 
 
-@given(rim_angle=angles, lean=st.floats(0, 0.5))
-def test_the_fingers_lie_along_the_rims_radius(rim_angle, lean):
-    yaw = expert.gripper_yaw(rim_angle)
+@pytest.mark.parametrize("taken", [(-0.12, -0.24, 0.07), (0.05, -0.1, 0.07)])
+def test_a_bottle_is_carried_over_the_rim_and_let_go_of_in_the_basket(taken):
+    """Ketchup, whose y points up: its bottom is 7.2 cm below its origin; the rim is 14.6 cm above the basket's."""
+    standing = expert.rotation_matrix(np.array([np.pi / 2, 0.0, 0.0]))
+    start = scene(eef_pos=(-0.15, 0.0, 0.26), taken=taken, place=(0.0, 0.26, 0.0))._replace(object_mat=standing)
+    actions, phases, scenes = run(PLANS["libero_object"][4], start)
+    assert list(dict.fromkeys(phases)) == ["reach", "close", "lift", "carry", "open", "done"]
+    path = np.stack([now.object_pos - now.place_pos for now in scenes])
+    beside = np.linalg.norm(path[:, :2], axis=1)
+    assert path[(beside > 0.04) & (beside < 0.11), 2].min() > 0.146 + 0.072
+    assert beside[-1] < 0.02 and 0.09 < path[-1, 2] < 0.12
+    assert [action[6] for action in actions[-16:]] == [expert.OPEN] * 16
+
+
+def test_it_is_held_above_its_origin_whichever_of_its_axes_points_up():
+    plan = Plan(0.3, radius=0.0, height=0.03)
+    for turn in ([0.0, 0.0, 1.0], [np.pi / 2, 0.0, 0.0], [-np.pi / 2, 0.0, 0.0], [0.0, np.pi / 2, 0.0], [np.pi, 0, 0]):
+        turned = scene()._replace(object_mat=expert.rotation_matrix(np.array(turn)))
+        np.testing.assert_allclose(expert.grip_pose(plan, turned)[0] - turned.object_pos, [0, 0, 0.03], atol=1e-9)
+
+
+@given(angle=angles, lean=st.floats(0, 0.5))
+def test_the_fingers_lie_along_the_rims_radius(angle, lean):
+    yaw = expert.gripper_yaw(angle)
     assert -np.pi / 2 <= yaw <= np.pi / 2
-    radius = np.array([np.cos(rim_angle), np.sin(rim_angle), 0.0])
+    radius = np.array([np.cos(angle), np.sin(angle), 0.0])
     assert abs(abs(expert.down_facing(yaw)[:, 1] @ radius) - 1) < 1e-9  # the fingers open along the gripper's y
     leaning = expert.down_facing(yaw, lean)
     np.testing.assert_allclose(leaning @ leaning.T, np.eye(3), atol=1e-12)
@@ -85,14 +108,14 @@ def test_it_does_not_follow_a_bowl_that_the_closing_fingers_push():
     grip, _ = expert.grip_pose(plan, scene())
     closing = Progress("close", 3, tuple(grip))
     still, _ = act(plan, closing, scene(eef_pos=grip))
-    pushed, _ = act(plan, closing, scene(eef_pos=grip, bowl=(-0.07, 0.0, 0.9)))
+    pushed, _ = act(plan, closing, scene(eef_pos=grip, taken=(-0.07, 0.0, 0.9)))
     np.testing.assert_array_equal(still, pushed)
     assert still[6] == expert.CLOSE
 
 
 def test_from_a_height_it_leaves_at_that_height():
     """A bowl out of a drawer must not be lowered before it is clear of the drawer."""
-    held = scene(eef_pos=(0.08, -0.08, 1.2), bowl=(0.08, -0.13, 1.15))
+    held = scene(eef_pos=(0.08, -0.08, 1.2), taken=(0.08, -0.13, 1.15))
     action, _ = act(Plan(np.pi / 2), Progress("carry", 0, (0.08, -0.08, 1.2)), held)
     assert action[2] == pytest.approx(0, abs=1e-6) and action[1] == 1
 
@@ -100,5 +123,5 @@ def test_from_a_height_it_leaves_at_that_height():
 def test_the_grip_point_follows_a_tilted_bowl():
     tilt = expert.rotation_matrix(np.array([0.3, 0.0, 0.0]))
     plan, level = Plan(np.pi / 2), scene()
-    up, _ = expert.grip_pose(plan, level._replace(bowl_mat=tilt))
-    np.testing.assert_allclose(tilt.T @ (up - level.bowl_pos), [0, 0.05, 0.04], atol=1e-9)
+    up, _ = expert.grip_pose(plan, level._replace(object_mat=tilt))
+    np.testing.assert_allclose(tilt.T @ (up - level.object_pos), [0, 0.05, 0.04], atol=1e-9)

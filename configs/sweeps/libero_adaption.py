@@ -1,0 +1,37 @@
+"""What spatial embedding adaption is worth in post-training (Table V) at about 100 M parameters, for one GPU: a run on
+LIBERO-Spatial goes on with LIBERO-Object, the grid fitted to the new data and the spatial table adapted to it, or both
+as they were; all parameters trained, or adapters of the published rank. Two seeds, 8 trials. What they start from:
+
+    python benchmarks/closed_loop.py --workdir runs/libero_spatial
+    spatialvla-jax record libero --suite libero_object --episodes 500 --val-episodes 50 --initial-states drawn \\
+        --image-size 224 --out runs/libero_object.pack
+    spatialvla-jax sweep --config configs/sweeps/libero_adaption.py --workdir runs/libero_adaption
+
+Another run: --config.init=RUN. Another file: --config.data.packed=FILE. First one seed: --only '*_seed-0'.
+"""
+
+from spatialvla_jax.config import load_config
+
+
+def get_sweep():
+    base = load_config("configs/libero_spatial.py")
+    base.init = "runs/libero_spatial/full"
+    base.data.packed = "runs/libero_object.pack"
+    base.optimizer.ema = 0.0  # an average over a thousand steps would hide how soon a trial learns
+    base.train.update(steps=1_000, eval_every=50)  # often: the report compares steps to the same validation loss
+    base.checkpoint.update(every=500, keep_last=1, keep_every=0)
+    return {
+        "base": base,
+        "axes": {
+            "adaption": {
+                "with": {"adapt.embedding": True},
+                "without": {"grid.kind": "checkpoint"},
+            },
+            "method": {
+                "full": {"optimizer.learning_rate": 1e-4},
+                "lora": {"lora.rank": 32, "lora.alpha": 32.0, "optimizer.learning_rate": 5e-4},
+            },
+        },
+        "seeds": [0, 1],
+        "keep_checkpoints": False,  # a gigabyte a trial
+    }
