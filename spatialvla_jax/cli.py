@@ -1,4 +1,5 @@
-"""The command line: `spatialvla-jax COMMAND …`. Bad input ends with one sentence and exit code 2."""
+"""The command line: `spatialvla-jax COMMAND …`. Bad input ends with one sentence and exit code 2, storage that fails
+with one and 1."""
 
 import argparse
 import json
@@ -8,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from spatialvla_jax.errors import InputError
+from spatialvla_jax.errors import InputError, StorageError
 
 BENCHMARKS = {
     "tokenizer": "tokenizer.py",
@@ -238,6 +239,11 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as error:
         print(f"spatialvla-jax {args.command}: {error}", file=sys.stderr)
         return 2
+    except StorageError as error:
+        print(f"spatialvla-jax {args.command}: {error}", file=sys.stderr, flush=True)
+        if getattr(args, "coordinator", None):
+            os._exit(1)  # the usual end waits for the run's other processes, which wait for this one
+        return 1
     return 0
 
 

@@ -16,8 +16,8 @@ from spatialvla_jax.training.metrics import read_metrics
 ARGUMENTS = ("--config.train.steps=24", "--config.train.eval_every=24", "--config.checkpoint.every=1000")
 
 
-def start(server: Server, config: Path, workdir: Path, processes: int, *arguments: str) -> list[Run]:
-    """A run on eight devices."""
+def start(server: Server, config: Path, workdir: Path, processes: int, *arguments: str, limit: int = 0) -> list[Run]:
+    """A run on eight devices, perhaps with a limit on the size of the files that the last process writes."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         coordinator = f"localhost:{free.getsockname()[1]}"
@@ -30,6 +30,7 @@ def start(server: Server, config: Path, workdir: Path, processes: int, *argument
             *arguments,
             *((*together, str(n)) if processes > 1 else ()),
             devices=8 // processes,
+            file_limit=limit if n == processes - 1 else 0,
         )
         for n in range(processes)
     ]
@@ -68,6 +69,19 @@ def test_a_dead_process_ends_the_others(server: Server, packed_config: Path, tmp
     assert runs[0].until(lambda: len(losses(tmp_path / "run")) >= 2), runs[0].errors.read_text()
     runs[1].kill()
     assert runs[0].wait(60) != 0
+
+
+def test_storage_that_fails_on_one_host_ends_the_run(server: Server, packed_config: Path, tmp_path: Path) -> None:
+    """The second of two cannot write its part of a checkpoint: one sentence, no hang, and exit codes after which the
+    scripts in `launch/` start again."""
+    workdir = tmp_path / "run"
+    runs = start(server, packed_config, workdir, 2, "--heartbeat", "10", "--config.checkpoint.every=3", limit=60_000)
+    assert runs[1].wait(240) == 1, runs[1].errors.read_text()
+    sentence = runs[1].errors.read_text().splitlines()[-1]
+    assert sentence.startswith(f"spatialvla-jax train: no checkpoint could be written to {workdir / 'checkpoints'} at")
+    assert sentence.endswith(": File too large")
+    assert runs[0].wait(60) not in (0, 2)
+    assert not [p.name for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()]
 
 
 def test_a_coordinator_alone_does_not_say_who_one_is() -> None:

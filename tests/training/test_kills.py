@@ -83,7 +83,7 @@ def test_full_disk(server: Server, packed_config: Path, undisturbed: Path, tmp_p
     saved = step_directory(workdir)
     assert saved is not None
     run = server.train(packed_config, workdir, STEPS, file_limit=150_000)
-    assert run.wait() == 2
+    assert run.wait() == 1
     errors = run.errors.read_text()
     assert errors.count("; trying again") == 4
     (sentence,) = (line for line in errors.splitlines() if line.startswith("spatialvla-jax train: "))
