@@ -232,6 +232,7 @@ def main(argv: list[str] | None = None) -> int:
     args, rest = parser.parse_known_args(argv[:split])
     args.runner_options = argv[split + 1 :]
     try:
+        refuse_buckets(args)
         if args.runner_options and args.command != "stats":
             raise InputError("only the command stats takes arguments after --")
         args.overrides = overrides_of(rest, allowed=hasattr(args, "config"))
@@ -244,7 +245,34 @@ def main(argv: list[str] | None = None) -> int:
         if getattr(args, "coordinator", None):
             os._exit(1)  # the usual end waits for the run's other processes, which wait for this one
         return 1
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        print(
+            f"spatialvla-jax {args.command}: the device's memory is too small ({str(error).splitlines()[0]}): try more "
+            "rematerialisation (model.remat=full), fewer examples at once (a smaller batch size, a larger "
+            "train.accumulate) or parameters split over more devices (mesh.fsdp); `spatialvla-jax compile` says what "
+            "fits a TPU pod",
+            file=sys.stderr,
+        )
+        return 2
     return 0
+
+
+def out_of_memory(error: Exception) -> bool:
+    jax = sys.modules.get("jax")
+    return bool(jax and isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error))
+
+
+def refuse_buckets(args: argparse.Namespace) -> None:
+    """Raises InputError for a path such as gs://bucket/run, which would become a folder of the working directory."""
+    for name, value in vars(args).items():
+        if isinstance(value, Path) and ":/" in str(value):
+            url = str(value).replace(":/", "://", 1)
+            raise InputError(
+                f"--{name.replace('_', '-')} {url} is no path of a file system: mount the bucket (gcsfuse) and name "
+                "its folder"
+            )
 
 
 def overrides_of(rest: list[str], allowed: bool) -> dict[str, str]:
@@ -301,7 +329,10 @@ def run_train(args: argparse.Namespace) -> None:
     config = load_config(args.config, args.overrides)
     if args.coordinator:
         join(args.coordinator, args.num_processes, args.process_id, args.heartbeat)
-    result = train(config, args.workdir, wandb=args.wandb, profile=args.profile)
+    try:
+        result = train(config, args.workdir, wandb=args.wandb, profile=args.profile)
+    except OSError as error:
+        raise StorageError(f"{error.filename or args.workdir}: {error.strerror or error}") from error
     if is_writer():
         again = "" if result["step"] == config.train.steps else f" of {config.train.steps}, the same command goes on"
         print(

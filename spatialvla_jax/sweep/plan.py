@@ -37,14 +37,14 @@ from spatialvla_jax.config import (
     set_key,
 )
 from spatialvla_jax.errors import InputError
+from spatialvla_jax.models.presets import CHOICES as MODEL_CHOICES
 from spatialvla_jax.training.optimizer import make_optimizer
 from spatialvla_jax.training.program import make_model
 
 KEYS = ("base", "axes", "seeds", "keep_checkpoints")
 CHOICES = {
     "grid.kind": ("gaussian", "uniform", "linear", "checkpoint"),
-    "model.depth": ("zoedepth", "dataset", "none"),
-    "model.mask": ("prefix", "causal"),
+    **{f"model.{field}": choices for field, choices in MODEL_CHOICES.items()},
 }
 
 

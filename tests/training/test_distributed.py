@@ -42,7 +42,8 @@ def losses(workdir: Path, key: str = "loss") -> list[float]:
 
 
 def test_two_processes_give_the_losses_of_one(server: Server, packed_config: Path, tmp_path: Path) -> None:
-    """One of two is asked to end: both save the same step. The run goes on in one process, and in four."""
+    """One of two is asked to end: both save the same step. The run goes on in one process, on a mesh of another shape,
+    and in four."""
     (alone,) = start(server, packed_config, tmp_path / "alone", 1)
     assert alone.wait() == 0, alone.errors.read_text()
     two = start(server, packed_config, tmp_path / "two", 2)
@@ -53,8 +54,9 @@ def test_two_processes_give_the_losses_of_one(server: Server, packed_config: Pat
     assert 5 <= reached < 24
     assert [p.name for p in (tmp_path / "two" / "checkpoints").iterdir()] == [str(reached)]
     shutil.copytree(tmp_path / "two", tmp_path / "four")
-    for name, processes in (("two", 1), ("four", 4)):
-        runs = start(server, packed_config, tmp_path / name, processes)
+    other = ("--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2")
+    for name, processes, mesh in (("two", 1, other), ("four", 4, ())):
+        runs = start(server, packed_config, tmp_path / name, processes, *mesh)
         assert [run.wait(240) for run in runs] == [0] * processes, runs[0].errors.read_text()
         np.testing.assert_allclose(losses(tmp_path / name), losses(tmp_path / "alone"), atol=1e-5)
         np.testing.assert_allclose(
