@@ -68,7 +68,9 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--config", required=True, help="as for train; its data is not read")
     p.add_argument("--topology", required=True, help="e.g. v5e:16x16, v4:4x4x4, or by name: v5p-128, v6e-256")
     p.add_argument("--slices", type=int, default=1, help="pods joined by the data-center network, along mesh.data")
-    p.add_argument("--search", action="store_true", help="rank meshes, remat policies and accumulation")
+    p.add_argument(
+        "--search", action="store_true", help="rank meshes, remat policies, accumulation and smaller batches"
+    )
 
     p = command("evaluate", run_evaluate, "open-loop errors on recorded episodes, or success rates in simulation")
     p.add_argument("--checkpoint", type=Path, help="run directory, one of its steps, or an export")
