@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from spatialvla_jax.actions import PRETRAIN_GAUSSIANS
 from spatialvla_jax.cli import main
-from spatialvla_jax.config import default_config
+from spatialvla_jax.config import default_config, load_config
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.grid_tools import make_grid
 from spatialvla_jax.training import topology as topology_module
@@ -120,6 +120,18 @@ def test_a_nano_step_compiles_for_a_pod(config_file: Path, capsys: pytest.Captur
     assert main(arguments) == 0
     again = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert again == report and topology.chips == 4
+
+
+def test_gradients_alone_cross_slices(config_file: Path) -> None:
+    config = load_config(config_file, {"mesh.data": "2", "train.batch_size": "32"})
+    ((_, report),) = compile_for(config, parse_topology("v5e:2x2", slices=2), config_file.parent / "cache")
+    across = [c for c in report["collectives"] if c["across_slices"]]
+    within = {c["kind"] for c in report["collectives"] if not c["across_slices"]}
+    assert {c["kind"] for c in across} == {"all-reduce"} and "all-gather" in within
+    # Once a step, in no loop over layers: a chip's part of the gradients, whose size is that of its part of the
+    # parameters, padded to whole tiles.
+    assert all(c["count"] == 1 for c in across)
+    assert 0.5 < sum(c["bytes"] for c in across) / report["memory"]["params"] < 2
 
 
 @pytest.mark.parametrize(
