@@ -248,7 +248,13 @@ def main(argv: list[str] | None = None) -> int:
             os._exit(1)  # the usual end waits for the run's other processes, which wait for this one
         return 1
     except Exception as error:
-        if not out_of_memory(error):
+        if getattr(args, "coordinator", None) and runtime_error(error, *LOST):
+            lost = (
+                f"another process of the run died or cannot be reached ({str(error).splitlines()[0]}); see its output"
+            )
+            print(f"spatialvla-jax {args.command}: {lost}", file=sys.stderr, flush=True)
+            os._exit(1)  # as above
+        if not runtime_error(error, "RESOURCE_EXHAUSTED"):
             raise
         print(
             f"spatialvla-jax {args.command}: the device's memory is too small ({str(error).splitlines()[0]}): try more "
@@ -261,9 +267,14 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def out_of_memory(error: Exception) -> bool:
+# What JAX says in a process whose collectives another one left, on CPUs, GPUs and TPUs.
+LOST = ("Gloo", "NCCL", "UNAVAILABLE", "DEADLINE_EXCEEDED", "heartbeat")
+
+
+def runtime_error(error: Exception, *words: str) -> bool:
+    """Whether it is of JAX's runtime and has one of the words in it."""
     jax = sys.modules.get("jax")
-    return bool(jax and isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error))
+    return bool(jax and isinstance(error, jax.errors.JaxRuntimeError) and any(word in str(error) for word in words))
 
 
 def refuse_buckets(args: argparse.Namespace) -> None:
