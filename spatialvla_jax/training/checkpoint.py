@@ -32,6 +32,16 @@ for name in ("absl", "asyncio"):
     logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
+def _print_unraisable(unraisable: Any, before: Any = sys.unraisablehook) -> None:
+    """Not what the array store prints for every write that ends after another one failed: with several devices it would
+    bury the sentence that says why."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        before(unraisable)
+
+
+sys.unraisablehook = _print_unraisable
+
+
 class Checkpoints:
     """Saves every `every` steps in the background, keeps the last `keep_last` and each `keep_every`-th.
 
@@ -55,7 +65,7 @@ class Checkpoints:
         self.folder, self.metadata, self.every = (workdir / FOLDER).absolute(), metadata, every
         self.left_out = left_out  # patterns of parameters that are neither saved nor restored, for they never change
         self.keep = {"max_to_keep": keep_last, "keep_period": keep_every}
-        self.failures, self.retry_at = 0, 0
+        self.failures, self.retry_at, self.reason = 0, 0, ""
         self.began, self.seconds = 0.0, 0.0  # of the save under way; how long the last one took
         self.manager = self._open()
 
@@ -114,8 +124,10 @@ class Checkpoints:
 
     def _failed(self, error: Exception, step: int) -> None:
         self.began, self.retry_at = 0.0, step + 2**self.failures
+        if not self.failures:  # the following ones may only have stumbled over the remains of this one
+            self.reason = reason(error)
         self.failures += 1
-        sentence = f"no checkpoint could be written to {self.folder} at step {step}: {reason(error)}"
+        sentence = f"no checkpoint could be written to {self.folder} at step {step}: {self.reason}"
         if jax.process_count() > 1:
             raise StorageError(sentence) from error
         with contextlib.suppress(Exception):
