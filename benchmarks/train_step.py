@@ -4,6 +4,10 @@
 
 Everything the training loop jits is in it: augmentation, encoding, forward, backward, clipping, AdamW. Prints the
 environment, then each repeat and the median; ends with one line of JSON. Compilation and the first steps don't count.
+
+The floor of a step is its model FLOPs (`topology.model_flops`: forward, and backward to what is trained) at the peak of
+the devices, MFU that floor in parts of the step; the state's bytes are those that its shardings predict for a device
+beside those that the first device holds.
 """
 
 import argparse
@@ -22,10 +26,12 @@ from spatialvla_jax.actions import PRETRAIN_GAUSSIANS, gaussian_grid
 from spatialvla_jax.config import default_config
 from spatialvla_jax.models import PRESETS, SpatialVLA, preset
 from spatialvla_jax.models.remat import POLICIES
+from spatialvla_jax.training.metrics import peak
 from spatialvla_jax.training.optimizer import make_optimizer
 from spatialvla_jax.training.program import abstract_params, frozen_patterns, jit_train_step, make_model
 from spatialvla_jax.training.sharding import BATCH, check_batch, make_mesh
-from spatialvla_jax.training.state import init_state
+from spatialvla_jax.training.state import abstract_state, init_state
+from spatialvla_jax.training.topology import held, model_flops
 
 
 def random_batch(model: SpatialVLA, size: int) -> dict[str, np.ndarray]:
@@ -50,6 +56,12 @@ def start_from(config: Any, model: SpatialVLA) -> dict[str, Any] | None:
     shapes = abstract_params(config, model)
     draw = lambda s: 0.02 * jax.random.normal(jax.random.key(0), s.shape, s.dtype)  # noqa: E731
     return jax.jit(lambda: jax.tree.map(draw, shapes))()
+
+
+def on_first_device(tree: Any) -> int:
+    """Bytes of a tree's arrays that lie there."""
+    device = jax.devices()[0]
+    return sum(s.data.nbytes for x in jax.tree.leaves(tree) for s in x.addressable_shards if s.device == device)
 
 
 def main() -> None:
@@ -91,6 +103,14 @@ def main() -> None:
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     state, shardings = init_state(model, optimizer, frozen_patterns(config, model), 0, mesh, start_from(config, model))
     params = sum(x.size for x in jax.tree.leaves(state.params))
+    shapes, _ = abstract_state(model, optimizer, frozen_patterns(config, model), mesh, abstract_params(config, model))
+    predicted = {
+        "params": held(shapes.params, shardings.params),
+        "optimizer": held(shapes.opt_state, shardings.opt_state),
+    }
+    holds = {"params": on_first_device(state.params), "optimizer": on_first_device(state.opt_state)}
+    for name, size in holds.items():
+        print(f"{name}: {size / 1e9:.3f} GB on a device, {predicted[name] / 1e9:.3f} GB predicted")
     seed = np.uint32(0)
     batch = jax.device_put(random_batch(model, args.batch_size), NamedSharding(mesh, BATCH))
     began = time.perf_counter()
@@ -109,6 +129,13 @@ def main() -> None:
         seconds.append((time.perf_counter() - began) / args.steps)
         print(f"repeat {repeat + 1}: {1e3 * seconds[-1]:.2f} ms a step, {args.batch_size / seconds[-1]:.1f} samples/s")
     median = statistics.median(seconds)
+    flops = model_flops(config, grid)
+    achieved: dict[str, Any] = {"model_flops_per_sample": flops}
+    print(f"{flops:.4g} model FLOPs a sample")
+    if rate := peak():  # unknown of CPUs
+        floor = flops * args.batch_size / (jax.device_count() * rate)
+        achieved |= {"mfu": round(floor / median, 4), "floor_ms": round(1e3 * floor, 3)}
+        print(f"floor of a step {1e3 * floor:.2f} ms at {rate / 1e12:.0f} TFLOP/s a device, MFU {floor / median:.1%}")
     memory = device.memory_stats() or {}
     traced = {}
     if args.trace:
@@ -135,6 +162,7 @@ def main() -> None:
                 "samples_per_second": round(args.batch_size / median, 1),
                 "compile_seconds": round(compile_seconds, 1),
                 "peak_memory_gb": round(memory.get("peak_bytes_in_use", 0) / 1e9, 2),
+                "state_bytes_per_device": {"predicted": predicted, "held": holds},
                 "loss": round(float(metrics["loss"]), 4),
                 "remat": args.remat,
                 "unroll": args.unroll,
@@ -142,6 +170,7 @@ def main() -> None:
                 "state_dtype": args.state_dtype,
                 "depth": model.config.depth,
             }
+            | achieved
             | ({"trace_ms": traced} if traced else {})
         )
     )

@@ -15,6 +15,8 @@ cluster=$1 type=$2 slices=$3 image=$4 config=$5 workdir=$6; shift 6
 
 name=${NAME:-$(basename "$workdir" | tr '[:upper:]_.' '[:lower:]--')}
 printf -v train '%q ' spatialvla-jax "${COMMAND:-train}" --config "$config" --workdir "$workdir" --coordinator auto "$@"
+# After SIGTERM a run ends with 0, too; its last step is told by the file that it writes then.
+if [[ ${COMMAND:-train} == train ]]; then printf -v train '%s && test -e %q' "$train" "$workdir/finished"; fi
 command=(xpk workload create --cluster "$cluster" --workload "$name" --tpu-type "$type" --num-slices "$slices"
   --docker-image "$image" --max-restarts 100 --termination-grace-period-seconds 300
   --command "$train")

@@ -1,4 +1,5 @@
-"""The command line: `spatialvla-jax COMMAND …`. Bad input ends with one sentence and exit code 2."""
+"""The command line: `spatialvla-jax COMMAND …`. Bad input ends with one sentence and exit code 2, storage that fails
+with one and 1."""
 
 import argparse
 import json
@@ -8,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from spatialvla_jax.errors import InputError
+from spatialvla_jax.errors import InputError, StorageError
 
 BENCHMARKS = {
     "tokenizer": "tokenizer.py",
@@ -70,7 +71,9 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--config", required=True, help="as for train; its data is not read")
     p.add_argument("--topology", required=True, help="e.g. v5e:16x16, v4:4x4x4, or by name: v5p-128, v6e-256")
     p.add_argument("--slices", type=int, default=1, help="pods joined by the data-center network, along mesh.data")
-    p.add_argument("--search", action="store_true", help="rank meshes, remat policies and accumulation")
+    p.add_argument(
+        "--search", action="store_true", help="rank meshes, remat policies, accumulation and smaller batches"
+    )
 
     p = command("evaluate", run_evaluate, "open-loop errors on recorded episodes, or success rates in simulation")
     p.add_argument("--checkpoint", type=Path, help="run directory, one of its steps, or an export")
@@ -245,6 +248,7 @@ def main(argv: list[str] | None = None) -> int:
     args, rest = parser.parse_known_args(argv[:split])
     args.runner_options = argv[split + 1 :]
     try:
+        refuse_buckets(args)
         if args.runner_options and args.command != "stats":
             raise InputError("only the command stats takes arguments after --")
         args.overrides = overrides_of(rest, allowed=hasattr(args, "config"))
@@ -252,7 +256,50 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as error:
         print(f"spatialvla-jax {args.command}: {error}", file=sys.stderr)
         return 2
+    except StorageError as error:
+        print(f"spatialvla-jax {args.command}: {error}", file=sys.stderr, flush=True)
+        if getattr(args, "coordinator", None):
+            os._exit(1)  # the usual end waits for the run's other processes, which wait for this one
+        return 1
+    except Exception as error:
+        if getattr(args, "coordinator", None) and runtime_error(error, *LOST):
+            lost = (
+                f"another process of the run died or cannot be reached ({str(error).splitlines()[0]}); see its output"
+            )
+            print(f"spatialvla-jax {args.command}: {lost}", file=sys.stderr, flush=True)
+            os._exit(1)  # as above
+        if not runtime_error(error, "RESOURCE_EXHAUSTED"):
+            raise
+        print(
+            f"spatialvla-jax {args.command}: the device's memory is too small ({str(error).splitlines()[0]}): try more "
+            "rematerialisation (model.remat=full), fewer examples at once (a smaller batch size, a larger "
+            "train.accumulate) or parameters split over more devices (mesh.fsdp); `spatialvla-jax compile` says what "
+            "fits a TPU pod",
+            file=sys.stderr,
+        )
+        return 2
     return 0
+
+
+# What JAX says in a process whose collectives another one left, on CPUs, GPUs and TPUs.
+LOST = ("Gloo", "NCCL", "UNAVAILABLE", "DEADLINE_EXCEEDED", "heartbeat")
+
+
+def runtime_error(error: Exception, *words: str) -> bool:
+    """Whether it is of JAX's runtime and has one of the words in it."""
+    jax = sys.modules.get("jax")
+    return bool(jax and isinstance(error, jax.errors.JaxRuntimeError) and any(word in str(error) for word in words))
+
+
+def refuse_buckets(args: argparse.Namespace) -> None:
+    """Raises InputError for a path such as gs://bucket/run, which would become a folder of the working directory."""
+    for name, value in vars(args).items():
+        if isinstance(value, Path) and ":/" in str(value):
+            url = str(value).replace(":/", "://", 1)
+            raise InputError(
+                f"--{name.replace('_', '-')} {url} is no path of a file system: mount the bucket (gcsfuse) and name "
+                "its folder"
+            )
 
 
 def overrides_of(rest: list[str], allowed: bool) -> dict[str, str]:
@@ -317,7 +364,10 @@ def run_train(args: argparse.Namespace) -> None:
     config = load_config(args.config, args.overrides)
     if args.coordinator:
         join(args.coordinator, args.num_processes, args.process_id, args.heartbeat)
-    result = train(config, args.workdir, wandb=args.wandb, profile=args.profile)
+    try:
+        result = train(config, args.workdir, wandb=args.wandb, profile=args.profile)
+    except OSError as error:
+        raise StorageError(f"{error.filename or args.workdir}: {error.strerror or error}") from error
     if is_writer():
         again = "" if result["step"] == config.train.steps else f" of {config.train.steps}, the same command goes on"
         print(

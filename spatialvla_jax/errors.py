@@ -1,8 +1,13 @@
-"""The exceptions for bad input; the command line prints their sentence and exits with 2."""
+"""The exceptions whose sentence the command line prints: it exits with 2 for bad input, which no restart mends, and
+with 1 where one may."""
 
 
 class InputError(ValueError):
     """Bad input from the user: the message is one sentence naming the file, key or value and what was expected."""
+
+
+class StorageError(RuntimeError):
+    """What has to be written cannot be: the message is one sentence naming the path and the reason."""
 
 
 class Fault(InputError):

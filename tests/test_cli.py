@@ -2,14 +2,19 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
 
+import jax
 import pytest
+from tensorboardX.event_file_writer import EventsWriter
 from toy_rlds import libero_features, make_episodes, make_rlds
 
 from spatialvla_jax import Policy, compiled
 from spatialvla_jax.cli import main
 from spatialvla_jax.errors import InputError
+from spatialvla_jax.training import loop
+from spatialvla_jax.training.metrics import MetricsLog
 
 
 def fails(capsys: pytest.CaptureFixture, *argv: object) -> str:
@@ -38,6 +43,10 @@ def config_for(config_file: Path, path: Path, folder: Path) -> Path:
         ("train.step=3", "config key train.step does not exist; did you mean train.steps?"),
         ("train.steps=many", "config key train.steps is int, and 'many' is not"),
         ("model.preset=huge", "model preset 'huge' does not exist; choose one of nano, tiny, small"),
+        ("model.remat=everything", "model.remat is 'everything'; choose none, full or dots"),
+        ("model.dtype=float61", "model.dtype is 'float61'; choose float32 or bfloat16"),
+        ("model.mask=prefixes", "model.mask is 'prefixes'; choose prefix or causal"),
+        ("model.depth=zeodepth", "model.depth is 'zeodepth'; choose zoedepth, dataset or none"),
         ("mesh.tensor=3", "does not fit 8 devices"),
         ("train.batch_size=12", "train.batch_size 12 does not divide"),
         ("grid.kind=cubic", "grid.kind is 'cubic'; choose gaussian, uniform, linear or checkpoint"),
@@ -48,6 +57,62 @@ def test_bad_config(config_file: Path, tmp_path: Path, capsys, override: str, me
     assert message in fails(
         capsys, "train", "--config", config_file, "--workdir", tmp_path / "run", f"--config.{override}"
     )
+
+
+def test_out_of_memory_is_one_sentence(config_file: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    def train(*_, **__):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 12 bytes.\nand a long table")
+
+    monkeypatch.setattr(loop, "train", train)
+    error = fails(capsys, "train", "--config", config_file, "--workdir", tmp_path)
+    assert "Out of memory allocating 12 bytes" in error and "long table" not in error
+    assert all(word in error for word in ("model.remat", "batch size", "train.accumulate", "mesh.fsdp", "compile"))
+
+    def broken(*_, **__):
+        raise jax.errors.JaxRuntimeError("INTERNAL: another error")
+
+    monkeypatch.setattr(loop, "train", broken)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="another error"):
+        main(["train", "--config", str(config_file), "--workdir", str(tmp_path)])
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("full", ["metrics.jsonl", "times.jsonl", "tensorboard"])
+def test_a_full_disk_is_one_sentence(config_file: Path, tmp_path: Path, capsys, monkeypatch, full: str) -> None:
+    """The records of a run, on a device that is always full."""
+
+    def train(config, workdir: Path, **_):
+        log = MetricsLog(workdir, 0)
+        device = Path("/dev/full").open("wb", buffering=0)  # noqa: SIM115
+        if full == "tensorboard":
+            monkeypatch.setattr(EventsWriter, "write_event", lambda self, event: device.write(b"x"))
+        else:
+            setattr(log, {"metrics.jsonl": "file", "times.jsonl": "times"}[full], device)
+        try:
+            for step in range(1, 100):
+                time.sleep(0.01)
+                log.write(step, {"loss": 1.0}, {"step/seconds": 1.0})
+        finally:
+            log.close()
+
+    monkeypatch.setattr(loop, "train", train)
+    assert main(["train", "--config", str(config_file), "--workdir", str(tmp_path)]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith(f"spatialvla-jax train: {tmp_path / full} cannot be written at step ")
+    assert error.endswith("No space left on device") or full == "tensorboard"
+
+
+def test_a_workdir_that_cannot_be_made(config_file: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "file").touch()
+    workdir = tmp_path / "file" / "run"
+    assert main(["train", "--config", str(config_file), "--workdir", str(workdir)]) == 1
+    assert capsys.readouterr().err == f"spatialvla-jax train: {workdir}: Not a directory\n"
+
+
+def test_buckets_are_refused(config_file: Path, capsys) -> None:
+    error = fails(capsys, "train", "--config", config_file, "--workdir", "gs://bucket/run")
+    assert "--workdir gs://bucket/run is no path of a file system: mount the bucket" in error
+    assert not Path("gs:").exists()
 
 
 def test_bad_arguments(config_file: Path, tmp_path: Path, capsys) -> None:

@@ -7,18 +7,19 @@ import subprocess
 import pytest
 
 TRAIN = "train --config configs/pretrain.py --workdir '/mnt/my runs/A_1' --coordinator auto --config.train.steps=9"
+FINISHED = "test -e '/mnt/my runs/A_1/finished'"
 RUN = ("configs/pretrain.py", "/mnt/my runs/A_1")
 GOLDEN = {
     "tpu_vm.sh": (
         ("my-tpu", "us-west4-a"),
         "gcloud compute tpus tpu-vm ssh my-tpu --zone us-west4-a --worker all --command",
-        f"cd ~/spatialvla_jax && .venv/bin/spatialvla-jax {TRAIN}",
+        f"cd ~/spatialvla_jax && .venv/bin/spatialvla-jax {TRAIN} && {FINISHED}",
     ),
     "gke_xpk.sh": (
         ("pod", "v5litepod-256", "2", "image:1"),
         "xpk workload create --cluster pod --workload a-1 --tpu-type v5litepod-256 --num-slices 2"
         " --docker-image image:1 --max-restarts 100 --termination-grace-period-seconds 300 --command",
-        f"spatialvla-jax {TRAIN}",
+        f"spatialvla-jax {TRAIN} && {FINISHED}",
     ),
     "slurm.sbatch": ((), f"srun --kill-on-bad-exit=1 .venv/bin/spatialvla-jax {TRAIN}", None),
 }
@@ -46,15 +47,27 @@ def test_too_few_arguments(name: str) -> None:
 
 
 def test_the_run_starts_again_until_it_ends(tmp_path) -> None:
-    """With stand-ins for gcloud, which fails twice, and for sleep."""
-    (tmp_path / "gcloud").write_text(f"#!/bin/bash\necho x >> {tmp_path}/runs; (( $(wc -l < {tmp_path}/runs) > 2 ))\n")
+    """With stand-ins for gcloud, whose run crashes, is preempted and ends, and for sleep."""
+    bin, run = tmp_path / "spatialvla_jax/.venv/bin", tmp_path / "my run"
+    bin.mkdir(parents=True)
+    run.mkdir()
+    (bin / "spatialvla-jax").write_text(
+        f"#!/bin/bash\necho x >> {tmp_path}/runs\ncase $(wc -l < {tmp_path}/runs) in\n"
+        f"1) exit 134;;\n2) exit 0;;\n*) touch '{run}/finished';;\nesac\n"
+    )
+    (bin / "spatialvla-jax").chmod(0o755)
+    (tmp_path / "gcloud").write_text(f'#!/bin/bash\nHOME={tmp_path} exec bash -c "${{@: -1}}"\n')
     (tmp_path / "sleep").write_text("#!/bin/bash\n")
     for name in ("gcloud", "sleep"):
         (tmp_path / name).chmod(0o755)
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     done = subprocess.run(
-        ["bash", "launch/tpu_vm.sh", "tpu", "zone", *RUN], env=environment, capture_output=True, text=True
+        ["bash", "launch/tpu_vm.sh", "tpu", "zone", "config.py", str(run)],
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0 and done.stderr.count("again in 30 s") == 2
+    assert (tmp_path / "runs").read_text().count("x") == 3
     (tmp_path / "gcloud").write_text("#!/bin/bash\nexit 2\n")
     assert subprocess.run(["bash", "launch/tpu_vm.sh", "tpu", "zone", *RUN], env=environment).returncode == 2

@@ -4,9 +4,16 @@ from dataclasses import replace
 
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.models.gemma2 import Gemma2Config
+from spatialvla_jax.models.remat import POLICIES
 from spatialvla_jax.models.siglip import SiglipConfig
 from spatialvla_jax.models.spatialvla import SpatialVLAConfig
 
+CHOICES: dict[str, tuple[str, ...]] = {
+    "depth": ("zoedepth", "dataset", "none"),
+    "mask": ("prefix", "causal"),
+    "dtype": ("float32", "bfloat16"),
+    "remat": POLICIES,
+}
 GEMMA2_9B = Gemma2Config(
     vocab_size=265_347, width=3584, depth=42, mlp_dim=14_336, num_heads=16, num_kv_heads=8, head_dim=256
 )
@@ -57,7 +64,7 @@ PRESETS: dict[str, SpatialVLAConfig] = {
 def preset(name: str, **changes) -> SpatialVLAConfig:
     """The preset with fields of `SpatialVLAConfig` changed; the vocabulary follows the text and action tokens.
 
-    Raises InputError for a name or a field that does not exist.
+    Raises InputError for a name, a field or a choice that does not exist.
     """
     if name not in PRESETS:
         raise InputError(f"model preset {name!r} does not exist; choose one of {', '.join(PRESETS)}")
@@ -67,6 +74,9 @@ def preset(name: str, **changes) -> SpatialVLAConfig:
         raise InputError(
             f"model has no field {sorted(unknown)[0]!r}; its fields are {', '.join(base.__dataclass_fields__)}"
         )
+    for field, choices in CHOICES.items():
+        if (value := changes.get(field, choices[0])) not in choices:
+            raise InputError(f"model.{field} is {value!r}; choose {', '.join(choices[:-1])} or {choices[-1]}")
     config = replace(base, **changes)
     vocabulary = config.action_offset + config.spatial_tokens
     return replace(config, llm=replace(config.llm, vocab_size=vocabulary))

@@ -43,14 +43,14 @@ from spatialvla_jax.interop.adapt import adapt_checkpoint
 from spatialvla_jax.interop.mapping import param_shapes, unflatten
 from spatialvla_jax.interop.paligemma import is_paligemma
 from spatialvla_jax.models.lora import adapter_shapes
+from spatialvla_jax.models.presets import CHOICES as MODEL_CHOICES
 from spatialvla_jax.training.optimizer import make_optimizer, split_frozen
 from spatialvla_jax.training.program import frozen_patterns, lora_targets, make_model
 
 KEYS = ("base", "axes", "seeds", "keep_checkpoints")
 CHOICES = {
     "grid.kind": ("gaussian", "uniform", "linear", "checkpoint"),
-    "model.depth": ("zoedepth", "dataset", "none"),
-    "model.mask": ("prefix", "causal"),
+    **{f"model.{field}": choices for field, choices in MODEL_CHOICES.items()},
 }
 
 

@@ -18,9 +18,10 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from orbax.checkpoint import multihost
 from tqdm import tqdm
 
-from spatialvla_jax.errors import InputError
+from spatialvla_jax.errors import StorageError
 from spatialvla_jax.training.optimizer import merge, split_frozen, swap_average
 from spatialvla_jax.training.state import TrainState
 
@@ -31,11 +32,21 @@ for name in ("absl", "asyncio"):
     logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
+def _print_unraisable(unraisable: Any, before: Any = sys.unraisablehook) -> None:
+    """Not what the array store prints for every write that ends after another one failed: with several devices it would
+    bury the sentence that says why."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        before(unraisable)
+
+
+sys.unraisablehook = _print_unraisable
+
+
 class Checkpoints:
     """Saves every `every` steps in the background, keeps the last `keep_last` and each `keep_every`-th.
 
     A save that fails is tried again, with the state of that moment, after 1, 2, 4, … steps (the last of a run: seconds)
-    up to `RETRIES` times in a row; then InputError says why. What was saved before is never touched. Over several
+    up to `RETRIES` times in a row; then StorageError says why. What was saved before is never touched. Over several
     processes the first failure is the last: the others could not follow, and the job's restart is the second attempt.
     """
 
@@ -54,13 +65,17 @@ class Checkpoints:
         self.folder, self.metadata, self.every = (workdir / FOLDER).absolute(), metadata, every
         self.left_out = left_out  # patterns of parameters that are neither saved nor restored, for they never change
         self.keep = {"max_to_keep": keep_last, "keep_period": keep_every}
-        self.failures, self.retry_at = 0, 0
+        self.failures, self.retry_at, self.reason = 0, 0, ""
         self.began, self.seconds = 0.0, 0.0  # of the save under way; how long the last one took
         self.manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
+        several = jax.process_count() > 1
         options = ocp.CheckpointManagerOptions(
-            **self.keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
+            **self.keep,
+            cleanup_tmp_directories=True,
+            enable_async_checkpointing=True,
+            async_options=ocp.AsyncOptions(barrier_sync_fn=wait_unless_failed if several else None),
         )
         return ocp.CheckpointManager(self.folder, options=options)
 
@@ -109,17 +124,19 @@ class Checkpoints:
 
     def _failed(self, error: Exception, step: int) -> None:
         self.began, self.retry_at = 0.0, step + 2**self.failures
+        if not self.failures:  # the following ones may only have stumbled over the remains of this one
+            self.reason = reason(error)
         self.failures += 1
-        sentence = f"no checkpoint could be written to {self.folder} at step {step}: {reason(error)}"
+        sentence = f"no checkpoint could be written to {self.folder} at step {step}: {self.reason}"
         if jax.process_count() > 1:
-            raise InputError(sentence) from error
+            raise StorageError(sentence) from error
         with contextlib.suppress(Exception):
             self.manager.close()
         # A fresh manager knows of finished checkpoints alone, and clears the remains away.
         self.manager = self._open()
         kept = "there is none yet" if self.latest() is None else f"the last good one is of step {self.latest()}"
         if self.failures > self.RETRIES:
-            raise InputError(f"{sentence}; {kept}") from error
+            raise StorageError(f"{sentence}; {kept}") from error
         tqdm.write(f"{sentence}; {kept}; trying again", file=sys.stderr)
 
     def restore_metadata(self, step: int) -> dict[str, Any]:
@@ -147,9 +164,19 @@ class Checkpoints:
         return TrainState(at, merge(params, fixed), opt_state)
 
     def close(self) -> None:
-        """Wait for the save under way. Where it fails the run has ended early, and says by another error why."""
+        """Wait for the save under way. Where it fails the run has ended early, and says by another error why. After a
+        failure over several processes nobody is waited for: the others are not told of it."""
+        if self.failures and jax.process_count() > 1:
+            return
         with contextlib.suppress(Exception):
             self.manager.close()
+
+
+def wait_unless_failed(*, key: str, timeout_ms: int) -> None:
+    """The barrier of a save's background threads. Orbax goes to its last one from the `finally` of a write that failed,
+    too, where it would wait for processes that wait for that write, and tell nobody of the failure meanwhile."""
+    if sys.exc_info()[1] is None:
+        multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
 
 def reason(error: Exception) -> str:

@@ -39,7 +39,8 @@ def is_writer() -> bool:
 
 
 class Preemption:
-    """From `with` on, SIGTERM asks for an end after the current step; over several processes, at the same step."""
+    """From `with` on, SIGTERM asks for an end after the current step, or before the first where it comes early; over
+    several processes, at the same step."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -57,7 +58,7 @@ class Preemption:
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
-        print("SIGTERM: saving after this step", file=sys.stderr)
+        print("SIGTERM: the run ends after this step", file=sys.stderr)
 
     def reached(self, step: int) -> bool:
         """Whether the run ends after `step`; to be asked at every step."""

@@ -33,6 +33,8 @@ from spatialvla_jax.training.state import TrainState, init_state
 from spatialvla_jax.training.step import make_eval_step
 from spatialvla_jax.training.topology import model_flops
 
+FINISHED = "finished"  # of a run's directory: the file that stands for its last step
+
 
 def train(
     config: ConfigDict, workdir: Path, *, wandb: str = "", profile: tuple[int, int] | None = None
@@ -42,12 +44,22 @@ def train(
 
     Metrics also go to the Weights & Biases project `wandb`; steps `profile`, first and last, are traced to
     `workdir/profile`. Returns {"step", "params" and "trainable" (counts), "checkpoint" (directory), "metrics" (last
-    logged)}. The same config and seed give the same bits, however often the run was killed in between.
+    logged)}. The same config and seed give the same bits, however often the run was killed in between. From the last
+    step on `workdir/finished` exists, which tells those who start runs again that this one is done.
     """
+    with Preemption() as preemption:
+        return _train(config, workdir, preemption, wandb, profile)
+
+
+def _train(
+    config: ConfigDict, workdir: Path, preemption: Preemption, wandb: str, profile: tuple[int, int] | None
+) -> dict[str, Any]:
     if wandb:
         check_wandb()
     workdir.mkdir(parents=True, exist_ok=True)
     check_post_training(config)
+    fields = config.model.to_dict()
+    preset(fields.pop("preset"), **fields)  # a wrong choice is an error now, not after the data was indexed
     saved = workdir / "config.json"
     if saved.exists():
         check_resumable(json.loads(saved.read_text()), config, workdir)
@@ -91,6 +103,8 @@ def train(
     if is_writer():
         write_json(saved, config.to_dict())
         write_json(workdir / "statistics.json", loader.statistics)
+        if start < steps:
+            (workdir / FINISHED).unlink(missing_ok=True)
 
     batch_sharding, replicated = NamedSharding(mesh, BATCH), NamedSharding(mesh, P())
     grid, seed = jax.device_put((processor.grid, np.uint32(config.seed)), replicated)
@@ -118,56 +132,67 @@ def train(
         total_steps=steps,
     )
     skipped, replaced, logged, clock = loader.num_skipped(), 0, start, Clock()
-    step, running, last = start, None, {}
+    step, running, last, tracing = start, None, {}, False
     bar = tqdm(total=steps, initial=start, unit="step", desc="train", dynamic_ncols=True, disable=not is_writer())
+
+    def save(last: bool) -> None:
+        with clock("compute"):
+            jax.block_until_ready(state)
+        with clock("save"):
+            checkpoints.save(state, step, last=last)
+
     try:
-        with Preemption() as preemption:
-            for step in range(start + 1, steps + 1):
-                if profile and step == max(profile[0], start + 1) <= profile[1]:
-                    jax.profiler.start_trace(str(workdir / "profile"))
-                with clock("data"):
-                    batch = next(batches)
-                # A fingerprint of which frames the step saw: two runs saw the same data if these agree.
-                digest = zlib.crc32(np.ascontiguousarray(batch["sample_id"]).tobytes())
+        for step in range(start + 1, start + 1 if preemption.asked else steps + 1):
+            if profile and step == max(profile[0], start + 1) <= profile[1]:
+                jax.profiler.start_trace(str(workdir / "profile"))
+                tracing = True
+            with clock("data"):
+                batch = next(batches)
+            # A fingerprint of which frames the step saw: two runs saw the same data if these agree.
+            digest = zlib.crc32(np.ascontiguousarray(batch["sample_id"]).tobytes())
+            with clock("compute"):
+                state, metrics = step_fn(state, to_device(batch, batch_sharding), grid, seed)
+                if running is not None:  # wait for the step before: the device has one to do meanwhile
+                    check_skipped(running, step - 1, config.train.max_skipped)
+                running = metrics
+            bar.update()
+            preempted = step < steps and preemption.reached(step)
+            stop = step == steps or preempted
+            if step % config.train.log_every == 0 or step in (1, steps):
                 with clock("compute"):
-                    state, metrics = step_fn(state, to_device(batch, batch_sharding), grid, seed)
-                    if running is not None:  # wait for the step before: the device has one to do meanwhile
-                        check_skipped(running, step - 1, config.train.max_skipped)
-                    running = metrics
-                bar.update()
-                stop = step == steps or preemption.reached(step)
-                if step % config.train.log_every == 0 or step in (1, steps):
-                    with clock("compute"):
-                        last = scalars(jax.device_get(metrics | update_fn(state)), loader.names)
-                    times = clock.report(step - logged)
-                    shown = {"loss": f"{last['loss']:.3f}", "l1": f"{last['l1']:.3f}"}
-                    shown["data_wait"] = f"{times['data/wait_seconds'] / times['step/seconds']:.0%}"
-                    bar.set_postfix(shown, refresh=False)
-                    before, replaced = replaced, sum(loader.replaced().values())
-                    counts = {"data/skipped": skipped, "data/replaced": replaced - before}  # episodes; samples since
-                    times |= rates(times["step/seconds"], config.train.batch_size, tokens, flops)
-                    log.write(
-                        step, last | {"batch": f"{digest:08x}"} | counts, times | {"save/seconds": checkpoints.seconds}
-                    )
-                    logged = step
-                if config.train.eval_every and (step % config.train.eval_every == 0 or step == steps):
-                    with clock("eval"):
-                        values = validate(eval_fn, state, loader, config, batch_sharding, grid)
-                    log.write(step, {f"val/{k}": v for k, v in values.items()})
-                if profile and step == profile[1] > start:
-                    jax.block_until_ready(state)
-                    jax.profiler.stop_trace()
-                if stop or checkpoints.due(step):
-                    with clock("compute"):
-                        jax.block_until_ready(state)
-                    with clock("save"):
-                        checkpoints.save(state, step, last=stop)
-                if stop:
-                    break
+                    last = scalars(jax.device_get(metrics | update_fn(state)), loader.names)
+                times = clock.report(step - logged)
+                shown = {"loss": f"{last['loss']:.3f}", "l1": f"{last['l1']:.3f}"}
+                shown["data_wait"] = f"{times['data/wait_seconds'] / times['step/seconds']:.0%}"
+                bar.set_postfix(shown, refresh=False)
+                before, replaced = replaced, sum(loader.replaced().values())
+                counts = {"data/skipped": skipped, "data/replaced": replaced - before}  # episodes; samples since
+                times |= rates(times["step/seconds"], config.train.batch_size, tokens, flops)
+                log.write(
+                    step, last | {"batch": f"{digest:08x}"} | counts, times | {"save/seconds": checkpoints.seconds}
+                )
+                logged = step
+            if tracing and (stop or step == profile[1]):  # pyright: ignore[reportOptionalSubscript]
+                jax.block_until_ready(state)
+                jax.profiler.stop_trace()
+                tracing = False
+            due = checkpoints.due(step)
+            if preempted:  # a validation may take longer than what is left
+                save(last=True)
+            if config.train.eval_every and (step % config.train.eval_every == 0 or step == steps):
+                with clock("eval"):
+                    values = validate(eval_fn, state, loader, config, batch_sharding, grid)
+                log.write(step, {f"val/{k}": v for k, v in values.items()})
+            if step == steps or (due and not preempted):
+                save(last=stop)
+            if stop:
+                break
     finally:
         bar.close()
-        log.close()
         checkpoints.close()
+        log.close()
+    if step == steps and is_writer():
+        write_json(workdir / FINISHED, {"step": step})
     size, trainable = (
         sum(x.size for x in jax.tree.leaves(p)) for p in (state.params, split_frozen(state.params, frozen)[0])
     )

@@ -9,13 +9,13 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 import jax
 import numpy as np
 from tensorboardX import SummaryWriter
 
-from spatialvla_jax.errors import InputError
+from spatialvla_jax.errors import InputError, StorageError
 from spatialvla_jax.training.distributed import is_writer
 
 # Dense bf16 FLOP/s of one device, by what its name has in it, first match (the vendors' data sheets).
@@ -27,7 +27,7 @@ PEAKS = (
 
 class MetricsLog:
     """Appends one JSON object a record to `metrics.jsonl`, its timings to `times.jsonl`, scalars to TensorBoard and,
-    given its project, to Weights & Biases. Only the run's first process writes.
+    given its project, to Weights & Biases. Only the run's first process writes. Raises StorageError where it cannot.
 
     A resumed run drops what was logged beyond `resume_step`, so the file reads as if the run had never stopped.
     """
@@ -49,16 +49,24 @@ class MetricsLog:
         """`values` are JSON scalars. `timings` have a file of their own: the other is the same whenever the run is."""
         if not is_writer():
             return
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
-        self.file.flush()
+        self._append(self.file, "metrics.jsonl", step, values)
         if timings:
-            self.times.write(json.dumps({"step": step, **timings}) + "\n")
-            self.times.flush()
+            self._append(self.times, "times.jsonl", step, timings)
+        # A write that failed ended its thread, and a full queue would be waited for.
+        if not self.tensorboard.file_writer.event_writer._worker.is_alive():  # pyright: ignore[reportOptionalMemberAccess]
+            raise StorageError(f"{self.tensorboard.logdir} cannot be written at step {step}")
         scalars = {k: v for k, v in (values | (timings or {})).items() if isinstance(v, float | int)}
         for name, value in scalars.items():
             self.tensorboard.add_scalar(name, value, step)
         if self.wandb is not None:
             self.wandb.log(scalars, step=step)
+
+    def _append(self, file: BinaryIO, name: str, step: int, values: dict[str, Any]) -> None:
+        try:
+            file.write(json.dumps({"step": step, **values}).encode() + b"\n")
+        except OSError as error:
+            path = self.path.with_name(name)
+            raise StorageError(f"{path} cannot be written at step {step}: {error.strerror}") from error
 
     def close(self) -> None:
         if is_writer():
@@ -69,14 +77,15 @@ class MetricsLog:
             self.wandb.finish()
 
 
-def _kept(path: Path, resume_step: int) -> TextIO:
-    """The file opened to append to, without the records beyond `resume_step`."""
+def _kept(path: Path, resume_step: int) -> BinaryIO:
+    """The file opened to append to, without the records beyond `resume_step`; unbuffered, so that nothing is left over
+    to fail again when it is closed."""
     if path.exists():
         kept = [r for r in read_metrics(path) if r["step"] <= resume_step]
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(r) + "\n" for r in kept))
         os.replace(temporary, path)
-    return path.open("a")
+    return path.open("ab", buffering=0)  # pyright: ignore[reportReturnType]
 
 
 def check_wandb() -> None:

@@ -80,7 +80,8 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Collective:
-    """`count` runs a step of one instruction; `bytes` is what a chip receives in one run."""
+    """`count` runs a step of one instruction; `bytes` is what a chip receives in one run; `asynchronous`: other
+    instructions run meanwhile, between its start and its done or in the fusion that holds it."""
 
     kind: str
     dtype: str
@@ -90,6 +91,7 @@ class Collective:
     bytes: float
     count: int
     where: str
+    asynchronous: bool
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,7 @@ def read_program(text: str, devices_per_slice: int) -> Cost:
     tables = {name: {i.name: i for i in body} for name, (_, body) in computations.items()}
     flops = hbm = 0.0
     collectives: list[Collective] = []
+    started = {called_by(i) for _, body in computations.values() for i in body if i.op.endswith("async-start")}
     for name, times in executed(computations, entry):
         channels: set[str] = set()
         for i in computations[name][1]:
@@ -120,7 +123,8 @@ def read_program(text: str, devices_per_slice: int) -> Cost:
                 channel = re.search(r"channel_id=(\d+)", j.text)
                 if channel is None or channel[1] not in channels:
                     channels |= {channel[1]} if channel else set()
-                    collectives.append(collective(j, kind, times, devices_per_slice, computations))
+                    asynchronous = j is not i or j.op.endswith("-start") or name in started
+                    collectives.append(collective(j, kind, times, devices_per_slice, computations, asynchronous))
             if i.op == "recv" and "_xla_megascale_transfer_type" in i.text:
                 collectives.append(across_slices(i, times))
             if i.op not in FREE:
@@ -362,7 +366,9 @@ def collectives_in(i: Instruction, computations: dict) -> Iterator[tuple[Instruc
             yield from collectives_in(j, computations)
 
 
-def collective(i: Instruction, kind: str, times: int, devices_per_slice: int, computations: dict) -> Collective:
+def collective(
+    i: Instruction, kind: str, times: int, devices_per_slice: int, computations: dict, asynchronous: bool
+) -> Collective:
     """A ring's or a torus's least traffic: (n − 1)/n of the whole for a gather or a scatter, twice that for a sum."""
     text = i.text
     if kind == "fusion":
@@ -392,6 +398,7 @@ def collective(i: Instruction, kind: str, times: int, devices_per_slice: int, co
         bytes=whole * factor,
         count=times,
         where=where_of(op_name[1] if op_name else ""),
+        asynchronous=asynchronous,
     )
 
 
@@ -410,6 +417,7 @@ def across_slices(i: Instruction, times: int) -> Collective:
         bytes=size(shapes_of(i.shape)[0]),
         count=times,
         where="",
+        asynchronous=True,
     )
 
 

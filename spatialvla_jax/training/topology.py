@@ -53,6 +53,7 @@ NO_TPU = {
 }
 FLAT = ((2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))  # the slices of v5e and v6e from one host up
 MAX_ADVICE = 4  # suggestions compiled before giving up
+BATCH_PARTS = (1, 2, 4)  # of the config's batch, which a search tries
 REMAT = ("none", "dots", "full")  # from the most memory to the least
 
 Progress = Callable[[str], None]
@@ -168,7 +169,8 @@ def plan_of(config: ConfigDict, topology: Topology, devices: list[Any]) -> Plan:
 
 
 def compile_plan(config: ConfigDict, plan: Plan, topology: Topology, cache: Path) -> dict[str, Any]:
-    """Compile one plan → its report (see `table`), kept in `cache` under all that it depends on."""
+    """Compile one plan → its report (see `table`), kept in `cache` under all that it depends on. "used" are the
+    bytes of a chip's HBM that it takes or would take."""
     config = ConfigDict(config.to_dict())
     config.mesh.update(dict(zip(AXES, plan.mesh, strict=True)))
     config.model.remat = plan.remat
@@ -222,6 +224,7 @@ def compile_plan(config: ConfigDict, plan: Plan, topology: Topology, cache: Path
         report |= {
             "fits": memory["total"] <= chip.hbm,
             "memory": memory,
+            "used": memory["total"],
             "hbm": chip.hbm,
             "model_flops": flops,
             "hardware_flops": cost.flops * topology.chips,
@@ -263,7 +266,7 @@ def model_flops(config: ConfigDict, grid: Any) -> float:
     return product_flops(jax.make_jaxpr(gradient)(params, abstract_batch(model, 1)).jaxpr)
 
 
-FORMAT = 3  # of a report: another one leaves the cached ones alone
+FORMAT = 4  # of a report: another one leaves the cached ones alone
 
 
 def held(shapes: Any, shardings: Any) -> int:
@@ -292,11 +295,6 @@ def out_of_memory(message: str) -> dict[str, float]:
         raise RuntimeError(f"the TPU compiler failed: {message[:2000]}")
     unit = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
     return {"used": float(found[1]) * unit[found[2]], "hbm": float(found[3]) * unit[found[4]]}
-
-
-def used(report: dict[str, Any]) -> float:
-    """Bytes of HBM that a plan takes or would take."""
-    return report["memory"]["total"] if report["fits"] else report["used"]
 
 
 def smaller(plan: Plan, slices: int) -> Iterator[Plan]:
@@ -330,7 +328,7 @@ def advise(
     """
     tried: list[Plan] = []
     candidates = list(smaller(plan, slices))
-    over = used(report) / report["hbm"]
+    over = report["used"] / report["hbm"]
     while candidates and len(tried) < MAX_ADVICE:
         # The first that shrinks the examples at once enough, or remats more; else what shrinks the most.
         enough = [c for c in candidates if shrinks(plan, c) >= over]
@@ -340,7 +338,7 @@ def advise(
         if result["fits"]:
             return candidate, tried
         tried.append(candidate)
-        over = max(over, shrinks(plan, candidate) * used(result) / result["hbm"])
+        over = max(over, shrinks(plan, candidate) * result["used"] / result["hbm"])
     return None, tried
 
 
@@ -356,31 +354,39 @@ def shrinks(plan: Plan, other: Plan) -> float:
 def search(
     plan: Plan, topology: Topology, compile_: Callable[[Plan], dict[str, Any]], progress: Progress
 ) -> list[tuple[Plan, dict[str, Any]]]:
-    """Meshes, remat policies and accumulation for the plan's batch → those that fit, fastest by the roofline first.
+    """Meshes, remat policies and accumulation for the plan's batch, its half and its quarter → those that fit, the most
+    samples a second by the roofline first.
 
-    For each mesh and policy, accumulation grows until the step fits; a policy that keeps less is left out where one
-    that keeps more fits in as few parts, as it would do the same products and more.
+    For each mesh, batch and policy, accumulation grows until the step fits; a policy that keeps less is left out where
+    one that keeps more fits in as few parts, as it would do the same products and more. So are smaller batches where a
+    larger one fits whole without rematerialisation: each step gathers the same parameters for fewer samples.
     """
     fitting: list[tuple[Plan, dict[str, Any]]] = []
-    for mesh in meshes(topology, plan.batch_size):
-        rows, best = plan.batch_size // (mesh[0] * mesh[1]), 0
+    whole: set[tuple[int, int, int]] = set()
+    batches = [plan.batch_size // n for n in BATCH_PARTS if plan.batch_size % n == 0]
+    for batch_size, mesh in ((b, m) for b in batches for m in meshes(topology, b)):
+        if mesh in whole:
+            continue
+        rows, best = batch_size // (mesh[0] * mesh[1]), 0
         for remat in REMAT:
             for accumulate in (1, 2, 4, 8, 16):
                 if rows % accumulate or (best and accumulate >= best):
                     break
-                candidate = Plan(mesh, remat, plan.batch_size, accumulate)
+                candidate = Plan(mesh, remat, batch_size, accumulate)
                 report = compile_(candidate)
                 progress(f"{candidate}: {line(report)}")
                 if report["fits"]:
                     fitting.append((candidate, report))
                     best = accumulate
+                    if (remat, accumulate) == (REMAT[0], 1):
+                        whole.add(mesh)
                     break
                 # Were all of it activations, this many parts would still be too many examples.
                 if report["used"] > 16 / accumulate * report["hbm"]:
                     break
             if best == 1:
                 break
-    return sorted(fitting, key=lambda f: (f[1]["step_seconds"], f[1]["memory"]["total"]))
+    return sorted(fitting, key=lambda f: (-f[1]["samples_per_second"], f[1]["used"]))
 
 
 def meshes(topology: Topology, batch_size: int) -> list[tuple[int, int, int]]:
@@ -400,10 +406,11 @@ def meshes(topology: Topology, batch_size: int) -> list[tuple[int, int, int]]:
 def line(report: dict[str, Any]) -> str:
     """A report in a line."""
     if not report["fits"]:
-        return f"does not fit, {used(report) / 2**30:.1f} of {report['hbm'] / 2**30:.1f} GiB"
+        return f"does not fit, {report['used'] / 2**30:.1f} of {report['hbm'] / 2**30:.1f} GiB"
     return (
-        f"{report['memory']['total'] / 2**30:.1f} of {report['hbm'] / 2**30:.1f} GiB, "
-        f"step ≥ {1e3 * report['step_seconds']:.0f} ms, MFU ≤ {100 * report['mfu_bound']:.0f} %"
+        f"{report['used'] / 2**30:.1f} of {report['hbm'] / 2**30:.1f} GiB, "
+        f"step ≥ {1e3 * report['step_seconds']:.0f} ms, {report['samples_per_second']:.0f} samples/s, "
+        f"MFU ≤ {100 * report['mfu_bound']:.0f} %"
     )
 
 
@@ -421,17 +428,17 @@ def table(report: dict[str, Any]) -> str:
         "  at peak rates   " + ", ".join(f"{k} {1e3 * s:.1f} ms" for k, s in seconds.items()),
         f"  roofline        step ≥ {1e3 * report['step_seconds']:.1f} ms, "
         f"{report['samples_per_second']:.0f} samples/s, MFU ≤ {100 * report['mfu_bound']:.1f} %",
-        "collectives of a step: runs, GB received by a chip, largest array",
+        "collectives of a step, alone (sync) or beside other work (async): runs, GB received by a chip, largest array",
     ]
-    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    groups: dict[tuple[str, str, str, str], list[dict[str, Any]]] = {}
     for c in report["collectives"]:
         network = "DCN" if c["across_slices"] else "ICI"
-        groups.setdefault((c["kind"], network, c["where"]), []).append(c)
+        groups.setdefault((c["kind"], network, "async" if c["asynchronous"] else "sync", c["where"]), []).append(c)
     traffic = lambda cs: sum(c["bytes"] * c["count"] for c in cs)  # noqa: E731
-    for (kind, network, where), cs in sorted(groups.items(), key=lambda g: -traffic(g[1])):
+    for (kind, network, way, where), cs in sorted(groups.items(), key=lambda g: -traffic(g[1])):
         largest = max(cs, key=lambda c: c["bytes"])
         lines.append(
-            f"  {kind:18s} {network} {where:16s} {sum(c['count'] for c in cs):6d} {traffic(cs) / GB:9.3f} GB  "
+            f"  {kind:18s} {network} {way:5s} {where:16s} {sum(c['count'] for c in cs):6d} {traffic(cs) / GB:9.3f} GB  "
             f"{largest['dtype']}[{largest['shape'].replace('x', ',')}] over {largest['group']}"
         )
     return "\n".join(lines)
@@ -453,12 +460,15 @@ def compile_for(
     if searching:
         fitting = search(plan, topology, compile_, progress)
         if not fitting:
-            raise InputError(f"no mesh, remat policy or accumulation of batch {plan.batch_size} fits {topology}")
+            raise InputError(
+                f"no mesh, remat policy or accumulation of batch {plan.batch_size}, nor of its half or quarter, fits "
+                f"{topology}"
+            )
         return fitting
     report = compile_(plan)
     if report["fits"]:
         return [(plan, report)]
-    too_much = f"{plan} takes {used(report) / 2**30:.1f} GiB a chip, {topology} has {report['hbm'] / 2**30:.1f}"
+    too_much = f"{plan} takes {report['used'] / 2**30:.1f} GiB a chip, {topology} has {report['hbm'] / 2**30:.1f}"
     progress(f"{too_much}; looking for settings that fit")
     better, tried = advise(plan, report, topology.slices, compile_)
     if better is None:

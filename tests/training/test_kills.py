@@ -8,13 +8,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from processes import Server
+from processes import Run, Server
 
 from spatialvla_jax.interop import load_pretrained
 from spatialvla_jax.interop.orbax import step_directory
 from spatialvla_jax.training.metrics import read_metrics
 
 STEPS = "--config.train.steps=60"
+MESH = ("--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2")  # all runs here, on eight devices
 
 
 @pytest.fixture(scope="module")
@@ -24,9 +25,14 @@ def undisturbed(server: Server, packed_config: Path, tmp_path_factory: pytest.Te
     return workdir
 
 
+def start(server: Server, config: Path, workdir: Path, *arguments: str, file_limit: int = 0) -> Run:
+    return server.train(config, workdir, STEPS, *MESH, *arguments, devices=8, file_limit=file_limit)
+
+
 def finish(server: Server, config: Path, workdir: Path) -> None:
-    run = server.train(config, workdir, STEPS)
-    assert run.wait() == 0, run.errors.read_text()
+    run = start(server, config, workdir)
+    assert run.wait(300) == 0, run.errors.read_text()  # the first one compiles for eight devices
+    assert (workdir / "finished").exists()
 
 
 def records(workdir: Path) -> list[dict]:
@@ -48,7 +54,7 @@ def test_killed_twenty_times(server: Server, packed_config: Path, undisturbed: P
     """SIGKILL in start-up, and at moments of the steps that follow, saves among them (one step in five)."""
     chance, workdir = random.Random(0), tmp_path / "run"
     for n in range(20):
-        run = server.train(packed_config, workdir, STEPS)
+        run = start(server, packed_config, workdir)
         if n % 2:
             reached, delay = last_step(workdir), chance.uniform(0, 0.5)
             assert run.until(lambda reached=reached: last_step(workdir) > reached), run.errors.read_text()
@@ -63,27 +69,39 @@ def test_killed_twenty_times(server: Server, packed_config: Path, undisturbed: P
 
 def test_sigterm_saves_and_ends_well(server: Server, packed_config: Path, undisturbed: Path, tmp_path: Path) -> None:
     workdir = tmp_path / "run"
-    run = server.train(packed_config, workdir, STEPS, "--config.checkpoint.every=1000")
+    run = start(server, packed_config, workdir, "--config.checkpoint.every=1000")
     assert run.until(lambda: last_step(workdir) >= 7)
     run.send(signal.SIGTERM)
     assert run.wait(30) == 0
     saved = step_directory(workdir)
     assert saved is not None and int(saved.name) == last_step(workdir) < 60
     assert f"to step {saved.name} of 60, the same command goes on" in run.errors.read_text()
+    assert not (workdir / "finished").exists()
     finish(server, packed_config, workdir)
     assert_same(workdir, undisturbed)
+
+
+def test_sigterm_before_the_first_step(server: Server, packed_config: Path, tmp_path: Path) -> None:
+    """While it opens its data and makes its state there is nothing to save."""
+    workdir = tmp_path / "run"
+    run = start(server, packed_config, workdir)
+    assert run.until(workdir.exists)
+    run.send(signal.SIGTERM)
+    assert run.wait() == 0
+    assert "to step 0 of 60, the same command goes on" in run.errors.read_text()
+    assert not records(workdir) and step_directory(workdir) is None and not (workdir / "finished").exists()
 
 
 def test_full_disk(server: Server, packed_config: Path, undisturbed: Path, tmp_path: Path) -> None:
     """No file can grow enough for a checkpoint: tried again four times, then one sentence, and what was saved stays."""
     workdir = tmp_path / "run"
-    run = server.train(packed_config, workdir, STEPS)
+    run = start(server, packed_config, workdir)
     assert run.until(lambda: last_step(workdir) >= 12)
     run.kill()
     saved = step_directory(workdir)
     assert saved is not None
-    run = server.train(packed_config, workdir, STEPS, file_limit=150_000)
-    assert run.wait() == 2
+    run = start(server, packed_config, workdir, file_limit=150_000)
+    assert run.wait() == 1
     errors = run.errors.read_text()
     assert errors.count("; trying again") == 4
     (sentence,) = (line for line in errors.splitlines() if line.startswith("spatialvla-jax train: "))

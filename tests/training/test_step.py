@@ -9,6 +9,7 @@ from spatialvla_jax.actions import PRETRAIN_GAUSSIANS, decode, encode, gaussian_
 from spatialvla_jax.config import default_config
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.models import SpatialVLA, preset
+from spatialvla_jax.models.remat import POLICIES
 from spatialvla_jax.training.optimizer import learning_rate, make_optimizer, merge, split_frozen
 from spatialvla_jax.training.state import init_params
 from spatialvla_jax.training.step import constrained_argmax, loss_and_metrics
@@ -70,6 +71,22 @@ def test_causal_mask_differs_from_prefix() -> None:
     a, b = (SpatialVLA(preset("nano", spatial_tokens=GRID.vocab_size, mask=m)) for m in ("prefix", "causal"))
     params = init_params(a, 0)
     assert not np.allclose(loss_and_metrics(a, params, inputs, GRID)[0], loss_and_metrics(b, params, inputs, GRID)[0])
+
+
+def test_rematerialisation_changes_nothing() -> None:
+    """Loss and gradients are the same whatever the backward pass keeps."""
+    inputs = inputs_of(SpatialVLA(preset("nano")), 2)
+    params = init_params(SpatialVLA(preset("nano", spatial_tokens=GRID.vocab_size)), 0)
+    results = {}
+    for remat in POLICIES:
+        model = SpatialVLA(preset("nano", spatial_tokens=GRID.vocab_size, remat=remat))
+        loss = jax.jit(jax.value_and_grad(lambda p, model=model: loss_and_metrics(model, p, inputs, GRID)[0].mean()))
+        results[remat] = loss(params)
+    expected_loss, expected = results.pop("none")
+    for loss, gradient in results.values():
+        np.testing.assert_allclose(loss, expected_loss, rtol=1e-6)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), gradient, expected)
+    assert optax.global_norm(expected) > 0.1
 
 
 def test_frozen_parameters_have_no_gradient_and_no_optimizer_state() -> None:

@@ -21,7 +21,7 @@ def test_a_run_is_watched_traced_and_averaged(server: Server, packed_config: Pat
     """Killed and started again with averaged parameters, it logs and ends as one that was not."""
     arguments = ("--config.optimizer.ema=0.9", "--config.train.steps=12", "--config.train.eval_every=12")
     plain, killed = tmp_path / "plain", tmp_path / "killed"
-    run = server.train(packed_config, plain, *arguments, "--profile", "3:4")
+    run = server.train(packed_config, plain, *arguments, "--profile", "11:20")  # the run ends within
     assert run.wait() == 0, run.errors.read_text()
     assert list((plain / "profile").rglob("*.xplane.pb"))
     events = b"".join(path.read_bytes() for path in (plain / "tensorboard").iterdir())
