@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("--variants", default="full", help=f"of {','.join(VARIANTS)}")
     parser.add_argument("--record", type=int, default=500, metavar="EPISODES", help="in all, for training")
     parser.add_argument("--noise", type=float, default=0.15, help="of the motion while recording")
+    parser.add_argument("--spread", type=float, default=0.0, help="of the unseen choice of the grip, see `record`")
     parser.add_argument("--motions", type=Path, nargs="+", default=[], help="to render, instead of recording")
     parser.add_argument("--episodes", type=int, default=20, help="of evaluation, a task and seed")
     parser.add_argument("--seeds", default="0")
@@ -63,7 +64,18 @@ def main() -> None:
     size = ["--image-size", args.image_size, "--workers", args.workers]
     if not pack.exists():
         amount = ["--episodes", args.record, "--val-episodes", max(1, args.record // 25)]
-        options = [*amount, "--suite", args.suite, "--initial-states", "drawn", "--noise", args.noise, *tasks]
+        options = [
+            *amount,
+            "--suite",
+            args.suite,
+            "--initial-states",
+            "drawn",
+            "--noise",
+            args.noise,
+            "--spread",
+            args.spread,
+            *tasks,
+        ]
         if args.motions:
             options = ["--render", *args.motions]
         call("record", "libero", *options, *size, "--out", pack)

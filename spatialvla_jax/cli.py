@@ -240,6 +240,7 @@ def main(argv: list[str] | None = None) -> int:
         help="the benchmark's own, or others out of the same regions, so that all of its own are new in evaluation",
     )
     p.add_argument("--noise", type=float, default=0.0, help="disturbs the motion, which the expert corrects, e.g. 0.2")
+    p.add_argument("--spread", type=float, default=1.0, help="factor on how much the grip varies unseen; 0: not at all")
     p.add_argument("--workers", type=int, help="processes; by default one a core")
     p.add_argument("--seed", type=int, default=0, help="same seed, same episodes, for any number of workers")
 
@@ -701,6 +702,7 @@ def run_record(args: argparse.Namespace) -> None:
         image_size=args.image_size,
         drawn=args.initial_states == "drawn",
         noise=args.noise,
+        spread=args.spread,
         workers=args.workers,
     )
     for task, report in reports.items():

@@ -87,6 +87,7 @@ class Job:
     drawn: bool = False  # the initial state from the task's regions, as the benchmark drew its own; else one of those
     encoded: bool = True  # images as JPEG and PNG bytes; else as arrays
     noise: float = 0.0  # see `record_libero`
+    spread: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,7 @@ def record_libero(
     image_size: int = 128,
     drawn: bool = False,
     noise: float = 0.0,
+    spread: float = 1.0,
     workers: int | None = None,
     progress: bool = True,
 ) -> tuple[Path, dict[int, TaskReport]]:
@@ -135,23 +137,27 @@ def record_libero(
     Train and val start from different initial states of the benchmark, or, if `drawn`, from others out of the same
     regions, so that all of the benchmark's are new to a policy that is trained on these. `noise` disturbs the motion on
     the way to the object and to its place, as a policy's own errors will, and records what the expert does about it
-    (DART, Laskey et al. 2017): its standard deviation, in units of the action. The same arguments give the same
-    episodes for any number of `workers` (processes; default one a core). Rendering follows MUJOCO_GL, by default osmesa
-    (CPU).
+    (DART, Laskey et al. 2017): its standard deviation, in units of the action. Every episode grips at an angle of its
+    own, which no picture before the grip tells; `spread` is a factor on how far these lie apart, and with 0 the
+    expert's actions follow from what is seen.
+
+    The same arguments give the same episodes for any number of `workers` (processes; default one a core). Rendering
+    follows MUJOCO_GL, by default osmesa (CPU).
 
     Returns:
         The version directory that `tfds.builder_from_directory` reads (or the file), and a report for each task id.
 
     Raises:
-        InputError: unknown suite or task, less than one episode, negative noise, an existing dataset at `out`, or no
-            simulator.
+        InputError: unknown suite or task, less than one episode, negative noise or spread, an existing dataset at
+            `out`, or no simulator.
     """
-    if not noise >= 0:
-        raise InputError(f"noise is {noise}: expected at least 0")
+    for name, value in (("noise", noise), ("spread", spread)):
+        if not value >= 0:
+            raise InputError(f"{name} is {value}: expected at least 0")
     tasks = _check(suite, episodes, val_episodes, tasks, image_size, workers)
     _check_out(out)
     jobs = deal(suite, tasks, episodes, val_episodes, seed, image_size)
-    jobs = [replace(job, drawn=drawn, noise=noise, encoded=out.suffix != ".pack") for job in jobs]
+    jobs = [replace(job, drawn=drawn, noise=noise, spread=spread, encoded=out.suffix != ".pack") for job in jobs]
     report: dict[int, list[tuple[str, int, int]]] = {task: [] for task in tasks}
 
     def results(function: Callable[[Job], tuple[Any, str, int, int]]) -> Iterator[tuple[str, Any]]:
@@ -327,7 +333,7 @@ def _attempt(job: Job, attempt: int, look: bool) -> tuple[Motion, tuple] | None:
         init_state = -1 if job.drawn else numbers[(job.number + attempt) % len(numbers)]
         scene, state = _start(env, env.get_sim_state() if job.drawn else states[init_state], rng)
         plan = PLANS[job.suite][job.task_id]
-        plan = plan._replace(angle=plan.angle + plan.spread * rng.uniform(-1, 1))
+        plan = plan._replace(angle=plan.angle + job.spread * plan.spread * rng.uniform(-1, 1))
         view = camera(env, job.image_size)
         rows, frames, progress, disturbance = [], [], expert.Progress(), np.zeros(7, np.float32)
         while progress.phase != "done" and len(rows) < MAX_STEPS:

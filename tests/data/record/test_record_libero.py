@@ -31,6 +31,7 @@ from spatialvla_jax.errors import InputError
         ({"image_size": 0}, "image_size is 0"),
         ({"workers": -2}, "workers is -2"),
         ({"noise": -0.1}, "noise is -0.1"),
+        ({"spread": -1.0}, "spread is -1.0"),
     ],
 )
 def test_bad_input_is_one_sentence(tmp_path, arguments, sentence):
