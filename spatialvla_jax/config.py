@@ -41,8 +41,8 @@ def default_config() -> ConfigDict:
                 "mask": "prefix",  # prefix | causal (the release's training scripts)
                 "dtype": "bfloat16",  # of the computation; parameters are float32
                 "remat": "dots",  # none | dots | full
-                # Compile layer by layer instead of a loop over them, which copies what the backward pass needs: 5 % faster
-                # at full size on an H100, minutes slower to start.
+                # Compile layer by layer, not a loop over them, which copies what the backward pass needs: 5 % faster at
+                # full size on an H100, minutes slower to start.
                 "unroll": False,
                 "action_chunk": 4,
             },
