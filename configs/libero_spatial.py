@@ -14,8 +14,8 @@ def get_config():
     config.model.update(preset="small", depth="dataset", remat="none", unroll=True)
     config.data.prompt.length = 32
     config.grid.min_sigma = 0.0
-    # One fixed camera and one light: what the published augmentation covers does not occur.
-    config.augment.update(crop_area=0.95, brightness=0.05, contrast=0.05, saturation=0.05, hue=0.01)
+    # Published augmentation, but for crops of all sizes up to the whole image, which is what the policy will be given.
+    config.augment.crop_area_max = 1.0
     # Random weights: text embeddings learn too, at a rate for training from scratch.
     config.optimizer.update(learning_rate=3e-4, warmup=0.03, frozen=(), ema=0.999)
     config.train.update(steps=4_000, batch_size=128, log_every=50, eval_every=1_000, eval_frames=512)

@@ -83,6 +83,7 @@ def default_config() -> ConfigDict:
             "augment": {
                 "enabled": True,
                 "crop_area": 0.9,
+                "crop_area_max": 0.0,  # above it: each example's area is drawn from between the two
                 "brightness": 0.2,
                 "contrast": 0.2,
                 "saturation": 0.2,

@@ -1,5 +1,7 @@
 """Greedy decoding of one action chunk: the prompt once, then as few passes over the weights as the result allows."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -40,14 +42,31 @@ def prepare(model: SpatialVLA, params: Any, *, int8: bool = False, whole_vocabul
     llm = params["llm"]
     text = table(llm["embedder"]["input_embedding"][: cfg.action_offset])
     head = llm["lm_head"] if whole_vocabulary else llm["lm_head"][cfg.action_offset :]
+    vision = {k: v for k, v in params.items() if k in ("img", "ego3d", "zoe")}
     return {
-        "vision": {k: jax.tree.map(place, v) for k, v in params.items() if k in ("img", "ego3d", "zoe")},
+        "vision": jax.tree_util.tree_map_with_path(lambda path, x: _apart(x, _stacked(path), place), vision),
         "layers": lay_out(llm["layers"], place, finish),
         "final_norm": place(llm["final_norm"]["scale"]),
         "text": text,
         "spatial": place(params["spatial_embedding"]),
         "head": table(head),
     }
+
+
+def _stacked(path: tuple[Any, ...]) -> int:
+    """Over how many leading axes a parameter of the vision and depth models is stacked."""
+    names = [key.key for key in path]
+    return 2 if "stages" in names else int("encoderblock" in names)
+
+
+def _apart(stack: Any, axes: int, place: Callable[[Any], Array]) -> Any:
+    """An array a layer, in lists, so that a GPU does not copy a slice of the stack before it multiplies by it."""
+    return [_apart(stack[i], axes - 1, place) for i in range(len(stack))] if axes else place(stack)
+
+
+def _together(layers: Any) -> Any:
+    """The stack again, of which a compiler keeps nothing: the unrolled model slices it apart."""
+    return jnp.stack([_together(layer) for layer in layers]) if isinstance(layers, list) else layers
 
 
 def generate(
@@ -70,8 +89,10 @@ def generate(
     passes it takes, never the tokens. Q is any length that holds the prompts.
     """
     cfg = model.config
-    vision = {**weights["vision"], "spatial_embedding": weights["spatial"]}
-    tokens: Any = model.apply({"params": vision}, image, depth, intrinsics, method="embed_image")
+    vision = jax.tree.map(_together, weights["vision"], is_leaf=lambda x: isinstance(x, list))
+    vision["spatial_embedding"] = weights["spatial"]
+    unrolled: Any = SpatialVLA(replace(cfg, unroll=True))
+    tokens = unrolled.apply({"params": vision}, image, depth, intrinsics, method="embed_image")
     prefix = jnp.concatenate([tokens, _rows(weights["text"], prompt_ids, tokens.dtype)], axis=1)
     valid = jnp.concatenate([jnp.ones(tokens.shape[:2], bool), prompt_mask], axis=1)
     if draft is None:

@@ -135,19 +135,22 @@ class BeitStage(nn.Module):
     config: BeitConfig
     grid: Grid
     dtype: jnp.dtype
+    unroll: bool
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], _) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
-        layers = _scan(BeitLayer, self.config.depth // self.config.num_taps)
+        layers = _scan(BeitLayer, self.config.depth // self.config.num_taps, self.unroll)
         x, _ = layers(self.config, self.grid, self.dtype, name="layers")(x, None)
         return x, x
 
 
 class Beit(nn.Module):
-    """Image → hidden states at the taps. Layer parameters are stacked [taps, layers a tap, …]."""
+    """Image → hidden states at the taps. Layer parameters are stacked [taps, layers a tap, …]; `unroll` is as in
+    `gemma2.Gemma2`."""
 
     config: BeitConfig
     dtype: jnp.dtype
+    unroll: bool = False
 
     @nn.compact
     def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "taps B T D"]:
@@ -161,10 +164,11 @@ class Beit(nn.Module):
         tokens = H * W + 1
         x = jnp.concatenate([jnp.broadcast_to(cls, (B, 1, D)), x.reshape(B, H * W, D)], axis=1)
         x = jnp.pad(x, ((0, 0), (0, -tokens % 8), (0, 0)))
-        stages = _scan(BeitStage, cfg.num_taps)
-        _, taps = stages(cfg, (H, W), self.dtype, name="stages")(x, None)
+        stages = _scan(BeitStage, cfg.num_taps, self.unroll)
+        _, taps = stages(cfg, (H, W), self.dtype, self.unroll, name="stages")(x, None)
         return taps[:, :, :tokens]
 
 
-def _scan(block: type[nn.Module], length: int):
-    return nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=length)
+def _scan(block: type[nn.Module], length: int, unroll: bool):
+    steps = length if unroll else 1
+    return nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=length, unroll=steps)

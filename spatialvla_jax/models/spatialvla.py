@@ -73,7 +73,7 @@ class SpatialVLA(nn.Module):
         if cfg.depth != "none":
             self.ego3d = Ego3D(cfg.img.width, cfg.img.grid, dtype)
         if cfg.depth == "zoedepth":
-            self.zoe = ZoeDepth(cfg.zoe, dtype)
+            self.zoe = ZoeDepth(cfg.zoe, dtype, cfg.unroll)
         shape = (cfg.spatial_tokens, cfg.llm.width)
         self.spatial_embedding = self.param("spatial_embedding", nn.initializers.normal(cfg.llm.width**-0.5), shape)
 

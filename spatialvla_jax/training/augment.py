@@ -13,9 +13,14 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 @dataclass(frozen=True)
 class Augmentation:
-    """`crop_area` 1 and the others 0 switch a part off; `contrast` and `saturation` are half-widths around 1."""
+    """`crop_area` 1 and the others 0 switch a part off; `contrast` and `saturation` are half-widths around 1.
+
+    With `crop_area_max` above `crop_area` every example draws its own area from between the two. Up to 1, a policy from
+    scratch has seen whole images, which it is given later, at their own scale.
+    """
 
     crop_area: float = 0.9
+    crop_area_max: float = 0.0
     brightness: float = 0.2
     contrast: float = 0.2
     saturation: float = 0.2
@@ -34,8 +39,10 @@ def augment(
     crop_key, colour_key = jax.random.split(key)
     B, size = image.shape[:2]
     if config.crop_area < 1:
-        side = config.crop_area**0.5 * size
-        offset = jax.random.uniform(crop_key, (B, 2)) * (size - side)  # (row, column)
+        largest = max(config.crop_area, config.crop_area_max)
+        area = jax.random.uniform(jax.random.fold_in(crop_key, 0), (B,), minval=config.crop_area, maxval=largest)
+        side = area**0.5 * size
+        offset = jax.random.uniform(crop_key, (B, 2)) * (size - side)[:, None]  # (row, column)
         scale = size / side
         image = jnp.clip(crop(image, offset, scale), 0, 1)
         if depth is not None:
@@ -46,19 +53,21 @@ def augment(
     return jax.vmap(lambda k, x: colour_jitter(k, x, config))(keys, image), depth, intrinsics
 
 
-def crop(image: Float[Array, "B S S C"], offset: Float[Array, "B 2"], scale: float) -> Float[Array, "B S S C"]:
+def crop(
+    image: Float[Array, "B S S C"], offset: Float[Array, "B 2"], scale: Float[Array, " B"]
+) -> Float[Array, "B S S C"]:
     """The square of side S / scale at `offset` (row, column), resized bilinearly to S×S."""
 
-    def one(x, at):
+    def one(x, at, by):
         return jax.image.scale_and_translate(
-            x, x.shape, (0, 1), jnp.full(2, scale), -at * scale, method="linear", antialias=False
+            x, x.shape, (0, 1), jnp.stack([by, by]), -at * by, method="linear", antialias=False
         )
 
-    return jax.vmap(one)(image, offset)
+    return jax.vmap(one)(image, offset, scale)
 
 
 def crop_intrinsics(
-    intrinsics: Float[Array, "B 3 3"], offset: Float[Array, "B 2"], scale: float
+    intrinsics: Float[Array, "B 3 3"], offset: Float[Array, "B 2"], scale: Float[Array, " B"]
 ) -> Float[Array, "B 3 3"]:
     """Intrinsics of the image that `crop` makes: pixel (u, v) goes to (u − column, v − row) · scale."""
     B = offset.shape[0]

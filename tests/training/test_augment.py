@@ -23,13 +23,13 @@ def test_hsv_is_the_standard_librarys(rgb: tuple[float, float, float]) -> None:
 
 
 @settings(max_examples=20)
-@given(st.integers(0, 10_000))
-def test_crop_moves_the_intrinsics_with_the_pixels(seed: int) -> None:
+@given(st.integers(0, 10_000), st.sampled_from([0.0, 0.95]))
+def test_crop_moves_the_intrinsics_with_the_pixels(seed: int, largest: float) -> None:
     """An image that shows its own ray directions still shows them, by the moved intrinsics, after the crop."""
     v, u = np.meshgrid(np.arange(SIZE) + 0.5, np.arange(SIZE) + 0.5, indexing="ij")
     rays = np.stack([(u - 15) / 40, (v - 17) / 42, np.ones_like(u)], -1)
     shown = (rays + 1) / 3  # into [0, 1]
-    config = Augmentation(crop_area=0.5, brightness=0, contrast=0, saturation=0, hue=0)
+    config = Augmentation(crop_area=0.5, crop_area_max=largest, brightness=0, contrast=0, saturation=0, hue=0)
     image, depth, intrinsics = augment(
         jax.random.key(seed),
         jnp.float32(shown)[None],
@@ -45,6 +45,16 @@ def test_crop_moves_the_intrinsics_with_the_pixels(seed: int) -> None:
     assert K[0, 0] > 40 and K[1, 1] > 42
 
 
+def test_an_area_is_drawn_for_every_example_between_the_two() -> None:
+    """The focal length tells the scale: one for all as published, else many."""
+    camera, image = jnp.tile(CAMERA, (64, 1, 1)), jnp.zeros((64, SIZE, SIZE, 3))
+    for largest, low in ((0.0, 0.5), (0.9, 0.9)):
+        config = Augmentation(crop_area=0.5, crop_area_max=largest)
+        focal = np.asarray(augment(jax.random.key(0), image, None, camera, config)[2][:, 0, 0])
+        areas = (40 / focal) ** 2
+        np.testing.assert_allclose((areas.min(), areas.max()), (0.5, low), atol=0.05 * (largest > 0) + 1e-5)
+
+
 def test_intrinsics_stay_when_switched_off() -> None:
     image = jnp.zeros((2, SIZE, SIZE, 3))
     camera = jnp.tile(CAMERA, (2, 1, 1))
@@ -55,7 +65,7 @@ def test_intrinsics_stay_when_switched_off() -> None:
 
 def test_whole_crop_is_the_image() -> None:
     image = jax.random.uniform(jax.random.key(0), (2, SIZE, SIZE, 3))
-    np.testing.assert_allclose(crop(image, jnp.zeros((2, 2)), 1.0), image, atol=1e-6)
+    np.testing.assert_allclose(crop(image, jnp.zeros((2, 2)), jnp.ones(2)), image, atol=1e-6)
 
 
 def test_colour_jitter_stays_in_range_and_varies_by_example() -> None:

@@ -34,7 +34,7 @@ class Plan(NamedTuple):
     angle: float
     spread: float = 0.15  # radians to either side of it that an episode may choose
     radius: float = 0.050  # of the grip point about the object's upright axis, towards `angle`
-    height: float = 0.040  # of the grip point above the object's origin
+    height: float = 0.028  # of the grip point above the object's origin
     hover: float = 0.08  # above the grip point while the gripper is not yet over it
     lift: float = 0.06  # straight up after closing, before moving sideways
     carry: float = 0.06  # above the height of release while the object is not yet over its place

@@ -34,7 +34,7 @@ TRAIN_STATES, VAL_STATES = range(0, 40), range(40, 50)  # of the benchmark's 50 
 WARM_UP_STEPS = 15  # not recorded: objects settle and the arm moves to a start pose of its own
 MAX_STEPS = 130
 NOISE_STEPS = 4  # a disturbance of the motion lasts so long
-MAX_ATTEMPTS = 10
+MAX_ATTEMPTS = 100
 
 # Objects are held on their upright axis; boxes lie with their narrow side along y. They are carried over the rim of the
 # basket, 14.6 cm above its origin, and let go of in it, the tallest 1 cm above its floor: the hand stays above the rim.
@@ -50,7 +50,7 @@ PLANS = {
         expert.Plan(np.deg2rad(115)),  # table center
         expert.Plan(np.deg2rad(110), lean=0.2),  # on the cookie box
         expert.Plan(np.deg2rad(122), spread=0.03, radius=0.04, lift=0.09, lean=0.2),  # in the top drawer
-        expert.Plan(np.deg2rad(-30)),  # on the ramekin
+        expert.Plan(np.deg2rad(180)),  # on the ramekin
         expert.Plan(np.deg2rad(90), lean=0.4),  # next to the cookie box
         expert.Plan(np.deg2rad(60)),  # on the stove
         expert.Plan(np.deg2rad(-75)),  # next to the plate
@@ -85,7 +85,6 @@ class Job:
     seed: int
     image_size: int
     drawn: bool = False  # the initial state from the task's regions, as the benchmark drew its own; else one of those
-    encoded: bool = True  # images as JPEG and PNG bytes; else as arrays
     noise: float = 0.0  # see `record_libero`
     spread: float = 1.0
 
@@ -99,6 +98,7 @@ class Motion:
     split: str
     seed: int  # of the scene
     init_state: int
+    language: str
     qpos: Float[np.ndarray, "T Q"]  # of the simulator, before each action
     state: Float[np.ndarray, "T 8"]
     action: Float[np.ndarray, "T 7"]
@@ -157,7 +157,7 @@ def record_libero(
     tasks = _check(suite, episodes, val_episodes, tasks, image_size, workers)
     _check_out(out)
     jobs = deal(suite, tasks, episodes, val_episodes, seed, image_size)
-    jobs = [replace(job, drawn=drawn, noise=noise, spread=spread, encoded=out.suffix != ".pack") for job in jobs]
+    jobs = [replace(job, drawn=drawn, noise=noise, spread=spread) for job in jobs]
     report: dict[int, list[tuple[str, int, int]]] = {task: [] for task in tasks}
 
     def results(function: Callable[[Job], tuple[Any, str, int, int]]) -> Iterator[tuple[str, Any]]:
@@ -166,11 +166,18 @@ def record_libero(
             report[job.task_id].append(tuple(row))
             yield job.split, result
 
-    if out.suffix == ".npz":
-        save_motions(out, [motion for _, motion in results(record_motion)])
+    if out.suffix in (".npz", ".pack"):
+        motions = [motion for _, motion in results(record_motion)]
+        if out.suffix == ".npz":
+            save_motions(out, motions)
+        else:
+            _pack(out, motions, image_size, workers, progress)
     else:
+        per_shard = _per_shard(episodes)
         description = f"Scripted-expert demonstrations of {suite}, recorded with seed {seed}."
-        out = _write(out, results(record_episode), suite, image_size, episodes, description)
+        out = write_episodes(
+            out, results(record_episode), image_size=image_size, episodes_per_shard=per_shard, description=description
+        )
     return out, {
         task: TaskReport(rows[0][0], sum(r[1] for r in rows), len(rows), float(np.mean([r[2] for r in rows])))
         for task, rows in report.items()
@@ -189,31 +196,44 @@ def render_motions(
     """
     check_simulator()
     _check_out(out)
-    episodes = [motion for file in files for motion in load_motions(file)]
+    episodes = sorted((motion for file in files for motion in load_motions(file)), key=lambda m: SPLITS.index(m.split))
     suites = sorted({motion.suite for motion in episodes})
     if len(suites) != 1:
         raise InputError(
             f"{', '.join(map(str, files))} hold episodes of {' and '.join(suites) or 'nothing'}: expected one suite"
         )
-    render = partial(render_motion, image_size=image_size, encoded=out.suffix != ".pack")
-    rendered = in_processes(render, episodes, workers or os.cpu_count() or 1, progress)
-    pairs = ((motion.split, episode) for motion, episode in zip(episodes, rendered, strict=True))
-    suite, trained = suites[0], sum(motion.split == "train" for motion in episodes)
-    return _write(out, pairs, suite, image_size, trained, f"Scripted-expert demonstrations of {suite}.")
+    if out.suffix == ".pack":
+        _pack(out, episodes, image_size, workers, progress)
+        return out
+    rendered = _render(episodes, image_size, workers, progress, encoded=True)
+    return write_episodes(
+        out,
+        ((motion.split, episode) for motion, episode in zip(episodes, rendered, strict=True)),
+        image_size=image_size,
+        episodes_per_shard=_per_shard(sum(motion.split == "train" for motion in episodes)),
+        description=f"Scripted-expert demonstrations of {suites[0]}.",
+    )
 
 
 def _check_out(out: Path) -> None:
     check_file(out) if out.suffix in (".pack", ".npz") else check_out(out)
 
 
-def _write(
-    out: Path, episodes: Iterator[tuple[str, dict]], suite: str, image_size: int, trained: int, description: str
-) -> Path:
-    if out.suffix == ".pack":
-        write_packed(out, episodes, name=suite, image_size=image_size)
-        return out
-    per_shard = max(3, -(-trained // 16))
-    return write_episodes(out, episodes, image_size=image_size, episodes_per_shard=per_shard, description=description)
+def _per_shard(trained: int) -> int:
+    return max(3, -(-trained // 16))
+
+
+def _render(
+    motions: Sequence[Motion], image_size: int, workers: int | None, progress: bool, encoded: bool
+) -> Iterator[dict]:
+    render = partial(render_motion, image_size=image_size, encoded=encoded)
+    return in_processes(render, motions, workers or os.cpu_count() or 1, progress, "rendering")
+
+
+def _pack(out: Path, motions: Sequence[Motion], image_size: int, workers: int | None, progress: bool) -> None:
+    known = [(motion.split, motion.language, motion.action) for motion in motions]
+    rendered = _render(motions, image_size, workers, progress, encoded=False)
+    write_packed(out, known, rendered, name=motions[0].suite, image_size=image_size)
 
 
 def deal(suite: str, tasks: Sequence[int], episodes: int, val_episodes: int, seed: int, image_size: int) -> list[Job]:
@@ -228,7 +248,9 @@ def deal(suite: str, tasks: Sequence[int], episodes: int, val_episodes: int, see
     return jobs
 
 
-def in_processes(function: Callable[[Any], Any], jobs: Sequence[Any], workers: int, progress: bool) -> Iterator[Any]:
+def in_processes(
+    function: Callable[[Any], Any], jobs: Sequence[Any], workers: int, progress: bool, doing: str = "recording"
+) -> Iterator[Any]:
     """Results of `function` over `jobs`, in their order, from `workers` fresh processes, with a progress bar.
 
     Raises RuntimeError when a process dies instead of answering, as a crash of the renderer or lack of memory makes it.
@@ -239,22 +261,22 @@ def in_processes(function: Callable[[Any], Any], jobs: Sequence[Any], workers: i
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=set_up_worker) as pool:
         try:
-            yield from tqdm(pool.map(function, jobs), "recording", len(jobs), unit="episode", disable=not progress)
+            yield from tqdm(pool.map(function, jobs), doing, len(jobs), unit="episode", disable=not progress)
         except BrokenProcessPool as error:
-            raise RuntimeError("a recording process died (a crash, or out of memory: try fewer workers)") from error
+            raise RuntimeError(f"a {doing} process died (a crash, or out of memory: try fewer workers)") from error
 
 
 def record_episode(job: Job) -> tuple[dict, str, int, int]:
     """Tries until the benchmark accepts an episode; → (the episode, see `writer.features`; its instruction; the number
     of tries and of steps)."""
     motion, scene, tried = _record(job, look=True)
-    return _episode(motion, *scene), scene[0], tried, len(motion.action)
+    return _episode(motion, *scene), motion.language, tried, len(motion.action)
 
 
 def record_motion(job: Job) -> tuple[Motion, str, int, int]:
     """The same without pictures."""
-    motion, scene, tried = _record(job, look=False)
-    return motion, scene[0], tried, len(motion.action)
+    motion, _, tried = _record(job, look=False)
+    return motion, motion.language, tried, len(motion.action)
 
 
 def _record(job: Job, look: bool) -> tuple[Motion, tuple, int]:
@@ -339,7 +361,7 @@ def _attempt(job: Job, attempt: int, look: bool) -> tuple[Motion, tuple] | None:
         while progress.phase != "done" and len(rows) < MAX_STEPS:
             action, progress = expert.act(plan, progress, scene)
             if look:
-                frames.append(_picture(env, job.image_size, job.encoded))
+                frames.append(_picture(env, job.image_size, encoded=True))
             rows.append((np.array(env.sim.data.qpos, np.float32), state, action))
             if job.noise and (len(rows) - 1) % NOISE_STEPS == 0:
                 disturbance = np.append(job.noise * rng.standard_normal(6), 0).astype(np.float32)
@@ -349,12 +371,8 @@ def _attempt(job: Job, attempt: int, look: bool) -> tuple[Motion, tuple] | None:
         if progress.phase != "done" or not env.check_success():
             return None
     arrays = map(np.stack, zip(*rows, strict=True))
-    return Motion(job.suite, job.task_id, job.split, seed, init_state, *arrays), (
-        task.language,
-        task.name,
-        frames,
-        view,
-    )
+    motion = Motion(job.suite, job.task_id, job.split, seed, init_state, task.language, *arrays)
+    return motion, (task.name, frames, view)
 
 
 def render_motion(motion: Motion, image_size: int, encoded: bool) -> dict:
@@ -366,18 +384,16 @@ def render_motion(motion: Motion, image_size: int, encoded: bool) -> dict:
             env.sim.data.qpos[:] = qpos
             env.sim.forward()
             frames.append(_picture(env, image_size, encoded))
-        return _episode(motion, task.language, task.name, frames, camera(env, image_size))
+        return _episode(motion, task.name, frames, camera(env, image_size))
 
 
-def _episode(
-    motion: Motion, language: str, name: str, frames: list[tuple], view: tuple[np.ndarray, np.ndarray]
-) -> dict:
+def _episode(motion: Motion, name: str, frames: list[tuple], view: tuple[np.ndarray, np.ndarray]) -> dict:
     """What the writers take, see `writer.features`."""
     steps, (intrinsics, extrinsics) = [], view
     for i, ((image, depth), state, action) in enumerate(zip(frames, motion.state, motion.action, strict=True)):
         last = i == len(frames) - 1
         observation = {"image": image, "depth": depth, "intrinsics": intrinsics, "state": state}
-        step = {"observation": observation, "action": action, "language_instruction": language}
+        step = {"observation": observation, "action": action, "language_instruction": motion.language}
         step |= {"reward": float(last), "discount": 1.0, "is_first": i == 0, "is_last": last, "is_terminal": last}
         steps.append(step)
     metadata = {"task_id": motion.task_id, "task_name": name, "seed": motion.seed, "init_state": motion.init_state}
@@ -393,7 +409,9 @@ def _picture(env: Any, size: int, encoded: bool) -> tuple[Any, Any]:
 
 def save_motions(out: Path, motions: Sequence[Motion]) -> None:
     """As NumPy's .npz, by rename: the episodes one after the other, and of each its length and its other fields."""
-    columns: dict[str, Any] = {key: np.array([getattr(m, key) for m in motions]) for key in ("suite", "split")}
+    columns: dict[str, Any] = {
+        key: np.array([getattr(m, key) for m in motions]) for key in ("suite", "split", "language")
+    }
     columns |= {
         key: np.array([getattr(m, key) for m in motions], np.int64) for key in ("task_id", "seed", "init_state")
     }
@@ -417,7 +435,7 @@ def load_motions(path: Path) -> list[Motion]:
         raise InputError(f"{path} is no file of motions, as `record libero --out FILE.npz` writes them") from error
     motions, place = [], {"qpos": 0, "state": 0, "action": 0}
     for i, (length, width) in enumerate(zip(columns["length"].tolist(), columns["width"].tolist(), strict=True)):
-        fields: dict[str, Any] = {key: str(columns[key][i]) for key in ("suite", "split")}
+        fields: dict[str, Any] = {key: str(columns[key][i]) for key in ("suite", "split", "language")}
         fields |= {key: int(columns[key][i]) for key in ("task_id", "seed", "init_state")}
         for key, size in {"qpos": width, "state": 8, "action": 7}.items():
             fields[key] = columns[key][place[key] : place[key] + length * size].reshape(length, size)

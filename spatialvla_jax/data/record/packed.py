@@ -1,11 +1,11 @@
 """Recorded episodes straight into a packed file, as `data pack` makes one of RLDS: no TensorFlow, no compression."""
 
-import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from spatialvla_jax.data.index import Index
 from spatialvla_jax.data.oxe import CATALOGUE
@@ -18,58 +18,48 @@ from spatialvla_jax.errors import InputError
 SPEC = "libero"  # the catalogue's entry for what `record` writes
 VOCABULARY = 256  # of the tokenizer, at most
 
+Known = tuple[str, str, Float[np.ndarray, "T 7"]]  # of an episode: split, instruction, actions
 
-class _Spill:
-    """The frames of one split on disk until all are there, because a packed file begins with their number."""
 
-    def __init__(self, folder: Path, split: str, image_size: int) -> None:
-        shape = (image_size, image_size)
-        self.rows = {"image": (np.uint8, (*shape, 3)), "depth": (np.uint16, shape)}
-        self.files: dict[str, BinaryIO] = {key: open(folder / f"{split}.{key}", "w+b") for key in self.rows}  # noqa: SIM115
-        self.columns: dict[str, list[np.ndarray]] = {key: [] for key in ("action", "intrinsics", "step", "language")}
-        self.ends: list[int] = []
-
-    def add(self, steps: list[dict[str, Any]], language: int) -> None:
-        for key, file in self.files.items():
-            for step in steps:
-                file.write(step["observation"][key].tobytes())
-        action = np.stack([step["action"] for step in steps])
-        episode = apply_operations({"action": action}, CATALOGUE[SPEC].operations)
-        self.columns["action"].append(episode["action"].astype(np.float32))
-        self.columns["intrinsics"].append(np.stack([step["observation"]["intrinsics"] for step in steps]))
-        self.columns["step"].append(np.arange(len(steps), dtype=np.int32))
-        self.columns["language"].append(np.full(len(steps), language, np.int32))
-        self.ends.append(len(steps) + (self.ends[-1] if self.ends else 0))
-
-    def index(self, name: str, instructions: tuple[str, ...]) -> Index:
-        arrays = {key: np.concatenate(parts) for key, parts in self.columns.items()}
-        episodes = np.arange(len(self.ends), dtype=np.int32)
-        arrays |= {"episode_end": np.array(self.ends), "episode_file": 0 * episodes, "episode_number": episodes}
-        for key, (dtype, shape) in self.rows.items():
-            self.files[key].flush()
-            arrays[key] = np.memmap(self.files[key], dtype, "r", shape=(self.ends[-1], *shape))
-        statistics = action_statistics(arrays["action"], len(episodes))
-        return Index(name, CATALOGUE[SPEC], ("the recording",), instructions, statistics, len(episodes), {}, arrays)
+def _index(known: Sequence[Known], instructions: Sequence[str], name: str) -> Index:
+    """All of a split's episodes but their pictures."""
+    lengths = [len(actions) for *_, actions in known]
+    canonical = [apply_operations({"action": actions}, CATALOGUE[SPEC].operations)["action"] for *_, actions in known]
+    numbers = np.array([instructions.index(language) for _, language, _ in known], np.int32)
+    episodes = np.arange(len(known), dtype=np.int32)
+    arrays = {
+        "action": np.concatenate(canonical).astype(np.float32),
+        "intrinsics": np.zeros((sum(lengths), 3, 3), np.float32),  # only their place: they come with the pictures
+        "step": np.concatenate([np.arange(length, dtype=np.int32) for length in lengths]),
+        "language": np.repeat(numbers, lengths),
+        "episode_end": np.cumsum(lengths),
+        "episode_file": 0 * episodes,
+        "episode_number": episodes,
+    }
+    statistics = action_statistics(arrays["action"], len(known))
+    return Index(name, CATALOGUE[SPEC], ("the recording",), tuple(instructions), statistics, len(known), {}, arrays)
 
 
 class _Recording:
-    """The splits as `write_pack` reads them from a loader."""
+    """The splits as `write_pack` reads them from a loader, an episode at a time."""
 
-    def __init__(self, indexes: dict[str, Index], image_size: int, instructions: Iterable[str]) -> None:
+    def __init__(self, indexes: dict[str, Index], episodes: Iterator[dict], image_size: int) -> None:
         self.image_size, self.depth, self.weights = image_size, True, (1.0,)
-        self.tokenizer = train_tokenizer(instructions, VOCABULARY)
-        self._indexes = indexes
+        self.tokenizer = train_tokenizer(next(iter(indexes.values())).instructions, VOCABULARY)
+        self._indexes, self._episodes = indexes, episodes
 
     def indexes(self, split: str) -> tuple[Index, ...]:
         return (self._indexes[split],)
 
     def epoch(self, batch_size: int, split: str) -> Iterator[dict[str, np.ndarray]]:
-        index = self._indexes[split]
-        for start in range(0, index.num_frames, batch_size):
-            ids = np.arange(start, min(start + batch_size, index.num_frames))
-            batch = {key: index.arrays[key][ids] for key in ("image", "intrinsics")}
-            batch["depth"] = index.arrays["depth"][ids].astype(np.float32) * np.float32(index.spec.depth_unit)
+        index, start = self._indexes[split], 0
+        for end in index.arrays["episode_end"].tolist():
+            seen = [step["observation"] for step in next(self._episodes)["steps"]]
+            batch = {key: np.stack([frame[key] for frame in seen]) for key in ("image", "intrinsics", "depth")}
+            batch["depth"] = batch["depth"].astype(np.float32) * np.float32(index.spec.depth_unit)
+            ids = np.arange(start, end)
             yield batch | {"sample_id": ids, "dataset_id": 0 * ids, "valid": ids >= 0}
+            start = end
 
 
 def check_file(out: Path) -> None:
@@ -78,29 +68,18 @@ def check_file(out: Path) -> None:
         raise InputError(f"{out} exists already: expected the name of a file that does not")
 
 
-def write_packed(out: Path, episodes: Iterable[tuple[str, dict]], *, name: str, image_size: int) -> dict[str, Any]:
-    """Writes (split, episode) pairs as the dataset `name`, by rename; returns what `write_pack` does.
+def write_packed(
+    out: Path, known: Sequence[Known], episodes: Iterable[dict], *, name: str, image_size: int
+) -> dict[str, Any]:
+    """Writes the episodes as the dataset `name`, by rename; returns what `write_pack` does.
 
-    An episode is as `writer.features` describes it, its images arrays of `image_size`, which a model must then have.
-    The disk holds the frames twice meanwhile. Raises InputError, also when there is no room.
+    What is `known` of each beforehand tells how large the file will be, so that the pictures go into their places as
+    they come, whole splits one after the other. An episode is as `writer.features` describes it, its images arrays of
+    `image_size`, which a model must then have. Raises InputError, also when there is no room.
     """
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".incomplete-") as folder:
-        spills: dict[str, _Spill] = {}
-        instructions: dict[str, int] = {}
-        try:
-            for split, episode in episodes:
-                steps = episode["steps"]
-                language = instructions.setdefault(steps[0]["language_instruction"], len(instructions))
-                if split not in spills:
-                    spills[split] = _Spill(Path(folder), split, image_size)
-                spills[split].add(steps, language)
-            indexes = {split: spill.index(name, tuple(instructions)) for split, spill in spills.items()}
-            recording = _Recording(indexes, image_size, instructions)
-            return write_pack(recording, out, {"datasets": [{"name": name, "spec": SPEC}]}, list(indexes))
-        except OSError as error:
-            raise InputError(f"{out} cannot be written: {error.strerror or error}") from error
-        finally:
-            for spill in spills.values():
-                for file in spill.files.values():
-                    file.close()
+    instructions = list(dict.fromkeys(language for _, language, _ in known))
+    splits = list(dict.fromkeys(split for split, *_ in known))
+    assert [one[0] for one in known] == sorted((one[0] for one in known), key=splits.index), "splits are mixed"
+    indexes = {split: _index([one for one in known if one[0] == split], instructions, name) for split in splits}
+    recording = _Recording(indexes, iter(episodes), image_size)
+    return write_pack(recording, out, {"datasets": [{"name": name, "spec": SPEC}]}, splits)

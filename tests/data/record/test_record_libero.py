@@ -80,7 +80,7 @@ def test_tasks_are_dealt_in_turn():
 def motion(length: int, width: int, seed: int) -> Motion:
     draw = np.random.default_rng(seed).standard_normal
     arrays = (draw((length, size)).astype(np.float32) for size in (width, 8, 7))
-    return Motion("libero_spatial", seed % 10, ("train", "val")[seed % 2], seed, -1, *arrays)
+    return Motion("libero_spatial", seed % 10, ("train", "val")[seed % 2], seed, -1, f"task {seed}", *arrays)
 
 
 def test_motions_come_back_as_they_were(tmp_path):

@@ -36,7 +36,12 @@ def episodes():
 @pytest.fixture(scope="module")
 def loader(tmp_path_factory):
     out = tmp_path_factory.mktemp("packed") / "deep" / "set.pack"
-    result = write_packed(out, episodes(), name="toy", image_size=SIZE)
+    made = list(episodes())
+    known = [
+        (split, e["steps"][0]["language_instruction"], np.stack([step["action"] for step in e["steps"]]))
+        for split, e in made
+    ]
+    result = write_packed(out, known, (episode for _, episode in made), name="toy", image_size=SIZE)
     assert result["frames"] == {"train": 12, "val": 2} and result["bytes"] == out.stat().st_size
     assert list(out.parent.iterdir()) == [out], "nothing else is left"
     config = default_config().data.to_dict() | {"packed": str(out)}
