@@ -91,7 +91,7 @@ def generate(
     cfg = model.config
     vision = jax.tree.map(_together, weights["vision"], is_leaf=lambda x: isinstance(x, list))
     vision["spatial_embedding"] = weights["spatial"]
-    unrolled: Any = SpatialVLA(replace(cfg, unroll=True))
+    unrolled: Any = SpatialVLA(replace(cfg, unroll=True, zoe=replace(cfg.zoe, unroll=True)))
     tokens = unrolled.apply({"params": vision}, image, depth, intrinsics, method="embed_image")
     prefix = jnp.concatenate([tokens, _rows(weights["text"], prompt_ids, tokens.dtype)], axis=1)
     valid = jnp.concatenate([jnp.ones(tokens.shape[:2], bool), prompt_mask], axis=1)

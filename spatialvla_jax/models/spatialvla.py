@@ -29,7 +29,7 @@ class SpatialVLAConfig:
 
     `depth` names the source of depth: `zoedepth` (estimated inside the model), `dataset` (given with the image) or
     `none` (no Ego3D). `mask` is `prefix` or `causal` (the release's training scripts). `dtype` is the computation's.
-    `remat` and `unroll` say how it is trained, see `models.remat`.
+    `remat` and `unroll` say how it is trained, see `models.remat`; the depth model, which is not, has its own `unroll`.
     """
 
     img: SiglipConfig = SiglipConfig()
@@ -73,7 +73,7 @@ class SpatialVLA(nn.Module):
         if cfg.depth != "none":
             self.ego3d = Ego3D(cfg.img.width, cfg.img.grid, dtype)
         if cfg.depth == "zoedepth":
-            self.zoe = ZoeDepth(cfg.zoe, dtype, cfg.unroll)
+            self.zoe = ZoeDepth(cfg.zoe, dtype)
         shape = (cfg.spatial_tokens, cfg.llm.width)
         self.spatial_embedding = self.param("spatial_embedding", nn.initializers.normal(cfg.llm.width**-0.5), shape)
 

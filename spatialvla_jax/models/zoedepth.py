@@ -43,6 +43,7 @@ class ZoeDepthConfig:
     classifier_depth: int = 4
     classifier_heads: int = 4
     classifier_mlp_dim: int = 1024
+    unroll: bool = False  # as in `gemma2.Gemma2`
 
 
 def estimate_depth(
@@ -71,21 +72,17 @@ def zoedepth_input(images: Float[Array, "B S S 3"], input_size: int = 384) -> Fl
 
 
 class ZoeDepth(nn.Module):
-    """Normalised image → metric depth. Runs in `dtype`; routing, bin centres, attractors and softmax in float32.
-
-    `unroll` is as in `gemma2.Gemma2`.
-    """
+    """Normalised image → metric depth. Runs in `dtype`; routing, bin centres, attractors and softmax in float32."""
 
     config: ZoeDepthConfig
     dtype: jnp.dtype
-    unroll: bool = False
 
     @nn.compact
     def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B H W"]:
         """`images` lie in [-1, 1]; depth is f32 in metres. H and W are multiples of twice the patch size."""
         cfg = self.config
         grid = (images.shape[1] // cfg.backbone.patch_size, images.shape[2] // cfg.backbone.patch_size)
-        taps = Beit(cfg.backbone, self.dtype, self.unroll, name="backbone")(images)
+        taps = Beit(cfg.backbone, self.dtype, cfg.unroll, name="backbone")(images)
         bottleneck, pyramid = Neck(cfg, self.dtype, name="neck")(taps, grid)
         features, _ = RelativeHead(cfg, self.dtype, name="relative_head")(pyramid[-1])
         return MetricHead(cfg, self.dtype, name="metric_head")(features, bottleneck, pyramid)

@@ -14,6 +14,7 @@ from jaxtyping import Float
 METRES_PER_UNIT, RADIANS_PER_UNIT = 0.05, 0.5
 GAIN = 1.5  # above 1 it commands past the target, which shortens the tail that the controller's damping gives
 PLACED = 0.012  # metres above the height of release, where the object is let go of
+LOST = 0.06  # metres between the hand and the grip point from which on the object is not in it
 OPEN, CLOSE = -1.0, 1.0
 
 
@@ -110,9 +111,14 @@ def move(scene: Scene, offset: Float[np.ndarray, "3"], mat: Float[np.ndarray, "3
 
 
 def act(plan: Plan, progress: Progress, scene: Scene) -> tuple[Float[np.ndarray, "7"], Progress]:
-    """One step of the expert: the action to send now and the progress to pass in with the next scene."""
+    """One step of the expert: the action to send now and the progress to pass in with the next scene.
+
+    An object that slipped out of the fingers, or that they missed, is reached for again.
+    """
     position, mat = grip_pose(plan, scene)
     phase, age, anchor = progress
+    if phase in ("lift", "carry") and np.linalg.norm(position - scene.eef_pos) > LOST:
+        phase, age = "reach", 0
     next_anchor = scene.eef_pos
     if phase == "reach":
         offset, finished = _reach(plan, scene, position, mat)

@@ -32,8 +32,9 @@ CAMERA = "agentview"
 JPEG_QUALITY = 85
 TRAIN_STATES, VAL_STATES = range(0, 40), range(40, 50)  # of the benchmark's 50 initial states of a task
 WARM_UP_STEPS = 15  # not recorded: objects settle and the arm moves to a start pose of its own
-MAX_STEPS = 130
+MAX_STEPS = 180
 NOISE_STEPS = 4  # a disturbance of the motion lasts so long
+SNAPS, SNAP_STEPS = 0.04, 10  # how often, with each of them, the fingers close before their time, and for how long
 MAX_ATTEMPTS = 100
 
 # Objects are held on their upright axis; boxes lie with their narrow side along y. They are carried over the rim of the
@@ -45,7 +46,7 @@ PLANS = {
     # the arm miss the neighbours: ramekin, drawer walls, cabinet, cookie box. Far from the base the gripper leans
     # forward, because the arm is nearly stretched there and the controller loses its accuracy.
     "libero_spatial": (
-        expert.Plan(np.deg2rad(-75)),  # between the plate and the ramekin
+        expert.Plan(np.deg2rad(-45)),  # between the plate and the ramekin
         expert.Plan(np.deg2rad(-45)),  # next to the ramekin
         expert.Plan(np.deg2rad(115)),  # table center
         expert.Plan(np.deg2rad(110), lean=0.2),  # on the cookie box
@@ -53,7 +54,7 @@ PLANS = {
         expert.Plan(np.deg2rad(180)),  # on the ramekin
         expert.Plan(np.deg2rad(90), lean=0.4),  # next to the cookie box
         expert.Plan(np.deg2rad(60)),  # on the stove
-        expert.Plan(np.deg2rad(-75)),  # next to the plate
+        expert.Plan(np.deg2rad(180)),  # next to the plate
         expert.Plan(np.deg2rad(75), lean=0.3),  # on the wooden cabinet
     ),
     # Above the fingers, 4 cm over the grip point, is the hand, 20 cm long: what is tall is held near its top, and where
@@ -137,7 +138,8 @@ def record_libero(
     Train and val start from different initial states of the benchmark, or, if `drawn`, from others out of the same
     regions, so that all of the benchmark's are new to a policy that is trained on these. `noise` disturbs the motion on
     the way to the object and to its place, as a policy's own errors will, and records what the expert does about it
-    (DART, Laskey et al. 2017): its standard deviation, in units of the action. Every episode grips at an angle of its
+    (DART, Laskey et al. 2017): its standard deviation, in units of the action. With it the fingers now and then close
+    before they are there, as if they had missed, and are opened again. Every episode grips at an angle of its
     own, which no picture before the grip tells; `spread` is a factor on how far these lie apart, and with 0 the
     expert's actions follow from what is seen.
 
@@ -357,7 +359,7 @@ def _attempt(job: Job, attempt: int, look: bool) -> tuple[Motion, tuple] | None:
         plan = PLANS[job.suite][job.task_id]
         plan = plan._replace(angle=plan.angle + job.spread * plan.spread * rng.uniform(-1, 1))
         view = camera(env, job.image_size)
-        rows, frames, progress, disturbance = [], [], expert.Progress(), np.zeros(7, np.float32)
+        rows, frames, progress, disturbance, snapped = [], [], expert.Progress(), np.zeros(7, np.float32), 0
         while progress.phase != "done" and len(rows) < MAX_STEPS:
             action, progress = expert.act(plan, progress, scene)
             if look:
@@ -365,8 +367,12 @@ def _attempt(job: Job, attempt: int, look: bool) -> tuple[Motion, tuple] | None:
             rows.append((np.array(env.sim.data.qpos, np.float32), state, action))
             if job.noise and (len(rows) - 1) % NOISE_STEPS == 0:
                 disturbance = np.append(job.noise * rng.standard_normal(6), 0).astype(np.float32)
+                if rng.uniform() < SNAPS:
+                    snapped = len(rows) + SNAP_STEPS
             if job.noise and progress.phase in ("reach", "carry"):  # not while the fingers close or the object stands
                 action = np.clip(action + disturbance, -1, 1)
+                if progress.phase == "reach" and len(rows) < snapped:
+                    action[6] = expert.CLOSE
             scene, state = observe(env, env.step(action)[0])
         if progress.phase != "done" or not env.check_success():
             return None

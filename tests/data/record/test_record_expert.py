@@ -113,6 +113,16 @@ def test_it_does_not_follow_a_bowl_that_the_closing_fingers_push():
     assert still[6] == expert.CLOSE
 
 
+@pytest.mark.parametrize("phase", ["lift", "carry"])
+def test_a_bowl_that_is_not_in_the_hand_is_reached_for_again(phase):
+    plan = Plan(np.pi / 2)
+    grip, _ = expert.grip_pose(plan, scene())
+    held = Progress(phase, 3, tuple(grip))
+    assert act(plan, held, scene(eef_pos=np.add(grip, [0.0, 0.0, 0.02])))[0][6] == expert.CLOSE
+    action, progress = act(plan, held, scene(eef_pos=np.add(grip, [0.0, 0.0, 0.07])))
+    assert action[6] == expert.OPEN and progress.phase == "reach"
+
+
 def test_from_a_height_it_leaves_at_that_height():
     """A bowl out of a drawer must not be lowered before it is clear of the drawer."""
     held = scene(eef_pos=(0.08, -0.08, 1.2), taken=(0.08, -0.13, 1.15))
@@ -124,4 +134,4 @@ def test_the_grip_point_follows_a_tilted_bowl():
     tilt = expert.rotation_matrix(np.array([0.3, 0.0, 0.0]))
     plan, level = Plan(np.pi / 2), scene()
     up, _ = expert.grip_pose(plan, level._replace(object_mat=tilt))
-    np.testing.assert_allclose(tilt.T @ (up - level.object_pos), [0, 0.05, 0.04], atol=1e-9)
+    np.testing.assert_allclose(tilt.T @ (up - level.object_pos), [0, plan.radius, plan.height], atol=1e-9)
