@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--suite", default="libero_spatial")
     parser.add_argument("--tasks", help="ids, e.g. 0,5; by default all ten")
     parser.add_argument("--variants", default="full", help=f"of {','.join(VARIANTS)}")
-    parser.add_argument("--record", type=int, default=500, metavar="EPISODES", help="in all, for training")
+    parser.add_argument("--record", type=int, default=2000, metavar="EPISODES", help="in all, for training")
     parser.add_argument("--noise", type=float, default=0.15, help="of the motion while recording")
     parser.add_argument("--spread", type=float, default=0.0, help="of the unseen choice of the grip, see `record`")
     parser.add_argument("--motions", type=Path, nargs="+", default=[], help="to render, instead of recording")

@@ -1,3 +1,4 @@
+import re
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -123,3 +124,24 @@ def test_32_at_once_get_the_tokens_that_each_gets_alone(nano) -> None:
     for i in range(32):
         alone, _ = compiled(model, True)(weights, {k: inputs[k][i : i + 1] for k in fields}, None)
         np.testing.assert_array_equal(alone[0], expected[i])
+
+
+@pytest.mark.parametrize("axes", [0, 1, 2])
+def test_layers_apart_are_the_stack_again(axes: int) -> None:
+    stack = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
+    layers = module._apart(stack, axes, lambda x: jax.numpy.asarray(x))
+    np.testing.assert_array_equal(module._together(layers), stack)
+
+
+def test_no_stack_of_vision_layers_is_left_in_the_program(nano) -> None:
+    """Stacked again for the modules' sake; a program that really did so would copy every weight at each call."""
+    model, params, inputs = nano
+    weights = prepare(model, params)
+    encoder = weights["vision"]["img"]["Transformer"]["encoderblock"]
+    assert all(isinstance(x, list) for x in jax.tree.leaves(encoder, is_leaf=lambda x: isinstance(x, list)))
+    fields = ("image", "prompt_ids", "prompt_mask", "depth", "intrinsics")
+    lowered = compiled(model, True).lower(weights, {k: inputs[k] for k in fields}, None)
+    made = re.compile(r'concatenate\(.*op_name="jit\(<lambda>\)/stack"')
+    assert not made.search(lowered.compile().as_text())
+    stacks = jax.jit(lambda x: jax.numpy.stack([x, x]) * 2).lower(inputs["depth"]).compile().as_text()
+    assert re.search(r'concatenate\(.*op_name="jit\(<lambda>\)/stack"', stacks)  # the pattern would see one
