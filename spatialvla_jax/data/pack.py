@@ -160,8 +160,11 @@ def _write_pixels(
             for key, value in rows.items():
                 offset, dtype, shape = place[key]
                 stride = np.dtype(dtype).itemsize * prod(shape[1:])
-                for frame, row in zip(frames.tolist(), value.astype(dtype), strict=True):
-                    _write(file, row, start + offset + frame * stride)
+                value = np.ascontiguousarray(value, dtype)
+                # Consecutive frames at once.
+                for run in np.split(np.arange(len(frames)), np.flatnonzero(np.diff(frames) != 1) + 1):
+                    if len(run):
+                        _write(file, value[run[0] : run[-1] + 1], start + offset + int(frames[run[0]]) * stride)
         written += len(ids)
         yield len(ids)
     if written != starts[-1]:
@@ -169,7 +172,9 @@ def _write_pixels(
 
 
 def _counts(depth: np.ndarray, index: Index) -> np.ndarray:
-    """Depth in metres → u16 that gives exactly these metres back."""
+    """Depth in metres → u16 that gives exactly these metres back; what is u16 already are such counts."""
+    if depth.dtype == np.uint16:
+        return depth
     counts = np.rint(depth.astype(np.float64) / index.spec.depth_unit).astype(np.uint16)
     if not np.array_equal(_metres(counts, index), depth):
         raise InputError(f"the depth of dataset {index.name!r} is no whole number of {index.spec.depth_unit} m")
@@ -181,7 +186,7 @@ def _metres(counts: np.ndarray, index: Index) -> np.ndarray:
 
 
 def _write(file: int, array: np.ndarray, offset: int) -> None:
-    data = array.tobytes()
+    data = memoryview(array.reshape(-1).view(np.uint8))
     while data:
         count = os.pwrite(file, data, offset)
         data, offset = data[count:], offset + count

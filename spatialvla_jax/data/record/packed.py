@@ -56,7 +56,6 @@ class _Recording:
         for end in index.arrays["episode_end"].tolist():
             seen = [step["observation"] for step in next(self._episodes)["steps"]]
             batch = {key: np.stack([frame[key] for frame in seen]) for key in ("image", "intrinsics", "depth")}
-            batch["depth"] = batch["depth"].astype(np.float32) * np.float32(index.spec.depth_unit)
             ids = np.arange(start, end)
             yield batch | {"sample_id": ids, "dataset_id": 0 * ids, "valid": ids >= 0}
             start = end
