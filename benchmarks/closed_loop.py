@@ -30,8 +30,9 @@ def main() -> None:
     parser.add_argument("--suite", default="libero_spatial")
     parser.add_argument("--tasks", help="ids, e.g. 0,5; by default all ten")
     parser.add_argument("--variants", default="full", help=f"of {','.join(VARIANTS)}")
-    parser.add_argument("--record", type=int, default=2000, metavar="EPISODES", help="in all, for training")
-    parser.add_argument("--noise", type=float, default=0.15, help="of the motion while recording")
+    parser.add_argument("--record", type=int, default=3000, metavar="EPISODES", help="in all, for training")
+    parser.add_argument("--every", type=int, default=3, help="of how many steps one has a picture")
+    parser.add_argument("--noise", type=float, default=0.2, help="of the motion while recording")
     parser.add_argument("--spread", type=float, default=0.0, help="of the unseen choice of the grip, see `record`")
     parser.add_argument("--motions", type=Path, nargs="+", default=[], help="to render, instead of recording")
     parser.add_argument("--episodes", type=int, default=20, help="of evaluation, a task and seed")
@@ -78,7 +79,7 @@ def main() -> None:
         ]
         if args.motions:
             options = ["--render", *args.motions]
-        call("record", "libero", *options, *size, "--out", pack)
+        call("record", "libero", *options, *size, "--every", args.every, "--out", pack)
     results = {}
     for name in args.variants.split(","):
         run = args.workdir / name

@@ -1,7 +1,7 @@
 """From scratch on recorded LIBERO-Spatial demonstrations, for closed-loop evaluation; see benchmarks/closed_loop.py.
 
-spatialvla-jax record libero --episodes 2000 --val-episodes 60 --initial-states drawn --noise 0.15 --spread 0 \
-    --image-size 224 --out DIR/set.pack
+spatialvla-jax record libero --episodes 3000 --val-episodes 100 --initial-states drawn --noise 0.2 --spread 0 \
+    --image-size 224 --every 3 --out DIR/set.pack
 spatialvla-jax train --config configs/libero_spatial.py --workdir DIR/run --config.data.packed=DIR/set.pack
 spatialvla-jax evaluate --closed-loop libero_spatial --checkpoint DIR/run --image-size 224
 """

@@ -241,6 +241,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     p.add_argument("--noise", type=float, default=0.0, help="disturbs the motion, which the expert corrects, e.g. 0.2")
     p.add_argument("--spread", type=float, default=1.0, help="factor on how much the grip varies unseen; 0: not at all")
+    p.add_argument("--every", type=int, default=1, metavar="N", help="FILE.pack: pictures of each Nth step only")
     p.add_argument("--workers", type=int, help="processes; by default one a core")
     p.add_argument("--seed", type=int, default=0, help="same seed, same episodes, for any number of workers")
 
@@ -689,7 +690,8 @@ def run_record(args: argparse.Namespace) -> None:
     from spatialvla_jax.data.record import record_libero, render_motions
 
     if args.render:
-        made = render_motions(args.render, args.out, image_size=args.image_size, workers=args.workers)
+        options = {"image_size": args.image_size, "every": args.every, "workers": args.workers}
+        made = render_motions(args.render, args.out, **options)
         return print(f"wrote {made}")
     began = time.monotonic()
     directory, reports = record_libero(
@@ -703,6 +705,7 @@ def run_record(args: argparse.Namespace) -> None:
         drawn=args.initial_states == "drawn",
         noise=args.noise,
         spread=args.spread,
+        every=args.every,
         workers=args.workers,
     )
     for task, report in reports.items():

@@ -73,7 +73,12 @@ class Faults:
 
 @dataclasses.dataclass(frozen=True)
 class Index:
-    """One split of one dataset: N frames of E episodes. Arrays are memory-mapped."""
+    """One split of one dataset: N frames of E episodes. Arrays are memory-mapped.
+
+    A frame is a step with a picture, and every step is one but in a recording with pictures of some steps only
+    (`record libero --every`). `action` has a row for every step; there, `action_row` i64[N] is that of each frame and
+    `action_end` i64[E] the end of each episode's.
+    """
 
     name: str
     spec: DatasetSpec
@@ -87,7 +92,7 @@ class Index:
 
     @property
     def num_frames(self) -> int:
-        return len(self.arrays["action"])
+        return len(self.arrays["step"])
 
     @property
     def num_episodes(self) -> int:
@@ -96,6 +101,13 @@ class Index:
     def episode(self, frames: Any) -> np.ndarray:
         """The episode i64[...] of each frame."""
         return np.searchsorted(self.arrays["episode_end"], frames, side="right")
+
+    def action_rows(self, frames: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Where in `action` each frame's is, and where its episode's end, i64[...] both."""
+        episode = self.episode(frames)
+        if "action_row" in self.arrays:
+            return self.arrays["action_row"][frames], self.arrays["action_end"][episode]
+        return np.asarray(frames), self.arrays["episode_end"][episode]
 
     def release(self) -> None:
         """Gives the touched pages back: they stay in the system's cache, not in this process's resident set."""

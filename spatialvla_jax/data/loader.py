@@ -204,7 +204,7 @@ class Loader:
         return next(self._stream(data, later, range(1), len(samples)))
 
     def actions(self, split: str | None = None) -> Float[np.ndarray, "N 7"]:
-        """Normalised actions of all frames of a split (the training split by default), for fitting a grid."""
+        """Normalised actions of all steps of a split (the training split by default), for fitting a grid."""
         indexes = self._index(split or self._train_split)
         return np.concatenate([normalize(i.arrays["action"], self.statistics[i.name]["action"]) for i in indexes])
 
@@ -347,9 +347,9 @@ class Loader:
                 intrinsics[own] = scale_intrinsics(default, old_size, new_size)
             for target, table in zip((prompt_ids, prompt_mask), split.prompts[number], strict=True):
                 target[own] = table[arrays["language"][frame]]
-            ends = arrays["episode_end"][index.episode(frame)]
             bounds = {row: value[number] for row, value in self._bounds.items()}
-            actions[own], action_mask[own] = chunk_actions(arrays["action"], frame, ends, chunk, bounds)
+            first, end = index.action_rows(frame)
+            actions[own], action_mask[own] = chunk_actions(arrays["action"], first, end, chunk, bounds)
         pixels = {key: images[key] for key in ("image", "depth") if key in images}
         return pixels | {
             "intrinsics": intrinsics,
@@ -363,12 +363,12 @@ class Loader:
 
 
 def chunk_actions(
-    actions: np.ndarray, frames: np.ndarray, ends: np.ndarray, chunk: int, statistics: Mapping[str, Any]
+    actions: np.ndarray, first: np.ndarray, ends: np.ndarray, chunk: int, statistics: Mapping[str, Any]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The normalised `chunk` actions from each of `frames` i64[B] on, f32[B,T,7], and the mask bool[B,T] of those
-    before the episode's end, the frame number `ends` i64[B]. Later ones are neutral: no movement (0 after
-    normalisation), gripper as it was last."""
-    positions = frames[:, None] + np.arange(chunk)
+    """The normalised `chunk` actions from each of the rows `first` i64[B] on, f32[B,T,7], and the mask bool[B,T] of
+    those before the episode's end, the row `ends` i64[B]. Later ones are neutral: no movement (0 after normalisation),
+    gripper as it was last."""
+    positions = first[:, None] + np.arange(chunk)
     mask = positions < ends[:, None]
     chunks = normalize(actions[np.minimum(positions, ends[:, None] - 1)], statistics)
     chunks[..., :6] *= mask[..., None]

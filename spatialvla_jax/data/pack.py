@@ -27,7 +27,7 @@ from spatialvla_jax.data.prompt import Tokenizer
 from spatialvla_jax.data.reader import Samples, Split
 from spatialvla_jax.errors import InputError
 
-MAGIC, VERSION, ALIGNMENT = b"SVLAPACK", 1, 4096
+MAGIC, VERSION, ALIGNMENT = b"SVLAPACK", 2, 4096  # version 1 is the same with a frame for every action
 _PREFIX = struct.Struct("<8sII32s")
 _BATCH = 64  # frames that are in memory at a time while a file is written
 _NAMES = ("datasets", "mixture", "precomputed_depth")  # keys of the config's `data` part that a packed file stands for
@@ -186,7 +186,7 @@ def _metres(counts: np.ndarray, index: Index) -> np.ndarray:
 
 
 def _write(file: int, array: np.ndarray, offset: int) -> None:
-    data = memoryview(array.reshape(-1).view(np.uint8))
+    data = array.reshape(-1).view(np.uint8).data  # no copy
     while data:
         count = os.pwrite(file, data, offset)
         data, offset = data[count:], offset + count
@@ -284,8 +284,8 @@ def _open(path: Path) -> tuple[mmap.mmap, int, dict[str, Any]]:
             if len(prefix) < _PREFIX.size or not prefix.startswith(MAGIC):
                 raise InputError(f"{path} is not a packed data set")
             _, version, length, digest = _PREFIX.unpack(prefix)
-            if version != VERSION:
-                raise InputError(f"{path} is a packed data set of version {version}; this program reads {VERSION}")
+            if not 1 <= version <= VERSION:
+                raise InputError(f"{path} is a packed data set of version {version}; this program reads 1 to {VERSION}")
             text = file.read(length)
             if hashlib.sha256(text).digest() != digest:
                 raise InputError(f"{path} is damaged: the checksum of its header is wrong")

@@ -78,7 +78,7 @@ def write_page(
 
 def _normalized(loader: Loader, index: Index) -> Float[np.ndarray, "N 7"]:
     frames = np.linspace(0, index.num_frames - 1, min(index.num_frames, FRAMES)).round().astype(np.int64)
-    return normalize(index.arrays["action"][frames], loader.statistics[index.name]["action"])
+    return normalize(index.arrays["action"][index.action_rows(frames)[0]], loader.statistics[index.name]["action"])
 
 
 def _histograms(actions: Float[np.ndarray, "N 7"], grid: ActionGrid | LinearGrid) -> Float[np.ndarray, "7 n"]:

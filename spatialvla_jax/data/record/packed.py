@@ -21,21 +21,26 @@ VOCABULARY = 256  # of the tokenizer, at most
 Known = tuple[str, str, Float[np.ndarray, "T 7"]]  # of an episode: split, instruction, actions
 
 
-def _index(known: Sequence[Known], instructions: Sequence[str], name: str) -> Index:
+def _index(known: Sequence[Known], instructions: Sequence[str], name: str, every: int) -> Index:
     """All of a split's episodes but their pictures."""
-    lengths = [len(actions) for *_, actions in known]
+    steps = [len(actions) for *_, actions in known]
+    seen = [np.arange(0, count, every, dtype=np.int32) for count in steps]
+    lengths = [len(rows) for rows in seen]
     canonical = [apply_operations({"action": actions}, CATALOGUE[SPEC].operations)["action"] for *_, actions in known]
     numbers = np.array([instructions.index(language) for _, language, _ in known], np.int32)
     episodes = np.arange(len(known), dtype=np.int32)
     arrays = {
         "action": np.concatenate(canonical).astype(np.float32),
         "intrinsics": np.zeros((sum(lengths), 3, 3), np.float32),  # only their place: they come with the pictures
-        "step": np.concatenate([np.arange(length, dtype=np.int32) for length in lengths]),
+        "step": np.concatenate(seen),
         "language": np.repeat(numbers, lengths),
         "episode_end": np.cumsum(lengths),
         "episode_file": 0 * episodes,
         "episode_number": episodes,
     }
+    if every > 1:
+        ends = np.cumsum(steps)
+        arrays |= {"action_row": arrays["step"] + np.repeat(ends - steps, lengths), "action_end": ends}
     statistics = action_statistics(arrays["action"], len(known))
     return Index(name, CATALOGUE[SPEC], ("the recording",), tuple(instructions), statistics, len(known), {}, arrays)
 
@@ -68,17 +73,18 @@ def check_file(out: Path) -> None:
 
 
 def write_packed(
-    out: Path, known: Sequence[Known], episodes: Iterable[dict], *, name: str, image_size: int
+    out: Path, known: Sequence[Known], episodes: Iterable[dict], *, name: str, image_size: int, every: int = 1
 ) -> dict[str, Any]:
     """Writes the episodes as the dataset `name`, by rename; returns what `write_pack` does.
 
     What is `known` of each beforehand tells how large the file will be, so that the pictures go into their places as
     they come, whole splits one after the other. An episode is as `writer.features` describes it, its images arrays of
-    `image_size`, which a model must then have. Raises InputError, also when there is no room.
+    `image_size`, which a model must then have; its steps are those with pictures, with `every` 3 each third from the
+    first on. Raises InputError, also when there is no room.
     """
     instructions = list(dict.fromkeys(language for _, language, _ in known))
     splits = list(dict.fromkeys(split for split, *_ in known))
     assert [one[0] for one in known] == sorted((one[0] for one in known), key=splits.index), "splits are mixed"
-    indexes = {split: _index([one for one in known if one[0] == split], instructions, name) for split in splits}
+    indexes = {split: _index([one for one in known if one[0] == split], instructions, name, every) for split in splits}
     recording = _Recording(indexes, iter(episodes), image_size)
     return write_pack(recording, out, {"datasets": [{"name": name, "spec": SPEC}]}, splits)

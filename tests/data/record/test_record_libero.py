@@ -31,6 +31,8 @@ from spatialvla_jax.errors import InputError
         ({"image_size": 0}, "image_size is 0"),
         ({"workers": -2}, "workers is -2"),
         ({"noise": -0.1}, "noise is -0.1"),
+        ({"every": 0}, "every is 0: expected 1 or"),
+        ({"every": 3}, "every is 3: expected 1 or, for pictures of some steps only, more and a FILE.pack"),
         ({"spread": -1.0}, "spread is -1.0"),
     ],
 )

@@ -33,19 +33,39 @@ def episodes():
             yield split, {"steps": steps}
 
 
-@pytest.fixture(scope="module")
-def loader(tmp_path_factory):
-    out = tmp_path_factory.mktemp("packed") / "deep" / "set.pack"
+def write(out: Path, every: int = 1):
+    """The loader of a packed file of the episodes, and what writing it returned."""
     made = list(episodes())
     known = [
         (split, e["steps"][0]["language_instruction"], np.stack([step["action"] for step in e["steps"]]))
         for split, e in made
     ]
-    result = write_packed(out, known, (episode for _, episode in made), name="toy", image_size=SIZE)
+    pictured = ({"steps": episode["steps"][::every]} for _, episode in made)
+    result = write_packed(out, known, pictured, name="toy", image_size=SIZE, every=every)
+    config = default_config().data.to_dict() | {"packed": str(out)}
+    return load_data(config, image_size=SIZE, action_chunk=2, depth=True), result
+
+
+@pytest.fixture(scope="module")
+def loader(tmp_path_factory):
+    out = tmp_path_factory.mktemp("packed") / "deep" / "set.pack"
+    loader, result = write(out)
     assert result["frames"] == {"train": 12, "val": 2} and result["bytes"] == out.stat().st_size
     assert list(out.parent.iterdir()) == [out], "nothing else is left"
-    config = default_config().data.to_dict() | {"packed": str(out)}
-    return load_data(config, image_size=SIZE, action_chunk=2, depth=True)
+    return loader
+
+
+def test_with_pictures_of_some_steps_chunks_hold_the_actions_of_all(loader, tmp_path: Path) -> None:
+    some, result = write(tmp_path / "set.pack", every=2)
+    assert result["frames"] == {"train": 3 + 2 + 2, "val": 1}
+    pictured = np.array([0, 2, 4, 5, 7, 8, 10])  # of the three episodes' steps 0–4, 5–7 and 8–11
+    expected, got = loader.frames(pictured), some.frames(np.arange(7))
+    for key in expected.keys() - {"sample_id"}:
+        np.testing.assert_array_equal(got[key], expected[key], err_msg=key)
+    np.testing.assert_array_equal(some.actions(), loader.actions())
+    assert some.statistics == loader.statistics
+    assert [len(episode["image"]) for episode in some.episodes("train")] == [3, 2, 2]
+    assert sorted(next(some.batches(7, seed=1))["sample_id"]) == list(range(7))
 
 
 def test_frames_come_back_as_they_were(loader) -> None:
