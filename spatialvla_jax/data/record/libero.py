@@ -148,7 +148,7 @@ def record_libero(
     with 3 the same room and rendering time hold three times the episodes.
 
     The same arguments give the same episodes for any number of `workers` (processes; default one a core). Rendering
-    follows MUJOCO_GL, by default osmesa (CPU).
+    follows MUJOCO_GL, by default osmesa (CPU), and with egl takes turns on the GPUs of CUDA_VISIBLE_DEVICES.
 
     Returns:
         The version directory that `tfds.builder_from_directory` reads (or the file), and a report for each task id.
@@ -341,6 +341,10 @@ def check_simulator() -> None:
 def set_up_worker() -> None:
     """Before the simulator is imported."""
     os.environ.setdefault("MUJOCO_GL", "osmesa")
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    if len(gpus) > 1:  # each process draws on one of them: by itself EGL takes the first for all
+        number = multiprocessing.current_process().name.rpartition("-")[2]
+        os.environ.setdefault("MUJOCO_EGL_DEVICE_ID", gpus[int(number) % len(gpus)] if number.isdigit() else gpus[0])
     os.environ.setdefault("LP_NUM_THREADS", "1")  # one process a core: the software renderer takes no more threads
     logging.getLogger("robosuite_logs").propagate = False  # it advises every process to write a file of macros
 

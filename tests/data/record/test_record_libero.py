@@ -57,6 +57,27 @@ def test_a_missing_renderer_is_named(tmp_path, monkeypatch):
         record_libero("libero_spatial", 1, tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("visible", "chosen", "process", "device"),
+    [
+        ("0,1", None, "SpawnProcess-4", "0"),
+        ("0,1", None, "SpawnProcess-5", "1"),
+        ("2,5,7", None, "SpawnProcess-2", "7"),
+        ("0,1", None, "MainProcess", "0"),
+        ("0,1", "1", "SpawnProcess-4", "1"),
+        ("3", None, "SpawnProcess-4", None),
+        (None, None, "SpawnProcess-4", None),
+    ],
+)
+def test_processes_draw_on_all_visible_gpus(monkeypatch, visible, chosen, process, device):
+    for key, value in (("CUDA_VISIBLE_DEVICES", visible), ("MUJOCO_EGL_DEVICE_ID", chosen)):
+        monkeypatch.setenv(key, value) if value else monkeypatch.delenv(key, raising=False)
+    monkeypatch.setattr(libero.multiprocessing.current_process(), "_name", process)
+    monkeypatch.setattr(libero.os, "environ", dict(libero.os.environ))  # what it sets is gone after the test
+    libero.set_up_worker()
+    assert libero.os.environ.get("MUJOCO_EGL_DEVICE_ID") == device
+
+
 def test_an_existing_dataset_is_not_touched(tmp_path, monkeypatch):
     monkeypatch.setattr(libero.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setenv("MUJOCO_GL", "egl")
