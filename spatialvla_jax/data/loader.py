@@ -176,8 +176,9 @@ class Loader:
             yield batch | {"valid": meant}
 
     def episodes(self, split: str) -> Iterator[dict[str, Any]]:
-        """Every episode of a split: a batch of its L frames in order, with "dataset" (its name) and "instruction".
-        Those with frames that turn out unreadable are left out, if the config allows it."""
+        """Every episode of a split: a batch of its L frames in order, with "dataset" (its name), "instruction" and
+        "previous_action" f32[L,7], the normalised action of the step before each frame (its own at the first). Those
+        with frames that turn out unreadable are left out, if the config allows it."""
         data = self._split(split)
         for number, index in enumerate(data.indexes):
             first = 0
@@ -186,7 +187,10 @@ class Loader:
                 batch = self.frames(ids, split)
                 if np.array_equal(batch["sample_id"], ids):
                     instruction = index.instructions[index.arrays["language"][first]]
-                    yield {"dataset": index.name, "instruction": instruction} | batch
+                    rows, _ = index.action_rows(np.arange(first, end))
+                    before = index.arrays["action"][np.maximum(rows - 1, rows[0])]
+                    previous = normalize(before, self.statistics[index.name]["action"])
+                    yield {"dataset": index.name, "instruction": instruction, "previous_action": previous} | batch
                 first = end
 
     def indexes(self, split: str | None = None) -> tuple[Index, ...]:

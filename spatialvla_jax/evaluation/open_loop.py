@@ -35,7 +35,7 @@ def evaluate(
     """Token accuracies and L1 of greedy chunks over every frame of a split; steps past an episode's end don't count.
 
     Beside the policy stand two baselines: `mean`, the training split's mean action, and `repeat`, the action of the
-    frame before held for the whole chunk (the mean action in an episode's first frame). `progress(frames)` is called
+    step before held for the whole chunk (the mean action in an episode's first frame). `progress(frames)` is called
     after each episode. L1 is a mean over all dimensions in normalised units; `*_per_dimension` gives x, y, z, roll,
     pitch, yaw, gripper, `*_robot` in the robot's units. Raises InputError for a dataset that the policy does not know.
     """
@@ -51,7 +51,7 @@ def evaluate(
             raise InputError(f"the policy has no statistics of dataset {episode['dataset']!r}")
         target, mask = episode["actions"], episode["action_mask"]
         ids, predicted = predict(policy, episode, batch_size)
-        previous = np.concatenate([mean_action[None], target[:-1, 0]])
+        previous = np.concatenate([mean_action[None], episode["previous_action"][1:]])
         guesses = {
             "policy": predicted,
             "mean": np.broadcast_to(mean_action, target.shape),
