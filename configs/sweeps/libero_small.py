@@ -17,7 +17,8 @@ from spatialvla_jax.config import load_config
 
 def get_sweep():
     base = load_config("configs/libero_spatial.py")
-    base.model.unroll = False  # ten programs: quick compilation is worth more than the last percents of a step
+    # Ten programs: quick compilation is worth more than the last percents of a step. And four trials fit on a GPU.
+    base.model.update(unroll=False, remat="dots")
     base.data.packed = "data/libero_spatial.pack"
     base.optimizer.ema = 0.0  # an average would hide how soon a trial learns
     base.train.update(steps=5000, eval_every=500, eval_frames=0)
