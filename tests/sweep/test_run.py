@@ -208,7 +208,8 @@ def test_a_stopped_trial_ends_the_sweep_and_a_taken_one_is_left(tmp_path: Path, 
 
 
 def test_several_at_once(tmp_path: Path, monkeypatch) -> None:
-    """With stand-ins for the processes: one finishes, one fails with a reason, one is killed, one is asked to stop."""
+    """With stand-ins for the processes: one finishes, one fails with a reason, one finds no device, one is killed, one
+    is asked to stop."""
     script = """
 import os, sys
 name, folder = sys.argv[-1], os.path.join(sys.argv[1], "trials", sys.argv[-1])
@@ -217,12 +218,13 @@ if name == "good":
     open(os.path.join(folder, "result.json"), "w").write("{}")
 if name == "bad":
     open(os.path.join(folder, "failed.json"), "w").write("{}")
-sys.exit({"good": 0, "bad": 1, "killed": 9, "stopped": 0}[name])
+sys.exit({"good": 0, "bad": 1, "lost": 1, "killed": 9, "stopped": 0}[name])
 """
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
-    sweep = trials("good", "bad", "killed", "stopped")
+    sweep = trials("good", "bad", "lost", "killed", "stopped")
     outcomes = run.run_parallel([sys.executable, "-c", script, str(tmp_path)], tmp_path, sweep.trials, 2)
-    assert outcomes == {"good": "finished", "bad": "failed", "killed": "failed", "stopped": "stopped"}
+    expected = {"good": "finished", "bad": "failed", "lost": "failed", "killed": "failed", "stopped": "stopped"}
+    assert outcomes == expected
     failure = json.loads((tmp_path / "trials" / "killed" / "failed.json").read_text())
     assert "exit code 9" in failure["reason"]
     logs = {name: (tmp_path / "trials" / name / "log.txt").read_text().split(" on ") for name in outcomes}
