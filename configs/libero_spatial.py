@@ -14,10 +14,10 @@ def get_config():
     config.model.update(preset="small", depth="dataset", remat="none", unroll=True)
     config.data.prompt.length = 32
     config.grid.min_sigma = 0.0
-    # Published augmentation, but for crops of all sizes up to the whole image, which is what the policy will be given.
-    config.augment.crop_area_max = 1.0
+    # Crops of all sizes up to the whole image, which is what the policy will be given. The light never changes there.
+    config.augment.update(crop_area=0.8, crop_area_max=1.0, brightness=0.05, contrast=0.05, saturation=0.05, hue=0.01)
     # Random weights: text embeddings learn too, at a rate for training from scratch.
-    config.optimizer.update(learning_rate=3e-4, warmup=0.03, frozen=(), ema=0.999)
-    config.train.update(steps=4_000, batch_size=128, log_every=50, eval_every=1_000, eval_frames=512)
-    config.checkpoint.update(every=1_000, keep_last=1)
+    config.optimizer.update(learning_rate=4e-4, warmup=0.03, weight_decay=0.05, frozen=(), ema=0.999)
+    config.train.update(steps=17_000, batch_size=64, log_every=100, eval_every=1_000, eval_frames=512)
+    config.checkpoint.update(every=4_000, keep_last=1)
     return config

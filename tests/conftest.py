@@ -1,6 +1,8 @@
 """Eight simulated CPU devices for every test; a toy dataset and a config file on it for those that train."""
 
 import os
+import shutil
+import tempfile
 
 # Most of the tests' time is compilation, so XLA does not optimise here.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0")
@@ -32,6 +34,14 @@ def get_config():
     config.checkpoint.update(every=5, keep_last=2)
     return config
 """
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """What one test has compiled the others find, those in other processes too: of this session alone."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # else a worker process of the session that set it
+        folder = tempfile.mkdtemp(prefix="compiled-")
+        os.environ |= {"JAX_COMPILATION_CACHE_DIR": folder, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

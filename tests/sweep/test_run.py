@@ -46,12 +46,14 @@ def swept(packed_config: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
     (folder / "grids.py").write_text(SWEEP.format(base=str(packed_config)))
     command = ["sweep", "--config", str(folder / "grids.py"), "--workdir", str(folder / "out")]
     command += ["--config.train.steps=2"]
+    kept = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)  # one that is set would stay
     # Started twice, each time for one grid and one seed that train and one trial that fails.
     with pytest.raises(SystemExit):
         main([*command, "--no-report", "--only", "grid-[gb]*_seed-0"])
     with pytest.raises(SystemExit) as error:
         main([*command, "--only", "grid-[ub]*_seed-1"])
-    jax.config.update("jax_compilation_cache_dir", None)
+    jax.config.update("jax_compilation_cache_dir", kept)
     compilation_cache.reset_cache()
     assert isinstance(error.value.code, int)
     return command, folder / "out", error.value.code
