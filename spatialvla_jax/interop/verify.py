@@ -197,16 +197,16 @@ def _run_torch(
         )
     own_pixels, pixels = batch["pixel_values"], torch.from_numpy(inputs["image"]).permute(0, 3, 1, 2)
     batch["pixel_values"] = pixels
+    out = {"inputs": own_pixels.permute(0, 2, 3, 1)}
     with torch.no_grad():
-        tokens = model.predict_action(batch)
-        out = {
-            "inputs": own_pixels.permute(0, 2, 3, 1),
+        if checkpoint.config.depth == "zoedepth":
+            out["depth"] = depth = model.estimate_depth(pixels)
+            model.estimate_depth = lambda _: depth  # of these pixels, once: most of the time goes into it
+        out["tokens"] = tokens = model.predict_action(batch)
+        out |= {
             "image_features": model.get_image_features(pixels, batch["intrinsic"], batch.get("depth")),
             "logits": model(**batch, logits_to_keep=1).logits[:, -1],
-            "tokens": tokens,
         }
-        if checkpoint.config.depth == "zoedepth":
-            out["depth"] = model.estimate_depth(pixels)
     arrays = {name: x.numpy() for name, x in out.items()}
     if processor is not None:
         key = next(iter(processor.statistics))
