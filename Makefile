@@ -13,7 +13,7 @@ sweep: .venv/.installed
 	$(BIN)/spatialvla-jax sweep --config configs/sweeps/grid_resolution.py --workdir runs/grid_resolution
 
 test: .venv/.installed
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

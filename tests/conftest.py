@@ -45,8 +45,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first, so that two workers end at the same time (xdist's --no-loadscope-reorder keeps this)."""
-    items.sort(key=lambda item: not {"training", "notebooks"} & {*item.path.parts})
+    """The longest files first, so that two workers end at the same time."""
+    items.sort(key=lambda item: "training" not in item.path.parts)
 
 
 @pytest.fixture(scope="session")
