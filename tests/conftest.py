@@ -44,11 +44,6 @@ def pytest_configure(config: pytest.Config) -> None:
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first, so that two workers end at the same time."""
-    items.sort(key=lambda item: "training" not in item.path.parts)
-
-
 @pytest.fixture(scope="session")
 def rlds(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One LIBERO-style dataset: 7 training and 2 validation episodes."""
