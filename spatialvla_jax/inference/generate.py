@@ -1,5 +1,6 @@
 """Greedy decoding of one action chunk: the prompt once, then as few passes over the weights as the result allows."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -15,6 +16,7 @@ from spatialvla_jax.models.attention import positions_of, prefix_lm_mask
 
 Ranges = tuple[tuple[int, int], ...] | None
 SLAB = 16_384  # rows of a table that are quantised at once
+MATRIX = 2**15  # elements from which a layer's array is worth being an array of its own
 
 
 def prepare(model: SpatialVLA, params: Any, *, int8: bool = False, whole_vocabulary: bool = True) -> dict[str, Any]:
@@ -43,9 +45,11 @@ def prepare(model: SpatialVLA, params: Any, *, int8: bool = False, whole_vocabul
     text = table(llm["embedder"]["input_embedding"][: cfg.action_offset])
     head = llm["lm_head"] if whole_vocabulary else llm["lm_head"][cfg.action_offset :]
     vision = {k: v for k, v in params.items() if k in ("img", "ego3d", "zoe")}
+    layers, norms = lay_out(llm["layers"], place, finish)
     return {
         "vision": jax.tree_util.tree_map_with_path(lambda path, x: _apart(x, _stacked(path), place), vision),
-        "layers": lay_out(llm["layers"], place, finish),
+        "layers": layers,
+        "norms": norms,
         "final_norm": place(llm["final_norm"]["scale"]),
         "text": text,
         "spatial": place(params["spatial_embedding"]),
@@ -60,8 +64,11 @@ def _stacked(path: tuple[Any, ...]) -> int:
 
 
 def _apart(stack: Any, axes: int, place: Callable[[Any], Array]) -> Any:
-    """An array a layer, in lists, so that a GPU does not copy a slice of the stack before it multiplies by it."""
-    return [_apart(stack[i], axes - 1, place) for i in range(len(stack))] if axes else place(stack)
+    """An array a layer, in lists, so that a GPU does not copy a slice of the stack before it multiplies by it. Biases
+    and scales stay stacked: the fewer arrays a call is given, the sooner it starts."""
+    if not axes or math.prod(stack.shape[axes:]) < MATRIX:
+        return place(stack)
+    return [_apart(stack[i], axes - 1, place) for i in range(len(stack))]
 
 
 def _together(layers: Any) -> Any:
@@ -189,7 +196,8 @@ def _from_draft(cfg: SpatialVLAConfig, weights: Any, ranges: Ranges, prefix: Any
 
 def _forward(cfg: SpatialVLAConfig, weights: Any, x: Any, positions: Any, mask: Any, keys: Any, *cache: Any):
     window = narrow(cfg.llm, mask, positions, keys)
-    return forward(cfg.llm, weights["layers"], weights["final_norm"], x, positions, mask, window, *cache)
+    layers, norms, last = (weights[name] for name in ("layers", "norms", "final_norm"))
+    return forward(cfg.llm, layers, norms, last, x, positions, mask, window, *cache)
 
 
 def _best(

@@ -28,9 +28,8 @@ def test_whole_or_in_parts_it_is_the_model(first: int, window: int, seed: int) -
     params = jax.tree.map(lambda s: 0.5 * rng.normal(size=s.shape).astype(np.float32), shapes)
     expected = jax.jit(lambda p: model.apply({"params": p}, x, positions, mask))(params)
 
-    layers = lay_out(params["layers"], jnp.asarray, lambda m: m)
-    norm = params["final_norm"]["scale"]
-    run = jax.jit(lambda *args: forward(config, layers, norm, *args))
+    weights = (*lay_out(params["layers"], jnp.asarray, lambda m: m), params["final_norm"]["scale"])
+    run = jax.jit(lambda *args: forward(config, *weights, *args))
     whole, cache = run(x, positions, mask, narrow(config, mask, positions, positions))
     np.testing.assert_allclose(whole, expected, rtol=0, atol=1e-4)
 

@@ -126,16 +126,20 @@ def test_32_at_once_get_the_tokens_that_each_gets_alone(nano) -> None:
         np.testing.assert_array_equal(alone[0], expected[i])
 
 
-@pytest.mark.parametrize("axes", [0, 1, 2])
-def test_layers_apart_are_the_stack_again(axes: int) -> None:
+@pytest.mark.parametrize(("axes", "matrix"), [(0, 1), (1, 12), (1, 13), (2, 4), (2, 5)])
+def test_layers_apart_are_the_stack_again(axes: int, matrix: int, monkeypatch) -> None:
+    """In lists down to a layer's array, or as it is where that is small."""
+    monkeypatch.setattr(module, "MATRIX", matrix)
     stack = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
     layers = module._apart(stack, axes, lambda x: jax.numpy.asarray(x))
+    assert len(jax.tree.leaves(layers)) == {(1, 12): 2, (2, 4): 6}.get((axes, matrix), 1)
     np.testing.assert_array_equal(module._together(layers), stack)
 
 
-def test_no_stack_of_vision_layers_is_left_in_the_program(nano) -> None:
+def test_no_stack_of_vision_layers_is_left_in_the_program(nano, monkeypatch) -> None:
     """Stacked again for the modules' sake; a program that really did so would copy every weight at each call."""
     model, params, inputs = nano
+    monkeypatch.setattr(module, "MATRIX", 1)
     weights = prepare(model, params)
     encoder = weights["vision"]["img"]["Transformer"]["encoderblock"]
     assert all(isinstance(x, list) for x in jax.tree.leaves(encoder, is_leaf=lambda x: isinstance(x, list)))
