@@ -157,7 +157,7 @@ class Policy:
     def _run(self, inputs: list[dict[str, np.ndarray]]) -> list[dict[str, np.ndarray]]:
         """At most 32 of one image size, padded with copies of the last to a compiled batch size."""
         count, size = len(inputs), next(b for b in BATCH_SIZES if b >= len(inputs))
-        batch = {k: np.stack([x[k] for x in (*inputs, *inputs[-1:] * (size - count))]) for k in inputs[0]}
+        batch = {k: _stacked([x[k] for x in (*inputs, *inputs[-1:] * (size - count))]) for k in inputs[0]}
         longest = int(batch["prompt_mask"].sum(axis=1).max())
         length = min(-(-longest // PROMPT_STEP) * PROMPT_STEP, batch["prompt_ids"].shape[1])
         batch |= {k: batch[k][:, :length] for k in ("prompt_ids", "prompt_mask")}
@@ -221,6 +221,16 @@ def resize(image: Any, depth: Any, intrinsics: Any, *, size: int) -> dict[str, A
     return out | {"intrinsics": intrinsics * jnp.array([[size / W], [size / H], [1.0]])}
 
 
+def _stacked(arrays: list[np.ndarray]) -> Any:
+    """[B, …]. Large arrays are put together on the device, so that they are copied there at once and not here first."""
+    if len(arrays) == 1:
+        return arrays[0][None]
+    return np.stack(arrays) if arrays[0].size < 2**14 else _stack(jax.device_put(arrays))
+
+
+_stack = jax.jit(jnp.stack)
+
+
 def _floats(observation: dict[str, Any], key: str, shape: tuple[int, ...], kind: str = "", why: str = "") -> np.ndarray:
     """Finite numbers f32[shape] under `key`, or an InputError that says what they must be."""
     value = observation.get(key)
@@ -228,7 +238,7 @@ def _floats(observation: dict[str, Any], key: str, shape: tuple[int, ...], kind:
     if array is None or array.shape != tuple(shape) or array.dtype.kind not in "fiu":
         got = "nothing" if array is None else f"{array.dtype}{list(array.shape)}"
         raise InputError(f"observation {key!r} must be {kind}shape {list(shape)}, got {got}{why}")
-    array = array.astype(np.float32)
+    array = array.astype(np.float32, copy=False)
     if not np.isfinite(array).all():
         raise InputError(
             f"observation {key!r} must be finite, and holds {int((~np.isfinite(array)).sum())} that are not"
