@@ -54,6 +54,15 @@ def test_tiny_corpora(instructions):
     assert UNKNOWN not in ids[mask] and tokenizer.decode(ids[mask]) == instructions[0] + "\n"
 
 
+@given(st.lists(st.text(" abcdefgh", min_size=1, max_size=12), min_size=2, max_size=5))
+def test_many_at_once_are_as_one_by_one(instructions):
+    tokenizer = train_tokenizer(instructions, 200)
+    together = tokenizer.encode_prompts(instructions, length=16)
+    for row, instruction in enumerate(instructions):
+        for many, one in zip(together, tokenizer.encode_prompt(instruction, length=16), strict=True):
+            np.testing.assert_array_equal(many[row], one)
+
+
 def test_too_long():
     with pytest.raises(InputError, match=r"'open the top drawer' needs \d+ tokens, more than the 4"):
         TOKENIZER.encode_prompt("open the top drawer", length=4)

@@ -86,6 +86,24 @@ def test_batched_and_single_calls_agree(policy: Policy, config_file: Path) -> No
         np.testing.assert_allclose(action, actions[i], atol=1e-6)
 
 
+def test_many_observations_get_what_each_gets_alone(policy: Policy) -> None:
+    """Images of several sizes, large and small, and a number of them that no batch was compiled for."""
+    rng = np.random.default_rng(1)
+    seen = [
+        {
+            "image": rng.integers(0, 256, (*size, 3), dtype=np.uint8),
+            "depth": rng.uniform(0.5, 2, size).astype(np.float32),
+            "prompt": f"pick up object {i}",
+            "unnorm_key": "toy",
+        }
+        for i, size in enumerate([(48, 64), (120, 160), (48, 64), (120, 160), (120, 160)])
+    ]
+    for together, one in zip(policy.infer_batch(seen), seen, strict=True):
+        alone = policy.infer(one)
+        np.testing.assert_array_equal(together["action_ids"], alone["action_ids"])
+        np.testing.assert_allclose(together["actions"], alone["actions"], rtol=1e-6, atol=1e-7)
+
+
 def test_an_export_acts_the_same(policy: Policy, trained: Path, observation: dict, tmp_path: Path) -> None:
     convert(trained, tmp_path / "export", to="pytorch")
     out = Policy.load(tmp_path / "export").infer(observation)
