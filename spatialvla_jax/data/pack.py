@@ -181,8 +181,8 @@ def _counts(depth: np.ndarray, index: Index) -> np.ndarray:
     return counts
 
 
-def _metres(counts: np.ndarray, index: Index) -> np.ndarray:
-    return counts.astype(np.float32) * np.float32(index.spec.depth_unit)
+def _metres(counts: np.ndarray, index: Index, out: np.ndarray | None = None) -> np.ndarray:
+    return np.multiply(counts, np.float32(index.spec.depth_unit), out=out, dtype=np.float32)
 
 
 def _write(file: int, array: np.ndarray, offset: int) -> None:
@@ -256,12 +256,11 @@ class Packed:
             ids = samples(step)
             image = np.empty((batch_size, size, size, 3), np.uint8)
             depth = np.empty((batch_size, size, size), np.float32) if self._depth else None
-            dataset, frames = split.locate(ids)
-            for number in np.unique(dataset):
-                index, own = split.indexes[number], dataset == number
-                image[own] = index.arrays["image"][frames[own]]
+            for row, (dataset, frame) in enumerate(zip(*split.locate(ids), strict=True)):
+                index = split.indexes[dataset]
+                image[row] = index.arrays["image"][frame]  # one copy; an array of frames would be gathered first
                 if depth is not None:
-                    depth[own] = _metres(index.arrays["depth"][frames[own]], index)
+                    _metres(index.arrays["depth"][frame], index, out=depth[row])
             batch = {"image": image, "stored_size": np.full((batch_size, 2), size, np.int32), "sample_id": ids}
             yield batch | ({} if depth is None else {"depth": depth})
 
