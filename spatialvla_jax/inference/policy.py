@@ -15,6 +15,7 @@ from spatialvla_jax.data.statistics import action_bounds
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.inference.generate import generate, prepare
 from spatialvla_jax.models import SpatialVLA
+from spatialvla_jax.models.resize import resize_observation
 from spatialvla_jax.processor import Processor
 
 # Shapes are compiled once each: a batch takes the next larger of these sizes, a prompt the next multiple of 16.
@@ -188,7 +189,7 @@ def act(model: SpatialVLA, constrained: bool, weights: Any, grid: Any, inputs: d
     """
     cfg = model.config
     draft = inputs.get("draft")
-    seen = resize(inputs["image"], inputs.get("depth"), inputs["intrinsics"], size=cfg.img.image_size)
+    seen = resize_observation(inputs["image"], inputs.get("depth"), inputs["intrinsics"], size=cfg.img.image_size)
     tokens, passes = generate(
         model,
         weights,
@@ -206,19 +207,6 @@ def act(model: SpatialVLA, constrained: bool, weights: Any, grid: Any, inputs: d
         low, high, mask = inputs["bounds"].swapaxes(0, 1)[:, :, None]
         actions = jnp.where(mask > 0, (actions + 1) / 2 * (high - low) + low, actions)
     return {"action_ids": ids, "actions": actions, "passes": passes}
-
-
-def resize(image: Any, depth: Any, intrinsics: Any, *, size: int) -> dict[str, Any]:
-    """As the loader does, of one or a batch: Lanczos with antialiasing for the image, nearest for depth, intrinsics
-    scaled along."""
-    *batch, H, W, _ = image.shape
-    out = {"image": image}
-    if (size, size) != (H, W):
-        pixels = jax.image.resize(image.astype(jnp.float32), (*batch, size, size, 3), "lanczos3", antialias=True)
-        out = {"image": jnp.clip(jnp.round(pixels), 0, 255).astype(jnp.uint8)}
-    if depth is not None:
-        out["depth"] = jax.image.resize(depth, (*batch, size, size), "nearest")
-    return out | {"intrinsics": intrinsics * jnp.array([[size / W], [size / H], [1.0]])}
 
 
 def _stacked(arrays: list[np.ndarray]) -> Any:

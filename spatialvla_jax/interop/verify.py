@@ -17,10 +17,10 @@ import numpy as np
 from spatialvla_jax.actions import decode
 from spatialvla_jax.data.statistics import unnormalize
 from spatialvla_jax.inference.generate import generate, prepare
-from spatialvla_jax.inference.policy import resize
 from spatialvla_jax.interop.checkpoint import Checkpoint
 from spatialvla_jax.interop.mapping import unflatten
 from spatialvla_jax.models import SpatialVLA
+from spatialvla_jax.models.resize import resize_observation
 from spatialvla_jax.models.spatialvla import SpatialVLAConfig
 from spatialvla_jax.models.zoedepth import estimate_depth
 
@@ -111,7 +111,7 @@ def _inputs(checkpoint: Checkpoint, probes: dict[str, np.ndarray]) -> dict[str, 
     config, N = checkpoint.config, len(INSTRUCTIONS)
     depths = probes["depth"] if config.depth == "dataset" else [None] * N
     examples = [
-        resize(jnp.asarray(image), depth, jnp.asarray(intrinsics), size=config.img.image_size)
+        resize_observation(jnp.asarray(image), depth, jnp.asarray(intrinsics), size=config.img.image_size)
         for image, depth, intrinsics in zip(probes["image"], depths, probes["intrinsics"], strict=True)
     ]
     inputs = {name: np.stack([x[name] for x in examples]) for name in examples[0]}

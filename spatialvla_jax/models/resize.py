@@ -2,9 +2,11 @@
 
 Resampling is linear and separable: each function builds one weight matrix per axis at trace time and applies both, as
 matrix products or, on a GPU, as sums of the few pixels that have weight, which the compiler fuses with what reads them.
+`resize_observation` is the exception: it follows the loader's rules, which are TensorFlow's.
 """
 
 from functools import cache
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -111,3 +113,16 @@ def _area(n: int, m: int) -> np.ndarray:
     stop = -(-np.arange(1, m + 1) * n // m)
     inside = (np.arange(n) >= start[:, None]) & (np.arange(n) < stop[:, None])
     return (inside / (stop - start)[:, None]).astype(np.float32)
+
+
+def resize_observation(image: Any, depth: Any, intrinsics: Any, *, size: int) -> dict[str, Any]:
+    """As the loader does, of one or a batch: Lanczos with antialiasing for the image, nearest for depth, intrinsics
+    scaled along."""
+    *batch, H, W, _ = image.shape
+    out = {"image": image}
+    if (size, size) != (H, W):
+        pixels = jax.image.resize(image.astype(jnp.float32), (*batch, size, size, 3), "lanczos3", antialias=True)
+        out = {"image": jnp.clip(jnp.round(pixels), 0, 255).astype(jnp.uint8)}
+    if depth is not None:
+        out["depth"] = jax.image.resize(depth, (*batch, size, size), "nearest")
+    return out | {"intrinsics": intrinsics * jnp.array([[size / W], [size / H], [1.0]])}
