@@ -107,10 +107,10 @@ def run_here(sweep: Sweep, workdir: Path, trials: Sequence[Trial], say: Callable
 def run_parallel(command: Sequence[str], workdir: Path, trials: Sequence[Trial], processes: int) -> dict[str, str]:
     """`command --only NAME` for every trial, some at once → {name: outcome}; what they print goes to log.txt.
 
-    GPUs are dealt to the processes; where there are fewer, they share the memory of all.
+    GPUs are dealt to the processes; where there are fewer, several processes share the memory of one.
     """
     count = len(list(Path("/dev").glob("nvidia[0-9]*")))
-    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
+    gpus = [g for g in os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",") if g]
     running: set[subprocess.Popen] = set()
     stopping = threading.Event()
     places = list(range(processes))  # a free one for every thread
@@ -122,10 +122,14 @@ def run_parallel(command: Sequence[str], workdir: Path, trials: Sequence[Trial],
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "failed.json").unlink(missing_ok=True)
         place = places.pop()
-        own = {"CUDA_VISIBLE_DEVICES": ",".join(gpus[place::processes])} if len(gpus) >= processes else {}
-        share = {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.75 / processes:.3f}"}  # the rest is for contexts and graphs
+        environment = dict(os.environ)
+        if gpus:
+            mine = gpus[place::processes] or [gpus[place % len(gpus)]]
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
+        if 0 < len(gpus) < processes:
+            share = 0.75 / -(-processes // len(gpus))  # the rest is for contexts and graphs
+            environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{share:.3f}")
         with (folder / "log.txt").open("a") as log:
-            environment = (share if not own else {}) | dict(os.environ) | own
             process = subprocess.Popen([*command, "--only", trial.name], stdout=log, stderr=log, env=environment)
             running.add(process)
             code = process.wait()

@@ -209,28 +209,37 @@ def test_a_stopped_trial_ends_the_sweep_and_a_taken_one_is_left(tmp_path: Path, 
     assert run.run_here(sweep, tmp_path, sweep.trials, print)["b"] == run.FINISHED
 
 
-def test_several_at_once(tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("visible", "processes", "places"),
+    [
+        ("4,5,6", 2, {"4,6 with None", "5 with None"}),  # more GPUs than processes: dealt
+        ("4,5", 3, {"4 with 0.375", "5 with 0.375"}),  # fewer: one each, shared by at most two
+        ("", 2, {" with None"}),
+    ],
+)
+def test_several_at_once(visible: str, processes: int, places: set[str], tmp_path: Path, monkeypatch) -> None:
     """With stand-ins for the processes: one finishes, one fails with a reason, one finds no device, one is killed, one
     is asked to stop."""
     script = """
 import os, sys
 name, folder = sys.argv[-1], os.path.join(sys.argv[1], "trials", sys.argv[-1])
-print(name, "on", os.environ["CUDA_VISIBLE_DEVICES"])
+print(name, "on", os.environ.get("CUDA_VISIBLE_DEVICES"), "with", os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION"))
 if name == "good":
     open(os.path.join(folder, "result.json"), "w").write("{}")
 if name == "bad":
     open(os.path.join(folder, "failed.json"), "w").write("{}")
 sys.exit({"good": 0, "bad": 1, "lost": 1, "killed": 9, "stopped": 0}[name])
 """
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
     sweep = trials("good", "bad", "lost", "killed", "stopped")
-    outcomes = run.run_parallel([sys.executable, "-c", script, str(tmp_path)], tmp_path, sweep.trials, 2)
+    outcomes = run.run_parallel([sys.executable, "-c", script, str(tmp_path)], tmp_path, sweep.trials, processes)
     expected = {"good": "finished", "bad": "failed", "lost": "failed", "killed": "failed", "stopped": "stopped"}
     assert outcomes == expected
     failure = json.loads((tmp_path / "trials" / "killed" / "failed.json").read_text())
     assert "exit code 9" in failure["reason"]
     logs = {name: (tmp_path / "trials" / name / "log.txt").read_text().split(" on ") for name in outcomes}
-    assert all(text[0] == name and text[1].strip() in ("4,6", "5") for name, text in logs.items())
+    assert all(text[0] == name and text[1].rstrip() in places for name, text in logs.items())
 
 
 def test_jobs_of_slurm_and_xpk(swept: tuple[list[str], Path, int], tmp_path: Path, capfd) -> None:
