@@ -3,6 +3,7 @@
 # The simulator is an optional extra.
 # pyright: reportMissingImports=false
 
+import atexit
 import ctypes.util
 import importlib.util
 import io
@@ -18,6 +19,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 from jaxtyping import Float, UInt8, UInt16
@@ -363,9 +365,39 @@ def simulate(
     path = Path(get_libero_path("bddl_files")) / task.problem_folder / task.bddl_file
     np.random.seed(seed)  # the benchmark draws the fixtures' places from the global generator while it builds the scene
     # Camera observations stay off: only the frames that are asked for are rendered.
-    env = ControlEnv(bddl_file_name=str(path), use_camera_obs=False, has_offscreen_renderer=render)
+    env = ControlEnv(bddl_file_name=str(path), use_camera_obs=False, has_offscreen_renderer=False)
     env.env.visualize(vis_settings=dict.fromkeys(env._visualizations, False))  # no coloured helper lines in the images
+    if render:
+        _give_renderer(env)
     return env, task, tasks.get_task_init_states(task_id)
+
+
+_renderer: list[Any] = []  # this process's: what its scene is made of, and the drawing context that holds it
+atexit.register(_renderer.clear)  # while the libraries that free it are still there
+
+
+def _give_renderer(env: Any) -> None:
+    """Lends the drawing context of the scene before to one of the same meshes and textures: to load those of
+    LIBERO-Spatial, 190 MB, takes longer than an episode's pictures."""
+    import mujoco
+    from robosuite.utils.binding_utils import MjRenderContextOffscreen
+
+    sim, scene = env.sim, env.env.model.root
+    made_of = [ElementTree.tostring(part) for part in scene if part.tag != "worldbody"]
+    if _renderer and hasattr(_renderer[1].sim, "data"):  # another scene, not yet closed, draws with it
+        context = MjRenderContextOffscreen(sim, device_id=-1)
+    elif _renderer and _renderer[0] == made_of:
+        context = _renderer[1]
+        context.sim, context.model, context.data = sim, sim.model, sim.data
+        context.scn = mujoco.MjvScene(sim.model._model, maxgeom=context.scn.maxgeom)
+        context.gl_ctx.make_current()
+        sim.forward()
+        sim.add_render_context(context)
+    else:
+        _renderer.clear()
+        context = MjRenderContextOffscreen(sim, device_id=-1)
+        _renderer.extend((made_of, context))
+    context.vopt.geomgroup[:2] = 0, 1  # pictures show what things look like, not what they collide with
 
 
 def _attempt(job: Job, attempt: int, look: bool) -> tuple[Motion, tuple] | None:
