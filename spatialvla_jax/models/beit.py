@@ -14,6 +14,7 @@ from spatialvla_jax.errors import InputError
 from spatialvla_jax.models.attention import attend_fully
 from spatialvla_jax.models.partition import split_batch
 from spatialvla_jax.models.resize import resize_bilinear
+from spatialvla_jax.models.siglip import multiply_patches
 
 Grid = tuple[int, int]
 
@@ -157,7 +158,16 @@ class Beit(nn.Module):
         """`images` are normalised, H and W multiples of the patch size; T: the class token, then row-major patches."""
         cfg = self.config
         patch = (cfg.patch_size, cfg.patch_size)
-        x = nn.Conv(cfg.width, patch, strides=patch, padding="VALID", dtype=self.dtype, name="patch_embedding")(images)
+        embedding = nn.Conv(
+            cfg.width,
+            patch,
+            patch,
+            "VALID",
+            dtype=self.dtype,
+            conv_general_dilated=multiply_patches,
+            name="patch_embedding",
+        )
+        x = embedding(images)
         B, H, W, D = x.shape
         cls = self.param("cls_token", nn.initializers.zeros, (1, 1, D)).astype(self.dtype)
         # Padded to a length that suits matrix units; nothing sees the padding, and it is cut off at the end.

@@ -35,6 +35,14 @@ class SiglipConfig:
         return self.grid**2
 
 
+def multiply_patches(images: Float[Array, "B H W C"], kernel: Float[Array, "p q C D"], strides, *unused, **options):
+    """As `nn.Conv` calls it: its patches do not overlap, so they are the rows of one product. On a GPU at batch 1 a
+    convolution costs more to start than to do, and it can be no part of a recorded graph of kernels."""
+    (B, H, W, C), (p, q) = images.shape, strides
+    patches = images.reshape(B, H // p, p, W // q, q, C)
+    return jnp.einsum("bhpwqc,pqcd->bhwd", patches, kernel)
+
+
 class MlpBlock(nn.Module):
     mlp_dim: int
     dtype: jnp.dtype
@@ -108,7 +116,10 @@ class Siglip(nn.Module):
         """
         cfg = self.config
         patch = (cfg.patch_size, cfg.patch_size)
-        x = nn.Conv(cfg.width, patch, strides=patch, padding="VALID", dtype=self.dtype, name="embedding")(image)
+        embedding = nn.Conv(
+            cfg.width, patch, patch, "VALID", dtype=self.dtype, conv_general_dilated=multiply_patches, name="embedding"
+        )
+        x = embedding(image)
         x = x.reshape(x.shape[0], cfg.num_tokens, cfg.width)
         table = self.param("pos_embedding", nn.initializers.normal(cfg.width**-0.5), (1, cfg.num_tokens, cfg.width))
         x = split_batch(x + table.astype(self.dtype))
