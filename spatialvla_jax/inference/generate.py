@@ -16,7 +16,8 @@ from spatialvla_jax.models.attention import positions_of, prefix_lm_mask
 
 Ranges = tuple[tuple[int, int], ...] | None
 SLAB = 16_384  # rows of a table that are quantised at once
-MATRIX = 2**15  # elements from which a layer's array is worth being an array of its own
+MATRIX = 2**16  # elements from which a layer's array is worth being an array of its own
+WIDTH = 128  # of which a vision layer's hidden units become a multiple
 
 
 def prepare(model: SpatialVLA, params: Any, *, int8: bool = False, whole_vocabulary: bool = True) -> dict[str, Any]:
@@ -46,8 +47,11 @@ def prepare(model: SpatialVLA, params: Any, *, int8: bool = False, whole_vocabul
     head = llm["lm_head"] if whole_vocabulary else llm["lm_head"][cfg.action_offset :]
     vision = {k: v for k, v in params.items() if k in ("img", "ego3d", "zoe")}
     layers, norms = lay_out(llm["layers"], place, finish)
+    vision = jax.tree_util.tree_map_with_path(lambda path, x: _apart(x, _stacked(path), place), vision)
+    blocks = vision["img"]["Transformer"]["encoderblock"]
+    blocks["MlpBlock_0"] = _widen(blocks["MlpBlock_0"], -cfg.img.mlp_dim % WIDTH)
     return {
-        "vision": jax.tree_util.tree_map_with_path(lambda path, x: _apart(x, _stacked(path), place), vision),
+        "vision": vision,
         "layers": layers,
         "norms": norms,
         "final_norm": place(llm["final_norm"]["scale"]),
@@ -55,6 +59,22 @@ def prepare(model: SpatialVLA, params: Any, *, int8: bool = False, whole_vocabul
         "spatial": place(params["spatial_embedding"]),
         "head": table(head),
     }
+
+
+def _widen(mlp: dict[str, Any], spare: int) -> dict[str, Any]:
+    """SigLIP's 4,304 hidden units and `spare` ones that are always 0: a GPU pads what its tiles don't divide, the whole
+    matrix at every call."""
+
+    def pad(x: Any, axis: int) -> Any:
+        if isinstance(x, list):
+            return [pad(layer, axis) for layer in x]
+        width = [(0, 0)] * x.ndim
+        width[axis] = (0, spare)
+        return jnp.pad(x, width)
+
+    first, last = mlp["Dense_0"], mlp["Dense_1"]
+    first = {"kernel": pad(first["kernel"], -1), "bias": pad(first["bias"], -1)}
+    return {"Dense_0": first, "Dense_1": last | {"kernel": pad(last["kernel"], -2)}}
 
 
 def _stacked(path: tuple[Any, ...]) -> int:
@@ -98,7 +118,8 @@ def generate(
     cfg = model.config
     vision = jax.tree.map(_together, weights["vision"], is_leaf=lambda x: isinstance(x, list))
     vision["spatial_embedding"] = weights["spatial"]
-    unrolled: Any = SpatialVLA(replace(cfg, unroll=True, zoe=replace(cfg.zoe, unroll=True)))
+    img = replace(cfg.img, mlp_dim=-(-cfg.img.mlp_dim // WIDTH) * WIDTH)
+    unrolled: Any = SpatialVLA(replace(cfg, unroll=True, img=img, zoe=replace(cfg.zoe, unroll=True)))
     tokens = unrolled.apply({"params": vision}, image, depth, intrinsics, method="embed_image")
     prefix = jnp.concatenate([tokens, _rows(weights["text"], prompt_ids, tokens.dtype)], axis=1)
     valid = jnp.concatenate([jnp.ones(tokens.shape[:2], bool), prompt_mask], axis=1)
