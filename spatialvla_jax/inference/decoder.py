@@ -62,9 +62,19 @@ def _layer(w: dict[str, Any], finish: Callable[[Array], Matrix]) -> dict[str, Ma
 
 def linear(x: Float[Array, "*B in"], matrix: Matrix, dtype: Any = None) -> Float[Array, "*B out"]:
     """x · matrixᵀ in `dtype`, by default that of x."""
+    if not isinstance(matrix, Quantized) and kernels.can_multiply(x, matrix):
+        return kernels.multiply(x, matrix, dtype=dtype)
     values = matrix.values.astype(x.dtype) if isinstance(matrix, Quantized) else matrix
     y = jnp.einsum("...i,oi->...o", x, values, preferred_element_type=dtype or x.dtype)
     return y * matrix.scale.astype(y.dtype) if isinstance(matrix, Quantized) else y
+
+
+def gated(x: Float[Array, "*B in"], matrix: Matrix) -> Float[Array, "*B out/2"]:
+    """GELU of the first half of x · matrixᵀ, times its second half."""
+    if not isinstance(matrix, Quantized) and kernels.can_multiply(x, matrix):
+        return kernels.multiply(x, matrix, gated=True)
+    gate, up = jnp.split(linear(x, matrix), 2, axis=-1)
+    return jax.nn.gelu(gate, approximate=True) * up
 
 
 def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"]) -> Float[Array, "*B D"]:
@@ -118,8 +128,8 @@ def forward(
         y, kv = attend_and_write(cfg, qkv, angles, seen, None if cache is None else cache[i], at)
         written.append(kv)
         x = x + rms_norm(linear(y.reshape(B, T, -1), w["out"]), norm["post_attention_norm"])
-        gate, up = jnp.split(linear(rms_norm(x, norm["pre_ffw_norm"]), w["gate_up"]), 2, axis=-1)
-        x = x + rms_norm(linear(jax.nn.gelu(gate, approximate=True) * up, w["down"]), norm["post_ffw_norm"])
+        y = gated(rms_norm(x, norm["pre_ffw_norm"]), w["gate_up"])
+        x = x + rms_norm(linear(y, w["down"]), norm["post_ffw_norm"])
     return rms_norm(x, final_norm), tuple(written)
 
 

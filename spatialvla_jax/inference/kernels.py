@@ -1,13 +1,15 @@
-"""Attention of a decode pass in one kernel, for NVIDIA GPUs, through Pallas and Triton.
+"""The kernels of a decode pass for NVIDIA GPUs, through Pallas and Triton.
 
-XLA needs several small kernels for the rotary embedding, the cache and the softmax of one to four tokens.
-`decoder.forward` takes this one where `can_attend`, and the plain formula elsewhere. Outside a GPU it runs in Pallas's
+XLA needs several small kernels for the rotary embedding, the cache and the softmax of one to four tokens, and does not
+read a matrix at the memory's full speed to multiply a few rows by it. `decoder.forward` takes `attend_cached` where
+`can_attend` and `multiply` where `can_multiply`, the plain formulas elsewhere. Outside a GPU they run in Pallas's
 interpreter.
 
 Triton's arrays have powers of two for sizes: what is larger than an axis is masked, or clamped and not written.
 """
 
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -142,3 +144,86 @@ def attend_cached(
     if splits > 1:
         y = [pl.pallas_call(combine_kernel, grid=(B, T, N), out_shape=new, **options)(*y)]
     return y[0], (k, v)
+
+
+class Tile(NamedTuple):
+    """How `multiply` deals a matrix to programs: its rows and columns at once, parts of its columns, and Triton's
+    warps and stages of a program."""
+
+    rows: int
+    columns: int
+    splits: int = 1
+    warps: int = 4
+    stages: int = 4
+
+
+ROWS = 16  # of the other factor: what a matrix unit takes at least, and `multiply` at most
+
+
+def tile_of(outputs: int, inputs: int) -> Tile:
+    """Among the fastest that benchmarks/matvec.py tries on an H100, for a matrix [outputs, inputs]."""
+    if inputs > 4096:
+        return Tile(32, 128, splits=2, warps=2, stages=5)
+    return Tile(32, 128, warps=2, stages=3) if outputs > 8192 else Tile(16, 128, warps=2, stages=5)
+
+
+def can_multiply(x: Array, values: Array) -> bool:
+    """Whether a product should be `multiply`: a few rows in bfloat16 on a GPU, and a matrix that the tiles divide."""
+    (outputs, inputs), rows = values.shape, math.prod(x.shape[:-1])
+    suits = x.dtype == values.dtype == jnp.bfloat16 and rows <= ROWS and outputs % 64 == 0 and inputs % 256 == 0
+    return suits and jax.default_backend() == "gpu"
+
+
+def multiply(
+    x: Float[Array, "*B in"],
+    matrix: Float[Array, "out in"],
+    *,
+    gated: bool = False,
+    dtype: Any = None,
+    tile: Tile | None = None,
+    interpret: bool | None = None,
+) -> Float[Array, "*B out"]:
+    """x · matrixᵀ in `dtype`, by default that of x, for at most `ROWS` rows of x.
+
+    With `gated`, the first half of the outputs goes through GELU and multiplies the second: [*B, out/2].
+    """
+    *batch, K = x.shape
+    R, parts, dtype = math.prod(batch), 1 + gated, dtype or x.dtype
+    out = len(matrix) // parts
+    tile = tile or tile_of(*matrix.shape)
+    steps = K // tile.splits // tile.columns
+    divides = steps * tile.splits * tile.columns == K and out % tile.rows == 0
+    assert R <= ROWS and divides and not (gated and tile.splits > 1), (x.shape, matrix.shape, tile)
+
+    def multiply_kernel(x_ref, matrix_ref, y_ref):
+        first, split = pl.program_id(0) * tile.rows, pl.program_id(1)
+        row, column = jnp.arange(ROWS), jnp.arange(tile.columns)
+        exists = (row < R)[:, None]
+
+        def step(i: Any, sums: Any) -> Any:
+            start = split * (K // tile.splits) + i * tile.columns
+            mask = jnp.broadcast_to(exists, (ROWS, tile.columns))
+            some = plgpu.load(x_ref.at[row[:, None], start + column[None]], mask=mask, other=0.0)
+
+            def product(part: int) -> Any:
+                weights = matrix_ref[pl.ds(part * out + first, tile.rows), pl.ds(start, tile.columns)]
+                return jax.lax.dot(some, weights.T, preferred_element_type=jnp.float32)
+
+            return tuple(total + product(part) for part, total in enumerate(sums))
+
+        sums = jax.lax.fori_loop(0, steps, step, (jnp.zeros((ROWS, tile.rows), jnp.float32),) * parts)
+        y = jax.nn.gelu(sums[0], approximate=True) * sums[1] if gated else sums[0]
+        place = y_ref.at[split, row[:, None], first + jnp.arange(tile.rows)[None]]
+        plgpu.store(place, y.astype(y_ref.dtype), mask=jnp.broadcast_to(exists, y.shape))
+
+    if interpret is None:
+        interpret = jax.default_backend() != "gpu"
+    y = pl.pallas_call(
+        multiply_kernel,
+        grid=(out // tile.rows, tile.splits),
+        out_shape=jax.ShapeDtypeStruct((tile.splits, R, out), dtype if tile.splits == 1 else jnp.float32),
+        interpret=interpret,
+        compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
+    )(x.reshape(R, K), matrix)
+    y = y[0] if tile.splits == 1 else jnp.sum(y, axis=0).astype(dtype)
+    return y.reshape(*batch, out)

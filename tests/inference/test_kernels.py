@@ -1,4 +1,4 @@
-"""The decode kernel, interpreted, against the plain formula; and whether it lowers for a GPU at full size."""
+"""The decode kernels, interpreted, against the plain formulas; and whether they lower for a GPU at full size."""
 
 from dataclasses import replace
 from functools import partial
@@ -12,9 +12,9 @@ from test_fused_attention import h100
 from test_step import GRID, inputs_of
 
 from spatialvla_jax.inference import kernels
-from spatialvla_jax.inference.decoder import attend_and_write
+from spatialvla_jax.inference.decoder import attend_and_write, gated, linear
 from spatialvla_jax.inference.generate import generate, prepare
-from spatialvla_jax.inference.kernels import attend_cached
+from spatialvla_jax.inference.kernels import Tile, attend_cached, multiply
 from spatialvla_jax.interop.mapping import param_shapes, unflatten
 from spatialvla_jax.models import SpatialVLA, preset
 from spatialvla_jax.models.attention import rotary_angles
@@ -49,8 +49,27 @@ def test_attention_rotates_attends_and_writes(dtype: str, batch: int, tokens: in
         np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance * np.abs(y).max())
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("shape", "gate", "tile"),
+    [((64, 256), False, Tile(16, 64, 2)), ((48, 128), False, Tile(16, 64)), ((96, 128), True, Tile(16, 128))],
+    ids=["in parts", "whole", "gated"],
+)
+def test_products(dtype: str, shape: tuple[int, int], gate: bool, tile: Tile) -> None:
+    """Of one row and of three."""
+    rng = np.random.default_rng(0)
+    matrix = jnp.asarray(rng.normal(size=shape), dtype)
+    for rows in (1, 3):
+        x = jnp.asarray(rng.normal(size=(1, rows, shape[1])), dtype)
+        got = jit(partial(multiply, gated=gate, tile=tile))(x, matrix)
+        expected = np.asarray((gated if gate else linear)(x, matrix), np.float32)
+        assert got.dtype == x.dtype and got.shape == expected.shape
+        tolerance = {"float32": 1e-6, "bfloat16": 1e-2}[dtype]
+        np.testing.assert_allclose(np.asarray(got, np.float32), expected, atol=tolerance * np.abs(expected).max())
+
+
 def test_generation_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tokens of a small model with the kernel and without, for prompts of two lengths."""
+    """Tokens of a small model with the kernels and without, for prompts of two lengths."""
     config = preset("nano", spatial_tokens=GRID.vocab_size)
     model = SpatialVLA(replace(config, llm=replace(config.llm, depth=1)))
     rng, shapes = np.random.default_rng(0), param_shapes(model.config)
@@ -65,6 +84,11 @@ def test_generation_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "can_attend", lambda qkv, *_: tried.append(qkv.shape[1]) or True)
     np.testing.assert_array_equal(tokens(), expected)
     assert tried == [1, 3]
+    monkeypatch.setattr(kernels, "can_multiply", lambda x, matrix: x.shape[1] <= 3 and len(matrix) % 32 == 0)
+    shapes: set[tuple[int, int]] = set()
+    monkeypatch.setattr(kernels, "tile_of", lambda *shape: shapes.add(shape) or Tile(16, 16))
+    np.testing.assert_array_equal(tokens(), expected)
+    assert len(shapes) == 4, "a layer's matrices"
 
 
 @pytest.mark.parametrize(("batch", "tokens"), [(1, 3), (32, 1)])
@@ -82,3 +106,13 @@ def test_lowers_for_a_gpu(batch: int, tokens: int) -> None:
     with jax.sharding.use_abstract_mesh(h100()):
         text = run.trace(*args).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("xla.gpu.triton") == (2 if batch == 1 else 1)
+
+
+@pytest.mark.parametrize("shape", [(4096, 2304), (2304, 2048), (18_432, 2304), (2304, 9216)])
+def test_products_lower_for_a_gpu(shape: tuple[int, int]) -> None:
+    """At full size, with the tiles that they have there."""
+    x, matrix = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((1, 3, shape[1]), shape))
+    run = jax.jit(partial(multiply, gated=shape[0] > 10_000, interpret=False))
+    with jax.sharding.use_abstract_mesh(h100()):
+        text = run.trace(x, matrix).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("xla.gpu.triton") == 1
