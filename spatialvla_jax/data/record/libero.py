@@ -373,7 +373,6 @@ def simulate(
 
 
 _renderer: list[Any] = []  # this process's: what its scene is made of, and the drawing context that holds it
-atexit.register(_renderer.clear)  # while the libraries that free it are still there
 
 
 def _give_renderer(env: Any) -> None:
@@ -397,6 +396,9 @@ def _give_renderer(env: Any) -> None:
         _renderer.clear()
         context = MjRenderContextOffscreen(sim, device_id=-1)
         _renderer.extend((made_of, context))
+        # Freed at exit before what its creation registered to be ended there, EGL's display.
+        atexit.unregister(_renderer.clear)
+        atexit.register(_renderer.clear)
     context.vopt.geomgroup[:2] = 0, 1  # pictures show what things look like, not what they collide with
 
 
