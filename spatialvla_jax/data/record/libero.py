@@ -359,7 +359,6 @@ def simulate(
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # their chatter at import
         from libero.libero import benchmark, get_libero_path
         from libero.libero.envs.env_wrapper import ControlEnv
-        from robosuite.utils import camera_utils as _  # it too says what is not installed
 
         tasks = benchmark.get_benchmark(suite)(task_order_index=0)
     task = tasks.get_task(task_id)
