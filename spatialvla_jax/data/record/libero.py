@@ -5,6 +5,7 @@
 
 import atexit
 import ctypes.util
+import importlib
 import importlib.util
 import io
 import logging
@@ -360,6 +361,7 @@ def simulate(
         from libero.libero import benchmark, get_libero_path
         from libero.libero.envs.env_wrapper import ControlEnv
 
+        importlib.import_module("robosuite.utils.camera_utils")  # which tells what is not installed
         tasks = benchmark.get_benchmark(suite)(task_order_index=0)
     task = tasks.get_task(task_id)
     path = Path(get_libero_path("bddl_files")) / task.problem_folder / task.bddl_file
