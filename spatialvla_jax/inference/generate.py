@@ -13,6 +13,7 @@ from spatialvla_jax.inference.decoder import Cache, Matrix, Quantized, forward, 
 from spatialvla_jax.inference.kernels import BLOCK
 from spatialvla_jax.models import SpatialVLA, SpatialVLAConfig
 from spatialvla_jax.models.attention import positions_of, prefix_lm_mask
+from spatialvla_jax.models.beit import bias_ahead
 
 Ranges = tuple[tuple[int, int], ...] | None
 SLAB = 16_384  # rows of a table that are quantised at once
@@ -50,6 +51,10 @@ def prepare(model: SpatialVLA, params: Any, *, int8: bool = False, whole_vocabul
     vision = jax.tree_util.tree_map_with_path(lambda path, x: _apart(x, _stacked(path), place), vision)
     blocks = vision["img"]["Transformer"]["encoderblock"]
     blocks["MlpBlock_0"] = _widen(blocks["MlpBlock_0"], -cfg.img.mlp_dim % WIDTH)
+    if "zoe" in vision:
+        attention = vision["zoe"]["backbone"]["stages"]["layers"]["attention"]
+        ahead = jax.jit(lambda table: bias_ahead(cfg.zoe.backbone, table).astype(dtype))
+        attention["bias"] = [[ahead(table) for table in stage] for stage in attention.pop("relative_position_bias")]
     return {
         "vision": vision,
         "layers": layers,

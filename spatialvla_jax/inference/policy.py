@@ -21,6 +21,7 @@ from spatialvla_jax.processor import Processor
 # Shapes are compiled once each: a batch takes the next larger of these sizes, a prompt the next multiple of 16.
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 PROMPT_STEP = 16
+LARGE = 2**14  # elements of an input that is sent to the device as it comes
 
 
 class Policy:
@@ -45,7 +46,11 @@ class Policy:
         self.constrained, self.speculate = constrained, speculate
         self.weights = jax.device_put(prepare(model, params, int8=int8, whole_vocabulary=not constrained))
         self._grid = jax.device_put(processor.grid)
-        self._act = jax.jit(lambda *args: act(model, constrained, *args))
+        self._kept: dict[str, tuple[np.ndarray, jax.Array]] = {}
+        # The program itself writes its results to the host: one wait instead of a wait and a copy.
+        (device,) = self.weights["final_norm"].devices()
+        host = jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host")
+        self._act = jax.jit(lambda *args: act(model, constrained, *args), out_shardings=host)
 
     @classmethod
     def load(
@@ -162,9 +167,19 @@ class Policy:
         longest = int(batch["prompt_mask"].sum(axis=1).max())
         length = min(-(-longest // PROMPT_STEP) * PROMPT_STEP, batch["prompt_ids"].shape[1])
         batch |= {k: batch[k][:, :length] for k in ("prompt_ids", "prompt_mask")}
-        made = self.run(batch)
+        made = self.run({k: self._place(k, x) for k, x in batch.items()})
         out = jax.device_get({k: made[k] for k in ("actions", "action_ids")})
         return [{k: x[i] for k, x in out.items()} for i in range(count)]
+
+    def _place(self, name: str, array: Any) -> Any:
+        """A small input that is what it was at the call before is not sent again: a robot's prompt, camera, bounds."""
+        if not isinstance(array, np.ndarray) or array.size >= LARGE:
+            return array
+        kept = self._kept.get(name)
+        if kept is None or not np.array_equal(kept[0], array):
+            copy = array.copy()  # the caller may write into its own
+            kept = self._kept[name] = (copy, jax.device_put(copy))
+        return kept[1]
 
     def draft(self, draft: Any) -> np.ndarray:
         """A guess i32[T, tokens_per_action] as `act` takes it; None is the middle of every range. Raises InputError."""
@@ -213,7 +228,7 @@ def _stacked(arrays: list[np.ndarray]) -> Any:
     """[B, …]. Large arrays are put together on the device, so that they are copied there at once and not here first."""
     if len(arrays) == 1:
         return arrays[0][None]
-    return np.stack(arrays) if arrays[0].size < 2**14 else _stack(jax.device_put(arrays))
+    return np.stack(arrays) if arrays[0].size < LARGE else _stack(jax.device_put(arrays))
 
 
 _stack = jax.jit(jnp.stack)

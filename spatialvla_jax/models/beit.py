@@ -42,6 +42,7 @@ class BeitConfig:
 
 
 HIDDEN = -1e9  # a bias that gives a key no weight
+TOKENS = 8  # their number becomes a multiple of it, which suits matrix units
 
 
 def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -78,6 +79,13 @@ def relative_position_bias(
     return jnp.pad(bias, ((0, 0), (0, 0), (0, padding)), constant_values=HIDDEN)
 
 
+def bias_ahead(config: BeitConfig, table: Float[Array, "R N"]) -> Float[Array, "N T T"]:
+    """The bias of a layer on images of the pretrained size, which `BeitAttention` takes as its parameter "bias" in the
+    place of the table: it is the same at every call, and takes longer to gather than to read."""
+    grid = (config.grid, config.grid)
+    return relative_position_bias(table.astype(jnp.float32), config.grid, grid, -(config.grid**2 + 1) % TOKENS)
+
+
 def _bias_rows(grid: Grid, padding: int) -> np.ndarray:
     """i32[T, T]: which row each (query, key) takes of the offsets, the table's last three, HIDDEN and zero."""
     H, W = grid
@@ -103,10 +111,13 @@ class BeitAttention(nn.Module):
         q = nn.DenseGeneral(heads, dtype=self.dtype, name="query")(x)
         k = nn.DenseGeneral(heads, dtype=self.dtype, use_bias=False, name="key")(x)
         v = nn.DenseGeneral(heads, dtype=self.dtype, name="value")(x)
-        rows = (2 * cfg.grid - 1) ** 2 + 3
-        table = self.param("relative_position_bias", nn.initializers.zeros, (rows, cfg.num_heads))
-        padding = x.shape[1] - self.grid[0] * self.grid[1] - 1
-        bias = relative_position_bias(table.astype(jnp.float32), cfg.grid, self.grid, padding)
+        if self.has_variable("params", "bias"):
+            bias = self.get_variable("params", "bias")
+        else:
+            rows = (2 * cfg.grid - 1) ** 2 + 3
+            table = self.param("relative_position_bias", nn.initializers.zeros, (rows, cfg.num_heads))
+            padding = x.shape[1] - self.grid[0] * self.grid[1] - 1
+            bias = relative_position_bias(table.astype(jnp.float32), cfg.grid, self.grid, padding)
         y = attend_fully(q, k, v, bias[None])
         return nn.DenseGeneral(cfg.width, axis=(-2, -1), dtype=self.dtype, name="out")(y)
 
@@ -170,10 +181,10 @@ class Beit(nn.Module):
         x = embedding(images)
         B, H, W, D = x.shape
         cls = self.param("cls_token", nn.initializers.zeros, (1, 1, D)).astype(self.dtype)
-        # Padded to a length that suits matrix units; nothing sees the padding, and it is cut off at the end.
+        # Nothing sees the padding, and it is cut off at the end.
         tokens = H * W + 1
         x = jnp.concatenate([jnp.broadcast_to(cls, (B, 1, D)), x.reshape(B, H * W, D)], axis=1)
-        x = jnp.pad(x, ((0, 0), (0, -tokens % 8), (0, 0)))
+        x = jnp.pad(x, ((0, 0), (0, -tokens % TOKENS), (0, 0)))
         stages = _scan(BeitStage, cfg.num_taps, self.unroll)
         _, taps = stages(cfg, (H, W), self.dtype, self.unroll, name="stages")(x, None)
         return taps[:, :, :tokens]

@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -75,6 +76,23 @@ def test_intrinsics_default_to_the_training_camera(policy: Policy, observation: 
     np.testing.assert_allclose(
         policy.intrinsics({}, (48, 64)), np.array([[50, 0, 31], [0, 48, 25], [0, 0, 1]], np.float32), rtol=1e-6
     )
+
+
+def test_inputs_that_stay_are_kept_and_those_that_change_are_not(
+    policy: Policy, trained: Path, observation: dict, monkeypatch
+) -> None:
+    """Also where the caller writes into the array that it gave before."""
+    expected = policy.infer(observation)
+    sent, put = [], jax.device_put
+    monkeypatch.setattr(jax, "device_put", lambda x: sent.append(x.shape) or put(x))
+    again = policy.infer(observation)
+    assert not sent
+    np.testing.assert_array_equal(again["actions"], expected["actions"])
+    observation["intrinsics"][:] = [[10, 0, 50], [0, 10, 5], [0, 0, 1]]
+    moved = policy.infer(observation)
+    assert sent == [(1, 3, 3)]
+    monkeypatch.undo()
+    np.testing.assert_array_equal(moved["actions"], Policy.load(trained).infer(observation)["actions"])
 
 
 def test_batched_and_single_calls_agree(policy: Policy, config_file: Path) -> None:
