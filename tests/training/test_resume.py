@@ -45,6 +45,10 @@ def logged(workdir: Path) -> list[dict]:
     return read_metrics(path) if path.exists() else []
 
 
+def last_step(workdir: Path) -> int:
+    return max((record["step"] for record in logged(workdir)), default=0)
+
+
 def test_killed_runs_end_in_the_same_bits(config_file: Path, tmp_path: Path) -> None:
     undisturbed, disturbed, cache = tmp_path / "undisturbed", tmp_path / "disturbed", tmp_path / "compiled"
     finish(start(config_file, undisturbed, cache))
@@ -53,9 +57,7 @@ def test_killed_runs_end_in_the_same_bits(config_file: Path, tmp_path: Path) -> 
     kills = []
     for step in steps:
         process = start(config_file, disturbed, cache)
-        kills += [
-            kill_when(process, lambda step=step: bool(logged(disturbed)) and logged(disturbed)[-1]["step"] >= step)
-        ]
+        kills += [kill_when(process, lambda step=step: last_step(disturbed) >= step)]
     # And once in the middle of a save.
     unfinished = lambda: any("tmp" in p.name for p in (disturbed / "checkpoints").glob("*"))  # noqa: E731
     kills += [kill_when(start(config_file, disturbed, cache), unfinished)]
