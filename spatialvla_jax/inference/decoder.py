@@ -28,6 +28,7 @@ class Quantized(NamedTuple):
 
 
 Matrix = Float[Array, "out in"] | Quantized
+Scale = tuple[Float[Array, "L D"], int]  # a norm's, as a row of a stack
 
 
 @jax.jit
@@ -62,19 +63,31 @@ def _layer(w: dict[str, Any], finish: Callable[[Array], Matrix]) -> dict[str, Ma
 
 def linear(x: Float[Array, "*B in"], matrix: Matrix, dtype: Any = None) -> Float[Array, "*B out"]:
     """x · matrixᵀ in `dtype`, by default that of x."""
-    if not isinstance(matrix, Quantized) and kernels.can_multiply(x, matrix):
-        return kernels.multiply(x, matrix, dtype=dtype)
-    values = matrix.values.astype(x.dtype) if isinstance(matrix, Quantized) else matrix
-    y = jnp.einsum("...i,oi->...o", x, values, preferred_element_type=dtype or x.dtype)
-    return y * matrix.scale.astype(y.dtype) if isinstance(matrix, Quantized) else y
+    values, scale = matrix if isinstance(matrix, Quantized) else (matrix, None)
+    if kernels.can_multiply(x, values):
+        return kernels.multiply(x, values, scale, dtype=dtype)
+    y = jnp.einsum("...i,oi->...o", x, values.astype(x.dtype), preferred_element_type=dtype or x.dtype)
+    return y if scale is None else y * scale.astype(y.dtype)
 
 
 def gated(x: Float[Array, "*B in"], matrix: Matrix) -> Float[Array, "*B out/2"]:
     """GELU of the first half of x · matrixᵀ, times its second half."""
-    if not isinstance(matrix, Quantized) and kernels.can_multiply(x, matrix):
-        return kernels.multiply(x, matrix, gated=True)
+    values, scale = matrix if isinstance(matrix, Quantized) else (matrix, None)
+    if kernels.can_multiply(x, values):
+        return kernels.multiply(x, values, scale, gated=True)
     gate, up = jnp.split(linear(x, matrix), 2, axis=-1)
     return jax.nn.gelu(gate, approximate=True) * up
+
+
+def linear_and_add(
+    y: Float[Array, "*B in"], matrix: Matrix, x: Float[Array, "*B D"], post: Scale, pre: Scale
+) -> tuple[Float[Array, "*B D"], Float[Array, "*B D"]]:
+    """→ (x + the norm of y · matrixᵀ, that one's norm), as a block of a layer ends and the next begins."""
+    values, scale = matrix if isinstance(matrix, Quantized) else (matrix, None)
+    if kernels.can_multiply(y, values):
+        return kernels.multiply_and_add(y, values, scale, x, post, pre)
+    x = x + rms_norm(linear(y, matrix), post[0][post[1]])
+    return x, rms_norm(x, pre[0][pre[1]])
 
 
 def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"]) -> Float[Array, "*B D"]:
@@ -118,19 +131,21 @@ def forward(
     """Hidden states after the final norm, and keys and values: of the T positions alone, or with a `cache` its S slots
     with them written at `at`. `local_mask` is for the layers with a sliding window, every second from the first."""
     B, T, D = embeddings.shape
-    H = cfg.head_dim
+    H, depth = cfg.head_dim, len(layers)
     x, written = embeddings * jnp.asarray(D**0.5, embeddings.dtype), []
     angles = rotary_angles(positions, H, cfg.rope_base)
+    y = rms_norm(x, norms["pre_attention_norm"][0])
     for i, w in enumerate(layers):
-        norm = {name: scale[i] for name, scale in norms.items()}
-        qkv = linear(rms_norm(x, norm["pre_attention_norm"]), w["qkv"]).reshape(B, T, -1, H)
+        norm = {name: (scales, i) for name, scales in norms.items()}
+        qkv = linear(y, w["qkv"]).reshape(B, T, -1, H)
         seen = mask if local_mask is None or i % 2 else local_mask
         y, kv = attend_and_write(cfg, qkv, angles, seen, None if cache is None else cache[i], at)
         written.append(kv)
-        x = x + rms_norm(linear(y.reshape(B, T, -1), w["out"]), norm["post_attention_norm"])
-        y = gated(rms_norm(x, norm["pre_ffw_norm"]), w["gate_up"])
-        x = x + rms_norm(linear(y, w["down"]), norm["post_ffw_norm"])
-    return rms_norm(x, final_norm), tuple(written)
+        y = y.reshape(B, T, -1)
+        x, y = linear_and_add(y, w["out"], x, norm["post_attention_norm"], norm["pre_ffw_norm"])
+        then = (norms["pre_attention_norm"], i + 1) if i + 1 < depth else (final_norm[None], 0)
+        x, y = linear_and_add(gated(y, w["gate_up"]), w["down"], x, norm["post_ffw_norm"], then)
+    return y, tuple(written)
 
 
 def narrow(

@@ -1,9 +1,9 @@
 """The kernels of a decode pass for NVIDIA GPUs, through Pallas and Triton.
 
-XLA needs several small kernels for the rotary embedding, the cache and the softmax of one to four tokens, and does not
-read a matrix at the memory's full speed to multiply a few rows by it. `decoder.forward` takes `attend_cached` where
-`can_attend` and `multiply` where `can_multiply`, the plain formulas elsewhere. Outside a GPU they run in Pallas's
-interpreter.
+XLA needs several small kernels for the rotary embedding, the cache and the softmax of one to four tokens, as many for
+two norms and the sum between them, and does not read a matrix at the memory's full speed to multiply a few rows by it.
+`decoder.forward` takes `attend_cached` where `can_attend`, `multiply` and `multiply_and_add` where `can_multiply`, the
+plain formulas elsewhere. Outside a GPU they run in Pallas's interpreter.
 
 Triton's arrays have powers of two for sizes: what is larger than an axis is masked, or clamped and not written.
 """
@@ -160,42 +160,101 @@ class Tile(NamedTuple):
 ROWS = 16  # of the other factor: what a matrix unit takes at least, and `multiply` at most
 
 
-def tile_of(outputs: int, inputs: int) -> Tile:
+def tile_of(outputs: int, inputs: int, itemsize: int = 2) -> Tile:
     """Among the fastest that benchmarks/matvec.py tries on an H100, for a matrix [outputs, inputs]."""
+    columns = 256 // itemsize
     if inputs > 4096:
-        return Tile(32, 128, splits=2, warps=2, stages=5)
-    return Tile(32, 128, warps=2, stages=3) if outputs > 8192 else Tile(16, 128, warps=2, stages=5)
+        return Tile(32, columns, splits=2, warps=2, stages=5)
+    return Tile(32, columns, warps=2, stages=3) if outputs > 8192 else Tile(16, columns, warps=2, stages=5)
 
 
 def can_multiply(x: Array, values: Array) -> bool:
     """Whether a product should be `multiply`: a few rows in bfloat16 on a GPU, and a matrix that the tiles divide."""
     (outputs, inputs), rows = values.shape, math.prod(x.shape[:-1])
-    suits = x.dtype == values.dtype == jnp.bfloat16 and rows <= ROWS and outputs % 64 == 0 and inputs % 256 == 0
+    suits = x.dtype == jnp.bfloat16 and values.dtype in (jnp.bfloat16, jnp.int8)
+    suits &= rows <= ROWS and outputs % 64 == 0 and inputs % 256 == 0
     return suits and jax.default_backend() == "gpu"
 
 
 def multiply(
     x: Float[Array, "*B in"],
-    matrix: Float[Array, "out in"],
+    matrix: Float[Array, "out in"] | Int[Array, "out in"],
+    scale: Float[Array, " out"] | None = None,
     *,
     gated: bool = False,
     dtype: Any = None,
     tile: Tile | None = None,
     interpret: bool | None = None,
 ) -> Float[Array, "*B out"]:
-    """x · matrixᵀ in `dtype`, by default that of x, for at most `ROWS` rows of x.
+    """x · matrixᵀ, its columns times `scale`, in `dtype`, by default that of x, for at most `ROWS` rows of x.
 
     With `gated`, the first half of the outputs goes through GELU and multiplies the second: [*B, out/2].
     """
-    *batch, K = x.shape
-    R, parts, dtype = math.prod(batch), 1 + gated, dtype or x.dtype
+    dtype = dtype or x.dtype
+    y = _products(x, matrix, scale, gated, dtype, tile, interpret)
+    y = y[0] if len(y) == 1 else jnp.sum(y, axis=0).astype(dtype)
+    return y.reshape(*x.shape[:-1], -1)
+
+
+def multiply_and_add(
+    x: Float[Array, "*B in"],
+    matrix: Float[Array, "out in"] | Int[Array, "out in"],
+    scale: Float[Array, " out"] | None,
+    residual: Float[Array, "*B out"],
+    post: tuple[Float[Array, "L out"], int],
+    pre: tuple[Float[Array, "L out"], int],
+    *,
+    tile: Tile | None = None,
+    interpret: bool | None = None,
+) -> tuple[Float[Array, "*B out"], Float[Array, "*B out"]]:
+    """→ (residual + rms_norm(`multiply`), rms_norm of that), the norms' scales given as a row of a stack: a slice of
+    it would be copied."""
+    dtype, (*_, D) = residual.dtype, residual.shape
+    parts = _products(x, matrix, scale, False, dtype, tile, interpret)
+    P, R, _ = parts.shape
+
+    def norm_kernel(parts_ref, residual_ref, post_ref, pre_ref, sum_ref, y_ref):
+        row, column = pl.program_id(0), jnp.arange(pl.next_power_of_2(D))
+        exists = column < D
+
+        def load(place: Any) -> Any:
+            return plgpu.load(place, mask=exists, other=0.0).astype(jnp.float32)
+
+        def norm(y: Any, ref: Any, at: int) -> Any:
+            y = y * jax.lax.rsqrt(jnp.sum(y * y) / D + 1e-6)
+            return (y * (1 + load(ref.at[at, column]))).astype(dtype)
+
+        y = sum(load(parts_ref.at[part, row, column]) for part in range(P)).astype(dtype).astype(jnp.float32)
+        total = (load(residual_ref.at[row, column]) + norm(y, post_ref, post[1]).astype(jnp.float32)).astype(dtype)
+        plgpu.store(sum_ref.at[row, column], total, mask=exists)
+        plgpu.store(y_ref.at[row, column], norm(total.astype(jnp.float32), pre_ref, pre[1]), mask=exists)
+
+    if interpret is None:
+        interpret = jax.default_backend() != "gpu"
+    new = jax.ShapeDtypeStruct((R, D), dtype)
+    total, y = pl.pallas_call(
+        norm_kernel,
+        grid=(R,),
+        out_shape=[new, new],
+        interpret=interpret,
+        compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=1),
+    )(parts, residual.reshape(R, D), post[0], pre[0])
+    return total.reshape(residual.shape), y.reshape(residual.shape)
+
+
+def _products(
+    x: Any, matrix: Any, scale: Any, gated: bool, dtype: Any, tile: Tile | None, interpret: bool | None
+) -> Float[Array, "P R out"]:
+    """The products of `multiply` in parts, to be added; of `dtype` if there is but one, float32 otherwise."""
+    K, R, parts = x.shape[-1], math.prod(x.shape[:-1]), 1 + gated
     out = len(matrix) // parts
-    tile = tile or tile_of(*matrix.shape)
+    tile = tile or tile_of(*matrix.shape, matrix.dtype.itemsize)
     steps = K // tile.splits // tile.columns
     divides = steps * tile.splits * tile.columns == K and out % tile.rows == 0
     assert R <= ROWS and divides and not (gated and tile.splits > 1), (x.shape, matrix.shape, tile)
 
-    def multiply_kernel(x_ref, matrix_ref, y_ref):
+    def multiply_kernel(x_ref, matrix_ref, *refs):
+        *scale_ref, y_ref = refs
         first, split = pl.program_id(0) * tile.rows, pl.program_id(1)
         row, column = jnp.arange(ROWS), jnp.arange(tile.columns)
         exists = (row < R)[:, None]
@@ -207,23 +266,23 @@ def multiply(
 
             def product(part: int) -> Any:
                 weights = matrix_ref[pl.ds(part * out + first, tile.rows), pl.ds(start, tile.columns)]
-                return jax.lax.dot(some, weights.T, preferred_element_type=jnp.float32)
+                return jax.lax.dot(some, weights.astype(some.dtype).T, preferred_element_type=jnp.float32)
 
             return tuple(total + product(part) for part, total in enumerate(sums))
 
         sums = jax.lax.fori_loop(0, steps, step, (jnp.zeros((ROWS, tile.rows), jnp.float32),) * parts)
+        for ref in scale_ref:
+            sums = tuple(y * ref[pl.ds(i * out + first, tile.rows)][None] for i, y in enumerate(sums))
         y = jax.nn.gelu(sums[0], approximate=True) * sums[1] if gated else sums[0]
         place = y_ref.at[split, row[:, None], first + jnp.arange(tile.rows)[None]]
         plgpu.store(place, y.astype(y_ref.dtype), mask=jnp.broadcast_to(exists, y.shape))
 
     if interpret is None:
         interpret = jax.default_backend() != "gpu"
-    y = pl.pallas_call(
+    return pl.pallas_call(
         multiply_kernel,
         grid=(out // tile.rows, tile.splits),
         out_shape=jax.ShapeDtypeStruct((tile.splits, R, out), dtype if tile.splits == 1 else jnp.float32),
         interpret=interpret,
         compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
-    )(x.reshape(R, K), matrix)
-    y = y[0] if tile.splits == 1 else jnp.sum(y, axis=0).astype(dtype)
-    return y.reshape(*batch, out)
+    )(x.reshape(R, K), matrix, *([] if scale is None else [scale]))

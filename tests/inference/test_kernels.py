@@ -12,9 +12,9 @@ from test_fused_attention import h100
 from test_step import GRID, inputs_of
 
 from spatialvla_jax.inference import kernels
-from spatialvla_jax.inference.decoder import attend_and_write, gated, linear
+from spatialvla_jax.inference.decoder import attend_and_write, gated, linear, linear_and_add, quantize
 from spatialvla_jax.inference.generate import generate, prepare
-from spatialvla_jax.inference.kernels import Tile, attend_cached, multiply
+from spatialvla_jax.inference.kernels import Tile, attend_cached, multiply, multiply_and_add
 from spatialvla_jax.interop.mapping import param_shapes, unflatten
 from spatialvla_jax.models import SpatialVLA, preset
 from spatialvla_jax.models.attention import rotary_angles
@@ -68,6 +68,24 @@ def test_products(dtype: str, shape: tuple[int, int], gate: bool, tile: Tile) ->
         np.testing.assert_allclose(np.asarray(got, np.float32), expected, atol=tolerance * np.abs(expected).max())
 
 
+@pytest.mark.parametrize(("dtype", "splits"), [("float32", 2), ("bfloat16", 2), ("bfloat16", 1)])
+def test_product_added_and_normed(dtype: str, splits: int) -> None:
+    """A width that is no power of two, scales in the middle of a stack, three rows."""
+    rng, D = np.random.default_rng(0), 48
+
+    def draw(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.normal(size=shape), dtype)
+
+    y, matrix, x, post, pre = draw(1, 3, 128), draw(D, 128), draw(1, 3, D), (draw(3, D), 1), (draw(2, D), 1)
+    got = jit(lambda y, x: multiply_and_add(y, matrix, None, x, post, pre, tile=Tile(16, 64, splits)))(y, x)
+    expected = jax.jit(lambda y, x: linear_and_add(y, matrix, x, post, pre))(y, x)
+    tolerance = {"float32": 1e-5, "bfloat16": 2e-2}[dtype]
+    for a, b in zip(got, expected, strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * np.abs(b).max())
+
+
 def test_generation_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens of a small model with the kernels and without, for prompts of two lengths."""
     config = preset("nano", spatial_tokens=GRID.vocab_size)
@@ -108,11 +126,33 @@ def test_lowers_for_a_gpu(batch: int, tokens: int) -> None:
     assert text.count("xla.gpu.triton") == (2 if batch == 1 else 1)
 
 
+@pytest.mark.parametrize("gate", [False, True], ids=["", "gated"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_products_with_int8(rows: int, gate: bool) -> None:
+    """The kernel rounds once, after the scale, where the plain formula rounds before it, too."""
+    rng, shape = np.random.default_rng(rows), (96, 128)
+    matrix = quantize(jnp.asarray(rng.normal(size=shape) * rng.uniform(0.1, 3, (96, 1)), jnp.float32))
+    x = jnp.asarray(rng.normal(size=(1, rows, shape[1])), jnp.bfloat16)
+    got = jit(partial(multiply, gated=gate, tile=Tile(16, 64, 1 if gate else 2)))(x, *matrix)
+    expected = np.asarray((gated if gate else linear)(x.astype(jnp.float32), matrix))
+    assert got.dtype == x.dtype and got.shape == expected.shape
+    np.testing.assert_allclose(np.asarray(got, np.float32), expected, atol=4e-3 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 @pytest.mark.parametrize("shape", [(4096, 2304), (2304, 2048), (18_432, 2304), (2304, 9216)])
-def test_products_lower_for_a_gpu(shape: tuple[int, int]) -> None:
+def test_products_lower_for_a_gpu(shape: tuple[int, int], dtype: str) -> None:
     """At full size, with the tiles that they have there."""
-    x, matrix = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((1, 3, shape[1]), shape))
+    x, matrix = jax.ShapeDtypeStruct((1, 3, shape[1]), jnp.bfloat16), jax.ShapeDtypeStruct(shape, dtype)
+    scale = jax.ShapeDtypeStruct(shape[:1], jnp.float32) if dtype == "int8" else None
     run = jax.jit(partial(multiply, gated=shape[0] > 10_000, interpret=False))
     with jax.sharding.use_abstract_mesh(h100()):
-        text = run.trace(x, matrix).lower(lowering_platforms=("cuda",)).as_text()
+        text = run.trace(x, matrix, scale).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("xla.gpu.triton") == 1
+    if shape[0] < 3000:
+        residual = jax.ShapeDtypeStruct((1, 3, shape[0]), jnp.bfloat16)
+        stack = jax.ShapeDtypeStruct((26, shape[0]), jnp.bfloat16)
+        run = jax.jit(lambda x, m, s, r, n: multiply_and_add(x, m, s, r, (n, 1), (n, 2), interpret=False))
+        with jax.sharding.use_abstract_mesh(h100()):
+            text = run.trace(x, matrix, scale, residual, stack).lower(lowering_platforms=("cuda",)).as_text()
+        assert text.count("xla.gpu.triton") == 2
