@@ -47,6 +47,7 @@ def trace(run: Callable[[], Any], steps: int, hlo: str) -> tuple[str, dict[str, 
         data = jax.profiler.ProfileData.from_file(str(file))
         spans, total = [], defaultdict(float)
         slowest: dict[tuple[str, str], float] = defaultdict(float)
+        kernels: dict[str, list[float]] = defaultdict(list)
         for plane in data.planes:
             if not plane.name.startswith("/device:GPU:0"):
                 continue
@@ -60,6 +61,7 @@ def trace(run: Callable[[], Any], steps: int, hlo: str) -> tuple[str, dict[str, 
                     part = first_match(PARTS, path, "other")
                     total[part, first_match(KINDS, f"{event.name} {op}", "elementwise")] += event.duration_ns
                     slowest[op or event.name, path] += event.duration_ns
+                    kernels[re.sub(r"[._]\d+$", "", event.name)].append(event.duration_ns)
                     spans.append((event.start_ns, event.start_ns + event.duration_ns))
     busy, end = 0.0, 0.0
     for start, stop in sorted(spans):
@@ -76,6 +78,9 @@ def trace(run: Callable[[], Any], steps: int, hlo: str) -> tuple[str, dict[str, 
     parts["idle"] = (wall - busy) * ms
     rows.append(f"{'idle':12}{'':{13 * len(kinds)}}{parts['idle']:9.1f}")
     rows.append("slowest operations:")
-    for (op, path), ns in sorted(slowest.items(), key=lambda x: -x[1])[:60]:
+    for (op, path), ns in sorted(slowest.items(), key=lambda x: -x[1])[:30]:
         rows.append(f"{ns * ms:8.2f}  {op[:40]:40}  {path[-110:]}")
+    rows.append("kernels of one name: ms a step, how many, microseconds each")
+    for name, each in sorted(kernels.items(), key=lambda x: -sum(x[1]))[:30]:
+        rows.append(f"{sum(each) * ms:8.2f} {len(each) / steps:8.0f} {1e-3 * sum(each) / len(each):8.1f}  {name[:110]}")
     return "\n".join(rows), {part: round(value, 2) for part, value in parts.items()}

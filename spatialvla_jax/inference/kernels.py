@@ -213,21 +213,25 @@ def multiply_and_add(
     parts = _products(x, matrix, scale, False, dtype, tile, interpret)
     P, R, _ = parts.shape
 
-    def norm_kernel(parts_ref, residual_ref, post_ref, pre_ref, sum_ref, y_ref):
+    def norm_kernel(parts_ref, x_ref, post_ref, pre_ref, sum_ref, y_ref):
         row, column = pl.program_id(0), jnp.arange(pl.next_power_of_2(D))
         exists = column < D
 
         def load(place: Any) -> Any:
             return plgpu.load(place, mask=exists, other=0.0).astype(jnp.float32)
 
-        def norm(y: Any, ref: Any, at: int) -> Any:
-            y = y * jax.lax.rsqrt(jnp.sum(y * y) / D + 1e-6)
-            return (y * (1 + load(ref.at[at, column]))).astype(dtype)
+        def norm(y: Any, factor: Any) -> Any:
+            y = y.astype(jnp.float32)
+            return (y * jax.lax.rsqrt(jnp.sum(y * y) / D + 1e-6) * (1 + factor)).astype(dtype)
 
-        y = sum(load(parts_ref.at[part, row, column]) for part in range(P)).astype(dtype).astype(jnp.float32)
-        total = (load(residual_ref.at[row, column]) + norm(y, post_ref, post[1]).astype(jnp.float32)).astype(dtype)
+        # All at once: none of them waits for a sum.
+        y, *others = [load(parts_ref.at[part, row, column]) for part in range(P)]
+        x, factor, then = (load(ref.at[i, column]) for ref, i in ((x_ref, row), (post_ref, post[1]), (pre_ref, pre[1])))
+        for more in others:
+            y += more
+        total = (x + norm(y.astype(dtype), factor).astype(jnp.float32)).astype(dtype)
         plgpu.store(sum_ref.at[row, column], total, mask=exists)
-        plgpu.store(y_ref.at[row, column], norm(total.astype(jnp.float32), pre_ref, pre[1]), mask=exists)
+        plgpu.store(y_ref.at[row, column], norm(total, then), mask=exists)
 
     if interpret is None:
         interpret = jax.default_backend() != "gpu"
@@ -246,9 +250,10 @@ def _products(
     x: Any, matrix: Any, scale: Any, gated: bool, dtype: Any, tile: Tile | None, interpret: bool | None
 ) -> Float[Array, "P R out"]:
     """The products of `multiply` in parts, to be added; of `dtype` if there is but one, float32 otherwise."""
-    K, R, parts = x.shape[-1], math.prod(x.shape[:-1]), 1 + gated
+    x = x.reshape(-1, x.shape[-1])
+    (R, K), parts = x.shape, 1 + gated
     out = len(matrix) // parts
-    tile = tile or tile_of(*matrix.shape, matrix.dtype.itemsize)
+    tile = tile or tile_of(len(matrix), K, matrix.dtype.itemsize)
     steps = K // tile.splits // tile.columns
     divides = steps * tile.splits * tile.columns == K and out % tile.rows == 0
     assert R <= ROWS and divides and not (gated and tile.splits > 1), (x.shape, matrix.shape, tile)
@@ -285,4 +290,4 @@ def _products(
         out_shape=jax.ShapeDtypeStruct((tile.splits, R, out), dtype if tile.splits == 1 else jnp.float32),
         interpret=interpret,
         compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
-    )(x.reshape(R, K), matrix, *([] if scale is None else [scale]))
+    )(x, matrix, *([] if scale is None else [scale]))
