@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,13 @@ from spatialvla_jax.inference.kernels import BLOCK
 from spatialvla_jax.models import SpatialVLA, SpatialVLAConfig
 from spatialvla_jax.models.attention import positions_of, prefix_lm_mask
 from spatialvla_jax.models.beit import bias_ahead
+
+
+class Filters(NamedTuple):
+    """A convolution's kernel, outputs first, which is how a GPU takes it: any other it transposes at every call."""
+
+    values: Float[Array, "D p q C"]
+
 
 Ranges = tuple[tuple[int, int], ...] | None
 SLAB = 16_384  # rows of a table that are quantised at once
@@ -54,6 +61,8 @@ def prepare(model: SpatialVLA, params: Any, *, int8: bool = False, whole_vocabul
     if "zoe" in vision:
         attention = vision["zoe"]["backbone"]["stages"]["layers"]["attention"]
         ahead = jax.jit(lambda table: bias_ahead(cfg.zoe.backbone, table).astype(dtype))
+        for part in ("neck", "relative_head"):
+            vision["zoe"][part] = jax.tree.map(_filters, vision["zoe"][part])
         attention["bias"] = [[ahead(table) for table in stage] for stage in attention.pop("relative_position_bias")]
     return {
         "vision": vision,
@@ -64,6 +73,11 @@ def prepare(model: SpatialVLA, params: Any, *, int8: bool = False, whole_vocabul
         "spatial": place(params["spatial_embedding"]),
         "head": table(head),
     }
+
+
+def _filters(kernel: Array) -> Array | Filters:
+    """A kernel of one pixel is a matrix, and stays as it is."""
+    return Filters(jnp.moveaxis(kernel, -1, 0)) if kernel.ndim == 4 and kernel.shape[0] > 1 else kernel
 
 
 def _widen(mlp: dict[str, Any], spare: int) -> dict[str, Any]:
@@ -96,9 +110,11 @@ def _apart(stack: Any, axes: int, place: Callable[[Any], Array]) -> Any:
     return [_apart(stack[i], axes - 1, place) for i in range(len(stack))]
 
 
-def _together(layers: Any) -> Any:
+def _together(stored: Any) -> Any:
     """The stack again, of which a compiler keeps nothing: the unrolled model slices it apart."""
-    return jnp.stack([_together(layer) for layer in layers]) if isinstance(layers, list) else layers
+    if isinstance(stored, Filters):
+        return jnp.moveaxis(stored.values, 0, -1)
+    return jnp.stack([_together(layer) for layer in stored]) if isinstance(stored, list) else stored
 
 
 def generate(
@@ -121,7 +137,7 @@ def generate(
     passes it takes, never the tokens. Q is any length that holds the prompts.
     """
     cfg = model.config
-    vision = jax.tree.map(_together, weights["vision"], is_leaf=lambda x: isinstance(x, list))
+    vision = jax.tree.map(_together, weights["vision"], is_leaf=lambda x: isinstance(x, list | Filters))
     vision["spatial_embedding"] = weights["spatial"]
     img = replace(cfg.img, mlp_dim=-(-cfg.img.mlp_dim // WIDTH) * WIDTH)
     unrolled: Any = SpatialVLA(replace(cfg, unroll=True, img=img, zoe=replace(cfg.zoe, unroll=True)))

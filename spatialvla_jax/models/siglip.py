@@ -36,8 +36,9 @@ class SiglipConfig:
 
 
 def multiply_patches(images: Float[Array, "B H W C"], kernel: Float[Array, "p q C D"], strides, *unused, **options):
-    """As `nn.Conv` calls it: its patches do not overlap, so they are the rows of one product. On a GPU at batch 1 a
-    convolution costs more to start than to do, and it can be no part of a recorded graph of kernels."""
+    """As `nn.Conv` calls it where patches, or pixels, do not overlap: they are the rows of one product. On a GPU at
+    batch 1 a convolution costs more to start than to do, has its kernel transposed at every call, and can be no part of
+    a recorded graph of kernels."""
     (B, H, W, C), (p, q) = images.shape, strides
     patches = images.reshape(B, H // p, p, W // q, q, C)
     return jnp.einsum("bhpwqc,pqcd->bhwd", patches, kernel)

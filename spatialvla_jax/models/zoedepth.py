@@ -6,6 +6,7 @@ taken for every example by itself and not summed over the batch (equal at batch 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -16,6 +17,7 @@ from jaxtyping import Array, Float
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.models.beit import Beit, BeitConfig, gelu
 from spatialvla_jax.models.resize import reflect_pad, resize_bicubic, resize_bilinear
+from spatialvla_jax.models.siglip import multiply_patches
 
 DOMAINS = ("nyu", "kitti")
 
@@ -311,7 +313,8 @@ class PixelMlp(nn.Module):
 
 
 def _conv(features: int, kernel: int, dtype: jnp.dtype, name: str, strides: int = 1, use_bias: bool = True) -> nn.Conv:
-    return nn.Conv(features, (kernel, kernel), strides, padding=kernel // 2, use_bias=use_bias, dtype=dtype, name=name)
+    options: dict[str, Any] = {"conv_general_dilated": multiply_patches} if kernel == 1 else {"padding": kernel // 2}
+    return nn.Conv(features, (kernel, kernel), strides, use_bias=use_bias, dtype=dtype, name=name, **options)
 
 
 def _double(x: Float[Array, "B h w C"]) -> Float[Array, "B H W C"]:
