@@ -112,7 +112,9 @@ def write_pack(
                         progress(done, total)
         os.replace(temporary, out)
     except OSError as error:
-        raise InputError(f"{out} cannot be written: {error.strerror or error}") from error
+        missing = error.filename if error.filename not in (None, str(temporary)) else ""  # of what it is made of
+        why = f"{missing}: {error.strerror}" if missing else error.strerror or error
+        raise InputError(f"{out} cannot be written: {why}") from error
     finally:
         temporary.unlink(missing_ok=True)
     frames = {split: sum(index.num_frames for index in own) for split, own in indexes.items()}

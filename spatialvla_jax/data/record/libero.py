@@ -472,7 +472,9 @@ def _picture(env: Any, size: int, encoded: bool) -> tuple[Any, Any]:
 
 
 def save_motions(out: Path, motions: Sequence[Motion]) -> None:
-    """As NumPy's .npz, by rename: the episodes one after the other, and of each its length and its other fields."""
+    """As NumPy's .npz, by rename: the episodes one after the other, and of each its length and its other fields.
+
+    Raises InputError where the file cannot be written."""
     columns: dict[str, Any] = {
         key: np.array([getattr(m, key) for m in motions]) for key in ("suite", "split", "language")
     }
@@ -484,10 +486,15 @@ def save_motions(out: Path, motions: Sequence[Motion]) -> None:
         "width": np.array([m.qpos.shape[1] for m in motions]),
     }
     columns |= {key: np.concatenate([getattr(m, key).ravel() for m in motions]) for key in ("qpos", "state", "action")}
-    out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp.npz")
-    np.savez_compressed(temporary, **columns)
-    os.replace(temporary, out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        np.savez_compressed(temporary, **columns)
+        os.replace(temporary, out)
+    except OSError as error:
+        raise InputError(f"{out} cannot be written: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load_motions(path: Path) -> list[Motion]:

@@ -119,6 +119,13 @@ def test_motions_come_back_as_they_were(tmp_path):
             np.testing.assert_array_equal(value, getattr(loaded, name))
 
 
+def test_motions_that_cannot_be_written_leave_what_is_there(tmp_path):
+    (tmp_path / "set.npz").mkdir()
+    with pytest.raises(InputError, match=r"set\.npz cannot be written: Is a directory"):
+        save_motions(tmp_path / "set.npz", [motion(5, 48, 1)])
+    assert os.listdir(tmp_path) == ["set.npz"]
+
+
 @pytest.mark.parametrize("content", [b"", b"PK no zip", b"numbers"])
 def test_a_file_of_something_else_is_named(tmp_path, monkeypatch, content):
     monkeypatch.setattr(libero, "check_simulator", lambda: None)

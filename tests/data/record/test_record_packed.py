@@ -102,6 +102,17 @@ def test_splits_instructions_and_prompts(loader) -> None:
     assert "task 1" in loader.tokenizer.decode(ids[1][loader.frames(np.array([5]))["prompt_mask"][0]])
 
 
+def test_a_file_that_the_pictures_need_is_named(tmp_path: Path) -> None:
+    def rendered():
+        yield next(episodes())[1]
+        (tmp_path / "robot.xml").read_text()
+
+    known = [("train", "task", np.zeros((5, 7), np.float32))] * 2
+    with pytest.raises(InputError, match=r"set\.pack cannot be written: /.*robot\.xml: No such file or directory$"):
+        write_packed(tmp_path / "set.pack", known, rendered(), name="toy", image_size=SIZE)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_file_that_exists_is_not_touched(tmp_path: Path) -> None:
     (tmp_path / "set.pack").touch()
     with pytest.raises(InputError, match="exists already"):
