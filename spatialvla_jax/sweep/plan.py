@@ -1,5 +1,8 @@
 """What a sweep file means: one trial for every combination of its axes' values and seeds, checked before any runs.
 
+All combinations with the first seed come before those with the next: a sweep that is cut short has the whole table, and
+processes beside each other compile different programs, which the other seeds' trials then find.
+
 A sweep file has `get_sweep()`, which returns
 
     {
@@ -123,6 +126,7 @@ def load_sweep(path: str | Path, overrides: Mapping[str, str] | None = None, onl
         if any(fnmatchcase(trial.name, only) for trial in made):
             _check_files(where, config)
         trials += made
+    trials.sort(key=lambda trial: seeds.index(trial.seed))
     _check_distinct(path, trials)
     keep = bool(given.get("keep_checkpoints", True))
     return Sweep(path.stem, {axis: tuple(names) for axis, names in axes.items()}, seeds, keep, tuple(trials))
