@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import numpy as np
 from jaxtyping import Float
-from scipy.stats import truncnorm
 
 from spatialvla_jax.actions import (
     ActionGrid,
@@ -100,6 +99,8 @@ def sample_actions(grid: ActionGrid | LinearGrid, count: int = 100_000, seed: in
 
 def sample_gaussians(gaussians: Any, count: int = 100_000, seed: int = 0) -> Float[np.ndarray, "N 7"]:
     """Actions of six independent Gaussians [6, 2] (mu, sigma), cut at the ranges; else as `sample_actions`."""
+    from scipy.stats import truncnorm  # slow to import, and every run imports this file
+
     rng = np.random.default_rng(seed)
     variables = []
     for (mu, sigma), bounds in zip(gaussians, RANGES, strict=True):

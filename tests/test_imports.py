@@ -31,3 +31,9 @@ def test_core_imports_without_tensorflow_and_pytorch() -> None:
     assert {"spatialvla_jax.models.spatialvla", "spatialvla_jax.training.loop", "spatialvla_jax.cli"} <= set(CORE)
     done = subprocess.run([sys.executable, "-c", PROGRAM, *CORE], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_training_run_leaves_pytorch_out() -> None:
+    """It costs seconds and memory, and is installed where checkpoints are converted."""
+    program = "import sys, spatialvla_jax.training.loop; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0

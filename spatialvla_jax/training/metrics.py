@@ -5,6 +5,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -13,7 +14,6 @@ from typing import Any, BinaryIO
 
 import jax
 import numpy as np
-from tensorboardX import SummaryWriter
 
 from spatialvla_jax.errors import InputError, StorageError
 from spatialvla_jax.training.distributed import is_writer
@@ -23,6 +23,16 @@ PEAKS = (
     *(("TPU v4", 275e12), ("TPU v5 lite", 197e12), ("TPU v5e", 197e12), ("TPU v5", 459e12)),
     *(("TPU v6", 918e12), ("A100", 312e12), ("H100", 989e12), ("H200", 989e12), ("4090", 165e12)),
 )
+
+
+if "torch" in sys.modules:
+    from tensorboardX import SummaryWriter
+else:  # kept out: tensorboardX imports all of PyTorch, where it is installed, for one type hint
+    sys.modules["torch"] = None  # pyright: ignore[reportArgumentType]
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        del sys.modules["torch"]
 
 
 class MetricsLog:
