@@ -168,9 +168,28 @@ class Gemma2(nn.Module):
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Soft-capped logits in float32."""
-        head = self.lm_head.astype(self.dtype)
-        out = jnp.einsum("btd,vd->btv", hidden, head, preferred_element_type=jnp.float32)
+        out = unembed(hidden, self.lm_head.astype(self.dtype))
         return self.config.final_softcap * jnp.tanh(out / self.config.final_softcap)
+
+
+@jax.custom_vjp
+def unembed(hidden: Float[Array, "B T D"], head: Float[Array, "V D"]) -> Float[Array, "B T V"]:
+    """hidden headᵀ, in float32. Its gradients are products in the operands' dtype, as mixed precision has them: float32
+    gradients of a quarter of a million rows would cost twice the memory, and twice the bytes between devices."""
+    return jnp.einsum("btd,vd->btv", hidden, head, preferred_element_type=jnp.float32)
+
+
+def _unembed_forward(hidden: Array, head: Array) -> tuple[Array, tuple[Array, Array]]:
+    return unembed(hidden, head), (hidden, head)
+
+
+def _unembed_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    hidden, head = saved
+    gradient = gradient.astype(hidden.dtype)
+    return jnp.einsum("btv,vd->btd", gradient, head), jnp.einsum("btv,btd->vd", gradient, hidden)
+
+
+unembed.defvjp(_unembed_forward, _unembed_backward)
 
 
 def fan_in_init(in_axes: tuple[int, ...]) -> nn.initializers.Initializer:

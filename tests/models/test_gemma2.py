@@ -11,7 +11,7 @@ from torch_reference import our_params, randomise
 
 from spatialvla_jax.interop.mapping import TABLE, Rule, gemma2
 from spatialvla_jax.models.attention import prefix_lm_mask
-from spatialvla_jax.models.gemma2 import Gemma2, Gemma2Config
+from spatialvla_jax.models.gemma2 import Gemma2, Gemma2Config, unembed
 
 RULES = [*gemma2("llm", "m.model"), Rule("llm/lm_head", TABLE, ("m.lm_head.weight",))]
 FLOAT32 = jnp.dtype("float32")
@@ -119,3 +119,24 @@ def test_a_layer_at_full_width():
         ).logits
     result = ours(model, variables, ids, positions, mask)
     np.testing.assert_allclose(np.asarray(result)[valid], expected.numpy()[valid], rtol=0, atol=1e-4)
+
+
+@settings(deadline=None, max_examples=10)
+@given(shape=st.tuples(*[st.integers(1, 9)] * 4), seed=st.integers(0, 99))
+def test_gradients_of_the_head_are_those_of_its_product(shape: tuple[int, ...], seed: int) -> None:
+    """Exactly in float32; in bfloat16, which they are rounded to, as near as it has digits."""
+    B, T, V, D = shape
+    rng = np.random.default_rng(seed)
+    hidden, head, weight = (rng.standard_normal(s).astype(np.float32) for s in ((B, T, D), (V, D), (B, T, V)))
+
+    def gradients(product, dtype) -> list[jax.Array]:
+        def loss(x, w):
+            return (jnp.tanh(product(x, w)) * weight).sum()
+
+        return jax.grad(loss, argnums=(0, 1))(jnp.asarray(hidden, dtype), jnp.asarray(head, dtype))
+
+    expected = gradients(lambda x, w: jnp.einsum("btd,vd->btv", x, w), jnp.float32)
+    for dtype, tolerance in ((jnp.float32, 1e-5), (jnp.bfloat16, 0.05)):
+        for result, exact in zip(gradients(unembed, dtype), expected, strict=True):
+            assert result.dtype == dtype
+            assert np.linalg.norm(result.astype(jnp.float32) - exact) <= tolerance * np.linalg.norm(exact) + tolerance
