@@ -51,7 +51,7 @@ PER_DIMENSION = {
 
 def write_report(workdir: Path) -> str:
     """Writes report.html, table.csv, table.md and figures/ into a sweep's directory from the trials that are finished
-    so far, each file by rename; returns what it wrote in words. Raises InputError where none is."""
+    so far, each file by rename; returns what it wrote in words. Raises InputError where none is or one lacks files."""
     if not (workdir / "sweep.json").is_file():
         raise InputError(f"{workdir} holds no sweep: it has no sweep.json")
     plan = json.loads((workdir / "sweep.json").read_text())
@@ -60,6 +60,9 @@ def write_report(workdir: Path) -> str:
         folder = workdir / "trials" / name
         if (folder / "result.json").exists():
             results.append(json.loads((folder / "result.json").read_text()) | {"folder": folder})
+            for file in ("metrics.jsonl", "grid.json", "data.npz"):
+                if not (folder / file).exists():
+                    raise InputError(f"{folder} is finished, but its {file} is not there, which the report draws")
         elif (folder / "failed.json").exists():
             failures.append(json.loads((folder / "failed.json").read_text()))
     if not results:

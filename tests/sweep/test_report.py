@@ -187,3 +187,6 @@ def test_what_can_not_be_reported(workdir: Path, tmp_path: Path) -> None:
     (tmp_path / "trials" / "linear_off_0" / "failed.json").write_text('{"reason": "no memory"}')
     with pytest.raises(InputError, match=r"no trial in .* is finished, and 1 failed: no memory"):
         write_report(tmp_path)
+    (tmp_path / "trials" / "linear_off_0" / "result.json").write_text("{}")
+    with pytest.raises(InputError, match=r"linear_off_0 is finished, but its metrics\.jsonl is not there, which the"):
+        write_report(tmp_path)
