@@ -33,10 +33,10 @@ import numpy as np
 from trace_table import trace
 
 from spatialvla_jax.actions import PRETRAIN_GAUSSIANS, gaussian_grid
+from spatialvla_jax.checkpoints.mapping import param_shapes, unflatten
 from spatialvla_jax.data.prompt import train_tokenizer
 from spatialvla_jax.inference import kernels
 from spatialvla_jax.inference.policy import Policy
-from spatialvla_jax.interop.mapping import param_shapes, unflatten
 from spatialvla_jax.models import PRESETS, SpatialVLA, SpatialVLAConfig, preset
 from spatialvla_jax.processor import Processor
 
@@ -174,10 +174,10 @@ def run_torch(config: SpatialVLAConfig, args: argparse.Namespace) -> dict[str, A
     """The exported model's own `predict_action`, in bfloat16 with random weights: prepared inputs to tokens."""
     import torch
 
-    from spatialvla_jax.interop.huggingface import config_to_published
-    from spatialvla_jax.interop.torch_model import SpatialVLAConfig as TorchConfig
-    from spatialvla_jax.interop.torch_model import SpatialVLAForConditionalGeneration
-    from spatialvla_jax.interop.verify import torch_inputs
+    from spatialvla_jax.checkpoints.huggingface import config_to_published
+    from spatialvla_jax.export.torch_model import SpatialVLAConfig as TorchConfig
+    from spatialvla_jax.export.torch_model import SpatialVLAForConditionalGeneration
+    from spatialvla_jax.export.verify import torch_inputs
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_default_dtype(torch.bfloat16)

@@ -565,8 +565,8 @@ def run_closed_loop(args: argparse.Namespace) -> None:
 
 
 def run_convert(args: argparse.Namespace) -> None:
+    from spatialvla_jax.export.verify import VerificationError, table
     from spatialvla_jax.interop import convert
-    from spatialvla_jax.interop.verify import VerificationError, table
 
     try:
         options = {"dtype": args.dtype, "verify": args.verify, "zoedepth": args.zoedepth, "merge": args.merge}

@@ -14,19 +14,20 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, UInt8
 
-from spatialvla_jax.data.oxe import DatasetSpec
-from spatialvla_jax.data.rewrite import Estimator, add_depth
-from spatialvla_jax.errors import InputError
-from spatialvla_jax.interop import read_checkpoint, safetensors
-from spatialvla_jax.interop.checkpoint import Leaf, read_json
-from spatialvla_jax.interop.huggingface import (
+from spatialvla_jax.checkpoints import safetensors_io as safetensors
+from spatialvla_jax.checkpoints.huggingface import (
     CONFIG,
     ZOE_PREFIX,
     parse_config,
     stacked_leaves,
     zoedepth_from_published,
 )
-from spatialvla_jax.interop.mapping import param_shapes
+from spatialvla_jax.checkpoints.mapping import param_shapes
+from spatialvla_jax.checkpoints.types import Leaf, read_json
+from spatialvla_jax.data.oxe import DatasetSpec
+from spatialvla_jax.data.rewrite import Estimator, add_depth
+from spatialvla_jax.errors import InputError
+from spatialvla_jax.interop import read_checkpoint
 from spatialvla_jax.models.spatialvla import SpatialVLAConfig
 from spatialvla_jax.models.zoedepth import ZoeDepth, ZoeDepthConfig, estimate_depth
 

@@ -193,7 +193,7 @@ def test_a_failed_verification_ends_with_exit_code_1(trained: Path, tmp_path: Pa
     """Two tables of the export are turned upside down: its tokens differ, and the command says so."""
     from safetensors.numpy import load_file, save_file
 
-    from spatialvla_jax.interop import formats
+    from spatialvla_jax.checkpoints import load as formats
 
     write = formats.WRITERS["pytorch"]
 

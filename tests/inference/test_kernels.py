@@ -11,11 +11,11 @@ import pytest
 from test_fused_attention import h100
 from test_step import GRID, inputs_of
 
+from spatialvla_jax.checkpoints.mapping import param_shapes, unflatten
 from spatialvla_jax.inference import kernels
 from spatialvla_jax.inference.decoder import attend_and_write, gated, linear, linear_and_add, quantize
 from spatialvla_jax.inference.generate import generate, prepare
 from spatialvla_jax.inference.kernels import Tile, attend_cached, multiply, multiply_and_add
-from spatialvla_jax.interop.mapping import param_shapes, unflatten
 from spatialvla_jax.models import SpatialVLA, preset
 from spatialvla_jax.models.attention import rotary_angles
 from spatialvla_jax.models.gemma2 import Gemma2Config

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch_reference import our_params, randomise
 
-from spatialvla_jax.interop.mapping import TABLE, Rule, gemma2
+from spatialvla_jax.checkpoints.mapping import TABLE, Rule, gemma2
 from spatialvla_jax.models.attention import prefix_lm_mask
 from spatialvla_jax.models.gemma2 import Gemma2, Gemma2Config, unembed
 

@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 
+from spatialvla_jax.checkpoints.mapping import flatten, param_shapes, slots, unflatten
+from spatialvla_jax.checkpoints.peft import adapter_rules
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.interop.lora import adapter_rules
-from spatialvla_jax.interop.mapping import flatten, param_shapes, slots, unflatten
 from spatialvla_jax.models import preset
 from spatialvla_jax.models.lora import LINEAR, adapter_shapes, init_adapters, merge_adapters
 

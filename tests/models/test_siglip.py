@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch_reference import our_params, randomise
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
-from spatialvla_jax.interop.mapping import siglip
+from spatialvla_jax.checkpoints.mapping import siglip
 from spatialvla_jax.models.siglip import Siglip, SiglipConfig
 
 

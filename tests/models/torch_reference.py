@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import torch
 
-from spatialvla_jax.interop.mapping import Rule, flatten, slots, unflatten
+from spatialvla_jax.checkpoints.mapping import Rule, flatten, slots, unflatten
 
 
 def randomise(module: torch.nn.Module, seed: int) -> torch.nn.Module:

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from processes import Server
 
+from spatialvla_jax.checkpoints.orbax import read_orbax
 from spatialvla_jax.cli import step_range
 from spatialvla_jax.config import default_config
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.interop.orbax import read_orbax
 from spatialvla_jax.training import metrics
 from spatialvla_jax.training.loop import train
 from spatialvla_jax.training.metrics import Clock, MetricsLog, rates, read_metrics, scalars

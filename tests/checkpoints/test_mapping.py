@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from safetensors.numpy import load_file
 
-from spatialvla_jax.interop.huggingface import read_config
-from spatialvla_jax.interop.mapping import SPATIALVLA, Rule, param_shapes, slots
+from spatialvla_jax.checkpoints.huggingface import read_config
+from spatialvla_jax.checkpoints.mapping import SPATIALVLA, Rule, param_shapes, slots
 from spatialvla_jax.models import preset
 
 

@@ -11,15 +11,15 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from spatialvla_jax.checkpoints.big_vision import read_big_vision, write_big_vision
+from spatialvla_jax.checkpoints.huggingface import CONFIG, read_huggingface, write_huggingface
+from spatialvla_jax.checkpoints.orbax import read_orbax, step_directory, write_orbax
+from spatialvla_jax.checkpoints.paligemma import is_paligemma, start_from_paligemma
+from spatialvla_jax.checkpoints.peft import PEFT_WEIGHTS, is_adapter_run, read_adapters, same_bytes, write_peft
+from spatialvla_jax.checkpoints.types import Checkpoint, Leaf
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.interop.big_vision import read_big_vision, write_big_vision
-from spatialvla_jax.interop.checkpoint import Checkpoint, Leaf
-from spatialvla_jax.interop.huggingface import CONFIG, read_huggingface, write_huggingface
-from spatialvla_jax.interop.lora import PEFT_WEIGHTS, is_adapter_run, read_adapters, same_bytes, write_peft
-from spatialvla_jax.interop.orbax import read_orbax, step_directory, write_orbax
-from spatialvla_jax.interop.paligemma import is_paligemma, start_from_paligemma
-from spatialvla_jax.interop.verify import MISSING, available
-from spatialvla_jax.interop.verify import verify as run_both
+from spatialvla_jax.export.verify import MISSING, available
+from spatialvla_jax.export.verify import verify as run_both
 from spatialvla_jax.models.spatialvla import SpatialVLA
 from spatialvla_jax.processor import Processor
 

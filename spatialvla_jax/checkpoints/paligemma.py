@@ -11,11 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spatialvla_jax.errors import InputError
-from spatialvla_jax.interop import safetensors
-from spatialvla_jax.interop.big_vision import FACTS, open_npz
-from spatialvla_jax.interop.checkpoint import Checkpoint, Leaf, check_finite, read_json
-from spatialvla_jax.interop.huggingface import (
+from spatialvla_jax.checkpoints import safetensors_io as safetensors
+from spatialvla_jax.checkpoints.big_vision import FACTS, open_npz
+from spatialvla_jax.checkpoints.huggingface import (
     CONFIG,
     ZOE_PREFIX,
     gemma2_from_published,
@@ -24,7 +22,9 @@ from spatialvla_jax.interop.huggingface import (
     stacked_leaves,
     zoedepth_from_published,
 )
-from spatialvla_jax.interop.mapping import check_leaves, flatten, param_shapes
+from spatialvla_jax.checkpoints.mapping import check_leaves, flatten, param_shapes
+from spatialvla_jax.checkpoints.types import Checkpoint, Leaf, check_finite, read_json
+from spatialvla_jax.errors import InputError
 from spatialvla_jax.models.ego3d import Ego3D
 from spatialvla_jax.models.gemma2 import Gemma2Config
 from spatialvla_jax.models.siglip import SiglipConfig

@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 
 from spatialvla_jax.actions import grid_to_dict
+from spatialvla_jax.checkpoints import safetensors_io as safetensors
+from spatialvla_jax.checkpoints.huggingface import CONFIG, config_to_published, write_code, write_processor
+from spatialvla_jax.checkpoints.mapping import SPATIALVLA, Rule, axes_of_layout, check_leaves, param_shapes, slots
+from spatialvla_jax.checkpoints.orbax import open_params, parse_metadata, read_metadata, step_directory
+from spatialvla_jax.checkpoints.regrid import EMBEDDING, adapt_checkpoint
+from spatialvla_jax.checkpoints.types import Checkpoint, Leaf, check_finite, new_directory, write_json
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.interop import safetensors
-from spatialvla_jax.interop.adapt import EMBEDDING, adapt_checkpoint
-from spatialvla_jax.interop.checkpoint import Checkpoint, Leaf, check_finite, new_directory, write_json
-from spatialvla_jax.interop.huggingface import CONFIG, config_to_published, write_code, write_processor
-from spatialvla_jax.interop.mapping import SPATIALVLA, Rule, axes_of_layout, check_leaves, param_shapes, slots
-from spatialvla_jax.interop.orbax import open_params, parse_metadata, read_metadata, step_directory
 from spatialvla_jax.models.lora import ADAPTERS, axes_of, is_linear, product
 
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -4,9 +4,11 @@ from dataclasses import replace
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from spatialvla_jax.checkpoints import load as formats
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.interop import VerificationError, convert, formats, verify, write_huggingface, write_orbax
-from spatialvla_jax.interop.verify import table
+from spatialvla_jax.export import verify
+from spatialvla_jax.export.verify import table
+from spatialvla_jax.interop import VerificationError, convert, write_huggingface, write_orbax
 
 
 @pytest.fixture

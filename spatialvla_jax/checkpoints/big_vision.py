@@ -12,9 +12,9 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from spatialvla_jax.checkpoints.mapping import check_leaves, check_names, param_shapes
+from spatialvla_jax.checkpoints.types import Checkpoint, Leaf, check_finite
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.interop.checkpoint import Checkpoint, Leaf, check_finite
-from spatialvla_jax.interop.mapping import check_leaves, check_names, param_shapes
 from spatialvla_jax.processor import Processor, model_from_dict, model_to_dict
 
 PREFIX, FACTS = "params/", "spatialvla_jax"

@@ -11,9 +11,9 @@ import orbax.checkpoint as ocp
 import tensorstore
 from etils import epath
 
+from spatialvla_jax.checkpoints.mapping import check_leaves, flatten, param_shapes, unflatten
+from spatialvla_jax.checkpoints.types import Checkpoint, Leaf, check_finite, new_directory, read_json
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.interop.checkpoint import Checkpoint, Leaf, check_finite, new_directory, read_json
-from spatialvla_jax.interop.mapping import check_leaves, flatten, param_shapes, unflatten
 from spatialvla_jax.models.spatialvla import SpatialVLAConfig
 from spatialvla_jax.processor import Processor, model_from_dict, model_to_dict
 

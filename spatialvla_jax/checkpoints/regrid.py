@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from spatialvla_jax.actions import ActionGrid, LinearGrid, adapt_embeddings, grid_to_dict
+from spatialvla_jax.checkpoints.types import Checkpoint, Leaf
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.interop.checkpoint import Checkpoint, Leaf
 
 TABLE, HEAD, EMBEDDING = "llm/embedder/input_embedding", "llm/lm_head", "spatial_embedding"
 
