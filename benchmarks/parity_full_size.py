@@ -31,9 +31,9 @@ import transformers
 from tqdm import tqdm
 from transformers import AutoModel
 
+from spatialvla_jax.checkpoints import Checkpoint, write_huggingface
 from spatialvla_jax.export.verify import torch_inputs
 from spatialvla_jax.inference.generate import generate, prepare
-from spatialvla_jax.interop import Checkpoint, write_huggingface
 from spatialvla_jax.models import PRESETS, SpatialVLA, preset
 from spatialvla_jax.models.spatialvla import SpatialVLAConfig
 from spatialvla_jax.models.zoedepth import estimate_depth

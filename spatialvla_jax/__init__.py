@@ -3,8 +3,8 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from spatialvla_jax.checkpoints import load_pretrained
     from spatialvla_jax.inference.policy import Policy
-    from spatialvla_jax.interop import load_pretrained
 
 __version__ = "0.1.0"
 __all__ = ["Policy", "load_pretrained"]
@@ -16,7 +16,7 @@ def __getattr__(name: str) -> Any:
 
         return Policy
     if name == "load_pretrained":
-        from spatialvla_jax.interop import load_pretrained
+        from spatialvla_jax.checkpoints import load_pretrained
 
         return load_pretrained
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -512,10 +512,10 @@ def run_closed_loop(args: argparse.Namespace) -> None:
 
     from tqdm import tqdm
 
+    from spatialvla_jax.checkpoints import fingerprint
     from spatialvla_jax.evaluation import closed_loop, libero
     from spatialvla_jax.inference.client import Client
     from spatialvla_jax.inference.policy import Policy
-    from spatialvla_jax.interop import fingerprint
 
     if (args.checkpoint is None) == (args.server is None):
         raise InputError("closed loop evaluates either --checkpoint or --server")
@@ -565,8 +565,8 @@ def run_closed_loop(args: argparse.Namespace) -> None:
 
 
 def run_convert(args: argparse.Namespace) -> None:
+    from spatialvla_jax.export import convert
     from spatialvla_jax.export.verify import VerificationError, table
-    from spatialvla_jax.interop import convert
 
     try:
         options = {"dtype": args.dtype, "verify": args.verify, "zoedepth": args.zoedepth, "merge": args.merge}

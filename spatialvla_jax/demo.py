@@ -16,14 +16,15 @@ import numpy as np
 
 from spatialvla_jax import figures
 from spatialvla_jax.actions import ActionGrid
+from spatialvla_jax.checkpoints import load_pretrained
 from spatialvla_jax.checkpoints.mapping import param_shapes
 from spatialvla_jax.config import load_config
 from spatialvla_jax.data.statistics import unnormalize
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.evaluation.open_loop import evaluate, predict, table
+from spatialvla_jax.export import convert
 from spatialvla_jax.export.verify import table as verification_table
 from spatialvla_jax.inference.policy import Policy
-from spatialvla_jax.interop import convert, load_pretrained
 from spatialvla_jax.training.loop import open_data, write_json
 from spatialvla_jax.training.metrics import read_metrics
 

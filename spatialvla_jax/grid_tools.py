@@ -178,7 +178,7 @@ def save_grid(path: str | Path, grid: ActionGrid | LinearGrid) -> None:
 
 def load_grid(path: str | Path) -> ActionGrid | LinearGrid:
     """The grid of a file of `save_grid`, or of a checkpoint of any format that carries one. Raises InputError."""
-    from spatialvla_jax.interop import read_checkpoint
+    from spatialvla_jax.checkpoints import read_checkpoint
 
     if Path(path).suffix == ".json" and Path(path).is_file():
         try:

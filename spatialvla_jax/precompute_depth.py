@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, UInt8
 
+from spatialvla_jax.checkpoints import read_checkpoint
 from spatialvla_jax.checkpoints import safetensors_io as safetensors
 from spatialvla_jax.checkpoints.huggingface import (
     CONFIG,
@@ -27,7 +28,6 @@ from spatialvla_jax.checkpoints.types import Leaf, read_json
 from spatialvla_jax.data.oxe import DatasetSpec
 from spatialvla_jax.data.rewrite import Estimator, add_depth
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.interop import read_checkpoint
 from spatialvla_jax.models.spatialvla import SpatialVLAConfig
 from spatialvla_jax.models.zoedepth import ZoeDepth, ZoeDepthConfig, estimate_depth
 

@@ -15,13 +15,13 @@ from toy_rlds import data_config, make_episodes, make_rlds
 from zoe_reference import TINY, random_hf_model
 
 from spatialvla_jax import precompute_depth as module
+from spatialvla_jax.checkpoints import load_pretrained, read_checkpoint, read_huggingface, write_huggingface
 from spatialvla_jax.cli import main
 from spatialvla_jax.data import load_data
 from spatialvla_jax.data.oxe import CATALOGUE
 from spatialvla_jax.data.rewrite import DEPTH_UNIT, add_depth, to_counts
 from spatialvla_jax.data.tfrecord import read_records
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.interop import load_pretrained, read_checkpoint, read_huggingface, write_huggingface
 from spatialvla_jax.models import SpatialVLA
 from spatialvla_jax.models.ego3d import back_project
 from spatialvla_jax.precompute_depth import precompute_depth, read_zoedepth

@@ -1,35 +1,21 @@
-"""Recognising a checkpoint, loading it, and turning one format into another."""
+"""Recognising a checkpoint and loading it."""
 
 import hashlib
 import os
-import time
-from dataclasses import replace
-from math import prod
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
-import numpy as np
-
-from spatialvla_jax.checkpoints.big_vision import read_big_vision, write_big_vision
-from spatialvla_jax.checkpoints.huggingface import CONFIG, read_huggingface, write_huggingface
-from spatialvla_jax.checkpoints.orbax import read_orbax, step_directory, write_orbax
+from spatialvla_jax.checkpoints.big_vision import read_big_vision
+from spatialvla_jax.checkpoints.huggingface import CONFIG, read_huggingface
+from spatialvla_jax.checkpoints.orbax import read_orbax, step_directory
 from spatialvla_jax.checkpoints.paligemma import is_paligemma, start_from_paligemma
-from spatialvla_jax.checkpoints.peft import PEFT_WEIGHTS, is_adapter_run, read_adapters, same_bytes, write_peft
-from spatialvla_jax.checkpoints.types import Checkpoint, Leaf
+from spatialvla_jax.checkpoints.peft import is_adapter_run, read_adapters
+from spatialvla_jax.checkpoints.types import Checkpoint
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.export.verify import MISSING, available
-from spatialvla_jax.export.verify import verify as run_both
 from spatialvla_jax.models.spatialvla import SpatialVLA
 from spatialvla_jax.processor import Processor
 
-WRITERS = {"orbax": write_orbax, "pytorch": write_huggingface, "big_vision": write_big_vision}
-PEFT = "peft"
-DTYPES = ("float32", "bfloat16", "float16")
 ENDS = 1 << 16  # bytes
-
-# Larger exports are run beside JAX on request only: both sides compute in float32 on the host.
-VERIFIED_BY_DEFAULT = 500_000_000  # parameters
 
 
 def read_checkpoint(path: str | Path, zoedepth: str | Path | None = None) -> Checkpoint:
@@ -78,111 +64,3 @@ def load_pretrained(
     """
     checkpoint = read_checkpoint(path, zoedepth)
     return SpatialVLA(checkpoint.config), checkpoint.params(), checkpoint.processor
-
-
-def convert(
-    src: str | Path,
-    dst: str | Path,
-    to: str,
-    dtype: str | None = None,
-    verify: bool | None = None,
-    zoedepth: str | Path | None = None,
-    merge: bool = False,
-) -> dict[str, Any]:
-    """Convert checkpoint `src` into `dst`, a new directory (orbax, pytorch, peft) or .npz file (big_vision).
-
-    Weights are cast to `dtype` where one is given. A PaliGemma 2 becomes a SpatialVLA to pre-train, with the ZoeDepth
-    in the directory `zoedepth` where one is given. A run of adapters becomes a plain checkpoint by `merge`, or to
-    "peft" a directory of the adapters alone (`lora.write_peft`). `verify` runs a PyTorch export beside JAX
-    (`verify.verify`); None does so up to VERIFIED_BY_DEFAULT parameters and where PyTorch is installed.
-
-    Returns {"source", "destination", "format", "parameters", "tensors", "bytes", "bit_exact", "seconds",
-    "verification"}; `bit_exact` comes from reading `dst` back, `verification` is what `verify` found, or the sentence
-    that says why it was not run. Raises InputError, and `dst` is then untouched; VerificationError, and `dst` is kept.
-    """
-    if to not in (*WRITERS, PEFT):
-        raise InputError(f"cannot convert to {to!r}; choose one of {', '.join((*WRITERS, PEFT))}")
-    adapters = Path(src).exists() and is_adapter_run(src)
-    if not adapters and (merge or to == PEFT):
-        raise InputError(f"{src} holds no adapters {'to merge' if merge else 'for peft'}: it is no run with lora.rank")
-    if adapters and merge == (to == PEFT):
-        raise InputError(f"{src} holds adapters: --merge gives a whole checkpoint, --to peft the adapters alone")
-    if to == PEFT and dtype:
-        raise InputError(f"{src} holds adapters, which are written as they were trained: leave --dtype out")
-    if verify and to == "pytorch" and not available():
-        raise InputError(f"{dst} cannot be verified: {MISSING}")
-    start = time.perf_counter()
-    if to == PEFT:
-        return _convert_to_peft(src, dst, start)
-    checkpoint = cast(read_checkpoint(src, zoedepth), dtype)
-    WRITERS[to](dst, checkpoint)
-    leaves = checkpoint.leaves.values()
-    parameters = sum(prod(leaf.shape) for leaf in leaves)
-    bit_exact = equal(checkpoint, read_checkpoint(dst))
-    skipped = _why_not(to, parameters, verify)
-    return {
-        "source": str(src),
-        "destination": str(dst),
-        "format": to,
-        "parameters": parameters,
-        "tensors": len(leaves),
-        "bytes": sum(leaf.nbytes for leaf in leaves),
-        "bit_exact": bit_exact,
-        "verification": run_both(checkpoint, dst) if skipped is None else skipped,
-        "seconds": round(time.perf_counter() - start, 3),
-    }
-
-
-def _convert_to_peft(src: str | Path, dst: str | Path, start: float) -> dict[str, Any]:
-    run = read_adapters(src, read_checkpoint)
-    tensors = write_peft(dst, run)
-    return {
-        "source": str(src),
-        "destination": str(dst),
-        "format": PEFT,
-        "parameters": sum(prod(leaf.shape) for leaf in run.trained.values()),
-        "tensors": len(tensors),
-        "bytes": sum(leaf.nbytes for leaf in tensors.values()),
-        "bit_exact": same_bytes(Path(dst) / PEFT_WEIGHTS, tensors),
-        "verification": "adapters alone: their bytes were read back and compared",
-        "seconds": round(time.perf_counter() - start, 3),
-    }
-
-
-def _why_not(to: str, parameters: int, verify: bool | None) -> str | None:
-    """The sentence that says why an export is not run beside JAX, or None where it is."""
-    if to != "pytorch":
-        return f"{to} is JAX's own layout: its bytes were read back and compared"
-    if verify is False:
-        return "not asked for"
-    if not available():
-        return MISSING
-    if verify is None and parameters > VERIFIED_BY_DEFAULT:
-        return f"{parameters:,} parameters are more than {VERIFIED_BY_DEFAULT:,}, so the export was not run beside JAX"
-    return None
-
-
-def cast(checkpoint: Checkpoint, dtype: str | None) -> Checkpoint:
-    """The same checkpoint with its weights in `dtype`, one of DTYPES; unchanged for None."""
-    if dtype is None:
-        return checkpoint
-    if dtype not in DTYPES:
-        raise InputError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    leaves = {path: leaf.astype(jnp.dtype(dtype)) for path, leaf in checkpoint.leaves.items()}
-    return replace(checkpoint, leaves=leaves)
-
-
-def equal(a: Checkpoint, b: Checkpoint) -> bool:
-    """Whether config, processor and every byte of every leaf are the same; holds one leaf at a time."""
-    processors = [c.processor and c.processor.to_dict() for c in (a, b)]
-    if a.config != b.config or processors[0] != processors[1] or a.leaves.keys() != b.leaves.keys():
-        return False
-    return all(
-        leaf.dtype == b.leaves[path].dtype and _digest(leaf) == _digest(b.leaves[path])
-        for path, leaf in a.leaves.items()
-    )
-
-
-def _digest(leaf: Leaf) -> tuple[tuple[int, ...], bytes]:
-    array = np.ascontiguousarray(leaf.read())
-    return array.shape, hashlib.sha256(array.view(np.uint8).data).digest()

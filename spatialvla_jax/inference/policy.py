@@ -60,7 +60,7 @@ class Policy:
 
         `dtype` (float32 or bfloat16) takes the place of the model's own, `quantize` is "" or "int8". Raises InputError.
         """
-        from spatialvla_jax.interop import load_pretrained
+        from spatialvla_jax.checkpoints import load_pretrained
 
         if dtype not in ("", "float32", "bfloat16") or quantize not in ("", "int8"):
             raise InputError(

@@ -31,6 +31,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from spatialvla_jax.actions import ActionGrid, LinearGrid, linear_grid, uniform_grid
+from spatialvla_jax.checkpoints import read_checkpoint
 from spatialvla_jax.checkpoints.mapping import param_shapes, unflatten
 from spatialvla_jax.checkpoints.paligemma import is_paligemma
 from spatialvla_jax.checkpoints.regrid import adapt_checkpoint
@@ -44,7 +45,6 @@ from spatialvla_jax.config import (
     set_key,
 )
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.interop import read_checkpoint
 from spatialvla_jax.models.lora import adapter_shapes
 from spatialvla_jax.models.presets import CHOICES as MODEL_CHOICES
 from spatialvla_jax.training.optimizer import make_optimizer, split_frozen

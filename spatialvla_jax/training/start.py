@@ -10,6 +10,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict
 
+from spatialvla_jax.checkpoints import Checkpoint, read_checkpoint, start_from_paligemma
 from spatialvla_jax.checkpoints.mapping import check_leaves, param_shapes
 from spatialvla_jax.checkpoints.orbax import parse_metadata, read_metadata, step_directory
 from spatialvla_jax.checkpoints.paligemma import is_paligemma
@@ -19,7 +20,6 @@ from spatialvla_jax.checkpoints.types import Leaf
 from spatialvla_jax.data import Loader
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.grid_tools import make_grid, mixture_gaussians
-from spatialvla_jax.interop import Checkpoint, read_checkpoint, start_from_paligemma
 from spatialvla_jax.models import SpatialVLA
 from spatialvla_jax.models.lora import ADAPTERS, init_adapters
 from spatialvla_jax.processor import Processor

@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 
 from spatialvla_jax.actions import gaussian_grid
+from spatialvla_jax.checkpoints import Checkpoint, read_huggingface
 from spatialvla_jax.data.prompt import train_tokenizer
-from spatialvla_jax.interop import Checkpoint, read_huggingface
 from spatialvla_jax.processor import Processor
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tiny_model"

@@ -10,11 +10,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from spatialvla_jax.actions import linear_grid
+from spatialvla_jax.checkpoints import read_huggingface, write_huggingface
 from spatialvla_jax.checkpoints.huggingface import config_from_published, config_to_published
-from spatialvla_jax.checkpoints.load import cast, equal
 from spatialvla_jax.checkpoints.safetensors_io import open_directory
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.interop import read_huggingface, write_huggingface
+from spatialvla_jax.export.convert import cast, equal
 from spatialvla_jax.models import preset
 
 ZOE = "vision_zoe_model."

@@ -10,10 +10,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from spatialvla_jax.checkpoints import orbax
-from spatialvla_jax.checkpoints.load import cast, equal
+from spatialvla_jax.checkpoints import Checkpoint, orbax, read_orbax, write_huggingface, write_orbax
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.interop import Checkpoint, read_orbax, write_huggingface, write_orbax
+from spatialvla_jax.export.convert import cast, equal
 from spatialvla_jax.processor import model_to_dict
 
 

@@ -11,10 +11,10 @@ from torch_reference import randomise
 from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from zoe_reference import TINY, random_hf_model
 
+from spatialvla_jax.checkpoints import load_pretrained, start_from_paligemma
 from spatialvla_jax.checkpoints.mapping import flatten
 from spatialvla_jax.cli import main
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.interop import load_pretrained, start_from_paligemma
 from spatialvla_jax.models import SpatialVLA
 from spatialvla_jax.models.attention import positions_of, prefix_lm_mask
 

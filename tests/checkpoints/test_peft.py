@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
+from spatialvla_jax.checkpoints import read_checkpoint
 from spatialvla_jax.checkpoints.peft import read_adapters, write_peft
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.export import verify
-from spatialvla_jax.interop import convert, read_checkpoint
+from spatialvla_jax.export import convert, verify
 
 
 @pytest.fixture(scope="module")

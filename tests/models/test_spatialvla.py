@@ -9,9 +9,9 @@ import numpy as np
 import optax
 import pytest
 
+from spatialvla_jax.checkpoints import read_huggingface
 from spatialvla_jax.checkpoints.mapping import flatten, slots
 from spatialvla_jax.inference.generate import generate, prepare
-from spatialvla_jax.interop import read_huggingface
 from spatialvla_jax.models import SpatialVLA
 from spatialvla_jax.models.attention import positions_of, prefix_lm_mask
 from spatialvla_jax.models.ego3d import back_project, frequency_encoding

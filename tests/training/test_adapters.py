@@ -10,13 +10,14 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from spatialvla_jax.actions import adapt_embeddings
+from spatialvla_jax.checkpoints import load_pretrained, read_checkpoint
 from spatialvla_jax.checkpoints.mapping import flatten
 from spatialvla_jax.checkpoints.peft import read_adapters
 from spatialvla_jax.cli import main
 from spatialvla_jax.config import train_config_of
 from spatialvla_jax.errors import InputError
+from spatialvla_jax.export import convert
 from spatialvla_jax.inference.policy import Policy
-from spatialvla_jax.interop import convert, load_pretrained, read_checkpoint
 from spatialvla_jax.models.lora import is_linear
 from spatialvla_jax.training.loop import open_data, train
 from spatialvla_jax.training.metrics import read_metrics

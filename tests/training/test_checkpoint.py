@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from spatialvla_jax.checkpoints import load_pretrained
 from spatialvla_jax.checkpoints.mapping import flatten, param_shapes
 from spatialvla_jax.config import load_config
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.interop import load_pretrained
 from spatialvla_jax.models import preset
 from spatialvla_jax.training.loop import train
 from spatialvla_jax.training.metrics import MetricsLog, read_metrics

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from processes import Run, Server
 
+from spatialvla_jax.checkpoints import load_pretrained
 from spatialvla_jax.checkpoints.orbax import step_directory
-from spatialvla_jax.interop import load_pretrained
 from spatialvla_jax.training.metrics import read_metrics
 
 STEPS = "--config.train.steps=60"

@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from spatialvla_jax.interop import load_pretrained
+from spatialvla_jax.checkpoints import load_pretrained
 from spatialvla_jax.training.metrics import read_metrics
 
 

@@ -5,10 +5,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from spatialvla_jax.checkpoints import load as formats
+from spatialvla_jax.checkpoints import write_huggingface, write_orbax
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.export import verify
+from spatialvla_jax.export import VerificationError, convert, verify
 from spatialvla_jax.export.verify import table
-from spatialvla_jax.interop import VerificationError, convert, write_huggingface, write_orbax
 
 
 @pytest.fixture

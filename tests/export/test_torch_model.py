@@ -11,9 +11,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from spatialvla_jax.actions import linear_grid
+from spatialvla_jax.checkpoints import read_huggingface, write_huggingface
 from spatialvla_jax.export.verify import INSTRUCTIONS, make_probes
 from spatialvla_jax.inference.policy import Policy
-from spatialvla_jax.interop import read_huggingface, write_huggingface
 from spatialvla_jax.models import SpatialVLA
 
 PROGRAM = """
