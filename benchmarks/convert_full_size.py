@@ -28,7 +28,7 @@ from spatialvla_jax.checkpoints import Checkpoint, write_huggingface
 from spatialvla_jax.checkpoints.mapping import param_shapes
 from spatialvla_jax.checkpoints.safetensors_io import open_directory
 from spatialvla_jax.checkpoints.types import Leaf
-from spatialvla_jax.export import convert
+from spatialvla_jax.export.convert import convert
 from spatialvla_jax.models import preset
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)

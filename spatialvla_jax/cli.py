@@ -565,7 +565,7 @@ def run_closed_loop(args: argparse.Namespace) -> None:
 
 
 def run_convert(args: argparse.Namespace) -> None:
-    from spatialvla_jax.export import convert
+    from spatialvla_jax.export.convert import convert
     from spatialvla_jax.export.verify import VerificationError, table
 
     try:

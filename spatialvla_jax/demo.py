@@ -22,7 +22,7 @@ from spatialvla_jax.config import load_config
 from spatialvla_jax.data.statistics import unnormalize
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.evaluation.open_loop import evaluate, predict, table
-from spatialvla_jax.export import convert
+from spatialvla_jax.export.convert import convert
 from spatialvla_jax.export.verify import table as verification_table
 from spatialvla_jax.inference.policy import Policy
 from spatialvla_jax.training.loop import open_data, write_json

@@ -11,8 +11,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 from pathlib import Path
 
 import pytest
+from helpers.toy_rlds import make_episodes, make_rlds
 from hypothesis import settings
-from toy_rlds import make_episodes, make_rlds
 
 # The first example compiles: a time limit for each would only measure that.
 settings.register_profile("compiling", deadline=None)
@@ -105,7 +105,7 @@ def packed_config(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory):
     """Starts training runs in processes of their own."""
-    from processes import Server
+    from helpers.processes import Server
 
     server = Server(tmp_path_factory.mktemp("compiled"))
     yield server

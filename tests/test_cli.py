@@ -7,8 +7,8 @@ from pathlib import Path
 
 import jax
 import pytest
+from helpers.toy_rlds import libero_features, make_episodes, make_rlds
 from tensorboardX.event_file_writer import EventsWriter
-from toy_rlds import libero_features, make_episodes, make_rlds
 
 from spatialvla_jax import Policy, compiled
 from spatialvla_jax.cli import main
@@ -193,9 +193,9 @@ def test_a_failed_verification_ends_with_exit_code_1(trained: Path, tmp_path: Pa
     """Two tables of the export are turned upside down: its tokens differ, and the command says so."""
     from safetensors.numpy import load_file, save_file
 
-    from spatialvla_jax.checkpoints import load as formats
+    from spatialvla_jax.export.convert import WRITERS
 
-    write = formats.WRITERS["pytorch"]
+    write = WRITERS["pytorch"]
 
     def tampered(path, checkpoint, **options):
         write(path, checkpoint, **options)
@@ -204,7 +204,7 @@ def test_a_failed_verification_ends_with_exit_code_1(trained: Path, tmp_path: Pa
         tensors["language_model.lm_head.weight"] = tensors["language_model.lm_head.weight"][::-1].copy()
         save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
 
-    monkeypatch.setitem(formats.WRITERS, "pytorch", tampered)
+    monkeypatch.setitem(WRITERS, "pytorch", tampered)
     with pytest.raises(SystemExit) as stopped:
         main(["convert", str(trained), str(tmp_path / "out"), "--to", "pytorch", "--verify"])
     assert stopped.value.code == 1

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tensorflow_datasets as tfds
-from toy_rlds import data_config, make_episodes, make_rlds
-from zoe_reference import TINY, random_hf_model
+from helpers.toy_rlds import data_config, make_episodes, make_rlds
+from helpers.zoe_reference import TINY, random_hf_model
 
 from spatialvla_jax import precompute_depth as module
 from spatialvla_jax.checkpoints import load_pretrained, read_checkpoint, read_huggingface, write_huggingface

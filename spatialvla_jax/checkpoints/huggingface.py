@@ -130,7 +130,7 @@ def write_huggingface(path: str | Path, checkpoint: Checkpoint, max_shard_bytes:
 def write_code(path: Path) -> None:
     """The PyTorch model and processor, one file under the three names that `auto_map` refers to."""
     (_, first), *others = CODE.items()
-    (path / f"{first}.py").write_text(Path(__file__).with_name("torch_model.py").read_text())
+    (path / f"{first}.py").write_text((Path(__file__).parents[1] / "export" / "torch_model.py").read_text())
     for name, file in others:
         (path / f"{file}.py").write_text(f'"""In {first}.py."""\n\nfrom .{first} import {name}  # noqa: F401\n')
 

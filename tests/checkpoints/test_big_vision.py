@@ -4,8 +4,7 @@ import pytest
 from spatialvla_jax.checkpoints import read_big_vision, read_huggingface, write_big_vision, write_huggingface
 from spatialvla_jax.checkpoints.mapping import flatten
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.export import convert
-from spatialvla_jax.export.convert import cast, equal
+from spatialvla_jax.export.convert import cast, convert, equal
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -6,10 +6,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from helpers.torch_reference import randomise
+from helpers.zoe_reference import TINY, random_hf_model
 from safetensors.numpy import load_file, save_file
-from torch_reference import randomise
 from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
-from zoe_reference import TINY, random_hf_model
 
 from spatialvla_jax.checkpoints import load_pretrained, start_from_paligemma
 from spatialvla_jax.checkpoints.mapping import flatten

@@ -9,7 +9,8 @@ from safetensors.numpy import load_file
 from spatialvla_jax.checkpoints import read_checkpoint
 from spatialvla_jax.checkpoints.peft import read_adapters, write_peft
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.export import convert, verify
+from spatialvla_jax.export.convert import convert
+from spatialvla_jax.export.verify import verify
 
 
 @pytest.fixture(scope="module")

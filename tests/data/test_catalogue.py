@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from oxe_features import FEATURES, random_steps, tfds_features
-from toy_rlds import make_rlds
+from helpers.oxe_features import FEATURES, random_steps, tfds_features
+from helpers.toy_rlds import make_rlds
 
 from spatialvla_jax.data.oxe import CATALOGUE, MIXTURES, NOT_IN_GRID_FIT, DatasetSpec, make_spec
 from spatialvla_jax.data.oxe.__main__ import table

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.toy_rlds import data_config, make_episodes, make_rlds
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from toy_rlds import data_config, make_episodes, make_rlds
 
 from spatialvla_jax.data import load_data, reader
 from spatialvla_jax.data.index import Faults, load_index

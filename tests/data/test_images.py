@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 import tensorflow as tf
+from helpers.toy_rlds import encode_image
 from PIL import Image
-from toy_rlds import encode_image
 
 from spatialvla_jax.data.images import decode_depth, decode_image, scale_intrinsics
 

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from toy_rlds import libero_features, make_episodes, make_rlds
+from helpers.toy_rlds import libero_features, make_episodes, make_rlds
 
 from spatialvla_jax.data.index import load_index
 from spatialvla_jax.data.oxe import CATALOGUE, DatasetSpec

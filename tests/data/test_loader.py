@@ -4,10 +4,10 @@ import shutil
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from helpers.toy_rlds import INTRINSICS, data_config, make_episodes, make_rlds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
-from toy_rlds import INTRINSICS, data_config, make_episodes, make_rlds
 
 from spatialvla_jax.data import load_data
 from spatialvla_jax.data.images import decode_image

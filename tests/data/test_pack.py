@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
-from toy_rlds import data_config, make_episodes, make_rlds
+from helpers.toy_rlds import data_config, make_episodes, make_rlds
 
 from spatialvla_jax.cli import main
 from spatialvla_jax.config import check_resumable, load_config

@@ -5,7 +5,7 @@ import os
 
 import numpy as np
 import pytest
-from toy_rlds import data_config, make_episodes, make_rlds
+from helpers.toy_rlds import data_config, make_episodes, make_rlds
 
 from spatialvla_jax.data import load_data, reader
 from spatialvla_jax.errors import Fault, InputError

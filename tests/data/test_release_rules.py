@@ -11,8 +11,8 @@ import math
 
 import numpy as np
 import pytest
-from oxe_features import FEATURES, random_steps, tfds_features
-from toy_rlds import data_config, encode_image, make_rlds
+from helpers.oxe_features import FEATURES, random_steps, tfds_features
+from helpers.toy_rlds import data_config, encode_image, make_rlds
 
 from spatialvla_jax.data import load_data
 

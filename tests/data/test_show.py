@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.toy_rlds import data_config, make_episodes, make_rlds
 from PIL import Image
-from toy_rlds import data_config, make_episodes, make_rlds
 
 from spatialvla_jax.actions import fit_gaussians, gaussian_grid, linear_grid
 from spatialvla_jax.cli import main

@@ -2,7 +2,7 @@ import json
 
 import numpy as np
 import pytest
-from toy_rlds import data_config, make_episodes, make_rlds
+from helpers.toy_rlds import data_config, make_episodes, make_rlds
 
 from spatialvla_jax.actions import fit_gaussians
 from spatialvla_jax.cli import main

@@ -4,7 +4,7 @@ import sys
 import numpy as np
 import pytest
 import tensorflow as tf
-from toy_rlds import data_config, encode_image
+from helpers.toy_rlds import data_config, encode_image
 
 from spatialvla_jax.cli import main
 from spatialvla_jax.data import load_data

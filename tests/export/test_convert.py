@@ -6,8 +6,7 @@ from safetensors.numpy import load_file
 
 from spatialvla_jax.checkpoints import load_pretrained, read_checkpoint, write_huggingface
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.export import convert
-from spatialvla_jax.export.convert import equal
+from spatialvla_jax.export.convert import convert, equal
 
 
 def test_published_to_orbax_and_back(checkpoint, tmp_path):

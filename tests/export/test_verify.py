@@ -4,11 +4,10 @@ from dataclasses import replace
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from spatialvla_jax.checkpoints import load as formats
 from spatialvla_jax.checkpoints import write_huggingface, write_orbax
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.export import VerificationError, convert, verify
-from spatialvla_jax.export.verify import table
+from spatialvla_jax.export.convert import convert
+from spatialvla_jax.export.verify import VerificationError, table, verify
 
 
 @pytest.fixture
@@ -33,9 +32,9 @@ def test_convert_says_why_it_did_not_verify(run, tmp_path, monkeypatch):
 
     assert why("a", to="pytorch", verify=False) == "not asked for"
     assert "bytes were read back" in why("b.npz", to="big_vision", verify=True)
-    monkeypatch.setattr(formats, "VERIFIED_BY_DEFAULT", 1000)
+    monkeypatch.setattr("spatialvla_jax.export.convert.VERIFIED_BY_DEFAULT", 1000)
     assert re.match(r"[\d,]+ parameters are more than 1,000, so", why("c", to="pytorch"))
-    monkeypatch.setattr(formats, "available", lambda: False)
+    monkeypatch.setattr("spatialvla_jax.export.convert.available", lambda: False)
     assert "pip install 'spatialvla-jax[torch]'" in why("d", to="pytorch")
     with pytest.raises(InputError, match="cannot be verified: PyTorch is not installed"):
         why("e", to="pytorch", verify=True)

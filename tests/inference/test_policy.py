@@ -9,7 +9,7 @@ from spatialvla_jax.actions import decode, encode
 from spatialvla_jax.config import load_config
 from spatialvla_jax.data.statistics import unnormalize
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.export import convert
+from spatialvla_jax.export.convert import convert
 from spatialvla_jax.training.loop import open_data
 
 

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from helpers.zoe_reference import TINY, layer_params, published_names, random_hf_model, randomise, zoedepth_params
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import BeitConfig as HfBeitConfig
 from transformers.models.beit.modeling_beit import BeitLayer as HfLayer
 from transformers.models.beit.modeling_beit import BeitRelativePositionBias as HfBias
-from zoe_reference import TINY, layer_params, published_names, random_hf_model, randomise, zoedepth_params
 
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.models.beit import (

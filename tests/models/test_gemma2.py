@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
+from helpers.torch_reference import our_params, randomise
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch_reference import our_params, randomise
 
 from spatialvla_jax.checkpoints.mapping import TABLE, Rule, gemma2
 from spatialvla_jax.models.attention import prefix_lm_mask

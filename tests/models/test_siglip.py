@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from helpers.torch_reference import our_params, randomise
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch_reference import our_params, randomise
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from spatialvla_jax.checkpoints.mapping import siglip

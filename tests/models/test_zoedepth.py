@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from helpers.zoe_reference import TINY, hf_config, published_names, random_hf_model, zoedepth_params
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 from transformers import ZoeDepthForDepthEstimation
-from zoe_reference import TINY, hf_config, published_names, random_hf_model, zoedepth_params
 
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.models.zoedepth import ZoeDepth, ZoeDepthConfig, estimate_depth, zoedepth_input

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from helpers.toy_rlds import make_episodes, make_rlds
 from jax.experimental.compilation_cache import compilation_cache
-from toy_rlds import make_episodes, make_rlds
 
 from spatialvla_jax.actions import adapt_embeddings, uniform_grid
 from spatialvla_jax.cli import main

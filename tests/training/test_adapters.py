@@ -16,7 +16,7 @@ from spatialvla_jax.checkpoints.peft import read_adapters
 from spatialvla_jax.cli import main
 from spatialvla_jax.config import train_config_of
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.export import convert
+from spatialvla_jax.export.convert import convert
 from spatialvla_jax.inference.policy import Policy
 from spatialvla_jax.models.lora import is_linear
 from spatialvla_jax.training.loop import open_data, train

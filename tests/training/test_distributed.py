@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from processes import Run, Server
+from helpers.processes import Run, Server
 
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.training.distributed import join

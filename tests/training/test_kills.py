@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from processes import Run, Server
+from helpers.processes import Run, Server
 
 from spatialvla_jax.checkpoints import load_pretrained
 from spatialvla_jax.checkpoints.orbax import step_directory

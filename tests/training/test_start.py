@@ -12,7 +12,7 @@ from spatialvla_jax.checkpoints.mapping import flatten
 from spatialvla_jax.checkpoints.regrid import adapt_checkpoint
 from spatialvla_jax.config import check_post_training, default_config, load_config
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.export import convert
+from spatialvla_jax.export.convert import convert
 from spatialvla_jax.training.loop import open_data, train
 from spatialvla_jax.training.program import make_model
 from spatialvla_jax.training.start import make_processor, open_start, starting_params

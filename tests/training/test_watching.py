@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from processes import Server
+from helpers.processes import Server
 
 from spatialvla_jax.checkpoints.orbax import read_orbax
 from spatialvla_jax.cli import step_range

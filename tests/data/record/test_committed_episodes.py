@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from record_geometry import unproject
+from helpers.record_geometry import unproject
 
 DIRECTORY = Path(__file__).parents[3] / "data/libero_spatial_demo/1.0.0"
 

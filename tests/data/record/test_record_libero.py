@@ -7,8 +7,8 @@ from functools import partial
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from helpers.record_geometry import unproject
 from PIL import Image
-from record_geometry import unproject
 
 from spatialvla_jax.data.record import libero
 from spatialvla_jax.data.record.libero import (

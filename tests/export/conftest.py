@@ -1,0 +1,1 @@
+from helpers.checkpoints import checkpoint, golden, processor  # noqa: F401
