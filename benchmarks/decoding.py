@@ -21,7 +21,7 @@ import numpy as np
 from spatialvla_jax.config import train_config_of
 from spatialvla_jax.data import Loader
 from spatialvla_jax.evaluation.open_loop import predict
-from spatialvla_jax.inference.ensemble import shift
+from spatialvla_jax.inference.action_chunking import shift
 from spatialvla_jax.inference.policy import Policy
 from spatialvla_jax.training.loop import open_data
 

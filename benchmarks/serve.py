@@ -37,7 +37,7 @@ from websockets.asyncio.client import connect as connect_async
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
-from spatialvla_jax.inference.wire import pack, unpack
+from spatialvla_jax.serving.protocol import pack, unpack
 
 SIZE = (120, 160)  # of the images
 SLOW = 16  # clients that hold half a message, at any time
@@ -82,10 +82,10 @@ def random_checkpoint(path: Path, name: str) -> Path:
 
     from spatialvla_jax.actions import PRETRAIN_GAUSSIANS, gaussian_grid
     from spatialvla_jax.checkpoints import Checkpoint, write_huggingface
-    from spatialvla_jax.data.prompt import train_tokenizer
     from spatialvla_jax.data.statistics import action_statistics
     from spatialvla_jax.models import SpatialVLA, preset
     from spatialvla_jax.processor import Processor
+    from spatialvla_jax.text import train_tokenizer
     from spatialvla_jax.training.state import init_params
 
     grid = gaussian_grid(PRETRAIN_GAUSSIANS)

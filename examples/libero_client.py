@@ -12,7 +12,7 @@ import argparse
 import numpy as np
 
 from spatialvla_jax.data.record.libero import camera, frame, set_up_worker, simulate
-from spatialvla_jax.inference.client import Agent, Client
+from spatialvla_jax.serving.client import Agent, Client
 
 STEPS, SIZE = 220, 128
 

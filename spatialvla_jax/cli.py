@@ -360,8 +360,8 @@ def grid_actions_arguments(parser: argparse.ArgumentParser, default: str) -> Non
 
 def run_train(args: argparse.Namespace) -> None:
     from spatialvla_jax.config import load_config
-    from spatialvla_jax.training.distributed import is_writer, join
     from spatialvla_jax.training.loop import train
+    from spatialvla_jax.utils.distributed import is_writer, join
 
     config = load_config(args.config, args.overrides)
     if args.coordinator:
@@ -386,7 +386,7 @@ def run_sweep(args: argparse.Namespace) -> None:
     from spatialvla_jax.sweep.plan import load_sweep
     from spatialvla_jax.sweep.report import write_report
     from spatialvla_jax.sweep.run import FAILED, FINISHED, launch, prepare, run_here, run_parallel
-    from spatialvla_jax.training.distributed import is_writer, join
+    from spatialvla_jax.utils.distributed import is_writer, join
 
     if args.config is None or args.workdir is None:
         raise InputError("a sweep needs --config FILE and --workdir DIR; `sweep report DIR` only writes its report")
@@ -476,12 +476,12 @@ def run_serve(args: argparse.Namespace) -> None:
     import asyncio
     import logging
 
-    from spatialvla_jax.compiled import share_compilations
-    from spatialvla_jax.heaps import limit_heaps
     from spatialvla_jax.inference.policy import Policy
+    from spatialvla_jax.utils.compilation_cache import share_compilations
+    from spatialvla_jax.utils.malloc import limit_heaps
 
     try:
-        from spatialvla_jax.inference.server import Limits, Server, run
+        from spatialvla_jax.serving.server import Limits, Server, run
     except ModuleNotFoundError as error:
         raise InputError(f"{error.name} is not installed: pip install 'spatialvla-jax[serve]'") from None
 
@@ -514,8 +514,8 @@ def run_closed_loop(args: argparse.Namespace) -> None:
 
     from spatialvla_jax.checkpoints import fingerprint
     from spatialvla_jax.evaluation import closed_loop, libero
-    from spatialvla_jax.inference.client import Client
     from spatialvla_jax.inference.policy import Policy
+    from spatialvla_jax.serving.client import Client
 
     if (args.checkpoint is None) == (args.server is None):
         raise InputError("closed loop evaluates either --checkpoint or --server")

@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from spatialvla_jax.actions import ActionGrid, LinearGrid, grid_from_dict, grid_to_dict
-from spatialvla_jax.data.prompt import Tokenizer
 from spatialvla_jax.models.beit import BeitConfig
 from spatialvla_jax.models.gemma2 import Gemma2Config
 from spatialvla_jax.models.siglip import SiglipConfig
 from spatialvla_jax.models.spatialvla import SpatialVLAConfig
 from spatialvla_jax.models.zoedepth import ZoeDepthConfig
+from spatialvla_jax.text import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from spatialvla_jax.heaps import limit_heaps
+from spatialvla_jax.utils.malloc import limit_heaps
 
 # The one camera that the published release ships, for datasets whose camera is unknown; pixels of a 640x480 image.
 DEFAULT_INTRINSICS = ((623.588, 0.0, 319.501), (0.0, 623.588, 239.545), (0.0, 0.0, 1.0))

@@ -16,10 +16,10 @@ from spatialvla_jax.data.entries import make_entries
 from spatialvla_jax.data.images import scale_intrinsics
 from spatialvla_jax.data.index import Index
 from spatialvla_jax.data.pack import Packed
-from spatialvla_jax.data.prompt import Tokenizer, train_tokenizer
 from spatialvla_jax.data.reader import Rlds, Samples, Source, Split
 from spatialvla_jax.data.statistics import normalize
 from spatialvla_jax.errors import InputError
+from spatialvla_jax.text import Tokenizer, train_tokenizer
 
 Batch = dict[str, np.ndarray]
 _STATISTICS_ROWS = ("q01", "q99", "min", "max", "mask")

@@ -23,9 +23,9 @@ import numpy as np
 from spatialvla_jax.data.entries import Entry
 from spatialvla_jax.data.index import Index
 from spatialvla_jax.data.oxe import make_spec
-from spatialvla_jax.data.prompt import Tokenizer
 from spatialvla_jax.data.reader import Samples, Split
 from spatialvla_jax.errors import InputError
+from spatialvla_jax.text import Tokenizer
 
 MAGIC, VERSION, ALIGNMENT = b"SVLAPACK", 2, 4096  # version 1 is the same with a frame for every action
 _PREFIX = struct.Struct("<8sII32s")

@@ -25,8 +25,8 @@ import numpy as np
 from jaxtyping import Float
 
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.inference.client import Client
-from spatialvla_jax.inference.ensemble import executor
+from spatialvla_jax.inference.action_chunking import executor
+from spatialvla_jax.serving.client import Client
 
 ATTEMPTS = 3  # of an episode whose environment crashes or hangs; then it has failed
 PATIENCE = 10  # faults beyond the number of finished episodes, before the run ends: something is wrong with all

@@ -18,7 +18,7 @@ from jaxtyping import Float, UInt8
 from scipy.spatial.transform import Rotation
 
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.inference.ensemble import recent
+from spatialvla_jax.inference.action_chunking import recent
 
 # The dataset whose units a robot's actions have, as the released checkpoints name it.
 UNNORM_KEYS = {"widowx_bridge": "bridge_orig/1.0.0", "google_robot": "fractal20220817_data/0.1.0"}

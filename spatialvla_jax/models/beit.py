@@ -11,8 +11,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from spatialvla_jax.errors import InputError
+from spatialvla_jax.models.activation_sharding import split_batch
 from spatialvla_jax.models.attention import attend_fully
-from spatialvla_jax.models.partition import split_batch
 from spatialvla_jax.models.resize import resize_bilinear
 from spatialvla_jax.models.siglip import multiply_patches
 

@@ -24,7 +24,7 @@ from jax.experimental.pallas import triton
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
-from spatialvla_jax.models.partition import BATCH_AXES, batch_splits
+from spatialvla_jax.models.activation_sharding import BATCH_AXES, batch_splits
 
 # What the forward kernel gives and the backward ones need; `models.remat` keeps them.
 SAVED = ("fused_attention_out", "fused_attention_z")

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from spatialvla_jax.models.activation_sharding import split_batch
 from spatialvla_jax.models.attention import attend, rotary, rotary_angles
-from spatialvla_jax.models.partition import split_batch
 from spatialvla_jax.models.remat import rematerialise
 
 

@@ -9,8 +9,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from spatialvla_jax.models.activation_sharding import split_batch
 from spatialvla_jax.models.attention import attend_fully
-from spatialvla_jax.models.partition import split_batch
 from spatialvla_jax.models.remat import rematerialise
 
 

@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from spatialvla_jax.models.activation_sharding import split_batch
 from spatialvla_jax.models.attention import positions_of, prefix_lm_mask
 from spatialvla_jax.models.ego3d import Ego3D
 from spatialvla_jax.models.gemma2 import Gemma2, Gemma2Config
-from spatialvla_jax.models.partition import split_batch
 from spatialvla_jax.models.siglip import Siglip, SiglipConfig
 from spatialvla_jax.models.zoedepth import ZoeDepth, ZoeDepthConfig, estimate_depth
 

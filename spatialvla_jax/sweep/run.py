@@ -31,7 +31,6 @@ from tqdm import tqdm
 
 from spatialvla_jax.actions import ActionGrid, adapt_embeddings, encode, grid_to_dict
 from spatialvla_jax.checkpoints import read_checkpoint
-from spatialvla_jax.compiled import share_compilations
 from spatialvla_jax.config import check_resumable
 from spatialvla_jax.data.pack import packed_digest
 from spatialvla_jax.errors import InputError
@@ -39,9 +38,10 @@ from spatialvla_jax.evaluation.open_loop import evaluate
 from spatialvla_jax.grid_tools import describe_grid, save_grid
 from spatialvla_jax.inference.policy import Policy
 from spatialvla_jax.sweep.plan import Sweep, Trial
-from spatialvla_jax.training.distributed import is_writer
 from spatialvla_jax.training.loop import open_data, train, write_json
 from spatialvla_jax.training.metrics import read_metrics
+from spatialvla_jax.utils.compilation_cache import share_compilations
+from spatialvla_jax.utils.distributed import is_writer
 
 FINISHED, FAILED, STOPPED, ELSEWHERE = "finished", "failed", "stopped", "being run by another process"
 SHOWN = 4000  # actions of the data that are kept for the report's drawings

@@ -17,13 +17,12 @@ from tqdm import tqdm
 
 from spatialvla_jax.config import check_post_training, check_resumable
 from spatialvla_jax.data import Loader, load_data
-from spatialvla_jax.data.prompt import Tokenizer
 from spatialvla_jax.data.stats_pipeline import load_stats
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.models import preset
 from spatialvla_jax.processor import Processor, model_to_dict
+from spatialvla_jax.text import Tokenizer
 from spatialvla_jax.training.checkpoint import FOLDER, Checkpoints
-from spatialvla_jax.training.distributed import Preemption, is_writer
 from spatialvla_jax.training.metrics import Clock, MetricsLog, check_wandb, peak, rates, scalars
 from spatialvla_jax.training.optimizer import make_optimizer, split_frozen, swap_average, update_norms
 from spatialvla_jax.training.program import frozen_patterns, jit_train_step, lora_scale, make_model
@@ -32,6 +31,7 @@ from spatialvla_jax.training.start import check_same, make_processor, open_start
 from spatialvla_jax.training.state import TrainState, init_state
 from spatialvla_jax.training.step import make_eval_step
 from spatialvla_jax.training.topology import model_flops
+from spatialvla_jax.utils.distributed import Preemption, is_writer
 
 FINISHED = "finished"  # of a run's directory: the file that stands for its last step
 

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from spatialvla_jax.errors import InputError, StorageError
-from spatialvla_jax.training.distributed import is_writer
+from spatialvla_jax.utils.distributed import is_writer
 
 # Dense bf16 FLOP/s of one device, by what its name has in it, first match (the vendors' data sheets).
 PEAKS = (

@@ -16,8 +16,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from spatialvla_jax.errors import InputError
+from spatialvla_jax.models.activation_sharding import BATCH_AXES
 from spatialvla_jax.models.lora import ADAPTERS, axes_of
-from spatialvla_jax.models.partition import BATCH_AXES
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(BATCH_AXES)

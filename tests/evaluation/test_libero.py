@@ -20,7 +20,7 @@ from spatialvla_jax.data.record import libero as record
 from spatialvla_jax.data.record.libero import in_processes
 from spatialvla_jax.evaluation import libero
 from spatialvla_jax.evaluation.closed_loop import Episode, Settings, rollouts
-from spatialvla_jax.inference.wire import pack, unpack
+from spatialvla_jax.serving.protocol import pack, unpack
 
 EPISODE = Episode("libero_goal", 4, 7, 3)
 INTRINSICS = np.array([[9, 0, 2], [0, 9, 2], [0, 0, 1]], np.float32)

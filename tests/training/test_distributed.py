@@ -10,8 +10,8 @@ import pytest
 from helpers.processes import Run, Server
 
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.training.distributed import join
 from spatialvla_jax.training.metrics import read_metrics
+from spatialvla_jax.utils.distributed import join
 
 ARGUMENTS = ("--config.train.steps=24", "--config.train.eval_every=24", "--config.checkpoint.every=1000")
 

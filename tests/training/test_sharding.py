@@ -12,7 +12,7 @@ from spatialvla_jax.actions import PRETRAIN_GAUSSIANS, gaussian_grid
 from spatialvla_jax.config import default_config
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.models import SpatialVLA, preset
-from spatialvla_jax.models.partition import split_batch
+from spatialvla_jax.models.activation_sharding import split_batch
 from spatialvla_jax.training.augment import Augmentation
 from spatialvla_jax.training.optimizer import learning_rate, make_optimizer
 from spatialvla_jax.training.sharding import BATCH, cast_split, check_batch, make_mesh, on_mesh, param_shardings

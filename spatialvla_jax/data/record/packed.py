@@ -11,9 +11,9 @@ from spatialvla_jax.data.index import Index
 from spatialvla_jax.data.oxe import CATALOGUE
 from spatialvla_jax.data.oxe.operations import apply_operations
 from spatialvla_jax.data.pack import write_pack
-from spatialvla_jax.data.prompt import train_tokenizer
 from spatialvla_jax.data.statistics import action_statistics
 from spatialvla_jax.errors import InputError
+from spatialvla_jax.text import train_tokenizer
 
 SPEC = "libero"  # the catalogue's entry for what `record` writes
 VOCABULARY = 256  # of the tokenizer, at most

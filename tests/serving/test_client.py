@@ -8,8 +8,8 @@ import pytest
 from websockets.sync.server import serve
 
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.inference.client import Agent, Client
-from spatialvla_jax.inference.wire import pack, unpack
+from spatialvla_jax.serving.client import Agent, Client
+from spatialvla_jax.serving.protocol import pack, unpack
 
 METADATA = {"unnorm_keys": [f"dataset_{i}" for i in range(40)], "needs_depth": True, "action_chunk": 2}
 
@@ -68,7 +68,7 @@ def test_a_client_sends_and_gets_arrays(address: str) -> None:
 
 
 def test_numpys_numbers_as_openpi_sends_them() -> None:
-    from spatialvla_jax.inference.client import _array
+    from spatialvla_jax.serving.client import _array
 
     sent = msgpack.packb({"ms": {b"__npgeneric__": True, b"data": 2.5, b"dtype": "<f8"}})
     assert msgpack.unpackb(sent, object_hook=_array, strict_map_key=False) == {"ms": 2.5}

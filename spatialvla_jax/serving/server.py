@@ -31,9 +31,9 @@ from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.inference.ensemble import Executor, executor, shift
+from spatialvla_jax.inference.action_chunking import Executor, executor, shift
 from spatialvla_jax.inference.policy import BATCH_SIZES, PROMPT_STEP, Policy
-from spatialvla_jax.inference.wire import KEYS, LIMITS, Limits, check, pack, unpack
+from spatialvla_jax.serving.protocol import KEYS, LIMITS, Limits, check, pack, unpack
 
 log = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.inference.ensemble import Executor, adaptive, combine, executor, newest, recent
+from spatialvla_jax.inference.action_chunking import Executor, adaptive, combine, executor, newest, recent
 
 NUMBERS = st.floats(-2, 2, width=32)
 WEIGHS = st.sampled_from([newest, adaptive, recent])

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spatialvla_jax.data.prompt import BOS, UNKNOWN, Tokenizer, train_tokenizer
 from spatialvla_jax.errors import InputError
+from spatialvla_jax.text import BOS, UNKNOWN, Tokenizer, train_tokenizer
 
 INSTRUCTIONS = ["Pick up the black bowl and place it on the plate", "open the top drawer", "put the bowl on the stove"]
 TOKENIZER = train_tokenizer(INSTRUCTIONS, 128)

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 import numpy as np
 from spatialvla_jax import Policy
-from spatialvla_jax.compiled import share_compilations
+from spatialvla_jax.utils.compilation_cache import share_compilations
 
 share_compilations(Path(sys.argv[2]))
 image, depth = np.full((48, 64, 3), 90, np.uint8), np.ones((48, 64), np.float32)

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float
 
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.inference.ensemble import executor
+from spatialvla_jax.inference.action_chunking import executor
 
 
 class Agent:
@@ -61,7 +61,7 @@ class Client:
             raise InputError(f"there is no policy server at {address}: {error}") from error
 
     def infer(self, observation: dict[str, Any]) -> dict[str, Any]:
-        from spatialvla_jax.inference.wire import pack
+        from spatialvla_jax.serving.protocol import pack
 
         self.connection.send(pack(observation))
         return self._receive()

@@ -24,13 +24,14 @@ from openpi_client.action_chunk_broker import ActionChunkBroker
 from openpi_client.websocket_client_policy import WebsocketClientPolicy
 from websockets.sync.client import connect
 
-from spatialvla_jax import Policy, compiled, load_pretrained
+from spatialvla_jax import Policy, load_pretrained
 from spatialvla_jax.cli import main
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.inference.ensemble import executor
-from spatialvla_jax.inference.server import Batcher, Server, run
-from spatialvla_jax.inference.wire import Limits, check, pack, unpack
+from spatialvla_jax.inference.action_chunking import executor
 from spatialvla_jax.models import SpatialVLA
+from spatialvla_jax.serving.protocol import Limits, check, pack, unpack
+from spatialvla_jax.serving.server import Batcher, Server, run
+from spatialvla_jax.utils import compilation_cache as compiled
 
 ROOT = Path(__file__).parents[2]
 LIMITS = Limits(message_bytes=200_000, image_sizes=((48, 64),), clients=32, batch=2)
