@@ -137,7 +137,7 @@ def make_data(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def make_dataset(directory: Path, seed: int, frames: int, copies: int) -> None:
     """One dataset of `frames` frames, `copies` times over by hard links to its shards."""
-    from spatialvla_jax.data.trajectories import write_rlds
+    from spatialvla_jax.data.importers.tf_dataset import write_rlds
 
     work = directory.with_name(f".{directory.name}.{os.getpid()}") / directory.name
     try:

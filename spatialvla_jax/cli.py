@@ -589,7 +589,7 @@ def run_stats(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from spatialvla_jax.config import load_config
-    from spatialvla_jax.data.stats_pipeline import compute_stats, table
+    from spatialvla_jax.data.beam import compute_stats, table
 
     config = load_config(args.config, args.overrides).to_dict()
     with tqdm(unit="shard", desc="stats") as bar:
@@ -606,7 +606,7 @@ def run_stats(args: argparse.Namespace) -> None:
 
 def run_grid_fit(args: argparse.Namespace) -> None:
     from spatialvla_jax.config import load_config
-    from spatialvla_jax.data.stats_pipeline import load_stats, pooled
+    from spatialvla_jax.data.beam import load_stats, pooled
     from spatialvla_jax.grid_tools import describe_grid, fitted_datasets, make_grid, mixture_gaussians, save_grid
     from spatialvla_jax.training.loop import open_data
 
@@ -628,7 +628,7 @@ def grid_actions(args: argparse.Namespace) -> tuple[Any, str] | None:
     import numpy as np
 
     from spatialvla_jax.config import load_config
-    from spatialvla_jax.data.stats_pipeline import load_stats, pooled
+    from spatialvla_jax.data.beam import load_stats, pooled
     from spatialvla_jax.grid_tools import fitted_actions, fitted_datasets, sample_gaussians
     from spatialvla_jax.training.loop import open_data
 
@@ -743,7 +743,7 @@ def run_show(args: argparse.Namespace) -> None:
 def run_lerobot(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
-    from spatialvla_jax.data.lerobot import JPEG_QUALITY, convert_lerobot
+    from spatialvla_jax.data.importers.lerobot import JPEG_QUALITY, convert_lerobot
 
     with tqdm(unit="episode", desc="convert") as bar:
 
@@ -763,7 +763,7 @@ def run_lerobot(args: argparse.Namespace) -> None:
 def run_data_import(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
-    from spatialvla_jax.data.trajectories import trajectories_of, write_rlds
+    from spatialvla_jax.data.importers.tf_dataset import trajectories_of, write_rlds
 
     sys.path.insert(0, "")  # so that a module of the working directory is found
     with tqdm(unit="trajectory", desc="import") as bar:
@@ -783,9 +783,9 @@ def run_data_depth(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from spatialvla_jax.config import load_config
-    from spatialvla_jax.data.entries import make_entries
+    from spatialvla_jax.data.importers.add_depth import MAX_DEPTH
     from spatialvla_jax.data.oxe import CATALOGUE, make_spec
-    from spatialvla_jax.data.rewrite import MAX_DEPTH
+    from spatialvla_jax.data.resolve_datasets import make_entries
     from spatialvla_jax.models.presets import preset
     from spatialvla_jax.precompute_depth import precompute_depth
 

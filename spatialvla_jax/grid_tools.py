@@ -25,8 +25,8 @@ from spatialvla_jax.actions import (
 )
 from spatialvla_jax.actions.gaussian import RANGES
 from spatialvla_jax.data import Loader
+from spatialvla_jax.data.beam import load_stats, pooled
 from spatialvla_jax.data.statistics import normalize
-from spatialvla_jax.data.stats_pipeline import load_stats, pooled
 from spatialvla_jax.errors import InputError
 
 _BLOCK = 2**16  # actions tokenized at once

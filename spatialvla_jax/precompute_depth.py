@@ -25,8 +25,8 @@ from spatialvla_jax.checkpoints.huggingface import (
 )
 from spatialvla_jax.checkpoints.mapping import param_shapes
 from spatialvla_jax.checkpoints.types import Leaf, read_json
+from spatialvla_jax.data.importers.add_depth import Estimator, add_depth
 from spatialvla_jax.data.oxe import DatasetSpec
-from spatialvla_jax.data.rewrite import Estimator, add_depth
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.models.spatialvla import SpatialVLAConfig
 from spatialvla_jax.models.zoedepth import ZoeDepth, ZoeDepthConfig, estimate_depth

@@ -20,10 +20,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from spatialvla_jax.data.entries import Entry
 from spatialvla_jax.data.index import Index
 from spatialvla_jax.data.oxe import make_spec
 from spatialvla_jax.data.reader import Samples, Split
+from spatialvla_jax.data.resolve_datasets import Entry
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.text import Tokenizer
 

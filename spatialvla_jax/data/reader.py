@@ -23,9 +23,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from spatialvla_jax.data.entries import Entry
 from spatialvla_jax.data.images import decode_batches, decoder, tensorflow
 from spatialvla_jax.data.index import Faults, Index, load_index
+from spatialvla_jax.data.resolve_datasets import Entry
 from spatialvla_jax.errors import Fault, InputError
 
 # i64[B]: the frames of a step; the second argument counts how often some of them had to be drawn again.

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from spatialvla_jax.config import check_post_training, check_resumable
 from spatialvla_jax.data import Loader, load_data
-from spatialvla_jax.data.stats_pipeline import load_stats
+from spatialvla_jax.data.beam import load_stats
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.models import preset
 from spatialvla_jax.processor import Processor, model_to_dict

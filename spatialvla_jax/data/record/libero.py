@@ -26,9 +26,9 @@ import numpy as np
 from jaxtyping import Float, UInt8, UInt16
 from PIL import Image
 
+from spatialvla_jax.data.importers.rlds_writer import SPLITS, check_out, write_episodes
+from spatialvla_jax.data.pack_recording import check_file, write_packed
 from spatialvla_jax.data.record import expert
-from spatialvla_jax.data.record.packed import check_file, write_packed
-from spatialvla_jax.data.record.writer import SPLITS, check_out, write_episodes
 from spatialvla_jax.errors import InputError
 
 CAMERA = "agentview"

@@ -7,7 +7,7 @@ import pytest
 
 from spatialvla_jax.config import default_config
 from spatialvla_jax.data import load_data
-from spatialvla_jax.data.record.packed import check_file, write_packed
+from spatialvla_jax.data.pack_recording import check_file, write_packed
 from spatialvla_jax.data.statistics import normalize
 from spatialvla_jax.errors import InputError
 

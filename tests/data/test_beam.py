@@ -7,9 +7,10 @@ from helpers.toy_rlds import data_config, make_episodes, make_rlds
 from spatialvla_jax.actions import fit_gaussians
 from spatialvla_jax.cli import main
 from spatialvla_jax.config import load_config
-from spatialvla_jax.data import load_data, stats_pipeline
+from spatialvla_jax.data import beam as stats_pipeline
+from spatialvla_jax.data import load_data
+from spatialvla_jax.data.beam import compute_stats, load_stats, named_gaussians, pooled, table
 from spatialvla_jax.data.statistics import normalize
-from spatialvla_jax.data.stats_pipeline import compute_stats, load_stats, named_gaussians, pooled, table
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.training.loop import make_processor, open_data
 

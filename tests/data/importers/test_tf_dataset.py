@@ -9,7 +9,7 @@ from helpers.toy_rlds import data_config, encode_image
 from spatialvla_jax.cli import main
 from spatialvla_jax.data import load_data
 from spatialvla_jax.data.images import decode_image
-from spatialvla_jax.data.trajectories import trajectories_of, write_rlds
+from spatialvla_jax.data.importers.tf_dataset import trajectories_of, write_rlds
 from spatialvla_jax.errors import InputError
 
 SIZE = 16

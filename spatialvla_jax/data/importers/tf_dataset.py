@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from spatialvla_jax.data.images import tensorflow
-from spatialvla_jax.data.record.writer import VERSION, check_out
+from spatialvla_jax.data.importers.rlds_writer import VERSION, check_out
 from spatialvla_jax.errors import InputError
 
 _EPISODES_PER_SHARD = 64

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from spatialvla_jax.data.images import tensorflow
-from spatialvla_jax.data.record.writer import VERSION, check_out
+from spatialvla_jax.data.importers.rlds_writer import VERSION, check_out
 from spatialvla_jax.errors import InputError
 
 CODEBASE_VERSIONS = ("v2.0", "v2.1", "v3.0")

@@ -9,8 +9,8 @@ from helpers.toy_rlds import data_config, make_episodes, make_rlds
 
 from spatialvla_jax.config import load_config
 from spatialvla_jax.data import load_data
-from spatialvla_jax.data.entries import make_entries, newest_version
 from spatialvla_jax.data.oxe.mixtures import MIXTURES
+from spatialvla_jax.data.resolve_datasets import make_entries, newest_version
 from spatialvla_jax.errors import InputError
 
 SIZE = 16

@@ -13,8 +13,9 @@ import pytest
 from PIL import Image
 
 from spatialvla_jax.cli import main
-from spatialvla_jax.data import Loader, lerobot, load_data
-from spatialvla_jax.data.lerobot import convert_lerobot
+from spatialvla_jax.data import Loader, load_data
+from spatialvla_jax.data.importers import lerobot
+from spatialvla_jax.data.importers.lerobot import convert_lerobot
 from spatialvla_jax.errors import InputError
 
 FPS = 10

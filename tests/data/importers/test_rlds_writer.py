@@ -7,7 +7,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from spatialvla_jax.data.record.writer import write_episodes
+from spatialvla_jax.data.importers.rlds_writer import write_episodes
 from spatialvla_jax.errors import InputError
 
 SIZE = 16
