@@ -25,7 +25,8 @@ from spatialvla_jax.actions.gaussian import PRESET_BINS
 from spatialvla_jax.config import load_config
 from spatialvla_jax.data.statistics import normalize, unnormalize
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.evaluation import closed_loop, libero
+from spatialvla_jax.evaluation import closed_loop
+from spatialvla_jax.sim import libero_env as libero
 from spatialvla_jax.training.loop import open_data
 
 BINS = {130: (4, 8, 2, 4, 4, 4), 386: (6, 12, 4, 4, 4, 6), **PRESET_BINS}  # two more below the published ones

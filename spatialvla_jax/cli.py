@@ -513,9 +513,10 @@ def run_closed_loop(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from spatialvla_jax.checkpoints import fingerprint
-    from spatialvla_jax.evaluation import closed_loop, libero
+    from spatialvla_jax.evaluation import closed_loop
     from spatialvla_jax.inference.policy import Policy
     from spatialvla_jax.serving.client import Client
+    from spatialvla_jax.sim import libero_env as libero
 
     if (args.checkpoint is None) == (args.server is None):
         raise InputError("closed loop evaluates either --checkpoint or --server")

@@ -12,8 +12,9 @@ import pytest
 
 from spatialvla_jax.cli import main
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.evaluation import closed_loop, libero
+from spatialvla_jax.evaluation import closed_loop
 from spatialvla_jax.evaluation.closed_loop import Episode, Settings, evaluate, padded, rollouts, summary, table
+from spatialvla_jax.sim import libero_env as libero
 
 MAX_STEPS = {"toy": 12}
 EPISODES = [Episode("toy", task, number, seed) for seed in (0, 1) for number in (0, 1) for task in (0, 1, 2)]

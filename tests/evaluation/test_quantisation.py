@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.evaluation import libero
+from spatialvla_jax.sim import libero_env as libero
 
 SCRIPT = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks/quantisation.py"))
 

@@ -1,5 +1,5 @@
 """Demonstrations recorded in simulators with scripted experts."""
 
-from spatialvla_jax.data.record.libero import TaskReport, record_libero, render_motions
+from spatialvla_jax.sim.record_libero import TaskReport, record_libero, render_motions
 
 __all__ = ["TaskReport", "record_libero", "render_motions"]

@@ -10,8 +10,9 @@ import tensorflow_datasets as tfds
 from helpers.record_geometry import unproject
 from PIL import Image
 
-from spatialvla_jax.data.record import libero
-from spatialvla_jax.data.record.libero import (
+from spatialvla_jax.errors import InputError
+from spatialvla_jax.sim import record_libero as libero
+from spatialvla_jax.sim.record_libero import (
     Motion,
     deal,
     in_processes,
@@ -20,7 +21,6 @@ from spatialvla_jax.data.record.libero import (
     render_motions,
     save_motions,
 )
-from spatialvla_jax.errors import InputError
 
 
 @pytest.mark.parametrize(

@@ -16,11 +16,11 @@ from websockets.sync.server import serve
 from spatialvla_jax import Policy
 from spatialvla_jax.checkpoints import fingerprint
 from spatialvla_jax.cli import main
-from spatialvla_jax.data.record import libero as record
-from spatialvla_jax.data.record.libero import in_processes
-from spatialvla_jax.evaluation import libero
 from spatialvla_jax.evaluation.closed_loop import Episode, Settings, rollouts
 from spatialvla_jax.serving.protocol import pack, unpack
+from spatialvla_jax.sim import libero_env as libero
+from spatialvla_jax.sim import record_libero as record
+from spatialvla_jax.sim.record_libero import in_processes
 
 EPISODE = Episode("libero_goal", 4, 7, 3)
 INTRINSICS = np.array([[9, 0, 2], [0, 9, 2], [0, 0, 1]], np.float32)

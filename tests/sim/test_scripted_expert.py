@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spatialvla_jax.data.record import expert
-from spatialvla_jax.data.record.expert import Plan, Progress, Scene, act
-from spatialvla_jax.data.record.libero import PLANS
+from spatialvla_jax.sim import scripted_expert as expert
+from spatialvla_jax.sim.record_libero import PLANS
+from spatialvla_jax.sim.scripted_expert import Plan, Progress, Scene, act
 
 HOME = np.array([-0.2, 0.0, 1.17])
 angles = st.floats(-np.pi, np.pi)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.evaluation.simpler import UNNORM_KEYS, SimplerPolicy, area_resize
+from spatialvla_jax.sim.simpler_env import UNNORM_KEYS, SimplerPolicy, area_resize
 
 IMAGE = np.zeros((48, 64, 3), np.uint8)
 

@@ -6,8 +6,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from spatialvla_jax.data.record import expert
-from spatialvla_jax.data.record.libero import (
+from spatialvla_jax.errors import InputError
+from spatialvla_jax.evaluation.closed_loop import Episode
+from spatialvla_jax.sim import scripted_expert as expert
+from spatialvla_jax.sim.record_libero import (
     PLANS,
     camera,
     check_simulator,
@@ -17,8 +19,6 @@ from spatialvla_jax.data.record.libero import (
     set_up_worker,
     simulate,
 )
-from spatialvla_jax.errors import InputError
-from spatialvla_jax.evaluation.closed_loop import Episode
 
 # Steps of an episode: OpenVLA's, from the longest demonstration of each suite, with which the published numbers were
 # made (LIBERO's own training scripts allow 600 for all).

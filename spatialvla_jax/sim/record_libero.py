@@ -28,8 +28,8 @@ from PIL import Image
 
 from spatialvla_jax.data.importers.rlds_writer import SPLITS, check_out, write_episodes
 from spatialvla_jax.data.pack_recording import check_file, write_packed
-from spatialvla_jax.data.record import expert
 from spatialvla_jax.errors import InputError
+from spatialvla_jax.sim import scripted_expert as expert
 
 CAMERA = "agentview"
 JPEG_QUALITY = 85
