@@ -383,8 +383,8 @@ def run_sweep(args: argparse.Namespace) -> None:
 
     from tqdm import tqdm
 
+    from spatialvla_jax.reports.sweep import write_report
     from spatialvla_jax.sweep.plan import load_sweep
-    from spatialvla_jax.sweep.report import write_report
     from spatialvla_jax.sweep.run import FAILED, FINISHED, launch, prepare, run_here, run_parallel
     from spatialvla_jax.utils.distributed import is_writer, join
 
@@ -422,7 +422,7 @@ def run_sweep(args: argparse.Namespace) -> None:
 
 
 def run_sweep_report(args: argparse.Namespace) -> None:
-    from spatialvla_jax.sweep.report import write_report
+    from spatialvla_jax.reports.sweep import write_report
 
     print(write_report(args.dir))
 
@@ -432,7 +432,7 @@ def run_compile(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from spatialvla_jax.config import load_config
-    from spatialvla_jax.training.topology import compile_for, line, parse_topology, table
+    from spatialvla_jax.planning.tpu_plan import compile_for, line, parse_topology, table
 
     jax.config.update("jax_platforms", "cpu")  # there may be no TPU, and none is used
     topology = parse_topology(args.topology, args.slices)
@@ -647,9 +647,9 @@ def grid_actions(args: argparse.Namespace) -> tuple[Any, str] | None:
 
 
 def run_grid_show(args: argparse.Namespace) -> None:
-    from spatialvla_jax import figures
     from spatialvla_jax.actions import ActionGrid
     from spatialvla_jax.grid_tools import load_grid, sample_actions
+    from spatialvla_jax.reports import figures
 
     grid = load_grid(args.grid)
     actions, source = grid_actions(args) or (sample_actions(grid), "samples of the grid")
@@ -724,8 +724,8 @@ def run_show(args: argparse.Namespace) -> None:
 
     from spatialvla_jax.config import load_config
     from spatialvla_jax.data import load_data
-    from spatialvla_jax.data.show import IMAGE_SIZE, write_page
     from spatialvla_jax.models.presets import preset
+    from spatialvla_jax.reports.mixture import IMAGE_SIZE, write_page
     from spatialvla_jax.training.loop import make_processor, shard_progress
 
     config: Any = load_config(args.config, args.overrides)

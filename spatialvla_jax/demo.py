@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from spatialvla_jax import figures
 from spatialvla_jax.actions import ActionGrid
 from spatialvla_jax.checkpoints import load_pretrained
 from spatialvla_jax.checkpoints.mapping import param_shapes
@@ -25,6 +24,7 @@ from spatialvla_jax.evaluation.open_loop import evaluate, predict, table
 from spatialvla_jax.export.convert import convert
 from spatialvla_jax.export.verify import table as verification_table
 from spatialvla_jax.inference.policy import Policy
+from spatialvla_jax.reports import figures
 from spatialvla_jax.training.loop import open_data, write_json
 from spatialvla_jax.training.metrics import read_metrics
 

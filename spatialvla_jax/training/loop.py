@@ -20,6 +20,7 @@ from spatialvla_jax.data import Loader, load_data
 from spatialvla_jax.data.beam import load_stats
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.models import preset
+from spatialvla_jax.planning.tpu_plan import model_flops
 from spatialvla_jax.processor import Processor, model_to_dict
 from spatialvla_jax.text import Tokenizer
 from spatialvla_jax.training.checkpoint import FOLDER, Checkpoints
@@ -30,7 +31,6 @@ from spatialvla_jax.training.sharding import BATCH, check_batch, make_mesh, on_m
 from spatialvla_jax.training.start import check_same, make_processor, open_start, starting_params
 from spatialvla_jax.training.state import TrainState, init_state
 from spatialvla_jax.training.step import make_eval_step
-from spatialvla_jax.training.topology import model_flops
 from spatialvla_jax.utils.distributed import Preemption, is_writer
 
 FINISHED = "finished"  # of a run's directory: the file that stands for its last step

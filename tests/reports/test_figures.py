@@ -9,8 +9,8 @@ import pytest
 from matplotlib.colors import to_rgb
 from PIL import Image
 
-from spatialvla_jax import figures
 from spatialvla_jax.actions import fit_gaussians, gaussian_grid, uniform_grid
+from spatialvla_jax.reports import figures
 
 
 def read(path) -> np.ndarray:
@@ -110,5 +110,5 @@ def test_no_global_state(tmp_path):
     before = dict(matplotlib.rcParams)
     figures.loss_curve(tmp_path / "loss.png", records("loss"))
     assert dict(matplotlib.rcParams) == before
-    script = "import sys, spatialvla_jax.figures; sys.exit('matplotlib.pyplot' in sys.modules)"
+    script = "import sys, spatialvla_jax.reports.figures; sys.exit('matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

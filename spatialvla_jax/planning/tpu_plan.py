@@ -28,6 +28,7 @@ from spatialvla_jax.data.oxe import MIXTURES
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.grid_tools import make_grid
 from spatialvla_jax.models.lora import merge_adapters
+from spatialvla_jax.planning.hlo_cost import CHIPS, GB, Chip, product_flops, read_program
 from spatialvla_jax.training.optimizer import make_optimizer, merge, split_frozen
 from spatialvla_jax.training.program import (
     abstract_batch,
@@ -37,7 +38,6 @@ from spatialvla_jax.training.program import (
     lora_scale,
     make_model,
 )
-from spatialvla_jax.training.roofline import CHIPS, GB, Chip, product_flops, read_program
 from spatialvla_jax.training.sharding import AXES, check_batch, make_mesh
 from spatialvla_jax.training.state import abstract_state
 from spatialvla_jax.training.step import loss_and_metrics, prepare

@@ -14,7 +14,7 @@ from PIL import Image
 from spatialvla_jax.actions import fit_gaussians, gaussian_grid, linear_grid
 from spatialvla_jax.cli import main
 from spatialvla_jax.data import Loader, load_data
-from spatialvla_jax.data.show import EPISODES, IMAGE_SIZE, write_page
+from spatialvla_jax.reports.mixture import EPISODES, IMAGE_SIZE, write_page
 
 HOSTILE = "<script>alert('x')</script> & \"quotes\" </figure>"
 VOID = {"meta", "img"}
@@ -152,7 +152,7 @@ def test_same_seed_same_bytes(loader: Loader, tmp_path: Path) -> None:
 
 def test_size_is_bounded(loader: Loader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The toy images are noise, the worst there is for JPEG: still they keep to what 28 datasets leave for each."""
-    from spatialvla_jax.data import show
+    from spatialvla_jax.reports import mixture as show
 
     monkeypatch.setattr(show, "IMAGE_BYTES", 2 * 3_000_000 // 28)
     write_page(tmp_path / "page.html", loader, linear_grid(), title="toy")

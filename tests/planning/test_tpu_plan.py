@@ -18,10 +18,9 @@ from spatialvla_jax.cli import main
 from spatialvla_jax.config import default_config, load_config
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.grid_tools import make_grid
-from spatialvla_jax.training import topology as topology_module
-from spatialvla_jax.training.roofline import product_flops, read_program, replica_groups, valid_places
-from spatialvla_jax.training.sharding import make_mesh
-from spatialvla_jax.training.topology import (
+from spatialvla_jax.planning import tpu_plan as topology_module
+from spatialvla_jax.planning.hlo_cost import product_flops, read_program, replica_groups, valid_places
+from spatialvla_jax.planning.tpu_plan import (
     Plan,
     Topology,
     advise,
@@ -35,6 +34,7 @@ from spatialvla_jax.training.topology import (
     search,
     smaller,
 )
+from spatialvla_jax.training.sharding import make_mesh
 
 CONFIG = """
 from spatialvla_jax.config import default_config

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spatialvla_jax import figures
 from spatialvla_jax.actions import fit_gaussians, gaussian_grid, linear_grid, uniform_grid
 from spatialvla_jax.cli import main
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.figures import _mean_error
 from spatialvla_jax.grid_tools import save_grid
-from spatialvla_jax.sweep.report import draw, write_report
+from spatialvla_jax.reports import figures
+from spatialvla_jax.reports.figures import _mean_error
+from spatialvla_jax.reports.sweep import draw, write_report
 from spatialvla_jax.sweep.run import save_arrays
 
 AXES = {"grid": ["fine", "coarse", "<linear>"], "ego3d": ["on", "off"]}
