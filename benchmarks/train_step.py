@@ -29,7 +29,7 @@ from spatialvla_jax.models.remat import POLICIES
 from spatialvla_jax.planning.tpu_plan import held, model_flops
 from spatialvla_jax.training.metrics import peak
 from spatialvla_jax.training.optimizer import make_optimizer
-from spatialvla_jax.training.program import abstract_params, frozen_patterns, jit_train_step, make_model
+from spatialvla_jax.training.setup import abstract_params, frozen_patterns, jit_train_step, make_model
 from spatialvla_jax.training.sharding import BATCH, check_batch, make_mesh
 from spatialvla_jax.training.state import abstract_state, init_state
 

@@ -854,7 +854,7 @@ def run_data_pack(args: argparse.Namespace) -> None:
 
 
 def run_demo(args: argparse.Namespace) -> None:
-    from spatialvla_jax.demo import run
+    from spatialvla_jax.cli.demo import run
 
     run(args.config, args.workdir, args.overrides)
 

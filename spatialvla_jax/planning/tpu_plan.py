@@ -30,7 +30,7 @@ from spatialvla_jax.grid_tools import make_grid
 from spatialvla_jax.models.lora import merge_adapters
 from spatialvla_jax.planning.hlo_cost import CHIPS, GB, Chip, product_flops, read_program
 from spatialvla_jax.training.optimizer import make_optimizer, merge, split_frozen
-from spatialvla_jax.training.program import (
+from spatialvla_jax.training.setup import (
     abstract_batch,
     abstract_params,
     frozen_patterns,

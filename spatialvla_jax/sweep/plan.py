@@ -48,7 +48,7 @@ from spatialvla_jax.errors import InputError
 from spatialvla_jax.models.lora import adapter_shapes
 from spatialvla_jax.models.presets import CHOICES as MODEL_CHOICES
 from spatialvla_jax.training.optimizer import make_optimizer, split_frozen
-from spatialvla_jax.training.program import frozen_patterns, lora_targets, make_model
+from spatialvla_jax.training.setup import frozen_patterns, lora_targets, make_model
 
 KEYS = ("base", "axes", "seeds", "keep_checkpoints")
 CHOICES = {

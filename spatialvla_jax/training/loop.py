@@ -23,12 +23,12 @@ from spatialvla_jax.models import preset
 from spatialvla_jax.planning.tpu_plan import model_flops
 from spatialvla_jax.processor import Processor, model_to_dict
 from spatialvla_jax.text import Tokenizer
-from spatialvla_jax.training.checkpoint import FOLDER, Checkpoints
+from spatialvla_jax.training.init_from import check_same, make_processor, open_start, starting_params
 from spatialvla_jax.training.metrics import Clock, MetricsLog, check_wandb, peak, rates, scalars
 from spatialvla_jax.training.optimizer import make_optimizer, split_frozen, swap_average, update_norms
-from spatialvla_jax.training.program import frozen_patterns, jit_train_step, lora_scale, make_model
+from spatialvla_jax.training.saving import FOLDER, Checkpoints
+from spatialvla_jax.training.setup import frozen_patterns, jit_train_step, lora_scale, make_model
 from spatialvla_jax.training.sharding import BATCH, check_batch, make_mesh, on_mesh
-from spatialvla_jax.training.start import check_same, make_processor, open_start, starting_params
 from spatialvla_jax.training.state import TrainState, init_state
 from spatialvla_jax.training.step import make_eval_step
 from spatialvla_jax.utils.distributed import Preemption, is_writer

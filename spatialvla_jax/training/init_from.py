@@ -23,7 +23,7 @@ from spatialvla_jax.grid_tools import make_grid, mixture_gaussians
 from spatialvla_jax.models import SpatialVLA
 from spatialvla_jax.models.lora import ADAPTERS, init_adapters
 from spatialvla_jax.processor import Processor
-from spatialvla_jax.training.program import frozen_patterns, lora_targets
+from spatialvla_jax.training.setup import frozen_patterns, lora_targets
 
 
 def open_start(config: ConfigDict, workdir: Path) -> tuple[Checkpoint | None, Processor | None]:
