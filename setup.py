@@ -33,5 +33,5 @@ setup(
             "ruff",
         ],
     },
-    entry_points={"console_scripts": ["spatialvla-jax=spatialvla_jax.cli:main"]},
+    entry_points={"console_scripts": ["spatialvla-jax=spatialvla_jax.cli.__main__:main"]},
 )

@@ -11,7 +11,7 @@ from helpers.toy_rlds import libero_features, make_episodes, make_rlds
 from tensorboardX.event_file_writer import EventsWriter
 
 from spatialvla_jax import Policy
-from spatialvla_jax.cli import main
+from spatialvla_jax.cli.__main__ import main
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.training import loop
 from spatialvla_jax.training.metrics import MetricsLog

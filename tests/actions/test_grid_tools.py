@@ -13,7 +13,7 @@ from spatialvla_jax.actions import (
     pool_gaussians,
     uniform_grid,
 )
-from spatialvla_jax.cli import main
+from spatialvla_jax.cli.__main__ import main
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.grid_tools import (
     compare_grids,

@@ -5,7 +5,7 @@ import pytest
 from helpers.toy_rlds import data_config, make_episodes, make_rlds
 
 from spatialvla_jax.actions import fit_gaussians
-from spatialvla_jax.cli import main
+from spatialvla_jax.cli.__main__ import main
 from spatialvla_jax.config import load_config
 from spatialvla_jax.data import beam as stats_pipeline
 from spatialvla_jax.data import load_data

@@ -8,7 +8,7 @@ import pytest
 
 from spatialvla_jax.actions import PRETRAIN_GAUSSIANS, gaussian_grid, linear_grid, uniform_grid
 from spatialvla_jax.checkpoints import read_checkpoint
-from spatialvla_jax.cli import main
+from spatialvla_jax.cli.__main__ import main
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.processor import Processor
 from spatialvla_jax.sweep import plan

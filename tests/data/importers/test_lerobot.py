@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from spatialvla_jax.cli import main
+from spatialvla_jax.cli.__main__ import main
 from spatialvla_jax.data import Loader, load_data
 from spatialvla_jax.data.importers import lerobot
 from spatialvla_jax.data.importers.lerobot import convert_lerobot

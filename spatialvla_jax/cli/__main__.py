@@ -676,7 +676,7 @@ def run_grid_compare(args: argparse.Namespace) -> None:
 def run_bench(args: argparse.Namespace) -> None:
     import subprocess
 
-    script = Path(__file__).parents[1] / "benchmarks" / BENCHMARKS[args.benchmark]
+    script = Path(__file__).parents[2] / "benchmarks" / BENCHMARKS[args.benchmark]
     if not script.is_file():
         raise InputError(f"{script} does not exist: benchmarks run from a clone of the repository")
     if code := subprocess.call([sys.executable, str(script), *args.arguments]):  # a fresh process, for its memory
