@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from spatialvla_jax.actions import decode, encode, fit_gaussians, gaussian_grid, linear_grid
 from spatialvla_jax.actions.gaussian import PRESET_BINS
+from spatialvla_jax.actions.normalization import normalize, unnormalize
 from spatialvla_jax.config import load_config
-from spatialvla_jax.data.statistics import normalize, unnormalize
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.evaluation import closed_loop
 from spatialvla_jax.reports import figures

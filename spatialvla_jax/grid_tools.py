@@ -24,9 +24,9 @@ from spatialvla_jax.actions import (
     uniform_grid,
 )
 from spatialvla_jax.actions.gaussian import RANGES
+from spatialvla_jax.actions.normalization import normalize
 from spatialvla_jax.data import Loader
 from spatialvla_jax.data.beam import load_stats, pooled
-from spatialvla_jax.data.statistics import normalize
 from spatialvla_jax.errors import InputError
 
 _BLOCK = 2**16  # actions tokenized at once

@@ -15,10 +15,10 @@ import jax
 import numpy as np
 
 from spatialvla_jax.actions import ActionGrid
+from spatialvla_jax.actions.normalization import unnormalize
 from spatialvla_jax.checkpoints import load_pretrained
 from spatialvla_jax.checkpoints.mapping import param_shapes
 from spatialvla_jax.config import load_config
-from spatialvla_jax.data.statistics import unnormalize
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.evaluation.open_loop import evaluate, predict, table
 from spatialvla_jax.export.convert import convert

@@ -23,12 +23,12 @@ from jaxtyping import Float
 
 from spatialvla_jax.actions import grid_variables, pool_gaussians
 from spatialvla_jax.actions.grid import VARIABLES
+from spatialvla_jax.actions.normalization import normalize
 from spatialvla_jax.data.index import Faults
 from spatialvla_jax.data.oxe.spec import DatasetSpec
 from spatialvla_jax.data.resolve_datasets import make_entries
 from spatialvla_jax.data.rlds import open_rlds, read_episodes, slice_shards
 from spatialvla_jax.data.sketch import ActionSummary, Moments
-from spatialvla_jax.data.statistics import normalize
 from spatialvla_jax.errors import InputError
 
 # Our name, Beam's name. Beam's own DirectRunner first tries to download another one, Prism.

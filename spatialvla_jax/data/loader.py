@@ -11,13 +11,13 @@ import numpy as np
 from jaxtyping import Float
 from ml_collections import ConfigDict
 
+from spatialvla_jax.actions.normalization import normalize
 from spatialvla_jax.data import mixture
 from spatialvla_jax.data.images import scale_intrinsics
 from spatialvla_jax.data.index import Index
 from spatialvla_jax.data.pack import Packed
 from spatialvla_jax.data.reader import Rlds, Samples, Source, Split
 from spatialvla_jax.data.resolve_datasets import make_entries
-from spatialvla_jax.data.statistics import normalize
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.text import Tokenizer, train_tokenizer
 

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from spatialvla_jax.data.importers.add_depth import with_precomputed_depth
 from spatialvla_jax.data.oxe import CATALOGUE, DatasetSpec, make_spec
+from spatialvla_jax.data.oxe.spec import with_precomputed_depth
 from spatialvla_jax.errors import InputError
 
 

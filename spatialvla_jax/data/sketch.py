@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int32, Int64
 
-from spatialvla_jax.data.statistics import MASK
+from spatialvla_jax.actions.normalization import MASK
 
 LIMIT = 2**20  # distinct keys that a quantile sketch holds: at most 12 MB
 _UNIT = 172  # every float32 is a whole multiple of 2^-172 when its 24 digits are written in full

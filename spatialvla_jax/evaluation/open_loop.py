@@ -7,8 +7,8 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from spatialvla_jax.actions import encode
+from spatialvla_jax.actions.normalization import unnormalize
 from spatialvla_jax.data import Loader
-from spatialvla_jax.data.statistics import unnormalize
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.inference.policy import Policy
 

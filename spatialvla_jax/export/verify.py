@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from spatialvla_jax.actions import decode
+from spatialvla_jax.actions.normalization import unnormalize
 from spatialvla_jax.checkpoints.mapping import unflatten
 from spatialvla_jax.checkpoints.types import Checkpoint
-from spatialvla_jax.data.statistics import unnormalize
 from spatialvla_jax.inference.generate import generate, prepare
 from spatialvla_jax.models import SpatialVLA
 from spatialvla_jax.models.resize import resize_observation

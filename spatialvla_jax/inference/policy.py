@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from spatialvla_jax.actions import decode
-from spatialvla_jax.data.statistics import action_bounds
+from spatialvla_jax.actions.normalization import action_bounds
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.inference.generate import generate, prepare
 from spatialvla_jax.models import SpatialVLA

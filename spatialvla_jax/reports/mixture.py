@@ -16,9 +16,9 @@ from PIL import Image
 from spatialvla_jax.actions import ActionGrid, LinearGrid
 from spatialvla_jax.actions.gaussian import RANGES
 from spatialvla_jax.actions.grid import to_spherical
+from spatialvla_jax.actions.normalization import normalize
 from spatialvla_jax.data.index import Index
 from spatialvla_jax.data.loader import Loader
-from spatialvla_jax.data.statistics import normalize
 
 IMAGE_SIZE = 192  # pixels a side: what the page's loader should decode to
 EPISODES = 4  # shown of each dataset, three frames each

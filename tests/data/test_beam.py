@@ -5,12 +5,12 @@ import pytest
 from helpers.toy_rlds import data_config, make_episodes, make_rlds
 
 from spatialvla_jax.actions import fit_gaussians
+from spatialvla_jax.actions.normalization import normalize
 from spatialvla_jax.cli.__main__ import main
 from spatialvla_jax.config import load_config
 from spatialvla_jax.data import beam as stats_pipeline
 from spatialvla_jax.data import load_data
 from spatialvla_jax.data.beam import compute_stats, load_stats, named_gaussians, pooled, table
-from spatialvla_jax.data.statistics import normalize
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.training.loop import make_processor, open_data
 

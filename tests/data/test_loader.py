@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
+from spatialvla_jax.actions.normalization import normalize
 from spatialvla_jax.data import load_data
 from spatialvla_jax.data.images import decode_image
 from spatialvla_jax.data.loader import chunk_actions
-from spatialvla_jax.data.statistics import normalize
 from spatialvla_jax.errors import InputError
 
 SIZE = 16

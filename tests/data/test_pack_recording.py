@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from spatialvla_jax.actions.normalization import normalize
 from spatialvla_jax.config import default_config
 from spatialvla_jax.data import load_data
 from spatialvla_jax.data.pack_recording import check_file, write_packed
-from spatialvla_jax.data.statistics import normalize
 from spatialvla_jax.errors import InputError
 
 SIZE, LENGTHS = 8, {"train": (5, 3, 4), "val": (2,)}

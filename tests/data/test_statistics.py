@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spatialvla_jax.data.statistics import action_statistics, load_statistics, normalize, save_statistics, unnormalize
+from spatialvla_jax.actions.normalization import normalize, unnormalize
+from spatialvla_jax.data.statistics import action_statistics, load_statistics, save_statistics
 from spatialvla_jax.errors import InputError
 
 

@@ -6,8 +6,8 @@ import pytest
 
 from spatialvla_jax import Policy
 from spatialvla_jax.actions import decode, encode
+from spatialvla_jax.actions.normalization import unnormalize
 from spatialvla_jax.config import load_config
-from spatialvla_jax.data.statistics import unnormalize
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.export.convert import convert
 from spatialvla_jax.training.loop import open_data

@@ -15,28 +15,17 @@ from jaxtyping import Float, UInt8, UInt16
 
 from spatialvla_jax.data.images import decode_image, tensorflow
 from spatialvla_jax.data.oxe import DatasetSpec
+from spatialvla_jax.data.oxe.spec import DEPTH, DEPTH_UNIT, depth_key
 from spatialvla_jax.data.rlds import open_rlds
 from spatialvla_jax.data.tfrecord import read_example, read_records
 from spatialvla_jax.errors import InputError
 
-DEPTH = "depth_zoe"  # stands beside the image: "observation/image" gets "observation/depth_zoe"
-DEPTH_UNIT = 0.001  # metres per count of the 16-bit PNG: at most 0.5 mm of rounding, from 1 mm to MAX_DEPTH
 MAX_DEPTH = 65.535  # metres; what lies farther is stored as this
 MANIFEST = "depth.json"
 _FRAMING = 16  # bytes of a TFRecord beside its data
 
 # u8[B,S,S,3] → f32[B,S,S] in metres; may be an array that is still being computed
 Estimator = Callable[[UInt8[np.ndarray, "B S S 3"]], Any]
-
-
-def depth_key(image: str) -> str:
-    """The key of the depth of the image with key `image`."""
-    return posixpath.join(posixpath.dirname(image), DEPTH)
-
-
-def with_precomputed_depth(spec: DatasetSpec) -> DatasetSpec:
-    """The spec with the depth that `add_depth` has stored in the place of the dataset's own."""
-    return dataclasses.replace(spec, depth=depth_key(spec.image), depth_unit=DEPTH_UNIT)
 
 
 def add_depth(

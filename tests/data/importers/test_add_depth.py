@@ -18,8 +18,9 @@ from spatialvla_jax import precompute_depth as module
 from spatialvla_jax.checkpoints import load_pretrained, read_checkpoint, read_huggingface, write_huggingface
 from spatialvla_jax.cli.__main__ import main
 from spatialvla_jax.data import load_data
-from spatialvla_jax.data.importers.add_depth import DEPTH_UNIT, add_depth, to_counts
+from spatialvla_jax.data.importers.add_depth import add_depth, to_counts
 from spatialvla_jax.data.oxe import CATALOGUE
+from spatialvla_jax.data.oxe.spec import DEPTH_UNIT
 from spatialvla_jax.data.tfrecord import read_records
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.models import SpatialVLA
