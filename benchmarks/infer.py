@@ -34,10 +34,10 @@ from trace_table import trace
 
 from spatialvla_jax.actions import PRETRAIN_GAUSSIANS, gaussian_grid
 from spatialvla_jax.checkpoints.mapping import param_shapes, unflatten
+from spatialvla_jax.checkpoints.processor import Processor
 from spatialvla_jax.inference import kernels
 from spatialvla_jax.inference.policy import Policy
 from spatialvla_jax.models import PRESETS, SpatialVLA, SpatialVLAConfig, preset
-from spatialvla_jax.processor import Processor
 from spatialvla_jax.text import train_tokenizer
 
 PROMPT = "pick up the black bowl between the plate and the ramekin and place it on the plate"

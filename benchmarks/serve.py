@@ -82,9 +82,9 @@ def random_checkpoint(path: Path, name: str) -> Path:
 
     from spatialvla_jax.actions import PRETRAIN_GAUSSIANS, gaussian_grid
     from spatialvla_jax.checkpoints import Checkpoint, write_huggingface
+    from spatialvla_jax.checkpoints.processor import Processor
     from spatialvla_jax.data.statistics import action_statistics
     from spatialvla_jax.models import SpatialVLA, preset
-    from spatialvla_jax.processor import Processor
     from spatialvla_jax.text import train_tokenizer
     from spatialvla_jax.training.state import init_params
 

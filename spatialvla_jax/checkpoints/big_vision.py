@@ -13,9 +13,9 @@ import ml_dtypes
 import numpy as np
 
 from spatialvla_jax.checkpoints.mapping import check_leaves, check_names, param_shapes
+from spatialvla_jax.checkpoints.processor import Processor
 from spatialvla_jax.checkpoints.types import Checkpoint, Leaf, check_finite
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.processor import Processor, model_from_dict, model_to_dict
 
 PREFIX, FACTS = "params/", "spatialvla_jax"
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -61,7 +61,7 @@ def read_big_vision(path: str | Path) -> Checkpoint:
             raise InputError(f"{path} holds no SpatialVLA: it has no member {FACTS!r}")
         facts = json.loads(str(arrays[FACTS]))
     try:
-        config, processor = model_from_dict(facts["model"]), facts["processor"]
+        config, processor = SpatialVLAConfig.from_dict(facts["model"]), facts["processor"]
         processor = None if processor is None else Processor.from_dict(processor)
     except (KeyError, TypeError) as error:
         raise InputError(f"{path} does not describe a model and processor of this version: {error}") from error
@@ -77,7 +77,7 @@ def write_big_vision(path: str | Path, checkpoint: Checkpoint) -> None:
     if path.exists():
         raise InputError(f"{path} exists; choose a new destination")
     processor = checkpoint.processor.to_dict() if checkpoint.processor else None
-    facts = json.dumps({"model": model_to_dict(checkpoint.config), "processor": processor})
+    facts = json.dumps({"model": checkpoint.config.to_dict(), "processor": processor})
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ import numpy as np
 from spatialvla_jax.actions import ActionGrid, grid_from_dict
 from spatialvla_jax.checkpoints import safetensors_io as safetensors
 from spatialvla_jax.checkpoints.mapping import Slot, check_leaves, check_names, param_shapes, slots
+from spatialvla_jax.checkpoints.processor import Processor
 from spatialvla_jax.checkpoints.types import Checkpoint, Leaf, all_finite, new_directory, read_json, write_json
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.models.beit import BeitConfig
@@ -25,7 +26,6 @@ from spatialvla_jax.models.gemma2 import Gemma2Config
 from spatialvla_jax.models.siglip import SiglipConfig
 from spatialvla_jax.models.spatialvla import SpatialVLAConfig
 from spatialvla_jax.models.zoedepth import ZoeDepthConfig
-from spatialvla_jax.processor import Processor
 from spatialvla_jax.text import Tokenizer
 
 T = TypeVar("T")

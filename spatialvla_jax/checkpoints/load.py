@@ -10,10 +10,10 @@ from spatialvla_jax.checkpoints.huggingface import CONFIG, read_huggingface
 from spatialvla_jax.checkpoints.orbax import read_orbax, step_directory
 from spatialvla_jax.checkpoints.paligemma import is_paligemma, start_from_paligemma
 from spatialvla_jax.checkpoints.peft import is_adapter_run, read_adapters
+from spatialvla_jax.checkpoints.processor import Processor
 from spatialvla_jax.checkpoints.types import Checkpoint
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.models.spatialvla import SpatialVLA
-from spatialvla_jax.processor import Processor
 
 ENDS = 1 << 16  # bytes
 

@@ -12,10 +12,10 @@ import tensorstore
 from etils import epath
 
 from spatialvla_jax.checkpoints.mapping import check_leaves, flatten, param_shapes, unflatten
+from spatialvla_jax.checkpoints.processor import Processor
 from spatialvla_jax.checkpoints.types import Checkpoint, Leaf, check_finite, new_directory, read_json
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.models.spatialvla import SpatialVLAConfig
-from spatialvla_jax.processor import Processor, model_from_dict, model_to_dict
 
 FOLDER = "checkpoints"
 CHUNK_BYTES = 64 * 2**20  # what is written, and read, at once
@@ -56,7 +56,7 @@ def read_metadata(step: Path) -> dict[str, Any]:
 def parse_metadata(step: Path, metadata: dict[str, Any]) -> tuple[SpatialVLAConfig, Processor | None]:
     """The model and processor in what `read_metadata` gave. Raises InputError where it has none of this version."""
     try:
-        config, processor = model_from_dict(metadata["model"]), metadata["processor"]
+        config, processor = SpatialVLAConfig.from_dict(metadata["model"]), metadata["processor"]
         return config, None if processor is None else Processor.from_dict(processor)
     except (KeyError, TypeError) as error:
         raise InputError(f"{step}/metadata does not describe a model and processor of this version: {error}") from error
@@ -104,7 +104,7 @@ def write_orbax(path: str | Path, checkpoint: Checkpoint) -> None:
     check_leaves("checkpoint", checkpoint.leaves, param_shapes(checkpoint.config))
     metadata = {
         "step": 0,
-        "model": model_to_dict(checkpoint.config),
+        "model": checkpoint.config.to_dict(),
         "processor": checkpoint.processor.to_dict() if checkpoint.processor else None,
         "train_config": None,
     }

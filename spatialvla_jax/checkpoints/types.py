@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from spatialvla_jax.checkpoints.mapping import check_names, flatten, unflatten
+from spatialvla_jax.checkpoints.processor import Processor
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.models.spatialvla import SpatialVLAConfig
-from spatialvla_jax.processor import Processor
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 
 from spatialvla_jax.actions.normalization import MASK
 from spatialvla_jax.errors import InputError

@@ -12,11 +12,11 @@ import numpy as np
 
 from spatialvla_jax.actions import decode
 from spatialvla_jax.actions.normalization import action_bounds
+from spatialvla_jax.checkpoints.processor import Processor
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.inference.generate import generate, prepare
 from spatialvla_jax.models import SpatialVLA
 from spatialvla_jax.models.resize import resize_observation
-from spatialvla_jax.processor import Processor
 
 # Shapes are compiled once each: a batch takes the next larger of these sizes, a prompt the next multiple of 16.
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)

@@ -5,8 +5,8 @@ prompt see each other (prefix-LM), action tokens are causal. Token ids: text [0,
 action tokens from `action_offset` = text_vocab + 1.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from spatialvla_jax.models.activation_sharding import split_batch
 from spatialvla_jax.models.attention import positions_of, prefix_lm_mask
+from spatialvla_jax.models.beit import BeitConfig
 from spatialvla_jax.models.ego3d import Ego3D
 from spatialvla_jax.models.gemma2 import Gemma2, Gemma2Config
 from spatialvla_jax.models.siglip import Siglip, SiglipConfig
@@ -45,6 +46,17 @@ class SpatialVLAConfig:
     dtype: str = "bfloat16"
     remat: str = "none"
     unroll: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain data for JSON; `from_dict` is its inverse."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "SpatialVLAConfig":
+        zoe = dict(data["zoe"])
+        zoe |= {"backbone": BeitConfig(**zoe["backbone"]), "neck_widths": tuple(zoe["neck_widths"])}
+        nested = {"img": SiglipConfig(**data["img"]), "llm": Gemma2Config(**data["llm"]), "zoe": ZoeDepthConfig(**zoe)}
+        return cls(**{**data, **nested})
 
     @property
     def action_offset(self) -> int:

@@ -15,6 +15,7 @@ from spatialvla_jax.checkpoints.mapping import check_leaves, param_shapes
 from spatialvla_jax.checkpoints.orbax import parse_metadata, read_metadata, step_directory
 from spatialvla_jax.checkpoints.paligemma import is_paligemma
 from spatialvla_jax.checkpoints.peft import refer
+from spatialvla_jax.checkpoints.processor import Processor
 from spatialvla_jax.checkpoints.regrid import adapt_checkpoint
 from spatialvla_jax.checkpoints.types import Leaf
 from spatialvla_jax.data import Loader
@@ -22,7 +23,6 @@ from spatialvla_jax.errors import InputError
 from spatialvla_jax.grid_tools import make_grid, mixture_gaussians
 from spatialvla_jax.models import SpatialVLA
 from spatialvla_jax.models.lora import ADAPTERS, init_adapters
-from spatialvla_jax.processor import Processor
 from spatialvla_jax.training.setup import frozen_patterns, lora_targets
 
 

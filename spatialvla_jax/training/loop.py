@@ -15,13 +15,13 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from spatialvla_jax.checkpoints.processor import Processor
 from spatialvla_jax.config import check_post_training, check_resumable
 from spatialvla_jax.data import Loader, load_data
 from spatialvla_jax.data.beam import load_stats
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.models import preset
 from spatialvla_jax.planning.tpu_plan import model_flops
-from spatialvla_jax.processor import Processor, model_to_dict
 from spatialvla_jax.text import Tokenizer
 from spatialvla_jax.training.init_from import check_same, make_processor, open_start, starting_params
 from spatialvla_jax.training.metrics import Clock, MetricsLog, check_wandb, peak, rates, scalars
@@ -82,7 +82,7 @@ def _train(
     frozen = frozen_patterns(config, model)
     start_from, origin = starting_params(config, workdir, model, source, processor.grid)
     metadata = origin | {
-        "model": model_to_dict(model.config),
+        "model": model.config.to_dict(),
         "processor": processor.to_dict(),
         "train_config": json.loads(json.dumps(config.to_dict())),
     }

@@ -13,13 +13,12 @@ import pytest
 from spatialvla_jax.checkpoints import Checkpoint, orbax, read_orbax, write_huggingface, write_orbax
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.export.convert import cast, equal
-from spatialvla_jax.processor import model_to_dict
 
 
 def save_run(workdir, checkpoint, *, step=7, params=None, metadata=None):
     """A checkpoint as training writes it: device arrays, with an optimizer."""
     params = jax.tree.map(jnp.asarray, checkpoint.params() if params is None else params)
-    facts = {"model": model_to_dict(checkpoint.config), "processor": checkpoint.processor.to_dict(), "train_config": {}}
+    facts = {"model": checkpoint.config.to_dict(), "processor": checkpoint.processor.to_dict(), "train_config": {}}
     items = ocp.args.Composite(
         params=ocp.args.StandardSave(params),
         optimizer=ocp.args.StandardSave({"mu": jnp.zeros(3)}),
@@ -97,7 +96,7 @@ def test_bad_runs_are_named(checkpoint, tmp_path):
     with pytest.raises(InputError, match="metadata does not describe a model"):
         read_orbax(tmp_path / "a")
 
-    facts = {"model": model_to_dict(replace(checkpoint.config, spatial_tokens=131)), "processor": None}
+    facts = {"model": replace(checkpoint.config, spatial_tokens=131).to_dict(), "processor": None}
     save_run(tmp_path / "b", checkpoint, metadata=facts)
     with pytest.raises(InputError, match=r"spatial_embedding \(130, 24\) instead of \(131, 24\)"):
         read_orbax(tmp_path / "b")

@@ -7,7 +7,7 @@ import pytest
 
 from spatialvla_jax.actions import gaussian_grid
 from spatialvla_jax.checkpoints import Checkpoint, read_huggingface
-from spatialvla_jax.processor import Processor
+from spatialvla_jax.checkpoints.processor import Processor
 from spatialvla_jax.text import train_tokenizer
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tiny_model"

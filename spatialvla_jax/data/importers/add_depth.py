@@ -1,9 +1,7 @@
 """A copy of an RLDS dataset with a depth map added to every step; what was stored before stays, byte for byte."""
 
-import dataclasses
 import json
 import os
-import posixpath
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +12,6 @@ import numpy as np
 from jaxtyping import Float, UInt8, UInt16
 
 from spatialvla_jax.data.images import decode_image, tensorflow
-from spatialvla_jax.data.oxe import DatasetSpec
 from spatialvla_jax.data.oxe.spec import DEPTH, DEPTH_UNIT, depth_key
 from spatialvla_jax.data.rlds import open_rlds
 from spatialvla_jax.data.tfrecord import read_example, read_records

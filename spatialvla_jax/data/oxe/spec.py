@@ -1,6 +1,7 @@
 """What one dataset's entry says."""
 
 import dataclasses
+import posixpath
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +12,10 @@ from jaxtyping import Float
 from spatialvla_jax.data.images import DEFAULT_INTRINSICS, DEFAULT_INTRINSICS_SIZE
 from spatialvla_jax.data.oxe.operations import check_operations
 from spatialvla_jax.errors import InputError
+
+# Of depth that `data depth` has stored:
+DEPTH = "depth_zoe"  # stands beside the image: "observation/image" gets "observation/depth_zoe"
+DEPTH_UNIT = 0.001  # metres per count of the 16-bit PNG: at most 0.5 mm of rounding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,12 +113,6 @@ def make_spec(value: Any, catalogue: Mapping[str, DatasetSpec], name: str) -> Da
 
 def _frozen(value: Any) -> Any:
     return tuple(_frozen(item) for item in value) if isinstance(value, list | tuple) else value
-
-
-DEPTH = "depth_zoe"  # stands beside the image: "observation/image" gets "observation/depth_zoe"
-
-
-DEPTH_UNIT = 0.001  # metres per count of the 16-bit PNG: at most 0.5 mm of rounding, from 1 mm to MAX_DEPTH
 
 
 def depth_key(image: str) -> str:

@@ -1,6 +1,6 @@
 """What a policy needs beside its weights: tokenizer, action grid, statistics, prompt template. Plain data, JSON-able.
 
-A checkpoint holds `model_to_dict(config)` and `Processor.to_dict()`, so that its directory alone runs the policy.
+A checkpoint holds `SpatialVLAConfig.to_dict()` and `Processor.to_dict()`, so that its directory alone runs the policy.
 """
 
 import base64
@@ -48,18 +48,3 @@ class Processor:
             intrinsics=data["intrinsics"],
             prompt_template=data["prompt_template"],
         )
-
-
-def model_to_dict(config: SpatialVLAConfig) -> dict[str, Any]:
-    return asdict(config)
-
-
-def model_from_dict(data: dict[str, Any]) -> SpatialVLAConfig:
-    """Inverse of `model_to_dict`."""
-    zoe = {
-        **data["zoe"],
-        "backbone": BeitConfig(**data["zoe"]["backbone"]),
-        "neck_widths": tuple(data["zoe"]["neck_widths"]),
-    }
-    nested = {"img": SiglipConfig(**data["img"]), "llm": Gemma2Config(**data["llm"]), "zoe": ZoeDepthConfig(**zoe)}
-    return SpatialVLAConfig(**{**data, **nested})
