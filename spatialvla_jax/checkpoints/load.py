@@ -1,10 +1,15 @@
 """Recognising a checkpoint and loading it."""
 
 import hashlib
+import json
 import os
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
+
+from spatialvla_jax.actions import ActionGrid, LinearGrid, grid_from_dict
 from spatialvla_jax.checkpoints.big_vision import read_big_vision
 from spatialvla_jax.checkpoints.huggingface import CONFIG, read_huggingface
 from spatialvla_jax.checkpoints.orbax import read_orbax, step_directory
@@ -64,3 +69,16 @@ def load_pretrained(
     """
     checkpoint = read_checkpoint(path, zoedepth)
     return SpatialVLA(checkpoint.config), checkpoint.params(), checkpoint.processor
+
+
+def load_grid(path: str | Path) -> ActionGrid | LinearGrid:
+    """The grid of a file of `save_grid`, or of a checkpoint of any format that carries one. Raises InputError."""
+    if Path(path).suffix == ".json" and Path(path).is_file():
+        try:
+            data = json.loads(Path(path).read_text())
+            return grid_from_dict(data if isinstance(data, dict) else {})
+        except ValueError as error:  # of JSON, or InputError
+            raise InputError(f"{path} holds no action grid: {error}") from error
+    if (processor := read_checkpoint(path).processor) is None:
+        raise InputError(f"{path} holds weights but no action grid")
+    return jax.tree.map(np.asarray, processor.grid)

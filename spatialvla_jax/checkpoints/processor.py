@@ -4,15 +4,10 @@ A checkpoint holds `SpatialVLAConfig.to_dict()` and `Processor.to_dict()`, so th
 """
 
 import base64
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from spatialvla_jax.actions import ActionGrid, LinearGrid, grid_from_dict, grid_to_dict
-from spatialvla_jax.models.beit import BeitConfig
-from spatialvla_jax.models.gemma2 import Gemma2Config
-from spatialvla_jax.models.siglip import SiglipConfig
-from spatialvla_jax.models.spatialvla import SpatialVLAConfig
-from spatialvla_jax.models.zoedepth import ZoeDepthConfig
 from spatialvla_jax.text import Tokenizer
 
 

@@ -606,9 +606,10 @@ def run_stats(args: argparse.Namespace) -> None:
 
 
 def run_grid_fit(args: argparse.Namespace) -> None:
+    from spatialvla_jax.actions.io import describe_grid, save_grid
     from spatialvla_jax.config import load_config
     from spatialvla_jax.data.beam import load_stats, pooled
-    from spatialvla_jax.grid_tools import describe_grid, fitted_datasets, make_grid, mixture_gaussians, save_grid
+    from spatialvla_jax.training.grid_fit import fitted_datasets, make_grid, mixture_gaussians
     from spatialvla_jax.training.loop import open_data
 
     config = load_config(args.config, args.overrides)
@@ -628,9 +629,10 @@ def grid_actions(args: argparse.Namespace) -> tuple[Any, str] | None:
     """The actions that --config or --stats asks for, and what they are in words."""
     import numpy as np
 
+    from spatialvla_jax.actions.io import sample_gaussians
     from spatialvla_jax.config import load_config
     from spatialvla_jax.data.beam import load_stats, pooled
-    from spatialvla_jax.grid_tools import fitted_actions, fitted_datasets, sample_gaussians
+    from spatialvla_jax.training.grid_fit import fitted_actions, fitted_datasets
     from spatialvla_jax.training.loop import open_data
 
     if args.config:
@@ -648,7 +650,8 @@ def grid_actions(args: argparse.Namespace) -> tuple[Any, str] | None:
 
 def run_grid_show(args: argparse.Namespace) -> None:
     from spatialvla_jax.actions import ActionGrid
-    from spatialvla_jax.grid_tools import load_grid, sample_actions
+    from spatialvla_jax.actions.io import sample_actions
+    from spatialvla_jax.checkpoints.load import load_grid
     from spatialvla_jax.reports import figures
 
     grid = load_grid(args.grid)
@@ -662,7 +665,8 @@ def run_grid_show(args: argparse.Namespace) -> None:
 
 def run_grid_compare(args: argparse.Namespace) -> None:
     from spatialvla_jax.actions import PRETRAIN_GAUSSIANS
-    from spatialvla_jax.grid_tools import compare_grids, load_grid, sample_gaussians, table
+    from spatialvla_jax.actions.io import compare_grids, sample_gaussians, table
+    from spatialvla_jax.checkpoints.load import load_grid
 
     grids = {name: load_grid(name) for name in args.grids}
     published = "samples of the published pre-training Gaussians"

@@ -26,9 +26,9 @@ from ml_collections import ConfigDict
 from spatialvla_jax.actions import PRETRAIN_GAUSSIANS
 from spatialvla_jax.data.oxe import MIXTURES
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.grid_tools import make_grid
 from spatialvla_jax.models.lora import merge_adapters
 from spatialvla_jax.planning.hlo_cost import CHIPS, GB, Chip, product_flops, read_program
+from spatialvla_jax.training.grid_fit import make_grid
 from spatialvla_jax.training.optimizer import make_optimizer, merge, split_frozen
 from spatialvla_jax.training.setup import (
     abstract_batch,

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from spatialvla_jax.actions import ActionGrid
+from spatialvla_jax.checkpoints.load import load_grid
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.evaluation.open_loop import DIMENSIONS
-from spatialvla_jax.grid_tools import load_grid
 from spatialvla_jax.reports import figures
 from spatialvla_jax.training.metrics import read_metrics
 

@@ -30,12 +30,12 @@ import numpy as np
 from tqdm import tqdm
 
 from spatialvla_jax.actions import ActionGrid, adapt_embeddings, encode, grid_to_dict
+from spatialvla_jax.actions.io import describe_grid, save_grid
 from spatialvla_jax.checkpoints import read_checkpoint
 from spatialvla_jax.config import check_resumable
 from spatialvla_jax.data.pack import packed_digest
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.evaluation.open_loop import evaluate
-from spatialvla_jax.grid_tools import describe_grid, save_grid
 from spatialvla_jax.inference.policy import Policy
 from spatialvla_jax.sweep.plan import Sweep, Trial
 from spatialvla_jax.training.loop import open_data, train, write_json

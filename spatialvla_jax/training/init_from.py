@@ -20,9 +20,9 @@ from spatialvla_jax.checkpoints.regrid import adapt_checkpoint
 from spatialvla_jax.checkpoints.types import Leaf
 from spatialvla_jax.data import Loader
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.grid_tools import make_grid, mixture_gaussians
 from spatialvla_jax.models import SpatialVLA
 from spatialvla_jax.models.lora import ADAPTERS, init_adapters
+from spatialvla_jax.training.grid_fit import make_grid, mixture_gaussians
 from spatialvla_jax.training.setup import frozen_patterns, lora_targets
 
 

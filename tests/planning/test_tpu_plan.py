@@ -17,7 +17,6 @@ from spatialvla_jax.actions import PRETRAIN_GAUSSIANS
 from spatialvla_jax.cli.__main__ import main
 from spatialvla_jax.config import default_config, load_config
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.grid_tools import make_grid
 from spatialvla_jax.planning import tpu_plan as topology_module
 from spatialvla_jax.planning.hlo_cost import product_flops, read_program, replica_groups, valid_places
 from spatialvla_jax.planning.tpu_plan import (
@@ -34,6 +33,7 @@ from spatialvla_jax.planning.tpu_plan import (
     search,
     smaller,
 )
+from spatialvla_jax.training.grid_fit import make_grid
 from spatialvla_jax.training.sharding import make_mesh
 
 CONFIG = """

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from spatialvla_jax.actions import fit_gaussians, gaussian_grid, linear_grid, uniform_grid
+from spatialvla_jax.actions.io import save_grid
 from spatialvla_jax.cli.__main__ import main
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.grid_tools import save_grid
 from spatialvla_jax.reports import figures
 from spatialvla_jax.reports.figures import _mean_error
 from spatialvla_jax.reports.sweep import draw, write_report

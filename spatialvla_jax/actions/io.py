@@ -1,4 +1,4 @@
-"""Make, read, draw and compare action grids: what training and `spatialvla-jax grid` share."""
+"""Writing, sampling and comparing action grids."""
 
 import json
 import os
@@ -32,54 +32,6 @@ from spatialvla_jax.errors import InputError
 _BLOCK = 2**16  # actions tokenized at once
 
 PARTS = {"translation": slice(0, 3), "rotation": slice(3, 6), "gripper": slice(6, 7)}
-
-
-def make_grid(
-    config: Mapping[str, Any],
-    gaussians: Callable[[], Float[np.ndarray, "6 2"]],
-    kept: ActionGrid | LinearGrid | None = None,
-) -> ActionGrid | LinearGrid:
-    """The grid of a config's `grid` part; `gaussians` is called where the kind needs them, `kept` is that of the
-    checkpoint to start from. Raises InputError."""
-    if config["kind"] == "linear":
-        return linear_grid()
-    if config["kind"] == "uniform":
-        return uniform_grid(config["num_bins"])
-    if config["kind"] == "gaussian":
-        return gaussian_grid(gaussians(), config["num_bins"], config["min_sigma"])
-    if config["kind"] == "checkpoint":
-        if kept is None:
-            raise InputError("config key grid.kind is 'checkpoint', and there is none here that carries a grid")
-        return kept
-    raise InputError(f"config key grid.kind is {config['kind']!r}; choose gaussian, uniform, linear or checkpoint")
-
-
-def fitted_datasets(names: Sequence[str], exclude: Sequence[str]) -> list[str]:
-    """The datasets that the grid is fitted to. Raises InputError when none is left."""
-    if not (fitted := [name for name in names if name not in exclude]):
-        raise InputError(
-            f"grid.exclude names every dataset ({', '.join(names)}), so there is nothing to fit the grid to: "
-            "set --config.grid.exclude=()"
-        )
-    return fitted
-
-
-def fitted_actions(loader: Loader, exclude: Sequence[str]) -> Iterator[Float[np.ndarray, "N 7"]]:
-    """The normalised actions that the grid is fitted to, one dataset of the training split after another."""
-    fitted = fitted_datasets(loader.names, exclude)
-    for index in loader.indexes():
-        if index.name in fitted:
-            yield normalize(index.arrays["action"], loader.statistics[index.name]["action"])
-
-
-def mixture_gaussians(config: Mapping[str, Any], loader: Loader) -> Float[np.ndarray, "6 2"]:
-    """(mu, sigma) of the six variables over a config's training split less `grid.exclude`, every frame counting the
-    same: from the file `data.statistics` if there is one, else from the data."""
-    exclude = config["grid"]["exclude"]
-    if path := config["data"].get("statistics"):
-        return pooled(load_stats(path), fitted_datasets(loader.names, exclude))
-    parts = [(fit_gaussians(actions), len(actions)) for actions in fitted_actions(loader, exclude)]
-    return pool_gaussians([gaussians for gaussians, _ in parts], [count for _, count in parts])
 
 
 def sample_actions(grid: ActionGrid | LinearGrid, count: int = 100_000, seed: int = 0) -> Float[np.ndarray, "N 7"]:
@@ -174,18 +126,3 @@ def save_grid(path: str | Path, grid: ActionGrid | LinearGrid) -> None:
         os.replace(temporary, path)
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror}") from error
-
-
-def load_grid(path: str | Path) -> ActionGrid | LinearGrid:
-    """The grid of a file of `save_grid`, or of a checkpoint of any format that carries one. Raises InputError."""
-    from spatialvla_jax.checkpoints import read_checkpoint
-
-    if Path(path).suffix == ".json" and Path(path).is_file():
-        try:
-            data = json.loads(Path(path).read_text())
-            return grid_from_dict(data if isinstance(data, dict) else {})
-        except ValueError as error:  # of JSON, or InputError
-            raise InputError(f"{path} holds no action grid: {error}") from error
-    if (processor := read_checkpoint(path).processor) is None:
-        raise InputError(f"{path} holds weights but no action grid")
-    return jax.tree.map(np.asarray, processor.grid)

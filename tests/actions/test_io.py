@@ -13,20 +13,19 @@ from spatialvla_jax.actions import (
     pool_gaussians,
     uniform_grid,
 )
-from spatialvla_jax.cli.__main__ import main
-from spatialvla_jax.errors import InputError
-from spatialvla_jax.grid_tools import (
+from spatialvla_jax.actions.io import (
     compare_grids,
     describe_grid,
-    fitted_datasets,
-    load_grid,
-    make_grid,
     quantisation_error,
     sample_actions,
     sample_gaussians,
     save_grid,
     table,
 )
+from spatialvla_jax.checkpoints.load import load_grid
+from spatialvla_jax.cli.__main__ import main
+from spatialvla_jax.errors import InputError
+from spatialvla_jax.training.grid_fit import fitted_datasets, make_grid
 
 SMALL = (4, 4, 2, 4, 4, 4)
 

@@ -1,0 +1,69 @@
+"""The action grid of a config, fitted to the actions of its training split (paper III-B)."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from spatialvla_jax.actions import (
+    ActionGrid,
+    LinearGrid,
+    fit_gaussians,
+    gaussian_grid,
+    linear_grid,
+    pool_gaussians,
+    uniform_grid,
+)
+from spatialvla_jax.actions.normalization import normalize
+from spatialvla_jax.data import Loader
+from spatialvla_jax.data.beam import load_stats, pooled
+from spatialvla_jax.errors import InputError
+
+
+def make_grid(
+    config: Mapping[str, Any],
+    gaussians: Callable[[], Float[np.ndarray, "6 2"]],
+    kept: ActionGrid | LinearGrid | None = None,
+) -> ActionGrid | LinearGrid:
+    """The grid of a config's `grid` part; `gaussians` is called where the kind needs them, `kept` is that of the
+    checkpoint to start from. Raises InputError."""
+    if config["kind"] == "linear":
+        return linear_grid()
+    if config["kind"] == "uniform":
+        return uniform_grid(config["num_bins"])
+    if config["kind"] == "gaussian":
+        return gaussian_grid(gaussians(), config["num_bins"], config["min_sigma"])
+    if config["kind"] == "checkpoint":
+        if kept is None:
+            raise InputError("config key grid.kind is 'checkpoint', and there is none here that carries a grid")
+        return kept
+    raise InputError(f"config key grid.kind is {config['kind']!r}; choose gaussian, uniform, linear or checkpoint")
+
+
+def fitted_datasets(names: Sequence[str], exclude: Sequence[str]) -> list[str]:
+    """The datasets that the grid is fitted to. Raises InputError when none is left."""
+    if not (fitted := [name for name in names if name not in exclude]):
+        raise InputError(
+            f"grid.exclude names every dataset ({', '.join(names)}), so there is nothing to fit the grid to: "
+            "set --config.grid.exclude=()"
+        )
+    return fitted
+
+
+def fitted_actions(loader: Loader, exclude: Sequence[str]) -> Iterator[Float[np.ndarray, "N 7"]]:
+    """The normalised actions that the grid is fitted to, one dataset of the training split after another."""
+    fitted = fitted_datasets(loader.names, exclude)
+    for index in loader.indexes():
+        if index.name in fitted:
+            yield normalize(index.arrays["action"], loader.statistics[index.name]["action"])
+
+
+def mixture_gaussians(config: Mapping[str, Any], loader: Loader) -> Float[np.ndarray, "6 2"]:
+    """(mu, sigma) of the six variables over a config's training split less `grid.exclude`, every frame counting the
+    same: from the file `data.statistics` if there is one, else from the data."""
+    exclude = config["grid"]["exclude"]
+    if path := config["data"].get("statistics"):
+        return pooled(load_stats(path), fitted_datasets(loader.names, exclude))
+    parts = [(fit_gaussians(actions), len(actions)) for actions in fitted_actions(loader, exclude)]
+    return pool_gaussians([gaussians for gaussians, _ in parts], [count for _, count in parts])
