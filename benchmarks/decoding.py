@@ -19,11 +19,10 @@ import jax
 import numpy as np
 
 from spatialvla_jax.config import train_config_of
-from spatialvla_jax.data import Loader
+from spatialvla_jax.data import Loader, open_data
 from spatialvla_jax.evaluation.open_loop import predict
 from spatialvla_jax.inference.action_chunking import shift
 from spatialvla_jax.inference.policy import Policy
-from spatialvla_jax.training.loop import open_data
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "float32": {"dtype": "float32"},
@@ -92,7 +91,11 @@ def speculation(checkpoint: Path, episodes: list[dict[str, Any]]) -> dict[str, A
 
 
 def load_episodes(checkpoint: Path, split: str, count: int) -> list[dict[str, Any]]:
-    loader: Loader = open_data(train_config_of(checkpoint), Policy.load(checkpoint).processor)
+    loader: Loader = open_data(
+        train_config_of(checkpoint),
+        Policy.load(checkpoint).processor.statistics,
+        Policy.load(checkpoint).processor.tokenizer,
+    )
     episodes = list(loader.episodes(split))
     return episodes[:count] if count else episodes
 

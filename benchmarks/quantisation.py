@@ -23,11 +23,11 @@ from spatialvla_jax.actions import decode, encode, fit_gaussians, gaussian_grid,
 from spatialvla_jax.actions.gaussian import PRESET_BINS
 from spatialvla_jax.actions.normalization import normalize, unnormalize
 from spatialvla_jax.config import load_config
+from spatialvla_jax.data import open_data
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.evaluation import closed_loop
 from spatialvla_jax.reports import figures
 from spatialvla_jax.sim import libero_env as libero
-from spatialvla_jax.training.loop import open_data
 
 BINS = {130: (4, 8, 2, 4, 4, 4), 386: (6, 12, 4, 4, 4, 6), **PRESET_BINS}  # two more below the published ones
 Through = Callable[[np.ndarray], np.ndarray]  # actions f32[B, 7] as the expert wants them -> as they are executed

@@ -26,12 +26,13 @@ from spatialvla_jax.actions import PRETRAIN_GAUSSIANS, gaussian_grid
 from spatialvla_jax.config import default_config
 from spatialvla_jax.models import PRESETS, SpatialVLA, preset
 from spatialvla_jax.models.remat import POLICIES
-from spatialvla_jax.planning.tpu_plan import held, model_flops
-from spatialvla_jax.training.metrics import peak
+from spatialvla_jax.planning.tpu_plan import held
+from spatialvla_jax.training.flops import model_flops
 from spatialvla_jax.training.optimizer import make_optimizer
 from spatialvla_jax.training.setup import abstract_params, frozen_patterns, jit_train_step, make_model
 from spatialvla_jax.training.sharding import BATCH, check_batch, make_mesh
 from spatialvla_jax.training.state import abstract_state, init_state
+from spatialvla_jax.utils.chips import peak
 
 
 def random_batch(model: SpatialVLA, size: int) -> dict[str, np.ndarray]:

@@ -90,8 +90,8 @@ def adapted(config_file: Path, trained: Path, tmp_path_factory: pytest.TempPathF
 def packed_config(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same on a packed file, which needs no TensorFlow."""
     from spatialvla_jax.config import load_config
+    from spatialvla_jax.data import open_data
     from spatialvla_jax.data.pack import write_pack
-    from spatialvla_jax.training.loop import open_data
 
     folder, config = tmp_path_factory.mktemp("packed"), load_config(config_file)
     write_pack(open_data(config), folder / "toy.pack", config.data.to_dict(), ("train", "val"))

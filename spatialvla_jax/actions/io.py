@@ -2,11 +2,10 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import Float
 
@@ -15,18 +14,9 @@ from spatialvla_jax.actions import (
     LinearGrid,
     decode,
     encode,
-    fit_gaussians,
-    gaussian_grid,
-    grid_from_dict,
     grid_to_dict,
-    linear_grid,
-    pool_gaussians,
-    uniform_grid,
 )
 from spatialvla_jax.actions.gaussian import RANGES
-from spatialvla_jax.actions.normalization import normalize
-from spatialvla_jax.data import Loader
-from spatialvla_jax.data.beam import load_stats, pooled
 from spatialvla_jax.errors import InputError
 
 _BLOCK = 2**16  # actions tokenized at once

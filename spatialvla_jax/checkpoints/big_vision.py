@@ -16,6 +16,7 @@ from spatialvla_jax.checkpoints.mapping import check_leaves, check_names, param_
 from spatialvla_jax.checkpoints.processor import Processor
 from spatialvla_jax.checkpoints.types import Checkpoint, Leaf, check_finite
 from spatialvla_jax.errors import InputError
+from spatialvla_jax.models.spatialvla import SpatialVLAConfig
 
 PREFIX, FACTS = "params/", "spatialvla_jax"
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)

@@ -452,9 +452,9 @@ def run_evaluate(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from spatialvla_jax.config import load_config, train_config_of
+    from spatialvla_jax.data import open_data
     from spatialvla_jax.evaluation.open_loop import evaluate, table
     from spatialvla_jax.inference.policy import Policy
-    from spatialvla_jax.training.loop import open_data
 
     if args.closed_loop:
         run_closed_loop(args)
@@ -465,7 +465,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
     if args.config is None and args.overrides:
         raise InputError("--config.KEY=VALUE needs --config FILE")
     config = train_config_of(args.checkpoint) if args.config is None else load_config(args.config, args.overrides)
-    loader = open_data(config, policy.processor)
+    loader = open_data(config, policy.processor.statistics, policy.processor.tokenizer)
     with tqdm(total=loader.num_frames(args.split), unit="frame", desc="evaluate") as bar:
         result = evaluate(policy, loader, args.split, batch_size=args.batch_size, progress=bar.update)
     print(table(result))
@@ -608,9 +608,9 @@ def run_stats(args: argparse.Namespace) -> None:
 def run_grid_fit(args: argparse.Namespace) -> None:
     from spatialvla_jax.actions.io import describe_grid, save_grid
     from spatialvla_jax.config import load_config
+    from spatialvla_jax.data import open_data
     from spatialvla_jax.data.beam import load_stats, pooled
     from spatialvla_jax.training.grid_fit import fitted_datasets, make_grid, mixture_gaussians
-    from spatialvla_jax.training.loop import open_data
 
     config = load_config(args.config, args.overrides)
     values = config.to_dict()
@@ -631,9 +631,9 @@ def grid_actions(args: argparse.Namespace) -> tuple[Any, str] | None:
 
     from spatialvla_jax.actions.io import sample_gaussians
     from spatialvla_jax.config import load_config
+    from spatialvla_jax.data import open_data
     from spatialvla_jax.data.beam import load_stats, pooled
     from spatialvla_jax.training.grid_fit import fitted_actions, fitted_datasets
-    from spatialvla_jax.training.loop import open_data
 
     if args.config:
         config = load_config(args.config, args.overrides)
@@ -730,7 +730,8 @@ def run_show(args: argparse.Namespace) -> None:
     from spatialvla_jax.data import load_data
     from spatialvla_jax.models.presets import preset
     from spatialvla_jax.reports.mixture import IMAGE_SIZE, write_page
-    from spatialvla_jax.training.loop import make_processor, shard_progress
+    from spatialvla_jax.training.loop import make_processor
+    from spatialvla_jax.utils.progress import shard_progress
 
     config: Any = load_config(args.config, args.overrides)
     size = preset(config.model.preset).img.image_size if config.data.get("packed") else IMAGE_SIZE
@@ -834,7 +835,7 @@ def run_data_pack(args: argparse.Namespace) -> None:
     from spatialvla_jax.data import load_data
     from spatialvla_jax.data.pack import write_pack
     from spatialvla_jax.models.presets import preset
-    from spatialvla_jax.training.loop import shard_progress
+    from spatialvla_jax.utils.progress import shard_progress
 
     config = load_config(args.config, args.overrides).to_dict()
     data, model, training = config["data"], config["model"], config["train"]

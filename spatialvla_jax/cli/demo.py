@@ -19,14 +19,15 @@ from spatialvla_jax.actions.normalization import unnormalize
 from spatialvla_jax.checkpoints import load_pretrained
 from spatialvla_jax.checkpoints.mapping import param_shapes
 from spatialvla_jax.config import load_config
+from spatialvla_jax.data import open_data
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.evaluation.open_loop import evaluate, predict, table
 from spatialvla_jax.export.convert import convert
 from spatialvla_jax.export.verify import table as verification_table
 from spatialvla_jax.inference.policy import Policy
 from spatialvla_jax.reports import figures
-from spatialvla_jax.training.loop import open_data, write_json
 from spatialvla_jax.training.metrics import read_metrics
+from spatialvla_jax.utils.atomic import write_json
 
 
 def run(config_path: str, workdir: Path, overrides: dict[str, str]) -> dict[str, Any]:
@@ -53,7 +54,7 @@ def run(config_path: str, workdir: Path, overrides: dict[str, str]) -> dict[str,
 
     say("evaluating on the validation episodes")
     policy = Policy.load(run_dir)
-    loader = open_data(config, policy.processor)
+    loader = open_data(config, policy.processor.statistics, policy.processor.tokenizer)
     result = evaluate(policy, loader, config.train.eval_split)
     print(table(result), flush=True)
 

@@ -13,13 +13,16 @@ from ml_collections import ConfigDict
 
 from spatialvla_jax.actions.normalization import normalize
 from spatialvla_jax.data import mixture
+from spatialvla_jax.data.beam import load_stats
 from spatialvla_jax.data.images import scale_intrinsics
 from spatialvla_jax.data.index import Index
 from spatialvla_jax.data.pack import Packed
 from spatialvla_jax.data.reader import Rlds, Samples, Source, Split
 from spatialvla_jax.data.resolve_datasets import make_entries
 from spatialvla_jax.errors import InputError
+from spatialvla_jax.models.presets import preset
 from spatialvla_jax.text import Tokenizer, train_tokenizer
+from spatialvla_jax.utils.progress import shard_progress
 
 Batch = dict[str, np.ndarray]
 _STATISTICS_ROWS = ("q01", "q99", "min", "max", "mask")
@@ -384,3 +387,20 @@ def _rows(batch_size: int, process_index: int, process_count: int) -> np.ndarray
     if batch_size % process_count:
         raise InputError(f"The batch size {batch_size} does not divide among {process_count} processes")
     return np.arange(batch_size).reshape(process_count, -1)[process_index]
+
+
+def open_data(
+    config: ConfigDict, statistics: Mapping[str, Any] | None = None, tokenizer: Tokenizer | None = None
+) -> Loader:
+    """The loader of a whole config. `statistics` and `tokenizer` of a checkpoint take the place of the data's own; the
+    statistics are otherwise those of `data.statistics`, if it names a file."""
+    path = config.data.to_dict().get("statistics")
+    return load_data(
+        config.data,
+        image_size=preset(config.model.preset).img.image_size,
+        action_chunk=config.model.action_chunk,
+        depth=config.model.depth == "dataset",
+        statistics=statistics or (load_stats(path)["statistics"] if path else None),
+        tokenizer=tokenizer,
+        progress=shard_progress(),
+    )

@@ -21,32 +21,6 @@ import numpy as np
 GB = 1e9
 
 
-@dataclass(frozen=True)
-class Chip:
-    """Peak bf16 FLOP/s, HBM bytes and bytes/s, bytes/s into one chip over all its ICI links and from the data-center
-    network, sides of the torus, largest slice in chips, TensorCores.
-
-    Source: the vendor's page of each generation, cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e (ICI is half of the
-    bidirectional figure; DCN a chip's share of its host's). v4's ICI: six links of 50 GB/s (arXiv 2304.01433).
-    """
-
-    peak: float
-    hbm: float
-    hbm_bandwidth: float
-    ici: float
-    dcn: float
-    sides: int
-    largest: int
-    cores: int
-
-
-CHIPS = {
-    "v4": Chip(275e12, 32 * 2**30, 1200e9, 300e9, 6.25e9, sides=3, largest=4096, cores=2),
-    "v5e": Chip(197e12, 16 * 2**30, 819e9, 200e9, 3.125e9, sides=2, largest=256, cores=1),
-    "v5p": Chip(459e12, 95 * 2**30, 2765e9, 600e9, 6.25e9, sides=3, largest=6144, cores=2),
-    "v6e": Chip(918e12, 32 * 2**30, 1638e9, 400e9, 12.5e9, sides=2, largest=256, cores=1),
-}
-
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 BITS = {"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "bf16": 16, "f16": 16, "s16": 16, "u16": 16}
 BITS |= {"s32": 32, "u32": 32, "f32": 32, "s64": 64, "u64": 64, "f64": 64, "c64": 64, "token": 0, "f8e4m3fn": 8}
@@ -448,25 +422,3 @@ def where_of(op_name: str) -> str:
     backward = "transpose(" in op_name
     again = "rematted_computation" in op_name
     return " ".join(filter(None, (part or "rest", "again" if again else "backward" if backward else "forward")))
-
-
-def product_flops(jaxpr: Any) -> float:
-    """Of the matrix products and convolutions in a jaxpr, a scan's body times its length; 2 a multiply-add."""
-    total = 0.0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            (contracting, _), _ = equation.params["dimension_numbers"]
-            lhs = equation.invars[0].aval.shape
-            total += 2 * prod(equation.outvars[0].aval.shape) * prod(lhs[d] for d in contracting)
-        elif equation.primitive.name == "conv_general_dilated":
-            out, kernel = equation.outvars[0].aval.shape, equation.invars[1].aval.shape
-            features = kernel[equation.params["dimension_numbers"].rhs_spec[0]]
-            work = 2 * prod(out) * prod(kernel) / features / equation.params["batch_group_count"]
-            total += work / prod(equation.params["lhs_dilation"])
-        times = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
-        for value in equation.params.values():
-            for inner in value if isinstance(value, tuple | list) else (value,):
-                inner = getattr(inner, "jaxpr", inner)
-                if hasattr(inner, "eqns"):
-                    total += times * product_flops(inner)
-    return total

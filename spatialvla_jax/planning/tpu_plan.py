@@ -27,7 +27,8 @@ from spatialvla_jax.actions import PRETRAIN_GAUSSIANS
 from spatialvla_jax.data.oxe import MIXTURES
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.models.lora import merge_adapters
-from spatialvla_jax.planning.hlo_cost import CHIPS, GB, Chip, product_flops, read_program
+from spatialvla_jax.planning.hlo_cost import GB, read_program
+from spatialvla_jax.training.flops import product_flops
 from spatialvla_jax.training.grid_fit import make_grid
 from spatialvla_jax.training.optimizer import make_optimizer, merge, split_frozen
 from spatialvla_jax.training.setup import (
@@ -41,6 +42,7 @@ from spatialvla_jax.training.setup import (
 from spatialvla_jax.training.sharding import AXES, check_batch, make_mesh
 from spatialvla_jax.training.state import abstract_state
 from spatialvla_jax.training.step import loss_and_metrics, prepare
+from spatialvla_jax.utils.chips import CHIPS, Chip
 
 # Without a TPU, libtpu asks a metadata server what it runs on unless it is told.
 NO_TPU = {
@@ -241,29 +243,6 @@ def compile_plan(config: ConfigDict, plan: Plan, topology: Topology, cache: Path
     temporary.write_text(json.dumps(report))
     os.replace(temporary, kept)
     return report
-
-
-def model_flops(config: ConfigDict, grid: Any) -> float:
-    """FLOPs of one sample that the model itself needs: the forward pass, and the backward pass to every trainable
-    parameter, without augmentation, rematerialisation and optimizer. Counted over the products of the traced gradient.
-    """
-    config = ConfigDict(config.to_dict())
-    config.model.remat = "none"
-    model = make_model(config, grid)
-    frozen = frozen_patterns(config, model)
-
-    def gradient(params: Any, batch: Any) -> Any:
-        trainable, fixed = split_frozen(params, frozen)
-        inputs = prepare(batch, None, None)
-
-        def loss(trainable: Any) -> Any:
-            params = merge_adapters(merge(trainable, fixed), lora_scale(config))
-            return loss_and_metrics(model, params, inputs, grid)[0].mean()
-
-        return jax.grad(loss)(trainable)
-
-    params = abstract_params(config, model)
-    return product_flops(jax.make_jaxpr(gradient)(params, abstract_batch(model, 1)).jaxpr)
 
 
 FORMAT = 4  # of a report: another one leaves the cached ones alone

@@ -33,13 +33,15 @@ from spatialvla_jax.actions import ActionGrid, adapt_embeddings, encode, grid_to
 from spatialvla_jax.actions.io import describe_grid, save_grid
 from spatialvla_jax.checkpoints import read_checkpoint
 from spatialvla_jax.config import check_resumable
+from spatialvla_jax.data import open_data
 from spatialvla_jax.data.pack import packed_digest
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.evaluation.open_loop import evaluate
 from spatialvla_jax.inference.policy import Policy
 from spatialvla_jax.sweep.plan import Sweep, Trial
-from spatialvla_jax.training.loop import open_data, train, write_json
+from spatialvla_jax.training.loop import train
 from spatialvla_jax.training.metrics import read_metrics
+from spatialvla_jax.utils.atomic import write_json
 from spatialvla_jax.utils.compilation_cache import share_compilations
 from spatialvla_jax.utils.distributed import is_writer
 
@@ -236,7 +238,7 @@ def measure(trial: Trial, folder: Path, trained: dict[str, Any]) -> dict[str, An
     """What a finished training run is worth, as it stands in result.json; writes what the report draws."""
     began, config = time.monotonic(), trial.config
     policy = Policy.load(folder)
-    loader, grid = open_data(config, policy.processor), policy.processor.grid
+    loader, grid = open_data(config, policy.processor.statistics, policy.processor.tokenizer), policy.processor.grid
     actions = loader.actions()
     with tqdm(total=loader.num_frames(config.train.eval_split), unit="frame", desc="evaluate") as bar:
         evaluation = evaluate(policy, loader, config.train.eval_split, progress=bar.update)

@@ -21,16 +21,17 @@ from spatialvla_jax.data import Loader, load_data
 from spatialvla_jax.data.beam import load_stats
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.models import preset
-from spatialvla_jax.planning.tpu_plan import model_flops
 from spatialvla_jax.text import Tokenizer
+from spatialvla_jax.training.flops import model_flops
 from spatialvla_jax.training.init_from import check_same, make_processor, open_start, starting_params
-from spatialvla_jax.training.metrics import Clock, MetricsLog, check_wandb, peak, rates, scalars
+from spatialvla_jax.training.metrics import Clock, MetricsLog, check_wandb, rates, scalars
 from spatialvla_jax.training.optimizer import make_optimizer, split_frozen, swap_average, update_norms
 from spatialvla_jax.training.saving import FOLDER, Checkpoints
 from spatialvla_jax.training.setup import frozen_patterns, jit_train_step, lora_scale, make_model
 from spatialvla_jax.training.sharding import BATCH, check_batch, make_mesh, on_mesh
 from spatialvla_jax.training.state import TrainState, init_state
 from spatialvla_jax.training.step import make_eval_step
+from spatialvla_jax.utils.chips import peak
 from spatialvla_jax.utils.distributed import Preemption, is_writer
 
 FINISHED = "finished"  # of a run's directory: the file that stands for its last step
@@ -242,40 +243,3 @@ def validate(
 def to_device(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
     """This host's rows of the global batch → global arrays."""
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items() if k != "sample_id"}
-
-
-def open_data(config: ConfigDict, processor: Processor | None = None, tokenizer: Tokenizer | None = None) -> Loader:
-    """The loader; with a `processor` its statistics and tokenizer take the place of the data's own, without one the
-    `tokenizer` and the statistics of `data.statistics`, each if there is one."""
-    path = config.data.to_dict().get("statistics")
-    given = load_stats(path)["statistics"] if path and not processor else None
-    return load_data(
-        config.data,
-        image_size=preset(config.model.preset).img.image_size,
-        action_chunk=config.model.action_chunk,
-        depth=config.model.depth == "dataset",
-        statistics=processor.statistics if processor else given,
-        tokenizer=processor.tokenizer if processor else tokenizer,
-        progress=shard_progress(),
-    )
-
-
-def shard_progress() -> Callable[[str, int, int], None]:
-    """A progress bar for each dataset that is indexed: (name, shards done, shards)."""
-    bars: dict[str, tqdm] = {}
-
-    def show(name: str, done: int, total: int) -> None:
-        if name not in bars:
-            bars[name] = tqdm(total=total, desc=f"indexing {name}", unit="shard", leave=False)
-        bars[name].update(done - bars[name].n)
-        if done == total:
-            bars.pop(name).close()
-
-    return show
-
-
-def write_json(path: Path, value: Any) -> None:
-    """By rename, so that a crash leaves the old file whole."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(temporary, path)

@@ -16,14 +16,8 @@ import jax
 import numpy as np
 
 from spatialvla_jax.errors import InputError, StorageError
+from spatialvla_jax.utils.chips import peak
 from spatialvla_jax.utils.distributed import is_writer
-
-# Dense bf16 FLOP/s of one device, by what its name has in it, first match (the vendors' data sheets).
-PEAKS = (
-    *(("TPU v4", 275e12), ("TPU v5 lite", 197e12), ("TPU v5e", 197e12), ("TPU v5", 459e12)),
-    *(("TPU v6", 918e12), ("A100", 312e12), ("H100", 989e12), ("H200", 989e12), ("4090", 165e12)),
-)
-
 
 if "torch" in sys.modules:
     from tensorboardX import SummaryWriter
@@ -160,9 +154,3 @@ def rates(seconds: float, samples: int, tokens: int, flops: float) -> dict[str, 
     memory = jax.local_devices()[0].memory_stats() or {}
     names = {"bytes_in_use": "memory/gb", "peak_bytes_in_use": "memory/peak_gb"}
     return values | {name: memory[key] / 1e9 for key, name in names.items() if key in memory}
-
-
-def peak() -> float | None:
-    """Peak FLOP/s of a device of this run, where the table has it."""
-    kind = jax.devices()[0].device_kind
-    return next((flops for name, flops in PEAKS if name in kind), None)

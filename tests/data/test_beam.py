@@ -9,10 +9,10 @@ from spatialvla_jax.actions.normalization import normalize
 from spatialvla_jax.cli.__main__ import main
 from spatialvla_jax.config import load_config
 from spatialvla_jax.data import beam as stats_pipeline
-from spatialvla_jax.data import load_data
+from spatialvla_jax.data import load_data, open_data
 from spatialvla_jax.data.beam import compute_stats, load_stats, named_gaussians, pooled, table
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.training.loop import make_processor, open_data
+from spatialvla_jax.training.loop import make_processor
 
 
 @pytest.fixture(scope="module")

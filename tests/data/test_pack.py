@@ -15,11 +15,10 @@ from helpers.toy_rlds import data_config, make_episodes, make_rlds
 
 from spatialvla_jax.cli.__main__ import main
 from spatialvla_jax.config import check_resumable, load_config
-from spatialvla_jax.data import load_data
+from spatialvla_jax.data import load_data, open_data
 from spatialvla_jax.data.oxe import CATALOGUE
 from spatialvla_jax.data.pack import ALIGNMENT, write_pack
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.training.loop import open_data
 
 SIZE = 16
 # A camera that no frame knows, and depth in another unit.

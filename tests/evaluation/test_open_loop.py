@@ -5,14 +5,14 @@ import numpy as np
 from spatialvla_jax import Policy
 from spatialvla_jax.actions import decode, encode
 from spatialvla_jax.config import load_config
+from spatialvla_jax.data import open_data
 from spatialvla_jax.evaluation.open_loop import evaluate, table
-from spatialvla_jax.training.loop import open_data
 
 
 def test_a_perfect_policy_and_both_baselines_by_hand(trained: Path, config_file: Path, monkeypatch) -> None:
     """A policy that replays the tokens of the true actions: accuracy 1, and L1 that of the quantisation alone."""
     policy = Policy.load(trained)
-    loader = open_data(load_config(config_file), policy.processor)
+    loader = open_data(load_config(config_file), policy.processor.statistics, policy.processor.tokenizer)
     grid = policy.processor.grid
 
     def replay(batch):

@@ -8,9 +8,9 @@ from spatialvla_jax import Policy
 from spatialvla_jax.actions import decode, encode
 from spatialvla_jax.actions.normalization import unnormalize
 from spatialvla_jax.config import load_config
+from spatialvla_jax.data import open_data
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.export.convert import convert
-from spatialvla_jax.training.loop import open_data
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def test_infer_sees_what_training_saw(policy: Policy, config_file: Path) -> None
     import tensorflow_datasets as tfds
 
     path = load_config(config_file).data.datasets[0]["path"]
-    loader = open_data(load_config(config_file), policy.processor)
+    loader = open_data(load_config(config_file), policy.processor.statistics, policy.processor.tokenizer)
     agree = total = 0
     for batch, episode in zip(loader.episodes("val"), tfds.builder_from_directory(path).as_dataset("val"), strict=True):
         expected, _ = policy.act({k: v for k, v in batch.items() if isinstance(v, np.ndarray)})
@@ -96,7 +96,9 @@ def test_inputs_that_stay_are_kept_and_those_that_change_are_not(
 
 
 def test_batched_and_single_calls_agree(policy: Policy, config_file: Path) -> None:
-    batch = next(open_data(load_config(config_file), policy.processor).epoch(4, "val"))
+    batch = next(
+        open_data(load_config(config_file), policy.processor.statistics, policy.processor.tokenizer).epoch(4, "val")
+    )
     ids, actions = policy.act(batch)
     for i in range(4):
         one, action = policy.act({k: batch[k][i] for k in batch if k != "valid"}, batched=False)

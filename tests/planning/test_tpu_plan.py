@@ -18,7 +18,7 @@ from spatialvla_jax.cli.__main__ import main
 from spatialvla_jax.config import default_config, load_config
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.planning import tpu_plan as topology_module
-from spatialvla_jax.planning.hlo_cost import product_flops, read_program, replica_groups, valid_places
+from spatialvla_jax.planning.hlo_cost import read_program, replica_groups, valid_places
 from spatialvla_jax.planning.tpu_plan import (
     Plan,
     Topology,
@@ -27,12 +27,12 @@ from spatialvla_jax.planning.tpu_plan import (
     compile_plan,
     line,
     meshes,
-    model_flops,
     out_of_memory,
     parse_topology,
     search,
     smaller,
 )
+from spatialvla_jax.training.flops import model_flops, product_flops
 from spatialvla_jax.training.grid_fit import make_grid
 from spatialvla_jax.training.sharding import make_mesh
 

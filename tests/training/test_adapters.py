@@ -15,11 +15,12 @@ from spatialvla_jax.checkpoints.mapping import flatten
 from spatialvla_jax.checkpoints.peft import read_adapters
 from spatialvla_jax.cli.__main__ import main
 from spatialvla_jax.config import train_config_of
+from spatialvla_jax.data import open_data
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.export.convert import convert
 from spatialvla_jax.inference.policy import Policy
 from spatialvla_jax.models.lora import is_linear
-from spatialvla_jax.training.loop import open_data, train
+from spatialvla_jax.training.loop import train
 from spatialvla_jax.training.metrics import read_metrics
 from spatialvla_jax.training.sharding import make_mesh, spec_of
 from spatialvla_jax.training.step import make_eval_step
@@ -69,7 +70,7 @@ def test_merged_it_acts_as_unmerged(adapted: Path, tmp_path: Path) -> None:
     assert jax.tree.all(jax.tree.map(np.array_equal, params, load_pretrained(adapted)[1]))
     step = jax.jit(make_eval_step(model, 1))
     loss, count = 0.0, 0
-    for batch in open_data(train_config_of(adapted), processor).epoch(8, "val"):
+    for batch in open_data(train_config_of(adapted), processor.statistics, processor.tokenizer).epoch(8, "val"):
         sums, n = step(params, {k: v for k, v in batch.items() if k != "valid"}, processor.grid, batch["valid"])
         loss, count = loss + float(sums["loss"]), count + int(n)
     assert loss / count == pytest.approx(read_metrics(adapted / "metrics.jsonl")[-1]["val/loss"], rel=1e-5)

@@ -11,10 +11,11 @@ from spatialvla_jax.checkpoints import read_checkpoint, write_huggingface
 from spatialvla_jax.checkpoints.mapping import flatten
 from spatialvla_jax.checkpoints.regrid import adapt_checkpoint
 from spatialvla_jax.config import check_post_training, default_config, load_config
+from spatialvla_jax.data import open_data
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.export.convert import convert
 from spatialvla_jax.training.init_from import make_processor, open_start, starting_params
-from spatialvla_jax.training.loop import open_data, train
+from spatialvla_jax.training.loop import train
 from spatialvla_jax.training.setup import make_model
 
 TABLE, HEAD, EMBEDDING = "llm/embedder/input_embedding", "llm/lm_head", "spatial_embedding"

@@ -1,0 +1,57 @@
+"""FLOPs that a training sample needs, counted over the products of the traced gradient."""
+
+from math import prod
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from spatialvla_jax.models.lora import merge_adapters
+from spatialvla_jax.training.optimizer import merge, split_frozen
+from spatialvla_jax.training.setup import abstract_batch, abstract_params, frozen_patterns, lora_scale, make_model
+from spatialvla_jax.training.step import loss_and_metrics, prepare
+
+
+def model_flops(config: ConfigDict, grid: Any) -> float:
+    """FLOPs of one sample that the model itself needs: the forward pass, and the backward pass to every trainable
+    parameter, without augmentation, rematerialisation and optimizer. Counted over the products of the traced gradient.
+    """
+    config = ConfigDict(config.to_dict())
+    config.model.remat = "none"
+    model = make_model(config, grid)
+    frozen = frozen_patterns(config, model)
+
+    def gradient(params: Any, batch: Any) -> Any:
+        trainable, fixed = split_frozen(params, frozen)
+        inputs = prepare(batch, None, None)
+
+        def loss(trainable: Any) -> Any:
+            params = merge_adapters(merge(trainable, fixed), lora_scale(config))
+            return loss_and_metrics(model, params, inputs, grid)[0].mean()
+
+        return jax.grad(loss)(trainable)
+
+    params = abstract_params(config, model)
+    return product_flops(jax.make_jaxpr(gradient)(params, abstract_batch(model, 1)).jaxpr)
+
+
+def product_flops(jaxpr: Any) -> float:
+    """Of the matrix products and convolutions in a jaxpr, a scan's body times its length; 2 a multiply-add."""
+    total = 0.0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracting, _), _ = equation.params["dimension_numbers"]
+            lhs = equation.invars[0].aval.shape
+            total += 2 * prod(equation.outvars[0].aval.shape) * prod(lhs[d] for d in contracting)
+        elif equation.primitive.name == "conv_general_dilated":
+            out, kernel = equation.outvars[0].aval.shape, equation.invars[1].aval.shape
+            features = kernel[equation.params["dimension_numbers"].rhs_spec[0]]
+            work = 2 * prod(out) * prod(kernel) / features / equation.params["batch_group_count"]
+            total += work / prod(equation.params["lhs_dilation"])
+        times = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
+        for value in equation.params.values():
+            for inner in value if isinstance(value, tuple | list) else (value,):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    total += times * product_flops(inner)
+    return total

@@ -1,0 +1,45 @@
+"""What accelerators can do at most, by the vendors' data sheets."""
+
+from dataclasses import dataclass
+
+import jax
+
+
+@dataclass(frozen=True)
+class Chip:
+    """Peak bf16 FLOP/s, HBM bytes and bytes/s, bytes/s into one chip over all its ICI links and from the data-center
+    network, sides of the torus, largest slice in chips, TensorCores.
+
+    Source: the vendor's page of each generation, cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e (ICI is half of the
+    bidirectional figure; DCN a chip's share of its host's). v4's ICI: six links of 50 GB/s (arXiv 2304.01433).
+    """
+
+    peak: float
+    hbm: float
+    hbm_bandwidth: float
+    ici: float
+    dcn: float
+    sides: int
+    largest: int
+    cores: int
+
+
+CHIPS = {
+    "v4": Chip(275e12, 32 * 2**30, 1200e9, 300e9, 6.25e9, sides=3, largest=4096, cores=2),
+    "v5e": Chip(197e12, 16 * 2**30, 819e9, 200e9, 3.125e9, sides=2, largest=256, cores=1),
+    "v5p": Chip(459e12, 95 * 2**30, 2765e9, 600e9, 6.25e9, sides=3, largest=6144, cores=2),
+    "v6e": Chip(918e12, 32 * 2**30, 1638e9, 400e9, 12.5e9, sides=2, largest=256, cores=1),
+}
+
+# Dense bf16 FLOP/s of one device, by what JAX's name of its kind has in it, first match.
+PEAKS = (
+    *(("TPU v4", CHIPS["v4"].peak), ("TPU v5 lite", CHIPS["v5e"].peak), ("TPU v5e", CHIPS["v5e"].peak)),
+    *(("TPU v5", CHIPS["v5p"].peak), ("TPU v6", CHIPS["v6e"].peak)),
+    *(("A100", 312e12), ("H100", 989e12), ("H200", 989e12), ("4090", 165e12)),
+)
+
+
+def peak() -> float | None:
+    """Peak FLOP/s of a device of this run, where the table has it."""
+    kind = jax.devices()[0].device_kind
+    return next((flops for name, flops in PEAKS if name in kind), None)
