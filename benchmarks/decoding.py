@@ -91,11 +91,8 @@ def speculation(checkpoint: Path, episodes: list[dict[str, Any]]) -> dict[str, A
 
 
 def load_episodes(checkpoint: Path, split: str, count: int) -> list[dict[str, Any]]:
-    loader: Loader = open_data(
-        train_config_of(checkpoint),
-        Policy.load(checkpoint).processor.statistics,
-        Policy.load(checkpoint).processor.tokenizer,
-    )
+    processor = Policy.load(checkpoint).processor
+    loader: Loader = open_data(train_config_of(checkpoint), processor.statistics, processor.tokenizer)
     episodes = list(loader.episodes(split))
     return episodes[:count] if count else episodes
 

@@ -26,22 +26,19 @@ from ml_collections import ConfigDict
 from spatialvla_jax.actions import PRETRAIN_GAUSSIANS
 from spatialvla_jax.data.oxe import MIXTURES
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.models.lora import merge_adapters
 from spatialvla_jax.planning.hlo_cost import GB, read_program
-from spatialvla_jax.training.flops import product_flops
+from spatialvla_jax.training.flops import model_flops
 from spatialvla_jax.training.grid_fit import make_grid
-from spatialvla_jax.training.optimizer import make_optimizer, merge, split_frozen
+from spatialvla_jax.training.optimizer import make_optimizer
 from spatialvla_jax.training.setup import (
     abstract_batch,
     abstract_params,
     frozen_patterns,
     jit_train_step,
-    lora_scale,
     make_model,
 )
 from spatialvla_jax.training.sharding import AXES, check_batch, make_mesh
 from spatialvla_jax.training.state import abstract_state
-from spatialvla_jax.training.step import loss_and_metrics, prepare
 from spatialvla_jax.utils.chips import CHIPS, Chip
 
 # Without a TPU, libtpu asks a metadata server what it runs on unless it is told.

@@ -1,10 +1,8 @@
 """The training run: data, state, steps, metrics, checkpoints; started again it goes on where it was."""
 
 import json
-import os
 import sys
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +13,10 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from spatialvla_jax.checkpoints.processor import Processor
 from spatialvla_jax.config import check_post_training, check_resumable
-from spatialvla_jax.data import Loader, load_data
-from spatialvla_jax.data.beam import load_stats
+from spatialvla_jax.data import Loader, open_data
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.models import preset
-from spatialvla_jax.text import Tokenizer
 from spatialvla_jax.training.flops import model_flops
 from spatialvla_jax.training.init_from import check_same, make_processor, open_start, starting_params
 from spatialvla_jax.training.metrics import Clock, MetricsLog, check_wandb, rates, scalars
@@ -31,6 +26,7 @@ from spatialvla_jax.training.setup import frozen_patterns, jit_train_step, lora_
 from spatialvla_jax.training.sharding import BATCH, check_batch, make_mesh, on_mesh
 from spatialvla_jax.training.state import TrainState, init_state
 from spatialvla_jax.training.step import make_eval_step
+from spatialvla_jax.utils.atomic import write_json
 from spatialvla_jax.utils.chips import peak
 from spatialvla_jax.utils.distributed import Preemption, is_writer
 
