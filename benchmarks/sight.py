@@ -29,7 +29,8 @@ from tqdm import tqdm
 from spatialvla_jax.evaluation import closed_loop
 from spatialvla_jax.sim import libero_env as libero
 from spatialvla_jax.sim import scripted_expert as expert
-from spatialvla_jax.sim.record_libero import load_motions, proprioception
+from spatialvla_jax.sim.libero import proprioception
+from spatialvla_jax.sim.motions import load_motions
 
 SUITE, CHUNK, WIDTH = "libero_spatial", 4, 512
 OBJECTS = slice(9, 44)  # of the simulator's coordinates: after arm and fingers, five objects' positions and quaternions

@@ -12,7 +12,7 @@ import argparse
 import numpy as np
 
 from spatialvla_jax.serving.client import Agent, Client
-from spatialvla_jax.sim.record_libero import camera, frame, set_up_worker, simulate
+from spatialvla_jax.sim.libero import camera, frame, set_up_worker, simulate
 
 STEPS, SIZE = 220, 128
 

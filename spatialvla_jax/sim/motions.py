@@ -1,0 +1,72 @@
+"""Recorded motions without their pictures: a file of arrays that `record_libero.render_motions` draws."""
+
+import os
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from spatialvla_jax.errors import InputError
+
+
+@dataclass(frozen=True)
+class Motion:
+    """One accepted episode without its pictures, which `render_motion` makes: what was done, and where all was."""
+
+    suite: str
+    task_id: int
+    split: str
+    seed: int  # of the scene
+    init_state: int
+    language: str
+    qpos: Float[np.ndarray, "T Q"]  # of the simulator, before each action
+    state: Float[np.ndarray, "T 8"]
+    action: Float[np.ndarray, "T 7"]
+
+
+def save_motions(out: Path, motions: Sequence[Motion]) -> None:
+    """As NumPy's .npz, by rename: the episodes one after the other, and of each its length and its other fields.
+
+    Raises InputError where the file cannot be written."""
+    columns: dict[str, Any] = {
+        key: np.array([getattr(m, key) for m in motions]) for key in ("suite", "split", "language")
+    }
+    columns |= {
+        key: np.array([getattr(m, key) for m in motions], np.int64) for key in ("task_id", "seed", "init_state")
+    }
+    columns |= {
+        "length": np.array([len(m.qpos) for m in motions]),
+        "width": np.array([m.qpos.shape[1] for m in motions]),
+    }
+    columns |= {key: np.concatenate([getattr(m, key).ravel() for m in motions]) for key in ("qpos", "state", "action")}
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp.npz")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        np.savez_compressed(temporary, **columns)
+        os.replace(temporary, out)
+    except OSError as error:
+        raise InputError(f"{out} cannot be written: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_motions(path: Path) -> list[Motion]:
+    """Raises InputError for a file that `save_motions` did not write."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            columns = {key: file[key] for key in (*Motion.__dataclass_fields__, "length", "width")}
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path} is no file of motions, as `record libero --out FILE.npz` writes them") from error
+    motions, place = [], {"qpos": 0, "state": 0, "action": 0}
+    for i, (length, width) in enumerate(zip(columns["length"].tolist(), columns["width"].tolist(), strict=True)):
+        fields: dict[str, Any] = {key: str(columns[key][i]) for key in ("suite", "split", "language")}
+        fields |= {key: int(columns[key][i]) for key in ("task_id", "seed", "init_state")}
+        for key, size in {"qpos": width, "state": 8, "action": 7}.items():
+            fields[key] = columns[key][place[key] : place[key] + length * size].reshape(length, size)
+            place[key] += length * size
+        motions.append(Motion(**fields))
+    return motions
