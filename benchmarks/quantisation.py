@@ -26,7 +26,7 @@ from spatialvla_jax.config import load_config
 from spatialvla_jax.data import open_data
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.evaluation import closed_loop
-from spatialvla_jax.reports import figures
+from spatialvla_jax.reports.figures import grids
 from spatialvla_jax.sim import libero_env as libero
 
 BINS = {130: (4, 8, 2, 4, 4, 4), 386: (6, 12, 4, 4, 4, 6), **PRESET_BINS}  # two more below the published ones
@@ -75,7 +75,7 @@ def report(out: Path, results: dict[str, dict]) -> None:
 
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     rows = {tokens(name): row | {"steps": row["steps"] or float("nan")} for name, row in results.items()}
-    figures.quantisation(out / "quantisation.png", rows)
+    grids.quantisation(out / "quantisation.png", rows)
 
 
 def main() -> None:

@@ -652,14 +652,14 @@ def run_grid_show(args: argparse.Namespace) -> None:
     from spatialvla_jax.actions import ActionGrid
     from spatialvla_jax.actions.io import sample_actions
     from spatialvla_jax.checkpoints.load import load_grid
-    from spatialvla_jax.reports import figures
+    from spatialvla_jax.reports.figures import grids
 
     grid = load_grid(args.grid)
     actions, source = grid_actions(args) or (sample_actions(grid), "samples of the grid")
     if isinstance(grid, ActionGrid):
-        figures.action_grid(args.out, grid, actions, source)
+        grids.action_grid(args.out, grid, actions, source)
     else:
-        figures.linear_grid(args.out, grid, actions, source)
+        grids.linear_grid(args.out, grid, actions, source)
     print(f"wrote {args.out}: {args.grid} over {len(actions):,} actions ({source})")
 
 

@@ -25,7 +25,7 @@ from spatialvla_jax.evaluation.open_loop import evaluate, predict, table
 from spatialvla_jax.export.convert import convert
 from spatialvla_jax.export.verify import table as verification_table
 from spatialvla_jax.inference.policy import Policy
-from spatialvla_jax.reports import figures
+from spatialvla_jax.reports.figures import grids, training
 from spatialvla_jax.training.metrics import read_metrics
 from spatialvla_jax.utils.atomic import write_json
 
@@ -65,10 +65,10 @@ def run(config_path: str, workdir: Path, overrides: dict[str, str]) -> dict[str,
 
     say("drawing")
     records = read_metrics(run_dir / "metrics.jsonl")
-    figures.loss_curve(workdir / "loss.png", records)
+    training.loss_curve(workdir / "loss.png", records)
     if isinstance(policy.processor.grid, ActionGrid):
-        figures.action_grid(workdir / "action_grid.png", policy.processor.grid, loader.actions())
-    figures.trajectories(
+        grids.action_grid(workdir / "action_grid.png", policy.processor.grid, loader.actions())
+    training.trajectories(
         workdir / "trajectories.png", [trajectory(policy, next(loader.episodes(config.train.eval_split)))]
     )
 

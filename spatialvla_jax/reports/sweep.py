@@ -18,7 +18,7 @@ from spatialvla_jax.actions import ActionGrid
 from spatialvla_jax.checkpoints.load import load_grid
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.evaluation.open_loop import DIMENSIONS
-from spatialvla_jax.reports import figures
+from spatialvla_jax.reports.figures import grids, sweep
 from spatialvla_jax.training.metrics import read_metrics
 
 GRIDS_A_FIGURE = 4
@@ -176,7 +176,7 @@ def draw(folder: Path, plan: dict[str, Any], results: list[dict[str, Any]]) -> l
     if axes:
         path = folder / "effects.png"
         base = {name: np.mean([r["evaluation"][key] for r in results]).item() for name, key in BASELINES.items()}
-        figures.effects(path, {axis: get(g, lambda r: r["evaluation"]["l1"]) for axis, g in axes.items()}, base)
+        sweep.effects(path, {axis: get(g, lambda r: r["evaluation"]["l1"]) for axis, g in axes.items()}, base)
         caption = "L1 of greedy chunks on unseen episodes, normalised units: trials, mean and standard error"
         drawn.append(("Error", f"{caption} {over(*plan['axes'])} The lines across need no training.", path))
     if prod(map(len, plan["axes"].values())) <= CURVES_A_PLOT:
@@ -189,12 +189,12 @@ def draw(folder: Path, plan: dict[str, Any], results: list[dict[str, Any]]) -> l
         curves, means = axes, over(*plan["axes"])
     if curves:
         path = folder / "curves.png"
-        figures.learning_curves(path, {axis: get(groups, records) for axis, groups in curves.items()})
+        sweep.learning_curves(path, {axis: get(groups, records) for axis, groups in curves.items()})
         drawn.append(("Learning curves", f"Mean and, as a band, standard error {means} {NOT_COMPARABLE}", path))
     base = {k: np.mean([r["evaluation"][f"{v}_per_dimension"] for r in results], 0) for k, v in BASELINES.items()}
     for axis, groups in axes.items():
         path = folder / f"dimensions-{axis}.png"
-        figures.dimension_errors(path, get(groups, lambda r: r["evaluation"]["l1_per_dimension"]), base)
+        sweep.dimension_errors(path, get(groups, lambda r: r["evaluation"]["l1_per_dimension"]), base)
         drawn.append((f"Errors per dimension by {axis}", f"L1, mean and standard error {over(axis)}", path))
     return drawn + draw_grids(folder, plan, results) + draw_features(folder, results)
 
@@ -229,7 +229,7 @@ def draw_grids(folder: Path, plan: dict[str, Any], results: list[dict[str, Any]]
     for start in range(0, len(shown), GRIDS_A_FIGURE):
         some, path = shown[start : start + GRIDS_A_FIGURE], folder / f"grids-{start // GRIDS_A_FIGURE + 1}.png"
         labels = [", ".join(r["values"][axis] for axis in differing) for r, _ in some]
-        figures.action_grids(path, labels, [g for _, g in some], [_arrays(r)["actions"] for r, _ in some])
+        grids.action_grids(path, labels, [g for _, g in some], [_arrays(r)["actions"] for r, _ in some])
         drawn.append(("Action grids", GRIDS, path))
     return drawn
 
@@ -246,7 +246,7 @@ def draw_features(folder: Path, results: list[dict[str, Any]]) -> list[tuple[str
                 panels.setdefault(f"{label}: {values}" if other else label, panel)
     if not panels:
         return []
-    figures.feature_maps(folder / "features.png", panels)
+    sweep.feature_maps(folder / "features.png", panels)
     return [("Spatial features", FEATURES, folder / "features.png")]
 
 

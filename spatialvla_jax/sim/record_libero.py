@@ -3,27 +3,19 @@
 # The simulator is an optional extra.
 # pyright: reportMissingImports=false
 
-import atexit
-import ctypes.util
-import importlib
-import importlib.util
 import io
-import logging
 import multiprocessing
 import os
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, redirect_stderr, redirect_stdout
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import numpy as np
-from jaxtyping import Float, UInt8, UInt16
 from PIL import Image
 
 from spatialvla_jax.data.importers.rlds_writer import SPLITS, check_out, write_episodes

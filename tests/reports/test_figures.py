@@ -10,7 +10,7 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 
 from spatialvla_jax.actions import fit_gaussians, gaussian_grid, uniform_grid
-from spatialvla_jax.reports import figures
+from spatialvla_jax.reports.figures import grids, style, training
 
 
 def read(path) -> np.ndarray:
@@ -37,29 +37,29 @@ def records(*keys: str) -> list[dict]:
 
 def test_loss_curve_draws_each_series_it_is_given(tmp_path):
     path = tmp_path / "loss.png"
-    figures.loss_curve(path, records("loss", "accuracy/rotation"))
-    assert pixels(path, figures.BLUE) > 100 and pixels(path, figures.GREEN) > 100
-    assert pixels(path, figures.RED) == pixels(path, figures.ORANGE) == 0
-    figures.loss_curve(path, records("loss", "val/loss", "accuracy/gripper"))
-    assert pixels(path, figures.RED) > 100 and pixels(path, figures.ORANGE) > 100
-    assert pixels(path, figures.GREEN) == 0
+    training.loss_curve(path, records("loss", "accuracy/rotation"))
+    assert pixels(path, style.BLUE) > 100 and pixels(path, style.GREEN) > 100
+    assert pixels(path, style.RED) == pixels(path, style.ORANGE) == 0
+    training.loss_curve(path, records("loss", "val/loss", "accuracy/gripper"))
+    assert pixels(path, style.RED) > 100 and pixels(path, style.ORANGE) > 100
+    assert pixels(path, style.GREEN) == 0
     assert min(read(path).shape[:2]) > 500
     assert [p.name for p in tmp_path.iterdir()] == ["loss.png"]
 
 
 @pytest.mark.parametrize("these", [[], [{"step": 1, "loss": 2.0}], [{"step": 1, "seconds": 2.0}]])
 def test_loss_curve_of_hardly_any_records(tmp_path, these):
-    figures.loss_curve(tmp_path / "loss.png", these)
+    training.loss_curve(tmp_path / "loss.png", these)
     assert (read(tmp_path / "loss.png") < 128).any()
 
 
 def test_action_grid(tmp_path):
     actions = actions_of(2000)
-    figures.action_grid(tmp_path / "fit.png", gaussian_grid(fit_gaussians(actions), (8, 16, 4, 8, 8, 8), 0), actions)
-    figures.action_grid(tmp_path / "uniform.png", uniform_grid((8, 16, 4, 8, 8, 8)), actions)
+    grids.action_grid(tmp_path / "fit.png", gaussian_grid(fit_gaussians(actions), (8, 16, 4, 8, 8, 8), 0), actions)
+    grids.action_grid(tmp_path / "uniform.png", uniform_grid((8, 16, 4, 8, 8, 8)), actions)
     for name in ("fit.png", "uniform.png"):
         assert min(read(tmp_path / name).shape[:2]) > 900
-        assert pixels(tmp_path / name, figures.RED) > 500  # the fitted Gaussians
+        assert pixels(tmp_path / name, style.RED) > 500  # the fitted Gaussians
     # The grid is in the picture: another grid over the same data is another picture.
     assert (tmp_path / "fit.png").read_bytes() != (tmp_path / "uniform.png").read_bytes()
 
@@ -67,10 +67,10 @@ def test_action_grid(tmp_path):
 def test_action_grid_of_degenerate_data(tmp_path):
     """No motion at all, and one bin a variable."""
     still = np.zeros((10, 7), np.float32)
-    figures.action_grid(tmp_path / "still.png", gaussian_grid(fit_gaussians(still), min_sigma=0), still)
-    figures.action_grid(tmp_path / "one.png", uniform_grid((1,) * 6), still)
+    grids.action_grid(tmp_path / "still.png", gaussian_grid(fit_gaussians(still), min_sigma=0), still)
+    grids.action_grid(tmp_path / "one.png", uniform_grid((1,) * 6), still)
     for name in ("still.png", "one.png"):
-        assert pixels(tmp_path / name, figures.GREY) > 100  # the bin edges
+        assert pixels(tmp_path / name, style.GREY) > 100  # the bin edges
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -80,35 +80,35 @@ def test_trajectories(tmp_path, count):
         for i in range(count)
     ]
     path = tmp_path / "paths.png"
-    figures.trajectories(path, episodes)
+    training.trajectories(path, episodes)
     assert read(path).shape == (750, 690 * count, 3)
-    assert pixels(path, figures.RED) > 500 * count and pixels(path, figures.DARK) > 500 * count
+    assert pixels(path, style.RED) > 500 * count and pixels(path, style.DARK) > 500 * count
     # Without a title, and with a gripper that never moves.
     still = {"expert": np.zeros((5, 7)), "predicted": np.ones((7, 7))}
-    figures.trajectories(path, [still])
-    assert pixels(path, figures.RED) > 500
+    training.trajectories(path, [still])
+    assert pixels(path, style.RED) > 500
 
 
 def test_quantisation_where_nothing_succeeds(tmp_path):
     """Then there are no steps of a success, be it through a grid or on a line across."""
     none = {"success": 0.0, "standard_error": 0.0, "steps": None}
     some = {"success": 0.5, "standard_error": 0.1, "steps": 80.0}
-    figures.quantisation(tmp_path / "q.png", {"130": none, "386": some, "linear 256": none, "expert": some})
-    assert pixels(tmp_path / "q.png", figures.BLUE) > 50 and pixels(tmp_path / "q.png", figures.GREEN) > 50
+    grids.quantisation(tmp_path / "q.png", {"130": none, "386": some, "linear 256": none, "expert": some})
+    assert pixels(tmp_path / "q.png", style.BLUE) > 50 and pixels(tmp_path / "q.png", style.GREEN) > 50
 
 
 def test_a_failure_leaves_the_old_file_whole(tmp_path):
     path = tmp_path / "loss.png"
-    figures.loss_curve(path, records("loss"))
+    training.loss_curve(path, records("loss"))
     before = path.read_bytes()
     with pytest.raises(ValueError):
-        figures.loss_curve(path, [{"step": 1, "loss": "not a number"}])
+        training.loss_curve(path, [{"step": 1, "loss": "not a number"}])
     assert path.read_bytes() == before
 
 
 def test_no_global_state(tmp_path):
     before = dict(matplotlib.rcParams)
-    figures.loss_curve(tmp_path / "loss.png", records("loss"))
+    training.loss_curve(tmp_path / "loss.png", records("loss"))
     assert dict(matplotlib.rcParams) == before
     script = "import sys, spatialvla_jax.reports.figures; sys.exit('matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

@@ -12,8 +12,7 @@ from spatialvla_jax.actions import fit_gaussians, gaussian_grid, linear_grid, un
 from spatialvla_jax.actions.io import save_grid
 from spatialvla_jax.cli.__main__ import main
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.reports import figures
-from spatialvla_jax.reports.figures import _mean_error
+from spatialvla_jax.reports.figures.sweep import _mean_error
 from spatialvla_jax.reports.sweep import draw, write_report
 from spatialvla_jax.sweep.run import save_arrays
 

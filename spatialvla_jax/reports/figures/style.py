@@ -1,0 +1,42 @@
+"""Colours, fonts and the writing of all figures."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+# Okabe-Ito: told apart with any colour vision and in grey print.
+BLUE, ORANGE, GREEN, RED, GREY, DARK = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#9A9A9A", "#222222"
+
+# As many as a sweep's axis may have values; more begin again.
+SERIES = (BLUE, ORANGE, GREEN, RED, "#CC79A7", "#56B4E9", "#7A5C00", "#5E4FA2", GREY)
+
+STYLE: dict[Any, Any] = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.labelsize": 9,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.fontsize": 8.5,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.8,
+    "axes.edgecolor": DARK,
+    "mathtext.fontset": "dejavusans",
+    "grid.color": "#E4E4E4",
+    "grid.linewidth": 0.6,
+    "pdf.fonttype": 42,  # journals refuse the default, Type 3
+}
+
+Pathlike = str | os.PathLike[str]
+
+
+def save(figure: Figure, path: Pathlike, also: tuple[str, ...] = ()) -> None:
+    path, canvas = Path(path), FigureCanvasAgg(figure)
+    for form in ("png", *also):
+        temporary = path.with_name(f".{path.name}.tmp")
+        canvas.print_figure(temporary, format=form, dpi=150, facecolor="white")
+        os.replace(temporary, path if form == "png" else path.with_suffix(f".{form}"))

@@ -1,0 +1,126 @@
+"""A run: its loss, and predicted beside true trajectories."""
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from jaxtyping import Float
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from spatialvla_jax.reports.figures.style import BLUE, DARK, GREEN, GREY, ORANGE, RED, STYLE, Pathlike, save
+
+
+def loss_curve(path: Pathlike, records: Sequence[Mapping[str, Any]]) -> None:
+    """Loss and token accuracies over the steps.
+
+    `records` are those of metrics.jsonl: "step" with "loss", "accuracy/translation", "accuracy/rotation" and
+    "accuracy/gripper" for training, the same under "val/" for validation; every key but "step" may be absent.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(10.4, 3.6), layout="constrained")
+        left, right = figure.subplots(1, 2)
+
+        _curve(left, records, "loss", BLUE, "training")
+        _curve(left, records, "val/loss", RED, "validation")
+        left.set(title="Loss", xlabel="step", ylabel="cross-entropy per token (nats)")
+        left.set_ylim(bottom=0)
+
+        for name, colour in (("translation", BLUE), ("rotation", GREEN), ("gripper", ORANGE)):
+            _curve(right, records, f"accuracy/{name}", colour, name)
+            _curve(right, records, f"val/accuracy/{name}", colour, f"{name}, val.")
+        right.set(title="Token accuracy", xlabel="step", ylabel="fraction correct", ylim=(0, 1.02))
+
+        for axes, place in (
+            (left, {"loc": "upper right"}),
+            (right, {"loc": "center left", "bbox_to_anchor": (1, 0.5)}),
+        ):
+            axes.grid()
+            axes.set_axisbelow(True)
+            axes.set_xlim(left=0)
+            if axes.get_legend_handles_labels()[0]:
+                axes.legend(**place)
+        save(figure, path)
+
+
+def trajectories(path: Pathlike, episodes: Sequence[Mapping[str, Any]]) -> None:
+    """Predicted against expert end-effector paths of one to three episodes: the running sums of their actions.
+
+    Each episode is {"expert": f32[L, 7], "predicted": f32[L, 7], "title": str (optional)}, actions in robot units with
+    the gripper 0 closed ... 1 open. A thick line is a closed gripper; triangles show where it closes and opens.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(4.6 * len(episodes), 5))
+        figure.subplots_adjust(left=0, right=0.97, bottom=0.1, top=0.9, wspace=0.06)
+        for i, episode in enumerate(episodes):
+            axes = figure.add_subplot(1, len(episodes), i + 1, projection="3d")
+            paths = {}
+            for name, colour in (("expert", DARK), ("predicted", RED)):
+                actions = np.asarray(episode[name], np.float64)
+                paths[name] = np.concatenate([np.zeros((1, 3)), np.cumsum(actions[:, :3], 0)])
+                _path(axes, paths[name], actions[:, 6] < 0.5, colour)
+            _cube(axes, np.concatenate(list(paths.values())))
+            axes.set_title(textwrap.fill(episode.get("title", ""), 44), pad=0)
+        marks = [
+            Line2D([], [], color=DARK, label="expert"),
+            Line2D([], [], color=RED, label="predicted"),
+            Line2D([], [], color=GREY, linewidth=4, label="gripper closed"),
+            _mark("o", "start"),
+            _mark("v", "closes"),
+            _mark("^", "opens"),
+            _mark("s", "end"),
+        ]
+        figure.legend(handles=marks, loc="lower center", ncols=len(marks) if len(episodes) > 1 else 4)
+        save(figure, path)
+
+
+def _curve(axes: Any, records: Sequence[Mapping[str, Any]], key: str, colour: str, label: str) -> None:
+    points = np.array([(r["step"], r[key]) for r in records if key in r], float).reshape(-1, 2)
+    if not len(points):
+        return
+    steps, values = points.T
+    if key.startswith("val/"):
+        axes.plot(steps, values, "--o", color=colour, markersize=3.5, linewidth=1.2, label=label)
+        return
+    # The raw values pale, and their running mean over a fiftieth of the run on top.
+    width = max(1, len(values) // 50)
+    mean = np.convolve(np.pad(values, (width // 2, (width - 1) // 2), "edge"), np.full(width, 1 / width), "valid")
+    axes.plot(steps, values, color=colour, linewidth=0.7, alpha=0.3)
+    axes.plot(steps, mean, color=colour, linewidth=1.6, label=label)
+
+
+def _path(axes: Any, points: Float[np.ndarray, "L 3"], closed: np.ndarray, colour: str) -> None:
+    """`points` has one more row than `closed`: where each action starts, and the end."""
+    axes.plot(*points.T, color=colour, linewidth=1.3)
+    thick = np.concatenate([closed, [False]]) | np.concatenate([[False], closed])
+    gaps = np.where(thick[:, None], points, np.nan)
+    axes.plot(*gaps.T, color=colour, linewidth=4, alpha=0.35, solid_capstyle="round")
+    change = np.flatnonzero(np.diff(closed.astype(int))) + 1
+    for i in change:
+        axes.plot(*points[i : i + 1].T, "v" if closed[i] else "^", color=colour, markersize=7, markeredgecolor="white")
+    axes.plot(*points[:1].T, "o", color=colour, markersize=6, markeredgecolor="white")
+    axes.plot(*points[-1:].T, "s", color=colour, markersize=6, markeredgecolor="white")
+
+
+def _cube(axes: Any, points: Float[np.ndarray, "N 3"]) -> None:
+    """Equal scales: a cube around all points."""
+    low, high = points.min(0), points.max(0)
+    middle, half = (low + high) / 2, max((high - low).max() / 2, 1e-6) * 1.05
+    axes.set(**{f"{k}lim": (m - half, m + half) for k, m in zip("xyz", middle, strict=True)})
+    axes.set_proj_type("ortho")
+    axes.view_init(elev=24, azim=-58)
+    axes.set_box_aspect((1, 1, 1), zoom=0.95)
+    for name, axis in zip("xyz", (axes.xaxis, axes.yaxis, axes.zaxis), strict=True):
+        axis.set_pane_color((0.97, 0.97, 0.97, 1))
+        axis.line.set_color("#BBBBBB")
+        axis.set_major_locator(MaxNLocator(4))
+        axis.set_label_text(rf"$\Sigma\,\Delta {name}$")
+        axis.labelpad = 1
+    axes.tick_params(labelsize=7.5, pad=1)
+
+
+def _mark(marker: str, label: str) -> Line2D:
+    return Line2D([], [], color=GREY, marker=marker, markersize=6, linestyle="", label=label)
