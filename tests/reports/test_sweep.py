@@ -12,6 +12,7 @@ from spatialvla_jax.actions import fit_gaussians, gaussian_grid, linear_grid, un
 from spatialvla_jax.actions.io import save_grid
 from spatialvla_jax.cli.__main__ import main
 from spatialvla_jax.errors import InputError
+from spatialvla_jax.reports.figures import grids, sweep
 from spatialvla_jax.reports.figures.sweep import _mean_error
 from spatialvla_jax.reports.sweep import draw, write_report
 from spatialvla_jax.sweep.run import save_arrays
@@ -112,7 +113,8 @@ def drawn(workdir: Path, monkeypatch, tmp_path: Path, plan: dict) -> dict[str, d
     """{name of a figure: what it is given to draw}."""
     given = {}
     for name in ("effects", "learning_curves", "dimension_errors", "action_grids", "feature_maps"):
-        monkeypatch.setattr(figures, name, lambda path, data, *rest, name=name: given.setdefault(name, data))
+        module = grids if name == "action_grids" else sweep
+        monkeypatch.setattr(module, name, lambda path, data, *rest, name=name: given.setdefault(name, data))
     folders = {name: workdir / "trials" / name for name in plan["trials"]}
     results = [
         json.loads((folder / "result.json").read_text()) | {"folder": folder}

@@ -18,8 +18,8 @@ from spatialvla_jax.checkpoints import fingerprint
 from spatialvla_jax.cli.__main__ import main
 from spatialvla_jax.evaluation.closed_loop import Episode, Settings, rollouts
 from spatialvla_jax.serving.protocol import pack, unpack
+from spatialvla_jax.sim import libero as simulator
 from spatialvla_jax.sim import libero_env as libero
-from spatialvla_jax.sim import record_libero as record
 from spatialvla_jax.sim.record_libero import in_processes
 
 EPISODE = Episode("libero_goal", 4, 7, 3)
@@ -274,7 +274,7 @@ def test_the_example_drives_the_simulator_through_a_server(monkeypatch, capfd):
     """`examples/libero_client.py`: pictures there, actions back, until the task is done or the steps are over."""
     example = str(Path(__file__).parents[2] / "examples/libero_client.py")
     for gripper, steps, end in ((0.0, 2, "open it: done"), (1.0, 220, "open it: not done")):
-        made, seen = stand_in(lambda _, name, value: monkeypatch.setattr(record, name, value)), []
+        made, seen = stand_in(lambda _, name, value: monkeypatch.setattr(simulator, name, value)), []
         with openpi({}, seen, gripper) as address:
             monkeypatch.setattr(sys, "argv", ["libero_client.py", "--server", address, "--task", "4"])
             runpy.run_path(example, run_name="__main__")
