@@ -18,7 +18,7 @@ from pathlib import Path
 
 VARIANTS = {
     "full": [],
-    "no_ego3d": ["--config.model.depth=none"],
+    "no_ego3d": ["--config.model.depth_source=none"],
     "grid_1026": ["--config.grid.num_bins=(8,16,4,8,8,8)"],
 }
 

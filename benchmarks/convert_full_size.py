@@ -27,7 +27,7 @@ import numpy as np
 from spatialvla_jax.checkpoints import Checkpoint, write_huggingface
 from spatialvla_jax.checkpoints.mapping import param_shapes
 from spatialvla_jax.checkpoints.safetensors_io import open_directory
-from spatialvla_jax.checkpoints.types import Leaf
+from spatialvla_jax.checkpoints.types import LazyArray
 from spatialvla_jax.export.convert import convert
 from spatialvla_jax.models import preset
 
@@ -37,14 +37,14 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 def random_checkpoint(name: str) -> Checkpoint:
     """Weights made when they are read: finite, of both signs, and as little compressible as trained ones."""
 
-    def leaf(seed: int, shape: tuple[int, ...]) -> Leaf:
+    def leaf(seed: int, shape: tuple[int, ...]) -> LazyArray:
         def read() -> np.ndarray:
             rng, x = np.random.default_rng(seed), np.empty(prod(shape), BFLOAT16)
             for i in range(0, x.size, 2**24):
                 x[i : i + 2**24] = rng.standard_normal(min(2**24, x.size - i), np.float32) * np.float32(0.02)
             return x.reshape(shape)
 
-        return Leaf(shape, BFLOAT16, read)
+        return LazyArray(shape, BFLOAT16, read)
 
     config = preset(name)
     leaves = {path: leaf(seed, shape) for seed, (path, shape) in enumerate(param_shapes(config).items())}

@@ -133,14 +133,14 @@ def floors(config: SpatialVLAConfig, policy: Policy, rate: float) -> dict[str, f
 def run(config: SpatialVLAConfig, name: str, args: argparse.Namespace) -> dict[str, Any]:
     options: dict[str, Any] = {"int8": name == "int8", "speculate": name == "draft", "constrained": name != "free"}
     if name == "depth":
-        config = replace(config, depth="dataset")
+        config = replace(config, depth_source="dataset")
     device = jax.devices()[0]
     policy = make_policy(config, **options)
     jax.block_until_ready(policy.weights)
     held = (device.memory_stats() or {}).get("bytes_in_use", 0)
     result: dict[str, Any] = {"weights_gb": round(held / 1e9, 2)}
     for size in args.batch_sizes:
-        batch = observations(size, config.depth == "dataset")
+        batch = observations(size, config.depth_source == "dataset")
         if name == "draft":
             for seen, out in zip(batch, policy.infer_batch(batch), strict=True):
                 seen["draft"] = out["action_ids"]
@@ -194,7 +194,7 @@ def run_torch(config: SpatialVLAConfig, args: argparse.Namespace) -> dict[str, A
             "prompt_ids": np.full((size, length), 5),
             "prompt_mask": np.ones((size, length), bool),
         }
-        if config.depth == "dataset":
+        if config.depth_source == "dataset":
             arrays["depth"] = rng.uniform(0.3, 3, (size, S, S)).astype(np.float32)
         batch = {k: x.to(device) for k, x in torch_inputs(config, arrays).items()}
 
@@ -236,7 +236,7 @@ def main() -> None:
     args = parser.parse_args()
     config = replace(preset(args.preset), dtype="bfloat16")
     if args.only_first:
-        make_policy(config).infer(observations(1, config.depth == "dataset")[0])
+        make_policy(config).infer(observations(1, config.depth_source == "dataset")[0])
         return
     device = jax.devices()[0]
     print(f"Python {platform.python_version()}, JAX {jax.__version__}, {device.device_kind}, {args.preset}")

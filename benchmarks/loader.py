@@ -207,7 +207,7 @@ def encoded_frames(loader: Any, count: int) -> list[bytes]:
     from spatialvla_jax.data import mixture
 
     frames = []
-    datasets, places = mixture.draw(loader.mixture, 0, np.arange(count))
+    datasets, places = mixture.sample_frames(loader.mixture, 0, np.arange(count))
     for dataset, place in zip(datasets.tolist(), places.tolist(), strict=True):
         index = loader.indexes()[dataset]
         offset, length = index.arrays["image"][place].tolist()

@@ -71,7 +71,7 @@ def observations(config: SpatialVLAConfig, count: int, seed: int) -> dict[str, n
         "prompt_mask": mask,
         "intrinsics": intrinsics.astype(np.float32),
     }
-    return inputs | ({"depth": 1 + image[..., 0].astype(np.float32)} if config.depth == "dataset" else {})
+    return inputs | ({"depth": 1 + image[..., 0].astype(np.float32)} if config.depth_source == "dataset" else {})
 
 
 def batches(inputs: dict[str, np.ndarray], size: int, what: str) -> Any:
@@ -101,7 +101,7 @@ def run_jax(
             features = apply(image, inputs.get("depth"), inputs["intrinsics"], method="embed_image")
             tokens, _ = generate(model, prepare(model, params), None, **inputs)
             out |= {"logits": logits, "image_features": features, "tokens": tokens}
-            if config.depth == "zoedepth":
+            if config.depth_source == "zoedepth":
                 zoe_size = config.zoe.backbone.image_size
                 out["depth"] = apply(image, method=lambda m, x: estimate_depth(m.zoe, x, zoe_size))
         return out
@@ -127,7 +127,7 @@ def run_torch(
                 pixels = batch["pixel_values"]
                 features = model.get_image_features(pixels, batch["intrinsic"], batch.get("depth"))
                 out |= {"logits": logits, "image_features": features, "tokens": model.predict_action(dict(batch))}
-                if config.depth == "zoedepth":
+                if config.depth_source == "zoedepth":
                     out["depth"] = model.estimate_depth(pixels)
             parts.append({name: x.float().cpu().numpy() for name, x in out.items()})
     del model

@@ -108,7 +108,7 @@ def random_observation(policy: Any, seed: int) -> Observation:
         "prompt": f"pick up object {seed}",
         "unnorm_key": next(iter(policy.processor.statistics)),
     }
-    if policy.model.config.depth == "dataset":
+    if policy.model.config.depth_source == "dataset":
         observation["depth"] = rng.uniform(0.3, 3, SIZE).astype(np.float32)
     return observation
 

@@ -45,7 +45,7 @@ def random_batch(model: SpatialVLA, size: int) -> dict[str, np.ndarray]:
         "prompt_mask": np.arange(P) < rng.integers(8, P + 1, (size, 1)),
         "actions": rng.uniform(-1, 1, (size, cfg.action_chunk, 7)).astype(np.float32),
     }
-    if cfg.depth == "dataset":
+    if cfg.depth_source == "dataset":
         batch["depth"] = rng.uniform(0.3, 3, (size, S, S)).astype(np.float32)
     return batch
 
@@ -73,11 +73,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="a repeat")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the computation; by default the preset's")
     parser.add_argument("--remat", choices=POLICIES, default="none")
-    parser.add_argument("--depth", choices=("zoedepth", "dataset", "none"), help="source of depth; the preset's")
+    parser.add_argument("--depth-source", choices=("zoedepth", "dataset", "none"), help="source of depth; the preset's")
     parser.add_argument("--unroll", action="store_true", help="layer by layer instead of a loop over them")
     parser.add_argument("--prompt-length", type=int, default=0, help="tokens; by default the config's")
     parser.add_argument(
-        "--state-dtype", choices=("float32", "bfloat16"), default="float32", help="of AdamW's first moment"
+        "--mu-dtype", choices=("float32", "bfloat16"), default="float32", help="of AdamW's first moment"
     )
     parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="adapters on frozen weights")
     parser.add_argument("--trace", action="store_true", help="also print where the time goes, from a profiler trace")
@@ -91,13 +91,13 @@ def main() -> None:
     config.model.update(
         preset=args.preset,
         dtype=args.dtype or default.dtype,
-        depth=args.depth or default.depth,
+        depth_source=args.depth_source or default.depth_source,
         remat=args.remat,
         unroll=args.unroll,
     )
     config.train.batch_size, config.lora.rank = args.batch_size, args.lora
     config.data.prompt.length = args.prompt_length or config.data.prompt.length
-    config.optimizer.state_dtype = args.state_dtype
+    config.optimizer.mu_dtype = args.mu_dtype
     model = make_model(config, grid)
     mesh = make_mesh({"fsdp": -1})
     check_batch(args.batch_size, 1, mesh)
@@ -168,8 +168,8 @@ def main() -> None:
                 "remat": args.remat,
                 "unroll": args.unroll,
                 "prompt_length": model.config.prompt_length,
-                "state_dtype": args.state_dtype,
-                "depth": model.config.depth,
+                "mu_dtype": args.mu_dtype,
+                "depth_source": model.config.depth_source,
             }
             | achieved
             | ({"trace_ms": traced} if traced else {})

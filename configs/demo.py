@@ -5,7 +5,7 @@ from spatialvla_jax.config import default_config
 
 def get_config():
     config = default_config()
-    config.model.update(preset="tiny", depth="dataset", dtype="float32", remat="none")
+    config.model.update(preset="tiny", depth_source="dataset", dtype="float32", remat="none")
     config.data.datasets = [
         {"name": "libero_spatial", "spec": "libero", "path": "data/libero_spatial_demo/1.0.0", "weight": 1.0}
     ]

@@ -11,7 +11,7 @@ from spatialvla_jax.config import default_config
 
 def get_config():
     config = default_config()
-    config.model.update(preset="small", depth="dataset", remat="none", unroll=True)
+    config.model.update(preset="small", depth_source="dataset", remat="none", unroll=True)
     config.data.prompt.length = 32
     config.grid.min_sigma = 0.0
     # Crops of all sizes up to the whole image, which is what the policy will be given. The light never changes there.

@@ -10,6 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from spatialvla_jax.errors import InputError
+from spatialvla_jax.utils.renames import CONFIG_KEYS, renamed
 
 # Keys that may change when a run goes on: they touch what is watched, kept and where it runs, not what is computed.
 FREE_ON_RESUME = (
@@ -24,7 +25,8 @@ def default_config() -> ConfigDict:
         {
             "seed": 0,
             "init": "",  # a checkpoint to start from, in any format that `load_pretrained` reads; empty: random
-            "init_zoedepth": "",  # where `init` is a PaliGemma 2 and model.depth is zoedepth: a ZoeDepth's directory
+            # Where `init` is a PaliGemma 2 and model.depth_source is zoedepth: the directory of a ZoeDepth.
+            "init_zoedepth": "",
             # Where `init` carries an action grid and this config makes another one (paper III-B): make the new spatial
             # table from the old one, and the action rows of the LM head, by interpolation at the new bins' centres.
             "adapt": {"embedding": False, "head": False},
@@ -37,7 +39,7 @@ def default_config() -> ConfigDict:
             },
             "model": {
                 "preset": "spatialvla-4b-224",
-                "depth": "zoedepth",  # zoedepth | dataset | none
+                "depth_source": "zoedepth",  # zoedepth | dataset | none
                 "mask": "prefix",  # prefix | causal (the release's training scripts)
                 "dtype": "bfloat16",  # of the computation; parameters are float32
                 "remat": "dots",  # none | dots | full
@@ -97,15 +99,15 @@ def default_config() -> ConfigDict:
                 "b2": 0.999,
                 "eps": 1e-8,
                 "weight_decay": 0.0,
-                "clip": 1.0,
-                "state_dtype": "float32",  # float32 | bfloat16, of AdamW's first moment
+                "grad_clip_norm": 1.0,
+                "mu_dtype": "float32",  # float32 | bfloat16, of AdamW's first moment
                 "ema": 0.0,  # decay of averaged parameters, which are then validated and kept for use; 0: none
                 "frozen": ("llm/embedder", "zoe"),  # patterns of parameter paths
             },
             "train": {
                 "steps": 120_000,
                 "batch_size": 128,
-                "accumulate": 1,
+                "grad_accum_steps": 1,
                 "max_skipped": 100,  # steps whose loss or gradient is not finite, before the run ends with an error
                 "log_every": 50,
                 "eval_every": 5_000,
@@ -123,10 +125,10 @@ def load_config(path: str | Path, overrides: dict[str, str] | None = None) -> Co
 
     Raises InputError for a missing file, a key that does not exist or a value of another type.
     """
-    config = call_function(Path(path), "get_config")
+    config = ConfigDict(renamed(call_function(Path(path), "get_config").to_dict(), CONFIG_KEYS))
     check_keys(config.to_dict(), default_config().to_dict())
     for key, text in (overrides or {}).items():
-        set_key(config, key, text)
+        set_key(config, CONFIG_KEYS.get(key, key), text)
     return config
 
 
@@ -163,7 +165,7 @@ def train_config_of(run: Path) -> ConfigDict:
     """The config that a run was trained with, from its directory or one of its checkpoints. Raises InputError."""
     for folder in (run, *run.absolute().parents[:2]):
         if (folder / "config.json").is_file() and (folder / "checkpoints").is_dir():
-            return ConfigDict(json.loads((folder / "config.json").read_text()))
+            return ConfigDict(renamed(json.loads((folder / "config.json").read_text()), CONFIG_KEYS))
     raise InputError(f"{run} is not in a training run's directory, so --config must name the data")
 
 
@@ -215,7 +217,7 @@ def check_resumable(saved: dict[str, Any], config: ConfigDict, workdir: Path) ->
     """Raises InputError when a run began under a config that computes something else."""
     now = flatten(json.loads(json.dumps(config.to_dict())))
     # A key that is younger than the run had its default.
-    before = flatten(json.loads(json.dumps(default_config().to_dict()))) | flatten(saved)
+    before = flatten(json.loads(json.dumps(default_config().to_dict()))) | flatten(renamed(saved, CONFIG_KEYS))
     changed = [
         k
         for k in sorted(now.keys() | before.keys())

@@ -24,7 +24,7 @@ from spatialvla_jax.checkpoints.huggingface import (
     zoedepth_from_published,
 )
 from spatialvla_jax.checkpoints.mapping import param_shapes
-from spatialvla_jax.checkpoints.types import Leaf, read_json
+from spatialvla_jax.checkpoints.types import LazyArray, read_json
 from spatialvla_jax.data.importers.add_depth import Estimator, add_depth
 from spatialvla_jax.data.oxe import DatasetSpec
 from spatialvla_jax.errors import InputError
@@ -92,14 +92,14 @@ def make_estimator(config: ZoeDepthConfig, params: dict[str, Any], dtype: str) -
     return lambda images: depth_of(params, jax.device_put(images, rows))
 
 
-def read_zoedepth(path: str | Path) -> tuple[ZoeDepthConfig, dict[str, Leaf], int | None]:
+def read_zoedepth(path: str | Path) -> tuple[ZoeDepthConfig, dict[str, LazyArray], int | None]:
     """ZoeDepth's sizes, its leaves ("backbone/…") and the image size of the model around it, None where there is none.
 
     Raises InputError for a checkpoint without a ZoeDepth.
     """
     path = Path(path)
     if (path / CONFIG).is_file() and read_json(path / CONFIG).get("model_type") == "zoedepth":
-        config = SpatialVLAConfig(zoe=parse_config(path / CONFIG, zoedepth_from_published), depth="zoedepth")
+        config = SpatialVLAConfig(zoe=parse_config(path / CONFIG, zoedepth_from_published), depth_source="zoedepth")
         stored = {ZOE_PREFIX + key: tensor for key, tensor in safetensors.open_directory(path).items()}
         shapes = {name: shape for name, shape in param_shapes(config).items() if name.startswith("zoe/")}
         leaves, size = stacked_leaves(path, stored, shapes), None
@@ -108,5 +108,5 @@ def read_zoedepth(path: str | Path) -> tuple[ZoeDepthConfig, dict[str, Leaf], in
         config, leaves, size = checkpoint.config, checkpoint.leaves, checkpoint.config.img.image_size
     zoe = {name.removeprefix("zoe/"): leaf for name, leaf in leaves.items() if name.startswith("zoe/")}
     if not zoe:
-        raise InputError(f"{path} holds no ZoeDepth: its model takes depth from {config.depth!r}")
+        raise InputError(f"{path} holds no ZoeDepth: its model takes depth from {config.depth_source!r}")
     return config.zoe, zoe, size

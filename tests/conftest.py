@@ -24,7 +24,7 @@ from spatialvla_jax.config import default_config
 
 def get_config():
     config = default_config()
-    config.model.update(preset="nano", depth="dataset", dtype="float32", remat="none")
+    config.model.update(preset="nano", depth_source="dataset", dtype="float32", remat="none")
     config.data.datasets = [{{"name": "toy", "spec": "libero", "path": {path!r}, "weight": 1.0}}]
     config.data.update(cache_dir={cache!r}, workers=1)
     config.data.prompt.length = 32

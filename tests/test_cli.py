@@ -47,7 +47,7 @@ def config_for(config_file: Path, path: Path, folder: Path) -> Path:
         ("model.remat=everything", "model.remat is 'everything'; choose none, full or dots"),
         ("model.dtype=float61", "model.dtype is 'float61'; choose float32 or bfloat16"),
         ("model.mask=prefixes", "model.mask is 'prefixes'; choose prefix or causal"),
-        ("model.depth=zeodepth", "model.depth is 'zeodepth'; choose zoedepth, dataset or none"),
+        ("model.depth_source=zeodepth", "model.depth_source is 'zeodepth'; choose zoedepth, dataset or none"),
         ("mesh.tensor=3", "does not fit 8 devices"),
         ("train.batch_size=12", "train.batch_size 12 does not divide"),
         ("grid.kind=cubic", "grid.kind is 'cubic'; choose gaussian, uniform, linear or checkpoint"),
@@ -67,7 +67,9 @@ def test_out_of_memory_is_one_sentence(config_file: Path, tmp_path: Path, capsys
     monkeypatch.setattr(loop, "train", train)
     error = fails(capsys, "train", "--config", config_file, "--workdir", tmp_path)
     assert "Out of memory allocating 12 bytes" in error and "long table" not in error
-    assert all(word in error for word in ("model.remat", "batch size", "train.accumulate", "mesh.fsdp", "compile"))
+    assert all(
+        word in error for word in ("model.remat", "batch size", "train.grad_accum_steps", "mesh.fsdp", "compile")
+    )
 
     def broken(*_, **__):
         raise jax.errors.JaxRuntimeError("INTERNAL: another error")

@@ -18,8 +18,8 @@ def get_sweep():
     datasets = base.to_dict()["data"]["datasets"]
     estimated = [entry | {"path": "data/zoedepth/libero_spatial_demo/1.0.0"} for entry in datasets]
     sources = {
-        "recorded": {"model.depth": "dataset"},
-        "none": {"model.depth": "none"},
+        "recorded": {"model.depth_source": "dataset"},
+        "none": {"model.depth_source": "none"},
         "zoedepth": {"data.datasets": estimated, "data.precomputed_depth": True},
     }
     return {"base": base, "axes": {"depth": sources}, "seeds": [0, 1]}

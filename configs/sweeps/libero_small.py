@@ -32,7 +32,7 @@ def get_sweep():
         "base": base,
         "axes": {
             "grid": grids | {"linear 256": {"grid.kind": "linear"}},
-            "ego3d": {"on": {"model.depth": "dataset"}, "off": {"model.depth": "none"}},
+            "ego3d": {"on": {"model.depth_source": "dataset"}, "off": {"model.depth_source": "none"}},
         },
         "seeds": [0, 1],
         "keep_checkpoints": False,  # a gigabyte a trial

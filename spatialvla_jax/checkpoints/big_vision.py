@@ -14,7 +14,7 @@ import numpy as np
 
 from spatialvla_jax.checkpoints.mapping import check_leaves, check_names, param_shapes
 from spatialvla_jax.checkpoints.processor import Processor
-from spatialvla_jax.checkpoints.types import Checkpoint, Leaf, check_finite
+from spatialvla_jax.checkpoints.types import Checkpoint, LazyArray, check_finite
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.models.spatialvla import SpatialVLAConfig
 
@@ -23,7 +23,7 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FLOATS = (np.dtype(np.float32), np.dtype(np.float16), BFLOAT16)
 
 
-def open_npz(path: Path) -> dict[str, Leaf]:
+def open_npz(path: Path) -> dict[str, LazyArray]:
     """The arrays of a file, without "params/", read when asked for. Raises InputError for a file that is no .npz."""
     try:
         with zipfile.ZipFile(path) as archive:
@@ -35,7 +35,7 @@ def open_npz(path: Path) -> dict[str, Leaf]:
     return leaves
 
 
-def _open_member(path: Path, archive: zipfile.ZipFile, name: str) -> tuple[str, Leaf]:
+def _open_member(path: Path, archive: zipfile.ZipFile, name: str) -> tuple[str, LazyArray]:
     with archive.open(name) as member:
         version = np.lib.format.read_magic(member)
         header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -50,7 +50,7 @@ def _open_member(path: Path, archive: zipfile.ZipFile, name: str) -> tuple[str, 
         except (OSError, ValueError, zipfile.BadZipFile) as error:
             raise InputError(f"{path} cannot be read at {key}: {error}") from error
 
-    return key.removeprefix(PREFIX), Leaf(shape, dtype, read)
+    return key.removeprefix(PREFIX), LazyArray(shape, dtype, read)
 
 
 def read_big_vision(path: str | Path) -> Checkpoint:

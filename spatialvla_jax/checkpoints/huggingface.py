@@ -19,7 +19,7 @@ from spatialvla_jax.actions import ActionGrid, grid_from_dict
 from spatialvla_jax.checkpoints import safetensors_io as safetensors
 from spatialvla_jax.checkpoints.mapping import Slot, check_leaves, check_names, param_shapes, slots
 from spatialvla_jax.checkpoints.processor import Processor
-from spatialvla_jax.checkpoints.types import Checkpoint, Leaf, all_finite, new_directory, read_json, write_json
+from spatialvla_jax.checkpoints.types import Checkpoint, LazyArray, all_finite, new_directory, read_json, write_json
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.models.beit import BeitConfig
 from spatialvla_jax.models.gemma2 import Gemma2Config
@@ -27,6 +27,7 @@ from spatialvla_jax.models.siglip import SiglipConfig
 from spatialvla_jax.models.spatialvla import SpatialVLAConfig
 from spatialvla_jax.models.zoedepth import ZoeDepthConfig
 from spatialvla_jax.text import Tokenizer
+from spatialvla_jax.utils.renames import MODEL_FIELDS, renamed
 
 T = TypeVar("T")
 
@@ -49,7 +50,7 @@ AUTO_PROCESSOR = {"AutoProcessor": "processing_spatialvla.SpatialVLAProcessor"}
 
 # Fields of ours without a published one, stored under EXTRA.
 EXTRA = "spatialvla_jax"
-EXTRA_FIELDS = ("prompt_length", "action_chunk", "tokens_per_action", "depth", "mask", "dtype", "remat")
+EXTRA_FIELDS = ("prompt_length", "action_chunk", "tokens_per_action", "depth_source", "mask", "dtype", "remat")
 
 
 def read_huggingface(path: str | Path, ignore: Sequence[str] = ()) -> Checkpoint:
@@ -62,8 +63,8 @@ def read_huggingface(path: str | Path, ignore: Sequence[str] = ()) -> Checkpoint
     config = read_config(path / CONFIG)
     stored = safetensors.open_directory(path)
     kept = {key: tensor for key, tensor in stored.items() if not key.startswith(tuple(ignore))}
-    if ZOE_PREFIX in ignore and config.depth == "zoedepth":
-        config = replace(config, depth="dataset")
+    if ZOE_PREFIX in ignore and config.depth_source == "zoedepth":
+        config = replace(config, depth_source="dataset")
     shapes = param_shapes(config)
     leaves = stacked_leaves(path, kept, shapes)
     return Checkpoint(config, leaves, read_processor(path), ignored=len(stored) - len(kept))
@@ -71,7 +72,7 @@ def read_huggingface(path: str | Path, ignore: Sequence[str] = ()) -> Checkpoint
 
 def stacked_leaves(
     path: Path, stored: Mapping[str, safetensors.Stored], shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, Leaf]:
+) -> dict[str, LazyArray]:
     """Leaves of ours with these shapes out of published tensors, all of which must be used. Raises InputError."""
     table = slots(shapes)
     wanted = {slot.key: slot for slot in table}
@@ -88,7 +89,7 @@ def stacked_leaves(
     return {leaf: _stacked(shapes[leaf], group, stored) for leaf, group in by_leaf.items()}
 
 
-def _stacked(shape: tuple[int, ...], group: list[Slot], stored: Mapping[str, safetensors.Stored]) -> Leaf:
+def _stacked(shape: tuple[int, ...], group: list[Slot], stored: Mapping[str, safetensors.Stored]) -> LazyArray:
     dtype = stored[group[0].key].dtype
 
     def read() -> np.ndarray:
@@ -97,7 +98,7 @@ def _stacked(shape: tuple[int, ...], group: list[Slot], stored: Mapping[str, saf
             slot.to_ours(stored[slot.key].read(), leaf)
         return leaf
 
-    return Leaf(shape, dtype, read)
+    return LazyArray(shape, dtype, read)
 
 
 def write_huggingface(path: str | Path, checkpoint: Checkpoint, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
@@ -157,10 +158,10 @@ def config_from_published(data: dict[str, Any]) -> SpatialVLAConfig:
         zoe=zoedepth_from_published(data["vision_zoe_config"]),
         text_vocab=data["image_token_index"],
         spatial_tokens=data["spatial_token_num"],
-        depth="zoedepth" if data["use_vision_zoe"] else "none",
+        depth_source="zoedepth" if data["use_vision_zoe"] else "none",
         dtype=data.get("torch_dtype") or data.get("dtype") or "float32",
     )
-    return replace(base, **data.get(EXTRA, {}))
+    return replace(base, **renamed(data.get(EXTRA, {}), MODEL_FIELDS))
 
 
 # What the release's files leave out has the defaults of transformers' configs, which are the published sizes.
@@ -293,7 +294,7 @@ def config_to_published(config: SpatialVLAConfig, dtypes: set[np.dtype]) -> dict
         "spatial_token_num": config.spatial_tokens,
         "torch_dtype": weights,
         "use_spatial_token": True,
-        "use_vision_zoe": config.depth == "zoedepth",
+        "use_vision_zoe": config.depth_source == "zoedepth",
         "text_config": {
             "architectures": ["Gemma2ForCausalLM"],
             "model_type": "gemma2",

@@ -261,7 +261,7 @@ def param_shapes(config: SpatialVLAConfig) -> dict[str, tuple[int, ...]]:
             jnp.zeros((1, P), jnp.int32),
             jnp.ones((1, P), bool),
             jnp.zeros((1, config.num_action_tokens), jnp.int32),
-            depth=jnp.ones((1, S, S)) if config.depth == "dataset" else None,
+            depth=jnp.ones((1, S, S)) if config.depth_source == "dataset" else None,
             intrinsics=jnp.eye(3)[None],
         )["params"]
 

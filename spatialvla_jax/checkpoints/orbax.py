@@ -13,7 +13,7 @@ from etils import epath
 
 from spatialvla_jax.checkpoints.mapping import check_leaves, flatten, param_shapes, unflatten
 from spatialvla_jax.checkpoints.processor import Processor
-from spatialvla_jax.checkpoints.types import Checkpoint, Leaf, check_finite, new_directory, read_json
+from spatialvla_jax.checkpoints.types import Checkpoint, LazyArray, check_finite, new_directory, read_json
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.models.spatialvla import SpatialVLAConfig
 
@@ -62,12 +62,12 @@ def parse_metadata(step: Path, metadata: dict[str, Any]) -> tuple[SpatialVLAConf
         raise InputError(f"{step}/metadata does not describe a model and processor of this version: {error}") from error
 
 
-def open_params(step: Path) -> dict[str, Leaf]:
+def open_params(step: Path) -> dict[str, LazyArray]:
     """{path: leaf} of a step's parameters, which are read when asked for. Raises InputError for damaged files."""
     params = (step / "params").absolute()
 
     # Straight from the array store: restoring leaf by leaf through Orbax takes 35 times as long.
-    def leaf(path: str, info: Any, spec: dict[str, Any]) -> Leaf:
+    def leaf(path: str, info: Any, spec: dict[str, Any]) -> LazyArray:
         def read() -> np.ndarray:
             try:
                 store: Any = tensorstore.open(spec, read=True).result()
@@ -78,7 +78,7 @@ def open_params(step: Path) -> dict[str, Leaf]:
             except (ValueError, OSError) as error:
                 raise InputError(f"{params} cannot be read at {path}: {_first_line(error)}") from error
 
-        return Leaf(tuple(info.shape), np.dtype(info.dtype), read)
+        return LazyArray(tuple(info.shape), np.dtype(info.dtype), read)
 
     return {path: leaf(path, info, spec) for path, info, spec in _stored(params)}
 
@@ -117,7 +117,7 @@ def write_orbax(path: str | Path, checkpoint: Checkpoint) -> None:
             raise InputError(f"{path} cannot be written: {_first_line(error)}") from error
 
 
-def _lay_out(folder: Path, leaves: dict[str, Leaf], metadata: dict[str, Any]) -> None:
+def _lay_out(folder: Path, leaves: dict[str, LazyArray], metadata: dict[str, Any]) -> None:
     """Orbax saves zeros, which take no room in memory or on disk: everything but the numbers."""
     zeros = unflatten({name: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape) for name, leaf in leaves.items()})
     items = ocp.args.Composite(params=ocp.args.PyTreeSave(zeros), metadata=ocp.args.JsonSave(metadata))
@@ -133,7 +133,7 @@ def _lay_out(folder: Path, leaves: dict[str, Leaf], metadata: dict[str, Any]) ->
         manager.save(0, args=items)
 
 
-def _fill(spec: dict[str, Any], leaf: Leaf) -> None:
+def _fill(spec: dict[str, Any], leaf: LazyArray) -> None:
     """Write a leaf chunk by chunk: as the one chunk that Orbax makes of it, it would be held twice more, encoded."""
     laid_out = tensorstore.open(spec, read=True).result().spec().to_json()
     chunk = _chunk_shape(leaf.shape, leaf.dtype.itemsize)

@@ -23,7 +23,7 @@ from spatialvla_jax.checkpoints.huggingface import (
     zoedepth_from_published,
 )
 from spatialvla_jax.checkpoints.mapping import check_leaves, flatten, param_shapes
-from spatialvla_jax.checkpoints.types import Checkpoint, Leaf, check_finite, read_json
+from spatialvla_jax.checkpoints.types import Checkpoint, LazyArray, check_finite, read_json
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.models.ego3d import Ego3D
 from spatialvla_jax.models.gemma2 import Gemma2Config
@@ -61,10 +61,10 @@ def start_from_paligemma(
     """
     path = Path(paligemma)
     img, llm, text_vocab, leaves = (_from_npz if path.suffix == ".npz" else _from_directory)(path)
-    config = replace(SpatialVLAConfig(img=img, llm=llm, text_vocab=text_vocab, depth="dataset"), **changes)
+    config = replace(SpatialVLAConfig(img=img, llm=llm, text_vocab=text_vocab, depth_source="dataset"), **changes)
     if zoedepth is not None:
         zoe = parse_config(Path(zoedepth) / CONFIG, zoedepth_from_published)
-        config = replace(config, depth="zoedepth", zoe=zoe)
+        config = replace(config, depth_source="zoedepth", zoe=zoe)
     config = replace(config, llm=replace(llm, vocab_size=config.action_offset + config.spatial_tokens))
     shapes = param_shapes(config)
     text, dtype = leaves.pop(TABLE), leaves["img/head/kernel"].dtype
@@ -81,10 +81,10 @@ def start_from_paligemma(
         return read
 
     vocabulary = shapes[TABLE][0]
-    leaves[TABLE] = leaves[HEAD] = Leaf(shapes[TABLE], text.dtype, rows(0, vocabulary))
+    leaves[TABLE] = leaves[HEAD] = LazyArray(shapes[TABLE], text.dtype, rows(0, vocabulary))
     action_rows = rows(config.action_offset, config.spatial_tokens)
-    leaves["spatial_embedding"] = Leaf(shapes["spatial_embedding"], text.dtype, action_rows)
-    if config.depth != "none":
+    leaves["spatial_embedding"] = LazyArray(shapes["spatial_embedding"], text.dtype, action_rows)
+    if config.depth_source != "none":
         leaves |= {name: _leaf(x.astype(dtype)) for name, x in _fresh_ego3d(config, seed).items()}
     if zoedepth is not None:
         stored = safetensors.open_directory(Path(zoedepth))
@@ -94,7 +94,7 @@ def start_from_paligemma(
     return Checkpoint(config, {name: leaves[name] for name in shapes}, None)
 
 
-def _from_directory(path: Path) -> tuple[SiglipConfig, Gemma2Config, int, dict[str, Leaf]]:
+def _from_directory(path: Path) -> tuple[SiglipConfig, Gemma2Config, int, dict[str, LazyArray]]:
     def parse(data: dict[str, Any]) -> tuple[SiglipConfig, Gemma2Config, int]:
         parts = siglip_from_published(data["vision_config"]), gemma2_from_published(data["text_config"])
         return *parts, data["image_token_index"]
@@ -110,7 +110,7 @@ def _published_name(key: str) -> str:
     return key
 
 
-def _from_npz(path: Path) -> tuple[SiglipConfig, Gemma2Config, int, dict[str, Leaf]]:
+def _from_npz(path: Path) -> tuple[SiglipConfig, Gemma2Config, int, dict[str, LazyArray]]:
     leaves = open_npz(path)
     try:
         block = "img/Transformer/encoderblock"
@@ -141,16 +141,16 @@ def _from_npz(path: Path) -> tuple[SiglipConfig, Gemma2Config, int, dict[str, Le
 
 
 def _paligemma_shapes(img: SiglipConfig, llm: Gemma2Config) -> dict[str, tuple[int, ...]]:
-    shapes = param_shapes(SpatialVLAConfig(img=img, llm=llm, depth="none"))
+    shapes = param_shapes(SpatialVLAConfig(img=img, llm=llm, depth_source="none"))
     return {path: shape for path, shape in shapes.items() if path not in (HEAD, "spatial_embedding")}
 
 
 def _fresh_ego3d(config: SpatialVLAConfig, seed: int) -> dict[str, np.ndarray]:
     S = config.img.image_size
-    ego3d = Ego3D(config.img.width, config.img.grid, jnp.dtype("float32"))
+    ego3d = Ego3D(config.img.width, config.img.patches_per_side, jnp.dtype("float32"))
     params = jax.jit(ego3d.init)(jax.random.key(seed), jnp.ones((1, S, S)), jnp.eye(3)[None])["params"]
     return {f"ego3d/{path}": np.asarray(x) for path, x in flatten(params).items()}
 
 
-def _leaf(x: np.ndarray) -> Leaf:
-    return Leaf(x.shape, x.dtype, lambda: x)
+def _leaf(x: np.ndarray) -> LazyArray:
+    return LazyArray(x.shape, x.dtype, lambda: x)

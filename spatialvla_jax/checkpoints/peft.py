@@ -18,7 +18,7 @@ from spatialvla_jax.checkpoints.huggingface import CONFIG, config_to_published, 
 from spatialvla_jax.checkpoints.mapping import SPATIALVLA, Rule, axes_of_layout, check_leaves, param_shapes, slots
 from spatialvla_jax.checkpoints.orbax import open_params, parse_metadata, read_metadata, step_directory
 from spatialvla_jax.checkpoints.regrid import EMBEDDING, adapt_checkpoint
-from spatialvla_jax.checkpoints.types import Checkpoint, Leaf, check_finite, new_directory, write_json
+from spatialvla_jax.checkpoints.types import Checkpoint, LazyArray, check_finite, new_directory, write_json
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.models.lora import ADAPTERS, axes_of, is_linear, product
 
@@ -34,7 +34,7 @@ class AdapterRun:
     base_path: Path
     base: Checkpoint
     adapted: Checkpoint
-    trained: dict[str, Leaf]
+    trained: dict[str, LazyArray]
     rank: int
     alpha: float
     whole: Checkpoint
@@ -88,7 +88,7 @@ def read_adapters(path: str | Path, read: Callable[[Path], Checkpoint]) -> Adapt
     return AdapterRun(base_path, base, adapted, trained, facts["rank"], facts["alpha"], whole)
 
 
-def _merged(path: str, leaf: Leaf, trained: Mapping[str, Leaf], scale: float) -> Leaf:
+def _merged(path: str, leaf: LazyArray, trained: Mapping[str, LazyArray], scale: float) -> LazyArray:
     """The leaf as trained: replaced, with its adapters added (in its own dtype), or as it is."""
     if path in trained:
         return trained[path]
@@ -104,10 +104,10 @@ def _merged(path: str, leaf: Leaf, trained: Mapping[str, Leaf], scale: float) ->
             merged[part] = w[part].astype(np.float32) + scale * product(path, a[part], b[part])
         return merged
 
-    return Leaf(leaf.shape, leaf.dtype, read)
+    return LazyArray(leaf.shape, leaf.dtype, read)
 
 
-def write_peft(path: str | Path, run: AdapterRun) -> dict[str, Leaf]:
+def write_peft(path: str | Path, run: AdapterRun) -> dict[str, LazyArray]:
     """Write `run` as a directory of adapters for the base's PyTorch export, with the run's own processor; it appears
     whole or not at all. Returns {name: leaf} of what was written.
 
@@ -151,7 +151,7 @@ def write_peft(path: str | Path, run: AdapterRun) -> dict[str, Leaf]:
     return tensors
 
 
-def adapter_tensors(trained: Mapping[str, Leaf]) -> dict[str, Leaf]:
+def adapter_tensors(trained: Mapping[str, LazyArray]) -> dict[str, LazyArray]:
     """Our adapters under `peft`'s names: "….q_proj.lora_A.weight" f[rank, in] and "….lora_B.weight" f[out, rank].
 
     SigLIP's are there twice, under its name in transformers 4 and, one level less, in 5: `peft` takes the one that the
@@ -163,7 +163,7 @@ def adapter_tensors(trained: Mapping[str, Leaf]) -> dict[str, Leaf]:
         leaf = leaves[slot.path]
         read = lambda slot=slot, leaf=leaf: slot.to_published(leaf.read())  # noqa: E731
         for key in {slot.key, slot.key.replace(SIGLIP, SIGLIP_5)}:
-            tensors[PEFT_PREFIX + key] = Leaf(slot.shape, leaf.dtype, read)
+            tensors[PEFT_PREFIX + key] = LazyArray(slot.shape, leaf.dtype, read)
     return tensors
 
 
@@ -183,7 +183,7 @@ def adapter_rules() -> list[Rule]:
     return rules
 
 
-def same_bytes(file: Path, tensors: Mapping[str, Leaf]) -> bool:
+def same_bytes(file: Path, tensors: Mapping[str, LazyArray]) -> bool:
     """Whether a safetensors file holds exactly these."""
     stored = safetensors.open_file(file)
     return stored.keys() == tensors.keys() and all(

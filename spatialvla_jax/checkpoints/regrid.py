@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from spatialvla_jax.actions import ActionGrid, LinearGrid, adapt_embeddings, grid_to_dict
-from spatialvla_jax.checkpoints.types import Checkpoint, Leaf
+from spatialvla_jax.checkpoints.types import Checkpoint, LazyArray
 from spatialvla_jax.errors import InputError
 
 TABLE, HEAD, EMBEDDING = "llm/embedder/input_embedding", "llm/lm_head", "spatial_embedding"
@@ -43,14 +43,14 @@ def adapt_checkpoint(
             "adapt the LM head too, or grid.num_bins to the same"
         )
 
-    def adapted(leaf: Leaf, first: int) -> Leaf:
+    def adapted(leaf: LazyArray, first: int) -> LazyArray:
         """The rows from `first` on are those of the grid's ids."""
 
         def read() -> np.ndarray:
             table = leaf.read()
             return np.concatenate([table[:first], np.asarray(adapt_embeddings(old, grid, table[first:]))])
 
-        return Leaf((first + grid.vocab_size, *leaf.shape[1:]), leaf.dtype, read)
+        return LazyArray((first + grid.vocab_size, *leaf.shape[1:]), leaf.dtype, read)
 
     config, leaves = checkpoint.config, dict(checkpoint.leaves)
     leaves[EMBEDDING] = adapted(leaves[EMBEDDING], 0)

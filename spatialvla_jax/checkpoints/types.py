@@ -19,14 +19,14 @@ from spatialvla_jax.models.spatialvla import SpatialVLAConfig
 
 
 @dataclass(frozen=True)
-class Leaf:
+class LazyArray:
     """One array of our tree that `read` brings into memory."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
     read: Callable[[], np.ndarray]
 
-    def astype(self, dtype: np.dtype) -> "Leaf":
+    def astype(self, dtype: np.dtype) -> "LazyArray":
         return replace(self, dtype=dtype, read=lambda: self.read().astype(dtype))
 
     @property
@@ -39,7 +39,7 @@ class Checkpoint:
     """`leaves` maps "img/embedding/kernel" and so on; `ignored` counts stored tensors left out on request."""
 
     config: SpatialVLAConfig
-    leaves: dict[str, Leaf]
+    leaves: dict[str, LazyArray]
     processor: Processor | None
     ignored: int = 0
 
@@ -47,7 +47,7 @@ class Checkpoint:
     def of(cls, config: SpatialVLAConfig, params: Mapping[str, Any], processor: Processor | None) -> "Checkpoint":
         """From a nested tree of arrays."""
         arrays = {path: np.asarray(x) for path, x in flatten(params).items()}
-        leaves = {path: Leaf(x.shape, x.dtype, lambda x=x: x) for path, x in arrays.items()}
+        leaves = {path: LazyArray(x.shape, x.dtype, lambda x=x: x) for path, x in arrays.items()}
         return cls(config, leaves, processor)
 
     def params(self) -> dict[str, Any]:
@@ -55,7 +55,7 @@ class Checkpoint:
         return unflatten({path: leaf.read() for path, leaf in self.leaves.items()})
 
 
-def check_finite(what: object, leaves: Mapping[str, Leaf]) -> None:
+def check_finite(what: object, leaves: Mapping[str, LazyArray]) -> None:
     """Raises InputError that names the leaves with NaN or infinity; holds one leaf at a time."""
     check_names(what, "not finite", [path for path, leaf in leaves.items() if not all_finite(leaf.read())])
 

@@ -275,8 +275,8 @@ def main(argv: list[str] | None = None) -> int:
         print(
             f"spatialvla-jax {args.command}: the device's memory is too small ({str(error).splitlines()[0]}): try more "
             "rematerialisation (model.remat=full), fewer examples at once (a smaller batch size, a larger "
-            "train.accumulate) or parameters split over more devices (mesh.fsdp); `spatialvla-jax compile` says what "
-            "fits a TPU pod",
+            "train.grad_accum_steps) or parameters split over more devices (mesh.fsdp); `spatialvla-jax compile` "
+            "says what fits a TPU pod",
             file=sys.stderr,
         )
         return 2
@@ -540,7 +540,7 @@ def run_closed_loop(args: argparse.Namespace) -> None:
     else:
         policy = Policy.load(args.checkpoint, constrained=not args.unconstrained)
         name = fingerprint(args.checkpoint) + (", unconstrained" if args.unconstrained else "")
-        keys, depth = list(policy.processor.statistics), policy.model.config.depth == "dataset"
+        keys, depth = list(policy.processor.statistics), policy.model.config.depth_source == "dataset"
         size = args.image_size or policy.model.config.img.image_size
         infer = closed_loop.padded(policy.infer_batch, settings.workers, **extra)
     mirrored = (args.unnorm_key or "".join(keys[:1])).endswith("no_noops")
@@ -825,7 +825,7 @@ def run_data_depth(args: argparse.Namespace) -> None:
         if result["clipped"]:
             print(f"{result['clipped']} pixels were farther than {MAX_DEPTH} m and are stored as that")
         print(f"wrote {result['directory']}: {result['depth']} of {result['frames']} frames")
-    print(f"to train on it: datasets in {args.out}, data.precomputed_depth=True, model.depth=dataset")
+    print(f"to train on it: datasets in {args.out}, data.precomputed_depth=True, model.depth_source=dataset")
 
 
 def run_data_pack(args: argparse.Namespace) -> None:
@@ -843,7 +843,7 @@ def run_data_pack(args: argparse.Namespace) -> None:
         data,
         image_size=args.image_size or preset(model["preset"]).img.image_size,
         action_chunk=model["action_chunk"],
-        depth=model["depth"] == "dataset",
+        depth=model["depth_source"] == "dataset",
         progress=shard_progress(),
     )
     splits = args.split or [data["split"], *([training["eval_split"]] if training["eval_every"] else [])]

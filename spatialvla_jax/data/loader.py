@@ -146,8 +146,8 @@ class Loader:
 
         def samples(step: int, attempt: int = 0) -> np.ndarray:
             first, datasets, drawn = phases[bisect_right(firsts, step) - 1]
-            numbers = mixture.another((step - first) * batch_size + rows, attempt)
-            dataset, frame = mixture.draw(datasets, seed, numbers, drawn)
+            numbers = mixture.replacement_samples((step - first) * batch_size + rows, attempt)
+            dataset, frame = mixture.sample_frames(datasets, seed, numbers, drawn)
             return split.starts[dataset] + frame
 
         windows = self.mixture.window_frames if self.mixture.block > 1 else ()
@@ -399,7 +399,7 @@ def open_data(
         config.data,
         image_size=preset(config.model.preset).img.image_size,
         action_chunk=config.model.action_chunk,
-        depth=config.model.depth == "dataset",
+        depth=config.model.depth_source == "dataset",
         statistics=statistics or (load_stats(path)["statistics"] if path else None),
         tokenizer=tokenizer,
         progress=shard_progress(),

@@ -82,7 +82,7 @@ def make_mixture(
     return Mixture(tuple(sizes), counts, block, windows)
 
 
-def draw(
+def sample_frames(
     mixture: Mixture, seed: int, samples: Int[np.ndarray, " B"], drawn: Int[np.ndarray, " D"] | int = 0
 ) -> tuple[Int[np.ndarray, " B"], Int[np.ndarray, " B"]]:
     """Dataset i64[B] and frame within it i64[B] of the samples with global numbers `samples` i64[B].
@@ -112,7 +112,7 @@ def count_draws(mixture: Mixture, seed: int, samples: int) -> Int[np.ndarray, " 
     return blocks * np.asarray(mixture.counts) + np.bincount(order[:slots], minlength=len(mixture.counts))
 
 
-def another(samples: Int[np.ndarray, " B"], attempt: int) -> Int[np.ndarray, " B"]:
+def replacement_samples(samples: Int[np.ndarray, " B"], attempt: int) -> Int[np.ndarray, " B"]:
     """The sample numbers that stand in for `samples`, whose frames cannot be read, at the `attempt`-th time: others of
     the same block, so that nothing has to be computed anew."""
     blocks, slots = np.divmod(samples, BLOCK)

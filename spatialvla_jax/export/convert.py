@@ -15,7 +15,7 @@ from spatialvla_jax.checkpoints.huggingface import write_huggingface
 from spatialvla_jax.checkpoints.load import read_checkpoint
 from spatialvla_jax.checkpoints.orbax import write_orbax
 from spatialvla_jax.checkpoints.peft import PEFT_WEIGHTS, is_adapter_run, read_adapters, same_bytes, write_peft
-from spatialvla_jax.checkpoints.types import Checkpoint, Leaf
+from spatialvla_jax.checkpoints.types import Checkpoint, LazyArray
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.export.verify import MISSING, available
 from spatialvla_jax.export.verify import verify as run_both
@@ -131,6 +131,6 @@ def equal(a: Checkpoint, b: Checkpoint) -> bool:
     )
 
 
-def _digest(leaf: Leaf) -> tuple[tuple[int, ...], bytes]:
+def _digest(leaf: LazyArray) -> tuple[tuple[int, ...], bytes]:
     array = np.ascontiguousarray(leaf.read())
     return array.shape, hashlib.sha256(array.view(np.uint8).data).digest()

@@ -78,7 +78,7 @@ class SpatialVLAConfig(PretrainedConfig):
     @property
     def depth_source(self) -> str:
         """`zoedepth` (estimated in the model), `dataset` (the caller's) or `none` (no Ego3D)."""
-        return self.spatialvla_jax.get("depth", "zoedepth" if self.use_vision_zoe else "none")
+        return self.spatialvla_jax.get("depth_source", "zoedepth" if self.use_vision_zoe else "none")
 
     @property
     def prefix_lm(self) -> bool:

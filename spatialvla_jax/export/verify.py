@@ -109,7 +109,7 @@ def make_probes(size: int) -> dict[str, np.ndarray]:
 def _inputs(checkpoint: Checkpoint, probes: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The JAX model's inputs; prompts are random tokens where there is no tokenizer."""
     config, N = checkpoint.config, len(INSTRUCTIONS)
-    depths = probes["depth"] if config.depth == "dataset" else [None] * N
+    depths = probes["depth"] if config.depth_source == "dataset" else [None] * N
     examples = [
         resize_observation(jnp.asarray(image), depth, jnp.asarray(intrinsics), size=config.img.image_size)
         for image, depth, intrinsics in zip(probes["image"], depths, probes["intrinsics"], strict=True)
@@ -155,8 +155,8 @@ def _run_jax(checkpoint: Checkpoint, inputs: dict[str, np.ndarray]) -> dict[str,
     out = {"inputs": inputs["image"]}
     seeing = model
     with jax.default_matmul_precision("highest"):
-        if config.depth == "zoedepth":
-            seeing = SpatialVLA(replace(config, depth="dataset"))
+        if config.depth_source == "zoedepth":
+            seeing = SpatialVLA(replace(config, depth_source="dataset"))
             out["depth"] = np.asarray(estimate(params, inputs["image"]))
             params = {name: part for name, part in params.items() if name != "zoe"}
             inputs = inputs | {"depth": out["depth"]}
@@ -199,7 +199,7 @@ def _run_torch(
     batch["pixel_values"] = pixels
     out = {"inputs": own_pixels.permute(0, 2, 3, 1)}
     with torch.no_grad():
-        if checkpoint.config.depth == "zoedepth":
+        if checkpoint.config.depth_source == "zoedepth":
             out["depth"] = depth = model.estimate_depth(pixels)
             model.estimate_depth = lambda _: depth  # of these pixels, once: most of the time goes into it
         out["tokens"] = tokens = model.predict_action(batch)

@@ -1,6 +1,6 @@
 """From chunks of T actions to one action a step: open loop, receding horizon, ensembles of overlapping chunks.
 
-    executor = Executor(weigh=adaptive, every=1)   # one a client or environment
+    executor = ChunkExecutor(weigh=adaptive, every=1)   # one a client or environment
     while True:
         action = executor.step(policy.infer(observation)["actions"] if executor.due else None)
 
@@ -63,12 +63,12 @@ def shift(chunk: Int[np.ndarray, "T n"], steps: int) -> Int[np.ndarray, "T n"]:
     return np.concatenate([chunk[steps:], np.repeat(chunk[-1:], steps, axis=0)])
 
 
-class Executor:
+class ChunkExecutor:
     """Executes one client's chunks; `due` says whether the next step needs a new one.
 
     A new chunk is due every `every` steps, by default when the last one is used up. `weigh` combines all chunks that
-    reach the step: Executor() is the open loop, Executor(every=k) the receding horizon, Executor(adaptive, 1) the
-    adaptive ensemble.
+    reach the step: ChunkExecutor() is the open loop, ChunkExecutor(every=k) the receding horizon,
+    ChunkExecutor(adaptive, 1) the adaptive ensemble.
     """
 
     def __init__(self, weigh: Weigh = newest, every: int = sys.maxsize) -> None:
@@ -96,13 +96,13 @@ class Executor:
         return action
 
 
-def executor(mode: str) -> Executor:
+def executor(mode: str) -> ChunkExecutor:
     """By name: `open_loop`, `receding:K` (a chunk every K steps), `adaptive` or `recent` (an ensemble each step)."""
     kind, _, every = mode.partition(":")
     if mode == "open_loop":
-        return Executor()
+        return ChunkExecutor()
     if kind == "receding" and every.isdecimal() and int(every) > 0:
-        return Executor(every=int(every))
+        return ChunkExecutor(every=int(every))
     if mode in ("adaptive", "recent"):
-        return Executor(adaptive if mode == "adaptive" else recent, every=1)
+        return ChunkExecutor(adaptive if mode == "adaptive" else recent, every=1)
     raise InputError(f"execution {mode!r} is not known; choose open_loop, receding:K, adaptive or recent")

@@ -3,7 +3,7 @@
 The mathematics are those of `models/gemma2.py`, which trains. Its layers are stacked for a scan, and a GPU copies a
 slice of the stack at every step; here every matrix is an array of its own, rows first, so that a step reads each
 weight once. The norms' scales stay stacked: their slices are free, and a call costs a microsecond or two for each array
-that it is given. `lay_out` makes this layout, `forward` runs it.
+that it is given. `to_decode_layout` makes this layout, `forward` runs it.
 """
 
 from collections.abc import Callable
@@ -38,7 +38,7 @@ def quantize(matrix: Float[Array, "out in"]) -> Quantized:
     return Quantized(jnp.round(matrix.astype(jnp.float32) / scale[:, None]).astype(jnp.int8), scale)
 
 
-def lay_out(
+def to_decode_layout(
     stacked: dict[str, Any], place: Callable[[Any], Array], finish: Callable[[Array], Matrix]
 ) -> tuple[list[dict[str, Matrix]], dict[str, Float[Array, "L D"]]]:
     """→ (the matrices of `params["llm"]["layers"]` layer by layer, its norms' scales by name). `place` moves an array

@@ -9,10 +9,19 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from spatialvla_jax.inference.decoder import Cache, Matrix, Quantized, forward, lay_out, linear, narrow, quantize
+from spatialvla_jax.inference.decoder import (
+    Cache,
+    Matrix,
+    Quantized,
+    forward,
+    linear,
+    narrow,
+    quantize,
+    to_decode_layout,
+)
 from spatialvla_jax.inference.kernels import BLOCK
 from spatialvla_jax.models import SpatialVLA, SpatialVLAConfig
-from spatialvla_jax.models.attention import positions_of, prefix_lm_mask
+from spatialvla_jax.models.attention import position_ids, prefix_lm_mask
 from spatialvla_jax.models.beit import bias_ahead
 
 
@@ -54,8 +63,8 @@ def prepare(model: SpatialVLA, params: Any, *, int8: bool = False, whole_vocabul
     text = table(llm["embedder"]["input_embedding"][: cfg.action_offset])
     head = llm["lm_head"] if whole_vocabulary else llm["lm_head"][cfg.action_offset :]
     vision = {k: v for k, v in params.items() if k in ("img", "ego3d", "zoe")}
-    layers, norms = lay_out(llm["layers"], place, finish)
-    vision = jax.tree_util.tree_map_with_path(lambda path, x: _apart(x, _stacked(path), place), vision)
+    layers, norms = to_decode_layout(llm["layers"], place, finish)
+    vision = jax.tree_util.tree_map_with_path(lambda path, x: unstack_layers(x, _stacked(path), place), vision)
     blocks = vision["img"]["Transformer"]["encoderblock"]
     blocks["MlpBlock_0"] = _widen(blocks["MlpBlock_0"], -cfg.img.mlp_dim % WIDTH)
     if "zoe" in vision:
@@ -102,19 +111,19 @@ def _stacked(path: tuple[Any, ...]) -> int:
     return 2 if "stages" in names else int("encoderblock" in names)
 
 
-def _apart(stack: Any, axes: int, place: Callable[[Any], Array]) -> Any:
+def unstack_layers(stack: Any, axes: int, place: Callable[[Any], Array]) -> Any:
     """An array a layer, in lists, so that a GPU does not copy a slice of the stack before it multiplies by it. Biases
     and scales stay stacked: the fewer arrays a call is given, the sooner it starts."""
     if not axes or math.prod(stack.shape[axes:]) < MATRIX:
         return place(stack)
-    return [_apart(stack[i], axes - 1, place) for i in range(len(stack))]
+    return [unstack_layers(stack[i], axes - 1, place) for i in range(len(stack))]
 
 
-def _together(stored: Any) -> Any:
+def restack_layers(stored: Any) -> Any:
     """The stack again, of which a compiler keeps nothing: the unrolled model slices it apart."""
     if isinstance(stored, Filters):
         return jnp.moveaxis(stored.values, 0, -1)
-    return jnp.stack([_together(layer) for layer in stored]) if isinstance(stored, list) else stored
+    return jnp.stack([restack_layers(layer) for layer in stored]) if isinstance(stored, list) else stored
 
 
 def generate(
@@ -137,7 +146,7 @@ def generate(
     passes it takes, never the tokens. Q is any length that holds the prompts.
     """
     cfg = model.config
-    vision = jax.tree.map(_together, weights["vision"], is_leaf=lambda x: isinstance(x, list | Filters))
+    vision = jax.tree.map(restack_layers, weights["vision"], is_leaf=lambda x: isinstance(x, list | Filters))
     vision["spatial_embedding"] = weights["spatial"]
     img = replace(cfg.img, mlp_dim=-(-cfg.img.mlp_dim // WIDTH) * WIDTH)
     unrolled: Any = SpatialVLA(replace(cfg, unroll=True, img=img, zoe=replace(cfg.zoe, unroll=True)))
@@ -158,7 +167,7 @@ def _one_by_one(cfg: SpatialVLAConfig, weights: Any, ranges: Ranges, prefix: Any
     spare = -(P + slots) % BLOCK
     mask = prefix_lm_mask(valid, P if cfg.mask == "prefix" else 0)
     with jax.named_scope("prompt"):
-        hidden, written = _forward(cfg, weights, prefix, positions_of(valid), mask, positions_of(valid))
+        hidden, written = _forward(cfg, weights, prefix, position_ids(valid), mask, position_ids(valid))
     room = ((0, 0), (0, slots + spare), (0, 0), (0, 0))
     cache: Cache = tuple((jnp.pad(k, room), jnp.pad(v, room)) for k, v in written)
     first = _best(cfg, weights, ranges, _last(hidden, valid), (0,))[:, 0]
@@ -166,7 +175,7 @@ def _one_by_one(cfg: SpatialVLAConfig, weights: Any, ranges: Ranges, prefix: Any
     gripper = cfg.action_offset + (ranges[-1][0] if ranges is not None else 0)
     # Places of an action's slots after the prompt's last: with two grippers side by side, both have the same.
     place = jnp.minimum(jnp.arange(n + branch), n - 1)
-    keys = jnp.pad(positions_of(valid), ((0, 0), (0, slots + spare)))
+    keys = jnp.pad(position_ids(valid), ((0, 0), (0, slots + spare)))
 
     def action(carry: Any, step: Any) -> Any:
         cache, seen, keys, token = carry
@@ -210,7 +219,7 @@ def _from_draft(cfg: SpatialVLAConfig, weights: Any, ranges: Ranges, prefix: Any
     draft that predicts itself is its result. The first draft rides along with the prompt."""
     (B, P), A = valid.shape, cfg.num_action_tokens
     slots = jnp.concatenate([valid, jnp.ones((B, A - 1), bool)], axis=1)
-    positions, kinds = positions_of(slots), tuple(range(A))
+    positions, kinds = position_ids(slots), tuple(range(A))
     mask = prefix_lm_mask(slots, P if cfg.mask == "prefix" else 0)
     inputs = jnp.concatenate([prefix, _embed(cfg, weights, draft[:, :-1], ranges)], axis=1)
     with jax.named_scope("prompt"):

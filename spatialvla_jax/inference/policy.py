@@ -120,7 +120,7 @@ class Policy:
             "prompt_mask": valid,
             "bounds": np.stack([low, high, mask]).astype(np.float32),
         }
-        if cfg.depth == "dataset":
+        if cfg.depth_source == "dataset":
             depth = _floats(observation, "depth", size, "metres of ", ": this model takes depth from its data")
             arrays["depth"] = depth
         if self.speculate:

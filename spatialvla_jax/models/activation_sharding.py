@@ -15,7 +15,7 @@ def batch_splits(mesh: jax.sharding.AbstractMesh) -> int:
     return prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
-def split_batch(x: Any, *extra: str) -> Any:
+def constrain_batch(x: Any, *extra: str) -> Any:
     """Pin the first dimension of `x` to the mesh's batch axes, and to the `extra` ones if it divides; the rest whole.
 
     Does nothing where the trace runs on no mesh (`training.sharding.on_mesh`) or the batch does not divide.

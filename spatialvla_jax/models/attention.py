@@ -39,7 +39,7 @@ def attend(
     return jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(B, T, N, H)
 
 
-def attend_fully(
+def encoder_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S N H"],
     v: Float[Array, "B S N H"],
@@ -66,7 +66,7 @@ def prefix_lm_mask(valid: Bool[Array, "B S"], prefix_length: int) -> Bool[Array,
     return visible[None] & valid[:, None, :]
 
 
-def positions_of(valid: Bool[Array, "B S"]) -> Int[Array, "B S"]:
+def position_ids(valid: Bool[Array, "B S"]) -> Int[Array, "B S"]:
     """Rotary positions that skip padding and start at 1, as PaliGemma counts them."""
     return jnp.cumsum(valid, axis=1)
 

@@ -11,8 +11,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.models.activation_sharding import split_batch
-from spatialvla_jax.models.attention import attend_fully
+from spatialvla_jax.models.activation_sharding import constrain_batch
+from spatialvla_jax.models.attention import encoder_attention
 from spatialvla_jax.models.resize import resize_bilinear
 from spatialvla_jax.models.siglip import multiply_patches
 
@@ -36,7 +36,7 @@ class BeitConfig:
             raise InputError(f"BEiT depth {self.depth} must be a multiple of its number of taps, {self.num_taps}.")
 
     @property
-    def grid(self) -> int:
+    def patches_per_side(self) -> int:
         """Patches along one side of the pretrained image."""
         return self.image_size // self.patch_size
 
@@ -82,8 +82,10 @@ def relative_position_bias(
 def bias_ahead(config: BeitConfig, table: Float[Array, "R N"]) -> Float[Array, "N T T"]:
     """The bias of a layer on images of the pretrained size, which `BeitAttention` takes as its parameter "bias" in the
     place of the table: it is the same at every call, and takes longer to gather than to read."""
-    grid = (config.grid, config.grid)
-    return relative_position_bias(table.astype(jnp.float32), config.grid, grid, -(config.grid**2 + 1) % TOKENS)
+    grid = (config.patches_per_side, config.patches_per_side)
+    return relative_position_bias(
+        table.astype(jnp.float32), config.patches_per_side, grid, -(config.patches_per_side**2 + 1) % TOKENS
+    )
 
 
 def _bias_rows(grid: Grid, padding: int) -> np.ndarray:
@@ -114,11 +116,11 @@ class BeitAttention(nn.Module):
         if self.has_variable("params", "bias"):
             bias = self.get_variable("params", "bias")
         else:
-            rows = (2 * cfg.grid - 1) ** 2 + 3
+            rows = (2 * cfg.patches_per_side - 1) ** 2 + 3
             table = self.param("relative_position_bias", nn.initializers.zeros, (rows, cfg.num_heads))
             padding = x.shape[1] - self.grid[0] * self.grid[1] - 1
-            bias = relative_position_bias(table.astype(jnp.float32), cfg.grid, self.grid, padding)
-        y = attend_fully(q, k, v, bias[None])
+            bias = relative_position_bias(table.astype(jnp.float32), cfg.patches_per_side, self.grid, padding)
+        y = encoder_attention(q, k, v, bias[None])
         return nn.DenseGeneral(cfg.width, axis=(-2, -1), dtype=self.dtype, name="out")(y)
 
 
@@ -135,10 +137,10 @@ class BeitLayer(nn.Module):
             for name in ("layer_scale1", "layer_scale2")
         )
         y = nn.LayerNorm(epsilon=1e-12, use_fast_variance=False, dtype=self.dtype, name="norm1")(x)
-        x = split_batch(x + scale1 * BeitAttention(cfg, self.grid, self.dtype, name="attention")(y), "tensor")
+        x = constrain_batch(x + scale1 * BeitAttention(cfg, self.grid, self.dtype, name="attention")(y), "tensor")
         y = nn.LayerNorm(epsilon=1e-12, use_fast_variance=False, dtype=self.dtype, name="norm2")(x)
         y = gelu(nn.Dense(cfg.mlp_dim, dtype=self.dtype, name="mlp_in")(y))
-        return split_batch(x + scale2 * nn.Dense(cfg.width, dtype=self.dtype, name="mlp_out")(y), "tensor"), None
+        return constrain_batch(x + scale2 * nn.Dense(cfg.width, dtype=self.dtype, name="mlp_out")(y), "tensor"), None
 
 
 class BeitStage(nn.Module):

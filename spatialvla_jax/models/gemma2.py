@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from spatialvla_jax.models.activation_sharding import split_batch
+from spatialvla_jax.models.activation_sharding import constrain_batch
 from spatialvla_jax.models.attention import attend, rotary, rotary_angles
 from spatialvla_jax.models.remat import rematerialise
 
@@ -102,9 +102,9 @@ class Block(nn.Module):
         norm = lambda name, y: RMSNorm(self.dtype, name=name)(y)  # noqa: E731
         attention = Attention(self.config, self.dtype, name="attn")
         y = attention(norm("pre_attention_norm", x), angles, mask)
-        x = split_batch(x + norm("post_attention_norm", y))
+        x = constrain_batch(x + norm("post_attention_norm", y))
         y = FeedForward(self.config, self.dtype, name="mlp")(norm("pre_ffw_norm", x))
-        return split_batch(x + norm("post_ffw_norm", y)), None
+        return constrain_batch(x + norm("post_ffw_norm", y)), None
 
 
 class Embedder(nn.Module):
@@ -158,7 +158,7 @@ class Gemma2(nn.Module):
         Every second layer, from the first, sees at most `sliding_window` positions back.
         """
         cfg = self.config
-        x = split_batch(embeddings.astype(self.dtype) * jnp.asarray(cfg.width**0.5, self.dtype))
+        x = constrain_batch(embeddings.astype(self.dtype) * jnp.asarray(cfg.width**0.5, self.dtype))
         local = None
         if mask.shape[-1] > cfg.sliding_window:
             local = mask & (positions[:, :, None] - positions[:, None, :] < cfg.sliding_window)

@@ -9,7 +9,7 @@ from spatialvla_jax.models.siglip import SiglipConfig
 from spatialvla_jax.models.spatialvla import SpatialVLAConfig
 
 CHOICES: dict[str, tuple[str, ...]] = {
-    "depth": ("zoedepth", "dataset", "none"),
+    "depth_source": ("zoedepth", "dataset", "none"),
     "mask": ("prefix", "causal"),
     "dtype": ("float32", "bfloat16"),
     "remat": POLICIES,
@@ -27,7 +27,7 @@ PRESETS: dict[str, SpatialVLAConfig] = {
         ),
         text_vocab=256,
         prompt_length=32,
-        depth="dataset",
+        depth_source="dataset",
         dtype="float32",
     ),
     # Trains on a laptop's CPU in minutes.
@@ -38,7 +38,7 @@ PRESETS: dict[str, SpatialVLAConfig] = {
         ),
         text_vocab=256,
         prompt_length=32,
-        depth="dataset",
+        depth_source="dataset",
         dtype="float32",
     ),
     # About 100 M parameters: ablations from scratch on one accelerator.
@@ -49,7 +49,7 @@ PRESETS: dict[str, SpatialVLAConfig] = {
         ),
         text_vocab=1024,
         prompt_length=32,
-        depth="dataset",
+        depth_source="dataset",
     ),
     "spatialvla-4b-224": SpatialVLAConfig(),
     # The other sizes of PaliGemma 2 (Steiner et al. 2024): larger images, and Gemma 2 9B.

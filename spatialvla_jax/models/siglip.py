@@ -9,8 +9,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from spatialvla_jax.models.activation_sharding import split_batch
-from spatialvla_jax.models.attention import attend_fully
+from spatialvla_jax.models.activation_sharding import constrain_batch
+from spatialvla_jax.models.attention import encoder_attention
 from spatialvla_jax.models.remat import rematerialise
 
 
@@ -26,13 +26,13 @@ class SiglipConfig:
     mlp_dim: int = 4304
 
     @property
-    def grid(self) -> int:
+    def patches_per_side(self) -> int:
         """Patches along one side of the image."""
         return self.image_size // self.patch_size
 
     @property
     def num_tokens(self) -> int:
-        return self.grid**2
+        return self.patches_per_side**2
 
 
 def multiply_patches(images: Float[Array, "B H W C"], kernel: Float[Array, "p q C D"], strides, *unused, **options):
@@ -57,7 +57,7 @@ class MlpBlock(nn.Module):
 
 def _attention(q, k, v, **unused):
     """As `nn.MultiHeadDotProductAttention` calls it; there is no mask and no dropout."""
-    return attend_fully(q, k, v)
+    return encoder_attention(q, k, v)
 
 
 class EncoderBlock(nn.Module):
@@ -70,9 +70,9 @@ class EncoderBlock(nn.Module):
         attention = nn.MultiHeadDotProductAttention(
             self.config.num_heads, dtype=self.dtype, deterministic=True, attention_fn=_attention
         )
-        x = split_batch(x + attention(y))
+        x = constrain_batch(x + attention(y))
         y = nn.LayerNorm(dtype=self.dtype)(x)
-        return split_batch(x + MlpBlock(self.config.mlp_dim, self.dtype)(y)), None
+        return constrain_batch(x + MlpBlock(self.config.mlp_dim, self.dtype)(y)), None
 
 
 class Encoder(nn.Module):
@@ -123,7 +123,7 @@ class Siglip(nn.Module):
         x = embedding(image)
         x = x.reshape(x.shape[0], cfg.num_tokens, cfg.width)
         table = self.param("pos_embedding", nn.initializers.normal(cfg.width**-0.5), (1, cfg.num_tokens, cfg.width))
-        x = split_batch(x + table.astype(self.dtype))
+        x = constrain_batch(x + table.astype(self.dtype))
         tokens = Encoder(cfg, self.dtype, self.remat, self.unroll, name="Transformer")(x)
         fused = tokens if extra is None else tokens + extra.astype(tokens.dtype)
         return nn.Dense(self.head_width, dtype=self.dtype, name="head")(fused), tokens

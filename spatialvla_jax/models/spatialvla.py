@@ -13,13 +13,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from spatialvla_jax.models.activation_sharding import split_batch
-from spatialvla_jax.models.attention import positions_of, prefix_lm_mask
+from spatialvla_jax.models.activation_sharding import constrain_batch
+from spatialvla_jax.models.attention import position_ids, prefix_lm_mask
 from spatialvla_jax.models.beit import BeitConfig
 from spatialvla_jax.models.ego3d import Ego3D
 from spatialvla_jax.models.gemma2 import Gemma2, Gemma2Config
 from spatialvla_jax.models.siglip import Siglip, SiglipConfig
 from spatialvla_jax.models.zoedepth import ZoeDepth, ZoeDepthConfig, estimate_depth
+from spatialvla_jax.utils.renames import MODEL_FIELDS
 
 PAD, EOS, BOS = 0, 1, 2
 
@@ -28,8 +29,8 @@ PAD, EOS, BOS = 0, 1, 2
 class SpatialVLAConfig:
     """Every size of the model. Defaults: `spatialvla-4b-224`.
 
-    `depth` names the source of depth: `zoedepth` (estimated inside the model), `dataset` (given with the image) or
-    `none` (no Ego3D). `mask` is `prefix` or `causal` (the release's training scripts). `dtype` is the computation's.
+    `depth_source` says where depth comes from: `zoedepth` (estimated inside the model), `dataset` (given with the
+    image) or `none` (no Ego3D). `mask` is `prefix` or `causal` (the release's training scripts). `dtype` is the computation's.
     `remat` and `unroll` say how it is trained, see `models.remat`; the depth model, which is not, has its own `unroll`.
     """
 
@@ -41,7 +42,7 @@ class SpatialVLAConfig:
     prompt_length: int = 52
     action_chunk: int = 4
     tokens_per_action: int = 3
-    depth: Literal["zoedepth", "dataset", "none"] = "zoedepth"
+    depth_source: Literal["zoedepth", "dataset", "none"] = "zoedepth"
     mask: Literal["prefix", "causal"] = "prefix"
     dtype: str = "bfloat16"
     remat: str = "none"
@@ -53,6 +54,7 @@ class SpatialVLAConfig:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "SpatialVLAConfig":
+        data = {MODEL_FIELDS.get(field, field): value for field, value in data.items()}
         zoe = dict(data["zoe"])
         zoe |= {"backbone": BeitConfig(**zoe["backbone"]), "neck_widths": tuple(zoe["neck_widths"])}
         nested = {"img": SiglipConfig(**data["img"]), "llm": Gemma2Config(**data["llm"]), "zoe": ZoeDepthConfig(**zoe)}
@@ -82,9 +84,9 @@ class SpatialVLA(nn.Module):
         dtype = jnp.dtype(cfg.dtype)
         self.img = Siglip(cfg.img, cfg.llm.width, dtype, cfg.remat, cfg.unroll)
         self.llm = Gemma2(cfg.llm, dtype, cfg.remat, cfg.unroll)
-        if cfg.depth != "none":
-            self.ego3d = Ego3D(cfg.img.width, cfg.img.grid, dtype)
-        if cfg.depth == "zoedepth":
+        if cfg.depth_source != "none":
+            self.ego3d = Ego3D(cfg.img.width, cfg.img.patches_per_side, dtype)
+        if cfg.depth_source == "zoedepth":
             self.zoe = ZoeDepth(cfg.zoe, dtype)
         shape = (cfg.spatial_tokens, cfg.llm.width)
         self.spatial_embedding = self.param("spatial_embedding", nn.initializers.normal(cfg.llm.width**-0.5), shape)
@@ -97,16 +99,16 @@ class SpatialVLA(nn.Module):
     ) -> Float[Array, "B P D"]:
         """Image in [0, 1], depth in metres, intrinsics in pixels of the image → tokens at the language model's width.
 
-        `depth` is read by a model with `depth="dataset"` alone. The tokens are divided by sqrt(width), which the
+        `depth` is read by a model with `depth_source="dataset"` alone. The tokens are divided by sqrt(width), which the
         language model multiplies back into all its inputs.
         """
-        if self.config.depth == "zoedepth":
+        if self.config.depth_source == "zoedepth":
             # It is not split over `tensor`, so that axis takes a part of the batch too.
-            images = split_batch(image, "tensor")
+            images = constrain_batch(image, "tensor")
             depth = jax.lax.stop_gradient(estimate_depth(self.zoe, images, self.config.zoe.backbone.image_size))
-            depth = split_batch(depth)
+            depth = constrain_batch(depth)
         position = None
-        if self.config.depth != "none":
+        if self.config.depth_source != "none":
             assert depth is not None and intrinsics is not None, "Ego3D needs depth and intrinsics"
             position = self.ego3d(depth, intrinsics)
         tokens, _ = self.img(image.astype(jnp.float32) * 2 - 1, position)
@@ -138,7 +140,7 @@ class SpatialVLA(nn.Module):
         actions = jnp.take(self.spatial_embedding, action_ids, axis=0).astype(prefix.dtype)
         embeddings = jnp.concatenate([prefix, actions], axis=1)
         valid = jnp.concatenate([prefix_valid, jnp.ones(action_ids.shape, bool)], axis=1)
-        hidden = self.llm(embeddings, positions_of(valid), prefix_lm_mask(valid, self.mask_prefix()))
+        hidden = self.llm(embeddings, position_ids(valid), prefix_lm_mask(valid, self.mask_prefix()))
         first = last_of_prompt(hidden[:, : prefix.shape[1]], prefix_valid)
         return self.llm.logits(jnp.concatenate([first, hidden[:, prefix.shape[1] :]], axis=1))
 

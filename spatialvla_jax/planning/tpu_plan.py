@@ -144,27 +144,29 @@ class Plan:
     mesh: tuple[int, int, int]
     remat: str
     batch_size: int
-    accumulate: int
+    grad_accum_steps: int
 
     def __str__(self) -> str:
         mesh = " × ".join(f"{axis} {n}" for axis, n in zip(AXES, self.mesh, strict=True))
-        return f"mesh {mesh}, remat {self.remat}, batch {self.batch_size} in {self.accumulate}"
+        return f"mesh {mesh}, remat {self.remat}, batch {self.batch_size} in {self.grad_accum_steps}"
 
     def flags(self, other: "Plan") -> str:
         """The command line arguments that lead from `other` here."""
         flags = [f"--config.mesh.{a}={n}" for a, n, m in zip(AXES, self.mesh, other.mesh, strict=True) if n != m]
         flags += [f"--config.model.remat={self.remat}"] * (self.remat != other.remat)
         flags += [f"--config.train.batch_size={self.batch_size}"] * (self.batch_size != other.batch_size)
-        flags += [f"--config.train.accumulate={self.accumulate}"] * (self.accumulate != other.accumulate)
+        flags += [f"--config.train.grad_accum_steps={self.grad_accum_steps}"] * (
+            self.grad_accum_steps != other.grad_accum_steps
+        )
         return " ".join(flags)
 
 
 def plan_of(config: ConfigDict, topology: Topology, devices: list[Any]) -> Plan:
     """Raises InputError where the mesh or the batch does not divide."""
     mesh = make_mesh(config.mesh.to_dict(), devices)
-    check_batch(config.train.batch_size, config.train.accumulate, mesh)
+    check_batch(config.train.batch_size, config.train.grad_accum_steps, mesh)
     data, fsdp, tensor = (mesh.shape[a] for a in AXES)
-    return Plan((data, fsdp, tensor), config.model.remat, config.train.batch_size, config.train.accumulate)
+    return Plan((data, fsdp, tensor), config.model.remat, config.train.batch_size, config.train.grad_accum_steps)
 
 
 def compile_plan(config: ConfigDict, plan: Plan, topology: Topology, cache: Path) -> dict[str, Any]:
@@ -173,9 +175,9 @@ def compile_plan(config: ConfigDict, plan: Plan, topology: Topology, cache: Path
     config = ConfigDict(config.to_dict())
     config.mesh.update(dict(zip(AXES, plan.mesh, strict=True)))
     config.model.remat = plan.remat
-    config.train.update(batch_size=plan.batch_size, accumulate=plan.accumulate)
+    config.train.update(batch_size=plan.batch_size, grad_accum_steps=plan.grad_accum_steps)
     mesh = make_mesh(config.mesh.to_dict(), topology.devices())
-    check_batch(plan.batch_size, plan.accumulate, mesh)
+    check_batch(plan.batch_size, plan.grad_accum_steps, mesh)
     grid = make_grid(config.grid.to_dict(), lambda: np.asarray(PRETRAIN_GAUSSIANS))
     model = make_model(config, grid)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
@@ -197,7 +199,12 @@ def compile_plan(config: ConfigDict, plan: Plan, topology: Topology, cache: Path
         "chips": topology.chips,
         **asdict(plan),
     }
-    report |= {"report": str(kept), "preset": config.model.preset, "depth": config.model.depth, **versions}
+    report |= {
+        "report": str(kept),
+        "preset": config.model.preset,
+        "depth_source": config.model.depth_source,
+        **versions,
+    }
     began = time.perf_counter()
     try:
         compiled = lowered.compile()
@@ -286,12 +293,12 @@ def smaller(plan: Plan, slices: int) -> Iterator[Plan]:
     rows = plan.batch_size // (data * fsdp)
     for remat in REMAT[REMAT.index(plan.remat) :]:
         for n in (1, 2, 4, 8):
-            accumulate = plan.accumulate * n
-            if rows % accumulate == 0 and (remat, n) != (plan.remat, 1):
-                yield change(remat=remat, accumulate=accumulate)
+            grad_accum_steps = plan.grad_accum_steps * n
+            if rows % grad_accum_steps == 0 and (remat, n) != (plan.remat, 1):
+                yield change(remat=remat, grad_accum_steps=grad_accum_steps)
     for n in (2, 4, 8, 16):
         if rows % n == 0 and rows // n:
-            yield change(remat=REMAT[-1], batch_size=plan.batch_size // n, accumulate=1)
+            yield change(remat=REMAT[-1], batch_size=plan.batch_size // n, grad_accum_steps=1)
 
 
 def advise(
@@ -320,8 +327,8 @@ def advise(
 
 def shrinks(plan: Plan, other: Plan) -> float:
     """By what factor the activations kept at once may be smaller; a remat policy is worth up to 4 (full), 2 (dots)."""
-    examples = (plan.batch_size / plan.accumulate / plan.mesh[0] / plan.mesh[1]) / (
-        other.batch_size / other.accumulate / other.mesh[0] / other.mesh[1]
+    examples = (plan.batch_size / plan.grad_accum_steps / plan.mesh[0] / plan.mesh[1]) / (
+        other.batch_size / other.grad_accum_steps / other.mesh[0] / other.mesh[1]
     )
     split = other.mesh[1] / plan.mesh[1]
     return examples * split * 2.0 ** (REMAT.index(other.remat) - REMAT.index(plan.remat))
@@ -345,20 +352,20 @@ def search(
             continue
         rows, best = batch_size // (mesh[0] * mesh[1]), 0
         for remat in REMAT:
-            for accumulate in (1, 2, 4, 8, 16):
-                if rows % accumulate or (best and accumulate >= best):
+            for grad_accum_steps in (1, 2, 4, 8, 16):
+                if rows % grad_accum_steps or (best and grad_accum_steps >= best):
                     break
-                candidate = Plan(mesh, remat, batch_size, accumulate)
+                candidate = Plan(mesh, remat, batch_size, grad_accum_steps)
                 report = compile_(candidate)
                 progress(f"{candidate}: {line(report)}")
                 if report["fits"]:
                     fitting.append((candidate, report))
-                    best = accumulate
-                    if (remat, accumulate) == (REMAT[0], 1):
+                    best = grad_accum_steps
+                    if (remat, grad_accum_steps) == (REMAT[0], 1):
                         whole.add(mesh)
                     break
                 # Were all of it activations, this many parts would still be too many examples.
-                if report["used"] > 16 / accumulate * report["hbm"]:
+                if report["used"] > 16 / grad_accum_steps * report["hbm"]:
                     break
             if best == 1:
                 break

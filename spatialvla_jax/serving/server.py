@@ -31,7 +31,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.inference.action_chunking import Executor, executor, shift
+from spatialvla_jax.inference.action_chunking import ChunkExecutor, executor, shift
 from spatialvla_jax.inference.policy import BATCH_SIZES, PROMPT_STEP, Policy
 from spatialvla_jax.serving.protocol import KEYS, LIMITS, Limits, check, pack, unpack
 
@@ -111,7 +111,7 @@ class Client:
     """What the server keeps of one connection, until it ends."""
 
     def __init__(self, execute: str) -> None:
-        self.executor: Executor | None = None if execute == "chunk" else executor(execute)
+        self.executor: ChunkExecutor | None = None if execute == "chunk" else executor(execute)
         self.reset()
 
     def reset(self) -> None:
@@ -144,7 +144,7 @@ class Server:
         self.metadata = {
             "observation": list(KEYS),
             "image_sizes": limits.image_sizes,
-            "needs_depth": config.depth == "dataset",
+            "needs_depth": config.depth_source == "dataset",
             "unnorm_keys": list(policy.processor.statistics),
             "action_chunk": config.action_chunk,
             "execute": execute,

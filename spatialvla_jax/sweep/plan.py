@@ -8,7 +8,7 @@ A sweep file has `get_sweep()`, which returns
     {
         "base": "configs/demo.py",                     # a config file, or a config
         "axes": {
-            "model.depth": ["dataset", "none"],        # a config key and its values
+            "model.depth_source": ["dataset", "none"],        # a config key and its values
             "grid": {"coarse": {"grid.num_bins": (8, 16, 4, 8, 8, 8)}, "fine": {}},  # or values with names
         },
         "seeds": [0, 1],
@@ -182,7 +182,7 @@ def _check(where: str, config: ConfigDict, changed: set[str]) -> None:
     grid, train, flat, problem = config.grid, config.train, flatten(config.to_dict()), None
     if wrong := [key for key, choices in CHOICES.items() if flat[key] not in choices]:
         problem = f"{wrong[0]} is {flat[wrong[0]]!r}; choose one of {', '.join(CHOICES[wrong[0]])}"
-    elif wrong := [key for key in ("steps", "batch_size", "accumulate") if train[key] < 1]:
+    elif wrong := [key for key in ("steps", "batch_size", "grad_accum_steps") if train[key] < 1]:
         problem = f"train.{wrong[0]} must be at least 1, got {train[wrong[0]]}"
     elif len(grid.num_bins) != 6 or not all(type(n) is int and n > 0 for n in grid.num_bins):
         problem = f"grid.num_bins must be six numbers, got {grid.num_bins}"
@@ -190,8 +190,10 @@ def _check(where: str, config: ConfigDict, changed: set[str]) -> None:
         problem = "a linear grid has 256 bins a dimension, so grid.num_bins would change nothing"
     elif grid.kind == "checkpoint" and (config.adapt.embedding or "grid.num_bins" in changed):
         problem = "grid.kind=checkpoint keeps the grid of init, so neither adapt.embedding nor grid.num_bins fits it"
-    elif config.model.depth == "zoedepth" and not config.init:
-        problem = "model.depth=zoedepth takes the depth model of init, and init is empty: its depth would be random"
+    elif config.model.depth_source == "zoedepth" and not config.init:
+        problem = (
+            "model.depth_source=zoedepth takes the depth model of init, and init is empty: its depth would be random"
+        )
     if problem:
         raise InputError(f"{where}: {problem}")
     try:

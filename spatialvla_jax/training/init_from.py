@@ -17,13 +17,14 @@ from spatialvla_jax.checkpoints.paligemma import is_paligemma
 from spatialvla_jax.checkpoints.peft import refer
 from spatialvla_jax.checkpoints.processor import Processor
 from spatialvla_jax.checkpoints.regrid import adapt_checkpoint
-from spatialvla_jax.checkpoints.types import Leaf
+from spatialvla_jax.checkpoints.types import LazyArray
 from spatialvla_jax.data import Loader
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.models import SpatialVLA
 from spatialvla_jax.models.lora import ADAPTERS, init_adapters
 from spatialvla_jax.training.grid_fit import make_grid, mixture_gaussians
 from spatialvla_jax.training.setup import frozen_patterns, lora_targets
+from spatialvla_jax.utils.renames import MODEL_FIELDS, renamed
 
 
 def open_start(config: ConfigDict, workdir: Path) -> tuple[Checkpoint | None, Processor | None]:
@@ -70,7 +71,7 @@ def starting_params(
     check_leaves(config.init, start.leaves, shapes)
     frozen = frozen_patterns(config, model) if lora.rank else ()
 
-    def read(path: str, leaf: Leaf) -> np.ndarray:
+    def read(path: str, leaf: LazyArray) -> np.ndarray:
         return leaf.read() if any(re.match(p, path) for p in frozen) else leaf.read().astype(np.float32)
 
     params = unflatten_dict({path: read(path, leaf) for path, leaf in start.leaves.items()}, sep="/")
@@ -84,7 +85,7 @@ def starting_params(
 def check_same(before: dict[str, Any], now: dict[str, Any], workdir: Path) -> None:
     """Raises InputError where a run's data, or what its adapters are added to, is not what it was."""
     now = json.loads(json.dumps(now))
-    if before["processor"] != now["processor"] or before["model"] != now["model"]:
+    if before["processor"] != now["processor"] or renamed(before["model"], MODEL_FIELDS) != now["model"]:
         raise InputError(f"the data of {workdir} changed since its run began: grid, statistics or tokenizer differ")
     if before.get("lora") != now.get("lora"):
         raise InputError(f"{now['lora']['base']['path']} changed since the run in {workdir} began to adapt it")
@@ -96,8 +97,8 @@ def _paligemma(config: ConfigDict, model: SpatialVLA) -> Checkpoint:
             f"lora.rank={config.lora.rank} leaves the LM head as it is, and that of the PaliGemma {config.init} knows "
             "no action tokens: start from a SpatialVLA"
         )
-    if model.config.depth == "zoedepth" and not config.init_zoedepth:
+    if model.config.depth_source == "zoedepth" and not config.init_zoedepth:
         raise InputError(f"config key init is the PaliGemma {config.init}: init_zoedepth must name a ZoeDepth for it")
-    sizes = {k: getattr(model.config, k) for k in ("spatial_tokens", "tokens_per_action", "depth")}
-    zoedepth = config.init_zoedepth if model.config.depth == "zoedepth" else None
+    sizes = {k: getattr(model.config, k) for k in ("spatial_tokens", "tokens_per_action", "depth_source")}
+    zoedepth = config.init_zoedepth if model.config.depth_source == "zoedepth" else None
     return start_from_paligemma(config.init, zoedepth, seed=config.seed, **sizes)

@@ -20,7 +20,7 @@ from spatialvla_jax.models import preset
 from spatialvla_jax.training.flops import model_flops
 from spatialvla_jax.training.init_from import check_same, make_processor, open_start, starting_params
 from spatialvla_jax.training.metrics import Clock, MetricsLog, check_wandb, rates, scalars
-from spatialvla_jax.training.optimizer import make_optimizer, split_frozen, swap_average, update_norms
+from spatialvla_jax.training.optimizer import make_optimizer, split_frozen, swap_ema, update_norms
 from spatialvla_jax.training.saving import FOLDER, Checkpoints
 from spatialvla_jax.training.setup import frozen_patterns, jit_train_step, lora_scale, make_model
 from spatialvla_jax.training.sharding import BATCH, check_batch, make_mesh, on_mesh
@@ -60,12 +60,13 @@ def _train(
     saved = workdir / "config.json"
     if saved.exists():
         check_resumable(json.loads(saved.read_text()), config, workdir)
-    if config.model.depth == "zoedepth" and not config.init and is_writer():
+    if config.model.depth_source == "zoedepth" and not config.init and is_writer():
         tqdm.write(
-            "warning: model.depth=zoedepth and init is empty: the depth model has random weights", file=sys.stderr
+            "warning: model.depth_source=zoedepth and init is empty: the depth model has random weights",
+            file=sys.stderr,
         )
     mesh = make_mesh(config.mesh.to_dict())
-    check_batch(config.train.batch_size, config.train.accumulate, mesh)
+    check_batch(config.train.batch_size, config.train.grad_accum_steps, mesh)
     source, before = open_start(config, workdir)
     loader = open_data(config, tokenizer=None if before is None or config.data.prompt.model else before.tokenizer)
     if config.train.eval_every:  # a split that is missing is an error now, not at the first validation
@@ -216,11 +217,11 @@ def validate(
     eval_fn: Any, state: TrainState, loader: Loader, config: ConfigDict, sharding: NamedSharding, grid: Any
 ) -> dict[str, float]:
     """Teacher-forced metrics averaged over the frames of the validation split."""
-    params, _ = swap_average(state.params, state.opt_state)
+    params, _ = swap_ema(state.params, state.opt_state)
     totals: dict[str, Any] = {}
     count = 0.0
     batches = loader.epoch(
-        config.train.batch_size // config.train.accumulate,
+        config.train.batch_size // config.train.grad_accum_steps,
         config.train.eval_split,
         process_index=jax.process_index(),
         process_count=jax.process_count(),

@@ -26,41 +26,41 @@ def learning_rate(config: Any, steps: int) -> optax.Schedule:
     )
 
 
-class AverageState(NamedTuple):
+class EmaState(NamedTuple):
     params: Params
 
 
-def average(decay: float) -> optax.GradientTransformation:
+def params_ema(decay: float) -> optax.GradientTransformation:
     """Leaves the updates alone and keeps an exponential moving average of the parameters that they lead to."""
 
-    def update(updates: Any, state: AverageState, params: Any) -> tuple[Any, AverageState]:
+    def update(updates: Any, state: EmaState, params: Any) -> tuple[Any, EmaState]:
         new: Any = optax.apply_updates(params, updates)
-        return updates, AverageState(jax.tree.map(lambda a, x: decay * a + (1 - decay) * x, state.params, new))
+        return updates, EmaState(jax.tree.map(lambda a, x: decay * a + (1 - decay) * x, state.params, new))
 
-    return optax.GradientTransformation(lambda params: AverageState(jax.tree.map(jnp.copy, params)), update)  # pyright: ignore[reportArgumentType]
+    return optax.GradientTransformation(lambda params: EmaState(jax.tree.map(jnp.copy, params)), update)  # pyright: ignore[reportArgumentType]
 
 
 def make_optimizer(config: Any, steps: int) -> optax.GradientTransformation:
     """Global-norm clipping, then AdamW, on the trainable parameters; with `ema`, their average.
 
-    `state_dtype` is the first moment's. The second stays in float32: at b2 = 0.999 it changes by a thousandth a step,
+    `mu_dtype` is the first moment's. The second stays in float32: at b2 = 0.999 it changes by a thousandth a step,
     less than bfloat16 resolves.
     """
-    if config.state_dtype not in ("float32", "bfloat16"):
-        raise InputError(f"optimizer.state_dtype {config.state_dtype!r} must be float32 or bfloat16")
+    if config.mu_dtype not in ("float32", "bfloat16"):
+        raise InputError(f"optimizer.mu_dtype {config.mu_dtype!r} must be float32 or bfloat16")
     if not 0 <= config.ema < 1:
         raise InputError(f"optimizer.ema {config.ema} must be a decay in [0, 1), 0 for none")
     return optax.chain(
-        optax.clip_by_global_norm(config.clip),
+        optax.clip_by_global_norm(config.grad_clip_norm),
         optax.adamw(
             learning_rate(config, steps),
             b1=config.b1,
             b2=config.b2,
             eps=config.eps,
             weight_decay=config.weight_decay,
-            mu_dtype=config.state_dtype,
+            mu_dtype=config.mu_dtype,
         ),
-        *([average(config.ema)] if config.ema else []),
+        *([params_ema(config.ema)] if config.ema else []),
     )
 
 
@@ -94,14 +94,14 @@ def part_norms(tree: Params, name: str) -> dict[str, Float[Array, ""]]:
     return {name: whole} | {f"{name}/{part}": norm for part, norm in parts.items()}
 
 
-def swap_average(params: Params, opt_state: Any) -> tuple[Params, Any]:
+def swap_ema(params: Params, opt_state: Any) -> tuple[Params, Any]:
     """The averaged parameters in the place of the trained ones and these in theirs; its own inverse, and nothing where
     no average is kept."""
-    if not isinstance(opt_state[-1], AverageState):
+    if not isinstance(opt_state[-1], EmaState):
         return params, opt_state
     trained, averaged = flatten_dict(params, sep="/"), flatten_dict(opt_state[-1].params, sep="/")
     kept = unflatten_dict({k: trained[k] for k in averaged}, sep="/")
-    return unflatten_dict({**trained, **averaged}, sep="/"), (*opt_state[:-1], AverageState(kept))
+    return unflatten_dict({**trained, **averaged}, sep="/"), (*opt_state[:-1], EmaState(kept))
 
 
 def split_frozen(params: Params, patterns: tuple[str, ...]) -> tuple[Params, Params]:

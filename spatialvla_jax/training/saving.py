@@ -22,7 +22,7 @@ from orbax.checkpoint import multihost
 from tqdm import tqdm
 
 from spatialvla_jax.errors import StorageError
-from spatialvla_jax.training.optimizer import merge, split_frozen, swap_average
+from spatialvla_jax.training.optimizer import merge, split_frozen, swap_ema
 from spatialvla_jax.training.state import TrainState
 
 FOLDER = "checkpoints"
@@ -98,7 +98,7 @@ class Checkpoints:
     def _start(self, state: TrainState, step: int) -> None:
         self._finish(step)  # only one at a time
         self.began = time.perf_counter()
-        params, opt_state = swap_average(split_frozen(state.params, self.left_out)[0], state.opt_state)
+        params, opt_state = swap_ema(split_frozen(state.params, self.left_out)[0], state.opt_state)
         items = ocp.args.Composite(
             params=ocp.args.StandardSave(params),
             optimizer=ocp.args.StandardSave(opt_state),
@@ -149,9 +149,9 @@ class Checkpoints:
             return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, sharding)
 
         kept, fixed = split_frozen(state.params, self.left_out)
-        params, opt_state = swap_average(kept, state.opt_state)
+        params, opt_state = swap_ema(kept, state.opt_state)
         kept_shardings, _ = split_frozen(shardings.params, self.left_out)
-        param_shardings, opt_shardings = swap_average(kept_shardings, shardings.opt_state)
+        param_shardings, opt_shardings = swap_ema(kept_shardings, shardings.opt_state)
         restored = self.manager.restore(
             step,
             args=ocp.args.Composite(
@@ -160,7 +160,7 @@ class Checkpoints:
             ),
         )
         at = jax.device_put(np.int32(step), shardings.step)
-        params, opt_state = swap_average(restored["params"], restored["optimizer"])
+        params, opt_state = swap_ema(restored["params"], restored["optimizer"])
         return TrainState(at, merge(params, fixed), opt_state)
 
     def close(self) -> None:

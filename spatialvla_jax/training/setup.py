@@ -41,14 +41,14 @@ def make_model(config: ConfigDict, grid: Any, text_vocab: int = 0) -> SpatialVLA
 def frozen_patterns(config: ConfigDict, model: SpatialVLA) -> tuple[str, ...]:
     """The config's patterns, less the depth model's where this model has none; with adapters, whatever is none and not
     the spatial table, too."""
-    has_zoe = model.config.depth == "zoedepth"
+    has_zoe = model.config.depth_source == "zoedepth"
     patterns = tuple(p for p in config.optimizer.frozen if p != "zoe" or has_zoe)
     return (r"(?!lora/|spatial_embedding$)", *patterns) if config.lora.rank else patterns
 
 
 def lora_targets(config: ConfigDict, model: SpatialVLA) -> tuple[str, ...]:
     """The config's patterns, less Ego3D's where this model has none."""
-    return tuple(p for p in config.lora.targets if p != "ego3d" or model.config.depth != "none")
+    return tuple(p for p in config.lora.targets if p != "ego3d" or model.config.depth_source != "none")
 
 
 def lora_scale(config: ConfigDict) -> float:
@@ -84,7 +84,7 @@ def jit_train_step(
         schedule=learning_rate(config.optimizer, config.train.steps),
         frozen=frozen_patterns(config, model),
         augmentation=augmentation_of(config),
-        accumulate=config.train.accumulate,
+        grad_accum_steps=config.train.grad_accum_steps,
         num_datasets=num_datasets,
         lora_scale=lora_scale(config),
     )
@@ -111,6 +111,6 @@ def abstract_batch(model: SpatialVLA, batch_size: int) -> dict[str, jax.ShapeDty
         "action_mask": ((B, cfg.action_chunk), jnp.bool_),
         "dataset_id": ((B,), jnp.int32),
     }
-    if cfg.depth == "dataset":
+    if cfg.depth_source == "dataset":
         shapes["depth"] = ((B, S, S), jnp.float32)
     return {k: jax.ShapeDtypeStruct(*v) for k, v in shapes.items()}

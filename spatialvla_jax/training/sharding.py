@@ -82,13 +82,13 @@ def arrange(devices: Sequence[Any], sizes: Sequence[int]) -> np.ndarray:
     )
 
 
-def check_batch(batch_size: int, accumulate: int, mesh: Mesh) -> None:
+def check_batch(batch_size: int, grad_accum_steps: int, mesh: Mesh) -> None:
     """Raises InputError unless the batch divides evenly over accumulation steps and the mesh's batch axes."""
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    if batch_size % (accumulate * parts):
+    if batch_size % (grad_accum_steps * parts):
         raise InputError(
-            f"train.batch_size {batch_size} does not divide by train.accumulate {accumulate} × "
-            f"mesh data × fsdp = {parts}; choose a multiple of {accumulate * parts}"
+            f"train.batch_size {batch_size} does not divide by train.grad_accum_steps {grad_accum_steps} × "
+            f"mesh data × fsdp = {parts}; choose a multiple of {grad_accum_steps * parts}"
         )
 
 

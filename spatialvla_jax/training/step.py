@@ -31,14 +31,14 @@ def make_train_step(
     schedule: optax.Schedule,
     frozen: tuple[str, ...],
     augmentation: Augmentation | None,
-    accumulate: int,
+    grad_accum_steps: int,
     num_datasets: int = 0,
     lora_scale: float = 0.0,
 ):
     """→ `step(state, batch, grid, seed) -> (state, metrics)`, to be jitted with the state donated.
 
-    `batch` holds the loader's arrays (image u8[B,S,S,3], …); `accumulate` splits it into that many microbatches whose
-    gradients are averaged, which is the gradient of the whole batch. Where its loss or its gradient is not finite, the
+    `batch` holds the loader's arrays (image u8[B,S,S,3], …); `grad_accum_steps` splits it into that many microbatches
+    whose gradients are averaged, which is the gradient of the whole batch. Where its loss or its gradient is not finite, the
     step is counted (`skipped`, of the whole run) and changes nothing else. `num_datasets`: that of the mixture, for
     metrics by dataset; `lora_scale`: that of `merge_adapters`, where there are adapters. Grid and seed are arguments,
     so that runs which differ in them share one compilation.
@@ -59,15 +59,15 @@ def make_train_step(
             return loss.mean(), means | by_dataset(metrics, inputs["dataset_id"], num_datasets)
 
         gradient = jax.value_and_grad(loss_fn, has_aux=True)
-        if accumulate == 1:
+        if grad_accum_steps == 1:
             (_, metrics), grads = gradient(trainable, inputs)
         else:
             # [B] → [B/A, A] → [A, B/A]: every device splits its own rows, so nothing moves between devices.
-            micro = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), inputs)
+            micro = jax.tree.map(lambda x: x.reshape(-1, grad_accum_steps, *x.shape[1:]).swapaxes(0, 1), inputs)
 
             def add(total, part):
                 (_, metrics), grads = gradient(trainable, part)
-                return jax.tree.map(lambda a, b: a + b / accumulate, total, (grads, metrics)), None
+                return jax.tree.map(lambda a, b: a + b / grad_accum_steps, total, (grads, metrics)), None
 
             one = jax.tree.map(lambda x: x[0], micro)
             (_, metric_shapes), grad_shapes = jax.eval_shape(gradient, trainable, one)

@@ -42,7 +42,7 @@ def edit_weights(directory, edit):
 def test_published_directory_comes_back_byte_for_byte(golden, tmp_path):
     """All 380 tensors, and the fields of the config that say what the model is."""
     read = read_huggingface(golden)
-    assert read.config.depth == "zoedepth" and read.ignored == 0
+    assert read.config.depth_source == "zoedepth" and read.ignored == 0
     write_huggingface(tmp_path / "out", read)
     before, after = load_file(golden / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     assert after.keys() == before.keys() and len(after) == 380

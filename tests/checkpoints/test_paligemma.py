@@ -16,7 +16,7 @@ from spatialvla_jax.checkpoints.mapping import flatten
 from spatialvla_jax.cli.__main__ import main
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.models import SpatialVLA
-from spatialvla_jax.models.attention import positions_of, prefix_lm_mask
+from spatialvla_jax.models.attention import position_ids, prefix_lm_mask
 
 TEXT_VOCAB, SPARE = 36, 4  # the published tables have rows that no token uses, too
 
@@ -63,7 +63,9 @@ def save(folder, model, rename=lambda key: key):
 
 def test_logits_are_paligemmas(reference, tmp_path):
     """Without Ego3D and before any training, text logits are those of the PaliGemma that it came from."""
-    checkpoint = start_from_paligemma(save(tmp_path / "pg", reference), depth="none", dtype="float32", spatial_tokens=6)
+    checkpoint = start_from_paligemma(
+        save(tmp_path / "pg", reference), depth_source="none", dtype="float32", spatial_tokens=6
+    )
     cfg, params = checkpoint.config, checkpoint.params()
     rng = np.random.default_rng(0)
     image = rng.uniform(0, 1, (2, 42, 42, 3)).astype(np.float32)
@@ -71,7 +73,7 @@ def test_logits_are_paligemmas(reference, tmp_path):
 
     def prefix_logits(m, image, ids, mask):
         embeddings, valid = m.embed_prefix(image, ids, mask, None, None)
-        hidden = m.llm(embeddings, positions_of(valid), prefix_lm_mask(valid, valid.shape[1]))
+        hidden = m.llm(embeddings, position_ids(valid), prefix_lm_mask(valid, valid.shape[1]))
         return m.llm.logits(hidden)
 
     mask = np.ones(ids.shape, bool)
@@ -140,7 +142,7 @@ def test_with_zoedepth_inside(reference, tmp_path):
     zoedepth.save_pretrained(tmp_path / "zoe")
     source = save(tmp_path / "pg", reference)
     checkpoint = start_from_paligemma(source, tmp_path / "zoe")
-    assert checkpoint.config.depth == "zoedepth" and checkpoint.config.zoe == TINY
+    assert checkpoint.config.depth_source == "zoedepth" and checkpoint.config.zoe == TINY
     bias = zoedepth.relative_head.conv1.bias.detach().numpy()
     np.testing.assert_array_equal(checkpoint.params()["zoe"]["relative_head"]["conv1"]["bias"], bias)
 

@@ -237,8 +237,8 @@ def expected(loader, broken, steps, batch_size):
     ids, replaced = np.empty((steps, batch_size), int), Counter()
     for sample in range(steps * batch_size):
         for attempt in itertools.count():
-            number = mixture.another(np.asarray([sample]), attempt)
-            dataset, frame = mixture.draw(loader.mixture, 5, number)
+            number = mixture.replacement_samples(np.asarray([sample]), attempt)
+            dataset, frame = mixture.sample_frames(loader.mixture, 5, number)
             number = int(24 * dataset[0] + frame[0])
             if number not in broken:
                 break

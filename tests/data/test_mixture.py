@@ -3,7 +3,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spatialvla_jax.data.mixture import BLOCK, another, count_draws, draw, make_mixture, permute, permute_blocks
+from spatialvla_jax.data.mixture import (
+    BLOCK,
+    count_draws,
+    make_mixture,
+    permute,
+    permute_blocks,
+    replacement_samples,
+    sample_frames,
+)
 from spatialvla_jax.errors import InputError
 
 
@@ -26,7 +34,7 @@ def test_permute_looks_random():
 
 def test_order_is_pinned():
     """Another order would break the resumption of every older run."""
-    dataset, frame = draw(make_mixture((10, 1000), (1.0, 0.01)), 7, 10**9 + np.arange(10))
+    dataset, frame = sample_frames(make_mixture((10, 1000), (1.0, 0.01)), 7, 10**9 + np.arange(10))
     assert dataset.tolist() == [0, 0, 0, 0, 0, 1, 1, 1, 1, 0]
     assert frame.tolist() == [0, 6, 1, 2, 9, 263, 927, 516, 969, 7]
 
@@ -65,7 +73,7 @@ def test_every_frame_once_a_pass(sizes, seed, block, data):
     weights = tuple(data.draw(st.floats(0.05, 10)) for _ in sizes)
     balance, shuffle = data.draw(st.booleans()), data.draw(st.integers(1, 500))
     mixture = make_mixture(tuple(sizes), weights, balance=balance, block=block, shuffle=shuffle)
-    dataset, frame = draw(mixture, seed, np.arange(30_000))
+    dataset, frame = sample_frames(mixture, seed, np.arange(30_000))
     for number, size in enumerate(sizes):
         own = frame[dataset == number]
         whole = own[: len(own) // size * size].reshape(-1, size)
@@ -74,7 +82,7 @@ def test_every_frame_once_a_pass(sizes, seed, block, data):
 
 def test_passes_go_on_over_block_borders():
     mixture = make_mixture((1000, 777), (1.0, 1.0))
-    dataset, frame = draw(mixture, 3, BLOCK - 20_000 + np.arange(40_000))
+    dataset, frame = sample_frames(mixture, 3, BLOCK - 20_000 + np.arange(40_000))
     for number, size in enumerate(mixture.sizes):
         counts = np.bincount(frame[dataset == number], minlength=size)
         assert counts.max() - counts.min() <= 2  # whole passes between a begun and an unfinished one
@@ -85,10 +93,10 @@ def test_passes_go_on_over_block_borders():
 def test_draw_is_a_pure_function_of_the_sample_number(first, count, seed):
     mixture = make_mixture((10_000, 37, 5_000_000), (1.0, 3.0, 0.2))
     samples = first + np.arange(count)
-    dataset, frame = draw(mixture, seed, samples)
+    dataset, frame = sample_frames(mixture, seed, samples)
     for part in np.array_split(np.random.default_rng(0).permutation(count), 3):
         if len(part):
-            np.testing.assert_array_equal(draw(mixture, seed, samples[part]), (dataset[part], frame[part]))
+            np.testing.assert_array_equal(sample_frames(mixture, seed, samples[part]), (dataset[part], frame[part]))
     assert (frame < np.asarray(mixture.sizes)[dataset]).all() and (frame >= 0).all()
 
 
@@ -100,7 +108,7 @@ def test_shares_follow_the_weights(datasets, balance):
     wanted = np.asarray(weights) * (np.asarray(sizes) if balance else 1)
     assert sum(mixture.counts) == BLOCK and min(mixture.counts) >= 1
     np.testing.assert_allclose(mixture.shares, wanted / wanted.sum(), atol=(len(sizes) + 1) / BLOCK)
-    drawn = np.bincount(draw(mixture, 0, np.arange(BLOCK))[0], minlength=len(sizes))
+    drawn = np.bincount(sample_frames(mixture, 0, np.arange(BLOCK))[0], minlength=len(sizes))
     np.testing.assert_array_equal(drawn, mixture.counts)
 
 
@@ -111,9 +119,9 @@ def test_passes_go_on_over_a_phase_border(border, seed, block):
     first = make_mixture((1000, 777, 50), (1.0, 1.0, 2.0), block=block, shuffle=100)
     second = first.without((1.0, 1.0, 2.0), frozenset([0]))
     drawn = count_draws(first, seed, border)
-    before = draw(first, seed, np.arange(border))
+    before = sample_frames(first, seed, np.arange(border))
     np.testing.assert_array_equal(drawn, np.bincount(before[0], minlength=3))
-    after = draw(second, seed, np.arange(30_000), drawn)
+    after = sample_frames(second, seed, np.arange(30_000), drawn)
     assert 0 not in after[0]
     for number in (1, 2):
         own = np.concatenate([before[1][before[0] == number], after[1][after[0] == number]])
@@ -128,7 +136,7 @@ def test_passes_go_on_over_a_phase_border(border, seed, block):
 def test_samples_that_stand_in(samples):
     """Of the same block, and another one at every attempt."""
     numbers = np.asarray(samples)
-    found = np.stack([another(numbers, attempt) for attempt in range(100)])
+    found = np.stack([replacement_samples(numbers, attempt) for attempt in range(100)])
     np.testing.assert_array_equal(found[0], numbers)
     np.testing.assert_array_equal(found // BLOCK, np.tile(numbers // BLOCK, (100, 1)))
     assert all(len(set(column)) == 100 for column in found.T.tolist())

@@ -79,7 +79,7 @@ def exports(checkpoint, processor, tmp_path_factory):
     folder = tmp_path_factory.mktemp("exports")
     checkpoint = replace(checkpoint, config=replace(checkpoint.config, prompt_length=40))
     without = {path: leaf for path, leaf in checkpoint.leaves.items() if not path.startswith("ego3d/")}
-    none = replace(checkpoint.config, depth="none", mask="prefix", action_chunk=2, tokens_per_action=7)
+    none = replace(checkpoint.config, depth_source="none", mask="prefix", action_chunk=2, tokens_per_action=7)
     golden = read_huggingface("tests/golden/tiny_model")
     checkpoints = {
         "zoedepth": replace(golden, processor=processor),

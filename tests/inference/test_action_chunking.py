@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.inference.action_chunking import Executor, adaptive, combine, executor, newest, recent
+from spatialvla_jax.inference.action_chunking import ChunkExecutor, adaptive, combine, executor, newest, recent
 
 NUMBERS = st.floats(-2, 2, width=32)
 WEIGHS = st.sampled_from([newest, adaptive, recent])
@@ -25,7 +25,7 @@ def numbered(plan: int) -> np.ndarray:
     return np.stack([action(10 * plan + step, 1) for step in range(T)])
 
 
-def run(executor: Executor, plans: int, steps: int) -> tuple[list[float], list[int]]:
+def run(executor: ChunkExecutor, plans: int, steps: int) -> tuple[list[float], list[int]]:
     """The x of each action, and the steps at which a chunk was due."""
     made, xs, due = iter(range(plans)), [], []
     for step in range(steps):
@@ -36,7 +36,7 @@ def run(executor: Executor, plans: int, steps: int) -> tuple[list[float], list[i
 
 
 def test_open_loop_uses_up_each_chunk() -> None:
-    assert run(Executor(), 3, 9) == ([0, 1, 2, 3, 10, 11, 12, 13, 20], [0, 4, 8])
+    assert run(ChunkExecutor(), 3, 9) == ([0, 1, 2, 3, 10, 11, 12, 13, 20], [0, 4, 8])
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_open_loop_uses_up_each_chunk() -> None:
     ],
 )
 def test_receding_horizon_plans_every_k_steps(every: int, xs: list[float], due: list[int]) -> None:
-    assert run(Executor(every=every), 9, 5) == (xs, due)
+    assert run(ChunkExecutor(every=every), 9, 5) == (xs, due)
 
 
 def test_an_ensemble_sees_what_each_chunk_says_about_this_step() -> None:
@@ -59,7 +59,7 @@ def test_an_ensemble_sees_what_each_chunk_says_about_this_step() -> None:
         seen.append(predictions[:, 0].tolist())
         return np.ones(len(predictions))
 
-    xs, _ = run(Executor(weigh, every=1), 6, 6)
+    xs, _ = run(ChunkExecutor(weigh, every=1), 6, 6)
     # Plan p begins at step p, and reaches four steps.
     assert seen == [[0], [1, 10], [2, 11, 20], [3, 12, 21, 30], [13, 22, 31, 40], [23, 32, 41, 50]]
     np.testing.assert_allclose(xs, [np.mean(row) for row in seen])
@@ -67,7 +67,9 @@ def test_an_ensemble_sees_what_each_chunk_says_about_this_step() -> None:
 
 def test_an_ensemble_with_gaps_between_plans() -> None:
     seen = []
-    executor = Executor(lambda predictions: seen.append(predictions[:, 0].tolist()) or np.ones(len(predictions)), 2)
+    executor = ChunkExecutor(
+        lambda predictions: seen.append(predictions[:, 0].tolist()) or np.ones(len(predictions)), 2
+    )
     run(executor, 3, 6)
     assert seen == [[0], [1], [2, 10], [3, 11], [12, 20], [13, 21]]
 
@@ -102,21 +104,21 @@ def test_the_gripper_is_one_that_was_predicted(grippers: list[float], expected: 
 
 @given(chunks(1), WEIGHS)
 def test_one_chunk_is_itself(chunk: np.ndarray, weigh) -> None:
-    executor = Executor(weigh)
+    executor = ChunkExecutor(weigh)
     np.testing.assert_array_equal([executor.step(chunk[0]), *(executor.step() for _ in range(T - 1))], chunk[0])
     assert executor.due
 
 
 @given(arrays(np.float32, 7, elements=NUMBERS), WEIGHS, st.integers(1, 3))
 def test_equal_predictions_are_themselves(value: np.ndarray, weigh, every: int) -> None:
-    executor = Executor(weigh, every)
+    executor = ChunkExecutor(weigh, every)
     for _ in range(9):
         np.testing.assert_array_equal(executor.step(np.tile(value, (T, 1)) if executor.due else None), value)
 
 
 @given(chunks(5), WEIGHS)
 def test_an_ensemble_stays_within_its_predictions(plans: np.ndarray, weigh) -> None:
-    executor = Executor(weigh, every=1)
+    executor = ChunkExecutor(weigh, every=1)
     for step, plan in enumerate(plans):
         overlapping = np.stack([plans[s][step - s] for s in range(max(0, step - T + 1), step + 1)])
         result = executor.step(plan)
@@ -126,7 +128,7 @@ def test_an_ensemble_stays_within_its_predictions(plans: np.ndarray, weigh) -> N
 
 @given(chunks(6), WEIGHS)
 def test_reset_forgets(plans: np.ndarray, weigh) -> None:
-    used, fresh = Executor(weigh, every=1), Executor(weigh, every=1)
+    used, fresh = ChunkExecutor(weigh, every=1), ChunkExecutor(weigh, every=1)
     for plan in plans[:3]:
         used.step(plan)
     used.reset()
@@ -135,7 +137,7 @@ def test_reset_forgets(plans: np.ndarray, weigh) -> None:
 
 
 def test_a_chunk_may_be_changed_by_its_owner() -> None:
-    executor, chunk = Executor(), numbered(0)
+    executor, chunk = ChunkExecutor(), numbered(0)
     executor.step(chunk)
     chunk[:] = 99
     assert executor.step()[0] == 1
@@ -152,6 +154,6 @@ def test_modes_by_name() -> None:
 
 def test_a_step_without_a_chunk() -> None:
     with pytest.raises(InputError, match="needs a new one"):
-        Executor().step()
+        ChunkExecutor().step()
     with pytest.raises(InputError, match="every 0 steps"):
-        Executor(every=0)
+        ChunkExecutor(every=0)

@@ -131,9 +131,9 @@ def test_layers_apart_are_the_stack_again(axes: int, matrix: int, monkeypatch) -
     """In lists down to a layer's array, or as it is where that is small."""
     monkeypatch.setattr(module, "MATRIX", matrix)
     stack = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
-    layers = module._apart(stack, axes, lambda x: jax.numpy.asarray(x))
+    layers = module.unstack_layers(stack, axes, lambda x: jax.numpy.asarray(x))
     assert len(jax.tree.leaves(layers)) == {(1, 12): 2, (2, 4): 6}.get((axes, matrix), 1)
-    np.testing.assert_array_equal(module._together(layers), stack)
+    np.testing.assert_array_equal(module.restack_layers(layers), stack)
 
 
 def test_no_stack_of_vision_layers_is_left_in_the_program(nano, monkeypatch) -> None:

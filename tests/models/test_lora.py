@@ -75,5 +75,5 @@ def test_targets_are_patterns() -> None:
     for pattern in ("llm/lm_head", "vision", "zoe"):
         with pytest.raises(InputError, match=f"lora.targets pattern '{pattern}' matches no linear layer"):
             adapter_shapes(SHAPES, 4, (pattern,))
-    zoe = param_shapes(preset("nano", depth="zoedepth"))
+    zoe = param_shapes(preset("nano", depth_source="zoedepth"))
     assert adapter_shapes(zoe, 4, ALL) == adapter_shapes(SHAPES, 4, ALL) and len(LINEAR) == 11

@@ -29,7 +29,7 @@ def test_the_published_model_has_its_parameters() -> None:
 
 @pytest.mark.parametrize("name", [n for n in PRESETS if n.startswith("spatialvla-")])
 def test_full_sizes_count_what_transformers_counts(name: str) -> None:
-    params = abstract_params(name, depth="dataset")
+    params = abstract_params(name, depth_source="dataset")
     config = PRESETS[name]
     size = {**GEMMA2[config.llm.width], "num_key_value_heads": config.llm.num_kv_heads, "head_dim": 256}
     with torch.device("meta"):

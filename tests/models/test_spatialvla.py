@@ -13,7 +13,7 @@ from spatialvla_jax.checkpoints import read_huggingface
 from spatialvla_jax.checkpoints.mapping import flatten, slots
 from spatialvla_jax.inference.generate import generate, prepare
 from spatialvla_jax.models import SpatialVLA
-from spatialvla_jax.models.attention import positions_of, prefix_lm_mask
+from spatialvla_jax.models.attention import position_ids, prefix_lm_mask
 from spatialvla_jax.models.ego3d import back_project, frequency_encoding
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -56,7 +56,7 @@ def test_every_stage_of_the_image_path(golden, model_and_params, inputs):
         return m.ego3d(depth, intrinsics), m.img(image * 2 - 1)[1], m.embed_image(image, depth, intrinsics)
 
     arguments = (inputs["image"], inputs["depth"], inputs["intrinsics"])
-    points = back_project(*arguments[1:], model.config.img.grid)
+    points = back_project(*arguments[1:], model.config.img.patches_per_side)
     np.testing.assert_allclose(points, stacked(golden, "points"), **TOLERANCE)
     np.testing.assert_allclose(frequency_encoding(points), stacked(golden, "freq"), **TOLERANCE)
     position, tokens, features = jax.jit(lambda *x: model.apply({"params": params}, *x, method=stages))(*arguments)
@@ -70,7 +70,7 @@ def test_logits_at_every_position_of_the_prompt(golden, model_and_params, inputs
 
     def prefix_logits(m, image, prompt_ids, prompt_mask, depth, intrinsics):
         embeddings, valid = m.embed_prefix(image, prompt_ids, prompt_mask, depth, intrinsics)
-        hidden = m.llm(embeddings, positions_of(valid), prefix_lm_mask(valid, valid.shape[1]))
+        hidden = m.llm(embeddings, position_ids(valid), prefix_lm_mask(valid, valid.shape[1]))
         return m.llm.logits(hidden)
 
     logits = jax.jit(lambda x: model.apply({"params": params}, **x, method=prefix_logits))(inputs)
@@ -82,7 +82,7 @@ def test_logits_at_every_position_of_the_prompt(golden, model_and_params, inputs
 def test_greedy_tokens_from_images_alone(golden, inputs):
     """The published model whole, ZoeDepth inside: all 36 tokens, unconstrained, and the logits of the first."""
     checkpoint = read_huggingface(GOLDEN / "tiny_model")
-    assert checkpoint.config.depth == "zoedepth" and checkpoint.config.prompt_length > 24
+    assert checkpoint.config.depth_source == "zoedepth" and checkpoint.config.prompt_length > 24
     model, params = SpatialVLA(replace(checkpoint.config, prompt_length=24)), checkpoint.params()
     observations = {name: x for name, x in inputs.items() if name != "depth"}
 

@@ -42,7 +42,7 @@ from spatialvla_jax.config import default_config
 
 def get_config():
     config = default_config()
-    config.model.update(preset="nano", depth="dataset", dtype="float32", remat="full")
+    config.model.update(preset="nano", depth_source="dataset", dtype="float32", remat="full")
     config.data.prompt.length = 16
     config.data.cache_dir = {cache!r}
     config.grid.num_bins = (4, 4, 2, 4, 4, 4)
@@ -176,8 +176,8 @@ def memory_model(limit: float):
     def compile_(plan: Plan) -> dict[str, Any]:
         asked.append(plan)
         data, fsdp, _ = plan.mesh
-        total = 8 / fsdp + activations[plan.remat] * plan.batch_size / plan.accumulate / (data * fsdp)
-        slower = {"none": 1.0, "dots": 1.1, "full": 1.3}[plan.remat] + 0.05 * plan.accumulate
+        total = 8 / fsdp + activations[plan.remat] * plan.batch_size / plan.grad_accum_steps / (data * fsdp)
+        slower = {"none": 1.0, "dots": 1.1, "full": 1.3}[plan.remat] + 0.05 * plan.grad_accum_steps
         report = {"fits": total <= limit, "used": total, "hbm": limit}
         if total > limit:
             return report
@@ -225,10 +225,10 @@ def test_out_of_memory_ends_with_the_advice(config_file: Path, monkeypatch: pyte
 def test_smaller_plans_divide_and_say_how_to_get_there() -> None:
     for plan in smaller(FULL, 1):
         data, fsdp, tensor = plan.mesh
-        assert data * fsdp * tensor == 8 and plan.batch_size % (plan.accumulate * data * fsdp) == 0
+        assert data * fsdp * tensor == 8 and plan.batch_size % (plan.grad_accum_steps * data * fsdp) == 0
         assert plan != FULL and plan.flags(FULL).startswith("--config.")
     assert Plan((1, 8, 1), "dots", 64, 2).flags(FULL) == (
-        "--config.mesh.data=1 --config.mesh.fsdp=8 --config.model.remat=dots --config.train.accumulate=2"
+        "--config.mesh.data=1 --config.mesh.fsdp=8 --config.model.remat=dots --config.train.grad_accum_steps=2"
     )
 
 
@@ -242,12 +242,12 @@ def test_search_ranks_what_fits(limit: float, batch_size: int) -> None:
     speeds = [report["samples_per_second"] for _, report in found]
     assert speeds == sorted(speeds, reverse=True)
     everything = [
-        Plan(mesh, remat, batch, accumulate)
+        Plan(mesh, remat, batch, grad_accum_steps)
         for batch in (64, 32, 16)
         for mesh in meshes(topology, batch)
         for remat in ("none", "dots", "full")
-        for accumulate in (1, 2, 4, 8, 16)
-        if batch // (mesh[0] * mesh[1]) % accumulate == 0
+        for grad_accum_steps in (1, 2, 4, 8, 16)
+        if batch // (mesh[0] * mesh[1]) % grad_accum_steps == 0
     ]
     compile_again, _ = memory_model(limit)
     best = max(r["samples_per_second"] for r in map(compile_again, everything) if r["fits"])
@@ -263,7 +263,7 @@ def test_a_program_that_compiles_may_still_be_too_large(monkeypatch: pytest.Monk
     step = SimpleNamespace(lower=lambda *_: lowered)
     monkeypatch.setattr(topology_module, "jit_train_step", lambda *_: step)
     config = default_config()
-    config.model.update(preset="nano", depth="dataset", remat="dots")
+    config.model.update(preset="nano", depth_source="dataset", remat="dots")
     config.train.batch_size = 16
     report = compile_plan(config, Plan((1, 4, 1), "dots", 16, 1), Topology("v5e", (2, 2)), tmp_path)
     assert not report["fits"] and report["used"] == report["memory"]["total"] == 30 * 2**30
@@ -409,7 +409,7 @@ def test_model_flops_of_the_published_model() -> None:
     """Near 2 FLOPs a parameter and token forward, 6 where it is trained; remat changes nothing."""
     config = default_config()
     grid = make_grid(config.grid.to_dict(), lambda: np.asarray(PRETRAIN_GAUSSIANS))
-    config.model.update(depth="none", remat="full")
+    config.model.update(depth_source="none", remat="full")
     flops = model_flops(config, grid)
     language, vision, head = 26 * 77_860_864, 412e6, 265_347 * 2304
     tokens = 256 + config.data.prompt.length + 12
@@ -417,5 +417,5 @@ def test_model_flops_of_the_published_model() -> None:
     assert 1 < flops / estimate < 1.06  # attention on top
     config.model.remat = "none"
     assert model_flops(config, grid) == flops
-    config.model.depth = "zoedepth"
+    config.model.depth_source = "zoedepth"
     assert 0.4e12 < model_flops(config, grid) - flops < 0.8e12  # frozen: its forward pass alone

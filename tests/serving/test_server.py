@@ -72,7 +72,9 @@ class Stub:
 
     def __init__(self, ids: np.ndarray | None = None) -> None:
         self.ids = ids
-        config = SimpleNamespace(img=SimpleNamespace(image_size=8), depth="none", action_chunk=4, prompt_length=1)
+        config = SimpleNamespace(
+            img=SimpleNamespace(image_size=8), depth_source="none", action_chunk=4, prompt_length=1
+        )
         tokenizer = SimpleNamespace(encode_prompt=lambda *_, **__: (np.zeros(1), np.ones(1)))
         self.model = SimpleNamespace(config=config)
         self.processor = SimpleNamespace(statistics={"toy": {}}, tokenizer=tokenizer, prompt_template="")

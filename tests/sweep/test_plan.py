@@ -23,7 +23,7 @@ from spatialvla_jax.config import default_config
 
 def get_sweep():
     base = default_config()
-    base.model.update(preset="nano", depth="dataset")
+    base.model.update(preset="nano", depth_source="dataset")
     return {sweep}
 """
 GOOD = {"axes": {"grid.kind": ["gaussian", "uniform"]}, "seeds": [0, 1]}
@@ -38,10 +38,10 @@ def write(folder: Path, **changes) -> Path:
 
 def test_trials_are_all_combinations_of_values_and_seeds(tmp_path: Path) -> None:
     grids = {"coarse one": {"grid.num_bins": (8, 16, 4, 8, 8, 8)}, "fine": {}}
-    path = write(tmp_path, axes={"grid": grids, "model.depth": ["dataset", "none"]}, seeds=[0, 7])
+    path = write(tmp_path, axes={"grid": grids, "model.depth_source": ["dataset", "none"]}, seeds=[0, 7])
     sweep = load_sweep(path, {"train.steps": "12"})
     assert sweep.name == "mine" and sweep.keep_checkpoints
-    assert sweep.axes == {"grid": ("coarse one", "fine"), "model.depth": ("dataset", "none")}
+    assert sweep.axes == {"grid": ("coarse one", "fine"), "model.depth_source": ("dataset", "none")}
     assert [trial.name for trial in sweep.trials] == [
         f"grid-{grid}_depth-{depth}_seed-{seed}"
         for seed in (0, 7)
@@ -49,8 +49,8 @@ def test_trials_are_all_combinations_of_values_and_seeds(tmp_path: Path) -> None
         for depth in ("dataset", "none")
     ]
     trial = sweep.trials[5]
-    assert trial.values == {"grid": "coarse one", "model.depth": "none"} and trial.seed == trial.config.seed == 7
-    assert trial.config.grid.num_bins == (8, 16, 4, 8, 8, 8) and trial.config.model.depth == "none"
+    assert trial.values == {"grid": "coarse one", "model.depth_source": "none"} and trial.seed == trial.config.seed == 7
+    assert trial.config.grid.num_bins == (8, 16, 4, 8, 8, 8) and trial.config.model.depth_source == "none"
     assert trial.config.train.steps == 12 and sweep.trials[2].config.grid.num_bins == (16, 32, 8, 16, 16, 16)
     assert len({trial.digest for trial in sweep.trials}) == 8
     assert [trial.seed for trial in sweep.select("*coarse*seed-7")] == [7, 7]
@@ -80,7 +80,10 @@ BAD = {
     "seeds of another type": ({"seeds": [0.5]}, "seeds of .* must be integers"),
     "the seed as an axis": ({"axes": {"seed": [1, 2]}}, "config key seed is set by the seeds"),
     "a value of another type": ({"axes": {"train.steps": ["many"]}}, "train.steps is int, and 'many' is not"),
-    "an unknown choice": ({"axes": {"model.depth": ["zeodepth"]}}, "depth-zeodepth: model.depth is 'zeodepth'; choose"),
+    "an unknown choice": (
+        {"axes": {"model.depth_source": ["zeodepth"]}},
+        "depth-zeodepth: model.depth_source is 'zeodepth'; choose",
+    ),
     "an unknown preset": ({"axes": {"model.preset": ["tny"]}}, "preset-tny: model preset 'tny' does not exist"),
     "bins that are none": ({"axes": {"grid.num_bins": [(4, 4)]}}, "grid.num_bins must be six numbers"),
     "a bad optimizer": ({"axes": {"optimizer.ema": [0.5, 1.5]}}, "trial ema-1.5: optimizer.ema 1.5 must be"),
@@ -120,8 +123,8 @@ BAD = {
         "trial batch-size-8: train.batch_size must be at least 1, got -8",
     ),
     "a depth model that is none": (
-        {"axes": {"model.depth": ["dataset", "zoedepth"]}},
-        "trial depth-zoedepth: model.depth=zoedepth takes the depth model of init, and init is empty",
+        {"axes": {"model.depth_source": ["dataset", "zoedepth"]}},
+        "trial depth-zoedepth: model.depth_source=zoedepth takes the depth model of init, and init is empty",
     ),
     "datasets that are missing": (
         {"axes": {"data.datasets": [[{"name": "a", "spec": "libero", "path": "a/1.0.0"}]]}},

@@ -17,7 +17,7 @@ from spatialvla_jax.training.optimizer import (
     make_optimizer,
     num_updates,
     split_frozen,
-    swap_average,
+    swap_ema,
     update_norms,
 )
 from spatialvla_jax.training.state import TrainState, init_params, new_state
@@ -38,7 +38,7 @@ def run():
             schedule=learning_rate(config, 10),
             frozen=FROZEN,
             augmentation=None,
-            accumulate=1,
+            grad_accum_steps=1,
             num_datasets=3,
         )
     )
@@ -106,10 +106,10 @@ def test_averaged_parameters() -> None:
         average = 0.75 * average + 0.25 * trainable["w"]
     assert int(num_updates(state)) == 3 and not np.allclose(average, trainable["w"])
     params |= trainable
-    for_use, held = swap_average(params, state)
+    for_use, held = swap_ema(params, state)
     np.testing.assert_allclose(for_use["w"], average, rtol=1e-6)
     np.testing.assert_array_equal(for_use["frozen"], params["frozen"])
-    same = jax.tree.map(np.array_equal, swap_average(for_use, held), (params, state))
+    same = jax.tree.map(np.array_equal, swap_ema(for_use, held), (params, state))
     assert all(jax.tree.leaves(same))
 
 
@@ -118,13 +118,13 @@ def test_first_moments_in_bfloat16() -> None:
     params: Any = {"w": jnp.ones(3)}
     moments = {}
     for dtype in ("float32", "bfloat16"):
-        config.state_dtype = dtype
+        config.mu_dtype = dtype
         adam: Any = make_optimizer(config, 10).init(params)[1][0]
         moments[dtype] = (adam.mu["w"].dtype, adam.nu["w"].dtype)
     assert moments == {"float32": (jnp.float32, jnp.float32), "bfloat16": (jnp.bfloat16, jnp.float32)}
-    config.state_dtype = "float16"
-    with pytest.raises(InputError, match="state_dtype 'float16' must be"):
+    config.mu_dtype = "float16"
+    with pytest.raises(InputError, match="mu_dtype 'float16' must be"):
         make_optimizer(config, 10)
-    config.update(state_dtype="float32", ema=1.0)
+    config.update(mu_dtype="float32", ema=1.0)
     with pytest.raises(InputError, match=r"ema 1\.0 must be"):
         make_optimizer(config, 10)

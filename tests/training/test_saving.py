@@ -21,7 +21,7 @@ def test_the_last_and_every_kth_are_kept(config_file: Path, tmp_path: Path) -> N
     overrides = {
         "model.dtype": "bfloat16",
         "train.steps": "14",
-        "train.accumulate": "1",
+        "train.grad_accum_steps": "1",
         "checkpoint.every": "2",
         "checkpoint.keep_last": "2",
         "checkpoint.keep_every": "6",
@@ -62,7 +62,7 @@ def test_a_run_starts_from_a_paligemma(config_file: Path, tmp_path: Path) -> Non
     np.testing.assert_array_equal(params[TABLE][: config.text_vocab], arrays[TABLE])
     mean = np.broadcast_to(arrays[TABLE].mean(0), params["spatial_embedding"].shape)
     np.testing.assert_allclose(params["spatial_embedding"], mean, atol=1e-7)
-    overrides["model.depth"] = "zoedepth"
+    overrides["model.depth_source"] = "zoedepth"
     with pytest.raises(InputError, match="init_zoedepth"):
         train(load_config(config_file, overrides), tmp_path / "other")
 

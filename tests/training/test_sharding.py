@@ -12,7 +12,7 @@ from spatialvla_jax.actions import PRETRAIN_GAUSSIANS, gaussian_grid
 from spatialvla_jax.config import default_config
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.models import SpatialVLA, preset
-from spatialvla_jax.models.activation_sharding import split_batch
+from spatialvla_jax.models.activation_sharding import constrain_batch
 from spatialvla_jax.training.augment import Augmentation
 from spatialvla_jax.training.optimizer import learning_rate, make_optimizer
 from spatialvla_jax.training.sharding import BATCH, cast_split, check_batch, make_mesh, on_mesh, param_shardings
@@ -37,7 +37,7 @@ def random_batch(model: SpatialVLA, size: int, seed: int) -> dict[str, np.ndarra
     }
 
 
-def losses(mesh_shape: dict[str, int], devices: int, *, accumulate: int = 1, steps: int = 20) -> list[float]:
+def losses(mesh_shape: dict[str, int], devices: int, *, grad_accum_steps: int = 1, steps: int = 20) -> list[float]:
     model = SpatialVLA(preset("nano", spatial_tokens=GRID.vocab_size))
     config = default_config().optimizer
     config.learning_rate = 1e-3
@@ -50,7 +50,7 @@ def losses(mesh_shape: dict[str, int], devices: int, *, accumulate: int = 1, ste
         schedule=learning_rate(config, steps),
         frozen=FROZEN,
         augmentation=Augmentation(),
-        accumulate=accumulate,
+        grad_accum_steps=grad_accum_steps,
     )
     batch_sharding = jax.sharding.NamedSharding(mesh, BATCH)
     step = jax.jit(
@@ -78,12 +78,12 @@ def test_eight_devices_give_the_losses_of_one(one_device: list[float]) -> None:
 
 
 def test_accumulation_gives_the_losses_of_the_whole_batch(one_device: list[float]) -> None:
-    np.testing.assert_allclose(losses({"data": 2}, 2, accumulate=4, steps=20), one_device, atol=1e-4)
+    np.testing.assert_allclose(losses({"data": 2}, 2, grad_accum_steps=4, steps=20), one_device, atol=1e-4)
 
 
 def test_full_size_parameters_are_split() -> None:
     """On fsdp 4 × tensor 2, all but the norms and biases of the published model lie on one device by an eighth."""
-    model = SpatialVLA(preset("spatialvla-4b-224", depth="dataset"))
+    model = SpatialVLA(preset("spatialvla-4b-224", depth_source="dataset"))
     params = jax.eval_shape(lambda: init_params(model, 0))
     mesh = make_mesh({"fsdp": 4, "tensor": 2})
     flat = flatten_dict(param_shardings(params, mesh), sep="/")
@@ -117,12 +117,12 @@ def test_the_batch_is_pinned_on_a_mesh_alone() -> None:
     x = jnp.zeros((8, 3))
 
     def sharding(*extra: str, rows: int = 8):
-        pinned = jax.jit(on_mesh(lambda x: split_batch(x, *extra), mesh), in_shardings=NamedSharding(mesh, P()))
+        pinned = jax.jit(on_mesh(lambda x: constrain_batch(x, *extra), mesh), in_shardings=NamedSharding(mesh, P()))
         return pinned(x[:rows]).sharding.shard_shape((rows, 3))
 
     assert sharding() == (2, 3) and sharding("tensor") == (1, 3)
     assert sharding("tensor", rows=4) == (1, 3)  # does not divide by 8: the batch axes alone
-    assert split_batch(x, "tensor") is x
+    assert constrain_batch(x, "tensor") is x
 
 
 @pytest.mark.parametrize(

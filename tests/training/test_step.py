@@ -26,7 +26,7 @@ def inputs_of(model: SpatialVLA, size: int) -> dict[str, jax.Array]:
 def test_loss_is_the_plain_cross_entropy(grid) -> None:
     """Written out in numpy from the model's own logits: 12 (or 28) action tokens and <eos>, all weighing the same."""
     model = SpatialVLA(
-        preset("nano", spatial_tokens=grid.vocab_size, tokens_per_action=grid.tokens_per_action, depth="none")
+        preset("nano", spatial_tokens=grid.vocab_size, tokens_per_action=grid.tokens_per_action, depth_source="none")
     )
     params = init_params(model, 0)
     inputs = inputs_of(model, 3)
