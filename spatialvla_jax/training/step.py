@@ -38,8 +38,8 @@ def make_train_step(
     """→ `step(state, batch, grid, seed) -> (state, metrics)`, to be jitted with the state donated.
 
     `batch` holds the loader's arrays (image u8[B,S,S,3], …); `grad_accum_steps` splits it into that many microbatches
-    whose gradients are averaged, which is the gradient of the whole batch. Where its loss or its gradient is not finite, the
-    step is counted (`skipped`, of the whole run) and changes nothing else. `num_datasets`: that of the mixture, for
+    whose gradients are averaged, which is the gradient of the whole batch. Where its loss or its gradient is not
+    finite, the step is counted (`skipped`, of the whole run) and changes nothing else. `num_datasets`: that of the mixture, for
     metrics by dataset; `lora_scale`: that of `merge_adapters`, where there are adapters. Grid and seed are arguments,
     so that runs which differ in them share one compilation.
     """
