@@ -31,8 +31,8 @@ class SpatialVLAConfig:
 
     `depth_source` says where depth comes from: `zoedepth` (estimated inside the model), `dataset` (given with the
     image) or `none` (no Ego3D). `mask` is `prefix` or `causal` (the release's training scripts). `dtype` is the
-    computation's. `remat` and `unroll` say how it is trained, see `models.remat`; the depth model, which is not trained,
-    has its own `unroll`.
+    computation's. `remat` and `unroll` say how it is trained, see `models.remat`; the frozen depth model has its
+    own `unroll`.
     """
 
     img: SiglipConfig = SiglipConfig()

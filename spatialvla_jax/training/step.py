@@ -39,9 +39,9 @@ def make_train_step(
 
     `batch` holds the loader's arrays (image u8[B,S,S,3], …); `grad_accum_steps` splits it into that many microbatches
     whose gradients are averaged, which is the gradient of the whole batch. Where its loss or its gradient is not
-    finite, the step is counted (`skipped`, of the whole run) and changes nothing else. `num_datasets`: that of the mixture, for
-    metrics by dataset; `lora_scale`: that of `merge_adapters`, where there are adapters. Grid and seed are arguments,
-    so that runs which differ in them share one compilation.
+    finite, the step is counted (`skipped`, of the whole run) and changes nothing else. `num_datasets` is the
+    mixture's, for metrics by dataset; `lora_scale` is that of `merge_adapters`, where there are adapters. Grid and seed
+    are arguments, so that runs which differ in them share one compilation.
     """
 
     def step(
