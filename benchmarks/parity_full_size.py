@@ -31,7 +31,8 @@ import transformers
 from tqdm import tqdm
 from transformers import AutoModel
 
-from spatialvla_jax.checkpoints import Checkpoint, write_huggingface
+from spatialvla_jax.checkpoints import Checkpoint
+from spatialvla_jax.export.convert import write_pytorch
 from spatialvla_jax.export.verify import torch_inputs
 from spatialvla_jax.inference.generate import generate, prepare
 from spatialvla_jax.models import PRESETS, SpatialVLA, preset
@@ -162,7 +163,7 @@ def main() -> int:
     print(f"{args.preset}: {count:,} random parameters, {time.perf_counter() - began:.0f} s")
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder) / "export"
-        write_huggingface(directory, Checkpoint.of(config, params, None))
+        write_pytorch(directory, Checkpoint.of(config, params, None))
         print(f"exported, {time.perf_counter() - began:.0f} s")
         ours = run_jax(config, params, few, size, stages=True)
         ours_full = run_jax(config, params, many, size, stages=False)["first"]

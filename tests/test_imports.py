@@ -22,8 +22,7 @@ class Blocked:
 sys.meta_path.insert(0, Blocked())
 for name in sys.argv[1:]:
     importlib.import_module(name)
-import spatialvla_jax
-spatialvla_jax.Policy, spatialvla_jax.load_pretrained
+from spatialvla_jax import Policy, convert, load_pretrained
 """
 
 
@@ -33,6 +32,12 @@ def test_core_imports_without_tensorflow_and_pytorch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", PROGRAM, *CORE], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_importing_the_package_is_cheap() -> None:
+    program = "import sys, spatialvla_jax; assert not {'jax', 'numpy', 'orbax'} & sys.modules.keys()"
+    program += "\nfrom spatialvla_jax import Policy, convert, load_pretrained; assert callable(convert)"
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
 
 
 def test_a_training_run_leaves_pytorch_out() -> None:

@@ -2,9 +2,9 @@
 
 Fields that the published config has no place for (prompt length, source of depth, …) stand under "spatialvla_jax" in
 config.json, and processor.json holds our processor whole, so that what we write is read back unchanged. The release's
-own files are written beside them, and read where processor.json is missing. PyTorch code travels along under the names
-of the release's files (`torch_model.py`), for `AutoModel` and `AutoProcessor` of transformers 5; with the release's
-files in their place the directory runs the release's code.
+own files are written beside them, and read where processor.json is missing. `auto_map` names the release's code files:
+`AutoModel` and `AutoProcessor` of transformers run whichever lie in the directory, the release's or those that
+`export.convert.write_pytorch` puts there.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -36,12 +36,6 @@ RELEASE_PROCESSOR, IMAGES, TOKENIZER = "processor_config.json", "preprocessor_co
 MAX_SHARD_BYTES = 5 * 10**9
 ZOE_PREFIX = "vision_zoe_model."
 
-# Class → its file, as in the release. Everything is in the first; the others only point there.
-CODE = {
-    "SpatialVLAForConditionalGeneration": "modeling_spatialvla",
-    "SpatialVLAConfig": "configuration_spatialvla",
-    "SpatialVLAProcessor": "processing_spatialvla",
-}
 AUTO_MODEL = {
     "AutoConfig": "configuration_spatialvla.SpatialVLAConfig",
     "AutoModel": "modeling_spatialvla.SpatialVLAForConditionalGeneration",
@@ -101,10 +95,17 @@ def _stacked(shape: tuple[int, ...], group: list[Slot], stored: Mapping[str, saf
     return LazyArray(shape, dtype, read)
 
 
-def write_huggingface(path: str | Path, checkpoint: Checkpoint, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+def write_huggingface(
+    path: str | Path,
+    checkpoint: Checkpoint,
+    *,
+    code: Mapping[str, str] | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
     """Write a directory in the published layout; it appears whole or not at all.
 
-    Holds one leaf of our tree at a time. Raises InputError when `path` exists or the leaves do not fit the config.
+    `code` is {file name: text} of the Python files to put in it: transformers loads no directory without. Holds one
+    array at a time. Raises InputError when `path` exists or the arrays do not fit the config.
     """
     path = Path(path)
     check_leaves("checkpoint", checkpoint.leaves, param_shapes(checkpoint.config))
@@ -124,16 +125,13 @@ def write_huggingface(path: str | Path, checkpoint: Checkpoint, max_shard_bytes:
         write_json(folder / CONFIG, config_to_published(checkpoint.config, dtypes))
         if checkpoint.processor is not None:
             write_processor(folder, checkpoint.processor, checkpoint.config)
-        write_code(folder)
+        write_code(folder, code)
         safetensors.write_directory(folder, specs, read, max_shard_bytes)
 
 
-def write_code(path: Path) -> None:
-    """The PyTorch model and processor, one file under the three names that `auto_map` refers to."""
-    (_, first), *others = CODE.items()
-    (path / f"{first}.py").write_text((Path(__file__).parents[1] / "export" / "torch_model.py").read_text())
-    for name, file in others:
-        (path / f"{file}.py").write_text(f'"""In {first}.py."""\n\nfrom .{first} import {name}  # noqa: F401\n')
+def write_code(path: Path, code: Mapping[str, str] | None) -> None:
+    for name, text in (code or {}).items():
+        (path / name).write_text(text)
 
 
 def read_config(file: Path) -> SpatialVLAConfig:

@@ -22,6 +22,7 @@ import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.models.spatialvla import SpatialVLA, SpatialVLAConfig
@@ -207,23 +208,14 @@ class Slot:
     index: tuple[int, ...]
     layout: str
 
-    def to_ours(self, tensor: np.ndarray, leaf: np.ndarray) -> None:
-        """Write the published tensor into its part of our leaf."""
-        source, target = axes_of_layout(self.layout)
-        part = leaf[self.index]
-        sizes = dict(zip(target, part.shape, strict=True))
-        flat = [axis for group in source for axis in group]
-        order = [flat.index(axis) for axis in target if axis != "1"]
-        part[...] = tensor.reshape([sizes[axis] for axis in flat]).transpose(order).reshape(part.shape)
+    def to_ours(self, tensor: np.ndarray, array: np.ndarray) -> None:
+        """Write the published tensor into its part of our array."""
+        part = array[self.index]
+        part[...] = rearrange(tensor, self.layout, **axis_sizes(self.layout, part.shape))
 
-    def to_published(self, leaf: np.ndarray) -> np.ndarray:
-        """The published tensor out of our leaf, contiguous; the inverse of `to_ours`."""
-        source, target = axes_of_layout(self.layout)
-        named = [axis for axis in target if axis != "1"]
-        part = leaf[self.index]
-        part = part.reshape([size for axis, size in zip(target, part.shape, strict=True) if axis != "1"])
-        order = [named.index(axis) for group in source for axis in group]
-        return np.ascontiguousarray(part.transpose(order)).reshape(self.shape)
+    def to_published(self, array: np.ndarray) -> np.ndarray:
+        """The published tensor out of our array, contiguous; the inverse of `to_ours`."""
+        return np.ascontiguousarray(rearrange(array[self.index], reverse(self.layout)))
 
 
 def slots(shapes: Mapping[str, tuple[int, ...]], rules: Iterable[Rule] = SPATIALVLA) -> list[Slot]:
@@ -234,7 +226,7 @@ def slots(shapes: Mapping[str, tuple[int, ...]], rules: Iterable[Rule] = SPATIAL
 
 def _slots_of(rule: Rule, shape: tuple[int, ...]) -> Iterator[Slot]:
     source, target = axes_of_layout(rule.layout)
-    sizes = dict(zip(target, shape[-len(target) :], strict=True))
+    sizes = axis_sizes(rule.layout, shape[-len(target) :])
     published = tuple(prod(sizes[axis] for axis in group) for group in source)
     parts = len(rule.keys) > 1
     stacked = shape[: len(shape) - len(target) - parts]
@@ -297,3 +289,15 @@ def axes_of_layout(layout: str) -> tuple[list[list[str]], list[str]]:
     left, right = layout.split("->")
     groups = [(grouped or single).split() for grouped, single in re.findall(r"\(([^)]*)\)|(\S+)", left)]
     return groups, right.split()
+
+
+def axis_sizes(layout: str, shape: tuple[int, ...]) -> dict[str, int]:
+    """The size of each named axis of a layout, by the shape on our side of it."""
+    _, axes = axes_of_layout(layout)
+    return {axis: size for axis, size in zip(axes, shape, strict=True) if axis != "1"}
+
+
+def reverse(layout: str) -> str:
+    """ours -> published, of a layout published -> ours; its inverse, as it only moves numbers."""
+    left, right = layout.split(" -> ")
+    return f"{right} -> {left}"

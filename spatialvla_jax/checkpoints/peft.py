@@ -107,9 +107,9 @@ def _merged(path: str, leaf: LazyArray, trained: Mapping[str, LazyArray], scale:
     return LazyArray(leaf.shape, leaf.dtype, read)
 
 
-def write_peft(path: str | Path, run: AdapterRun) -> dict[str, LazyArray]:
-    """Write `run` as a directory of adapters for the base's PyTorch export, with the run's own processor; it appears
-    whole or not at all. Returns {name: leaf} of what was written.
+def write_peft(path: str | Path, run: AdapterRun, code: Mapping[str, str] | None = None) -> dict[str, LazyArray]:
+    """Write `run` as a directory of adapters for the base's PyTorch export, with the run's own processor and the Python
+    files `code`; it appears whole or not at all. Returns {name: array} of what was written.
 
         model = AutoModel.from_pretrained(export_of_the_base, trust_remote_code=True)
         model = PeftModel.from_pretrained(model, path)
@@ -145,7 +145,7 @@ def write_peft(path: str | Path, run: AdapterRun) -> dict[str, LazyArray]:
         write_json(folder / CONFIG, config_to_published(run.whole.config, {leaf.dtype for leaf in tensors.values()}))
         if run.whole.processor is not None:
             write_processor(folder, run.whole.processor, run.whole.config)
-        write_code(folder)
+        write_code(folder, code)
         specs = {key: (leaf.shape, leaf.dtype) for key, leaf in tensors.items()}
         safetensors.write_file(folder / PEFT_WEIGHTS, specs, lambda key: tensors[key].read())
     return tensors

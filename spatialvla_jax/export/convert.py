@@ -20,12 +20,36 @@ from spatialvla_jax.errors import InputError
 from spatialvla_jax.export.verify import MISSING, available
 from spatialvla_jax.export.verify import verify as run_both
 
-WRITERS = {"orbax": write_orbax, "pytorch": write_huggingface, "big_vision": write_big_vision}
 PEFT = "peft"
 DTYPES = ("float32", "bfloat16", "float16")
 
 # Larger exports are run beside JAX on request only: both sides compute in float32 on the host.
 VERIFIED_BY_DEFAULT = 500_000_000  # parameters
+
+
+# Class → its file, as in the release. Everything is in the first; the others only point there.
+CODE = {
+    "SpatialVLAForConditionalGeneration": "modeling_spatialvla",
+    "SpatialVLAConfig": "configuration_spatialvla",
+    "SpatialVLAProcessor": "processing_spatialvla",
+}
+
+
+def torch_code() -> dict[str, str]:
+    """{file name: text} of the PyTorch model and processor under the three names that `auto_map` refers to."""
+    (_, first), *others = CODE.items()
+    pointers = {
+        f"{file}.py": f'"""In {first}.py."""\n\nfrom .{first} import {name}  # noqa: F401\n' for name, file in others
+    }
+    return {f"{first}.py": Path(__file__).with_name("torch_model.py").read_text()} | pointers
+
+
+def write_pytorch(path: str | Path, checkpoint: Checkpoint) -> None:
+    """Write a published directory that transformers can load: `write_huggingface` with our PyTorch code in it."""
+    write_huggingface(path, checkpoint, code=torch_code())
+
+
+WRITERS = {"orbax": write_orbax, "pytorch": write_pytorch, "big_vision": write_big_vision}
 
 
 def convert(
@@ -83,7 +107,7 @@ def convert(
 
 def _convert_to_peft(src: str | Path, dst: str | Path, start: float) -> dict[str, Any]:
     run = read_adapters(src, read_checkpoint)
-    tensors = write_peft(dst, run)
+    tensors = write_peft(dst, run, torch_code())
     return {
         "source": str(src),
         "destination": str(dst),

@@ -3,11 +3,21 @@ from math import prod
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+from einops import rearrange
 from hypothesis import given, settings
 from safetensors.numpy import load_file
 
 from spatialvla_jax.checkpoints.huggingface import read_config
-from spatialvla_jax.checkpoints.mapping import SPATIALVLA, Rule, param_shapes, slots
+from spatialvla_jax.checkpoints.mapping import (
+    SPATIALVLA,
+    Rule,
+    axes_of_layout,
+    axis_sizes,
+    param_shapes,
+    reverse,
+    slots,
+)
+from spatialvla_jax.checkpoints.peft import adapter_rules
 from spatialvla_jax.models import preset
 
 
@@ -59,6 +69,17 @@ def test_any_layout_inverts(left, right, group, sizes, several_keys, stacks):
         assert published[slot.key].shape == slot.shape
         slot.to_ours(published[slot.key], again)
     np.testing.assert_array_equal(again, leaf)
+
+
+@pytest.mark.parametrize("layout", sorted({rule.layout for rule in (*SPATIALVLA, *adapter_rules())}))
+def test_the_reverse_of_a_layout_is_its_inverse(layout):
+    """Each moves every number to a place of its own, and its reverse moves them back."""
+    _, axes = axes_of_layout(layout)
+    shape = tuple(1 if axis == "1" else 2 + i for i, axis in enumerate(axes))
+    ours = np.arange(prod(shape)).reshape(shape)
+    published = rearrange(ours, reverse(layout))
+    assert sorted(published.ravel()) == sorted(ours.ravel())
+    np.testing.assert_array_equal(rearrange(published, layout, **axis_sizes(layout, shape)), ours)
 
 
 def test_layout_against_einsum():

@@ -6,12 +6,12 @@ from safetensors.numpy import load_file
 
 from spatialvla_jax.checkpoints import load_pretrained, read_checkpoint, write_huggingface
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.export.convert import convert, equal
+from spatialvla_jax.export.convert import convert, equal, write_pytorch
 
 
 def test_published_to_orbax_and_back(checkpoint, tmp_path):
     published, run, again = (tmp_path / name for name in ("published", "run", "again"))
-    write_huggingface(published, checkpoint)
+    write_pytorch(published, checkpoint)
     figures = convert(published, run, to="orbax")
     assert figures["bit_exact"] and figures["parameters"] == 90_160 and figures["bytes"] == 4 * 90_160
     assert convert(run, again, to="pytorch", verify=False)["bit_exact"]

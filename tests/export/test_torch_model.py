@@ -11,7 +11,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from spatialvla_jax.actions import linear_grid
-from spatialvla_jax.checkpoints import read_huggingface, write_huggingface
+from spatialvla_jax.checkpoints import read_huggingface
+from spatialvla_jax.export.convert import write_pytorch
 from spatialvla_jax.export.verify import INSTRUCTIONS, make_probes
 from spatialvla_jax.inference.policy import Policy
 from spatialvla_jax.models import SpatialVLA
@@ -87,7 +88,7 @@ def exports(checkpoint, processor, tmp_path_factory):
         "none": replace(checkpoint, config=none, leaves=without, processor=replace(processor, grid=linear_grid(128))),
     }
     for name, each in checkpoints.items():
-        write_huggingface(folder / name, each)
+        write_pytorch(folder / name, each)
     return folder, checkpoints
 
 

@@ -4,9 +4,9 @@ from dataclasses import replace
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from spatialvla_jax.checkpoints import write_huggingface, write_orbax
+from spatialvla_jax.checkpoints import write_orbax
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.export.convert import convert
+from spatialvla_jax.export.convert import convert, write_pytorch
 from spatialvla_jax.export.verify import VerificationError, table, verify
 
 
@@ -57,7 +57,7 @@ def swap_rows(tensors):
 
 @pytest.mark.parametrize("tamper", [swap_layers, swap_projections, swap_rows])
 def test_a_tampered_export_fails(checkpoint, tmp_path, tamper):
-    write_huggingface(tmp_path / "out", checkpoint)
+    write_pytorch(tmp_path / "out", checkpoint)
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     tamper(tensors)
     save_file(tensors, tmp_path / "out" / "model.safetensors", metadata={"format": "pt"})
@@ -71,6 +71,6 @@ def test_without_a_processor(checkpoint, tmp_path):
     """Random prompts of several lengths, tokens of the whole vocabulary, and no Ego3D."""
     leaves = {path: leaf for path, leaf in checkpoint.leaves.items() if not path.startswith("ego3d/")}
     bare = replace(checkpoint, config=replace(checkpoint.config, depth_source="none"), leaves=leaves, processor=None)
-    write_huggingface(tmp_path / "out", bare)
+    write_pytorch(tmp_path / "out", bare)
     found = verify(bare, tmp_path / "out")
     assert found["tokens"] == found["tokens_equal"] and "actions" not in found["differences"]
