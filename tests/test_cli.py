@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 from helpers.toy_rlds import libero_features, make_episodes, make_rlds
 from tensorboardX.event_file_writer import EventsWriter
 
+import spatialvla_jax
 from spatialvla_jax import Policy
 from spatialvla_jax.cli.__main__ import main
 from spatialvla_jax.errors import InputError
@@ -116,6 +119,12 @@ def test_buckets_are_refused(config_file: Path, capsys) -> None:
     error = fails(capsys, "train", "--config", config_file, "--workdir", "gs://bucket/run")
     assert "--workdir gs://bucket/run is no path of a file system: mount the bucket" in error
     assert not Path("gs:").exists()
+
+
+@pytest.mark.parametrize("module", ["spatialvla_jax", "spatialvla_jax.cli"])
+def test_version(module: str) -> None:
+    run = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True, check=True)
+    assert run.stdout == f"spatialvla-jax {spatialvla_jax.__version__}\n"
 
 
 def test_bad_arguments(config_file: Path, tmp_path: Path, capsys) -> None:

@@ -9,7 +9,7 @@ import pytest
 from helpers.processes import Server
 
 from spatialvla_jax.checkpoints.orbax import read_orbax
-from spatialvla_jax.cli.__main__ import step_range
+from spatialvla_jax.cli.train import step_range
 from spatialvla_jax.config import default_config
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.training import metrics

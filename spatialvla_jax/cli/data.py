@@ -1,0 +1,239 @@
+"""Commands that show, convert, pack and measure datasets: `data …` and `stats`."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from spatialvla_jax.cli.arguments import Commands, add_command, add_group
+from spatialvla_jax.errors import InputError
+
+
+def add_show(commands: Commands) -> None:
+    p = add_command(
+        commands, "show", run_show, "write an HTML page that shows a mixture: frames, instructions, actions, weights"
+    )
+    p.add_argument("--config", required=True, help="names the data")
+    p.add_argument("--out", type=Path, required=True, help="the page, e.g. mixture.html")
+    p.add_argument("--seed", type=int, default=0, help="another one shows other episodes")
+
+
+def run_show(args: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from spatialvla_jax.config import load_config
+    from spatialvla_jax.data import load_data
+    from spatialvla_jax.models.presets import preset
+    from spatialvla_jax.reports.mixture import IMAGE_SIZE, write_page
+    from spatialvla_jax.training.loop import make_processor
+    from spatialvla_jax.utils.progress import shard_progress
+
+    config: Any = load_config(args.config, args.overrides)
+    size = preset(config.model.preset).img.image_size if config.data.get("packed") else IMAGE_SIZE
+    loader = load_data(config.data, image_size=size, progress=shard_progress())
+    grid = make_processor(config, loader).grid
+    with tqdm(total=len(loader.names), unit="dataset", desc="show") as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.update(done - bar.n)
+
+        write_page(args.out, loader, grid, title=Path(args.config).stem, seed=args.seed, progress=progress)
+    print(f"wrote {args.out} ({args.out.stat().st_size / 1e6:.1f} MB): open it in a browser")
+
+
+def add_lerobot(commands: Commands) -> None:
+    p = add_command(
+        commands, "lerobot", run_lerobot, "convert a LeRobot dataset (v2.0, v2.1, v3.0) to RLDS (extra [lerobot])"
+    )
+    p.add_argument("src", type=Path, help="directory that holds meta/info.json")
+    p.add_argument("dst", type=Path, help="dataset directory; its version, 1.0.0, is made inside")
+    p.add_argument("--camera", help="which one, where there are several, e.g. observation.images.top")
+    p.add_argument("--name", help="the dataset's; by default that of DST")
+
+
+def run_lerobot(args: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from spatialvla_jax.data.importers.lerobot import JPEG_QUALITY, convert_lerobot
+
+    with tqdm(unit="episode", desc="convert") as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        directory, source = convert_lerobot(args.src, args.dst, camera=args.camera, name=args.name, progress=progress)
+    width = "x".join(map(str, source.shapes["action"]))
+    print(f"actions are {width} wide, {source.names}: the spec in your config says what they mean")
+    print(f"frames of {source.camera}; those of videos are stored as JPEG of quality {JPEG_QUALITY}")
+    for split, episodes in source.splits.items():
+        print(f"{split}: {len(episodes):,} episodes, {sum(episode.length for episode in episodes):,} frames")
+    print(f"wrote {directory}")
+
+
+def add_import(commands: Commands) -> None:
+    p = add_command(commands, "import", run_import, "store any tf.data.Dataset of trajectories as an RLDS dataset")
+    p.add_argument(
+        "--from",
+        dest="function",
+        required=True,
+        metavar="MODULE:FUNCTION",
+        help="returns a dataset (the split train), or {split: dataset}",
+    )
+    p.add_argument("--out", type=Path, required=True, help="dataset directory; its version, 1.0.0, is made inside")
+
+
+def run_import(args: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from spatialvla_jax.data.importers.tf_dataset import trajectories_of, write_rlds
+
+    sys.path.insert(0, "")  # so that a module of the working directory is found
+    with tqdm(unit="trajectory", desc="import") as bar:
+
+        def progress(split: str, done: int, total: int | None) -> None:
+            bar.set_description(f"import {split}", refresh=False)
+            bar.total = total
+            bar.update(done - bar.n)
+
+        directory, stored = write_rlds(trajectories_of(args.function), args.out, progress=progress)
+    for key, kind in stored.items():
+        print(f"{key}: {kind}")
+    print(f"wrote {directory}")
+
+
+def add_depth(commands: Commands) -> None:
+    p = add_command(commands, "depth", run_depth, "store ZoeDepth's depth of every frame in copies of RLDS datasets")
+    p.add_argument("src", type=Path, nargs="?", help="a dataset's version directory; by default those of --config")
+    p.add_argument("--spec", help="catalogue entry of SRC, which says where its image is")
+    p.add_argument("--config", help="names the datasets and the model's image size")
+    p.add_argument("--checkpoint", type=Path, required=True, help="any checkpoint with a ZoeDepth, or a ZoeDepth alone")
+    p.add_argument("--out", type=Path, required=True, help="the copies are made in OUT/NAME/VERSION")
+    p.add_argument("--split", action="append", help="may be repeated; by default every split")
+    p.add_argument("--image-size", type=int, help="pixels a side; by default the config's or the checkpoint's")
+    p.add_argument("--batch-size", type=int, default=16)
+    p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation")
+
+
+def run_depth(args: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from spatialvla_jax.config import load_config
+    from spatialvla_jax.data.importers.add_depth import MAX_DEPTH
+    from spatialvla_jax.data.oxe import CATALOGUE, make_spec
+    from spatialvla_jax.data.resolve_datasets import make_entries
+    from spatialvla_jax.models.presets import preset
+    from spatialvla_jax.precompute_depth import precompute_depth
+
+    if (args.src is None) == (args.config is None) or (args.src is None) != (args.spec is None):
+        raise InputError("name the data either as SRC --spec NAME or by --config FILE")
+    size = args.image_size
+    if args.config is None:
+        datasets = [(args.src, make_spec(args.spec, CATALOGUE, str(args.src)))]
+    else:
+        config = load_config(args.config, args.overrides).to_dict()
+        datasets = [(Path(entry.path), entry.spec) for entry in make_entries(config["data"])]
+        size = size or preset(config["model"]["preset"]).img.image_size
+    with tqdm(unit="episode") as bar:
+
+        def progress(name: str, done: int, total: int) -> None:
+            bar.set_description(f"depth of {name}", refresh=False)
+            bar.total = total
+            bar.update(done - bar.n)
+
+        results = precompute_depth(
+            datasets,
+            args.checkpoint,
+            args.out,
+            image_size=size,
+            splits=args.split and tuple(args.split),
+            batch_size=args.batch_size,
+            dtype=args.dtype,
+            progress=progress,
+        )
+    for result in results:
+        if result["clipped"]:
+            print(f"{result['clipped']} pixels were farther than {MAX_DEPTH} m and are stored as that")
+        print(f"wrote {result['directory']}: {result['depth']} of {result['frames']} frames")
+    print(f"to train on it: datasets in {args.out}, data.precomputed_depth=True, model.depth_source=dataset")
+
+
+def add_pack(commands: Commands) -> None:
+    p = add_command(commands, "pack", run_pack, "one file that trains without TensorFlow, of a small data set")
+    p.add_argument("--config", required=True, help="names the datasets, the model's image size and source of depth")
+    p.add_argument("--out", type=Path, required=True, help="file to write, then the config's data.packed")
+    p.add_argument("--split", action="append", help="may be repeated; by default those of training and validation")
+    p.add_argument("--image-size", type=int, help="pixels a side; by default the config's")
+
+
+def run_pack(args: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from spatialvla_jax.config import load_config
+    from spatialvla_jax.data import load_data
+    from spatialvla_jax.data.pack import write_pack
+    from spatialvla_jax.models.presets import preset
+    from spatialvla_jax.utils.progress import shard_progress
+
+    config = load_config(args.config, args.overrides).to_dict()
+    data, model, training = config["data"], config["model"], config["train"]
+    loader = load_data(
+        data,
+        image_size=args.image_size or preset(model["preset"]).img.image_size,
+        action_chunk=model["action_chunk"],
+        depth=model["depth_source"] == "dataset",
+        progress=shard_progress(),
+    )
+    splits = args.split or [data["split"], *([training["eval_split"]] if training["eval_every"] else [])]
+    with tqdm(unit="frame", desc="pack") as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        result = write_pack(loader, args.out, data, splits, progress)
+    frames = ", ".join(f"{count:,} frames of {split}" for split, count in result["frames"].items())
+    print(f"wrote {result['path']}: {result['bytes']:,} bytes, {frames}")
+
+
+def add_stats(commands: Commands) -> None:
+    p = add_command(
+        commands, "stats", run_stats, "action statistics and grid Gaussians of a mixture, by Apache Beam (extra [beam])"
+    )
+    p.add_argument("--config", required=True, help="names the data")
+    p.add_argument("--out", required=True, help="the file for data.statistics, e.g. stats.json")
+    runners = ("DirectRunner", "FlinkRunner", "DataflowRunner", "SparkRunner")
+    p.add_argument("--runner", choices=runners, default="DirectRunner")
+    p.epilog = (
+        "What follows -- goes to the runner, e.g. -- --flink_master=localhost:8081; or, to use all cores here, "
+        "-- --direct_num_workers=0 --direct_running_mode=multi_processing"
+    )
+
+
+def run_stats(args: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from spatialvla_jax.config import load_config
+    from spatialvla_jax.data.beam import compute_stats, table
+
+    config = load_config(args.config, args.overrides).to_dict()
+    with tqdm(unit="shard", desc="stats") as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        data, exclude = config["data"], config["grid"]["exclude"]
+        stats = compute_stats(data, exclude, args.out, args.runner, args.runner_options, progress)
+    print(table(stats))
+    print(f"wrote {args.out}: set data.statistics to it")
+
+
+def add(commands: Commands) -> None:
+    group = add_group(commands, "data", "convert and look at datasets")
+    add_show(group)
+    add_lerobot(group)
+    add_import(group)
+    add_depth(group)
+    add_pack(group)
+    add_stats(commands)

@@ -1,0 +1,133 @@
+"""The command `evaluate`, on recorded episodes or in simulation."""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+from spatialvla_jax.cli.arguments import UNCONSTRAINED, Commands, add_command, task_ids
+from spatialvla_jax.errors import InputError
+
+
+def add(commands: Commands) -> None:
+    p = add_command(
+        commands, "evaluate", run_evaluate, "open-loop errors on recorded episodes, or success rates in simulation"
+    )
+    p.add_argument("--checkpoint", type=Path, help="run directory, one of its steps, or an export")
+    p.add_argument("--config", help="names the data; by default the one that the run was trained with")
+    p.add_argument("--split", default="val")
+    p.add_argument("--batch-size", type=int, default=32)
+    p.add_argument("--unconstrained", action="store_true", help=UNCONSTRAINED)
+    p = p.add_argument_group("closed loop (extra [sim])")
+    p.add_argument("--closed-loop", metavar="SUITE,…", help="libero_spatial, libero_object, libero_goal, libero_10")
+    p.add_argument(
+        "--episodes", type=int, default=50, help="of each task and seed; the benchmark has 50 initial states"
+    )
+    p.add_argument("--seeds", type=task_ids, default=[0], help="e.g. 0,1,2")
+    p.add_argument("--tasks", type=task_ids, help="task ids, e.g. 0,5,7; by default all ten")
+    p.add_argument("--execute", default="open_loop", help="open_loop, receding:K, adaptive or recent")
+    p.add_argument("--server", metavar="ws://HOST:PORT", help="a policy served by openpi's protocol, not --checkpoint")
+    p.add_argument("--unnorm-key", help="the dataset whose action units are meant, where the policy knows several")
+    p.add_argument("--image-size", type=int, help="pixels a side; by default the model's, of other servers 128")
+    p.add_argument(
+        "--observation-keys",
+        type=key_names,
+        metavar="OURS=THEIRS,…",
+        help="what another server calls image, intrinsics, depth and state (f32[8]: hand and fingers), e.g. "
+        "image=observation/image,state=observation/state; these and the prompt are sent. There is no wrist camera; "
+        "--unnorm-key ANY_no_noops mirrors the pictures, as most models of LIBERO saw them",
+    )
+    p.add_argument("--gripper-closes", action="store_true", help="the server's actions are LIBERO's own: -1 is open")
+    p.add_argument("--workers", type=int, default=os.cpu_count(), help="environments at once, a process each")
+    p.add_argument("--videos", type=int, default=0, help="of successes, and as many of failures, a task")
+    p.add_argument("--out", type=Path, default=Path("runs/closed_loop"), help="the same one again goes on")
+
+
+def run_evaluate(args: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from spatialvla_jax.config import load_config, train_config_of
+    from spatialvla_jax.data import open_data
+    from spatialvla_jax.evaluation.open_loop import evaluate, table
+    from spatialvla_jax.inference.policy import Policy
+
+    if args.closed_loop:
+        run_closed_loop(args)
+        return
+    if args.checkpoint is None:
+        raise InputError("--checkpoint must name what is to be evaluated")
+    policy = Policy.load(args.checkpoint, constrained=not args.unconstrained)
+    if args.config is None and args.overrides:
+        raise InputError("--config.KEY=VALUE needs --config FILE")
+    config = train_config_of(args.checkpoint) if args.config is None else load_config(args.config, args.overrides)
+    loader = open_data(config, policy.processor.statistics, policy.processor.tokenizer)
+    with tqdm(total=loader.num_frames(args.split), unit="frame", desc="evaluate") as bar:
+        result = evaluate(policy, loader, args.split, batch_size=args.batch_size, progress=bar.update)
+    print(table(result))
+    print(json.dumps(result))
+
+
+def run_closed_loop(args: argparse.Namespace) -> None:
+    from functools import partial
+
+    from tqdm import tqdm
+
+    from spatialvla_jax.checkpoints import fingerprint
+    from spatialvla_jax.evaluation import closed_loop
+    from spatialvla_jax.inference.policy import Policy
+    from spatialvla_jax.serving.client import Client
+    from spatialvla_jax.sim import libero_env as libero
+
+    if (args.checkpoint is None) == (args.server is None):
+        raise InputError("closed loop evaluates either --checkpoint or --server")
+    if args.checkpoint and (args.observation_keys or args.gripper_closes):
+        raise InputError("--observation-keys and --gripper-closes are for a --server")
+    if args.server and args.unconstrained:
+        raise InputError("--unconstrained is for a --checkpoint; a server is started with it")
+    episodes = libero.episodes(args.closed_loop.split(","), args.episodes, args.seeds, args.tasks)
+    settings = closed_loop.Settings(libero.MAX_STEPS, args.execute, min(args.workers, len(episodes)))
+    extra = {"unnorm_key": args.unnorm_key} if args.unnorm_key else {}
+    if args.server:
+        token = os.environ.get("SPATIALVLA_TOKEN", "")
+        metadata = Client(args.server, token).metadata
+        name, keys, depth = args.server, metadata.get("unnorm_keys", []), metadata.get("needs_depth", False)
+        depth = depth or "depth" in (args.observation_keys or ())
+        sizes = [height for height, width in metadata.get("image_sizes", []) if height == width]
+        size = args.image_size or (sizes or [128])[0]
+        how = {"keys": args.observation_keys, "gripper_closes": args.gripper_closes}
+        name += "".join(f", {key} {value}" for key, value in how.items() if value)
+        infer = closed_loop.served(args.server, token, **how, **extra)
+    else:
+        policy = Policy.load(args.checkpoint, constrained=not args.unconstrained)
+        name = fingerprint(args.checkpoint) + (", unconstrained" if args.unconstrained else "")
+        keys, depth = list(policy.processor.statistics), policy.model.config.depth_source == "dataset"
+        size = args.image_size or policy.model.config.img.image_size
+        infer = closed_loop.padded(policy.infer_batch, settings.workers, **extra)
+    mirrored = (args.unnorm_key or "".join(keys[:1])).endswith("no_noops")
+    with tqdm(total=len(episodes), unit="episode", desc="closed loop") as bar:
+
+        def progress(done: int, successes: int) -> None:
+            bar.set_postfix_str(f"{successes} successes", refresh=False)
+            bar.update(done - bar.n)
+
+        result = closed_loop.evaluate(
+            partial(libero.Libero, size, depth, mirrored),
+            infer,
+            episodes,
+            settings,
+            args.out,
+            policy=f"{name}, {size} px" + (f", {args.unnorm_key}" if args.unnorm_key else ""),
+            videos=args.videos,
+            progress=progress,
+        )
+    print(closed_loop.table(result))
+    print(f"wrote {args.out}: result.json, episodes.jsonl and {len(list((args.out / 'videos').iterdir()))} videos")
+    print(json.dumps(result))
+
+
+def key_names(text: str) -> dict[str, str]:
+    """`image=observation/image,state=state` → {"image": "observation/image", "state": "state"}."""
+    pairs = [part.partition("=") for part in text.split(",")]
+    if not all(ours and theirs for ours, _, theirs in pairs):
+        raise argparse.ArgumentTypeError(f"{text!r} is not OURS=THEIRS, such as image=observation/image,state=state")
+    return {ours: theirs for ours, _, theirs in pairs}

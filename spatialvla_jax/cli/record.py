@@ -1,0 +1,69 @@
+"""The command `record`."""
+
+import argparse
+import time
+from pathlib import Path
+
+from spatialvla_jax.cli.arguments import Commands, add_command, task_ids
+
+
+def add(commands: Commands) -> None:
+    p = add_command(commands, "record", run_record, "record demonstrations in a simulator (extra [sim])")
+    p.add_argument("simulator", choices=("libero",))
+    p.add_argument("--suite", default="libero_spatial", help="libero_spatial or libero_object")
+    what = p.add_mutually_exclusive_group(required=True)
+    what.add_argument("--episodes", type=int, help="train episodes in all, dealt over the tasks in turn")
+    what.add_argument("--render", type=Path, nargs="+", metavar="FILE.npz", help="motions to make the pictures of")
+    p.add_argument("--val-episodes", type=int, default=0, help="validation episodes, from other initial states")
+    p.add_argument("--tasks", type=task_ids, help="task ids in dealing order, e.g. 0,5,7; by default all")
+    p.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help="dataset directory, in which its version, 1.0.0, is made; or FILE.pack, for models of this --image-size; "
+        "or FILE.npz, the motions alone, for --render",
+    )
+    p.add_argument("--image-size", type=int, default=128, help="pixels a side")
+    p.add_argument(
+        "--initial-states",
+        choices=("benchmark", "drawn"),
+        default="benchmark",
+        help="the benchmark's own, or others out of the same regions, so that all of its own are new in evaluation",
+    )
+    p.add_argument("--noise", type=float, default=0.0, help="disturbs the motion, which the expert corrects, e.g. 0.2")
+    p.add_argument("--spread", type=float, default=1.0, help="factor on how much the grip varies unseen; 0: not at all")
+    p.add_argument("--every", type=int, default=1, metavar="N", help="FILE.pack: pictures of each Nth step only")
+    p.add_argument("--workers", type=int, help="processes; by default one a core")
+    p.add_argument("--seed", type=int, default=0, help="same seed, same episodes, for any number of workers")
+
+
+def run_record(args: argparse.Namespace) -> None:
+    from spatialvla_jax.sim.record_libero import record_libero, render_motions
+
+    if args.render:
+        options = {"image_size": args.image_size, "every": args.every, "workers": args.workers}
+        made = render_motions(args.render, args.out, **options)
+        return print(f"wrote {made}")
+    began = time.monotonic()
+    directory, reports = record_libero(
+        args.suite,
+        args.episodes,
+        args.out,
+        val_episodes=args.val_episodes,
+        tasks=args.tasks,
+        seed=args.seed,
+        image_size=args.image_size,
+        drawn=args.initial_states == "drawn",
+        noise=args.noise,
+        spread=args.spread,
+        every=args.every,
+        workers=args.workers,
+    )
+    for task, report in reports.items():
+        print(
+            f"task {task}: {report.kept} kept, {report.tried - report.kept} rejected by the benchmark, "
+            f"{report.mean_steps:.0f} steps a kept episode: {report.language}"
+        )
+    rate = 60 * sum(report.kept for report in reports.values()) / (time.monotonic() - began)
+    print(f"{rate:.1f} episodes a minute")
+    print(f"wrote {directory}")

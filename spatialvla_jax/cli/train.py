@@ -1,0 +1,168 @@
+"""Commands that train: `demo`, `train`, `sweep`; and `compile`, which plans for a TPU pod."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from spatialvla_jax.cli.arguments import Commands, add_command, add_process_arguments, join_processes
+from spatialvla_jax.errors import InputError, StorageError
+
+
+def add_demo(commands: Commands) -> None:
+    p = add_command(
+        commands, "demo", run_demo, "train, kill, resume, evaluate, export and plot the tiny model in minutes"
+    )
+    p.add_argument("--config", default="configs/demo.py")
+    p.add_argument("--workdir", type=Path, default=Path("runs/demo"))
+
+
+def run_demo(args: argparse.Namespace) -> None:
+    from spatialvla_jax.cli.demo import run
+
+    run(args.config, args.workdir, args.overrides)
+
+
+def add_train(commands: Commands) -> None:
+    p = add_command(commands, "train", run_train, "train a model; a run that was stopped goes on by itself")
+    p.add_argument("--config", required=True, help="Python file with get_config(); --config.KEY=VALUE changes a key")
+    p.add_argument("--workdir", type=Path, required=True)
+    p.add_argument("--wandb", default="", metavar="PROJECT", help="send metrics to Weights & Biases as well")
+    p.add_argument("--profile", type=step_range, metavar="FIRST:LAST", help="trace these steps to WORKDIR/profile")
+    add_process_arguments(p)
+
+
+def run_train(args: argparse.Namespace) -> None:
+    from spatialvla_jax.config import load_config
+    from spatialvla_jax.training.loop import train
+    from spatialvla_jax.utils.distributed import is_writer
+
+    config = load_config(args.config, args.overrides)
+    join_processes(args)
+    try:
+        result = train(config, args.workdir, wandb=args.wandb, profile=args.profile)
+    except OSError as error:
+        raise StorageError(f"{error.filename or args.workdir}: {error.strerror or error}") from error
+    if is_writer():
+        again = "" if result["step"] == config.train.steps else f" of {config.train.steps}, the same command goes on"
+        print(
+            f"trained {result['params']:,} parameters to step {result['step']}{again}; "
+            f"checkpoints in {result['checkpoint']}"
+        )
+
+
+def step_range(text: str) -> tuple[int, int]:
+    """`50:55` → (50, 55)."""
+    first, _, last = text.partition(":")
+    if not (first.isdigit() and last.isdigit() and 0 < int(first) <= int(last)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not FIRST:LAST, such as 50:55")
+    return int(first), int(last)
+
+
+def add_sweep(commands: Commands) -> None:
+    p = add_command(
+        commands, "sweep", run_sweep, "train and evaluate every trial of a sweep, and compare; `sweep report DIR` again"
+    )
+    p.add_argument("--config", help="Python file with get_sweep(); --config.KEY=VALUE changes a key of its base")
+    p.add_argument("--workdir", type=Path)
+    p.add_argument("--only", default="*", metavar="PATTERN", help="trials by name, such as '*_seed-0'")
+    p.add_argument("--parallel", type=int, default=1, metavar="N", help="trials at once, on this machine")
+    p.add_argument("--launcher", choices=("local", "slurm", "xpk"), default="local", help="or a job for every trial")
+    p.add_argument("--launcher-args", default="", help="options of sbatch, or 'CLUSTER TPU_TYPE SLICES IMAGE' of xpk")
+    p.add_argument("--dry-run", action="store_true", help="check the sweep and print its trials or jobs")
+    p.add_argument("--report", action=argparse.BooleanOptionalAction, default=True, help="write it at the end")
+    add_process_arguments(p)
+    add_sweep_report(p.add_subparsers(metavar="report"))
+
+
+def run_sweep(args: argparse.Namespace) -> None:
+    from collections import Counter
+
+    from tqdm import tqdm
+
+    from spatialvla_jax.reports.sweep import write_report
+    from spatialvla_jax.sweep.plan import load_sweep
+    from spatialvla_jax.sweep.run import FAILED, FINISHED, launch, prepare, run_here, run_parallel
+    from spatialvla_jax.utils.distributed import is_writer
+
+    if args.config is None or args.workdir is None:
+        raise InputError("a sweep needs --config FILE and --workdir DIR; `sweep report DIR` only writes its report")
+    join_processes(args)
+    sweep = load_sweep(args.config, args.overrides, args.only)
+    trials, flags = sweep.select(args.only), [f"--config.{k}={v}" for k, v in args.overrides.items()]
+    if args.dry_run and args.launcher == "local":
+        print("\n".join(trial.name for trial in trials))
+        return
+    if not args.dry_run:
+        prepare(sweep, args.workdir)
+    if args.launcher != "local":
+        launch(args.launcher, args.launcher_args, args.config, args.workdir, trials, flags, args.dry_run)
+        return
+    if args.parallel > 1:
+        command = [sys.executable, "-m", "spatialvla_jax.cli", "sweep", "--config", args.config, *flags]
+        command += ["--workdir", str(args.workdir), "--no-report"]
+        outcomes = run_parallel(command, args.workdir, trials, args.parallel)
+    else:
+        outcomes = run_here(sweep, args.workdir, trials, lambda s: tqdm.write(s, sys.stderr))
+    if is_writer() and args.report and FINISHED in outcomes.values():
+        print(write_report(args.workdir))
+    if is_writer():
+        counts = Counter(outcomes.values())
+        told = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
+        left = len(trials) - counts[FINISHED]
+        print(f"{len(trials)} trial{'s' * (len(trials) > 1)}: {told}{'; the same command goes on' if left else ''}")
+        if counts[FAILED]:
+            failed = [name for name, outcome in outcomes.items() if outcome == FAILED]
+            print(f"spatialvla-jax sweep: {len(failed)} failed: {', '.join(failed)}", file=sys.stderr)
+            raise SystemExit(1)
+
+
+def add_sweep_report(commands: Commands) -> None:
+    p = add_command(commands, "report", run_sweep_report, "write a sweep's report from what is there")
+    p.add_argument("dir", type=Path, help="the sweep's --workdir")
+
+
+def run_sweep_report(args: argparse.Namespace) -> None:
+    from spatialvla_jax.reports.sweep import write_report
+
+    print(write_report(args.dir))
+
+
+def add_compile(commands: Commands) -> None:
+    p = add_command(
+        commands, "compile", run_compile, "compile the training step for a TPU pod, on any machine (extra [tpu])"
+    )
+    p.add_argument("--config", required=True, help="as for train; its data is not read")
+    p.add_argument("--topology", required=True, help="e.g. v5e:16x16, v4:4x4x4, or by name: v5p-128, v6e-256")
+    p.add_argument("--slices", type=int, default=1, help="pods joined by the data-center network, along mesh.data")
+    p.add_argument(
+        "--search", action="store_true", help="rank meshes, remat policies, accumulation and smaller batches"
+    )
+
+
+def run_compile(args: argparse.Namespace) -> None:
+    import jax
+    from tqdm import tqdm
+
+    from spatialvla_jax.config import load_config
+    from spatialvla_jax.planning.tpu_plan import compile_for, line, parse_topology, table
+
+    jax.config.update("jax_platforms", "cpu")  # there may be no TPU, and none is used
+    topology = parse_topology(args.topology, args.slices)
+    config = load_config(args.config, args.overrides)
+    cache = Path(config.data.cache_dir or "~/.cache/spatialvla_jax").expanduser() / "compile"
+    results = compile_for(config, topology, cache, searching=args.search, progress=lambda s: tqdm.write(s, sys.stderr))
+    for plan, report in results:
+        print(f"{plan}: {line(report)}")
+    plan, best = results[0]
+    print(f"{best['preset']} on {topology} ({topology.chips} chips), {plan}")
+    print(table(best))
+    print(f"wrote the reports to {cache}")
+    print(json.dumps({k: v for k, v in best.items() if k != "collectives"}))
+
+
+def add(commands: Commands) -> None:
+    add_demo(commands)
+    add_train(commands)
+    add_sweep(commands)
+    add_compile(commands)
