@@ -20,7 +20,7 @@ from spatialvla_jax.checkpoints.huggingface import (
     CONFIG,
     ZOE_PREFIX,
     parse_config,
-    stacked_leaves,
+    stacked_arrays,
     zoedepth_from_published,
 )
 from spatialvla_jax.checkpoints.mapping import param_shapes
@@ -102,10 +102,10 @@ def read_zoedepth(path: str | Path) -> tuple[ZoeDepthConfig, dict[str, LazyArray
         config = SpatialVLAConfig(zoe=parse_config(path / CONFIG, zoedepth_from_published), depth_source="zoedepth")
         stored = {ZOE_PREFIX + key: tensor for key, tensor in safetensors.open_directory(path).items()}
         shapes = {name: shape for name, shape in param_shapes(config).items() if name.startswith("zoe/")}
-        leaves, size = stacked_leaves(path, stored, shapes), None
+        leaves, size = stacked_arrays(path, stored, shapes), None
     else:
         checkpoint = read_checkpoint(path)
-        config, leaves, size = checkpoint.config, checkpoint.leaves, checkpoint.config.img.image_size
+        config, leaves, size = checkpoint.config, checkpoint.arrays, checkpoint.config.img.image_size
     zoe = {name.removeprefix("zoe/"): leaf for name, leaf in leaves.items() if name.startswith("zoe/")}
     if not zoe:
         raise InputError(f"{path} holds no ZoeDepth: its model takes depth from {config.depth_source!r}")

@@ -1,4 +1,4 @@
-"""big_vision's .npz checkpoints: one array a leaf, under "params/img/embedding/kernel" and so on.
+"""big_vision's .npz checkpoints: one array a parameter, under "params/img/embedding/kernel" and so on.
 
 Our names and layouts are big_vision's, so nothing is renamed. What it has no place for, our config and processor, lies
 in the same file as JSON under "spatialvla_jax".
@@ -12,7 +12,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from spatialvla_jax.checkpoints.mapping import check_leaves, check_names, param_shapes
+from spatialvla_jax.checkpoints.mapping import check_arrays, check_names, param_shapes
 from spatialvla_jax.checkpoints.processor import Processor
 from spatialvla_jax.checkpoints.types import Checkpoint, LazyArray, check_finite
 from spatialvla_jax.errors import InputError
@@ -27,12 +27,12 @@ def open_npz(path: Path) -> dict[str, LazyArray]:
     """The arrays of a file, without "params/", read when asked for. Raises InputError for a file that is no .npz."""
     try:
         with zipfile.ZipFile(path) as archive:
-            leaves = dict(_open_member(path, archive, name) for name in archive.namelist() if name != f"{FACTS}.npy")
+            arrays = dict(_open_member(path, archive, name) for name in archive.namelist() if name != f"{FACTS}.npy")
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise InputError(f"{path} is not a whole .npz file: {error}") from error
-    wrong = [f"{name} ({leaf.dtype})" for name, leaf in leaves.items() if leaf.dtype not in FLOATS]
+    wrong = [f"{name} ({array.dtype})" for name, array in arrays.items() if array.dtype not in FLOATS]
     check_names(path, "of another dtype than float32, float16, bfloat16", wrong)
-    return leaves
+    return arrays
 
 
 def _open_member(path: Path, archive: zipfile.ZipFile, name: str) -> tuple[str, LazyArray]:
@@ -56,25 +56,25 @@ def _open_member(path: Path, archive: zipfile.ZipFile, name: str) -> tuple[str, 
 def read_big_vision(path: str | Path) -> Checkpoint:
     """A SpatialVLA that `write_big_vision` wrote. Raises InputError."""
     path = Path(path)
-    leaves = open_npz(path)
-    with np.load(path, allow_pickle=False) as arrays:
-        if FACTS not in arrays:
+    arrays = open_npz(path)
+    with np.load(path, allow_pickle=False) as members:
+        if FACTS not in members:
             raise InputError(f"{path} holds no SpatialVLA: it has no member {FACTS!r}")
-        facts = json.loads(str(arrays[FACTS]))
+        facts = json.loads(str(members[FACTS]))
     try:
         config, processor = SpatialVLAConfig.from_dict(facts["model"]), facts["processor"]
         processor = None if processor is None else Processor.from_dict(processor)
     except (KeyError, TypeError) as error:
         raise InputError(f"{path} does not describe a model and processor of this version: {error}") from error
-    check_leaves(path, leaves, param_shapes(config))
-    check_finite(path, leaves)
-    return Checkpoint(config, leaves, processor)
+    check_arrays(path, arrays, param_shapes(config))
+    check_finite(path, arrays)
+    return Checkpoint(config, arrays, processor)
 
 
 def write_big_vision(path: str | Path, checkpoint: Checkpoint) -> None:
-    """Write a .npz file by rename, one leaf at a time. Raises InputError when it exists or cannot be written."""
+    """Write a .npz file by rename, one array at a time. Raises InputError when it exists or cannot be written."""
     path = Path(path)
-    check_leaves("checkpoint", checkpoint.leaves, param_shapes(checkpoint.config))
+    check_arrays("checkpoint", checkpoint.arrays, param_shapes(checkpoint.config))
     if path.exists():
         raise InputError(f"{path} exists; choose a new destination")
     processor = checkpoint.processor.to_dict() if checkpoint.processor else None
@@ -83,9 +83,9 @@ def write_big_vision(path: str | Path, checkpoint: Checkpoint) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with zipfile.ZipFile(temporary, "w") as archive:
-            for name, leaf in checkpoint.leaves.items():
-                array = leaf.read()
-                _write_member(archive, PREFIX + name, array.view("V2") if array.dtype == BFLOAT16 else array)
+            for name, array in checkpoint.arrays.items():
+                x = array.read()
+                _write_member(archive, PREFIX + name, x.view("V2") if x.dtype == BFLOAT16 else x)
             _write_member(archive, FACTS, np.array(facts))
         os.rename(temporary, path)
     except OSError as error:

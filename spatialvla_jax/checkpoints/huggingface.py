@@ -17,7 +17,7 @@ import numpy as np
 
 from spatialvla_jax.actions import ActionGrid, grid_from_dict
 from spatialvla_jax.checkpoints import safetensors_io as safetensors
-from spatialvla_jax.checkpoints.mapping import Slot, check_leaves, check_names, param_shapes, slots
+from spatialvla_jax.checkpoints.mapping import Slot, check_arrays, check_names, param_shapes, slots
 from spatialvla_jax.checkpoints.processor import Processor
 from spatialvla_jax.checkpoints.types import Checkpoint, LazyArray, all_finite, new_directory, read_json, write_json
 from spatialvla_jax.errors import InputError
@@ -60,14 +60,14 @@ def read_huggingface(path: str | Path, ignore: Sequence[str] = ()) -> Checkpoint
     if ZOE_PREFIX in ignore and config.depth_source == "zoedepth":
         config = replace(config, depth_source="dataset")
     shapes = param_shapes(config)
-    leaves = stacked_leaves(path, kept, shapes)
-    return Checkpoint(config, leaves, read_processor(path), ignored=len(stored) - len(kept))
+    arrays = stacked_arrays(path, kept, shapes)
+    return Checkpoint(config, arrays, read_processor(path), ignored=len(stored) - len(kept))
 
 
-def stacked_leaves(
+def stacked_arrays(
     path: Path, stored: Mapping[str, safetensors.Stored], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, LazyArray]:
-    """Leaves of ours with these shapes out of published tensors, all of which must be used. Raises InputError."""
+    """Arrays of ours with these shapes out of published tensors, all of which must be used. Raises InputError."""
     table = slots(shapes)
     wanted = {slot.key: slot for slot in table}
     check_names(path, "missing", wanted.keys() - stored.keys())
@@ -75,22 +75,22 @@ def stacked_leaves(
     wrong = [f"{k} {t.shape} instead of {wanted[k].shape}" for k, t in stored.items() if t.shape != wanted[k].shape]
     check_names(path, f"of another shape than {CONFIG} says", wrong)
     check_names(path, "not finite", [key for key, tensor in stored.items() if not all_finite(tensor.read())])
-    by_leaf: dict[str, list[Slot]] = {}
+    by_path: dict[str, list[Slot]] = {}
     for slot in table:
-        by_leaf.setdefault(slot.path, []).append(slot)
-    mixed = [s.key for group in by_leaf.values() for s in group if stored[s.key].dtype != stored[group[0].key].dtype]
+        by_path.setdefault(slot.path, []).append(slot)
+    mixed = [s.key for group in by_path.values() for s in group if stored[s.key].dtype != stored[group[0].key].dtype]
     check_names(path, "of another dtype than the same weight of the first layer", mixed)
-    return {leaf: _stacked(shapes[leaf], group, stored) for leaf, group in by_leaf.items()}
+    return {array: _stacked(shapes[array], group, stored) for array, group in by_path.items()}
 
 
 def _stacked(shape: tuple[int, ...], group: list[Slot], stored: Mapping[str, safetensors.Stored]) -> LazyArray:
     dtype = stored[group[0].key].dtype
 
     def read() -> np.ndarray:
-        leaf = np.empty(shape, dtype)
+        array = np.empty(shape, dtype)
         for slot in group:
-            slot.to_ours(stored[slot.key].read(), leaf)
-        return leaf
+            slot.to_ours(stored[slot.key].read(), array)
+        return array
 
     return LazyArray(shape, dtype, read)
 
@@ -108,16 +108,16 @@ def write_huggingface(
     array at a time. Raises InputError when `path` exists or the arrays do not fit the config.
     """
     path = Path(path)
-    check_leaves("checkpoint", checkpoint.leaves, param_shapes(checkpoint.config))
-    table = {slot.key: slot for slot in slots({name: leaf.shape for name, leaf in checkpoint.leaves.items()})}
-    specs = {key: (slot.shape, checkpoint.leaves[slot.path].dtype) for key, slot in table.items()}
+    check_arrays("checkpoint", checkpoint.arrays, param_shapes(checkpoint.config))
+    table = {slot.key: slot for slot in slots({name: array.shape for name, array in checkpoint.arrays.items()})}
+    specs = {key: (slot.shape, checkpoint.arrays[slot.path].dtype) for key, slot in table.items()}
     held: dict[str, np.ndarray] = {}
 
     def read(key: str) -> np.ndarray:
         slot = table[key]
         if slot.path not in held:
             held.clear()
-            held[slot.path] = checkpoint.leaves[slot.path].read()
+            held[slot.path] = checkpoint.arrays[slot.path].read()
         return slot.to_published(held[slot.path])
 
     dtypes = {dtype for _, dtype in specs.values()}

@@ -1,10 +1,10 @@
 """Names and layouts of every parameter, ours and the published ones: one table, read both ways.
 
 Our tree stacks the layers of a transformer on the first axis and follows big_vision; the published checkpoints (Hugging
-Face) hold one tensor a layer. A `Rule` ties a leaf of ours to published keys:
+Face) hold one tensor a layer. A `Rule` ties an array of ours to published keys:
 
 - `layout` names the axes of one published tensor, published -> ours, as in "(N H) D -> N D H";
-- `{layer}` in a key runs over the axes of our leaf before those (one, or [stage, layer] row by row);
+- `{layer}` in a key runs over the axes of our array before those (one, or [stage, layer] row by row);
 - several keys lie behind each other on the axis before the layout's.
 
 Every layout only moves numbers, so a conversion and its inverse are bit-exact. `slots` works tensor by tensor: what it
@@ -200,7 +200,7 @@ SPATIALVLA = (
 
 @dataclass(frozen=True)
 class Slot:
-    """One published tensor `key` [shape] and its place in our tree: leaf `path`, `index` into its leading axes."""
+    """One published tensor `key` [shape] and its place in our tree: array `path`, `index` into its leading axes."""
 
     key: str
     shape: tuple[int, ...]
@@ -219,7 +219,7 @@ class Slot:
 
 
 def slots(shapes: Mapping[str, tuple[int, ...]], rules: Iterable[Rule] = SPATIALVLA) -> list[Slot]:
-    """All published tensors of a tree with these leaves, leaf by leaf. Raises KeyError for a leaf without a rule."""
+    """All published tensors of a tree with these arrays, in its order. Raises KeyError for one without a rule."""
     by_path = {rule.path: rule for rule in rules}
     return [slot for path, shape in shapes.items() for slot in _slots_of(by_path[path], shape)]
 
@@ -257,15 +257,15 @@ def param_shapes(config: SpatialVLAConfig) -> dict[str, tuple[int, ...]]:
             intrinsics=jnp.eye(3)[None],
         )["params"]
 
-    return {path: leaf.shape for path, leaf in flatten(jax.eval_shape(init)).items()}
+    return {path: array.shape for path, array in flatten(jax.eval_shape(init)).items()}
 
 
 def flatten(tree: Any) -> dict[str, Any]:
     return flax.traverse_util.flatten_dict(tree, sep="/")
 
 
-def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    return flax.traverse_util.unflatten_dict(dict(leaves), sep="/")
+def unflatten(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    return flax.traverse_util.unflatten_dict(dict(arrays), sep="/")
 
 
 def check_names(what: object, problem: str, names: Iterable[str]) -> None:
@@ -276,11 +276,11 @@ def check_names(what: object, problem: str, names: Iterable[str]) -> None:
         raise InputError(f"{what}: {len(names)} {'tensor' if len(names) == 1 else 'tensors'} {problem}: {shown}")
 
 
-def check_leaves(what: object, leaves: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises InputError where the leaves of our tree are not those of the config, or not of its shapes."""
-    check_names(what, "missing for its config", shapes.keys() - leaves.keys())
-    check_names(what, "not in its config", leaves.keys() - shapes.keys())
-    wrong = [f"{p} {tuple(leaves[p].shape)} instead of {s}" for p, s in shapes.items() if tuple(leaves[p].shape) != s]
+def check_arrays(what: object, arrays: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises InputError where the arrays of our tree are not those of the config, or not of its shapes."""
+    check_names(what, "missing for its config", shapes.keys() - arrays.keys())
+    check_names(what, "not in its config", arrays.keys() - shapes.keys())
+    wrong = [f"{p} {tuple(arrays[p].shape)} instead of {s}" for p, s in shapes.items() if tuple(arrays[p].shape) != s]
     check_names(what, "of another shape than its config says", wrong)
 
 

@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 import tensorstore
 from etils import epath
 
-from spatialvla_jax.checkpoints.mapping import check_leaves, flatten, param_shapes, unflatten
+from spatialvla_jax.checkpoints.mapping import check_arrays, flatten, param_shapes, unflatten
 from spatialvla_jax.checkpoints.processor import Processor
 from spatialvla_jax.checkpoints.types import Checkpoint, LazyArray, check_finite, new_directory, read_json
 from spatialvla_jax.errors import InputError
@@ -33,7 +33,7 @@ def step_directory(path: str | Path) -> Path | None:
 
 
 def read_orbax(path: str | Path) -> Checkpoint:
-    """A run of ours (its newest step) or one step of it; the optimizer is left alone. Leaves are read when asked for.
+    """A run of ours (its newest step) or one step of it; the optimizer is left alone. Arrays are read when asked for.
 
     Raises InputError when there is no finished step, its files are damaged, its parameters do not fit its config or are
     not finite.
@@ -42,10 +42,10 @@ def read_orbax(path: str | Path) -> Checkpoint:
     if step is None:
         raise InputError(f"{path} holds no finished checkpoint")
     config, processor = parse_metadata(step, read_metadata(step))
-    leaves = open_params(step)
-    check_leaves(step, leaves, param_shapes(config))
-    check_finite(step, leaves)
-    return Checkpoint(config, leaves, processor)
+    arrays = open_params(step)
+    check_arrays(step, arrays, param_shapes(config))
+    check_finite(step, arrays)
+    return Checkpoint(config, arrays, processor)
 
 
 def read_metadata(step: Path) -> dict[str, Any]:
@@ -63,11 +63,11 @@ def parse_metadata(step: Path, metadata: dict[str, Any]) -> tuple[SpatialVLAConf
 
 
 def open_params(step: Path) -> dict[str, LazyArray]:
-    """{path: leaf} of a step's parameters, which are read when asked for. Raises InputError for damaged files."""
+    """{path: array} of a step's parameters, which are read when asked for. Raises InputError for damaged files."""
     params = (step / "params").absolute()
 
-    # Straight from the array store: restoring leaf by leaf through Orbax takes 35 times as long.
-    def leaf(path: str, info: Any, spec: dict[str, Any]) -> LazyArray:
+    # Straight from the array store: restoring array by array through Orbax takes 35 times as long.
+    def lazy(path: str, info: Any, spec: dict[str, Any]) -> LazyArray:
         def read() -> np.ndarray:
             try:
                 store: Any = tensorstore.open(spec, read=True).result()
@@ -80,11 +80,11 @@ def open_params(step: Path) -> dict[str, LazyArray]:
 
         return LazyArray(tuple(info.shape), np.dtype(info.dtype), read)
 
-    return {path: leaf(path, info, spec) for path, info, spec in _stored(params)}
+    return {path: lazy(path, info, spec) for path, info, spec in _stored(params)}
 
 
 def _stored(params: Path) -> Iterator[tuple[str, Any, dict[str, Any]]]:
-    """(path of the leaf, Orbax's facts about it, where tensorstore finds it) for every leaf."""
+    """(path of the array, Orbax's facts about it, where tensorstore finds it) for every array."""
     try:
         tree = ocp.PyTreeCheckpointHandler().metadata(epath.Path(params))
         infos = flatten(tree.tree)
@@ -98,10 +98,10 @@ def _stored(params: Path) -> Iterator[tuple[str, Any, dict[str, Any]]]:
 def write_orbax(path: str | Path, checkpoint: Checkpoint) -> None:
     """Write a run with one step, 0, and no optimizer; it appears whole or not at all.
 
-    Holds one leaf at a time. Raises InputError when `path` exists or the leaves do not fit the config.
+    Holds one array at a time. Raises InputError when `path` exists or the arrays do not fit the config.
     """
     path = Path(path)
-    check_leaves("checkpoint", checkpoint.leaves, param_shapes(checkpoint.config))
+    check_arrays("checkpoint", checkpoint.arrays, param_shapes(checkpoint.config))
     metadata = {
         "step": 0,
         "model": checkpoint.config.to_dict(),
@@ -110,16 +110,16 @@ def write_orbax(path: str | Path, checkpoint: Checkpoint) -> None:
     }
     with new_directory(path) as folder:
         try:
-            _lay_out((folder / FOLDER).absolute(), checkpoint.leaves, metadata)
+            _lay_out((folder / FOLDER).absolute(), checkpoint.arrays, metadata)
             for name, _, spec in _stored((folder / FOLDER / "0" / "params").absolute()):
-                _fill(spec, checkpoint.leaves[name])
+                _fill(spec, checkpoint.arrays[name])
         except ValueError as error:  # what Orbax and tensorstore make of a full disk
             raise InputError(f"{path} cannot be written: {_first_line(error)}") from error
 
 
-def _lay_out(folder: Path, leaves: dict[str, LazyArray], metadata: dict[str, Any]) -> None:
+def _lay_out(folder: Path, arrays: dict[str, LazyArray], metadata: dict[str, Any]) -> None:
     """Orbax saves zeros, which take no room in memory or on disk: everything but the numbers."""
-    zeros = unflatten({name: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape) for name, leaf in leaves.items()})
+    zeros = unflatten({name: np.broadcast_to(np.zeros((), array.dtype), array.shape) for name, array in arrays.items()})
     items = ocp.args.Composite(params=ocp.args.PyTreeSave(zeros), metadata=ocp.args.JsonSave(metadata))
     types = ocp.type_handlers
     uncopied = types.create_type_handler_registry(
@@ -133,15 +133,15 @@ def _lay_out(folder: Path, leaves: dict[str, LazyArray], metadata: dict[str, Any
         manager.save(0, args=items)
 
 
-def _fill(spec: dict[str, Any], leaf: LazyArray) -> None:
-    """Write a leaf chunk by chunk: as the one chunk that Orbax makes of it, it would be held twice more, encoded."""
+def _fill(spec: dict[str, Any], array: LazyArray) -> None:
+    """Write an array chunk by chunk: as the one chunk that Orbax makes of it, it would be held twice more, encoded."""
     laid_out = tensorstore.open(spec, read=True).result().spec().to_json()
-    chunk = _chunk_shape(leaf.shape, leaf.dtype.itemsize)
+    chunk = _chunk_shape(array.shape, array.dtype.itemsize)
     laid_out["metadata"]["chunks"] = chunk
     store = tensorstore.open(laid_out, create=True, delete_existing=True).result()
-    array = leaf.read()
-    for part in _parts(array.shape, chunk):
-        store[part].write(array[part]).result()
+    x = array.read()
+    for part in _parts(x.shape, chunk):
+        store[part].write(x[part]).result()
 
 
 def _parts(shape: Sequence[int], chunk: Sequence[int]) -> Iterator[tuple[slice, ...]]:

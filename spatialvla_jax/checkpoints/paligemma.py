@@ -19,10 +19,10 @@ from spatialvla_jax.checkpoints.huggingface import (
     gemma2_from_published,
     parse_config,
     siglip_from_published,
-    stacked_leaves,
+    stacked_arrays,
     zoedepth_from_published,
 )
-from spatialvla_jax.checkpoints.mapping import check_leaves, flatten, param_shapes
+from spatialvla_jax.checkpoints.mapping import check_arrays, flatten, param_shapes
 from spatialvla_jax.checkpoints.types import Checkpoint, LazyArray, check_finite, read_json
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.models.ego3d import Ego3D
@@ -60,14 +60,14 @@ def start_from_paligemma(
     Raises InputError for whatever does not fit.
     """
     path = Path(paligemma)
-    img, llm, text_vocab, leaves = (_from_npz if path.suffix == ".npz" else _from_directory)(path)
+    img, llm, text_vocab, arrays = (_from_npz if path.suffix == ".npz" else _from_directory)(path)
     config = replace(SpatialVLAConfig(img=img, llm=llm, text_vocab=text_vocab, depth_source="dataset"), **changes)
     if zoedepth is not None:
         zoe = parse_config(Path(zoedepth) / CONFIG, zoedepth_from_published)
         config = replace(config, depth_source="zoedepth", zoe=zoe)
     config = replace(config, llm=replace(llm, vocab_size=config.action_offset + config.spatial_tokens))
     shapes = param_shapes(config)
-    text, dtype = leaves.pop(TABLE), leaves["img/head/kernel"].dtype
+    text, dtype = arrays.pop(TABLE), arrays["img/head/kernel"].dtype
 
     def rows(first: int, count: int) -> Callable[[], np.ndarray]:
         """Rows [first, first + count) of the grown table."""
@@ -81,17 +81,17 @@ def start_from_paligemma(
         return read
 
     vocabulary = shapes[TABLE][0]
-    leaves[TABLE] = leaves[HEAD] = LazyArray(shapes[TABLE], text.dtype, rows(0, vocabulary))
+    arrays[TABLE] = arrays[HEAD] = LazyArray(shapes[TABLE], text.dtype, rows(0, vocabulary))
     action_rows = rows(config.action_offset, config.spatial_tokens)
-    leaves["spatial_embedding"] = LazyArray(shapes["spatial_embedding"], text.dtype, action_rows)
+    arrays["spatial_embedding"] = LazyArray(shapes["spatial_embedding"], text.dtype, action_rows)
     if config.depth_source != "none":
-        leaves |= {name: _leaf(x.astype(dtype)) for name, x in _fresh_ego3d(config, seed).items()}
+        arrays |= {name: LazyArray.of(x.astype(dtype)) for name, x in _fresh_ego3d(config, seed).items()}
     if zoedepth is not None:
         stored = safetensors.open_directory(Path(zoedepth))
         published = {ZOE_PREFIX + key: tensor for key, tensor in stored.items()}
-        leaves |= stacked_leaves(Path(zoedepth), published, {p: s for p, s in shapes.items() if p.startswith("zoe/")})
-    check_leaves(path, leaves, shapes)
-    return Checkpoint(config, {name: leaves[name] for name in shapes}, None)
+        arrays |= stacked_arrays(Path(zoedepth), published, {p: s for p, s in shapes.items() if p.startswith("zoe/")})
+    check_arrays(path, arrays, shapes)
+    return Checkpoint(config, {name: arrays[name] for name in shapes}, None)
 
 
 def _from_directory(path: Path) -> tuple[SiglipConfig, Gemma2Config, int, dict[str, LazyArray]]:
@@ -101,7 +101,7 @@ def _from_directory(path: Path) -> tuple[SiglipConfig, Gemma2Config, int, dict[s
 
     img, llm, text_vocab = parse_config(path / CONFIG, parse)
     stored = {_published_name(key): tensor for key, tensor in safetensors.open_directory(path).items()}
-    return img, llm, text_vocab, stacked_leaves(path, stored, _paligemma_shapes(img, llm))
+    return img, llm, text_vocab, stacked_arrays(path, stored, _paligemma_shapes(img, llm))
 
 
 def _published_name(key: str) -> str:
@@ -111,33 +111,33 @@ def _published_name(key: str) -> str:
 
 
 def _from_npz(path: Path) -> tuple[SiglipConfig, Gemma2Config, int, dict[str, LazyArray]]:
-    leaves = open_npz(path)
+    arrays = open_npz(path)
     try:
         block = "img/Transformer/encoderblock"
-        depth, width, num_heads, _ = leaves[f"{block}/MultiHeadDotProductAttention_0/query/kernel"].shape
-        patch = leaves["img/embedding/kernel"].shape[0]
-        image_size = patch * round(leaves["img/pos_embedding"].shape[1] ** 0.5)
+        depth, width, num_heads, _ = arrays[f"{block}/MultiHeadDotProductAttention_0/query/kernel"].shape
+        patch = arrays["img/embedding/kernel"].shape[0]
+        image_size = patch * round(arrays["img/pos_embedding"].shape[1] ** 0.5)
         img = SiglipConfig(
-            image_size, patch, width, depth, num_heads, leaves[f"{block}/MlpBlock_0/Dense_0/bias"].shape[1]
+            image_size, patch, width, depth, num_heads, arrays[f"{block}/MlpBlock_0/Dense_0/bias"].shape[1]
         )
-        text_vocab, width = leaves[TABLE].shape
-        depth, num_heads, _, head_dim = leaves["llm/layers/attn/q_einsum/w"].shape
+        text_vocab, width = arrays[TABLE].shape
+        depth, num_heads, _, head_dim = arrays["llm/layers/attn/q_einsum/w"].shape
         llm = Gemma2Config(
             vocab_size=text_vocab,
             width=width,
             depth=depth,
-            mlp_dim=leaves["llm/layers/mlp/linear"].shape[1],
+            mlp_dim=arrays["llm/layers/mlp/linear"].shape[1],
             num_heads=num_heads,
-            num_kv_heads=leaves["llm/layers/attn/kv_einsum/w"].shape[2],
+            num_kv_heads=arrays["llm/layers/attn/kv_einsum/w"].shape[2],
             head_dim=head_dim,
             # Gemma 2 27B alone scales by width / heads (Gemma Team 2024, table 1).
             query_pre_attn_scalar=width / num_heads if width == 4608 else head_dim,
         )
     except (KeyError, ValueError) as error:
         raise InputError(f"{path} is no PaliGemma 2 of big_vision: {error}") from error
-    check_leaves(path, leaves, _paligemma_shapes(img, llm))
-    check_finite(path, leaves)
-    return img, llm, text_vocab, leaves
+    check_arrays(path, arrays, _paligemma_shapes(img, llm))
+    check_finite(path, arrays)
+    return img, llm, text_vocab, arrays
 
 
 def _paligemma_shapes(img: SiglipConfig, llm: Gemma2Config) -> dict[str, tuple[int, ...]]:
@@ -150,7 +150,3 @@ def _fresh_ego3d(config: SpatialVLAConfig, seed: int) -> dict[str, np.ndarray]:
     ego3d = Ego3D(config.img.width, config.img.patches_per_side, jnp.dtype("float32"))
     params = jax.jit(ego3d.init)(jax.random.key(seed), jnp.ones((1, S, S)), jnp.eye(3)[None])["params"]
     return {f"ego3d/{path}": np.asarray(x) for path, x in flatten(params).items()}
-
-
-def _leaf(x: np.ndarray) -> LazyArray:
-    return LazyArray(x.shape, x.dtype, lambda: x)

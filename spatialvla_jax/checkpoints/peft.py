@@ -15,7 +15,7 @@ import numpy as np
 from spatialvla_jax.actions import grid_to_dict
 from spatialvla_jax.checkpoints import safetensors_io as safetensors
 from spatialvla_jax.checkpoints.huggingface import CONFIG, config_to_published, write_code, write_processor
-from spatialvla_jax.checkpoints.mapping import SPATIALVLA, Rule, axes_of_layout, check_leaves, param_shapes, slots
+from spatialvla_jax.checkpoints.mapping import SPATIALVLA, Rule, axes_of_layout, check_arrays, param_shapes, slots
 from spatialvla_jax.checkpoints.orbax import open_params, parse_metadata, read_metadata, step_directory
 from spatialvla_jax.checkpoints.regrid import EMBEDDING, adapt_checkpoint
 from spatialvla_jax.checkpoints.types import Checkpoint, LazyArray, check_finite, new_directory, write_json
@@ -29,7 +29,7 @@ PEFT_PREFIX = "base_model.model."  # of every name in PEFT_WEIGHTS
 
 @dataclass(frozen=True)
 class AdapterRun:
-    """`base` as it was read, `adapted` on the run's grid; `trained` are the run's own leaves; `whole` is all of it."""
+    """`base` as it was read, `adapted` on the run's grid; `trained` are the run's own arrays; `whole` is all of it."""
 
     base_path: Path
     base: Checkpoint
@@ -41,12 +41,12 @@ class AdapterRun:
 
 
 def digest(checkpoint: Checkpoint) -> str:
-    """A hash of every leaf and of the grid; holds one leaf at a time."""
+    """A hash of every array and of the grid; holds one array at a time."""
     grid = checkpoint.processor and grid_to_dict(checkpoint.processor.grid)
     total = hashlib.sha256(json.dumps(grid).encode())
-    for path, leaf in sorted(checkpoint.leaves.items()):
-        total.update(f"{path} {leaf.shape} {leaf.dtype}".encode())
-        total.update(np.ascontiguousarray(leaf.read()).reshape(-1).view(np.uint8).data)
+    for path, array in sorted(checkpoint.arrays.items()):
+        total.update(f"{path} {array.shape} {array.dtype}".encode())
+        total.update(np.ascontiguousarray(array.read()).reshape(-1).view(np.uint8).data)
     return total.hexdigest()
 
 
@@ -82,21 +82,21 @@ def read_adapters(path: str | Path, read: Callable[[Path], Checkpoint]) -> Adapt
     trained = open_params(step)
     check_finite(step, trained)
     scale = facts["alpha"] / facts["rank"]
-    leaves = {path: _merged(path, leaf, trained, scale) for path, leaf in adapted.leaves.items()}
-    check_leaves(step, leaves, param_shapes(config))
-    whole = Checkpoint(config, leaves, processor)
+    arrays = {path: _merged(path, array, trained, scale) for path, array in adapted.arrays.items()}
+    check_arrays(step, arrays, param_shapes(config))
+    whole = Checkpoint(config, arrays, processor)
     return AdapterRun(base_path, base, adapted, trained, facts["rank"], facts["alpha"], whole)
 
 
-def _merged(path: str, leaf: LazyArray, trained: Mapping[str, LazyArray], scale: float) -> LazyArray:
-    """The leaf as trained: replaced, with its adapters added (in its own dtype), or as it is."""
+def _merged(path: str, array: LazyArray, trained: Mapping[str, LazyArray], scale: float) -> LazyArray:
+    """The array as trained: replaced, with its adapters added (in its own dtype), or as it is."""
     if path in trained:
         return trained[path]
     if f"{ADAPTERS}/{path}/a" not in trained:
-        return leaf
+        return array
 
     def read() -> np.ndarray:
-        w = leaf.read()
+        w = array.read()
         a, b = (trained[f"{ADAPTERS}/{path}/{name}"].read() for name in "ab")
         merged = np.empty_like(w)
         layers = axes_of(path)[0].startswith("L")
@@ -104,7 +104,7 @@ def _merged(path: str, leaf: LazyArray, trained: Mapping[str, LazyArray], scale:
             merged[part] = w[part].astype(np.float32) + scale * product(path, a[part], b[part])
         return merged
 
-    return LazyArray(leaf.shape, leaf.dtype, read)
+    return LazyArray(array.shape, array.dtype, read)
 
 
 def write_peft(path: str | Path, run: AdapterRun, code: Mapping[str, str] | None = None) -> dict[str, LazyArray]:
@@ -117,7 +117,7 @@ def write_peft(path: str | Path, run: AdapterRun, code: Mapping[str, str] | None
 
     Raises InputError where the base's vocabulary was adapted too, for which `peft` has no place.
     """
-    changed = [k for k, leaf in run.adapted.leaves.items() if k != EMBEDDING and leaf is not run.base.leaves[k]]
+    changed = [k for k, array in run.adapted.arrays.items() if k != EMBEDDING and array is not run.base.arrays[k]]
     if changed:
         raise InputError(
             f"{run.base_path} was adapted to another grid in {changed[0]} too, which adapters can't carry: "
@@ -125,8 +125,8 @@ def write_peft(path: str | Path, run: AdapterRun, code: Mapping[str, str] | None
         )
     tensors = adapter_tensors(run.trained)
     modules = sorted({key.removeprefix(PEFT_PREFIX).rpartition(".lora_")[0] for key in tensors})
-    table = run.whole.leaves[EMBEDDING]
-    full = [] if table is run.base.leaves[EMBEDDING] else ["spatial_embed_tokens"]
+    table = run.whole.arrays[EMBEDDING]
+    full = [] if table is run.base.arrays[EMBEDDING] else ["spatial_embed_tokens"]
     tensors |= {f"{PEFT_PREFIX}{name}.weight": table for name in full}
     about = {
         "peft_type": "LORA",
@@ -142,11 +142,11 @@ def write_peft(path: str | Path, run: AdapterRun, code: Mapping[str, str] | None
     tensors = dict(sorted(tensors.items()))
     with new_directory(Path(path)) as folder:
         write_json(folder / PEFT_CONFIG, about)
-        write_json(folder / CONFIG, config_to_published(run.whole.config, {leaf.dtype for leaf in tensors.values()}))
+        write_json(folder / CONFIG, config_to_published(run.whole.config, {array.dtype for array in tensors.values()}))
         if run.whole.processor is not None:
             write_processor(folder, run.whole.processor, run.whole.config)
         write_code(folder, code)
-        specs = {key: (leaf.shape, leaf.dtype) for key, leaf in tensors.items()}
+        specs = {key: (array.shape, array.dtype) for key, array in tensors.items()}
         safetensors.write_file(folder / PEFT_WEIGHTS, specs, lambda key: tensors[key].read())
     return tensors
 
@@ -157,13 +157,13 @@ def adapter_tensors(trained: Mapping[str, LazyArray]) -> dict[str, LazyArray]:
     SigLIP's are there twice, under its name in transformers 4 and, one level less, in 5: `peft` takes the one that the
     model has and passes over the other.
     """
-    leaves = {path: leaf for path, leaf in trained.items() if path.startswith(f"{ADAPTERS}/")}
+    arrays = {path: array for path, array in trained.items() if path.startswith(f"{ADAPTERS}/")}
     tensors = {}
-    for slot in slots({path: leaf.shape for path, leaf in leaves.items()}, adapter_rules()):
-        leaf = leaves[slot.path]
-        read = lambda slot=slot, leaf=leaf: slot.to_published(leaf.read())  # noqa: E731
+    for slot in slots({path: array.shape for path, array in arrays.items()}, adapter_rules()):
+        array = arrays[slot.path]
+        read = lambda slot=slot, array=array: slot.to_published(array.read())  # noqa: E731
         for key in {slot.key, slot.key.replace(SIGLIP, SIGLIP_5)}:
-            tensors[PEFT_PREFIX + key] = LazyArray(slot.shape, leaf.dtype, read)
+            tensors[PEFT_PREFIX + key] = LazyArray(slot.shape, array.dtype, read)
     return tensors
 
 
@@ -187,6 +187,6 @@ def same_bytes(file: Path, tensors: Mapping[str, LazyArray]) -> bool:
     """Whether a safetensors file holds exactly these."""
     stored = safetensors.open_file(file)
     return stored.keys() == tensors.keys() and all(
-        stored[key].dtype == leaf.dtype and np.array_equal(stored[key].read(), leaf.read())
-        for key, leaf in tensors.items()
+        stored[key].dtype == array.dtype and np.array_equal(stored[key].read(), array.read())
+        for key, array in tensors.items()
     )

@@ -43,21 +43,21 @@ def adapt_checkpoint(
             "adapt the LM head too, or grid.num_bins to the same"
         )
 
-    def adapted(leaf: LazyArray, first: int) -> LazyArray:
+    def adapted(array: LazyArray, first: int) -> LazyArray:
         """The rows from `first` on are those of the grid's ids."""
 
         def read() -> np.ndarray:
-            table = leaf.read()
+            table = array.read()
             return np.concatenate([table[:first], np.asarray(adapt_embeddings(old, grid, table[first:]))])
 
-        return LazyArray((first + grid.vocab_size, *leaf.shape[1:]), leaf.dtype, read)
+        return LazyArray((first + grid.vocab_size, *array.shape[1:]), array.dtype, read)
 
-    config, leaves = checkpoint.config, dict(checkpoint.leaves)
-    leaves[EMBEDDING] = adapted(leaves[EMBEDDING], 0)
+    config, arrays = checkpoint.config, dict(checkpoint.arrays)
+    arrays[EMBEDDING] = adapted(arrays[EMBEDDING], 0)
     if head:
-        leaves[HEAD] = adapted(leaves[HEAD], config.action_offset)
+        arrays[HEAD] = adapted(arrays[HEAD], config.action_offset)
     if old.num_bins != grid.num_bins:
-        leaves[TABLE] = adapted(leaves[TABLE], config.action_offset)
+        arrays[TABLE] = adapted(arrays[TABLE], config.action_offset)
     llm = replace(config.llm, vocab_size=config.action_offset + grid.vocab_size)
     config = replace(config, spatial_tokens=grid.vocab_size, llm=llm)
-    return replace(checkpoint, config=config, leaves=leaves, processor=replace(checkpoint.processor, grid=grid))
+    return replace(checkpoint, config=config, arrays=arrays, processor=replace(checkpoint.processor, grid=grid))

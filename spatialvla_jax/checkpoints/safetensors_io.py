@@ -127,4 +127,4 @@ def write_file(file: Path, specs: Mapping[str, tuple[tuple[int, ...], np.dtype]]
             tensor = read(key)
             assert tensor.shape == shape and tensor.dtype == dtype, (key, tensor.shape, tensor.dtype)
             f.write(np.ascontiguousarray(tensor).view(np.uint8).data)
-            del tensor  # or it would keep its leaf while the next is read
+            del tensor  # or it would keep its array while the next is read

@@ -1,4 +1,4 @@
-"""What every format reads into and writes from: a config, leaves read when needed, and a processor."""
+"""What every format reads into and writes from: a config, arrays read when needed, and a processor."""
 
 import json
 import os
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from spatialvla_jax.checkpoints.mapping import check_names, flatten, unflatten
 from spatialvla_jax.checkpoints.processor import Processor
@@ -26,6 +27,12 @@ class LazyArray:
     dtype: np.dtype
     read: Callable[[], np.ndarray]
 
+    @classmethod
+    def of(cls, x: ArrayLike) -> "LazyArray":
+        """An array that is in memory already."""
+        array = np.asarray(x)
+        return cls(array.shape, array.dtype, lambda: array)
+
     def astype(self, dtype: np.dtype) -> "LazyArray":
         return replace(self, dtype=dtype, read=lambda: self.read().astype(dtype))
 
@@ -36,28 +43,26 @@ class LazyArray:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """`leaves` maps "img/embedding/kernel" and so on; `ignored` counts stored tensors left out on request."""
+    """`arrays` maps "img/embedding/kernel" and so on; `ignored` counts stored tensors left out on request."""
 
     config: SpatialVLAConfig
-    leaves: dict[str, LazyArray]
+    arrays: dict[str, LazyArray]
     processor: Processor | None
     ignored: int = 0
 
     @classmethod
     def of(cls, config: SpatialVLAConfig, params: Mapping[str, Any], processor: Processor | None) -> "Checkpoint":
         """From a nested tree of arrays."""
-        arrays = {path: np.asarray(x) for path, x in flatten(params).items()}
-        leaves = {path: LazyArray(x.shape, x.dtype, lambda x=x: x) for path, x in arrays.items()}
-        return cls(config, leaves, processor)
+        return cls(config, {path: LazyArray.of(x) for path, x in flatten(params).items()}, processor)
 
     def params(self) -> dict[str, Any]:
-        """All leaves in memory, as the nested tree that the model takes."""
-        return unflatten({path: leaf.read() for path, leaf in self.leaves.items()})
+        """All arrays in memory, as the nested tree that the model takes."""
+        return unflatten({path: array.read() for path, array in self.arrays.items()})
 
 
-def check_finite(what: object, leaves: Mapping[str, LazyArray]) -> None:
-    """Raises InputError that names the leaves with NaN or infinity; holds one leaf at a time."""
-    check_names(what, "not finite", [path for path, leaf in leaves.items() if not all_finite(leaf.read())])
+def check_finite(what: object, arrays: Mapping[str, LazyArray]) -> None:
+    """Raises InputError that names the arrays with NaN or infinity; holds one array at a time."""
+    check_names(what, "not finite", [path for path, array in arrays.items() if not all_finite(array.read())])
 
 
 def all_finite(x: np.ndarray) -> bool:

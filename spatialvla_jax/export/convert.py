@@ -88,8 +88,8 @@ def convert(
         return _convert_to_peft(src, dst, start)
     checkpoint = cast(read_checkpoint(src, zoedepth), dtype)
     WRITERS[to](dst, checkpoint)
-    leaves = checkpoint.leaves.values()
-    parameters = sum(prod(leaf.shape) for leaf in leaves)
+    arrays = checkpoint.arrays.values()
+    parameters = sum(prod(array.shape) for array in arrays)
     bit_exact = equal(checkpoint, read_checkpoint(dst))
     skipped = _why_not(to, parameters, verify)
     return {
@@ -97,8 +97,8 @@ def convert(
         "destination": str(dst),
         "format": to,
         "parameters": parameters,
-        "tensors": len(leaves),
-        "bytes": sum(leaf.nbytes for leaf in leaves),
+        "tensors": len(arrays),
+        "bytes": sum(array.nbytes for array in arrays),
         "bit_exact": bit_exact,
         "verification": run_both(checkpoint, dst) if skipped is None else skipped,
         "seconds": round(time.perf_counter() - start, 3),
@@ -112,9 +112,9 @@ def _convert_to_peft(src: str | Path, dst: str | Path, start: float) -> dict[str
         "source": str(src),
         "destination": str(dst),
         "format": PEFT,
-        "parameters": sum(prod(leaf.shape) for leaf in run.trained.values()),
+        "parameters": sum(prod(array.shape) for array in run.trained.values()),
         "tensors": len(tensors),
-        "bytes": sum(leaf.nbytes for leaf in tensors.values()),
+        "bytes": sum(array.nbytes for array in tensors.values()),
         "bit_exact": same_bytes(Path(dst) / PEFT_WEIGHTS, tensors),
         "verification": "adapters alone: their bytes were read back and compared",
         "seconds": round(time.perf_counter() - start, 3),
@@ -140,21 +140,21 @@ def cast(checkpoint: Checkpoint, dtype: str | None) -> Checkpoint:
         return checkpoint
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    leaves = {path: leaf.astype(jnp.dtype(dtype)) for path, leaf in checkpoint.leaves.items()}
-    return replace(checkpoint, leaves=leaves)
+    arrays = {path: array.astype(jnp.dtype(dtype)) for path, array in checkpoint.arrays.items()}
+    return replace(checkpoint, arrays=arrays)
 
 
 def equal(a: Checkpoint, b: Checkpoint) -> bool:
-    """Whether config, processor and every byte of every leaf are the same; holds one leaf at a time."""
+    """Whether config, processor and every byte of every array are the same; holds one array at a time."""
     processors = [c.processor and c.processor.to_dict() for c in (a, b)]
-    if a.config != b.config or processors[0] != processors[1] or a.leaves.keys() != b.leaves.keys():
+    if a.config != b.config or processors[0] != processors[1] or a.arrays.keys() != b.arrays.keys():
         return False
     return all(
-        leaf.dtype == b.leaves[path].dtype and _digest(leaf) == _digest(b.leaves[path])
-        for path, leaf in a.leaves.items()
+        array.dtype == b.arrays[path].dtype and _digest(array) == _digest(b.arrays[path])
+        for path, array in a.arrays.items()
     )
 
 
-def _digest(leaf: LazyArray) -> tuple[tuple[int, ...], bytes]:
-    array = np.ascontiguousarray(leaf.read())
-    return array.shape, hashlib.sha256(array.view(np.uint8).data).digest()
+def _digest(array: LazyArray) -> tuple[tuple[int, ...], bytes]:
+    x = np.ascontiguousarray(array.read())
+    return x.shape, hashlib.sha256(x.view(np.uint8).data).digest()

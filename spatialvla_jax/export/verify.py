@@ -133,7 +133,7 @@ def _inputs(checkpoint: Checkpoint, probes: dict[str, np.ndarray]) -> dict[str, 
 def _run_jax(checkpoint: Checkpoint, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     config = replace(checkpoint.config, dtype="float32", prompt_length=inputs["prompt_ids"].shape[1])
     model, processor = SpatialVLA(config), checkpoint.processor
-    params = unflatten({path: leaf.read().astype(np.float32) for path, leaf in checkpoint.leaves.items()})
+    params = unflatten({path: array.read().astype(np.float32) for path, array in checkpoint.arrays.items()})
     ranges = None if processor is None else processor.grid.token_ranges
 
     # Depth by itself: what follows takes it as given, and the large ZoeDepth is compiled once.

@@ -276,7 +276,7 @@ def features_of(init: str, run: Path, actions: np.ndarray) -> dict[str, np.ndarr
         checkpoint = read_checkpoint(path)
         grid = checkpoint.processor.grid if checkpoint.processor else None
         if isinstance(grid, ActionGrid):
-            tables[when] = grid, np.asarray(checkpoint.leaves["spatial_embedding"].read(), np.float32)
+            tables[when] = grid, np.asarray(checkpoint.arrays["spatial_embedding"].read(), np.float32)
     if len(tables) == 2:
         (old, table), (new, _) = tables.values()
         if grid_to_dict(old) != grid_to_dict(new):

@@ -11,7 +11,7 @@ from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict
 
 from spatialvla_jax.checkpoints import Checkpoint, read_checkpoint, start_from_paligemma
-from spatialvla_jax.checkpoints.mapping import check_leaves, param_shapes
+from spatialvla_jax.checkpoints.mapping import check_arrays, param_shapes
 from spatialvla_jax.checkpoints.orbax import parse_metadata, read_metadata, step_directory
 from spatialvla_jax.checkpoints.paligemma import is_paligemma
 from spatialvla_jax.checkpoints.peft import refer
@@ -68,13 +68,13 @@ def starting_params(
         return None, {}
     lora, adapt, shapes = config.lora, config.adapt.to_dict(), param_shapes(model.config)
     start = (checkpoint and adapt_checkpoint(config.init, checkpoint, grid, **adapt)) or _paligemma(config, model)
-    check_leaves(config.init, start.leaves, shapes)
+    check_arrays(config.init, start.arrays, shapes)
     frozen = frozen_patterns(config, model) if lora.rank else ()
 
     def read(path: str, leaf: LazyArray) -> np.ndarray:
         return leaf.read() if any(re.match(p, path) for p in frozen) else leaf.read().astype(np.float32)
 
-    params = unflatten_dict({path: read(path, leaf) for path, leaf in start.leaves.items()}, sep="/")
+    params = unflatten_dict({path: read(path, leaf) for path, leaf in start.arrays.items()}, sep="/")
     if checkpoint is None or not lora.rank:
         return params, {}
     adapters = init_adapters(shapes, lora.rank, lora_targets(config, model), jax.random.key(config.seed))

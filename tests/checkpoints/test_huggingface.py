@@ -263,9 +263,9 @@ def test_the_destination_stays_as_it_was(checkpoint, directory, tmp_path):
     with pytest.raises(InputError, match="exists"):
         write_huggingface(directory, checkpoint)
     assert {p.name: p.read_bytes() for p in directory.iterdir()} == before
-    leaves = {path: leaf for path, leaf in checkpoint.leaves.items() if path != "spatial_embedding"}
+    arrays = {path: array for path, array in checkpoint.arrays.items() if path != "spatial_embedding"}
     with pytest.raises(InputError, match=r"1 tensor missing for its config: spatial_embedding"):
-        write_huggingface(tmp_path / "new", replace(checkpoint, leaves=leaves))
+        write_huggingface(tmp_path / "new", replace(checkpoint, arrays=arrays))
     assert [p.name for p in tmp_path.iterdir()] == [directory.name]
 
 

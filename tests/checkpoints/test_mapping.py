@@ -22,17 +22,17 @@ from spatialvla_jax.models import preset
 
 
 def test_every_golden_tensor_comes_back_byte_for_byte(golden):
-    """All 380, ZoeDepth's too: into our leaves, of which every number is written, and out again."""
+    """All 380, ZoeDepth's too: into our arrays, of which every number is written, and out again."""
     published = load_file(golden / "model.safetensors")
     shapes = param_shapes(read_config(golden / "config.json"))
     table = slots(shapes)
     assert {slot.key: slot.shape for slot in table} == {key: tensor.shape for key, tensor in published.items()}
-    leaves = {path: np.full(shape, np.nan, np.float32) for path, shape in shapes.items()}
+    arrays = {path: np.full(shape, np.nan, np.float32) for path, shape in shapes.items()}
     for slot in table:
-        slot.to_ours(published[slot.key], leaves[slot.path])
-    assert all(np.isfinite(leaf).all() for leaf in leaves.values())
+        slot.to_ours(published[slot.key], arrays[slot.path])
+    assert all(np.isfinite(array).all() for array in arrays.values())
     for slot in table:
-        assert slot.to_published(leaves[slot.path]).tobytes() == published[slot.key].tobytes(), slot.key
+        assert slot.to_published(arrays[slot.path]).tobytes() == published[slot.key].tobytes(), slot.key
 
 
 def test_full_size_has_the_published_number_of_parameters():
@@ -60,15 +60,15 @@ def test_any_layout_inverts(left, right, group, sizes, several_keys, stacks):
     layout = f"({' '.join(left[:group])}) {' '.join(left[group:])} -> {' '.join(right)}"
     keys = ("a.{layer}", "b.{layer}")[: 1 + several_keys]
     shape = (3, 2)[:stacks] + (2,) * several_keys + tuple(sizes)
-    table = slots({"leaf": shape}, [Rule("leaf", layout, keys)])
-    leaf = np.arange(prod(shape)).reshape(shape)
-    published = {slot.key: slot.to_published(leaf) for slot in table}
+    table = slots({"array": shape}, [Rule("array", layout, keys)])
+    array = np.arange(prod(shape)).reshape(shape)
+    published = {slot.key: slot.to_published(array) for slot in table}
     assert len(published) == len(table) == prod(shape[:-4])
-    again = np.full_like(leaf, -1)
+    again = np.full_like(array, -1)
     for slot in table:
         assert published[slot.key].shape == slot.shape
         slot.to_ours(published[slot.key], again)
-    np.testing.assert_array_equal(again, leaf)
+    np.testing.assert_array_equal(again, array)
 
 
 @pytest.mark.parametrize("layout", sorted({rule.layout for rule in (*SPATIALVLA, *adapter_rules())}))

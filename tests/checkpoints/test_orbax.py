@@ -49,7 +49,7 @@ def test_what_we_write_we_read_back(checkpoint, tmp_path, dtype):
 
 
 def test_leaves_larger_than_a_chunk(checkpoint, tmp_path, monkeypatch):
-    """Chunks that do not divide a leaf, and zeros of both signs."""
+    """Chunks that do not divide an array, and zeros of both signs."""
     monkeypatch.setattr(orbax, "CHUNK_BYTES", 5000)
     params = checkpoint.params()
     params["spatial_embedding"] = np.full_like(params["spatial_embedding"], -0.0)
@@ -65,17 +65,17 @@ def test_leaves_larger_than_a_chunk(checkpoint, tmp_path, monkeypatch):
 def test_one_leaf_at_a_time(checkpoint, tmp_path, write):
     held = []
 
-    def counted(leaf):
+    def counted(array):
         def read():
-            assert not any(array() is not None for array in held)
-            array = leaf.read().copy()
-            held.append(weakref.ref(array))
-            return array
+            assert not any(x() is not None for x in held)
+            x = array.read().copy()
+            held.append(weakref.ref(x))
+            return x
 
-        return replace(leaf, read=read)
+        return replace(array, read=read)
 
-    write(tmp_path / "out", replace(checkpoint, leaves={path: counted(x) for path, x in checkpoint.leaves.items()}))
-    assert len(held) >= len(checkpoint.leaves)
+    write(tmp_path / "out", replace(checkpoint, arrays={path: counted(x) for path, x in checkpoint.arrays.items()}))
+    assert len(held) >= len(checkpoint.arrays)
 
 
 def test_a_training_run_gives_its_newest_step(checkpoint, tmp_path):

@@ -119,17 +119,17 @@ def test_old_and_new_names(reference, tmp_path, rename):
 
 @pytest.mark.parametrize("prefix", ["", "params/"])
 def test_from_big_vision(reference, tmp_path, prefix):
-    """The same leaves from the .npz that big_vision would have, in bfloat16 as its void type."""
+    """The same arrays from the .npz that big_vision would have, in bfloat16 as its void type."""
     reference = reference.to(torch.bfloat16)
     try:
         there = start_from_paligemma(save(tmp_path / "pg", reference), spatial_tokens=5)
     finally:
         reference.to(torch.float32)
-    leaves = flatten(there.params())
+    arrays = flatten(there.params())
     table = "llm/embedder/input_embedding"
-    leaves[table] = leaves[table][:TEXT_VOCAB]
+    arrays[table] = arrays[table][:TEXT_VOCAB]
     ours = ("llm/lm_head", "spatial_embedding", "ego3d")
-    arrays = {prefix + name: x.view("V2") for name, x in leaves.items() if not name.startswith(ours)}
+    arrays = {prefix + name: x.view("V2") for name, x in arrays.items() if not name.startswith(ours)}
     np.savez(tmp_path / "pg.npz", **arrays)
     here = start_from_paligemma(tmp_path / "pg.npz", spatial_tokens=5)
     assert here.config == there.config

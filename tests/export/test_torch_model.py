@@ -79,13 +79,13 @@ def exports(checkpoint, processor, tmp_path_factory):
     """{name: checkpoint}: depth inside the model, from the caller (causal, 3 steps), and none with a linear grid."""
     folder = tmp_path_factory.mktemp("exports")
     checkpoint = replace(checkpoint, config=replace(checkpoint.config, prompt_length=40))
-    without = {path: leaf for path, leaf in checkpoint.leaves.items() if not path.startswith("ego3d/")}
+    without = {path: array for path, array in checkpoint.arrays.items() if not path.startswith("ego3d/")}
     none = replace(checkpoint.config, depth_source="none", mask="prefix", action_chunk=2, tokens_per_action=7)
     golden = read_huggingface("tests/golden/tiny_model")
     checkpoints = {
         "zoedepth": replace(golden, processor=processor),
         "dataset": checkpoint,
-        "none": replace(checkpoint, config=none, leaves=without, processor=replace(processor, grid=linear_grid(128))),
+        "none": replace(checkpoint, config=none, arrays=without, processor=replace(processor, grid=linear_grid(128))),
     }
     for name, each in checkpoints.items():
         write_pytorch(folder / name, each)

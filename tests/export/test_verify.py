@@ -69,8 +69,8 @@ def test_a_tampered_export_fails(checkpoint, tmp_path, tamper):
 
 def test_without_a_processor(checkpoint, tmp_path):
     """Random prompts of several lengths, tokens of the whole vocabulary, and no Ego3D."""
-    leaves = {path: leaf for path, leaf in checkpoint.leaves.items() if not path.startswith("ego3d/")}
-    bare = replace(checkpoint, config=replace(checkpoint.config, depth_source="none"), leaves=leaves, processor=None)
+    arrays = {path: array for path, array in checkpoint.arrays.items() if not path.startswith("ego3d/")}
+    bare = replace(checkpoint, config=replace(checkpoint.config, depth_source="none"), arrays=arrays, processor=None)
     write_pytorch(tmp_path / "out", bare)
     found = verify(bare, tmp_path / "out")
     assert found["tokens"] == found["tokens_equal"] and "actions" not in found["differences"]

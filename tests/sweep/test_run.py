@@ -123,7 +123,7 @@ def test_spatial_features_before_on_the_new_grid_and_after(tmp_path: Path, monke
     def read(path: str | Path) -> SimpleNamespace:
         leaf = SimpleNamespace(read=lambda: tables[Path(path).name])
         grid = new if Path(path).name == "run" else old
-        return SimpleNamespace(processor=SimpleNamespace(grid=grid), leaves={"spatial_embedding": leaf})
+        return SimpleNamespace(processor=SimpleNamespace(grid=grid), arrays={"spatial_embedding": leaf})
 
     monkeypatch.setattr(run, "read_checkpoint", read)
     actions = np.full((5, 7), 0.3, np.float32)  # 0.52 from the origin: the lower shell of two, the second of four

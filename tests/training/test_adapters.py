@@ -28,10 +28,10 @@ from spatialvla_jax.training.step import make_eval_step
 
 def test_adapters_and_the_spatial_table_alone_are_trained_and_kept(adapted: Path, trained: Path) -> None:
     run, before = read_adapters(adapted, read_checkpoint), read_checkpoint(trained)
-    kernels = {path for path in before.leaves if is_linear(path)}
+    kernels = {path for path in before.arrays if is_linear(path)}
     assert run.trained.keys() == {f"lora/{path}/{x}" for path in kernels for x in "ab"} | {"spatial_embedding"}
-    for path, leaf in run.whole.leaves.items():
-        changed = not np.array_equal(leaf.read(), before.leaves[path].read())
+    for path, leaf in run.whole.arrays.items():
+        changed = not np.array_equal(leaf.read(), before.arrays[path].read())
         assert changed == (path in kernels or path == "spatial_embedding"), path
     log = read_metrics(adapted / "metrics.jsonl")
     parts = {key for record in log for key in record if key.startswith(("gradient_norm/", "update_norm/"))}
@@ -45,9 +45,9 @@ def test_the_table_started_from_the_adapted_one(adapted: Path, trained: Path) ->
     before, after = read_checkpoint(trained), read_checkpoint(adapted)
     assert before.processor is not None and after.processor is not None
     assert before.processor.tokenizer.to_bytes() == after.processor.tokenizer.to_bytes()
-    old = before.leaves["spatial_embedding"].read()
+    old = before.arrays["spatial_embedding"].read()
     start = adapt_embeddings(before.processor.grid, after.processor.grid, old)  # pyright: ignore[reportArgumentType]
-    new = after.leaves["spatial_embedding"].read()
+    new = after.arrays["spatial_embedding"].read()
     assert np.abs(new - start).max() < 0.03 < 3 * 0.03 < np.abs(old - start).max()
 
 
@@ -58,7 +58,7 @@ def test_a_run_of_adapters_goes_on_in_the_same_bits(adapted: Path, tmp_path: Pat
     result = train(train_config_of(adapted), tmp_path / "run")
     assert result["step"] == 6 and result["trainable"] < result["params"]
     assert read_metrics(tmp_path / "run" / "metrics.jsonl") == read_metrics(adapted / "metrics.jsonl")
-    a, b = (read_checkpoint(run).leaves for run in (adapted, tmp_path / "run"))
+    a, b = (read_checkpoint(run).arrays for run in (adapted, tmp_path / "run"))
     assert all(np.array_equal(a[path].read(), b[path].read()) for path in a)
 
 

@@ -48,14 +48,14 @@ def test_tables_of_another_number_of_bins(config_file: Path, trained: Path, tmp_
     assert params is not None and processor.grid.num_bins == (5, 6, 3, 4, 4, 4)  # pyright: ignore
     assert processor.tokenizer.to_bytes() == old.processor.tokenizer.to_bytes()
     first = old.config.action_offset
-    for path, leaf in old.leaves.items():
+    for path, leaf in old.arrays.items():
         before = leaf.read()
         if path in (TABLE, HEAD):
             np.testing.assert_array_equal(params[path][:first], before[:first])
         elif path != EMBEDDING:
             np.testing.assert_array_equal(params[path], before)
     for path, skip in ((TABLE, first), (HEAD, first), (EMBEDDING, 0)):
-        expected = adapt_embeddings(old.processor.grid, processor.grid, old.leaves[path].read()[skip:])  # pyright: ignore
+        expected = adapt_embeddings(old.processor.grid, processor.grid, old.arrays[path].read()[skip:])  # pyright: ignore
         np.testing.assert_array_equal(params[path][skip:], expected)
 
 
@@ -68,7 +68,7 @@ def test_the_grid_of_the_checkpoint_is_kept(config_file: Path, trained: Path, tm
     ):
         processor, params = start(config_file, trained, tmp_path / "new", **overrides)
         assert params is not None and old.processor is not None
-        assert all(np.array_equal(params[path], leaf.read()) for path, leaf in old.leaves.items())
+        assert all(np.array_equal(params[path], leaf.read()) for path, leaf in old.arrays.items())
         assert processor.to_dict()["grid"] == old.processor.to_dict()["grid"]
 
 

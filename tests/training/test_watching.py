@@ -40,7 +40,7 @@ def test_a_run_is_watched_traced_and_averaged(server: Server, packed_config: Pat
     run = server.train(packed_config, killed, *arguments)
     assert run.wait() == 0, run.errors.read_text()
     assert read_metrics(killed / "metrics.jsonl") == read_metrics(plain / "metrics.jsonl")
-    a, b = (read_orbax(workdir).leaves for workdir in (plain, killed))
+    a, b = (read_orbax(workdir).arrays for workdir in (plain, killed))
     assert all(np.array_equal(a[k].read(), b[k].read()) for k in a)
 
 

@@ -60,8 +60,8 @@ def lively(tmp_path_factory):
         return replace(leaf, read=lambda: 4 * leaf.read()) if heads and path.endswith("kernel") else leaf
 
     path = tmp_path_factory.mktemp("lively") / "model"
-    leaves = {name: amplified(name, leaf) for name, leaf in read.leaves.items()}
-    write_huggingface(path, replace(read, leaves=leaves))
+    leaves = {name: amplified(name, leaf) for name, leaf in read.arrays.items()}
+    write_huggingface(path, replace(read, arrays=leaves))
     return path
 
 
