@@ -18,8 +18,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from spatialvla_jax.batch import Batch
 from spatialvla_jax.config import train_config_of
-from spatialvla_jax.data import Loader, open_data
+from spatialvla_jax.data import Episode, Loader, open_data
 from spatialvla_jax.evaluation.open_loop import predict
 from spatialvla_jax.inference.action_chunking import shift
 from spatialvla_jax.inference.policy import Policy
@@ -32,15 +33,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def compare(checkpoint: Path, episodes: list[dict[str, Any]]) -> dict[str, Any]:
+def compare(checkpoint: Path, episodes: list[Episode]) -> dict[str, Any]:
     """Of each variant: share of tokens equal to float32's, L1 from its actions, L1 from the expert's (normalised)."""
     figures, reference = {}, None
     for name, options in VARIANTS.items():
         policy = Policy.load(checkpoint, **options)
-        ids, actions = (np.concatenate(x) for x in zip(*(predict(policy, e, 32) for e in episodes), strict=True))
+        ids, actions = (np.concatenate(x) for x in zip(*(predict(policy, e.frames, 32) for e in episodes), strict=True))
         reference = reference or (ids, actions)
-        mask = np.concatenate([e["action_mask"] for e in episodes])
-        expert = np.concatenate([e["actions"] for e in episodes])
+        mask = np.concatenate([e.frames.action_mask for e in episodes])
+        expert = np.concatenate([e.frames.actions for e in episodes])
         figures[name] = {
             "tokens_equal": round(float((ids == reference[0]).mean()), 5),
             "l1_from_float32": round(float(np.abs(actions - reference[1]).mean()), 6),
@@ -50,13 +51,11 @@ def compare(checkpoint: Path, episodes: list[dict[str, Any]]) -> dict[str, Any]:
     return figures
 
 
-def drive(policy: Policy, episode: dict[str, Any], every: int, speculate: bool) -> list[dict[str, Any]]:
+def drive(policy: Policy, frames: Batch, every: int, speculate: bool) -> list[dict[str, Any]]:
     """Chunks along one episode, each drafted from the one before: its actions not yet executed, the last one held."""
-    arrays = {k: v for k, v in episode.items() if isinstance(v, np.ndarray)}
-    keys = [k for k in ("image", "depth", "intrinsics", "prompt_ids", "prompt_mask") if k in arrays]
-    chunks, draft = [], None
-    for frame in range(0, len(arrays["image"]), every):
-        inputs = {k: arrays[k][frame : frame + 1] for k in keys}
+    seen, chunks, draft = frames.model_inputs(), [], None
+    for frame in range(0, len(frames.image), every):
+        inputs = jax.tree.map(lambda x, frame=frame: x[frame : frame + 1], seen)
         if speculate:
             inputs["draft"] = policy.draft(draft)[None]
         began = time.perf_counter()
@@ -67,14 +66,14 @@ def drive(policy: Policy, episode: dict[str, Any], every: int, speculate: bool) 
     return chunks
 
 
-def speculation(checkpoint: Path, episodes: list[dict[str, Any]]) -> dict[str, Any]:
+def speculation(checkpoint: Path, episodes: list[Episode]) -> dict[str, Any]:
     plain, guessing = Policy.load(checkpoint), Policy.load(checkpoint, speculate=True)
     figures = {}
     for name, every in (("open_loop", plain.model.config.action_chunk), ("every_frame", 1)):
         runs = {}
         for speculate, policy in ((False, plain), (True, guessing)):
-            drive(policy, {k: v[:1] if isinstance(v, np.ndarray) else v for k, v in episodes[0].items()}, 1, speculate)
-            runs[speculate] = [chunk for e in episodes for chunk in drive(policy, e, every, speculate)]
+            drive(policy, jax.tree.map(lambda x: x[:1], episodes[0].frames), 1, speculate)
+            runs[speculate] = [chunk for e in episodes for chunk in drive(policy, e.frames, every, speculate)]
         same = all((a["ids"] == b["ids"]).all() for a, b in zip(runs[False], runs[True], strict=True))
         passes = [chunk["passes"] for chunk in runs[True]]
         figures[name] = {
@@ -90,7 +89,7 @@ def speculation(checkpoint: Path, episodes: list[dict[str, Any]]) -> dict[str, A
     return figures
 
 
-def load_episodes(checkpoint: Path, split: str, count: int) -> list[dict[str, Any]]:
+def load_episodes(checkpoint: Path, split: str, count: int) -> list[Episode]:
     processor = Policy.load(checkpoint).processor
     loader: Loader = open_data(train_config_of(checkpoint), processor.statistics, processor.tokenizer)
     episodes = list(loader.episodes(split))
@@ -106,7 +105,7 @@ def main() -> None:
     device = jax.devices()[0].device_kind
     print(f"Python {platform.python_version()}, JAX {jax.__version__}, {device}, {args.checkpoint}")
     episodes = load_episodes(args.checkpoint, args.split, args.episodes)
-    frames = sum(len(e["image"]) for e in episodes)
+    frames = sum(len(e.frames.image) for e in episodes)
     print(f"{len(episodes)} episodes, {frames} frames")
     result = {"benchmark": "decoding", "device": device, "checkpoint": str(args.checkpoint), "frames": frames}
     result |= {"variants": compare(args.checkpoint, episodes), "speculation": speculation(args.checkpoint, episodes)}

@@ -23,9 +23,11 @@ from jax.sharding import NamedSharding
 from trace_table import trace
 
 from spatialvla_jax.actions import PRETRAIN_GAUSSIANS, gaussian_grid
+from spatialvla_jax.batch import Batch
 from spatialvla_jax.config import default_config
 from spatialvla_jax.models import PRESETS, SpatialVLA, preset
 from spatialvla_jax.models.remat import POLICIES
+from spatialvla_jax.models.spatialvla import SpatialVLAConfig
 from spatialvla_jax.planning.tpu_plan import held
 from spatialvla_jax.training.flops import model_flops
 from spatialvla_jax.training.optimizer import make_optimizer
@@ -35,19 +37,18 @@ from spatialvla_jax.training.state import abstract_state, init_state
 from spatialvla_jax.utils.chips import peak
 
 
-def random_batch(model: SpatialVLA, size: int) -> dict[str, np.ndarray]:
-    cfg, rng = model.config, np.random.default_rng(0)
-    S, P = cfg.img.image_size, cfg.prompt_length
-    batch = {
-        "image": rng.integers(0, 256, (size, S, S, 3), dtype=np.uint8),
-        "intrinsics": np.tile(np.array([[S, 0, S / 2], [0, S, S / 2], [0, 0, 1]], np.float32), (size, 1, 1)),
-        "prompt_ids": rng.integers(3, cfg.text_vocab, (size, P)).astype(np.int32),
-        "prompt_mask": np.arange(P) < rng.integers(8, P + 1, (size, 1)),
-        "actions": rng.uniform(-1, 1, (size, cfg.action_chunk, 7)).astype(np.float32),
-    }
-    if cfg.depth_source == "dataset":
-        batch["depth"] = rng.uniform(0.3, 3, (size, S, S)).astype(np.float32)
-    return batch
+def random_batch(config: SpatialVLAConfig, size: int, action_dim: int) -> Batch:
+    S, Q, T, rng = config.img.image_size, config.prompt_length, config.action_chunk, np.random.default_rng(0)
+    return Batch(
+        image=rng.integers(0, 256, (size, S, S, 3), dtype=np.uint8),
+        depth=rng.uniform(0.3, 3, (size, S, S)).astype(np.float32) if config.depth_source == "dataset" else None,
+        intrinsics=np.tile(np.array([[S, 0, S / 2], [0, S, S / 2], [0, 0, 1]], np.float32), (size, 1, 1)),
+        prompt_ids=rng.integers(3, config.text_vocab, (size, Q)).astype(np.int32),
+        prompt_mask=np.arange(Q) < rng.integers(8, Q + 1, (size, 1)),
+        actions=rng.uniform(-1, 1, (size, T, action_dim)).astype(np.float32),
+        action_mask=np.ones((size, T), bool),
+        dataset_id=np.zeros(size, np.int32),
+    )
 
 
 def start_from(config: Any, model: SpatialVLA) -> dict[str, Any] | None:
@@ -113,7 +114,7 @@ def main() -> None:
     for name, size in holds.items():
         print(f"{name}: {size / 1e9:.3f} GB on a device, {predicted[name] / 1e9:.3f} GB predicted")
     seed = np.uint32(0)
-    batch = jax.device_put(random_batch(model, args.batch_size), NamedSharding(mesh, BATCH))
+    batch = jax.device_put(random_batch(model.config, args.batch_size, grid.action_dim), NamedSharding(mesh, BATCH))
     began = time.perf_counter()
     compiled = jit_train_step(config, model, mesh, shardings).lower(state, batch, grid, seed).compile()
     compile_seconds = time.perf_counter() - began

@@ -44,6 +44,10 @@ class ActionGrid:
         return sum(size for _, size in self.token_ranges)
 
     @property
+    def action_dim(self) -> int:
+        return 7
+
+    @property
     def tokens_per_action(self) -> int:
         return 3
 

@@ -18,13 +18,17 @@ class LinearGrid:
         return self.levels.shape[-1]
 
     @property
-    def tokens_per_action(self) -> int:
+    def action_dim(self) -> int:
         return 7
+
+    @property
+    def tokens_per_action(self) -> int:
+        return self.action_dim
 
     @property
     def token_ranges(self) -> tuple[tuple[int, int], ...]:
         """(first id, count) for each of the action's tokens."""
-        return ((0, self.vocab_size),) * 7
+        return ((0, self.vocab_size),) * self.action_dim
 
     def encode(self, actions: Float[Array, "*B 7"]) -> Int[Array, "*B 7"]:
         # Rounds up to the next level, as the published baseline does: up to a whole step of error, not half.

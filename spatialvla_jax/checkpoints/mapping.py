@@ -20,10 +20,10 @@ from typing import Any
 
 import flax.traverse_util
 import jax
-import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
+from spatialvla_jax.batch import example_inputs
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.models.spatialvla import SpatialVLA, SpatialVLAConfig
 
@@ -244,18 +244,9 @@ def _slots_of(rule: Rule, shape: tuple[int, ...]) -> Iterator[Slot]:
 @cache
 def param_shapes(config: SpatialVLAConfig) -> dict[str, tuple[int, ...]]:
     """Our parameters as {"img/embedding/kernel": shape, …}, without making them."""
-    P, S = config.prompt_length, config.img.image_size
 
     def init() -> Any:
-        return SpatialVLA(config).init(
-            jax.random.key(0),
-            jnp.zeros((1, S, S, 3)),
-            jnp.zeros((1, P), jnp.int32),
-            jnp.ones((1, P), bool),
-            jnp.zeros((1, config.num_action_tokens), jnp.int32),
-            depth=jnp.ones((1, S, S)) if config.depth_source == "dataset" else None,
-            intrinsics=jnp.eye(3)[None],
-        )["params"]
+        return SpatialVLA(config).init(jax.random.key(0), **example_inputs(config))["params"]
 
     return {path: array.shape for path, array in flatten(jax.eval_shape(init)).items()}
 

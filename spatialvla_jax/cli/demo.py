@@ -19,7 +19,7 @@ from spatialvla_jax.actions.normalization import unnormalize
 from spatialvla_jax.checkpoints import load_pretrained
 from spatialvla_jax.checkpoints.mapping import param_shapes
 from spatialvla_jax.config import load_config
-from spatialvla_jax.data import open_data
+from spatialvla_jax.data import Episode, open_data
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.evaluation.open_loop import evaluate, predict, table
 from spatialvla_jax.export.convert import convert
@@ -143,15 +143,15 @@ def roundtrip_exact(policy: Policy, export: Path, loader: Any, split: str) -> bo
     return tokens and tree_equal(policy.weights, again.weights)
 
 
-def trajectory(policy: Policy, episode: dict[str, Any]) -> dict[str, Any]:
+def trajectory(policy: Policy, episode: Episode) -> dict[str, Any]:
     """Expert and predicted actions of an episode in robot units; the policy runs whole chunks on recorded images."""
-    statistics = policy.processor.statistics[episode["dataset"]]["action"]
-    _, predicted = predict(policy, episode, batch_size=32)
-    chunk = predicted.shape[1]
-    executed = predicted[::chunk].reshape(-1, 7)[: len(predicted)]
+    statistics = policy.processor.statistics[episode.dataset]["action"]
+    _, predicted = predict(policy, episode.frames, batch_size=32)
+    frames, chunk, width = predicted.shape
+    executed = predicted[::chunk].reshape(-1, width)[:frames]
     return {
-        "title": episode["instruction"],
-        "expert": unnormalize(episode["actions"][:, 0], statistics),
+        "title": episode.instruction,
+        "expert": unnormalize(episode.frames.actions[:, 0], statistics),
         "predicted": unnormalize(executed, statistics),
     }
 

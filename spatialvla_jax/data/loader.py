@@ -5,26 +5,26 @@ import sys
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 from ml_collections import ConfigDict
 
 from spatialvla_jax.actions.normalization import normalize
+from spatialvla_jax.batch import Batch
 from spatialvla_jax.data import mixture
 from spatialvla_jax.data.beam import load_stats
 from spatialvla_jax.data.images import scale_intrinsics
 from spatialvla_jax.data.index import Index
 from spatialvla_jax.data.pack import Packed
-from spatialvla_jax.data.reader import Rlds, Samples, Source, Split
+from spatialvla_jax.data.reader import Pixels, Rlds, Samples, Source, Split
 from spatialvla_jax.data.resolve_datasets import make_entries
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.models.presets import preset
 from spatialvla_jax.text import Tokenizer, train_tokenizer
 from spatialvla_jax.utils.progress import shard_progress
 
-Batch = dict[str, np.ndarray]
 _STATISTICS_ROWS = ("q01", "q99", "min", "max", "mask")
 _RELEASE_EVERY = 1024  # samples after which the touched pages of the indexes are given back
 
@@ -70,16 +70,17 @@ def load_data(
     return Loader(plain, image_size, action_chunk, depth, statistics, tokenizer, progress)
 
 
+class Episode(NamedTuple):
+    """The L frames of an episode, in order."""
+
+    dataset: str
+    instruction: str
+    frames: Batch
+    previous_action: Float[np.ndarray, "L A"]  # normalised, of the step before each frame (its own at the first)
+
+
 class Loader:
-    """See `load_data`. Batches are dicts of numpy arrays; S is the image size, T the action chunk, P the prompt length:
-
-    image u8[B,S,S,3] · depth f32[B,S,S] metres (if asked for) · intrinsics f32[B,3,3] pixels of the SxS image ·
-    prompt_ids i32[B,P] · prompt_mask bool[B,P] · actions f32[B,T,7] normalised · action_mask bool[B,T] ·
-    dataset_id i32[B] · sample_id i64[B] (number of the frame among all frames of the split).
-
-    Past the episode's end the normalised movement is 0 and the gripper keeps its last value (as in OpenVLA and the
-    release), and action_mask is False.
-    """
+    """See `load_data`. Batches hold NumPy arrays; they have depth where it was asked for."""
 
     def __init__(
         self,
@@ -175,25 +176,23 @@ class Loader:
             return (ids + attempt) % total  # in the place of one that cannot be read stands another, not valid
 
         for step, batch in zip(steps, self._stream(data, samples, steps, len(rows)), strict=True):
-            meant = (step * batch_size + rows < count) & (batch["sample_id"] == samples(step))
-            yield batch | {"valid": meant}
+            meant = (step * batch_size + rows < count) & (batch.sample_id == samples(step))
+            yield batch.replace(valid=meant)
 
-    def episodes(self, split: str) -> Iterator[dict[str, Any]]:
-        """Every episode of a split: a batch of its L frames in order, with "dataset" (its name), "instruction" and
-        "previous_action" f32[L,7], the normalised action of the step before each frame (its own at the first). Those
-        with frames that turn out unreadable are left out, if the config allows it."""
+    def episodes(self, split: str) -> Iterator[Episode]:
+        """Every episode of a split, less those with frames that turn out unreadable, if the config allows it."""
         data = self._split(split)
         for number, index in enumerate(data.indexes):
             first = 0
             for end in index.arrays["episode_end"].tolist():
                 ids = data.starts[number] + np.arange(first, end)
                 batch = self.frames(ids, split)
-                if np.array_equal(batch["sample_id"], ids):
+                if np.array_equal(np.asarray(batch.sample_id), ids):
                     instruction = index.instructions[index.arrays["language"][first]]
                     rows, _ = index.action_rows(np.arange(first, end))
                     before = index.arrays["action"][np.maximum(rows - 1, rows[0])]
                     previous = normalize(before, self.statistics[index.name]["action"])
-                    yield {"dataset": index.name, "instruction": instruction, "previous_action": previous} | batch
+                    yield Episode(index.name, instruction, batch, previous)
                 first = end
 
     def indexes(self, split: str | None = None) -> tuple[Index, ...]:
@@ -220,7 +219,7 @@ class Loader:
         """Every dataset's camera (its first training frame's) in units of the image: fx and cx over its width, fy and
         cy over its height."""
         split = self._split(self._train_split)
-        first = self.frames(split.starts[:-1])["intrinsics"]
+        first = self.frames(split.starts[:-1]).intrinsics
         relative = scale_intrinsics(first, (self.image_size, self.image_size), (1, 1))
         return dict(zip(self.names, relative.tolist(), strict=True))
 
@@ -327,19 +326,18 @@ class Loader:
     ) -> Iterator[Batch]:
         """Batches of the frames `samples(step)` i64[B] for every step, or of those that stand in for them."""
         seen = 0
-        for step, images in zip(steps, self._source.pixels(split, samples, steps, batch_size, windows), strict=False):
-            ids = images["sample_id"] if "sample_id" in images else samples(step)
-            yield self._assemble(split, ids, images)
+        for pixels in self._source.pixels(split, samples, steps, batch_size, windows):
+            yield self._assemble(split, pixels)
             seen += batch_size
             if seen >= _RELEASE_EVERY:
                 seen = 0
                 for index in split.indexes:
                     index.release()
 
-    def _assemble(self, split: Split, ids: np.ndarray, images: dict[str, np.ndarray]) -> Batch:
+    def _assemble(self, split: Split, pixels: Pixels) -> Batch:
         """Everything of a batch besides its pixels, from the indexes."""
-        dataset, frames = split.locate(ids)
-        rows, chunk, length = len(ids), self.action_chunk, self._prompt["length"]
+        dataset, frames = split.locate(pixels.sample_id)
+        rows, chunk, length = len(frames), self.action_chunk, self._prompt["length"]
         intrinsics = np.empty((rows, 3, 3), np.float32)
         prompt_ids, prompt_mask = np.empty((rows, length), np.int32), np.empty((rows, length), bool)
         actions, action_mask = np.empty((rows, chunk, 7), np.float32), np.empty((rows, chunk), bool)
@@ -348,7 +346,7 @@ class Loader:
             own = dataset == number
             index, arrays, frame = split.indexes[number], split.indexes[number].arrays, frames[own]
             if index.spec.intrinsics:
-                intrinsics[own] = scale_intrinsics(arrays["intrinsics"][frame], images["stored_size"][own], new_size)
+                intrinsics[own] = scale_intrinsics(arrays["intrinsics"][frame], pixels.stored_size[own], new_size)
             else:
                 default, old_size = np.asarray(index.spec.default_intrinsics), index.spec.default_intrinsics_size
                 intrinsics[own] = scale_intrinsics(default, old_size, new_size)
@@ -357,16 +355,17 @@ class Loader:
             bounds = {row: value[number] for row, value in self._bounds.items()}
             first, end = index.action_rows(frame)
             actions[own], action_mask[own] = chunk_actions(arrays["action"], first, end, chunk, bounds)
-        pixels = {key: images[key] for key in ("image", "depth") if key in images}
-        return pixels | {
-            "intrinsics": intrinsics,
-            "prompt_ids": prompt_ids,
-            "prompt_mask": prompt_mask,
-            "actions": actions,
-            "action_mask": action_mask,
-            "dataset_id": dataset.astype(np.int32),
-            "sample_id": ids,
-        }
+        return Batch(
+            image=pixels.image,
+            depth=pixels.depth,
+            intrinsics=intrinsics,
+            prompt_ids=prompt_ids,
+            prompt_mask=prompt_mask,
+            actions=actions,
+            action_mask=action_mask,
+            dataset_id=dataset.astype(np.int32),
+            sample_id=pixels.sample_id,
+        )
 
 
 def chunk_actions(

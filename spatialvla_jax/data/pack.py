@@ -16,13 +16,16 @@ import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import jax
 import numpy as np
+from jaxtyping import Bool, Float32, Int, UInt8, UInt16
 
+from spatialvla_jax.batch import Batch
 from spatialvla_jax.data.index import Index
 from spatialvla_jax.data.oxe import make_spec
-from spatialvla_jax.data.reader import Samples, Split
+from spatialvla_jax.data.reader import Pixels, Samples, Split
 from spatialvla_jax.data.resolve_datasets import Entry
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.text import Tokenizer
@@ -31,6 +34,17 @@ MAGIC, VERSION, ALIGNMENT = b"SVLAPACK", 2, 4096  # version 1 is the same with a
 _PREFIX = struct.Struct("<8sII32s")
 _BATCH = 64  # frames that are in memory at a time while a file is written
 _NAMES = ("datasets", "mixture", "precomputed_depth")  # keys of the config's `data` part that a packed file stands for
+
+
+class Pictures(NamedTuple):
+    """What of a `Batch` goes into a packed file. Depth is in metres, or the counts u16[B, S, S] that are stored."""
+
+    image: UInt8[np.ndarray, "B S S 3"]
+    depth: Float32[np.ndarray, "B S S"] | UInt16[np.ndarray, "B S S"] | None
+    intrinsics: Float32[np.ndarray, "B 3 3"]
+    dataset_id: Int[np.ndarray, " B"]
+    sample_id: Int[np.ndarray, " B"]
+    valid: Bool[np.ndarray, " B"]
 
 
 class Frames(Protocol):
@@ -43,7 +57,7 @@ class Frames(Protocol):
 
     def indexes(self, split: str) -> tuple[Index, ...]: ...
 
-    def epoch(self, batch_size: int, split: str) -> Iterator[dict[str, np.ndarray]]: ...
+    def epoch(self, batch_size: int, split: str) -> Iterator[Batch] | Iterator[Pictures]: ...
 
 
 def write_pack(
@@ -148,17 +162,17 @@ def _write_pixels(
     """Image, depth and intrinsics of every frame of a split; gives how many were written, batch by batch."""
     starts = np.cumsum([0, *(index.num_frames for index in indexes)])
     written = 0
+    batch: Any
     for batch in loader.epoch(_BATCH, split):
-        valid = batch["valid"]
-        ids, dataset = batch["sample_id"][valid], batch["dataset_id"][valid]
-        for number in np.unique(dataset).tolist():
-            own = dataset == number
-            frames, index, place = ids[own] - starts[number], indexes[number], places[number]
-            rows: dict[str, np.ndarray] = {"image": batch["image"][valid][own]}
+        for number in np.unique(batch.dataset_id[batch.valid]).tolist():
+            own = batch.valid & (batch.dataset_id == number)
+            part: Any = jax.tree.map(lambda x, own=own: x[own], batch)
+            frames, index, place = part.sample_id - starts[number], indexes[number], places[number]
+            rows: dict[str, np.ndarray] = {"image": part.image}
             if loader.depth:
-                rows["depth"] = _counts(batch["depth"][valid][own], index)
+                rows["depth"] = _counts(part.depth, index)
             if index.spec.intrinsics:
-                rows["intrinsics"] = batch["intrinsics"][valid][own]
+                rows["intrinsics"] = part.intrinsics
             for key, value in rows.items():
                 offset, dtype, shape = place[key]
                 stride = np.dtype(dtype).itemsize * prod(shape[1:])
@@ -167,8 +181,9 @@ def _write_pixels(
                 for run in np.split(np.arange(len(frames)), np.flatnonzero(np.diff(frames) != 1) + 1):
                     if len(run):
                         _write(file, value[run[0] : run[-1] + 1], start + offset + int(frames[run[0]]) * stride)
-        written += len(ids)
-        yield len(ids)
+        count = int(batch.valid.sum())
+        written += count
+        yield count
     if written != starts[-1]:
         raise InputError(f"{starts[-1] - written} frames of the split {split!r} cannot be read, so it cannot be packed")
 
@@ -252,7 +267,7 @@ class Packed:
 
     def pixels(
         self, split: Split, samples: Samples, steps: range, batch_size: int, windows: tuple[int, ...] = ()
-    ) -> Iterator[dict[str, np.ndarray]]:
+    ) -> Iterator[Pixels]:
         size = self._header["image_size"]
         for step in steps:
             ids = samples(step)
@@ -263,8 +278,7 @@ class Packed:
                 image[row] = index.arrays["image"][frame]  # one copy; an array of frames would be gathered first
                 if depth is not None:
                     _metres(index.arrays["depth"][frame], index, out=depth[row])
-            batch = {"image": image, "stored_size": np.full((batch_size, 2), size, np.int32), "sample_id": ids}
-            yield batch | ({} if depth is None else {"depth": depth})
+            yield Pixels(ids, image, np.full((batch_size, 2), size, np.int32), depth)
 
     def _array(self, offset: int, dtype: str, shape: list[int]) -> np.ndarray:
         return np.frombuffer(self._memory, dtype, prod(shape), self._start + offset).reshape(shape)

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from spatialvla_jax.data.index import Index
 from spatialvla_jax.data.oxe import CATALOGUE
 from spatialvla_jax.data.oxe.operations import apply_operations
-from spatialvla_jax.data.pack import write_pack
+from spatialvla_jax.data.pack import Pictures, write_pack
 from spatialvla_jax.data.statistics import action_statistics
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.text import train_tokenizer
@@ -56,13 +56,13 @@ class _Recording:
     def indexes(self, split: str) -> tuple[Index, ...]:
         return (self._indexes[split],)
 
-    def epoch(self, batch_size: int, split: str) -> Iterator[dict[str, np.ndarray]]:
+    def epoch(self, batch_size: int, split: str) -> Iterator[Pictures]:
         index, start = self._indexes[split], 0
         for end in index.arrays["episode_end"].tolist():
             seen = [step["observation"] for step in next(self._episodes)["steps"]]
-            batch = {key: np.stack([frame[key] for frame in seen]) for key in ("image", "intrinsics", "depth")}
+            arrays = {key: np.stack([frame[key] for frame in seen]) for key in ("image", "intrinsics", "depth")}
             ids = np.arange(start, end)
-            yield batch | {"sample_id": ids, "dataset_id": 0 * ids, "valid": ids >= 0}
+            yield Pictures(**arrays, sample_id=ids, dataset_id=0 * ids, valid=ids >= 0)
             start = end
 
 

@@ -19,9 +19,10 @@ import os
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+from jaxtyping import Float32, Int32, Int64, UInt8
 
 from spatialvla_jax.data.images import decode_batches, decoder, tensorflow
 from spatialvla_jax.data.index import Faults, Index, load_index
@@ -57,6 +58,15 @@ class Split:
         return self.indexes[dataset].describe(int(frame))
 
 
+class Pixels(NamedTuple):
+    """What a batch takes from the stored images."""
+
+    sample_id: Int64[np.ndarray, " B"]  # the frames that were read
+    image: UInt8[np.ndarray, "B S S 3"]
+    stored_size: Int32[np.ndarray, "B 2"]  # height and width that the index's intrinsics are pixels of
+    depth: Float32[np.ndarray, "B S S"] | None = None  # metres
+
+
 class Source(Protocol):
     """Where the loader's frames lie: in RLDS files (`Rlds`) or in one packed file (`pack.Packed`)."""
 
@@ -66,12 +76,11 @@ class Source(Protocol):
 
     def pixels(
         self, split: Split, samples: Samples, steps: range, batch_size: int, windows: tuple[int, ...] = ()
-    ) -> Iterator[dict[str, np.ndarray]]:
-        """For every step, of the frames `samples(step)` i64[B]: image u8[B,S,S,3], stored_size i32[B,2] (height and
-        width that the index's intrinsics are pixels of) and, if asked for, depth f32[B,S,S] metres.
+    ) -> Iterator[Pixels]:
+        """Those of the frames `samples(step)` i64[B] for every step, with depth if asked for.
 
-        A source whose frames may turn out unreadable draws others, `samples(step, 1)` and so on, and gives those that
-        it took as sample_id i64[B]. `windows`: frames of each dataset that are shuffled together, if read in blocks.
+        In the place of frames that turn out unreadable stand others, drawn by `samples(step, 1)` and so on. `windows`:
+        frames of each dataset that are shuffled together, if read in blocks.
         """
         ...
 
@@ -108,7 +117,7 @@ class Rlds:
 
     def pixels(
         self, split: Split, samples: Samples, steps: range, batch_size: int, windows: tuple[int, ...] = ()
-    ) -> Iterator[dict[str, np.ndarray]]:
+    ) -> Iterator[Pixels]:
         tf = tensorflow()
         ready, cache = self._plan(split, batch_size, windows)
         while steps:
@@ -132,7 +141,7 @@ class Rlds:
                 ids = taken.pop(step)
                 if split.broken:
                     self._count_replaced(split, samples, step, ids)
-                yield batch | {"sample_id": ids}
+                yield Pixels(ids, **batch)
             else:
                 return
 

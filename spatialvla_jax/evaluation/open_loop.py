@@ -3,11 +3,13 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Float, Int
 
 from spatialvla_jax.actions import encode
 from spatialvla_jax.actions.normalization import unnormalize
+from spatialvla_jax.batch import Batch
 from spatialvla_jax.data import Loader
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.inference.policy import Policy
@@ -16,15 +18,14 @@ DIMENSIONS = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")
 
 
 def predict(
-    policy: Policy, episode: dict[str, Any], batch_size: int
-) -> tuple[Int[np.ndarray, "L T n"], Float[np.ndarray, "L T 7"]]:
-    """Greedy chunks for every frame of one of the loader's episodes: (ids, normalised actions)."""
-    length = len(episode["image"])
-    arrays = {k: v for k, v in episode.items() if isinstance(v, np.ndarray)}
+    policy: Policy, frames: Batch, batch_size: int
+) -> tuple[Int[np.ndarray, "L T n"], Float[np.ndarray, "L T A"]]:
+    """Greedy chunks for every frame of an episode: (ids, normalised actions)."""
+    length = len(frames.image)
     parts = []
     for start in range(0, length, batch_size):
         rows = np.minimum(np.arange(start, start + batch_size), length - 1)  # padded: one compiled shape
-        parts.append(policy.act({k: v[rows] for k, v in arrays.items()}))
+        parts.append(policy.act(jax.tree.map(lambda x, rows=rows: x[rows], frames)))
     ids, actions = (np.concatenate(p)[:length] for p in zip(*parts, strict=True))
     return ids, actions
 
@@ -46,12 +47,12 @@ def evaluate(
     targets: list[np.ndarray] = []
     frames = episodes = 0
     for episode in loader.episodes(split):
-        statistics = policy.processor.statistics.get(episode["dataset"])
+        statistics = policy.processor.statistics.get(episode.dataset)
         if statistics is None:
-            raise InputError(f"the policy has no statistics of dataset {episode['dataset']!r}")
-        target, mask = episode["actions"], episode["action_mask"]
-        ids, predicted = predict(policy, episode, batch_size)
-        previous = np.concatenate([mean_action[None], episode["previous_action"][1:]])
+            raise InputError(f"the policy has no statistics of dataset {episode.dataset!r}")
+        target, mask = np.asarray(episode.frames.actions), episode.frames.action_mask
+        ids, predicted = predict(policy, episode.frames, batch_size)
+        previous = np.concatenate([mean_action[None], episode.previous_action[1:]])
         guesses = {
             "policy": predicted,
             "mean": np.broadcast_to(mean_action, target.shape),

@@ -9,9 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Int
 
 from spatialvla_jax.actions import decode
 from spatialvla_jax.actions.normalization import action_bounds
+from spatialvla_jax.batch import Observation
 from spatialvla_jax.checkpoints.processor import Processor
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.inference.generate import generate, prepare
@@ -127,14 +129,10 @@ class Policy:
             arrays["draft"] = self.draft(observation.get("draft"))
         return arrays
 
-    def act(self, inputs: dict[str, Any], *, batched: bool = True) -> tuple[np.ndarray, np.ndarray]:
-        """Arrays as the loader gives them → (ids i32[B, T, tokens_per_action], normalised actions f32[B, T, 7])."""
-        if not batched:
-            inputs = {k: jnp.asarray(v)[None] for k, v in inputs.items()}
-        keys = ("image", "depth", "intrinsics", "prompt_ids", "prompt_mask")
-        out = self.run({k: inputs[k] for k in keys if k in inputs})
-        ids, actions = np.asarray(out["action_ids"]), np.asarray(out["actions"])
-        return (ids, actions) if batched else (ids[0], actions[0])
+    def act(self, seen: Observation) -> tuple[Int[np.ndarray, "B T n"], Float[np.ndarray, "B T A"]]:
+        """Observations as the loader gives them, such as a `Batch` → (action ids, normalised actions)."""
+        out = self.run(seen.model_inputs())
+        return np.asarray(out["action_ids"]), np.asarray(out["actions"])
 
     def run(self, inputs: dict[str, Any]) -> dict[str, jax.Array]:
         """`act` of this module, jitted, on this policy's weights and grid."""

@@ -24,6 +24,7 @@ from jax.experimental import topologies
 from ml_collections import ConfigDict
 
 from spatialvla_jax.actions import PRETRAIN_GAUSSIANS
+from spatialvla_jax.batch import Batch
 from spatialvla_jax.data.oxe import MIXTURES
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.planning.hlo_cost import GB, read_program
@@ -31,7 +32,6 @@ from spatialvla_jax.training.flops import model_flops
 from spatialvla_jax.training.grid_fit import make_grid
 from spatialvla_jax.training.optimizer import make_optimizer
 from spatialvla_jax.training.setup import (
-    abstract_batch,
     abstract_params,
     frozen_patterns,
     jit_train_step,
@@ -185,7 +185,8 @@ def compile_plan(config: ConfigDict, plan: Plan, topology: Topology, cache: Path
     state, shardings = abstract_state(model, optimizer, frozen, mesh, abstract_params(config, model))
     num_datasets = len(MIXTURES.get(config.data.mixture, ())) + len(config.data.datasets)
     step = jit_train_step(config, model, mesh, shardings, num_datasets)
-    lowered = step.lower(state, abstract_batch(model, plan.batch_size), grid, np.uint32(0))
+    batch = Batch.abstract(model.config, plan.batch_size, grid.action_dim)
+    lowered = step.lower(state, batch, grid, np.uint32(0))
     versions = {"jax": jax.__version__, "libtpu": importlib.metadata.version("libtpu")}
     key = hashlib.sha256(f"{topology} {plan} {versions} {FORMAT} {lowered.as_text()}".encode()).hexdigest()[:24]
     kept = cache / f"{key}.json"

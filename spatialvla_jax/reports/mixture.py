@@ -62,7 +62,7 @@ def write_page(
         histograms = _histograms(_normalized(loader, index), grid)
         total = total + index.num_frames * histograms
         shown = _samples(index, np.random.default_rng([seed, number]))
-        images = loader.frames(starts[number] + np.concatenate(shown))["image"]
+        images = loader.frames(starts[number] + np.concatenate(shown)).image
         strips = np.split(images, np.cumsum([len(steps) for steps in shown])[:-1])
         limit = IMAGE_BYTES // (len(indexes) * EPISODES * 3)
         figures = "".join(_strip(index, *pair, limit) for pair in zip(shown, strips, strict=True))

@@ -6,9 +6,10 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from spatialvla_jax.batch import Batch
 from spatialvla_jax.models.lora import merge_adapters
 from spatialvla_jax.training.optimizer import merge, split_frozen
-from spatialvla_jax.training.setup import abstract_batch, abstract_params, frozen_patterns, lora_scale, make_model
+from spatialvla_jax.training.setup import abstract_params, frozen_patterns, lora_scale, make_model
 from spatialvla_jax.training.step import loss_and_metrics, prepare
 
 
@@ -21,7 +22,7 @@ def model_flops(config: ConfigDict, grid: Any) -> float:
     model = make_model(config, grid)
     frozen = frozen_patterns(config, model)
 
-    def gradient(params: Any, batch: Any) -> Any:
+    def gradient(params: Any, batch: Batch) -> Any:
         trainable, fixed = split_frozen(params, frozen)
         inputs = prepare(batch, None, None)
 
@@ -32,7 +33,8 @@ def model_flops(config: ConfigDict, grid: Any) -> float:
         return jax.grad(loss)(trainable)
 
     params = abstract_params(config, model)
-    return product_flops(jax.make_jaxpr(gradient)(params, abstract_batch(model, 1)).jaxpr)
+    batch = Batch.abstract(model.config, 1, grid.action_dim)
+    return product_flops(jax.make_jaxpr(gradient)(params, batch).jaxpr)
 
 
 def product_flops(jaxpr: Any) -> float:

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from spatialvla_jax.batch import Batch
 from spatialvla_jax.config import check_post_training, check_resumable
 from spatialvla_jax.data import Loader, open_data
 from spatialvla_jax.errors import InputError
@@ -109,7 +110,7 @@ def _train(
     step_fn = jit_train_step(config, model, mesh, shardings, len(loader.names))
     eval_fn = jax.jit(
         on_mesh(make_eval_step(model, len(loader.names), lora_scale(config)), mesh),
-        in_shardings=(shardings.params, batch_sharding, replicated, batch_sharding),
+        in_shardings=(shardings.params, batch_sharding, replicated),
         out_shardings=replicated,
     )
 
@@ -147,7 +148,7 @@ def _train(
             with clock("data"):
                 batch = next(batches)
             # A fingerprint of which frames the step saw: two runs saw the same data if these agree.
-            digest = zlib.crc32(np.ascontiguousarray(batch["sample_id"]).tobytes())
+            digest = zlib.crc32(np.asarray(batch.sample_id).tobytes())
             with clock("compute"):
                 state, metrics = step_fn(state, to_device(batch, batch_sharding), grid, seed)
                 if running is not None:  # wait for the step before: the device has one to do meanwhile
@@ -228,15 +229,14 @@ def validate(
         frames=config.train.eval_frames or None,
     )
     for batch in batches:
-        arrays = to_device(batch, sharding)
-        valid = arrays.pop("valid")
-        sums, n = jax.device_get(eval_fn(params, arrays, grid, valid))
+        sums, n = jax.device_get(eval_fn(params, to_device(batch, sharding), grid))
         count += float(n)
         totals = {k: totals.get(k, 0.0) + np.asarray(v, np.float64) for k, v in sums.items()}
     means = {k: v if k == "datasets" else v / count for k, v in totals.items()}
     return scalars(means, loader.names)
 
 
-def to_device(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
+def to_device(batch: Batch, sharding: NamedSharding) -> Batch:
     """This host's rows of the global batch → global arrays."""
-    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items() if k != "sample_id"}
+    rows = batch.replace(sample_id=None)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), rows)

@@ -96,21 +96,3 @@ def jit_train_step(
         donate_argnums=0,
         compiler_options=TPU_OPTIONS if mesh.devices.flat[0].platform == "tpu" else None,
     )
-
-
-def abstract_batch(model: SpatialVLA, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and dtypes of a global batch as the loader gives it."""
-    cfg, B = model.config, batch_size
-    S, Q = cfg.img.image_size, cfg.prompt_length
-    shapes: dict[str, tuple[tuple[int, ...], Any]] = {
-        "image": ((B, S, S, 3), jnp.uint8),
-        "intrinsics": ((B, 3, 3), jnp.float32),
-        "prompt_ids": ((B, Q), jnp.int32),
-        "prompt_mask": ((B, Q), jnp.bool_),
-        "actions": ((B, cfg.action_chunk, 7), jnp.float32),
-        "action_mask": ((B, cfg.action_chunk), jnp.bool_),
-        "dataset_id": ((B,), jnp.int32),
-    }
-    if cfg.depth_source == "dataset":
-        shapes["depth"] = ((B, S, S), jnp.float32)
-    return {k: jax.ShapeDtypeStruct(*v) for k, v in shapes.items()}

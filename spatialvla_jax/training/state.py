@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
+from spatialvla_jax.batch import example_inputs
 from spatialvla_jax.models import SpatialVLA
 from spatialvla_jax.training.optimizer import split_frozen
 from spatialvla_jax.training.sharding import like_params, param_shardings
@@ -25,26 +26,11 @@ class TrainState:
     opt_state: Any
 
 
-def example_inputs(model: SpatialVLA, batch: int = 1) -> tuple[tuple[Array, ...], dict[str, Array]]:
-    """Zeros of the model's input shapes: (positional, keyword) arguments of `SpatialVLA.__call__`."""
-    cfg = model.config
-    size = cfg.img.image_size
-    args = (
-        jnp.zeros((batch, size, size, 3)),
-        jnp.zeros((batch, cfg.prompt_length), jnp.int32),
-        jnp.ones((batch, cfg.prompt_length), bool),
-        jnp.zeros((batch, cfg.num_action_tokens), jnp.int32),
-    )
-    kwargs = {"depth": jnp.ones((batch, size, size)), "intrinsics": jnp.tile(jnp.eye(3), (batch, 1, 1))}
-    return args, kwargs
-
-
 def init_params(model: SpatialVLA, seed: Int[Array, ""] | int) -> dict[str, Any]:
     """Random parameters, float32."""
-    args, kwargs = example_inputs(model)
 
     def init(seed: Any) -> Any:
-        return model.init(jax.random.key(seed), *args, **kwargs)["params"]  # pyright: ignore[reportArgumentType]
+        return model.init(jax.random.key(seed), **example_inputs(model.config))["params"]
 
     return jax.jit(init)(jnp.asarray(seed, jnp.uint32))
 

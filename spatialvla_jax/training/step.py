@@ -5,9 +5,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from spatialvla_jax.actions import decode, encode
+from spatialvla_jax.batch import Batch
 from spatialvla_jax.models import SpatialVLA
 from spatialvla_jax.models.lora import merge_adapters
 from spatialvla_jax.models.spatialvla import EOS
@@ -37,26 +38,24 @@ def make_train_step(
 ):
     """→ `step(state, batch, grid, seed) -> (state, metrics)`, to be jitted with the state donated.
 
-    `batch` holds the loader's arrays (image u8[B,S,S,3], …); `grad_accum_steps` splits it into that many microbatches
-    whose gradients are averaged, which is the gradient of the whole batch. Where its loss or its gradient is not
-    finite, the step is counted (`skipped`, of the whole run) and changes nothing else. `num_datasets` is the
+    `grad_accum_steps` splits the batch into that many microbatches whose gradients are averaged, which is the gradient
+    of the whole batch. Where its loss or its gradient is not finite, the step is counted (`skipped`, of the whole run)
+    and changes nothing else. `num_datasets` is the
     mixture's, for metrics by dataset; `lora_scale` is that of `merge_adapters`, where there are adapters. Grid and seed
     are arguments, so that runs which differ in them share one compilation.
     """
 
-    def step(
-        state: TrainState, batch: dict[str, Array], grid: Any, seed: Int[Array, ""] | int
-    ) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, batch: Batch, grid: Any, seed: Int[Array, ""] | int) -> tuple[TrainState, Metrics]:
         trainable, fixed = split_frozen(state.params, frozen)
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         inputs = prepare(batch, key, augmentation)
 
-        def loss_fn(trainable: Any, inputs: dict[str, Array]) -> tuple[Float[Array, ""], Metrics]:
+        def loss_fn(trainable: Any, inputs: Batch) -> tuple[Float[Array, ""], Metrics]:
             params = merge_adapters(merge(trainable, fixed), lora_scale, model.config.dtype)
             params = cast_split(params, model.config.dtype)
             loss, metrics = loss_and_metrics(model, params, inputs, grid)
             means = {k: v.mean() for k, v in metrics.items()}
-            return loss.mean(), means | by_dataset(metrics, inputs["dataset_id"], num_datasets)
+            return loss.mean(), means | by_dataset(metrics, inputs.dataset_id, num_datasets)
 
         gradient = jax.value_and_grad(loss_fn, has_aux=True)
         if grad_accum_steps == 1:
@@ -88,29 +87,26 @@ def make_train_step(
 
 
 def make_eval_step(model: SpatialVLA, num_datasets: int = 0, lora_scale: float = 0.0):
-    """→ `step(params, batch, grid, valid bool[B]) -> (metric sums over valid examples, their number)`."""
+    """→ `step(params, batch, grid) -> (metric sums over the batch's valid examples, their number)`."""
 
-    def step(params: dict[str, Any], batch: dict[str, Array], grid: Any, valid: Bool[Array, " B"]):
+    def step(params: dict[str, Any], batch: Batch, grid: Any):
         inputs = prepare(batch, None, None)
+        assert inputs.valid is not None, "the batch is not of an epoch"
         params = cast_split(merge_adapters(params, lora_scale, model.config.dtype), model.config.dtype)
         _, metrics = loss_and_metrics(model, params, inputs, grid)
-        sums = {k: jnp.where(valid, v, 0).sum() for k, v in metrics.items()}
-        dataset_id = jnp.where(valid, inputs["dataset_id"], -1)
-        return sums | by_dataset(metrics, dataset_id, num_datasets), valid.sum()
+        sums = {k: jnp.where(inputs.valid, v, 0).sum() for k, v in metrics.items()}
+        dataset_id = jnp.where(inputs.valid, inputs.dataset_id, -1)
+        return sums | by_dataset(metrics, dataset_id, num_datasets), inputs.valid.sum()
 
     return step
 
 
-def prepare(batch: dict[str, Array], key: Any, augmentation: Augmentation | None) -> dict[str, Array]:
+def prepare(batch: Batch, key: Any, augmentation: Augmentation | None) -> Batch:
     """uint8 images → [0, 1], augmented when asked."""
-    image, depth, intrinsics = batch["image"].astype(jnp.float32) / 255, batch.get("depth"), batch["intrinsics"]
+    image, depth, intrinsics = batch.image.astype(jnp.float32) / 255, batch.depth, batch.intrinsics
     if augmentation is not None:
         image, depth, intrinsics = augment(key, image, depth, intrinsics, augmentation)
-    inputs = {"image": image, "intrinsics": intrinsics}
-    if depth is not None:
-        inputs["depth"] = depth
-    dataset_id = batch.get("dataset_id", jnp.zeros(len(image), jnp.int32))
-    return inputs | {k: batch[k] for k in ("prompt_ids", "prompt_mask", "actions")} | {"dataset_id": dataset_id}
+    return batch.replace(image=image, depth=depth, intrinsics=intrinsics)
 
 
 def by_dataset(
@@ -125,7 +121,7 @@ def by_dataset(
 
 
 def loss_and_metrics(
-    model: SpatialVLA, params: dict[str, Any], inputs: dict[str, Array], grid: Any
+    model: SpatialVLA, params: dict[str, Any], inputs: Batch, grid: Any
 ) -> tuple[Float[Array, " B"], dict[str, Float[Array, " B"]]]:
     """Cross-entropy on the action tokens and `<eos>` (13 of a 4-step chunk), averaged per example; teacher-forced.
 
@@ -133,17 +129,9 @@ def loss_and_metrics(
     that stands at each place, as the policy's constrained decoding does.
     """
     cfg = model.config
-    B = inputs["actions"].shape[0]
-    ids = encode(grid, inputs["actions"])  # [B, T, tokens_per_action]
-    logits: Any = model.apply(
-        {"params": params},
-        inputs["image"],
-        inputs["prompt_ids"],
-        inputs["prompt_mask"],
-        ids.reshape(B, -1),
-        depth=inputs.get("depth"),
-        intrinsics=inputs["intrinsics"],
-    )
+    B = inputs.actions.shape[0]
+    ids = encode(grid, inputs.actions)  # [B, T, tokens_per_action]
+    logits: Any = model.apply({"params": params}, **inputs.model_inputs(), action_ids=ids.reshape(B, -1))
     eos = jnp.full((B, 1), EOS, jnp.int32)
     targets = jnp.concatenate([ids.reshape(B, -1) + cfg.action_offset, eos], axis=1)
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean(axis=1)
@@ -155,7 +143,7 @@ def loss_and_metrics(
         places = jnp.array([i for i, k in enumerate(kinds) if k == kind])
         metrics[f"accuracy/{kind}"] = hit[:, places].mean(axis=1)
     metrics["accuracy"] = hit.mean(axis=1)
-    metrics["l1"] = jnp.abs(decode(grid, predicted) - inputs["actions"]).mean(axis=(1, 2))
+    metrics["l1"] = jnp.abs(decode(grid, predicted) - inputs.actions).mean(axis=(1, 2))
     return loss, metrics
 
 

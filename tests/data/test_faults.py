@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.batches import assert_equal, concatenate
 from helpers.toy_rlds import data_config, make_episodes, make_rlds
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -195,9 +196,9 @@ def test_one_step_episodes_train(tmp_path):
     path = make_rlds(tmp_path, {"train": make_episodes(6, steps=(1, 1))})
     loader = load_data(data_config(path, cache_dir=tmp_path / "cache"), image_size=SIZE)
     batch = next(loader.batches(6))
-    assert sorted(batch["sample_id"]) == list(range(6)) and loader.num_skipped() == 0
-    assert batch["action_mask"].tolist() == [[True, False, False, False]] * 6
-    assert not batch["actions"][:, 1:, :6].any()
+    assert sorted(batch.sample_id) == list(range(6)) and loader.num_skipped() == 0
+    assert batch.action_mask.tolist() == [[True, False, False, False]] * 6
+    assert not batch.actions[:, 1:, :6].any()
 
 
 # --- while streaming --------------------------------------------------------------------------------------------------
@@ -259,24 +260,22 @@ def test_replaced_frames(damaged, block):
     vanish(config, broken)
     batches = list(itertools.islice(stream, 12))
     ids, replaced = expected(whole_index, broken, 12, 8)
-    np.testing.assert_array_equal([batch["sample_id"] for batch in batches], ids)
+    np.testing.assert_array_equal([batch.sample_id for batch in batches], ids)
     assert whole_index.replaced() == replaced and sum(replaced.values()) > 10
-    clean = {number for batch in batches for number in batch["sample_id"].tolist()}
-    assert not clean & set(broken) and all(len(batch["image"]) == 8 for batch in batches)
+    clean = {number for batch in batches for number in batch.sample_id.tolist()}
+    assert not clean & set(broken) and all(len(batch.image) == 8 for batch in batches)
 
     for start in (3, 11):
         resumed = list(itertools.islice(whole_index.batches(8, seed=5, start_step=start), 12 - start))
         for one, two in zip(batches[start:], resumed, strict=True):
-            for key in one:
-                np.testing.assert_array_equal(one[key], two[key])
+            assert_equal(one, two)
     for count in (2, 4):
         parts = [
             list(itertools.islice(whole_index.batches(8, seed=5, process_index=i, process_count=count), 12))
             for i in range(count)
         ]
         for one, *rows in zip(batches, *parts, strict=True):
-            for key in one:
-                np.testing.assert_array_equal(one[key], np.concatenate([row[key] for row in rows]))
+            assert_equal(one, concatenate(rows))
 
 
 def test_another_process_finds_the_same(damaged):
@@ -285,8 +284,8 @@ def test_another_process_finds_the_same(damaged):
     loader, batches = take(config, 9)
     later, resumed = take(config, 4, start_step=5)
     for one, two in zip(batches[5:], resumed, strict=True):
-        np.testing.assert_array_equal(one["sample_id"], two["sample_id"])
-        np.testing.assert_array_equal(one["image"], two["image"])
+        np.testing.assert_array_equal(one.sample_id, two.sample_id)
+        np.testing.assert_array_equal(one.image, two.image)
     assert sum(loader.replaced().values()) >= sum(later.replaced().values()) > 0
 
 
@@ -308,7 +307,7 @@ def test_dataset_that_vanishes_altogether(tmp_path):
         os.truncate(file, 0)  # an open file would still be there
     shutil.rmtree(paths[0])
     batches = list(itertools.islice(stream, 20))
-    assert all((batch["dataset_id"] == 1).all() for batch in batches[10:])  # what was read ahead is long used
+    assert all((batch.dataset_id == 1).all() for batch in batches[10:])  # what was read ahead is long used
     assert all(reason == "unreadable file" and name == "toy0" for name, reason in loader.replaced())
     shutil.rmtree(paths[1])
     with pytest.raises(InputError, match="no readable frame"):
@@ -319,12 +318,12 @@ def test_validation_without_broken_frames(damaged):
     config, broken = damaged
     loader = load_data(config, image_size=SIZE)
     batches = list(loader.epoch(5, "train"))
-    valid = np.concatenate([batch["valid"] for batch in batches])
-    ids = np.concatenate([batch["sample_id"] for batch in batches])
+    valid = np.concatenate([batch.valid for batch in batches])
+    ids = np.concatenate([batch.sample_id for batch in batches])
     np.testing.assert_array_equal(ids[valid], sorted(set(range(48)) - set(broken)))
     assert sum(loader.replaced().values()) >= 3
     episodes = list(loader.episodes("train"))
-    assert len(episodes) == 12 - 3 and {len(episode["image"]) for episode in episodes} == {4}
+    assert len(episodes) == 12 - 3 and {len(episode.frames.image) for episode in episodes} == {4}
     fresh = load_data(config | {"faults": {"policy": "fail"}}, image_size=SIZE)
     with pytest.raises(InputError, match="episode 0, step 3: the image does not decode"):
         list(fresh.epoch(5, "train"))
@@ -343,7 +342,7 @@ def test_slow_disk(rlds, tmp_path, monkeypatch):
     monkeypatch.setattr(reader.os, "pread", slow)
     begun = time.perf_counter()
     for one, two in zip(fast, load_data(config, image_size=SIZE).batches(4), strict=False):
-        np.testing.assert_array_equal(one["image"], two["image"])
+        np.testing.assert_array_equal(one.image, two.image)
     assert time.perf_counter() - begun >= 5 * 4 * 0.02
 
 

@@ -1,9 +1,11 @@
 import itertools
 import shutil
 
+import jax
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from helpers.batches import assert_equal, concatenate
 from helpers.toy_rlds import INTRINSICS, data_config, make_episodes, make_rlds
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -42,12 +44,6 @@ def take(batches, count):
     return list(itertools.islice(batches, count))
 
 
-def assert_equal(one, two):
-    assert one.keys() == two.keys()
-    for key in one:
-        np.testing.assert_array_equal(one[key], two[key], err_msg=key)
-
-
 def test_batch_is_the_contract(loader):
     batch = next(loader.batches(6))
     shapes = {
@@ -61,7 +57,7 @@ def test_batch_is_the_contract(loader):
         "dataset_id": ((6,), np.int32),
         "sample_id": ((6,), np.int64),
     }
-    assert {key: (value.shape, value.dtype) for key, value in batch.items()} == shapes
+    assert {key: (value.shape, value.dtype) for key, value in vars(batch).items() if value is not None} == shapes
 
 
 def test_frames_equal_what_tfds_reads(loader, rlds):
@@ -75,25 +71,27 @@ def test_frames_equal_what_tfds_reads(loader, rlds):
         raw = np.asarray([step["action"] for step in steps])
         raw[:, 6] = raw[:, 6] < 0
         actions = normalize(raw, loader.statistics["toy0"]["action"])
-        assert episode["dataset"] == "toy0" and episode["instruction"] == steps[0]["language_instruction"].decode()
-        assert len(episode["image"]) == len(steps)
+        assert episode.dataset == "toy0" and episode.instruction == steps[0]["language_instruction"].decode()
+        assert len(episode.frames.image) == len(steps)
         for row, step in enumerate(steps):
-            np.testing.assert_array_equal(episode["image"][row], decode_image(step["observation"]["image"], SIZE)[0])
+            np.testing.assert_array_equal(
+                episode.frames.image[row], decode_image(step["observation"]["image"], SIZE)[0]
+            )
             depth = step["observation"]["depth"][..., 0]
             rows, columns = ((np.arange(SIZE) + 0.5) * side / SIZE for side in depth.shape)
             nearest = depth[np.ix_(rows.astype(int), columns.astype(int))] / 1000
-            np.testing.assert_allclose(episode["depth"][row], nearest, rtol=1e-6)
+            np.testing.assert_allclose(episode.frames.depth[row], nearest, rtol=1e-6)
             scale = np.asarray([[SIZE / 64], [SIZE / 48], [1]])
-            np.testing.assert_allclose(episode["intrinsics"][row], INTRINSICS * scale, rtol=1e-6)
-            text = loader.tokenizer.decode(episode["prompt_ids"][row][episode["prompt_mask"][row]])
+            np.testing.assert_allclose(episode.frames.intrinsics[row], INTRINSICS * scale, rtol=1e-6)
+            text = loader.tokenizer.decode(episode.frames.prompt_ids[row][episode.frames.prompt_mask[row]])
             assert text == step["language_instruction"].decode().lower() + "\n"
             for later in range(4):
                 inside = row + later < len(steps)
                 neutral = np.append(np.zeros(6), actions[-1, 6])
                 expected = actions[row + later] if inside else neutral
-                np.testing.assert_array_equal(episode["actions"][row, later], expected)
-                assert episode["action_mask"][row, later] == inside
-            assert episode["sample_id"][row] == frame
+                np.testing.assert_array_equal(episode.frames.actions[row, later], expected)
+                assert episode.frames.action_mask[row, later] == inside
+            assert episode.frames.sample_id[row] == frame
             frame += 1
 
 
@@ -128,27 +126,27 @@ def test_order_does_not_depend_on_processes_or_threads(mixed, rlds, other, cache
     for count in (2, 3):
         parts = [take(mixed.batches(12, seed=1, process_index=i, process_count=count), 3) for i in range(count)]
         for one, *rows in zip(whole, *parts, strict=True):
-            assert_equal(one, {key: np.concatenate([row[key] for row in rows]) for key in one})
+            assert_equal(one, concatenate(rows))
 
 
 def test_every_frame_once_a_pass(loader):
     total = loader.num_frames()
-    ids = np.concatenate([batch["sample_id"] for batch in take(loader.batches(7, seed=2), 2 * total // 7)])
+    ids = np.concatenate([batch.sample_id for batch in take(loader.batches(7, seed=2), 2 * total // 7)])
     for one_pass in ids[: len(ids) // total * total].reshape(-1, total):
         np.testing.assert_array_equal(np.sort(one_pass), np.arange(total))
     assert not np.array_equal(ids[:total], np.arange(total))
-    assert not np.array_equal(ids, np.concatenate([b["sample_id"] for b in take(loader.batches(7), len(ids) // 7)]))
+    assert not np.array_equal(ids, np.concatenate([b.sample_id for b in take(loader.batches(7), len(ids) // 7)]))
 
 
 def test_epoch_pads_and_marks(loader):
     total = loader.num_frames("val")
     batches = list(loader.epoch(5, "val"))
-    valid = np.concatenate([batch["valid"] for batch in batches])
-    ids = np.concatenate([batch["sample_id"] for batch in batches])
+    valid = np.concatenate([batch.valid for batch in batches])
+    ids = np.concatenate([batch.sample_id for batch in batches])
     assert valid.sum() == total and len(valid) == -(-total // 5) * 5
     np.testing.assert_array_equal(ids[valid], np.arange(total))
     parts = [list(loader.epoch(4, "val", process_index=i, process_count=2)) for i in range(2)]
-    halves = [np.concatenate([a["sample_id"], b["sample_id"]]) for a, b in zip(*parts, strict=True)]
+    halves = [np.concatenate([a.sample_id, b.sample_id]) for a, b in zip(*parts, strict=True)]
     np.testing.assert_array_equal(np.concatenate(halves)[:total], np.arange(total))
 
 
@@ -161,14 +159,14 @@ def test_mixture(mixed, loader):
     seen = {}
     for batch in take(mixed.batches(16), 8):
         for row in range(16):
-            seen[int(batch["sample_id"][row])] = {key: value[row] for key, value in batch.items()}
+            seen[int(batch.sample_id[row])] = jax.tree.map(lambda x, row=row: x[row], batch)
     actions = mixed.actions()
     for number, sample in seen.items():
-        assert sample["dataset_id"] == (number >= sizes[0])
-        np.testing.assert_allclose(sample["actions"][0], actions[number], atol=1e-7)
+        assert sample.dataset_id == (number >= sizes[0])
+        np.testing.assert_allclose(sample.actions[0], actions[number], atol=1e-7)
         old = (64, 48) if number < sizes[0] else (32, 32)
         scale = np.asarray([[SIZE / old[0]], [SIZE / old[1]], [1]])
-        np.testing.assert_allclose(sample["intrinsics"], INTRINSICS * scale, rtol=1e-6)
+        np.testing.assert_allclose(sample.intrinsics, INTRINSICS * scale, rtol=1e-6)
     assert mixed.statistics["toy0"] == loader.statistics["toy0"] != mixed.statistics["toy1"]
     relative = INTRINSICS / [[64], [48], [1]]
     np.testing.assert_allclose(mixed.intrinsics["toy0"], relative, rtol=1e-6)
@@ -185,7 +183,7 @@ def test_default_camera(rlds, cache_dir):
     """A dataset without intrinsics has the release's camera, scaled from 640x480 whatever the stored size."""
     config = data_config(rlds, cache_dir=cache_dir)
     config["datasets"][0]["spec"] = {}
-    intrinsics = next(load_data(config, image_size=224).batches(2))["intrinsics"]
+    intrinsics = next(load_data(config, image_size=224).batches(2)).intrinsics
     expected = [[623.588 * 0.35, 0, 319.501 * 0.35], [0, 623.588 * 224 / 480, 239.545 * 224 / 480], [0, 0, 1]]
     np.testing.assert_allclose(intrinsics, [expected, expected], rtol=1e-6)
 

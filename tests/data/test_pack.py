@@ -9,8 +9,10 @@ import sys
 import zlib
 from dataclasses import asdict, replace
 
+import jax
 import numpy as np
 import pytest
+from helpers.batches import assert_equal
 from helpers.toy_rlds import data_config, make_episodes, make_rlds
 
 from spatialvla_jax.cli.__main__ import main
@@ -79,14 +81,6 @@ def take(batches, count):
     return list(itertools.islice(batches, count))
 
 
-def assert_equal(one, two):
-    assert one.keys() == two.keys()
-    for key in one:
-        np.testing.assert_array_equal(one[key], two[key], err_msg=key)
-        if isinstance(one[key], np.ndarray):
-            assert one[key].dtype == two[key].dtype
-
-
 @pytest.mark.parametrize("options", [{}, {"seed": 3, "start_step": 7}, {"process_index": 1, "process_count": 2}])
 def test_batches_are_the_streams(stream, packed, options):
     for one, two in zip(take(stream.batches(12, **options), 4), take(packed.batches(12, **options), 4), strict=True):
@@ -143,20 +137,19 @@ def test_reads_without_tensorflow(file, stream, tmp_path):
     """Same bits where it cannot be imported."""
     program = f"""{BLOCKED}
 import itertools
+import jax
 import numpy as np
 from spatialvla_jax.data import load_data
 
 loader = load_data({{"packed": {str(file)!r}, "prompt": {{"length": 24}}}}, image_size={SIZE}, depth=True)
 batches = list(itertools.islice(loader.batches(8, seed=1), 3)) + list(loader.epoch(8, "val"))
-np.savez("batches.npz", **{{f"{{i}}/{{k}}": v for i, batch in enumerate(batches) for k, v in batch.items()}})
+np.savez("batches.npz", *jax.tree.leaves(batches))
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     expected = [*take(stream.batches(8, seed=1), 3), *stream.epoch(8, "val")]
     with np.load(tmp_path / "batches.npz") as read:
-        assert_equal(
-            {f"{i}/{k}": v for i, batch in enumerate(expected) for k, v in batch.items()}, {k: read[k] for k in read}
-        )
+        assert_equal([read[name] for name in read], jax.tree.leaves(expected))
 
 
 def test_trains_without_tensorflow(config_file, tmp_path, capsys):
@@ -174,7 +167,7 @@ def test_trains_without_tensorflow(config_file, tmp_path, capsys):
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     config = load_config(config_file)
     batches = take(open_data(config).batches(config.train.batch_size, seed=config.seed), 2)
-    assert [row["batch"] for row in rows] == [f"{zlib.crc32(batch['sample_id'].tobytes()):08x}" for batch in batches]
+    assert [row["batch"] for row in rows] == [f"{zlib.crc32(batch.sample_id.tobytes()):08x}" for batch in batches]
     assert all(np.isfinite(row["loss"]) for row in rows)
 
 

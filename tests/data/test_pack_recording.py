@@ -1,9 +1,11 @@
 """Recorded episodes in a packed file: what the loader gives is what was recorded."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.batches import assert_equal
 
 from spatialvla_jax.actions.normalization import normalize
 from spatialvla_jax.config import default_config
@@ -60,15 +62,14 @@ def test_with_pictures_of_some_steps_chunks_hold_the_actions_of_all(loader, tmp_
     assert result["frames"] == {"train": 3 + 2 + 2, "val": 1}
     pictured = np.array([0, 2, 4, 5, 7, 8, 10])  # of the three episodes' steps 0–4, 5–7 and 8–11
     expected, got = loader.frames(pictured), some.frames(np.arange(7))
-    for key in expected.keys() - {"sample_id"}:
-        np.testing.assert_array_equal(got[key], expected[key], err_msg=key)
+    assert_equal(got, replace(expected, sample_id=got.sample_id))
     np.testing.assert_array_equal(some.actions(), loader.actions())
     assert some.statistics == loader.statistics
     for got, expected in zip(some.episodes("train"), loader.episodes("train"), strict=True):
-        assert len(got["image"]) == -(-len(expected["image"]) // 2)
-        np.testing.assert_array_equal(expected["previous_action"][1:], expected["actions"][:-1, 0])
-        np.testing.assert_array_equal(got["previous_action"], expected["previous_action"][::2])
-    assert sorted(next(some.batches(7, seed=1))["sample_id"]) == list(range(7))
+        assert len(got.frames.image) == -(-len(expected.frames.image) // 2)
+        np.testing.assert_array_equal(expected.previous_action[1:], expected.frames.actions[:-1, 0])
+        np.testing.assert_array_equal(got.previous_action, expected.previous_action[::2])
+    assert sorted(next(some.batches(7, seed=1)).sample_id) == list(range(7))
 
 
 def test_frames_come_back_as_they_were(loader) -> None:
@@ -76,30 +77,28 @@ def test_frames_come_back_as_they_were(loader) -> None:
     batch = loader.frames(np.arange(12))
     for key, dtype in (("image", np.uint8), ("intrinsics", np.float32)):
         expected = np.stack([step["observation"][key] for step in recorded])
-        np.testing.assert_array_equal(batch[key], expected)
-        assert batch[key].dtype == dtype
+        np.testing.assert_array_equal(getattr(batch, key), expected)
+        assert getattr(batch, key).dtype == dtype
     metres = np.stack([step["observation"]["depth"] for step in recorded]) * np.float32(0.001)
-    np.testing.assert_array_equal(batch["depth"], metres)
+    np.testing.assert_array_equal(batch.depth, metres)
 
 
 def test_actions_are_canonical_and_end_with_their_episode(loader) -> None:
     raw = np.stack([step["action"] for split, e in episodes() if split == "train" for step in e["steps"]])
     canonical = np.concatenate([raw[:, :6], (1 - raw[:, 6:]) / 2], axis=1)
     batch = loader.frames(np.arange(12))
-    np.testing.assert_allclose(
-        batch["actions"][:, 0], normalize(canonical, loader.statistics["toy"]["action"]), atol=1e-6
-    )
-    assert set(batch["actions"][:, 0, 6]) == {0.0, 1.0}
-    assert np.flatnonzero(~batch["action_mask"][:, 1]).tolist() == [4, 7, 11]
+    np.testing.assert_allclose(batch.actions[:, 0], normalize(canonical, loader.statistics["toy"]["action"]), atol=1e-6)
+    assert set(batch.actions[:, 0, 6]) == {0.0, 1.0}
+    assert np.flatnonzero(~batch.action_mask[:, 1]).tolist() == [4, 7, 11]
 
 
 def test_splits_instructions_and_prompts(loader) -> None:
-    told = [episode["instruction"] for episode in loader.episodes("train")]
+    told = [episode.instruction for episode in loader.episodes("train")]
     assert told == ["task 0", "task 1", "task 0"]
-    assert [episode["dataset"] for episode in loader.episodes("val")] == ["toy"]
-    ids = loader.frames(np.array([0, 5, 8]))["prompt_ids"]
+    assert [episode.dataset for episode in loader.episodes("val")] == ["toy"]
+    ids = loader.frames(np.array([0, 5, 8])).prompt_ids
     assert np.array_equal(ids[0], ids[2]) and not np.array_equal(ids[0], ids[1])
-    assert "task 1" in loader.tokenizer.decode(ids[1][loader.frames(np.array([5]))["prompt_mask"][0]])
+    assert "task 1" in loader.tokenizer.decode(ids[1][loader.frames(np.array([5])).prompt_mask[0]])
 
 
 def test_a_file_that_the_pictures_need_is_named(tmp_path: Path) -> None:

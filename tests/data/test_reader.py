@@ -5,6 +5,7 @@ import os
 
 import numpy as np
 import pytest
+from helpers.batches import assert_equal, concatenate
 from helpers.toy_rlds import data_config, make_episodes, make_rlds
 
 from spatialvla_jax.data import load_data, reader
@@ -53,22 +54,19 @@ def test_blocks_give_the_same_frames(paths, cache_dir, block):
     loader = load_data(config, image_size=SIZE, depth=True)
     whole = take(loader.batches(16, seed=2), 20)
     for batch in whole[::6]:
-        expected = single.frames(batch["sample_id"])
-        for key in batch:
-            np.testing.assert_array_equal(batch[key], expected[key])
+        expected = single.frames(batch.sample_id)
+        assert_equal(batch, expected)
     for number, index in enumerate(loader.indexes()):
-        ids = np.concatenate([batch["sample_id"][batch["dataset_id"] == number] for batch in whole])
+        ids = np.concatenate([batch.sample_id[batch.dataset_id == number] for batch in whole])
         for one_pass in ids[: len(ids) // index.num_frames * index.num_frames].reshape(-1, index.num_frames):
             assert len(set(one_pass.tolist())) == index.num_frames
     for start in (1, 13, 19):
         for one, two in zip(whole[start:], loader.batches(16, seed=2, start_step=start), strict=False):
-            for key in one:
-                np.testing.assert_array_equal(one[key], two[key])
+            assert_equal(one, two)
     for count in (2, 4):
         parts = [take(loader.batches(16, seed=2, process_index=i, process_count=count), 5) for i in range(count)]
         for one, *rows in zip(whole, *parts, strict=False):
-            for key in one:
-                np.testing.assert_array_equal(one[key], np.concatenate([row[key] for row in rows]))
+            assert_equal(one, concatenate(rows))
 
 
 def test_blocks_are_read_once(paths, cache_dir, reads):

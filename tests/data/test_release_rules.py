@@ -159,13 +159,13 @@ def test_equals_the_release(name, tmp_path):
     read = list(loader.episodes("train"))
     assert len(read) == len(standard)
     clipped = past = 0
-    for batch, actions in zip(read, standard, strict=True):
+    for episode, actions in zip(read, standard, strict=True):
         normalised = [reference_normalised(action, rows) for action in actions]
         chunks, masks = zip(*reference_chunks(normalised), strict=True)
-        np.testing.assert_allclose(batch["actions"], chunks, atol=1e-6)
-        np.testing.assert_array_equal(batch["action_mask"], masks)
+        np.testing.assert_allclose(episode.frames.actions, chunks, atol=1e-6)
+        np.testing.assert_array_equal(episode.frames.action_mask, masks)
         clipped += np.sum(np.abs(np.asarray(normalised)[:, :6]) == 1)
         past += np.sum(~np.asarray(masks))
     assert clipped >= 10 and past >= 20  # the rules have been exercised
     if name == "libero_spatial_no_noops":
-        assert not any(batch["actions"][..., 4].any() for batch in read)
+        assert not any(episode.frames.actions[..., 4].any() for episode in read)

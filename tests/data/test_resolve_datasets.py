@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.batches import assert_equal
 from helpers.toy_rlds import data_config, make_episodes, make_rlds
 
 from spatialvla_jax.config import load_config
@@ -102,7 +103,7 @@ def test_own_dataset_beside_a_mixture(root, mixtures, tmp_path, cache_dir):
     loader = load_data(config.data, image_size=SIZE)
     assert loader.names == ("libero", "libero_no_noops", "my_robot") and loader.weights == (1.0, 0.5, 4.0)
     batch = loader.frames(np.asarray([loader.num_frames() - 1]))
-    np.testing.assert_allclose(batch["intrinsics"][0], [[15, 0, 8], [0, 20, 8], [0, 0, 1]])
+    np.testing.assert_allclose(batch.intrinsics[0], [[15, 0, 8], [0, 20, 8], [0, 0, 1]])
     assert (loader.table()[0]["shares"][1], len(loader.table()[2]["shares"])) == (0, 2)
 
 
@@ -125,7 +126,7 @@ def test_parts_of_a_split(root, cache_dir, train, rest, sizes):
     parts = [*loader.episodes(train), *loader.episodes(rest)]
     assert tuple(loader.indexes(split)[0].num_episodes for split in (train, rest)) == sizes
     for part, episode in zip(parts, whole.episodes("train"), strict=True):
-        np.testing.assert_array_equal(part["image"], episode["image"])
+        np.testing.assert_array_equal(part.frames.image, episode.frames.image)
     assert loader.num_frames() == 4 * sizes[0]
     (index,) = loader.indexes()
     actions = np.asarray(whole.indexes()[0].arrays["action"])[: 4 * sizes[0]]
@@ -161,9 +162,9 @@ def test_bad_splits(root, cache_dir, split, message):
 def test_some_frames_of_a_split(root, cache_dir):
     loader = load_data(data_config(root / "libero" / "1.10.0", cache_dir=cache_dir), image_size=SIZE)
     batches = list(loader.epoch(8, "train", frames=20))
-    ids = np.concatenate([batch["sample_id"][batch["valid"]] for batch in batches])
+    ids = np.concatenate([batch.sample_id[batch.valid] for batch in batches])
     assert len(batches) == 3 and ids.tolist() == list(range(0, 80, 4))
-    assert sum(batch["valid"].sum() for batch in loader.epoch(8, "train", frames=1000)) == 80
+    assert sum(batch.valid.sum() for batch in loader.epoch(8, "train", frames=1000)) == 80
 
 
 # --- phases -----------------------------------------------------------------------------------------------------------
@@ -177,26 +178,25 @@ def test_phases(root, rlds, cache_dir, block):
     config = data_config(*paths, cache_dir=cache_dir, read_block=block, shuffle_frames=30)
     loader = load_data(config | {"drop": {"toy0": 2 / 3, "toy2": 0.25}}, image_size=SIZE)
     whole = list(itertools.islice(loader.batches(12, seed=3, total_steps=24), 24))
-    datasets = [set(batch["dataset_id"].tolist()) for batch in whole]
+    datasets = [set(batch.dataset_id.tolist()) for batch in whole]
     assert set.union(*datasets[:6]) == {0, 1, 2} and set.union(*datasets[6:16]) == {0, 1}
     assert set.union(*datasets[16:]) == {1}
     for start in (0, 5, 6, 7, 15, 16, 20):
         resumed = loader.batches(12, seed=3, start_step=start, total_steps=24)
         for one, two in zip(whole[start:], resumed, strict=False):
-            for key in one:
-                np.testing.assert_array_equal(one[key], two[key])
+            assert_equal(one, two)
     for count in (2, 4):
         parts = [loader.batches(12, seed=3, process_index=i, process_count=count, total_steps=24) for i in range(count)]
         for one, *rows in zip(whole, *parts, strict=False):
-            np.testing.assert_array_equal(one["image"], np.concatenate([row["image"] for row in rows]))
-            np.testing.assert_array_equal(one["sample_id"], np.concatenate([row["sample_id"] for row in rows]))
-    ids = np.concatenate([batch["sample_id"][batch["dataset_id"] == 1] for batch in whole])
+            np.testing.assert_array_equal(one.image, np.concatenate([row.image for row in rows]))
+            np.testing.assert_array_equal(one.sample_id, np.concatenate([row.sample_id for row in rows]))
+    ids = np.concatenate([batch.sample_id[batch.dataset_id == 1] for batch in whole])
     for one_pass in ids[: len(ids) // 36 * 36].reshape(-1, 36):
         np.testing.assert_array_equal(np.sort(one_pass), 80 + np.arange(36))
     assert "from 25%" in loader.describe() and "from 67%" in loader.describe()
     plain = load_data(config, image_size=SIZE).batches(12, seed=3)
     for one, two in zip(whole[:6], plain, strict=False):
-        np.testing.assert_array_equal(one["sample_id"], two["sample_id"])
+        np.testing.assert_array_equal(one.sample_id, two.sample_id)
 
 
 @pytest.mark.parametrize(

@@ -16,19 +16,19 @@ def test_a_perfect_policy_and_both_baselines_by_hand(trained: Path, config_file:
     grid = policy.processor.grid
 
     def replay(batch):
-        ids = np.asarray(encode(grid, batch["actions"]))
+        ids = np.asarray(encode(grid, batch.actions))
         return ids, np.asarray(decode(grid, ids))
 
     monkeypatch.setattr(policy, "act", replay)
     result = evaluate(policy, loader, "val", batch_size=4)
     episodes = list(loader.episodes("val"))
-    assert result["episodes"] == 2 and result["frames"] == sum(len(e["image"]) for e in episodes)
+    assert result["episodes"] == 2 and result["frames"] == sum(len(e.frames.image) for e in episodes)
     assert result["token_accuracy"] == result["token_accuracy_rotation"] == 1.0
 
     mean = loader.actions("train").mean(axis=0)
     errors = {"l1": [], "l1_mean_baseline": [], "l1_repeat_baseline": []}
     for episode in episodes:
-        actions = episode["actions"][:, 0]
+        actions = episode.frames.actions[:, 0]
         for t in range(len(actions)):
             held = actions[t - 1] if t else mean
             for true in actions[t : t + 4]:

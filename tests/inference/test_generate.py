@@ -6,7 +6,8 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from test_step import GRID, inputs_of
+from helpers.batches import random_inputs
+from test_step import GRID
 
 from spatialvla_jax.inference import generate as module
 from spatialvla_jax.inference.decoder import quantize
@@ -20,7 +21,7 @@ from spatialvla_jax.training.step import constrained_argmax
 def nano():
     """(model, its parameters, inputs of three observations): prompts of several lengths."""
     model = SpatialVLA(preset("nano", spatial_tokens=GRID.vocab_size))
-    return model, init_params(model, 0), inputs_of(model, 3)
+    return model, init_params(model, 0), random_inputs(model, 3)
 
 
 @cache
@@ -31,10 +32,13 @@ def compiled(model: Any, constrained: bool):
 
 def run(model: Any, params, inputs, *, constrained=True, draft=None, **layout):
     """(tokens, passes) through the jitted path."""
-    fields = ("image", "prompt_ids", "prompt_mask", "depth", "intrinsics")
     weights = prepare(model, params, **layout)
-    tokens, passes = compiled(model, constrained)(weights, {k: inputs[k] for k in fields}, draft)
+    tokens, passes = compiled(model, constrained)(weights, inputs.model_inputs(), draft)
     return np.asarray(tokens), int(passes)
+
+
+def row(inputs: Any, i: int):
+    return jax.tree.map(lambda x: x[i : i + 1], inputs)
 
 
 @pytest.mark.parametrize(("mask", "constrained"), [("prefix", True), ("prefix", False), ("causal", True)])
@@ -45,8 +49,7 @@ def test_tokens_are_greedy_on_the_full_forward_pass(nano, mask: str, constrained
     tokens, _ = run(model, params, inputs, constrained=constrained)
     assert tokens.shape == (3, 12)
     offset, fed = model.config.action_offset, np.maximum(tokens - model.config.action_offset, 0)
-    given = {k: inputs[k] for k in ("image", "prompt_ids", "prompt_mask", "depth", "intrinsics")}
-    logits = jax.jit(lambda p: model.apply({"params": p}, **given, action_ids=fed))(params)
+    logits = jax.jit(lambda p: model.apply({"params": p}, **inputs.model_inputs(), action_ids=fed))(params)
     if constrained:
         np.testing.assert_array_equal(constrained_argmax(logits[:, :-1], GRID, offset), fed)
         return
@@ -83,11 +86,11 @@ def test_batch_and_prompt_length_change_nothing(nano) -> None:
     """Alone and with no more room than the longest prompt needs, as in the batch."""
     model, params, inputs = nano
     expected, _ = run(model, params, inputs)
-    longest = int(np.asarray(inputs["prompt_mask"]).sum(1).max())
+    longest = int(np.asarray(inputs.prompt_mask).sum(1).max())
     assert longest < model.config.prompt_length
-    short = inputs | {k: inputs[k][:, :longest] for k in ("prompt_ids", "prompt_mask")}
+    short = replace(inputs, prompt_ids=inputs.prompt_ids[:, :longest], prompt_mask=inputs.prompt_mask[:, :longest])
     for i in range(3):
-        alone, _ = run(model, params, {k: v[i : i + 1] for k, v in short.items()})
+        alone, _ = run(model, params, row(short, i))
         np.testing.assert_array_equal(alone[0], expected[i])
 
 
@@ -116,13 +119,12 @@ def test_tables_are_quantised_in_slabs_to_the_same_bits(nano, monkeypatch) -> No
 
 def test_32_at_once_get_the_tokens_that_each_gets_alone(nano) -> None:
     model, params, _ = nano
-    inputs = inputs_of(model, 32)
+    inputs = random_inputs(model, 32)
     expected, _ = run(model, params, inputs)
     assert len(np.unique(expected, axis=0)) > 16, "they can be told apart"
     weights = prepare(model, params)
-    fields = ("image", "prompt_ids", "prompt_mask", "depth", "intrinsics")
     for i in range(32):
-        alone, _ = compiled(model, True)(weights, {k: inputs[k][i : i + 1] for k in fields}, None)
+        alone, _ = compiled(model, True)(weights, row(inputs, i).model_inputs(), None)
         np.testing.assert_array_equal(alone[0], expected[i])
 
 
@@ -143,9 +145,8 @@ def test_no_stack_of_vision_layers_is_left_in_the_program(nano, monkeypatch) -> 
     weights = prepare(model, params)
     encoder = weights["vision"]["img"]["Transformer"]["encoderblock"]
     assert all(isinstance(x, list) for x in jax.tree.leaves(encoder, is_leaf=lambda x: isinstance(x, list)))
-    fields = ("image", "prompt_ids", "prompt_mask", "depth", "intrinsics")
-    lowered = compiled(model, True).lower(weights, {k: inputs[k] for k in fields}, None)
+    lowered = compiled(model, True).lower(weights, inputs.model_inputs(), None)
     made = re.compile(r'concatenate\(.*op_name="jit\(<lambda>\)/stack"')
     assert not made.search(lowered.compile().as_text())
-    stacks = jax.jit(lambda x: jax.numpy.stack([x, x]) * 2).lower(inputs["depth"]).compile().as_text()
+    stacks = jax.jit(lambda x: jax.numpy.stack([x, x]) * 2).lower(inputs.depth).compile().as_text()
     assert re.search(r'concatenate\(.*op_name="jit\(<lambda>\)/stack"', stacks)  # the pattern would see one

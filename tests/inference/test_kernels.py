@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.batches import random_inputs
 from test_fused_attention import h100
-from test_step import GRID, inputs_of
+from test_step import GRID
 
 from spatialvla_jax.checkpoints.mapping import param_shapes, unflatten
 from spatialvla_jax.inference import kernels
@@ -92,8 +93,8 @@ def test_generation_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     model = SpatialVLA(replace(config, llm=replace(config.llm, depth=1)))
     rng, shapes = np.random.default_rng(0), param_shapes(model.config)
     params = {path: 0.2 * rng.normal(size=shape).astype(np.float32) for path, shape in shapes.items()}
-    weights, inputs = prepare(model, unflatten(params)), inputs_of(model, 2)
-    given = {k: inputs[k] for k in ("image", "prompt_ids", "prompt_mask", "depth", "intrinsics")}
+    weights, inputs = prepare(model, unflatten(params)), random_inputs(model, 2)
+    given = inputs.model_inputs()
 
     def tokens() -> Any:
         return jit(lambda x: generate(model, weights, GRID.token_ranges, **x)[0])(given)

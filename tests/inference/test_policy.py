@@ -51,8 +51,10 @@ def test_infer_sees_what_training_saw(policy: Policy, config_file: Path) -> None
     path = load_config(config_file).data.datasets[0]["path"]
     loader = open_data(load_config(config_file), policy.processor.statistics, policy.processor.tokenizer)
     agree = total = 0
-    for batch, episode in zip(loader.episodes("val"), tfds.builder_from_directory(path).as_dataset("val"), strict=True):
-        expected, _ = policy.act({k: v for k, v in batch.items() if isinstance(v, np.ndarray)})
+    for recorded, episode in zip(
+        loader.episodes("val"), tfds.builder_from_directory(path).as_dataset("val"), strict=True
+    ):
+        expected, _ = policy.act(recorded.frames)
         for row, step in enumerate(tfds.as_numpy(episode["steps"])):
             seen = step["observation"]
             out = policy.infer(
@@ -101,9 +103,9 @@ def test_batched_and_single_calls_agree(policy: Policy, config_file: Path) -> No
     )
     ids, actions = policy.act(batch)
     for i in range(4):
-        one, action = policy.act({k: batch[k][i] for k in batch if k != "valid"}, batched=False)
-        np.testing.assert_array_equal(one, ids[i])
-        np.testing.assert_allclose(action, actions[i], atol=1e-6)
+        one, action = policy.act(jax.tree.map(lambda x, i=i: x[i : i + 1], batch))
+        np.testing.assert_array_equal(one[0], ids[i])
+        np.testing.assert_allclose(action[0], actions[i], atol=1e-6)
 
 
 def test_many_observations_get_what_each_gets_alone(policy: Policy) -> None:

@@ -120,7 +120,7 @@ def test_images_are_the_frames(page: Page, loader: Loader) -> None:
         first = starts[number // EPISODES] + own[:episode].sum()
         for step in sorted({0, (length - 1) // 2, length - 1}):
             pixels = np.asarray(Image.open(io.BytesIO(next(images))), float)
-            expected = loader.frames(np.asarray([first + step]))["image"][0].astype(float)
+            expected = loader.frames(np.asarray([first + step])).image[0].astype(float)
             assert pixels.shape == expected.shape
             assert np.corrcoef(pixels.ravel(), expected.ravel())[0, 1] > 0.8  # noise, so no neighbour looks alike
     assert next(images, None) is None

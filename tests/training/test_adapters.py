@@ -71,7 +71,7 @@ def test_merged_it_acts_as_unmerged(adapted: Path, tmp_path: Path) -> None:
     step = jax.jit(make_eval_step(model, 1))
     loss, count = 0.0, 0
     for batch in open_data(train_config_of(adapted), processor.statistics, processor.tokenizer).epoch(8, "val"):
-        sums, n = step(params, {k: v for k, v in batch.items() if k != "valid"}, processor.grid, batch["valid"])
+        sums, n = step(params, batch, processor.grid)
         loss, count = loss + float(sums["loss"]), count + int(n)
     assert loss / count == pytest.approx(read_metrics(adapted / "metrics.jsonl")[-1]["val/loss"], rel=1e-5)
     # Another step's checkpoint is another policy.

@@ -1,5 +1,6 @@
 """Steps that are skipped, averaged parameters, dtypes of the state, norms."""
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -7,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_sharding import FROZEN, GRID, random_batch
+from helpers.batches import random_batch
+from test_sharding import FROZEN, GRID
 
+from spatialvla_jax.batch import Batch
 from spatialvla_jax.config import default_config
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.models import SpatialVLA, preset
@@ -43,7 +46,7 @@ def run():
         )
     )
 
-    def run(batches: list[dict[str, np.ndarray]]) -> list[tuple[TrainState, dict[str, Any]]]:
+    def run(batches: list[Batch]) -> list[tuple[TrainState, dict[str, Any]]]:
         state, results = new_state(init_params(model, 0), optimizer, FROZEN), []
         for batch in batches:
             state, metrics = step(state, batch, GRID, 0)
@@ -55,8 +58,8 @@ def run():
 
 def test_a_step_that_is_not_finite_changes_nothing_but_the_count(run) -> None:
     model, _, run = run
-    good = [random_batch(model, 4, n) | {"dataset_id": np.array([0, 2, 0, 0], np.int32)} for n in range(3)]
-    bad = good[0] | {"depth": good[0]["depth"] * np.nan}
+    good = [replace(random_batch(model, 4, n), dataset_id=np.array([0, 2, 0, 0], np.int32)) for n in range(3)]
+    bad = replace(good[0], depth=good[0].depth * np.float32(np.nan))
     plain, skipping = run(good), run([good[0], bad, good[1], bad, good[2]])
     assert [int(m["skipped"]) for _, m in skipping] == [0, 1, 1, 2, 2]
     assert [int(s.step) for s, _ in skipping] == [1, 2, 3, 4, 5]
@@ -71,7 +74,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_count(run) -> None:
 def test_norms_are_those_of_the_gradient_and_of_the_update(run) -> None:
     """The update's is made again from the state alone; here it is the difference of the parameters."""
     model, config, run = run
-    batch = random_batch(model, 4, 0) | {"dataset_id": np.array([0, 2, 0, 0], np.int32)}
+    batch = replace(random_batch(model, 4, 0), dataset_id=np.array([0, 2, 0, 0], np.int32))
     (before, _), (state, metrics) = run([batch, batch])
     old, new = (split_frozen(s.params, FROZEN)[0] for s in (before, state))
     norms = update_norms(config, 10, new, state.opt_state)

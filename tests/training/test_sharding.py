@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from helpers.batches import random_batch
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -21,20 +22,6 @@ from spatialvla_jax.training.step import make_train_step
 
 GRID = gaussian_grid(PRETRAIN_GAUSSIANS, (4, 4, 2, 4, 4, 4))
 FROZEN = ("llm/embedder",)
-
-
-def random_batch(model: SpatialVLA, size: int, seed: int) -> dict[str, np.ndarray]:
-    cfg, rng = model.config, np.random.default_rng(seed)
-    S, P = cfg.img.image_size, cfg.prompt_length
-    length = rng.integers(3, P + 1, size)
-    return {
-        "image": rng.integers(0, 256, (size, S, S, 3), dtype=np.uint8),
-        "depth": rng.uniform(0.3, 3, (size, S, S)).astype(np.float32),
-        "intrinsics": np.tile(np.array([[60, 0, 28], [0, 60, 28], [0, 0, 1]], np.float32), (size, 1, 1)),
-        "prompt_ids": rng.integers(3, cfg.text_vocab, (size, P)).astype(np.int32),
-        "prompt_mask": np.arange(P) < length[:, None],
-        "actions": rng.uniform(-1, 1, (size, cfg.action_chunk, 7)).astype(np.float32),
-    }
 
 
 def losses(mesh_shape: dict[str, int], devices: int, *, grad_accum_steps: int = 1, steps: int = 20) -> list[float]:

@@ -1,9 +1,11 @@
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_sharding import random_batch
+from helpers.batches import random_inputs
 
 from spatialvla_jax.actions import PRETRAIN_GAUSSIANS, decode, encode, gaussian_grid, linear_grid
 from spatialvla_jax.config import default_config
@@ -17,11 +19,6 @@ from spatialvla_jax.training.step import constrained_argmax, loss_and_metrics
 GRID = gaussian_grid(PRETRAIN_GAUSSIANS, (4, 4, 2, 4, 4, 4))
 
 
-def inputs_of(model: SpatialVLA, size: int) -> dict[str, jax.Array]:
-    batch = random_batch(model, size, 0)
-    return batch | {"image": batch["image"] / np.float32(255)}
-
-
 @pytest.mark.parametrize("grid", [GRID, linear_grid()], ids=["spatial", "linear256"])
 def test_loss_is_the_plain_cross_entropy(grid) -> None:
     """Written out in numpy from the model's own logits: 12 (or 28) action tokens and <eos>, all weighing the same."""
@@ -29,12 +26,12 @@ def test_loss_is_the_plain_cross_entropy(grid) -> None:
         preset("nano", spatial_tokens=grid.vocab_size, tokens_per_action=grid.tokens_per_action, depth_source="none")
     )
     params = init_params(model, 0)
-    inputs = inputs_of(model, 3)
+    inputs = random_inputs(model, 3)
     loss, metrics = loss_and_metrics(model, params, inputs, grid)
-    ids = np.asarray(encode(grid, inputs["actions"]))
+    ids = np.asarray(encode(grid, inputs.actions))
     flat = ids.reshape(3, -1)
     logits = np.asarray(
-        model.apply({"params": params}, inputs["image"], inputs["prompt_ids"], inputs["prompt_mask"], flat), np.float64
+        model.apply({"params": params}, inputs.image, inputs.prompt_ids, inputs.prompt_mask, flat), np.float64
     )
     targets = np.concatenate([flat + model.config.action_offset, np.full((3, 1), 1)], axis=1)
     assert logits.shape == (3, 4 * grid.tokens_per_action + 1, model.config.llm.vocab_size)
@@ -47,27 +44,27 @@ def test_loss_is_the_plain_cross_entropy(grid) -> None:
     for i, (start, size) in enumerate(grid.token_ranges):
         assert ((best[..., i] >= start) & (best[..., i] < start + size)).all()
     np.testing.assert_allclose(metrics["accuracy"], (best == ids).mean(axis=(1, 2)), atol=1e-6)
-    expected = np.abs(np.asarray(decode(grid, best)) - inputs["actions"]).mean(axis=(1, 2))
+    expected = np.abs(np.asarray(decode(grid, best)) - inputs.actions).mean(axis=(1, 2))
     np.testing.assert_allclose(metrics["l1"], expected, rtol=1e-5)
 
 
 def test_padding_of_the_prompt_changes_nothing() -> None:
     """What stands behind the prompt's mask, and how much of it there is, is never seen."""
-    inputs = inputs_of(SpatialVLA(preset("nano")), 4)
+    inputs = random_inputs(SpatialVLA(preset("nano")), 4)
     losses = []
     for length, filler in ((32, 0), (32, 7), (40, 9)):
         model = SpatialVLA(preset("nano", spatial_tokens=GRID.vocab_size, prompt_length=length))
-        mask = np.pad(inputs["prompt_mask"], ((0, 0), (0, length - 32)))
-        ids = np.where(mask, np.pad(inputs["prompt_ids"], ((0, 0), (0, length - 32))), filler)
+        mask = np.pad(inputs.prompt_mask, ((0, 0), (0, length - 32)))
+        ids = np.where(mask, np.pad(inputs.prompt_ids, ((0, 0), (0, length - 32))), filler)
         losses.append(
-            loss_and_metrics(model, init_params(model, 0), inputs | {"prompt_ids": ids, "prompt_mask": mask}, GRID)[0]
+            loss_and_metrics(model, init_params(model, 0), replace(inputs, prompt_ids=ids, prompt_mask=mask), GRID)[0]
         )
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-6)
     np.testing.assert_allclose(losses[2], losses[0], rtol=1e-5)
 
 
 def test_causal_mask_differs_from_prefix() -> None:
-    inputs = inputs_of(SpatialVLA(preset("nano")), 2)
+    inputs = random_inputs(SpatialVLA(preset("nano")), 2)
     a, b = (SpatialVLA(preset("nano", spatial_tokens=GRID.vocab_size, mask=m)) for m in ("prefix", "causal"))
     params = init_params(a, 0)
     assert not np.allclose(loss_and_metrics(a, params, inputs, GRID)[0], loss_and_metrics(b, params, inputs, GRID)[0])
@@ -75,7 +72,7 @@ def test_causal_mask_differs_from_prefix() -> None:
 
 def test_rematerialisation_changes_nothing() -> None:
     """Loss and gradients are the same whatever the backward pass keeps."""
-    inputs = inputs_of(SpatialVLA(preset("nano")), 2)
+    inputs = random_inputs(SpatialVLA(preset("nano")), 2)
     params = init_params(SpatialVLA(preset("nano", spatial_tokens=GRID.vocab_size)), 0)
     results = {}
     for remat in POLICIES:

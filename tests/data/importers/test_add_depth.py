@@ -107,7 +107,7 @@ def test_model_on_stored_depth_sees_the_points_of_the_step(copied, lively, tmp_p
     config = data_config(copied, cache_dir=tmp_path, precomputed_depth=True)
     batch = next(load_data(config, image_size=SIZE, depth=True).batches(8))
     model, params, _ = load_pretrained(lively)
-    image, intrinsics = jnp.asarray(batch["image"], jnp.float32) / 255, batch["intrinsics"]
+    image, intrinsics = jnp.asarray(batch.image, jnp.float32) / 255, batch.intrinsics
 
     def inside(m, image):
         depth = module.estimate_depth(m.zoe, image, m.config.zoe.backbone.image_size)
@@ -116,15 +116,15 @@ def test_model_on_stored_depth_sees_the_points_of_the_step(copied, lively, tmp_p
     depth, points, tokens = jax.jit(lambda p: model.apply({"params": p}, image, method=inside))(params)
     assert float(depth.std()) > 100 * DEPTH_UNIT  # a constant would prove nothing
     half = DEPTH_UNIT / 2 + 1e-5  # the step compiles to another order of sums than the command
-    np.testing.assert_allclose(batch["depth"], depth, rtol=0, atol=half)
+    np.testing.assert_allclose(batch.depth, depth, rtol=0, atol=half)
     points = np.asarray(points).reshape(-1, 3)
-    stored = np.asarray(back_project(batch["depth"], intrinsics, model.config.img.patches_per_side)).reshape(-1, 3)
+    stored = np.asarray(back_project(batch.depth, intrinsics, model.config.img.patches_per_side)).reshape(-1, 3)
     rays = np.abs(points / points[:, 2:])
     assert (np.abs(stored - points) <= half * rays + 1e-5).all()
     # And through the image part of the model with depth_source="dataset" and the same weights: of Ego3D's waves the
     # shortest turns by 2^7 / 2 rad a metre, so by at most 0.032 rad.
     reader = SpatialVLA(replace(model.config, depth_source="dataset"))
-    embed = jax.jit(lambda p: reader.apply({"params": p}, image, batch["depth"], intrinsics, method="embed_image"))
+    embed = jax.jit(lambda p: reader.apply({"params": p}, image, batch.depth, intrinsics, method="embed_image"))
     np.testing.assert_allclose(embed(params), tokens, rtol=0, atol=0.032 * float(jnp.abs(tokens).max()))
 
 

@@ -192,15 +192,15 @@ def test_the_loader_reads_what_was_converted(tmp_path, version, video):
         expected[:, 6] = raw[:, 6].clip(0, 1)
         np.testing.assert_array_equal(loader.actions(split), expected)
         for number, episode in zip(numbers, loader.episodes(split), strict=True):
-            assert len(episode["image"]) == LENGTHS[number]
-            assert episode["instruction"] == TASKS[number % 2]
-            for step, image in enumerate(episode["image"]):
+            assert len(episode.frames.image) == LENGTHS[number]
+            assert episode.instruction == TASKS[number % 2]
+            for step, image in enumerate(episode.frames.image):
                 wide = Image.fromarray(frame(WRIST, number, step)).resize((48, 48), Image.Resampling.LANCZOS)
                 assert psnr(image, np.asarray(wide)) > 32  # another frame or camera has less than 20
                 seen += 1
             # The chunk stops at the episode's end, so the boundaries are right.
             left = np.minimum(LENGTHS[number] - np.arange(LENGTHS[number]), 4)
-            np.testing.assert_array_equal(episode["action_mask"].sum(1), left)
+            np.testing.assert_array_equal(episode.frames.action_mask.sum(1), left)
     assert seen == sum(LENGTHS)
 
 

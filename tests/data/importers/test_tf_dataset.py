@@ -72,13 +72,13 @@ def test_frames_come_back(tmp_path, kind, encoded):
         images = item["observation"]["image_primary"]
         for row, image in enumerate(images):
             image = image if encoded else encode_image(image, "PNG")
-            np.testing.assert_array_equal(episode["image"][row], decode_image(image, SIZE)[0])
-        assert episode["instruction"] == item["task"]["language_instruction"][0].decode()
-        assert episode["depth"].max() <= 3 and len(episode["image"]) == len(images)
+            np.testing.assert_array_equal(episode.frames.image[row], decode_image(image, SIZE)[0])
+        assert episode.instruction == item["task"]["language_instruction"][0].decode()
+        assert episode.frames.depth.max() <= 3 and len(episode.frames.image) == len(images)
     actions = np.concatenate([item["action"] for item in items])
     np.testing.assert_array_equal(loader.indexes()[0].arrays["action"], actions)
     whole = list(itertools.islice(loader.batches(4), 6))
-    np.testing.assert_array_equal(next(loader.batches(4, start_step=5))["image"], whole[5]["image"])
+    np.testing.assert_array_equal(next(loader.batches(4, start_step=5)).image, whole[5].image)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,86 @@
+"""What a model sees (`Observation`) and what it is trained on (`Batch`): the contract between the data, the model, the
+training step and the policy.
+
+Axis letters: B examples, H×W pixels (S×S from the loader), Q prompt tokens, T actions of a chunk, A dimensions of an
+action. Both are pytrees: NumPy arrays on the host, JAX arrays on a device, or any tree of the same structure, such as
+one of shapes or shardings.
+"""
+
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Bool, Float32, Int32, Int64, UInt8
+
+from spatialvla_jax.models.spatialvla import SpatialVLAConfig
+
+# NumPy's on the host, JAX's on a device. Static checkers cannot tell which, so they see Any.
+if TYPE_CHECKING:
+    Array = Any
+else:
+    Array = np.ndarray | jax.Array
+
+
+class Observation(struct.PyTreeNode, kw_only=True):
+    """What the model sees of B examples. The fields are keyword arguments of `SpatialVLA.__call__`."""
+
+    image: UInt8[Array, "B H W 3"] | Float32[Array, "B H W 3"]  # u8 as stored; the model takes f32 in [0, 1]
+    depth: Float32[Array, "B H W"] | None = None  # metres; for models that take it from the data
+    intrinsics: Float32[Array, "B 3 3"]  # pixels of the image
+    prompt_ids: Int32[Array, "B Q"]
+    prompt_mask: Bool[Array, "B Q"]  # False: padding
+
+    @classmethod
+    def abstract(cls, config: SpatialVLAConfig, batch_size: int) -> "Observation":
+        """Shapes and dtypes, as the loader gives them."""
+        B, S, Q = batch_size, config.img.image_size, config.prompt_length
+        return Observation(
+            image=_shape(jnp.uint8, B, S, S, 3),
+            depth=_shape(jnp.float32, B, S, S) if config.depth_source == "dataset" else None,
+            intrinsics=_shape(jnp.float32, B, 3, 3),
+            prompt_ids=_shape(jnp.int32, B, Q),
+            prompt_mask=_shape(jnp.bool_, B, Q),
+        )
+
+    def model_inputs(self) -> dict[str, Any]:
+        """The keyword arguments that `SpatialVLA.__call__` and `generate` take from an observation."""
+        return {field.name: getattr(self, field.name) for field in fields(Observation)}
+
+
+class Batch(Observation, kw_only=True):
+    """B examples of a mixture, as the loader gives them and the training step takes them.
+
+    Past the episode's end the normalised movement is 0 and the gripper keeps its last value (as in OpenVLA and the
+    release), and `action_mask` is False.
+    """
+
+    actions: Float32[Array, "B T A"]  # normalised
+    action_mask: Bool[Array, "B T"]
+    dataset_id: Int32[Array, " B"]  # place of the dataset in the mixture
+    valid: Bool[Array, " B"] | None = None  # of an epoch: False for rows that pad the last batch
+    sample_id: Int64[np.ndarray, " B"] | None = None  # frame among all frames of the split; stays on the host
+
+    @classmethod
+    def abstract(cls, config: SpatialVLAConfig, batch_size: int, action_dim: int) -> "Batch":
+        """Shapes and dtypes of a training batch on the device."""
+        B, T = batch_size, config.action_chunk
+        return Batch(
+            **Observation.abstract(config, B).model_inputs(),
+            actions=_shape(jnp.float32, B, T, action_dim),
+            action_mask=_shape(jnp.bool_, B, T),
+            dataset_id=_shape(jnp.int32, B),
+        )
+
+
+def example_inputs(config: SpatialVLAConfig) -> dict[str, Any]:
+    """Zeros of the model's input shapes for one example: the keyword arguments of `SpatialVLA.__call__`."""
+    seen = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), Observation.abstract(config, 1))
+    seen = seen.replace(image=seen.image.astype(jnp.float32))
+    return seen.model_inputs() | {"action_ids": jnp.zeros((1, config.num_action_tokens), jnp.int32)}
+
+
+def _shape(dtype: Any, *shape: int) -> Any:
+    return jax.ShapeDtypeStruct(shape, dtype)
