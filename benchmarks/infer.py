@@ -158,7 +158,7 @@ def run(config: SpatialVLAConfig, name: str, args: argparse.Namespace) -> dict[s
         figures["peak_gb"] = round((device.memory_stats() or {}).get("peak_bytes_in_use", 0) / 1e9, 2)
         print(f"{name:10} batch {size:3}: " + ", ".join(f"{k} {v}" for k, v in figures.items()), flush=True)
         if args.trace:
-            inputs = [policy.inputs(seen) for seen in batch]
+            inputs = [policy.prepare(seen) for seen in batch]
             arrays = jax.device_put({k: np.stack([x[k] for x in inputs]) for k in inputs[0]})
             compiled = policy._act.lower(policy.weights, policy._grid, arrays).compile()
             text, parts = trace(

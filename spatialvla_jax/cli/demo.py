@@ -139,7 +139,7 @@ def roundtrip_exact(policy: Policy, export: Path, loader: Any, split: str) -> bo
     """Whether the export, read back, has the same parameter bits and gives the same tokens for a validation batch."""
     again = Policy.load(export)
     batch = next(loader.epoch(16, split))
-    tokens = np.array_equal(policy.act(batch)[0], again.act(batch)[0])
+    tokens = np.array_equal(policy.predict(batch)[0], again.predict(batch)[0])
     return tokens and tree_equal(policy.weights, again.weights)
 
 

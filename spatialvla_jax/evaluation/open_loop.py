@@ -25,7 +25,7 @@ def predict(
     parts = []
     for start in range(0, length, batch_size):
         rows = np.minimum(np.arange(start, start + batch_size), length - 1)  # padded: one compiled shape
-        parts.append(policy.act(jax.tree.map(lambda x, rows=rows: x[rows], frames)))
+        parts.append(policy.predict(jax.tree.map(lambda x, rows=rows: x[rows], frames)))
     ids, actions = (np.concatenate(p)[:length] for p in zip(*parts, strict=True))
     return ids, actions
 

@@ -86,22 +86,21 @@ class Policy:
 
     def infer_batch(self, observations: Sequence[dict[str, Any]]) -> list[dict[str, np.ndarray]]:
         """`infer` of each, in one call of the model for all whose images have one size and up to 32."""
+        return self.act([self.prepare(observation) for observation in observations])
+
+    def act(self, prepared: Sequence[dict[str, np.ndarray]]) -> list[dict[str, np.ndarray]]:
+        """What `infer` returns, for each of the arrays that `prepare` has made."""
         groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
-        inputs = [self.inputs(observation) for observation in observations]
-        for i, one in enumerate(inputs):
+        for i, one in enumerate(prepared):
             groups[one["image"].shape].append(i)
-        results: list[Any] = [None] * len(inputs)
+        results: list[Any] = [None] * len(prepared)
         for rows in (g[i : i + BATCH_SIZES[-1]] for g in groups.values() for i in range(0, len(g), BATCH_SIZES[-1])):
-            for i, result in zip(rows, self._run([inputs[i] for i in rows]), strict=True):
+            for i, result in zip(rows, self._run([prepared[i] for i in rows]), strict=True):
                 results[i] = result
         return results
 
-    def check(self, observation: dict[str, Any]) -> None:
-        """Raises InputError for an observation that `infer` would not take."""
-        self.inputs(observation)
-
-    def inputs(self, observation: dict[str, Any]) -> dict[str, np.ndarray]:
-        """The arrays of one observation, as `act` takes them. Raises InputError."""
+    def prepare(self, observation: dict[str, Any]) -> dict[str, np.ndarray]:
+        """An observation checked and tokenised: the arrays that `act` takes. Raises InputError."""
         if not isinstance(observation, dict):
             raise InputError(f"an observation must be a dict, got {type(observation).__name__}")
         image = np.asarray(observation["image"]) if "image" in observation else None
@@ -129,7 +128,7 @@ class Policy:
             arrays["draft"] = self.draft(observation.get("draft"))
         return arrays
 
-    def act(self, seen: Observation) -> tuple[Int[np.ndarray, "B T n"], Float[np.ndarray, "B T A"]]:
+    def predict(self, seen: Observation) -> tuple[Int[np.ndarray, "B T n"], Float[np.ndarray, "B T A"]]:
         """Observations as the loader gives them, such as a `Batch` → (action ids, normalised actions)."""
         out = self.run(seen.model_inputs())
         return np.asarray(out["action_ids"]), np.asarray(out["actions"])
@@ -170,7 +169,7 @@ class Policy:
         return [{k: x[i] for k, x in out.items()} for i in range(count)]
 
     def _place(self, name: str, array: Any) -> Any:
-        """A small input that is what it was at the call before is not sent again: a robot's prompt, camera, bounds."""
+        """Cache small inputs on the device: prompt, intrinsics and bounds rarely change between calls."""
         if not isinstance(array, np.ndarray) or array.size >= LARGE:
             return array
         kept = self._kept.get(name)

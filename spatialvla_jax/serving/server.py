@@ -37,26 +37,28 @@ from spatialvla_jax.serving.protocol import KEYS, LIMITS, Limits, check, pack, u
 
 log = logging.getLogger(__name__)
 
+Arrays = dict[str, np.ndarray]  # of `Policy.prepare`
+
 
 class Busy(Exception):
     """The queue is full."""
 
 
 class Batcher:
-    """Calls `infer_batch` in one thread, on the observations that arrived since its last call.
+    """Calls `act` in one thread, on the prepared observations that arrived since its last call.
 
     A batch that is smaller than the number of clients waits for the rest, but no longer than `limits.wait`.
     """
 
-    def __init__(self, infer_batch: Callable[[list[dict]], list[dict]], limits: Limits, clients: Callable[[], int]):
-        self.infer_batch, self.limits, self.clients = infer_batch, limits, clients
-        self.waiting: asyncio.Queue[tuple[dict, asyncio.Future]] = asyncio.Queue(limits.queue)
+    def __init__(self, act: Callable[[list[Arrays]], list[dict]], limits: Limits, clients: Callable[[], int]):
+        self.act, self.limits, self.clients = act, limits, clients
+        self.waiting: asyncio.Queue[tuple[Arrays, asyncio.Future]] = asyncio.Queue(limits.queue)
         self.thread = ThreadPoolExecutor(1, "policy")
 
-    async def infer(self, observation: dict[str, Any]) -> dict[str, Any]:
+    async def infer(self, prepared: Arrays) -> dict[str, Any]:
         future = asyncio.get_running_loop().create_future()
         try:
-            self.waiting.put_nowait((observation, future))
+            self.waiting.put_nowait((prepared, future))
         except asyncio.QueueFull:
             raise Busy from None
         return await future
@@ -72,7 +74,7 @@ class Batcher:
                         batch.append(await self.waiting.get())
                 except TimeoutError:
                     break
-            results = await loop.run_in_executor(self.thread, self.call, [observation for observation, _ in batch])
+            results = await loop.run_in_executor(self.thread, self.call, [prepared for prepared, _ in batch])
             for (_, future), result in zip(batch, results, strict=True):
                 if future.done():  # its client was cut off
                     continue
@@ -81,14 +83,14 @@ class Batcher:
                 else:
                     future.set_result(result)
 
-    def call(self, observations: list[dict]) -> list[dict | Exception]:
+    def call(self, prepared: list[Arrays]) -> list[dict | Exception]:
         """An observation that makes the policy fail costs only itself: the others are repeated one by one."""
         try:
-            return list(self.infer_batch(observations))
+            return list(self.act(prepared))
         except Exception as error:
-            if len(observations) == 1:
+            if len(prepared) == 1:
                 return [error]
-            return [result for observation in observations for result in self.call([observation])]
+            return [result for one in prepared for result in self.call([one])]
 
 
 class Metrics:
@@ -139,7 +141,7 @@ class Server:
         self.policy, self.host, self.port, self.token, self.limits = policy, host, port, token, limits
         self.execute, self.clients, self.busy, self.draining = execute, set[Client](), 0, False
         Client(execute)  # raises now what it would raise for the first client
-        self.batcher = Batcher(self._infer_batch, limits, lambda: len(self.clients))
+        self.batcher = Batcher(self._call_policy, limits, lambda: len(self.clients))
         self.metrics = Metrics(lambda: len(self.clients), self.batcher.waiting.qsize)
         self.metadata = {
             "observation": list(KEYS),
@@ -198,13 +200,13 @@ class Server:
             for prompt in prompts.values():
                 one = {"image": image, "depth": depth, "prompt": prompt, "unnorm_key": next(iter(processor.statistics))}
                 for count in BATCH_SIZES[: bisect_left(BATCH_SIZES, self.limits.batch) + 1]:
-                    self.policy.infer_batch([one] * count)
+                    self.policy.act([self.policy.prepare(one)] * count)
 
-    def _infer_batch(self, observations: list[dict]) -> list[dict]:
+    def _call_policy(self, prepared: list[Arrays]) -> list[dict]:
         start = time.perf_counter()
-        results = self.policy.infer_batch(observations)
-        timing = {"infer_ms": 1000 * (time.perf_counter() - start), "batch": len(observations)}
-        self.metrics.batch.observe(len(observations))
+        results = self.policy.act(prepared)
+        timing = {"infer_ms": 1000 * (time.perf_counter() - start), "batch": len(prepared)}
+        self.metrics.batch.observe(len(prepared))
         return [{**result, "server_timing": timing} for result in results]
 
     def _get(self, connection: ServerConnection, request: Request) -> Response | None:
@@ -268,16 +270,16 @@ class Server:
             client.reset()
             if not observation:
                 return {"reset": True}
-        self.policy.check(observation)
-        size = observation["image"].shape[:2]
+        if client.draft is not None:
+            observation["draft"] = client.draft
+        prepared = self.policy.prepare(observation)
+        size = prepared["image"].shape[:2]
         if size not in self.limits.image_sizes:
             known = " or ".join(f"{height}x{width}" for height, width in self.limits.image_sizes)
             raise InputError(f"observation 'image' is {size[0]}x{size[1]}: this server is compiled for {known}")
         if client.executor and not client.executor.due:
             return {"actions": client.executor.step()[None]}
-        if client.draft is not None:
-            observation["draft"] = client.draft
-        result = await self.batcher.infer(observation)
+        result = await self.batcher.infer(prepared)
         # A client that gets whole chunks is taken to execute them to their end, as openpi's does.
         ids = result["action_ids"]
         client.draft = shift(ids, client.executor.every if client.executor else len(ids))

@@ -54,7 +54,7 @@ def test_infer_sees_what_training_saw(policy: Policy, config_file: Path) -> None
     for recorded, episode in zip(
         loader.episodes("val"), tfds.builder_from_directory(path).as_dataset("val"), strict=True
     ):
-        expected, _ = policy.act(recorded.frames)
+        expected, _ = policy.predict(recorded.frames)
         for row, step in enumerate(tfds.as_numpy(episode["steps"])):
             seen = step["observation"]
             out = policy.infer(
@@ -101,9 +101,9 @@ def test_batched_and_single_calls_agree(policy: Policy, config_file: Path) -> No
     batch = next(
         open_data(load_config(config_file), policy.processor.statistics, policy.processor.tokenizer).epoch(4, "val")
     )
-    ids, actions = policy.act(batch)
+    ids, actions = policy.predict(batch)
     for i in range(4):
-        one, action = policy.act(jax.tree.map(lambda x, i=i: x[i : i + 1], batch))
+        one, action = policy.predict(jax.tree.map(lambda x, i=i: x[i : i + 1], batch))
         np.testing.assert_array_equal(one[0], ids[i])
         np.testing.assert_allclose(action[0], actions[i], atol=1e-6)
 

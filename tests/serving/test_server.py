@@ -80,11 +80,12 @@ class Stub:
         self.processor = SimpleNamespace(statistics={"toy": {}}, tokenizer=tokenizer, prompt_template="")
         self.go, self.batches = threading.Event(), []
 
-    def check(self, observation: dict) -> None:
+    def prepare(self, observation: dict) -> dict:
         if "prompt" not in observation:
             raise InputError("observation 'prompt' must be a string, got NoneType")
+        return observation
 
-    def infer_batch(self, observations: list[dict]) -> list[dict]:
+    def act(self, observations: list[dict]) -> list[dict]:
         prompts = [o["prompt"] for o in observations]
         self.batches.append(observations)
         if "slow" in prompts:
