@@ -10,13 +10,16 @@ from spatialvla_jax.actions.gaussian import (
     pool_gaussians,
     uniform_grid,
 )
-from spatialvla_jax.actions.grid import ActionGrid, decode, encode, grid_from_dict, grid_to_dict
+from spatialvla_jax.actions.grid import ActionGrid, grid_from_dict, grid_to_dict
 from spatialvla_jax.actions.linear import LinearGrid, linear_grid
+from spatialvla_jax.actions.tokenizer import DIMENSIONS, ActionTokenizer, decode, encode
 
 __all__ = [
+    "DIMENSIONS",
     "PRESET_BINS",
     "PRETRAIN_GAUSSIANS",
     "ActionGrid",
+    "ActionTokenizer",
     "LinearGrid",
     "adapt_embeddings",
     "decode",

@@ -2,20 +2,20 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int
 
 from spatialvla_jax.actions.linear import LinearGrid
+from spatialvla_jax.actions.tokenizer import DIMENSIONS, ActionTokenizer
 from spatialvla_jax.errors import InputError
 
 VARIABLES = ("theta", "phi", "r", "roll", "pitch", "yaw")
 
 
 @struct.dataclass
-class ActionGrid:
+class ActionGrid(ActionTokenizer):
     """Bin edges of the six action variables, each f32[bins + 1] and strictly increasing.
 
     theta in [0, pi] from the z axis, phi in [-pi, pi] around it, r in [0, sqrt 3]; roll, pitch, yaw in [-1, 1].
@@ -40,16 +40,12 @@ class ActionGrid:
         return tuple(edges.shape[-1] - 1 for edges in self.edges)
 
     @property
-    def vocab_size(self) -> int:
-        return sum(size for _, size in self.token_ranges)
+    def dimensions(self) -> tuple[str, ...]:
+        return DIMENSIONS
 
     @property
-    def action_dim(self) -> int:
-        return 7
-
-    @property
-    def tokens_per_action(self) -> int:
-        return 3
+    def kinds(self) -> tuple[str, ...]:
+        return "translation", "rotation", "gripper"
 
     @property
     def token_ranges(self) -> tuple[tuple[int, int], ...]:
@@ -108,27 +104,7 @@ def _ravel(index: list[Int[Array, "*B"]], shape: tuple[int, ...]) -> Int[Array, 
     return (i * shape[1] + j) * shape[2] + k
 
 
-@jax.jit
-def encode(grid: ActionGrid | LinearGrid, actions: Float[Array, "*B 7"]) -> Int[Array, "*B tokens"]:
-    """Normalised actions [x, y, z, roll, pitch, yaw, gripper] → ids in [0, grid.vocab_size), i32.
-
-    Values are bounded to [-1, 1] first, so every finite action has valid ids; NaN is the caller's to refuse.
-    The gripper is open from 0.5 on. The gradient with respect to the actions is zero.
-    """
-    return grid.encode(jnp.asarray(actions))
-
-
-@jax.jit
-def decode(grid: ActionGrid | LinearGrid, ids: Int[Array, "*B tokens"]) -> Float[Array, "*B 7"]:
-    """Ids → the actions at the bins' centres, f32, x, y, z bounded to [-1, 1], gripper 0 closed or 1 open.
-
-    An id outside its token's range decodes as the nearest id inside. Encoding the result gives the ids back wherever
-    the centre lies in the cube [-1, 1]^3; a centre outside, which takes r > 1, is moved and may change its bin.
-    """
-    return grid.decode(jnp.asarray(ids))
-
-
-def grid_to_dict(grid: ActionGrid | LinearGrid) -> dict[str, Any]:
+def grid_to_dict(grid: ActionTokenizer) -> dict[str, Any]:
     """The grid as plain lists for JSON; `grid_from_dict` gives every float32 back exactly."""
     kind = {name for name, cls in _KINDS.items() if isinstance(grid, cls)}.pop()
     return {"kind": kind, **{name: np.asarray(edges).tolist() for name, edges in vars(grid).items()}}

@@ -11,6 +11,7 @@ from jaxtyping import Float
 
 from spatialvla_jax.actions import (
     ActionGrid,
+    ActionTokenizer,
     LinearGrid,
     decode,
     encode,
@@ -60,7 +61,7 @@ def _actions(moves: list[np.ndarray], rng: np.random.Generator) -> Float[np.ndar
     return np.stack([*np.clip(moves, -1, 1), rng.integers(0, 2, len(moves[0]))], -1).astype(np.float32)
 
 
-def quantisation_error(grid: ActionGrid | LinearGrid, actions: Float[np.ndarray, "N 7"]) -> dict[str, dict[str, float]]:
+def quantisation_error(grid: ActionTokenizer, actions: Float[np.ndarray, "N 7"]) -> dict[str, dict[str, float]]:
     """{"translation", "rotation", "gripper"} → {"mean", "max"} of the distance between the actions and what their
     tokens decode to, in normalised units: Euclidean over (x, y, z) and over (roll, pitch, yaw)."""
     apart: dict[str, list[np.ndarray]] = {part: [] for part in PARTS}
@@ -73,16 +74,14 @@ def quantisation_error(grid: ActionGrid | LinearGrid, actions: Float[np.ndarray,
     return {part: {"mean": float(d.mean()), "max": float(d.max())} for part, d in together.items()}
 
 
-def describe_grid(grid: ActionGrid | LinearGrid) -> dict[str, Any]:
+def describe_grid(grid: ActionTokenizer) -> dict[str, Any]:
     """{"kind", "bins" (of every variable), "vocab_size", "tokens_per_action"}."""
     bins = grid.num_bins if isinstance(grid, ActionGrid) else (grid.vocab_size,)
     kind = grid_to_dict(grid)["kind"]
     return {"kind": kind, "bins": bins, "vocab_size": grid.vocab_size, "tokens_per_action": grid.tokens_per_action}
 
 
-def compare_grids(
-    grids: Mapping[str, ActionGrid | LinearGrid], actions: Float[np.ndarray, "N 7"]
-) -> list[dict[str, Any]]:
+def compare_grids(grids: Mapping[str, ActionTokenizer], actions: Float[np.ndarray, "N 7"]) -> list[dict[str, Any]]:
     """One row a grid: its name, `describe_grid` and `quantisation_error` on the same actions."""
     return [
         {"grid": name} | describe_grid(grid) | {"error": quantisation_error(grid, actions)}
@@ -108,7 +107,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells)
 
 
-def save_grid(path: str | Path, grid: ActionGrid | LinearGrid) -> None:
+def save_grid(path: str | Path, grid: ActionTokenizer) -> None:
     """As JSON, by rename."""
     temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:

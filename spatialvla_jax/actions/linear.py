@@ -4,31 +4,27 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
+from spatialvla_jax.actions.tokenizer import DIMENSIONS, ActionTokenizer
 from spatialvla_jax.errors import InputError
 
 
 @struct.dataclass
-class LinearGrid:
+class LinearGrid(ActionTokenizer):
     """`levels` f32[bins] rises from -1 to 1 and serves all seven dimensions: 7 ids an action, one vocabulary."""
 
     levels: Float[Array, " bins"]
 
     @property
-    def vocab_size(self) -> int:
-        return self.levels.shape[-1]
+    def dimensions(self) -> tuple[str, ...]:
+        return DIMENSIONS
 
     @property
-    def action_dim(self) -> int:
-        return 7
-
-    @property
-    def tokens_per_action(self) -> int:
-        return self.action_dim
+    def kinds(self) -> tuple[str, ...]:
+        return *("translation",) * 3, *("rotation",) * 3, "gripper"
 
     @property
     def token_ranges(self) -> tuple[tuple[int, int], ...]:
-        """(first id, count) for each of the action's tokens."""
-        return ((0, self.vocab_size),) * self.action_dim
+        return ((0, self.levels.shape[-1]),) * self.action_dim
 
     def encode(self, actions: Float[Array, "*B 7"]) -> Int[Array, "*B 7"]:
         # Rounds up to the next level, as the published baseline does: up to a whole step of error, not half.

@@ -6,30 +6,33 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
-# Translation and rotation are normalised; the gripper (0 closed .. 1 open) is left as it is.
-MASK = (True,) * 6 + (False,)
+
+def normalized_dimensions(width: int) -> tuple[bool, ...]:
+    """All but the last of `width` dimensions: the gripper (0 closed .. 1 open) is left as it is."""
+    return (True,) * (width - 1) + (False,)
 
 
-def normalize(actions: Float[np.ndarray, "*B 7"], statistics: Mapping[str, Any]) -> Float[np.ndarray, "*B 7"]:
+def normalize(actions: Float[np.ndarray, "*B A"], statistics: Mapping[str, Any]) -> Float[np.ndarray, "*B A"]:
     """Canonical actions -> [-1, 1]: q01 and q99 go to -1 and 1, clipped; constant dimensions become 0; dimensions
-    outside the mask stay. `statistics` is the "action" part of one dataset; its rows may also be arrays [*B, 7]."""
+    outside the mask stay. `statistics` is the "action" part of one dataset; its rows may also be arrays [*B, A]."""
     low, high, mask, constant = _bounds(statistics)
     scaled = np.clip(2 * (actions - low) / (high - low + 1e-8) - 1, -1, 1)
     return np.where(mask, np.where(constant, 0.0, scaled), actions).astype(np.float32)
 
 
-def unnormalize(actions: Float[np.ndarray, "*B 7"], statistics: Mapping[str, Any]) -> Float[np.ndarray, "*B 7"]:
+def unnormalize(actions: Float[np.ndarray, "*B A"], statistics: Mapping[str, Any]) -> Float[np.ndarray, "*B A"]:
     """Inverse of `normalize`, up to its clipping: actions in robot units."""
     low, high, mask, _ = _bounds(statistics)
     return np.where(mask, (actions + 1) / 2 * (high - low) + low, actions).astype(np.float32)
 
 
-def action_bounds(statistics: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, Bool[np.ndarray, "*B 7"]]:
+def action_bounds(statistics: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, Bool[np.ndarray, "*B A"]]:
     """What `unnormalize` needs: (value of -1, value of 1, which dimensions have them)."""
     low, high, mask, _ = _bounds(statistics)
     return low, high, mask
 
 
-def _bounds(statistics: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, Bool[np.ndarray, "*B 7"], np.ndarray]:
+def _bounds(statistics: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, Bool[np.ndarray, "*B A"], np.ndarray]:
     low, high, smallest, largest = (np.asarray(statistics[name], np.float64) for name in ("q01", "q99", "min", "max"))
-    return low, high, np.asarray(statistics.get("mask", MASK), bool), smallest == largest
+    mask = statistics.get("mask", normalized_dimensions(low.shape[-1]))
+    return low, high, np.asarray(mask, bool), smallest == largest

@@ -7,7 +7,7 @@ import base64
 from dataclasses import dataclass
 from typing import Any
 
-from spatialvla_jax.actions import ActionGrid, LinearGrid, grid_from_dict, grid_to_dict
+from spatialvla_jax.actions import ActionTokenizer, grid_from_dict, grid_to_dict
 from spatialvla_jax.text import Tokenizer
 
 
@@ -20,7 +20,7 @@ class Processor:
     """
 
     tokenizer: Tokenizer
-    grid: ActionGrid | LinearGrid
+    grid: ActionTokenizer
     statistics: dict[str, dict[str, Any]]
     intrinsics: dict[str, list[list[float]]]
     prompt_template: str = "{instruction}"

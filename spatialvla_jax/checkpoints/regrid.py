@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from spatialvla_jax.actions import ActionGrid, LinearGrid, adapt_embeddings, grid_to_dict
+from spatialvla_jax.actions import ActionGrid, ActionTokenizer, adapt_embeddings, grid_to_dict
 from spatialvla_jax.checkpoints.types import Checkpoint, LazyArray
 from spatialvla_jax.errors import InputError
 
@@ -13,7 +13,7 @@ TABLE, HEAD, EMBEDDING = "llm/embedder/input_embedding", "llm/lm_head", "spatial
 
 
 def adapt_checkpoint(
-    path: str | Path, checkpoint: Checkpoint, grid: ActionGrid | LinearGrid, *, embedding: bool, head: bool
+    path: str | Path, checkpoint: Checkpoint, grid: ActionTokenizer, *, embedding: bool, head: bool
 ) -> Checkpoint:
     """`checkpoint`, read from `path`, for `grid`; as it is where that is the grid that it has.
 
@@ -30,7 +30,7 @@ def adapt_checkpoint(
     old = checkpoint.processor.grid
     if grid_to_dict(old) == grid_to_dict(grid):
         return checkpoint
-    if isinstance(old, LinearGrid) or isinstance(grid, LinearGrid):
+    if not isinstance(old, ActionGrid) or not isinstance(grid, ActionGrid):
         raise InputError(f"{path} and this config have different grids, and a linear one can't be adapted")
     if not embedding:
         raise InputError(

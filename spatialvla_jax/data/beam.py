@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from spatialvla_jax.actions import grid_variables, pool_gaussians
+from spatialvla_jax.actions import DIMENSIONS, grid_variables, pool_gaussians
 from spatialvla_jax.actions.grid import VARIABLES
 from spatialvla_jax.actions.normalization import normalize
 from spatialvla_jax.data.index import Faults
@@ -170,7 +170,7 @@ def _open(path: str) -> Any:
     return open_rlds(path)
 
 
-def read_shard(shard: Shard) -> tuple[str, Summary, Float[np.ndarray, "N 7"]]:
+def read_shard(shard: Shard) -> tuple[str, Summary, Float[np.ndarray, "N A"]]:
     """(dataset, summary, canonical actions) of a shard. Faults are data here: a runner would retry an exception, and
     bury its sentence in a traceback."""
     skipped: Counter[str] = Counter()
@@ -180,7 +180,7 @@ def read_shard(shard: Shard) -> tuple[str, Summary, Float[np.ndarray, "N 7"]]:
         skipped[reason] += 1
         sentences.extend([sentence] if sentence else [])
 
-    actions = [np.empty((0, 7), np.float32)]
+    actions = [np.empty((0, len(DIMENSIONS)), np.float32)]
     try:
         for episode in read_episodes(shard.name, _open(shard.path), shard.file, shard.numbers, shard.spec, skip):
             if len(episode["step"]):
@@ -206,7 +206,7 @@ def dataset_entry(name: str, summary: Summary) -> tuple[str, dict[str, Any]]:
 
 
 def grid_moments(
-    kept: tuple[str, Float[np.ndarray, "N 7"]], entries: Mapping[str, Mapping[str, Any]]
+    kept: tuple[str, Float[np.ndarray, "N A"]], entries: Mapping[str, Mapping[str, Any]]
 ) -> tuple[str, Moments]:
     """(dataset, some canonical actions) to (dataset, moments of theta, phi, r, roll, pitch, yaw, normalised)."""
     name, actions = kept

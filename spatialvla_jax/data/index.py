@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from spatialvla_jax.actions import DIMENSIONS
 from spatialvla_jax.data.oxe.spec import DatasetSpec
 from spatialvla_jax.data.rlds import UNLABELED, open_rlds, read_episodes, slice_shards
 from spatialvla_jax.data.statistics import action_statistics
@@ -38,7 +39,7 @@ _NOT_READ = {
 }
 # Rows are frames, except those of `episode_*`, which are episodes.
 _ARRAYS: dict[str, tuple[str, tuple[int, ...]]] = {
-    "action": ("<f4", (7,)),
+    "action": ("<f4", (-1,)),  # as many as the dataset's actions have
     "language": ("<i4", ()),
     "step": ("<i4", ()),
     "image": ("<i8", (2,)),
@@ -131,6 +132,7 @@ def load_index(
     cache_dir: str | os.PathLike[str],
     progress: Callable[[str, int, int], None] | None = None,
     faults: Faults = Faults(),
+    action_dim: int = len(DIMENSIONS),
 ) -> Index:
     """The index of a split, from the cache or made now. `progress(name, shards done, shards)` is called meanwhile.
 
@@ -149,7 +151,7 @@ def load_index(
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     directory = Path(cache_dir) / f"{name}-{re.sub('[^0-9A-Za-z]+', '_', split)}-{digest}"
     if not (directory / "meta.json").is_file():
-        _build(directory, name, builder, shards, spec, progress, faults)
+        _build(directory, name, builder, shards, spec, progress, faults, action_dim)
     meta = json.loads((directory / "meta.json").read_text())
     # The policy is not in the key: without faults it makes no difference, and with them the index says so.
     if meta["fault"] and faults.policy == "fail":
@@ -185,6 +187,7 @@ def _build(
     spec: DatasetSpec,
     progress: Callable[[str, int, int], None] | None,
     faults: Faults,
+    action_dim: int,
 ) -> None:
     directory.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f"{directory.name}.", dir=directory.parent))
@@ -213,7 +216,7 @@ def _build(
         with ExitStack() as stack:
             streams |= {key: stack.enter_context(open(work / f"{key}.bin", "wb")) for key in keys}
             for shard, (file, numbers) in enumerate(shards):
-                episodes = read_episodes(name, builder, file, numbers, spec, skip)
+                episodes = read_episodes(name, builder, file, numbers, spec, skip, action_dim)
                 for number, episode in zip(numbers, episodes, strict=True):
                     if not len(episode["step"]):
                         continue
@@ -228,7 +231,7 @@ def _build(
         if not rows["step"]:
             listed = ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()))
             raise InputError(f"Dataset {name!r} ({builder.data_dir}) has no episode to use ({listed})")
-        actions = np.memmap(work / "action.bin", "<f4", "r", shape=(rows["action"], 7))
+        actions = np.memmap(work / "action.bin", "<f4", "r", shape=(rows["action"], action_dim))
         meta = {
             "rows": rows,
             "instructions": list(instructions),

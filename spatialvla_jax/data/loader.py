@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float
 from ml_collections import ConfigDict
 
+from spatialvla_jax.actions import DIMENSIONS
 from spatialvla_jax.actions.normalization import normalize
 from spatialvla_jax.batch import Batch
 from spatialvla_jax.data import mixture
@@ -34,6 +35,7 @@ def load_data(
     *,
     image_size: int,
     action_chunk: int = 4,
+    action_dim: int = len(DIMENSIONS),
     depth: bool = False,
     statistics: Mapping[str, Any] | None = None,
     tokenizer: Tokenizer | None = None,
@@ -67,7 +69,7 @@ def load_data(
     """
     plain: Any = config
     plain = plain.to_dict() if isinstance(plain, ConfigDict) else plain
-    return Loader(plain, image_size, action_chunk, depth, statistics, tokenizer, progress)
+    return Loader(plain, image_size, action_chunk, action_dim, depth, statistics, tokenizer, progress)
 
 
 class Episode(NamedTuple):
@@ -87,6 +89,7 @@ class Loader:
         config: Mapping[str, Any],
         image_size: int,
         action_chunk: int,
+        action_dim: int,
         depth: bool,
         statistics: Mapping[str, Any] | None,
         tokenizer: Tokenizer | None,
@@ -98,8 +101,9 @@ class Loader:
         for entry in entries:
             if depth and entry.spec.depth is None:
                 raise InputError(f"Dataset {entry.name!r} has no depth, which the config asks for")
-        self.image_size, self.action_chunk, self.depth = image_size, action_chunk, depth
-        self._source: Source = packed or Rlds(config, entries, image_size, depth, progress)
+        self.image_size, self.depth = image_size, depth
+        self.action_chunk, self.action_dim = action_chunk, action_dim
+        self._source: Source = packed or Rlds(config, entries, image_size, depth, action_dim, progress)
         self._prompt, self._train_split = config["prompt"], config.get("split") or "train"
         self._indexes: dict[str, tuple[Index, ...]] = {}
         self._splits: dict[str, Split] = {}
@@ -209,7 +213,7 @@ class Loader:
 
         return next(self._stream(data, later, range(1), len(samples)))
 
-    def actions(self, split: str | None = None) -> Float[np.ndarray, "N 7"]:
+    def actions(self, split: str | None = None) -> Float[np.ndarray, "N A"]:
         """Normalised actions of all steps of a split (the training split by default), for fitting a grid."""
         indexes = self._index(split or self._train_split)
         return np.concatenate([normalize(i.arrays["action"], self.statistics[i.name]["action"]) for i in indexes])
@@ -296,7 +300,12 @@ class Loader:
 
     def _index(self, split: str) -> tuple[Index, ...]:
         if split not in self._indexes:
-            self._indexes[split] = self._source.index(split)
+            self._indexes[split] = indexes = self._source.index(split)
+            for index in indexes:
+                if (width := index.arrays["action"].shape[1]) != self.action_dim:
+                    raise InputError(
+                        f"Dataset {index.name!r} has an action {width} wide; {self.action_dim} is expected"
+                    )
         return self._indexes[split]
 
     def _split(self, split: str) -> Split:
@@ -340,7 +349,7 @@ class Loader:
         rows, chunk, length = len(frames), self.action_chunk, self._prompt["length"]
         intrinsics = np.empty((rows, 3, 3), np.float32)
         prompt_ids, prompt_mask = np.empty((rows, length), np.int32), np.empty((rows, length), bool)
-        actions, action_mask = np.empty((rows, chunk, 7), np.float32), np.empty((rows, chunk), bool)
+        actions, action_mask = np.empty((rows, chunk, self.action_dim), np.float32), np.empty((rows, chunk), bool)
         new_size = (self.image_size, self.image_size)
         for number in np.unique(dataset):
             own = dataset == number
@@ -371,13 +380,13 @@ class Loader:
 def chunk_actions(
     actions: np.ndarray, first: np.ndarray, ends: np.ndarray, chunk: int, statistics: Mapping[str, Any]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The normalised `chunk` actions from each of the rows `first` i64[B] on, f32[B,T,7], and the mask bool[B,T] of
+    """The normalised `chunk` actions from each of the rows `first` i64[B] on, f32[B,T,A], and the mask bool[B,T] of
     those before the episode's end, the row `ends` i64[B]. Later ones are neutral: no movement (0 after normalisation),
-    gripper as it was last."""
+    gripper, the last dimension, as it was last."""
     positions = first[:, None] + np.arange(chunk)
     mask = positions < ends[:, None]
     chunks = normalize(actions[np.minimum(positions, ends[:, None] - 1)], statistics)
-    chunks[..., :6] *= mask[..., None]
+    chunks[..., :-1] *= mask[..., None]
     return chunks, mask
 
 

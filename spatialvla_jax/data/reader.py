@@ -94,8 +94,10 @@ class Rlds:
         entries: tuple[Entry, ...],
         image_size: int,
         depth: bool,
+        action_dim: int,
         progress: Callable[[str, int, int], None] | None,
     ):
+        self._action_dim = action_dim
         self._entries, self._image_size, self._progress = entries, image_size, progress
         self._keys = ("image", "depth") if depth else ("image",)
         self._cache_dir = Path(config.get("cache_dir") or "~/.cache/spatialvla_jax").expanduser()
@@ -108,7 +110,7 @@ class Rlds:
         indexes = tuple(
             load_index(
                 *(entry.name, entry.path, entry.spec, entry.splits.get(split, split)),
-                *(self._cache_dir, self._progress, self._faults),
+                *(self._cache_dir, self._progress, self._faults, self._action_dim),
             )
             for entry in self._entries
         )
@@ -253,7 +255,7 @@ class Rlds:
         encoded = np.asarray([sum(_mean_size(index.arrays[key]) for key in self._keys) for index in split.indexes])
         cache = int(1.2 * np.sum(encoded * windows)) if windows else 0
         fixed = _RUNTIME + self._workers * _WORKSPACE + cache
-        pixels = self._image_size**2 * (7 if "depth" in self._keys else 3)
+        pixels = self._image_size**2 * (3 + 4 * ("depth" in self._keys))
         batch = batch_size * (pixels + int(encoded.max()))
         # Besides those that wait: one is read, one decoded, one being put together, one with the caller.
         ready = int((self._budget * 2**30 - fixed) // batch) - 4

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from spatialvla_jax.actions import DIMENSIONS
 from spatialvla_jax.data.images import tensorflow
 from spatialvla_jax.data.oxe.operations import apply_operations, width_before
 from spatialvla_jax.data.oxe.spec import DatasetSpec, action_keys, action_width, join_action
@@ -78,10 +79,11 @@ def read_episodes(
     numbers: range | int,
     spec: DatasetSpec,
     skip: Callable[[str, str], None] | None = None,
+    action_dim: int = len(DIMENSIONS),
 ) -> Iterator[dict[str, np.ndarray]]:
     """The canonical episodes `numbers` of one shard (or so many from its first on), in order; L steps each:
 
-    action f32[L, 7] · language object[L] of str · step i64[L] (number in the stored episode) · image i64[L, 2] (offset
+    action f32[L, A] · language object[L] of str · step i64[L] (number in the stored episode) · image i64[L, 2] (offset
     and length of the encoded image in the file) and, where the spec names them, depth i64[L, 2] alike, intrinsics
     f32[L, 3, 3] and its further arrays.
 
@@ -89,7 +91,7 @@ def read_episodes(
     `skip`, calls it with (reason, that sentence) for every episode lost and goes on. A lost episode has no steps, and
     neither has one without language if the spec leaves those out (`UNLABELED`).
     """
-    shapes = _shapes(name, builder, spec)
+    shapes = _shapes(name, builder, spec, action_dim)
     numbers = range(numbers) if isinstance(numbers, int) else numbers
     records = read_records(file, skip=numbers.start)
     lost: Fault | None = None  # the rest of the file
@@ -170,9 +172,9 @@ def _text(record: bytes, words: np.ndarray) -> str:
         raise Fault("not UTF-8", "the language instruction is not UTF-8") from error
 
 
-def _shapes(name: str, builder: Any, spec: DatasetSpec) -> dict[str, tuple[int, ...]]:
+def _shapes(name: str, builder: Any, spec: DatasetSpec, action_dim: int) -> dict[str, tuple[int, ...]]:
     """Shape of every key of a step that the spec reads; (2,) = (offset, length) where it is bytes. InputError when one
-    is missing or the action is not 7 wide."""
+    is missing or the action is not `action_dim` wide."""
     if "steps" not in builder.info.features:
         raise InputError(f"{builder.data_dir} is not an RLDS dataset: its episodes have no 'steps'")
     images = (spec.image, *spec.other_images, spec.depth)
@@ -187,7 +189,7 @@ def _shapes(name: str, builder: Any, spec: DatasetSpec) -> dict[str, tuple[int, 
         shapes[key] = (2,) if text or key in images else tuple(feature.shape)
         if key == spec.depth and feature.np_dtype != np.uint16:
             raise InputError(f"Dataset {name!r} has {key!r} as {feature.np_dtype}; a 16-bit PNG is expected")
-    width, expected = action_width(spec, shapes), width_before(spec.operations)
+    width, expected = action_width(spec, shapes), width_before(spec.operations, action_dim)
     if width != expected:
         found = " + ".join(f"{part} {shapes[part]}" if part in shapes else str(part) for part in spec.action)
         raise InputError(

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int32, Int64
 
-from spatialvla_jax.actions.normalization import MASK
+from spatialvla_jax.actions.normalization import normalized_dimensions
 
 LIMIT = 2**20  # distinct keys that a quantile sketch holds: at most 12 MB
 _UNIT = 172  # every float32 is a whole multiple of 2^-172 when its 24 digits are written in full
@@ -125,11 +125,11 @@ class ActionSummary:
     episodes: int
     moments: Moments
     quantiles: tuple[Quantiles, ...]  # of each dimension
-    low: Float[np.ndarray, " 7"]
-    high: Float[np.ndarray, " 7"]
+    low: Float[np.ndarray, " A"]
+    high: Float[np.ndarray, " A"]
 
     @classmethod
-    def of(cls, actions: Float[np.ndarray, "N 7"], episodes: int) -> "ActionSummary":
+    def of(cls, actions: Float[np.ndarray, "N A"], episodes: int) -> "ActionSummary":
         low, high = actions.min(0, initial=np.inf), actions.max(0, initial=-np.inf)
         return cls(episodes, Moments.of(actions), tuple(map(Quantiles.of, actions.T)), low, high)
 
@@ -154,7 +154,8 @@ class ActionSummary:
         q01, q99 = np.transpose([column.quantiles((0.01, 0.99)) for column in self.quantiles])
         rows = {"mean": mean, "std": std, "max": self.high, "min": self.low, "q01": q01, "q99": q99}
         return {
-            "action": {name: row.tolist() for name, row in rows.items()} | {"mask": list(MASK)},
+            "action": {name: row.tolist() for name, row in rows.items()}
+            | {"mask": list(normalized_dimensions(len(self.low)))},
             "num_transitions": self.moments.count,
             "num_trajectories": self.episodes,
         }

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from spatialvla_jax.actions.normalization import MASK
+from spatialvla_jax.actions.normalization import normalized_dimensions
 from spatialvla_jax.errors import InputError
 
 
-def action_statistics(actions: Float[np.ndarray, "N 7"], num_trajectories: int) -> dict[str, Any]:
+def action_statistics(actions: Float[np.ndarray, "N A"], num_trajectories: int) -> dict[str, Any]:
     """Statistics of one dataset's canonical actions:
     {"action": {"mean", "std", "max", "min", "q01", "q99", "mask"}, "num_transitions", "num_trajectories"}."""
     q01, q99 = np.quantile(actions, (0.01, 0.99), axis=0)
@@ -24,7 +24,7 @@ def action_statistics(actions: Float[np.ndarray, "N 7"], num_trajectories: int) 
         "min": actions.min(axis=0),
         "q01": q01,
         "q99": q99,
-        "mask": np.asarray(MASK),
+        "mask": np.asarray(normalized_dimensions(actions.shape[1])),
     }
     return {
         "action": {name: row.tolist() for name, row in rows.items()},

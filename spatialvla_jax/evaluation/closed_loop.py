@@ -49,13 +49,13 @@ class Environment(Protocol):
         """The instruction and the first observation: what `Policy.infer` takes, less the prompt."""
         ...
 
-    def step(self, action: Float[np.ndarray, " 7"], look: bool) -> tuple[dict[str, Any], bool]:
+    def step(self, action: Float[np.ndarray, " A"], look: bool) -> tuple[dict[str, Any], bool]:
         """The observation after the action, and whether the task is done, which ends the episode. Where `look` is
         False nobody looks at the observation, which may be empty: rendering takes longer than physics."""
         ...
 
 
-# Observations -> results with "actions" f32[T, 7], as `Policy.infer_batch`. To the environment's keys come "prompt" and
+# Observations -> results with "actions" f32[T, A], as `Policy.infer_batch`. To the environment's keys come "prompt" and
 # "reset", true in an episode's first step; the second argument is the number of the worker that each one is of.
 Infer = Callable[[list[dict[str, Any]], list[int]], list[dict[str, Any]]]
 
@@ -149,7 +149,7 @@ class _Worker:
             theirs.close()
         self._send(self.episode)
 
-    def act(self, action: Float[np.ndarray, " 7"]) -> None:
+    def act(self, action: Float[np.ndarray, " A"]) -> None:
         self.steps += 1
         self.checksum = zlib.crc32(np.asarray(action, "<f4").tobytes(), self.checksum)
         self._send((action, self.executor.due or self.settings.film))
@@ -405,7 +405,7 @@ def served(
         result = clients[worker].infer({"prompt": full["prompt"]} | sent)
         if gripper_closes:
             actions = np.array(result["actions"], np.float32)
-            result["actions"] = np.concatenate([actions[:, :6], (1 - actions[:, 6:7]) / 2], axis=1)
+            result["actions"] = np.concatenate([actions[:, :-1], (1 - actions[:, -1:]) / 2], axis=1)
         return result
 
     return lambda observations, workers: list(threads.map(ask, observations, workers))

@@ -14,8 +14,6 @@ from spatialvla_jax.data import Loader
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.inference.policy import Policy
 
-DIMENSIONS = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")
-
 
 def predict(
     policy: Policy, frames: Batch, batch_size: int
@@ -37,9 +35,10 @@ def evaluate(
 
     Beside the policy stand two baselines: `mean`, the training split's mean action, and `repeat`, the action of the
     step before held for the whole chunk (the mean action in an episode's first frame). `progress(frames)` is called
-    after each episode. L1 is a mean over all dimensions in normalised units; `*_per_dimension` gives x, y, z, roll,
-    pitch, yaw, gripper, `*_robot` in the robot's units. Raises InputError for a dataset that the policy does not know.
+    after each episode. L1 is a mean over all dimensions in normalised units; `*_per_dimension` gives that of each of
+    `dimensions`, `*_robot` in the robot's units. Raises InputError for a dataset that the policy does not know.
     """
+    grid = policy.processor.grid
     mean_action = loader.actions().mean(axis=0)
     names = ("policy", "mean", "repeat")
     errors: dict[str, list[np.ndarray]] = {k: [] for k in (*names, *(f"{k}_robot" for k in names))}
@@ -69,18 +68,19 @@ def evaluate(
             progress(len(target))
     if not frames:
         raise InputError(f"split {split!r} has no frames")
-    true = np.asarray(encode(policy.processor.grid, np.concatenate(targets)))  # all at once: one shape to compile
+    true = np.asarray(encode(grid, np.concatenate(targets)))  # all at once: one shape to compile
     hit = (np.concatenate(chosen) == true).mean(axis=0)
     per_dimension = {k: np.concatenate(v).mean(axis=0) for k, v in errors.items()}
     result: dict[str, Any] = {
         "split": split,
         "episodes": episodes,
         "frames": frames,
+        "dimensions": grid.dimensions,
         "token_accuracy": float(hit.mean()),
     }
-    parts = (hit[:1], hit[1:2], hit[2:]) if len(hit) == 3 else (hit[:3], hit[3:6], hit[6:])
-    for kind, part in zip(("translation", "rotation", "gripper"), parts, strict=True):
-        result[f"token_accuracy_{kind}"] = float(part.mean())
+    kinds = np.asarray(grid.kinds)
+    for kind in dict.fromkeys(grid.kinds):
+        result[f"token_accuracy_{kind}"] = float(hit[kinds == kind].mean())
     for name, label in zip(names, ("l1", "l1_mean_baseline", "l1_repeat_baseline"), strict=True):
         result[label] = float(per_dimension[name].mean())
         result[f"{label}_per_dimension"] = [float(v) for v in per_dimension[name]]
@@ -90,7 +90,7 @@ def evaluate(
 
 def table(result: dict[str, Any]) -> str:
     """The result as text: L1 per dimension, normalised and in robot units, for the policy and the baselines."""
-    rows: list[tuple[str, ...]] = [("", *DIMENSIONS, "all")]
+    rows: list[tuple[str, ...]] = [("", *result["dimensions"], "all")]
     labels = {"l1": "policy", "l1_mean_baseline": "mean action", "l1_repeat_baseline": "last action"}
     for key, name in labels.items():
         rows.append((name, *(f"{v:.3f}" for v in result[f"{key}_per_dimension"]), f"{result[key]:.3f}"))

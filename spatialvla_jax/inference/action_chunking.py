@@ -16,33 +16,33 @@ from jaxtyping import Float, Int
 from spatialvla_jax.errors import InputError
 
 # Predictions of one action, oldest first -> their weights, of any sum above 0.
-Weigh = Callable[[Float[np.ndarray, "N 7"]], Float[np.ndarray, " N"]]
+Weigh = Callable[[Float[np.ndarray, "N A"]], Float[np.ndarray, " N"]]
 
 
-def newest(predictions: Float[np.ndarray, "N 7"]) -> Float[np.ndarray, " N"]:
+def newest(predictions: Float[np.ndarray, "N A"]) -> Float[np.ndarray, " N"]:
     """The last prediction alone: no ensemble."""
     return np.eye(len(predictions))[-1]
 
 
-def adaptive(predictions: Float[np.ndarray, "N 7"], alpha: float = 0.1) -> Float[np.ndarray, " N"]:
+def adaptive(predictions: Float[np.ndarray, "N A"], alpha: float = 0.1) -> Float[np.ndarray, " N"]:
     """exp(alpha · cosine similarity with the newest prediction): what points elsewhere counts less.
 
-    CogACT (Li et al. 2024, section 3.4), but the similarity is that of the six motions: a gripper of 0 or 1 beside
+    CogACT (Li et al. 2024, section 3.4), but the similarity is that of the motions: a gripper of 0 or 1 beside
     motions of millimetres would decide it alone.
     """
-    motion = predictions[:, :6]
+    motion = predictions[:, :-1]
     norms = np.linalg.norm(motion, axis=1)
     return np.exp(alpha * (motion @ motion[-1]) / (norms * norms[-1] + 1e-12))
 
 
-def recent(predictions: Float[np.ndarray, "N 7"], rate: float = 0.8) -> Float[np.ndarray, " N"]:
+def recent(predictions: Float[np.ndarray, "N A"], rate: float = 0.8) -> Float[np.ndarray, " N"]:
     """exp(-rate · age): how the release's own SimplerEnv evaluation weighs (its `action_ensemble_temp` of -0.8)."""
     return np.exp(-rate * np.arange(len(predictions))[::-1])
 
 
 def combine(
-    predictions: Float[np.ndarray, "N 7"] | Sequence[Float[np.ndarray, " 7"]], weigh: Weigh
-) -> Float[np.ndarray, " 7"]:
+    predictions: Float[np.ndarray, "N A"] | Sequence[Float[np.ndarray, " A"]], weigh: Weigh
+) -> Float[np.ndarray, " A"]:
     """Predictions of one action, oldest first → the weighted mean of the motions and the gripper of the majority.
 
     A mean would half open the gripper; the weighted median is a gripper that was predicted, closed on a tie, as in the
@@ -52,8 +52,8 @@ def combine(
     weights = weigh(stacked)
     weights = weights / weights.sum()
     action = stacked[-1] + weights @ (stacked - stacked[-1])  # so that equal predictions stay what they are, exactly
-    order = np.argsort(stacked[:, 6], kind="stable")
-    action[6] = stacked[order[np.searchsorted(np.cumsum(weights[order]), 0.5 - 1e-9)], 6]
+    order = np.argsort(stacked[:, -1], kind="stable")
+    action[-1] = stacked[order[np.searchsorted(np.cumsum(weights[order]), 0.5 - 1e-9)], -1]
     return action.astype(np.float32)
 
 
@@ -79,13 +79,13 @@ class ChunkExecutor:
 
     def reset(self) -> None:
         """Forget the episode."""
-        self._chunks: list[tuple[int, Float[np.ndarray, "T 7"]]] = []  # (steps since, chunk), oldest first
+        self._chunks: list[tuple[int, Float[np.ndarray, "T A"]]] = []  # (steps since, chunk), oldest first
 
     @property
     def due(self) -> bool:
         return not self._chunks or self._chunks[-1][0] >= self.every
 
-    def step(self, chunk: Float[np.ndarray, "T 7"] | None = None) -> Float[np.ndarray, " 7"]:
+    def step(self, chunk: Float[np.ndarray, "T A"] | None = None) -> Float[np.ndarray, " A"]:
         """The action of this step; `chunk` begins at it and is needed where `due`."""
         if chunk is not None:
             self._chunks.append((0, np.array(chunk)))

@@ -75,7 +75,7 @@ class Policy:
         return cls(model, params, processor, constrained=constrained, int8=quantize == "int8", speculate=speculate)
 
     def infer(self, observation: dict[str, Any]) -> dict[str, np.ndarray]:
-        """One observation → {"actions": f32[T, 7] in robot units, "action_ids": i32[T, tokens_per_action]}.
+        """One observation → {"actions": f32[T, A] in robot units, "action_ids": i32[T, tokens_per_action]}.
 
         `observation` has "image" u8[H, W, 3] and "prompt" str; "intrinsics" f32[3, 3] in pixels of that image and
         "unnorm_key" (a dataset's name) may be None or absent; "depth" f32[H, W] in metres is needed by a model that
@@ -194,9 +194,9 @@ class Policy:
 
 
 def act(model: SpatialVLA, constrained: bool, weights: Any, grid: Any, inputs: dict[str, Any]) -> dict[str, jax.Array]:
-    """The jitted whole: uint8 images [B, H, W, 3] → {"action_ids" [B, T, n], "actions" [B, T, 7], "passes" []}.
+    """The jitted whole: uint8 images [B, H, W, 3] → {"action_ids" [B, T, n], "actions" [B, T, A], "passes" []}.
 
-    With `inputs["bounds"]` f32[B, 3, 7] (low, high, which dimensions have them) actions are in robot units, without
+    With `inputs["bounds"]` f32[B, 3, A] (low, high, which dimensions have them) actions are in robot units, without
     normalised. An id that is no action, which an unconstrained choice can give, counts as the first.
     """
     cfg = model.config

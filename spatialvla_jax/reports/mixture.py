@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
 
-from spatialvla_jax.actions import ActionGrid, LinearGrid
+from spatialvla_jax.actions import DIMENSIONS, ActionGrid, ActionTokenizer, LinearGrid
 from spatialvla_jax.actions.gaussian import RANGES
 from spatialvla_jax.actions.grid import to_spherical
 from spatialvla_jax.actions.normalization import normalize
@@ -35,13 +35,12 @@ SPHERICAL = (
 LINEAR = (("x", "movement", "−1", "1"), ("y", "movement", "−1", "1"), ("z", "movement", "−1", "1"))
 ANGLES = (("roll", "rotation", "−1", "1"), ("pitch", "rotation", "−1", "1"), ("yaw", "rotation", "−1", "1"))
 GRIPPER = ("gripper", "0 closed, 1 open", "0", "1")
-DIMENSIONS = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")
 
 
 def write_page(
     path: str | os.PathLike[str],
     loader: Loader,
-    grid: ActionGrid | LinearGrid,
+    grid: ActionTokenizer,
     *,
     title: str,
     seed: int = 0,
@@ -76,12 +75,12 @@ def write_page(
     os.replace(temporary, path)
 
 
-def _normalized(loader: Loader, index: Index) -> Float[np.ndarray, "N 7"]:
+def _normalized(loader: Loader, index: Index) -> Float[np.ndarray, "N A"]:
     frames = np.linspace(0, index.num_frames - 1, min(index.num_frames, FRAMES)).round().astype(np.int64)
     return normalize(index.arrays["action"][index.action_rows(frames)[0]], loader.statistics[index.name]["action"])
 
 
-def _histograms(actions: Float[np.ndarray, "N 7"], grid: ActionGrid | LinearGrid) -> Float[np.ndarray, "7 n"]:
+def _histograms(actions: Float[np.ndarray, "N A"], grid: ActionTokenizer) -> Float[np.ndarray, "A n"]:
     """For every panel: the share of actions in each of `BARS` equal parts of its range."""
     first = np.asarray(to_spherical(actions[:, :3])) if isinstance(grid, ActionGrid) else actions[:, :3]
     values = np.concatenate([first, actions[:, 3:]], axis=1)
@@ -91,11 +90,12 @@ def _histograms(actions: Float[np.ndarray, "N 7"], grid: ActionGrid | LinearGrid
     return np.stack(counts) / len(actions)
 
 
-def _panels(grid: ActionGrid | LinearGrid) -> list[tuple[tuple[str, str, str, str], np.ndarray, Any]]:
+def _panels(grid: ActionTokenizer) -> list[tuple[tuple[str, str, str, str], np.ndarray, Any]]:
     """(labels, bin edges, range) of the seven panels."""
     if isinstance(grid, ActionGrid):
         names, edges, ranges = (*SPHERICAL, *ANGLES), [np.asarray(edges) for edges in grid.edges], RANGES
     else:
+        assert isinstance(grid, LinearGrid)
         names, edges, ranges = (*LINEAR, *ANGLES), [np.asarray(grid.levels)] * 6, ((-1.0, 1.0),) * 6
     return [*zip(names, edges, ranges, strict=True), (GRIPPER, np.asarray([0, 0.5, 1]), (0.0, 1.0))]
 
@@ -185,7 +185,7 @@ def _words(text: str) -> str:
     return html.escape(text if len(text) <= 200 else f"{text[:200]}…")
 
 
-def _plots(histograms: Float[np.ndarray, "7 n"], grid: ActionGrid | LinearGrid) -> str:
+def _plots(histograms: Float[np.ndarray, "A n"], grid: ActionTokenizer) -> str:
     plots = []
     for share, ((symbol, words, low, high), edges, bounds) in zip(histograms, _panels(grid), strict=True):
         closed = share[: BARS // 2].sum()
@@ -244,7 +244,7 @@ def _page(
     indexes: tuple[Index, ...],
     rows: list[dict[str, Any]],
     together: np.ndarray,
-    grid: ActionGrid | LinearGrid,
+    grid: ActionTokenizer,
     sections: list[str],
 ) -> str:
     phases = len(rows[0]["shares"])
@@ -302,7 +302,7 @@ are stored in the data, known from elsewhere, or a common default where nobody w
 """
 
 
-def _explanation(grid: ActionGrid | LinearGrid) -> str:
+def _explanation(grid: ActionTokenizer) -> str:
     movement = (
         "The movement is a direction and a size: θ is its angle to the z axis, φ its heading around that axis, r its "
         "length; no movement has 0 in all three."

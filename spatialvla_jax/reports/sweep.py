@@ -14,10 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from spatialvla_jax.actions import ActionGrid
+from spatialvla_jax.actions import DIMENSIONS, ActionGrid
 from spatialvla_jax.checkpoints.load import load_grid
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.evaluation.open_loop import DIMENSIONS
 from spatialvla_jax.reports.figures import grids, sweep
 from spatialvla_jax.training.metrics import read_metrics
 

@@ -30,7 +30,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from spatialvla_jax.actions import ActionGrid, LinearGrid, linear_grid, uniform_grid
+from spatialvla_jax.actions import ActionGrid, ActionTokenizer, linear_grid, uniform_grid
 from spatialvla_jax.checkpoints import read_checkpoint
 from spatialvla_jax.checkpoints.mapping import param_shapes, unflatten
 from spatialvla_jax.checkpoints.paligemma import is_paligemma
@@ -212,7 +212,7 @@ def _check(where: str, config: ConfigDict, changed: set[str]) -> None:
 _shapes = functools.cache(param_shapes)
 
 
-def _grid(config: ConfigDict) -> ActionGrid | LinearGrid:
+def _grid(config: ConfigDict) -> ActionTokenizer:
     """Of the size that the config's will have, where that is known."""
     return linear_grid() if config.grid.kind == "linear" else uniform_grid(config.grid.num_bins)
 

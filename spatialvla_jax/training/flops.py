@@ -6,6 +6,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from spatialvla_jax.actions import ActionTokenizer
 from spatialvla_jax.batch import Batch
 from spatialvla_jax.models.lora import merge_adapters
 from spatialvla_jax.training.optimizer import merge, split_frozen
@@ -13,7 +14,7 @@ from spatialvla_jax.training.setup import abstract_params, frozen_patterns, lora
 from spatialvla_jax.training.step import loss_and_metrics, prepare
 
 
-def model_flops(config: ConfigDict, grid: Any) -> float:
+def model_flops(config: ConfigDict, grid: ActionTokenizer) -> float:
     """FLOPs of one sample that the model itself needs: the forward pass, and the backward pass to every trainable
     parameter, without augmentation, rematerialisation and optimizer. Counted over the products of the traced gradient.
     """

@@ -7,8 +7,7 @@ import numpy as np
 from jaxtyping import Float
 
 from spatialvla_jax.actions import (
-    ActionGrid,
-    LinearGrid,
+    ActionTokenizer,
     fit_gaussians,
     gaussian_grid,
     linear_grid,
@@ -24,8 +23,8 @@ from spatialvla_jax.errors import InputError
 def make_grid(
     config: Mapping[str, Any],
     gaussians: Callable[[], Float[np.ndarray, "6 2"]],
-    kept: ActionGrid | LinearGrid | None = None,
-) -> ActionGrid | LinearGrid:
+    kept: ActionTokenizer | None = None,
+) -> ActionTokenizer:
     """The grid of a config's `grid` part; `gaussians` is called where the kind needs them, `kept` is that of the
     checkpoint to start from. Raises InputError."""
     if config["kind"] == "linear":
@@ -51,7 +50,7 @@ def fitted_datasets(names: Sequence[str], exclude: Sequence[str]) -> list[str]:
     return fitted
 
 
-def fitted_actions(loader: Loader, exclude: Sequence[str]) -> Iterator[Float[np.ndarray, "N 7"]]:
+def fitted_actions(loader: Loader, exclude: Sequence[str]) -> Iterator[Float[np.ndarray, "N A"]]:
     """The normalised actions that the grid is fitted to, one dataset of the training split after another."""
     fitted = fitted_datasets(loader.names, exclude)
     for index in loader.indexes():

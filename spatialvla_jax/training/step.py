@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from spatialvla_jax.actions import decode, encode
+from spatialvla_jax.actions import ActionTokenizer, decode, encode
 from spatialvla_jax.batch import Batch
 from spatialvla_jax.models import SpatialVLA
 from spatialvla_jax.models.lora import merge_adapters
@@ -17,11 +17,6 @@ from spatialvla_jax.training.optimizer import merge, num_updates, part_norms, sp
 from spatialvla_jax.training.sharding import cast_split
 from spatialvla_jax.training.state import TrainState
 
-# The kind of every token of one action, by the number of tokens that a grid spends on it.
-TOKEN_KINDS = {
-    3: ("translation", "rotation", "gripper"),
-    7: ("translation",) * 3 + ("rotation",) * 3 + ("gripper",),
-}
 Metrics = dict[str, Float[Array, "..."]]  # scalars, and "datasets" f32[N,3]: see `by_dataset`
 
 
@@ -45,7 +40,9 @@ def make_train_step(
     are arguments, so that runs which differ in them share one compilation.
     """
 
-    def step(state: TrainState, batch: Batch, grid: Any, seed: Int[Array, ""] | int) -> tuple[TrainState, Metrics]:
+    def step(
+        state: TrainState, batch: Batch, grid: ActionTokenizer, seed: Int[Array, ""] | int
+    ) -> tuple[TrainState, Metrics]:
         trainable, fixed = split_frozen(state.params, frozen)
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         inputs = prepare(batch, key, augmentation)
@@ -89,7 +86,7 @@ def make_train_step(
 def make_eval_step(model: SpatialVLA, num_datasets: int = 0, lora_scale: float = 0.0):
     """→ `step(params, batch, grid) -> (metric sums over the batch's valid examples, their number)`."""
 
-    def step(params: dict[str, Any], batch: Batch, grid: Any):
+    def step(params: dict[str, Any], batch: Batch, grid: ActionTokenizer):
         inputs = prepare(batch, None, None)
         assert inputs.valid is not None, "the batch is not of an epoch"
         params = cast_split(merge_adapters(params, lora_scale, model.config.dtype), model.config.dtype)
@@ -121,11 +118,11 @@ def by_dataset(
 
 
 def loss_and_metrics(
-    model: SpatialVLA, params: dict[str, Any], inputs: Batch, grid: Any
+    model: SpatialVLA, params: dict[str, Any], inputs: Batch, grid: ActionTokenizer
 ) -> tuple[Float[Array, " B"], dict[str, Float[Array, " B"]]]:
     """Cross-entropy on the action tokens and `<eos>` (13 of a 4-step chunk), averaged per example; teacher-forced.
 
-    Accuracies and `l1` (decoded against true normalised actions, all 7 dimensions) take the best token of the kind
+    Accuracies and `l1` (decoded against true normalised actions, all dimensions) take the best token of the kind
     that stands at each place, as the policy's constrained decoding does.
     """
     cfg = model.config
@@ -137,7 +134,7 @@ def loss_and_metrics(
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean(axis=1)
     predicted = constrained_argmax(logits[:, :-1], grid, cfg.action_offset).reshape(ids.shape)
     hit = (predicted == ids).astype(jnp.float32).mean(axis=1)
-    kinds = TOKEN_KINDS[grid.tokens_per_action]
+    kinds = grid.kinds
     metrics = {"loss": loss}
     for kind in dict.fromkeys(kinds):
         places = jnp.array([i for i, k in enumerate(kinds) if k == kind])
@@ -147,7 +144,7 @@ def loss_and_metrics(
     return loss, metrics
 
 
-def constrained_argmax(logits: Float[Array, "B A V"], grid: Any, offset: int) -> Int[Array, "B A"]:
+def constrained_argmax(logits: Float[Array, "B A V"], grid: ActionTokenizer, offset: int) -> Int[Array, "B A"]:
     """Best token among those of its kind, counted from the first action token; A is whole actions."""
     n = grid.tokens_per_action
     best = [

@@ -10,7 +10,14 @@ from PIL import Image
 INTRINSICS = np.asarray([[50.0, 0, 31.0], [0, 48.0, 25.0], [0, 0, 1]], np.float32)
 
 
-def make_episodes(count: int, *, seed: int = 0, size: tuple[int, int] = (48, 64), steps: tuple[int, int] = (3, 9)):
+def make_episodes(
+    count: int,
+    *,
+    seed: int = 0,
+    size: tuple[int, int] = (48, 64),
+    steps: tuple[int, int] = (3, 9),
+    action_dim: int = 7,
+):
     """`count` random LIBERO-style episodes, each a list of step dicts; every image differs. `size` is height, width."""
     rng = np.random.default_rng(seed)
     episodes = []
@@ -25,7 +32,7 @@ def make_episodes(count: int, *, seed: int = 0, size: tuple[int, int] = (48, 64)
                         "intrinsics": INTRINSICS,
                         "state": rng.normal(size=8).astype(np.float32),
                     },
-                    "action": np.append(rng.uniform(-1, 1, 6), rng.choice([-1, 1])).astype(np.float32),
+                    "action": np.append(rng.uniform(-1, 1, action_dim - 1), rng.choice([-1, 1])).astype(np.float32),
                     "language_instruction": f"Pick up object {number % 3}",
                     "is_first": step == 0,
                     "is_last": step == length - 1,

@@ -182,6 +182,6 @@ def check_operations(operations: tuple[tuple[Any, ...], ...]) -> None:
             raise InputError(f"the rotation {rotation!r} of {name!r} is unknown: known are {', '.join(ROTATIONS)}")
 
 
-def width_before(operations: tuple[tuple[Any, ...], ...]) -> int:
-    """How wide the action must be for `operations` to make it 7 wide."""
-    return 7 + sum(ROTATIONS[arguments[0]] - 3 for name, *arguments in operations if name == "to_euler")
+def width_before(operations: tuple[tuple[Any, ...], ...], width: int) -> int:
+    """How wide the action must be for `operations` to make it `width` wide."""
+    return width + sum(ROTATIONS[arguments[0]] - 3 for name, *arguments in operations if name == "to_euler")

@@ -22,9 +22,9 @@ DEPTH_UNIT = 0.001  # metres per count of the 16-bit PNG: at most 0.5 mm of roun
 class DatasetSpec:
     """Where an RLDS dataset keeps what we need, and how its action becomes the canonical one.
 
-    Keys are paths within a step, such as "observation/image". The canonical action is f32[7]: dx, dy, dz, droll,
-    dpitch, dyaw and the gripper, 0 closed .. 1 open. It is joined from `action`: keys, columns of keys ("state[6]",
-    "action[:3]", "action[-1]") and constant columns (numbers); then come the `operations`, in order.
+    Keys are paths within a step, such as "observation/image". The canonical action is f32[A]: movement (dx, dy, dz,
+    droll, dpitch, dyaw) and the gripper, 0 closed .. 1 open. It is joined from `action`: keys, columns of keys
+    ("state[6]", "action[:3]", "action[-1]") and constant columns (numbers); then come the `operations`, in order.
     """
 
     image: str = "observation/image"

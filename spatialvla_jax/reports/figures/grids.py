@@ -14,14 +14,14 @@ from spatialvla_jax.actions.grid import to_spherical
 from spatialvla_jax.reports.figures.style import BLUE, DARK, GREEN, GREY, ORANGE, RED, STYLE, Pathlike, save
 
 
-def action_grid(path: Pathlike, grid: ActionGrid, actions: Float[np.ndarray, "N 7"], source: str = "data") -> None:
+def action_grid(path: Pathlike, grid: ActionGrid, actions: Float[np.ndarray, "N A"], source: str = "data") -> None:
     """A grid over the data that it is for, as in the paper's Fig. 3.
 
     Left, in 3-D: the translations' directions with the (theta, phi) cells on the unit sphere, and the translations
     themselves with the cells cut by the planes z = 0 and y = 0. Right, per variable: the data, the Gaussian fitted to
-    it and the bin edges. `actions` f32[N, 7] are normalised; `source` says in the legend what they are.
+    it and the bin edges. `actions` f32[N, A] are normalised; `source` says in the legend what they are.
     """
-    actions = np.asarray(actions, np.float32).reshape(-1, 7)
+    actions = np.asarray(actions, np.float32).reshape(-1, grid.action_dim)
     spherical = np.asarray(to_spherical(actions[:, :3]))
     values = np.concatenate([spherical, actions[:, 3:6].clip(-1, 1)], 1)
     shown = np.random.default_rng(0).permutation(len(actions))[:3000]
@@ -48,7 +48,7 @@ def action_grid(path: Pathlike, grid: ActionGrid, actions: Float[np.ndarray, "N 
         save(figure, path)
 
 
-def linear_grid(path: Pathlike, grid: LinearGrid, actions: Float[np.ndarray, "N 7"], source: str = "data") -> None:
+def linear_grid(path: Pathlike, grid: LinearGrid, actions: Float[np.ndarray, "N A"], source: str = "data") -> None:
     """The baseline's levels, which all dimensions share, as ticks under each dimension's normalised actions."""
     levels = np.asarray(grid.levels)
     with matplotlib.rc_context(STYLE):
@@ -71,7 +71,7 @@ def action_grids(
     path: Pathlike,
     labels: Sequence[str],
     grids: Sequence[ActionGrid],
-    actions: Sequence[Float[np.ndarray, "N 7"]],
+    actions: Sequence[Float[np.ndarray, "N A"]],
 ) -> None:
     """Grids beside each other over normalised actions, as in the paper's Fig. 3: a column each, with the pictures of
     `action_grid` from top to bottom."""

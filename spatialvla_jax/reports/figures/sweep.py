@@ -8,6 +8,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from spatialvla_jax.actions import DIMENSIONS
 from spatialvla_jax.reports.figures.style import DARK, SERIES, STYLE, Pathlike, save
 
 
@@ -67,12 +68,12 @@ def learning_curves(path: Pathlike, groups: Mapping[str, Mapping[str, Sequence[S
 def dimension_errors(
     path: Pathlike, groups: Mapping[str, Sequence[Sequence[Any]]], baselines: Mapping[str, Sequence[float]]
 ) -> None:
-    """Bars of L1 per dimension (x … gripper) for each value of an axis, {value: [combination][seed] of 7 errors}: the
-    mean and its standard error; `baselines`, 7 errors each, as marks over the bars."""
+    """Bars of L1 per dimension (x … gripper) for each value of an axis, {value: [combination][seed] of an error each}:
+    the mean and its standard error; `baselines`, likewise, as marks over the bars."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10.4, 3.4), layout="constrained")
         axes, width = figure.subplots(), 0.8 / len(groups)
-        places = np.arange(7)
+        places = np.arange(len(DIMENSIONS))
         for i, (colour, (value, errors)) in enumerate(zip(_colours(groups), groups.items(), strict=True)):
             mean, error = _mean_error(errors)
             where = places + (i - (len(groups) - 1) / 2) * width
@@ -80,7 +81,7 @@ def dimension_errors(
             axes.errorbar(where, mean, error, fmt="none", ecolor=DARK, elinewidth=0.9)
         for (name, error), style in zip(baselines.items(), ("--", ":"), strict=True):
             axes.hlines(error, places - 0.44, places + 0.44, color=DARK, linewidth=1.1, linestyle=style, label=name)
-        axes.set_xticks(places, ("x", "y", "z", "roll", "pitch", "yaw", "gripper"))
+        axes.set_xticks(places, DIMENSIONS)
         axes.set_ylabel("L1, unseen episodes")
         axes.grid(axis="y")
         axes.set_axisbelow(True)

@@ -49,7 +49,7 @@ def loss_curve(path: Pathlike, records: Sequence[Mapping[str, Any]]) -> None:
 def trajectories(path: Pathlike, episodes: Sequence[Mapping[str, Any]]) -> None:
     """Predicted against expert end-effector paths of one to three episodes: the running sums of their actions.
 
-    Each episode is {"expert": f32[L, 7], "predicted": f32[L, 7], "title": str (optional)}, actions in robot units with
+    Each episode is {"expert": f32[L, A], "predicted": f32[L, A], "title": str (optional)}, actions in robot units with
     the gripper 0 closed ... 1 open. A thick line is a closed gripper; triangles show where it closes and opens.
     """
     with matplotlib.rc_context(STYLE):
@@ -61,7 +61,7 @@ def trajectories(path: Pathlike, episodes: Sequence[Mapping[str, Any]]) -> None:
             for name, colour in (("expert", DARK), ("predicted", RED)):
                 actions = np.asarray(episode[name], np.float64)
                 paths[name] = np.concatenate([np.zeros((1, 3)), np.cumsum(actions[:, :3], 0)])
-                _path(axes, paths[name], actions[:, 6] < 0.5, colour)
+                _path(axes, paths[name], actions[:, -1] < 0.5, colour)
             _cube(axes, np.concatenate(list(paths.values())))
             axes.set_title(textwrap.fill(episode.get("title", ""), 44), pad=0)
         marks = [
