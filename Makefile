@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo sweep test lint lock clean
+.PHONY: demo sweep test test-slow test-all lint lock clean
 
 # The locked environment is a CPU's; without this the TPU compiler in it, which tests use, looks for TPUs and complains.
 demo sweep: export JAX_PLATFORMS ?= cpu
@@ -12,8 +12,16 @@ demo: .venv/.installed
 sweep: .venv/.installed
 	$(BIN)/spatialvla-jax sweep --config configs/sweeps/grid_resolution.py --workdir runs/grid_resolution
 
+# Two tiers: `test` is quick, `test-slow` is the rest, `test-all` both.
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
+
 test: .venv/.installed
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests
+	$(PYTEST) -m "not slow"
+
+test-slow: .venv/.installed
+	$(PYTEST) -m slow
+
+test-all: test test-slow
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

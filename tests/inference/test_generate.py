@@ -6,7 +6,8 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from helpers.batches import GRID, random_inputs
+from helpers.batches import random_inputs
+from test_step import GRID
 
 from spatialvla_jax.inference import generate as module
 from spatialvla_jax.inference.decoder import quantize

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.batches import GRID, random_inputs
-from helpers.gpu import h100
+from helpers.batches import random_inputs
+from test_fused_attention import h100
+from test_step import GRID
 
 from spatialvla_jax.checkpoints.mapping import param_shapes, unflatten
 from spatialvla_jax.inference import kernels
@@ -24,6 +25,7 @@ from spatialvla_jax.models.gemma2 import Gemma2Config
 jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     ("dtype", "batch", "tokens", "splits"), [("float32", 3, 3, 3), ("float32", 1, 1, 1), ("bfloat16", 1, 3, 1)]
 )
@@ -49,6 +51,7 @@ def test_attention_rotates_attends_and_writes(dtype: str, batch: int, tokens: in
         np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance * np.abs(y).max())
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     ("shape", "gate", "tile"),
@@ -68,6 +71,7 @@ def test_products(dtype: str, shape: tuple[int, int], gate: bool, tile: Tile) ->
         np.testing.assert_allclose(np.asarray(got, np.float32), expected, atol=tolerance * np.abs(expected).max())
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize(("dtype", "splits"), [("float32", 2), ("bfloat16", 2), ("bfloat16", 1)])
 def test_product_added_and_normed(dtype: str, splits: int) -> None:
     """A width that is no power of two, scales in the middle of a stack, three rows."""
@@ -86,6 +90,7 @@ def test_product_added_and_normed(dtype: str, splits: int) -> None:
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * np.abs(b).max())
 
 
+@pytest.mark.gpu
 def test_generation_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens of a small model with the kernels and without, for prompts of two lengths."""
     config = preset("nano", spatial_tokens=GRID.vocab_size)
@@ -126,6 +131,7 @@ def test_lowers_for_a_gpu(batch: int, tokens: int) -> None:
     assert text.count("xla.gpu.triton") == (2 if batch == 1 else 1)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("gate", [False, True], ids=["", "gated"])
 @pytest.mark.parametrize("rows", [1, 3])
 def test_products_with_int8(rows: int, gate: bool) -> None:

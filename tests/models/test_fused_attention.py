@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.gpu import h100
-from jax.sharding import NamedSharding
+from jax.sharding import AbstractMesh, NamedSharding
 
 from spatialvla_jax.models import fused_attention
 from spatialvla_jax.models.attention import attend
@@ -53,6 +52,7 @@ def assert_alike(inputs, tolerance, *, tiles=SMALL, **options):
     assert not np.any(np.asarray(fused[0][:, 0], np.float32)) and not np.any(np.asarray(fused[1][:, 0], np.float32))
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     ("T", "S", "N", "K", "strength", "softcap"),
     [(40, 33, 2, 1, 1.0, 50.0), (16, 32, 4, 2, 30.0, 5.0), (7, 50, 3, 1, 0.1, 0.5)],
@@ -62,12 +62,14 @@ def test_values_and_gradients(T, S, N, K, strength, softcap):
     assert_alike(draw(2, T, S, N, K, 16), 3e-5, scale=strength / 4, softcap=softcap)
 
 
+@pytest.mark.gpu
 def test_bfloat16():
     """Within the rounding of its products, at the tiles of Gemma 2 2B."""
     tiles = fused_attention.tiles_for(256)
     assert_alike(draw(1, 70, 70, 2, 1, 256, dtype=jnp.bfloat16), 2e-2, tiles=tiles, scale=1 / 16, softcap=50.0)
 
 
+@pytest.mark.gpu
 def test_logits_at_the_cap():
     """All logits at ±cap: nothing overflows, and the weights are right."""
     q, k, v, mask, dout = draw(1, 20, 20, 1, 1, 16)
@@ -91,6 +93,7 @@ def count(jaxpr, name: str) -> int:
     return total
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize(("remat", "forwards"), [("none", 1), ("dots", 1), ("full", 2)])
 def test_a_rematerialised_layer(monkeypatch, remat, forwards):
     """The policy `dots` keeps what the forward kernel gave, `full` runs it again; gradients are those of XLA's."""
@@ -149,3 +152,9 @@ def test_lowers_for_a_gpu(B, T, H):
     with jax.sharding.use_abstract_mesh(h100()):
         text = jax.jit(run).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("xla.gpu.triton") == 3, "forward, dq, dkv"
+
+
+def h100() -> AbstractMesh:
+    """From JAX 0.11 kernels lower for a named GPU alone; before, for an H100."""
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+    return AbstractMesh((1,), ("data",), abstract_device=device)

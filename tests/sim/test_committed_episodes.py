@@ -7,7 +7,7 @@ import pytest
 import tensorflow_datasets as tfds
 from helpers.record_geometry import unproject
 
-DIRECTORY = Path(__file__).parents[3] / "data/libero_spatial_demo/1.0.0"
+DIRECTORY = Path(__file__).parents[2] / "data/libero_spatial_demo/1.0.0"
 
 
 @pytest.fixture(scope="module")

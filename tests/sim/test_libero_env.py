@@ -290,6 +290,7 @@ def test_the_example_drives_the_simulator_through_a_server(monkeypatch, capfd):
 # --- the simulator -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sim
 @pytest.mark.parametrize("suite", libero.MAX_STEPS)
 def test_the_simulator_of_each_suite(suite):
     """In a process of its own: OSMesa crashes in one that has loaded TensorFlow, as the tests above do."""

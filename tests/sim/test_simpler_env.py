@@ -116,6 +116,7 @@ def test_the_runner_gets_its_picture(tmp_path):
     assert (tmp_path / "actions.png").stat().st_size > 1000
 
 
+@pytest.mark.sim
 def test_it_drives_an_environment_of_maniskill():
     """PickCube needs no download: a policy that goes down moves the hand down, in the camera's picture too."""
     pytest.importorskip("mani_skill.envs", reason="needs ManiSkill: pip install 'spatialvla-jax[maniskill]'")

@@ -41,29 +41,50 @@ def losses(workdir: Path, key: str = "loss") -> list[float]:
     return [r[key] for r in read_metrics(path) if key in r] if path.exists() else []
 
 
-def test_two_processes_give_the_losses_of_one(server: Server, packed_config: Path, tmp_path: Path) -> None:
-    """One of two is asked to end: both save the same step. The run goes on in one process, on a mesh of another shape,
-    and in four."""
-    (alone,) = start(server, packed_config, tmp_path / "alone", 1)
-    assert alone.wait() == 0, alone.errors.read_text()
-    two = start(server, packed_config, tmp_path / "two", 2)
-    assert two[0].until(lambda: len(losses(tmp_path / "two")) >= 5), two[0].errors.read_text()
-    two[1].send(signal.SIGTERM)
-    assert [run.wait() for run in two] == [0, 0], two[0].errors.read_text() + two[1].errors.read_text()
-    reached = len(losses(tmp_path / "two"))
-    assert 5 <= reached < 24
-    assert [p.name for p in (tmp_path / "two" / "checkpoints").iterdir()] == [str(reached)]
-    shutil.copytree(tmp_path / "two", tmp_path / "four")
-    other = ("--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2")
-    for name, processes, mesh in (("two", 1, other), ("four", 4, ())):
-        runs = start(server, packed_config, tmp_path / name, processes, *mesh)
-        assert [run.wait(240) for run in runs] == [0] * processes, runs[0].errors.read_text()
-        np.testing.assert_allclose(losses(tmp_path / name), losses(tmp_path / "alone"), atol=1e-5)
-        np.testing.assert_allclose(
-            losses(tmp_path / name, "val/loss"), losses(tmp_path / "alone", "val/loss"), atol=1e-5
-        )
-    assert len(losses(tmp_path / "alone")) == 24
-    assert "train:" not in two[1].errors.read_text()  # the second one shows nothing
+@pytest.fixture(scope="module")
+def alone(server: Server, packed_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The undisturbed run of one process."""
+    workdir = tmp_path_factory.mktemp("alone") / "run"
+    (run,) = start(server, packed_config, workdir, 1)
+    assert run.wait() == 0, run.errors.read_text()
+    assert len(losses(workdir)) == 24
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def stopped(server: Server, packed_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two processes of which one was asked to end: both saved the same step."""
+    workdir = tmp_path_factory.mktemp("two") / "run"
+    runs = start(server, packed_config, workdir, 2)
+    assert runs[0].until(lambda: len(losses(workdir)) >= 5), runs[0].errors.read_text()
+    runs[1].send(signal.SIGTERM)
+    assert [run.wait() for run in runs] == [0, 0], runs[0].errors.read_text() + runs[1].errors.read_text()
+    assert 5 <= len(losses(workdir)) < 24
+    assert [p.name for p in (workdir / "checkpoints").iterdir()] == [str(len(losses(workdir)))]
+    assert "train:" not in runs[1].errors.read_text()  # only the first process shows its progress
+    return workdir
+
+
+OTHER_MESH = ("--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2")
+
+
+@pytest.mark.parametrize("processes, mesh", [(1, OTHER_MESH), pytest.param(4, (), marks=pytest.mark.slow)])
+def test_two_processes_give_the_losses_of_one(
+    processes: int,
+    mesh: tuple[str, ...],
+    server: Server,
+    packed_config: Path,
+    alone: Path,
+    stopped: Path,
+    tmp_path: Path,
+) -> None:
+    """The run of two goes on in one process on a mesh of another shape, and in four."""
+    workdir = tmp_path / "run"
+    shutil.copytree(stopped, workdir)
+    runs = start(server, packed_config, workdir, processes, *mesh)
+    assert [run.wait(240) for run in runs] == [0] * processes, runs[0].errors.read_text()
+    for key in ("loss", "val/loss"):
+        np.testing.assert_allclose(losses(workdir, key), losses(alone, key), atol=1e-5)
 
 
 def test_a_dead_process_ends_the_others(server: Server, packed_config: Path, tmp_path: Path) -> None:

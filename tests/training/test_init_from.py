@@ -123,7 +123,7 @@ def test_configs_that_contradict_themselves(config_file: Path, overrides: dict[s
 def test_a_depth_model_without_weights_is_told(tmp_path: Path, capsys) -> None:
     for depth, told in (("zoedepth", 1), ("dataset", 0)):
         config = default_config()
-        config.model.update(preset="nano", depth=depth)
+        config.model.update(preset="nano", depth_source=depth)
         config.data.packed = "nowhere.pack"  # this far is enough
         with pytest.raises(InputError, match=r"nowhere\.pack cannot be read"):
             train(config, tmp_path)

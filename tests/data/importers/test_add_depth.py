@@ -27,7 +27,7 @@ from spatialvla_jax.models import SpatialVLA
 from spatialvla_jax.models.ego3d import back_project
 from spatialvla_jax.precompute_depth import precompute_depth, read_zoedepth
 
-MODEL = Path(__file__).parent / "golden" / "tiny_model"  # images of 56 px
+MODEL = Path(__file__).parents[2] / "golden" / "tiny_model"  # images of 56 px
 SIZE = 56
 KEY = "observation/depth_zoe"
 
@@ -111,7 +111,7 @@ def test_model_on_stored_depth_sees_the_points_of_the_step(copied, lively, tmp_p
 
     def inside(m, image):
         depth = module.estimate_depth(m.zoe, image, m.config.zoe.backbone.image_size)
-        return depth, back_project(depth, intrinsics, m.config.img.grid), m.embed_image(image, None, intrinsics)
+        return depth, back_project(depth, intrinsics, m.config.img.patches_per_side), m.embed_image(image, None, intrinsics)
 
     depth, points, tokens = jax.jit(lambda p: model.apply({"params": p}, image, method=inside))(params)
     assert float(depth.std()) > 100 * DEPTH_UNIT  # a constant would prove nothing
