@@ -111,7 +111,8 @@ def test_model_on_stored_depth_sees_the_points_of_the_step(copied, lively, tmp_p
 
     def inside(m, image):
         depth = module.estimate_depth(m.zoe, image, m.config.zoe.backbone.image_size)
-        return depth, back_project(depth, intrinsics, m.config.img.patches_per_side), m.embed_image(image, None, intrinsics)
+        points = back_project(depth, intrinsics, m.config.img.patches_per_side)
+        return depth, points, m.embed_image(image, None, intrinsics)
 
     depth, points, tokens = jax.jit(lambda p: model.apply({"params": p}, image, method=inside))(params)
     assert float(depth.std()) > 100 * DEPTH_UNIT  # a constant would prove nothing
