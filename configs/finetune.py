@@ -2,7 +2,7 @@
 embeddings and depth model frozen, the action grid fitted to the new data (min_sigma 0) and the spatial table adapted to
 it. Without adaption: --config.grid.kind=checkpoint.
 
-    spatialvla-jax train --config configs/finetune.py --workdir DIR --config.init=CHECKPOINT \\
+    spatialvla-jax train --config finetune --workdir DIR --config.init=CHECKPOINT \\
         --config.data.datasets="[{'name': 'mine', 'spec': 'libero', 'path': 'DIR/1.0.0'}]"
 
 `init` is any checkpoint that `load_pretrained` reads. The release gives 8 GPUs and no length: set `train.steps`.

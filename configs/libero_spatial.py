@@ -2,7 +2,7 @@
 
 spatialvla-jax record libero --episodes 3000 --val-episodes 100 --initial-states drawn --noise 0.2 --spread 0 \
     --image-size 224 --every 3 --out DIR/set.pack
-spatialvla-jax train --config configs/libero_spatial.py --workdir DIR/run --config.data.packed=DIR/set.pack
+spatialvla-jax train --config libero_spatial --workdir DIR/run --config.data.packed=DIR/set.pack
 spatialvla-jax evaluate --closed-loop libero_spatial --checkpoint DIR/run --image-size 224
 """
 

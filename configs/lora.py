@@ -2,7 +2,7 @@
 projector and Ego3D, linear decay from 5e-4 after a 0.5 % warm-up, the action grid fitted to the new data (min_sigma 0),
 the spatial table adapted to it and trained in full; all else, the LM head too, stays as in the checkpoint.
 
-    spatialvla-jax train --config configs/lora.py --workdir DIR --config.init=CHECKPOINT \\
+    spatialvla-jax train --config lora --workdir DIR --config.init=CHECKPOINT \\
         --config.data.datasets="[{'name': 'mine', 'spec': 'libero', 'path': 'DIR/1.0.0'}]"
 
 `init` is a SpatialVLA in any format that `load_pretrained` reads; it has to stay where it is, as the run keeps adapters

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.utils.renames import CONFIG_KEYS, renamed
+from spatialvla_jax.utils.shipped import shipped
 
 # Keys that may change when a run goes on: they touch what is watched, kept and where it runs, not what is computed.
 FREE_ON_RESUME = (
@@ -121,11 +122,12 @@ def default_config() -> ConfigDict:
 
 
 def load_config(path: str | Path, overrides: dict[str, str] | None = None) -> ConfigDict:
-    """`get_config()` of a Python file with `{"train.steps": "100", …}` applied, checked against `default_config()`.
+    """`get_config()` of a Python file with `{"train.steps": "100", …}` applied, checked against `default_config()`. The
+    file is given as for `find_config`.
 
     Raises InputError for a missing file, a key that does not exist or a value of another type.
     """
-    config = ConfigDict(renamed(call_function(Path(path), "get_config").to_dict(), CONFIG_KEYS))
+    config = ConfigDict(renamed(call_function(find_config(path), "get_config").to_dict(), CONFIG_KEYS))
     check_keys(config.to_dict(), default_config().to_dict())
     for key, text in (overrides or {}).items():
         set_key(config, CONFIG_KEYS.get(key, key), text)
@@ -148,10 +150,19 @@ def check_post_training(config: ConfigDict) -> None:
         raise InputError(f"lora.rank {config.lora.rank} must be 0 or more, lora.alpha {config.lora.alpha} more than 0")
 
 
+def find_config(path: str | Path) -> Path:
+    """A config file by its path or its name: `sweeps/ego3d` is `configs/sweeps/ego3d.py` of the working directory or of
+    this project. Raises InputError."""
+    for file in (Path(path), shipped(f"configs/{path}.py")):
+        if file.is_file():
+            return file
+    folder = shipped("configs/demo.py").parent
+    names = sorted(file.relative_to(folder).with_suffix("").as_posix() for file in folder.rglob("*.py"))
+    raise InputError(f"config file {path} does not exist; the configs with a name are {', '.join(names)}")
+
+
 def call_function(path: Path, name: str) -> Any:
-    """What the function `name` of a Python file returns. Raises InputError for a missing file or function."""
-    if not path.is_file():
-        raise InputError(f"config file {path} does not exist")
+    """What the function `name` of a Python file returns. Raises InputError for a missing function."""
     spec = importlib.util.spec_from_file_location("_user_config", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -5,7 +5,7 @@ the release, with adapters the spatial table is trained in full where it is adap
 Tiny model, committed episodes: half of them, the other half with a broader grid (min_sigma 0.5, as published) being
 what it was pre-trained on:
 
-    spatialvla-jax train --config configs/demo.py --workdir runs/pretrained \\
+    spatialvla-jax train --config demo --workdir runs/pretrained \\
         --config.data.split='train[:50%]' --config.grid.min_sigma=0.5 --config.train.steps=400
 """
 
@@ -13,7 +13,7 @@ from spatialvla_jax.config import load_config
 
 
 def get_sweep():
-    base = load_config("configs/demo.py")
+    base = load_config("demo")
     base.init = "runs/pretrained"
     base.data.split = "train[50%:]"
     base.train.update(steps=100, eval_every=20)

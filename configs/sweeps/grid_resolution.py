@@ -10,7 +10,7 @@ from spatialvla_jax.config import load_config
 
 
 def get_sweep():
-    base = load_config("configs/demo.py")
+    base = load_config("demo")
     base.train.update(steps=300, batch_size=16, eval_every=100)
     base.checkpoint.update(every=100, keep_last=1, keep_every=0)
     return {

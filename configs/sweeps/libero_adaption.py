@@ -5,7 +5,7 @@ as they were; all parameters trained, or adapters of the published rank. Two see
     python benchmarks/closed_loop.py --workdir runs/libero_spatial
     spatialvla-jax record libero --suite libero_object --episodes 500 --val-episodes 50 --initial-states drawn \\
         --image-size 224 --out runs/libero_object.pack
-    spatialvla-jax sweep --config configs/sweeps/libero_adaption.py --workdir runs/libero_adaption
+    spatialvla-jax sweep --config sweeps/libero_adaption --workdir runs/libero_adaption
 
 Another run: --config.init=RUN. Another file: --config.data.packed=FILE. First one seed: --only '*_seed-0'.
 """
@@ -14,7 +14,7 @@ from spatialvla_jax.config import load_config
 
 
 def get_sweep():
-    base = load_config("configs/libero_spatial.py")
+    base = load_config("libero_spatial")
     base.init = "runs/libero_spatial/full"
     # Short trials: quick compilation is worth more than the last percents of a step. And four fit on a GPU.
     base.model.update(unroll=False, remat="dots")

@@ -5,7 +5,7 @@ On LIBERO-Spatial from a packed file, which needs no TensorFlow where it is trai
 
     spatialvla-jax record libero --episodes 400 --val-episodes 50 --initial-states drawn --noise 0.2 --spread 0 \\
         --image-size 224 --every 3 --out data/libero_spatial.pack
-    spatialvla-jax sweep --config configs/sweeps/libero_small.py --workdir runs/libero_small
+    spatialvla-jax sweep --config sweeps/libero_small --workdir runs/libero_small
 
 Another file: --config.data.packed=FILE. Shorter: --config.train.steps=600. First one seed: --only '*_seed-0'. A trial
 leaves much of a GPU idle while it compiles and evaluates: --parallel 4.
@@ -16,7 +16,7 @@ from spatialvla_jax.config import load_config
 
 
 def get_sweep():
-    base = load_config("configs/libero_spatial.py")
+    base = load_config("libero_spatial")
     # Ten programs: quick compilation is worth more than the last percents of a step. And four trials fit on a GPU.
     base.model.update(unroll=False, remat="dots")
     base.data.packed = "data/libero_spatial.pack"

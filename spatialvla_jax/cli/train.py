@@ -13,7 +13,7 @@ def add_demo(commands: Commands) -> None:
     p = add_command(
         commands, "demo", run_demo, "train, kill, resume, evaluate, export and plot the tiny model in minutes"
     )
-    p.add_argument("--config", default="configs/demo.py")
+    p.add_argument("--config", default="demo")
     p.add_argument("--workdir", type=Path, default=Path("runs/demo"))
 
 
@@ -25,7 +25,7 @@ def run_demo(args: argparse.Namespace) -> None:
 
 def add_train(commands: Commands) -> None:
     p = add_command(commands, "train", run_train, "train a model; a run that was stopped goes on by itself")
-    p.add_argument("--config", required=True, help="Python file with get_config(); --config.KEY=VALUE changes a key")
+    p.add_argument("--config", required=True, help="name or path of a file with get_config(); --config.KEY=VALUE changes a key")
     p.add_argument("--workdir", type=Path, required=True)
     p.add_argument("--wandb", default="", metavar="PROJECT", help="send metrics to Weights & Biases as well")
     p.add_argument("--profile", type=step_range, metavar="FIRST:LAST", help="trace these steps to WORKDIR/profile")
@@ -63,7 +63,7 @@ def add_sweep(commands: Commands) -> None:
     p = add_command(
         commands, "sweep", run_sweep, "train and evaluate every trial of a sweep, and compare; `sweep report DIR` again"
     )
-    p.add_argument("--config", help="Python file with get_sweep(); --config.KEY=VALUE changes a key of its base")
+    p.add_argument("--config", help="name or path of a file with get_sweep(); --config.KEY=VALUE changes its base")
     p.add_argument("--workdir", type=Path)
     p.add_argument("--only", default="*", metavar="PATTERN", help="trials by name, such as '*_seed-0'")
     p.add_argument("--parallel", type=int, default=1, metavar="N", help="trials at once, on this machine")

@@ -6,7 +6,7 @@ processes beside each other compile different programs, which the other seeds' t
 A sweep file has `get_sweep()`, which returns
 
     {
-        "base": "configs/demo.py",                     # a config file, or a config
+        "base": "demo",                                # a config file by name or path, or a config
         "axes": {
             "model.depth_source": ["dataset", "none"],        # a config key and its values
             "grid": {"coarse": {"grid.num_bins": (8, 16, 4, 8, 8, 8)}, "fine": {}},  # or values with names
@@ -40,6 +40,7 @@ from spatialvla_jax.config import (
     check_keys,
     check_post_training,
     default_config,
+    find_config,
     flatten,
     load_config,
     set_key,
@@ -91,12 +92,12 @@ class Sweep:
 
 
 def load_sweep(path: str | Path, overrides: Mapping[str, str] | None = None, only: str = "*") -> Sweep:
-    """The sweep of a file, the keys `overrides` of its base config changed first.
+    """The sweep of a file, given as for `find_config`, the keys `overrides` of its base config changed first.
 
     Raises InputError for whatever would make a trial fail that can be known without data; files are looked for where
     a trial's name matches the shell pattern `only`.
     """
-    path = Path(path)
+    path = find_config(path)
     given = call_function(path, "get_sweep")
     if not isinstance(given, Mapping) or not {"base", "axes", "seeds"} <= given.keys() <= set(KEYS):
         raise InputError(f"get_sweep() of {path} must return a dict with the keys base, axes, seeds, keep_checkpoints")

@@ -44,6 +44,7 @@ from spatialvla_jax.training.metrics import read_metrics
 from spatialvla_jax.utils.atomic import write_json
 from spatialvla_jax.utils.compilation_cache import share_compilations
 from spatialvla_jax.utils.distributed import is_writer
+from spatialvla_jax.utils.shipped import shipped
 
 FINISHED, FAILED, STOPPED, ELSEWHERE = "finished", "failed", "stopped", "being run by another process"
 SHOWN = 4000  # actions of the data that are kept for the report's drawings
@@ -188,9 +189,9 @@ def job_command(
         if len(shlex.split(arguments)) != 4:
             raise InputError(f"--launcher-args for xpk are CLUSTER TPU_TYPE SLICES IMAGE, got {arguments!r}")
         name = trial.name.lower().replace("_", "-").replace(".", "-")[-38:].strip("-")
-        return ["bash", "launch/gke_xpk.sh", *dry, *shlex.split(arguments), *places], {"COMMAND": "sweep", "NAME": name}
+        return ["bash", str(shipped("launch/gke_xpk.sh")), *dry, *shlex.split(arguments), *places], {"COMMAND": "sweep", "NAME": name}
     submit = ["bash"] if dry_run else ["sbatch", "--nodes=1", f"--job-name={trial.name}", *shlex.split(arguments)]
-    return [*submit, "launch/slurm.sbatch", *dry, *places], {"COMMAND": "sweep"}
+    return [*submit, str(shipped("launch/slurm.sbatch")), *dry, *places], {"COMMAND": "sweep"}
 
 
 @contextlib.contextmanager

@@ -43,7 +43,7 @@ def test_trials_are_all_combinations_of_values_and_seeds(tmp_path: Path) -> None
     assert sweep.name == "mine" and sweep.keep_checkpoints
     assert sweep.axes == {"grid": ("coarse one", "fine"), "model.depth_source": ("dataset", "none")}
     assert [trial.name for trial in sweep.trials] == [
-        f"grid-{grid}_depth-{depth}_seed-{seed}"
+        f"grid-{grid}_depth-source-{depth}_seed-{seed}"
         for seed in (0, 7)
         for grid in ("coarse-one", "fine")
         for depth in ("dataset", "none")
