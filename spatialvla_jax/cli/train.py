@@ -25,7 +25,9 @@ def run_demo(args: argparse.Namespace) -> None:
 
 def add_train(commands: Commands) -> None:
     p = add_command(commands, "train", run_train, "train a model; a run that was stopped goes on by itself")
-    p.add_argument("--config", required=True, help="name or path of a file with get_config(); --config.KEY=VALUE changes a key")
+    p.add_argument(
+        "--config", required=True, help="name or path of a file with get_config(); --config.KEY=VALUE changes a key"
+    )
     p.add_argument("--workdir", type=Path, required=True)
     p.add_argument("--wandb", default="", metavar="PROJECT", help="send metrics to Weights & Biases as well")
     p.add_argument("--profile", type=step_range, metavar="FIRST:LAST", help="trace these steps to WORKDIR/profile")

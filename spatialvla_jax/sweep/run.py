@@ -189,7 +189,10 @@ def job_command(
         if len(shlex.split(arguments)) != 4:
             raise InputError(f"--launcher-args for xpk are CLUSTER TPU_TYPE SLICES IMAGE, got {arguments!r}")
         name = trial.name.lower().replace("_", "-").replace(".", "-")[-38:].strip("-")
-        return ["bash", str(shipped("launch/gke_xpk.sh")), *dry, *shlex.split(arguments), *places], {"COMMAND": "sweep", "NAME": name}
+        return ["bash", str(shipped("launch/gke_xpk.sh")), *dry, *shlex.split(arguments), *places], {
+            "COMMAND": "sweep",
+            "NAME": name,
+        }
     submit = ["bash"] if dry_run else ["sbatch", "--nodes=1", f"--job-name={trial.name}", *shlex.split(arguments)]
     return [*submit, str(shipped("launch/slurm.sbatch")), *dry, *places], {"COMMAND": "sweep"}
 

@@ -82,7 +82,7 @@ BAD = {
     "a value of another type": ({"axes": {"train.steps": ["many"]}}, "train.steps is int, and 'many' is not"),
     "an unknown choice": (
         {"axes": {"model.depth_source": ["zeodepth"]}},
-        "depth-zeodepth: model.depth_source is 'zeodepth'; choose",
+        "depth-source-zeodepth: model.depth_source is 'zeodepth'; choose",
     ),
     "an unknown preset": ({"axes": {"model.preset": ["tny"]}}, "preset-tny: model preset 'tny' does not exist"),
     "bins that are none": ({"axes": {"grid.num_bins": [(4, 4)]}}, "grid.num_bins must be six numbers"),
@@ -124,7 +124,7 @@ BAD = {
     ),
     "a depth model that is none": (
         {"axes": {"model.depth_source": ["dataset", "zoedepth"]}},
-        "trial depth-zoedepth: model.depth_source=zoedepth takes the depth model of init, and init is empty",
+        "trial depth-source-zoedepth: model.depth_source=zoedepth takes the depth model of init, and init is empty",
     ),
     "datasets that are missing": (
         {"axes": {"data.datasets": [[{"name": "a", "spec": "libero", "path": "a/1.0.0"}]]}},
