@@ -122,8 +122,8 @@ def bandwidth() -> float:
 def floors(config: SpatialVLAConfig, policy: Policy, rate: float) -> dict[str, float]:
     """What one chunk cannot take less than, part by part: the weights of the layers read once a pass at `rate`, and the
     arithmetic of the prompt's pass."""
-    weights = sum(x.nbytes for x in jax.tree.leaves(policy.weights["layers"]))
-    head = sum(x.nbytes for x in jax.tree.leaves(policy.weights["head"]))
+    weights = sum(x.nbytes for x in jax.tree.leaves(policy.weights.llm.layers))
+    head = sum(x.nbytes for x in jax.tree.leaves(policy.weights.head))
     llm = config.llm
     heads = (2 * llm.num_heads + 2 * llm.num_kv_heads) * llm.head_dim
     per_token = 2 * llm.depth * llm.width * (heads + 3 * llm.mlp_dim)

@@ -34,7 +34,8 @@ from transformers import AutoModel
 from spatialvla_jax.checkpoints import Checkpoint
 from spatialvla_jax.export.convert import write_pytorch
 from spatialvla_jax.export.verify import torch_inputs
-from spatialvla_jax.inference.generate import generate, prepare
+from spatialvla_jax.inference.generate import generate
+from spatialvla_jax.inference.weights import prepare_weights
 from spatialvla_jax.models import PRESETS, SpatialVLA, preset
 from spatialvla_jax.models.spatialvla import SpatialVLAConfig
 from spatialvla_jax.models.zoedepth import estimate_depth
@@ -100,7 +101,7 @@ def run_jax(
         if stages:
             image = inputs["image"]
             features = apply(image, inputs.get("depth"), inputs["intrinsics"], method="embed_image")
-            tokens, _ = generate(model, prepare(model, params), None, **inputs)
+            tokens, _ = generate(model, prepare_weights(model, params), None, **inputs)
             out |= {"logits": logits, "image_features": features, "tokens": tokens}
             if config.depth_source == "zoedepth":
                 zoe_size = config.zoe.backbone.image_size

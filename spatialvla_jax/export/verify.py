@@ -18,7 +18,8 @@ from spatialvla_jax.actions import decode
 from spatialvla_jax.actions.normalization import unnormalize
 from spatialvla_jax.checkpoints.mapping import unflatten
 from spatialvla_jax.checkpoints.types import Checkpoint
-from spatialvla_jax.inference.generate import generate, prepare
+from spatialvla_jax.inference.generate import generate
+from spatialvla_jax.inference.weights import prepare_weights
 from spatialvla_jax.models import SpatialVLA
 from spatialvla_jax.models.resize import resize_observation
 from spatialvla_jax.models.spatialvla import SpatialVLAConfig
@@ -149,7 +150,7 @@ def _run_jax(checkpoint: Checkpoint, inputs: dict[str, np.ndarray]) -> dict[str,
         return {
             "image_features": apply(inputs["image"], inputs.get("depth"), inputs["intrinsics"], method="embed_image"),
             "logits": apply(**inputs, action_ids=nothing)[:, 0],
-            "tokens": generate(seeing, prepare(seeing, params), ranges, **inputs)[0],
+            "tokens": generate(seeing, prepare_weights(seeing, params), ranges, **inputs)[0],
         }
 
     out = {"inputs": inputs["image"]}

@@ -1,23 +1,23 @@
-"""Gemma 2 laid out for generation: a list of layers, projections of one input in one product, a cache for each layer.
+"""Gemma 2 for generation: a list of layers, projections of one input in one product, a cache for each layer.
 
-The mathematics are those of `models/gemma2.py`, which trains. Its layers are stacked for a scan, and a GPU copies a
-slice of the stack at every step; here every matrix is an array of its own, rows first, so that a step reads each
-weight once. The norms' scales stay stacked: their slices are free, and a call costs a microsecond or two for each array
-that it is given. `to_decode_layout` makes this layout, `forward` runs it.
+The mathematics are those of `models/gemma2.py`, which trains. `weights.to_decode_layout` lays its parameters out: every
+matrix is an array of its own, rows first, so that a step reads each weight once.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from spatialvla_jax.inference import kernels
-from spatialvla_jax.models.attention import attend, rotary, rotary_angles
-from spatialvla_jax.models.gemma2 import Gemma2Config
+from spatialvla_jax.models.attention import Angles, attend, rotary, rotary_angles
+from spatialvla_jax.models.gemma2 import Gemma2Config, rms_norm
 
-Cache = tuple[tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]], ...]
+LayerCache = tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]  # keys, values
+Cache = tuple[LayerCache, ...]
 
 
 class Quantized(NamedTuple):
@@ -31,6 +31,24 @@ Matrix = Float[Array, "out in"] | Quantized
 Scale = tuple[Float[Array, "L D"], int]  # a norm's, as a row of a stack
 
 
+class Layer(NamedTuple):
+    """The matrices of one layer, [outputs, inputs]: qkv has the heads of queries, keys and values one below the other,
+    gate_up both halves of the gated MLP."""
+
+    qkv: Matrix
+    out: Matrix
+    gate_up: Matrix
+    down: Matrix
+
+
+class DecoderWeights(NamedTuple):
+    """Gemma 2's layers; `norms` has the stacked scales of each of their four norms by name."""
+
+    layers: list[Layer]
+    norms: dict[str, Float[Array, "L D"]]
+    final_norm: Float[Array, " D"]
+
+
 @jax.jit
 def quantize(matrix: Float[Array, "out in"]) -> Quantized:
     """Symmetric int8, rounded to nearest: a row's largest magnitude is 127."""
@@ -38,30 +56,7 @@ def quantize(matrix: Float[Array, "out in"]) -> Quantized:
     return Quantized(jnp.round(matrix.astype(jnp.float32) / scale[:, None]).astype(jnp.int8), scale)
 
 
-def to_decode_layout(
-    stacked: dict[str, Any], place: Callable[[Any], Array], finish: Callable[[Array], Matrix]
-) -> tuple[list[dict[str, Matrix]], dict[str, Float[Array, "L D"]]]:
-    """→ (the matrices of `params["llm"]["layers"]` layer by layer, its norms' scales by name). `place` moves an array
-    to the device, `finish` takes each matrix that it becomes there (`quantize`, or nothing to do); no more than a layer
-    is held twice."""
-    norms = {name: place(stacked[name]["scale"]) for name in stacked if name.endswith("_norm")}
-    matrices = {name: stacked[name] for name in ("attn", "mlp")}
-    depth = len(stacked["mlp"]["linear"])
-    return [_layer(jax.tree.map(lambda x, i=i: place(x[i]), matrices), finish) for i in range(depth)], norms
-
-
-def _layer(w: dict[str, Any], finish: Callable[[Array], Matrix]) -> dict[str, Matrix]:
-    q, kv, out = (w["attn"][name]["w"] for name in ("q_einsum", "kv_einsum", "attn_vec_einsum"))
-    D = q.shape[1]
-    return {
-        "qkv": finish(jnp.concatenate([x.swapaxes(-1, -2).reshape(-1, D) for x in (q, kv)])),
-        "out": finish(out.reshape(-1, D).T),
-        "gate_up": finish(w["mlp"]["gating_einsum"].swapaxes(1, 2).reshape(-1, D)),
-        "down": finish(w["mlp"]["linear"].T),
-    }
-
-
-def linear(x: Float[Array, "*B in"], matrix: Matrix, dtype: Any = None) -> Float[Array, "*B out"]:
+def linear(x: Float[Array, "*B in"], matrix: Matrix, dtype: DTypeLike | None = None) -> Float[Array, "*B out"]:
     """x · matrixᵀ in `dtype`, by default that of x."""
     values, scale = matrix if isinstance(matrix, Quantized) else (matrix, None)
     if kernels.can_multiply(x, values):
@@ -90,20 +85,14 @@ def linear_and_add(
     return x, rms_norm(x, pre[0][pre[1]])
 
 
-def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"]) -> Float[Array, "*B D"]:
-    y = x.astype(jnp.float32)
-    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + 1e-6)
-    return (y * (1 + scale.astype(jnp.float32))).astype(x.dtype)
-
-
 def attend_and_write(
     cfg: Gemma2Config,
-    qkv: Float[Array, "B T N+2*K H"],
-    angles: tuple[Float[Array, "B T 1 H/2"], Float[Array, "B T 1 H/2"]],
+    qkv: Float[Array, "B T heads H"],
+    angles: Angles,
     mask: Bool[Array, "B T S"],
-    cache: tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]] | None,
+    cache: LayerCache | None,
     at: Int[Array, ""] | int,
-) -> tuple[Float[Array, "B T N H"], tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]]:
+) -> tuple[Float[Array, "B T N H"], LayerCache]:
     """→ (attention's result, keys and values: the T new ones alone, or the cache with them written at `at`)."""
     N, K = cfg.num_heads, cfg.num_kv_heads
     options = {"scale": cfg.query_pre_attn_scalar**-0.5, "softcap": cfg.attn_softcap}
@@ -118,9 +107,7 @@ def attend_and_write(
 
 def forward(
     cfg: Gemma2Config,
-    layers: list[dict[str, Matrix]],
-    norms: dict[str, Float[Array, "L D"]],
-    final_norm: Float[Array, " D"],
+    weights: DecoderWeights,
     embeddings: Float[Array, "B T D"],
     positions: Int[Array, "B T"],
     mask: Bool[Array, "B T S"],
@@ -130,21 +117,21 @@ def forward(
 ) -> tuple[Float[Array, "B T D"], Cache]:
     """Hidden states after the final norm, and keys and values: of the T positions alone, or with a `cache` its S slots
     with them written at `at`. `local_mask` is for the layers with a sliding window, every second from the first."""
-    B, T, D = embeddings.shape
-    H, depth = cfg.head_dim, len(layers)
-    x, written = embeddings * jnp.asarray(D**0.5, embeddings.dtype), []
-    angles = rotary_angles(positions, H, cfg.rope_base)
+    layers, norms, final_norm = weights
+    x = embeddings * jnp.asarray(cfg.width**0.5, embeddings.dtype)
+    angles = rotary_angles(positions, cfg.head_dim, cfg.rope_base)
+    written: list[LayerCache] = []
     y = rms_norm(x, norms["pre_attention_norm"][0])
     for i, w in enumerate(layers):
         norm = {name: (scales, i) for name, scales in norms.items()}
-        qkv = linear(y, w["qkv"]).reshape(B, T, -1, H)
-        seen = mask if local_mask is None or i % 2 else local_mask
-        y, kv = attend_and_write(cfg, qkv, angles, seen, None if cache is None else cache[i], at)
+        qkv = rearrange(linear(y, w.qkv), "B T (heads H) -> B T heads H", H=cfg.head_dim)
+        visible = mask if local_mask is None or i % 2 else local_mask
+        y, kv = attend_and_write(cfg, qkv, angles, visible, None if cache is None else cache[i], at)
         written.append(kv)
-        y = y.reshape(B, T, -1)
-        x, y = linear_and_add(y, w["out"], x, norm["post_attention_norm"], norm["pre_ffw_norm"])
-        then = (norms["pre_attention_norm"], i + 1) if i + 1 < depth else (final_norm[None], 0)
-        x, y = linear_and_add(gated(y, w["gate_up"]), w["down"], x, norm["post_ffw_norm"], then)
+        y = rearrange(y, "B T N H -> B T (N H)")
+        x, y = linear_and_add(y, w.out, x, norm["post_attention_norm"], norm["pre_ffw_norm"])
+        following = (norms["pre_attention_norm"], i + 1) if i + 1 < len(layers) else (final_norm[None], 0)
+        x, y = linear_and_add(gated(y, w.gate_up), w.down, x, norm["post_ffw_norm"], following)
     return y, tuple(written)
 
 

@@ -16,7 +16,8 @@ from spatialvla_jax.actions.normalization import action_bounds
 from spatialvla_jax.batch import Observation
 from spatialvla_jax.checkpoints.processor import Processor
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.inference.generate import generate, prepare
+from spatialvla_jax.inference.generate import generate
+from spatialvla_jax.inference.weights import prepare_weights
 from spatialvla_jax.models import SpatialVLA
 from spatialvla_jax.models.resize import resize_observation
 
@@ -46,11 +47,11 @@ class Policy:
     ) -> None:
         self.model, self.processor = model, processor
         self.constrained, self.speculate = constrained, speculate
-        self.weights = jax.device_put(prepare(model, params, int8=int8, whole_vocabulary=not constrained))
+        self.weights = jax.device_put(prepare_weights(model, params, int8=int8, whole_vocabulary=not constrained))
         self._grid = jax.device_put(processor.grid)
         self._kept: dict[str, tuple[np.ndarray, jax.Array]] = {}
         # The program itself writes its results to the host: one wait instead of a wait and a copy.
-        (device,) = self.weights["final_norm"].devices()
+        (device,) = self.weights.spatial.devices()
         host = jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host")
         self._act = jax.jit(lambda *args: act(model, constrained, *args), out_shardings=host)
 

@@ -8,13 +8,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from jaxtyping import Array, Float
 
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.models.activation_sharding import constrain_batch
 from spatialvla_jax.models.attention import encoder_attention
+from spatialvla_jax.models.patches import multiply_patches
 from spatialvla_jax.models.resize import resize_bilinear
-from spatialvla_jax.models.siglip import multiply_patches
 
 Grid = tuple[int, int]
 
@@ -68,8 +69,8 @@ def relative_position_bias(
         return jnp.take(rows.T, _bias_rows(grid, padding), axis=1)
     # TPUs are slow at gathers. Entry (query, key) is offsets[query - key]: a slice for every key.
     rows = jnp.stack([offsets[H - 1 - k : 2 * H - 1 - k] for k in range(H)], axis=1)
-    patches = jnp.stack([rows[:, :, W - 1 - k : 2 * W - 1 - k] for k in range(W)], axis=3)  # Hq Hk Wq Wk N
-    patches = patches.transpose(4, 0, 2, 1, 3).reshape(N, H * W, H * W)
+    patches = jnp.stack([rows[:, :, W - 1 - k : 2 * W - 1 - k] for k in range(W)], axis=3)
+    patches = rearrange(patches, "Hq Hk Wq Wk N -> N (Hq Wq) (Hk Wk)")
 
     def fill(row: int, *shape: int):
         return jnp.broadcast_to(table[row, :, None, None], (N, *shape))
@@ -77,15 +78,6 @@ def relative_position_bias(
     bias = jnp.block([[fill(-1, 1, 1), fill(-3, 1, H * W)], [fill(-2, H * W, 1), patches]])
     bias = jnp.pad(bias, ((0, 0), (0, padding), (0, 0)))
     return jnp.pad(bias, ((0, 0), (0, 0), (0, padding)), constant_values=HIDDEN)
-
-
-def bias_ahead(config: BeitConfig, table: Float[Array, "R N"]) -> Float[Array, "N T T"]:
-    """The bias of a layer on images of the pretrained size, which `BeitAttention` takes as its parameter "bias" in the
-    place of the table: it is the same at every call, and takes longer to gather than to read."""
-    grid = (config.patches_per_side, config.patches_per_side)
-    return relative_position_bias(
-        table.astype(jnp.float32), config.patches_per_side, grid, -(config.patches_per_side**2 + 1) % TOKENS
-    )
 
 
 def _bias_rows(grid: Grid, padding: int) -> np.ndarray:
@@ -185,7 +177,7 @@ class Beit(nn.Module):
         cls = self.param("cls_token", nn.initializers.zeros, (1, 1, D)).astype(self.dtype)
         # Nothing sees the padding, and it is cut off at the end.
         tokens = H * W + 1
-        x = jnp.concatenate([jnp.broadcast_to(cls, (B, 1, D)), x.reshape(B, H * W, D)], axis=1)
+        x = jnp.concatenate([jnp.broadcast_to(cls, (B, 1, D)), rearrange(x, "B H W D -> B (H W) D")], axis=1)
         x = jnp.pad(x, ((0, 0), (0, -tokens % TOKENS), (0, 0)))
         stages = _scan(BeitStage, cfg.num_taps, self.unroll)
         _, taps = stages(cfg, (H, W), self.dtype, self.unroll, name="stages")(x, None)

@@ -2,6 +2,7 @@
 
 import flax.linen as nn
 import jax.numpy as jnp
+from einops import rearrange, reduce
 from jaxtyping import Array, Float
 
 SUB_GRID = 2  # points along one side of a patch
@@ -14,12 +15,12 @@ def back_project(depth: Float[Array, "B S S"], intrinsics: Float[Array, "B 3 3"]
     Depth (metres) is averaged over each cell of the sub-grid (area resize); rays go through the cells' centres.
     `intrinsics` are in pixels of the S×S image.
     """
-    B, size, _ = depth.shape
+    size = depth.shape[1]
     n = grid * SUB_GRID
     step = size // n
     if step * n != size:
         raise ValueError(f"depth of {size} px does not divide into {n}×{n} cells")
-    cells = depth.astype(jnp.float32).reshape(B, n, step, n, step).mean(axis=(2, 4))
+    cells = reduce(depth.astype(jnp.float32), "B (y p) (x q) -> B y x", "mean", p=step, q=step)
     centre = jnp.arange(n, dtype=jnp.float32) * step + step / 2
     v, u = jnp.meshgrid(centre, centre, indexing="ij")
     # The inverse of [[fx, s, cx], [0, fy, cy], [0, 0, 1]] written out: exact, and no linear solver on the device.
@@ -28,8 +29,7 @@ def back_project(depth: Float[Array, "B S S"], intrinsics: Float[Array, "B 3 3"]
     y = (v - cy) / fy
     x = (u - cx - skew * y) / fx
     points = jnp.stack([x * cells, y * cells, cells], axis=-1)
-    points = points.reshape(B, grid, SUB_GRID, grid, SUB_GRID, 3).transpose(0, 1, 3, 2, 4, 5)
-    return points.reshape(B, grid**2, SUB_GRID**2 * 3)
+    return rearrange(points, "B (h p) (w q) xyz -> B (h w) (p q xyz)", p=SUB_GRID, q=SUB_GRID)
 
 
 def frequency_encoding(points: Float[Array, "B P 12"]) -> Float[Array, "B P 204"]:
@@ -38,7 +38,7 @@ def frequency_encoding(points: Float[Array, "B P 12"]) -> Float[Array, "B P 204"
     x = ((points - offset) / 2)[..., None]
     angle = x * 2.0 ** jnp.arange(NUM_FREQUENCIES)
     encoded = jnp.concatenate([x, jnp.sin(angle), jnp.cos(angle)], axis=-1)
-    return encoded.reshape(*points.shape[:-1], -1)
+    return rearrange(encoded, "B P numbers codes -> B P (numbers codes)")
 
 
 class Ego3D(nn.Module):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from spatialvla_jax.models.activation_sharding import constrain_batch
-from spatialvla_jax.models.attention import attend, rotary, rotary_angles
+from spatialvla_jax.models.attention import Angles, attend, rotary, rotary_angles
 from spatialvla_jax.models.remat import rematerialise
 
 
@@ -34,17 +34,17 @@ class Gemma2Config:
     rope_base: float = 10_000.0
 
 
+def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"]) -> Float[Array, "*B D"]:
+    """x / rms(x) · (1 + scale), in float32; the result has the dtype of x."""
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + 1e-6)
+    return (y * (1 + scale.astype(jnp.float32))).astype(x.dtype)
+
+
 class RMSNorm(nn.Module):
-    """x / rms(x) · (1 + scale), in float32."""
-
-    dtype: jnp.dtype
-
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        scale = self.param("scale", nn.initializers.zeros_init(), (x.shape[-1],))
-        x = x.astype(jnp.float32)
-        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-6)
-        return (x * (1 + scale.astype(jnp.float32))).astype(self.dtype)
+        return rms_norm(x, self.param("scale", nn.initializers.zeros_init(), (x.shape[-1],)))
 
 
 class Einsum(nn.Module):
@@ -68,7 +68,7 @@ class Attention(nn.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        angles: tuple[Float[Array, "B T 1 H/2"], Float[Array, "B T 1 H/2"]],
+        angles: Angles,
         mask: Bool[Array, "B T T"],
     ) -> Float[Array, "B T D"]:
         cfg = self.config
@@ -99,7 +99,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x, is_local, angles, masks):
         mask = masks[0] if masks[1] is None else jnp.where(is_local, masks[1], masks[0])
-        norm = lambda name, y: RMSNorm(self.dtype, name=name)(y)  # noqa: E731
+        norm = lambda name, y: RMSNorm(name=name)(y)  # noqa: E731
         attention = Attention(self.config, self.dtype, name="attn")
         y = attention(norm("pre_attention_norm", x), angles, mask)
         x = constrain_batch(x + norm("post_attention_norm", y))
@@ -140,7 +140,7 @@ class Gemma2(nn.Module):
             length=cfg.depth,
             unroll=cfg.depth if self.unroll else 1,
         )(cfg, self.dtype)
-        self.final_norm = RMSNorm(self.dtype)
+        self.final_norm = RMSNorm()
         self.lm_head = self.param("lm_head", nn.initializers.normal(cfg.width**-0.5), (cfg.vocab_size, cfg.width))
 
     def embed(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float
 
@@ -97,11 +98,10 @@ def merge_adapters(params: Mapping[str, Any], scale: float, dtype: Any = None) -
 
 def product(path: str, a: Float[Any, "..."], b: Float[Any, "..."]) -> Float[Any, "..."]:
     """B A in the shape of the kernel at `path`, by the library (JAX or NumPy) that a and b are arrays of."""
-    axes, a_axes, b_axes = axes_of(path)
-    sizes = dict(zip(a_axes + b_axes, a.shape + b.shape, strict=True))
+    axes, a_axes, b_axes = (" ".join(letters) for letters in axes_of(path))
     stack, inputs = a_axes.split("r")
-    outputs = b_axes[len(stack) : -1]
-    lead, rank = [sizes[x] for x in stack], sizes["r"]
-    whole = b.reshape(*lead, -1, rank) @ a.reshape(*lead, rank, -1)
-    order = stack + outputs + inputs
-    return whole.reshape([sizes[x] for x in order]).transpose([order.index(x) for x in axes])
+    outputs = b_axes.removeprefix(stack).removesuffix("r")
+    # Not one einsum: it may sum in another order, and would change the last bits of every adapted run.
+    change = rearrange(b, f"{b_axes} -> {stack} ({outputs}) r") @ rearrange(a, f"{a_axes} -> {stack} r ({inputs})")
+    sizes = dict(zip((a_axes + " " + b_axes).split(), a.shape + b.shape, strict=True))
+    return rearrange(change, f"{stack} ({outputs}) ({inputs}) -> {axes}", **{x: sizes[x] for x in axes.split()})

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 
 import flax.linen as nn
 import jax.numpy as jnp
+from einops import rearrange
 from jaxtyping import Array, Float
 
 from spatialvla_jax.models.activation_sharding import constrain_batch
 from spatialvla_jax.models.attention import encoder_attention
+from spatialvla_jax.models.patches import multiply_patches
 from spatialvla_jax.models.remat import rematerialise
 
 
@@ -33,15 +35,6 @@ class SiglipConfig:
     @property
     def num_tokens(self) -> int:
         return self.patches_per_side**2
-
-
-def multiply_patches(images: Float[Array, "B H W C"], kernel: Float[Array, "p q C D"], strides, *unused, **options):
-    """As `nn.Conv` calls it where patches, or pixels, do not overlap: they are the rows of one product. On a GPU at
-    batch 1 a convolution costs more to start than to do, has its kernel transposed at every call, and can be no part of
-    a recorded graph of kernels."""
-    (B, H, W, C), (p, q) = images.shape, strides
-    patches = images.reshape(B, H // p, p, W // q, q, C)
-    return jnp.einsum("bhpwqc,pqcd->bhwd", patches, kernel)
 
 
 class MlpBlock(nn.Module):
@@ -120,8 +113,7 @@ class Siglip(nn.Module):
         embedding = nn.Conv(
             cfg.width, patch, patch, "VALID", dtype=self.dtype, conv_general_dilated=multiply_patches, name="embedding"
         )
-        x = embedding(image)
-        x = x.reshape(x.shape[0], cfg.num_tokens, cfg.width)
+        x = rearrange(embedding(image), "B h w D -> B (h w) D")
         table = self.param("pos_embedding", nn.initializers.normal(cfg.width**-0.5), (1, cfg.num_tokens, cfg.width))
         x = constrain_batch(x + table.astype(self.dtype))
         tokens = Encoder(cfg, self.dtype, self.remat, self.unroll, name="Transformer")(x)

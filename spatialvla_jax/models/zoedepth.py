@@ -12,12 +12,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from jaxtyping import Array, Float
 
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.models.beit import Beit, BeitConfig, gelu
+from spatialvla_jax.models.patches import multiply_patches
 from spatialvla_jax.models.resize import reflect_pad, resize_bicubic, resize_bilinear
-from spatialvla_jax.models.siglip import multiply_patches
 
 DOMAINS = ("nyu", "kitti")
 
@@ -121,12 +122,11 @@ class Reassemble(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: Float[Array, "B T D"], grid: tuple[int, int]) -> Float[Array, "B h w C"]:
-        B, _, D = tokens.shape
         patches = tokens[:, 1:]
         readout = jnp.concatenate([patches, jnp.broadcast_to(tokens[:, :1], patches.shape)], axis=-1)
-        x = gelu(nn.Dense(D, dtype=self.dtype, name="readout")(readout))
+        x = gelu(nn.Dense(tokens.shape[-1], dtype=self.dtype, name="readout")(readout))
         width = self.config.neck_widths[self.index]
-        x = _conv(width, 1, self.dtype, "projection")(x.reshape(B, *grid, D))
+        x = _conv(width, 1, self.dtype, "projection")(rearrange(x, "B (h w) D -> B h w D", h=grid[0]))
         if self.index < 2:
             up = (4, 4) if self.index == 0 else (2, 2)
             return nn.ConvTranspose(
@@ -269,8 +269,7 @@ class DomainClassifier(nn.Module):
     def __call__(self, bottleneck: Float[Array, "B h w C"]) -> Float[Array, "B 2"]:
         cfg = self.config
         x = _conv(cfg.classifier_width, 1, jnp.float32, "embedding")(bottleneck)
-        x = x.reshape(x.shape[0], -1, cfg.classifier_width)
-        x = jnp.pad(x, ((0, 0), (1, 0), (0, 0)))  # a zero class token
+        x = jnp.pad(rearrange(x, "B h w C -> B (h w) C"), ((0, 0), (1, 0), (0, 0)))  # a zero class token
         x = x + _sinusoids(x.shape[1], cfg.classifier_width)
         layers = nn.scan(
             ClassifierLayer,

@@ -6,7 +6,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spatialvla_jax.inference.decoder import forward, linear, narrow, quantize, to_decode_layout
+from spatialvla_jax.inference.decoder import forward, linear, narrow, quantize
+from spatialvla_jax.inference.weights import to_decode_layout
 from spatialvla_jax.models.gemma2 import Gemma2, Gemma2Config
 
 # More layers than one of each kind, and a window that cuts into the sequence.
@@ -28,8 +29,8 @@ def test_whole_or_in_parts_it_is_the_model(first: int, window: int, seed: int) -
     params = jax.tree.map(lambda s: 0.5 * rng.normal(size=s.shape).astype(np.float32), shapes)
     expected = jax.jit(lambda p: model.apply({"params": p}, x, positions, mask))(params)
 
-    weights = (*to_decode_layout(params["layers"], jnp.asarray, lambda m: m), params["final_norm"]["scale"])
-    run = jax.jit(lambda *args: forward(config, *weights, *args))
+    weights = to_decode_layout(params, jnp.asarray, lambda m: m)
+    run = jax.jit(lambda *args: forward(config, weights, *args))
     whole, cache = run(x, positions, mask, narrow(config, mask, positions, positions))
     np.testing.assert_allclose(whole, expected, rtol=0, atol=1e-4)
 

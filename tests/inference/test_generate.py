@@ -1,4 +1,3 @@
-import re
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -9,9 +8,8 @@ import pytest
 from helpers.batches import random_inputs
 from test_step import GRID
 
-from spatialvla_jax.inference import generate as module
-from spatialvla_jax.inference.decoder import quantize
-from spatialvla_jax.inference.generate import generate, prepare
+from spatialvla_jax.inference.generate import generate
+from spatialvla_jax.inference.weights import prepare_weights
 from spatialvla_jax.models import SpatialVLA, preset
 from spatialvla_jax.training.state import init_params
 from spatialvla_jax.training.step import constrained_argmax
@@ -32,7 +30,7 @@ def compiled(model: Any, constrained: bool):
 
 def run(model: Any, params, inputs, *, constrained=True, draft=None, **layout):
     """(tokens, passes) through the jitted path."""
-    weights = prepare(model, params, **layout)
+    weights = prepare_weights(model, params, **layout)
     tokens, passes = compiled(model, constrained)(weights, inputs.model_inputs(), draft)
     return np.asarray(tokens), int(passes)
 
@@ -100,53 +98,12 @@ def test_int8_with_the_head_s_action_rows_alone(nano) -> None:
     assert tokens.shape == expected.shape and (tokens[:, ::3] == expected[:, ::3]).mean() > 0.5
 
 
-def test_tables_are_quantised_in_slabs_to_the_same_bits(nano, monkeypatch) -> None:
-    """No more than a slab of a table is there in full precision, and the first table is done before any layer."""
-    model, params, _ = nano
-    seen = []
-    monkeypatch.setattr(module, "SLAB", 100)
-    monkeypatch.setattr(module, "quantize", lambda x: seen.append(x.shape) or quantize(x))
-    weights = prepare(model, jax.tree.map(np.asarray, params), int8=True)
-    tables = {"text": params["llm"]["embedder"]["input_embedding"][: model.config.action_offset]}
-    tables["head"] = params["llm"]["lm_head"]
-    for name, table in tables.items():
-        assert len(table) > 100
-        jax.tree.map(np.testing.assert_array_equal, weights[name], quantize(table.astype(model.config.dtype)))
-    text, head = (-(-len(table) // 100) for table in tables.values())
-    assert sum(rows for rows, _ in seen[:text]) == len(tables["text"])
-    assert max(seen[:text] + seen[-head:])[0] == 100
-
-
 def test_32_at_once_get_the_tokens_that_each_gets_alone(nano) -> None:
     model, params, _ = nano
     inputs = random_inputs(model, 32)
     expected, _ = run(model, params, inputs)
     assert len(np.unique(expected, axis=0)) > 16, "they can be told apart"
-    weights = prepare(model, params)
+    weights = prepare_weights(model, params)
     for i in range(32):
         alone, _ = compiled(model, True)(weights, row(inputs, i).model_inputs(), None)
         np.testing.assert_array_equal(alone[0], expected[i])
-
-
-@pytest.mark.parametrize(("axes", "matrix"), [(0, 1), (1, 12), (1, 13), (2, 4), (2, 5)])
-def test_layers_apart_are_the_stack_again(axes: int, matrix: int, monkeypatch) -> None:
-    """In lists down to a layer's array, or as it is where that is small."""
-    monkeypatch.setattr(module, "MATRIX", matrix)
-    stack = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
-    layers = module.unstack_layers(stack, axes, lambda x: jax.numpy.asarray(x))
-    assert len(jax.tree.leaves(layers)) == {(1, 12): 2, (2, 4): 6}.get((axes, matrix), 1)
-    np.testing.assert_array_equal(module.restack_layers(layers), stack)
-
-
-def test_no_stack_of_vision_layers_is_left_in_the_program(nano, monkeypatch) -> None:
-    """Stacked again for the modules' sake; a program that really did so would copy every weight at each call."""
-    model, params, inputs = nano
-    monkeypatch.setattr(module, "MATRIX", 1)
-    weights = prepare(model, params)
-    encoder = weights["vision"]["img"]["Transformer"]["encoderblock"]
-    assert all(isinstance(x, list) for x in jax.tree.leaves(encoder, is_leaf=lambda x: isinstance(x, list)))
-    lowered = compiled(model, True).lower(weights, inputs.model_inputs(), None)
-    made = re.compile(r'concatenate\(.*op_name="jit\(<lambda>\)/stack"')
-    assert not made.search(lowered.compile().as_text())
-    stacks = jax.jit(lambda x: jax.numpy.stack([x, x]) * 2).lower(inputs.depth).compile().as_text()
-    assert re.search(r'concatenate\(.*op_name="jit\(<lambda>\)/stack"', stacks)  # the pattern would see one

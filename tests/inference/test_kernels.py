@@ -15,8 +15,9 @@ from test_step import GRID
 from spatialvla_jax.checkpoints.mapping import param_shapes, unflatten
 from spatialvla_jax.inference import kernels
 from spatialvla_jax.inference.decoder import attend_and_write, gated, linear, linear_and_add, quantize
-from spatialvla_jax.inference.generate import generate, prepare
+from spatialvla_jax.inference.generate import generate
 from spatialvla_jax.inference.kernels import Tile, attend_cached, multiply, multiply_and_add
+from spatialvla_jax.inference.weights import prepare_weights
 from spatialvla_jax.models import SpatialVLA, preset
 from spatialvla_jax.models.attention import rotary_angles
 from spatialvla_jax.models.gemma2 import Gemma2Config
@@ -97,7 +98,7 @@ def test_generation_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     model = SpatialVLA(replace(config, llm=replace(config.llm, depth=1)))
     rng, shapes = np.random.default_rng(0), param_shapes(model.config)
     params = {path: 0.2 * rng.normal(size=shape).astype(np.float32) for path, shape in shapes.items()}
-    weights, inputs = prepare(model, unflatten(params)), random_inputs(model, 2)
+    weights, inputs = prepare_weights(model, unflatten(params)), random_inputs(model, 2)
     given = inputs.model_inputs()
 
     def tokens() -> Any:

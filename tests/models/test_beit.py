@@ -15,16 +15,7 @@ from transformers.models.beit.modeling_beit import BeitLayer as HfLayer
 from transformers.models.beit.modeling_beit import BeitRelativePositionBias as HfBias
 
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.models.beit import (
-    HIDDEN,
-    TOKENS,
-    Beit,
-    BeitAttention,
-    BeitConfig,
-    BeitLayer,
-    bias_ahead,
-    relative_position_bias,
-)
+from spatialvla_jax.models.beit import HIDDEN, Beit, BeitConfig, BeitLayer, relative_position_bias
 
 SMALL = st.integers(1, 6)
 
@@ -83,20 +74,6 @@ def test_layer(heads, head_dim, mlp_dim, pretrained, grid, batch, seed):
 
 def test_layer_of_the_published_width():
     compare_layer(BeitConfig(), (24, 24), batch=1, seed=0)
-
-
-@pytest.mark.parametrize("pretrained", [2, 3])  # with and without padding
-def test_bias_ahead(pretrained):
-    """What inference hands in instead of the table gives the same, bit for bit."""
-    config, rng = BeitConfig(16 * pretrained, 16, width=8, num_heads=2, mlp_dim=8), np.random.default_rng(0)
-    tokens = pretrained**2 + 1
-    x = jnp.asarray(rng.normal(size=(2, tokens + -tokens % TOKENS, 8)), jnp.float32)
-    attention = BeitAttention(config, (pretrained, pretrained), jnp.float32)
-    params = attention.init(jax.random.key(0), x)["params"]
-    params["relative_position_bias"] = jnp.asarray(rng.normal(size=params["relative_position_bias"].shape), jnp.float32)
-    expected = attention.apply({"params": params}, x)
-    params["bias"] = bias_ahead(config, params.pop("relative_position_bias"))
-    np.testing.assert_array_equal(attention.apply({"params": params}, x), expected)
 
 
 @pytest.mark.parametrize(("depth", "size"), [(8, (64, 64)), (4, (48, 80))])

@@ -11,7 +11,8 @@ import pytest
 
 from spatialvla_jax.checkpoints import read_huggingface
 from spatialvla_jax.checkpoints.mapping import flatten, slots
-from spatialvla_jax.inference.generate import generate, prepare
+from spatialvla_jax.inference.generate import generate
+from spatialvla_jax.inference.weights import prepare_weights
 from spatialvla_jax.models import SpatialVLA
 from spatialvla_jax.models.attention import position_ids, prefix_lm_mask
 from spatialvla_jax.models.ego3d import back_project, frequency_encoding
@@ -89,7 +90,7 @@ def test_greedy_tokens_from_images_alone(golden, inputs):
     @jax.jit
     def run(params, observations):
         logits = jnp.asarray(model.apply({"params": params}, **observations, action_ids=jnp.zeros((3, 12), int)))
-        return logits[:, 0], generate(model, prepare(model, params), None, **observations)[0]
+        return logits[:, 0], generate(model, prepare_weights(model, params), None, **observations)[0]
 
     logits, ids = run(params, observations)
     np.testing.assert_allclose(logits, [golden[f"prefill_logits_{i}"][0, -1] for i in range(3)], **TOLERANCE)
