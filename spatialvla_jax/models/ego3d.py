@@ -2,7 +2,7 @@
 
 import flax.linen as nn
 import jax.numpy as jnp
-from einops import rearrange, reduce
+from einops import rearrange
 from jaxtyping import Array, Float
 
 SUB_GRID = 2  # points along one side of a patch
@@ -20,7 +20,7 @@ def back_project(depth: Float[Array, "B S S"], intrinsics: Float[Array, "B 3 3"]
     step = size // n
     if step * n != size:
         raise ValueError(f"depth of {size} px does not divide into {n}×{n} cells")
-    cells = reduce(depth.astype(jnp.float32), "B (y p) (x q) -> B y x", "mean", p=step, q=step)
+    cells = rearrange(depth.astype(jnp.float32), "B (y p) (x q) -> B y p x q", p=step, q=step).mean(axis=(2, 4))
     centre = jnp.arange(n, dtype=jnp.float32) * step + step / 2
     v, u = jnp.meshgrid(centre, centre, indexing="ij")
     # The inverse of [[fx, s, cx], [0, fy, cy], [0, 0, 1]] written out: exact, and no linear solver on the device.

@@ -19,7 +19,7 @@ def test_a_perfect_policy_and_both_baselines_by_hand(trained: Path, config_file:
         ids = np.asarray(encode(grid, batch.actions))
         return ids, np.asarray(decode(grid, ids))
 
-    monkeypatch.setattr(policy, "act", replay)
+    monkeypatch.setattr(policy, "predict", replay)
     result = evaluate(policy, loader, "val", batch_size=4)
     episodes = list(loader.episodes("val"))
     assert result["episodes"] == 2 and result["frames"] == sum(len(e.frames.image) for e in episodes)
