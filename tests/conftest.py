@@ -125,8 +125,8 @@ def packed_config(config_file: Path, shared) -> Path:
     from spatialvla_jax.data.pack import write_pack
 
     def make(path: Path) -> None:
-        config, pack = load_config(config_file), path.with_name("toy.pack")
-        write_pack(open_data(config), pack, config.data.to_dict(), ("train", "val"))
+        pack = path.with_name("toy.pack")
+        write_pack(open_data(load_config(config_file)), pack, ("train", "val"))
         packed = f"    config.data.packed = {str(pack)!r}\n    return"
         path.write_text(config_file.read_text().replace("    return", packed))
 

@@ -119,6 +119,7 @@ def run_depth(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from spatialvla_jax.config import load_config
+    from spatialvla_jax.data import DataConfig
     from spatialvla_jax.data.importers.add_depth import MAX_DEPTH
     from spatialvla_jax.data.oxe import CATALOGUE, make_spec
     from spatialvla_jax.data.resolve_datasets import make_entries
@@ -131,9 +132,10 @@ def run_depth(args: argparse.Namespace) -> None:
     if args.config is None:
         datasets = [(args.src, make_spec(args.spec, CATALOGUE, str(args.src)))]
     else:
-        config = load_config(args.config, args.overrides).to_dict()
-        datasets = [(Path(entry.path), entry.spec) for entry in make_entries(config["data"])]
-        size = size or preset(config["model"]["preset"]).img.image_size
+        config = load_config(args.config, args.overrides)
+        entries = make_entries(DataConfig.from_config(config.data))
+        datasets = [(Path(entry.path), entry.spec) for entry in entries]
+        size = size or preset(config.model.preset).img.image_size
     with tqdm(unit="episode") as bar:
 
         def progress(name: str, done: int, total: int) -> None:
@@ -175,23 +177,22 @@ def run_pack(args: argparse.Namespace) -> None:
     from spatialvla_jax.models.presets import preset
     from spatialvla_jax.utils.progress import shard_progress
 
-    config = load_config(args.config, args.overrides).to_dict()
-    data, model, training = config["data"], config["model"], config["train"]
+    config = load_config(args.config, args.overrides)
     loader = load_data(
-        data,
-        image_size=args.image_size or preset(model["preset"]).img.image_size,
-        action_chunk=model["action_chunk"],
-        depth=model["depth_source"] == "dataset",
+        config.data,
+        image_size=args.image_size or preset(config.model.preset).img.image_size,
+        action_chunk=config.model.action_chunk,
+        depth=config.model.depth_source == "dataset",
         progress=shard_progress(),
     )
-    splits = args.split or [data["split"], *([training["eval_split"]] if training["eval_every"] else [])]
+    splits = args.split or [config.data.split, *([config.train.eval_split] if config.train.eval_every else [])]
     with tqdm(unit="frame", desc="pack") as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        result = write_pack(loader, args.out, data, splits, progress)
+        result = write_pack(loader, args.out, splits, progress)
     frames = ", ".join(f"{count:,} frames of {split}" for split, count in result["frames"].items())
     print(f"wrote {result['path']}: {result['bytes']:,} bytes, {frames}")
 
@@ -214,16 +215,17 @@ def run_stats(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from spatialvla_jax.config import load_config
+    from spatialvla_jax.data import DataConfig
     from spatialvla_jax.data.beam import compute_stats, table
 
-    config = load_config(args.config, args.overrides).to_dict()
+    config = load_config(args.config, args.overrides)
+    data, exclude = DataConfig.from_config(config.data), config.grid.exclude
     with tqdm(unit="shard", desc="stats") as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        data, exclude = config["data"], config["grid"]["exclude"]
         stats = compute_stats(data, exclude, args.out, args.runner, args.runner_options, progress)
     print(table(stats))
     print(f"wrote {args.out}: set data.statistics to it")

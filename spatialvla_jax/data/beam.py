@@ -24,6 +24,7 @@ from jaxtyping import Float
 from spatialvla_jax.actions import DIMENSIONS, grid_variables, pool_gaussians
 from spatialvla_jax.actions.grid import VARIABLES
 from spatialvla_jax.actions.normalization import normalize
+from spatialvla_jax.data.config import DataConfig
 from spatialvla_jax.data.index import Faults
 from spatialvla_jax.data.oxe.spec import DatasetSpec
 from spatialvla_jax.data.resolve_datasets import make_entries
@@ -67,25 +68,24 @@ class Summary:
         )
 
 
-def find_shards(data: Mapping[str, Any]) -> list[Shard]:
-    """The shards of a config's `data` part. Raises InputError for what is missing or misnamed."""
-    split = data.get("split") or "train"
+def find_shards(data: DataConfig) -> list[Shard]:
+    """The shards of the training split. Raises InputError for what is missing or misnamed."""
     return [
         Shard(entry.name, str(entry.path), entry.spec, file, numbers)
         for entry in make_entries(data)
-        for file, numbers in slice_shards(open_rlds(entry.path), entry.splits.get(split, split))
+        for file, numbers in slice_shards(open_rlds(entry.path), entry.splits.get(data.split, data.split))
     ]
 
 
 def compute_stats(
-    data: Mapping[str, Any],
+    data: DataConfig,
     exclude: Sequence[str],
     out: str,
     runner: str = "DirectRunner",
     options: Sequence[str] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Write and return the statistics of the mixture that a config's `data` part names:
+    """Write and return the statistics of the mixture that the config names:
 
     split        that they are of
     statistics   {dataset: as `action_statistics`}
@@ -102,7 +102,6 @@ def compute_stats(
     beam, filesystems = _beam()
     from apache_beam.options.pipeline_options import PipelineOptions
 
-    faults = Faults(**data.get("faults", {}))
     shards = find_shards(data)
     partial = f"{out}.{uuid.uuid4().hex}.tmp"
 
@@ -138,8 +137,8 @@ def compute_stats(
         pipeline.run().wait_until_finish()
         with filesystems.open(partial) as file:
             collected = json.loads(file.read())
-        result = check_collected(collected, [shard.name for shard in shards], faults, exclude)
-        result = {"split": data.get("split") or "train"} | result
+        result = check_collected(collected, [shard.name for shard in shards], data.faults, exclude)
+        result = {"split": data.split} | result
         with filesystems.create(partial) as file:
             file.write((json.dumps(result, indent=2) + "\n").encode())
         filesystems.rename([partial], [out])

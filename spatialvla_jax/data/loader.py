@@ -16,6 +16,7 @@ from spatialvla_jax.actions.normalization import normalize
 from spatialvla_jax.batch import Batch
 from spatialvla_jax.data import mixture
 from spatialvla_jax.data.beam import load_stats
+from spatialvla_jax.data.config import DataConfig
 from spatialvla_jax.data.images import scale_intrinsics
 from spatialvla_jax.data.index import Index
 from spatialvla_jax.data.pack import Packed
@@ -31,7 +32,7 @@ _RELEASE_EVERY = 1024  # samples after which the touched pages of the indexes ar
 
 
 def load_data(
-    config: Mapping[str, Any] | ConfigDict,
+    config: Mapping[str, Any] | ConfigDict | DataConfig,
     *,
     image_size: int,
     action_chunk: int = 4,
@@ -41,35 +42,14 @@ def load_data(
     tokenizer: Tokenizer | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> "Loader":
-    """The loader that a config's `data` part describes:
-
-    mixture     a mixture of the catalogue by name; `root` is the directory that holds its datasets, of which each one's
-                newest version is taken
-    datasets    further ones: list of {"name", "path" (version directory), "spec" (catalogue name or fields), "weight"
-                (1.0), "splits" ({split: what this dataset has in its place})}
-    drop        {dataset: fraction of the run's steps after which it gives no more samples}
-    packed      a file of `data pack` that takes the place of `mixture` and `datasets` and brings their tokenizer; it is
-                read without TensorFlow
-    precomputed_depth  False; the depth that `data depth` has stored instead of the datasets' own
-    split       "train", or a part of one such as "train[:95%]"; what statistics, tokenizer and `batches` use
-    balance     True; weights are multiplied by the datasets' frame counts
-    faults      {"policy": "fail" | "skip", "limit": N}: whether damaged episodes and frames are left out and counted,
-                up to N episodes of a split and, while streaming, N frames of a process; then it fails all the same
-    read_block  1; how many consecutive frames are read at once, see mixture.py; `shuffle_frames` of them are then
-                shuffled together (100 000)
-    memory_gb   8; what the process may hold of data: queues get shallower for it, and too small a budget is an error
-    cache_dir   where indexes are kept; None is ~/.cache/spatialvla_jax
-    workers     threads that decode; None is one a core
-    prompt      {"length": P, "template": "{instruction}", "model": path of a SentencePiece model or None to train one
-                from the instructions, "vocab_size": of the trained one}
+    """The loader that a config's `data` part describes, see `DataConfig`.
 
     `statistics` ({name: …}) and `tokenizer` are those of a checkpoint; without them they come from the data. The first
     call reads the datasets once and caches an index; `progress(name, shards done, shards)` is called meanwhile.
     Raises InputError for anything wrong in the config or the data.
     """
-    plain: Any = config
-    plain = plain.to_dict() if isinstance(plain, ConfigDict) else plain
-    return Loader(plain, image_size, action_chunk, action_dim, depth, statistics, tokenizer, progress)
+    made = DataConfig.from_config(config)
+    return Loader(made, image_size, action_chunk, action_dim, depth, statistics, tokenizer, progress)
 
 
 class Episode(NamedTuple):
@@ -86,7 +66,7 @@ class Loader:
 
     def __init__(
         self,
-        config: Mapping[str, Any],
+        config: DataConfig,
         image_size: int,
         action_chunk: int,
         action_dim: int,
@@ -95,7 +75,7 @@ class Loader:
         tokenizer: Tokenizer | None,
         progress: Callable[[str, int, int], None] | None,
     ):
-        packed = Packed(config, image_size, depth) if config.get("packed") else None
+        packed = Packed(config, image_size, depth) if config.packed else None
         entries = packed.entries if packed else make_entries(config)
         self.names = tuple(entry.name for entry in entries)
         for entry in entries:
@@ -104,19 +84,18 @@ class Loader:
         self.image_size, self.depth = image_size, depth
         self.action_chunk, self.action_dim = action_chunk, action_dim
         self._source: Source = packed or Rlds(config, entries, image_size, depth, action_dim, progress)
-        self._prompt, self._train_split = config["prompt"], config.get("split") or "train"
+        self.config, self._train_split = config, config.split
         self._indexes: dict[str, tuple[Index, ...]] = {}
         self._splits: dict[str, Split] = {}
 
         train = self._index(self._train_split)
         self.weights = tuple(entry.weight for entry in entries)
-        self._balance, self._drop = config.get("balance", True), dict(config.get("drop") or {})
         self.mixture = mixture.make_mixture(
             tuple(index.num_frames for index in train),
             self.weights,
-            balance=self._balance,
-            block=config.get("read_block", 1),
-            shuffle=config.get("shuffle_frames", 100_000),
+            balance=config.balance,
+            block=config.read_block,
+            shuffle=config.shuffle_frames,
         )
         self.statistics = dict(statistics or {index.name: index.statistics for index in train})
         for name in self.names:
@@ -277,16 +256,16 @@ class Loader:
     def _fractions(self) -> list[tuple[float, mixture.Mixture]]:
         """The phases of a run: the fraction of its steps at which each begins, and its mixture."""
         phases = [(0.0, self.mixture)]
-        for border in sorted(set(self._drop.values())):
-            gone = frozenset(self.names.index(name) for name, until in self._drop.items() if until <= border)
-            phases.append((border, self.mixture.without(self.weights, gone, balance=self._balance)))
+        for border in sorted(set(self.config.drop.values())):
+            gone = frozenset(self.names.index(name) for name, until in self.config.drop.items() if until <= border)
+            phases.append((border, self.mixture.without(self.weights, gone, balance=self.config.balance)))
         return phases
 
     def _phases(
         self, batch_size: int, seed: int, total_steps: int | None
     ) -> list[tuple[int, mixture.Mixture, np.ndarray]]:
         """The phases of a run: first step, mixture, and what was drawn of each dataset before."""
-        if self._drop and total_steps is None:
+        if self.config.drop and total_steps is None:
             raise InputError("data.drop needs to know how many steps the run has")
         phases: list[tuple[int, mixture.Mixture, np.ndarray]] = []
         drawn = np.zeros(len(self.names), np.int64)
@@ -317,18 +296,18 @@ class Loader:
         return self._splits[split]
 
     def _encode(self, index: Index) -> tuple[np.ndarray, np.ndarray]:
-        template, length = self._prompt.get("template", "{instruction}"), self._prompt["length"]
-        return self.tokenizer.encode_prompts(index.instructions, template=template, length=length)
+        prompt = self.config.prompt
+        return self.tokenizer.encode_prompts(index.instructions, template=prompt.template, length=prompt.length)
 
     def _make_tokenizer(self, indexes: tuple[Index, ...]) -> Tokenizer:
-        if path := self._prompt.get("model"):
+        prompt = self.config.prompt
+        if path := prompt.model:
             try:
                 return Tokenizer.from_bytes(Path(path).read_bytes())
             except (OSError, InputError) as error:
                 raise InputError(f"data.prompt.model {path} is not a usable SentencePiece model: {error}") from error
         instructions = {text for index in indexes for text in index.instructions}
-        template = self._prompt.get("template", "{instruction}")
-        return train_tokenizer(instructions, self._prompt["vocab_size"], template=template)
+        return train_tokenizer(instructions, prompt.vocab_size, template=prompt.template)
 
     def _stream(
         self, split: Split, samples: Samples, steps: range, batch_size: int, windows: tuple[int, ...] = ()
@@ -346,7 +325,7 @@ class Loader:
     def _assemble(self, split: Split, pixels: Pixels) -> Batch:
         """Everything of a batch besides its pixels, from the indexes."""
         dataset, frames = split.locate(pixels.sample_id)
-        rows, chunk, length = len(frames), self.action_chunk, self._prompt["length"]
+        rows, chunk, length = len(frames), self.action_chunk, self.config.prompt.length
         intrinsics = np.empty((rows, 3, 3), np.float32)
         prompt_ids, prompt_mask = np.empty((rows, length), np.int32), np.empty((rows, length), bool)
         actions, action_mask = np.empty((rows, chunk, self.action_dim), np.float32), np.empty((rows, chunk), bool)
@@ -402,13 +381,13 @@ def open_data(
 ) -> Loader:
     """The loader of a whole config. `statistics` and `tokenizer` of a checkpoint take the place of the data's own; the
     statistics are otherwise those of `data.statistics`, if it names a file."""
-    path = config.data.to_dict().get("statistics")
+    data = DataConfig.from_config(config.data)
     return load_data(
-        config.data,
+        data,
         image_size=preset(config.model.preset).img.image_size,
         action_chunk=config.model.action_chunk,
         depth=config.model.depth_source == "dataset",
-        statistics=statistics or (load_stats(path)["statistics"] if path else None),
+        statistics=statistics or (load_stats(data.statistics)["statistics"] if data.statistics else None),
         tokenizer=tokenizer,
         progress=shard_progress(),
     )

@@ -23,6 +23,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int, UInt8, UInt16
 
 from spatialvla_jax.batch import Batch
+from spatialvla_jax.data.config import DataConfig
 from spatialvla_jax.data.index import Index
 from spatialvla_jax.data.oxe import make_spec
 from spatialvla_jax.data.reader import Pixels, Samples, Split
@@ -51,6 +52,7 @@ class Pictures(NamedTuple):
 class Frames(Protocol):
     """What of a `Loader` goes into a packed file; see there."""
 
+    config: DataConfig
     image_size: int
     depth: bool
     weights: tuple[float, ...]
@@ -64,12 +66,10 @@ class Frames(Protocol):
 def write_pack(
     loader: Frames,
     out: str | os.PathLike[str],
-    data: Mapping[str, Any],
     splits: Sequence[str],
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Writes these splits of the loader's data, by rename. `data` is the config's part that the loader was made of;
-    `progress(frames done, frames)` is called meanwhile.
+    """Writes these splits of the loader's data, by rename; `progress(frames done, frames)` is called meanwhile.
 
     Returns {"path", "bytes", "frames": {split: number}}. Raises InputError, also when the disk has not enough room.
     """
@@ -99,7 +99,7 @@ def write_pack(
             {"name": index.name, "weight": weight, "spec": dataclasses.asdict(index.spec)}
             for index, weight in zip(loader.indexes(splits[0]), loader.weights, strict=True)
         ],
-        "config": _named(data),
+        "config": _named(loader.config),
         "tokenizer": base64.b64encode(loader.tokenizer.to_bytes()).decode(),
         "splits": {split: [layout(index) for index in own] for split, own in indexes.items()},
         "bytes": place,  # of the arrays
@@ -214,9 +214,9 @@ def _data_start(header: int) -> int:
     return -(-(_PREFIX.size + header) // ALIGNMENT) * ALIGNMENT
 
 
-def _named(data: Mapping[str, Any]) -> dict[str, Any]:
+def _named(data: DataConfig) -> dict[str, Any]:
     """What of the config names the data, in plain JSON; where it lies is no matter."""
-    named = {key: data[key] for key in _NAMES if data.get(key)}
+    named = {key: value for key in _NAMES if (value := getattr(data, key))}
     if "datasets" in named:
         entries = [{key: value for key, value in entry.items() if key != "path"} for entry in named["datasets"]]
         named["datasets"] = [entry | {"weight": entry.get("weight", 1.0)} for entry in entries]
@@ -226,8 +226,8 @@ def _named(data: Mapping[str, Any]) -> dict[str, Any]:
 class Packed:
     """The frames of a file of `write_pack`. See `reader.Source`. Raises InputError for a file that is not one."""
 
-    def __init__(self, config: Mapping[str, Any], image_size: int, depth: bool):
-        self._path = path = Path(config["packed"])
+    def __init__(self, config: DataConfig, image_size: int, depth: bool):
+        self._path = path = Path(config.packed)
         self._memory, self._start, self._header = _open(path)
         if self._header["image_size"] != image_size:
             raise InputError(

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from spatialvla_jax.data.config import DataConfig
 from spatialvla_jax.data.index import Index
 from spatialvla_jax.data.oxe import CATALOGUE
 from spatialvla_jax.data.oxe.operations import apply_operations
@@ -48,7 +49,8 @@ def _index(known: Sequence[Known], instructions: Sequence[str], name: str, every
 class _Recording:
     """The splits as `write_pack` reads them from a loader, an episode at a time."""
 
-    def __init__(self, indexes: dict[str, Index], episodes: Iterator[dict], image_size: int) -> None:
+    def __init__(self, name: str, indexes: dict[str, Index], episodes: Iterator[dict], image_size: int) -> None:
+        self.config = DataConfig(datasets=({"name": name, "spec": SPEC},))
         self.image_size, self.depth, self.weights = image_size, True, (1.0,)
         self.tokenizer = train_tokenizer(next(iter(indexes.values())).instructions, VOCABULARY)
         self._indexes, self._episodes = indexes, episodes
@@ -86,5 +88,5 @@ def write_packed(
     splits = list(dict.fromkeys(split for split, *_ in known))
     assert [one[0] for one in known] == sorted((one[0] for one in known), key=splits.index), "splits are mixed"
     indexes = {split: _index([one for one in known if one[0] == split], instructions, name, every) for split in splits}
-    recording = _Recording(indexes, iter(episodes), image_size)
-    return write_pack(recording, out, {"datasets": [{"name": name, "spec": SPEC}]}, splits)
+    recording = _Recording(name, indexes, iter(episodes), image_size)
+    return write_pack(recording, out, splits)

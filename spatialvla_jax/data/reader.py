@@ -17,15 +17,16 @@ import functools
 import mmap
 import os
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32, Int32, Int64, UInt8
 
+from spatialvla_jax.data.config import DataConfig
 from spatialvla_jax.data.images import decode_batches, decoder, tensorflow
-from spatialvla_jax.data.index import Faults, Index, load_index
+from spatialvla_jax.data.index import Index, load_index
 from spatialvla_jax.data.resolve_datasets import Entry
 from spatialvla_jax.errors import Fault, InputError
 
@@ -91,7 +92,7 @@ class Rlds:
 
     def __init__(
         self,
-        config: Mapping[str, Any],
+        config: DataConfig,
         entries: tuple[Entry, ...],
         image_size: int,
         depth: bool,
@@ -101,11 +102,9 @@ class Rlds:
         self._action_dim = action_dim
         self._entries, self._image_size, self._progress = entries, image_size, progress
         self._keys = ("image", "depth") if depth else ("image",)
-        self._cache_dir = Path(config.get("cache_dir") or "~/.cache/spatialvla_jax").expanduser()
-        self._workers = config.get("workers") or os.cpu_count() or 1
-        self._block = config.get("read_block", 1)
-        self._budget = config.get("memory_gb", 8.0)
-        self._faults = Faults(**config.get("faults", {}))
+        self._cache_dir = Path(config.cache_dir or "~/.cache/spatialvla_jax").expanduser()
+        self._workers = config.workers or os.cpu_count() or 1
+        self._block, self._budget, self._faults = config.read_block, config.memory_gb, config.faults
 
     def index(self, split: str) -> tuple[Index, ...]:
         indexes = tuple(

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from spatialvla_jax.data.config import DataConfig
 from spatialvla_jax.data.oxe import CATALOGUE, DatasetSpec, make_spec
 from spatialvla_jax.data.oxe.spec import with_precomputed_depth
 from spatialvla_jax.errors import InputError
@@ -21,24 +22,24 @@ class Entry:
     splits: Mapping[str, str] = dataclasses.field(default_factory=dict)  # what this dataset has in a split's place
 
 
-def make_entries(config: Mapping[str, Any]) -> tuple[Entry, ...]:
+def make_entries(config: DataConfig) -> tuple[Entry, ...]:
     """The datasets of `mixture` under `root`, then those of `datasets`. Raises InputError for anything wrong with the
     config, and one that names all directories that a mixture lacks."""
-    mixture = config.get("mixture")
-    entries = (*(_mixture(mixture, config.get("root")) if mixture else ()), *map(_entry, config.get("datasets", ())))
-    if config.get("precomputed_depth"):
+    named = _mixture(config.mixture, config.root) if config.mixture else ()
+    entries = (*named, *map(_entry, config.datasets))
+    if config.precomputed_depth:
         entries = tuple(dataclasses.replace(entry, spec=with_precomputed_depth(entry.spec)) for entry in entries)
     names = [entry.name for entry in entries]
     if not entries:
         raise InputError("The mixture is empty: data.mixture or data.datasets must name at least one dataset")
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise InputError(f"data.datasets and data.mixture have a name twice: {', '.join(twice)}")
-    for name, until in config.get("drop", {}).items():
+    for name, until in config.drop.items():
         if name not in names:
             raise InputError(f"data.drop names {name!r}, which is not in the mixture: that has {', '.join(names)}")
         if not 0 < until < 1:
             raise InputError(f"data.drop[{name!r}] is {until}: expected the fraction of the steps, between 0 and 1")
-    if len(config.get("drop", {})) == len(names):
+    if len(config.drop) == len(names):
         raise InputError("data.drop names every dataset: one at least must last to the end")
     return entries
 
@@ -54,7 +55,7 @@ def _entry(values: Mapping[str, Any]) -> Entry:
     return Entry(**{**values, "spec": make_spec(values["spec"], CATALOGUE, values["name"])})
 
 
-def _mixture(name: str, root: str | None) -> list[Entry]:
+def _mixture(name: str, root: str) -> list[Entry]:
     from spatialvla_jax.data.oxe.mixtures import MIXTURES
 
     if name not in MIXTURES:

@@ -8,8 +8,8 @@ from spatialvla_jax.actions import fit_gaussians
 from spatialvla_jax.actions.normalization import normalize
 from spatialvla_jax.cli.__main__ import main
 from spatialvla_jax.config import load_config
+from spatialvla_jax.data import DataConfig, load_data, open_data
 from spatialvla_jax.data import beam as stats_pipeline
-from spatialvla_jax.data import load_data, open_data
 from spatialvla_jax.data.beam import compute_stats, load_stats, named_gaussians, pooled, table
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.training.loop import make_processor
@@ -26,7 +26,7 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def stats(data, tmp_path_factory):
     out = tmp_path_factory.mktemp("out") / "stats.json"
-    result = compute_stats(data, ("toy1",), str(out))
+    result = compute_stats(DataConfig.from_config(data), ("toy1",), str(out))
     assert load_stats(out) == result and list(out.parent.iterdir()) == [out]
     return result
 
@@ -50,7 +50,7 @@ def test_equal_to_the_indexes(data, stats):
 
 def test_one_pass_in_any_order(data, stats, tmp_path, monkeypatch):
     """The stored data is read once, and neither the shards' order nor the number of workers changes a bit."""
-    shards, reads, seen = stats_pipeline.find_shards(data), [], []
+    shards, reads, seen = stats_pipeline.find_shards(DataConfig.from_config(data)), [], []
 
     def read(name, builder, file, *rest):
         reads.append(file)
@@ -60,7 +60,14 @@ def test_one_pass_in_any_order(data, stats, tmp_path, monkeypatch):
     monkeypatch.setattr(stats_pipeline, "read_episodes", read)
     monkeypatch.setattr(stats_pipeline, "find_shards", lambda _: shards[::-1])
     workers = ["--direct_num_workers=2", "--direct_running_mode=multi_threading"]
-    again = compute_stats(data, ("toy1",), str(tmp_path / "s.json"), "DirectRunner", workers, lambda *x: seen.append(x))
+    again = compute_stats(
+        DataConfig.from_config(data),
+        ("toy1",),
+        str(tmp_path / "s.json"),
+        "DirectRunner",
+        workers,
+        lambda *x: seen.append(x),
+    )
     assert again == stats
     assert sorted(reads) == sorted(shard.file for shard in shards)
     assert seen == [(n, len(shards)) for n in range(1, len(shards) + 1)]
@@ -68,7 +75,7 @@ def test_one_pass_in_any_order(data, stats, tmp_path, monkeypatch):
 
 def test_no_dataset_in_the_grid(data, tmp_path):
     one = data | {"datasets": data["datasets"][1:]}
-    result = compute_stats(one, ("toy1",), str(tmp_path / "s.json"))
+    result = compute_stats(DataConfig.from_config(one), ("toy1",), str(tmp_path / "s.json"))
     assert result["mixture"] is None and "toy1" in table(result)
 
 
@@ -88,30 +95,32 @@ def test_damaged_data_fails_with_its_sentence(damaged, tmp_path):
     out = tmp_path / "s.json"
     out.write_text("old")
     with pytest.raises(InputError) as error:
-        compute_stats(data, (), str(out))
+        compute_stats(DataConfig.from_config(data), (), str(out))
     assert str(error.value) == f"dataset 'toy0', file {file}, episode 0: the record's checksum is wrong"
     assert out.read_text() == "old" and not list(tmp_path.glob("*.tmp"))
 
 
 def test_damaged_data_left_out_and_counted(damaged, tmp_path):
     data = damaged[0] | {"faults": {"policy": "skip", "limit": 1}}
-    result = compute_stats(data, (), str(tmp_path / "s.json"))
+    result = compute_stats(DataConfig.from_config(data), (), str(tmp_path / "s.json"))
     loader = load_data(data, image_size=32)
     (index,) = loader.indexes()
     assert result["skipped"] == {"toy0": dict(index.skipped)} == {"toy0": {"checksum": 1}}
     assert result["statistics"]["toy0"]["num_trajectories"] == 3
     assert result["statistics"]["toy0"]["action"]["q99"] == index.statistics["action"]["q99"]
     with pytest.raises(InputError, match=r"1 episodes are faulty \(1 checksum\), more than the 0"):
-        compute_stats(data | {"faults": {"policy": "skip", "limit": 0}}, (), str(tmp_path / "t.json"))
+        compute_stats(
+            DataConfig.from_config(data | {"faults": {"policy": "skip", "limit": 0}}), (), str(tmp_path / "t.json")
+        )
     assert not (tmp_path / "t.json").exists()
 
 
 def test_a_shard_that_vanishes(data, tmp_path, monkeypatch):
-    first, *rest = stats_pipeline.find_shards(data)
+    first, *rest = stats_pipeline.find_shards(DataConfig.from_config(data))
     gone = first._replace(file=first.file.with_name("gone"))
     monkeypatch.setattr(stats_pipeline, "find_shards", lambda _: [gone, *rest])
     with pytest.raises(InputError, match=r"^dataset 'toy0', file .*gone, episode 0: the file cannot be read"):
-        compute_stats(data, (), str(tmp_path / "s.json"))
+        compute_stats(DataConfig.from_config(data), (), str(tmp_path / "s.json"))
 
 
 def test_no_usable_episode(tmp_path):
@@ -120,13 +129,13 @@ def test_no_usable_episode(tmp_path):
         file.write_bytes(b"")
     data = data_config(path, cache_dir=tmp_path) | {"faults": {"policy": "skip", "limit": 9}}
     with pytest.raises(InputError, match=r"Dataset 'toy0' has no episode to use \(left out: {'truncated': 1}\)"):
-        compute_stats(data, (), str(tmp_path / "s.json"))
+        compute_stats(DataConfig.from_config(data), (), str(tmp_path / "s.json"))
 
 
 def test_without_beam(data, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "apache_beam", None)
     with pytest.raises(InputError, match=r"needs Apache Beam: pip install 'spatialvla-jax\[beam\]'"):
-        compute_stats(data, (), str(tmp_path / "s.json"))
+        compute_stats(DataConfig.from_config(data), (), str(tmp_path / "s.json"))
 
 
 @pytest.mark.parametrize("text", [None, "not json", "[]", '{"toy": {"action": {}}}'])

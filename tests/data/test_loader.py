@@ -246,6 +246,8 @@ def test_dataset_that_vanishes(tmp_path):
     ("change", "message"),
     [
         (lambda config: config.update(datasets=[]), "mixture is empty"),
+        (lambda config: config.update(balence=True), "config key data.balence does not exist; there are mixture, "),
+        (lambda config: config["prompt"].update(len=4), "config key data.prompt.len does not exist; there are length"),
         (lambda config: config["datasets"][0].update(weight=0), "must be a positive number"),
         (lambda config: config["datasets"][0].update(wait=1), "unknown key 'wait'"),
         (lambda config: config["datasets"][0].pop("path"), "has no 'path'"),

@@ -60,7 +60,7 @@ def stream(data):
 def file(data, stream, tmp_path_factory):
     path = tmp_path_factory.mktemp("file") / "toy.pack"
     seen = []
-    result = write_pack(stream, path, data, ("train", "val"), lambda *done: seen.append(done))
+    result = write_pack(stream, path, ("train", "val"), lambda *done: seen.append(done))
     frames = {split: stream.num_frames(split) for split in ("train", "val")}
     assert result == {"path": str(path), "bytes": path.stat().st_size, "frames": frames}
     assert seen[-1] == (sum(frames.values()),) * 2
@@ -206,7 +206,7 @@ def test_file_that_does_not_fit(file, data, tmp_path):
     with pytest.raises(InputError, match=r"nothing.pack cannot be read: No such file"):
         open_pack(tmp_path / "nothing.pack")
     flat = load_data(data, image_size=SIZE)
-    write_pack(flat, tmp_path / "flat.pack", data, ("train",))
+    write_pack(flat, tmp_path / "flat.pack", ("train",))
     assert_equal(next(open_pack(tmp_path / "flat.pack", depth=False).batches(4)), next(flat.batches(4)))
     with pytest.raises(InputError, match=r"flat.pack holds no depth, which the config asks for"):
         open_pack(tmp_path / "flat.pack")
@@ -219,7 +219,7 @@ def test_disk_that_is_too_small(data, stream, file, tmp_path, monkeypatch):
     free = file.stat().st_size - 1
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, free))
     with pytest.raises(InputError, match=rf"toy.pack needs {free + 1:,} bytes, but its disk has only {free:,} left"):
-        write_pack(stream, out, data, ("train", "val"))
+        write_pack(stream, out, ("train", "val"))
     assert out.read_text() == "old" and list(tmp_path.iterdir()) == [out]
 
 
@@ -231,5 +231,5 @@ def test_frame_that_cannot_be_read(tmp_path):
     for faults, message in (({}, "does not decode"), ({"policy": "skip", "limit": 9}, "1 frames of the split 'train'")):
         loader = load_data(config | {"faults": faults}, image_size=SIZE)
         with pytest.raises(InputError, match=message):
-            write_pack(loader, tmp_path / "out" / "toy.pack", config, ("train",))
+            write_pack(loader, tmp_path / "out" / "toy.pack", ("train",))
         assert list((tmp_path / "out").iterdir()) == []

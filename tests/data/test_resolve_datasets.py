@@ -9,7 +9,7 @@ from helpers.batches import assert_equal
 from helpers.toy_rlds import data_config, make_episodes, make_rlds
 
 from spatialvla_jax.config import load_config
-from spatialvla_jax.data import load_data
+from spatialvla_jax.data import DataConfig, load_data
 from spatialvla_jax.data.oxe.mixtures import MIXTURES
 from spatialvla_jax.data.resolve_datasets import make_entries, newest_version
 from spatialvla_jax.errors import InputError
@@ -58,14 +58,14 @@ def test_datasets_that_a_mixture_lacks(root, mixtures, monkeypatch):
     with pytest.raises(
         InputError, match=f"{root} lacks 2 of the 3 datasets of 'four': bridge_.*, fractal20220817_data"
     ):
-        make_entries({"mixture": "four", "root": str(root)})
+        make_entries(DataConfig("four", str(root)))
     with pytest.raises(InputError, match=r"data\.mixture is 'tow': known are .*two"):
-        make_entries({"mixture": "tow", "root": str(root)})
+        make_entries(DataConfig("tow", str(root)))
     with pytest.raises(InputError, match=r"needs data\.root"):
-        make_entries({"mixture": "two"})
+        make_entries(DataConfig("two"))
     own = {"name": "libero", "path": "x", "spec": "libero"}
     with pytest.raises(InputError, match="have a name twice: libero"):
-        make_entries({"mixture": "two", "root": str(root), "datasets": [own]})
+        make_entries(DataConfig("two", str(root), (own,)))
 
 
 USER_CONFIG = """

@@ -149,7 +149,7 @@ def test_trials_of_other_data_are_not_mixed(
     data = load_config(config_file).data
     data.datasets[0]["path"] = str(make_rlds(tmp_path, {"train": make_episodes(2, seed=5), "val": make_episodes(1)}))
     loader = load_data(data, image_size=56, depth=True)
-    write_pack(loader, tmp_path / "other.pack", data.to_dict(), ("train", "val"))
+    write_pack(loader, tmp_path / "other.pack", ("train", "val"))
     for path in (str(tmp_path / "other.pack"), ""):
         capsys.readouterr()
         assert main([*command, f"--config.data.packed={path}"]) == 2

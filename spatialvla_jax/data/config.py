@@ -1,0 +1,65 @@
+"""The `data` part of a config, typed."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from spatialvla_jax.data.index import Faults
+from spatialvla_jax.errors import InputError
+
+
+@dataclass(frozen=True)
+class PromptConfig:
+    length: int = 52  # tokens, <bos> and newline included
+    template: str = "{instruction}"
+    model: str = ""  # path of a SentencePiece model; empty: one is trained on the instructions
+    vocab_size: int = 256  # of the trained one, at most
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which data there is and how it is read. `from_config` makes it from a config's `data` part."""
+
+    mixture: str = ""  # of the catalogue; `root` holds its datasets, each in the newest of its versions
+    root: str = ""
+    # Further ones: {"name", "path" (version directory), "spec" (catalogue name or fields), "weight" (1.0), "splits"
+    # ({split: what this dataset has in its place})}.
+    datasets: tuple[Mapping[str, Any], ...] = ()
+    # A file of `data pack`, in the place of mixture and datasets, with their tokenizer. It is read without TensorFlow.
+    packed: str = ""
+    # {dataset: the fraction of the run's steps after which it gives no more samples}
+    drop: Mapping[str, float] = field(default_factory=dict)
+    split: str = "train"  # or a part of one, "train[:95%]"; what statistics, tokenizer and training batches are made of
+    precomputed_depth: bool = False  # the depth that `data depth` has stored instead of the datasets' own
+    statistics: str = ""  # a file of `spatialvla-jax stats`; empty: made from the data
+    balance: bool = True  # multiply weights by the datasets' frame counts
+    faults: Faults = field(default_factory=Faults)  # of a split's episodes and, while streaming, of a process's frames
+    read_block: int = 1  # consecutive frames read at once, see mixture.py
+    shuffle_frames: int = 100_000  # shuffled together where `read_block` is above 1
+    memory_gb: float = 8.0  # of a process, for data: queues get shallower for it; too little is an error
+    cache_dir: str = ""  # of the indexes; empty: ~/.cache/spatialvla_jax
+    workers: int = 0  # threads that decode; 0: one a core
+    prompt: PromptConfig = PromptConfig()
+
+    @classmethod
+    def from_config(cls, config: "Mapping[str, Any] | ConfigDict | DataConfig") -> "DataConfig":
+        """Keys that are missing, None or "" have their defaults. Raises InputError for a key that does not exist."""
+        if isinstance(config, DataConfig):
+            return config
+        plain: Any = config
+        plain = plain.to_dict() if isinstance(plain, ConfigDict) else plain
+        given = {key: value for key, value in plain.items() if value not in (None, "")}
+        given["datasets"] = tuple(given.get("datasets", ()))
+        for key, kind in (("faults", Faults), ("prompt", PromptConfig)):
+            values = given.get(key, {}).items()
+            given[key] = _make(kind, {name: value for name, value in values if value is not None}, f"data.{key}")
+        return _make(cls, given, "data")
+
+
+def _make(kind: Any, values: Mapping[str, Any], where: str) -> Any:
+    known = [one.name for one in fields(kind)]
+    if unknown := sorted(set(values) - set(known)):
+        raise InputError(f"config key {where}.{unknown[0]} does not exist; there are {', '.join(known)}")
+    return kind(**values)
