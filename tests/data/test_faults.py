@@ -4,8 +4,9 @@ import itertools
 import json
 import os
 import shutil
-import time
+import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -333,17 +334,15 @@ def test_slow_disk(rlds, tmp_path, monkeypatch):
     """The stream waits, in order and complete, and the wait is where a run measures it: in `next`."""
     config = data_config(rlds, cache_dir=tmp_path)
     fast = list(itertools.islice(load_data(config, image_size=SIZE).batches(4), 5))
-    pread = os.pread
-
-    def slow(*arguments):
-        time.sleep(0.02)
-        return pread(*arguments)
-
-    monkeypatch.setattr(reader.os, "pread", slow)
-    begun = time.perf_counter()
-    for one, two in zip(fast, load_data(config, image_size=SIZE).batches(4), strict=False):
-        np.testing.assert_array_equal(one.image, two.image)
-    assert time.perf_counter() - begun >= 5 * 4 * 0.02
+    pread, disk = os.pread, threading.Event()
+    monkeypatch.setattr(reader.os, "pread", lambda *arguments: disk.wait() and pread(*arguments))
+    with ThreadPoolExecutor(1) as thread:
+        slow = thread.submit(lambda: list(itertools.islice(load_data(config, image_size=SIZE).batches(4), 5)))
+        with pytest.raises(TimeoutError):
+            slow.result(timeout=0.2)
+        disk.set()
+        for one, two in zip(fast, slow.result(), strict=True):
+            np.testing.assert_array_equal(one.image, two.image)
 
 
 def test_a_run_logs_what_it_skipped(tmp_path, config_file):

@@ -1,4 +1,4 @@
-"""Random batches in the shapes of a model."""
+"""Random batches in the shapes of a model, and a small action grid."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -7,8 +7,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from spatialvla_jax.actions import PRETRAIN_GAUSSIANS, gaussian_grid
 from spatialvla_jax.batch import Batch
 from spatialvla_jax.models import SpatialVLA
+
+GRID = gaussian_grid(PRETRAIN_GAUSSIANS, (4, 4, 2, 4, 4, 4))
 
 
 def random_batch(model: SpatialVLA, size: int, seed: int, action_dim: int = 7) -> Batch:

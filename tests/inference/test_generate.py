@@ -5,8 +5,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from helpers.batches import random_inputs
-from test_step import GRID
+from helpers.batches import GRID, random_inputs
 
 from spatialvla_jax.inference.generate import generate
 from spatialvla_jax.inference.weights import prepare_weights

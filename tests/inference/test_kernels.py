@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.batches import random_inputs
-from test_fused_attention import h100
-from test_step import GRID
+from helpers.batches import GRID, random_inputs
+from helpers.gpu import h100
 
 from spatialvla_jax.checkpoints.mapping import param_shapes, unflatten
 from spatialvla_jax.inference import kernels

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractMesh, NamedSharding
+from helpers.gpu import h100
+from jax.sharding import NamedSharding
 
 from spatialvla_jax.models import fused_attention
 from spatialvla_jax.models.attention import attend
@@ -152,9 +153,3 @@ def test_lowers_for_a_gpu(B, T, H):
     with jax.sharding.use_abstract_mesh(h100()):
         text = jax.jit(run).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("xla.gpu.triton") == 3, "forward, dq, dkv"
-
-
-def h100() -> AbstractMesh:
-    """From JAX 0.11 kernels lower for a named GPU alone; before, for an H100."""
-    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
-    return AbstractMesh((1,), ("data",), abstract_device=device)

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers.batches import random_batch
-from test_sharding import FROZEN, GRID
+from helpers.batches import GRID, random_batch
 
 from spatialvla_jax.batch import Batch
 from spatialvla_jax.config import default_config
@@ -25,6 +24,8 @@ from spatialvla_jax.training.optimizer import (
 )
 from spatialvla_jax.training.state import TrainState, init_params, new_state
 from spatialvla_jax.training.step import by_dataset, make_train_step
+
+FROZEN = ("llm/embedder",)
 
 
 @pytest.fixture(scope="module")

@@ -5,11 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from helpers.batches import random_batch
+from helpers.batches import GRID, random_batch
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from spatialvla_jax.actions import PRETRAIN_GAUSSIANS, gaussian_grid
 from spatialvla_jax.config import default_config
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.models import SpatialVLA, preset
@@ -20,7 +19,6 @@ from spatialvla_jax.training.sharding import BATCH, cast_split, check_batch, mak
 from spatialvla_jax.training.state import init_params, init_state
 from spatialvla_jax.training.step import make_train_step
 
-GRID = gaussian_grid(PRETRAIN_GAUSSIANS, (4, 4, 2, 4, 4, 4))
 FROZEN = ("llm/embedder",)
 
 

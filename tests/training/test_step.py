@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers.batches import random_inputs
+from helpers.batches import GRID, random_inputs
 
-from spatialvla_jax.actions import PRETRAIN_GAUSSIANS, decode, encode, gaussian_grid, linear_grid
+from spatialvla_jax.actions import decode, encode, linear_grid
 from spatialvla_jax.config import default_config
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.models import SpatialVLA, preset
@@ -15,8 +15,6 @@ from spatialvla_jax.models.remat import POLICIES
 from spatialvla_jax.training.optimizer import learning_rate, make_optimizer, merge, split_frozen
 from spatialvla_jax.training.state import init_params
 from spatialvla_jax.training.step import constrained_argmax, loss_and_metrics
-
-GRID = gaussian_grid(PRETRAIN_GAUSSIANS, (4, 4, 2, 4, 4, 4))
 
 
 @pytest.mark.parametrize("grid", [GRID, linear_grid()], ids=["spatial", "linear256"])
