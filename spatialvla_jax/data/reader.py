@@ -121,12 +121,14 @@ class Rlds:
         self, split: Split, samples: Samples, steps: range, batch_size: int, windows: tuple[int, ...] = ()
     ) -> Iterator[Pixels]:
         tf = tensorflow()
-        ready, cache = self._plan(split, batch_size, windows)
+        encoded = np.asarray([sum(_mean_size(index.arrays[key]) for key in self._keys) for index in split.indexes])
+        decoded = self._image_size**2 * (7 if "depth" in self._keys else 3)
+        ready, cache = plan_memory(encoded, decoded, batch_size, windows, self._workers, self._budget)
         while steps:
             # Each round has its own: a thread of the one before may still be reading.
             taken: dict[int, np.ndarray] = {}
             failure: list[Exception] = []
-            store = _Blocks(self._block, cache) if windows else _Files()
+            store = Blocks(self._block, cache) if windows else Files()
             read = functools.partial(self._read_step, split, samples, store, taken, failure)
             depth = "depth" in self._keys
             batches = decode_batches(read, steps, batch_size, self._image_size, depth, self._workers, ready)
@@ -151,7 +153,7 @@ class Rlds:
         self,
         split: Split,
         samples: Samples,
-        store: "_Files",
+        store: "Files",
         taken: dict[int, np.ndarray],
         failure: list[Exception],
         step: Any,
@@ -165,7 +167,7 @@ class Rlds:
         return encoded
 
     def _read(
-        self, split: Split, samples: Samples, step: int, store: "_Files"
+        self, split: Split, samples: Samples, step: int, store: "Files"
     ) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
         """The frames i64[B] of a step and their encoded images (and depth maps with their units)."""
         ids = samples(step)
@@ -186,7 +188,7 @@ class Rlds:
         split: Split,
         ids: np.ndarray,
         rows: np.ndarray,
-        store: "_Files",
+        store: "Files",
         encoded: dict[str, np.ndarray],
         units: np.ndarray,
     ) -> np.ndarray:
@@ -219,7 +221,7 @@ class Rlds:
         before = len(split.broken)
         encoded = {key: np.empty(len(ids), object) for key in self._keys}
         units = np.empty(len(ids), np.float32)
-        unread = self._fetch(split, ids, np.arange(len(ids)), _Files(), encoded, units)
+        unread = self._fetch(split, ids, np.arange(len(ids)), Files(), encoded, units)
         for row in np.setdiff1d(np.arange(len(ids)), unread).tolist():
             frame = [encoded[key][row] for key in self._keys]
             try:
@@ -249,23 +251,27 @@ class Rlds:
             if not rows.size:
                 return
 
-    def _plan(self, split: Split, batch_size: int, windows: tuple[int, ...]) -> tuple[int, int]:
-        """How many decoded batches may wait, and how many bytes of blocks are kept. Raises InputError when the budget
-        holds no batch at all."""
-        encoded = np.asarray([sum(_mean_size(index.arrays[key]) for key in self._keys) for index in split.indexes])
-        cache = int(1.2 * np.sum(encoded * windows)) if windows else 0
-        fixed = _RUNTIME + self._workers * _WORKSPACE + cache
-        pixels = self._image_size**2 * (3 + 4 * ("depth" in self._keys))
-        batch = batch_size * (pixels + int(encoded.max()))
-        # Besides those that wait: one is read, one decoded, one being put together, one with the caller.
-        ready = int((self._budget * 2**30 - fixed) // batch) - 4
-        if ready < 1:
-            needed = (fixed + 5 * batch) / 2**30
-            blocks = f", {cache / 2**30:.2f} of it for blocks (data.shuffle_frames)" if cache else ""
-            raise InputError(
-                f"data.memory_gb is {self._budget}, but batches of {batch_size} need {needed:.2f} GB here{blocks}"
-            )
-        return min(ready, _MOST_READY), cache
+
+def plan_memory(
+    encoded: np.ndarray, decoded: int, batch_size: int, windows: tuple[int, ...], workers: int, memory_gb: float
+) -> tuple[int, int]:
+    """How many decoded batches may wait, and how many bytes of blocks are kept.
+
+    `encoded`: the mean bytes f64[D] of a stored frame of each dataset; `decoded`: those of a decoded one. Raises
+    InputError when the budget holds no batch at all.
+    """
+    cache = int(1.2 * np.sum(encoded * windows)) if windows else 0
+    fixed = _RUNTIME + workers * _WORKSPACE + cache
+    batch = batch_size * (decoded + int(encoded.max()))
+    # Besides those that wait: one is read, one decoded, one being put together, one with the caller.
+    ready = int((memory_gb * 2**30 - fixed) // batch) - 4
+    if ready < 1:
+        needed = (fixed + 5 * batch) / 2**30
+        blocks = f", {cache / 2**30:.2f} of it for blocks (data.shuffle_frames)" if cache else ""
+        raise InputError(
+            f"data.memory_gb is {memory_gb}, but batches of {batch_size} need {needed:.2f} GB here{blocks}"
+        )
+    return min(ready, _MOST_READY), cache
 
 
 def _mean_size(spans: np.ndarray) -> float:
@@ -273,7 +279,7 @@ def _mean_size(spans: np.ndarray) -> float:
     return float(spans[:: max(1, len(spans) // 1000), 1].mean())
 
 
-class _Files:
+class Files:
     """Byte ranges of files, with the most recently used ones kept open."""
 
     def __init__(self, limit: int = 256):
@@ -313,7 +319,7 @@ class _Files:
             os.close(descriptor)
 
 
-class _Blocks(_Files):
+class Blocks(Files):
     """The same, read in blocks of `block` consecutive frames. They lie in one ring of `capacity` bytes, a new one in
     the place of the oldest: all of it is taken at once and nothing is freed, so that the resident set stays flat."""
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.oxe_features import FEATURES, random_steps, tfds_features
+from helpers.oxe_features import FEATURES, LIBERO_NO_NOOPS, TDROID, random_steps, tfds_features
 from helpers.toy_rlds import make_rlds
 
 from spatialvla_jax.data.oxe import CATALOGUE, MIXTURES, NOT_IN_GRID_FIT, DatasetSpec, make_spec
@@ -128,7 +128,6 @@ def words(text):
 
 LIBERO = plain(CLIPPED_INVERTED)
 WHEELS = Case({"action": ramp(1, 2)}, rows(ramp(1, 2), 0, 0, 0, 0, 0))
-TDROID = plain(BINARIZED, "static_image")
 
 CASES: dict[str, Case] = {
     "fractal20220817_data": closedness(RELATIVE),
@@ -249,19 +248,10 @@ CASES: dict[str, Case] = {
     "berkeley_gnm_cory_hall": WHEELS,
     "berkeley_gnm_sac_son": WHEELS,
     "libero": dataclasses.replace(LIBERO, depth="depth", intrinsics="observation/intrinsics"),
-    "libero_no_noops": LIBERO,
-    "libero_spatial_no_noops": LIBERO,
-    "libero_object_no_noops": LIBERO,
-    "libero_goal_no_noops": LIBERO,
-    "libero_10_no_noops": LIBERO,
     "bridge_dataset": bridge(),
     "droid_wipe": droid("exterior_image_2_left", kept=tuple(range(8))),
-    "tdroid_carrot_in_bowl": TDROID,
-    "tdroid_pour_corn_in_pot": TDROID,
-    "tdroid_flip_pot_upright": TDROID,
-    "tdroid_move_object_onto_plate": TDROID,
-    "tdroid_knock_object_over": TDROID,
-    "tdroid_cover_object_with_towel": TDROID,
+    **dict.fromkeys(LIBERO_NO_NOOPS, LIBERO),
+    **dict.fromkeys(TDROID, plain(BINARIZED, "static_image")),
 }
 
 
@@ -275,12 +265,11 @@ def split_steps(tree, step):
     return {key: split_steps(value, step) if isinstance(value, dict) else value[step] for key, value in tree.items()}
 
 
-def write(path, name, inputs=(), seed=0, count=2):
-    """`count` episodes of the dataset's features with `inputs` in them; (version directory, the last one's values)."""
-    steps = {}
+def make(name, inputs=(), count=1):
+    """`count` episodes of the dataset's features with `inputs` in them, and the values of each."""
     for number in range(count):
         length = max((len(value) for value in dict(inputs).values()), default=4)
-        steps = random_steps(FEATURES[name], length, np.random.default_rng(seed + number))
+        steps = random_steps(FEATURES[name], length, np.random.default_rng(number))
         for key, value in dict(inputs).items():
             holder, last = leaf(steps, key)
             dtype = holder[last].dtype
@@ -288,16 +277,21 @@ def write(path, name, inputs=(), seed=0, count=2):
         yield [split_steps(steps, step) for step in range(length)], steps
 
 
+def read(folder, name, episodes, spec, *options):
+    """What `spec` reads of a file of such episodes, and the file's bytes."""
+    features, count = tfds_features(FEATURES[name]), len(episodes)
+    path = make_rlds(folder, {"train": episodes}, step_features=features, episodes_per_shard=count)
+    (file,) = path.glob("*.tfrecord*")
+    return list(read_episodes(name, open_rlds(path), file, count, spec, *options)), file.read_bytes()
+
+
 @pytest.mark.parametrize("name", CATALOGUE)
 def test_entry(name, tmp_path):
     case, spec = CASES[name], CATALOGUE[name]
-    episodes, steps = zip(*write(tmp_path, name, case.inputs), strict=True)
-    path = make_rlds(tmp_path, {"train": list(episodes)}, step_features=tfds_features(FEATURES[name]))
-    (file,) = path.glob("*.tfrecord*")
-    read = list(read_episodes(name, open_rlds(path), file, 2, spec))
+    made, steps = zip(*make(name, case.inputs, 2), strict=True)
+    episodes, stored = read(tmp_path, name, list(made), spec)
     kept = range(len(case.action)) if case.kept is None else case.kept
-    stored = file.read_bytes()
-    for episode, values in zip(read, steps, strict=True):
+    for episode, values in zip(episodes, steps, strict=True):
         assert episode["step"].tolist() == list(kept)
         assert episode["action"].dtype == np.float32
         np.testing.assert_allclose(episode["action"], case.action, atol=2e-6)
@@ -324,47 +318,40 @@ def test_all_are_tested():
 
 @pytest.mark.parametrize("name", ["bridge_orig", "language_table", "kuka"])
 def test_episodes_without_language_are_left_out(name, tmp_path):
-    ((steps, _),) = write(tmp_path, name, count=1)
+    ((steps, _),) = make(name)
     for step in steps:
         holder, last = leaf(step, CATALOGUE[name].language)
         holder[last] = np.zeros_like(holder[last]) if name == "language_table" else b""
-    path = make_rlds(tmp_path, {"train": [steps]}, step_features=tfds_features(FEATURES[name]))
-    (file,) = path.glob("*.tfrecord*")
     lost = []
-    (episode,) = read_episodes(name, open_rlds(path), file, 1, CATALOGUE[name], lambda *args: lost.append(args))
+    (episode,), _ = read(tmp_path, name, [steps], CATALOGUE[name], lambda *args: lost.append(args))
     assert not len(episode["step"]) and [reason for reason, _ in lost] == [UNLABELED]
 
 
 def test_one_of_two_cameras(tmp_path):
     """Every episode of DROID has one of the two outer cameras, and half of them the other one."""
-    episodes = [steps for steps, _ in write(tmp_path, "droid", count=32)]
-    features = tfds_features(FEATURES["droid"])
-    path = make_rlds(tmp_path, {"train": episodes}, step_features=features, episodes_per_shard=32)
-    (file,) = path.glob("*.tfrecord*")
-    stored = file.read_bytes()
+    made = [steps for steps, _ in make("droid", count=32)]
 
-    def cameras(spec):
-        for episode in read_episodes("droid", open_rlds(path), file, 32, spec):
+    def cameras(folder):
+        episodes, stored = read(folder, "droid", made, CATALOGUE["droid"])
+        for episode in episodes:
             texts = [stored[offset : offset + length].decode() for offset, length in episode["image"].tolist()]
             (camera,) = {text.split()[0] for text in texts}
             yield camera
 
-    seen = list(cameras(CATALOGUE["droid"]))
-    assert seen == list(cameras(CATALOGUE["droid"]))
+    seen = list(cameras(tmp_path / "once"))
+    assert seen == list(cameras(tmp_path / "again"))
     assert set(seen) == {"observation/exterior_image_1_left", "observation/exterior_image_2_left"}
     assert 8 <= seen.count("observation/exterior_image_1_left") <= 24
 
 
 def test_depth_belongs_to_the_first_camera(tmp_path):
     name = "maniskill_dataset_converted_externally_to_rlds"
-    episodes = [steps for steps, _ in write(tmp_path, name, CASES[name].inputs, count=1)]
-    path = make_rlds(tmp_path, {"train": episodes}, step_features=tfds_features(FEATURES[name]))
-    (file,) = path.glob("*.tfrecord*")
+    ((steps, _),) = make(name, CASES[name].inputs)
     wrists = ("observation/wrist_image",) * 9  # one of ten cameras would hardly be the first by chance
     spec = dataclasses.replace(CATALOGUE[name], other_images=wrists)
-    (episode,) = read_episodes(name, open_rlds(path), file, 1, spec)
+    (episode,), stored = read(tmp_path, name, [steps], spec)
     offset, length = episode["image"][0].tolist()
-    assert file.read_bytes()[offset : offset + length] == b"observation/image 0"
+    assert stored[offset : offset + length] == b"observation/image 0"
 
 
 @pytest.mark.parametrize(
@@ -381,33 +368,25 @@ def test_depth_belongs_to_the_first_camera(tmp_path):
     ],
 )
 def test_specs_that_do_not_fit(spec, message, tmp_path):
-    ((steps, _),) = write(tmp_path, "toto", count=1)
-    path = make_rlds(tmp_path, {"train": [steps]}, step_features=tfds_features(FEATURES["toto"]))
-    (file,) = path.glob("*.tfrecord*")
+    ((steps, _),) = make("toto")
     made = make_spec({"language": NATURAL} | spec, CATALOGUE, "mine")
-    with pytest.raises(InputError, match=f"'mine'.*{message}"):
-        list(read_episodes("mine", open_rlds(path), file, 1, made))
+    with pytest.raises(InputError, match=f"'toto'.*{message}"):
+        read(tmp_path, "toto", [steps], made)
 
 
 def test_one_instruction_for_all(tmp_path):
     """A dataset without any words."""
-    ((steps, _),) = write(tmp_path, "toto", count=1)
-    features = tfds_features(FEATURES["toto"])
-    path = make_rlds(tmp_path, {"train": [steps]}, step_features=features)
-    (file,) = path.glob("*.tfrecord*")
+    ((steps, _),) = make("toto")
     spec = DatasetSpec(instruction="pour it", language="none", action=("observation/state",))
-    (episode,) = read_episodes("mine", open_rlds(path), file, 1, spec)
+    (episode,), _ = read(tmp_path, "toto", [steps], spec)
     assert episode["language"].tolist() == ["pour it"] * 4
 
 
 def test_words_that_are_no_bytes(tmp_path):
     inputs = {"observation/instruction": np.full((4, 512), 300)}
-    ((steps, _),) = write(tmp_path, "language_table", inputs, count=1)
-    features = tfds_features(FEATURES["language_table"])
-    path = make_rlds(tmp_path, {"train": [steps]}, step_features=features)
-    (file,) = path.glob("*.tfrecord*")
+    ((steps, _),) = make("language_table", inputs)
     with pytest.raises(Fault, match="episode 0: the language instruction is not UTF-8"):
-        list(read_episodes("table", open_rlds(path), file, 1, CATALOGUE["language_table"]))
+        read(tmp_path, "language_table", [steps], CATALOGUE["language_table"])
 
 
 def test_mixtures():

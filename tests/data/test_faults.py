@@ -7,11 +7,12 @@ import shutil
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.batches import assert_equal, concatenate
+from helpers.streams import assert_resumes, assert_shared, take
 from helpers.toy_rlds import data_config, make_episodes, make_rlds
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -227,9 +228,9 @@ def vanish(config, broken):
     broken |= {number: "unreadable file" for number in range(36, 48)}
 
 
-def take(config, count, batch_size=8, **arguments):
+def load_and_take(config, count, **arguments):
     loader = load_data(config, image_size=SIZE)
-    return loader, list(itertools.islice(loader.batches(batch_size, seed=5, **arguments), count))
+    return loader, take(loader.batches(8, seed=5, **arguments), count)
 
 
 def expected(loader, broken, steps, batch_size):
@@ -257,33 +258,25 @@ def test_replaced_frames(damaged, block):
     config |= {"read_block": block, "shuffle_frames": 16}
     load_data(config, image_size=SIZE)  # indexed before the file is gone
     whole_index = load_data(config, image_size=SIZE)
-    stream = whole_index.batches(8, seed=5)
+    stream = partial(whole_index.batches, 8, seed=5)
+    begun = stream()
     vanish(config, broken)
-    batches = list(itertools.islice(stream, 12))
+    batches = take(begun, 12)
     ids, replaced = expected(whole_index, broken, 12, 8)
     np.testing.assert_array_equal([batch.sample_id for batch in batches], ids)
     assert whole_index.replaced() == replaced and sum(replaced.values()) > 10
     clean = {number for batch in batches for number in batch.sample_id.tolist()}
     assert not clean & set(broken) and all(len(batch.image) == 8 for batch in batches)
 
-    for start in (3, 11):
-        resumed = list(itertools.islice(whole_index.batches(8, seed=5, start_step=start), 12 - start))
-        for one, two in zip(batches[start:], resumed, strict=True):
-            assert_equal(one, two)
-    for count in (2, 4):
-        parts = [
-            list(itertools.islice(whole_index.batches(8, seed=5, process_index=i, process_count=count), 12))
-            for i in range(count)
-        ]
-        for one, *rows in zip(batches, *parts, strict=True):
-            assert_equal(one, concatenate(rows))
+    assert_resumes(stream, batches, (3, 11))
+    assert_shared(stream, batches, (2, 4))
 
 
 def test_another_process_finds_the_same(damaged):
     """A fresh loader that knows of no broken frame yet, started in the middle."""
     config, _ = damaged
-    loader, batches = take(config, 9)
-    later, resumed = take(config, 4, start_step=5)
+    loader, batches = load_and_take(config, 9)
+    later, resumed = load_and_take(config, 4, start_step=5)
     for one, two in zip(batches[5:], resumed, strict=True):
         np.testing.assert_array_equal(one.sample_id, two.sample_id)
         np.testing.assert_array_equal(one.image, two.image)
@@ -293,9 +286,9 @@ def test_another_process_finds_the_same(damaged):
 def test_limit_while_streaming(damaged):
     config, _ = damaged
     with pytest.raises(InputError, match=r"3 frames are faulty \(3 undecodable image\), more than the 2"):
-        take(config | {"faults": {"policy": "skip", "limit": 2}}, 40)
+        load_and_take(config | {"faults": {"policy": "skip", "limit": 2}}, 40)
     with pytest.raises(InputError, match=r"dataset 'toy[01]', file .*, episode \d, step \d: the image does not decode"):
-        take(config | {"faults": {"policy": "fail"}}, 40)
+        load_and_take(config | {"faults": {"policy": "fail"}}, 40)
 
 
 def test_dataset_that_vanishes_altogether(tmp_path):
@@ -307,12 +300,12 @@ def test_dataset_that_vanishes_altogether(tmp_path):
     for file in paths[0].glob("*.tfrecord*"):
         os.truncate(file, 0)  # an open file would still be there
     shutil.rmtree(paths[0])
-    batches = list(itertools.islice(stream, 20))
+    batches = take(stream, 20)
     assert all((batch.dataset_id == 1).all() for batch in batches[10:])  # what was read ahead is long used
     assert all(reason == "unreadable file" and name == "toy0" for name, reason in loader.replaced())
     shutil.rmtree(paths[1])
     with pytest.raises(InputError, match="no readable frame"):
-        list(itertools.islice(loader.batches(8, seed=6), 20))
+        take(loader.batches(8, seed=6), 20)
 
 
 def test_validation_without_broken_frames(damaged):
@@ -333,11 +326,11 @@ def test_validation_without_broken_frames(damaged):
 def test_slow_disk(rlds, tmp_path, monkeypatch):
     """The stream waits, in order and complete, and the wait is where a run measures it: in `next`."""
     config = data_config(rlds, cache_dir=tmp_path)
-    fast = list(itertools.islice(load_data(config, image_size=SIZE).batches(4), 5))
+    fast = take(load_data(config, image_size=SIZE).batches(4), 5)
     pread, disk = os.pread, threading.Event()
     monkeypatch.setattr(reader.os, "pread", lambda *arguments: disk.wait() and pread(*arguments))
     with ThreadPoolExecutor(1) as thread:
-        slow = thread.submit(lambda: list(itertools.islice(load_data(config, image_size=SIZE).batches(4), 5)))
+        slow = thread.submit(lambda: take(load_data(config, image_size=SIZE).batches(4), 5))
         with pytest.raises(TimeoutError):
             slow.result(timeout=0.2)
         disk.set()

@@ -1,8 +1,6 @@
 import copy
 import dataclasses
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -107,72 +105,35 @@ def test_bridge_format(tmp_path):
     assert index.arrays["step"].tolist() == [1, 2, 3] * 2 and index.arrays["episode_number"].tolist() == [0, 2]
 
 
-def test_fractal_format(tmp_path):
-    """The action is joined from three keys, the language lies in the observation."""
-    features = tfds.features
-    steps = {
-        "observation": {
-            "image": features.Image(shape=(8, 8, 3), encoding_format="jpeg"),
-            "natural_language_instruction": features.Text(),
-        },
-        "action": {
-            "world_vector": features.Tensor(shape=(3,), dtype=np.float32),
-            "rotation_delta": features.Tensor(shape=(3,), dtype=np.float32),
-            "gripper_closedness_action": features.Tensor(shape=(1,), dtype=np.float32),
-            "terminate_episode": features.Tensor(shape=(3,), dtype=np.int32),
-        },
-    }
-    episode = [
-        {
-            "observation": {"image": b"x", "natural_language_instruction": "pick it"},
-            "action": {
-                "world_vector": np.asarray([1, 2, 3], np.float32) + step,
-                "rotation_delta": np.asarray([4, 5, 6], np.float32) + step,
-                "gripper_closedness_action": np.asarray([gripper], np.float32),
-                "terminate_episode": np.asarray([0, 1, 0], np.int32),
-            },
-        }
-        for step, gripper in enumerate([0, 1, 0, -1])
-    ]
-    path = make_rlds(tmp_path, {"train": [episode]}, step_features=steps)
-    index = load_index("fractal", path, CATALOGUE["fractal20220817_data"], "train", tmp_path / "cache")
-    expected = np.arange(1, 7) + np.arange(4)[:, None]
-    np.testing.assert_array_equal(index.arrays["action"], np.append(expected, [[1], [0], [0], [1]], axis=1))
-    assert index.instructions == ("pick it",)
+def not_finite(value):
+    return lambda episodes: episodes[3][2]["action"].__setitem__(4, value)
 
 
-def check_broken(tmp_path, change, match):
-    """The index of a dataset with `change(episodes)` applied fails with a message that matches."""
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            not_finite(np.nan),
+            r"toy-train\.tfrecord-00001.*, episode 0: step 2 has the action value nan in dimension \[4\]",
+        ),
+        (
+            not_finite(np.inf),
+            r"toy-train\.tfrecord-00001.*, episode 0: step 2 has the action value inf in dimension \[4\]",
+        ),
+        (
+            lambda episodes: [step.update(language_instruction="") for step in episodes[1]],
+            r"episode 1: step 0 has no language \('language_instruction' is empty\)",
+        ),
+        (lambda episodes: episodes[0][1].update(language_instruction=b"\xff\xfe"), "episode 0: .*not UTF-8"),
+    ],
+)
+def test_broken_episodes(tmp_path, change, message):
     episodes = make_episodes(4)
     change(episodes)
     path = make_rlds(tmp_path, {"train": episodes})
-    with pytest.raises(InputError, match=match):
+    with pytest.raises(InputError, match=rf"dataset 'toy', file .*{message}"):
         load_index("toy", path, LIBERO, "train", tmp_path / "cache")
     assert not list((tmp_path / "cache").iterdir())  # nothing half-written
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_action_that_is_not_finite(tmp_path, value):
-    def change(episodes):
-        episodes[3][2]["action"][4] = value
-
-    where = r"dataset 'toy', file .*toy-train\.tfrecord-00001.*, episode 0: step 2"
-    check_broken(tmp_path, change, rf"{where} has the action value {value} in dimension \[4\]")
-
-
-def test_episode_without_language(tmp_path):
-    def change(episodes):
-        for step in episodes[1]:
-            step["language_instruction"] = ""
-
-    check_broken(tmp_path, change, r"episode 1: step 0 has no language \('language_instruction' is empty\)")
-
-
-def test_language_that_is_not_text(tmp_path):
-    def change(episodes):
-        episodes[0][1]["language_instruction"] = b"\xff\xfe"
-
-    check_broken(tmp_path, change, "episode 0: .*not UTF-8")
 
 
 def test_action_of_another_width(tmp_path):
@@ -225,9 +186,3 @@ def test_missing_shard(tmp_path):
     file.unlink()
     with pytest.raises(InputError, match=f"{file} is missing"):
         load_index("toy", path, LIBERO, "train", tmp_path / "cache")
-
-
-def test_imports_without_tensorflow():
-    """Only reading data needs TensorFlow; importing the loader, or the pieces that a policy uses, does not."""
-    code = "import sys, spatialvla_jax.data.loader; assert not {'tensorflow', 'tensorflow_datasets'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)

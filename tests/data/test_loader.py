@@ -1,11 +1,12 @@
-import itertools
 import shutil
+from functools import partial
 
 import jax
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from helpers.batches import assert_equal, concatenate
+from helpers.batches import assert_equal
+from helpers.streams import assert_resumes, assert_shared, take
 from helpers.toy_rlds import INTRINSICS, data_config, make_episodes, make_rlds
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,11 +22,6 @@ SIZE = 16
 
 
 @pytest.fixture(scope="module")
-def cache_dir(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
 def other(tmp_path_factory):
     return make_rlds(tmp_path_factory.mktemp("other"), {"train": make_episodes(3, seed=5, size=(32, 32))}, name="other")
 
@@ -38,10 +34,6 @@ def loader(rlds, cache_dir):
 @pytest.fixture(scope="module")
 def mixed(rlds, other, cache_dir):
     return load_data(data_config(rlds, other, cache_dir=cache_dir), image_size=SIZE)
-
-
-def take(batches, count):
-    return list(itertools.islice(batches, count))
 
 
 def test_batch_is_the_contract(loader):
@@ -113,20 +105,17 @@ def test_chunks_by_hand():
 @settings(max_examples=6, deadline=None)
 def test_resume_is_exact(mixed, start, batch_size, seed):
     """Batches from step s on are the tail of the batches from 0 on."""
-    whole = take(mixed.batches(batch_size, seed=seed), start + 2)
-    for one, two in zip(whole[start:], take(mixed.batches(batch_size, start_step=start, seed=seed), 2), strict=True):
-        assert_equal(one, two)
+    stream = partial(mixed.batches, batch_size, seed=seed)
+    assert_resumes(stream, take(stream(), start + 2), [start])
 
 
 def test_order_does_not_depend_on_processes_or_threads(mixed, rlds, other, cache_dir):
-    whole = take(mixed.batches(12, seed=1), 3)
+    stream = partial(mixed.batches, 12, seed=1)
+    whole = take(stream(), 3)
     threads = load_data(data_config(rlds, other, cache_dir=cache_dir, workers=3), image_size=SIZE)
     for one, two in zip(whole, threads.batches(12, seed=1), strict=False):
         assert_equal(one, two)
-    for count in (2, 3):
-        parts = [take(mixed.batches(12, seed=1, process_index=i, process_count=count), 3) for i in range(count)]
-        for one, *rows in zip(whole, *parts, strict=True):
-            assert_equal(one, concatenate(rows))
+    assert_shared(stream, whole, (2, 3))
 
 
 def test_every_frame_once_a_pass(loader):
@@ -216,7 +205,7 @@ def test_image_that_does_not_decode(tmp_path, key, kind):
     path = make_rlds(tmp_path, {"train": make_episodes(4, steps=(4, 4))})
     config = data_config(path, cache_dir=tmp_path / "cache")
     loader = load_data(config, image_size=SIZE, depth=True)
-    index = loader._index("train")[0]
+    index = loader.indexes()[0]
     offset, length = index.arrays[key][13].tolist()  # episode 3 = the first of the second file, step 1
     with open(index.files[1], "r+b") as file:  # after indexing: the checksums are checked there
         file.seek(offset if kind == "garbage" else offset + length // 2)

@@ -1,6 +1,5 @@
 """A packed file against the stream that it was made of: bit for bit, and without TensorFlow."""
 
-import itertools
 import json
 import os
 import shutil
@@ -13,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 from helpers.batches import assert_equal
+from helpers.streams import take
 from helpers.toy_rlds import data_config, make_episodes, make_rlds
 
 from spatialvla_jax.cli.__main__ import main
@@ -75,10 +75,6 @@ def open_pack(file, data=None, *, size=SIZE, depth=True, **changes):
 @pytest.fixture(scope="module")
 def packed(file):
     return open_pack(file)
-
-
-def take(batches, count):
-    return list(itertools.islice(batches, count))
 
 
 @pytest.mark.parametrize("options", [{}, {"seed": 3, "start_step": 7}, {"process_index": 1, "process_count": 2}])

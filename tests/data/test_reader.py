@@ -1,11 +1,12 @@
 """Reading: single frames and blocks, open files, the memory budget, and how far ahead anything is read."""
 
-import itertools
 import os
+from functools import partial
 
 import numpy as np
 import pytest
-from helpers.batches import assert_equal, concatenate
+from helpers.batches import assert_equal
+from helpers.streams import assert_resumes, assert_shared, take
 from helpers.toy_rlds import data_config, make_episodes, make_rlds
 
 from spatialvla_jax.data import load_data, reader
@@ -15,20 +16,11 @@ SIZE = 16
 
 
 @pytest.fixture(scope="module")
-def cache_dir(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
 def paths(tmp_path_factory):
     """Two datasets; the second one's episodes are shorter than a block."""
     folder = tmp_path_factory.mktemp("data")
     long, short = make_episodes(6, steps=(20, 30)), make_episodes(20, seed=1, steps=(1, 5))
     return [make_rlds(folder, {"train": episodes}, name=name) for name, episodes in (("long", long), ("short", short))]
-
-
-def take(batches, count):
-    return list(itertools.islice(batches, count))
 
 
 @pytest.fixture
@@ -52,7 +44,8 @@ def test_blocks_give_the_same_frames(paths, cache_dir, block):
     single = load_data(data_config(*paths, cache_dir=cache_dir), image_size=SIZE, depth=True)
     config = data_config(*paths, cache_dir=cache_dir, read_block=block, shuffle_frames=60)
     loader = load_data(config, image_size=SIZE, depth=True)
-    whole = take(loader.batches(16, seed=2), 20)
+    stream = partial(loader.batches, 16, seed=2)
+    whole = take(stream(), 20)
     for batch in whole[::6]:
         expected = single.frames(batch.sample_id)
         assert_equal(batch, expected)
@@ -60,13 +53,8 @@ def test_blocks_give_the_same_frames(paths, cache_dir, block):
         ids = np.concatenate([batch.sample_id[batch.dataset_id == number] for batch in whole])
         for one_pass in ids[: len(ids) // index.num_frames * index.num_frames].reshape(-1, index.num_frames):
             assert len(set(one_pass.tolist())) == index.num_frames
-    for start in (1, 13, 19):
-        for one, two in zip(whole[start:], loader.batches(16, seed=2, start_step=start), strict=False):
-            assert_equal(one, two)
-    for count in (2, 4):
-        parts = [take(loader.batches(16, seed=2, process_index=i, process_count=count), 5) for i in range(count)]
-        for one, *rows in zip(whole, *parts, strict=False):
-            assert_equal(one, concatenate(rows))
+    assert_resumes(stream, whole, (1, 13, 19))
+    assert_shared(stream, whole[:5], (2, 4))
 
 
 def test_blocks_are_read_once(paths, cache_dir, reads):
@@ -96,7 +84,7 @@ def test_start_up_does_not_depend_on_the_depth(paths, cache_dir, reads):
 
 def test_open_files_stay_few(tmp_path):
     """More shards than are kept open."""
-    files = reader._Files(limit=3)
+    files = reader.Files(limit=3)
     for number in range(8):
         (tmp_path / str(number)).write_bytes(bytes([number] * 4))
     before = len(os.listdir("/proc/self/fd"))
@@ -109,47 +97,40 @@ def test_open_files_stay_few(tmp_path):
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_blocks_stay_within_their_bytes(paths, cache_dir):
+def test_blocks_stay_within_their_bytes(paths, cache_dir, reads, monkeypatch):
+    """Memory is taken once; blocks that are too large for it take more, once."""
+    taken, mmap = [], reader.mmap.mmap
+    monkeypatch.setattr(reader.mmap, "mmap", lambda *args, **options: taken.append(args[1]) or mmap(*args, **options))
     loader = load_data(data_config(paths[0], cache_dir=cache_dir), image_size=SIZE)
     (index,) = loader.indexes()
-    capacity = 12 * int(index.arrays["image"][:, 1].max())
-    blocks = reader._Blocks(4, capacity)
-    ring = blocks._ring
     frames = np.random.default_rng(0).integers(0, index.num_frames, 300).tolist()
     files = index.arrays["episode_file"][index.episode(frames)].tolist()
-    for frame, file in zip(frames, files, strict=True):
-        span = index.arrays["image"][frame].tolist()
-        assert blocks.frame(index, "image", frame, file, *span) == reader._Files().read(index.files[file], *span)
-        assert blocks._ring is ring and sum(len(parts) for parts in blocks._kept.values())
-    # A ring that is too small for a block grows, once.
-    small = reader._Blocks(4, 10)
-    for frame, file in list(zip(frames, files, strict=True))[:50]:
-        span = index.arrays["image"][frame].tolist()
-        assert small.frame(index, "image", frame, file, *span) == reader._Files().read(index.files[file], *span)
-    assert len(small._ring) < 4 * capacity
+    capacity = 12 * int(index.arrays["image"][:, 1].max())
+    for size, count, most in ((capacity, 300, capacity), (10, 50, 4 * capacity)):
+        del taken[:]
+        blocks = reader.Blocks(4, size)
+        for frame, file in zip(frames[:count], files, strict=False):
+            span = index.arrays["image"][frame].tolist()
+            assert blocks.frame(index, "image", frame, file, *span) == reader.Files().read(index.files[file], *span)
+            del reads[:]
+            assert blocks.frame(index, "image", frame, file, *span) and not reads, "it is kept"
+        assert taken[0] == size and max(taken) <= most and len(taken) == (1 if size == capacity else 2)
 
 
-def test_budget(paths, cache_dir, monkeypatch):
+def test_budget(paths, cache_dir):
     """Queues follow from the budget, and one that holds no batch is refused with what it would take."""
-    config = data_config(*paths, cache_dir=cache_dir)
-
-    def plan(batch_size, block=1, **changes):
-        loader = load_data(config | {"read_block": block} | changes, image_size=224)
-        split, windows = loader._split("train"), loader.mixture.window_frames if block > 1 else ()
-        return loader._source._plan(split, batch_size, windows)
-
-    assert plan(128, memory_gb=8.0) == (4, 0)
-    assert [plan(1024, memory_gb=gigabytes)[0] for gigabytes in (1.7, 1.8, 1.95, 4)] == [1, 2, 3, 4]
+    plan = partial(reader.plan_memory, np.asarray([2000.0, 3000.0]), 224**2 * 3, workers=1)
+    assert plan(128, (), memory_gb=8.0) == (4, 0)
+    assert [plan(1024, (), memory_gb=gigabytes)[0] for gigabytes in (1.7, 1.8, 1.95, 4)] == [1, 2, 3, 4]
+    assert plan(128, (60, 40), memory_gb=8.0) == (4, 1.2 * (60 * 2000 + 40 * 3000))
     with pytest.raises(InputError, match=r"memory_gb is 1, but batches of 1024 need 1\.\d+ GB here$"):
-        plan(1024, memory_gb=1)
-    ready, cache = plan(128, block=8, memory_gb=8.0, shuffle_frames=100)
-    sizes = np.concatenate([index.arrays["image"][:, 1] for index in load_data(config, image_size=SIZE).indexes()])
-    assert ready == 4 and 100 * sizes.mean() < cache < 150 * sizes.mean()
-    monkeypatch.setattr(reader, "_mean_size", lambda spans: 1e9)
+        plan(1024, (), memory_gb=1)
     with pytest.raises(InputError, match=r"memory_gb is 8\.0, but batches of 8 need .* \(data\.shuffle_frames\)"):
-        plan(8, block=8, memory_gb=8.0, shuffle_frames=100)
-    with pytest.raises(InputError, match=r"memory_gb is 0\.5"):
-        next(load_data(config | {"memory_gb": 0.5}, image_size=SIZE).batches(4))
+        plan(8, (10**6, 10**7), memory_gb=8.0)
+    config = data_config(*paths, cache_dir=cache_dir, memory_gb=0.5, shuffle_frames=100)
+    for block, end in ((1, "GB here$"), (8, r"\(data\.shuffle_frames\)$")):
+        with pytest.raises(InputError, match=rf"memory_gb is 0\.5, but batches of 4 need .*{end}"):
+            next(load_data(config | {"read_block": block}, image_size=SIZE).batches(4))
 
 
 def test_pages_of_the_index_are_given_back(paths, cache_dir):

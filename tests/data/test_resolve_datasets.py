@@ -1,11 +1,11 @@
 """Datasets by mixture and by entry, parts of splits, and phases."""
 
-import itertools
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.batches import assert_equal
+from helpers.streams import assert_resumes, assert_shared, take
 from helpers.toy_rlds import data_config, make_episodes, make_rlds
 
 from spatialvla_jax.config import load_config
@@ -29,11 +29,6 @@ def root(tmp_path_factory):
 @pytest.fixture
 def mixtures(monkeypatch):
     monkeypatch.setitem(MIXTURES, "two", (("libero", 1.0), ("libero_no_noops", 0.5)))
-
-
-@pytest.fixture(scope="module")
-def cache_dir(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
 
 
 def test_mixture_by_name(root, mixtures, cache_dir):
@@ -177,19 +172,13 @@ def test_phases(root, rlds, cache_dir, block):
     paths = (root / "libero" / "1.10.0", root / "libero" / "1.0.0", rlds)
     config = data_config(*paths, cache_dir=cache_dir, read_block=block, shuffle_frames=30)
     loader = load_data(config | {"drop": {"toy0": 2 / 3, "toy2": 0.25}}, image_size=SIZE)
-    whole = list(itertools.islice(loader.batches(12, seed=3, total_steps=24), 24))
+    stream = partial(loader.batches, 12, seed=3, total_steps=24)
+    whole = take(stream(), 24)
     datasets = [set(batch.dataset_id.tolist()) for batch in whole]
     assert set.union(*datasets[:6]) == {0, 1, 2} and set.union(*datasets[6:16]) == {0, 1}
     assert set.union(*datasets[16:]) == {1}
-    for start in (0, 5, 6, 7, 15, 16, 20):
-        resumed = loader.batches(12, seed=3, start_step=start, total_steps=24)
-        for one, two in zip(whole[start:], resumed, strict=False):
-            assert_equal(one, two)
-    for count in (2, 4):
-        parts = [loader.batches(12, seed=3, process_index=i, process_count=count, total_steps=24) for i in range(count)]
-        for one, *rows in zip(whole, *parts, strict=False):
-            np.testing.assert_array_equal(one.image, np.concatenate([row.image for row in rows]))
-            np.testing.assert_array_equal(one.sample_id, np.concatenate([row.sample_id for row in rows]))
+    assert_resumes(stream, whole, (0, 5, 6, 7, 15, 16, 20))
+    assert_shared(stream, whole, (2, 4))
     ids = np.concatenate([batch.sample_id[batch.dataset_id == 1] for batch in whole])
     for one_pass in ids[: len(ids) // 36 * 36].reshape(-1, 36):
         np.testing.assert_array_equal(np.sort(one_pass), 80 + np.arange(36))

@@ -59,13 +59,18 @@ def test_not_an_example(record):
         read_example(record, {"a"})
 
 
-@given(st.lists(st.binary(max_size=3000), max_size=6))
-@settings(max_examples=30, deadline=None)
-def test_records_are_those_that_tensorflow_writes(tmp_path_factory, records):
-    path = tmp_path_factory.mktemp("records") / "file.tfrecord"
+def write(folder, records):
+    path = folder / "file.tfrecord"
     with tf.io.TFRecordWriter(str(path)) as writer:
         for record in records:
             writer.write(record)
+    return path
+
+
+@given(st.lists(st.binary(max_size=3000), max_size=6))
+@settings(max_examples=30, deadline=None)
+def test_records_are_those_that_tensorflow_writes(tmp_path_factory, records):
+    path = write(tmp_path_factory.mktemp("records"), records)
     found = list(read_records(path))
     assert [data for _, data, _ in found] == records and all(intact for *_, intact in found)
     content = path.read_bytes()
@@ -79,10 +84,7 @@ def test_records_are_those_that_tensorflow_writes(tmp_path_factory, records):
 def test_no_flipped_byte_goes_unnoticed(tmp_path_factory, place, mask):
     """A byte of a record's data spoils that record, one of its length all from it on, and no record is made up."""
     records = [bytes([n]) * (5 + n) for n in range(4)]
-    path = tmp_path_factory.mktemp("records") / "file.tfrecord"
-    with tf.io.TFRecordWriter(str(path)) as writer:
-        for record in records:
-            writer.write(record)
+    path = write(tmp_path_factory.mktemp("records"), records)
     data = bytearray(path.read_bytes())
     place %= len(data)
     data[place] ^= mask

@@ -100,6 +100,12 @@ _ROBOTURK = _rtx(_MOVE | {"gripper_closedness_action": "f32 1"}, front_rgb="imag
 _GNM = {"position": "f64 2", "state": "f64 3", "yaw": "f64 1"}
 _ANGLE = {"action_angle": "f64 3"}
 
+LIBERO_NO_NOOPS = [f"libero{suite}_no_noops" for suite in ("", "_spatial", "_object", "_goal", "_10")]
+_TASKS = (
+    "carrot_in_bowl pour_corn_in_pot flip_pot_upright move_object_onto_plate knock_object_over cover_object_with_towel"
+)
+TDROID = [f"tdroid_{task}" for task in _TASKS.split()]
+
 FEATURES: dict[str, dict[str, Any]] = {
     "fractal20220817_data": _rtx(
         _RT1,
@@ -406,26 +412,17 @@ FEATURES: dict[str, dict[str, Any]] = {
     "berkeley_gnm_recon": _rlds("f64 2", extra=_ANGLE, image="png 120 160", **_GNM),
     "berkeley_gnm_cory_hall": _rlds("f64 2", extra=_ANGLE, image="png 64 85", **_GNM),
     "berkeley_gnm_sac_son": _rlds("f64 2", extra=_ANGLE, image="png 120 160", **_GNM),
-    # What data/record writes, without the keys that only a replay needs.
+    # What sim/record_libero writes, without the keys that only a replay needs.
     "libero": _FLAGS
     | {
         "action": "f32 7",
         "language_instruction": "text",
         "observation": {"image": "jpeg 256 256", "depth": "png16 256 256", "intrinsics": "f32 3 3", "state": "f32 8"},
     },
-    "libero_no_noops": _LIBERO,
-    "libero_spatial_no_noops": _LIBERO,
-    "libero_object_no_noops": _LIBERO,
-    "libero_goal_no_noops": _LIBERO,
-    "libero_10_no_noops": _LIBERO,
     "bridge_dataset": _BRIDGE,
     "droid_wipe": _DROID,
-    "tdroid_carrot_in_bowl": _TDROID,
-    "tdroid_pour_corn_in_pot": _TDROID,
-    "tdroid_flip_pot_upright": _TDROID,
-    "tdroid_move_object_onto_plate": _TDROID,
-    "tdroid_knock_object_over": _TDROID,
-    "tdroid_cover_object_with_towel": _TDROID,
+    **dict.fromkeys(LIBERO_NO_NOOPS, _LIBERO),
+    **dict.fromkeys(TDROID, _TDROID),
 }
 
 _NUMBERS = {

@@ -1,6 +1,5 @@
 """Small LeRobot datasets, written here from scratch, converted and read by the loader."""
 
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tensorflow as tf
+from helpers.toy_rlds import encode_image
 from PIL import Image
 
 from spatialvla_jax.cli.__main__ import main
@@ -51,12 +52,6 @@ def write_video(path: Path, frames: list[np.ndarray]) -> None:
         container.mux(stream.encode())
 
 
-def png(pixels: np.ndarray) -> bytes:
-    stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, "PNG")
-    return stream.getvalue()
-
-
 def table_of(episode: int, first: int, video: bool, actions: np.ndarray) -> pa.Table:
     length = LENGTHS[episode]
     columns = {
@@ -70,7 +65,10 @@ def table_of(episode: int, first: int, video: bool, actions: np.ndarray) -> pa.T
     }
     if not video:
         for camera in (FRONT, WRIST):
-            cells = [{"bytes": png(frame(camera, episode, i)), "path": f"frame_{i:06d}.png"} for i in range(length)]
+            cells = [
+                {"bytes": encode_image(frame(camera, episode, i), "PNG"), "path": f"frame_{i:06d}.png"}
+                for i in range(length)
+            ]
             columns[camera] = pa.array(cells, pa.struct({"bytes": pa.binary(), "path": pa.string()}))
     return pa.table(columns)
 
@@ -278,9 +276,9 @@ def test_an_interrupted_conversion_goes_on(tmp_path, monkeypatch, version):
 def test_one_episode_in_memory(tmp_path, monkeypatch):
     """No episode is read before the one before it is on its way to the disk."""
     source = make_lerobot(tmp_path / "source", "v2.1", video=False)
-    read, write, events = lerobot.read_episode, lerobot._serialize, []
+    read, write, events = lerobot.read_episode, tf.io.TFRecordWriter.write, []
     monkeypatch.setattr(lerobot, "read_episode", lambda s, e: events.append("read") or read(s, e))
-    monkeypatch.setattr(lerobot, "_serialize", lambda f, e: events.append("write") or write(f, e))
+    monkeypatch.setattr(tf.io.TFRecordWriter, "write", lambda w, r: events.append("write") or write(w, r))
     convert_lerobot(source, tmp_path / "mine", camera=FRONT)
     assert events == ["read", "write"] * len(LENGTHS)
 

@@ -1,22 +1,14 @@
 """Episodes written and read back through TFDS."""
 
-import io
-
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from PIL import Image
+from helpers.toy_rlds import encode_image
 
 from spatialvla_jax.data.importers.rlds_writer import write_episodes
 from spatialvla_jax.errors import InputError
 
 SIZE = 16
-
-
-def png(image: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def episode(length: int, seed: int) -> tuple[dict, np.ndarray]:
@@ -26,7 +18,7 @@ def episode(length: int, seed: int) -> tuple[dict, np.ndarray]:
         {
             "observation": {
                 "image": rng.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8),
-                "depth": png(depth[i]),
+                "depth": encode_image(depth[i], "PNG"),
                 "intrinsics": rng.normal(size=(3, 3)).astype(np.float32),
                 "state": rng.normal(size=8).astype(np.float32),
             },

@@ -1,9 +1,9 @@
-import itertools
 import sys
 
 import numpy as np
 import pytest
 import tensorflow as tf
+from helpers.streams import take
 from helpers.toy_rlds import data_config, encode_image
 
 from spatialvla_jax.cli.__main__ import main
@@ -77,7 +77,7 @@ def test_frames_come_back(tmp_path, kind, encoded):
         assert episode.frames.depth.max() <= 3 and len(episode.frames.image) == len(images)
     actions = np.concatenate([item["action"] for item in items])
     np.testing.assert_array_equal(loader.indexes()[0].arrays["action"], actions)
-    whole = list(itertools.islice(loader.batches(4), 6))
+    whole = take(loader.batches(4), 6)
     np.testing.assert_array_equal(next(loader.batches(4, start_step=5)).image, whole[5].image)
 
 

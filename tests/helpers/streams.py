@@ -1,0 +1,26 @@
+"""What every stream of batches promises: it resumes exactly, and several processes share its batches."""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+
+from helpers.batches import assert_equal, concatenate
+from spatialvla_jax.batch import Batch
+
+
+def take(batches: Iterable[Batch], count: int) -> list[Batch]:
+    return list(itertools.islice(batches, count))
+
+
+def assert_resumes(stream: Callable[..., Iterator[Batch]], whole: list[Batch], starts: Iterable[int]) -> None:
+    """`stream(start_step=…)` gives the rest of `whole`, the first batches of `stream()`."""
+    for start in starts:
+        for one, two in zip(whole[start:], take(stream(start_step=start), len(whole) - start), strict=True):
+            assert_equal(one, two)
+
+
+def assert_shared(stream: Callable[..., Iterator[Batch]], whole: list[Batch], counts: Iterable[int]) -> None:
+    """The rows of all processes, one after the other, are the batches of one process alone."""
+    for count in counts:
+        parts = [take(stream(process_index=i, process_count=count), len(whole)) for i in range(count)]
+        for one, *rows in zip(whole, *parts, strict=True):
+            assert_equal(one, concatenate(rows))
