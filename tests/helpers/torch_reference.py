@@ -18,8 +18,13 @@ def randomise(module: torch.nn.Module, seed: int) -> torch.nn.Module:
 
 
 def our_params(module: torch.nn.Module, shapes: dict, rules: list[Rule], prefix: str) -> dict:
-    """The module's weights as our tree with these (abstract) leaves; every one of them must have a place."""
-    tensors = {f"{prefix}.{key}": tensor.numpy() for key, tensor in module.state_dict().items()}
+    """The module's weights as our tree with these (abstract) leaves."""
+    return arrange({f"{prefix}.{key}": tensor.numpy() for key, tensor in module.state_dict().items()}, shapes, rules)
+
+
+def arrange(tensors: dict[str, np.ndarray], shapes: dict, rules: list[Rule]) -> dict:
+    """Published tensors as our tree with these (abstract) leaves; every one of them must have a place."""
+    tensors = dict(tensors)
     leaves = {path: np.full(leaf.shape, np.nan, np.float32) for path, leaf in flatten(shapes).items()}
     for slot in slots({path: leaf.shape for path, leaf in leaves.items()}, rules):
         slot.to_ours(tensors.pop(slot.key), leaves[slot.path])

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from helpers.zoe_reference import TINY, hf_config, published_names, random_hf_model, zoedepth_params
+from helpers.zoe_reference import PREFIX, TINY, hf_config, published_names, random_hf_model, zoedepth_params
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
@@ -126,10 +126,9 @@ def test_routes_every_example_by_itself():
 
 def test_golden_depth_path():
     io = np.load(GOLDEN / "tiny_model_io.npz", allow_pickle=False)
-    prefix = "vision_zoe_model."
     tensors = load_file(GOLDEN / "tiny_model" / "model.safetensors")
     config = replace(TINY, backbone=replace(TINY.backbone, image_size=384))
-    params = zoedepth_params({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}, config)
+    params = zoedepth_params({k: v for k, v in tensors.items() if k.startswith(PREFIX)}, config)
     zoedepth = partial(run(config), params)
 
     images = np.moveaxis(io["pixel_values"], 1, -1)
