@@ -47,10 +47,7 @@ _AUSTIN = {
 _BRIDGE = _rlds(
     "f32 7",
     "string",
-    image_0="jpeg 256 256",
-    image_1="jpeg 256 256",
-    image_2="jpeg 256 256",
-    image_3="jpeg 256 256",
+    **{f"image_{camera}": "jpeg 256 256" for camera in range(4)},
     state="f32 7",
 )
 _DROID = _FLAGS | {
@@ -97,6 +94,7 @@ _LIBERO = _FLAGS | {
     "reward": "f32",
 }
 _ROBOTURK = _rtx(_MOVE | {"gripper_closedness_action": "f32 1"}, front_rgb="image 480 640")
+_FMB_CAMERAS = ("side_1", "side_2", "wrist_1", "wrist_2")
 _GNM = {"position": "f64 2", "state": "f64 3", "yaw": "f64 1"}
 _ANGLE = {"action_angle": "f64 3"}
 
@@ -254,14 +252,8 @@ FEATURES: dict[str, dict[str, Any]] = {
         eef_pose="f32 7",
         eef_torque="f32 3",
         eef_vel="f32 6",
-        image_side_1="jpeg 256 256",
-        image_side_1_depth="f32 256 256",
-        image_side_2="jpeg 256 256",
-        image_side_2_depth="f32 256 256",
-        image_wrist_1="jpeg 256 256",
-        image_wrist_1_depth="f32 256 256",
-        image_wrist_2="jpeg 256 256",
-        image_wrist_2_depth="f32 256 256",
+        **{f"image_{camera}": "jpeg 256 256" for camera in _FMB_CAMERAS},
+        **{f"image_{camera}_depth": "f32 256 256" for camera in _FMB_CAMERAS},
         joint_pos="f32 7",
         joint_vel="f32 7",
         length="string",
@@ -334,18 +326,18 @@ FEATURES: dict[str, dict[str, Any]] = {
         base_pose="f32 7",
         depth="png16 256 256",
         image="png 256 256",
-        main_camera_cam2world_gl="f32 4 4",
-        main_camera_extrinsic_cv="f32 4 4",
-        main_camera_intrinsic_cv="f32 3 3",
         state="f32 18",
         target_object_or_part_final_pose="f32 7",
         target_object_or_part_final_pose_valid="u8 7",
         target_object_or_part_initial_pose="f32 7",
         target_object_or_part_initial_pose_valid="u8 7",
         tcp_pose="f32 7",
-        wrist_camera_cam2world_gl="f32 4 4",
-        wrist_camera_extrinsic_cv="f32 4 4",
-        wrist_camera_intrinsic_cv="f32 3 3",
+        **{
+            f"{camera}_camera_{key}": "f32 4 4"
+            for camera in ("main", "wrist")
+            for key in ("cam2world_gl", "extrinsic_cv")
+        },
+        **{f"{camera}_camera_intrinsic_cv": "f32 3 3" for camera in ("main", "wrist")},
         wrist_depth="png16 256 256",
         wrist_image="png 256 256",
     ),

@@ -3,8 +3,16 @@
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 
+import numpy as np
+
 from helpers.batches import assert_equal, concatenate
 from spatialvla_jax.batch import Batch
+
+
+def assert_passes(frames: np.ndarray, size: int) -> None:
+    """The frames i64[…] of a dataset of `size`, in the order in which they come: each of them once a pass."""
+    whole = frames[: len(frames) // size * size].reshape(-1, size)
+    np.testing.assert_array_equal(np.sort(whole, axis=1), np.tile(np.arange(size), (len(whole), 1)))
 
 
 def take(batches: Iterable[Batch], count: int) -> list[Batch]:

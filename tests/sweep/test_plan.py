@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from helpers.checkpoints import GOLDEN
 
 from spatialvla_jax.actions import PRETRAIN_GAUSSIANS, gaussian_grid, linear_grid, uniform_grid
 from spatialvla_jax.checkpoints import read_checkpoint
@@ -14,8 +15,6 @@ from spatialvla_jax.errors import InputError
 from spatialvla_jax.sweep import plan
 from spatialvla_jax.sweep.plan import load_sweep
 from spatialvla_jax.text import train_tokenizer
-
-GOLDEN = Path(__file__).parents[1] / "golden" / "tiny_model"
 
 SWEEP = """
 from spatialvla_jax.config import default_config

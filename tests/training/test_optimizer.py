@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers.batches import GRID, random_batch
+from helpers.batches import GRID, assert_equal, random_batch
 
 from spatialvla_jax.batch import Batch
 from spatialvla_jax.config import default_config
@@ -67,8 +67,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_count(run) -> None:
     assert np.isnan(skipping[1][1]["loss"]) and np.isnan(skipping[1][1]["gradient_norm"])
     for n, (state, metrics) in zip((0, 2, 4), plain, strict=True):
         for mine in (skipping[n][0], skipping[min(n + 1, 4)][0]):
-            same = jax.tree.map(np.array_equal, (mine.params, mine.opt_state), (state.params, state.opt_state))
-            assert all(jax.tree.leaves(same))
+            assert_equal((mine.params, mine.opt_state), (state.params, state.opt_state))
         assert skipping[n][1]["learning_rate"] == metrics["learning_rate"]
 
 
@@ -113,8 +112,7 @@ def test_averaged_parameters() -> None:
     for_use, held = swap_ema(params, state)
     np.testing.assert_allclose(for_use["w"], average, rtol=1e-6)
     np.testing.assert_array_equal(for_use["frozen"], params["frozen"])
-    same = jax.tree.map(np.array_equal, swap_ema(for_use, held), (params, state))
-    assert all(jax.tree.leaves(same))
+    assert_equal(swap_ema(for_use, held), (params, state))
 
 
 def test_first_moments_in_bfloat16() -> None:

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.batches import assert_equal
 
 from spatialvla_jax.checkpoints import load_pretrained
 from spatialvla_jax.checkpoints.mapping import flatten, param_shapes
@@ -41,7 +42,7 @@ def test_a_run_starts_from_a_checkpoint(config_file: Path, trained: Path, tmp_pa
     overrides = {"init": str(trained), "train.steps": "2", "optimizer.learning_rate": "0.0"}
     train(load_config(config_file, overrides), tmp_path / "run")
     before, after = (load_pretrained(run)[1] for run in (trained, tmp_path / "run"))
-    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, before, after)))
+    assert_equal(before, after)
     overrides["grid.num_bins"] = "(8, 4, 2, 4, 4, 4)"
     with pytest.raises(InputError, match=r"another action grid.*adapt.embedding=True.*grid.kind=checkpoint"):
         train(load_config(config_file, overrides), tmp_path / "other")
