@@ -17,7 +17,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from spatialvla_jax.actions import decode, encode, fit_gaussians, gaussian_grid, linear_grid
 from spatialvla_jax.actions.gaussian import PRESET_BINS
@@ -28,6 +27,7 @@ from spatialvla_jax.errors import InputError
 from spatialvla_jax.evaluation import closed_loop
 from spatialvla_jax.reports.figures import grids
 from spatialvla_jax.sim import libero_env as libero
+from spatialvla_jax.utils.progress import progress_bar
 
 BINS = {130: (4, 8, 2, 4, 4, 4), 386: (6, 12, 4, 4, 4, 6), **PRESET_BINS}  # two more below the published ones
 Through = Callable[[np.ndarray], np.ndarray]  # actions f32[B, 7] as the expert wants them -> as they are executed
@@ -99,7 +99,7 @@ def main() -> None:
             return [{"actions": a[None]} for a in through(np.stack([o["expert"] for o in observations]))]
 
         out = args.out / name.replace(" ", "_")
-        with tqdm(total=len(episodes), desc=name, unit="episode") as bar:
+        with progress_bar(name, "episode") as show:
             result = closed_loop.evaluate(
                 libero.LiberoExpert,
                 closed_loop.padded(infer, args.workers),
@@ -107,7 +107,7 @@ def main() -> None:
                 settings,
                 out,
                 policy=f"expert through {name}, {args.config} {overrides}",
-                progress=lambda done, successes, bar=bar: bar.update(done - bar.n),
+                progress=lambda done, successes, show=show: show(done, len(episodes), note=f"{successes} successes"),
             )
         records = [json.loads(line) for line in (out / "episodes.jsonl").read_text().splitlines()]
         steps = [record["steps"] for record in records if record["success"]]

@@ -31,6 +31,7 @@ from spatialvla_jax.sim import libero_env as libero
 from spatialvla_jax.sim import scripted_expert as expert
 from spatialvla_jax.sim.libero import proprioception
 from spatialvla_jax.sim.motions import load_motions
+from spatialvla_jax.utils.progress import progress_bar
 
 SUITE, CHUNK, WIDTH = "libero_spatial", 4, 512
 OBJECTS = slice(9, 44)  # of the simulator's coordinates: after arm and fingers, five objects' positions and quaternions
@@ -140,7 +141,7 @@ def main() -> None:
             chunks[..., 6] = chunks[..., 6] < 0  # recorded as -1 open, 1 closed
             return [{"actions": chunk} for chunk in chunks]
 
-        with tqdm(total=len(episodes), desc=f"{text} m", unit="episode") as bar:
+        with progress_bar(f"{text} m", "episode") as show:
             result = closed_loop.evaluate(
                 WithState,
                 closed_loop.padded(infer, args.workers),
@@ -148,7 +149,7 @@ def main() -> None:
                 settings,
                 args.out / text,
                 policy=f"from state, {[str(path) for path in args.motions]}, {args.steps} steps, {text} m",
-                progress=lambda done, successes, bar=bar: bar.update(done - bar.n),
+                progress=lambda done, successes, show=show: show(done, len(episodes), note=f"{successes} successes"),
             )
         results[text] = {key: result[key] for key in ("success", "standard_error", "episodes", "faults")}
     print("bowl's offset (m)  success (%)")

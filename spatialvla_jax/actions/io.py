@@ -1,7 +1,5 @@
 """Writing, sampling and comparing action grids."""
 
-import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,8 @@ from spatialvla_jax.actions import (
     grid_to_dict,
 )
 from spatialvla_jax.actions.gaussian import RANGES
-from spatialvla_jax.errors import InputError
+from spatialvla_jax.utils.atomic import disk_errors, write_json
+from spatialvla_jax.utils.tables import text_table
 
 _BLOCK = 2**16  # actions tokenized at once
 
@@ -92,26 +91,23 @@ def compare_grids(grids: Mapping[str, ActionTokenizer], actions: Float[np.ndarra
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows of `compare_grids` for a reader."""
     header = ["grid", "kind", "bins", "tokens", "per action", *(f"{part} mean / max" for part in PARTS)]
-    cells = [header] + [
-        [
-            row["grid"],
-            row["kind"],
-            "×".join(map(str, row["bins"])),
-            str(row["vocab_size"]),
-            str(row["tokens_per_action"]),
-            *("{mean:.4f} / {max:.4f}".format(**row["error"][part]) for part in PARTS),
+    return text_table(
+        [header]
+        + [
+            [
+                row["grid"],
+                row["kind"],
+                "×".join(map(str, row["bins"])),
+                str(row["vocab_size"]),
+                str(row["tokens_per_action"]),
+                *("{mean:.4f} / {max:.4f}".format(**row["error"][part]) for part in PARTS),
+            ]
+            for row in rows
         ]
-        for row in rows
-    ]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells)
+    )
 
 
 def save_grid(path: str | Path, grid: ActionTokenizer) -> None:
     """As JSON, by rename."""
-    temporary = Path(f"{path}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps(grid_to_dict(grid), indent=2) + "\n")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror}") from error
+    with disk_errors(path):
+        write_json(path, grid_to_dict(grid))

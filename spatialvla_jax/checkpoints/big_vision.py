@@ -5,7 +5,6 @@ in the same file as JSON under "spatialvla_jax".
 """
 
 import json
-import os
 import zipfile
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from spatialvla_jax.checkpoints.processor import Processor
 from spatialvla_jax.checkpoints.types import Checkpoint, LazyArray, check_finite
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.models.spatialvla import SpatialVLAConfig
+from spatialvla_jax.utils.atomic import disk_errors, replacing
 
 PREFIX, FACTS = "params/", "spatialvla_jax"
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -79,19 +79,13 @@ def write_big_vision(path: str | Path, checkpoint: Checkpoint) -> None:
         raise InputError(f"{path} exists; choose a new destination")
     processor = checkpoint.processor.to_dict() if checkpoint.processor else None
     facts = json.dumps({"model": checkpoint.config.to_dict(), "processor": processor})
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with zipfile.ZipFile(temporary, "w") as archive:
+        with replacing(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
             for name, array in checkpoint.arrays.items():
                 x = array.read()
                 _write_member(archive, PREFIX + name, x.view("V2") if x.dtype == BFLOAT16 else x)
             _write_member(archive, FACTS, np.array(facts))
-        os.rename(temporary, path)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _write_member(archive: zipfile.ZipFile, name: str, array: np.ndarray) -> None:

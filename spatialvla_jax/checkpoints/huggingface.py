@@ -19,7 +19,7 @@ from spatialvla_jax.actions import ActionGrid, grid_from_dict
 from spatialvla_jax.checkpoints import safetensors_io as safetensors
 from spatialvla_jax.checkpoints.mapping import Slot, check_arrays, check_names, param_shapes, slots
 from spatialvla_jax.checkpoints.processor import Processor
-from spatialvla_jax.checkpoints.types import Checkpoint, LazyArray, all_finite, new_directory, read_json, write_json
+from spatialvla_jax.checkpoints.types import Checkpoint, LazyArray, all_finite, read_json
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.models.beit import BeitConfig
 from spatialvla_jax.models.gemma2 import Gemma2Config
@@ -27,6 +27,7 @@ from spatialvla_jax.models.siglip import SiglipConfig
 from spatialvla_jax.models.spatialvla import SpatialVLAConfig
 from spatialvla_jax.models.zoedepth import ZoeDepthConfig
 from spatialvla_jax.text import Tokenizer
+from spatialvla_jax.utils.atomic import new_directory, write_json
 from spatialvla_jax.utils.renames import MODEL_FIELDS, renamed
 
 T = TypeVar("T")
@@ -62,6 +63,14 @@ def read_huggingface(path: str | Path, ignore: Sequence[str] = ()) -> Checkpoint
     shapes = param_shapes(config)
     arrays = stacked_arrays(path, kept, shapes)
     return Checkpoint(config, arrays, read_processor(path), ignored=len(stored) - len(kept))
+
+
+def open_zoedepth(path: Path) -> tuple[ZoeDepthConfig, dict[str, LazyArray]]:
+    """A ZoeDepth's own Hugging Face directory: its sizes, and its arrays as our model names them ("zoe/…")."""
+    config = parse_config(path / CONFIG, zoedepth_from_published)
+    shapes = param_shapes(SpatialVLAConfig(zoe=config, depth_source="zoedepth"))
+    stored = {ZOE_PREFIX + key: tensor for key, tensor in safetensors.open_directory(path).items()}
+    return config, stacked_arrays(path, stored, {p: shape for p, shape in shapes.items() if p.startswith("zoe/")})
 
 
 def stacked_arrays(

@@ -11,14 +11,15 @@ import numpy as np
 
 from spatialvla_jax.actions import ActionGrid, LinearGrid, grid_from_dict
 from spatialvla_jax.checkpoints.big_vision import read_big_vision
-from spatialvla_jax.checkpoints.huggingface import CONFIG, read_huggingface
+from spatialvla_jax.checkpoints.huggingface import CONFIG, open_zoedepth, read_huggingface
 from spatialvla_jax.checkpoints.orbax import read_orbax, step_directory
 from spatialvla_jax.checkpoints.paligemma import is_paligemma, start_from_paligemma
 from spatialvla_jax.checkpoints.peft import is_adapter_run, read_adapters
 from spatialvla_jax.checkpoints.processor import Processor
-from spatialvla_jax.checkpoints.types import Checkpoint
+from spatialvla_jax.checkpoints.types import Checkpoint, LazyArray, read_json
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.models.spatialvla import SpatialVLA
+from spatialvla_jax.models.zoedepth import ZoeDepthConfig
 
 ENDS = 1 << 16  # bytes
 
@@ -69,6 +70,24 @@ def load_pretrained(
     """
     checkpoint = read_checkpoint(path, zoedepth)
     return SpatialVLA(checkpoint.config), checkpoint.params(), checkpoint.processor
+
+
+def read_zoedepth(path: str | Path) -> tuple[ZoeDepthConfig, dict[str, LazyArray], int | None]:
+    """ZoeDepth's sizes, its arrays ("backbone/…") and the image size of the model around it, None where there is none.
+
+    `path` is a ZoeDepth's own Hugging Face directory, or anything that `read_checkpoint` reads. Raises InputError for a
+    checkpoint without a ZoeDepth.
+    """
+    path = Path(path)
+    if (path / CONFIG).is_file() and read_json(path / CONFIG).get("model_type") == "zoedepth":
+        (config, arrays), size = open_zoedepth(path), None
+    else:
+        checkpoint = read_checkpoint(path)
+        if checkpoint.config.depth_source != "zoedepth":
+            source = checkpoint.config.depth_source
+            raise InputError(f"{path} holds no ZoeDepth: its model takes depth from {source!r}")
+        config, arrays, size = checkpoint.config.zoe, checkpoint.arrays, checkpoint.config.img.image_size
+    return config, {p.removeprefix("zoe/"): array for p, array in arrays.items() if p.startswith("zoe/")}, size
 
 
 def load_grid(path: str | Path) -> ActionGrid | LinearGrid:

@@ -13,9 +13,10 @@ from etils import epath
 
 from spatialvla_jax.checkpoints.mapping import check_arrays, flatten, param_shapes, unflatten
 from spatialvla_jax.checkpoints.processor import Processor
-from spatialvla_jax.checkpoints.types import Checkpoint, LazyArray, check_finite, new_directory, read_json
+from spatialvla_jax.checkpoints.types import Checkpoint, LazyArray, check_finite, read_json
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.models.spatialvla import SpatialVLAConfig
+from spatialvla_jax.utils.atomic import new_directory
 
 FOLDER = "checkpoints"
 CHUNK_BYTES = 64 * 2**20  # what is written, and read, at once

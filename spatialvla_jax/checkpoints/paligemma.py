@@ -15,12 +15,11 @@ from spatialvla_jax.checkpoints import safetensors_io as safetensors
 from spatialvla_jax.checkpoints.big_vision import FACTS, open_npz
 from spatialvla_jax.checkpoints.huggingface import (
     CONFIG,
-    ZOE_PREFIX,
     gemma2_from_published,
+    open_zoedepth,
     parse_config,
     siglip_from_published,
     stacked_arrays,
-    zoedepth_from_published,
 )
 from spatialvla_jax.checkpoints.mapping import check_arrays, flatten, param_shapes
 from spatialvla_jax.checkpoints.types import Checkpoint, LazyArray, check_finite, read_json
@@ -63,7 +62,8 @@ def start_from_paligemma(
     img, llm, text_vocab, arrays = (_from_npz if path.suffix == ".npz" else _from_directory)(path)
     config = replace(SpatialVLAConfig(img=img, llm=llm, text_vocab=text_vocab, depth_source="dataset"), **changes)
     if zoedepth is not None:
-        zoe = parse_config(Path(zoedepth) / CONFIG, zoedepth_from_published)
+        zoe, zoe_arrays = open_zoedepth(Path(zoedepth))
+        arrays |= zoe_arrays
         config = replace(config, depth_source="zoedepth", zoe=zoe)
     config = replace(config, llm=replace(llm, vocab_size=config.action_offset + config.spatial_tokens))
     shapes = param_shapes(config)
@@ -86,10 +86,6 @@ def start_from_paligemma(
     arrays["spatial_embedding"] = LazyArray(shapes["spatial_embedding"], text.dtype, action_rows)
     if config.depth_source != "none":
         arrays |= {name: LazyArray.of(x.astype(dtype)) for name, x in _fresh_ego3d(config, seed).items()}
-    if zoedepth is not None:
-        stored = safetensors.open_directory(Path(zoedepth))
-        published = {ZOE_PREFIX + key: tensor for key, tensor in stored.items()}
-        arrays |= stacked_arrays(Path(zoedepth), published, {p: s for p, s in shapes.items() if p.startswith("zoe/")})
     check_arrays(path, arrays, shapes)
     return Checkpoint(config, {name: arrays[name] for name in shapes}, None)
 

@@ -18,9 +18,10 @@ from spatialvla_jax.checkpoints.huggingface import CONFIG, config_to_published, 
 from spatialvla_jax.checkpoints.mapping import SPATIALVLA, Rule, axes_of_layout, check_arrays, param_shapes, slots
 from spatialvla_jax.checkpoints.orbax import open_params, parse_metadata, read_metadata, step_directory
 from spatialvla_jax.checkpoints.regrid import EMBEDDING, adapt_checkpoint
-from spatialvla_jax.checkpoints.types import Checkpoint, LazyArray, check_finite, new_directory, write_json
+from spatialvla_jax.checkpoints.types import Checkpoint, LazyArray, check_finite
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.models.lora import ADAPTERS, axes_of, is_linear, product
+from spatialvla_jax.utils.atomic import new_directory, write_json
 
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 SIGLIP, SIGLIP_5 = "vision_tower.vision_model.", "vision_tower."

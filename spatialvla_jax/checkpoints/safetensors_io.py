@@ -14,8 +14,9 @@ import ml_dtypes
 import numpy as np
 
 from spatialvla_jax.checkpoints.mapping import check_names
-from spatialvla_jax.checkpoints.types import read_json, write_json
+from spatialvla_jax.checkpoints.types import read_json
 from spatialvla_jax.errors import InputError
+from spatialvla_jax.utils.atomic import write_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}

@@ -1,10 +1,7 @@
 """What every format reads into and writes from: a config, arrays read when needed, and a processor."""
 
 import json
-import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -70,26 +67,6 @@ def all_finite(x: np.ndarray) -> bool:
     return all(bool(np.isfinite(flat[i : i + block]).all()) for i in range(0, flat.size, block))
 
 
-@contextmanager
-def new_directory(path: Path) -> Iterator[Path]:
-    """A temporary directory beside `path` that becomes `path` at the end, or nothing at all.
-
-    Raises InputError when `path` exists, and for whatever the disk refuses.
-    """
-    if path.exists():
-        raise InputError(f"{path} exists; choose a new destination")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.mkdir()
-        yield temporary
-        os.rename(temporary, path)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
 def read_json(file: Path) -> dict[str, Any]:
     """Raises InputError when the file is missing or does not hold a JSON object."""
     try:
@@ -99,7 +76,3 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise InputError(f"{file} must hold a JSON object")
     return data
-
-
-def write_json(file: Path, data: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(data, indent=2) + "\n")

@@ -19,24 +19,18 @@ def add_show(commands: Commands) -> None:
 
 
 def run_show(args: argparse.Namespace) -> None:
-    from tqdm import tqdm
-
     from spatialvla_jax.config import load_config
     from spatialvla_jax.data import load_data
     from spatialvla_jax.models.presets import preset
     from spatialvla_jax.reports.mixture import IMAGE_SIZE, write_page
     from spatialvla_jax.training.loop import make_processor
-    from spatialvla_jax.utils.progress import shard_progress
+    from spatialvla_jax.utils.progress import progress_bar, shard_progress
 
     config: Any = load_config(args.config, args.overrides)
     size = preset(config.model.preset).img.image_size if config.data.get("packed") else IMAGE_SIZE
     loader = load_data(config.data, image_size=size, progress=shard_progress())
     grid = make_processor(config, loader).grid
-    with tqdm(total=len(loader.names), unit="dataset", desc="show") as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.update(done - bar.n)
-
+    with progress_bar("show", "dataset") as progress:
         write_page(args.out, loader, grid, title=Path(args.config).stem, seed=args.seed, progress=progress)
     print(f"wrote {args.out} ({args.out.stat().st_size / 1e6:.1f} MB): open it in a browser")
 
@@ -52,16 +46,10 @@ def add_lerobot(commands: Commands) -> None:
 
 
 def run_lerobot(args: argparse.Namespace) -> None:
-    from tqdm import tqdm
-
     from spatialvla_jax.data.importers.lerobot import JPEG_QUALITY, convert_lerobot
+    from spatialvla_jax.utils.progress import progress_bar
 
-    with tqdm(unit="episode", desc="convert") as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
+    with progress_bar("convert", "episode") as progress:
         directory, source = convert_lerobot(args.src, args.dst, camera=args.camera, name=args.name, progress=progress)
     width = "x".join(map(str, source.shapes["action"]))
     print(f"actions are {width} wide, {source.names}: the spec in your config says what they mean")
@@ -84,17 +72,14 @@ def add_import(commands: Commands) -> None:
 
 
 def run_import(args: argparse.Namespace) -> None:
-    from tqdm import tqdm
-
     from spatialvla_jax.data.importers.tf_dataset import trajectories_of, write_rlds
+    from spatialvla_jax.utils.progress import progress_bar
 
     sys.path.insert(0, "")  # so that a module of the working directory is found
-    with tqdm(unit="trajectory", desc="import") as bar:
+    with progress_bar("import", "trajectory") as show:
 
         def progress(split: str, done: int, total: int | None) -> None:
-            bar.set_description(f"import {split}", refresh=False)
-            bar.total = total
-            bar.update(done - bar.n)
+            show(done, total, desc=f"import {split}")
 
         directory, stored = write_rlds(trajectories_of(args.function), args.out, progress=progress)
     for key, kind in stored.items():
@@ -116,15 +101,19 @@ def add_depth(commands: Commands) -> None:
 
 
 def run_depth(args: argparse.Namespace) -> None:
-    from tqdm import tqdm
+    from functools import partial
 
+    import jax
+
+    from spatialvla_jax.checkpoints.load import read_zoedepth
     from spatialvla_jax.config import load_config
     from spatialvla_jax.data import DataConfig
-    from spatialvla_jax.data.importers.add_depth import MAX_DEPTH
+    from spatialvla_jax.data.importers.add_depth import MAX_DEPTH, add_depth
     from spatialvla_jax.data.oxe import CATALOGUE, make_spec
     from spatialvla_jax.data.resolve_datasets import make_entries
+    from spatialvla_jax.inference.depth import depth_estimator
     from spatialvla_jax.models.presets import preset
-    from spatialvla_jax.precompute_depth import precompute_depth
+    from spatialvla_jax.utils.progress import progress_bar
 
     if (args.src is None) == (args.config is None) or (args.src is None) != (args.spec is None):
         raise InputError("name the data either as SRC --spec NAME or by --config FILE")
@@ -136,23 +125,23 @@ def run_depth(args: argparse.Namespace) -> None:
         entries = make_entries(DataConfig.from_config(config.data))
         datasets = [(Path(entry.path), entry.spec) for entry in entries]
         size = size or preset(config.model.preset).img.image_size
-    with tqdm(unit="episode") as bar:
+    zoedepth, arrays, native_size = read_zoedepth(args.checkpoint)
+    if not (size := size or native_size):
+        raise InputError(
+            f"{args.checkpoint} is a ZoeDepth alone: --config or --image-size must give the model's image size"
+        )
+    if args.batch_size < 1 or args.batch_size % jax.device_count():
+        raise InputError(f"the batch size {args.batch_size} does not divide among {jax.device_count()} devices")
+    estimate, digest = depth_estimator(zoedepth, arrays, args.dtype)
+    options = {"image_size": size, "batch_size": args.batch_size, "splits": args.split and tuple(args.split)}
+    made_with = {"weights": digest, "dtype": args.dtype}
+    with progress_bar("depth", "episode") as show:
 
         def progress(name: str, done: int, total: int) -> None:
-            bar.set_description(f"depth of {name}", refresh=False)
-            bar.total = total
-            bar.update(done - bar.n)
+            show(done, total, desc=f"depth of {name}")
 
-        results = precompute_depth(
-            datasets,
-            args.checkpoint,
-            args.out,
-            image_size=size,
-            splits=args.split and tuple(args.split),
-            batch_size=args.batch_size,
-            dtype=args.dtype,
-            progress=progress,
-        )
+        add = partial(add_depth, estimate=estimate, made_with=made_with, progress=progress, **options)
+        results = [add(path, args.out, image=spec.image) for path, spec in datasets]
     for result in results:
         if result["clipped"]:
             print(f"{result['clipped']} pixels were farther than {MAX_DEPTH} m and are stored as that")
@@ -169,13 +158,11 @@ def add_pack(commands: Commands) -> None:
 
 
 def run_pack(args: argparse.Namespace) -> None:
-    from tqdm import tqdm
-
     from spatialvla_jax.config import load_config
     from spatialvla_jax.data import load_data
     from spatialvla_jax.data.pack import write_pack
     from spatialvla_jax.models.presets import preset
-    from spatialvla_jax.utils.progress import shard_progress
+    from spatialvla_jax.utils.progress import progress_bar, shard_progress
 
     config = load_config(args.config, args.overrides)
     loader = load_data(
@@ -186,12 +173,7 @@ def run_pack(args: argparse.Namespace) -> None:
         progress=shard_progress(),
     )
     splits = args.split or [config.data.split, *([config.train.eval_split] if config.train.eval_every else [])]
-    with tqdm(unit="frame", desc="pack") as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
+    with progress_bar("pack", "frame") as progress:
         result = write_pack(loader, args.out, splits, progress)
     frames = ", ".join(f"{count:,} frames of {split}" for split, count in result["frames"].items())
     print(f"wrote {result['path']}: {result['bytes']:,} bytes, {frames}")
@@ -212,20 +194,14 @@ def add_stats(commands: Commands) -> None:
 
 
 def run_stats(args: argparse.Namespace) -> None:
-    from tqdm import tqdm
-
     from spatialvla_jax.config import load_config
     from spatialvla_jax.data import DataConfig
     from spatialvla_jax.data.beam import compute_stats, table
+    from spatialvla_jax.utils.progress import progress_bar
 
     config = load_config(args.config, args.overrides)
     data, exclude = DataConfig.from_config(config.data), config.grid.exclude
-    with tqdm(unit="shard", desc="stats") as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
+    with progress_bar("stats", "shard") as progress:
         stats = compute_stats(data, exclude, args.out, args.runner, args.runner_options, progress)
     print(table(stats))
     print(f"wrote {args.out}: set data.statistics to it")

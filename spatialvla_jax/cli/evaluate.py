@@ -70,13 +70,12 @@ def run_evaluate(args: argparse.Namespace) -> None:
 def run_closed_loop(args: argparse.Namespace) -> None:
     from functools import partial
 
-    from tqdm import tqdm
-
     from spatialvla_jax.checkpoints import fingerprint
     from spatialvla_jax.evaluation import closed_loop
     from spatialvla_jax.inference.policy import Policy
     from spatialvla_jax.serving.client import Client
     from spatialvla_jax.sim import libero_env as libero
+    from spatialvla_jax.utils.progress import progress_bar
 
     if (args.checkpoint is None) == (args.server is None):
         raise InputError("closed loop evaluates either --checkpoint or --server")
@@ -104,11 +103,10 @@ def run_closed_loop(args: argparse.Namespace) -> None:
         size = args.image_size or policy.model.config.img.image_size
         infer = closed_loop.padded(policy.infer_batch, settings.workers, **extra)
     mirrored = (args.unnorm_key or "".join(keys[:1])).endswith("no_noops")
-    with tqdm(total=len(episodes), unit="episode", desc="closed loop") as bar:
+    with progress_bar("closed loop", "episode") as show:
 
         def progress(done: int, successes: int) -> None:
-            bar.set_postfix_str(f"{successes} successes", refresh=False)
-            bar.update(done - bar.n)
+            show(done, len(episodes), note=f"{successes} successes")
 
         result = closed_loop.evaluate(
             partial(libero.Libero, size, depth, mirrored),

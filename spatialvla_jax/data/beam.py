@@ -31,6 +31,7 @@ from spatialvla_jax.data.resolve_datasets import make_entries
 from spatialvla_jax.data.rlds import open_rlds, read_episodes, slice_shards
 from spatialvla_jax.data.sketch import ActionSummary, Moments
 from spatialvla_jax.errors import InputError
+from spatialvla_jax.utils.tables import text_table
 
 # Our name, Beam's name. Beam's own DirectRunner first tries to download another one, Prism.
 RUNNERS = {
@@ -105,9 +106,8 @@ def compute_stats(
     shards = find_shards(data)
     partial = f"{out}.{uuid.uuid4().hex}.tmp"
 
-    global _progress
     done = iter(range(1, len(shards) + 1))
-    _progress = (lambda: progress(next(done), len(shards))) if progress else None
+    _LISTENERS[partial] = (lambda: progress(next(done), len(shards))) if progress else lambda: None
     try:
         # Beam's type check cannot read jaxtyping's annotations.
         flags = [f"--runner={RUNNERS[runner]}", "--no_pipeline_type_check", *options]
@@ -115,7 +115,7 @@ def compute_stats(
             pipeline = beam.Pipeline(options=PipelineOptions(flags))
         except ValueError as error:
             raise InputError(f"{runner} does not start: {' '.join(str(error).split())}") from error
-        read = pipeline | "shards" >> beam.Create(shards) | beam.Reshuffle() | "read" >> beam.Map(read_shard)
+        read = pipeline | "shards" >> beam.Create(shards) | beam.Reshuffle() | "read" >> beam.Map(_read, partial)
         summaries = (
             read
             | "summarise" >> beam.MapTuple(lambda name, summary, _: (name, summary))
@@ -143,13 +143,22 @@ def compute_stats(
             file.write((json.dumps(result, indent=2) + "\n").encode())
         filesystems.rename([partial], [out])
     finally:
-        _progress = None
+        del _LISTENERS[partial]
         if filesystems.exists(partial):
             filesystems.delete([partial])
     return result
 
 
-_progress: Callable[[], None] | None = None  # called for every shard that this process has read
+# Called for every shard that this process has read, by the run's own file: Beam copies what it hands to its workers, so
+# that a callback among their arguments would be another one.
+_LISTENERS: dict[str, Callable[[], None]] = {}
+
+
+def _read(shard: Shard, run: str) -> tuple[str, Summary, Float[np.ndarray, "N 7"]]:
+    result = read_shard(shard)
+    if run in _LISTENERS:
+        _LISTENERS[run]()
+    return result
 
 
 def _beam() -> tuple[Any, Any]:
@@ -187,8 +196,6 @@ def read_shard(shard: Shard) -> tuple[str, Summary, Float[np.ndarray, "N A"]]:
     except InputError as error:  # of the whole dataset, not of an episode
         skip("invalid", str(error))
     together = np.concatenate(actions)
-    if _progress:
-        _progress()
     summary = ActionSummary.of(together, len(actions) - 1)
     return shard.name, Summary(summary, skipped, sentences[0] if sentences else ""), together
 
@@ -269,8 +276,7 @@ def table(stats: Mapping[str, Any]) -> str:
         accuracy = f"within {error:.1e}" if error else "exact"
         counts = [f"{entry['num_trajectories']:,}", f"{skipped:,}", f"{entry['num_transitions']:,}"]
         rows.append([name, *counts, accuracy, "yes" if name in fitted else "no"])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = [text_table(rows)]
     if stats["mixture"]:
         gaussians = stats["mixture"]["gaussians"].items()
         lines.append("grid: " + ", ".join(f"{name} {mu:.4f} ± {sigma:.4f}" for name, (mu, sigma) in gaussians))

@@ -9,8 +9,6 @@ import json
 import mmap
 import os
 import re
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -24,6 +22,7 @@ from spatialvla_jax.data.oxe.spec import DatasetSpec
 from spatialvla_jax.data.rlds import UNLABELED, open_rlds, read_episodes, slice_shards
 from spatialvla_jax.data.statistics import action_statistics
 from spatialvla_jax.errors import Fault, InputError
+from spatialvla_jax.utils.atomic import replacing
 
 _VERSION = 2  # of the files below; another one makes a new index
 # Fields of a spec that change nothing in the files below.
@@ -151,7 +150,11 @@ def load_index(
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     directory = Path(cache_dir) / f"{name}-{re.sub('[^0-9A-Za-z]+', '_', split)}-{digest}"
     if not (directory / "meta.json").is_file():
-        _build(directory, name, builder, shards, spec, progress, faults, action_dim)
+        try:
+            _build(directory, name, builder, shards, spec, progress, faults, action_dim)
+        except OSError:  # another process may have made the same index meanwhile
+            if not (directory / "meta.json").is_file():
+                raise
     meta = json.loads((directory / "meta.json").read_text())
     # The policy is not in the key: without faults it makes no difference, and with them the index says so.
     if meta["fault"] and faults.policy == "fail":
@@ -190,8 +193,8 @@ def _build(
     action_dim: int,
 ) -> None:
     directory.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f"{directory.name}.", dir=directory.parent))
-    try:
+    with replacing(directory) as work:
+        work.mkdir()
         keys = {key for key in _ARRAYS if getattr(spec, key, True)}  # no depth, no intrinsics where the spec has none
         rows = dict.fromkeys(keys, 0)
         streams: dict[str, Any] = {}
@@ -241,10 +244,3 @@ def _build(
             "fault": first_fault,
         }
         (work / "meta.json").write_text(json.dumps(meta, indent=2))
-        try:
-            os.replace(work, directory)
-        except OSError:  # another process has made the same index meanwhile
-            if not (directory / "meta.json").is_file():
-                raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)

@@ -26,6 +26,7 @@ from spatialvla_jax.errors import InputError
 from spatialvla_jax.models.presets import preset
 from spatialvla_jax.text import Tokenizer, train_tokenizer
 from spatialvla_jax.utils.progress import shard_progress
+from spatialvla_jax.utils.tables import text_table
 
 _STATISTICS_ROWS = ("q01", "q99", "min", "max", "mask")
 _RELEASE_EVERY = 1024  # samples after which the touched pages of the indexes are given back
@@ -240,9 +241,8 @@ class Loader:
             shares = [f"{share:.2%}" for share in row["shares"]]
             numbers = [f"{row['episodes']:,}", skipped, f"{row['frames']:,}", f"{row['weight']:g}"]
             rows.append([row["dataset"], *numbers, *shares, f"{row['passes']:.2f}"])
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-        return "\n".join([*lines, f"One epoch, {self.mixture.epoch_length:,} samples, sees every dataset in full."])
+        epoch = f"One epoch, {self.mixture.epoch_length:,} samples, sees every dataset in full."
+        return f"{text_table(rows, '>')}\n{epoch}"
 
     def num_skipped(self, split: str | None = None) -> int:
         """Episodes of a split (the training split by default) that were left out when it was indexed."""

@@ -30,6 +30,7 @@ from spatialvla_jax.data.reader import Pixels, Samples, Split
 from spatialvla_jax.data.resolve_datasets import Entry
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.text import Tokenizer
+from spatialvla_jax.utils.atomic import disk_errors, replacing
 
 MAGIC, VERSION, ALIGNMENT = b"SVLAPACK", 2, 4096  # version 1 is the same with a frame for every action
 _PREFIX = struct.Struct("<8sII32s")
@@ -107,12 +108,11 @@ def write_pack(
     text = json.dumps(header).encode()
     start = _data_start(len(text))
     size = start + place
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
+    with disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         if (free := shutil.disk_usage(out.parent).free) < size:
             raise InputError(f"{out} needs {size:,} bytes, but its disk has only {free:,} left")
-        with open(temporary, "wb") as file:
+        with replacing(out) as temporary, open(temporary, "wb") as file:
             file.truncate(size)
             file.write(_PREFIX.pack(MAGIC, VERSION, len(text), hashlib.sha256(text).digest()) + text)
             file.flush()
@@ -125,13 +125,6 @@ def write_pack(
                     done += number
                     if progress:
                         progress(done, total)
-        os.replace(temporary, out)
-    except OSError as error:
-        missing = error.filename if error.filename not in (None, str(temporary)) else ""  # of what it is made of
-        why = f"{missing}: {error.strerror}" if missing else error.strerror or error
-        raise InputError(f"{out} cannot be written: {why}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
     frames = {split: sum(index.num_frames for index in own) for split, own in indexes.items()}
     return {"path": str(out), "bytes": size, "frames": frames}
 

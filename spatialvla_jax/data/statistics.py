@@ -11,6 +11,7 @@ from jaxtyping import Float
 
 from spatialvla_jax.actions.normalization import normalized_dimensions
 from spatialvla_jax.errors import InputError
+from spatialvla_jax.utils.atomic import write_json
 
 
 def action_statistics(actions: Float[np.ndarray, "N A"], num_trajectories: int) -> dict[str, Any]:
@@ -35,9 +36,7 @@ def action_statistics(actions: Float[np.ndarray, "N A"], num_trajectories: int) 
 
 def save_statistics(path: str | os.PathLike[str], statistics: Mapping[str, Any]) -> None:
     """Writes {dataset name: statistics} as JSON, by rename."""
-    temporary = Path(f"{os.fspath(path)}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(statistics, indent=2) + "\n")
-    os.replace(temporary, path)
+    write_json(path, statistics)
 
 
 def load_statistics(path: str | os.PathLike[str]) -> dict[str, Any]:

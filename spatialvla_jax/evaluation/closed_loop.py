@@ -27,6 +27,8 @@ from jaxtyping import Float
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.inference.action_chunking import executor
 from spatialvla_jax.serving.client import Client
+from spatialvla_jax.utils.atomic import replacing, write_json
+from spatialvla_jax.utils.tables import text_table
 
 ATTEMPTS = 3  # of an episode whose environment crashes or hangs; then it has failed
 PATIENCE = 10  # faults beyond the number of finished episodes, before the run ends: something is wrong with all
@@ -287,7 +289,7 @@ def evaluate(
         results[episode] = record
         report()
     result = summary({episode: results[episode] for episode in episodes})
-    _write_json(out / "result.json", result)
+    write_json(out / "result.json", result)
     return result
 
 
@@ -299,7 +301,7 @@ def _resume(out: Path, values: dict[str, Any]) -> dict[Episode, dict[str, Any]]:
         raise InputError(
             f"{out} holds results with {key} = {before.get(key)!r}, now it is {values[key]!r}: use another directory"
         )
-    _write_json(path, values)
+    write_json(path, values)
     if not log.exists():
         return {}
     text = log.read_bytes()
@@ -359,11 +361,11 @@ def table(result: dict[str, Any]) -> str:
         rows += [(f"  {task} {values['instruction']}", values) for task, values in suite["tasks"].items()]
     if len(result["suites"]) > 1:
         rows.append(("average", result))
-    width = max(len(name) for name, _ in rows)
-    lines = [f"{'':{width}}    success (%)  episodes"]
+    cells = [["", "  success (%)", "episodes"]]
     for name, values in rows:
         rate = f"{100 * values['success']:5.1f} ± {100 * values['standard_error']:4.1f}"
-        lines.append(f"{name:{width}}  {rate:>13}  {values['episodes']:>8}")
+        cells.append([name, rate, str(values["episodes"])])
+    lines = [text_table(cells, "<>")]
     count = len(result["seeds"])
     lines.append(
         f"± is the standard error {f'over {count} seeds' if count > 1 else 'of a proportion: there is one seed'}"
@@ -417,25 +419,19 @@ def write_video(path: Path, frames: Sequence[np.ndarray]) -> Path:
     if importlib.util.find_spec("av") is None:
         from PIL import Image
 
-        target, temporary = (path.with_name(f"{prefix}{path.name}.webp") for prefix in ("", ".tmp-"))
+        target = path.with_name(f"{path.name}.webp")
         first, *rest = map(Image.fromarray, frames)
-        first.save(temporary, save_all=True, append_images=rest, duration=1000 // FRAMES_PER_SECOND, loop=0)
+        with replacing(target) as temporary:
+            first.save(temporary, save_all=True, append_images=rest, duration=1000 // FRAMES_PER_SECOND, loop=0)
     else:
         import av
 
-        target, temporary = (path.with_name(f"{prefix}{path.name}.mp4") for prefix in ("", ".tmp-"))
+        target = path.with_name(f"{path.name}.mp4")
         H, W = (side // 2 * 2 for side in frames[0].shape[:2])  # the format wants even sides
-        with av.open(str(temporary), "w") as container:
+        with replacing(target) as temporary, av.open(str(temporary), "w") as container:
             stream: Any = container.add_stream("libx264", rate=FRAMES_PER_SECOND, options={"crf": "20"})
             stream.width, stream.height, stream.pix_fmt = W, H, "yuv420p"
             for image in frames:
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(image[:H, :W]))))
             container.mux(stream.encode())
-    os.replace(temporary, target)
     return target
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(temporary, path)

@@ -13,6 +13,7 @@ from spatialvla_jax.batch import Batch
 from spatialvla_jax.data import Loader
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.inference.policy import Policy
+from spatialvla_jax.utils.tables import text_table
 
 
 def predict(
@@ -96,8 +97,4 @@ def table(result: dict[str, Any]) -> str:
         rows.append((name, *(f"{v:.3f}" for v in result[f"{key}_per_dimension"]), f"{result[key]:.3f}"))
     for key, name in labels.items():
         rows.append((f"{name}, robot units", *(f"{v:.3f}" for v in result[f"{key}_per_dimension_robot"]), ""))
-    widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True)))
-        for r in rows
-    )
+    return text_table(rows, "<>")

@@ -39,6 +39,7 @@ from spatialvla_jax.training.setup import (
 )
 from spatialvla_jax.training.sharding import AXES, check_batch, make_mesh
 from spatialvla_jax.training.state import abstract_state
+from spatialvla_jax.utils.atomic import write_json
 from spatialvla_jax.utils.chips import CHIPS, Chip
 
 # Without a TPU, libtpu asks a metadata server what it runs on unless it is told.
@@ -244,9 +245,7 @@ def compile_plan(config: ConfigDict, plan: Plan, topology: Topology, cache: Path
             "compile_seconds": time.perf_counter() - began,
         }
     cache.mkdir(parents=True, exist_ok=True)
-    temporary = kept.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(report))
-    os.replace(temporary, kept)
+    write_json(kept, report)
     return report
 
 

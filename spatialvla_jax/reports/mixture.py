@@ -19,6 +19,7 @@ from spatialvla_jax.actions.grid import to_spherical
 from spatialvla_jax.actions.normalization import normalize
 from spatialvla_jax.data.index import Index
 from spatialvla_jax.data.loader import Loader
+from spatialvla_jax.utils.atomic import write_text
 
 IMAGE_SIZE = 192  # pixels a side: what the page's loader should decode to
 EPISODES = 4  # shown of each dataset, three frames each
@@ -69,10 +70,8 @@ def write_page(
     if progress:
         progress(len(indexes), len(indexes))
     together = total / starts[-1]
-    temporary = path.with_name(f".{path.name}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary.write_text(_page(title, loader, indexes, rows, together, grid, sections), "utf-8")
-    os.replace(temporary, path)
+    write_text(path, _page(title, loader, indexes, rows, together, grid, sections))
 
 
 def _normalized(loader: Loader, index: Index) -> Float[np.ndarray, "N A"]:

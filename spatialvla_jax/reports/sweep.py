@@ -5,7 +5,6 @@ import csv
 import html
 import io
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import prod
@@ -19,6 +18,7 @@ from spatialvla_jax.checkpoints.load import load_grid
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.reports.figures import grids, sweep
 from spatialvla_jax.training.metrics import read_metrics
+from spatialvla_jax.utils.atomic import write_text
 
 GRIDS_A_FIGURE = 4
 CURVES_A_PLOT = 8
@@ -71,10 +71,10 @@ def write_report(workdir: Path) -> str:
     rows = table_rows(plan, results, measures | PER_DIMENSION)
     (workdir / "figures").mkdir(exist_ok=True)
     drawn = draw(workdir / "figures", plan, results)
-    _write(workdir / "table.csv", csv_text(plan, rows, measures | PER_DIMENSION))
+    write_text(workdir / "table.csv", csv_text(plan, rows, measures | PER_DIMENSION))
     tables = [cells(plan, rows, part) for part in (measures, PER_DIMENSION)]
-    _write(workdir / "table.md", "\n".join(markdown(*table) for table in tables))
-    _write(workdir / "report.html", page(plan, results, failures, tables, drawn))
+    write_text(workdir / "table.md", "\n".join(markdown(*table) for table in tables))
+    write_text(workdir / "report.html", page(plan, results, failures, tables, drawn))
     return f"wrote {workdir}/report.html, table.csv and table.md: {len(results)} of {len(plan['trials'])} trials"
 
 
@@ -322,13 +322,6 @@ def _arrays(result: dict[str, Any]) -> dict[str, np.ndarray]:
 
 def _distinct(values: Iterable[dict[str, str]]) -> list[dict[str, str]]:
     return [dict(items) for items in dict.fromkeys(tuple(v.items()) for v in values)]
-
-
-def _write(path: Path, text: str) -> None:
-    """By rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, "utf-8")
-    os.replace(temporary, path)
 
 
 STYLE = """

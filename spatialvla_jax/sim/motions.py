@@ -1,6 +1,5 @@
 """Recorded motions without their pictures: a file of arrays that `record_libero.render_motions` draws."""
 
-import os
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from spatialvla_jax.errors import InputError
+from spatialvla_jax.utils.atomic import disk_errors, replacing
 
 
 @dataclass(frozen=True)
@@ -43,15 +43,10 @@ def save_motions(out: Path, motions: Sequence[Motion]) -> None:
         "width": np.array([m.qpos.shape[1] for m in motions]),
     }
     columns |= {key: np.concatenate([getattr(m, key).ravel() for m in motions]) for key in ("qpos", "state", "action")}
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp.npz")
-    try:
+    with disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        np.savez_compressed(temporary, **columns)
-        os.replace(temporary, out)
-    except OSError as error:
-        raise InputError(f"{out} cannot be written: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        with replacing(out) as temporary:
+            np.savez_compressed(temporary, **columns)
 
 
 def load_motions(path: Path) -> list[Motion]:

@@ -41,7 +41,7 @@ from spatialvla_jax.inference.policy import Policy
 from spatialvla_jax.sweep.plan import Sweep, Trial
 from spatialvla_jax.training.loop import train
 from spatialvla_jax.training.metrics import read_metrics
-from spatialvla_jax.utils.atomic import write_json
+from spatialvla_jax.utils.atomic import replacing, write_json
 from spatialvla_jax.utils.compilation_cache import share_compilations
 from spatialvla_jax.utils.distributed import is_writer
 from spatialvla_jax.utils.shipped import shipped
@@ -295,8 +295,6 @@ def features_of(init: str, run: Path, actions: np.ndarray) -> dict[str, np.ndarr
 
 
 def save_arrays(path: Path, **arrays: np.ndarray) -> None:
-    """By rename."""
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        np.savez_compressed(file, **arrays)  # pyright: ignore[reportArgumentType]
-    os.replace(temporary, path)
+    """As NumPy's .npz, by rename."""
+    with replacing(path) as temporary:
+        np.savez_compressed(temporary, **arrays)  # pyright: ignore[reportArgumentType]

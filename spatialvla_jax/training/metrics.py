@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import importlib.util
 import json
-import os
 import sys
 import time
 from collections import defaultdict
@@ -16,6 +15,7 @@ import jax
 import numpy as np
 
 from spatialvla_jax.errors import InputError, StorageError
+from spatialvla_jax.utils.atomic import write_text
 from spatialvla_jax.utils.chips import peak
 from spatialvla_jax.utils.distributed import is_writer
 
@@ -86,9 +86,7 @@ def _kept(path: Path, resume_step: int) -> BinaryIO:
     to fail again when it is closed."""
     if path.exists():
         kept = [r for r in read_metrics(path) if r["step"] <= resume_step]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(r) + "\n" for r in kept))
-        os.replace(temporary, path)
+        write_text(path, "".join(json.dumps(r) + "\n" for r in kept))
     return path.open("ab", buffering=0)  # pyright: ignore[reportReturnType]
 
 

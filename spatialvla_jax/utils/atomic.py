@@ -1,13 +1,70 @@
-"""Files that appear whole or not at all."""
+"""Files and directories that appear whole or not at all."""
 
 import json
 import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from spatialvla_jax.errors import InputError
 
-def write_json(path: Path, value: Any) -> None:
-    """By rename, so that a crash leaves the old file whole."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(temporary, path)
+PREFIX = ".tmp-"
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A new path beside `path`, on which the caller makes a file or a directory: at the end it takes the place of
+    `path`, and after an error it is removed. It keeps the suffix, by which some writers choose a format."""
+    path = Path(path)
+    temporary = path.with_name(f"{PREFIX}{secrets.token_hex(4)}-{path.name}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """A temporary directory beside `path` that becomes `path` at the end, or nothing at all.
+
+    Raises InputError when `path` exists, and for whatever the disk refuses.
+    """
+    if path.exists():
+        raise InputError(f"{path} exists; choose a new destination")
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            temporary.mkdir()
+            yield temporary
+
+
+@contextmanager
+def disk_errors(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Raises InputError for whatever the disk refuses while `path` is written, or a file that it is made of is read."""
+    try:
+        yield
+    except OSError as error:
+        other = f"{error.filename}: " if error.filename and PREFIX not in str(error.filename) else ""
+        raise InputError(f"{path} cannot be written: {other}{error.strerror or error}") from error
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(text, "utf-8")
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Removes what killed processes were writing in `directory`, where only this process writes now."""
+    for file in directory.glob(f"{PREFIX}*"):
+        file.unlink()

@@ -16,6 +16,7 @@ from spatialvla_jax.data.oxe.spec import DEPTH, DEPTH_UNIT, depth_key
 from spatialvla_jax.data.rlds import open_rlds
 from spatialvla_jax.data.tfrecord import read_example, read_records
 from spatialvla_jax.errors import InputError
+from spatialvla_jax.utils.atomic import remove_leftovers, replacing, write_json
 
 MAX_DEPTH = 65.535  # metres; what lies farther is stored as this
 MANIFEST = "depth.json"
@@ -71,18 +72,17 @@ def add_depth(
     try:
         directory.mkdir(parents=True, exist_ok=True)
         _check_manifest(directory / MANIFEST, made_with)
+        remove_leftovers(directory)
         with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
             for file, count in (shard for own in shards.values() for shard in own):
                 target = directory / file.name
                 if not target.exists():
-                    temporary = directory / f".{file.name}.tmp"
                     maps = _Maps(file, _frames(file, count, image), estimate, image_size, batch_size, pool)
-                    with tf.io.TFRecordWriter(os.fspath(temporary)) as writer:
+                    with replacing(target) as temporary, tf.io.TFRecordWriter(os.fspath(temporary)) as writer:
                         for number, (_, record) in enumerate(_records(file, count)):
                             writer.write(record + _example(key, maps.take(number)))
                             if progress:
                                 progress(name, done + number + 1, total)
-                    os.replace(temporary, target)
                     frames, clipped = frames + maps.frames, clipped + maps.clipped
                 done += count
                 if progress:
@@ -232,7 +232,7 @@ def _check_manifest(file: Path, made_with: Mapping[str, Any]) -> None:
     """Writes down what the depth is made with; InputError when the directory was begun with something else."""
     made_with = json.loads(json.dumps(made_with))
     if not file.exists():
-        _write_json(file, made_with)
+        write_json(file, made_with)
         return
     try:
         before = json.loads(file.read_text())
@@ -255,14 +255,7 @@ def _finish(
         split["numBytes"] = str(sum(sizes) - _FRAMING * sum(count for _, count in shards[split["name"]]))
     for file in source.iterdir():
         if file.is_file() and ".tfrecord" not in file.name and file.name not in ("dataset_info.json", "features.json"):
-            temporary = directory / f".{file.name}.tmp"
-            shutil.copyfile(file, temporary)
-            os.replace(temporary, directory / file.name)
-    _write_json(directory / "features.json", features)
-    _write_json(directory / "dataset_info.json", info)
-
-
-def _write_json(file: Path, value: Any) -> None:
-    temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(temporary, file)
+            with replacing(directory / file.name) as temporary:
+                shutil.copyfile(file, temporary)
+    write_json(directory / "features.json", features)
+    write_json(directory / "dataset_info.json", info)

@@ -21,6 +21,7 @@ from PIL import Image
 from spatialvla_jax.data.images import tensorflow
 from spatialvla_jax.data.importers.rlds_writer import VERSION, check_out
 from spatialvla_jax.errors import InputError
+from spatialvla_jax.utils.atomic import remove_leftovers, replacing, write_json
 
 CODEBASE_VERSIONS = ("v2.0", "v2.1", "v3.0")
 JPEG_QUALITY = 95  # of video frames; images inside the parquet files are kept byte for byte
@@ -81,6 +82,7 @@ def convert_lerobot(
     check_out(out)
     work = out / f".incomplete-{VERSION}"
     _begin(work, source, name, frames_per_shard)
+    remove_leftovers(work)
     features = _features(source)
     tf = tensorflow()
     import tensorflow_datasets as tfds
@@ -95,13 +97,11 @@ def convert_lerobot(
         for number, episodes in enumerate(shards):
             file = Path(template.sharded_filepath(shard_index=number, num_shards=len(shards)))
             if not file.is_file():
-                temporary = file.with_name(f"{file.name}.tmp")
-                with tf.io.TFRecordWriter(os.fspath(temporary)) as writer:
+                with replacing(file) as temporary, tf.io.TFRecordWriter(os.fspath(temporary)) as writer:
                     for count, episode in enumerate(episodes):
                         if progress:
                             progress(done + count, total)
                         writer.write(_serialize(features, read_episode(source, episode)))
-                os.replace(temporary, file)
             done += len(episodes)
             if progress:
                 progress(done, total)
@@ -356,9 +356,7 @@ def _begin(work: Path, source: LeRobot, name: str, frames_per_shard: int) -> Non
     file = work / "conversion.json"
     if not file.is_file():
         work.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(key, indent=2) + "\n")
-        os.replace(temporary, file)
+        write_json(file, key)
     elif changed := [k for k, value in key.items() if _json(file).get(k) != value]:
         raise InputError(
             f"{work} holds a conversion that was interrupted and had another {changed[0]}: "

@@ -1,12 +1,11 @@
 """Episodes to RLDS on disk, through TFDS, as `tfds.builder_from_directory` reads them."""
 
-import os
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from spatialvla_jax.errors import InputError
+from spatialvla_jax.utils.atomic import replacing
 
 VERSION = "1.0.0"
 SPLITS = ("train", "val")
@@ -73,8 +72,7 @@ def write_episodes(
 
     check_out(out)
     out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out, prefix=".incomplete-") as parent:
-        directory = Path(parent) / VERSION
+    with replacing(out / VERSION) as directory:
         identity = DatasetIdentity(
             name=out.name, version=tfds.core.Version(VERSION), data_dir=str(directory), module_name=__name__
         )
@@ -85,5 +83,4 @@ def write_episodes(
         for split, episode in episodes:
             writer.add_examples({split: [episode]})
         writer.close_all()
-        os.replace(directory, out / VERSION)
     return out / VERSION

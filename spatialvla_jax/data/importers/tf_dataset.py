@@ -8,7 +8,6 @@ its iterator's state saved, buffer included, with every checkpoint. Storing cost
 
 import importlib
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import numpy as np
 from spatialvla_jax.data.images import tensorflow
 from spatialvla_jax.data.importers.rlds_writer import VERSION, check_out
 from spatialvla_jax.errors import InputError
+from spatialvla_jax.utils.atomic import replacing
 
 _EPISODES_PER_SHARD = 64
 
@@ -46,8 +46,7 @@ def write_rlds(
     features: dict[str, Any] = {}
     writer: Any = None
     out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out, prefix=".incomplete-") as parent:
-        directory = Path(parent) / VERSION
+    with replacing(out / VERSION) as directory:
         for split, dataset in splits.items():
             total = _length(dataset)
             for number, trajectory in enumerate(_numpy(dataset)):
@@ -78,7 +77,6 @@ def write_rlds(
         if writer is None:
             raise InputError(f"there are no trajectories in {', '.join(splits)}")
         writer.close_all()
-        os.replace(directory, out / VERSION)
     return out / VERSION, {key: _describe(feature) for key, feature in features.items()}
 
 

@@ -7,6 +7,8 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from spatialvla_jax.utils.atomic import replacing
+
 # Okabe-Ito: told apart with any colour vision and in grey print.
 BLUE, ORANGE, GREEN, RED, GREY, DARK = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#9A9A9A", "#222222"
 
@@ -37,6 +39,5 @@ Pathlike = str | os.PathLike[str]
 def save(figure: Figure, path: Pathlike, also: tuple[str, ...] = ()) -> None:
     path, canvas = Path(path), FigureCanvasAgg(figure)
     for form in ("png", *also):
-        temporary = path.with_name(f".{path.name}.tmp")
-        canvas.print_figure(temporary, format=form, dpi=150, facecolor="white")
-        os.replace(temporary, path if form == "png" else path.with_suffix(f".{form}"))
+        with replacing(path if form == "png" else path.with_suffix(f".{form}")) as temporary:
+            canvas.print_figure(temporary, format=form, dpi=150, facecolor="white")

@@ -14,22 +14,23 @@ import tensorflow_datasets as tfds
 from helpers.toy_rlds import data_config, make_episodes, make_rlds
 from helpers.zoe_reference import TINY, random_hf_model
 
-from spatialvla_jax import precompute_depth as module
 from spatialvla_jax.checkpoints import load_pretrained, read_checkpoint, read_huggingface, write_huggingface
+from spatialvla_jax.checkpoints.load import read_zoedepth
 from spatialvla_jax.cli.__main__ import main
 from spatialvla_jax.data import load_data
 from spatialvla_jax.data.importers.add_depth import add_depth, to_counts
-from spatialvla_jax.data.oxe import CATALOGUE
 from spatialvla_jax.data.oxe.spec import DEPTH_UNIT
 from spatialvla_jax.data.tfrecord import read_records
 from spatialvla_jax.errors import InputError
+from spatialvla_jax.inference import depth as module
 from spatialvla_jax.models import SpatialVLA
 from spatialvla_jax.models.ego3d import back_project
-from spatialvla_jax.precompute_depth import precompute_depth, read_zoedepth
+from spatialvla_jax.models.zoedepth import estimate_depth
 
 MODEL = Path(__file__).parents[2] / "golden" / "tiny_model"  # images of 56 px
 SIZE = 56
 KEY = "observation/depth_zoe"
+OPTIONS = ("--spec", "libero", "--batch-size")
 
 
 def brightness(images):
@@ -69,8 +70,7 @@ def lively(tmp_path_factory):
 def copied(source, lively, tmp_path_factory):
     """The toy data with a model's depth."""
     out = tmp_path_factory.mktemp("copied")
-    (result,) = precompute_depth([(source, CATALOGUE["libero"])], lively, out, batch_size=8)
-    assert result["directory"] == str(out / "toy" / "1.0.0") and result["depth"] == KEY
+    assert main(["data", "depth", str(source), *OPTIONS, "8", "--checkpoint", str(lively), "--out", str(out)]) == 0
     return out / "toy" / "1.0.0"
 
 
@@ -110,7 +110,7 @@ def test_model_on_stored_depth_sees_the_points_of_the_step(copied, lively, tmp_p
     image, intrinsics = jnp.asarray(batch.image, jnp.float32) / 255, batch.intrinsics
 
     def inside(m, image):
-        depth = module.estimate_depth(m.zoe, image, m.config.zoe.backbone.image_size)
+        depth = estimate_depth(m.zoe, image, m.config.zoe.backbone.image_size)
         points = back_project(depth, intrinsics, m.config.img.patches_per_side)
         return depth, points, m.embed_image(image, None, intrinsics)
 
@@ -207,20 +207,21 @@ def test_bad_data(source, tmp_path):
         copy(broken, tmp_path / "g")
 
 
-def test_zoedepth_alone_gives_the_same_weights(tmp_path):
+def test_zoedepth_alone_gives_the_same_weights(source, tmp_path, capsys):
     """A ZoeDepth's own Hugging Face directory; it has no image size, so one must be named."""
     random_hf_model(TINY, 0).save_pretrained(tmp_path / "zoe")
     config, leaves, size = read_zoedepth(tmp_path / "zoe")
     assert config == TINY and size is None and leaves.keys() == read_zoedepth(MODEL)[1].keys()
-    with pytest.raises(InputError, match="--image-size must give"):
-        precompute_depth([], tmp_path / "zoe", tmp_path)
-    with pytest.raises(InputError, match="the batch size 9 does not divide among 8 devices"):
-        precompute_depth([], MODEL, tmp_path, batch_size=9)
+    argv = ["data", "depth", str(source), *OPTIONS]
+    assert main([*argv, "8", "--checkpoint", str(tmp_path / "zoe"), "--out", str(tmp_path)]) == 2
+    assert "--image-size must give" in capsys.readouterr().err
+    assert main([*argv, "9", "--checkpoint", str(MODEL), "--out", str(tmp_path)]) == 2
+    assert "the batch size 9 does not divide among 8 devices" in capsys.readouterr().err
 
 
 def test_command(config_file, rlds, tmp_path, capsys, monkeypatch):
     """By config and by directory; the manifest says what the depth was made with."""
-    monkeypatch.setattr(module, "make_estimator", lambda config, params, dtype: brightness)
+    monkeypatch.setattr(module, "depth_estimator", lambda config, arrays, dtype: (brightness, "a"))
     argv = ["data", "depth", "--checkpoint", str(MODEL), "--out"]
     assert main([*argv, str(tmp_path / "a"), "--config", str(config_file), "--split", "val"]) == 0
     directory = tmp_path / "a" / rlds.parent.name / rlds.name

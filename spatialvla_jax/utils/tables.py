@@ -1,0 +1,13 @@
+"""Tables of text."""
+
+from collections.abc import Sequence
+
+
+def text_table(rows: Sequence[Sequence[str]], align: str = "<") -> str:
+    """The rows with their columns aligned, two spaces apart: `align` is "<" or ">" for each column, and its last
+    character is for all further ones."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    sides = align.ljust(len(widths), align[-1])
+    return "\n".join(
+        "  ".join(f"{c:{s}{w}}" for c, s, w in zip(row, sides, widths, strict=True)).rstrip() for row in rows
+    )
