@@ -1,8 +1,10 @@
 """The core runs where neither TensorFlow nor PyTorch nor a simulator is installed."""
 
 import pkgutil
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import spatialvla_jax
 
@@ -44,3 +46,8 @@ def test_a_training_run_leaves_pytorch_out() -> None:
     """It costs seconds and memory, and is installed where checkpoints are converted."""
     program = "import sys, spatialvla_jax.training.loop; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
+def test_test_modules_do_not_import_each_other() -> None:
+    modules = Path(__file__).parent.rglob("test_*.py")
+    assert not [path for path in modules if re.search(r"^\s*(from|import) test_", path.read_text(), re.MULTILINE)]

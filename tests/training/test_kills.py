@@ -5,9 +5,8 @@ import signal
 import time
 from pathlib import Path
 
-import jax
-import numpy as np
 import pytest
+from helpers.batches import assert_equal
 from helpers.processes import Run, Server
 
 from spatialvla_jax.checkpoints import load_pretrained
@@ -48,8 +47,7 @@ def last_step(workdir: Path) -> int:
 
 def assert_same(a: Path, b: Path) -> None:
     assert records(a) == records(b)
-    same = jax.tree.map(np.array_equal, load_pretrained(a)[1], load_pretrained(b)[1])
-    assert all(jax.tree.leaves(same))
+    assert_equal(load_pretrained(a)[1], load_pretrained(b)[1])
 
 
 def saving(workdir: Path) -> bool:

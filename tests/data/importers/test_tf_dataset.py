@@ -101,11 +101,11 @@ def test_bad_trajectories(tmp_path, items, message):
 
 def test_command(tmp_path, monkeypatch, capsys):
     (tmp_path / "my_pipeline.py").write_text(
-        "from test_trajectories import as_tf, trajectories\n\n\n"
+        "from my_trajectories import as_tf, trajectories\n\n\n"
         "def make():\n    return {'train': as_tf(trajectories()), 'val': as_tf(trajectories((3,)))}\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setitem(sys.modules, "test_trajectories", sys.modules[__name__])
+    monkeypatch.setitem(sys.modules, "my_trajectories", sys.modules[__name__])
     out = tmp_path / "mine"
     assert main(["data", "import", "--from", "my_pipeline:make", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
