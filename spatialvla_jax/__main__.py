@@ -2,7 +2,7 @@
 
 import sys
 
-import spatialvla_jax.cli.__main__ as cli
+from spatialvla_jax.cli import main
 
 if __name__ == "__main__":
-    sys.exit(cli.main())
+    sys.exit(main())

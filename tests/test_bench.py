@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spatialvla_jax.cli.__main__ import main
+from spatialvla_jax.cli import main
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 

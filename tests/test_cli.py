@@ -14,7 +14,7 @@ from tensorboardX.event_file_writer import EventsWriter
 
 import spatialvla_jax
 from spatialvla_jax import Policy
-from spatialvla_jax.cli.__main__ import main
+from spatialvla_jax.cli import main
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.training import loop
 from spatialvla_jax.training.metrics import MetricsLog

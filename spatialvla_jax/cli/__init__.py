@@ -1,0 +1,95 @@
+"""The command line: `spatialvla-jax COMMAND …`. Bad input ends with one sentence and exit code 2, storage that fails
+with one and 1."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import spatialvla_jax
+from spatialvla_jax.cli import bench, checkpoints, data, evaluate, grid, record, serve, train
+from spatialvla_jax.errors import InputError, StorageError
+
+# What JAX says in a process whose collectives another one left, on CPUs, GPUs and TPUs.
+LOST = ("Gloo", "NCCL", "UNAVAILABLE", "DEADLINE_EXCEEDED", "heartbeat")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="spatialvla-jax", description="Train, evaluate and convert SpatialVLA in JAX."
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {spatialvla_jax.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for group in (train, evaluate, serve, checkpoints, data, grid, bench, record):
+        group.add(commands)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    split = argv.index("--") if "--" in argv else len(argv)
+    args, rest = make_parser().parse_known_args(argv[:split])
+    args.runner_options = argv[split + 1 :]
+    try:
+        refuse_buckets(args)
+        if args.runner_options and args.run is not data.run_stats:
+            raise InputError("only the command stats takes arguments after --")
+        args.overrides = overrides_of(rest, allowed=hasattr(args, "config"))
+        args.run(args)
+    except Exception as error:
+        joined = bool(getattr(args, "coordinator", None))
+        if (known := failure(error, joined)) is None:
+            raise
+        code, sentence = known
+        print(f"{args.prog}: {sentence}", file=sys.stderr, flush=True)
+        if code == 1 and joined:
+            os._exit(1)  # the usual end waits for the run's other processes, which wait for this one
+        return code
+    return 0
+
+
+def failure(error: Exception, joined: bool) -> tuple[int, str] | None:
+    """The exit code and the sentence for an error, in a process that has `joined` others or stands alone. None for an
+    error nobody foresaw: it deserves its traceback."""
+    if isinstance(error, InputError):
+        return 2, str(error)
+    if isinstance(error, StorageError):
+        return 1, str(error)
+    reason = (str(error).splitlines() or [""])[0]
+    if joined and runtime_error(error, *LOST):
+        return 1, f"another process of the run died or cannot be reached ({reason}); see its output"
+    if runtime_error(error, "RESOURCE_EXHAUSTED"):
+        return 2, (
+            f"the device's memory is too small ({reason}): try more rematerialisation (model.remat=full), fewer "
+            "examples at once (a smaller batch size, a larger train.grad_accum_steps) or parameters split over more "
+            "devices (mesh.fsdp); `spatialvla-jax compile` says what fits a TPU pod"
+        )
+    return None
+
+
+def runtime_error(error: Exception, *words: str) -> bool:
+    """Whether it is of JAX's runtime and has one of the words in it."""
+    jax = sys.modules.get("jax")
+    return bool(jax and isinstance(error, jax.errors.JaxRuntimeError) and any(word in str(error) for word in words))
+
+
+def refuse_buckets(args: argparse.Namespace) -> None:
+    """Raises InputError for a path such as gs://bucket/run, which would become a folder of the working directory."""
+    for name, value in vars(args).items():
+        if isinstance(value, Path) and ":/" in str(value):
+            url = str(value).replace(":/", "://", 1)
+            raise InputError(
+                f"--{name.replace('_', '-')} {url} is no path of a file system: mount the bucket (gcsfuse) and name "
+                "its folder"
+            )
+
+
+def overrides_of(rest: list[str], allowed: bool) -> dict[str, str]:
+    """`--config.train.steps=100` → {"train.steps": "100"}; anything else is unknown."""
+    overrides = {}
+    for argument in rest:
+        key, equals, value = argument.removeprefix("--config.").partition("=")
+        if not (allowed and argument.startswith("--config.") and equals):
+            raise InputError(f"argument {argument!r} is not known; config keys are set as --config.KEY=VALUE")
+        overrides[key] = value
+    return overrides

@@ -23,7 +23,7 @@ from spatialvla_jax.actions.io import (
     table,
 )
 from spatialvla_jax.checkpoints.load import load_grid
-from spatialvla_jax.cli.__main__ import main
+from spatialvla_jax.cli import main
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.training.grid_fit import fitted_datasets, make_grid
 

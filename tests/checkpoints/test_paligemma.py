@@ -13,7 +13,7 @@ from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 
 from spatialvla_jax.checkpoints import load_pretrained, start_from_paligemma
 from spatialvla_jax.checkpoints.mapping import flatten
-from spatialvla_jax.cli.__main__ import main
+from spatialvla_jax.cli import main
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.models import SpatialVLA
 from spatialvla_jax.models.attention import position_ids, prefix_lm_mask

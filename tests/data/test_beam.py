@@ -6,7 +6,7 @@ from helpers.toy_rlds import data_config, make_episodes, make_rlds
 
 from spatialvla_jax.actions import fit_gaussians
 from spatialvla_jax.actions.normalization import normalize
-from spatialvla_jax.cli.__main__ import main
+from spatialvla_jax.cli import main
 from spatialvla_jax.config import load_config
 from spatialvla_jax.data import DataConfig, load_data, open_data
 from spatialvla_jax.data import beam as stats_pipeline

@@ -15,7 +15,7 @@ from helpers.batches import assert_equal
 from helpers.streams import take
 from helpers.toy_rlds import data_config, make_episodes, make_rlds
 
-from spatialvla_jax.cli.__main__ import main
+from spatialvla_jax.cli import main
 from spatialvla_jax.config import check_resumable, load_config
 from spatialvla_jax.data import load_data, open_data
 from spatialvla_jax.data.oxe import CATALOGUE
@@ -156,7 +156,7 @@ def test_trains_without_tensorflow(config_file, tmp_path, capsys):
     assert done.startswith(f"wrote {file}: {file.stat().st_size:,} bytes, ") and done.endswith(" frames of train")
     argv = ["train", "--config", str(config_file), "--workdir", str(workdir)]
     argv += ["--config.train.steps=2", f"--config.data.packed={file}"]
-    program = f"{BLOCKED}\nfrom spatialvla_jax.cli.__main__ import main\n\nsys.exit(main({argv!r}))"
+    program = f"{BLOCKED}\nfrom spatialvla_jax.cli import main\n\nsys.exit(main({argv!r}))"
     environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spatialvla_jax.cli.__main__ import main
+from spatialvla_jax.cli import main
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.evaluation import closed_loop
 from spatialvla_jax.evaluation.closed_loop import Episode, Settings, evaluate, padded, rollouts, summary, table

@@ -87,7 +87,7 @@ def serve() -> None:
     import resource
 
     import spatialvla_jax.training.loop  # noqa: F401
-    from spatialvla_jax.cli.__main__ import main
+    from spatialvla_jax.cli import main
 
     running: set[int] = set()
     for line in sys.stdin:

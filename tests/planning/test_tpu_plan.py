@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spatialvla_jax.actions import PRETRAIN_GAUSSIANS
-from spatialvla_jax.cli.__main__ import main
+from spatialvla_jax.cli import main
 from spatialvla_jax.config import default_config, load_config
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.planning import tpu_plan as topology_module

@@ -12,7 +12,7 @@ from helpers.toy_rlds import data_config, make_episodes, make_rlds
 from PIL import Image
 
 from spatialvla_jax.actions import fit_gaussians, gaussian_grid, linear_grid
-from spatialvla_jax.cli.__main__ import main
+from spatialvla_jax.cli import main
 from spatialvla_jax.data import Loader, load_data
 from spatialvla_jax.reports.mixture import EPISODES, IMAGE_SIZE, write_page
 

@@ -10,7 +10,7 @@ import pytest
 
 from spatialvla_jax.actions import fit_gaussians, gaussian_grid, linear_grid, uniform_grid
 from spatialvla_jax.actions.io import save_grid
-from spatialvla_jax.cli.__main__ import main
+from spatialvla_jax.cli import main
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.reports.figures import grids, sweep
 from spatialvla_jax.reports.figures.sweep import _mean_error

@@ -25,7 +25,7 @@ from openpi_client.websocket_client_policy import WebsocketClientPolicy
 from websockets.sync.client import connect
 
 from spatialvla_jax import Policy, load_pretrained
-from spatialvla_jax.cli.__main__ import main
+from spatialvla_jax.cli import main
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.inference.action_chunking import executor
 from spatialvla_jax.models import SpatialVLA

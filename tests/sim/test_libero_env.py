@@ -15,7 +15,7 @@ from websockets.sync.server import serve
 
 from spatialvla_jax import Policy
 from spatialvla_jax.checkpoints import fingerprint
-from spatialvla_jax.cli.__main__ import main
+from spatialvla_jax.cli import main
 from spatialvla_jax.evaluation.closed_loop import Episode, Settings, rollouts
 from spatialvla_jax.serving.protocol import pack, unpack
 from spatialvla_jax.sim import libero as simulator

@@ -10,7 +10,7 @@ from helpers.checkpoints import GOLDEN
 from spatialvla_jax.actions import PRETRAIN_GAUSSIANS, gaussian_grid, linear_grid, uniform_grid
 from spatialvla_jax.checkpoints import read_checkpoint
 from spatialvla_jax.checkpoints.processor import Processor
-from spatialvla_jax.cli.__main__ import main
+from spatialvla_jax.cli import main
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.sweep import plan
 from spatialvla_jax.sweep.plan import load_sweep

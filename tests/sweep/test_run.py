@@ -15,7 +15,7 @@ from helpers.toy_rlds import make_episodes, make_rlds
 from jax.experimental.compilation_cache import compilation_cache
 
 from spatialvla_jax.actions import adapt_embeddings, uniform_grid
-from spatialvla_jax.cli.__main__ import main
+from spatialvla_jax.cli import main
 from spatialvla_jax.config import default_config, load_config
 from spatialvla_jax.data import load_data
 from spatialvla_jax.data.pack import packed_digest, write_pack

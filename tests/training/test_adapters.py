@@ -13,7 +13,7 @@ from spatialvla_jax.actions import adapt_embeddings
 from spatialvla_jax.checkpoints import load_pretrained, read_checkpoint
 from spatialvla_jax.checkpoints.mapping import flatten
 from spatialvla_jax.checkpoints.peft import read_adapters
-from spatialvla_jax.cli.__main__ import main
+from spatialvla_jax.cli import main
 from spatialvla_jax.config import train_config_of
 from spatialvla_jax.data import open_data
 from spatialvla_jax.errors import InputError

@@ -16,7 +16,7 @@ from helpers.zoe_reference import TINY, random_hf_model
 
 from spatialvla_jax.checkpoints import load_pretrained, read_checkpoint, read_huggingface, write_huggingface
 from spatialvla_jax.checkpoints.load import read_zoedepth
-from spatialvla_jax.cli.__main__ import main
+from spatialvla_jax.cli import main
 from spatialvla_jax.data import load_data
 from spatialvla_jax.data.importers.add_depth import add_depth, to_counts
 from spatialvla_jax.data.oxe.spec import DEPTH_UNIT

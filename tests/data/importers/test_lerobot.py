@@ -13,7 +13,7 @@ import tensorflow as tf
 from helpers.toy_rlds import encode_image
 from PIL import Image
 
-from spatialvla_jax.cli.__main__ import main
+from spatialvla_jax.cli import main
 from spatialvla_jax.data import Loader, load_data
 from spatialvla_jax.data.importers import lerobot
 from spatialvla_jax.data.importers.lerobot import convert_lerobot

@@ -6,7 +6,7 @@ import tensorflow as tf
 from helpers.streams import take
 from helpers.toy_rlds import data_config, encode_image
 
-from spatialvla_jax.cli.__main__ import main
+from spatialvla_jax.cli import main
 from spatialvla_jax.data import load_data
 from spatialvla_jax.data.images import decode_image
 from spatialvla_jax.data.importers.tf_dataset import trajectories_of, write_rlds
