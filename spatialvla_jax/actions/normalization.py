@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float
 
@@ -23,7 +25,13 @@ def normalize(actions: Float[np.ndarray, "*B A"], statistics: Mapping[str, Any])
 def unnormalize(actions: Float[np.ndarray, "*B A"], statistics: Mapping[str, Any]) -> Float[np.ndarray, "*B A"]:
     """Inverse of `normalize`, up to its clipping: actions in robot units."""
     low, high, mask, _ = _bounds(statistics)
-    return np.where(mask, (actions + 1) / 2 * (high - low) + low, actions).astype(np.float32)
+    return to_range(np.asarray(actions), low, high, mask).astype(np.float32)
+
+
+def to_range(actions: Any, low: Any, high: Any, mask: Any) -> Any:
+    """The formula of `unnormalize` on arrays of NumPy or JAX that broadcast: [-1, 1] → [low, high] where `mask`."""
+    where = jnp.where if isinstance(actions, jax.Array) else np.where
+    return where(mask, (actions + 1) / 2 * (high - low) + low, actions)
 
 
 def action_bounds(statistics: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, Bool[np.ndarray, "*B A"]]:

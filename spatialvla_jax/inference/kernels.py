@@ -9,15 +9,18 @@ Triton's arrays have powers of two for sizes: what is larger than an axis is mas
 """
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from spatialvla_jax.models.fused_attention import MAX_SOFTCAP
+from spatialvla_jax.models.attention import Angles
+from spatialvla_jax.models.fused_attention import MAX_SOFTCAP, dot
 
 BLOCK = 32  # slots of the cache that are read at once; its length is a multiple
 PROGRAMS = 64  # a layer with fewer (batch, head) pairs than this spreads its cache over programs, too
@@ -31,8 +34,8 @@ def can_attend(qkv: Array, cache: tuple[Array, Array], softcap: float) -> bool:
 
 
 def attend_cached(
-    qkv: Float[Array, "B T N+2*K H"],
-    angles: tuple[Float[Array, "B T 1 H/2"], Float[Array, "B T 1 H/2"]],
+    qkv: Float[Array, "B T heads H"],
+    angles: Angles,
     mask: Bool[Array, "B T S"],
     cache: tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]],
     at: Int[Array, ""] | int,
@@ -48,94 +51,17 @@ def attend_cached(
     that the softmax needs no maximum. `splits` parts of the cache, by default as many as fill the GPU, are combined in
     a second kernel. S is a multiple of `BLOCK`.
     """
-    (B, T, _, H), (_, S, K, _) = qkv.shape, cache[0].shape
-    N = qkv.shape[2] - 2 * K
-    G, half, dtype = N // K, H // 2, qkv.dtype
-    rows = max(16, pl.next_power_of_2(T * G))  # a matrix unit takes no fewer
+    (B, T, heads, H), (_, S, K, _) = qkv.shape, cache[0].shape
+    N = heads - 2 * K
+    rows = matrix_rows(T * N // K)
     splits = splits or (S // BLOCK if B * K < PROGRAMS else 1)
-    blocks = S // BLOCK // splits
-    assert blocks * splits * BLOCK == S, f"a cache of {S} slots is not {splits} times blocks of {BLOCK}"
-
-    if interpret is None:
-        interpret = jax.default_backend() != "gpu"
-    options: dict[str, Any] = {
-        "interpret": interpret,
-        "compiler_params": plgpu.CompilerParams(num_warps=4, num_stages=3),
-    }
-
-    def dot(a: Any, b: Any) -> Any:
-        return jax.lax.dot(a, b, preferred_element_type=jnp.float32)
-
-    def rotate(x1: Any, x2: Any, sin: Any, cos: Any) -> tuple[Any, Any]:
-        x1, x2 = x1.astype(jnp.float32), x2.astype(jnp.float32)
-        return (x1 * cos - x2 * sin).astype(dtype), (x2 * cos + x1 * sin).astype(dtype)
-
-    def weigh(logits: Any, visible: Any) -> Any:
-        logits = softcap * jnp.tanh(logits * (scale / softcap))
-        return jnp.where(visible, jnp.exp(logits), 0.0)
-
-    def attend_kernel(qkv_ref, sin_ref, cos_ref, mask_ref, at_ref, k_ref, v_ref, *out_refs):
-        b, head, split = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-        *result_refs, k_out, v_out = out_refs
-        start = at_ref[0]
-        row, column = jnp.arange(rows), jnp.arange(half)
-        token = jnp.minimum(row // G, T - 1)  # rows past the last repeat it and are not written
-        query = head * G + row % G
-        sin, cos = (ref[b, token[:, None], column[None]] for ref in (sin_ref, cos_ref))
-        q1, q2 = (qkv_ref[b, token[:, None], query[:, None], column[None] + i] for i in (0, half))
-        q1, q2 = rotate(q1, q2, sin, cos)
-
-        def block(i: Any, carry: Any) -> Any:
-            total, out = carry
-            first = (split * blocks + i) * BLOCK
-            slots = first + jnp.arange(BLOCK)
-            k1, k2 = (k_ref[b, pl.ds(first, BLOCK), head, pl.ds(j, half)] for j in (0, half))
-            logits = dot(q1, k1.T) + dot(q2, k2.T)
-            # The slots to be written now are read below, from `qkv`: another program may be writing them.
-            old = (slots < start) | (slots >= start + T)
-            p = weigh(logits, mask_ref[b, token[:, None], slots[None]] & old[None])
-            v = v_ref[b, pl.ds(first, BLOCK), head, pl.ds(0, H)]
-            return total + jnp.sum(p, axis=1), out + dot(p.astype(dtype), v)
-
-        empty = jnp.zeros((rows,), jnp.float32), jnp.zeros((rows, H), jnp.float32)
-        total, out = jax.lax.fori_loop(0, blocks, block, empty)
-        for t in range(T):
-            k1, k2 = (qkv_ref[b, t, N + head, pl.ds(i, half)] for i in (0, half))
-            k1, k2 = rotate(k1, k2, sin_ref[b, t, pl.ds(0, half)], cos_ref[b, t, pl.ds(0, half)])
-            v = qkv_ref[b, t, N + K + head, pl.ds(0, H)]
-            products = q1.astype(jnp.float32) * k1.astype(jnp.float32) + q2.astype(jnp.float32) * k2.astype(jnp.float32)
-            visible = mask_ref[b, token, jnp.full((rows,), start + t)] & (split == 0)
-            p = weigh(jnp.sum(products, axis=1), visible)
-            total += p
-            out += p.astype(dtype).astype(jnp.float32)[:, None] * v.astype(jnp.float32)
-            for ref, i, value in ((k_out, 0, k1), (k_out, half, k2), (v_out, 0, v)):
-                place = ref.at[b, start + t, head, pl.ds(i, len(value))]
-                plgpu.store(place, value, mask=jnp.full(value.shape, split == 0))
-        if splits > 1:
-            totals, partial = result_refs
-            totals[split, b, head, :] = total
-            partial[split, b, head, :, :] = out
-        else:
-            (y_ref,) = result_refs
-            place = y_ref.at[b, row[:, None] // G, query[:, None], jnp.arange(H)[None]]
-            value = (out / jnp.maximum(total, 1e-30)[:, None]).astype(dtype)
-            plgpu.store(place, value, mask=jnp.broadcast_to((row < T * G)[:, None], value.shape))
-
-    def combine_kernel(totals, partial, y_ref):
-        b, t, n = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-        part, column, row = jnp.arange(pl.next_power_of_2(splits)), jnp.arange(H), t * G + n % G
-        exists = part < splits
-        index = jnp.minimum(part, splits - 1)
-        out = partial[index[:, None], b, n // G, row, column[None]]
-        total = jnp.sum(jnp.where(exists, totals[index, b, n // G, row], 0.0))
-        y = jnp.sum(jnp.where(exists[:, None], out, 0.0), axis=0) / jnp.maximum(total, 1e-30)
-        y_ref[b, t, n, :] = y.astype(dtype)
-
-    new = jax.ShapeDtypeStruct((B, T, N, H), dtype)
+    assert S % (splits * BLOCK) == 0, f"a cache of {S} slots is not {splits} times blocks of {BLOCK}"
+    new = jax.ShapeDtypeStruct((B, T, N, H), qkv.dtype)
     parts = [jax.ShapeDtypeStruct((splits, B, K, rows, *end), jnp.float32) for end in ((), (H,))]
     first = parts if splits > 1 else [new]
+    options = call_options(interpret, warps=4, stages=3)
     *y, k, v = pl.pallas_call(
-        attend_kernel,
+        partial(attend_kernel, scale, softcap, splits),
         grid=(B, K, splits),
         out_shape=[*first, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in cache)],
         input_output_aliases={5: len(first), 6: len(first) + 1},
@@ -144,6 +70,97 @@ def attend_cached(
     if splits > 1:
         y = [pl.pallas_call(combine_kernel, grid=(B, T, N), out_shape=new, **options)(*y)]
     return y[0], (k, v)
+
+
+def attend_kernel(
+    scale: float, softcap: float, splits: int, qkv_ref, sin_ref, cos_ref, mask_ref, at_ref, k_ref, v_ref, *out_refs
+) -> None:
+    """One split of the cache for one example's queries of one key head."""
+    (_, T, heads, H), (_, S, K, _), dtype = qkv_ref.shape, k_ref.shape, qkv_ref.dtype
+    N = heads - 2 * K
+    G, half, blocks, rows = N // K, H // 2, S // BLOCK // splits, matrix_rows(T * N // K)
+    b, head, split = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    *result_refs, k_out, v_out = out_refs
+    start = at_ref[0]
+    row, column = jnp.arange(rows), jnp.arange(half)
+    token = jnp.minimum(row // G, T - 1)  # rows past the last repeat it and are not written
+    query = head * G + row % G
+    sin, cos = (ref[b, token[:, None], column[None]] for ref in (sin_ref, cos_ref))
+    q1, q2 = (qkv_ref[b, token[:, None], query[:, None], column[None] + i] for i in (0, half))
+    q1, q2 = rotate(q1, q2, sin, cos)
+
+    def block(i: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
+        total, out = sums
+        first = (split * blocks + i) * BLOCK
+        slots = first + jnp.arange(BLOCK)
+        k1, k2 = (k_ref[b, pl.ds(first, BLOCK), head, pl.ds(j, half)] for j in (0, half))
+        logits = dot(q1, k1.T) + dot(q2, k2.T)
+        # The slots to be written now are read below, from `qkv`: another program may be writing them.
+        old = (slots < start) | (slots >= start + T)
+        p = weigh(logits, mask_ref[b, token[:, None], slots[None]] & old[None], scale, softcap)
+        v = v_ref[b, pl.ds(first, BLOCK), head, pl.ds(0, H)]
+        return total + jnp.sum(p, axis=1), out + dot(p.astype(dtype), v)
+
+    empty = jnp.zeros((rows,), jnp.float32), jnp.zeros((rows, H), jnp.float32)
+    total, out = jax.lax.fori_loop(0, blocks, block, empty)
+    for t in range(T):
+        k1, k2 = (qkv_ref[b, t, N + head, pl.ds(i, half)] for i in (0, half))
+        k1, k2 = rotate(k1, k2, sin_ref[b, t, pl.ds(0, half)], cos_ref[b, t, pl.ds(0, half)])
+        v = qkv_ref[b, t, N + K + head, pl.ds(0, H)]
+        products = q1.astype(jnp.float32) * k1.astype(jnp.float32) + q2.astype(jnp.float32) * k2.astype(jnp.float32)
+        visible = mask_ref[b, token, jnp.full((rows,), start + t)] & (split == 0)
+        p = weigh(jnp.sum(products, axis=1), visible, scale, softcap)
+        total += p
+        out += p.astype(dtype).astype(jnp.float32)[:, None] * v.astype(jnp.float32)
+        for ref, i, value in ((k_out, 0, k1), (k_out, half, k2), (v_out, 0, v)):
+            place = ref.at[b, start + t, head, pl.ds(i, len(value))]
+            plgpu.store(place, value, mask=jnp.full(value.shape, split == 0))
+    if splits > 1:
+        totals, partial_sums = result_refs
+        totals[split, b, head, :] = total
+        partial_sums[split, b, head, :, :] = out
+    else:
+        (y_ref,) = result_refs
+        place = y_ref.at[b, row[:, None] // G, query[:, None], jnp.arange(H)[None]]
+        value = (out / jnp.maximum(total, 1e-30)[:, None]).astype(dtype)
+        plgpu.store(place, value, mask=jnp.broadcast_to((row < T * G)[:, None], value.shape))
+
+
+def combine_kernel(totals, partial_sums, y_ref) -> None:
+    """One query head of one token: the quotient of the sums over all splits."""
+    (splits, _, K, _, H), N = partial_sums.shape, y_ref.shape[2]
+    G = N // K
+    b, t, n = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    part, column, row = jnp.arange(pl.next_power_of_2(splits)), jnp.arange(H), t * G + n % G
+    exists = part < splits
+    index = jnp.minimum(part, splits - 1)
+    out = partial_sums[index[:, None], b, n // G, row, column[None]]
+    total = jnp.sum(jnp.where(exists, totals[index, b, n // G, row], 0.0))
+    y = jnp.sum(jnp.where(exists[:, None], out, 0.0), axis=0) / jnp.maximum(total, 1e-30)
+    y_ref[b, t, n, :] = y.astype(y_ref.dtype)
+
+
+def matrix_rows(rows: int) -> int:
+    """As many as a matrix unit takes, at least 16."""
+    return max(16, pl.next_power_of_2(rows))
+
+
+def rotate(x1: Array, x2: Array, sin: Array, cos: Array) -> tuple[Array, Array]:
+    """`attention.rotary` of both halves."""
+    y1, y2 = x1.astype(jnp.float32), x2.astype(jnp.float32)
+    return (y1 * cos - y2 * sin).astype(x1.dtype), (y2 * cos + y1 * sin).astype(x1.dtype)
+
+
+def weigh(logits: Array, visible: Array, scale: float, softcap: float) -> Array:
+    logits = softcap * jnp.tanh(logits * (scale / softcap))
+    return jnp.where(visible, jnp.exp(logits), 0.0)
+
+
+def call_options(interpret: bool | None, warps: int, stages: int) -> dict[str, Any]:
+    """Of a `pallas_call`; by default kernels are interpreted where there is no GPU."""
+    if interpret is None:
+        interpret = jax.default_backend() != "gpu"
+    return {"interpret": interpret, "compiler_params": plgpu.CompilerParams(num_warps=warps, num_stages=stages)}
 
 
 class Tile(NamedTuple):
@@ -182,7 +199,7 @@ def multiply(
     scale: Float[Array, " out"] | None = None,
     *,
     gated: bool = False,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     tile: Tile | None = None,
     interpret: bool | None = None,
 ) -> Float[Array, "*B out"]:
@@ -211,83 +228,85 @@ def multiply_and_add(
     it would be copied."""
     dtype, (*_, D) = residual.dtype, residual.shape
     parts = _products(x, matrix, scale, False, dtype, tile, interpret)
-    P, R, _ = parts.shape
-
-    def norm_kernel(parts_ref, x_ref, post_ref, pre_ref, sum_ref, y_ref):
-        row, column = pl.program_id(0), jnp.arange(pl.next_power_of_2(D))
-        exists = column < D
-
-        def load(place: Any) -> Any:
-            return plgpu.load(place, mask=exists, other=0.0).astype(jnp.float32)
-
-        def norm(y: Any, factor: Any) -> Any:
-            y = y.astype(jnp.float32)
-            return (y * jax.lax.rsqrt(jnp.sum(y * y) / D + 1e-6) * (1 + factor)).astype(dtype)
-
-        # All at once: none of them waits for a sum.
-        y, *others = [load(parts_ref.at[part, row, column]) for part in range(P)]
-        x, factor, then = (load(ref.at[i, column]) for ref, i in ((x_ref, row), (post_ref, post[1]), (pre_ref, pre[1])))
-        for more in others:
-            y += more
-        total = (x + norm(y.astype(dtype), factor).astype(jnp.float32)).astype(dtype)
-        plgpu.store(sum_ref.at[row, column], total, mask=exists)
-        plgpu.store(y_ref.at[row, column], norm(total, then), mask=exists)
-
-    if interpret is None:
-        interpret = jax.default_backend() != "gpu"
-    new = jax.ShapeDtypeStruct((R, D), dtype)
+    new = jax.ShapeDtypeStruct((parts.shape[1], D), dtype)
     total, y = pl.pallas_call(
-        norm_kernel,
-        grid=(R,),
+        partial(norm_kernel, post[1], pre[1]),
+        grid=new.shape[:1],
         out_shape=[new, new],
-        interpret=interpret,
-        compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=1),
-    )(parts, residual.reshape(R, D), post[0], pre[0])
+        **call_options(interpret, warps=8, stages=1),
+    )(parts, residual.reshape(new.shape), post[0], pre[0])
     return total.reshape(residual.shape), y.reshape(residual.shape)
 
 
+def norm_kernel(post: int, pre: int, parts_ref, x_ref, post_ref, pre_ref, sum_ref, y_ref) -> None:
+    """One row; `post` and `pre` are the norms' rows in their stacks."""
+    (parts, _, D), dtype = parts_ref.shape, sum_ref.dtype
+    row, column = pl.program_id(0), jnp.arange(pl.next_power_of_2(D))
+    exists = column < D
+
+    def load(place: Any) -> Array:
+        return plgpu.load(place, mask=exists, other=0.0).astype(jnp.float32)
+
+    def norm(y: Array, factor: Array) -> Array:
+        y = y.astype(jnp.float32)
+        return (y * jax.lax.rsqrt(jnp.sum(y * y) / D + 1e-6) * (1 + factor)).astype(dtype)
+
+    # All at once: none of them waits for a sum.
+    y, *others = [load(parts_ref.at[part, row, column]) for part in range(parts)]
+    x, factor, then = (load(ref.at[i, column]) for ref, i in ((x_ref, row), (post_ref, post), (pre_ref, pre)))
+    for more in others:
+        y += more
+    total = (x + norm(y.astype(dtype), factor).astype(jnp.float32)).astype(dtype)
+    plgpu.store(sum_ref.at[row, column], total, mask=exists)
+    plgpu.store(y_ref.at[row, column], norm(total, then), mask=exists)
+
+
 def _products(
-    x: Any, matrix: Any, scale: Any, gated: bool, dtype: Any, tile: Tile | None, interpret: bool | None
-) -> Float[Array, "P R out"]:
+    x: Float[Array, "*B in"],
+    matrix: Float[Array, "both in"] | Int[Array, "both in"],
+    scale: Float[Array, " both"] | None,
+    gated: bool,
+    dtype: DTypeLike,
+    tile: Tile | None,
+    interpret: bool | None,
+) -> Float[Array, "splits R out"]:
     """The products of `multiply` in parts, to be added; of `dtype` if there is but one, float32 otherwise."""
     x = x.reshape(-1, x.shape[-1])
-    (R, K), parts = x.shape, 1 + gated
-    out = len(matrix) // parts
+    R, K = x.shape
+    out = len(matrix) // (1 + gated)
     tile = tile or tile_of(len(matrix), K, matrix.dtype.itemsize)
-    steps = K // tile.splits // tile.columns
-    divides = steps * tile.splits * tile.columns == K and out % tile.rows == 0
+    divides = K % (tile.splits * tile.columns) == 0 and out % tile.rows == 0
     assert R <= ROWS and divides and not (gated and tile.splits > 1), (x.shape, matrix.shape, tile)
-
-    def multiply_kernel(x_ref, matrix_ref, *refs):
-        *scale_ref, y_ref = refs
-        first, split = pl.program_id(0) * tile.rows, pl.program_id(1)
-        row, column = jnp.arange(ROWS), jnp.arange(tile.columns)
-        exists = (row < R)[:, None]
-
-        def step(i: Any, sums: Any) -> Any:
-            start = split * (K // tile.splits) + i * tile.columns
-            mask = jnp.broadcast_to(exists, (ROWS, tile.columns))
-            some = plgpu.load(x_ref.at[row[:, None], start + column[None]], mask=mask, other=0.0)
-
-            def product(part: int) -> Any:
-                weights = matrix_ref[pl.ds(part * out + first, tile.rows), pl.ds(start, tile.columns)]
-                return jax.lax.dot(some, weights.astype(some.dtype).T, preferred_element_type=jnp.float32)
-
-            return tuple(total + product(part) for part, total in enumerate(sums))
-
-        sums = jax.lax.fori_loop(0, steps, step, (jnp.zeros((ROWS, tile.rows), jnp.float32),) * parts)
-        for ref in scale_ref:
-            sums = tuple(y * ref[pl.ds(i * out + first, tile.rows)][None] for i, y in enumerate(sums))
-        y = jax.nn.gelu(sums[0], approximate=True) * sums[1] if gated else sums[0]
-        place = y_ref.at[split, row[:, None], first + jnp.arange(tile.rows)[None]]
-        plgpu.store(place, y.astype(y_ref.dtype), mask=jnp.broadcast_to(exists, y.shape))
-
-    if interpret is None:
-        interpret = jax.default_backend() != "gpu"
     return pl.pallas_call(
-        multiply_kernel,
+        partial(multiply_kernel, tile, gated),
         grid=(out // tile.rows, tile.splits),
         out_shape=jax.ShapeDtypeStruct((tile.splits, R, out), dtype if tile.splits == 1 else jnp.float32),
-        interpret=interpret,
-        compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
+        **call_options(interpret, tile.warps, tile.stages),
     )(x, matrix, *([] if scale is None else [scale]))
+
+
+def multiply_kernel(tile: Tile, gated: bool, x_ref, matrix_ref, *refs) -> None:
+    """All rows of x by one tile's rows and one split's columns of the matrix, and with `gated` by those of its second
+    half, too."""
+    (*scale_ref, y_ref), (R, K), parts = refs, x_ref.shape, 1 + gated
+    out, steps = matrix_ref.shape[0] // parts, K // tile.splits // tile.columns
+    first, split = pl.program_id(0) * tile.rows, pl.program_id(1)
+    row, column = jnp.arange(ROWS), jnp.arange(tile.columns)
+    exists = (row < R)[:, None]
+
+    def step(i: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
+        start = split * (K // tile.splits) + i * tile.columns
+        mask = jnp.broadcast_to(exists, (ROWS, tile.columns))
+        some = plgpu.load(x_ref.at[row[:, None], start + column[None]], mask=mask, other=0.0)
+        totals = []
+        for part, total in enumerate(sums):
+            weights = matrix_ref[pl.ds(part * out + first, tile.rows), pl.ds(start, tile.columns)]
+            totals.append(total + dot(some, weights.astype(some.dtype).T))
+        return tuple(totals)
+
+    sums = jax.lax.fori_loop(0, steps, step, (jnp.zeros((ROWS, tile.rows), jnp.float32),) * parts)
+    for ref in scale_ref:
+        sums = tuple(y * ref[pl.ds(i * out + first, tile.rows)][None] for i, y in enumerate(sums))
+    y = jax.nn.gelu(sums[0], approximate=True) * sums[1] if gated else sums[0]
+    place = y_ref.at[split, row[:, None], first + jnp.arange(tile.rows)[None]]
+    plgpu.store(place, y.astype(y_ref.dtype), mask=jnp.broadcast_to(exists, y.shape))

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from spatialvla_jax.actions import decode
-from spatialvla_jax.actions.normalization import action_bounds
+from spatialvla_jax.actions.normalization import action_bounds, to_range
 from spatialvla_jax.batch import Observation
 from spatialvla_jax.checkpoints.processor import Processor
 from spatialvla_jax.errors import InputError
@@ -218,7 +218,7 @@ def act(model: SpatialVLA, constrained: bool, weights: Any, grid: Any, inputs: d
     actions = decode(grid, jnp.maximum(ids, 0))
     if "bounds" in inputs:
         low, high, mask = inputs["bounds"].swapaxes(0, 1)[:, :, None]
-        actions = jnp.where(mask > 0, (actions + 1) / 2 * (high - low) + low, actions)
+        actions = to_range(actions, low, high, mask > 0)
     return {"action_ids": ids, "actions": actions, "passes": passes}
 
 
