@@ -31,9 +31,11 @@ OTHER = replace(OTHER, default_intrinsics=(*OTHER.default_intrinsics, (0, 0, 1))
 
 BLOCKED = """
 import sys
+from importlib.machinery import PathFinder
 
-for name in ("tensorflow", "tensorflow_datasets"):
-    sys.modules[name] = None  # importing it is an ImportError
+find_spec = PathFinder.find_spec
+blocked = {"tensorflow", "tensorflow_datasets"}
+PathFinder.find_spec = lambda name, *rest: None if name.partition(".")[0] in blocked else find_spec(name, *rest)
 """
 
 
