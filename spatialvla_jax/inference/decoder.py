@@ -65,7 +65,7 @@ def linear(x: Float[Array, "*B in"], matrix: Matrix, dtype: DTypeLike | None = N
     return y if scale is None else y * scale.astype(y.dtype)
 
 
-def gated(x: Float[Array, "*B in"], matrix: Matrix) -> Float[Array, "*B out/2"]:
+def gated(x: Float[Array, "*B in"], matrix: Matrix) -> Float[Array, "*B half"]:
     """GELU of the first half of x · matrixᵀ, times its second half."""
     values, scale = matrix if isinstance(matrix, Quantized) else (matrix, None)
     if kernels.can_multiply(x, values):

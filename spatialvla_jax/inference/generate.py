@@ -203,7 +203,7 @@ def _from_draft(
         hidden, cache = decoder.forward(inputs, positions, mask, positions)
     first = last_of_prompt(hidden[:, :P], valid)
 
-    def predict(hidden: Float[Array, "B A-1 D"]) -> Int[Array, "B A"]:
+    def predict(hidden: Float[Array, "B _ D"]) -> Int[Array, "B A"]:
         return decoder.best(jnp.concatenate([first, hidden], axis=1), tuple(range(A)))
 
     def unsettled(state: DraftState) -> Bool[Array, ""]:

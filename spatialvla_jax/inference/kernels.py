@@ -202,7 +202,7 @@ def multiply(
     dtype: DTypeLike | None = None,
     tile: Tile | None = None,
     interpret: bool | None = None,
-) -> Float[Array, "*B out"]:
+) -> Float[Array, "*B _"]:
     """x · matrixᵀ, its columns times `scale`, in `dtype`, by default that of x, for at most `ROWS` rows of x.
 
     With `gated`, the first half of the outputs goes through GELU and multiplies the second: [*B, out/2].
