@@ -5,9 +5,9 @@
 Everything the training loop jits is in it: augmentation, encoding, forward, backward, clipping, AdamW. Prints the
 environment, then each repeat and the median; ends with one line of JSON. Compilation and the first steps don't count.
 
-The floor of a step is its model FLOPs (`topology.model_flops`: forward, and backward to what is trained) at the peak of
-the devices, MFU that floor in parts of the step; the state's bytes are those that its shardings predict for a device
-beside those that the first device holds.
+The floor of a step is its model FLOPs (`training.flops.model_flops`: forward, and backward to what is trained) at the
+peak of the devices, MFU that floor in parts of the step; the state's bytes are those that its shardings predict for a
+device beside those that the first device holds.
 """
 
 import argparse
@@ -25,15 +25,16 @@ from trace_table import trace
 from spatialvla_jax.actions import PRETRAIN_GAUSSIANS, gaussian_grid
 from spatialvla_jax.batch import Batch
 from spatialvla_jax.config import default_config
-from spatialvla_jax.models import PRESETS, SpatialVLA, preset
+from spatialvla_jax.models import PRESETS, preset
 from spatialvla_jax.models.remat import POLICIES
 from spatialvla_jax.models.spatialvla import SpatialVLAConfig
 from spatialvla_jax.planning.tpu_plan import held
 from spatialvla_jax.training.flops import model_flops
-from spatialvla_jax.training.optimizer import make_optimizer
-from spatialvla_jax.training.setup import abstract_params, frozen_patterns, jit_train_step, make_model
-from spatialvla_jax.training.sharding import BATCH, check_batch, make_mesh
-from spatialvla_jax.training.state import abstract_state, init_state
+from spatialvla_jax.training.optimizer import Params
+from spatialvla_jax.training.setup import TrainSetup, make_setup
+from spatialvla_jax.training.sharding import BATCH, make_mesh
+from spatialvla_jax.training.state import abstract_params, abstract_state, init_state
+from spatialvla_jax.training.step import jit_train_step
 from spatialvla_jax.utils.chips import peak
 
 
@@ -51,11 +52,11 @@ def random_batch(config: SpatialVLAConfig, size: int, action_dim: int) -> Batch:
     )
 
 
-def start_from(config: Any, model: SpatialVLA) -> dict[str, Any] | None:
+def start_from(setup: TrainSetup) -> Params | None:
     """Random parameters as adapters' runs hold them, in the dtypes of a published base; None without adapters."""
-    if not config.lora.rank:
+    if setup.adapters is None:
         return None
-    shapes = abstract_params(config, model)
+    shapes = abstract_params(setup)
     draw = lambda s: 0.02 * jax.random.normal(jax.random.key(0), s.shape, s.dtype)  # noqa: E731
     return jax.jit(lambda: jax.tree.map(draw, shapes))()
 
@@ -99,13 +100,12 @@ def main() -> None:
     config.train.batch_size, config.lora.rank = args.batch_size, args.lora
     config.data.prompt.length = args.prompt_length or config.data.prompt.length
     config.optimizer.mu_dtype = args.mu_dtype
-    model = make_model(config, grid)
     mesh = make_mesh({"fsdp": -1})
-    check_batch(args.batch_size, 1, mesh)
-    optimizer = make_optimizer(config.optimizer, config.train.steps)
-    state, shardings = init_state(model, optimizer, frozen_patterns(config, model), 0, mesh, start_from(config, model))
+    setup = make_setup(config, grid, mesh)
+    model = setup.model
+    state, shardings = init_state(setup, start_from(setup))
     params = sum(x.size for x in jax.tree.leaves(state.params))
-    shapes, _ = abstract_state(model, optimizer, frozen_patterns(config, model), mesh, abstract_params(config, model))
+    shapes, _ = abstract_state(setup)
     predicted = {
         "params": held(shapes.params, shardings.params),
         "optimizer": held(shapes.opt_state, shardings.opt_state),
@@ -116,7 +116,7 @@ def main() -> None:
     seed = np.uint32(0)
     batch = jax.device_put(random_batch(model.config, args.batch_size, grid.action_dim), NamedSharding(mesh, BATCH))
     began = time.perf_counter()
-    compiled = jit_train_step(config, model, mesh, shardings).lower(state, batch, grid, seed).compile()
+    compiled = jit_train_step(setup, shardings).lower(state, batch, grid, seed).compile()
     compile_seconds = time.perf_counter() - began
 
     for _ in range(3):
@@ -131,7 +131,7 @@ def main() -> None:
         seconds.append((time.perf_counter() - began) / args.steps)
         print(f"repeat {repeat + 1}: {1e3 * seconds[-1]:.2f} ms a step, {args.batch_size / seconds[-1]:.1f} samples/s")
     median = statistics.median(seconds)
-    flops = model_flops(config, grid)
+    flops = model_flops(setup, grid)
     achieved: dict[str, Any] = {"model_flops_per_sample": flops}
     print(f"{flops:.4g} model FLOPs a sample")
     if rate := peak():  # unknown of CPUs

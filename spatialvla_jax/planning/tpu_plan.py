@@ -1,6 +1,6 @@
 """Ahead-of-time compilation of the training step for a TPU pod, by libtpu on any CPU machine (extra [tpu]).
 
-What is compiled is `training.program.jit_train_step`, the step that the training loop runs, with the shardings that it
+What is compiled is `training.step.jit_train_step`, the step that the training loop runs, with the shardings that it
 runs with. The compiler itself says whether the step fits the chip; advice on what would fit has been compiled, too.
 """
 
@@ -23,22 +23,17 @@ import numpy as np
 from jax.experimental import topologies
 from ml_collections import ConfigDict
 
-from spatialvla_jax.actions import PRETRAIN_GAUSSIANS
+from spatialvla_jax.actions import PRETRAIN_GAUSSIANS, ActionTokenizer
 from spatialvla_jax.batch import Batch
 from spatialvla_jax.data.oxe import MIXTURES
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.planning.hlo_cost import GB, read_program
 from spatialvla_jax.training.flops import model_flops
 from spatialvla_jax.training.grid_fit import make_grid
-from spatialvla_jax.training.optimizer import make_optimizer
-from spatialvla_jax.training.setup import (
-    abstract_params,
-    frozen_patterns,
-    jit_train_step,
-    make_model,
-)
+from spatialvla_jax.training.setup import TrainSetup, make_setup
 from spatialvla_jax.training.sharding import AXES, check_batch, make_mesh
 from spatialvla_jax.training.state import abstract_state
+from spatialvla_jax.training.step import jit_train_step
 from spatialvla_jax.utils.atomic import write_json
 from spatialvla_jax.utils.chips import CHIPS, Chip
 
@@ -57,6 +52,7 @@ BATCH_PARTS = (1, 2, 4)  # of the config's batch, which a search tries
 REMAT = ("none", "dots", "full")  # from the most memory to the least
 
 Progress = Callable[[str], None]
+Report = dict[str, Any]  # of a compiled plan, as in its JSON file: see `compile_plan`
 
 
 @dataclass(frozen=True)
@@ -162,31 +158,23 @@ class Plan:
         return " ".join(flags)
 
 
-def plan_of(config: ConfigDict, topology: Topology, devices: list[Any]) -> Plan:
-    """Raises InputError where the mesh or the batch does not divide."""
-    mesh = make_mesh(config.mesh.to_dict(), devices)
-    check_batch(config.train.batch_size, config.train.grad_accum_steps, mesh)
-    data, fsdp, tensor = (mesh.shape[a] for a in AXES)
-    return Plan((data, fsdp, tensor), config.model.remat, config.train.batch_size, config.train.grad_accum_steps)
+def plan_of(setup: TrainSetup) -> Plan:
+    assert setup.mesh is not None
+    data, fsdp, tensor = (setup.mesh.shape[a] for a in AXES)
+    return Plan((data, fsdp, tensor), setup.model.config.remat, setup.batch_size, setup.grad_accum_steps)
 
 
-def compile_plan(config: ConfigDict, plan: Plan, topology: Topology, cache: Path) -> dict[str, Any]:
-    """Compile one plan → its report (see `table`), kept in `cache` under all that it depends on. "used" are the
-    bytes of a chip's HBM that it takes or would take."""
-    config = ConfigDict(config.to_dict())
-    config.mesh.update(dict(zip(AXES, plan.mesh, strict=True)))
-    config.model.remat = plan.remat
-    config.train.update(batch_size=plan.batch_size, grad_accum_steps=plan.grad_accum_steps)
-    mesh = make_mesh(config.mesh.to_dict(), topology.devices())
+def compile_plan(setup: TrainSetup, grid: ActionTokenizer, plan: Plan, topology: Topology, cache: Path) -> Report:
+    """Compile `setup` with the plan's changes → its report (see `table`), kept in `cache` under all that it depends on.
+    "used" are the bytes of a chip's HBM that it takes or would take."""
+    mesh = make_mesh(dict(zip(AXES, plan.mesh, strict=True)), topology.devices())
     check_batch(plan.batch_size, plan.grad_accum_steps, mesh)
-    grid = make_grid(config.grid.to_dict(), lambda: np.asarray(PRETRAIN_GAUSSIANS))
-    model = make_model(config, grid)
-    optimizer = make_optimizer(config.optimizer, config.train.steps)
-    frozen = frozen_patterns(config, model)
-    state, shardings = abstract_state(model, optimizer, frozen, mesh, abstract_params(config, model))
-    num_datasets = len(MIXTURES.get(config.data.mixture, ())) + len(config.data.datasets)
-    step = jit_train_step(config, model, mesh, shardings, num_datasets)
-    batch = Batch.abstract(model.config, plan.batch_size, grid.action_dim)
+    setup = replace(
+        setup.with_remat(plan.remat), mesh=mesh, batch_size=plan.batch_size, grad_accum_steps=plan.grad_accum_steps
+    )
+    state, shardings = abstract_state(setup)
+    step = jit_train_step(setup, shardings)
+    batch = Batch.abstract(setup.model.config, plan.batch_size, grid.action_dim)
     lowered = step.lower(state, batch, grid, np.uint32(0))
     versions = {"jax": jax.__version__, "libtpu": importlib.metadata.version("libtpu")}
     key = hashlib.sha256(f"{topology} {plan} {versions} {FORMAT} {lowered.as_text()}".encode()).hexdigest()[:24]
@@ -194,59 +182,57 @@ def compile_plan(config: ConfigDict, plan: Plan, topology: Topology, cache: Path
     if kept.exists():
         return json.loads(kept.read_text())
 
-    chip = topology.chip
-    report: dict[str, Any] = {
+    report: Report = {
         "topology": topology.name,
         "slices": topology.slices,
         "chips": topology.chips,
         **asdict(plan),
-    }
-    report |= {
         "report": str(kept),
-        "preset": config.model.preset,
-        "depth_source": config.model.depth_source,
+        "preset": setup.preset,
+        "depth_source": setup.model.config.depth_source,
         **versions,
     }
     began = time.perf_counter()
+    cache.mkdir(parents=True, exist_ok=True)
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        report |= {"fits": False, "compile_seconds": time.perf_counter() - began} | out_of_memory(str(error))
+        report |= {"fits": False} | out_of_memory(str(error))
     else:
         hlo = compiled.as_text()
-        cache.mkdir(parents=True, exist_ok=True)
         (cache / f"{key}.hlo.gz").write_bytes(gzip.compress(hlo.encode(), mtime=0))
-        cost = read_program(hlo, prod(topology.dims))
-        flops = model_flops(config, grid) * plan.batch_size
-        seconds = {
-            # Small products that the compiler turns into vector operations are in the model's FLOPs alone.
-            "compute": max(cost.flops, flops / topology.chips) / chip.peak,
-            "hbm": cost.hbm_bytes / chip.hbm_bandwidth,
-            "ici": cost.received(across_slices=False) / chip.ici,
-            "dcn": cost.received(across_slices=True) / chip.dcn,
-        }
-        bound = max(seconds.values())
-        memory = memory_of(
-            compiled.memory_analysis(), held(state.params, shardings.params), held(state.opt_state, shardings.opt_state)
-        )
-        report |= {
-            "fits": memory["total"] <= chip.hbm,
-            "memory": memory,
-            "used": memory["total"],
-            "hbm": chip.hbm,
-            "model_flops": flops,
-            "hardware_flops": cost.flops * topology.chips,
-            "hbm_bytes": cost.hbm_bytes,
-            "seconds": seconds,
-            "step_seconds": bound,
-            "samples_per_second": plan.batch_size / bound,
-            "mfu_bound": flops / (topology.chips * chip.peak * bound),
-            "collectives": [asdict(c) for c in cost.collectives],
-            "compile_seconds": time.perf_counter() - began,
-        }
+        params = held(state.params, shardings.params)
+        memory = memory_of(compiled.memory_analysis(), params, held(state.opt_state, shardings.opt_state))
+        report |= {"fits": memory["total"] <= topology.chip.hbm, "memory": memory, "used": memory["total"]}
+        report |= costs_of(hlo, model_flops(setup, grid), plan.batch_size, topology)
+    report["compile_seconds"] = time.perf_counter() - began
     cache.mkdir(parents=True, exist_ok=True)
     write_json(kept, report)
     return report
+
+
+def costs_of(hlo: str, flops_of_sample: float, batch_size: int, topology: Topology) -> Report:
+    """What a step costs by the roofline, from the program's text."""
+    chip, cost, flops = topology.chip, read_program(hlo, prod(topology.dims)), flops_of_sample * batch_size
+    seconds = {
+        # Small products that the compiler turns into vector operations are in the model's FLOPs alone.
+        "compute": max(cost.flops, flops / topology.chips) / chip.peak,
+        "hbm": cost.hbm_bytes / chip.hbm_bandwidth,
+        "ici": cost.received(across_slices=False) / chip.ici,
+        "dcn": cost.received(across_slices=True) / chip.dcn,
+    }
+    bound = max(seconds.values())
+    return {
+        "hbm": chip.hbm,
+        "model_flops": flops,
+        "hardware_flops": cost.flops * topology.chips,
+        "hbm_bytes": cost.hbm_bytes,
+        "seconds": seconds,
+        "step_seconds": bound,
+        "samples_per_second": batch_size / bound,
+        "mfu_bound": flops / (topology.chips * chip.peak * bound),
+        "collectives": [asdict(c) for c in cost.collectives],
+    }
 
 
 FORMAT = 4  # of a report: another one leaves the cached ones alone
@@ -302,7 +288,7 @@ def smaller(plan: Plan, slices: int) -> Iterator[Plan]:
 
 
 def advise(
-    plan: Plan, report: dict[str, Any], slices: int, compile_: Callable[[Plan], dict[str, Any]]
+    plan: Plan, report: Report, slices: int, compile_: Callable[[Plan], Report]
 ) -> tuple[Plan | None, list[Plan]]:
     """→ (a smaller plan that was compiled and fits, plans that were tried and do not).
 
@@ -335,8 +321,8 @@ def shrinks(plan: Plan, other: Plan) -> float:
 
 
 def search(
-    plan: Plan, topology: Topology, compile_: Callable[[Plan], dict[str, Any]], progress: Progress
-) -> list[tuple[Plan, dict[str, Any]]]:
+    plan: Plan, topology: Topology, compile_: Callable[[Plan], Report], progress: Progress
+) -> list[tuple[Plan, Report]]:
     """Meshes, remat policies and accumulation for the plan's batch, its half and its quarter → those that fit, the most
     samples a second by the roofline first.
 
@@ -344,7 +330,7 @@ def search(
     one that keeps more fits in as few parts, as it would do the same products and more. So are smaller batches where a
     larger one fits whole without rematerialisation: each step gathers the same parameters for fewer samples.
     """
-    fitting: list[tuple[Plan, dict[str, Any]]] = []
+    fitting: list[tuple[Plan, Report]] = []
     whole: set[tuple[int, int, int]] = set()
     batches = [plan.batch_size // n for n in BATCH_PARTS if plan.batch_size % n == 0]
     for batch_size, mesh in ((b, m) for b in batches for m in meshes(topology, b)):
@@ -386,7 +372,7 @@ def meshes(topology: Topology, batch_size: int) -> list[tuple[int, int, int]]:
     return found
 
 
-def line(report: dict[str, Any]) -> str:
+def line(report: Report) -> str:
     """A report in a line."""
     if not report["fits"]:
         return f"does not fit, {report['used'] / 2**30:.1f} of {report['hbm'] / 2**30:.1f} GiB"
@@ -397,7 +383,7 @@ def line(report: dict[str, Any]) -> str:
     )
 
 
-def table(report: dict[str, Any]) -> str:
+def table(report: Report) -> str:
     """A fitting report for people: memory by kind, costs, collectives by kind and place in the network."""
     gib = lambda n: f"{n / 2**30:8.2f} GiB"  # noqa: E731
     memory, seconds = report["memory"], report["seconds"]
@@ -429,16 +415,21 @@ def table(report: dict[str, Any]) -> str:
 
 def compile_for(
     config: ConfigDict, topology: Topology, cache: Path, *, searching: bool = False, progress: Progress = lambda _: None
-) -> list[tuple[Plan, dict[str, Any]]]:
+) -> list[tuple[Plan, Report]]:
     """The config's plan compiled, or (`searching`) those that fit, fastest first.
 
-    Raises InputError where the step does not fit, naming settings that do: they were compiled.
+    Raises InputError where the mesh or the batch does not divide, and where the step does not fit, naming settings that
+    do: they were compiled.
     """
-    plan = plan_of(config, topology, topology.devices())
+    grid = make_grid(config.grid.to_dict(), lambda: np.asarray(PRETRAIN_GAUSSIANS))
+    mesh = make_mesh(config.mesh.to_dict(), topology.devices())
+    num_datasets = len(MIXTURES.get(config.data.mixture, ())) + len(config.data.datasets)
+    setup = make_setup(config, grid, mesh, num_datasets=num_datasets)
+    plan = plan_of(setup)
 
-    def compile_(plan: Plan) -> dict[str, Any]:
+    def compile_(plan: Plan) -> Report:
         progress(f"compiling {plan} for {topology}")
-        return compile_plan(config, plan, topology, cache)
+        return compile_plan(setup, grid, plan, topology, cache)
 
     if searching:
         fitting = search(plan, topology, compile_, progress)

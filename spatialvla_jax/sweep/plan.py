@@ -48,8 +48,8 @@ from spatialvla_jax.config import (
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.models.lora import adapter_shapes
 from spatialvla_jax.models.presets import CHOICES as MODEL_CHOICES
-from spatialvla_jax.training.optimizer import make_optimizer, split_frozen
-from spatialvla_jax.training.setup import frozen_patterns, lora_targets, make_model
+from spatialvla_jax.training.optimizer import split_frozen
+from spatialvla_jax.training.setup import make_setup
 
 KEYS = ("base", "axes", "seeds", "keep_checkpoints")
 CHOICES = {
@@ -199,13 +199,13 @@ def _check(where: str, config: ConfigDict, changed: set[str]) -> None:
         raise InputError(f"{where}: {problem}")
     try:
         check_post_training(config)
-        model = make_model(config, _grid(config))
-        make_optimizer(config.optimizer, train.steps)
+        setup = make_setup(config, _grid(config))
         # Patterns are about paths alone, so one grid does for all.
-        shapes = _shapes(make_model(config, uniform_grid((1,) * 6)).config)
-        adapters = adapter_shapes(shapes, config.lora.rank, lora_targets(config, model)) if config.lora.rank else {}
+        shapes = _shapes(make_setup(config, uniform_grid((1,) * 6)).model.config)
+        lora = setup.adapters
+        adapters = adapter_shapes(shapes, lora.rank, lora.targets) if lora else {}
         paths = shapes | {f"lora/{path}": shape for path, shape in adapters.items()}
-        split_frozen(unflatten(paths), frozen_patterns(config, model))
+        split_frozen(unflatten(paths), setup.frozen)
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
 

@@ -4,38 +4,34 @@ from math import prod
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
 
 from spatialvla_jax.actions import ActionTokenizer
 from spatialvla_jax.batch import Batch
 from spatialvla_jax.models.lora import merge_adapters
-from spatialvla_jax.training.optimizer import merge, split_frozen
-from spatialvla_jax.training.setup import abstract_params, frozen_patterns, lora_scale, make_model
+from spatialvla_jax.training.optimizer import Params, merge, split_frozen
+from spatialvla_jax.training.setup import TrainSetup
+from spatialvla_jax.training.state import abstract_params
 from spatialvla_jax.training.step import loss_and_metrics, prepare
 
 
-def model_flops(config: ConfigDict, grid: ActionTokenizer) -> float:
+def model_flops(setup: TrainSetup, grid: ActionTokenizer) -> float:
     """FLOPs of one sample that the model itself needs: the forward pass, and the backward pass to every trainable
     parameter, without augmentation, rematerialisation and optimizer. Counted over the products of the traced gradient.
     """
-    config = ConfigDict(config.to_dict())
-    config.model.remat = "none"
-    model = make_model(config, grid)
-    frozen = frozen_patterns(config, model)
+    setup = setup.with_remat("none")
 
-    def gradient(params: Any, batch: Batch) -> Any:
-        trainable, fixed = split_frozen(params, frozen)
+    def gradient(params: Params, batch: Batch) -> Params:
+        trainable, fixed = split_frozen(params, setup.frozen)
         inputs = prepare(batch, None, None)
 
-        def loss(trainable: Any) -> Any:
-            params = merge_adapters(merge(trainable, fixed), lora_scale(config))
-            return loss_and_metrics(model, params, inputs, grid)[0].mean()
+        def loss(trainable: Params) -> Any:
+            params = merge_adapters(merge(trainable, fixed), setup.lora_scale)
+            return loss_and_metrics(setup.model, params, inputs, grid)[0].mean()
 
         return jax.grad(loss)(trainable)
 
-    params = abstract_params(config, model)
-    batch = Batch.abstract(model.config, 1, grid.action_dim)
-    return product_flops(jax.make_jaxpr(gradient)(params, batch).jaxpr)
+    batch = Batch.abstract(setup.model.config, 1, grid.action_dim)
+    return product_flops(jax.make_jaxpr(gradient)(abstract_params(setup), batch).jaxpr)
 
 
 def product_flops(jaxpr: Any) -> float:

@@ -10,6 +10,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict
 
+from spatialvla_jax.actions import ActionTokenizer
 from spatialvla_jax.checkpoints import Checkpoint, read_checkpoint, start_from_paligemma
 from spatialvla_jax.checkpoints.mapping import check_arrays, param_shapes
 from spatialvla_jax.checkpoints.orbax import parse_metadata, read_metadata, step_directory
@@ -23,7 +24,8 @@ from spatialvla_jax.errors import InputError
 from spatialvla_jax.models import SpatialVLA
 from spatialvla_jax.models.lora import ADAPTERS, init_adapters
 from spatialvla_jax.training.grid_fit import make_grid, mixture_gaussians
-from spatialvla_jax.training.setup import frozen_patterns, lora_targets
+from spatialvla_jax.training.optimizer import Params
+from spatialvla_jax.training.setup import TrainSetup
 from spatialvla_jax.utils.renames import MODEL_FIELDS, renamed
 
 
@@ -43,9 +45,9 @@ def open_start(config: ConfigDict, workdir: Path) -> tuple[Checkpoint | None, Pr
     return checkpoint, checkpoint and checkpoint.processor
 
 
-def make_processor(config: ConfigDict, loader: Loader, before: Processor | None = None) -> Processor:
-    """The grid fitted to the training split, or that of `before`, with the loader's tokenizer and statistics."""
-    grid = make_grid(config.grid.to_dict(), lambda: mixture_gaussians(config.to_dict(), loader), before and before.grid)
+def make_processor(config: ConfigDict, loader: Loader, start: Processor | None = None) -> Processor:
+    """The grid fitted to the training split, or that of `start`, with the loader's tokenizer and statistics."""
+    grid = make_grid(config.grid.to_dict(), lambda: mixture_gaussians(config.to_dict(), loader), start and start.grid)
     return Processor(
         tokenizer=loader.tokenizer,
         grid=jax.tree.map(np.asarray, grid),
@@ -56,38 +58,39 @@ def make_processor(config: ConfigDict, loader: Loader, before: Processor | None 
 
 
 def starting_params(
-    config: ConfigDict, workdir: Path, model: SpatialVLA, checkpoint: Checkpoint | None, grid: Any
-) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    config: ConfigDict, workdir: Path, setup: TrainSetup, checkpoint: Checkpoint | None, grid: ActionTokenizer
+) -> tuple[Params | None, dict[str, Any]]:
     """→ (parameters, what the run's metadata says of them), from `config.init`, which is a PaliGemma or the
     `checkpoint`, adapted to `grid`; no parameters where random ones or those of the run's own checkpoint do.
 
     They are in float32; where adapters are added, the frozen ones are in the dtype that they are stored in.
     Raises InputError naming those that this model has otherwise.
     """
-    if not config.init or (step_directory(workdir) and not config.lora.rank):
+    lora, model, adapt = setup.adapters, setup.model, config.adapt.to_dict()
+    if not config.init or (step_directory(workdir) and lora is None):
         return None, {}
-    lora, adapt, shapes = config.lora, config.adapt.to_dict(), param_shapes(model.config)
+    shapes = param_shapes(model.config)
     start = (checkpoint and adapt_checkpoint(config.init, checkpoint, grid, **adapt)) or _paligemma(config, model)
     check_arrays(config.init, start.arrays, shapes)
-    frozen = frozen_patterns(config, model) if lora.rank else ()
+    frozen = setup.frozen if lora else ()
 
     def read(path: str, leaf: LazyArray) -> np.ndarray:
         return leaf.read() if any(re.match(p, path) for p in frozen) else leaf.read().astype(np.float32)
 
     params = unflatten_dict({path: read(path, leaf) for path, leaf in start.arrays.items()}, sep="/")
-    if checkpoint is None or not lora.rank:
+    if checkpoint is None or lora is None:
         return params, {}
-    adapters = init_adapters(shapes, lora.rank, lora_targets(config, model), jax.random.key(config.seed))
+    adapters = init_adapters(shapes, lora.rank, lora.targets, jax.random.key(setup.seed))
     about = {"rank": lora.rank, "alpha": lora.alpha, "adapt": adapt, "base": refer(config.init, checkpoint)}
     return params | {ADAPTERS: jax.tree.map(np.asarray, adapters)}, {"lora": about}
 
 
-def check_same(before: dict[str, Any], now: dict[str, Any], workdir: Path) -> None:
+def check_same(saved: dict[str, Any], now: dict[str, Any], workdir: Path) -> None:
     """Raises InputError where a run's data, or what its adapters are added to, is not what it was."""
     now = json.loads(json.dumps(now))
-    if before["processor"] != now["processor"] or renamed(before["model"], MODEL_FIELDS) != now["model"]:
+    if saved["processor"] != now["processor"] or renamed(saved["model"], MODEL_FIELDS) != now["model"]:
         raise InputError(f"the data of {workdir} changed since its run began: grid, statistics or tokenizer differ")
-    if before.get("lora") != now.get("lora"):
+    if saved.get("lora") != now.get("lora"):
         raise InputError(f"{now['lora']['base']['path']} changed since the run in {workdir} began to adapt it")
 
 

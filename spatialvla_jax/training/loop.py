@@ -3,6 +3,7 @@
 import json
 import sys
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +14,39 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from spatialvla_jax.actions import ActionTokenizer, uniform_grid
 from spatialvla_jax.batch import Batch
 from spatialvla_jax.config import check_post_training, check_resumable
 from spatialvla_jax.data import Loader, open_data
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.models import preset
 from spatialvla_jax.training.flops import model_flops
 from spatialvla_jax.training.init_from import check_same, make_processor, open_start, starting_params
 from spatialvla_jax.training.metrics import Clock, MetricsLog, check_wandb, rates, scalars
-from spatialvla_jax.training.optimizer import make_optimizer, split_frozen, swap_ema, update_norms
+from spatialvla_jax.training.optimizer import split_frozen, swap_ema
 from spatialvla_jax.training.saving import FOLDER, Checkpoints
-from spatialvla_jax.training.setup import frozen_patterns, jit_train_step, lora_scale, make_model
-from spatialvla_jax.training.sharding import BATCH, check_batch, make_mesh, on_mesh
+from spatialvla_jax.training.setup import TrainSetup, make_setup
+from spatialvla_jax.training.sharding import BATCH, make_mesh
 from spatialvla_jax.training.state import TrainState, init_state
-from spatialvla_jax.training.step import make_eval_step
+from spatialvla_jax.training.step import Jitted, jit_eval_step, jit_train_step, jit_update_norms
 from spatialvla_jax.utils.atomic import write_json
 from spatialvla_jax.utils.chips import peak
 from spatialvla_jax.utils.distributed import Preemption, is_writer
 
 FINISHED = "finished"  # of a run's directory: the file that stands for its last step
+
+
+@dataclass(frozen=True)
+class Run:
+    """What `prepare` makes of a config: all that the steps need. `state` is that after step `start`."""
+
+    workdir: Path
+    setup: TrainSetup
+    loader: Loader
+    grid: ActionTokenizer  # on the devices
+    checkpoints: Checkpoints
+    state: TrainState
+    shardings: TrainState
+    start: int
 
 
 def train(
@@ -45,19 +60,31 @@ def train(
     logged)}. The same config and seed give the same bits, however often the run was killed in between. From the last
     step on `workdir/finished` exists, which tells those who start runs again that this one is done.
     """
-    with Preemption() as preemption:
-        return _train(config, workdir, preemption, wandb, profile)
-
-
-def _train(
-    config: ConfigDict, workdir: Path, preemption: Preemption, wandb: str, profile: tuple[int, int] | None
-) -> dict[str, Any]:
     if wandb:
         check_wandb()
+    with Preemption() as preemption:
+        run = prepare(config, workdir)
+        log = MetricsLog(workdir, run.start, wandb)
+        try:
+            step, state, metrics = take_steps(run, log, preemption, profile)
+        finally:
+            run.checkpoints.close()
+            log.close()
+    if step == run.setup.steps and is_writer():
+        write_json(workdir / FINISHED, {"step": step})
+    trainable, _ = split_frozen(state.params, run.setup.frozen)
+    params, trainable = (sum(x.size for x in jax.tree.leaves(p)) for p in (state.params, trainable))
+    checkpoint = str(workdir / FOLDER)
+    return {"step": step, "params": params, "trainable": trainable, "checkpoint": checkpoint, "metrics": metrics}
+
+
+def prepare(config: ConfigDict, workdir: Path) -> Run:
+    """Data, grid, model and state of a run, new or where it stopped. Raises InputError, before the data is indexed
+    wherever the config alone is wrong."""
     workdir.mkdir(parents=True, exist_ok=True)
     check_post_training(config)
-    fields = config.model.to_dict()
-    preset(fields.pop("preset"), **fields)  # a wrong choice is an error now, not after the data was indexed
+    mesh = make_mesh(config.mesh.to_dict())
+    make_setup(config, uniform_grid((1,) * 6), mesh)  # of any grid: for its errors
     saved = workdir / "config.json"
     if saved.exists():
         check_resumable(json.loads(saved.read_text()), config, workdir)
@@ -66,22 +93,24 @@ def _train(
             "warning: model.depth_source=zoedepth and init is empty: the depth model has random weights",
             file=sys.stderr,
         )
-    mesh = make_mesh(config.mesh.to_dict())
-    check_batch(config.train.batch_size, config.train.grad_accum_steps, mesh)
-    source, before = open_start(config, workdir)
-    loader = open_data(config, tokenizer=None if before is None or config.data.prompt.model else before.tokenizer)
+    checkpoint, processor = open_start(config, workdir)
+    loader = open_data(config, tokenizer=None if processor is None or config.data.prompt.model else processor.tokenizer)
     if config.train.eval_every:  # a split that is missing is an error now, not at the first validation
         loader.num_frames(config.train.eval_split)
     if is_writer():
         tqdm.write(loader.describe(), file=sys.stderr)
 
-    processor = make_processor(config, loader, before)
-    model = make_model(config, processor.grid, processor.tokenizer.vocab_size)
-    optimizer = make_optimizer(config.optimizer, config.train.steps)
-    frozen = frozen_patterns(config, model)
-    start_from, origin = starting_params(config, workdir, model, source, processor.grid)
+    processor = make_processor(config, loader, processor)
+    setup = make_setup(
+        config,
+        processor.grid,
+        mesh,
+        num_datasets=len(loader.names),
+        text_vocab=processor.tokenizer.vocab_size,
+    )
+    params, origin = starting_params(config, workdir, setup, checkpoint, processor.grid)
     metadata = origin | {
-        "model": model.config.to_dict(),
+        "model": setup.model.config.to_dict(),
         "processor": processor.to_dict(),
         "train_config": json.loads(json.dumps(config.to_dict())),
     }
@@ -91,117 +120,118 @@ def _train(
         every=config.checkpoint.every,
         keep_last=config.checkpoint.keep_last,
         keep_every=config.checkpoint.keep_every or None,
-        left_out=frozen if config.lora.rank else (),
+        left_out=setup.frozen if setup.adapters else (),
     )
-    latest = checkpoints.latest()
-    state, shardings = init_state(model, optimizer, frozen, config.seed, mesh, start_from)
-    if latest is not None:
-        check_same(checkpoints.restore_metadata(latest), metadata, workdir)
-        state = checkpoints.restore(latest, state, shardings)
-    start, steps = latest or 0, config.train.steps
+    state, shardings = init_state(setup, params)
+    start = checkpoints.latest() or 0
+    if start:
+        check_same(checkpoints.restore_metadata(start), metadata, workdir)
+        state = checkpoints.restore(start, state, shardings)
     if is_writer():
         write_json(saved, config.to_dict())
         write_json(workdir / "statistics.json", loader.statistics)
-        if start < steps:
+        if start < setup.steps:
             (workdir / FINISHED).unlink(missing_ok=True)
+    grid = jax.device_put(processor.grid, NamedSharding(mesh, P()))
+    return Run(workdir, setup, loader, grid, checkpoints, state, shardings, start)
 
-    batch_sharding, replicated = NamedSharding(mesh, BATCH), NamedSharding(mesh, P())
-    grid, seed = jax.device_put((processor.grid, np.uint32(config.seed)), replicated)
-    step_fn = jit_train_step(config, model, mesh, shardings, len(loader.names))
-    eval_fn = jax.jit(
-        on_mesh(make_eval_step(model, len(loader.names), lora_scale(config)), mesh),
-        in_shardings=(shardings.params, batch_sharding, replicated),
-        out_shardings=replicated,
-    )
 
-    def last_update(state: TrainState) -> dict[str, Any]:
-        return update_norms(config.optimizer, steps, split_frozen(state.params, frozen)[0], state.opt_state)
-
-    update_fn = jax.jit(last_update, in_shardings=(shardings,), out_shardings=replicated)
-    tokens = model.config.prefix_length + model.config.num_action_tokens + 1
-    flops = model_flops(config, processor.grid) if peak() else 0.0
-
-    log = MetricsLog(workdir, start, wandb)
-    batches = loader.batches(
-        config.train.batch_size,
+def take_steps(
+    run: Run, log: MetricsLog, preemption: Preemption, profile: tuple[int, int] | None
+) -> tuple[int, TrainState, dict[str, Any]]:
+    """→ (the last step, the state after it, the metrics that were logged last)."""
+    setup, state, step, start, steps = run.setup, run.state, run.start, run.start, run.setup.steps
+    assert setup.mesh is not None
+    batch_sharding, replicated = NamedSharding(setup.mesh, BATCH), NamedSharding(setup.mesh, P())
+    seed = jax.device_put(np.uint32(setup.seed), replicated)
+    train_step, eval_step = jit_train_step(setup, run.shardings), jit_eval_step(setup, run.shardings)
+    last_update = jit_update_norms(setup, run.shardings)
+    batches = run.loader.batches(
+        setup.batch_size,
         start_step=start,
-        seed=config.seed,
+        seed=setup.seed,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         total_steps=steps,
     )
-    skipped, replaced, logged, clock = loader.num_skipped(), 0, start, Clock()
-    step, running, last, tracing = start, None, {}, False
-    bar = tqdm(total=steps, initial=start, unit="step", desc="train", dynamic_ncols=True, disable=not is_writer())
+    clock = Clock()
+    report = StepReport(run, log, clock)
+    previous, tracing = None, False  # the step before's metrics; whether a trace is being made
 
     def save(last: bool) -> None:
         with clock("compute"):
             jax.block_until_ready(state)
         with clock("save"):
-            checkpoints.save(state, step, last=last)
+            run.checkpoints.save(state, step, last=last)
 
-    try:
+    with tqdm(
+        total=steps, initial=start, unit="step", desc="train", dynamic_ncols=True, disable=not is_writer()
+    ) as bar:
         for step in range(start + 1, start + 1 if preemption.asked else steps + 1):
             if profile and step == max(profile[0], start + 1) <= profile[1]:
-                jax.profiler.start_trace(str(workdir / "profile"))
+                jax.profiler.start_trace(str(run.workdir / "profile"))
                 tracing = True
             with clock("data"):
                 batch = next(batches)
-            # A fingerprint of which frames the step saw: two runs saw the same data if these agree.
-            digest = zlib.crc32(np.asarray(batch.sample_id).tobytes())
             with clock("compute"):
-                state, metrics = step_fn(state, to_device(batch, batch_sharding), grid, seed)
-                if running is not None:  # wait for the step before: the device has one to do meanwhile
-                    check_skipped(running, step - 1, config.train.max_skipped)
-                running = metrics
+                state, metrics = train_step(state, to_device(batch, batch_sharding), run.grid, seed)
+                if previous is not None:  # wait for the step before: the device has one to do meanwhile
+                    check_skipped(previous, step - 1, setup.max_skipped)
+                previous = metrics
             bar.update()
             preempted = step < steps and preemption.reached(step)
             stop = step == steps or preempted
-            if step % config.train.log_every == 0 or step in (1, steps):
+            if step % setup.log_every == 0 or step in (1, steps):
                 with clock("compute"):
-                    last = scalars(jax.device_get(metrics | update_fn(state)), loader.names)
-                times = clock.report(step - logged)
-                shown = {"loss": f"{last['loss']:.3f}", "l1": f"{last['l1']:.3f}"}
-                shown["data_wait"] = f"{times['data/wait_seconds'] / times['step/seconds']:.0%}"
-                bar.set_postfix(shown, refresh=False)
-                before, replaced = replaced, sum(loader.replaced().values())
-                counts = {"data/skipped": skipped, "data/replaced": replaced - before}  # episodes; samples since
-                times |= rates(times["step/seconds"], config.train.batch_size, tokens, flops)
-                log.write(
-                    step, last | {"batch": f"{digest:08x}"} | counts, times | {"save/seconds": checkpoints.seconds}
-                )
-                logged = step
-            if tracing and (stop or step == profile[1]):  # pyright: ignore[reportOptionalSubscript]
+                    values = jax.device_get(metrics | last_update(state))
+                bar.set_postfix(report.write(step, values, np.asarray(batch.sample_id)), refresh=False)
+            if profile and tracing and (stop or step == profile[1]):
                 jax.block_until_ready(state)
                 jax.profiler.stop_trace()
                 tracing = False
-            due = checkpoints.due(step)
+            due = run.checkpoints.due(step)
             if preempted:  # a validation may take longer than what is left
                 save(last=True)
-            if config.train.eval_every and (step % config.train.eval_every == 0 or step == steps):
+            if setup.eval_every and (step % setup.eval_every == 0 or step == steps):
                 with clock("eval"):
-                    values = validate(eval_fn, state, loader, config, batch_sharding, grid)
+                    values = validate(eval_step, state, run, batch_sharding)
                 log.write(step, {f"val/{k}": v for k, v in values.items()})
             if step == steps or (due and not preempted):
                 save(last=stop)
             if stop:
                 break
-    finally:
-        bar.close()
-        checkpoints.close()
-        log.close()
-    if step == steps and is_writer():
-        write_json(workdir / FINISHED, {"step": step})
-    size, trainable = (
-        sum(x.size for x in jax.tree.leaves(p)) for p in (state.params, split_frozen(state.params, frozen)[0])
-    )
-    return {
-        "step": step,
-        "params": size,
-        "trainable": trainable,
-        "checkpoint": str(workdir / FOLDER),
-        "metrics": last,
-    }
+    return step, state, report.values
+
+
+class StepReport:
+    """Writes the metrics of steps to the log, with where the time went since the report before."""
+
+    def __init__(self, run: Run, log: MetricsLog, clock: Clock) -> None:
+        self.run, self.log, self.clock = run, log, clock
+        self.step, self.values = run.start, {}  # of the last report
+        self.skipped_episodes, self.replaced_samples = run.loader.num_skipped(), 0
+        model = run.setup.model.config
+        self.tokens = model.prefix_length + model.num_action_tokens + 1
+        self.flops = model_flops(run.setup, run.grid) if peak() else 0.0
+
+    def write(self, step: int, metrics: dict[str, Any], sample_id: np.ndarray) -> dict[str, str]:
+        """→ what the progress bar shows."""
+        loader, seconds_of_save = self.run.loader, self.run.checkpoints.seconds
+        self.values = scalars(metrics, loader.names)
+        times = self.clock.report(step - self.step)
+        replaced = sum(loader.replaced().values())
+        # A fingerprint of which frames the step saw: two runs saw the same data if these agree.
+        fingerprint = f"{zlib.crc32(sample_id.tobytes()):08x}"
+        counts = {"data/skipped": self.skipped_episodes, "data/replaced": replaced - self.replaced_samples}
+        speed = rates(times["step/seconds"], self.run.setup.batch_size, self.tokens, self.flops)
+        record = self.values | {"batch": fingerprint} | counts
+        self.log.write(step, record, times | speed | {"save/seconds": seconds_of_save})
+        self.step, self.replaced_samples = step, replaced
+        return {
+            "loss": f"{self.values['loss']:.3f}",
+            "l1": f"{self.values['l1']:.3f}",
+            "data_wait": f"{times['data/wait_seconds'] / times['step/seconds']:.0%}",
+        }
 
 
 def check_skipped(metrics: dict[str, jax.Array], step: int, limit: int) -> None:
@@ -214,26 +244,25 @@ def check_skipped(metrics: dict[str, jax.Array], step: int, limit: int) -> None:
         )
 
 
-def validate(
-    eval_fn: Any, state: TrainState, loader: Loader, config: ConfigDict, sharding: NamedSharding, grid: Any
-) -> dict[str, float]:
+def validate(eval_step: Jitted, state: TrainState, run: Run, sharding: NamedSharding) -> dict[str, float]:
     """Teacher-forced metrics averaged over the frames of the validation split."""
+    setup = run.setup
     params, _ = swap_ema(state.params, state.opt_state)
     totals: dict[str, Any] = {}
     count = 0.0
-    batches = loader.epoch(
-        config.train.batch_size // config.train.grad_accum_steps,
-        config.train.eval_split,
+    batches = run.loader.epoch(
+        setup.batch_size // setup.grad_accum_steps,
+        setup.eval_split,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
-        frames=config.train.eval_frames or None,
+        frames=setup.eval_frames or None,
     )
     for batch in batches:
-        sums, n = jax.device_get(eval_fn(params, to_device(batch, sharding), grid))
+        sums, n = jax.device_get(eval_step(params, to_device(batch, sharding), run.grid))
         count += float(n)
         totals = {k: totals.get(k, 0.0) + np.asarray(v, np.float64) for k, v in sums.items()}
     means = {k: v if k == "datasets" else v / count for k, v in totals.items()}
-    return scalars(means, loader.names)
+    return scalars(means, run.loader.names)
 
 
 def to_device(batch: Batch, sharding: NamedSharding) -> Batch:

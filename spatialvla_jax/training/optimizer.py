@@ -1,6 +1,7 @@
 """AdamW with linear warm-up and decay, clipping, freezing by path pattern, and averaged parameters."""
 
 import re
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -14,13 +15,30 @@ from spatialvla_jax.errors import InputError
 Params = dict[str, Any]
 
 
-def learning_rate(config: Any, steps: int) -> optax.Schedule:
-    """Linear from 0 to `peak` over `warmup` (a fraction of all steps), then linear to 0 at the last step."""
-    warmup = max(1, round(config.warmup * steps))
+@dataclass(frozen=True, kw_only=True)
+class AdamW:
+    """Hyperparameters, for a run of `steps` updates. `mu_dtype` is the first moment's. The second stays in float32: at
+    b2 = 0.999 it changes by a thousandth a step, less than bfloat16 resolves."""
+
+    steps: int
+    learning_rate: float
+    warmup: float  # fraction of all steps
+    b1: float
+    b2: float
+    eps: float
+    weight_decay: float
+    grad_clip_norm: float
+    mu_dtype: str
+    ema: float  # decay of averaged parameters; 0: none
+
+
+def learning_rate(adamw: AdamW) -> optax.Schedule:
+    """Linear from 0 to the peak over the warm-up, then linear to 0 at the last step."""
+    warmup = max(1, round(adamw.warmup * adamw.steps))
     return optax.schedules.join_schedules(
         [
-            optax.schedules.linear_schedule(0.0, config.learning_rate, warmup),
-            optax.schedules.linear_schedule(config.learning_rate, 0.0, max(1, steps - warmup)),
+            optax.schedules.linear_schedule(0.0, adamw.learning_rate, warmup),
+            optax.schedules.linear_schedule(adamw.learning_rate, 0.0, max(1, adamw.steps - warmup)),
         ],
         [warmup],
     )
@@ -40,49 +58,69 @@ def params_ema(decay: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: EmaState(jax.tree.map(jnp.copy, params)), update)  # pyright: ignore[reportArgumentType]
 
 
-def make_optimizer(config: Any, steps: int) -> optax.GradientTransformation:
-    """Global-norm clipping, then AdamW, on the trainable parameters; with `ema`, their average.
-
-    `mu_dtype` is the first moment's. The second stays in float32: at b2 = 0.999 it changes by a thousandth a step,
-    less than bfloat16 resolves.
-    """
-    if config.mu_dtype not in ("float32", "bfloat16"):
-        raise InputError(f"optimizer.mu_dtype {config.mu_dtype!r} must be float32 or bfloat16")
-    if not 0 <= config.ema < 1:
-        raise InputError(f"optimizer.ema {config.ema} must be a decay in [0, 1), 0 for none")
+def make_optimizer(adamw: AdamW) -> optax.GradientTransformation:
+    """Global-norm clipping, then AdamW, on the trainable parameters; with `ema`, their average."""
+    if adamw.mu_dtype not in ("float32", "bfloat16"):
+        raise InputError(f"optimizer.mu_dtype {adamw.mu_dtype!r} must be float32 or bfloat16")
+    if not 0 <= adamw.ema < 1:
+        raise InputError(f"optimizer.ema {adamw.ema} must be a decay in [0, 1), 0 for none")
     return optax.chain(
-        optax.clip_by_global_norm(config.grad_clip_norm),
+        optax.clip_by_global_norm(adamw.grad_clip_norm),
         optax.adamw(
-            learning_rate(config, steps),
-            b1=config.b1,
-            b2=config.b2,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            mu_dtype=config.mu_dtype,
+            learning_rate(adamw),
+            b1=adamw.b1,
+            b2=adamw.b2,
+            eps=adamw.eps,
+            weight_decay=adamw.weight_decay,
+            mu_dtype=adamw.mu_dtype,
         ),
-        *([params_ema(config.ema)] if config.ema else []),
+        *([params_ema(adamw.ema)] if adamw.ema else []),
     )
 
 
-def num_updates(opt_state: Any) -> Int[Array, ""]:
+def update_if_finite(
+    optimizer: optax.GradientTransformation,
+    grads: Params,
+    opt_state: optax.OptState,
+    params: Params,
+    *,
+    loss: Float[Array, ""],
+    gradient_norm: Float[Array, ""],
+) -> tuple[Params, optax.OptState]:
+    """→ (parameters, optimizer state) after an update, or as they were where loss or norm are not finite.
+
+    `optax.apply_if_finite` looks at gradients alone: it updates where only the loss is not finite, and where finite
+    gradients have a norm that overflows, which clips them to zero. After a number of bad steps it applies the next one.
+    """
+    finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
+    updates, new_state = optimizer.update(grads, opt_state, params)
+    new: Any = (optax.apply_updates(params, updates), new_state)
+    return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, (params, opt_state))
+
+
+def adam_state(opt_state: optax.OptState) -> optax.ScaleByAdamState:
+    return optax.tree_utils.tree_get(opt_state, "ScaleByAdamState")
+
+
+def num_updates(opt_state: optax.OptState) -> Int[Array, ""]:
     """How often the parameters were updated: the steps so far less those that were skipped."""
-    return opt_state[1][0].count
+    return jnp.asarray(adam_state(opt_state).count)
 
 
-def update_norms(config: Any, steps: int, params: Params, opt_state: Any) -> dict[str, Float[Array, ""]]:
+def update_norms(adamw: AdamW, params: Params, opt_state: optax.OptState) -> dict[str, Float[Array, ""]]:
     """Norms of the last update, all and by part of the model, made again from the state that it left behind: a step
     that need not report them does not write them either.
 
     `params` are the trainable ones after that update, `opt_state` is of `make_optimizer`.
     """
-    adam = opt_state[1][0]
-    rate = learning_rate(config, steps)(adam.count - 1)
+    adam = adam_state(opt_state)
+    rate = learning_rate(adamw)(adam.count - 1)
 
     def update(p: Array, mu: Array, nu: Array) -> Array:
-        mean = mu.astype(jnp.float32) / (1 - config.b1**adam.count)
-        direction = mean / (jnp.sqrt(nu / (1 - config.b2**adam.count)) + config.eps)
-        before = (p + rate * direction) / (1 - rate * config.weight_decay)
-        return rate * (direction + config.weight_decay * before)
+        mean = mu.astype(jnp.float32) / (1 - adamw.b1**adam.count)
+        direction = mean / (jnp.sqrt(nu / (1 - adamw.b2**adam.count)) + adamw.eps)
+        before = (p + rate * direction) / (1 - rate * adamw.weight_decay)
+        return rate * (direction + adamw.weight_decay * before)
 
     return part_norms(jax.tree.map(update, params, adam.mu, adam.nu), "update_norm")
 
@@ -94,14 +132,17 @@ def part_norms(tree: Params, name: str) -> dict[str, Float[Array, ""]]:
     return {name: whole} | {f"{name}/{part}": norm for part, norm in parts.items()}
 
 
-def swap_ema(params: Params, opt_state: Any) -> tuple[Params, Any]:
+def swap_ema(params: Params, opt_state: optax.OptState) -> tuple[Params, optax.OptState]:
     """The averaged parameters in the place of the trained ones and these in theirs; its own inverse, and nothing where
     no average is kept."""
-    if not isinstance(opt_state[-1], EmaState):
+    ema = optax.tree_utils.tree_get(opt_state, "EmaState")
+    if ema is None:
         return params, opt_state
-    trained, averaged = flatten_dict(params, sep="/"), flatten_dict(opt_state[-1].params, sep="/")
-    kept = unflatten_dict({k: trained[k] for k in averaged}, sep="/")
-    return unflatten_dict({**trained, **averaged}, sep="/"), (*opt_state[:-1], EmaState(kept))
+    trained, averaged = flatten_dict(params, sep="/"), flatten_dict(ema.params, sep="/")
+    kept = EmaState(unflatten_dict({k: trained[k] for k in averaged}, sep="/"))
+    is_ema = lambda x: isinstance(x, EmaState)  # noqa: E731
+    swapped = jax.tree.map(lambda x: kept if is_ema(x) else x, opt_state, is_leaf=is_ema)
+    return unflatten_dict({**trained, **averaged}, sep="/"), swapped
 
 
 def split_frozen(params: Params, patterns: tuple[str, ...]) -> tuple[Params, Params]:

@@ -1,98 +1,106 @@
-"""What a config means on a mesh: the model, the optimizer and the jitted training step with the places of all that goes
-in and out. The training loop runs this step, `training/topology.py` compiles it ahead of time: there is one."""
+"""What a config means, resolved once. The training loop, the pod plan, the sweeps' checks and the benchmarks take a
+`TrainSetup` from here; none of them reads the config again."""
 
-from typing import Any
+from dataclasses import dataclass, replace
 
-import jax
-import jax.numpy as jnp
-from flax.traverse_util import flatten_dict
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+import optax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from spatialvla_jax.actions import ActionTokenizer
 from spatialvla_jax.models import SpatialVLA, preset
-from spatialvla_jax.models.lora import ADAPTERS, init_adapters
 from spatialvla_jax.training.augment import Augmentation
-from spatialvla_jax.training.optimizer import learning_rate, make_optimizer, merge, split_frozen
-from spatialvla_jax.training.sharding import BATCH, on_mesh
-from spatialvla_jax.training.state import TrainState, init_params
-from spatialvla_jax.training.step import make_train_step
-
-# Weights are gathered whole, as latency hiding can then do ahead of their use. By default the compiler sends large ones
-# around the ring in parts, each followed by its part of the product.
-TPU_OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000}
+from spatialvla_jax.training.optimizer import AdamW, make_optimizer
+from spatialvla_jax.training.sharding import check_batch
 
 
-def make_model(config: ConfigDict, grid: Any, text_vocab: int = 0) -> SpatialVLA:
-    """The model that the config names, its vocabulary fitted to the grid and to a tokenizer of `text_vocab` tokens."""
-    fields = {k: v for k, v in config.model.to_dict().items() if k != "preset"}
-    return SpatialVLA(
+@dataclass(frozen=True)
+class Adapters:
+    """Low-rank adapters: the kernels whose paths match `targets` change by alpha / rank · B A."""
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSetup:
+    """`frozen` are patterns of parameter paths. The fields from `steps` on are those of `config.train`."""
+
+    preset: str  # the name of the model's sizes
+    model: SpatialVLA
+    adamw: AdamW
+    optimizer: optax.GradientTransformation
+    frozen: tuple[str, ...]
+    adapters: Adapters | None
+    augmentation: Augmentation | None
+    mesh: Mesh | None  # None: nothing is run, as when a sweep is checked for other machines
+    num_datasets: int  # of the mixture, for metrics by dataset; 0: none are made
+    seed: int
+    steps: int
+    batch_size: int
+    grad_accum_steps: int
+    max_skipped: int
+    log_every: int
+    eval_every: int
+    eval_split: str
+    eval_frames: int
+
+    @property
+    def lora_scale(self) -> float:
+        """What `merge_adapters` multiplies B A by."""
+        return self.adapters.alpha / self.adapters.rank if self.adapters else 0.0
+
+    def with_remat(self, remat: str) -> "TrainSetup":
+        return replace(self, model=SpatialVLA(replace(self.model.config, remat=remat)))
+
+
+def make_setup(
+    config: ConfigDict,
+    grid: ActionTokenizer,
+    mesh: Mesh | None = None,
+    *,
+    num_datasets: int = 0,
+    text_vocab: int = 0,
+) -> TrainSetup:
+    """The vocabulary is that of `grid` and of a tokenizer of `text_vocab` tokens.
+
+    Raises InputError for a value that does not exist, and for a batch that the mesh does not divide.
+    """
+    sizes, optimizer, train, augment = (config[part].to_dict() for part in ("model", "optimizer", "train", "augment"))
+    name = sizes.pop("preset")
+    model = SpatialVLA(
         preset(
-            config.model.preset,
-            text_vocab=max(preset(config.model.preset).text_vocab, text_vocab),
+            name,
+            text_vocab=max(preset(name).text_vocab, text_vocab),
             spatial_tokens=grid.vocab_size,
             tokens_per_action=grid.tokens_per_action,
             prompt_length=config.data.prompt.length,
-            **fields,
+            **sizes,
         )
     )
-
-
-def frozen_patterns(config: ConfigDict, model: SpatialVLA) -> tuple[str, ...]:
-    """The config's patterns, less the depth model's where this model has none; with adapters, whatever is none and not
-    the spatial table, too."""
-    has_zoe = model.config.depth_source == "zoedepth"
-    patterns = tuple(p for p in config.optimizer.frozen if p != "zoe" or has_zoe)
-    return (r"(?!lora/|spatial_embedding$)", *patterns) if config.lora.rank else patterns
-
-
-def lora_targets(config: ConfigDict, model: SpatialVLA) -> tuple[str, ...]:
-    """The config's patterns, less Ego3D's where this model has none."""
-    return tuple(p for p in config.lora.targets if p != "ego3d" or model.config.depth_source != "none")
-
-
-def lora_scale(config: ConfigDict) -> float:
-    return config.lora.alpha / config.lora.rank if config.lora.rank else 0.0
-
-
-def abstract_params(config: ConfigDict, model: SpatialVLA) -> dict[str, Any]:
-    """Shapes and dtypes of all parameters. What adapters are added to is taken to be stored as it is computed with."""
-    params = jax.eval_shape(lambda: init_params(model, 0))
-    if not config.lora.rank:
-        return params
-    flat: dict[str, Any] = flatten_dict(params, sep="/")
-    shapes = {path: leaf.shape for path, leaf in flat.items()}
-    targets, frozen = lora_targets(config, model), frozen_patterns(config, model)
-    adapters = jax.eval_shape(lambda: init_adapters(shapes, config.lora.rank, targets, jax.random.key(0)))
-    trainable, fixed = split_frozen(params, frozen)
-    fixed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(model.config.dtype)), fixed)
-    return merge(trainable, fixed) | {ADAPTERS: adapters}
-
-
-def augmentation_of(config: ConfigDict) -> Augmentation | None:
-    fields = config.augment.to_dict()
-    return Augmentation(**fields) if fields.pop("enabled") else None
-
-
-def jit_train_step(
-    config: ConfigDict, model: SpatialVLA, mesh: Mesh, shardings: TrainState, num_datasets: int = 0
-) -> Any:
-    """→ jitted `step(state, batch, grid, seed) -> (state, metrics)`: the state in `shardings`, donated; batch split."""
-    step = make_train_step(
-        model,
-        make_optimizer(config.optimizer, config.train.steps),
-        schedule=learning_rate(config.optimizer, config.train.steps),
-        frozen=frozen_patterns(config, model),
-        augmentation=augmentation_of(config),
-        grad_accum_steps=config.train.grad_accum_steps,
+    # Patterns of a part that this model does not have are left out.
+    has_zoe, has_ego3d = model.config.depth_source == "zoedepth", model.config.depth_source != "none"
+    frozen = tuple(p for p in optimizer.pop("frozen") if p != "zoe" or has_zoe)
+    adapters = None
+    if config.lora.rank:
+        adapters = Adapters(
+            config.lora.rank, config.lora.alpha, tuple(p for p in config.lora.targets if p != "ego3d" or has_ego3d)
+        )
+        frozen = (r"(?!lora/|spatial_embedding$)", *frozen)  # whatever is no adapter and not the spatial table
+    if mesh is not None:
+        check_batch(train["batch_size"], train["grad_accum_steps"], mesh)
+    adamw = AdamW(steps=train["steps"], **optimizer)
+    return TrainSetup(
+        preset=name,
+        model=model,
+        adamw=adamw,
+        optimizer=make_optimizer(adamw),
+        frozen=frozen,
+        adapters=adapters,
+        augmentation=Augmentation(**augment) if augment.pop("enabled") else None,
+        mesh=mesh,
         num_datasets=num_datasets,
-        lora_scale=lora_scale(config),
-    )
-    replicated = NamedSharding(mesh, P())
-    return jax.jit(
-        on_mesh(step, mesh),
-        in_shardings=(shardings, NamedSharding(mesh, BATCH), replicated, replicated),
-        out_shardings=(shardings, replicated),
-        donate_argnums=0,
-        compiler_options=TPU_OPTIONS if mesh.devices.flat[0].platform == "tpu" else None,
+        seed=config.seed,
+        **train,
     )

@@ -7,13 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import struct
-from jax.sharding import Mesh, NamedSharding
+from flax.traverse_util import flatten_dict
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
 from spatialvla_jax.batch import example_inputs
 from spatialvla_jax.models import SpatialVLA
-from spatialvla_jax.training.optimizer import split_frozen
+from spatialvla_jax.models.lora import ADAPTERS, init_adapters
+from spatialvla_jax.training.optimizer import Params, merge, split_frozen
+from spatialvla_jax.training.setup import TrainSetup
 from spatialvla_jax.training.sharding import like_params, param_shardings
 
 
@@ -22,11 +25,11 @@ class TrainState:
     """`opt_state` covers the trainable parameters only. Randomness is a function of the seed and `step`."""
 
     step: Int[Array, ""]
-    params: dict[str, Any]
-    opt_state: Any
+    params: Params
+    opt_state: optax.OptState
 
 
-def init_params(model: SpatialVLA, seed: Int[Array, ""] | int) -> dict[str, Any]:
+def init_params(model: SpatialVLA, seed: Int[Array, ""] | int) -> Params:
     """Random parameters, float32."""
 
     def init(seed: Any) -> Any:
@@ -35,49 +38,46 @@ def init_params(model: SpatialVLA, seed: Int[Array, ""] | int) -> dict[str, Any]
     return jax.jit(init)(jnp.asarray(seed, jnp.uint32))
 
 
-def init_state(
-    model: SpatialVLA,
-    optimizer: optax.GradientTransformation,
-    frozen: tuple[str, ...],
-    seed: int,
-    mesh: Mesh,
-    params: dict[str, Any] | None = None,
-) -> tuple[TrainState, TrainState]:
+def abstract_params(setup: TrainSetup) -> Params:
+    """Shapes and dtypes of all parameters. What adapters are added to is taken to be stored as it is computed with."""
+    params = jax.eval_shape(lambda: init_params(setup.model, 0))
+    if setup.adapters is None:
+        return params
+    flat: dict[str, Any] = flatten_dict(params, sep="/")
+    shapes = {path: leaf.shape for path, leaf in flat.items()}
+    rank, targets = setup.adapters.rank, setup.adapters.targets
+    adapters = jax.eval_shape(lambda: init_adapters(shapes, rank, targets, jax.random.key(0)))
+    trainable, fixed = split_frozen(params, setup.frozen)
+    fixed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(setup.model.config.dtype)), fixed)
+    return merge(trainable, fixed) | {ADAPTERS: adapters}
+
+
+def new_state(setup: TrainSetup, params: Params) -> TrainState:
+    trainable, _ = split_frozen(params, setup.frozen)
+    return TrainState(jnp.zeros((), jnp.int32), params, setup.optimizer.init(trainable))
+
+
+def abstract_state(setup: TrainSetup, params: Params | None = None) -> tuple[TrainState, TrainState]:
+    """→ (shapes and dtypes of the state, its shardings): nothing is allocated. Those of `params` where they are given,
+    as arrays or shapes."""
+    assert setup.mesh is not None
+    state = jax.eval_shape(lambda params: new_state(setup, params), params or abstract_params(setup))
+    replicated: Any = NamedSharding(setup.mesh, P())
+    return state, TrainState(
+        step=replicated,
+        params=param_shardings(state.params, setup.mesh),
+        opt_state=like_params(state.opt_state, state.params, setup.mesh),
+    )
+
+
+def init_state(setup: TrainSetup, params: Params | None = None) -> tuple[TrainState, TrainState]:
     """→ (state on the mesh, its shardings). Parameters are random unless given; they are made in their shards."""
-    _, shardings = abstract_state(model, optimizer, frozen, mesh, params)
-
-    def create(params: dict[str, Any]) -> TrainState:
-        return new_state(params, optimizer, frozen)
-
+    _, shardings = abstract_state(setup, params)
     if params is None:
-        random = jax.jit(lambda seed: create(init_params(model, seed)), out_shardings=shardings)
-        return random(np.uint32(seed)), shardings
+        random = jax.jit(lambda seed: new_state(setup, init_params(setup.model, seed)), out_shardings=shardings)
+        return random(np.uint32(setup.seed)), shardings
     # Every process holds all of them and gives its devices their parts.
     parts = jax.tree.map(
         lambda x, s: jax.make_array_from_callback(x.shape, s, lambda i: x[i]), params, shardings.params
     )
-    return jax.jit(create, out_shardings=shardings)(parts), shardings
-
-
-def new_state(params: dict[str, Any], optimizer: optax.GradientTransformation, frozen: tuple[str, ...]) -> TrainState:
-    trainable, _ = split_frozen(params, frozen)
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(trainable))
-
-
-def abstract_state(
-    model: SpatialVLA,
-    optimizer: optax.GradientTransformation,
-    frozen: tuple[str, ...],
-    mesh: Mesh,
-    params: dict[str, Any] | None = None,
-) -> tuple[TrainState, TrainState]:
-    """→ (shapes and dtypes of the state, its shardings): nothing is allocated. Those of `params` where they are given,
-    as arrays or shapes."""
-    params = params or jax.eval_shape(lambda: init_params(model, 0))
-    state = jax.eval_shape(lambda params: new_state(params, optimizer, frozen), params)
-    replicated: Any = NamedSharding(mesh, P())
-    return state, TrainState(
-        step=replicated,
-        params=param_shardings(state.params, mesh),
-        opt_state=like_params(state.opt_state, state.params, mesh),
-    )
+    return jax.jit(lambda params: new_state(setup, params), out_shardings=shardings)(parts), shardings

@@ -1,10 +1,16 @@
-"""One training step and one validation step, as pure functions of state, batch and grid."""
+"""One training step and one validation step, as pure functions of state, batch and grid, and jitted on their mesh.
 
+The training loop runs `jit_train_step`, `planning/tpu_plan.py` compiles it ahead of time: there is one.
+"""
+
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from spatialvla_jax.actions import ActionTokenizer, decode, encode
@@ -13,46 +19,49 @@ from spatialvla_jax.models import SpatialVLA
 from spatialvla_jax.models.lora import merge_adapters
 from spatialvla_jax.models.spatialvla import EOS
 from spatialvla_jax.training.augment import Augmentation, augment
-from spatialvla_jax.training.optimizer import merge, num_updates, part_norms, split_frozen
-from spatialvla_jax.training.sharding import cast_split
+from spatialvla_jax.training.optimizer import (
+    learning_rate,
+    merge,
+    num_updates,
+    part_norms,
+    split_frozen,
+    update_if_finite,
+    update_norms,
+)
+from spatialvla_jax.training.setup import TrainSetup
+from spatialvla_jax.training.sharding import BATCH, cast_split, on_mesh
 from spatialvla_jax.training.state import TrainState
 
+# Weights are gathered whole, as latency hiding can then do ahead of their use. By default the compiler sends large ones
+# around the ring in parts, each followed by its part of the product.
+TPU_OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000}
 Metrics = dict[str, Float[Array, "..."]]  # scalars, and "datasets" f32[N,3]: see `by_dataset`
+Jitted = Any  # what `jax.jit` returns: called, or lowered and compiled
 
 
-def make_train_step(
-    model: SpatialVLA,
-    optimizer: optax.GradientTransformation,
-    *,
-    schedule: optax.Schedule,
-    frozen: tuple[str, ...],
-    augmentation: Augmentation | None,
-    grad_accum_steps: int,
-    num_datasets: int = 0,
-    lora_scale: float = 0.0,
-):
+def make_train_step(setup: TrainSetup) -> Callable[..., tuple[TrainState, Metrics]]:
     """→ `step(state, batch, grid, seed) -> (state, metrics)`, to be jitted with the state donated.
 
     `grad_accum_steps` splits the batch into that many microbatches whose gradients are averaged, which is the gradient
     of the whole batch. Where its loss or its gradient is not finite, the step is counted (`skipped`, of the whole run)
-    and changes nothing else. `num_datasets` is the
-    mixture's, for metrics by dataset; `lora_scale` is that of `merge_adapters`, where there are adapters. Grid and seed
-    are arguments, so that runs which differ in them share one compilation.
+    and changes nothing else. Grid and seed are arguments, so that runs which differ in them share one compilation.
     """
+    model, optimizer, grad_accum_steps = setup.model, setup.optimizer, setup.grad_accum_steps
+    schedule = learning_rate(setup.adamw)
 
     def step(
         state: TrainState, batch: Batch, grid: ActionTokenizer, seed: Int[Array, ""] | int
     ) -> tuple[TrainState, Metrics]:
-        trainable, fixed = split_frozen(state.params, frozen)
+        trainable, fixed = split_frozen(state.params, setup.frozen)
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        inputs = prepare(batch, key, augmentation)
+        inputs = prepare(batch, key, setup.augmentation)
 
         def loss_fn(trainable: Any, inputs: Batch) -> tuple[Float[Array, ""], Metrics]:
-            params = merge_adapters(merge(trainable, fixed), lora_scale, model.config.dtype)
+            params = merge_adapters(merge(trainable, fixed), setup.lora_scale, model.config.dtype)
             params = cast_split(params, model.config.dtype)
             loss, metrics = loss_and_metrics(model, params, inputs, grid)
             means = {k: v.mean() for k, v in metrics.items()}
-            return loss.mean(), means | by_dataset(metrics, inputs.dataset_id, num_datasets)
+            return loss.mean(), means | by_dataset(metrics, inputs.dataset_id, setup.num_datasets)
 
         gradient = jax.value_and_grad(loss_fn, has_aux=True)
         if grad_accum_steps == 1:
@@ -70,10 +79,9 @@ def make_train_step(
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (grad_shapes, metric_shapes))
             (grads, metrics), _ = jax.lax.scan(add, zeros, micro)
         metrics |= part_norms(grads, "gradient_norm")
-        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
-        updates, opt_state = optimizer.update(grads, state.opt_state, trainable)
-        new: Any = (optax.apply_updates(trainable, updates), opt_state)
-        updated, opt_state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, (trainable, state.opt_state))
+        updated, opt_state = update_if_finite(
+            optimizer, grads, state.opt_state, trainable, loss=metrics["loss"], gradient_norm=metrics["gradient_norm"]
+        )
         metrics |= {
             "learning_rate": schedule(num_updates(state.opt_state)),
             "skipped": state.step + 1 - num_updates(opt_state),
@@ -81,6 +89,40 @@ def make_train_step(
         return TrainState(state.step + 1, merge(updated, fixed), opt_state), metrics
 
     return step
+
+
+def jit_train_step(setup: TrainSetup, shardings: TrainState) -> Jitted:
+    """→ jitted `step(state, batch, grid, seed) -> (state, metrics)`: the state in `shardings`, donated; batch split."""
+    assert setup.mesh is not None
+    replicated = NamedSharding(setup.mesh, P())
+    return jax.jit(
+        on_mesh(make_train_step(setup), setup.mesh),
+        in_shardings=(shardings, NamedSharding(setup.mesh, BATCH), replicated, replicated),
+        out_shardings=(shardings, replicated),
+        donate_argnums=0,
+        compiler_options=TPU_OPTIONS if setup.mesh.devices.flat[0].platform == "tpu" else None,
+    )
+
+
+def jit_eval_step(setup: TrainSetup, shardings: TrainState) -> Jitted:
+    """→ jitted `make_eval_step`, its batch split."""
+    assert setup.mesh is not None
+    batch, replicated = NamedSharding(setup.mesh, BATCH), NamedSharding(setup.mesh, P())
+    return jax.jit(
+        on_mesh(make_eval_step(setup.model, setup.num_datasets, setup.lora_scale), setup.mesh),
+        in_shardings=(shardings.params, batch, replicated),
+        out_shardings=replicated,
+    )
+
+
+def jit_update_norms(setup: TrainSetup, shardings: TrainState) -> Jitted:
+    """→ jitted `norms(state)`, see `update_norms`."""
+    assert setup.mesh is not None
+
+    def norms(state: TrainState) -> Metrics:
+        return update_norms(setup.adamw, split_frozen(state.params, setup.frozen)[0], state.opt_state)
+
+    return jax.jit(norms, in_shardings=(shardings,), out_shardings=NamedSharding(setup.mesh, P()))
 
 
 def make_eval_step(model: SpatialVLA, num_datasets: int = 0, lora_scale: float = 0.0):

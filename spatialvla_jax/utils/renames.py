@@ -13,10 +13,10 @@ MODEL_FIELDS = {"depth": "depth_source"}
 
 
 def renamed(tree: Mapping[str, Any], table: Mapping[str, str], prefix: str = "") -> dict[str, Any]:
-    """`tree` with its old keys under their new names; `table` maps dotted old keys to new ones of the same parent."""
-    return {
-        table.get(f"{prefix}{key}", f"{prefix}{key}").rpartition(".")[2]: renamed(value, table, f"{prefix}{key}.")
-        if isinstance(value, Mapping)
-        else value
-        for key, value in tree.items()
-    }
+    """`tree` with its old keys under their new names; `table` maps dotted old keys to new ones of the same parent.
+
+    Where both stand, the old one's value is taken: the new one's is the default that an old config file began with.
+    """
+    values = {k: renamed(v, table, f"{prefix}{k}.") if isinstance(v, Mapping) else v for k, v in tree.items()}
+    old = {k: table[f"{prefix}{k}"].rpartition(".")[2] for k in values if f"{prefix}{k}" in table}
+    return {k: v for k, v in values.items() if k not in old} | {new: values[k] for k, new in old.items()}

@@ -12,7 +12,7 @@ from spatialvla_jax.data import DataConfig, load_data, open_data
 from spatialvla_jax.data import beam as stats_pipeline
 from spatialvla_jax.data.beam import compute_stats, load_stats, named_gaussians, pooled, table
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.training.loop import make_processor
+from spatialvla_jax.training.init_from import make_processor
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.batches import GRID
+from helpers.setups import setup_of
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -34,6 +36,7 @@ from spatialvla_jax.planning.tpu_plan import (
 )
 from spatialvla_jax.training.flops import model_flops, product_flops
 from spatialvla_jax.training.grid_fit import make_grid
+from spatialvla_jax.training.setup import make_setup
 from spatialvla_jax.training.sharding import make_mesh
 
 CONFIG = """
@@ -209,7 +212,7 @@ def test_out_of_memory_ends_with_the_advice(config_file: Path, monkeypatch: pyte
 
     def compiler(limit: float):
         compile_, _ = memory_model(limit)
-        monkeypatch.setattr(topology_module, "compile_plan", lambda config, plan, topology, cache: compile_(plan))
+        monkeypatch.setattr(topology_module, "compile_plan", lambda setup, grid, plan, topology, cache: compile_(plan))
 
     topology = Topology("v5e", (2, 4))
     compiler(40.0)
@@ -262,10 +265,8 @@ def test_a_program_that_compiles_may_still_be_too_large(monkeypatch: pytest.Monk
     lowered = SimpleNamespace(as_text=lambda: "", compile=lambda: compiled)
     step = SimpleNamespace(lower=lambda *_: lowered)
     monkeypatch.setattr(topology_module, "jit_train_step", lambda *_: step)
-    config = default_config()
-    config.model.update(preset="nano", depth_source="dataset", remat="dots")
-    config.train.batch_size = 16
-    report = compile_plan(config, Plan((1, 4, 1), "dots", 16, 1), Topology("v5e", (2, 2)), tmp_path)
+    setup = setup_of(train={})
+    report = compile_plan(setup, GRID, Plan((1, 4, 1), "dots", 16, 1), Topology("v5e", (2, 2)), tmp_path)
     assert not report["fits"] and report["used"] == report["memory"]["total"] == 30 * 2**30
     assert line(report) == "does not fit, 30.0 of 16.0 GiB"
 
@@ -409,13 +410,15 @@ def test_model_flops_of_the_published_model() -> None:
     """Near 2 FLOPs a parameter and token forward, 6 where it is trained; remat changes nothing."""
     config = default_config()
     grid = make_grid(config.grid.to_dict(), lambda: np.asarray(PRETRAIN_GAUSSIANS))
-    config.model.update(depth_source="none", remat="full")
-    flops = model_flops(config, grid)
+
+    def flops_of(depth_source: str, remat: str) -> float:
+        config.model.update(depth_source=depth_source, remat=remat)
+        return model_flops(make_setup(config, grid), grid)
+
+    flops = flops_of("none", "full")
     language, vision, head = 26 * 77_860_864, 412e6, 265_347 * 2304
     tokens = 256 + config.data.prompt.length + 12
     estimate = 6 * (language * tokens + vision * 256 + head * 13)
     assert 1 < flops / estimate < 1.06  # attention on top
-    config.model.remat = "none"
-    assert model_flops(config, grid) == flops
-    config.model.depth_source = "zoedepth"
-    assert 0.4e12 < model_flops(config, grid) - flops < 0.8e12  # frozen: its forward pass alone
+    assert flops_of("none", "none") == flops
+    assert 0.4e12 < flops_of("zoedepth", "none") - flops < 0.8e12  # frozen: its forward pass alone

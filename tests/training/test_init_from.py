@@ -16,7 +16,7 @@ from spatialvla_jax.errors import InputError
 from spatialvla_jax.export.convert import convert
 from spatialvla_jax.training.init_from import make_processor, open_start, starting_params
 from spatialvla_jax.training.loop import train
-from spatialvla_jax.training.setup import make_model
+from spatialvla_jax.training.setup import make_setup
 
 TABLE, HEAD, EMBEDDING = "llm/embedder/input_embedding", "llm/lm_head", "spatial_embedding"
 
@@ -29,8 +29,8 @@ def start(config_file: Path, init: Path, workdir: Path, **overrides: str):
     source, before = open_start(config, workdir)
     loader = open_data(config, tokenizer=before and before.tokenizer)
     processor = make_processor(config, loader, before)
-    model = make_model(config, processor.grid, processor.tokenizer.vocab_size)
-    params, _ = starting_params(config, workdir, model, source, processor.grid)
+    setup = make_setup(config, processor.grid, text_vocab=processor.tokenizer.vocab_size)
+    params, _ = starting_params(config, workdir, setup, source, processor.grid)
     return processor, params and flatten(params)
 
 

@@ -9,17 +9,17 @@ import numpy as np
 import optax
 import pytest
 from helpers.batches import GRID, assert_equal, random_batch
+from helpers.setups import FROZEN, adamw, setup_of
 
 from spatialvla_jax.batch import Batch
-from spatialvla_jax.config import default_config
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.models import SpatialVLA, preset
 from spatialvla_jax.training.optimizer import (
-    learning_rate,
+    adam_state,
     make_optimizer,
     num_updates,
     split_frozen,
     swap_ema,
+    update_if_finite,
     update_norms,
 )
 from spatialvla_jax.training.state import TrainState, init_params, new_state
@@ -31,53 +31,40 @@ FROZEN = ("llm/embedder",)
 @pytest.fixture(scope="module")
 def run():
     """A function: batches → states and metrics after each step."""
-    model = SpatialVLA(preset("nano", spatial_tokens=GRID.vocab_size))
-    config = default_config().optimizer
-    config.learning_rate, config.warmup, config.ema, config.weight_decay = 1e-3, 0.0, 0.9, 0.1
-    optimizer = make_optimizer(config, 10)
-    step = jax.jit(
-        make_train_step(
-            model,
-            optimizer,
-            schedule=learning_rate(config, 10),
-            frozen=FROZEN,
-            augmentation=None,
-            grad_accum_steps=1,
-            num_datasets=3,
-        )
-    )
+    setup = setup_of(train={"steps": 10}, learning_rate=1e-3, warmup=0.0, ema=0.9, weight_decay=0.1)
+    step = jax.jit(make_train_step(setup))
 
     def run(batches: list[Batch]) -> list[tuple[TrainState, dict[str, Any]]]:
-        state, results = new_state(init_params(model, 0), optimizer, FROZEN), []
+        state, results = new_state(setup, init_params(setup.model, 0)), []
         for batch in batches:
             state, metrics = step(state, batch, GRID, 0)
             results.append((state, metrics))
         return results
 
-    return model, config, run
+    return setup, run
 
 
 def test_a_step_that_is_not_finite_changes_nothing_but_the_count(run) -> None:
-    model, _, run = run
-    good = [replace(random_batch(model, 4, n), dataset_id=np.array([0, 2, 0, 0], np.int32)) for n in range(3)]
+    setup, run = run
+    good = [replace(random_batch(setup.model, 4, n), dataset_id=np.array([0, 2, 0, 0], np.int32)) for n in range(3)]
     bad = replace(good[0], depth=good[0].depth * np.float32(np.nan))
     plain, skipping = run(good), run([good[0], bad, good[1], bad, good[2]])
     assert [int(m["skipped"]) for _, m in skipping] == [0, 1, 1, 2, 2]
     assert [int(s.step) for s, _ in skipping] == [1, 2, 3, 4, 5]
     assert np.isnan(skipping[1][1]["loss"]) and np.isnan(skipping[1][1]["gradient_norm"])
     for n, (state, metrics) in zip((0, 2, 4), plain, strict=True):
-        for mine in (skipping[n][0], skipping[min(n + 1, 4)][0]):
-            assert_equal((mine.params, mine.opt_state), (state.params, state.opt_state))
+        for skipped in (skipping[n][0], skipping[min(n + 1, 4)][0]):
+            assert_equal((skipped.params, skipped.opt_state), (state.params, state.opt_state))
         assert skipping[n][1]["learning_rate"] == metrics["learning_rate"]
 
 
 def test_norms_are_those_of_the_gradient_and_of_the_update(run) -> None:
     """The update's is made again from the state alone; here it is the difference of the parameters."""
-    model, config, run = run
-    batch = replace(random_batch(model, 4, 0), dataset_id=np.array([0, 2, 0, 0], np.int32))
+    setup, run = run
+    batch = replace(random_batch(setup.model, 4, 0), dataset_id=np.array([0, 2, 0, 0], np.int32))
     (before, _), (state, metrics) = run([batch, batch])
     old, new = (split_frozen(s.params, FROZEN)[0] for s in (before, state))
-    norms = update_norms(config, 10, new, state.opt_state)
+    norms = update_norms(setup.adamw, new, state.opt_state)
     moved = jax.tree.map(lambda a, b: b - a, old, new)
     assert set(norms) == {"update_norm", *(f"update_norm/{part}" for part in old)}
     np.testing.assert_allclose(norms["update_norm"], optax.global_norm(moved), rtol=1e-3)
@@ -97,9 +84,7 @@ def test_by_dataset() -> None:
 
 
 def test_averaged_parameters() -> None:
-    config = default_config().optimizer
-    config.ema, config.learning_rate, config.warmup = 0.75, 0.1, 0.0
-    optimizer = make_optimizer(config, 100)
+    optimizer = make_optimizer(adamw(100, ema=0.75, learning_rate=0.1, warmup=0.0))
     params: Any = {"w": jnp.array([1.0, -2.0]), "frozen": jnp.ones(2)}
     trainable, _ = split_frozen(params, ("frozen",))
     state, average = optimizer.init(trainable), trainable["w"]
@@ -116,17 +101,47 @@ def test_averaged_parameters() -> None:
 
 
 def test_first_moments_in_bfloat16() -> None:
-    config = default_config().optimizer
     params: Any = {"w": jnp.ones(3)}
-    moments = {}
     for dtype in ("float32", "bfloat16"):
-        config.mu_dtype = dtype
-        adam: Any = make_optimizer(config, 10).init(params)[1][0]
-        moments[dtype] = (adam.mu["w"].dtype, adam.nu["w"].dtype)
-    assert moments == {"float32": (jnp.float32, jnp.float32), "bfloat16": (jnp.bfloat16, jnp.float32)}
-    config.mu_dtype = "float16"
+        adam = adam_state(make_optimizer(adamw(10, mu_dtype=dtype)).init(params))
+        assert (adam.mu["w"].dtype, adam.nu["w"].dtype) == (dtype, "float32")  # pyright: ignore
     with pytest.raises(InputError, match="mu_dtype 'float16' must be"):
-        make_optimizer(config, 10)
-    config.update(mu_dtype="float32", ema=1.0)
+        adamw(10, mu_dtype="float16")
     with pytest.raises(InputError, match=r"ema 1\.0 must be"):
-        make_optimizer(config, 10)
+        adamw(10, ema=1.0)
+
+
+BAD = {
+    "a loss that is not finite, with finite gradients": (np.nan, 1.0, 1),
+    "a norm that overflows": (1.0, 1e30, 1),
+    "more bad steps in a row than optax skips": (1.0, np.nan, 4),
+}
+
+
+@pytest.mark.parametrize(("loss", "gradient", "times"), BAD.values(), ids=BAD)
+def test_what_optax_would_not_skip(loss: float, gradient: float, times: int) -> None:
+    """Ours changes nothing; `optax.apply_if_finite` changes the parameters, which is why we do not use it."""
+    optimizer = make_optimizer(adamw(100, learning_rate=0.1, warmup=0.0))
+    theirs = optax.apply_if_finite(optimizer, max_consecutive_errors=3)
+    start: Any = {"w": jnp.array([1.0, -2.0])}
+    good, bad = {"w": jnp.array([0.5, 1.0])}, {"w": jnp.full(2, gradient, jnp.float32)}
+    results = []
+    for transformation, ours in ((optimizer, True), (theirs, False)):
+        params, state = start, transformation.init(start)
+        for grads in (good, good):  # the rate of the first is 0
+            updates, state = transformation.update(grads, state, params)
+            params = optax.apply_updates(params, updates)
+        before = params, state
+        for _ in range(times):
+            if ours:
+                norm = optax.global_norm(bad)
+                params, state = update_if_finite(
+                    transformation, bad, state, params, loss=jnp.float32(loss), gradient_norm=norm
+                )
+            else:
+                updates, state = transformation.update(bad, state, params)
+                params = optax.apply_updates(params, updates)
+        results.append((before, (params, state)))
+    (ours_before, ours_after), (theirs_before, theirs_after) = results
+    assert jax.tree.all(jax.tree.map(np.array_equal, ours_before, ours_after))
+    assert not np.array_equal(theirs_before[0]["w"], theirs_after[0]["w"])

@@ -6,44 +6,25 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 from helpers.batches import GRID, random_batch
+from helpers.setups import setup_of
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from spatialvla_jax.config import default_config
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.models import SpatialVLA, preset
 from spatialvla_jax.models.activation_sharding import constrain_batch
-from spatialvla_jax.training.augment import Augmentation
-from spatialvla_jax.training.optimizer import learning_rate, make_optimizer
 from spatialvla_jax.training.sharding import BATCH, cast_split, check_batch, make_mesh, on_mesh, param_shardings
 from spatialvla_jax.training.state import init_params, init_state
-from spatialvla_jax.training.step import make_train_step
-
-FROZEN = ("llm/embedder",)
+from spatialvla_jax.training.step import jit_train_step
 
 
 def losses(mesh_shape: dict[str, int], devices: int, *, grad_accum_steps: int = 1, steps: int = 20) -> list[float]:
-    model = SpatialVLA(preset("nano", spatial_tokens=GRID.vocab_size))
-    config = default_config().optimizer
-    config.learning_rate = 1e-3
-    optimizer = make_optimizer(config, steps)
     mesh = make_mesh(mesh_shape, jax.devices()[:devices])
-    state, shardings = init_state(model, optimizer, FROZEN, 0, mesh)
-    step = make_train_step(
-        model,
-        optimizer,
-        schedule=learning_rate(config, steps),
-        frozen=FROZEN,
-        augmentation=Augmentation(),
-        grad_accum_steps=grad_accum_steps,
-    )
-    batch_sharding = jax.sharding.NamedSharding(mesh, BATCH)
-    step = jax.jit(
-        on_mesh(step, mesh),
-        in_shardings=(shardings, batch_sharding, None, None),
-        out_shardings=(shardings, None),
-        donate_argnums=0,
-    )
+    train = {"steps": steps, "grad_accum_steps": grad_accum_steps}
+    setup = setup_of(mesh, augment=True, train=train, learning_rate=1e-3)
+    model = setup.model
+    state, shardings = init_state(setup)
+    step, batch_sharding = jit_train_step(setup, shardings), NamedSharding(mesh, BATCH)
     out = []
     for i in range(steps):
         state, metrics = step(state, jax.device_put(random_batch(model, 8, i), batch_sharding), GRID, 0)

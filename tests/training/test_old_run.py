@@ -1,0 +1,66 @@
+"""A run written before config keys and model fields had their present names goes on, loads and was exported."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers.toy_rlds import INTRINSICS
+
+from spatialvla_jax.config import load_config, train_config_of
+from spatialvla_jax.inference.policy import Policy
+from spatialvla_jax.training.loop import train
+from spatialvla_jax.training.metrics import read_metrics
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "old_run"
+# The keys as they were called then, and a mesh of these tests' eight devices.
+FLAGS = {
+    **{"train.steps": "6", "train.accumulate": "2", "optimizer.state_dtype": "bfloat16", "optimizer.clip": "0.7"},
+    **{"optimizer.ema": "0.5", "checkpoint.every": "3", "checkpoint.keep_last": "1", "train.batch_size": "8"},
+    **{"mesh.data": "4", "mesh.fsdp": "1", "mesh.tensor": "2"},
+}
+
+
+@pytest.fixture
+def old(rlds: Path, tmp_path: Path) -> Path:
+    """A copy whose placeholders are the paths of these tests: {run, export, toy.py, continuation.jsonl}."""
+    folder = shutil.copytree(GOLDEN, tmp_path / "old")
+    for path in (folder / "toy.py", folder / "run" / "config.json", *folder.rglob("metadata/metadata")):
+        path.write_text(path.read_text().replace("RLDS", str(rlds)).replace("CACHE", str(tmp_path / "cache")))
+    return folder
+
+
+def test_it_goes_on_as_it_would_have(old: Path) -> None:
+    """From its files, with config file and flags in the old words: steps 4 to 6 as the code of then made them."""
+    train(load_config(old / "toy.py", FLAGS), old / "run")
+    expected = read_metrics(old / "continuation.jsonl")
+    records = read_metrics(old / "run" / "metrics.jsonl")[3:]
+    assert [r["batch"] for r in records] == [r["batch"] for r in expected]
+    assert [r["step"] for r in records] == [4, 5, 6]
+    for record, then in zip(records, expected, strict=True):
+        for key in ("loss", "gradient_norm", "update_norm", "learning_rate"):
+            np.testing.assert_allclose(record[key], then[key], rtol=1e-4, err_msg=key)
+
+
+def test_run_and_export_act_alike(old: Path) -> None:
+    rng = np.random.default_rng(0)
+    observation = {
+        "image": rng.integers(0, 256, (48, 64, 3), dtype=np.uint8),
+        "depth": rng.uniform(0.3, 3, (48, 64)).astype(np.float32),
+        "intrinsics": INTRINSICS,
+        "prompt": "Pick up object 1",
+    }
+    run, export = (Policy.load(old / name).infer(observation) for name in ("run", "export"))
+    assert run["actions"].shape == (4, 7)
+    np.testing.assert_array_equal(run["action_ids"], export["action_ids"])
+    np.testing.assert_array_equal(run["actions"], export["actions"])
+
+
+def test_its_config_has_the_present_names(old: Path) -> None:
+    saved = json.loads((old / "run" / "config.json").read_text())
+    assert saved["train"]["accumulate"] == 2 and saved["model"]["depth"] == "dataset"
+    config = train_config_of(old / "run")
+    assert (config.train.grad_accum_steps, config.optimizer.mu_dtype) == (2, "bfloat16")
+    assert (config.optimizer.grad_clip_norm, config.model.depth_source) == (0.7, "dataset")
+    assert "accumulate" not in config.train and "depth" not in config.model
