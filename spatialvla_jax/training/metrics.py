@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import importlib.util
 import json
-import sys
+import socket
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -13,20 +13,14 @@ from typing import Any, BinaryIO
 
 import jax
 import numpy as np
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from spatialvla_jax.errors import InputError, StorageError
 from spatialvla_jax.utils.atomic import write_text
 from spatialvla_jax.utils.chips import peak
 from spatialvla_jax.utils.distributed import is_writer
-
-if "torch" in sys.modules:
-    from tensorboardX import SummaryWriter
-else:  # kept out: tensorboardX imports all of PyTorch, where it is installed, for one type hint
-    sys.modules["torch"] = None  # pyright: ignore[reportArgumentType]
-    try:
-        from tensorboardX import SummaryWriter
-    finally:
-        del sys.modules["torch"]
 
 
 class MetricsLog:
@@ -41,7 +35,14 @@ class MetricsLog:
         if not is_writer():
             return
         self.file, self.times = (_kept(path, resume_step) for path in (self.path, workdir / "times.jsonl"))
-        self.tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
+        (workdir / "tensorboard").mkdir(exist_ok=True)
+        name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}"
+        # TensorBoard's own SummaryWriter would import TensorFlow where it is installed.
+        self.events = RecordWriter((workdir / "tensorboard" / name).open("ab", buffering=0))
+        with self._writing("tensorboard", resume_step):
+            self._write_event(file_version="brain.Event:2")
+            # Whatever earlier files have of later steps is not shown.
+            self._write_event(step=resume_step + 1, session_log=SessionLog(status=SessionLog.START))
         if wandb:
             check_wandb()
             import wandb as client  # pyright: ignore[reportMissingImports]
@@ -53,21 +54,26 @@ class MetricsLog:
         """`values` are JSON scalars. `timings` have a file of their own: the other is the same whenever the run is."""
         if not is_writer():
             return
-        self._append(self.file, "metrics.jsonl", step, values)
-        if timings:
-            self._append(self.times, "times.jsonl", step, timings)
-        # A write that failed ended its thread, and a full queue would be waited for.
-        if not self.tensorboard.file_writer.event_writer._worker.is_alive():  # pyright: ignore[reportOptionalMemberAccess]
-            raise StorageError(f"{self.tensorboard.logdir} cannot be written at step {step}")
-        scalars = {k: v for k, v in (values | (timings or {})).items() if isinstance(v, float | int)}
-        for name, value in scalars.items():
-            self.tensorboard.add_scalar(name, value, step)
+        timings = timings or {}
+        with self._writing("metrics.jsonl", step):
+            self.file.write(json.dumps({"step": step, **values}).encode() + b"\n")
+        with self._writing("times.jsonl", step):
+            if timings:
+                self.times.write(json.dumps({"step": step, **timings}).encode() + b"\n")
+        scalars = {k: v for k, v in (values | timings).items() if isinstance(v, float | int)}
+        with self._writing("tensorboard", step):
+            summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()])
+            self._write_event(step=step, summary=summary)
         if self.wandb is not None:
             self.wandb.log(scalars, step=step)
 
-    def _append(self, file: BinaryIO, name: str, step: int, values: dict[str, Any]) -> None:
+    def _write_event(self, **fields: Any) -> None:
+        self.events.write(Event(wall_time=time.time(), **fields).SerializeToString())
+
+    @contextlib.contextmanager
+    def _writing(self, name: str, step: int) -> Iterator[None]:
         try:
-            file.write(json.dumps({"step": step, **values}).encode() + b"\n")
+            yield
         except OSError as error:
             path = self.path.with_name(name)
             raise StorageError(f"{path} cannot be written at step {step}: {error.strerror}") from error
@@ -76,7 +82,7 @@ class MetricsLog:
         if is_writer():
             self.file.close()
             self.times.close()
-            self.tensorboard.close()
+            self.events.close()
         if self.wandb is not None:
             self.wandb.finish()
 

@@ -216,7 +216,7 @@ def test_out_of_memory_ends_with_the_advice(config_file: Path, monkeypatch: pyte
 
     topology = Topology("v5e", (2, 4))
     compiler(40.0)
-    with pytest.raises(InputError, match=r"takes .* this fits \(compiled\): --config\.[a-z.]+=\w+"):
+    with pytest.raises(InputError, match=r"takes .* this fits \(compiled\): --config\.[a-z._]+=\w+"):
         compile_for(config, topology, tmp_path)
     compiler(1e-3)
     with pytest.raises(InputError, match=r"neither does it fit with .* remat full, batch 8 in 1"):

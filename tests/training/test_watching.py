@@ -112,3 +112,18 @@ def test_step_range() -> None:
     for text in ("50", "0:3", "5:4", "a:b"):
         with pytest.raises(Exception, match="is not FIRST:LAST"):
             step_range(text)
+
+
+def test_tensorflow_reads_the_events(tmp_path: Path) -> None:
+    """What a resumed run says about later steps of the files before it, too."""
+    from tensorflow.compat.v1.train import summary_iterator  # pyright: ignore
+
+    for step in (1, 2):
+        log = MetricsLog(tmp_path, step - 1)
+        log.write(step, {"loss": 0.5 * step, "batch": "abc"}, {"step/seconds": 0.25})
+        log.close()
+    files = sorted((tmp_path / "tensorboard").iterdir())
+    events = [event for file in files for event in summary_iterator(str(file))]
+    found = [(e.step, v.tag, v.simple_value) for e in events for v in e.summary.value]
+    assert found == [(s, k, v) for s in (1, 2) for k, v in (("loss", 0.5 * s), ("step/seconds", 0.25))]
+    assert [e.step for e in events if e.session_log.status] == [1, 2]
