@@ -49,3 +49,16 @@ def test_a_training_run_leaves_pytorch_out() -> None:
 def test_test_modules_do_not_import_each_other() -> None:
     modules = Path(__file__).parent.rglob("test_*.py")
     assert not [path for path in modules if re.search(r"^\s*(from|import) test_", path.read_text(), re.MULTILINE)]
+
+
+def test_an_import_leaves_the_process_alone() -> None:
+    """Loggers and hooks are the application's; a training run quiets them while it lasts."""
+    program = """
+import logging, sys
+state = lambda: (sys.unraisablehook, *(logging.getLogger(n).level for n in ("absl", "asyncio")), "torch" in sys.modules)
+import absl.logging
+before = state()
+import spatialvla_jax.training.loop
+sys.exit(state() != before)
+"""
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0

@@ -23,7 +23,7 @@ from spatialvla_jax.training.flops import model_flops
 from spatialvla_jax.training.init_from import check_same, make_processor, open_start, starting_params
 from spatialvla_jax.training.metrics import Clock, MetricsLog, check_wandb, rates, scalars
 from spatialvla_jax.training.optimizer import split_frozen, swap_ema
-from spatialvla_jax.training.saving import FOLDER, Checkpoints
+from spatialvla_jax.training.saving import FOLDER, Checkpoints, quiet_storage
 from spatialvla_jax.training.setup import TrainSetup, make_setup
 from spatialvla_jax.training.sharding import BATCH, make_mesh
 from spatialvla_jax.training.state import TrainState, init_state
@@ -62,7 +62,7 @@ def train(
     """
     if wandb:
         check_wandb()
-    with Preemption() as preemption:
+    with Preemption() as preemption, quiet_storage():
         run = prepare(config, workdir)
         log = MetricsLog(workdir, run.start, wandb)
         try:

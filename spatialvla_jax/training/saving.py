@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +28,28 @@ from spatialvla_jax.training.state import TrainState
 
 FOLDER = "checkpoints"
 
-# Orbax logs the traceback of every error that it raises, too, and leaves some unheard.
-for name in ("absl", "asyncio"):
-    logging.getLogger(name).setLevel(logging.CRITICAL)
 
+@contextlib.contextmanager
+def quiet_storage() -> Iterator[None]:
+    """While a run saves, nothing but the sentence that says why a save failed. Orbax logs the traceback of every error
+    that it raises, too. With several devices the array store prints an error for every write that ends after another
+    one failed."""
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    levels, hook = [logger.level for logger in loggers], sys.unraisablehook
 
-def _print_unraisable(unraisable: Any, before: Any = sys.unraisablehook) -> None:
-    """Not what the array store prints for every write that ends after another one failed: with several devices it would
-    bury the sentence that says why."""
-    if str(unraisable.exc_value) != "Event loop is closed":
-        before(unraisable)
+    def show(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
 
-
-sys.unraisablehook = _print_unraisable
+    sys.unraisablehook = show
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 class Checkpoints:

@@ -25,8 +25,6 @@ from spatialvla_jax.training.optimizer import (
 from spatialvla_jax.training.state import TrainState, init_params, new_state
 from spatialvla_jax.training.step import by_dataset, make_train_step
 
-FROZEN = ("llm/embedder",)
-
 
 @pytest.fixture(scope="module")
 def run():
