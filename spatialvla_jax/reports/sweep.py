@@ -1,11 +1,8 @@
 """A sweep's results as one HTML page without external files, and as table.csv and table.md."""
 
-import base64
 import csv
-import html
 import io
 import json
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import prod
 from pathlib import Path
@@ -17,6 +14,7 @@ from spatialvla_jax.actions import DIMENSIONS, ActionGrid
 from spatialvla_jax.checkpoints.load import load_grid
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.reports.figures import grids, sweep
+from spatialvla_jax.reports.html import data_uri, write_html
 from spatialvla_jax.training.metrics import read_metrics
 from spatialvla_jax.utils.atomic import write_text
 
@@ -74,7 +72,19 @@ def write_report(workdir: Path) -> str:
     write_text(workdir / "table.csv", csv_text(plan, rows, measures | PER_DIMENSION))
     tables = [cells(plan, rows, part) for part in (measures, PER_DIMENSION)]
     write_text(workdir / "table.md", "\n".join(markdown(*table) for table in tables))
-    write_text(workdir / "report.html", page(plan, results, failures, tables, drawn))
+    write_html(
+        workdir / "report.html",
+        "sweep.html",
+        title=plan["name"],
+        plan=plan,
+        finished=len(results),
+        steps=", ".join(f"{n:,}" for n in sorted({r["steps"] for r in results})),
+        devices=", ".join(dict.fromkeys(r["device"] for r in results)),
+        evaluation=results[0]["evaluation"],
+        tables=tables,
+        figures=[(title, caption, data_uri("png", path.read_bytes())) for title, caption, path in drawn],
+        failures=failures,
+    )
     return f"wrote {workdir}/report.html, table.csv and table.md: {len(results)} of {len(plan['trials'])} trials"
 
 
@@ -249,72 +259,6 @@ def draw_features(folder: Path, results: list[dict[str, Any]]) -> list[tuple[str
     return [("Spatial features", FEATURES, folder / "features.png")]
 
 
-def page(
-    plan: dict[str, Any],
-    results: list[dict[str, Any]],
-    failures: list[dict[str, Any]],
-    tables: list[tuple[list[str], list[list[str]]]],
-    drawn: list[tuple[str, str, Path]],
-) -> str:
-    some = results[0]["evaluation"]
-    devices = html.escape(", ".join(Counter(r["device"] for r in results)))
-    shape = " × ".join(f"{len(values)} {html.escape(axis)}" for axis, values in plan["axes"].items())
-    steps = ", ".join(f"{n:,}" for n in sorted({r["steps"] for r in results}))
-    name = html.escape(plan["name"])
-    pictures = "".join(
-        f"<h2>{html.escape(title)}</h2><figure>{_image(path, title)}"
-        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
-        for title, caption, path in drawn
-    )
-    lost = "".join(f"<li><b>{html.escape(f['trial'])}</b>: {html.escape(f['reason'])}</li>" for f in failures)
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{name}</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<h1>{name}</h1>
-<p>{len(results)} of {len(plan["trials"])} trials are finished: {shape} × {len(plan["seeds"])} seeds, {steps} steps
-each, on {devices}. Every trial was evaluated open loop on {some["frames"]:,} frames of {some["episodes"]:,} episodes of
-the split {html.escape(some["split"])}.</p>
-<h2>Results</h2>
-<p>Mean ± standard error over seeds. <b>L1</b> is the mean error of greedy four-step chunks in normalised units;
-<b>tokens right</b> the share of their tokens that are those of the recorded action, by kind beside it; <b>tokens
-used</b> counts the different tokens that the training data has; <b>steps to</b> a validation error is how soon a trial
-was as good as all became, as far as validations tell.</p>
-{_table(*tables[0], len(plan["axes"]))}
-<h2>L1 per dimension</h2>
-{_table(*tables[1], len(plan["axes"]))}
-{pictures}
-{f"<h2>Failed trials</h2><ul>{lost}</ul>" if lost else ""}
-</body>
-</html>
-"""
-
-
-def _table(header: list[str], lines: list[list[str]], axes: int) -> str:
-    def row(tag: str, texts: Iterable[str]) -> str:
-        return (
-            "<tr>"
-            + "".join(
-                f"<{tag}{' class=axis' if i < axes else ''}>{html.escape(text)}</{tag}>" for i, text in enumerate(texts)
-            )
-            + "</tr>"
-        )
-
-    body = "".join(row("td", line) for line in lines)
-    return f'<div class="scroll"><table><thead>{row("th", header)}</thead><tbody>{body}</tbody></table></div>'
-
-
-def _image(path: Path, title: str) -> str:
-    return (
-        f'<img src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}" alt="{html.escape(title)}">'
-    )
-
-
 def _arrays(result: dict[str, Any]) -> dict[str, np.ndarray]:
     with np.load(result["folder"] / "data.npz", allow_pickle=False) as file:
         return dict(file)
@@ -322,15 +266,3 @@ def _arrays(result: dict[str, Any]) -> dict[str, np.ndarray]:
 
 def _distinct(values: Iterable[dict[str, str]]) -> list[dict[str, str]]:
     return [dict(items) for items in dict.fromkeys(tuple(v.items()) for v in values)]
-
-
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1180px; margin: 2em auto; padding: 0 1.5em; color: #1c2024; }
-h1 { font-size: 1.8em; } h2 { margin-top: 2em; border-bottom: 1px solid #d9dde1; } p { max-width: 54em; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; border: solid; border-width: 2px 0; }
-th { border-bottom: 1px solid; font-weight: 600; }
-th, td { padding: .25em .8em; text-align: right; white-space: nowrap; }
-.axis { text-align: left; }
-figure { margin: 0; } img { max-width: 100%; height: auto; } figcaption { color: #60666d; max-width: 60em; }
-"""
