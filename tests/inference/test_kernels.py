@@ -31,7 +31,7 @@ jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 )
 def test_attention_rotates_attends_and_writes(dtype: str, batch: int, tokens: int, splits: int) -> None:
     """Over slots of which some are unused, in the middle and after the new tokens, which don't all see each other."""
-    N, K, H, S, at, rng = 4, 2, 16, 96, 61, np.random.default_rng(tokens)
+    N, K, H, S, at, rng = 4, 2, 32, 96, 61, np.random.default_rng(tokens)  # the smallest H that `can_attend` takes
     config = Gemma2Config(num_heads=N, num_kv_heads=K, head_dim=H, query_pre_attn_scalar=H)
 
     def draw(*shape: int) -> jax.Array:

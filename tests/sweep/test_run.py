@@ -83,7 +83,7 @@ def test_grids_of_equal_size_share_one_compilation(swept: tuple[list[str], Path,
     """Two trials, of other grids and other seeds: one training step, one first state, one decoding."""
     names = [path.name.split("-")[0] for path in (swept[1] / "compiled").glob("*-cache")]
     assert names.count("jit_step") == 1
-    assert names.count("jit_last_update") == 1 and 0 < names.count("jit__lambda") <= 2  # first state, and decoding
+    assert names.count("jit_norms") == 1 and 0 < names.count("jit__lambda") <= 2  # first state, and decoding
 
 
 def test_a_trial_is_not_run_again(swept: tuple[list[str], Path, int], monkeypatch, capsys) -> None:

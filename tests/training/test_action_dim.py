@@ -18,8 +18,8 @@ from spatialvla_jax.config import default_config
 from spatialvla_jax.data import load_data
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.evaluation.open_loop import evaluate, table
-from spatialvla_jax.models import SpatialVLA, preset
-from spatialvla_jax.training.optimizer import make_optimizer
+from spatialvla_jax.models import preset
+from spatialvla_jax.training.setup import make_setup
 from spatialvla_jax.training.state import init_params, new_state
 from spatialvla_jax.training.step import make_train_step
 
@@ -65,8 +65,13 @@ def test_loader_step_and_policy_follow_the_tokenizer(grid: ActionTokenizer, tmp_
     with pytest.raises(InputError, match=rf"'toy0' has an action {A} wide; {A + 1} is expected"):
         load_data(data, image_size=56, action_dim=A + 1, depth=True)  # from the index that is there now
 
-    sizes = {"spatial_tokens": grid.vocab_size, "tokens_per_action": grid.tokens_per_action, "prompt_length": 24}
-    model = SpatialVLA(preset("nano", depth_source="dataset", text_vocab=loader.tokenizer.vocab_size, **sizes))
+    config = default_config()
+    config.model.update(preset="nano", depth_source="dataset", dtype=preset("nano").dtype, remat="none")
+    config.data.prompt.length, config.augment.enabled = 24, False
+    config.optimizer.update(learning_rate=1e-2, warmup=0.0, frozen=())
+    config.train.update(steps=100, batch_size=8, grad_accum_steps=2)
+    setup = make_setup(config, grid, text_vocab=loader.tokenizer.vocab_size)
+    model = setup.model
     batch = next(loader.batches(8)).replace(sample_id=None)
     expected = Batch.abstract(model.config, 8, A)
     assert jax.tree.structure(batch) == jax.tree.structure(expected)
@@ -76,13 +81,7 @@ def test_loader_step_and_policy_follow_the_tokenizer(grid: ActionTokenizer, tmp_
     last = np.take_along_axis(gripper, batch.action_mask.sum(1, keepdims=True) - 1, axis=1)
     assert np.array_equal(gripper[past], np.broadcast_to(last, past.shape)[past])
 
-    config = default_config().optimizer
-    config.update(learning_rate=1e-2, warmup=0.0)
-    optimizer, frozen = make_optimizer(config, 100), ()
-    step = jax.jit(
-        make_train_step(model, optimizer, schedule=lambda _: 0.0, frozen=frozen, augmentation=None, grad_accum_steps=2)
-    )
-    state, losses = new_state(init_params(model, 0), optimizer, frozen), []
+    step, state, losses = jax.jit(make_train_step(setup)), new_state(setup, init_params(model, 0)), []
     for _ in range(4):
         state, metrics = step(state, batch, grid, 0)
         losses.append(float(metrics["loss"]))
