@@ -27,6 +27,7 @@ lint: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(BIN)/lint-imports
 
 # Tests drive the server with it. It asks for NumPy 1, so it can't be in the lock, and runs with 2.
 OPENPI_CLIENT := openpi-client==0.1.2

@@ -62,3 +62,10 @@ import spatialvla_jax.training.loop
 sys.exit(state() != before)
 """
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
+def test_the_import_contracts_hold() -> None:
+    """Layers, and where TensorFlow, PyTorch and simulators may be imported: `[tool.importlinter]` in pyproject.toml."""
+    command = [Path(sys.executable).with_name("lint-imports"), "--no-cache"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
