@@ -180,7 +180,7 @@ def run_torch(config: SpatialVLAConfig, args: argparse.Namespace) -> dict[str, A
     """The exported model's own `predict_action`, in bfloat16 with random weights: prepared inputs to tokens."""
     import torch
 
-    from spatialvla_jax.checkpoints.huggingface import config_to_published
+    from spatialvla_jax.checkpoints.published_config import config_to_published
     from spatialvla_jax.export.torch_model import SpatialVLAConfig as TorchConfig
     from spatialvla_jax.export.torch_model import SpatialVLAForConditionalGeneration
     from spatialvla_jax.export.verify import torch_inputs

@@ -13,7 +13,7 @@ import numpy as np
 
 from spatialvla_jax.checkpoints.mapping import check_arrays, check_names, param_shapes
 from spatialvla_jax.checkpoints.processor import Processor
-from spatialvla_jax.checkpoints.types import Checkpoint, LazyArray, check_finite
+from spatialvla_jax.checkpoints.types import Checkpoint, LazyArray, finite
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.models.spatialvla import SpatialVLAConfig
 from spatialvla_jax.utils.atomic import disk_errors, replacing
@@ -24,7 +24,7 @@ FLOATS = (np.dtype(np.float32), np.dtype(np.float16), BFLOAT16)
 
 
 def open_npz(path: Path) -> dict[str, LazyArray]:
-    """The arrays of a file, without "params/", read when asked for. Raises InputError for a file that is no .npz."""
+    """The arrays of a file, without "params/", read when needed. Raises InputError for a file that is no .npz."""
     try:
         with zipfile.ZipFile(path) as archive:
             arrays = dict(_open_member(path, archive, name) for name in archive.namelist() if name != f"{FACTS}.npy")
@@ -32,7 +32,7 @@ def open_npz(path: Path) -> dict[str, LazyArray]:
         raise InputError(f"{path} is not a whole .npz file: {error}") from error
     wrong = [f"{name} ({array.dtype})" for name, array in arrays.items() if array.dtype not in FLOATS]
     check_names(path, "of another dtype than float32, float16, bfloat16", wrong)
-    return arrays
+    return finite(path, arrays)
 
 
 def _open_member(path: Path, archive: zipfile.ZipFile, name: str) -> tuple[str, LazyArray]:
@@ -67,7 +67,6 @@ def read_big_vision(path: str | Path) -> Checkpoint:
     except (KeyError, TypeError) as error:
         raise InputError(f"{path} does not describe a model and processor of this version: {error}") from error
     check_arrays(path, arrays, param_shapes(config))
-    check_finite(path, arrays)
     return Checkpoint(config, arrays, processor)
 
 

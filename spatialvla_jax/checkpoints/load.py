@@ -11,11 +11,12 @@ import numpy as np
 
 from spatialvla_jax.actions import ActionGrid, LinearGrid, grid_from_dict
 from spatialvla_jax.checkpoints.big_vision import read_big_vision
-from spatialvla_jax.checkpoints.huggingface import CONFIG, open_zoedepth, read_huggingface
+from spatialvla_jax.checkpoints.huggingface import open_zoedepth, read_huggingface
 from spatialvla_jax.checkpoints.orbax import read_orbax, step_directory
 from spatialvla_jax.checkpoints.paligemma import is_paligemma, start_from_paligemma
 from spatialvla_jax.checkpoints.peft import is_adapter_run, read_adapters
 from spatialvla_jax.checkpoints.processor import Processor
+from spatialvla_jax.checkpoints.published_config import CONFIG
 from spatialvla_jax.checkpoints.types import Checkpoint, LazyArray, read_json
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.models.spatialvla import SpatialVLA

@@ -13,7 +13,7 @@ from etils import epath
 
 from spatialvla_jax.checkpoints.mapping import check_arrays, flatten, param_shapes, unflatten
 from spatialvla_jax.checkpoints.processor import Processor
-from spatialvla_jax.checkpoints.types import Checkpoint, LazyArray, check_finite, read_json
+from spatialvla_jax.checkpoints.types import Checkpoint, LazyArray, finite, read_json
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.models.spatialvla import SpatialVLAConfig
 from spatialvla_jax.utils.atomic import new_directory
@@ -34,10 +34,10 @@ def step_directory(path: str | Path) -> Path | None:
 
 
 def read_orbax(path: str | Path) -> Checkpoint:
-    """A run of ours (its newest step) or one step of it; the optimizer is left alone. Arrays are read when asked for.
+    """A run of ours (its newest step) or one step of it, without the optimizer. Arrays are read when needed.
 
-    Raises InputError when there is no finished step, its files are damaged, its parameters do not fit its config or are
-    not finite.
+    Raises InputError when there is no finished step, its metadata are damaged or its parameters do not fit its config;
+    reading an array raises it when its files are damaged or it is not finite.
     """
     step = step_directory(path)
     if step is None:
@@ -45,7 +45,6 @@ def read_orbax(path: str | Path) -> Checkpoint:
     config, processor = parse_metadata(step, read_metadata(step))
     arrays = open_params(step)
     check_arrays(step, arrays, param_shapes(config))
-    check_finite(step, arrays)
     return Checkpoint(config, arrays, processor)
 
 
@@ -64,7 +63,7 @@ def parse_metadata(step: Path, metadata: dict[str, Any]) -> tuple[SpatialVLAConf
 
 
 def open_params(step: Path) -> dict[str, LazyArray]:
-    """{path: array} of a step's parameters, which are read when asked for. Raises InputError for damaged files."""
+    """{path: array} of a step's parameters, read when needed. Raises InputError for damaged files."""
     params = (step / "params").absolute()
 
     # Straight from the array store: restoring array by array through Orbax takes 35 times as long.
@@ -81,7 +80,7 @@ def open_params(step: Path) -> dict[str, LazyArray]:
 
         return LazyArray(tuple(info.shape), np.dtype(info.dtype), read)
 
-    return {path: lazy(path, info, spec) for path, info, spec in _stored(params)}
+    return finite(step, {path: lazy(path, info, spec) for path, info, spec in _stored(params)})
 
 
 def _stored(params: Path) -> Iterator[tuple[str, Any, dict[str, Any]]]:
@@ -114,6 +113,8 @@ def write_orbax(path: str | Path, checkpoint: Checkpoint) -> None:
             _lay_out((folder / FOLDER).absolute(), checkpoint.arrays, metadata)
             for name, _, spec in _stored((folder / FOLDER / "0" / "params").absolute()):
                 _fill(spec, checkpoint.arrays[name])
+        except InputError:
+            raise  # of an array that can't be read
         except ValueError as error:  # what Orbax and tensorstore make of a full disk
             raise InputError(f"{path} cannot be written: {_first_line(error)}") from error
 

@@ -13,16 +13,15 @@ import numpy as np
 
 from spatialvla_jax.checkpoints import safetensors_io as safetensors
 from spatialvla_jax.checkpoints.big_vision import FACTS, open_npz
-from spatialvla_jax.checkpoints.huggingface import (
+from spatialvla_jax.checkpoints.huggingface import open_zoedepth, stacked_arrays
+from spatialvla_jax.checkpoints.mapping import check_arrays, flatten, param_shapes
+from spatialvla_jax.checkpoints.published_config import (
     CONFIG,
     gemma2_from_published,
-    open_zoedepth,
     parse_config,
     siglip_from_published,
-    stacked_arrays,
 )
-from spatialvla_jax.checkpoints.mapping import check_arrays, flatten, param_shapes
-from spatialvla_jax.checkpoints.types import Checkpoint, LazyArray, check_finite, read_json
+from spatialvla_jax.checkpoints.types import Checkpoint, LazyArray, read_json
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.models.ego3d import Ego3D
 from spatialvla_jax.models.gemma2 import Gemma2Config
@@ -132,7 +131,6 @@ def _from_npz(path: Path) -> tuple[SiglipConfig, Gemma2Config, int, dict[str, La
     except (KeyError, ValueError) as error:
         raise InputError(f"{path} is no PaliGemma 2 of big_vision: {error}") from error
     check_arrays(path, arrays, _paligemma_shapes(img, llm))
-    check_finite(path, arrays)
     return img, llm, text_vocab, arrays
 
 

@@ -1,24 +1,27 @@
 """Runs that hold adapters alone: read as the whole model that they make of their base, or written for `peft`.
 
 Such a run's checkpoint has in `params` what was trained ("lora/…" and the spatial table). Its metadata has under "lora"
-rank and alpha, how the base was adapted to the run's grid, and where the base is, with a digest of it.
+rank and alpha, how the base was adapted to the run's grid, and where the base is, with digests of its grid and arrays.
 """
 
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from spatialvla_jax.actions import grid_to_dict
 from spatialvla_jax.checkpoints import safetensors_io as safetensors
-from spatialvla_jax.checkpoints.huggingface import CONFIG, config_to_published, write_code, write_processor
-from spatialvla_jax.checkpoints.mapping import SPATIALVLA, Rule, axes_of_layout, check_arrays, param_shapes, slots
+from spatialvla_jax.checkpoints.huggingface import unstacked_tensors, write_code, write_processor
+from spatialvla_jax.checkpoints.mapping import SPATIALVLA, Rule, axes_of_layout, check_arrays, param_shapes
 from spatialvla_jax.checkpoints.orbax import open_params, parse_metadata, read_metadata, step_directory
+from spatialvla_jax.checkpoints.published_config import CONFIG, config_to_published
 from spatialvla_jax.checkpoints.regrid import EMBEDDING, adapt_checkpoint
-from spatialvla_jax.checkpoints.types import Checkpoint, LazyArray, check_finite
+from spatialvla_jax.checkpoints.types import Checkpoint, LazyArray, digest, recorded
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.models.lora import ADAPTERS, axes_of, is_linear, product
 from spatialvla_jax.utils.atomic import new_directory, write_json
@@ -41,19 +44,48 @@ class AdapterRun:
     whole: Checkpoint
 
 
-def digest(checkpoint: Checkpoint) -> str:
-    """A hash of every array and of the grid; holds one array at a time."""
+def refer(
+    path: str | Path, base: Checkpoint, digests: Mapping[str, str], before: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """What a run of adapters keeps of its `base`, which was read from `path` and whose arrays have these digests.
+
+    A run of an earlier version keeps one digest of all, and goes on with it: `before` is what it kept.
+    """
+    reference = {"path": str((step_directory(path) or Path(path)).absolute())}
+    if "digest" in (before or {}):
+        return reference | {"digest": _digest_of_all(base)}
+    return reference | {"grid": _digest_of_grid(base).hexdigest(), "digests": dict(digests)}
+
+
+def _unchanged(what: str, base: Checkpoint, reference: Mapping[str, Any]) -> Checkpoint:
+    """`base`, where reading an array raises InputError if it is not the one that `reference` was made of."""
+    error = InputError(f"{what}, which has changed since: they fit its old weights alone")
+
+    def inspect(path: str, x: np.ndarray) -> None:
+        if digest(x) != reference["digests"].get(path):
+            raise error
+
+    if "digest" in reference:
+        if _digest_of_all(base) != reference["digest"]:
+            raise error
+        return base
+    if _digest_of_grid(base).hexdigest() != reference["grid"]:
+        raise error
+    return replace(base, arrays={path: x.inspected(partial(inspect, path)) for path, x in base.arrays.items()})
+
+
+def _digest_of_grid(checkpoint: Checkpoint) -> "hashlib._Hash":
     grid = checkpoint.processor and grid_to_dict(checkpoint.processor.grid)
-    total = hashlib.sha256(json.dumps(grid).encode())
+    return hashlib.sha256(json.dumps(grid).encode())
+
+
+def _digest_of_all(checkpoint: Checkpoint) -> str:
+    """A hash of the grid and every array, which it reads one at a time."""
+    total = _digest_of_grid(checkpoint)
     for path, array in sorted(checkpoint.arrays.items()):
         total.update(f"{path} {array.shape} {array.dtype}".encode())
         total.update(np.ascontiguousarray(array.read()).reshape(-1).view(np.uint8).data)
     return total.hexdigest()
-
-
-def refer(path: str | Path, checkpoint: Checkpoint) -> dict[str, str]:
-    """What a run of adapters keeps of its base, which was read from `path`."""
-    return {"path": str((step_directory(path) or Path(path)).absolute()), "digest": digest(checkpoint)}
 
 
 def is_adapter_run(path: str | Path) -> bool:
@@ -64,24 +96,20 @@ def is_adapter_run(path: str | Path) -> bool:
 def read_adapters(path: str | Path, read: Callable[[Path], Checkpoint]) -> AdapterRun:
     """A run of adapters (its newest step) or one step of it, with its base, which `read` opens.
 
-    Raises InputError where the base is not there any more, or is another, and for damaged files.
+    Raises InputError where the base is not there any more, has another grid or does not fit, and for damaged files;
+    reading an array raises it where the base has changed.
     """
     step = step_directory(path)
     assert step is not None
     metadata = read_metadata(step)
     config, processor = parse_metadata(step, metadata)
     facts = metadata["lora"]
-    base_path = Path(facts["base"]["path"])
+    base_path, what = Path(facts["base"]["path"]), f"{step} holds adapters of {facts['base']['path']}"
     if not base_path.exists():
-        raise InputError(f"{step} holds adapters of {base_path}, which does not exist: put it, or a link to it, there")
-    base = read(base_path)
-    if digest(base) != facts["base"]["digest"]:
-        raise InputError(
-            f"{step} holds adapters of {base_path}, which has changed since: they fit its old weights alone"
-        )
+        raise InputError(f"{what}, which does not exist: put it, or a link to it, there")
+    base = _unchanged(what, read(base_path), facts["base"])
     adapted = base if processor is None else adapt_checkpoint(base_path, base, processor.grid, **facts["adapt"])
     trained = open_params(step)
-    check_finite(step, trained)
     scale = facts["alpha"] / facts["rank"]
     arrays = {path: _merged(path, array, trained, scale) for path, array in adapted.arrays.items()}
     check_arrays(step, arrays, param_shapes(config))
@@ -108,15 +136,16 @@ def _merged(path: str, array: LazyArray, trained: Mapping[str, LazyArray], scale
     return LazyArray(array.shape, array.dtype, read)
 
 
-def write_peft(path: str | Path, run: AdapterRun, code: Mapping[str, str] | None = None) -> dict[str, LazyArray]:
+def write_peft(path: str | Path, run: AdapterRun, code: Mapping[str, str] | None = None) -> dict[str, str]:
     """Write `run` as a directory of adapters for the base's PyTorch export, with the run's own processor and the Python
-    files `code`; it appears whole or not at all. Returns {name: array} of what was written.
+    files `code`; it appears whole or not at all. Returns {name: digest} of the tensors.
 
         model = AutoModel.from_pretrained(export_of_the_base, trust_remote_code=True)
         model = PeftModel.from_pretrained(model, path)
         processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
 
-    Raises InputError where the base's vocabulary was adapted too, for which `peft` has no place.
+    Raises InputError where the base has changed, and where its vocabulary was adapted too, for which `peft` has no
+    place.
     """
     changed = [k for k, array in run.adapted.arrays.items() if k != EMBEDDING and array is not run.base.arrays[k]]
     if changed:
@@ -124,11 +153,9 @@ def write_peft(path: str | Path, run: AdapterRun, code: Mapping[str, str] | None
             f"{run.base_path} was adapted to another grid in {changed[0]} too, which adapters can't carry: "
             "convert with --to pytorch --merge"
         )
-    tensors = adapter_tensors(run.trained)
-    modules = sorted({key.removeprefix(PEFT_PREFIX).rpartition(".lora_")[0] for key in tensors})
+    adapters = adapter_tensors(run.trained)
     table = run.whole.arrays[EMBEDDING]
     full = [] if table is run.base.arrays[EMBEDDING] else ["spatial_embed_tokens"]
-    tensors |= {f"{PEFT_PREFIX}{name}.weight": table for name in full}
     about = {
         "peft_type": "LORA",
         "base_model_name_or_path": str(run.base_path),
@@ -136,20 +163,21 @@ def write_peft(path: str | Path, run: AdapterRun, code: Mapping[str, str] | None
         "lora_alpha": run.alpha,
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": modules,
+        "target_modules": sorted({key.removeprefix(PEFT_PREFIX).rpartition(".lora_")[0] for key in adapters}),
         "modules_to_save": full,
         "inference_mode": True,
     }
-    tensors = dict(sorted(tensors.items()))
+    tensors, digests = recorded(adapters | {f"{PEFT_PREFIX}{name}.weight": table for name in full})
     with new_directory(Path(path)) as folder:
         write_json(folder / PEFT_CONFIG, about)
-        write_json(folder / CONFIG, config_to_published(run.whole.config, {array.dtype for array in tensors.values()}))
+        write_json(folder / CONFIG, config_to_published(run.whole.config, {x.dtype for x in tensors.values()}))
         if run.whole.processor is not None:
             write_processor(folder, run.whole.processor, run.whole.config)
         write_code(folder, code)
-        specs = {key: (array.shape, array.dtype) for key, array in tensors.items()}
-        safetensors.write_file(folder / PEFT_WEIGHTS, specs, lambda key: tensors[key].read())
-    return tensors
+        safetensors.write_file(folder / PEFT_WEIGHTS, tensors)
+        for array in run.base.arrays.values():
+            array.read()  # nothing of it is written, but adapters of a base that has changed are refused
+    return digests
 
 
 def adapter_tensors(trained: Mapping[str, LazyArray]) -> dict[str, LazyArray]:
@@ -158,14 +186,9 @@ def adapter_tensors(trained: Mapping[str, LazyArray]) -> dict[str, LazyArray]:
     SigLIP's are there twice, under its name in transformers 4 and, one level less, in 5: `peft` takes the one that the
     model has and passes over the other.
     """
-    arrays = {path: array for path, array in trained.items() if path.startswith(f"{ADAPTERS}/")}
-    tensors = {}
-    for slot in slots({path: array.shape for path, array in arrays.items()}, adapter_rules()):
-        array = arrays[slot.path]
-        read = lambda slot=slot, array=array: slot.to_published(array.read())  # noqa: E731
-        for key in {slot.key, slot.key.replace(SIGLIP, SIGLIP_5)}:
-            tensors[PEFT_PREFIX + key] = LazyArray(slot.shape, array.dtype, read)
-    return tensors
+    adapters = {path: array for path, array in trained.items() if path.startswith(f"{ADAPTERS}/")}
+    tensors = unstacked_tensors(adapters, adapter_rules())
+    return {PEFT_PREFIX + name: x for key, x in tensors.items() for name in (key, key.replace(SIGLIP, SIGLIP_5))}
 
 
 def adapter_rules() -> list[Rule]:
@@ -182,12 +205,3 @@ def adapter_rules() -> list[Rule]:
             keys = tuple(key.removesuffix(".weight") + f".lora_{letter}.weight" for key in rule.keys)
             rules.append(Rule(f"{ADAPTERS}/{rule.path}/{name}", layout, keys))
     return rules
-
-
-def same_bytes(file: Path, tensors: Mapping[str, LazyArray]) -> bool:
-    """Whether a safetensors file holds exactly these."""
-    stored = safetensors.open_file(file)
-    return stored.keys() == tensors.keys() and all(
-        stored[key].dtype == array.dtype and np.array_equal(stored[key].read(), array.read())
-        for key, array in tensors.items()
-    )

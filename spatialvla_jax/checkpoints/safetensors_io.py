@@ -4,8 +4,7 @@ The format: a little-endian u64 header length, a JSON header {key: {dtype, shape
 """
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from spatialvla_jax.checkpoints.mapping import check_names
-from spatialvla_jax.checkpoints.types import read_json
+from spatialvla_jax.checkpoints.types import LazyArray, read_json
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.utils.atomic import write_json
 
@@ -23,20 +22,7 @@ DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F1
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-@dataclass(frozen=True)
-class Stored:
-    """Where one tensor lies."""
-
-    file: Path
-    dtype: np.dtype
-    shape: tuple[int, ...]
-    offset: int
-
-    def read(self) -> np.ndarray:
-        return np.fromfile(self.file, self.dtype, prod(self.shape), offset=self.offset).reshape(self.shape)
-
-
-def open_directory(path: Path) -> dict[str, Stored]:
+def open_directory(path: Path) -> dict[str, LazyArray]:
     """All tensors of `model.safetensors`, or of the shards in `model.safetensors.index.json`; reads headers only.
 
     Raises InputError for a directory without weights, an index that does not agree with its shards, a file that is cut
@@ -58,7 +44,7 @@ def open_directory(path: Path) -> dict[str, Stored]:
     return tensors
 
 
-def open_file(file: Path) -> dict[str, Stored]:
+def open_file(file: Path) -> dict[str, LazyArray]:
     size = file.stat().st_size
     with file.open("rb") as f:
         length = int.from_bytes(f.read(8), "little")
@@ -77,55 +63,48 @@ def open_file(file: Path) -> dict[str, Stored]:
     end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if size < end:
         raise InputError(f"{file} is cut short: {size} bytes of {end}")
-    return {
-        key: Stored(file, DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
-        for key, entry in header.items()
-    }
+    return {key: _lazy(file, entry, 8 + length) for key, entry in header.items()}
 
 
-def write_directory(
-    path: Path,
-    specs: Mapping[str, tuple[tuple[int, ...], np.dtype]],
-    read: Callable[[str], np.ndarray],
-    max_bytes: int,
-) -> None:
-    """Write the tensors `specs` = {key: (shape, dtype)} in this order, taking one at a time from `read`.
+def _lazy(file: Path, entry: dict[str, Any], start: int) -> LazyArray:
+    shape, dtype, offset = tuple(entry["shape"]), DTYPES[entry["dtype"]], start + entry["data_offsets"][0]
+    return LazyArray(shape, dtype, lambda: np.fromfile(file, dtype, prod(shape), offset=offset).reshape(shape))
 
-    More than `max_bytes` are split into shards with an index.
-    """
+
+def write_directory(path: Path, tensors: Mapping[str, LazyArray], max_bytes: int) -> None:
+    """Write the tensors in this order, reading one at a time; more than `max_bytes` go to shards with an index."""
     shards: list[list[str]] = [[]]
     filled = 0
-    for key, (shape, dtype) in specs.items():
-        size = prod(shape) * dtype.itemsize
-        if shards[-1] and filled + size > max_bytes:
+    for key, tensor in tensors.items():
+        if shards[-1] and filled + tensor.nbytes > max_bytes:
             shards.append([])
             filled = 0
         shards[-1].append(key)
-        filled += size
+        filled += tensor.nbytes
     count = len(shards)
     names = [SINGLE] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
     for name, keys in zip(names, shards, strict=True):
-        write_file(path / name, {key: specs[key] for key in keys}, read)
+        write_file(path / name, {key: tensors[key] for key in keys})
     if count > 1:
-        total = sum(prod(shape) * dtype.itemsize for shape, dtype in specs.values())
+        total = sum(tensor.nbytes for tensor in tensors.values())
         weight_map = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         write_json(path / INDEX, index)
 
 
-def write_file(file: Path, specs: Mapping[str, tuple[tuple[int, ...], np.dtype]], read: Callable) -> None:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+def write_file(file: Path, tensors: Mapping[str, LazyArray]) -> None:
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for key, (shape, dtype) in specs.items():
-        end = offset + prod(shape) * dtype.itemsize
-        header[key] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+    for key, tensor in tensors.items():
+        end = offset + tensor.nbytes
+        header[key] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with file.open("wb") as f:
         f.write(len(text).to_bytes(8, "little") + text)
-        for key, (shape, dtype) in specs.items():
-            tensor = read(key)
-            assert tensor.shape == shape and tensor.dtype == dtype, (key, tensor.shape, tensor.dtype)
-            f.write(np.ascontiguousarray(tensor).view(np.uint8).data)
-            del tensor  # or it would keep its array while the next is read
+        for key, tensor in tensors.items():
+            x = tensor.read()
+            assert x.shape == tensor.shape and x.dtype == tensor.dtype, (key, x.shape, x.dtype)
+            f.write(np.ascontiguousarray(x).view(np.uint8).data)
+            del x  # or it would keep its array while the next is read

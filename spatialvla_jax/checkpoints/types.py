@@ -1,8 +1,10 @@
 """What every format reads into and writes from: a config, arrays read when needed, and a processor."""
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from spatialvla_jax.models.spatialvla import SpatialVLAConfig
 
 @dataclass(frozen=True)
 class LazyArray:
-    """One array of our tree that `read` brings into memory."""
+    """One array that `read` brings into memory."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -32,6 +34,16 @@ class LazyArray:
 
     def astype(self, dtype: np.dtype) -> "LazyArray":
         return replace(self, dtype=dtype, read=lambda: self.read().astype(dtype))
+
+    def inspected(self, inspect: Callable[[np.ndarray], object]) -> "LazyArray":
+        """The same array, which is shown to `inspect` whenever it is read."""
+
+        def read() -> np.ndarray:
+            x = self.read()
+            inspect(x)
+            return x
+
+        return replace(self, read=read)
 
     @property
     def nbytes(self) -> int:
@@ -57,14 +69,39 @@ class Checkpoint:
         return unflatten({path: array.read() for path, array in self.arrays.items()})
 
 
-def check_finite(what: object, arrays: Mapping[str, LazyArray]) -> None:
-    """Raises InputError that names the arrays with NaN or infinity; holds one array at a time."""
-    check_names(what, "not finite", [path for path, array in arrays.items() if not all_finite(array.read())])
+def finite(what: object, arrays: Mapping[str, LazyArray]) -> dict[str, LazyArray]:
+    """The same arrays; reading one with NaN or infinity raises InputError.
+
+    The sentence names every array that has any: only then are the others read for it, one at a time.
+    """
+
+    def inspect(x: np.ndarray) -> None:
+        if not all_finite(x):
+            check_names(what, "not finite", [path for path, array in arrays.items() if not all_finite(array.read())])
+
+    return {path: array.inspected(inspect) for path, array in arrays.items()}
 
 
 def all_finite(x: np.ndarray) -> bool:
     flat, block = x.reshape(-1), 2**24  # in blocks, as the answers take memory too
     return all(bool(np.isfinite(flat[i : i + block]).all()) for i in range(0, flat.size, block))
+
+
+def digest(x: np.ndarray) -> str:
+    """A hash of shape, dtype and every byte."""
+    total = hashlib.sha256(f"{x.shape} {x.dtype}".encode())
+    total.update(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data)
+    return total.hexdigest()
+
+
+def recorded(arrays: Mapping[str, LazyArray]) -> tuple[dict[str, LazyArray], dict[str, str]]:
+    """→ (the same arrays, {path: digest} of those that have been read)."""
+    digests: dict[str, str] = {}
+
+    def record(path: str, x: np.ndarray) -> None:
+        digests[path] = digest(x)
+
+    return {path: array.inspected(partial(record, path)) for path, array in arrays.items()}, digests
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -1,23 +1,22 @@
 """Turning one checkpoint format into another."""
 
-import hashlib
 import time
 from dataclasses import replace
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import jax.numpy as jnp
-import numpy as np
 
+from spatialvla_jax.checkpoints import safetensors_io as safetensors
 from spatialvla_jax.checkpoints.big_vision import write_big_vision
 from spatialvla_jax.checkpoints.huggingface import write_huggingface
 from spatialvla_jax.checkpoints.load import read_checkpoint
 from spatialvla_jax.checkpoints.orbax import write_orbax
-from spatialvla_jax.checkpoints.peft import PEFT_WEIGHTS, is_adapter_run, read_adapters, same_bytes, write_peft
-from spatialvla_jax.checkpoints.types import Checkpoint, LazyArray
+from spatialvla_jax.checkpoints.peft import PEFT_WEIGHTS, is_adapter_run, read_adapters, write_peft
+from spatialvla_jax.checkpoints.types import Checkpoint, digest, finite, recorded
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.export.verify import MISSING, available
+from spatialvla_jax.export.verify import MISSING, Verification, available
 from spatialvla_jax.export.verify import verify as run_both
 
 PEFT = "peft"
@@ -52,6 +51,20 @@ def write_pytorch(path: str | Path, checkpoint: Checkpoint) -> None:
 WRITERS = {"orbax": write_orbax, "pytorch": write_pytorch, "big_vision": write_big_vision}
 
 
+class Conversion(TypedDict):
+    """What `convert` did; `bit_exact` comes from reading the destination back."""
+
+    source: str
+    destination: str
+    format: str
+    parameters: int
+    tensors: int
+    bytes: int
+    bit_exact: bool
+    verification: Verification | str  # what `verify` found, or the sentence that says why it was not run
+    seconds: float
+
+
 def convert(
     src: str | Path,
     dst: str | Path,
@@ -60,17 +73,16 @@ def convert(
     verify: bool | None = None,
     zoedepth: str | Path | None = None,
     merge: bool = False,
-) -> dict[str, Any]:
+) -> Conversion:
     """Convert checkpoint `src` into `dst`, a new directory (orbax, pytorch, peft) or .npz file (big_vision).
 
     Weights are cast to `dtype` where one is given. A PaliGemma 2 becomes a SpatialVLA to pre-train, with the ZoeDepth
     in the directory `zoedepth` where one is given. A run of adapters becomes a plain checkpoint by `merge`, or to
-    "peft" a directory of the adapters alone (`lora.write_peft`). `verify` runs a PyTorch export beside JAX
+    "peft" a directory of the adapters alone (`peft.write_peft`). `verify` runs a PyTorch export beside JAX
     (`verify.verify`); None does so up to VERIFIED_BY_DEFAULT parameters and where PyTorch is installed.
 
-    Returns {"source", "destination", "format", "parameters", "tensors", "bytes", "bit_exact", "seconds",
-    "verification"}; `bit_exact` comes from reading `dst` back, `verification` is what `verify` found, or the sentence
-    that says why it was not run. Raises InputError, and `dst` is then untouched; VerificationError, and `dst` is kept.
+    Every array is read once to be checked, hashed and written. Raises InputError, and `dst` is then untouched;
+    VerificationError, and `dst` is kept.
     """
     if to not in (*WRITERS, PEFT):
         raise InputError(f"cannot convert to {to!r}; choose one of {', '.join((*WRITERS, PEFT))}")
@@ -87,10 +99,10 @@ def convert(
     if to == PEFT:
         return _convert_to_peft(src, dst, start)
     checkpoint = cast(read_checkpoint(src, zoedepth), dtype)
-    WRITERS[to](dst, checkpoint)
-    arrays = checkpoint.arrays.values()
-    parameters = sum(prod(array.shape) for array in arrays)
-    bit_exact = equal(checkpoint, read_checkpoint(dst))
+    arrays, digests = recorded(checkpoint.arrays)
+    WRITERS[to](dst, replace(checkpoint, arrays=arrays))
+    parameters = sum(prod(x.shape) for x in arrays.values())
+    bit_exact = _reads_back(dst, checkpoint, digests)
     skipped = _why_not(to, parameters, verify)
     return {
         "source": str(src),
@@ -98,27 +110,39 @@ def convert(
         "format": to,
         "parameters": parameters,
         "tensors": len(arrays),
-        "bytes": sum(array.nbytes for array in arrays),
+        "bytes": sum(x.nbytes for x in arrays.values()),
         "bit_exact": bit_exact,
         "verification": run_both(checkpoint, dst) if skipped is None else skipped,
         "seconds": round(time.perf_counter() - start, 3),
     }
 
 
-def _convert_to_peft(src: str | Path, dst: str | Path, start: float) -> dict[str, Any]:
+def _convert_to_peft(src: str | Path, dst: str | Path, start: float) -> Conversion:
     run = read_adapters(src, read_checkpoint)
-    tensors = write_peft(dst, run, torch_code())
+    digests = write_peft(dst, run, torch_code())
+    stored = safetensors.open_file(Path(dst) / PEFT_WEIGHTS)
     return {
         "source": str(src),
         "destination": str(dst),
         "format": PEFT,
-        "parameters": sum(prod(array.shape) for array in run.trained.values()),
-        "tensors": len(tensors),
-        "bytes": sum(array.nbytes for array in tensors.values()),
-        "bit_exact": same_bytes(Path(dst) / PEFT_WEIGHTS, tensors),
+        "parameters": sum(prod(x.shape) for x in run.trained.values()),
+        "tensors": len(stored),
+        "bytes": sum(x.nbytes for x in stored.values()),
+        "bit_exact": {name: digest(x.read()) for name, x in stored.items()} == digests,
         "verification": "adapters alone: their bytes were read back and compared",
         "seconds": round(time.perf_counter() - start, 3),
     }
+
+
+def _reads_back(path: str | Path, written: Checkpoint, digests: dict[str, str]) -> bool:
+    """Whether config, processor and, by these digests, every byte at `path` are those that were written."""
+    read = read_checkpoint(path)
+    processors = [c.processor and c.processor.to_dict() for c in (read, written)]
+    return (
+        read.config == written.config
+        and processors[0] == processors[1]
+        and {name: digest(x.read()) for name, x in read.arrays.items()} == digests
+    )
 
 
 def _why_not(to: str, parameters: int, verify: bool | None) -> str | None:
@@ -141,20 +165,4 @@ def cast(checkpoint: Checkpoint, dtype: str | None) -> Checkpoint:
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     arrays = {path: array.astype(jnp.dtype(dtype)) for path, array in checkpoint.arrays.items()}
-    return replace(checkpoint, arrays=arrays)
-
-
-def equal(a: Checkpoint, b: Checkpoint) -> bool:
-    """Whether config, processor and every byte of every array are the same; holds one array at a time."""
-    processors = [c.processor and c.processor.to_dict() for c in (a, b)]
-    if a.config != b.config or processors[0] != processors[1] or a.arrays.keys() != b.arrays.keys():
-        return False
-    return all(
-        array.dtype == b.arrays[path].dtype and _digest(array) == _digest(b.arrays[path])
-        for path, array in a.arrays.items()
-    )
-
-
-def _digest(array: LazyArray) -> tuple[tuple[int, ...], bytes]:
-    x = np.ascontiguousarray(array.read())
-    return x.shape, hashlib.sha256(x.view(np.uint8).data).digest()
+    return replace(checkpoint, arrays=finite(f"in {dtype}", arrays))

@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -32,10 +32,27 @@ LIMITS = {"inputs": 1.5 / 255, "logits": 1e-2}
 MISSING = "PyTorch is not installed, so the export was not run beside JAX; pip install 'spatialvla-jax[torch]' adds it"
 
 
+class Difference(TypedDict):
+    max: float
+    mean: float
+
+
+class Verification(TypedDict):
+    """`differences` are by stage, of those that the model has: inputs (pixels as each side's processor makes them; what
+    follows starts from the same), depth, image_features, logits (of the first action token), actions (in robot units).
+    """
+
+    examples: int
+    dtype: str
+    tokens: int
+    tokens_equal: int
+    differences: dict[str, Difference]
+
+
 class VerificationError(Exception):
     """The export does not act as its source does; `result` is what `verify` would have returned."""
 
-    def __init__(self, message: str, result: dict[str, Any]) -> None:
+    def __init__(self, message: str, result: Verification) -> None:
         super().__init__(message)
         self.result = result
 
@@ -45,26 +62,23 @@ def available() -> bool:
     return find_spec("torch") is not None and find_spec("transformers") is not None
 
 
-def verify(checkpoint: Checkpoint, directory: str | Path, adapters: str | Path | None = None) -> dict[str, Any]:
+def verify(checkpoint: Checkpoint, directory: str | Path, adapters: str | Path | None = None) -> Verification:
     """Compare `checkpoint` in JAX with the PyTorch export `directory`, on which the directory `adapters` is loaded by
     `peft` where there is one; needs the extra [torch].
 
-    Returns {"examples", "dtype", "tokens", "tokens_equal", "differences": {stage: {"max", "mean"}}}, with the stages
-    that the model has: inputs (pixels as each side's processor makes them; what follows starts from the same),
-    depth, image_features, logits (of the first action token), actions (in robot units). Raises VerificationError when a
-    greedy token differs or a stage does by more than its limit.
+    Raises VerificationError when a greedy token differs or a stage does by more than its limit.
     """
     probes = make_probes(checkpoint.config.img.image_size)
     inputs = _inputs(checkpoint, probes)
     ours = _run_jax(checkpoint, inputs)
     theirs = _run_torch(Path(directory), Path(adapters) if adapters else None, checkpoint, inputs, probes)
 
-    differences = {}
+    differences: dict[str, Difference] = {}
     for stage in ours.keys() - {"tokens"}:
         error = np.abs(ours[stage].astype(np.float64) - theirs[stage])
         differences[stage] = {"max": float(error.max()), "mean": float(error.mean())}
     order = [s for s in ("inputs", "depth", "image_features", "logits", "actions") if s in differences]
-    result = {
+    result: Verification = {
         "examples": len(INSTRUCTIONS),
         "dtype": "float32",
         "tokens": int(ours["tokens"].size),
@@ -79,7 +93,7 @@ def verify(checkpoint: Checkpoint, directory: str | Path, adapters: str | Path |
     return result
 
 
-def table(result: dict[str, Any]) -> str:
+def table(result: Verification) -> str:
     """What `verify` found, for people to read."""
     rows = [
         f"{name.replace('_', ' '):15} {d['max']:9.1e} {d['mean']:9.1e}" for name, d in result["differences"].items()

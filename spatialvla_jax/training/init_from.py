@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from spatialvla_jax.checkpoints.paligemma import is_paligemma
 from spatialvla_jax.checkpoints.peft import refer
 from spatialvla_jax.checkpoints.processor import Processor
 from spatialvla_jax.checkpoints.regrid import adapt_checkpoint
-from spatialvla_jax.checkpoints.types import LazyArray
+from spatialvla_jax.checkpoints.types import LazyArray, recorded
 from spatialvla_jax.data import Loader
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.models import SpatialVLA
@@ -70,6 +71,10 @@ def starting_params(
     if not config.init or (step_directory(workdir) and lora is None):
         return None, {}
     shapes = param_shapes(model.config)
+    digests: dict[str, str] = {}
+    if checkpoint is not None and lora:
+        arrays, digests = recorded(checkpoint.arrays)
+        checkpoint = replace(checkpoint, arrays=arrays)
     start = (checkpoint and adapt_checkpoint(config.init, checkpoint, grid, **adapt)) or _paligemma(config, model)
     check_arrays(config.init, start.arrays, shapes)
     frozen = setup.frozen if lora else ()
@@ -81,7 +86,10 @@ def starting_params(
     if checkpoint is None or lora is None:
         return params, {}
     adapters = init_adapters(shapes, lora.rank, lora.targets, jax.random.key(setup.seed))
-    about = {"rank": lora.rank, "alpha": lora.alpha, "adapt": adapt, "base": refer(config.init, checkpoint)}
+    step = step_directory(workdir)
+    before = read_metadata(step)["lora"]["base"] if step else None
+    base = refer(config.init, checkpoint, digests, before)
+    about = {"rank": lora.rank, "alpha": lora.alpha, "adapt": adapt, "base": base}
     return params | {ADAPTERS: jax.tree.map(np.asarray, adapters)}, {"lora": about}
 
 

@@ -7,14 +7,15 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from helpers.checkpoints import equal
 from safetensors.numpy import load_file, save_file
 
 from spatialvla_jax.actions import linear_grid
 from spatialvla_jax.checkpoints import read_huggingface, write_huggingface
-from spatialvla_jax.checkpoints.huggingface import config_from_published, config_to_published
+from spatialvla_jax.checkpoints.published_config import config_from_published, config_to_published
 from spatialvla_jax.checkpoints.safetensors_io import open_directory
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.export.convert import cast, equal
+from spatialvla_jax.export.convert import cast
 from spatialvla_jax.models import preset
 
 ZOE = "vision_zoe_model."
@@ -245,7 +246,7 @@ def no_json(d):
 def test_bad_directories_are_named(directory, damage, says):
     damage(directory)
     with pytest.raises(InputError, match=says) as raised:
-        read_huggingface(directory)
+        read_huggingface(directory).params()
     assert str(directory) in str(raised.value) and "\n" not in str(raised.value)
 
 

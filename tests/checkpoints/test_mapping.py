@@ -7,7 +7,6 @@ from einops import rearrange
 from hypothesis import given, settings
 from safetensors.numpy import load_file
 
-from spatialvla_jax.checkpoints.huggingface import read_config
 from spatialvla_jax.checkpoints.mapping import (
     SPATIALVLA,
     Rule,
@@ -18,6 +17,7 @@ from spatialvla_jax.checkpoints.mapping import (
     slots,
 )
 from spatialvla_jax.checkpoints.peft import adapter_rules
+from spatialvla_jax.checkpoints.published_config import read_config
 from spatialvla_jax.models import preset
 
 

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from helpers.checkpoints import equal
 
 from spatialvla_jax.checkpoints import Checkpoint, orbax, read_orbax, write_huggingface, write_orbax
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.export.convert import cast, equal
+from spatialvla_jax.export.convert import cast
 
 
 def save_run(workdir, checkpoint, *, step=7, params=None, metadata=None):
@@ -110,7 +111,7 @@ def test_bad_runs_are_named(checkpoint, tmp_path):
     params["spatial_embedding"] = np.full((130, 24), np.nan, np.float32)
     save_run(tmp_path / "d", checkpoint, params=params)
     with pytest.raises(InputError, match="1 tensor not finite: spatial_embedding"):
-        read_orbax(tmp_path / "d")
+        read_orbax(tmp_path / "d").params()
 
 
 def test_damaged_files_are_named(checkpoint, tmp_path):
@@ -119,7 +120,7 @@ def test_damaged_files_are_named(checkpoint, tmp_path):
     for data in (step / "params").rglob("d/*"):
         data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
     with pytest.raises(InputError, match="params cannot be read"):
-        read_orbax(tmp_path / "run")
+        read_orbax(tmp_path / "run").params()
     (step / "metadata" / "metadata").write_text("{")
     with pytest.raises(InputError, match="metadata cannot be read as JSON"):
         read_orbax(tmp_path / "run")

@@ -2,11 +2,12 @@ import json
 
 import numpy as np
 import pytest
+from helpers.checkpoints import equal
 from safetensors.numpy import load_file
 
 from spatialvla_jax.checkpoints import load_pretrained, read_checkpoint, write_huggingface
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.export.convert import convert, equal, write_pytorch
+from spatialvla_jax.export.convert import convert, write_pytorch
 
 
 def test_published_to_orbax_and_back(checkpoint, tmp_path):

@@ -1,4 +1,4 @@
-"""Fixtures: the golden checkpoint, a processor, and a checkpoint with every config field off its default."""
+"""Fixtures: the golden checkpoint, a processor, and a checkpoint with every config field off its default; `equal`."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +8,7 @@ import pytest
 from spatialvla_jax.actions import gaussian_grid
 from spatialvla_jax.checkpoints import Checkpoint, read_huggingface
 from spatialvla_jax.checkpoints.processor import Processor
+from spatialvla_jax.checkpoints.types import digest
 from spatialvla_jax.text import train_tokenizer
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tiny_model"
@@ -39,3 +40,10 @@ def checkpoint(processor) -> Checkpoint:
     read = read_huggingface(GOLDEN, ignore=("vision_zoe_model.",))
     config = replace(read.config, prompt_length=24, action_chunk=3, mask="causal", remat="dots")
     return replace(read, config=config, processor=processor)
+
+
+def equal(a: Checkpoint, b: Checkpoint) -> bool:
+    """Whether config, processor and every byte of every array are the same."""
+    processors = [c.processor and c.processor.to_dict() for c in (a, b)]
+    digests = [{path: digest(x.read()) for path, x in c.arrays.items()} for c in (a, b)]
+    return a.config == b.config and processors[0] == processors[1] and digests[0] == digests[1]
