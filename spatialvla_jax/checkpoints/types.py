@@ -33,7 +33,11 @@ class LazyArray:
         return cls(array.shape, array.dtype, lambda: array)
 
     def astype(self, dtype: np.dtype) -> "LazyArray":
-        return replace(self, dtype=dtype, read=lambda: self.read().astype(dtype))
+        def read() -> np.ndarray:
+            with np.errstate(over="ignore"):  # to infinity, which `finite` reports by name
+                return self.read().astype(dtype)
+
+        return replace(self, dtype=dtype, read=read)
 
     def inspected(self, inspect: Callable[[np.ndarray], object]) -> "LazyArray":
         """The same array, which is shown to `inspect` whenever it is read."""

@@ -87,7 +87,7 @@ def starting_params(
         return params, {}
     adapters = init_adapters(shapes, lora.rank, lora.targets, jax.random.key(setup.seed))
     step = step_directory(workdir)
-    before = read_metadata(step)["lora"]["base"] if step else None
+    before = read_metadata(step).get("lora", {}).get("base") if step else None
     base = refer(config.init, checkpoint, digests, before)
     about = {"rank": lora.rank, "alpha": lora.alpha, "adapt": adapt, "base": base}
     return params | {ADAPTERS: jax.tree.map(np.asarray, adapters)}, {"lora": about}

@@ -1,1 +1,1 @@
-from helpers.checkpoints import checkpoint, golden, processor  # noqa: F401
+from helpers.checkpoints import checkpoint, golden, processor, reads  # noqa: F401

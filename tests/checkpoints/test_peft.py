@@ -1,13 +1,19 @@
 """A run of adapters as a directory of `peft`'s, on the PyTorch export of its base."""
 
+import hashlib
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
+import tensorstore
+from helpers.checkpoints import equal, with_lora
 from safetensors.numpy import load_file
 
+from spatialvla_jax.actions import grid_to_dict
 from spatialvla_jax.checkpoints import read_checkpoint
-from spatialvla_jax.checkpoints.peft import read_adapters, write_peft
+from spatialvla_jax.checkpoints.orbax import read_metadata
+from spatialvla_jax.checkpoints.peft import read_adapters, refer, write_peft
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.export.convert import convert
 from spatialvla_jax.export.verify import verify
@@ -52,13 +58,49 @@ def test_every_published_layer_is_adapted_when_peft_loads_it(exported: Path) -> 
 
 def test_what_adapters_cannot_carry_is_refused(adapted: Path, tmp_path: Path) -> None:
     """An LM head that was adapted with the grid: the base has another one."""
-    step = adapted / "checkpoints" / "6"
-    (tmp_path / "6").mkdir()
-    (tmp_path / "6" / "params").symlink_to(step / "params")
-    (tmp_path / "6" / "metadata").mkdir()
-    metadata = json.loads((step / "metadata" / "metadata").read_text())
-    metadata["lora"]["adapt"]["head"] = True
-    (tmp_path / "6" / "metadata" / "metadata").write_text(json.dumps(metadata))
+    adapt = {"embedding": True, "head": True}
+    step = with_lora(adapted / "checkpoints" / "6", tmp_path / "6", adapt=adapt)
     with pytest.raises(InputError, match=r"adapted to another grid in llm/lm_head too.*--to pytorch --merge"):
-        write_peft(tmp_path / "out", read_adapters(tmp_path / "6", read_checkpoint))
+        write_peft(tmp_path / "out", read_adapters(step, read_checkpoint))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("options", [{"to": "peft"}, {"to": "pytorch", "merge": True, "verify": False}])
+def test_every_tensor_is_read_once(adapted: Path, tmp_path: Path, options: dict, monkeypatch) -> None:
+    """Those of the base too, which are compared with their digests meanwhile, and none on opening."""
+    opened, open_store = Counter(), tensorstore.open
+
+    def counted(spec: object, *args: object, **kwargs: object) -> object:
+        if isinstance(spec, dict) and not str(spec["kvstore"]).endswith("_sharding'}"):  # arrays, not Orbax's metadata
+            opened[str(spec["kvstore"])] += 1
+        return open_store(spec, *args, **kwargs)
+
+    monkeypatch.setattr(tensorstore, "open", counted)
+    run = read_adapters(adapted, read_checkpoint)
+    assert not opened
+    assert convert(adapted, tmp_path / "out", **options)["bit_exact"]
+    replaced = 0 if options["to"] == "peft" else 1  # the base's spatial table, which the run has trained
+    assert set(opened.values()) == {1} and len(opened) == len(run.base.arrays) + len(run.trained) - replaced
+
+
+@pytest.mark.parametrize("options", [{"to": "peft"}, {"to": "orbax", "merge": True}])
+def test_a_base_that_has_changed_leaves_nothing(adapted: Path, tmp_path: Path, options: dict) -> None:
+    step = adapted / "checkpoints" / "6"
+    base = read_metadata(step)["lora"]["base"]
+    for i, changed in enumerate(({"digests": base["digests"] | {"llm/lm_head": "0"}}, {"grid": "0"})):
+        with pytest.raises(InputError, match="which has changed since"):
+            convert(with_lora(step, tmp_path / str(i), base=base | changed), tmp_path / "out", **options)
+    assert {p.name for p in tmp_path.iterdir()} == {"0", "1"}
+
+
+def test_a_run_of_an_earlier_version_keeps_one_digest_of_its_base(adapted: Path, trained: Path, tmp_path: Path) -> None:
+    step, base = adapted / "checkpoints" / "6", read_checkpoint(trained)
+    assert base.processor is not None
+    total = hashlib.sha256(json.dumps(grid_to_dict(base.processor.grid)).encode())
+    for path, array in sorted(base.arrays.items()):
+        total.update(f"{path} {array.shape} {array.dtype}".encode() + array.read().tobytes())
+    old = {"path": read_metadata(step)["lora"]["base"]["path"], "digest": total.hexdigest()}
+    assert equal(read_checkpoint(with_lora(step, tmp_path / "old", base=old)), read_checkpoint(step))
+    assert refer(trained, base, {}, old) == old
+    with pytest.raises(InputError, match="which has changed since"):
+        read_checkpoint(with_lora(step, tmp_path / "changed", base=old | {"digest": "0"}))

@@ -5,9 +5,9 @@ import pytest
 from helpers.checkpoints import equal
 from safetensors.numpy import load_file
 
-from spatialvla_jax.checkpoints import load_pretrained, read_checkpoint, write_huggingface
+from spatialvla_jax.checkpoints import Checkpoint, load_pretrained, read_checkpoint, write_huggingface, write_orbax
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.export.convert import convert, write_pytorch
+from spatialvla_jax.export.convert import WRITERS, convert, write_pytorch
 
 
 def test_published_to_orbax_and_back(checkpoint, tmp_path):
@@ -46,6 +46,35 @@ def test_convert_to_bfloat16(checkpoint, tmp_path):
     figures = convert(tmp_path / "a", tmp_path / "b", to="orbax", dtype="bfloat16")
     assert figures["bit_exact"] and figures["bytes"] == 2 * 90_160
     assert not equal(read_checkpoint(tmp_path / "a"), read_checkpoint(tmp_path / "b"))
+
+
+@pytest.mark.parametrize("to", WRITERS)
+@pytest.mark.parametrize("source", WRITERS)
+def test_every_tensor_is_read_once(checkpoint, tmp_path, reads, source, to):
+    """None on opening, each once on writing, each of the new ones once to be compared."""
+    WRITERS[source](tmp_path / "a", checkpoint)
+    reads.clear()
+    read_checkpoint(tmp_path / "a")
+    assert reads and all(count == [0] for count in reads)
+    reads.clear()
+    assert convert(tmp_path / "a", tmp_path / "b", to=to, verify=False)["bit_exact"]
+    assert all(count == [1] for count in reads)
+
+
+@pytest.mark.parametrize("to", WRITERS)
+def test_what_is_not_finite_leaves_nothing(checkpoint, tmp_path, to):
+    """Stored so, or too large for the new dtype."""
+    params = checkpoint.params()
+    params["spatial_embedding"] = np.full_like(params["spatial_embedding"], 1e6)
+    write_orbax(tmp_path / "large", Checkpoint.of(checkpoint.config, params, None))
+    params["spatial_embedding"][3, 5] = np.nan
+    params["llm"]["lm_head"] = np.full_like(params["llm"]["lm_head"], np.inf)
+    write_orbax(tmp_path / "nan", Checkpoint.of(checkpoint.config, params, None))
+    with pytest.raises(InputError, match="nan/checkpoints/0: 2 tensors not finite: llm/lm_head, spatial_embedding"):
+        convert(tmp_path / "nan", tmp_path / "b", to=to)
+    with pytest.raises(InputError, match="in float16: 1 tensor not finite: spatial_embedding"):
+        convert(tmp_path / "large", tmp_path / "b", to=to, dtype="float16")
+    assert {p.name for p in tmp_path.iterdir()} == {"large", "nan"}
 
 
 def test_bad_requests(checkpoint, tmp_path):

@@ -1,14 +1,16 @@
-"""Fixtures: the golden checkpoint, a processor, and a checkpoint with every config field off its default; `equal`."""
+"""Fixtures (the golden checkpoint, a processor, a checkpoint with every config field off its default) and helpers."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from spatialvla_jax.actions import gaussian_grid
 from spatialvla_jax.checkpoints import Checkpoint, read_huggingface
 from spatialvla_jax.checkpoints.processor import Processor
-from spatialvla_jax.checkpoints.types import digest
+from spatialvla_jax.checkpoints.types import LazyArray, digest
 from spatialvla_jax.text import train_tokenizer
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tiny_model"
@@ -40,6 +42,35 @@ def checkpoint(processor) -> Checkpoint:
     read = read_huggingface(GOLDEN, ignore=("vision_zoe_model.",))
     config = replace(read.config, prompt_length=24, action_chunk=3, mask="causal", remat="dots")
     return replace(read, config=config, processor=processor)
+
+
+@pytest.fixture
+def reads(monkeypatch) -> list[list[int]]:
+    """How often each lazy array has been read, of all that are made from now on: [[1], [0], …]."""
+    counts: list[list[int]] = []
+    make = LazyArray.__init__
+
+    def make_counted(self, shape, dtype, read):
+        counts.append(count := [0])
+
+        def counted():
+            count[0] += 1
+            return read()
+
+        make(self, shape, dtype, counted)
+
+    monkeypatch.setattr(LazyArray, "__init__", make_counted)
+    return counts
+
+
+def with_lora(step: Path, copy: Path, **changes: Any) -> Path:
+    """A copy of one step of a run of adapters, whose metadata says other things of them."""
+    (copy / "metadata").mkdir(parents=True)
+    (copy / "params").symlink_to(step / "params")
+    metadata = json.loads((step / "metadata" / "metadata").read_text())
+    metadata["lora"] |= changes
+    (copy / "metadata" / "metadata").write_text(json.dumps(metadata))
+    return copy
 
 
 def equal(a: Checkpoint, b: Checkpoint) -> bool:

@@ -1,17 +1,18 @@
 """Runs of low-rank adapters: what they train and keep, that they go on in the same bits, and what they are merged."""
 
-import json
 import shutil
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from helpers.checkpoints import with_lora
 from jax.sharding import PartitionSpec as P
 
 from spatialvla_jax.actions import adapt_embeddings
 from spatialvla_jax.checkpoints import load_pretrained, read_checkpoint
 from spatialvla_jax.checkpoints.mapping import flatten
+from spatialvla_jax.checkpoints.orbax import read_metadata
 from spatialvla_jax.checkpoints.peft import read_adapters
 from spatialvla_jax.cli import main
 from spatialvla_jax.config import train_config_of
@@ -80,16 +81,13 @@ def test_merged_it_acts_as_unmerged(adapted: Path, tmp_path: Path) -> None:
 
 
 def test_a_base_that_is_not_the_same_is_refused(adapted: Path, tmp_path: Path) -> None:
-    shutil.copytree(adapted / "checkpoints" / "6", tmp_path / "6")
-    file = tmp_path / "6" / "metadata" / "metadata"
-    metadata = json.loads(file.read_text())
-    file.write_text(json.dumps(metadata | {"lora": metadata["lora"] | {"base": {"path": "/gone", "digest": ""}}}))
+    step = adapted / "checkpoints" / "6"
+    base = read_metadata(step)["lora"]["base"]
     with pytest.raises(InputError, match=r"adapters of /gone, which does not exist: put it"):
-        Policy.load(tmp_path / "6")
-    metadata["lora"]["base"]["digest"] = "0"
-    file.write_text(json.dumps(metadata))
+        Policy.load(with_lora(step, tmp_path / "gone", base=base | {"path": "/gone"}))
+    other = base["digests"] | {"img/head/kernel": "0"}
     with pytest.raises(InputError, match="which has changed since"):
-        load_pretrained(tmp_path / "6")
+        load_pretrained(with_lora(step, tmp_path / "changed", base=base | {"digests": other}))
 
 
 def test_conversions_that_make_no_sense_are_refused(adapted: Path, trained: Path, tmp_path: Path, capsys) -> None:
