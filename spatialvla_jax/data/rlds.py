@@ -46,11 +46,6 @@ def open_rlds(path: str | os.PathLike[str]) -> Any:
     return builder
 
 
-def split_shards(builder: Any, split: str) -> list[tuple[Path, int]]:
-    """The shards of a whole split, in order, each (file, episodes in it). Raises InputError as `slice_shards` does."""
-    return [(file, len(numbers)) for file, numbers in slice_shards(builder, split)]
-
-
 def slice_shards(builder: Any, split: str) -> list[tuple[Path, range]]:
     """The shards that hold a split or a part of one, in order, each (file, numbers of its episodes in the file).
 

@@ -178,7 +178,9 @@ def test_a_run_takes_what_the_command_wrote(config_file, tmp_path, capsys):
 def test_bad_command(config_file, tmp_path, capsys):
     assert main(["stats", "--config", str(tmp_path / "none.py"), "--out", "s.json"]) == 2
     assert main(["train", "--config", str(config_file), "--workdir", str(tmp_path), "--", "--flink_master=x"]) == 2
-    missing, arguments = capsys.readouterr().err.splitlines()
-    named = "; the configs with a name are demo, finetune, "
-    assert missing.startswith(f"spatialvla-jax stats: config file {tmp_path / 'none.py'} does not exist{named}")
-    assert arguments == "spatialvla-jax train: only the command stats takes arguments after --"
+    names = "demo, finetune, libero_spatial, lora, pretrain, sweeps/adaption, sweeps/ego3d, sweeps/embedding, "
+    names += "sweeps/grid_distribution, sweeps/grid_resolution, sweeps/libero_adaption, sweeps/libero_small"
+    assert capsys.readouterr().err.splitlines() == [
+        f"spatialvla-jax stats: config file {tmp_path / 'none.py'} does not exist; the configs with a name are {names}",
+        "spatialvla-jax train: only the command stats takes arguments after --",
+    ]
