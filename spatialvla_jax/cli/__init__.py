@@ -9,6 +9,7 @@ from pathlib import Path
 import spatialvla_jax
 from spatialvla_jax.cli import bench, checkpoints, data, evaluate, grid, record, serve, train
 from spatialvla_jax.errors import InputError, StorageError
+from spatialvla_jax.utils.storage import local_path
 
 # What JAX says in a process whose collectives another one left, on CPUs, GPUs and TPUs.
 LOST = ("Gloo", "NCCL", "UNAVAILABLE", "DEADLINE_EXCEEDED", "heartbeat")
@@ -31,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     args, rest = make_parser().parse_known_args(argv[:split])
     args.runner_options = argv[split + 1 :]
     try:
-        refuse_buckets(args)
+        expand_paths(args)
         if args.runner_options and args.run is not data.run_stats:
             raise InputError("only the command stats takes arguments after --")
         args.overrides = overrides_of(rest, allowed=hasattr(args, "config"))
@@ -73,15 +74,11 @@ def runtime_error(error: Exception, *words: str) -> bool:
     return bool(jax and isinstance(error, jax.errors.JaxRuntimeError) and any(word in str(error) for word in words))
 
 
-def refuse_buckets(args: argparse.Namespace) -> None:
-    """Raises InputError for a path such as gs://bucket/run, which would become a folder of the working directory."""
+def expand_paths(args: argparse.Namespace) -> None:
+    """Expands ~ where the shell did not, as in --out=~/grid.json. Raises InputError for a URL."""
     for name, value in vars(args).items():
-        if isinstance(value, Path) and ":/" in str(value):
-            url = str(value).replace(":/", "://", 1)
-            raise InputError(
-                f"--{name.replace('_', '-')} {url} is no path of a file system: mount the bucket (gcsfuse) and name "
-                "its folder"
-            )
+        if isinstance(value, Path):
+            setattr(args, name, local_path(value, f"--{name.replace('_', '-')}"))
 
 
 def overrides_of(rest: list[str], allowed: bool) -> dict[str, str]:

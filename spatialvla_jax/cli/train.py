@@ -147,12 +147,13 @@ def run_compile(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from spatialvla_jax.config import load_config
+    from spatialvla_jax.data import DataConfig
     from spatialvla_jax.planning.tpu_plan import compile_for, line, parse_topology, table
 
     jax.config.update("jax_platforms", "cpu")  # there may be no TPU, and none is used
     topology = parse_topology(args.topology, args.slices)
     config = load_config(args.config, args.overrides)
-    cache = Path(config.data.cache_dir or "~/.cache/spatialvla_jax").expanduser() / "compile"
+    cache = DataConfig.from_config(config.data).cache_folder / "compile"
     results = compile_for(config, topology, cache, searching=args.search, progress=lambda s: tqdm.write(s, sys.stderr))
     for plan, report in results:
         print(f"{plan}: {line(report)}")

@@ -25,11 +25,12 @@ from spatialvla_jax.actions import DIMENSIONS, grid_variables, pool_gaussians
 from spatialvla_jax.actions.grid import VARIABLES
 from spatialvla_jax.actions.normalization import normalize
 from spatialvla_jax.data.config import DataConfig
-from spatialvla_jax.data.index import Faults
+from spatialvla_jax.data.index import Faults, source_of
 from spatialvla_jax.data.oxe.spec import DatasetSpec
 from spatialvla_jax.data.resolve_datasets import make_entries
 from spatialvla_jax.data.rlds import open_rlds, read_episodes, slice_shards
 from spatialvla_jax.data.sketch import ActionSummary, Moments
+from spatialvla_jax.data.statistics import portable_source
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.utils.tables import text_table
 
@@ -42,14 +43,15 @@ RUNNERS = {
 }
 
 
-class Shard(NamedTuple):
-    """One file's part of a split."""
+class Part(NamedTuple):
+    """One file's part of a split of a dataset."""
 
     name: str
     path: str  # the dataset's version directory
     spec: DatasetSpec
     file: Path
     numbers: range  # of its episodes
+    listed: int  # episodes of the whole file
 
 
 @dataclass(frozen=True)
@@ -69,13 +71,16 @@ class Summary:
         )
 
 
-def find_shards(data: DataConfig) -> list[Shard]:
-    """The shards of the training split. Raises InputError for what is missing or misnamed."""
-    return [
-        Shard(entry.name, str(entry.path), entry.spec, file, numbers)
-        for entry in make_entries(data)
-        for file, numbers in slice_shards(open_rlds(entry.path), entry.splits.get(data.split, data.split))
-    ]
+def find_parts(data: DataConfig) -> tuple[list[Part], dict[str, Any]]:
+    """The training split's shards, and what the file says of each dataset that it is made from. Raises InputError for
+    what is missing or misnamed."""
+    parts, made_from = [], {}
+    for entry in make_entries(data):
+        builder, split = open_rlds(entry.path), entry.splits.get(data.split, data.split)
+        shards = slice_shards(builder, split)
+        parts += [Part(entry.name, entry.path, entry.spec, file, numbers, n) for file, numbers, n, *_ in shards]
+        made_from[entry.name] = portable_source(source_of(entry.path, builder, entry.spec, split, shards))
+    return parts, made_from
 
 
 def compute_stats(
@@ -94,6 +99,7 @@ def compute_stats(
     mixture      {"datasets": those not in `exclude`, "gaussians": theirs pooled over all frames}, None without any
     quantile_error  {dataset: bound on the relative error of the numbers that q01 and q99 lie between; 0: exact}
     skipped      {dataset: {reason: episodes left out}}
+    made_from    {dataset: as `portable_source`}
 
     `runner` is a key of `RUNNERS`, `options` its own arguments. `out` and the data must be reachable under the same
     paths by all workers; `out` may be any path that Beam writes. `progress(shards done, shards)` is called by the
@@ -103,7 +109,7 @@ def compute_stats(
     beam, filesystems = _beam()
     from apache_beam.options.pipeline_options import PipelineOptions
 
-    shards = find_shards(data)
+    shards, made_from = find_parts(data)
     partial = f"{out}.{uuid.uuid4().hex}.tmp"
 
     done = iter(range(1, len(shards) + 1))
@@ -138,7 +144,7 @@ def compute_stats(
         with filesystems.open(partial) as file:
             collected = json.loads(file.read())
         result = check_collected(collected, [shard.name for shard in shards], data.faults, exclude)
-        result = {"split": data.split} | result
+        result = {"split": data.split} | result | {"made_from": made_from}
         with filesystems.create(partial) as file:
             file.write((json.dumps(result, indent=2) + "\n").encode())
         filesystems.rename([partial], [out])
@@ -154,7 +160,7 @@ def compute_stats(
 _LISTENERS: dict[str, Callable[[], None]] = {}
 
 
-def _read(shard: Shard, run: str) -> tuple[str, Summary, Float[np.ndarray, "N 7"]]:
+def _read(shard: Part, run: str) -> tuple[str, Summary, Float[np.ndarray, "N 7"]]:
     result = read_shard(shard)
     if run in _LISTENERS:
         _LISTENERS[run]()
@@ -178,7 +184,7 @@ def _open(path: str) -> Any:
     return open_rlds(path)
 
 
-def read_shard(shard: Shard) -> tuple[str, Summary, Float[np.ndarray, "N A"]]:
+def read_shard(shard: Part) -> tuple[str, Summary, Float[np.ndarray, "N A"]]:
     """(dataset, summary, canonical actions) of a shard. Faults are data here: a runner would retry an exception, and
     bury its sentence in a traceback."""
     skipped: Counter[str] = Counter()
@@ -190,7 +196,8 @@ def read_shard(shard: Shard) -> tuple[str, Summary, Float[np.ndarray, "N A"]]:
 
     actions = [np.empty((0, len(DIMENSIONS)), np.float32)]
     try:
-        for episode in read_episodes(shard.name, _open(shard.path), shard.file, shard.numbers, shard.spec, skip):
+        name, path, spec, file, numbers, listed = shard
+        for episode in read_episodes(name, _open(path), file, numbers, spec, skip, listed=listed):
             if len(episode["step"]):
                 actions.append(episode["action"])
     except InputError as error:  # of the whole dataset, not of an episode

@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from spatialvla_jax.data.index import Faults
 from spatialvla_jax.errors import InputError
+from spatialvla_jax.utils.storage import local_path
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,11 @@ class DataConfig:
     workers: int = 0  # threads that decode; 0: one a core
     prompt: PromptConfig = PromptConfig()
 
+    @property
+    def cache_folder(self) -> Path:
+        """Where the indexes are kept. Raises InputError."""
+        return local_path(self.cache_dir or "~/.cache/spatialvla_jax", "the default of config key data.cache_dir")
+
     @classmethod
     def from_config(cls, config: "Mapping[str, Any] | ConfigDict | DataConfig") -> "DataConfig":
         """Keys that are missing, None or "" have their defaults. Raises InputError for a key that does not exist."""
@@ -51,7 +58,14 @@ class DataConfig:
         plain: Any = config
         plain = plain.to_dict() if isinstance(plain, ConfigDict) else plain
         given = {key: value for key, value in plain.items() if value not in (None, "")}
-        given["datasets"] = tuple(given.get("datasets", ()))
+        given["datasets"] = tuple(
+            entry | {"path": str(local_path(entry["path"], f"the path of dataset {entry.get('name')!r}"))}
+            if isinstance(entry, dict) and isinstance(entry.get("path"), str)
+            else entry
+            for entry in given.get("datasets", ())
+        )
+        for key in {"root", "packed", "statistics", "cache_dir"} & given.keys():
+            given[key] = str(local_path(given[key], f"config key data.{key}"))
         for key, kind in (("faults", Faults), ("prompt", PromptConfig)):
             values = given.get(key, {}).items()
             given[key] = _make(kind, {name: value for name, value in values if value is not None}, f"data.{key}")

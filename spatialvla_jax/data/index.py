@@ -1,52 +1,54 @@
 """A dataset's sidecar index: every frame's place in the unmodified TFRecords, and the small arrays of all episodes.
 
 Made in one pass, kept in a cache directory, memory-mapped when used: host memory does not grow with the dataset.
+
+An index is a directory of meta.json and one file for each of `_ARRAYS`. meta.json says what the index was made from:
+the dataset's place, the spec, and the size and modification time of every shard. Each start compares this, and makes
+the index anew where anything differs, or where a part of it is missing or cut. Content that changes without a trace in
+these is found by checksums of records and frames, which the index holds and the reader compares.
 """
 
 import dataclasses
+import errno
 import hashlib
 import json
 import mmap
 import os
 import re
+import secrets
+import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from spatialvla_jax.actions import DIMENSIONS
-from spatialvla_jax.data.oxe.spec import DatasetSpec
-from spatialvla_jax.data.rlds import UNLABELED, open_rlds, read_episodes, slice_shards
+from spatialvla_jax.data.oxe.spec import DatasetSpec, meaning
+from spatialvla_jax.data.rlds import UNLABELED, Shard, enumerate_some, open_rlds, read_episodes, slice_shards
 from spatialvla_jax.data.statistics import action_statistics
 from spatialvla_jax.errors import Fault, InputError
-from spatialvla_jax.utils.atomic import replacing
+from spatialvla_jax.utils.atomic import PREFIX, replacing
+from spatialvla_jax.utils.progress import warn
 
-_VERSION = 2  # of the files below; another one makes a new index
-# Fields of a spec that change nothing in the files below.
-_NOT_READ = {
-    "default_intrinsics",
-    "default_intrinsics_size",
-    "depth_unit",
-    "tfds_name",
-    "robot",
-    "episodes",
-    "known_camera",
-    "unread_depth",
-}
-# Rows are frames, except those of `episode_*`, which are episodes.
+VERSION = 3  # of the files below and of what is in them; another one makes a new index
+META = "meta.json"
+_SAMPLE = 32  # records of an index whose checksums are compared at each start
+# Rows are frames, except those of `episode_*`, which are episodes. Spans are (offset, length, checksum) in the file.
 _ARRAYS: dict[str, tuple[str, tuple[int, ...]]] = {
     "action": ("<f4", (-1,)),  # as many as the dataset's actions have
     "language": ("<i4", ()),
     "step": ("<i4", ()),
-    "image": ("<i8", (2,)),
-    "depth": ("<i8", (2,)),
+    "image": ("<i8", (3,)),
+    "depth": ("<i8", (3,)),
     "intrinsics": ("<f4", (3, 3)),
     "episode_end": ("<i8", ()),
     "episode_file": ("<i4", ()),
     "episode_number": ("<i4", ()),
+    "episode_record": ("<i8", (3,)),
 }
 
 
@@ -89,6 +91,8 @@ class Index:
     skipped: Mapping[str, int]  # episodes left out, by reason
     arrays: Mapping[str, np.ndarray]
     maps: tuple[mmap.mmap, ...] = ()  # what the arrays look into
+    made_from: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # see `source_of`
+    directory: Path | None = None  # where it is kept
 
     @property
     def num_frames(self) -> int:
@@ -122,6 +126,21 @@ class Index:
             f"episode {self.arrays['episode_number'][episode]}, step {self.arrays['step'][frame]}"
         )
 
+    def record(self, episode: int) -> tuple[str, int, bytes]:
+        """File and offset of the checksum of an episode's record, and what it was when it was indexed."""
+        offset, length, checksum = self.arrays["episode_record"][episode].tolist()
+        return self.files[self.arrays["episode_file"][episode]], offset + length, checksum.to_bytes(4, "little")
+
+    def forget(self) -> None:
+        """Makes the next start index the data anew."""
+        if self.directory:
+            with suppress(OSError):
+                (self.directory / META).unlink()
+
+
+class _Stale(Exception):
+    """A cached index cannot be used; the message says why."""
+
 
 def load_index(
     name: str,
@@ -135,112 +154,200 @@ def load_index(
 ) -> Index:
     """The index of a split, from the cache or made now. `progress(name, shards done, shards)` is called meanwhile.
 
-    What is indexed has been read in full and checked, except that images are not decoded yet. Raises InputError for
-    anything wrong with the data; under the policy "skip" only when too much is.
+    What is indexed has been read in full and checked, except that images are not decoded yet. Raises InputError for a
+    cache that cannot be written and for anything wrong with the data; under the policy "skip" only when too much is.
     """
     builder = open_rlds(path)
     shards = slice_shards(builder, split)
-    key = {
-        "version": _VERSION,
-        "spec": {key: value for key, value in dataclasses.asdict(spec).items() if key not in _NOT_READ},
-        "split": split,
-        "files": [(file.name, file.stat().st_size, numbers.start, numbers.stop) for file, numbers in shards],
-        "features": builder.info.features.to_json(),
-    }
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    directory = Path(cache_dir) / f"{name}-{re.sub('[^0-9A-Za-z]+', '_', split)}-{digest}"
-    if not (directory / "meta.json").is_file():
-        try:
-            _build(directory, name, builder, shards, spec, progress, faults, action_dim)
-        except OSError:  # another process may have made the same index meanwhile
-            if not (directory / "meta.json").is_file():
-                raise
-    meta = json.loads((directory / "meta.json").read_text())
+    made_from: dict[str, Any] = source_of(path, builder, spec, split, shards) | {"action_dim": action_dim}
+    identity = json.dumps([name, made_from["place"], split, made_from["spec"]["fields"]], sort_keys=True)
+    words = [re.sub("[^0-9A-Za-z]+", "_", word)[:80] for word in (name, split)]
+    directory = Path(cache_dir) / "-".join([*words, hashlib.sha256(identity.encode()).hexdigest()[:16]])
+
+    def open_kept(directory: Path) -> tuple[Index, dict[str, Any]]:
+        return _open_kept(directory, name, spec, shards, made_from)
+
+    try:
+        index, meta = open_kept(directory)
+        _check_current(index, meta)
+    except (FileNotFoundError, NotADirectoryError):
+        index, meta = _build(directory, open_kept, name, builder, shards, spec, made_from, progress, faults)
+    except (OSError, _Stale) as reason:
+        warn(f"dataset {name!r} is indexed again: {reason}")
+        index, meta = _build(directory, open_kept, name, builder, shards, spec, made_from, progress, faults)
     # The policy is not in the key: without faults it makes no difference, and with them the index says so.
     if meta["fault"] and faults.policy == "fail":
         raise InputError(meta["fault"])
-    maps = {key: _map(directory / f"{key}.bin") for key in meta["rows"]}
-    arrays = {
-        key: np.frombuffer(maps[key], _ARRAYS[key][0]).reshape(rows, *_ARRAYS[key][1])
-        for key, rows in meta["rows"].items()
+    return dataclasses.replace(index, directory=directory)
+
+
+def source_of(
+    path: str | os.PathLike[str], builder: Any, spec: DatasetSpec, split: str, shards: Sequence[Shard]
+) -> dict[str, Any]:
+    """What decides what is read of a split, as JSON: "place", the dataset's full path; "split"; "spec", its `meaning`;
+    "features", its types; "shards", each (name, bytes, modification time, first and end of its episodes that belong to
+    the split, episodes)."""
+    source = {
+        "place": os.path.realpath(path),
+        "split": split,
+        "spec": meaning(spec),
+        "features": builder.info.features.to_json(),
+        "shards": [(s.file.name, s.size, s.modified, s.numbers.start, s.numbers.stop, s.listed) for s in shards],
     }
-    return Index(
-        name,
-        spec,
-        tuple(os.fspath(file) for file, _ in shards),
-        tuple(meta["instructions"]),
-        meta["statistics"],
-        meta["read"],
-        meta["skipped"],
-        arrays,
-        tuple(maps.values()),
-    )
+    return json.loads(json.dumps(source))
 
 
-def _map(path: Path) -> mmap.mmap:
-    with open(path, "rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+def _open_kept(
+    directory: Path, name: str, spec: DatasetSpec, shards: Sequence[Shard], made_from: Mapping[str, Any]
+) -> tuple[Index, dict[str, Any]]:
+    """The index in a directory and its meta.json. Raises FileNotFoundError when there is none, _Stale for one that is
+    damaged or made from something else."""
+    folder = os.open(directory, os.O_RDONLY)  # stays this one when another process puts its own in its place
+    try:
+        opener = partial(os.open, dir_fd=folder)
+        with open(META, encoding="utf-8", opener=opener) as file:
+            meta = json.load(file)
+        if meta.get("version") != VERSION:
+            raise _Stale("another version of this program made its index")
+        if meta["made_from"] != made_from:
+            raise _Stale(_difference(meta["made_from"], made_from))
+        arrays, maps = {}, []
+        for key in _keys(spec):
+            dtype, shape = _ARRAYS[key]
+            shape = (made_from["action_dim"],) if key == "action" else shape
+            rows = meta["episodes"] if key.startswith("episode_") else meta["frames"]
+            with open(f"{key}.bin", "rb", opener=opener) as file:
+                maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            if len(maps[-1]) != rows * np.dtype((dtype, shape)).itemsize:
+                raise ValueError(f"{key}.bin has {len(maps[-1])} bytes")
+            arrays[key] = np.frombuffer(maps[-1], dtype).reshape(rows, *shape)
+        files, instructions = tuple(os.fspath(shard.file) for shard in shards), tuple(meta["instructions"])
+        about = meta["statistics"], meta["read"], meta["skipped"]
+        return Index(name, spec, files, instructions, *about, arrays, tuple(maps), made_from), meta
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise _Stale(f"its index {directory} is damaged ({error})") from error
+    finally:
+        os.close(folder)
+
+
+def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Why an index that was made from one thing is not that of the other."""
+    if before["spec"] != now["spec"]:
+        return "the code of its operations changed"
+    old, new = ({name: rest for name, *rest in source["shards"]} for source in (before, now))
+    if changed := sorted(file for file in old.keys() | new.keys() if old.get(file) != new.get(file)):
+        return f"{len(changed)} of its files changed since then ({enumerate_some(changed)})"
+    return f"its {' and '.join(key for key in now if before.get(key) != now[key])} changed since then"
+
+
+def _check_current(index: Index, meta: Mapping[str, Any]) -> None:
+    """Raises _Stale when some of the indexed records are others now, or some files could not be read."""
+    if "unreadable file" in meta["skipped"]:
+        raise _Stale("some of its files could not be read the last time")
+    for episode in np.unique(np.linspace(0, index.num_episodes - 1, _SAMPLE).astype(int)).tolist():
+        path, offset, checksum = index.record(episode)
+        with suppress(OSError), open(path, "rb", buffering=0) as file:  # one that cannot be read says so later
+            if os.pread(file.fileno(), len(checksum), offset) != checksum:
+                raise _Stale(f"{path} has the size and the time that it had, but other records")
+
+
+def _keys(spec: DatasetSpec) -> list[str]:
+    return [key for key in _ARRAYS if getattr(spec, key, True)]  # no depth, no intrinsics where the spec has none
 
 
 def _build(
     directory: Path,
+    open_kept: Callable[[Path], tuple[Index, dict[str, Any]]],
     name: str,
     builder: Any,
-    shards: list[tuple[Path, range]],
+    shards: Sequence[Shard],
     spec: DatasetSpec,
+    made_from: Mapping[str, Any],
     progress: Callable[[str, int, int], None] | None,
     faults: Faults,
-    action_dim: int,
+) -> tuple[Index, dict[str, Any]]:
+    """Makes an index in the place of the one that may be there, and opens it. Raises InputError."""
+    opened = None
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(directory) as work:
+            work.mkdir()
+            _write(work, name, builder, shards, spec, made_from, progress, faults)
+            opened = open_kept(work)
+            _remove(directory)
+    except OSError as error:
+        if opened and error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            return opened  # another process has made the same meanwhile
+        raise InputError(
+            f"the index of dataset {name!r} cannot be kept in {directory.parent} ({error.strerror or error}): set "
+            "data.cache_dir to a folder that can be written and has room"
+        ) from error
+    return opened
+
+
+def _remove(directory: Path) -> None:
+    """Takes an index away in one step, so that others see all of it or nothing."""
+    aside = directory.with_name(f"{PREFIX}{secrets.token_hex(4)}")
+    with suppress(FileNotFoundError):
+        directory.rename(aside)
+        if aside.is_dir():
+            shutil.rmtree(aside)
+        else:
+            aside.unlink()
+
+
+def _write(
+    work: Path,
+    name: str,
+    builder: Any,
+    shards: Sequence[Shard],
+    spec: DatasetSpec,
+    made_from: Mapping[str, Any],
+    progress: Callable[[str, int, int], None] | None,
+    faults: Faults,
 ) -> None:
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(directory) as work:
-        work.mkdir()
-        keys = {key for key in _ARRAYS if getattr(spec, key, True)}  # no depth, no intrinsics where the spec has none
-        rows = dict.fromkeys(keys, 0)
-        streams: dict[str, Any] = {}
+    action_dim = made_from["action_dim"]
+    instructions: dict[str, int] = {}
+    skipped: Counter[str] = Counter()
+    first_fault = ""
+    frames = episodes = 0
 
-        def append(key: str, value: Any) -> None:
-            value = np.ascontiguousarray(value, _ARRAYS[key][0])
-            streams[key].write(value.tobytes())
-            rows[key] += len(value)
+    def skip(reason: str, sentence: str) -> None:
+        nonlocal first_fault
+        if reason != UNLABELED and faults.policy == "fail":
+            raise Fault(reason, sentence)
+        first_fault = first_fault or sentence
+        skipped[reason] += 1
+        faults.check(skipped, f"episodes of the dataset {name!r}")
 
-        instructions: dict[str, int] = {}
-        skipped: Counter[str] = Counter()
-        first_fault = ""
-
-        def skip(reason: str, sentence: str) -> None:
-            nonlocal first_fault
-            if reason != UNLABELED and faults.policy == "fail":
-                raise Fault(reason, sentence)
-            first_fault = first_fault or sentence
-            skipped[reason] += 1
-            faults.check(skipped, f"episodes of the dataset {name!r}")
-
-        with ExitStack() as stack:
-            streams |= {key: stack.enter_context(open(work / f"{key}.bin", "wb")) for key in keys}
-            for shard, (file, numbers) in enumerate(shards):
-                episodes = read_episodes(name, builder, file, numbers, spec, skip, action_dim)
-                for number, episode in zip(numbers, episodes, strict=True):
-                    if not len(episode["step"]):
-                        continue
-                    language = [instructions.setdefault(text, len(instructions)) for text in episode["language"]]
-                    for key in keys & episode.keys():
-                        append(key, language if key == "language" else episode[key])
-                    append("episode_end", [rows["step"]])
-                    append("episode_file", [shard])
-                    append("episode_number", [number])
-                if progress:
-                    progress(name, shard + 1, len(shards))
-        if not rows["step"]:
-            listed = ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()))
-            raise InputError(f"Dataset {name!r} ({builder.data_dir}) has no episode to use ({listed})")
-        actions = np.memmap(work / "action.bin", "<f4", "r", shape=(rows["action"], action_dim))
-        meta = {
-            "rows": rows,
-            "instructions": list(instructions),
-            "statistics": action_statistics(actions, rows["episode_end"]),
-            "read": sum(len(numbers) for _, numbers in shards),
-            "skipped": dict(skipped),
-            "fault": first_fault,
-        }
-        (work / "meta.json").write_text(json.dumps(meta, indent=2))
+    with ExitStack() as stack:
+        streams = {key: stack.enter_context(open(work / f"{key}.bin", "wb")) for key in _keys(spec)}
+        for number, (file, numbers, listed, *_) in enumerate(shards):
+            stored = read_episodes(name, builder, file, numbers, spec, skip, action_dim, listed)
+            for place, episode in zip(numbers, stored, strict=True):
+                if not len(episode["step"]):
+                    continue
+                frames, episodes = frames + len(episode["step"]), episodes + 1
+                language = [instructions.setdefault(text, len(instructions)) for text in episode["language"]]
+                own = {"end": [frames], "file": [number], "number": [place], "record": episode["record"]}
+                episode |= {"language": language} | {f"episode_{key}": value for key, value in own.items()}
+                for key, stream in streams.items():
+                    stream.write(np.ascontiguousarray(episode[key], _ARRAYS[key][0]).tobytes())
+            if progress:
+                progress(name, number + 1, len(shards))
+    if not frames:
+        listed = ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()))
+        raise InputError(f"Dataset {name!r} ({builder.data_dir}) has no episode to use ({listed})")
+    actions = np.memmap(work / "action.bin", "<f4", "r", shape=(frames, action_dim))
+    meta = {
+        "version": VERSION,
+        "made_from": made_from,
+        "frames": frames,
+        "episodes": episodes,
+        "instructions": list(instructions),
+        "statistics": action_statistics(actions, episodes),
+        "read": sum(len(shard.numbers) for shard in shards) + skipped["unlisted"],
+        "skipped": dict(skipped),
+        "fault": first_fault,
+    }
+    (work / META).write_text(json.dumps(meta, indent=2), "utf-8")

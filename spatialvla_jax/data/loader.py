@@ -19,13 +19,15 @@ from spatialvla_jax.data.beam import load_stats
 from spatialvla_jax.data.config import DataConfig
 from spatialvla_jax.data.images import scale_intrinsics
 from spatialvla_jax.data.index import Index
+from spatialvla_jax.data.oxe.spec import meaning
 from spatialvla_jax.data.pack import Packed
 from spatialvla_jax.data.reader import Pixels, Rlds, Samples, Source, Split
 from spatialvla_jax.data.resolve_datasets import make_entries
+from spatialvla_jax.data.statistics import check_spec, portable_source, source_changes
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.models.presets import preset
 from spatialvla_jax.text import Tokenizer, train_tokenizer
-from spatialvla_jax.utils.progress import shard_progress
+from spatialvla_jax.utils.progress import shard_progress, warn
 from spatialvla_jax.utils.tables import text_table
 
 _STATISTICS_ROWS = ("q01", "q99", "min", "max", "mask")
@@ -45,8 +47,9 @@ def load_data(
 ) -> "Loader":
     """The loader that a config's `data` part describes, see `DataConfig`.
 
-    `statistics` ({name: …}) and `tokenizer` are those of a checkpoint; without them they come from the data. The first
-    call reads the datasets once and caches an index; `progress(name, shards done, shards)` is called meanwhile.
+    `statistics` ({name: …}) and `tokenizer` are those of a checkpoint; without them the statistics are those of the
+    file `data.statistics`, if it is set, and else both come from the data. The first call reads the datasets once and
+    caches an index; `progress(name, shards done, shards)` is called meanwhile.
     Raises InputError for anything wrong in the config or the data.
     """
     made = DataConfig.from_config(config)
@@ -84,6 +87,11 @@ class Loader:
                 raise InputError(f"Dataset {entry.name!r} has no depth, which the config asks for")
         self.image_size, self.depth = image_size, depth
         self.action_chunk, self.action_dim = action_chunk, action_dim
+        stats = load_stats(config.statistics) if config.statistics and statistics is None else None
+        made_from = stats.get("made_from", {}) if stats else {}
+        for entry in entries:
+            if entry.name in made_from:
+                check_spec(config.statistics, entry.name, made_from[entry.name], meaning(entry.spec))
         self._source: Source = packed or Rlds(config, entries, image_size, depth, action_dim, progress)
         self.config, self._train_split = config, config.split
         self._indexes: dict[str, tuple[Index, ...]] = {}
@@ -98,10 +106,19 @@ class Loader:
             block=config.read_block,
             shuffle=config.shuffle_frames,
         )
+        statistics = statistics or (stats and stats["statistics"])
         self.statistics = dict(statistics or {index.name: index.statistics for index in train})
-        for name in self.names:
-            if name not in self.statistics:
-                raise InputError(f"The statistics know {', '.join(self.statistics)}, but not the dataset {name!r}")
+        for index in train:
+            if index.name not in self.statistics:
+                raise InputError(
+                    f"The statistics know {', '.join(self.statistics)}, but not the dataset {index.name!r}"
+                )
+            if stats and index.made_from:
+                about = f"the statistics of dataset {index.name!r} in {config.statistics}"
+                if index.name not in made_from:
+                    warn(f"{about} don't say what they were made from: an earlier version made them")
+                elif changes := source_changes(made_from[index.name], portable_source(index.made_from)):
+                    warn(f"{about} are {changes}")
         self.statistics = {name: self.statistics[name] for name in self.names}
         self._bounds = {
             row: np.asarray([self.statistics[name]["action"][row] for name in self.names]) for row in _STATISTICS_ROWS
@@ -292,7 +309,8 @@ class Loader:
             indexes = self._index(split)
             prompts = tuple(self._encode(index) for index in indexes)
             starts = np.cumsum([0, *(index.num_frames for index in indexes)])
-            self._splits[split] = Split(indexes, prompts, starts)
+            current = tuple(np.zeros(index.num_episodes, bool) for index in indexes)
+            self._splits[split] = Split(indexes, prompts, starts, current)
         return self._splits[split]
 
     def _encode(self, index: Index) -> tuple[np.ndarray, np.ndarray]:
@@ -379,15 +397,13 @@ def _rows(batch_size: int, process_index: int, process_count: int) -> np.ndarray
 def open_data(
     config: ConfigDict, statistics: Mapping[str, Any] | None = None, tokenizer: Tokenizer | None = None
 ) -> Loader:
-    """The loader of a whole config. `statistics` and `tokenizer` of a checkpoint take the place of the data's own; the
-    statistics are otherwise those of `data.statistics`, if it names a file."""
-    data = DataConfig.from_config(config.data)
+    """The loader of a whole config. `statistics` and `tokenizer` of a checkpoint take the place of the data's own."""
     return load_data(
-        data,
+        config.data,
         image_size=preset(config.model.preset).img.image_size,
         action_chunk=config.model.action_chunk,
         depth=config.model.depth_source == "dataset",
-        statistics=statistics or (load_stats(data.statistics)["statistics"] if data.statistics else None),
+        statistics=statistics,
         tokenizer=tokenizer,
         progress=shard_progress(),
     )

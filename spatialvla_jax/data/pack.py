@@ -28,9 +28,11 @@ from spatialvla_jax.data.index import Index
 from spatialvla_jax.data.oxe import make_spec
 from spatialvla_jax.data.reader import Pixels, Samples, Split
 from spatialvla_jax.data.resolve_datasets import Entry
+from spatialvla_jax.data.rlds import enumerate_some, list_files
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.text import Tokenizer
 from spatialvla_jax.utils.atomic import disk_errors, replacing
+from spatialvla_jax.utils.progress import warn
 
 MAGIC, VERSION, ALIGNMENT = b"SVLAPACK", 2, 4096  # version 1 is the same with a frame for every action
 _PREFIX = struct.Struct("<8sII32s")
@@ -90,6 +92,7 @@ def write_pack(
             "statistics": index.statistics,
             "num_read": index.num_read,
             "skipped": dict(index.skipped),
+            "made_from": dict(index.made_from),
             "arrays": places,
         }
 
@@ -134,13 +137,14 @@ def _arrays(index: Index, loader: Frames) -> dict[str, tuple[Any, tuple[int, ...
     arrays: dict[str, tuple[Any, tuple[int, ...]]] = {key: (x.dtype, x.shape) for key, x in index.arrays.items()}
     frame = (index.num_frames, loader.image_size, loader.image_size)
     arrays["image"] = (np.uint8, (*frame, 3))
-    arrays.pop("depth", None)
+    for key in ("depth", "episode_record"):
+        arrays.pop(key, None)
     return arrays | ({"depth": (np.uint16, frame)} if loader.depth else {})
 
 
 def _write_small(file: int, start: int, indexes: Sequence[Index], places: Sequence[Mapping[str, Any]]) -> None:
     for index, place in zip(indexes, places, strict=True):
-        for key in index.arrays.keys() - {"image", "depth", "intrinsics"}:
+        for key in index.arrays.keys() - {"image", "depth", "intrinsics", "episode_record"}:
             offset, dtype, _ = place[key]
             _write(file, np.ascontiguousarray(index.arrays[key], dtype), start + offset)
 
@@ -244,6 +248,8 @@ class Packed:
         splits = self._header["splits"]
         if split not in splits:
             raise InputError(f"{self._path} has no split {split!r}: it has {', '.join(splits)}")
+        for entry, meta in zip(self.entries, splits[split], strict=True):
+            self._warn_of_changes(entry.name, meta.get("made_from") or {})
         return tuple(
             Index(
                 entry.name,
@@ -255,9 +261,18 @@ class Packed:
                 meta["skipped"],
                 {key: self._array(*place) for key, place in meta["arrays"].items()},
                 (self._memory,),
+                meta.get("made_from", {}),
             )
             for entry, meta in zip(self.entries, splits[split], strict=True)
         )
+
+    def _warn_of_changes(self, name: str, made_from: Mapping[str, Any]) -> None:
+        """Where the data that was packed is still there, and no longer what it was."""
+        if made_from and os.path.isdir(made_from["place"]):
+            files = list_files(Path(made_from["place"]))
+            shards = made_from["shards"]
+            if changed := [file for file, *stat, _, _, _ in shards if files.get(file) != tuple(stat)]:
+                warn(f"dataset {name!r} changed since it was packed in {self._path} ({enumerate_some(changed)})")
 
     def pixels(
         self, split: Split, samples: Samples, steps: range, batch_size: int, windows: tuple[int, ...] = ()

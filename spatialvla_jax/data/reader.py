@@ -18,9 +18,9 @@ import mmap
 import os
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import google_crc32c
 import numpy as np
 from jaxtyping import Float32, Int32, Int64, UInt8
 
@@ -45,6 +45,7 @@ class Split:
     indexes: tuple[Index, ...]
     prompts: tuple[tuple[np.ndarray, np.ndarray], ...]
     starts: np.ndarray  # i64[D + 1]: sample_id of every dataset's first frame, and the end
+    current: tuple[np.ndarray, ...]  # bool[E] of every dataset: whose record is known to be the one that was indexed
     broken: dict[int, str] = dataclasses.field(default_factory=dict)  # why these frames cannot be read, as far as known
     replaced: Counter[tuple[str, str]] = dataclasses.field(default_factory=Counter)  # draws of them, by dataset and why
 
@@ -102,7 +103,7 @@ class Rlds:
         self._action_dim = action_dim
         self._entries, self._image_size, self._progress = entries, image_size, progress
         self._keys = ("image", "depth") if depth else ("image",)
-        self._cache_dir = Path(config.cache_dir or "~/.cache/spatialvla_jax").expanduser()
+        self._cache_dir = config.cache_folder
         self._workers = config.workers or os.cpu_count() or 1
         self._block, self._budget, self._faults = config.read_block, config.memory_gb, config.faults
 
@@ -194,26 +195,45 @@ class Rlds:
     ) -> np.ndarray:
         """Fills `rows` of `encoded` and `units`; gives those rows whose frames cannot be read."""
         failed = {row for row in rows.tolist() if ids[row] in split.broken} if split.broken else set()
-        places: list[tuple[int, Index, str, int, int, int, int]] = []
+        places: list[tuple[int, Index, str, int, int, int, int, int]] = []
         dataset, frames = split.locate(ids[rows])
         for number in np.unique(dataset):
             index, own, frame = split.indexes[number], rows[dataset == number], frames[dataset == number]
             units[own] = index.spec.depth_unit
-            files = index.arrays["episode_file"][index.episode(frame)].tolist()
+            episodes = index.episode(frame)
+            self._check_records(index, split.current[number], np.unique(episodes), store)
+            files = index.arrays["episode_file"][episodes].tolist()
             for key in self._keys:
                 spans = index.arrays[key][frame].tolist()
                 for row, one, file, span in zip(own.tolist(), frame.tolist(), files, spans, strict=True):
                     if row not in failed:
                         places.append((row, index, key, one, file, *span))
-        store.expect((index.files[file], offset, length) for _, index, _, _, file, offset, length in places)
-        for row, index, key, *place in places:
+        store.expect((index.files[file], offset, length) for _, index, _, _, file, offset, length, _ in places)
+        for row, index, key, *place, checksum in places:
             try:
-                encoded[key][row] = store.frame(index, key, *place)
+                encoded[key][row] = data = store.frame(index, key, *place)
+                if google_crc32c.value(data) != checksum:
+                    raise Fault("checksum", "its bytes are not those that were indexed")
             except Fault as fault:
                 if row not in failed:
                     self._leave_out(split, int(ids[row]), fault.reason, f"the {key} cannot be read any more: {fault}")
                 failed.add(row)
         return np.asarray(sorted(failed), np.int64)
+
+    @staticmethod
+    def _check_records(index: Index, current: np.ndarray, episodes: np.ndarray, store: "Files") -> None:
+        """Compares the checksums of these episodes' records with those in the index, once. Raises InputError where the
+        file was written anew and nothing else shows it."""
+        for episode in episodes[~current[episodes]].tolist():
+            path, offset, checksum = index.record(episode)
+            with contextlib.suppress(Fault):  # reading the frame says what is wrong
+                if store.read(path, offset, len(checksum)) != checksum:
+                    index.forget()
+                    raise InputError(
+                        f"the records of {path} are not those that dataset {index.name!r} was indexed with, though "
+                        "the file has the same size and modification time: start again, and the dataset is indexed anew"
+                    )
+                current[episode] = True
 
     def _find_broken(self, split: Split, ids: np.ndarray) -> bool:
         """Leaves out those frames among `ids` that cannot be read or decoded; whether there are any."""
@@ -275,7 +295,7 @@ def plan_memory(
 
 
 def _mean_size(spans: np.ndarray) -> float:
-    """Mean length of byte ranges i64[N, 2], from some of them."""
+    """Mean length of spans i64[N, 3], from some of them."""
     return float(spans[:: max(1, len(spans) // 1000), 1].mean())
 
 
@@ -372,7 +392,7 @@ class Blocks(Files):
         for episode in np.unique(episodes).tolist():  # an episode's images lie one after the other
             own = spans[episodes == episode]
             file = int(index.arrays["episode_file"][episode])
-            start, stop = int(own[0, 0]), int(own[-1].sum())
+            start, stop = int(own[0, 0]), int(own[-1, :2].sum())
             yield file, start, self.read(index.files[file], start, stop - start)
 
 

@@ -1,19 +1,22 @@
 """RLDS datasets as TFDS writes them: which files hold a split, and their episodes in canonical form, images unread."""
 
+import itertools
 import os
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import google_crc32c
 import numpy as np
 
 from spatialvla_jax.actions import DIMENSIONS
 from spatialvla_jax.data.images import tensorflow
 from spatialvla_jax.data.oxe.operations import apply_operations, width_before
 from spatialvla_jax.data.oxe.spec import DatasetSpec, action_keys, action_width, join_action
-from spatialvla_jax.data.tfrecord import read_example, read_records
+from spatialvla_jax.data.tfrecord import masked_crc, read_example, read_records
 from spatialvla_jax.errors import Fault, InputError
+from spatialvla_jax.utils.progress import warn
 
 UNLABELED = "unlabeled"  # why an episode is left out that its spec says to leave out; no fault
 
@@ -46,8 +49,28 @@ def open_rlds(path: str | os.PathLike[str]) -> Any:
     return builder
 
 
-def slice_shards(builder: Any, split: str) -> list[tuple[Path, range]]:
-    """The shards that hold a split or a part of one, in order, each (file, numbers of its episodes in the file).
+class Shard(NamedTuple):
+    """A file's part of a split."""
+
+    file: Path
+    numbers: range  # of the part's episodes within the file
+    listed: int  # episodes of the whole file, as dataset_info.json says
+    size: int  # bytes
+    modified: int  # nanoseconds since 1970
+
+
+def list_files(folder: Path) -> dict[str, tuple[int, int]]:
+    """The files in a folder, {name: (bytes, time of the last change in nanoseconds)}. Raises InputError."""
+    try:
+        with os.scandir(folder) as entries:
+            stats = {entry.name: entry.stat() for entry in entries if entry.is_file()}
+    except OSError as error:
+        raise InputError(f"{folder} cannot be listed: {error.strerror or error}") from error
+    return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
+
+
+def slice_shards(builder: Any, split: str) -> list[Shard]:
+    """The shards that hold a split or a part of one, in order, as one listing of the folder shows them.
 
     `split` is written as TFDS does: "train", "train[:95%]", "train[100:200]", "train+val". Parts are ranges of
     episodes, whichever shards those lie in. Raises InputError naming the splits that exist, or a shard that does not.
@@ -61,10 +84,24 @@ def slice_shards(builder: Any, split: str) -> list[tuple[Path, range]]:
         ) from (error)
     if not pieces:
         raise InputError(f"The split {split!r} of {builder.data_dir} holds no episodes")
+    files = list_files(Path(builder.data_dir))
+    shards = (zip(info.filenames, info.shard_lengths, strict=True) for info in builder.info.splits.values())
+    known = {name for own in shards for name, count in own if count}
+    stems = tuple({piece.basename().partition(".tfrecord")[0] + ".tfrecord" for piece in pieces})
+    if extra := sorted(n for n, (size, _) in files.items() if n.startswith(stems) and size and n not in known):
+        warn(f"{builder.data_dir}/dataset_info.json lists no episodes in {enumerate_some(extra)}, which is not read")
     for piece in pieces:
-        if not Path(piece.filename).is_file():
+        if piece.basename() not in files:
             raise InputError(f"{piece.filename} is missing, a shard of the split {split!r}")
-    return [(Path(piece.filename), range(piece.skip, piece.skip + piece.take)) for piece in pieces]
+    return [
+        Shard(
+            Path(piece.filename),
+            range(piece.skip, piece.skip + piece.take),
+            piece.examples_in_shard,
+            *files[piece.basename()],
+        )
+        for piece in pieces
+    ]
 
 
 def read_episodes(
@@ -75,16 +112,18 @@ def read_episodes(
     spec: DatasetSpec,
     skip: Callable[[str, str], None] | None = None,
     action_dim: int = len(DIMENSIONS),
+    listed: int | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """The canonical episodes `numbers` of one shard (or so many from its first on), in order; L steps each:
 
-    action f32[L, A] · language object[L] of str · step i64[L] (number in the stored episode) · image i64[L, 2] (offset
-    and length of the encoded image in the file) and, where the spec names them, depth i64[L, 2] alike, intrinsics
-    f32[L, 3, 3] and its further arrays.
+    action f32[L, A] · language object[L] of str · step i64[L] (number in the stored episode) · image i64[L, 3] (offset
+    and length of the encoded image in the file, and its CRC-32C) and, where the spec names them, depth i64[L, 3] alike,
+    intrinsics f32[L, 3, 3] and its further arrays · record i64[3] (offset, length and `masked_crc` of the record).
 
-    Checks the records' checksums. For what is wrong raises a Fault naming dataset, file, episode and step; or, with
-    `skip`, calls it with (reason, that sentence) for every episode lost and goes on. A lost episode has no steps, and
-    neither has one without language if the spec leaves those out (`UNLABELED`).
+    Checks the records' checksums, and that a file read to its end holds no more than the `listed` episodes. For what is
+    wrong raises a Fault naming dataset, file, episode and step; or, with `skip`, calls it with (reason, that sentence)
+    for every episode lost and goes on. A lost episode has no steps, and neither has one without language if the spec
+    leaves those out (`UNLABELED`).
     """
     shapes = _shapes(name, builder, spec, action_dim)
     numbers = range(numbers) if isinstance(numbers, int) else numbers
@@ -105,6 +144,7 @@ def read_episodes(
             if not intact:
                 raise Fault("checksum", "the record's checksum is wrong")
             episode = _episode(record, offset, spec, shapes)
+            episode["record"] = np.asarray([offset, len(record), masked_crc(record)])
             if skip and not len(episode["step"]):
                 skip(UNLABELED, "")
         except InputError as error:
@@ -115,6 +155,19 @@ def read_episodes(
             skip(reason, sentence)
             episode = {"step": np.empty(0, np.int64)}
         yield episode
+    if listed != numbers.stop or lost:
+        return
+    for number in itertools.count(numbers.stop):
+        try:
+            if next(records, None) is None:
+                return
+        except Fault:  # bytes that are no record: nobody knows what follows
+            records = iter(())
+        more = f"dataset_info.json lists {listed} episodes in the file, and this is one more"
+        sentence = f"dataset {name!r}, file {file}, episode {number}: {more}"
+        if not skip:
+            raise Fault("unlisted", sentence)
+        skip("unlisted", sentence)
 
 
 def _episode(
@@ -145,9 +198,9 @@ def _episode(
         raise Fault("no language", f"step {missing[0]} has no language ({spec.language!r} is empty)")
     episode = {"action": action, "language": language, "step": np.arange(length)}
     cameras = (spec.image,) if spec.depth else (spec.image, *spec.other_images)
-    episode["image"] = steps[cameras[zlib.crc32(action.tobytes()) % len(cameras)]] + (offset, 0)
+    episode["image"] = _spans(record, offset, steps[cameras[zlib.crc32(action.tobytes()) % len(cameras)]])
     if spec.depth:
-        episode["depth"] = steps[spec.depth] + (offset, 0)
+        episode["depth"] = _spans(record, offset, steps[spec.depth])
     if spec.intrinsics:
         episode["intrinsics"] = steps[spec.intrinsics].astype(np.float32)
     episode |= {key: steps[key] for key in spec.arrays}
@@ -155,6 +208,12 @@ def _episode(
     if not len(episode["step"]):
         raise Fault("no steps", f"no steps are left of {length} after {[name for name, *_ in spec.operations]}")
     return {key: value[:0] for key, value in episode.items()} if skip else episode
+
+
+def _spans(record: bytes, start: int, spans: np.ndarray) -> np.ndarray:
+    """Offset and length of byte strings in a record i64[L, 2] → offset in the file, length and CRC-32C i64[L, 3]."""
+    checksums = [google_crc32c.value(record[offset : offset + length]) for offset, length in spans.tolist()]
+    return np.stack([spans[:, 0] + start, spans[:, 1], np.asarray(checksums, np.int64)], axis=1)
 
 
 def _text(record: bytes, words: np.ndarray) -> str:
@@ -214,5 +273,9 @@ def _versions(path: Path) -> list[str]:
 
 
 def _listing(path: Path) -> str:
-    names = sorted(child.name for child in path.iterdir())
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") if names else "nothing"
+    return enumerate_some(sorted(child.name for child in path.iterdir())) or "nothing"
+
+
+def enumerate_some(names: list[str]) -> str:
+    """The first names of a list, and how many more there are."""
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

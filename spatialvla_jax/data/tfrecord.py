@@ -23,7 +23,7 @@ RECORD_HEADER, RECORD_FOOTER = _HEADER.size, _FOOTER.size  # bytes around the da
 
 def read_records(path: Path, skip: int = 0) -> Iterator[tuple[int, bytes, bool]]:
     """The records of a file, without the first `skip`, each (offset of the data in the file, data, whether the data's
-    checksum holds).
+    checksum holds: `masked_crc` of the data, a u32 right behind it).
 
     A wrong checksum of the data spoils one record; after a wrong one of the length, or when the file ends within a
     record, nobody knows where the next one begins: that raises a Fault, as does a file that cannot be read.

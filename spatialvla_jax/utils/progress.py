@@ -1,5 +1,6 @@
-"""Progress bars."""
+"""Progress bars, and warnings that don't tear them."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
@@ -26,6 +27,10 @@ def progress_bar(desc: str, unit: str) -> Iterator[Show]:
             bar.update(done - bar.n)
 
         yield show
+
+
+def warn(sentence: str) -> None:
+    tqdm.write(f"warning: {sentence}", file=sys.stderr)
 
 
 def shard_progress() -> Callable[[str, int, int], None]:

@@ -298,7 +298,7 @@ def test_entry(name, tmp_path):
         assert episode["language"].tolist() == [f"{case.language} {step}" for step in kept]
         for key, source in {"image": case.image, "depth": case.depth}.items():
             spans = episode[key].tolist() if source else []
-            texts = [stored[offset : offset + length].decode() for offset, length in spans]
+            texts = [stored[offset : offset + length].decode() for offset, length, _ in spans]
             assert texts == [f"observation/{source} {step}" for step in kept if source]
             assert source or key not in episode
         if case.intrinsics:

@@ -208,18 +208,13 @@ def test_one_step_episodes_train(tmp_path):
 
 @pytest.fixture
 def damaged(tmp_path):
-    """Two datasets, of which some images were damaged after indexing; the numbers of the frames that are broken."""
-    paths = [make_rlds(tmp_path / str(n), {"train": make_episodes(6, seed=n, steps=(4, 4))}) for n in range(2)]
-    config = data_config(*paths, cache_dir=tmp_path / "cache", faults=SKIP)
-    loader = load_data(config, image_size=SIZE)
+    """Two datasets, of which some images do not decode; the numbers of these frames."""
+    episodes = [make_episodes(6, seed=n, steps=(4, 4)) for n in range(2)]
     broken = {3: "undecodable image", 10: "undecodable image", 31: "undecodable image"}
     for number in broken:
-        index, frame = loader.indexes()[number // 24], number % 24
-        offset, length = index.arrays["image"][frame].tolist()
-        with open(index.files[index.arrays["episode_file"][index.episode(frame)]], "r+b") as file:
-            file.seek(offset)
-            file.write(b"\0" * length)
-    return config, broken
+        episodes[number // 24][number % 24 // 4][number % 4]["observation"]["image"] = b"\0" * 100
+    paths = [make_rlds(tmp_path / str(n), {"train": own}) for n, own in enumerate(episodes)]
+    return data_config(*paths, cache_dir=tmp_path / "cache", faults=SKIP), broken
 
 
 def vanish(config, broken):
@@ -346,15 +341,11 @@ def test_a_run_logs_what_it_skipped(tmp_path, config_file):
 
     episodes = make_episodes(8, steps=(4, 4))
     damage_action(np.nan)(episodes)
+    episodes[2][1]["observation"]["image"] = b"\0" * 100
     path = make_rlds(tmp_path, {"train": episodes})
     config = load_config(config_file, {"train.steps": "3", "mesh.fsdp": "4", "mesh.data": "2"})
     config.data.datasets = [{"name": "toy", "spec": "libero", "path": str(path), "weight": 1.0}]
     config.data.update(cache_dir=str(tmp_path / "cache"), faults={"policy": "skip", "limit": 5})
-    index = load_index("toy", path, LIBERO, "train", tmp_path / "cache", faults=Faults("skip", 5))
-    offset, length = index.arrays["image"][5].tolist()
-    with open(index.files[0], "r+b") as file:
-        file.seek(offset)
-        file.write(b"\0" * length)
     train(config, tmp_path / "run")
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [record["data/skipped"] for record in records] == [1] * 3

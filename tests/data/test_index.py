@@ -15,7 +15,7 @@ LIBERO = CATALOGUE["libero"]
 
 
 def read(index, key, frame):
-    offset, size = index.arrays[key][frame]
+    offset, size, _ = index.arrays[key][frame]
     with open(index.files[index.arrays["episode_file"][index.episode(frame)]], "rb") as file:
         file.seek(offset)
         return file.read(size)

@@ -6,7 +6,11 @@ f32[L, n]: movement (3), rotation (3, or as many as its representation has until
 the release's data/oxe/transforms.py and data/utils/{data_utils,droid_utils}.py, which descend from Octo and OpenVLA.
 """
 
+import ast
+import hashlib
 import inspect
+import json
+import textwrap
 from collections.abc import Callable
 from typing import Any
 
@@ -166,6 +170,29 @@ def apply_operations(episode: Episode, operations: tuple[tuple[Any, ...], ...]) 
     for name, *arguments in operations:
         episode = OPERATIONS[name](episode, *arguments)
     return episode
+
+
+def code_digest(operations: tuple[tuple[Any, ...], ...]) -> str:
+    """A digest of what `operations` do: of their code, and of the functions and constants of their module that it uses.
+    Comments, docstrings and layout make no difference."""
+    parts: dict[str, str] = {}
+    todo: dict[str, Any] = {name: OPERATIONS[name] for name, *_ in operations}
+    while todo:
+        name, value = todo.popitem()
+        if not inspect.isfunction(value):
+            parts[name] = repr(value)
+            continue
+        tree = ast.parse(textwrap.dedent(inspect.getsource(value)))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef) and ast.get_docstring(node):
+                node.body = node.body[1:]
+        parts[name] = ast.unparse(tree)
+        used = {node.id: value.__globals__.get(node.id) for node in ast.walk(tree) if isinstance(node, ast.Name)}
+        constants = (int, float, str, tuple, list, dict)
+        todo |= {
+            k: v for k, v in used.items() if k not in parts and (inspect.isfunction(v) or isinstance(v, constants))
+        }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def check_operations(operations: tuple[tuple[Any, ...], ...]) -> None:

@@ -1,6 +1,7 @@
 """What one dataset's entry says."""
 
 import dataclasses
+import json
 import posixpath
 import re
 from collections.abc import Mapping
@@ -10,7 +11,7 @@ import numpy as np
 from jaxtyping import Float
 
 from spatialvla_jax.data.images import DEFAULT_INTRINSICS, DEFAULT_INTRINSICS_SIZE
-from spatialvla_jax.data.oxe.operations import check_operations
+from spatialvla_jax.data.oxe.operations import check_operations, code_digest
 from spatialvla_jax.errors import InputError
 
 # Of depth that `data depth` has stored:
@@ -42,12 +43,19 @@ class DatasetSpec:
     default_intrinsics: tuple[tuple[float, ...], ...] = DEFAULT_INTRINSICS  # where the data has none
     default_intrinsics_size: tuple[int, int] = DEFAULT_INTRINSICS_SIZE  # height, width that these are pixels of
     skip_unlabeled: bool = False  # leave out (and count) episodes without language instead of failing
-    # Nothing below changes what is read.
+    # Nothing below changes what is read; `meaning` names the fields above that don't either.
     tfds_name: str | None = None  # directory, if not named as in the catalogue; may pin the version: name/1.0.0
     robot: str = ""
     episodes: int | None = None  # in the training split
     known_camera: bool = False  # `default_intrinsics` are this camera's own
     unread_depth: str | None = None  # a depth map that is stored in another form than `depth` can be
+
+
+def meaning(spec: DatasetSpec) -> dict[str, Any]:
+    """What of a spec decides what is read, as JSON: its "fields", and a digest of the code of its "operations"."""
+    unread = "tfds_name robot episodes known_camera unread_depth default_intrinsics default_intrinsics_size depth_unit"
+    fields = {key: value for key, value in dataclasses.asdict(spec).items() if key not in unread.split()}
+    return json.loads(json.dumps({"fields": fields, "operations": code_digest(spec.operations)}))
 
 
 def split_column(column: str) -> tuple[str, slice]:
