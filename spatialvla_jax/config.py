@@ -226,9 +226,17 @@ def parse_as(current: Any, key: str, text: str) -> Any:
 
 def check_resumable(saved: dict[str, Any], config: ConfigDict, workdir: Path) -> None:
     """Raises InputError when a run began under a config that computes something else."""
+    saved = renamed(saved, CONFIG_KEYS)
+    try:
+        check_keys(saved, default_config().to_dict())
+    except InputError as error:
+        raise InputError(
+            f"the run in {workdir} was begun by another version of this program ({error}): go on with that version, or "
+            "use another workdir"
+        ) from error
     now = flatten(json.loads(json.dumps(config.to_dict())))
     # A key that is younger than the run had its default.
-    before = flatten(json.loads(json.dumps(default_config().to_dict()))) | flatten(renamed(saved, CONFIG_KEYS))
+    before = flatten(json.loads(json.dumps(default_config().to_dict()))) | flatten(saved)
     changed = [
         k
         for k in sorted(now.keys() | before.keys())

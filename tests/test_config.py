@@ -37,3 +37,8 @@ def test_only_what_is_not_computed_may_change(tmp_path) -> None:
     config.optimizer.grad_clip_norm, config.seed = 2.0, 1
     with pytest.raises(InputError, match=r"optimizer.grad_clip_norm = 1.0, this config says 2.0 \(and 1 more"):
         check_resumable(saved, config, tmp_path)
+    saved["train"]["old_key"] = 3
+    with pytest.raises(
+        InputError, match=r"begun by another version of this program \(config key train.old_key does not"
+    ):
+        check_resumable(saved, config, tmp_path)

@@ -36,6 +36,7 @@ from spatialvla_jax.utils.progress import warn
 
 VERSION = 3  # of the files below and of what is in them; another one makes a new index
 META = "meta.json"
+CHECKSUM_BYTES = 4  # of a record, right behind it
 _SAMPLE = 32  # records of an index whose checksums are compared at each start
 # Rows are frames, except those of `episode_*`, which are episodes. Spans are (offset, length, checksum) in the file.
 _ARRAYS: dict[str, tuple[str, tuple[int, ...]]] = {
@@ -129,7 +130,11 @@ class Index:
     def record(self, episode: int) -> tuple[str, int, bytes]:
         """File and offset of the checksum of an episode's record, and what it was when it was indexed."""
         offset, length, checksum = self.arrays["episode_record"][episode].tolist()
-        return self.files[self.arrays["episode_file"][episode]], offset + length, checksum.to_bytes(4, "little")
+        return (
+            self.files[self.arrays["episode_file"][episode]],
+            offset + length,
+            checksum.to_bytes(CHECKSUM_BYTES, "little"),
+        )
 
     def forget(self) -> None:
         """Makes the next start index the data anew."""
@@ -167,14 +172,16 @@ def load_index(
     def open_kept(directory: Path) -> tuple[Index, dict[str, Any]]:
         return _open_kept(directory, name, spec, shards, made_from)
 
+    kept = None
     try:
-        index, meta = open_kept(directory)
-        _check_current(index, meta)
+        opened = open_kept(directory)
+        _check_current(*opened)
+        kept = opened
     except (FileNotFoundError, NotADirectoryError):
-        index, meta = _build(directory, open_kept, name, builder, shards, spec, made_from, progress, faults)
+        pass  # there is none yet
     except (OSError, _Stale) as reason:
         warn(f"dataset {name!r} is indexed again: {reason}")
-        index, meta = _build(directory, open_kept, name, builder, shards, spec, made_from, progress, faults)
+    index, meta = kept or _build(directory, open_kept, name, builder, shards, spec, made_from, progress, faults)
     # The policy is not in the key: without faults it makes no difference, and with them the index says so.
     if meta["fault"] and faults.policy == "fail":
         raise InputError(meta["fault"])
@@ -247,7 +254,7 @@ def _check_current(index: Index, meta: Mapping[str, Any]) -> None:
     for episode in np.unique(np.linspace(0, index.num_episodes - 1, _SAMPLE).astype(int)).tolist():
         path, offset, checksum = index.record(episode)
         with suppress(OSError), open(path, "rb", buffering=0) as file:  # one that cannot be read says so later
-            if os.pread(file.fileno(), len(checksum), offset) != checksum:
+            if os.pread(file.fileno(), CHECKSUM_BYTES, offset) != checksum:
                 raise _Stale(f"{path} has the size and the time that it had, but other records")
 
 

@@ -26,7 +26,7 @@ from jaxtyping import Float32, Int32, Int64, UInt8
 
 from spatialvla_jax.data.config import DataConfig
 from spatialvla_jax.data.images import decode_batches, decoder, tensorflow
-from spatialvla_jax.data.index import Index, load_index
+from spatialvla_jax.data.index import CHECKSUM_BYTES, Index, load_index
 from spatialvla_jax.data.resolve_datasets import Entry
 from spatialvla_jax.errors import Fault, InputError
 
@@ -196,19 +196,23 @@ class Rlds:
         """Fills `rows` of `encoded` and `units`; gives those rows whose frames cannot be read."""
         failed = {row for row in rows.tolist() if ids[row] in split.broken} if split.broken else set()
         places: list[tuple[int, Index, str, int, int, int, int, int]] = []
+        records: list[tuple[Index, int, np.ndarray]] = []
         dataset, frames = split.locate(ids[rows])
         for number in np.unique(dataset):
             index, own, frame = split.indexes[number], rows[dataset == number], frames[dataset == number]
             units[own] = index.spec.depth_unit
             episodes = index.episode(frame)
-            self._check_records(index, split.current[number], np.unique(episodes), store)
+            current = split.current[number]
+            records += [(index, one, current) for one in np.unique(episodes[~current[episodes]]).tolist()]
             files = index.arrays["episode_file"][episodes].tolist()
             for key in self._keys:
                 spans = index.arrays[key][frame].tolist()
                 for row, one, file, span in zip(own.tolist(), frame.tolist(), files, spans, strict=True):
                     if row not in failed:
                         places.append((row, index, key, one, file, *span))
+        store.expect((*index.record(episode)[:2], CHECKSUM_BYTES) for index, episode, _ in records)
         store.expect((index.files[file], offset, length) for _, index, _, _, file, offset, length, _ in places)
+        self._check_records(records, store)
         for row, index, key, *place, checksum in places:
             try:
                 encoded[key][row] = data = store.frame(index, key, *place)
@@ -221,13 +225,13 @@ class Rlds:
         return np.asarray(sorted(failed), np.int64)
 
     @staticmethod
-    def _check_records(index: Index, current: np.ndarray, episodes: np.ndarray, store: "Files") -> None:
-        """Compares the checksums of these episodes' records with those in the index, once. Raises InputError where the
-        file was written anew and nothing else shows it."""
-        for episode in episodes[~current[episodes]].tolist():
+    def _check_records(records: list[tuple[Index, int, np.ndarray]], store: "Files") -> None:
+        """Compares the checksums of episodes' records with those in the index, and notes the episode. Raises InputError
+        where a file was written anew and nothing else shows it."""
+        for index, episode, current in records:
             path, offset, checksum = index.record(episode)
             with contextlib.suppress(Fault):  # reading the frame says what is wrong
-                if store.read(path, offset, len(checksum)) != checksum:
+                if store.read(path, offset, CHECKSUM_BYTES) != checksum:
                     index.forget()
                     raise InputError(
                         f"the records of {path} are not those that dataset {index.name!r} was indexed with, though "

@@ -334,7 +334,7 @@ def test_one_of_two_cameras(tmp_path):
     def cameras(folder):
         episodes, stored = read(folder, "droid", made, CATALOGUE["droid"])
         for episode in episodes:
-            texts = [stored[offset : offset + length].decode() for offset, length in episode["image"].tolist()]
+            texts = [stored[offset : offset + length].decode() for offset, length, _ in episode["image"].tolist()]
             (camera,) = {text.split()[0] for text in texts}
             yield camera
 
@@ -350,7 +350,7 @@ def test_depth_belongs_to_the_first_camera(tmp_path):
     wrists = ("observation/wrist_image",) * 9  # one of ten cameras would hardly be the first by chance
     spec = dataclasses.replace(CATALOGUE[name], other_images=wrists)
     (episode,), stored = read(tmp_path, name, [steps], spec)
-    offset, length = episode["image"][0].tolist()
+    offset, length, _ = episode["image"][0].tolist()
     assert stored[offset : offset + length] == b"observation/image 0"
 
 
