@@ -2,11 +2,13 @@
 
 import argparse
 import sys
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from spatialvla_jax.cli.arguments import Commands, add_command, add_group
-from spatialvla_jax.errors import InputError
+from spatialvla_jax.errors import Fault, InputError
 
 
 def add_show(commands: Commands) -> None:
@@ -43,6 +45,7 @@ def add_lerobot(commands: Commands) -> None:
     p.add_argument("dst", type=Path, help="dataset directory; its version, 1.0.0, is made inside")
     p.add_argument("--camera", help="which one, where there are several, e.g. observation.images.top")
     p.add_argument("--name", help="the dataset's; by default that of DST")
+    add_faults(p)
 
 
 def run_lerobot(args: argparse.Namespace) -> None:
@@ -51,13 +54,19 @@ def run_lerobot(args: argparse.Namespace) -> None:
     from spatialvla_jax.utils.progress import progress_bar
 
     with progress_bar("convert", "episode") as progress:
-        directory, source = convert_lerobot(args.src, args.dst, camera=args.camera, name=args.name, progress=progress)
+        made = convert_lerobot(
+            args.src, args.dst, camera=args.camera, name=args.name, faults=args.faults, progress=progress
+        )
+    source = made.source
     width = "x".join(map(str, source.shapes["action"]))
     print(f"actions are {width} wide, {source.names}: the spec in your config says what they mean")
     print(f"frames of {source.camera}; those of videos are stored as JPEG of quality {JPEG_QUALITY}")
-    for split, episodes in source.splits.items():
+    if made.changed:
+        print(f"shards of the interrupted conversion made again, because their source has changed: {made.changed}")
+    print_skipped(made.skipped)
+    for split, episodes in made.splits.items():
         print(f"{split}: {len(episodes):,} episodes, {sum(episode.length for episode in episodes):,} frames")
-    print(f"wrote {directory}")
+    print(f"wrote {made.directory}")
 
 
 def add_import(commands: Commands) -> None:
@@ -70,22 +79,49 @@ def add_import(commands: Commands) -> None:
         help="returns a dataset (the split train), or {split: dataset}",
     )
     p.add_argument("--out", type=Path, required=True, help="dataset directory; its version, 1.0.0, is made inside")
+    add_faults(p)
 
 
 def run_import(args: argparse.Namespace) -> None:
-    from spatialvla_jax.data.importers.tf_dataset import trajectories_of, write_rlds
+    from spatialvla_jax.data.importers.tf_dataset import PipelineError, their_traceback, trajectories_of, write_rlds
     from spatialvla_jax.utils.progress import progress_bar
 
     sys.path.insert(0, "")  # so that a module of the working directory is found
-    with progress_bar("import", "trajectory") as show:
+    try:
+        with progress_bar("import", "trajectory") as show:
 
-        def progress(split: str, done: int, total: int | None) -> None:
-            show(done, total, desc=f"import {split}")
+            def progress(split: str, done: int, total: int | None) -> None:
+                show(done, total, desc=f"import {split}")
 
-        directory, stored = write_rlds(trajectories_of(args.function), args.out, progress=progress)
+            data = trajectories_of(args.function)
+            directory, stored, skipped = write_rlds(data, args.out, faults=args.faults, progress=progress)
+    except PipelineError as error:
+        print(their_traceback(error), end="", file=sys.stderr)
+        raise
+    print_skipped(skipped)
     for key, kind in stored.items():
         print(f"{key}: {kind}")
     print(f"wrote {directory}")
+
+
+def add_faults(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--faults",
+        choices=("fail", "skip"),
+        default="fail",
+        help="a faulty episode ends the conversion (fail, the default), or is left out and counted (skip)",
+    )
+
+
+def print_skipped(faults: Sequence[Fault], shown: int = 10) -> None:
+    """How many episodes were left out, and why."""
+    if faults:
+        counts = Counter(fault.reason for fault in faults)
+        listed = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))
+        print(f"left out {len(faults)} episodes ({listed}), which the dataset's metadata.json names:")
+        print("\n".join(f"  {fault}" for fault in faults[:shown]))
+        if len(faults) > shown:
+            print(f"  and {len(faults) - shown} more")
 
 
 def add_depth(commands: Commands) -> None:

@@ -5,7 +5,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +38,23 @@ def new_directory(path: Path) -> Iterator[Path]:
     """
     if path.exists():
         raise InputError(f"{path} exists; choose a new destination")
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
-            temporary.mkdir()
-            yield temporary
+    with disk_errors(path), parents_of(path), replacing(path) as temporary:
+        temporary.mkdir()
+        yield temporary
+
+
+@contextmanager
+def parents_of(path: Path) -> Iterator[None]:
+    """Makes the directories that `path` lies in. After an error it removes those that it made and that are empty."""
+    made = [parent for parent in path.absolute().parents if not parent.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            for parent in made:
+                parent.rmdir()
+        raise
 
 
 @contextmanager

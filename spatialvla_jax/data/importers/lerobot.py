@@ -1,10 +1,11 @@
 """Converts LeRobot datasets (v2.0, v2.1 and v3.0 on disk) to RLDS, shard by shard."""
 
+import dataclasses
 import hashlib
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,34 @@ from spatialvla_jax.data.importers.lerobot_tables import (
     LeRobot,
     open_lerobot,
     read_episode,
-    read_json,
 )
-from spatialvla_jax.data.importers.rlds_writer import VERSION, check_out
-from spatialvla_jax.errors import InputError
-from spatialvla_jax.utils.atomic import remove_leftovers, replacing, write_json
+from spatialvla_jax.data.importers.rlds_writer import (
+    FRAMING,
+    VERSION,
+    Policy,
+    check_out,
+    dataset_info,
+    fingerprint,
+    finished_shards,
+    save_shards,
+    tolerate,
+)
+from spatialvla_jax.errors import Fault, InputError
+from spatialvla_jax.utils.atomic import disk_errors, parents_of, remove_leftovers, replacing
 
 FRAMES_PER_SHARD = 2048
-_FRAMING = 16  # bytes of length and checksums that a TFRecord adds to its record
+MANIFEST = "conversion.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Converted:
+    """What a conversion has made."""
+
+    directory: Path
+    source: LeRobot
+    splits: dict[str, tuple[Episode, ...]]  # those written
+    skipped: list[Fault]  # one for each episode that was left out
+    changed: int  # shards that an interrupted conversion had made of other data, and that were made again
 
 
 def convert_lerobot(
@@ -34,9 +55,10 @@ def convert_lerobot(
     *,
     camera: str | None = None,
     name: str | None = None,
+    faults: Policy = "fail",
     frames_per_shard: int = FRAMES_PER_SHARD,
     progress: Callable[[int, int], None] | None = None,
-) -> tuple[Path, LeRobot]:
+) -> Converted:
     """Writes one camera of the LeRobot dataset `src` as the RLDS version directory `dst`/1.0.0.
 
     Steps get observation/image, observation/state (f32, where the source has it), action (f32), language_instruction
@@ -46,7 +68,10 @@ def convert_lerobot(
 
     One episode is in memory at a time. Shards are whole episodes of at least `frames_per_shard` frames, each written by
     rename: after an interruption the same call goes on with the shard where it stopped, and the files are those of an
-    uninterrupted one. Raises InputError for what is missing or does not fit, naming file and episode.
+    uninterrupted one. Shards whose source has changed meanwhile are made again.
+
+    Raises InputError for what is missing or does not fit, naming file and episode. With `faults` "skip" a faulty
+    episode is left out instead, and the dataset's metadata (metadata.json) counts and names it.
     """
     source, out = open_lerobot(src, camera), Path(dst)
     name = name or out.absolute().name
@@ -54,40 +79,98 @@ def convert_lerobot(
         raise InputError(f"the dataset's name {name!r} must be letters, digits and underscores; set it with --name")
     check_out(out)
     work = out / f".incomplete-{VERSION}"
-    _begin(work, source, name, frames_per_shard)
-    remove_leftovers(work)
-    features = _features(source)
+    options = {
+        "source": source.root.absolute().name,
+        "camera": source.camera,
+        "name": name,
+        "jpeg_quality": JPEG_QUALITY,
+        "frames_per_shard": frames_per_shard,
+    }
+    before = finished_shards(work / MANIFEST, options)
+    skipped = [
+        tolerate(
+            Fault("not listed", f"{source.root}, episode {number}: info.json counts it, no table lists it"), faults
+        )
+        for number in source.unlisted
+    ]
+    tf = tensorflow()
+    try:
+        with disk_errors(out), parents_of(work / MANIFEST):
+            return _convert(source, work, before, options, faults, skipped, progress)
+    except tf.errors.OpError as error:
+        raise InputError(f"{out} cannot be written: {error.message}") from error
+
+
+def _convert(
+    source: LeRobot,
+    work: Path,
+    before: dict[str, Any],
+    options: dict[str, Any],
+    faults: Policy,
+    skipped: list[Fault],
+    progress: Callable[[int, int], None] | None,
+) -> Converted:
+    """`convert_lerobot` with its arguments checked. `before` has the shards that are finished."""
     tf = tensorflow()
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core.splits import SplitDict
 
-    total, done, infos = sum(map(len, source.splits.values())), 0, []
+    remove_leftovers(work)
+    features = _features(source)
+    total, done, infos, shards, splits = sum(map(len, source.splits.values())), 0, [], {}, {}
     for split, all_episodes in source.splits.items():
         template = tfds.core.ShardedFileTemplate(
-            data_dir=tfds.core.Path(work), dataset_name=name, split=split, filetype_suffix="tfrecord"
+            data_dir=tfds.core.Path(work), dataset_name=options["name"], split=split, filetype_suffix="tfrecord"
         )
-        num_bytes, shards = 0, _shards(all_episodes, frames_per_shard)
-        for number, episodes in enumerate(shards):
-            file = Path(template.sharded_filepath(shard_index=number, num_shards=len(shards)))
-            if not file.is_file():
+        num_bytes, lengths, plan, splits[split] = 0, [], _shards(all_episodes, options["frames_per_shard"]), ()
+        for number, episodes in enumerate(plan):
+            file = Path(template.sharded_filepath(shard_index=number, num_shards=len(plan)))
+            state, kept = _state(source, episodes), before.get(file.name, {})
+            lost = {int(episode): Fault(*fault) for episode, fault in kept.get("skipped", {}).items()}
+            if kept.get("source") != state or not file.is_file() or (lost and faults == "fail"):
+                lost = {}
                 with replacing(file) as temporary, tf.io.TFRecordWriter(os.fspath(temporary)) as writer:
                     for count, episode in enumerate(episodes):
                         if progress:
                             progress(done + count, total)
-                        writer.write(_serialize(features, read_episode(source, episode)))
+                        try:
+                            writer.write(_serialize(features, read_episode(source, episode)))
+                        except Fault as fault:
+                            lost[episode.number] = tolerate(fault, faults)
+            reasons = {str(episode): [fault.reason, str(fault)] for episode, fault in lost.items()}
+            shards[file.name] = {"source": state, "skipped": reasons}
+            if shards[file.name] != kept:
+                save_shards(work / MANIFEST, options, before | shards)
             done += len(episodes)
             if progress:
                 progress(done, total)
-            num_bytes += file.stat().st_size - len(episodes) * _FRAMING
-        lengths = [len(episodes) for episodes in shards]
+            skipped += lost.values()
+            lengths.append(len(episodes) - len(lost))
+            splits[split] += tuple(episode for episode in episodes if episode.number not in lost)
+            num_bytes += file.stat().st_size - lengths[-1] * FRAMING
         infos.append(
             tfds.core.SplitInfo(name=split, shard_lengths=lengths, num_bytes=num_bytes, filename_template=template)
         )
-    info = _info(work, source, name, features)
+    made = before.keys() | shards.keys() | {MANIFEST}
+    if empty := [split for split, episodes in splits.items() if not episodes]:
+        if len(empty) == len(splits):
+            _remove(work, made)
+        raise InputError(f"no episode of the split {empty[0]!r} is left; the first fault: {skipped[0]}")
+    _remove(work, made - shards.keys())
+    save_shards(work / MANIFEST, options, shards)
+    kept = f"JPEG of quality {JPEG_QUALITY}" if _first(source).video else "images as stored there"
+    description = f"LeRobot dataset {source.root.absolute().name}, camera {source.camera}: {kept}."
+    info = dataset_info(options["name"], work, features, description, skipped)
     info.set_splits(SplitDict(infos))
     info.write_to_directory(work)
-    os.replace(work, out / VERSION)
-    return out / VERSION, source
+    os.replace(work, work.with_name(VERSION))
+    changed = sum(shards.get(file, {}).get("source") != old["source"] for file, old in before.items())
+    return Converted(work.with_name(VERSION), source, splits, skipped, changed)
+
+
+def _remove(directory: Path, names: Set[str]) -> None:
+    for name in names:
+        (directory / name).unlink(missing_ok=True)
 
 
 def _shards(episodes: tuple[Episode, ...], frames_per_shard: int) -> list[list[Episode]]:
@@ -103,29 +186,15 @@ def _shards(episodes: tuple[Episode, ...], frames_per_shard: int) -> list[list[E
     return shards
 
 
-def _begin(work: Path, source: LeRobot, name: str, frames_per_shard: int) -> None:
-    """Makes the working directory, or raises InputError when the one there is of another conversion."""
-    plan = [(split, episode.number, episode.length) for split in source.splits for episode in source.splits[split]]
-    key = {
-        "source": source.root.absolute().name,
-        "info_sha256": hashlib.sha256((source.root / "meta" / "info.json").read_bytes()).hexdigest(),
-        "episodes_sha256": hashlib.sha256(json.dumps(plan).encode()).hexdigest(),
-        "camera": source.camera,
-        "name": name,
-        "jpeg_quality": JPEG_QUALITY,
-        "frames_per_shard": frames_per_shard,
-    }
-    file = work / "conversion.json"
-    if not file.is_file():
-        work.mkdir(parents=True, exist_ok=True)
-        write_json(file, key)
-        return
-    before = read_json(file)
-    if changed := next((k for k, value in key.items() if before.get(k) != value), None):
-        raise InputError(
-            f"{work} holds a conversion that was interrupted and had another {changed}: {before.get(changed)!r}, now "
-            f"{key[changed]!r}; delete it or choose another place"
-        )
+def _state(source: LeRobot, episodes: list[Episode]) -> str:
+    """A digest of what a shard is made of: what the tables say of its episodes, and the state of their files."""
+    tables = {key: value for key, value in vars(source).items() if key not in ("root", "splits", "unlisted")}
+
+    def relative(value: Any) -> Any:
+        return [os.path.relpath(value, source.root), fingerprint(value)] if isinstance(value, Path) else value
+
+    state = [tables, [[relative(value) for value in vars(episode).values()] for episode in episodes]]
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _features(source: LeRobot) -> Any:
@@ -146,17 +215,6 @@ def _features(source: LeRobot) -> Any:
     }
     metadata = {"episode_index": np.int64}
     return tfds.features.FeaturesDict({"steps": tfds.features.Dataset(step), "episode_metadata": metadata})
-
-
-def _info(work: Path, source: LeRobot, name: str, features: Any) -> Any:
-    import tensorflow_datasets as tfds
-    from tensorflow_datasets.core.dataset_info import DatasetIdentity
-
-    version = tfds.core.Version(VERSION)
-    identity = DatasetIdentity(name=name, version=version, data_dir=os.fspath(work), module_name=__name__)
-    kept = f"JPEG of quality {JPEG_QUALITY}" if _first(source).video else "images as stored there"
-    description = f"LeRobot dataset {source.root.absolute().name}, camera {source.camera}: {kept}."
-    return tfds.core.DatasetInfo(builder=identity, features=features, description=description)
 
 
 def _serialize(features: Any, episode: dict[str, Any]) -> bytes:

@@ -1,13 +1,18 @@
-"""Episodes to RLDS on disk, through TFDS, as `tfds.builder_from_directory` reads them."""
+"""Episodes to RLDS on disk, through TFDS, as `tfds.builder_from_directory` reads them; and what all importers share."""
 
-from collections.abc import Iterable
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from spatialvla_jax.errors import InputError
-from spatialvla_jax.utils.atomic import replacing
+from spatialvla_jax.errors import Fault, InputError
+from spatialvla_jax.utils.atomic import new_directory, write_json
 
 VERSION = "1.0.0"
+Policy = Literal["fail", "skip"]  # for a faulty episode, as in the config's data.faults
+FRAMING = 16  # bytes of length and checksums that a TFRecord adds to its record
 SPLITS = ("train", "val")
 
 
@@ -68,19 +73,67 @@ def write_episodes(
     named after `out`.
     """
     import tensorflow_datasets as tfds
-    from tensorflow_datasets.core.dataset_info import DatasetIdentity
 
     check_out(out)
-    out.mkdir(parents=True, exist_ok=True)
-    with replacing(out / VERSION) as directory:
-        identity = DatasetIdentity(
-            name=out.name, version=tfds.core.Version(VERSION), data_dir=str(directory), module_name=__name__
-        )
-        info = tfds.core.DatasetInfo(builder=identity, features=features(image_size), description=description)
+    with new_directory(out / VERSION) as directory:
+        info = dataset_info(out.name, directory, features(image_size), description)
         writer = tfds.core.SequentialWriter(info, max_examples_per_shard=episodes_per_shard)
-        directory.mkdir()
         writer.initialize_splits(list(SPLITS))
         for split, episode in episodes:
             writer.add_examples({split: [episode]})
         writer.close_all()
     return out / VERSION
+
+
+def dataset_info(
+    name: str, directory: Path, features: Any, description: str = "", skipped: Sequence[Fault] | None = None
+) -> Any:
+    """The `tfds.core.DatasetInfo` of a dataset in `directory`, with `count_faults(skipped)` as its metadata."""
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core.dataset_info import DatasetIdentity
+
+    version = tfds.core.Version(VERSION)
+    metadata = None if skipped is None else tfds.core.MetadataDict(count_faults(skipped))
+    identity = DatasetIdentity(name=name, version=version, data_dir=os.fspath(directory), module_name=__name__)
+    return tfds.core.DatasetInfo(builder=identity, features=features, description=description, metadata=metadata)
+
+
+def tolerate(fault: Fault, policy: Policy) -> Fault:
+    """The fault of an episode that is left out. Raises it unless the policy is "skip"."""
+    if policy == "fail":
+        raise Fault(fault.reason, f"{fault} (--faults skip leaves it out)")
+    return fault
+
+
+def count_faults(skipped: Sequence[Fault]) -> dict[str, Any]:
+    """For a dataset's metadata: {"skipped": {reason: episodes left out}, "faults": [a sentence each]}."""
+    reasons = Counter(fault.reason for fault in skipped)
+    return {"skipped": dict(sorted(reasons.items())), "faults": [str(fault) for fault in skipped]}
+
+
+def finished_shards(file: Path, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What the interrupted conversion whose `save_shards` wrote `file` had done. Raises InputError if its options were
+    others than `options`."""
+    if not file.is_file():
+        return {}
+    try:
+        before = json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise InputError(f"{file} is not JSON: {error}") from error
+    for key, value in json.loads(json.dumps(options)).items():
+        if before.get(key) != value:
+            raise InputError(
+                f"{file.parent} was begun with another {key}, {before.get(key)!r} and not {value!r}; delete it or "
+                "choose another place"
+            )
+    return before.get("shards", {})
+
+
+def save_shards(file: Path, options: Mapping[str, Any], shards: Mapping[str, Any]) -> None:
+    """Writes down how far a conversion is: `shards` has what each finished one was made of, by its name."""
+    write_json(file, {**options, "shards": shards})
+
+
+def fingerprint(file: Path) -> list[int] | None:
+    """Size in bytes and modification time in nanoseconds, by which a change is noticed; None if there is no file."""
+    return [file.stat().st_size, file.stat().st_mtime_ns] if file.is_file() else None

@@ -7,136 +7,276 @@ its iterator's state saved, buffer included, with every checkpoint. Storing cost
 """
 
 import importlib
+import inspect
 import os
+import re
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from spatialvla_jax.data.images import tensorflow
-from spatialvla_jax.data.importers.rlds_writer import VERSION, check_out
-from spatialvla_jax.errors import InputError
-from spatialvla_jax.utils.atomic import replacing
+from spatialvla_jax.data.importers.frames import IMAGE, channels_last, check_encoded, is_depth, is_encoded, to_pixels
+from spatialvla_jax.data.importers.rlds_writer import (
+    VERSION,
+    Policy,
+    check_out,
+    count_faults,
+    dataset_info,
+    tolerate,
+)
+from spatialvla_jax.errors import Fault, InputError
+from spatialvla_jax.utils.atomic import new_directory
 
 _EPISODES_PER_SHARD = 64
+_SMALLEST_FRAME = 8  # pixels a side, below which numbers other than uint8 are no frame but, say, a hand's joints
+
+
+class PipelineError(InputError):
+    """The user's own code has raised `__cause__`."""
 
 
 def write_rlds(
     splits: Mapping[str, Iterable[Any]],
     out: str | os.PathLike[str],
     *,
+    faults: Policy = "fail",
     progress: Callable[[str, int, int | None], None] | None = None,
-) -> tuple[Path, dict[str, str]]:
-    """Writes {split: dataset} and returns the version directory `out`/1.0.0 and what each key has become.
+) -> tuple[Path, dict[str, str], list[Fault]]:
+    """Writes {split: dataset}. Returns the version directory `out`/1.0.0, what each key has become, and a fault for
+    each trajectory that was left out.
 
     A dataset is a `tf.data.Dataset`, or any iterable, of trajectories: nested dicts of arrays [L, ...], one row a step.
-    Encoded images (JPEG, PNG) are stored as they are, u8[L,H,W,3] and u16[L,H,W,1] as PNG, other byte strings as text,
-    numbers as tensors. Keys are then named by their path ("observation/image") in a dataset's spec.
+    Encoded images (JPEG, PNG) are stored as they are; frames as numbers, as `to_pixels` takes them, and depth,
+    u16[L,H,W] or u16[L,H,W,1], as PNG; other byte strings as text; other numbers as tensors. Keys are then named by
+    their path ("observation/image") in a dataset's spec.
 
     `progress(split, trajectories done, all or None where the dataset cannot tell)` is called meanwhile. The directory
-    appears by rename when all is written. Raises InputError.
+    appears by rename when all is written. Raises InputError, and PipelineError for what a dataset raises. With `faults`
+    "skip" a faulty trajectory is left out instead, and the dataset's metadata (metadata.json) counts and names it.
     """
-    tensorflow()
+    tf = tensorflow()
     import tensorflow_datasets as tfds
-    from tensorflow_datasets.core.dataset_info import DatasetIdentity
 
     out = Path(out)
     check_out(out)
+    _check_splits(splits)
     features: dict[str, Any] = {}
-    writer: Any = None
-    out.mkdir(parents=True, exist_ok=True)
-    with replacing(out / VERSION) as directory:
-        for split, dataset in splits.items():
-            total = _length(dataset)
-            for number, trajectory in enumerate(_numpy(dataset)):
-                where = f"trajectory {number} of {split!r}"
-                columns = _columns(trajectory, where)
-                if writer is None:
-                    features = {key: _feature(key, column, where) for key, column in columns.items()}
-                    identity = DatasetIdentity(
-                        name=out.name, version=tfds.core.Version(VERSION), data_dir=str(directory), module_name=__name__
-                    )
-                    steps = tfds.features.Dataset(_nested(features))
-                    info = tfds.core.DatasetInfo(
-                        builder=identity, features=tfds.features.FeaturesDict({"steps": steps})
-                    )
-                    directory.mkdir()
-                    writer = tfds.core.SequentialWriter(info, _EPISODES_PER_SHARD)
-                    writer.initialize_splits(list(splits))
-                if differing := columns.keys() ^ features.keys():
-                    raise InputError(f"{where} has not the keys of the first one: they differ in {sorted(differing)}")
-                rows = zip(*columns.values(), strict=True)
-                episode = {"steps": [_nested(dict(zip(columns, row, strict=True))) for row in rows]}
-                try:
-                    writer.add_examples({split: [episode]})
-                except Exception as error:  # TFDS raises whatever its encoders raise
-                    raise InputError(f"{where} is not like the first one: {error}") from error
-                if progress:
-                    progress(split, number + 1, total)
-        if writer is None:
-            raise InputError(f"there are no trajectories in {', '.join(splits)}")
-        writer.close_all()
-    return out / VERSION, {key: _describe(feature) for key, feature in features.items()}
-
-
-def trajectories_of(function: str) -> dict[str, Iterable[Any]]:
-    """What the function "module:name" returns: {split: dataset}, or a dataset, which is then the split "train"."""
-    module, _, name = function.partition(":")
+    skipped: list[Fault] = []
+    info: Any = None
+    writer: Any = None  # made with the first trajectory, which decides how each key is stored
     try:
-        made = getattr(importlib.import_module(module), name)()
-    except (ImportError, AttributeError, ValueError) as error:
-        raise InputError(f"{function!r} is not a function without arguments, written module:name: {error}") from error
+        with new_directory(out / VERSION) as directory:
+            for split, dataset in splits.items():
+                total, lost = _length(dataset, split), len(skipped)
+                number = -1
+                for number, trajectory in enumerate(_trajectories(dataset, split)):
+                    try:
+                        columns, found = _stored(trajectory, features)
+                        if not features:
+                            features = found
+                            steps = {"steps": tfds.features.Dataset(_nested(features))}
+                            info = dataset_info(out.name, directory, tfds.features.FeaturesDict(steps), skipped=[])
+                            writer = tfds.core.SequentialWriter(info, _EPISODES_PER_SHARD)
+                            writer.initialize_splits(list(splits))
+                        rows = zip(*columns.values(), strict=True)
+                        episode = {"steps": [_nested(dict(zip(columns, row, strict=True))) for row in rows]}
+                        writer.add_examples({split: [episode]})
+                    except Fault as fault:
+                        fault = Fault(fault.reason, f"trajectory {number} of {split!r}: {fault}")
+                        skipped.append(tolerate(fault, faults))
+                    if progress:
+                        progress(split, number + 1, total)
+                if number + 1 == len(skipped) - lost:
+                    first = f"; the first fault: {skipped[lost]}" if skipped[lost:] else ""
+                    raise InputError(f"there are no trajectories in {split!r}{first}")
+            info.metadata.update(count_faults(skipped))
+            writer.close_all()
+    except tf.errors.OpError as error:
+        raise InputError(f"{out} cannot be written: {error.message}") from error
+    return out / VERSION, {key: _describe(feature) for key, feature in features.items()}, skipped
+
+
+def trajectories_of(function: str) -> dict[str, Any]:
+    """What the function "module:name" returns: {split: dataset}, or a dataset, which is then the split "train".
+
+    Raises InputError where there is no such function, and PipelineError for what the module or the function raises.
+    """
+    expected = f"{function!r} is not a function without arguments, written module:name"
+    module, _, name = function.partition(":")
+    if not (module and name):
+        raise InputError(expected)
+    try:
+        with _theirs(f"the module {module!r}"):
+            make = getattr(importlib.import_module(module), name, None)
+    except PipelineError as error:
+        cause = error.__cause__
+        if isinstance(cause, ModuleNotFoundError) and f"{module}.".startswith(f"{cause.name}."):
+            raise InputError(f"{expected}: {cause}") from None
+        raise
+    if not callable(make):
+        raise InputError(f"{expected}: {module} has no function {name!r}")
+    try:
+        inspect.signature(make).bind()
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{expected}: {error}") from error
+    with _theirs(repr(function)):
+        made = make()
     return dict(made) if isinstance(made, Mapping) else {"train": made}
 
 
-def _numpy(dataset: Any) -> Iterator[Any]:
-    return dataset.as_numpy_iterator() if hasattr(dataset, "as_numpy_iterator") else iter(dataset)
+def their_traceback(error: PipelineError) -> str:
+    """The traceback of what the user's code raised, without our frames and those of the import machinery."""
+    cause, ours = error.__cause__ or error, Path(__file__).parents[2]
+    frames = cause.__traceback__
+    while frames and (Path(file := frames.tb_frame.f_code.co_filename).is_relative_to(ours) or "importlib" in file):
+        frames = frames.tb_next
+    return "".join(traceback.format_exception(cause.with_traceback(frames)))
 
 
-def _length(dataset: Any) -> int | None:
-    if hasattr(dataset, "cardinality"):
-        return int(dataset.cardinality()) if int(dataset.cardinality()) >= 0 else None
-    return len(dataset) if hasattr(dataset, "__len__") else None
+@contextmanager
+def _theirs(what: str) -> Iterator[None]:
+    """Raises PipelineError from whatever is raised inside, where the user's code runs."""
+    try:
+        yield
+    except Exception as error:
+        raise PipelineError(f"{what} raised {type(error).__name__}: {_first_line(error)}") from error
 
 
-def _columns(trajectory: Any, where: str) -> dict[str, np.ndarray]:
-    """A trajectory's arrays by path. Raises InputError unless they have one row a step."""
+def _first_line(error: Exception) -> str:
+    """Of the message, without TensorFlow's own notes."""
+    return (re.sub(r"{{.*?}}", "", str(error)).strip().splitlines() or ["no message"])[0][:300]
+
+
+def _check_splits(splits: Mapping[str, Iterable[Any]]) -> None:
+    if not splits:
+        raise InputError("there are no splits: expected a dataset of trajectories, or {split: dataset}")
+    for split, dataset in splits.items():
+        if not (isinstance(split, str) and re.fullmatch(r"\w+", split)) or split == "all":
+            raise InputError(f"a split is named {split!r}: letters, digits and underscores are expected")
+        if not isinstance(dataset, Iterable) or isinstance(dataset, str | bytes):
+            raise InputError(
+                f"the split {split!r} is {type(dataset).__name__}: expected a tf.data.Dataset, or another iterable of "
+                "trajectories"
+            )
+
+
+def _trajectories(dataset: Any, split: str) -> Iterator[Any]:
+    what, end = f"the dataset of {split!r}", object()
+    with _theirs(what):
+        iterator = dataset.as_numpy_iterator() if hasattr(dataset, "as_numpy_iterator") else iter(dataset)
+    while True:
+        with _theirs(what):
+            trajectory = next(iterator, end)
+        if trajectory is end:
+            return
+        yield trajectory
+
+
+def _length(dataset: Any, split: str) -> int | None:
+    with _theirs(f"the dataset of {split!r}"):
+        if hasattr(dataset, "cardinality"):
+            return int(dataset.cardinality()) if int(dataset.cardinality()) >= 0 else None
+        return len(dataset) if hasattr(dataset, "__len__") else None
+
+
+def _stored(trajectory: Any, features: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """A trajectory's arrays by path, as they are stored, and their TFDS features. Raises Fault unless these are
+    `features`, which are the first trajectory's, or still empty."""
+    columns, found = _columns(trajectory), {}
+    if features and (differing := columns.keys() ^ features.keys()):
+        raise Fault("keys", f"it has not the keys of the first one: they differ in {sorted(differing)}")
+    for key, column in columns.items():
+        try:
+            columns[key], found[key] = _feature(column)
+        except Fault as fault:
+            raise Fault(fault.reason, f"{key}: {fault}") from fault
+        if features and (kind := _describe(found[key])) != (first := _describe(features[key])):
+            raise Fault("kind", f"it is not like the first one: {key} is {kind}, not {first}")
+    return columns, found
+
+
+def _columns(trajectory: Any) -> dict[str, np.ndarray]:
+    """A trajectory's arrays by path. Raises Fault unless they have one row a step."""
     if not isinstance(trajectory, Mapping):
-        raise InputError(f"{where} is {type(trajectory).__name__}: expected a dict of arrays with one row a step")
+        raise Fault("kind", f"it is {type(trajectory).__name__}: expected a dict of arrays with one row a step")
 
     def walk(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, np.ndarray]]:
         for key, value in tree.items():
             if isinstance(value, Mapping):
                 yield from walk(value, f"{prefix}{key}/")
-            else:
+                continue
+            try:
                 yield f"{prefix}{key}", np.asarray(value)
+            except (TypeError, ValueError) as error:
+                raise Fault("shape", f"{prefix}{key} is no array: {_first_line(error)}") from error
 
     columns = dict(walk(trajectory, ""))
     lengths = {key: column.shape[:1] for key, column in columns.items()}
     if len(set(lengths.values())) != 1 or () in lengths.values():
         listed = ", ".join(f"{key} {columns[key].shape}" for key in columns)
-        raise InputError(f"{where} must have one row a step in every array, but their shapes are {listed}")
+        raise Fault("shape", f"it must have one row a step in every array, but their shapes are {listed}")
+    if (0,) in lengths.values():
+        raise Fault("no steps", "it has no steps")
+    if nested := [key for key in columns if any(other.startswith(f"{key}/") for other in columns)]:
+        raise Fault("keys", f"{nested[0]!r} is an array, and keys within it are, too")
     return columns
 
 
-def _feature(key: str, column: np.ndarray, where: str) -> Any:
-    """How TFDS is to store a column."""
+def _feature(column: np.ndarray) -> tuple[np.ndarray, Any]:
+    """A column as it is stored, and its TFDS feature. Raises Fault for what cannot be stored or read again."""
     import tensorflow_datasets as tfds
 
-    if not len(column):
-        raise InputError(f"{where} has no steps; the first one decides how each key is stored")
+    if column.dtype == object and not all(isinstance(cell, bytes | str) for cell in column.flat):
+        try:
+            column = np.asarray(column.tolist())
+        except ValueError as error:
+            raise Fault("shape", f"rows have different shapes: {_first_line(error)}") from error
     if column.dtype.kind in "OSU":
-        first = column[0] if isinstance(column[0], bytes) else str(column[0]).encode()
-        if first.startswith(b"\xff\xd8"):
-            return tfds.features.Image(shape=(None, None, 3), encoding_format="jpeg")
-        if first.startswith(b"\x89PNG"):
-            deep = first[24:26] == b"\x10\x00"  # 16 bits, grey
-            return _png(1, np.uint16) if deep else _png(3, np.uint8)
-        return tfds.features.Text()
-    if column.ndim == 4 and (column.dtype, column.shape[3]) in ((np.uint8, 3), (np.uint16, 1)):
-        return _png(column.shape[3], column.dtype.type)
-    return tfds.features.Tensor(shape=column.shape[1:], dtype=column.dtype.type)
+        return _feature_of_strings(column)
+    if column.dtype.kind not in "biuf":
+        raise Fault("dtype", f"{column.dtype} is not stored: numbers, texts and encoded images are")
+    if column.dtype == np.uint16 and column.ndim in (3, 4) and (depth := channels_last(column)).shape[3] == 1:
+        return depth, _png(1, np.uint16)
+    if _are_frames(column):
+        column = to_pixels(column)
+        return column, _png(column.shape[3], np.uint8)
+    return column, tfds.features.Tensor(shape=column.shape[1:], dtype=column.dtype.type)
+
+
+def _feature_of_strings(column: np.ndarray) -> tuple[np.ndarray, Any]:
+    """`_feature` for encoded images and texts."""
+    import tensorflow_datasets as tfds
+
+    if column.size != len(column):
+        raise Fault("shape", f"a step has strings of the shape {list(column.shape[1:])}: one is expected")
+    cells = [cell if isinstance(cell, bytes) else str(cell).encode() for cell in column.ravel()]
+    if any(map(is_encoded, cells)):
+        if len(deep := {is_depth(cell) for cell in cells}) > 1:
+            raise Fault(IMAGE, "some images are 16-bit depth, others are not")
+        images = np.asarray([check_encoded(cell) for cell in cells], object)
+        if deep == {True}:
+            return images, _png(1, np.uint16)
+        jpeg = tfds.features.Image(shape=(None, None, 3), encoding_format="jpeg")
+        return images, jpeg if cells[0].startswith(b"\xff\xd8") else _png(3, np.uint8)
+    try:
+        texts = [cell.decode() for cell in cells]
+    except UnicodeDecodeError as error:
+        raise Fault("text", "a byte string is neither a JPEG, a PNG nor UTF-8 text") from error
+    return np.asarray(texts, object), tfds.features.Text()
+
+
+def _are_frames(column: np.ndarray) -> bool:
+    """Whether numbers are pixels: uint8 of at least two dimensions a step, and others that have the shape of frames."""
+    if column.dtype == np.uint8 or column.dtype.kind not in "iuf" or column.ndim != 4:
+        return column.dtype == np.uint8 and column.ndim > 2
+    first, height, last = column.shape[1:]
+    return (last in (3, 4) and min(first, height) >= _SMALLEST_FRAME) or (
+        first in (3, 4) and min(height, last) >= _SMALLEST_FRAME
+    )
 
 
 def _png(channels: int, dtype: Any) -> Any:

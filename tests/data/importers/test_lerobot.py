@@ -181,7 +181,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize(("version", "video"), [("v2.0", True), ("v2.1", False), ("v3.0", True), ("v3.0", False)])
 def test_the_loader_reads_what_was_converted(tmp_path, version, video):
     source = make_lerobot(tmp_path / "source", version, video)
-    path, _ = convert_lerobot(source, tmp_path / "mine", camera=WRIST, frames_per_shard=6)
+    path = convert_lerobot(source, tmp_path / "mine", camera=WRIST, frames_per_shard=6).directory
     loader = load(path, tmp_path / "cache")
     seen = 0
     for split, numbers in (("train", (0, 1, 2)), ("val", (3,))):
@@ -212,11 +212,12 @@ def test_states_and_stored_images_are_kept(tmp_path):
     import tensorflow_datasets as tfds
 
     source = make_lerobot(tmp_path / "source", "v3.0", video=False)
-    path, _ = convert_lerobot(source, tmp_path / "mine", camera=FRONT, name="other_name")
+    path = convert_lerobot(source, tmp_path / "mine", camera=FRONT, name="other_name").directory
     assert {p.name for p in path.iterdir()} == {
         "conversion.json",
         "dataset_info.json",
         "features.json",
+        "metadata.json",
         "other_name-train.tfrecord-00000-of-00001",
         "other_name-val.tfrecord-00000-of-00001",
     }
@@ -236,7 +237,7 @@ def test_states_and_stored_images_are_kept(tmp_path):
 @pytest.mark.parametrize("version", ["v2.1", "v3.0"])
 def test_an_interrupted_conversion_goes_on(tmp_path, monkeypatch, version):
     source = make_lerobot(tmp_path / "source", version, video=True)
-    whole, _ = convert_lerobot(source, tmp_path / "whole", camera=FRONT, name="toy", frames_per_shard=3)
+    whole = convert_lerobot(source, tmp_path / "whole", camera=FRONT, name="toy", frames_per_shard=3).directory
     read, got = lerobot.read_episode, []
 
     def dies(source, episode):
@@ -249,7 +250,7 @@ def test_an_interrupted_conversion_goes_on(tmp_path, monkeypatch, version):
     with pytest.raises(KeyboardInterrupt):
         convert_lerobot(source, tmp_path / "resumed", camera=FRONT, name="toy", frames_per_shard=3)
     assert got == [0, 1] and not (tmp_path / "resumed" / "1.0.0").exists()
-    with pytest.raises(InputError, match="interrupted and had another camera"):
+    with pytest.raises(InputError, match="was begun with another camera"):
         convert_lerobot(source, tmp_path / "resumed", camera=WRIST, name="toy", frames_per_shard=3)
 
     got.clear()
@@ -257,14 +258,14 @@ def test_an_interrupted_conversion_goes_on(tmp_path, monkeypatch, version):
         lerobot, "read_episode", lambda source, episode: got.append(episode.number) or read(source, episode)
     )
     reported = []
-    resumed, _ = convert_lerobot(
+    resumed = convert_lerobot(
         source,
         tmp_path / "resumed",
         camera=FRONT,
         name="toy",
         frames_per_shard=3,
         progress=lambda *counts: reported.append(counts),
-    )
+    ).directory
     assert got == [2, 3]
     assert reported[0] == (1, 4) and reported[-1] == (4, 4)
     assert files_of(resumed) == files_of(whole)
@@ -287,7 +288,7 @@ def test_nan_is_left_to_the_loader(tmp_path):
     actions = actions_of(1)
     actions[2, 4] = np.nan
     source = make_lerobot(tmp_path / "source", "v2.1", video=False, actions={1: actions})
-    path, _ = convert_lerobot(source, tmp_path / "mine", camera=FRONT)
+    path = convert_lerobot(source, tmp_path / "mine", camera=FRONT).directory
     with pytest.raises(InputError, match="nan"):
         load(path, tmp_path / "cache")
 
@@ -334,7 +335,10 @@ def video_of(source: Path, episode: int) -> Path:
             lambda s: (s / "meta/tasks.jsonl").write_text('{"task_index": 0, "task": "x"}\n'),
             "task_index 1 is not among",
         ),
-        (lambda s: (s / "meta/tasks.jsonl").write_text('{"index": 0}\n'), "not that of a LeRobot dataset"),
+        (
+            lambda s: (s / "meta/tasks.jsonl").write_text('{"index": 0}\n'),
+            "tasks.jsonl has no 'task_index' in its line 1",
+        ),
         (lambda s: (s / "data/chunk-001/episode_000002.parquet").unlink(), "episode_000002.parquet does not exist"),
         (lambda s: (s / "data/chunk-001/episode_000002.parquet").write_bytes(b"x" * 99), "not a readable parquet"),
     ],
