@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.utils.renames import CONFIG_KEYS, renamed
 from spatialvla_jax.utils.shipped import shipped
+from spatialvla_jax.utils.storage import local_path
 
 # Keys that may change when a run goes on: they touch what is watched, kept and where it runs, not what is computed.
 FREE_ON_RESUME = (
@@ -131,6 +132,9 @@ def load_config(path: str | Path, overrides: dict[str, str] | None = None) -> Co
     check_keys(config.to_dict(), default_config().to_dict())
     for key, text in (overrides or {}).items():
         set_key(config, CONFIG_KEYS.get(key, key), text)
+    for key in ("init", "init_zoedepth"):
+        if config[key] and isinstance(config[key], str):
+            config[key] = str(local_path(config[key], f"config key {key}"))
     return config
 
 

@@ -42,3 +42,11 @@ def test_only_what_is_not_computed_may_change(tmp_path) -> None:
         InputError, match=r"begun by another version of this program \(config key train.old_key does not"
     ):
         check_resumable(saved, config, tmp_path)
+
+
+def test_paths_of_checkpoints(monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = load_config("demo", {"init": "~/run", "init_zoedepth": "zoedepth"})
+    assert (config.init, config.init_zoedepth) == (f"{tmp_path}/run", "zoedepth")
+    with pytest.raises(InputError, match=r"config key init gs://bucket/run is no path of a file system"):
+        load_config("demo", {"init": "gs://bucket/run"})

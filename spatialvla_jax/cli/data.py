@@ -235,13 +235,15 @@ def run_stats(args: argparse.Namespace) -> None:
     from spatialvla_jax.data import DataConfig
     from spatialvla_jax.data.beam import compute_stats, table
     from spatialvla_jax.utils.progress import progress_bar
+    from spatialvla_jax.utils.storage import local_path
 
     config = load_config(args.config, args.overrides)
     data, exclude = DataConfig.from_config(config.data), config.grid.exclude
+    out = args.out if "://" in args.out else str(local_path(args.out, "--out"))
     with progress_bar("stats", "shard") as progress:
-        stats = compute_stats(data, exclude, args.out, args.runner, args.runner_options, progress)
+        stats = compute_stats(data, exclude, out, args.runner, args.runner_options, progress)
     print(table(stats))
-    print(f"wrote {args.out}: set data.statistics to it")
+    print(f"wrote {out}: set data.statistics to it")
 
 
 def add(commands: Commands) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 from spatialvla_jax.cli.arguments import Commands, add_command, add_process_arguments, join_processes
@@ -149,12 +150,16 @@ def run_compile(args: argparse.Namespace) -> None:
     from spatialvla_jax.config import load_config
     from spatialvla_jax.data import DataConfig
     from spatialvla_jax.planning.tpu_plan import compile_for, line, parse_topology, table
+    from spatialvla_jax.utils.atomic import disk_errors
 
     jax.config.update("jax_platforms", "cpu")  # there may be no TPU, and none is used
     topology = parse_topology(args.topology, args.slices)
     config = load_config(args.config, args.overrides)
     cache = DataConfig.from_config(config.data).cache_folder / "compile"
-    results = compile_for(config, topology, cache, searching=args.search, progress=lambda s: tqdm.write(s, sys.stderr))
+    with disk_errors(cache):
+        cache.mkdir(parents=True, exist_ok=True)
+        note = partial(tqdm.write, file=sys.stderr)
+        results = compile_for(config, topology, cache, searching=args.search, progress=note)
     for plan, report in results:
         print(f"{plan}: {line(report)}")
     plan, best = results[0]

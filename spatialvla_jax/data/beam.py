@@ -25,12 +25,11 @@ from spatialvla_jax.actions import DIMENSIONS, grid_variables, pool_gaussians
 from spatialvla_jax.actions.grid import VARIABLES
 from spatialvla_jax.actions.normalization import normalize
 from spatialvla_jax.data.config import DataConfig
-from spatialvla_jax.data.index import Faults, source_of
-from spatialvla_jax.data.oxe.spec import DatasetSpec
+from spatialvla_jax.data.index import Faults
+from spatialvla_jax.data.oxe.spec import DatasetSpec, meaning
 from spatialvla_jax.data.resolve_datasets import make_entries
 from spatialvla_jax.data.rlds import open_rlds, read_episodes, slice_shards
 from spatialvla_jax.data.sketch import ActionSummary, Moments
-from spatialvla_jax.data.statistics import portable_source
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.utils.tables import text_table
 
@@ -43,7 +42,7 @@ RUNNERS = {
 }
 
 
-class Part(NamedTuple):
+class Shard(NamedTuple):
     """One file's part of a split of a dataset."""
 
     name: str
@@ -71,16 +70,13 @@ class Summary:
         )
 
 
-def find_parts(data: DataConfig) -> tuple[list[Part], dict[str, Any]]:
-    """The training split's shards, and what the file says of each dataset that it is made from. Raises InputError for
-    what is missing or misnamed."""
-    parts, made_from = [], {}
-    for entry in make_entries(data):
-        builder, split = open_rlds(entry.path), entry.splits.get(data.split, data.split)
-        shards = slice_shards(builder, split)
-        parts += [Part(entry.name, entry.path, entry.spec, file, numbers, n) for file, numbers, n, *_ in shards]
-        made_from[entry.name] = portable_source(source_of(entry.path, builder, entry.spec, split, shards))
-    return parts, made_from
+def find_shards(data: DataConfig) -> list[Shard]:
+    """The shards of the training split. Raises InputError for what is missing or misnamed."""
+    return [
+        Shard(entry.name, str(entry.path), entry.spec, file, numbers, listed)
+        for entry in make_entries(data)
+        for file, numbers, listed, *_ in slice_shards(open_rlds(entry.path), entry.splits.get(data.split, data.split))
+    ]
 
 
 def compute_stats(
@@ -99,7 +95,7 @@ def compute_stats(
     mixture      {"datasets": those not in `exclude`, "gaussians": theirs pooled over all frames}, None without any
     quantile_error  {dataset: bound on the relative error of the numbers that q01 and q99 lie between; 0: exact}
     skipped      {dataset: {reason: episodes left out}}
-    made_from    {dataset: as `portable_source`}
+    specs        {dataset: `meaning` of its spec}
 
     `runner` is a key of `RUNNERS`, `options` its own arguments. `out` and the data must be reachable under the same
     paths by all workers; `out` may be any path that Beam writes. `progress(shards done, shards)` is called by the
@@ -109,7 +105,7 @@ def compute_stats(
     beam, filesystems = _beam()
     from apache_beam.options.pipeline_options import PipelineOptions
 
-    shards, made_from = find_parts(data)
+    shards = find_shards(data)
     partial = f"{out}.{uuid.uuid4().hex}.tmp"
 
     done = iter(range(1, len(shards) + 1))
@@ -144,7 +140,7 @@ def compute_stats(
         with filesystems.open(partial) as file:
             collected = json.loads(file.read())
         result = check_collected(collected, [shard.name for shard in shards], data.faults, exclude)
-        result = {"split": data.split} | result | {"made_from": made_from}
+        result = {"split": data.split} | result | {"specs": {shard.name: meaning(shard.spec) for shard in shards}}
         with filesystems.create(partial) as file:
             file.write((json.dumps(result, indent=2) + "\n").encode())
         filesystems.rename([partial], [out])
@@ -160,7 +156,7 @@ def compute_stats(
 _LISTENERS: dict[str, Callable[[], None]] = {}
 
 
-def _read(shard: Part, run: str) -> tuple[str, Summary, Float[np.ndarray, "N 7"]]:
+def _read(shard: Shard, run: str) -> tuple[str, Summary, Float[np.ndarray, "N 7"]]:
     result = read_shard(shard)
     if run in _LISTENERS:
         _LISTENERS[run]()
@@ -184,7 +180,7 @@ def _open(path: str) -> Any:
     return open_rlds(path)
 
 
-def read_shard(shard: Part) -> tuple[str, Summary, Float[np.ndarray, "N A"]]:
+def read_shard(shard: Shard) -> tuple[str, Summary, Float[np.ndarray, "N A"]]:
     """(dataset, summary, canonical actions) of a shard. Faults are data here: a runner would retry an exception, and
     bury its sentence in a traceback."""
     skipped: Counter[str] = Counter()

@@ -58,18 +58,21 @@ class DataConfig:
         plain: Any = config
         plain = plain.to_dict() if isinstance(plain, ConfigDict) else plain
         given = {key: value for key, value in plain.items() if value not in (None, "")}
+        given = _expand(given, "config key data.", "root", "packed", "statistics", "cache_dir")
         given["datasets"] = tuple(
-            entry | {"path": str(local_path(entry["path"], f"the path of dataset {entry.get('name')!r}"))}
-            if isinstance(entry, dict) and isinstance(entry.get("path"), str)
-            else entry
+            _expand(entry, f"dataset {entry.get('name')!r} in data.datasets: ", "path")
             for entry in given.get("datasets", ())
         )
-        for key in {"root", "packed", "statistics", "cache_dir"} & given.keys():
-            given[key] = str(local_path(given[key], f"config key data.{key}"))
         for key, kind in (("faults", Faults), ("prompt", PromptConfig)):
-            values = given.get(key, {}).items()
-            given[key] = _make(kind, {name: value for name, value in values if value is not None}, f"data.{key}")
+            values = {name: value for name, value in given.get(key, {}).items() if value is not None}
+            given[key] = _make(kind, _expand(values, f"config key data.{key}.", "model"), f"data.{key}")
         return _make(cls, given, "data")
+
+
+def _expand(values: Mapping[str, Any], where: str, *keys: str) -> dict[str, Any]:
+    """`values` with ~ expanded in the paths `keys`. Raises InputError for a URL."""
+    paths = {key: values[key] for key in keys if isinstance(values.get(key), str | Path) and values[key]}
+    return {**values, **{key: str(local_path(path, where + key)) for key, path in paths.items()}}
 
 
 def _make(kind: Any, values: Mapping[str, Any], where: str) -> Any:

@@ -37,7 +37,7 @@ from spatialvla_jax.utils.progress import warn
 VERSION = 3  # of the files below and of what is in them; another one makes a new index
 META = "meta.json"
 CHECKSUM_BYTES = 4  # of a record, right behind it
-_SAMPLE = 32  # records of an index whose checksums are compared at each start
+_SAMPLE = 16  # records of an index whose checksums are compared at each start
 # Rows are frames, except those of `episode_*`, which are episodes. Spans are (offset, length, checksum) in the file.
 _ARRAYS: dict[str, tuple[str, tuple[int, ...]]] = {
     "action": ("<f4", (-1,)),  # as many as the dataset's actions have
@@ -165,9 +165,9 @@ def load_index(
     builder = open_rlds(path)
     shards = slice_shards(builder, split)
     made_from: dict[str, Any] = source_of(path, builder, spec, split, shards) | {"action_dim": action_dim}
-    identity = json.dumps([name, made_from["place"], split, made_from["spec"]["fields"]], sort_keys=True)
     words = [re.sub("[^0-9A-Za-z]+", "_", word)[:80] for word in (name, split)]
-    directory = Path(cache_dir) / "-".join([*words, hashlib.sha256(identity.encode()).hexdigest()[:16]])
+    identity = _digest([name, made_from["place"], split, made_from["spec"]["fields"]])
+    directory = Path(cache_dir) / "-".join([*words, identity])
 
     def open_kept(directory: Path) -> tuple[Index, dict[str, Any]]:
         return _open_kept(directory, name, spec, shards, made_from)
@@ -216,6 +216,8 @@ def _open_kept(
             meta = json.load(file)
         if meta.get("version") != VERSION:
             raise _Stale("another version of this program made its index")
+        if meta.pop("digest") != _digest(meta):
+            raise ValueError(f"the checksum of {META} is wrong")
         if meta["made_from"] != made_from:
             raise _Stale(_difference(meta["made_from"], made_from))
         arrays, maps = {}, []
@@ -235,6 +237,10 @@ def _open_kept(
         raise _Stale(f"its index {directory} is damaged ({error})") from error
     finally:
         os.close(folder)
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -357,4 +363,4 @@ def _write(
         "skipped": dict(skipped),
         "fault": first_fault,
     }
-    (work / META).write_text(json.dumps(meta, indent=2), "utf-8")
+    (work / META).write_text(json.dumps(meta | {"digest": _digest(meta)}, indent=2), "utf-8")

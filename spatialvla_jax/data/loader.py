@@ -3,7 +3,7 @@
 import functools
 import sys
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,8 +22,8 @@ from spatialvla_jax.data.index import Index
 from spatialvla_jax.data.oxe.spec import meaning
 from spatialvla_jax.data.pack import Packed
 from spatialvla_jax.data.reader import Pixels, Rlds, Samples, Source, Split
-from spatialvla_jax.data.resolve_datasets import make_entries
-from spatialvla_jax.data.statistics import check_spec, portable_source, source_changes
+from spatialvla_jax.data.resolve_datasets import Entry, make_entries
+from spatialvla_jax.data.statistics import check_spec, difference
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.models.presets import preset
 from spatialvla_jax.text import Tokenizer, train_tokenizer
@@ -87,11 +87,11 @@ class Loader:
                 raise InputError(f"Dataset {entry.name!r} has no depth, which the config asks for")
         self.image_size, self.depth = image_size, depth
         self.action_chunk, self.action_dim = action_chunk, action_dim
-        stats = load_stats(config.statistics) if config.statistics and statistics is None else None
-        made_from = stats.get("made_from", {}) if stats else {}
-        for entry in entries:
-            if entry.name in made_from:
-                check_spec(config.statistics, entry.name, made_from[entry.name], meaning(entry.spec))
+        from_file = statistics is None and bool(config.statistics)
+        if from_file:
+            statistics = _read_statistics(config.statistics, entries)
+        if unknown := [name for name in self.names if statistics and name not in statistics]:
+            raise InputError(f"The statistics know {', '.join(statistics or ())}, but not the dataset {unknown[0]!r}")
         self._source: Source = packed or Rlds(config, entries, image_size, depth, action_dim, progress)
         self.config, self._train_split = config, config.split
         self._indexes: dict[str, tuple[Index, ...]] = {}
@@ -106,20 +106,10 @@ class Loader:
             block=config.read_block,
             shuffle=config.shuffle_frames,
         )
-        statistics = statistics or (stats and stats["statistics"])
-        self.statistics = dict(statistics or {index.name: index.statistics for index in train})
-        for index in train:
-            if index.name not in self.statistics:
-                raise InputError(
-                    f"The statistics know {', '.join(self.statistics)}, but not the dataset {index.name!r}"
-                )
-            if stats and index.made_from:
-                about = f"the statistics of dataset {index.name!r} in {config.statistics}"
-                if index.name not in made_from:
-                    warn(f"{about} don't say what they were made from: an earlier version made them")
-                elif changes := source_changes(made_from[index.name], portable_source(index.made_from)):
-                    warn(f"{about} are {changes}")
-        self.statistics = {name: self.statistics[name] for name in self.names}
+        self.statistics = {index.name: (statistics or {}).get(index.name, index.statistics) for index in train}
+        for index in train if from_file else ():
+            if what := difference(self.statistics[index.name], index.statistics):
+                warn(f"the statistics of dataset {index.name!r} in {config.statistics} are of other data: {what}")
         self._bounds = {
             row: np.asarray([self.statistics[name]["action"][row] for name in self.names]) for row in _STATISTICS_ROWS
         }
@@ -372,6 +362,15 @@ class Loader:
             dataset_id=dataset.astype(np.int32),
             sample_id=pixels.sample_id,
         )
+
+
+def _read_statistics(path: str, entries: Sequence[Entry]) -> dict[str, Any]:
+    """{dataset: its statistics} of a file of `stats`. Raises InputError when it was made with other specs."""
+    stats = load_stats(path)
+    for entry in entries:
+        if spec := stats.get("specs", {}).get(entry.name):
+            check_spec(path, entry.name, spec, meaning(entry.spec))
+    return stats["statistics"]
 
 
 def chunk_actions(

@@ -34,36 +34,27 @@ def action_statistics(actions: Float[np.ndarray, "N A"], num_trajectories: int) 
     }
 
 
-def portable_source(source: Mapping[str, Any]) -> dict[str, Any]:
-    """What of `index.source_of` stays the same wherever the data lies: its split and spec, and of each shard the number
-    of episodes that belong to the split, and the bytes."""
-    shards = [[stop - first, size] for _, size, _, first, stop, _ in source["shards"]]
-    return {"split": source["split"], "spec": source["spec"], "shards": shards}
-
-
-def check_spec(path: str, name: str, made_from: Mapping[str, Any], spec: Mapping[str, Any]) -> None:
-    """Raises InputError where the statistics of a dataset in a file were `made_from` other actions than those that the
-    `meaning` of its spec gives."""
-    before = made_from["spec"]["fields"]
+def check_spec(path: str, name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raises InputError where the statistics of a dataset in the file `path` are of other actions than those of its
+    spec: the `meaning` of the spec `before` was another one."""
     for key in ("action", "operations"):
-        if before.get(key) != (now := spec["fields"][key]):
+        if (old := before["fields"].get(key)) != (new := now["fields"][key]):
             raise InputError(
-                f"the statistics of dataset {name!r} in {path} were made with the {key} {before.get(key)}, and its "
-                f"spec has {now} now: make them again with `spatialvla-jax stats`, or leave data.statistics empty"
+                f"the statistics of dataset {name!r} in {path} were made with the {key} {old}, and its spec has {new}: "
+                "make them again with `spatialvla-jax stats`, or leave data.statistics empty"
             )
 
 
-def source_changes(made_from: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What differs between two of `portable_source`, "" if nothing does."""
-    if made_from["split"] != now["split"]:
-        return f"of the split {made_from['split']!r}, and here it is {now['split']!r}"
-    if made_from["shards"] != now["shards"]:
-        counts = [
-            f"{sum(n for n, _ in own):,} episodes in {sum(size for _, size in own):,} bytes"
-            for own in (made_from["shards"], now["shards"])
-        ]
-        return f"of {counts[0]}, and here are {counts[1]}"
-    return "of an earlier spec" if made_from["spec"] != now["spec"] else ""
+def difference(statistics: Mapping[str, Any], own: Mapping[str, Any]) -> str:
+    """How the statistics of a dataset differ from its data's `own`, "" if not."""
+    for key in ("num_trajectories", "num_transitions"):
+        if (count := statistics.get(key)) != own[key]:
+            return f"{key} is {count}, and here it is {own[key]}"
+    for row in ("min", "max", "mean", "std"):  # q01 and q99 of large datasets are approximate
+        value, own_value = statistics["action"].get(row, []), own["action"][row]
+        if len(value) != len(own_value) or not np.allclose(value, own_value, 1e-6, 1e-9):
+            return f"{row} is {value}, and here it is {own_value}"
+    return ""
 
 
 def save_statistics(path: str | os.PathLike[str], statistics: Mapping[str, Any]) -> None:

@@ -50,7 +50,7 @@ def test_equal_to_the_indexes(data, stats):
 
 def test_one_pass_in_any_order(data, stats, tmp_path, monkeypatch):
     """The stored data is read once, and neither the shards' order nor the number of workers changes a bit."""
-    (shards, made_from), reads, seen = stats_pipeline.find_parts(DataConfig.from_config(data)), [], []
+    shards, reads, seen = stats_pipeline.find_shards(DataConfig.from_config(data)), [], []
 
     def read(name, builder, file, *rest, **options):
         reads.append(file)
@@ -58,7 +58,7 @@ def test_one_pass_in_any_order(data, stats, tmp_path, monkeypatch):
 
     read_episodes = stats_pipeline.read_episodes
     monkeypatch.setattr(stats_pipeline, "read_episodes", read)
-    monkeypatch.setattr(stats_pipeline, "find_parts", lambda _: (shards[::-1], made_from))
+    monkeypatch.setattr(stats_pipeline, "find_shards", lambda _: shards[::-1])
     workers = ["--direct_num_workers=2", "--direct_running_mode=multi_threading"]
     again = compute_stats(
         DataConfig.from_config(data),
@@ -116,9 +116,9 @@ def test_damaged_data_left_out_and_counted(damaged, tmp_path):
 
 
 def test_a_shard_that_vanishes(data, tmp_path, monkeypatch):
-    (first, *rest), made_from = stats_pipeline.find_parts(DataConfig.from_config(data))
+    first, *rest = stats_pipeline.find_shards(DataConfig.from_config(data))
     gone = first._replace(file=first.file.with_name("gone"))
-    monkeypatch.setattr(stats_pipeline, "find_parts", lambda _: ([gone, *rest], made_from))
+    monkeypatch.setattr(stats_pipeline, "find_shards", lambda _: [gone, *rest])
     with pytest.raises(InputError, match=r"^dataset 'toy0', file .*gone, episode 0: the file cannot be read"):
         compute_stats(DataConfig.from_config(data), (), str(tmp_path / "s.json"))
 
