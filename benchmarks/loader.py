@@ -141,7 +141,7 @@ def make_dataset(directory: Path, seed: int, frames: int, copies: int) -> None:
 
     work = directory.with_name(f".{directory.name}.{os.getpid()}") / directory.name
     try:
-        version, _ = write_rlds({"train": make_trajectories(seed, frames)}, work)
+        version, *_ = write_rlds({"train": make_trajectories(seed, frames)}, work)
         info = json.loads((version / "dataset_info.json").read_text())
         (split,) = info["splits"]
         shards = sorted(version.glob("*.tfrecord-*"))  # NAME-train.tfrecord-00000 and so on

@@ -12,15 +12,15 @@ import numpy as np
 from jaxtyping import Float, UInt8, UInt16
 
 from spatialvla_jax.data.images import decode_image, tensorflow
+from spatialvla_jax.data.importers.rlds_writer import FRAMING, fingerprint, finished_shards, save_shards
 from spatialvla_jax.data.oxe.spec import DEPTH, DEPTH_UNIT, depth_key
 from spatialvla_jax.data.rlds import open_rlds
 from spatialvla_jax.data.tfrecord import read_example, read_records
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.utils.atomic import remove_leftovers, replacing, write_json
+from spatialvla_jax.utils.atomic import parents_of, remove_leftovers, replacing, write_json
 
 MAX_DEPTH = 65.535  # metres; what lies farther is stored as this
 MANIFEST = "depth.json"
-_FRAMING = 16  # bytes of a TFRecord beside its data
 
 # u8[B,S,S,3] → f32[B,S,S] in metres; may be an array that is still being computed
 Estimator = Callable[[UInt8[np.ndarray, "B S S 3"]], Any]
@@ -43,8 +43,9 @@ def add_depth(
 
     `estimate` sees every step's `image` as the model does, `image_size` pixels a side. Splits (all by default), shards
     and all stored features are the source's. Shards appear one by one, by rename, and dataset_info.json last: until
-    then it is no dataset, and the same call goes on after the last whole shard. `made_with` (JSON) and the source are
-    written down, and another of either may not go on. `progress(name, episodes done, episodes)` is called meanwhile.
+    then it is no dataset, and the same call goes on after the last whole shard. `made_with` (JSON) is written down, and
+    another may not go on; shards whose source has changed meanwhile are made again. `progress(name, episodes done,
+    episodes)` is called meanwhile.
 
     Returns {"dataset", "directory", "depth", "frames" (of this call), "clipped" (pixels of them beyond MAX_DEPTH)}.
     Raises InputError.
@@ -64,19 +65,20 @@ def add_depth(
         "unit": DEPTH_UNIT,
         "image_size": image_size,
         **made_with,
-        "source": {split: [[file.name, file.stat().st_size, n] for file, n in own] for split, own in shards.items()},
+        "splits": splits,
     }
     total = sum(count for own in shards.values() for _, count in own)
     done = frames = clipped = 0
     tf = tensorflow()
+    if directory.is_dir() and not (directory / MANIFEST).is_file() and any(directory.glob("[!.]*")):
+        raise InputError(f"{directory} holds files that were not begun here (no {MANIFEST}); choose another --out")
+    finished = finished_shards(directory / MANIFEST, made_with)
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        _check_manifest(directory / MANIFEST, made_with)
-        remove_leftovers(directory)
-        with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+        with parents_of(directory / MANIFEST), ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+            remove_leftovers(directory)
             for file, count in (shard for own in shards.values() for shard in own):
-                target = directory / file.name
-                if not target.exists():
+                target, state = directory / file.name, [fingerprint(file), count]
+                if not target.exists() or finished.get(file.name) != state:
                     maps = _Maps(file, _frames(file, count, image), estimate, image_size, batch_size, pool)
                     with replacing(target) as temporary, tf.io.TFRecordWriter(os.fspath(temporary)) as writer:
                         for number, (_, record) in enumerate(_records(file, count)):
@@ -84,6 +86,8 @@ def add_depth(
                             if progress:
                                 progress(name, done + number + 1, total)
                     frames, clipped = frames + maps.frames, clipped + maps.clipped
+                    finished[file.name] = state
+                    save_shards(directory / MANIFEST, made_with, finished)
                 done += count
                 if progress:
                     progress(name, done, total)
@@ -228,22 +232,6 @@ def _features(builder: Any, image: str, key: str, size: int) -> dict[str, Any]:
     return json_format.MessageToDict(proto)
 
 
-def _check_manifest(file: Path, made_with: Mapping[str, Any]) -> None:
-    """Writes down what the depth is made with; InputError when the directory was begun with something else."""
-    made_with = json.loads(json.dumps(made_with))
-    if not file.exists():
-        write_json(file, made_with)
-        return
-    try:
-        before = json.loads(file.read_text())
-    except ValueError as error:
-        raise InputError(f"{file} is not JSON: {error}") from error
-    for key, value in made_with.items():
-        if before.get(key) != value:
-            values = "" if key == "source" else f", {before.get(key)!r} and not {value!r}"
-            raise InputError(f"{file.parent} was begun with another {key}{values}; choose another --out")
-
-
 def _finish(
     directory: Path, source: Path, shards: Mapping[str, list[tuple[Path, int]]], features: dict[str, Any]
 ) -> None:
@@ -252,7 +240,7 @@ def _finish(
     info["splits"] = [split for split in info["splits"] if split["name"] in shards]
     for split in info["splits"]:
         sizes = [(directory / file.name).stat().st_size for file, _ in shards[split["name"]]]
-        split["numBytes"] = str(sum(sizes) - _FRAMING * sum(count for _, count in shards[split["name"]]))
+        split["numBytes"] = str(sum(sizes) - FRAMING * sum(count for _, count in shards[split["name"]]))
     for file in source.iterdir():
         if file.is_file() and ".tfrecord" not in file.name and file.name not in ("dataset_info.json", "features.json"):
             with replacing(directory / file.name) as temporary:

@@ -122,7 +122,7 @@ def _open(root: Path, camera: str | None) -> LeRobot:
         shapes=shapes,
         names=json.dumps(features["action"].get("names")),
         tasks=_tasks(root, version),
-        splits=_splits(file, info.get("splits") or {}, episodes),
+        splits=_splits(file, get("splits", dict, "a table of splits") if info.get("splits") else {}, episodes),
         unlisted=tuple(sorted(set(range(total)) - set(numbers))) if total > len(numbers) else (),
     )
 
@@ -183,7 +183,9 @@ def read_frames(episode: Episode, times: Float64[np.ndarray, " L"], tolerance: f
         raise Fault("no file", f"the video {path} does not exist")
     try:
         with av.open(os.fspath(path)) as container:
-            stream = container.streams.video[0]
+            stream = next(iter(container.streams.video), None)
+            if stream is None:
+                raise Fault("video", f"{path} holds no video")
             stream.thread_type = "AUTO"
             if episode.start:
                 container.seek(int(episode.start / stream.time_base), stream=stream)  # the key frame before
@@ -196,7 +198,7 @@ def read_frames(episode: Episode, times: Float64[np.ndarray, " L"], tolerance: f
                 jpeg = io.BytesIO()
                 Image.fromarray(frame.to_ndarray(format="rgb24")).save(jpeg, "JPEG", quality=JPEG_QUALITY)
                 frames.append(jpeg.getvalue())
-    except (av.FFmpegError, IndexError) as error:
+    except av.FFmpegError as error:
         raise Fault("video", f"the video {path} does not decode after {len(frames)} frames: {error}") from error
     if len(frames) != len(times):
         raise Fault("frame count", f"{len(times)} rows in {episode.data}, but {len(frames)} frames in {path}")
@@ -343,8 +345,8 @@ def _splits(file: Path, spans: dict[str, str], episodes: list[Episode]) -> dict[
 
 
 def _depth(feature: dict[str, Any]) -> bool:
-    info = (feature.get("info") or {}) | (feature.get("video_info") or {})
-    return bool(info.get("video.is_depth_map") or info.get("is_depth_map"))
+    infos = [info for key in ("info", "video_info") if isinstance(info := feature.get(key), dict)]
+    return any(info.get("video.is_depth_map") or info.get("is_depth_map") for info in infos)
 
 
 def _whole(row: dict[str, Any], key: str, file: Path, least: int = 0) -> int:

@@ -235,6 +235,8 @@ def _feature(column: np.ndarray) -> tuple[np.ndarray, Any]:
             column = np.asarray(column.tolist())
         except ValueError as error:
             raise Fault("shape", f"rows have different shapes: {_first_line(error)}") from error
+        if column.dtype.kind in "OSU":
+            raise Fault("dtype", "rows are Python objects: numbers, texts and encoded images are stored")
     if column.dtype.kind in "OSU":
         return _feature_of_strings(column)
     if column.dtype.kind not in "biuf":

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -163,7 +164,9 @@ def test_goes_on_where_it_stopped(source, tmp_path):
     whole = sorted(directory.glob("toy*.tfrecord*"))
     assert len(whole) == 1 and not (directory / "dataset_info.json").exists()
     stamp = whole[0].stat().st_mtime_ns
-    with pytest.raises(InputError, match=r"begun with another weights, 'a' and not 'b'; choose another --out"):
+    with pytest.raises(
+        InputError, match=r"begun with another weights, 'a' and not 'b'; delete it or choose another place"
+    ):
         copy(source, tmp_path / "a", batch_size=2, made_with={"weights": "b"})
     seen = []
     rest = copy(source, tmp_path / "a", batch_size=2, progress=lambda *done: seen.append(done))
@@ -179,9 +182,29 @@ def test_goes_on_where_it_stopped(source, tmp_path):
     assert again["frames"] == 0
 
 
+def test_only_changed_shards_are_made_again(tmp_path):
+    episodes = make_episodes(4, steps=(2, 3))
+    path = make_rlds(tmp_path / "source", {"train": episodes}, episodes_per_shard=2)
+    copy(path, tmp_path / "a")
+    last = sorted(path.glob("*.tfrecord*"))[-1]
+    shutil.copyfile(last, last.with_name("again"))
+    os.replace(last.with_name("again"), last)  # the same bytes, written later
+    again = copy(path, tmp_path / "a")
+    assert 0 < again["frames"] < sum(map(len, episodes))
+    assert copy(path, tmp_path / "a")["frames"] == 0
+
+
+def test_a_directory_of_others_is_left_alone(source, tmp_path):
+    shutil.copytree(source, tmp_path / "toy" / "1.0.0")
+    with pytest.raises(InputError, match="holds files that were not begun here"):
+        copy(source, tmp_path)
+
+
 def test_one_split(source, tmp_path):
     directory = copy(source, tmp_path, splits=("val",))["directory"]
     assert list(tfds.builder_from_directory(directory).info.splits) == ["val"]
+    with pytest.raises(InputError, match="begun with another splits"):
+        copy(source, tmp_path, splits=("train",))
     with pytest.raises(InputError, match="has no split 'test': it has train, val"):
         copy(source, tmp_path / "b", splits=("test",))
 

@@ -1,16 +1,30 @@
-"""Small LeRobot datasets, written here from scratch, converted and read by the loader."""
+"""Small LeRobot datasets converted and read by the loader."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tensorflow as tf
-from helpers.toy_rlds import encode_image
+from helpers.toy_lerobot import (
+    FPS,
+    FRONT,
+    LENGTHS,
+    TASKS,
+    WRIST,
+    actions_of,
+    change_info,
+    frame,
+    make_lerobot,
+    set_cells,
+    states_of,
+    write_jsonl,
+    write_table,
+    write_video,
+)
 from PIL import Image
 
 from spatialvla_jax.cli import main
@@ -18,146 +32,6 @@ from spatialvla_jax.data import Loader, load_data
 from spatialvla_jax.data.importers import lerobot
 from spatialvla_jax.data.importers.lerobot import convert_lerobot
 from spatialvla_jax.errors import InputError
-
-FPS = 10
-SIZE = (48, 64)
-LENGTHS = (5, 3, 8, 1)
-TASKS = ("pick up the cup", "open the drawer – slowly")
-FRONT, WRIST = "observation.images.front", "observation.images.wrist"
-
-
-def frame(camera: str, episode: int, step: int) -> np.ndarray:
-    """A smooth picture that differs from every other one: u8[48, 64, 3]."""
-    y, x = np.mgrid[: SIZE[0], : SIZE[1]] / 64
-    phase = 0.9 * step + 2.1 * episode + (0.5 if camera == WRIST else 0)
-    waves = [np.sin(5 * x + phase), np.cos(4 * y - 2 * phase), np.sin(3 * (x + y) + 1.7 * phase)]
-    return (127 + 100 * np.stack(waves, -1)).astype(np.uint8)
-
-
-def actions_of(episode: int) -> np.ndarray:
-    return np.random.default_rng(episode).uniform(-1, 1, (LENGTHS[episode], 7)).astype(np.float32)
-
-
-def states_of(episode: int) -> np.ndarray:
-    return np.random.default_rng(100 + episode).normal(size=(LENGTHS[episode], 8)).astype(np.float32)
-
-
-def write_video(path: Path, frames: list[np.ndarray]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=FPS, options={"crf": "5", "g": "2"})
-        stream.width, stream.height, stream.pix_fmt = SIZE[1], SIZE[0], "yuv420p"
-        for pixels in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
-        container.mux(stream.encode())
-
-
-def table_of(episode: int, first: int, video: bool, actions: np.ndarray) -> pa.Table:
-    length = LENGTHS[episode]
-    columns = {
-        "action": pa.array(actions.tolist(), pa.list_(pa.float32(), 7)),
-        "observation.state": pa.array(states_of(episode).tolist(), pa.list_(pa.float32(), 8)),
-        "timestamp": pa.array(np.arange(length) / FPS, pa.float32()),
-        "frame_index": pa.array(range(length), pa.int64()),
-        "episode_index": pa.array([episode] * length, pa.int64()),
-        "index": pa.array(range(first, first + length), pa.int64()),
-        "task_index": pa.array([episode % 2] * length, pa.int64()),
-    }
-    if not video:
-        for camera in (FRONT, WRIST):
-            cells = [
-                {"bytes": encode_image(frame(camera, episode, i), "PNG"), "path": f"frame_{i:06d}.png"}
-                for i in range(length)
-            ]
-            columns[camera] = pa.array(cells, pa.struct({"bytes": pa.binary(), "path": pa.string()}))
-    return pa.table(columns)
-
-
-def info_of(version: str, video: bool) -> dict:
-    camera = {"dtype": "video" if video else "image", "shape": [*SIZE, 3], "names": ["height", "width", "channel"]}
-    depth = camera | {"info": {"video.is_depth_map": True}}
-    info = {
-        "codebase_version": version,
-        "total_episodes": len(LENGTHS),
-        "total_frames": sum(LENGTHS),
-        "total_tasks": len(TASKS),
-        "chunks_size": 2,
-        "fps": FPS,
-        "splits": {"train": f"0:{len(LENGTHS) - 1}", "val": f"{len(LENGTHS) - 1}:{len(LENGTHS)}"},
-        "features": {
-            FRONT: camera,
-            WRIST: camera,
-            "observation.images.depth": depth,
-            "observation.state": {"dtype": "float32", "shape": [8], "names": None},
-            "action": {"dtype": "float32", "shape": [7], "names": {"motors": [*"xyzabc", "gripper"]}},
-        },
-    }
-    if version.startswith("v2"):
-        info["data_path"] = "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet"
-        info["video_path"] = "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4"
-    else:
-        info["data_path"] = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
-        info["video_path"] = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
-    return info
-
-
-def write_table(path: Path, table: pa.Table) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table, path, row_group_size=4)  # so that episodes begin and end within groups
-
-
-def write_jsonl(path: Path, rows: list[dict]) -> None:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-
-
-def make_lerobot(root: Path, version: str, video: bool, actions: dict[int, np.ndarray] | None = None) -> Path:
-    """Four episodes, two cameras; in v3 the episodes 0-1 and 2-3 share a parquet file, and 0-2 a video."""
-    actions = {i: actions_of(i) for i in range(len(LENGTHS))} | (actions or {})
-    starts = np.cumsum([0, *LENGTHS])
-    (root / "meta").mkdir(parents=True)
-    (root / "meta" / "info.json").write_text(json.dumps(info_of(version, video), indent=4))
-    tables = [table_of(i, int(starts[i]), video, actions[i]) for i in range(len(LENGTHS))]
-    frames = {
-        camera: [[frame(camera, i, t) for t in range(length)] for i, length in enumerate(LENGTHS)]
-        for camera in (FRONT, WRIST)
-    }
-    if version.startswith("v2"):
-        write_jsonl(root / "meta" / "tasks.jsonl", [{"task_index": i, "task": text} for i, text in enumerate(TASKS)])
-        rows = [{"episode_index": i, "tasks": [TASKS[i % 2]], "length": length} for i, length in enumerate(LENGTHS)]
-        write_jsonl(root / "meta" / "episodes.jsonl", rows[::-1])  # in any order
-        for i, table in enumerate(tables):
-            write_table(root / f"data/chunk-{i // 2:03d}/episode_{i:06d}.parquet", table)
-            for camera in (FRONT, WRIST) if video else ():
-                write_video(root / f"videos/chunk-{i // 2:03d}/{camera}/episode_{i:06d}.mp4", frames[camera][i])
-        return root
-    texts = {"task_index": pa.array([1, 0]), "__index_level_0__": pa.array(TASKS[::-1])}  # as pandas writes an index
-    write_table(root / "meta/tasks.parquet", pa.table(texts))
-    rows = []
-    for i, length in enumerate(LENGTHS):
-        row = {"episode_index": i, "tasks": [TASKS[i % 2]], "length": length, "stats/action/min": [0.0] * 7}
-        row |= {"data/chunk_index": 0, "data/file_index": i // 2}
-        row |= {"dataset_from_index": int(starts[i]), "dataset_to_index": int(starts[i + 1])}
-        for camera in (FRONT, WRIST) if video else ():
-            start = starts[i] / FPS if i < 3 else 0.0
-            own = {
-                "chunk_index": 0,
-                "file_index": i // 3,
-                "from_timestamp": start,
-                "to_timestamp": start + length / FPS,
-            }
-            row |= {f"videos/{camera}/{key}": value for key, value in own.items()}
-        rows.append(row)
-    write_table(root / "meta/episodes/chunk-000/file-000.parquet", pa.Table.from_pylist(rows))
-    for number in (0, 1):
-        pair = pa.concat_tables(tables[2 * number : 2 * number + 2])
-        write_table(root / f"data/chunk-000/file-{number:03d}.parquet", pair)
-    for camera in (FRONT, WRIST) if video else ():
-        write_video(
-            root / f"videos/{camera}/chunk-000/file-000.mp4",
-            [pixels for episode in frames[camera][:3] for pixels in episode],
-        )
-        write_video(root / f"videos/{camera}/chunk-000/file-001.mp4", frames[camera][3])
-    return root
 
 
 def load(path: Path, cache: Path) -> Loader:
@@ -293,11 +167,6 @@ def test_nan_is_left_to_the_loader(tmp_path):
         load(path, tmp_path / "cache")
 
 
-def change_info(source: Path, **changes: object) -> None:
-    info = json.loads((source / "meta/info.json").read_text())
-    (source / "meta/info.json").write_text(json.dumps(info | changes))
-
-
 def another_length(source: Path) -> None:
     """Episode 2 is one row longer than its video and parquet file."""
     rows = [json.loads(line) for line in (source / "meta/episodes.jsonl").read_text().splitlines()]
@@ -377,3 +246,60 @@ def test_command(tmp_path, capsys):
     out = capsys.readouterr().out.splitlines()
     assert out[-1] == f"wrote {tmp_path / 'mine' / '1.0.0'}" and "train: 3 episodes, 16 frames" in out
     assert "gripper" in out[0] and "quality 95" in out[1]
+
+
+def test_a_shard_whose_source_has_changed_is_made_again(tmp_path):
+    """The conversion stops at a bad episode; while it is mended, an episode that was done gets other actions."""
+    source = make_lerobot(tmp_path / "source", "v2.1", video=False)
+    bad = source / "data/chunk-001/episode_000002.parquet"
+    whole = bad.read_bytes()
+    bad.write_bytes(b"x" * 99)
+    options = {"camera": FRONT, "frames_per_shard": 3}
+    with pytest.raises(InputError, match="episode 2"):
+        convert_lerobot(source, tmp_path / "mine", **options)
+    bad.write_bytes(whole)
+    set_cells(source, 1, "action", (-actions_of(1)).tolist())
+    made = convert_lerobot(source, tmp_path / "mine", **options)
+    assert made.changed == 1
+    stored = load(made.directory, tmp_path / "cache").actions("train")
+    expected = np.concatenate([actions_of(0), -actions_of(1), actions_of(2)])
+    np.testing.assert_array_equal(stored[:, :6], expected[:, :6])
+
+
+def test_a_conversion_that_made_nothing_leaves_nothing(tmp_path):
+    """So the corrected call may have other options."""
+    source = make_lerobot(tmp_path / "source", "v2.1", video=False)
+    set_cells(source, 0, FRONT, [b""] * LENGTHS[0])
+    with pytest.raises(InputError, match="episode 0"):
+        convert_lerobot(source, tmp_path / "a" / "mine", camera=FRONT)
+    assert not (tmp_path / "a").exists()
+    assert convert_lerobot(source, tmp_path / "a" / "mine", camera=WRIST).directory.is_dir()
+
+
+def test_faulty_episodes_are_left_out_and_counted(tmp_path, capsys):
+    """One is damaged, one is not listed; a conversion that goes on counts what it had left out before."""
+    import tensorflow_datasets as tfds
+
+    source = make_lerobot(tmp_path / "source", "v2.1", video=False)
+    set_cells(source, 1, "action", [[1.0]] * LENGTHS[1])
+    change_info(source, total_episodes=5)
+    argv = ["data", "lerobot", str(source), str(tmp_path / "mine"), "--camera", FRONT]
+    assert main(argv) == 2
+    assert "episode 4: info.json counts it, no table lists it (--faults skip" in capsys.readouterr().err
+    assert main([*argv, "--faults", "skip"]) == 0
+    out = capsys.readouterr().out
+    assert "left out 2 episodes (1 not listed, 1 shape)" in out and "train: 2 episodes, 13 frames" in out
+    builder: Any = tfds.builder_from_directory(str(tmp_path / "mine" / "1.0.0"))
+    assert builder.info.metadata["skipped"] == {"not listed": 1, "shape": 1}
+    unlisted, damaged = builder.info.metadata["faults"]
+    assert "episode 4: " in unlisted and "episode 1: " in damaged
+    loader = load(tmp_path / "mine" / "1.0.0", tmp_path / "cache")
+    np.testing.assert_array_equal(loader.actions("train")[:5, :6], actions_of(0)[:, :6])
+    assert len(loader.actions("train")) == LENGTHS[0] + LENGTHS[2]
+
+
+def test_no_episode_is_left(tmp_path):
+    source = make_lerobot(tmp_path / "source", "v2.1", video=False)
+    set_cells(source, 3, "action", [[1.0]])
+    with pytest.raises(InputError, match=r"no episode of the split 'val' is left; the first fault: .*episode 3"):
+        convert_lerobot(source, tmp_path / "mine", camera=FRONT, faults="skip")

@@ -3,6 +3,7 @@ import sys
 import numpy as np
 import pytest
 import tensorflow as tf
+import tensorflow_datasets as tfds
 from helpers.streams import take
 from helpers.toy_rlds import data_config, encode_image
 
@@ -125,3 +126,112 @@ def test_command(tmp_path, monkeypatch, capsys):
 def test_bad_function(function):
     with pytest.raises(InputError, match="is not a function without arguments, written module:name"):
         trajectories_of(function)
+
+
+def steps(image=None, length=3, **more):
+    """A trajectory with numbers for frames."""
+    pixels = np.random.default_rng(1).integers(0, 256, (length, 20, 24, 3)).astype(np.uint8)
+    action = np.zeros((length, 7), np.float32)
+    return {"image": pixels if image is None else image(pixels), "action": action, "text": ["go"] * length} | more
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        (lambda x: x.transpose(0, 3, 1, 2), "image uint8[?, ?, 3]"),
+        (lambda x: np.concatenate([x, np.full_like(x[..., :1], 255)], -1), "image uint8[?, ?, 3]"),
+        (lambda x: (x / 255).astype(np.float32), "image uint8[?, ?, 3]"),
+        (lambda x: [*x], "image uint8[?, ?, 3]"),
+        (lambda x: x[..., 0], "image uint8[?, ?, 1]"),
+    ],
+)
+def test_frames_as_numbers(tmp_path, change, kind):
+    path, stored, _ = write_rlds({"train": [steps(change)]}, tmp_path / "mine")
+    assert stored == {"image": kind, "action": "tensor float32[7]", "text": "text"}
+    expected = steps()["image"]
+    (episode,) = tfds.builder_from_directory(path).as_dataset("train")
+    for step, pixels in zip(episode["steps"].as_numpy_iterator(), expected, strict=True):
+        np.testing.assert_array_equal(step["image"], pixels if kind.endswith("3]") else pixels[..., :1])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image": lambda x: x.astype(np.float32)}, r"image: frames are float32\[20, 24, 3\] from"),
+        ({"image": lambda x: np.concatenate([x, x[..., :1]], -1)}, "image: .* a fourth channel"),
+        ({"image": lambda x: x[:, None]}, r"image: a frame has the shape \[1, 20, 24, 3\]"),
+        ({"image": lambda x: [row.tobytes() for row in x]}, "image: a byte string is neither a JPEG, a PNG nor UTF-8"),
+        ({"image": lambda x: [encode_image(row)[:-9] for row in x]}, "image: a JPEG of .* bytes is cut short"),
+        ({"action": [[1], [1, 2], [1]]}, "action is no array"),
+        ({"action": np.asarray([[1], [1, 2], [1]], object)}, "action: rows have different shapes"),
+        ({"action": np.full(3, None)}, "action: rows are Python objects"),
+        ({"text": [["a", "b"]] * 3}, r"text: a step has strings of the shape \[2\]"),
+        ({"text/words": ["a"] * 3}, "'text' is an array, and keys within it are, too"),
+    ],
+)
+def test_a_faulty_trajectory_is_named_or_left_out(tmp_path, changes, message):
+    bad = steps(changes.get("image"), **{key: value for key, value in changes.items() if key != "image"})
+    with pytest.raises(InputError, match=f"trajectory 0 of 'train': {message}"):
+        write_rlds({"train": [bad, steps()]}, tmp_path / "mine")
+    assert not list(tmp_path.iterdir())
+    path, _, skipped = write_rlds({"train": [bad, steps(), steps()]}, tmp_path / "mine", faults="skip")
+    builder = tfds.builder_from_directory(path)
+    assert builder.info.splits["train"].num_examples == 2
+    assert builder.info.metadata == {"skipped": {skipped[0].reason: 1}, "faults": [str(skipped[0])]}
+
+
+def test_numbers_that_are_no_frames_stay_tensors(tmp_path):
+    joints, points = np.zeros((3, 2, 21, 3), np.float32), np.zeros((3, 20, 24), np.float32)
+    _, stored, _ = write_rlds({"train": [steps(joints=joints, points=points)]}, tmp_path / "mine")
+    assert stored["joints"] == "tensor float32[2, 21, 3]" and stored["points"] == "tensor float32[20, 24]"
+
+
+USERS = """
+import numpy as np
+def raises(): raise ValueError("no robot today")
+def missing(): import no_such_module
+def later():
+    yield {"a": np.zeros(3)}
+    raise RuntimeError("the camera is gone")
+def nothing(): return None
+def argument(x): return []
+empty = 3
+def no_splits(): return {}
+def validation(): return {"train": [{"a": np.zeros(3)}], "val": []}
+"""
+
+
+@pytest.mark.parametrize(
+    ("function", "message", "own"),
+    [
+        ("raises", "raised ValueError: no robot today", "in raises"),
+        ("missing", "raised ModuleNotFoundError: No module named 'no_such_module'", "in missing"),
+        ("later", "the dataset of 'train' raised RuntimeError: the camera is gone", "in later"),
+        ("nothing", "the split 'train' is NoneType: expected a tf.data.Dataset", None),
+        ("argument", "is not a function without arguments, written module:name: missing a required", None),
+        ("empty", "users_pipeline has no function 'empty'", None),
+        ("no_splits", "there are no splits", None),
+        ("validation", "there are no trajectories in 'val'", None),
+    ],
+)
+def test_what_the_users_function_does_wrong(tmp_path, monkeypatch, capsys, function, message, own):
+    """Its own exception is shown with its traceback, from the user's file on; what is ours is one sentence."""
+    (tmp_path / "users_pipeline.py").write_text(USERS)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "users_pipeline", raising=False)
+    assert main(["data", "import", "--from", f"users_pipeline:{function}", "--out", str(tmp_path / "x" / "mine")]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line and "trajectory [" not in line]
+    assert message in lines[-1] and not (tmp_path / "x").exists()
+    traceback = "\n".join(lines[:-1])
+    assert traceback.startswith("Traceback") == bool(own) and "spatialvla_jax" not in traceback
+    if own:
+        first = next(line for line in lines if line.startswith("  File"))
+        assert "users_pipeline.py" in first and first.endswith(own)
+
+
+def test_a_file_that_is_not_python(tmp_path, monkeypatch, capsys):
+    (tmp_path / "no_python.py").write_text("def make(:\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert main(["data", "import", "--from", "no_python:make", "--out", str(tmp_path / "mine")]) == 2
+    error = capsys.readouterr().err
+    assert "the module 'no_python' raised SyntaxError" in error.splitlines()[-1] and "def make(:" in error
