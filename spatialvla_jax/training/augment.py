@@ -78,21 +78,29 @@ def crop_intrinsics(
 
 
 def colour_jitter(key: PRNGKeyArray, image: Float[Array, "S S 3"], config: Augmentation) -> Float[Array, "S S 3"]:
-    """Brightness, contrast, saturation and hue of one image, as tf.image defines them; clipped to [0, 1]."""
-    b, c, s, h = (
-        jax.random.uniform(k, minval=-w, maxval=w)
-        for k, w in zip(
-            jax.random.split(key, 4),
-            (config.brightness, config.contrast, config.saturation, config.hue),
-            strict=True,
-        )
+    """`adjust_colours` of one image, each amount drawn evenly from the config's range."""
+    widths = (config.brightness, config.contrast, config.saturation, config.hue)
+    return adjust_colours(
+        image,
+        *(jax.random.uniform(k, minval=-w, maxval=w) for k, w in zip(jax.random.split(key, 4), widths, strict=True)),
     )
-    image = image + b
+
+
+def adjust_colours(
+    image: Float[Array, "S S 3"],
+    brightness: Float[Array, ""],
+    contrast: Float[Array, ""],
+    saturation: Float[Array, ""],
+    hue: Float[Array, ""],
+) -> Float[Array, "S S 3"]:
+    """Brightness, contrast, saturation and hue in this order, as tf.image defines them. The result is clipped to [0, 1]
+    after each one, as in the release. Contrast and saturation are multiplied by 1 + the amount."""
+    image = jnp.clip(image + brightness, 0, 1)
     mean = image.mean(axis=(0, 1), keepdims=True)
-    image = jnp.clip((image - mean) * (1 + c) + mean, 0, 1)
-    # Saturation and hue act in HSV.
-    hue, saturation, value = rgb_to_hsv(image)
-    return hsv_to_rgb((hue + h) % 1.0, jnp.clip(saturation * (1 + s), 0, 1), value)
+    image = jnp.clip((image - mean) * (1 + contrast) + mean, 0, 1)
+    # Saturation and hue act in HSV, where the result of neither leaves [0, 1].
+    h, s, v = rgb_to_hsv(image)
+    return hsv_to_rgb((h + hue) % 1.0, jnp.clip(s * (1 + saturation), 0, 1), v)
 
 
 def rgb_to_hsv(image: Float[Array, "... 3"]) -> tuple[Float[Array, "..."], Float[Array, "..."], Float[Array, "..."]]:

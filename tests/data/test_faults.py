@@ -1,5 +1,6 @@
 """What damaged data does to indexing and to a running stream, under both policies."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -24,6 +25,7 @@ from spatialvla_jax.data.tfrecord import read_records
 from spatialvla_jax.errors import InputError
 
 LIBERO = CATALOGUE["libero"]
+STRICT = dataclasses.replace(LIBERO, skip_unlabeled=False)
 SIZE = 16
 SKIP = {"policy": "skip", "limit": 100}
 
@@ -66,21 +68,21 @@ def test_damaged_episode(tmp_path, case):
     change(episodes)
     path = make_rlds(tmp_path, {"train": episodes})
     with pytest.raises(InputError) as error:
-        load_index("toy", path, LIBERO, "train", tmp_path / "cache")
+        load_index("toy", path, STRICT, "train", tmp_path / "cache")
     file = sorted(path.glob("*.tfrecord*"))[0]
     assert f"dataset 'toy', file {file}, episode 1: " in str(error.value) and sentence in str(error.value)
     assert not list((tmp_path / "cache").iterdir())
-    index = load_index("toy", path, LIBERO, "train", tmp_path / "cache", faults=Faults("skip", 1))
+    index = load_index("toy", path, STRICT, "train", tmp_path / "cache", faults=Faults("skip", 1))
     assert index.skipped == {reason: 1} and (index.num_read, index.num_episodes) == (5, 4)
     assert np.diff(index.arrays["episode_end"], prepend=0).tolist() == whole[:1] + whole[2:]
     assert index.arrays["episode_number"].tolist() == [0, 2, 0, 1]
     # What is cached now is an index with a fault: `fail` says so without reading again.
     with pytest.raises(InputError, match="episode 1"):
-        load_index("toy", path, LIBERO, "train", tmp_path / "cache")
+        load_index("toy", path, STRICT, "train", tmp_path / "cache")
     with pytest.raises(
         InputError, match=rf"1 episodes of the dataset 'toy' are faulty \(1 {reason}\), more than the 0"
     ):
-        load_index("toy", path, LIBERO, "train", tmp_path / "other", faults=Faults("skip", 0))
+        load_index("toy", path, STRICT, "train", tmp_path / "other", faults=Faults("skip", 0))
 
 
 def records_of(file: Path) -> list[tuple[int, int]]:

@@ -132,7 +132,7 @@ def test_broken_episodes(tmp_path, change, message):
     change(episodes)
     path = make_rlds(tmp_path, {"train": episodes})
     with pytest.raises(InputError, match=rf"dataset 'toy', file .*{message}"):
-        load_index("toy", path, LIBERO, "train", tmp_path / "cache")
+        load_index("toy", path, dataclasses.replace(LIBERO, skip_unlabeled=False), "train", tmp_path / "cache")
     assert not list((tmp_path / "cache").iterdir())  # nothing half-written
 
 

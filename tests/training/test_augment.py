@@ -3,10 +3,20 @@ import colorsys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spatialvla_jax.training.augment import Augmentation, augment, colour_jitter, crop, hsv_to_rgb, rgb_to_hsv
+from spatialvla_jax.training.augment import (
+    Augmentation,
+    adjust_colours,
+    augment,
+    colour_jitter,
+    crop,
+    hsv_to_rgb,
+    rgb_to_hsv,
+)
 
 SIZE = 32
 CAMERA = np.array([[40, 0, 15], [0, 42, 17], [0, 0, 1]], np.float32)
@@ -79,3 +89,20 @@ def test_no_jitter_is_the_identity() -> None:
     image = jax.random.uniform(jax.random.key(0), (SIZE, SIZE, 3))
     off = Augmentation(crop_area=1, brightness=0, contrast=0, saturation=0, hue=0)
     np.testing.assert_allclose(colour_jitter(jax.random.key(1), image, off), image, atol=1e-5)
+
+
+@pytest.mark.parametrize("brightness", [-0.2, 0.0, 0.13, 0.2])
+@pytest.mark.parametrize(("contrast", "saturation", "hue"), [(0.2, 0.2, 0.05), (-0.2, -0.2, -0.05), (0.2, -0.2, 0.03)])
+def test_colours_are_clipped_after_each_operation_as_the_release_does(
+    brightness: float, contrast: float, saturation: float, hue: float
+) -> None:
+    """TensorFlow's own operations in the release's order, clipped after each one. Half of the pixels are near black or
+    white, where one clip at the end gives something else."""
+    rng = np.random.default_rng(0)
+    image = np.clip(rng.normal(0.5, 0.5, (SIZE, SIZE, 3)), 0, 1).astype(np.float32)
+    expected = tf.clip_by_value(tf.image.adjust_brightness(image, brightness), 0, 1)
+    expected = tf.clip_by_value(tf.image.adjust_contrast(expected, 1 + contrast), 0, 1)
+    expected = tf.clip_by_value(tf.image.adjust_saturation(expected, 1 + saturation), 0, 1)
+    expected = tf.clip_by_value(tf.image.adjust_hue(expected, hue), 0, 1)
+    found = adjust_colours(jnp.asarray(image), *map(jnp.float32, (brightness, contrast, saturation, hue)))
+    np.testing.assert_allclose(found, expected, atol=1e-5)

@@ -4,12 +4,8 @@ Sources as in published.py, but here the dataset's documentation (tensorflow/dat
 where the release contradicts it; the comments name such places.
 """
 
-import functools
-
 from spatialvla_jax.data.oxe.published import CLOSED_IS_ONE, CLOSEDNESS, NATURAL
 from spatialvla_jax.data.oxe.spec import DatasetSpec
-
-_oxe = functools.partial(DatasetSpec, skip_unlabeled=True)
 
 # Configured by the release, which then refuses them: their actions are joint positions, and nothing stored says where
 # the hand is.
@@ -20,7 +16,7 @@ _WHEELS = ("action", 0.0, 0.0, 0.0, 0.0, 0.0)
 
 OPEN_X: dict[str, DatasetSpec] = {
     # The copy of BridgeData V2 in the first Open X-Embodiment release.
-    "bridge_oxe": _oxe(
+    "bridge_oxe": DatasetSpec(
         language=NATURAL,
         action=("action/world_vector", "action/rotation_delta", "action/open_gripper"),
         arrays=("observation/state",),
@@ -30,7 +26,7 @@ OPEN_X: dict[str, DatasetSpec] = {
         robot="WidowX",
         episodes=25_460,
     ),
-    "roboturk_tiny": _oxe(
+    "roboturk_tiny": DatasetSpec(
         image="observation/front_rgb",
         language=NATURAL,
         action=CLOSEDNESS,
@@ -38,7 +34,7 @@ OPEN_X: dict[str, DatasetSpec] = {
         robot="Sawyer",
     ),
     # One camera, on the hand; the release, which asks for an outer one, gets black images.
-    "nyu_door_opening_surprising_effectiveness": _oxe(
+    "nyu_door_opening_surprising_effectiveness": DatasetSpec(
         language=NATURAL,
         action=CLOSEDNESS,
         operations=(("absolute_gripper",),),
@@ -46,23 +42,23 @@ OPEN_X: dict[str, DatasetSpec] = {
         episodes=435,
     ),
     # Documented as +1 closes, -1 opens, 0 leaves it; the release takes it as it is.
-    "columbia_cairlab_pusht_real": _oxe(
+    "columbia_cairlab_pusht_real": DatasetSpec(
         language=NATURAL,
         action=CLOSEDNESS,
         operations=(("absolute_gripper",),),
         robot="UR5",
         episodes=122,
     ),
-    "stanford_kuka_multimodal_dataset_converted_externally_to_rlds": _oxe(
+    "stanford_kuka_multimodal_dataset_converted_externally_to_rlds": DatasetSpec(
         action=("action[:3]", 0.0, 0.0, 0.0, "action[3]"),
         unread_depth="observation/depth_image",
         robot="Kuka iiwa",
         episodes=3_000,
     ),
-    "nyu_rot_dataset_converted_externally_to_rlds": _oxe(robot="xArm", episodes=14),
+    "nyu_rot_dataset_converted_externally_to_rlds": DatasetSpec(robot="xArm", episodes=14),
     # Documented: 1 is 0.1 m or an axis-angle of 0.1 rad; the gripper goes from -1, closed, to 1; depth is in 1/1024 m.
     # The release takes the action as it is.
-    "maniskill_dataset_converted_externally_to_rlds": _oxe(
+    "maniskill_dataset_converted_externally_to_rlds": DatasetSpec(
         operations=(
             ("scale", 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 1.0),
             ("to_euler", "axis_angle"),
@@ -74,26 +70,30 @@ OPEN_X: dict[str, DatasetSpec] = {
         robot="Franka (simulated)",
         episodes=30_213,
     ),
-    "cmu_franka_exploration_dataset_converted_externally_to_rlds": _oxe(
+    "cmu_franka_exploration_dataset_converted_externally_to_rlds": DatasetSpec(
         image="observation/highres_image", action=("action[:7]",), robot="Franka", episodes=199
     ),
-    "ucsd_pick_and_place_dataset_converted_externally_to_rlds": _oxe(
+    "ucsd_pick_and_place_dataset_converted_externally_to_rlds": DatasetSpec(
         action=("action[:3]", 0.0, 0.0, 0.0, "action[3]"), robot="xArm", episodes=1_355
     ),
-    "utokyo_pr2_opening_fridge_converted_externally_to_rlds": _oxe(action=("action[:7]",), robot="PR2", episodes=64),
-    "utokyo_pr2_tabletop_manipulation_converted_externally_to_rlds": _oxe(
+    "utokyo_pr2_opening_fridge_converted_externally_to_rlds": DatasetSpec(
+        action=("action[:7]",), robot="PR2", episodes=64
+    ),
+    "utokyo_pr2_tabletop_manipulation_converted_externally_to_rlds": DatasetSpec(
         action=("action[:7]",), robot="PR2", episodes=192
     ),
-    "utokyo_xarm_pick_and_place_converted_externally_to_rlds": _oxe(robot="xArm", episodes=92),
+    "utokyo_xarm_pick_and_place_converted_externally_to_rlds": DatasetSpec(robot="xArm", episodes=92),
     # Two arms: the right one.
-    "utokyo_xarm_bimanual_converted_externally_to_rlds": _oxe(action=("action[7:]",), robot="xArm, two", episodes=64),
+    "utokyo_xarm_bimanual_converted_externally_to_rlds": DatasetSpec(
+        action=("action[7:]",), robot="xArm, two", episodes=64
+    ),
     # x, y, z, turn about z, gripper; the release puts the turn first among the three angles.
-    "robo_net": _oxe(
+    "robo_net": DatasetSpec(
         action=("action[:3]", 0.0, 0.0, "action[3:]"), robot="Sawyer, Baxter, Franka and others", episodes=82_775
     ),
     # Joint actions, but the pose of the hand is stored: movement is from it (the order of its quaternion is not
     # documented; x, y, z, w is assumed). One camera, on the hand.
-    "berkeley_mvp_converted_externally_to_rlds": _oxe(
+    "berkeley_mvp_converted_externally_to_rlds": DatasetSpec(
         image="observation/hand_image",
         action=(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, "observation/gripper"),
         arrays=("observation/pose",),
@@ -102,39 +102,39 @@ OPEN_X: dict[str, DatasetSpec] = {
         episodes=480,
     ),
     # Residuals of the pose, with axis-angle, then gains of the joints. Nothing is grasped.
-    "kaist_nonprehensile_converted_externally_to_rlds": _oxe(
+    "kaist_nonprehensile_converted_externally_to_rlds": DatasetSpec(
         action=("action[:6]", 0.0), operations=(("to_euler", "axis_angle"),), robot="Franka", episodes=201
     ),
     # x, y, z, turn about z, gripper from 1, closed, to -1; the release puts the turn first among the three angles and
     # leaves the gripper.
-    "stanford_mask_vit_converted_externally_to_rlds": _oxe(
+    "stanford_mask_vit_converted_externally_to_rlds": DatasetSpec(
         action=("action[:3]", 0.0, 0.0, "action[3:]"),
         operations=(("gripper_range", 1.0, -1.0),),
         robot="Sawyer",
         episodes=9_109,
     ),
-    "tokyo_u_lsmo_converted_externally_to_rlds": _oxe(robot="Cobotta", episodes=50),
-    "dlr_sara_pour_converted_externally_to_rlds": _oxe(robot="DLR SARA", episodes=100),
-    "dlr_sara_grid_clamp_converted_externally_to_rlds": _oxe(robot="DLR SARA", episodes=107),
-    "asu_table_top_converted_externally_to_rlds": _oxe(robot="UR5", episodes=110),
-    "stanford_robocook_converted_externally_to_rlds": _oxe(
+    "tokyo_u_lsmo_converted_externally_to_rlds": DatasetSpec(robot="Cobotta", episodes=50),
+    "dlr_sara_pour_converted_externally_to_rlds": DatasetSpec(robot="DLR SARA", episodes=100),
+    "dlr_sara_grid_clamp_converted_externally_to_rlds": DatasetSpec(robot="DLR SARA", episodes=107),
+    "asu_table_top_converted_externally_to_rlds": DatasetSpec(robot="UR5", episodes=110),
+    "stanford_robocook_converted_externally_to_rlds": DatasetSpec(
         image="observation/image_1", unread_depth="observation/depth_1", robot="Franka", episodes=2_460
     ),
-    "imperialcollege_sawyer_wrist_cam": _oxe(action=("action[:7]",), robot="Sawyer", episodes=170),
-    "uiuc_d3field": _oxe(
+    "imperialcollege_sawyer_wrist_cam": DatasetSpec(action=("action[:7]",), robot="Sawyer", episodes=170),
+    "uiuc_d3field": DatasetSpec(
         image="observation/image_1",
         action=("action", 0.0, 0.0, 0.0, 0.0),
         depth="observation/depth_1",
         robot="Kinova Gen3",
         episodes=192,
     ),
-    "cmu_playing_with_food": _oxe(operations=(("to_euler", "quaternion"),), robot="Franka", episodes=4_200),
+    "cmu_playing_with_food": DatasetSpec(operations=(("to_euler", "quaternion"),), robot="Franka", episodes=4_200),
     # Change of position and quaternion, gripper, end of the episode; the release takes the last four numbers for
     # rotation and gripper.
-    "cmu_play_fusion": _oxe(
+    "cmu_play_fusion": DatasetSpec(
         action=("action[:8]",), operations=(("to_euler", "quaternion"),), robot="Franka", episodes=576
     ),
-    "berkeley_gnm_recon": _oxe(action=_WHEELS, robot="Jackal", episodes=11_834),
-    "berkeley_gnm_cory_hall": _oxe(action=_WHEELS, robot="RC car", episodes=7_331),
-    "berkeley_gnm_sac_son": _oxe(action=_WHEELS, robot="TurtleBot 2", episodes=2_955),
+    "berkeley_gnm_recon": DatasetSpec(action=_WHEELS, robot="Jackal", episodes=11_834),
+    "berkeley_gnm_cory_hall": DatasetSpec(action=_WHEELS, robot="RC car", episodes=7_331),
+    "berkeley_gnm_sac_son": DatasetSpec(action=_WHEELS, robot="TurtleBot 2", episodes=2_955),
 }

@@ -6,12 +6,7 @@ statistics and weights were made with them; the comments name such places. Featu
 catalogue (tensorflow/datasets: docs/catalog/<name>.md) unless a comment says otherwise.
 """
 
-import functools
-
 from spatialvla_jax.data.oxe.spec import DatasetSpec
-
-# The release leaves out episodes without language, in every dataset (data/dataset.py).
-_oxe = functools.partial(DatasetSpec, skip_unlabeled=True)
 
 # The layout of the datasets that were collected for RT-X.
 NATURAL = "observation/natural_language_instruction"
@@ -23,7 +18,7 @@ BRIDGE = (("drop_first",), ("binarize_gripper",), ("relabel_from_state", "observ
 
 PUBLISHED: dict[str, DatasetSpec] = {
     # Camera: simpler-env/SimplerEnv, the Google robot's overhead camera at 640x512; the release takes its default.
-    "fractal20220817_data": _oxe(
+    "fractal20220817_data": DatasetSpec(
         language=NATURAL,
         action=CLOSEDNESS,
         operations=(("absolute_gripper",),),
@@ -33,7 +28,7 @@ PUBLISHED: dict[str, DatasetSpec] = {
         robot="Google Robot",
         episodes=87_212,
     ),
-    "kuka": _oxe(
+    "kuka": DatasetSpec(
         language=NATURAL,
         action=CLOSEDNESS,
         operations=(("absolute_gripper",),),
@@ -42,7 +37,7 @@ PUBLISHED: dict[str, DatasetSpec] = {
     ),
     # BridgeData V2 from the project's own site (the features of today's TFDS `bridge`); its camera is the one that
     # the release ships (scripts/intrinsics.json). Episodes: both splits, from OpenVLA's published statistics.
-    "bridge_orig": _oxe(
+    "bridge_orig": DatasetSpec(
         image="observation/image_0",
         arrays=("observation/state",),
         operations=BRIDGE,
@@ -51,7 +46,7 @@ PUBLISHED: dict[str, DatasetSpec] = {
         episodes=60_064,
     ),
     # The documentation swaps open and closed in words; the release and CALVIN, whose format this is, agree: 1 is open.
-    "taco_play": _oxe(
+    "taco_play": DatasetSpec(
         image="observation/rgb_static",
         language=NATURAL,
         action=("action/rel_actions_world",),
@@ -60,7 +55,7 @@ PUBLISHED: dict[str, DatasetSpec] = {
         robot="Franka",
         episodes=3_242,
     ),
-    "jaco_play": _oxe(
+    "jaco_play": DatasetSpec(
         language=NATURAL,
         action=("action/world_vector", 0.0, 0.0, 0.0, "action/gripper_closedness_action"),
         operations=(("absolute_gripper",),),
@@ -68,13 +63,13 @@ PUBLISHED: dict[str, DatasetSpec] = {
         episodes=976,
     ),
     # No gripper: the hand stays closed around the cable.
-    "berkeley_cable_routing": _oxe(
+    "berkeley_cable_routing": DatasetSpec(
         language=NATURAL,
         action=("action/world_vector", "action/rotation_delta", 0.0),
         robot="Franka",
         episodes=1_482,
     ),
-    "roboturk": _oxe(
+    "roboturk": DatasetSpec(
         image="observation/front_rgb",
         language=NATURAL,
         action=CLOSEDNESS,
@@ -82,7 +77,7 @@ PUBLISHED: dict[str, DatasetSpec] = {
         robot="Sawyer",
         episodes=1_796,
     ),
-    "viola": _oxe(
+    "viola": DatasetSpec(
         image="observation/agentview_rgb",
         language=NATURAL,
         action=CLOSEDNESS,
@@ -90,7 +85,7 @@ PUBLISHED: dict[str, DatasetSpec] = {
         robot="Franka",
         episodes=135,
     ),
-    "berkeley_autolab_ur5": _oxe(
+    "berkeley_autolab_ur5": DatasetSpec(
         language=NATURAL,
         action=CLOSEDNESS,
         operations=(("absolute_gripper",),),
@@ -98,58 +93,66 @@ PUBLISHED: dict[str, DatasetSpec] = {
         robot="UR5",
         episodes=896,
     ),
-    "toto": _oxe(
+    "toto": DatasetSpec(
         language=NATURAL,
         action=("action/world_vector", "action/rotation_delta", "action/open_gripper"),
         robot="Franka",
         episodes=902,
     ),
     # A stick in the plane: the hand counts as open. The instruction is 512 byte values, padded with zeros.
-    "language_table": _oxe(
+    "language_table": DatasetSpec(
         image="observation/rgb",
         language="observation/instruction",
         action=("action", 0.0, 0.0, 0.0, 0.0, 1.0),
         robot="xArm",
         episodes=442_226,
     ),
-    "stanford_hydra_dataset_converted_externally_to_rlds": _oxe(
+    "stanford_hydra_dataset_converted_externally_to_rlds": DatasetSpec(
         operations=(("invert_gripper",),), robot="Franka", episodes=570
     ),
-    "austin_buds_dataset_converted_externally_to_rlds": _oxe(operations=CLOSED_IS_ONE, robot="Franka", episodes=50),
+    "austin_buds_dataset_converted_externally_to_rlds": DatasetSpec(
+        operations=CLOSED_IS_ONE, robot="Franka", episodes=50
+    ),
     # 7 joint velocities come first; the end of the episode last.
-    "nyu_franka_play_dataset_converted_externally_to_rlds": _oxe(
+    "nyu_franka_play_dataset_converted_externally_to_rlds": DatasetSpec(
         action=("action[7:14]",),
         operations=(("clip_gripper", 0.0, 1.0),),
         unread_depth="observation/depth",
         robot="Franka",
         episodes=365,
     ),
-    "furniture_bench_dataset_converted_externally_to_rlds": _oxe(
+    "furniture_bench_dataset_converted_externally_to_rlds": DatasetSpec(
         operations=(("to_euler", "quaternion"), *CLOSED_IS_ONE), robot="Franka", episodes=5_100
     ),
     # Position and orientation are documented as absolute, here and in iamlab_cmu_pickup_insert, cmu_stretch and
     # dlr_edan_shared_control; the release takes them as they are.
-    "ucsd_kitchen_dataset_converted_externally_to_rlds": _oxe(action=("action[:7]",), robot="xArm", episodes=150),
-    "austin_sailor_dataset_converted_externally_to_rlds": _oxe(operations=CLOSED_IS_ONE, robot="Franka", episodes=240),
-    "austin_sirius_dataset_converted_externally_to_rlds": _oxe(operations=CLOSED_IS_ONE, robot="Franka", episodes=559),
-    "dlr_edan_shared_control_converted_externally_to_rlds": _oxe(
+    "ucsd_kitchen_dataset_converted_externally_to_rlds": DatasetSpec(
+        action=("action[:7]",), robot="xArm", episodes=150
+    ),
+    "austin_sailor_dataset_converted_externally_to_rlds": DatasetSpec(
+        operations=CLOSED_IS_ONE, robot="Franka", episodes=240
+    ),
+    "austin_sirius_dataset_converted_externally_to_rlds": DatasetSpec(
+        operations=CLOSED_IS_ONE, robot="Franka", episodes=559
+    ),
+    "dlr_edan_shared_control_converted_externally_to_rlds": DatasetSpec(
         operations=(("invert_gripper",),), robot="DLR EDAN", episodes=104
     ),
-    "iamlab_cmu_pickup_insert_converted_externally_to_rlds": _oxe(
+    "iamlab_cmu_pickup_insert_converted_externally_to_rlds": DatasetSpec(
         operations=(("to_euler", "quaternion"),), robot="Franka", episodes=631
     ),
-    "utaustin_mutex": _oxe(operations=CLOSED_IS_ONE, robot="Franka", episodes=1_500),
+    "utaustin_mutex": DatasetSpec(operations=CLOSED_IS_ONE, robot="Franka", episodes=1_500),
     # The action has no gripper: its state stands in, which the release inverts although it is called "open status".
-    "berkeley_fanuc_manipulation": _oxe(
+    "berkeley_fanuc_manipulation": DatasetSpec(
         action=("action", "observation/state[6]"),
         operations=(("invert_gripper",),),
         robot="Fanuc Mate",
         episodes=415,
     ),
-    "cmu_stretch": _oxe(action=("action[:7]",), robot="Hello Stretch", episodes=135),
+    "cmu_stretch": DatasetSpec(action=("action[:7]",), robot="Hello Stretch", episodes=135),
     # The next ten actions are stored, the first one is used. The rotation is an axis-angle that the release takes for
     # Euler angles: for turns as small as these, nearly the same.
-    "bc_z": _oxe(
+    "bc_z": DatasetSpec(
         language=NATURAL,
         action=(
             "action/future/xyz_residual[:3]",
@@ -161,18 +164,18 @@ PUBLISHED: dict[str, DatasetSpec] = {
         robot="Google Robot",
         episodes=39_350,
     ),
-    "fmb_dataset": _oxe(
+    "fmb_dataset": DatasetSpec(
         image="observation/image_side_1",
         unread_depth="observation/image_side_1_depth",
         robot="Franka",
         episodes=8_611,
     ),
     # The only camera is on the hand-held stick.
-    "dobbe": _oxe(image="observation/wrist_image", robot="Hello Stretch", episodes=5_208),
+    "dobbe": DatasetSpec(image="observation/wrist_image", robot="Hello Stretch", episodes=5_208),
     # The release looks through one of the two outer cameras, drawn for each pass over an episode, and leaves out frames
     # whose next four actions all leave the arm where it is: 1e-5 after normalisation, about 7e-6 before. Features: the
     # builder's printed description; episodes of version 1.0.0: OpenVLA's published statistics.
-    "droid": _oxe(
+    "droid": DatasetSpec(
         image="observation/exterior_image_1_left",
         other_images=("observation/exterior_image_2_left",),
         action=("action_dict/cartesian_velocity", "action_dict/gripper_position"),
@@ -182,5 +185,5 @@ PUBLISHED: dict[str, DatasetSpec] = {
     ),
     # The release's own conversion is not public. Features: the RH20T authors' RLDS builder, whose tcp_base is the pose
     # that the arm reaches next; the release takes it as it is.
-    "rh20t_rlds": _oxe(action=("action/tcp_base", "action/gripper"), robot="Franka, UR5, Flexiv, Kuka"),
+    "rh20t_rlds": DatasetSpec(action=("action/tcp_base", "action/gripper"), robot="Franka, UR5, Flexiv, Kuka"),
 }

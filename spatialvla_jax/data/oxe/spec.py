@@ -42,7 +42,9 @@ class DatasetSpec:
     intrinsics: str | None = None  # f32[3, 3], pixels of the stored image
     default_intrinsics: tuple[tuple[float, ...], ...] = DEFAULT_INTRINSICS  # where the data has none
     default_intrinsics_size: tuple[int, int] = DEFAULT_INTRINSICS_SIZE  # height, width that these are pixels of
-    skip_unlabeled: bool = False  # leave out (and count) episodes without language instead of failing
+    # Leave out and count episodes without language, as the release does in every dataset (data/dataset.py). Otherwise
+    # they are faults.
+    skip_unlabeled: bool = True
     # Nothing below changes what is read; `meaning` names the fields above that don't either.
     tfds_name: str | None = None  # directory, if not named as in the catalogue; may pin the version: name/1.0.0
     robot: str = ""

@@ -4,14 +4,11 @@ Sources as in published.py. Episodes of T-DROID: the comments in the release's d
 OpenVLA's published statistics.
 """
 
-import functools
 import math
 from typing import Any
 
 from spatialvla_jax.data.oxe.published import BRIDGE, CLOSED_IS_ONE
 from spatialvla_jax.data.oxe.spec import DatasetSpec
-
-_oxe = functools.partial(DatasetSpec, skip_unlabeled=True)
 
 # LIBERO's agentview camera has MuJoCo's default field of view, 45 degrees from top to bottom; OpenVLA rendered 256x256.
 _FOCAL = 128 / math.tan(math.radians(22.5))
@@ -38,7 +35,7 @@ TARGETS: dict[str, DatasetSpec] = {
     "libero_goal_no_noops": DatasetSpec(**_LIBERO, episodes=428),
     "libero_10_no_noops": DatasetSpec(**_LIBERO, episodes=379),
     # BridgeData V2 from the project's own site under its first name.
-    "bridge_dataset": _oxe(
+    "bridge_dataset": DatasetSpec(
         image="observation/image_0",
         arrays=("observation/state",),
         operations=BRIDGE,
@@ -47,7 +44,7 @@ TARGETS: dict[str, DatasetSpec] = {
         episodes=60_064,
     ),
     # DROID's robot in another lab; the other outer camera, and no frame filter.
-    "droid_wipe": _oxe(
+    "droid_wipe": DatasetSpec(
         image="observation/exterior_image_2_left",
         action=("action_dict/cartesian_velocity", "action_dict/gripper_position"),
         operations=(("invert_gripper",),),
@@ -55,7 +52,7 @@ TARGETS: dict[str, DatasetSpec] = {
     ),
 } | {
     # OpenVLA's own tasks on such a robot. The depth is an 8-bit JPEG.
-    f"tdroid_{task}": _oxe(
+    f"tdroid_{task}": DatasetSpec(
         image="observation/static_image",
         operations=(("binarize_gripper",),),
         unread_depth="observation/static_depth_image",
