@@ -8,6 +8,7 @@ from typing import Any
 from spatialvla_jax.data.config import DataConfig
 from spatialvla_jax.data.oxe import CATALOGUE, DatasetSpec, make_spec
 from spatialvla_jax.data.oxe.spec import with_precomputed_depth
+from spatialvla_jax.data.rlds import find_versions
 from spatialvla_jax.errors import InputError
 
 
@@ -71,7 +72,8 @@ def _mixture(name: str, root: str) -> list[Entry]:
             missing.append(spec.tfds_name or dataset)
     if missing:
         raise InputError(
-            f"{root} lacks {len(missing)} of the {len(MIXTURES[name])} datasets of {name!r}: {', '.join(missing)}"
+            f"{root} lacks {len(missing)} of the {len(MIXTURES[name])} datasets of {name!r}: {', '.join(missing)}; each is "
+            "expected as NAME/VERSION/dataset_info.json"
         )
     return entries
 
@@ -80,9 +82,5 @@ def newest_version(path: Path) -> Path | None:
     """The newest of a dataset's version directories, or the path itself if it is one; None when there is none."""
     if (path / "dataset_info.json").is_file():
         return path
-    if not path.is_dir():
-        return None
-    versions = [child for child in path.iterdir() if (child / "dataset_info.json").is_file()]
-    return max(
-        versions, key=lambda child: [int(part) for part in child.name.split(".") if part.isdigit()], default=None
-    )
+    versions = find_versions(path)
+    return path / versions[-1] if versions else None

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from spatialvla_jax.errors import Fault, InputError
 from spatialvla_jax.utils.progress import warn
 
 UNLABELED = "unlabeled"  # why an episode is left out that its spec says to leave out; no fault
+_VERSION = re.compile(r"\d+(\.\d+)*(-[0-9A-Za-z-]+(\.[0-9A-Za-z-]+)*)?")
 
 
 def open_rlds(path: str | os.PathLike[str]) -> Any:
@@ -29,10 +31,10 @@ def open_rlds(path: str | os.PathLike[str]) -> Any:
     path = Path(path)
     if not (path / "dataset_info.json").is_file():
         if path.is_dir():
-            versions = _versions(path)
+            versions = find_versions(path)
             hint = f"it holds the versions {', '.join(versions)}" if versions else f"it holds {_listing(path)}"
             raise InputError(f"{path} is not a dataset's version directory (no dataset_info.json): {hint}")
-        if versions := _versions(path.parent):
+        if versions := find_versions(path.parent):
             raise InputError(f"{path} does not exist: the versions there are {', '.join(versions)}")
         nearest = next(parent for parent in path.absolute().parents if parent.is_dir())
         raise InputError(f"{path} does not exist: {nearest} holds {_listing(nearest)}")
@@ -266,10 +268,19 @@ def _feature(features: Any, key: str) -> Any:
     return None
 
 
-def _versions(path: Path) -> list[str]:
+def find_versions(path: Path) -> list[str]:
+    """The version directories of a dataset, oldest first. Pre-releases ("2.0.0-rc1") come before every release. What
+    TFDS has not finished ("1.0.0.incompleteX"), hidden directories and other names are no versions."""
     if not path.is_dir():
         return []
-    return sorted(child.name for child in path.iterdir() if (child / "dataset_info.json").is_file())
+    names = [child.name for child in path.iterdir() if (child / "dataset_info.json").is_file()]
+    return sorted(filter(_VERSION.fullmatch, names), key=_version_order)
+
+
+def _version_order(name: str) -> tuple[bool, list[int], list[tuple[int, int, str]]]:
+    numbers, _, pre = name.partition("-")
+    parts = [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in pre.split(".")]
+    return not pre, [int(part) for part in numbers.split(".")], parts
 
 
 def _listing(path: Path) -> str:

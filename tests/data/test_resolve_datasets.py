@@ -48,6 +48,25 @@ def test_version_is_the_newest_number(root):
     assert newest_version(root) is None and newest_version(root / "nothing") is None
 
 
+@pytest.mark.parametrize(
+    ("names", "newest"),
+    [
+        (("1.10.0", "1.9.0", "2.0.0-old"), "1.10.0"),
+        (("1.0.0", "1.0.0.incompleteAB12", ".2.0.0", "old", "backup-3.0.0"), "1.0.0"),
+        (("2.0.0", "10.0.0", "9.0.0"), "10.0.0"),
+        (("2.0.0-rc.2", "2.0.0-rc.10", "2.0.0-alpha"), "2.0.0-rc.10"),  # there is no release
+        (("2.0.0-rc1", "2.0.0"), "2.0.0"),
+        (("old", ".hidden", "1.0.0.incompleteAB12"), None),
+    ],
+)
+def test_what_counts_as_a_version(tmp_path, names, newest):
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "dataset_info.json").touch()
+    (tmp_path / "99.0.0").mkdir()  # without dataset_info.json
+    assert newest_version(tmp_path) == (newest and tmp_path / newest)
+
+
 def test_datasets_that_a_mixture_lacks(root, mixtures, monkeypatch):
     monkeypatch.setitem(MIXTURES, "four", (("libero", 1.0), ("bridge_orig", 1.0), ("fractal20220817_data", 1.0)))
     with pytest.raises(
