@@ -8,10 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float
 
+from spatialvla_jax.actions.tokenizer import DIMENSIONS
+
 
 def normalized_dimensions(width: int) -> tuple[bool, ...]:
     """All but the last of `width` dimensions: the gripper (0 closed .. 1 open) is left as it is."""
     return (True,) * (width - 1) + (False,)
+
+
+def dimension_name(number: int, width: int) -> str:
+    """What a message calls a dimension of actions that are `width` wide."""
+    return DIMENSIONS[number] if width == len(DIMENSIONS) else "gripper" if number == width - 1 else f"number {number}"
 
 
 def normalize(actions: Float[np.ndarray, "*B A"], statistics: Mapping[str, Any]) -> Float[np.ndarray, "*B A"]:

@@ -72,8 +72,8 @@ def _mixture(name: str, root: str) -> list[Entry]:
             missing.append(spec.tfds_name or dataset)
     if missing:
         raise InputError(
-            f"{root} lacks {len(missing)} of the {len(MIXTURES[name])} datasets of {name!r}: {', '.join(missing)}; each is "
-            "expected as NAME/VERSION/dataset_info.json"
+            f"{root} lacks {len(missing)} of the {len(MIXTURES[name])} datasets of {name!r}: {', '.join(missing)}; "
+            "NAME/VERSION/dataset_info.json is expected of each"
         )
     return entries
 

@@ -1,6 +1,7 @@
 """RLDS datasets as TFDS writes them: which files hold a split, and their episodes in canonical form, images unread."""
 
 import itertools
+import json
 import os
 import re
 import zlib
@@ -12,14 +13,17 @@ import google_crc32c
 import numpy as np
 
 from spatialvla_jax.actions import DIMENSIONS
+from spatialvla_jax.actions.normalization import dimension_name
+from spatialvla_jax.data.features import Field, find_fields, read_language, read_numbers
 from spatialvla_jax.data.images import tensorflow
-from spatialvla_jax.data.oxe.operations import apply_operations, width_before
-from spatialvla_jax.data.oxe.spec import DatasetSpec, action_keys, action_width, join_action
+from spatialvla_jax.data.oxe.operations import apply_operations
+from spatialvla_jax.data.oxe.spec import DatasetSpec, join_action, split_language
 from spatialvla_jax.data.tfrecord import masked_crc, read_example, read_records
 from spatialvla_jax.errors import Fault, InputError
 from spatialvla_jax.utils.progress import warn
 
 UNLABELED = "unlabeled"  # why an episode is left out that its spec says to leave out; no fault
+_ROUNDING = 1e-4  # that far outside [0, 1] a gripper may be
 _VERSION = re.compile(r"\d+(\.\d+)*(-[0-9A-Za-z-]+(\.[0-9A-Za-z-]+)*)?")
 
 
@@ -38,6 +42,7 @@ def open_rlds(path: str | os.PathLike[str]) -> Any:
             raise InputError(f"{path} does not exist: the versions there are {', '.join(versions)}")
         nearest = next(parent for parent in path.absolute().parents if parent.is_dir())
         raise InputError(f"{path} does not exist: {nearest} holds {_listing(nearest)}")
+    _check_info(path / "dataset_info.json")
     tensorflow()
     import tensorflow_datasets as tfds
 
@@ -45,7 +50,7 @@ def open_rlds(path: str | os.PathLike[str]) -> Any:
     try:
         builder = tfds.builder_from_directory(path)
     except Exception as error:  # TFDS raises whatever its parsers raise
-        raise InputError(f"{path} is not a readable TFDS dataset: {error}") from error
+        raise InputError(f"{path} is not a readable TFDS dataset: {' '.join(str(error).split())}") from error
     if builder.info.file_format.value != "tfrecord":
         raise InputError(f"{path} is stored as {builder.info.file_format.value}; only tfrecord is read")
     return builder
@@ -71,6 +76,19 @@ def list_files(folder: Path) -> dict[str, tuple[int, int]]:
     return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
 
 
+def _check_info(path: Path) -> None:
+    """Raises InputError where dataset_info.json lacks what names a dataset's files."""
+    try:
+        info = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is not readable JSON ({error}): copy or write the dataset again") from error
+    splits = info.get("splits") if isinstance(info, dict) else None
+    if not (splits and isinstance(splits, list) and all(isinstance(one, dict) and one.get("name") for one in splits)):
+        raise InputError(f"{path} names no splits, which TFDS adds at the end: copy or write the dataset again")
+    if not isinstance(info.get("name"), str) or not info["name"]:
+        raise InputError(f"{path} has no 'name', with which the names of the dataset's files begin")
+
+
 def slice_shards(builder: Any, split: str) -> list[Shard]:
     """The shards that hold a split or a part of one, in order, as one listing of the folder shows them.
 
@@ -79,13 +97,17 @@ def slice_shards(builder: Any, split: str) -> list[Shard]:
     """
     try:
         pieces = builder.info.splits[split].file_instructions
-    except ValueError as error:
+    except Exception as error:  # TFDS raises whatever its parsers raise
         known = ", ".join(sorted(name for name in builder.info.splits if name != "all")) or "none"
         raise InputError(
-            f"{builder.data_dir} has no split {split!r}: it has {known}, whole or as in 'train[:95%]'"
-        ) from (error)
+            f"{builder.data_dir} has no split {split!r}: it has {known}, whole or as in 'train[:95%]' "
+            f"({' '.join(str(error).split())})"
+        ) from error
     if not pieces:
-        raise InputError(f"The split {split!r} of {builder.data_dir} holds no episodes")
+        raise InputError(
+            f"The split {split!r} of {builder.data_dir} holds no episodes: dataset_info.json has no shardLengths for "
+            "it, or the part is empty"
+        )
     files = list_files(Path(builder.data_dir))
     shards = (zip(info.filenames, info.shard_lengths, strict=True) for info in builder.info.splits.values())
     known = {name for own in shards for name, count in own if count}
@@ -127,7 +149,7 @@ def read_episodes(
     for every episode lost and goes on. A lost episode has no steps, and neither has one without language if the spec
     leaves those out (`UNLABELED`).
     """
-    shapes = _shapes(name, builder, spec, action_dim)
+    fields = find_fields(name, builder, spec, action_dim)
     numbers = range(numbers) if isinstance(numbers, int) else numbers
     records = read_records(file, skip=numbers.start)
     lost: Fault | None = None  # the rest of the file
@@ -145,7 +167,7 @@ def read_episodes(
                 raise
             if not intact:
                 raise Fault("checksum", "the record's checksum is wrong")
-            episode = _episode(record, offset, spec, shapes)
+            episode = _episode(record, offset, spec, fields, action_dim)
             episode["record"] = np.asarray([offset, len(record), masked_crc(record)])
             if skip and not len(episode["step"]):
                 skip(UNLABELED, "")
@@ -173,34 +195,36 @@ def read_episodes(
 
 
 def _episode(
-    record: bytes, offset: int, spec: DatasetSpec, shapes: dict[str, tuple[int, ...]]
+    record: bytes, offset: int, spec: DatasetSpec, fields: dict[str, Field], action_dim: int
 ) -> dict[str, np.ndarray]:
-    features = read_example(record, {f"steps/{key}" for key in shapes})
+    features = read_example(record, {f"steps/{key}{name}" for key, field in fields.items() for name in field.names})
     steps: dict[str, np.ndarray] = {}
     length = len(features.get(f"steps/{spec.image}", ()))
     if not length:
         raise Fault("no steps", "the episode has no steps")
-    for key, shape in shapes.items():
-        value = features.get(f"steps/{key}", np.empty(0))
-        if value.size != length * int(np.prod(shape)):
-            raise Fault("shape", f"{key!r} has {value.size} values for {length} steps of shape {shape}")
-        value = value.reshape(length, *shape)
+    words, which = split_language(spec.language) if spec.instruction is None else ("", None)
+    for key, field in fields.items():
+        if key == words:
+            continue
+        value = steps[key] = read_numbers(features, key, field, length)
         if (broken := np.argwhere(~np.isfinite(value))).size:
             step, *place = broken[0].tolist()
             raise Fault("not finite", f"step {step} has the {key} value {value[tuple(broken[0])]} in dimension {place}")
-        steps[key] = value
     action = join_action(spec, steps, length)
-    if spec.instruction is None:
-        language = np.asarray([_text(record, words) for words in steps[spec.language]], object)
+    if words:
+        language = read_language(record, features, words, which, fields[words], length)
     else:
         language = np.full(length, spec.instruction, object)
     missing = np.flatnonzero([not text for text in language])
-    skip = spec.skip_unlabeled and missing.size == length
-    if missing.size and not skip:
+    if spec.skip_unlabeled and missing.size == length:
+        return {"step": np.empty(0, np.int64)}
+    if missing.size:
         raise Fault("no language", f"step {missing[0]} has no language ({spec.language!r} is empty)")
     episode = {"action": action, "language": language, "step": np.arange(length)}
     cameras = (spec.image,) if spec.depth else (spec.image, *spec.other_images)
     episode["image"] = _spans(record, offset, steps[cameras[zlib.crc32(action.tobytes()) % len(cameras)]])
+    if (empty := np.flatnonzero(episode["image"][:, 1] == 0)).size:
+        raise Fault("no image", f"step {empty[0]} has an image of 0 bytes")
     if spec.depth:
         episode["depth"] = _spans(record, offset, steps[spec.depth])
     if spec.intrinsics:
@@ -209,7 +233,8 @@ def _episode(
     episode = apply_operations(episode, spec.operations)
     if not len(episode["step"]):
         raise Fault("no steps", f"no steps are left of {length} after {[name for name, *_ in spec.operations]}")
-    return {key: value[:0] for key, value in episode.items()} if skip else episode
+    _check_action(episode["action"], episode["step"], action_dim, spec)
+    return episode
 
 
 def _spans(record: bytes, start: int, spans: np.ndarray) -> np.ndarray:
@@ -218,54 +243,23 @@ def _spans(record: bytes, start: int, spans: np.ndarray) -> np.ndarray:
     return np.stack([spans[:, 0] + start, spans[:, 1], np.asarray(checksums, np.int64)], axis=1)
 
 
-def _text(record: bytes, words: np.ndarray) -> str:
-    """Words from their span (offset, length) in the record, or from their bytes as numbers, ended by a zero."""
-    try:
-        is_span = len(words) == 2
-        text = record[words[0] : words[0] + words[1]] if is_span else bytes(words.tolist()).split(b"\0")[0]
-        return text.decode().strip()
-    except ValueError as error:
-        raise Fault("not UTF-8", "the language instruction is not UTF-8") from error
-
-
-def _shapes(name: str, builder: Any, spec: DatasetSpec, action_dim: int) -> dict[str, tuple[int, ...]]:
-    """Shape of every key of a step that the spec reads; (2,) = (offset, length) where it is bytes. InputError when one
-    is missing or the action is not `action_dim` wide."""
-    if "steps" not in builder.info.features:
-        raise InputError(f"{builder.data_dir} is not an RLDS dataset: its episodes have no 'steps'")
-    images = (spec.image, *spec.other_images, spec.depth)
-    keys = [spec.image, *spec.other_images, *action_keys(spec), *spec.arrays]
-    keys += [key for key in (spec.depth, spec.intrinsics) if key] + [spec.language] * (spec.instruction is None)
-    shapes = {}
-    for key in keys:
-        feature = _feature(builder.info.features["steps"].feature, key)
-        if feature is None:
-            raise InputError(f"Dataset {name!r} ({builder.data_dir}) has no key {key!r} in its steps")
-        text = key == spec.language and not np.issubdtype(feature.np_dtype, np.integer)
-        shapes[key] = (2,) if text or key in images else tuple(feature.shape)
-        if key == spec.depth and feature.np_dtype != np.uint16:
-            raise InputError(f"Dataset {name!r} has {key!r} as {feature.np_dtype}; a 16-bit PNG is expected")
-    width, expected = action_width(spec, shapes), width_before(spec.operations, action_dim)
-    if width != expected:
-        found = " + ".join(f"{part} {shapes[part]}" if part in shapes else str(part) for part in spec.action)
-        raise InputError(
-            f"Dataset {name!r} ({builder.data_dir}) has an action {width} wide ({found}); {expected} is expected"
+def _check_action(action: np.ndarray, steps: np.ndarray, action_dim: int, spec: DatasetSpec) -> None:
+    """Raises a Fault that names step, dimension and value where an episode's canonical action is none."""
+    after = f" after {', '.join(name for name, *_ in spec.operations)}" if spec.operations else ""
+    if action.shape[1] != action_dim:
+        raise Fault("shape", f"the action is {action.shape[1]} wide{after}; {action_dim} is expected")
+    if (broken := np.argwhere(~np.isfinite(action))).size:
+        row, column = broken[0].tolist()
+        value, dimension = action[row, column], dimension_name(column, action_dim)
+        raise Fault("not finite", f"step {steps[row]} has {value} as the {dimension} of its action{after}")
+    gripper = action[:, -1]
+    if (outside := np.flatnonzero((gripper < -_ROUNDING) | (gripper > 1 + _ROUNDING))).size:
+        raise Fault(
+            "gripper",
+            f"step {steps[outside[0]]} has {gripper[outside[0]]:g} as the gripper of its action{after}, and the "
+            f"episode goes from {gripper.min():g} to {gripper.max():g}; 0 (closed) to 1 (open) is expected: the spec "
+            'needs an operation, such as ("gripper_range", CLOSED, OPENED)',
         )
-    if spec.intrinsics and shapes[spec.intrinsics] != (3, 3):
-        raise InputError(f"Dataset {name!r} has intrinsics of shape {shapes[spec.intrinsics]}; (3, 3) is expected")
-    return shapes
-
-
-def _feature(features: Any, key: str) -> Any:
-    """The feature at the path `key`, or None. Names may hold slashes themselves ("future/xyz_residual")."""
-    if not hasattr(features, "keys"):
-        return None
-    for name in features:
-        if key == name:
-            return features[name]
-        if key.startswith(f"{name}/") and (feature := _feature(features[name], key[len(name) + 1 :])) is not None:
-            return feature
-    return None
 
 
 def find_versions(path: Path) -> list[str]:

@@ -329,7 +329,7 @@ def test_episodes_without_language_are_left_out(name, tmp_path):
 
 def test_one_of_two_cameras(tmp_path):
     """Every episode of DROID has one of the two outer cameras, and half of them the other one."""
-    made = [steps for steps, _ in make("droid", count=32)]
+    made = [steps for steps, _ in make("droid", {"action_dict/gripper_position": np.full(4, 0.5)}, count=32)]
 
     def cameras(folder):
         episodes, stored = read(folder, "droid", made, CATALOGUE["droid"])
@@ -377,7 +377,9 @@ def test_specs_that_do_not_fit(spec, message, tmp_path):
 def test_one_instruction_for_all(tmp_path):
     """A dataset without any words."""
     ((steps, _),) = make("toto")
-    spec = DatasetSpec(instruction="pour it", language="none", action=("observation/state",))
+    spec = DatasetSpec(
+        instruction="pour it", language="none", action=("observation/state",), operations=(("clip_gripper", 0, 1),)
+    )
     (episode,), _ = read(tmp_path, "toto", [steps], spec)
     assert episode["language"].tolist() == ["pour it"] * 4
 

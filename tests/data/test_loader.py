@@ -170,7 +170,7 @@ def test_weights_and_balance(rlds, other, cache_dir):
 def test_default_camera(rlds, cache_dir):
     """A dataset without intrinsics has the release's camera, scaled from 640x480 whatever the stored size."""
     config = data_config(rlds, cache_dir=cache_dir)
-    config["datasets"][0]["spec"] = {}
+    config["datasets"][0]["spec"] = {"operations": [["clip_gripper", 0, 1]]}
     intrinsics = next(load_data(config, image_size=224).batches(2)).intrinsics
     expected = [[623.588 * 0.35, 0, 319.501 * 0.35], [0, 623.588 * 224 / 480, 239.545 * 224 / 480], [0, 0, 1]]
     np.testing.assert_allclose(intrinsics, [expected, expected], rtol=1e-6)

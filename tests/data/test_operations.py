@@ -203,6 +203,14 @@ def test_specs_from_fields():
         ({"operations": [["clip_gripper", 1]]}, "'clip_gripper' takes .*missing a required argument: 'high'"),
         ({"operations": [["to_euler", "quat"]]}, "rotation 'quat' of 'to_euler' is unknown: known are .*r6"),
         ({"action": ["action[0", 0]}, r"column 'action\[0' is not written like"),
+        ({"action": ["action[:6]", float("nan")]}, "constant nan is not a finite number"),
+        ({"language": "words[:2]"}, r"language 'words\[:2\]' is not written like"),
+        ({"operations": [["gripper_range", 0.0, 0]]}, "'gripper_range' goes from 0.0 to 0: they must differ"),
+        ({"operations": [["clip_gripper", 1, 0]]}, "'clip_gripper' goes from 1 to 0: the first must be smaller"),
+        ({"operations": [["scale", 1, float("inf")]]}, "factors of 'scale' is inf; a finite number is expected"),
+        ({"operations": [["drop_noops", "1e-3"]]}, "threshold of 'drop_noops' is '1e-3'; a finite number"),
+        ({"operations": ["invert_gripper"]}, "operation 'invert_gripper' is not written like"),
+        ({"operations": [["relabel_from_state", "s"]]}, r"'relabel_from_state' reads 's', which `arrays` must name"),
     ],
 )
 def test_bad_specs(value, message):

@@ -67,7 +67,7 @@ def loader(tmp_path_factory: pytest.TempPathFactory) -> Loader:
     config["datasets"][1] |= {
         "name": "<b>bold</b>",
         "weight": 0.5,
-        "spec": {"robot": "WidowX <i>250</i>"},
+        "spec": {"robot": "WidowX <i>250</i>", "operations": [["clip_gripper", 0, 1]]},
     }
     config["prompt"]["length"] = 128
     config["drop"] = {"toy0": 0.75}

@@ -80,6 +80,11 @@ def relabel_from_state(episode: Episode, key: str, rotation: str = "euler") -> E
     drops the last step. Positions and Euler angles are subtracted (Bridge's rule); another rotation becomes the
     turn between both, seen from the robot's base."""
     pose, action = episode[key], episode["action"]
+    if pose.ndim != 2 or pose.shape[1] < 3 + ROTATIONS[rotation]:
+        numbers = 3 + ROTATIONS[rotation]
+        raise InputError(
+            f"'relabel_from_state' needs {numbers} numbers in {key!r}, which has the shape {pose.shape[1:]}"
+        )
     delta = np.diff(pose[:, :6], axis=0)
     if rotation != "euler":
         turned = read_rotation(pose[:, 3 : 3 + ROTATIONS[rotation]], rotation)
@@ -166,9 +171,10 @@ OPERATIONS: dict[str, Callable[..., Episode]] = {
 
 
 def apply_operations(episode: Episode, operations: tuple[tuple[Any, ...], ...]) -> Episode:
-    """The episode after `operations`, each (name, *arguments)."""
-    for name, *arguments in operations:
-        episode = OPERATIONS[name](episode, *arguments)
+    """The episode after `operations`, each (name, *arguments). Numbers may become infinite or NaN."""
+    with np.errstate(all="ignore"):
+        for name, *arguments in operations:
+            episode = OPERATIONS[name](episode, *arguments)
     return episode
 
 
@@ -195,18 +201,42 @@ def code_digest(operations: tuple[tuple[Any, ...], ...]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def check_operations(operations: tuple[tuple[Any, ...], ...]) -> None:
-    """Raises InputError for an operation that does not exist, or not with these arguments."""
-    for name, *arguments in operations:
+def check_operations(operations: tuple[tuple[Any, ...], ...], arrays: tuple[str, ...] = ()) -> None:
+    """Raises InputError for an operation that does not exist, that does not take these arguments, or that reads a key
+    other than those in `arrays`."""
+    for operation in operations:
+        if not isinstance(operation, tuple) or not operation:
+            raise InputError(f"the operation {operation!r} is not written like ('clip_gripper', 0, 1)")
+        name, *arguments = operation
         if name not in OPERATIONS:
             raise InputError(f"the operation {name!r} is unknown: known are {', '.join(sorted(OPERATIONS))}")
         signature = inspect.signature(OPERATIONS[name])
         try:
-            rotation = signature.bind({}, *arguments).arguments.get("rotation", "euler")
+            bound = signature.bind({}, *arguments).arguments
         except TypeError as error:
             raise InputError(f"the operation {name!r} takes {signature}: {error}") from error
-        if rotation not in ROTATIONS:
+        for key, value in bound.items():
+            _check_argument(name, signature.parameters[key], value)
+        if (rotation := bound.get("rotation", "euler")) not in ROTATIONS:
             raise InputError(f"the rotation {rotation!r} of {name!r} is unknown: known are {', '.join(ROTATIONS)}")
+        if (key := bound.get("key")) is not None and key not in arrays:
+            raise InputError(f"the operation {name!r} reads {key!r}, which `arrays` must name: it names {list(arrays)}")
+        if name == "gripper_range" and bound["closed"] == bound["opened"]:
+            raise InputError(f"'gripper_range' goes from {bound['closed']} to {bound['opened']}: they must differ")
+        if name == "clip_gripper" and bound["low"] >= bound["high"]:
+            raise InputError(f"'clip_gripper' goes from {bound['low']} to {bound['high']}: the first must be smaller")
+
+
+def _check_argument(name: str, parameter: inspect.Parameter, value: Any) -> None:
+    """Raises InputError where an argument of the operation `name` is none of the kind that its annotation says."""
+    kinds = {str: ("a text", str), int: ("a whole number", int), float: ("a finite number", (int, float, np.number))}
+    if parameter.annotation not in kinds:  # the episode
+        return
+    words, kind = kinds[parameter.annotation]
+    for one in value if parameter.kind is parameter.VAR_POSITIONAL else (value,):
+        is_finite = isinstance(one, str) or (isinstance(one, kind) and np.isfinite(one))
+        if not isinstance(one, kind) or isinstance(one, bool) or not is_finite:
+            raise InputError(f"the {parameter.name} of {name!r} is {one!r}; {words} is expected")
 
 
 def width_before(operations: tuple[tuple[Any, ...], ...], width: int) -> int:

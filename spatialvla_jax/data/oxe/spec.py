@@ -32,7 +32,9 @@ class DatasetSpec:
     # More outer cameras: each episode has one of all, the one that its actions hash to; with depth, which is that of
     # `image`, only `image`.
     other_images: tuple[str, ...] = ()
-    language: str = "language_instruction"  # text, or the bytes of one as numbers, ended by a zero
+    # Text, the label of a class, or the bytes of a text as numbers, ended by a zero. Of a list the first item, or the
+    # one at an index: "instructions[1]".
+    language: str = "language_instruction"
     instruction: str | None = None  # the same words for every episode, instead of `language`
     action: tuple[str | float, ...] = ("action",)
     operations: tuple[tuple[Any, ...], ...] = ()  # (name, *arguments) of oxe/operations.py
@@ -69,6 +71,14 @@ def split_column(column: str) -> tuple[str, slice]:
     if single:
         return key, slice(int(single), int(single) + 1 or None)
     return key, slice(int(first) if first else None, int(last) if last else None)
+
+
+def split_language(language: str) -> tuple[str, int | None]:
+    """The key in `DatasetSpec.language`, and the index behind it, if there is one. Raises InputError."""
+    match = re.fullmatch(r"([^\[\]]+)(?:\[(-?\d+)\])?", language)
+    if not match:
+        raise InputError(f"the language {language!r} is not written like 'key' or 'key[1]'")
+    return match[1], None if match[2] is None else int(match[2])
 
 
 def action_keys(spec: DatasetSpec) -> list[str]:
@@ -115,7 +125,10 @@ def make_spec(value: Any, catalogue: Mapping[str, DatasetSpec], name: str) -> Da
     spec = DatasetSpec(**fields)
     try:
         action_keys(spec)
-        check_operations(spec.operations)
+        split_language(spec.language)
+        if broken := [column for column in spec.action if not isinstance(column, str) and not np.isfinite(column)]:
+            raise InputError(f"the action's constant {broken[0]} is not a finite number")
+        check_operations(spec.operations, spec.arrays)
     except InputError as error:
         raise InputError(f"The spec of dataset {name!r} is wrong: {error}") from error
     return spec
