@@ -46,7 +46,8 @@ def add_lerobot(commands: Commands) -> None:
 
 
 def run_lerobot(args: argparse.Namespace) -> None:
-    from spatialvla_jax.data.importers.lerobot import JPEG_QUALITY, convert_lerobot
+    from spatialvla_jax.data.importers.lerobot import convert_lerobot
+    from spatialvla_jax.data.importers.lerobot_tables import JPEG_QUALITY
     from spatialvla_jax.utils.progress import progress_bar
 
     with progress_bar("convert", "episode") as progress:
