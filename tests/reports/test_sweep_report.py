@@ -172,7 +172,7 @@ def test_the_error_of_a_mean_over_combinations_is_that_by_seeds(monkeypatch, tmp
     figures = []
     monkeypatch.setattr(sweep, "save", lambda figure, *_: figures.append(figure))
     errors = {"a": [[1.0, 2.0, 3.0], [11.0, 12.0, 13.0]], "b": [[1.0], [2.0, 3.0]]}
-    sweep.effects(tmp_path, {"axis": errors}, {})
+    sweep.effects(tmp_path, {"axis": errors}, {"mean action": 5.0, "last action held": 6.0})
     three, single = figures[0].axes[0].containers
     (bar,) = three.lines[2][0].get_segments()
     np.testing.assert_allclose(bar[:, 1], 7 + np.array([-1, 1]) * np.sqrt(2 * (1 / 3)) / 2)
