@@ -113,15 +113,17 @@ def siglip_from_published(data: dict[str, Any]) -> SiglipConfig:
 
 def gemma2_from_published(data: dict[str, Any]) -> Gemma2Config:
     fields = _ours(GEMMA2_DEFAULTS | (data.get("rope_parameters") or {}) | data, GEMMA2)
-    return Gemma2Config(**fields | {name: float(fields[name]) for name in ("query_pre_attn_scalar", "rope_base")})
+    fields |= {name: float(fields[name]) for name in ("query_pre_attn_scalar", "rope_base")}
+    return Gemma2Config(**fields)
 
 
 def zoedepth_from_published(data: dict[str, Any]) -> ZoeDepthConfig:
     beit, fields = data["backbone_config"], _ours(data, ZOEDEPTH)
+    fields["neck_widths"] = tuple(fields["neck_widths"])
     return ZoeDepthConfig(
         backbone=BeitConfig(**_ours(beit, VISION), num_taps=len(beit["out_features"])),
         num_bins=max(domain["n_bins"] for domain in data["bin_configurations"]),
-        **fields | {"neck_widths": tuple(fields["neck_widths"])},
+        **fields,
     )
 
 

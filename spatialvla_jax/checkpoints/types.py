@@ -56,12 +56,11 @@ class LazyArray:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """`arrays` maps "img/embedding/kernel" and so on; `ignored` counts stored tensors left out on request."""
+    """`arrays` maps "img/embedding/kernel" and so on."""
 
     config: SpatialVLAConfig
     arrays: dict[str, LazyArray]
     processor: Processor | None
-    ignored: int = 0
 
     @classmethod
     def of(cls, config: SpatialVLAConfig, params: Mapping[str, Any], processor: Processor | None) -> "Checkpoint":

@@ -138,9 +138,6 @@ class Policy:
         """`act` of this module, jitted, on this policy's weights and grid."""
         return self._act(self.weights, self._grid, inputs)
 
-    def reset(self) -> None:
-        """Forget the episode: nothing to do, since a chunk depends on its observation alone."""
-
     def statistics(self, key: Any) -> dict[str, Any]:
         known = self.processor.statistics
         if key is None and len(known) == 1:

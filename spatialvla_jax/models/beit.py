@@ -15,6 +15,7 @@ from spatialvla_jax.errors import InputError
 from spatialvla_jax.models.activation_sharding import constrain_batch
 from spatialvla_jax.models.attention import encoder_attention
 from spatialvla_jax.models.patches import multiply_patches
+from spatialvla_jax.models.remat import scan_layers
 from spatialvla_jax.models.resize import resize_bilinear
 
 Grid = tuple[int, int]
@@ -145,7 +146,7 @@ class BeitStage(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], _) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
-        layers = _scan(BeitLayer, self.config.depth // self.config.num_taps, self.unroll)
+        layers = scan_layers(BeitLayer, self.config.depth // self.config.num_taps, self.unroll)
         x, _ = layers(self.config, self.grid, self.dtype, name="layers")(x, None)
         return x, x
 
@@ -179,11 +180,6 @@ class Beit(nn.Module):
         tokens = H * W + 1
         x = jnp.concatenate([jnp.broadcast_to(cls, (B, 1, D)), rearrange(x, "B H W D -> B (H W) D")], axis=1)
         x = jnp.pad(x, ((0, 0), (0, -tokens % TOKENS), (0, 0)))
-        stages = _scan(BeitStage, cfg.num_taps, self.unroll)
+        stages = scan_layers(BeitStage, cfg.num_taps, self.unroll)
         _, taps = stages(cfg, (H, W), self.dtype, self.unroll, name="stages")(x, None)
         return taps[:, :, :tokens]
-
-
-def _scan(block: type[nn.Module], length: int, unroll: bool):
-    steps = length if unroll else 1
-    return nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=length, unroll=steps)

@@ -5,6 +5,7 @@ embedding table.
 """
 
 from dataclasses import dataclass
+from math import prod
 
 import flax.linen as nn
 import jax
@@ -13,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from spatialvla_jax.models.activation_sharding import constrain_batch
 from spatialvla_jax.models.attention import Angles, attend, rotary, rotary_angles
-from spatialvla_jax.models.remat import rematerialise
+from spatialvla_jax.models.remat import rematerialise, scan_layers
 
 
 @dataclass(frozen=True)
@@ -132,14 +133,9 @@ class Gemma2(nn.Module):
     def setup(self) -> None:
         cfg = self.config
         self.embedder = Embedder(cfg, self.dtype)
-        self.layers = nn.scan(
-            rematerialise(Block, self.remat, self.unroll),
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
-            length=cfg.depth,
-            unroll=cfg.depth if self.unroll else 1,
-        )(cfg, self.dtype)
+        block = rematerialise(Block, self.remat, self.unroll)
+        in_axes = (0, nn.broadcast, nn.broadcast)
+        self.layers = scan_layers(block, cfg.depth, self.unroll, in_axes)(cfg, self.dtype)
         self.final_norm = RMSNorm()
         self.lm_head = self.param("lm_head", nn.initializers.normal(cfg.width**-0.5), (cfg.vocab_size, cfg.width))
 
@@ -196,9 +192,7 @@ def fan_in_init(in_axes: tuple[int, ...]) -> nn.initializers.Initializer:
     """Truncated normal with variance 1 / fan-in, the fan-in being the product of `in_axes`."""
 
     def init(key, shape, dtype=jnp.float32):
-        fan_in = 1
-        for axis in in_axes:
-            fan_in *= shape[axis]
+        fan_in = prod(shape[axis] for axis in in_axes)
         return nn.initializers.truncated_normal(fan_in**-0.5)(key, shape, dtype)
 
     return init

@@ -31,11 +31,6 @@ def resize_bilinear(x: Float[Array, "B H W *C"], size: Size, align_corners: bool
     return _separable(x, size, _bilinear if align_corners else _bilinear_half_pixel)
 
 
-def resize_area(x: Float[Array, "B H W *C"], size: Size) -> Float[Array, "B H2 W2 *C"]:
-    """Mean over the input pixels that each output pixel touches (adaptive average pooling)."""
-    return _separable(x, size, _area)
-
-
 def _separable(x, size: Size, weights):
     if x.shape[1:3] == size:
         return x
@@ -105,14 +100,6 @@ def _linear(n: int, position: np.ndarray) -> np.ndarray:
     floor = np.floor(position)
     t = position - floor
     return _from_taps(n, floor.astype(int), [1 - t, t])
-
-
-@cache
-def _area(n: int, m: int) -> np.ndarray:
-    start = np.arange(m) * n // m
-    stop = -(-np.arange(1, m + 1) * n // m)
-    inside = (np.arange(n) >= start[:, None]) & (np.arange(n) < stop[:, None])
-    return (inside / (stop - start)[:, None]).astype(np.float32)
 
 
 def resize_observation(image: Any, depth: Any, intrinsics: Any, *, size: int) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from spatialvla_jax.models.activation_sharding import constrain_batch
 from spatialvla_jax.models.attention import encoder_attention
 from spatialvla_jax.models.patches import multiply_patches
-from spatialvla_jax.models.remat import rematerialise
+from spatialvla_jax.models.remat import rematerialise, scan_layers
 
 
 @dataclass(frozen=True)
@@ -76,15 +76,9 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
-        block = nn.scan(
-            rematerialise(EncoderBlock, self.remat, self.unroll),
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
-            length=self.config.depth,
-            unroll=self.config.depth if self.unroll else 1,
-        )
-        x, _ = block(self.config, self.dtype, name="encoderblock")(x, None)
+        block = rematerialise(EncoderBlock, self.remat, self.unroll)
+        layers = scan_layers(block, self.config.depth, self.unroll)
+        x, _ = layers(self.config, self.dtype, name="encoderblock")(x, None)
         return nn.LayerNorm(dtype=self.dtype, name="encoder_norm")(x)
 
 

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.models.beit import Beit, BeitConfig, gelu
 from spatialvla_jax.models.patches import multiply_patches
+from spatialvla_jax.models.remat import scan_layers
 from spatialvla_jax.models.resize import reflect_pad, resize_bicubic, resize_bilinear
 
 DOMAINS = ("nyu", "kitti")
@@ -249,7 +250,9 @@ def log_binomial(
     shape: Float[Array, "B H W 4"], num_bins: int, min_temperature: float, max_temperature: float
 ) -> Float[Array, "B H W bins"]:
     """Softmax over log-binomial scores (ZoeDepth, equation 3); two raw channels give the mode, two the temperature."""
-    mode, temperature = (pair[..., :1] / jnp.sum(pair, -1, keepdims=True) for pair in _pairs(nn.softplus(shape) + 1e-4))
+    mode, temperature = (
+        pair[..., :1] / jnp.sum(pair, -1, keepdims=True) for pair in jnp.split(nn.softplus(shape) + 1e-4, 2, axis=-1)
+    )
     temperature = min_temperature + (max_temperature - min_temperature) * temperature
     # log of the binomial coefficient by Stirling's formula, with the eps of the release
     k, eps = np.arange(num_bins, dtype=np.float32), np.float32(1e-7)
@@ -271,12 +274,7 @@ class DomainClassifier(nn.Module):
         x = _conv(cfg.classifier_width, 1, jnp.float32, "embedding")(bottleneck)
         x = jnp.pad(rearrange(x, "B h w C -> B (h w) C"), ((0, 0), (1, 0), (0, 0)))  # a zero class token
         x = x + _sinusoids(x.shape[1], cfg.classifier_width)
-        layers = nn.scan(
-            ClassifierLayer,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            length=cfg.classifier_depth,
-        )
+        layers = scan_layers(ClassifierLayer, cfg.classifier_depth)
         x, _ = layers(cfg.classifier_heads, cfg.classifier_mlp_dim, name="layers")(x, None)
         x = nn.relu(nn.Dense(cfg.classifier_width, name="hidden")(x[:, 0]))
         return nn.Dense(len(DOMAINS), name="logits")(x)
@@ -318,10 +316,6 @@ def _conv(features: int, kernel: int, dtype: jnp.dtype, name: str, strides: int 
 
 def _double(x: Float[Array, "B h w C"]) -> Float[Array, "B H W C"]:
     return resize_bilinear(x, (2 * x.shape[1], 2 * x.shape[2]))
-
-
-def _pairs(x: Float[Array, "*S 4"]) -> tuple[Float[Array, "*S 2"], Float[Array, "*S 2"]]:
-    return x[..., :2], x[..., 2:]
 
 
 def _sinusoids(length: int, width: int) -> np.ndarray:

@@ -142,14 +142,8 @@ def cast_split(params: dict[str, Any], dtype: Any) -> dict[str, Any]:
     return unflatten_dict({k: cast(k, v) for k, v in flat.items()}, sep="/")
 
 
-def param_shardings(params: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
-    """The same tree with a NamedSharding for every array (or ShapeDtypeStruct)."""
-    flat: dict[str, Any] = flatten_dict(params, sep="/")
-    return unflatten_dict({k: NamedSharding(mesh, spec_of(k, v.shape, mesh)) for k, v in flat.items()}, sep="/")
-
-
 def like_params(tree: Any, params: dict[str, Any], mesh: Mesh) -> Any:
-    """Shardings for a tree with copies of the parameter tree in it, as optimizer states are; the rest is replicated."""
+    """Shardings for a tree that is, or holds copies of, the parameter tree, as a state does; the rest is replicated."""
     flat = flatten_dict(params, sep="/")
 
     def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:

@@ -109,7 +109,7 @@ def jit_eval_step(setup: TrainSetup, shardings: TrainState) -> Jitted:
     assert setup.mesh is not None
     batch, replicated = NamedSharding(setup.mesh, BATCH), NamedSharding(setup.mesh, P())
     return jax.jit(
-        on_mesh(make_eval_step(setup.model, setup.num_datasets, setup.lora_scale), setup.mesh),
+        on_mesh(make_eval_step(setup), setup.mesh),
         in_shardings=(shardings.params, batch, replicated),
         out_shardings=replicated,
     )
@@ -125,17 +125,18 @@ def jit_update_norms(setup: TrainSetup, shardings: TrainState) -> Jitted:
     return jax.jit(norms, in_shardings=(shardings,), out_shardings=NamedSharding(setup.mesh, P()))
 
 
-def make_eval_step(model: SpatialVLA, num_datasets: int = 0, lora_scale: float = 0.0):
+def make_eval_step(setup: TrainSetup):
     """→ `step(params, batch, grid) -> (metric sums over the batch's valid examples, their number)`."""
+    model = setup.model
 
     def step(params: dict[str, Any], batch: Batch, grid: ActionTokenizer):
         inputs = prepare(batch, None, None)
         assert inputs.valid is not None, "the batch is not of an epoch"
-        params = cast_split(merge_adapters(params, lora_scale, model.config.dtype), model.config.dtype)
+        params = cast_split(merge_adapters(params, setup.lora_scale, model.config.dtype), model.config.dtype)
         _, metrics = loss_and_metrics(model, params, inputs, grid)
         sums = {k: jnp.where(inputs.valid, v, 0).sum() for k, v in metrics.items()}
         dataset_id = jnp.where(inputs.valid, inputs.dataset_id, -1)
-        return sums | by_dataset(metrics, dataset_id, num_datasets), inputs.valid.sum()
+        return sums | by_dataset(metrics, dataset_id, setup.num_datasets), inputs.valid.sum()
 
     return step
 

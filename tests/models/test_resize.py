@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spatialvla_jax.models.resize import reflect_pad, resize_area, resize_bicubic, resize_bilinear
+from spatialvla_jax.models.resize import reflect_pad, resize_bicubic, resize_bilinear
 
 METHODS = {
     "bicubic": (resize_bicubic, {"mode": "bicubic", "align_corners": True}),
@@ -18,7 +18,6 @@ METHODS = {
         lambda x, size: resize_bilinear(x, size, align_corners=False),
         {"mode": "bilinear", "align_corners": False},
     ),
-    "area": (resize_area, {"mode": "area"}),
 }
 SIDE = st.integers(1, 40)
 
