@@ -116,16 +116,16 @@ def load_sweep(path: str | Path, overrides: Mapping[str, str] | None = None, onl
         chosen = dict(zip(axes, names, strict=True))
         changes = [(axis, key, value) for axis, name in chosen.items() for key, value in axes[axis][name].items()]
         label = "_".join(f"{_slug(axis.rsplit('.')[-1])}-{_slug(name)}" for axis, name in chosen.items())
-        named = {seed: f"{label}_seed-{seed}".lstrip("_") for seed in seeds}
+        named = [(seed, f"{label}_seed-{seed}".lstrip("_")) for seed in seeds]
         try:
             config = _changed(base, changes)
             _check(config, {key for _, key, _ in changes})
-            if any(fnmatchcase(name, only) for name in named.values()):
+            if any(fnmatchcase(name, only) for _, name in named):
                 _check_files(config)
         except InputError as error:
             raise InputError(f"{path}: trial {label or 'of the base'}: {error}") from None
         values = config.to_dict()
-        trials += [Trial(name, chosen, seed, ConfigDict(values | {"seed": seed})) for seed, name in named.items()]
+        trials += [Trial(name, chosen, seed, ConfigDict(values | {"seed": seed})) for seed, name in named]
     trials.sort(key=lambda trial: seeds.index(trial.seed))
     _check_distinct(path, trials)
     keep = bool(given.get("keep_checkpoints", True))
