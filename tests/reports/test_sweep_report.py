@@ -3,10 +3,12 @@
 import csv
 import json
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from spatialvla_jax.actions import fit_gaussians, gaussian_grid, linear_grid, uniform_grid
 from spatialvla_jax.actions.io import save_grid
@@ -169,11 +171,11 @@ def test_a_sweep_of_seeds_alone(workdir: Path, tmp_path: Path) -> None:
 
 def test_the_error_of_a_mean_over_combinations_is_that_by_seeds(monkeypatch, tmp_path: Path) -> None:
     """Of two combinations far from each other, each of three seeds; none is drawn where one has a single seed."""
-    figures = []
-    monkeypatch.setattr(sweep, "save", lambda figure, *_: figures.append(figure))
+    figure = Figure()
+    monkeypatch.setattr(sweep, "drawing", lambda *_, **__: nullcontext(figure))
     errors = {"a": [[1.0, 2.0, 3.0], [11.0, 12.0, 13.0]], "b": [[1.0], [2.0, 3.0]]}
     sweep.effects(tmp_path, {"axis": errors}, {"mean action": 5.0, "last action held": 6.0})
-    three, single = figures[0].axes[0].containers
+    three, single = figure.axes[0].containers
     (bar,) = three.lines[2][0].get_segments()
     np.testing.assert_allclose(bar[:, 1], 7 + np.array([-1, 1]) * np.sqrt(2 * (1 / 3)) / 2)
     assert three.lines[0].get_ydata() == 7 and three.has_yerr and not single.has_yerr
