@@ -44,7 +44,7 @@ def address():
                 connection.send("observation 'prompt' makes no sense")
             else:
                 doubled = observation["image"].astype(np.float32) * 2
-                connection.send(msgpack_numpy.packb({"actions": doubled, "timing": {"ms": np.float64(1.5)}}))
+                connection.send(msgpack_numpy.packb({"actions": doubled, "timing": {"ms": np.float32(1.5)}}))
 
     with serve(talk, "127.0.0.1", 0) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
