@@ -40,19 +40,6 @@ def edit_weights(directory, edit):
     save_file(tensors, directory / "model.safetensors")
 
 
-def test_published_directory_comes_back_byte_for_byte(golden, tmp_path):
-    """All 380 tensors, and the fields of the config that say what the model is."""
-    read = read_huggingface(golden)
-    assert read.config.depth_source == "zoedepth"
-    write_huggingface(tmp_path / "out", read)
-    before, after = load_file(golden / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
-    assert after.keys() == before.keys() and len(after) == 380
-    for key, tensor in after.items():
-        assert tensor.dtype == before[key].dtype and tensor.shape == before[key].shape
-        assert tensor.tobytes() == before[key].tobytes(), key
-    assert equal(read_huggingface(tmp_path / "out"), read)
-
-
 def test_what_we_write_we_read_back(checkpoint, directory):
     assert equal(read_huggingface(directory), checkpoint)
 

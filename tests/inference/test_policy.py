@@ -12,7 +12,6 @@ from spatialvla_jax.actions.normalization import unnormalize
 from spatialvla_jax.config import load_config
 from spatialvla_jax.data import open_data
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.export.convert import convert
 
 
 @pytest.fixture(scope="module")
@@ -109,14 +108,6 @@ def test_many_observations_get_what_each_gets_alone(policy: Policy) -> None:
         alone = policy.infer(one)
         np.testing.assert_array_equal(together["action_ids"], alone["action_ids"])
         np.testing.assert_allclose(together["actions"], alone["actions"], rtol=1e-6, atol=1e-7)
-
-
-def test_an_export_acts_the_same(policy: Policy, trained: Path, observation: dict, tmp_path: Path) -> None:
-    convert(trained, tmp_path / "export", to="pytorch")
-    out = Policy.load(tmp_path / "export").infer(observation)
-    expected = policy.infer(observation)
-    np.testing.assert_array_equal(out["action_ids"], expected["action_ids"])
-    np.testing.assert_array_equal(out["actions"], expected["actions"])
 
 
 @pytest.mark.parametrize(

@@ -13,16 +13,16 @@ from spatialvla_jax.utils.distributed import join
 
 STEPS = 16
 ARGUMENTS = (f"--config.train.steps={STEPS}", f"--config.train.eval_every={STEPS}", "--config.checkpoint.every=1000")
-OTHER_MESH = ("--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2")
+OTHER_MESH = ("--config.mesh.fsdp=2", "--config.mesh.tensor=2")
 
 
 def start(server: Server, config: Path, workdir: Path, processes: int, *arguments: str, limit: int = 0) -> list[Run]:
-    """A run on eight devices, perhaps with a limit on the size of the files that the last process writes."""
+    """A run on four devices, perhaps with a limit on the size of the files that the last process writes."""
     common = (*ARGUMENTS, *arguments)
     if processes == 1:
-        return [server.train(config, workdir, *common, devices=8, file_limit=limit)]
+        return [server.train(config, workdir, *common, devices=4, file_limit=limit)]
     common += ("--coordinator", f"localhost:{free_port()}", "--num-processes", str(processes), "--process-id")
-    limits, devices = [0] * (processes - 1) + [limit], 8 // processes
+    limits, devices = [0] * (processes - 1) + [limit], 4 // processes
     return [
         server.train(config, workdir, *common, str(n), devices=devices, file_limit=limits[n]) for n in range(processes)
     ]
