@@ -45,7 +45,7 @@ def encoder_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S N H"],
     v: Float[Array, "B S N H"],
-    bias: Float[Array, "B N T S"] | None = None,
+    bias: Float[Array, "#B N T S"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """Attention of the vision models: every position sees all, scale H^-0.5, softmax in float32.
 

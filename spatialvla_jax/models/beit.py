@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from spatialvla_jax.errors import InputError
@@ -96,7 +97,7 @@ def _bias_rows(grid: Grid, padding: int) -> np.ndarray:
 class BeitAttention(nn.Module):
     config: BeitConfig
     grid: Grid
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
@@ -120,7 +121,7 @@ class BeitAttention(nn.Module):
 class BeitLayer(nn.Module):
     config: BeitConfig
     grid: Grid
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], _=None) -> tuple[Float[Array, "B T D"], None]:
@@ -141,7 +142,7 @@ class BeitStage(nn.Module):
 
     config: BeitConfig
     grid: Grid
-    dtype: jnp.dtype
+    dtype: DTypeLike
     unroll: bool
 
     @nn.compact
@@ -156,7 +157,7 @@ class Beit(nn.Module):
     `gemma2.Gemma2`."""
 
     config: BeitConfig
-    dtype: jnp.dtype
+    dtype: DTypeLike
     unroll: bool = False
 
     @nn.compact

@@ -10,6 +10,7 @@ from math import prod
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from spatialvla_jax.models.activation_sharding import constrain_batch
@@ -53,7 +54,7 @@ class Einsum(nn.Module):
 
     shape: tuple[int, ...]
     fan_in_axes: tuple[int, ...]
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, equation: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -63,7 +64,7 @@ class Einsum(nn.Module):
 
 class Attention(nn.Module):
     config: Gemma2Config
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(
@@ -83,7 +84,7 @@ class Attention(nn.Module):
 
 class FeedForward(nn.Module):
     config: Gemma2Config
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
@@ -95,7 +96,7 @@ class FeedForward(nn.Module):
 
 class Block(nn.Module):
     config: Gemma2Config
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x, is_local, angles, masks):
@@ -110,7 +111,7 @@ class Block(nn.Module):
 
 class Embedder(nn.Module):
     config: Gemma2Config
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
@@ -126,7 +127,7 @@ class Gemma2(nn.Module):
     """
 
     config: Gemma2Config
-    dtype: jnp.dtype
+    dtype: DTypeLike
     remat: str = "none"
     unroll: bool = False
 

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 Size = tuple[int, ...]  # (height, width)
 
 
-def reflect_pad(x: Float[Array, "B H W *C"], pad: int) -> Float[Array, "B H+2*pad W+2*pad *C"]:
+def reflect_pad(x: Float[Array, "B H W *C"], pad: int) -> Float[Array, "B H+2*{pad} W+2*{pad} *C"]:
     """Mirror `pad` (< H, W) pixels around every side; the edge pixel itself is not repeated."""
     return jnp.pad(x, ((0, 0), (pad, pad), (pad, pad)) + ((0, 0),) * (x.ndim - 3), mode="reflect")
 

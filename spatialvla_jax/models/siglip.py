@@ -6,8 +6,8 @@ Parameter names and layouts are big_vision's (`models/vit.py` with `scan=True`),
 from dataclasses import dataclass
 
 import flax.linen as nn
-import jax.numpy as jnp
 from einops import rearrange
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from spatialvla_jax.models.activation_sharding import constrain_batch
@@ -39,7 +39,7 @@ class SiglipConfig:
 
 class MlpBlock(nn.Module):
     mlp_dim: int
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
@@ -55,7 +55,7 @@ def _attention(q, k, v, **unused):
 
 class EncoderBlock(nn.Module):
     config: SiglipConfig
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Float[Array, "B P D"], _) -> tuple[Float[Array, "B P D"], None]:
@@ -70,7 +70,7 @@ class EncoderBlock(nn.Module):
 
 class Encoder(nn.Module):
     config: SiglipConfig
-    dtype: jnp.dtype
+    dtype: DTypeLike
     remat: str
     unroll: bool
 
@@ -90,7 +90,7 @@ class Siglip(nn.Module):
 
     config: SiglipConfig
     head_width: int
-    dtype: jnp.dtype
+    dtype: DTypeLike
     remat: str = "none"
     unroll: bool = False
 

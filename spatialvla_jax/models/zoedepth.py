@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from spatialvla_jax.errors import InputError
@@ -79,11 +80,12 @@ class ZoeDepth(nn.Module):
     """Normalised image → metric depth. Runs in `dtype`; routing, bin centres, attractors and softmax in float32."""
 
     config: ZoeDepthConfig
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B H W"]:
-        """`images` lie in [-1, 1]; depth is f32 in metres. H and W are multiples of twice the patch size."""
+    def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B _ _"]:
+        """`images` lie in [-1, 1], H and W are multiples of twice the patch size. Depth is f32 in metres, 16 × 16 pixels
+        a patch: at the released patch size as large as the image."""
         cfg = self.config
         grid = (images.shape[1] // cfg.backbone.patch_size, images.shape[2] // cfg.backbone.patch_size)
         taps = Beit(cfg.backbone, self.dtype, cfg.unroll, name="backbone")(images)
@@ -96,7 +98,7 @@ class Neck(nn.Module):
     """DPT's reassemble and fusion stages (Ranftl et al. 2021): tokens → feature maps, coarse to fine."""
 
     config: ZoeDepthConfig
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(
@@ -119,7 +121,7 @@ class Reassemble(nn.Module):
 
     config: ZoeDepthConfig
     index: int
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, tokens: Float[Array, "B T D"], grid: tuple[int, int]) -> Float[Array, "B h w C"]:
@@ -140,7 +142,7 @@ class Fusion(nn.Module):
     """Adds a finer map to what was fused so far, refines it and doubles its resolution."""
 
     width: int
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Float[Array, "B h w C"], fused: Float[Array, "B h2 w2 C"] | None) -> Float[Array, "B H W C"]:
@@ -155,7 +157,7 @@ class Fusion(nn.Module):
 
 class Residual(nn.Module):
     width: int
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B h w C"]:
@@ -167,7 +169,7 @@ class RelativeHead(nn.Module):
     """MiDaS's relative depth head; the metric head reads its last features only."""
 
     config: ZoeDepthConfig
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Float[Array, "B h w C"]) -> tuple[Float[Array, "B H W R"], Float[Array, "B H W"]]:
@@ -184,7 +186,7 @@ class MetricHead(nn.Module):
     """
 
     config: ZoeDepthConfig
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(
@@ -219,14 +221,14 @@ class DomainHead(nn.Module):
     """The weights of one domain: coarse bin centres, moved towards attractors at every level."""
 
     config: ZoeDepthConfig
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(
         self,
         bottleneck: Float[Array, "B h w C"],
         levels: Sequence[Float[Array, "B _ _ E"]],
-        pixels: Float[Array, "B H W R+E"],
+        pixels: Float[Array, "B H W _"],
     ) -> tuple[Float[Array, "B h8 w8 bins"], Float[Array, "B H W 4"]]:
         """Returns f32 (bin centres in metres at the finest level, the distribution's raw parameters at every pixel)."""
         cfg = self.config
@@ -300,7 +302,7 @@ class PixelMlp(nn.Module):
 
     hidden: int
     out: int
-    dtype: jnp.dtype
+    dtype: DTypeLike
     activation: Callable[[jax.Array], jax.Array] = nn.relu
 
     @nn.compact
@@ -309,7 +311,7 @@ class PixelMlp(nn.Module):
         return _conv(self.out, 1, self.dtype, "conv2")(x)
 
 
-def _conv(features: int, kernel: int, dtype: jnp.dtype, name: str, strides: int = 1, use_bias: bool = True) -> nn.Conv:
+def _conv(features: int, kernel: int, dtype: DTypeLike, name: str, strides: int = 1, use_bias: bool = True) -> nn.Conv:
     options: dict[str, Any] = {"conv_general_dilated": multiply_patches} if kernel == 1 else {"padding": kernel // 2}
     return nn.Conv(features, (kernel, kernel), strides, use_bias=use_bias, dtype=dtype, name=name, **options)
 

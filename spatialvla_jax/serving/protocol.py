@@ -29,7 +29,7 @@ class Limits:
 LIMITS = Limits()
 
 
-def pack(message: dict[str, Any]) -> bytes:
+def pack(message: dict) -> bytes:
     """msgpack, arrays as openpi's map {__ndarray__, data, dtype, shape}."""
 
     def encode(value: Any) -> Any:

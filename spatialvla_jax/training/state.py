@@ -8,7 +8,7 @@ import numpy as np
 import optax
 from flax import struct
 from flax.traverse_util import flatten_dict
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, Integer
 
 from spatialvla_jax.batch import example_inputs
 from spatialvla_jax.models import SpatialVLA
@@ -27,7 +27,7 @@ class TrainState:
     opt_state: optax.OptState
 
 
-def init_params(model: SpatialVLA, seed: Int[Array, ""] | int) -> Params:
+def init_params(model: SpatialVLA, seed: Integer[Array, ""] | int) -> Params:
     """Random parameters, float32."""
 
     def init(seed: Any) -> Any:

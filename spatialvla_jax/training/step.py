@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Integer
 
 from spatialvla_jax.actions import ActionTokenizer, decode, encode
 from spatialvla_jax.batch import Batch
@@ -54,7 +54,7 @@ def make_train_step(setup: TrainSetup) -> Callable[..., tuple[TrainState, Metric
     schedule = learning_rate(setup.adamw)
 
     def step(
-        state: TrainState, batch: Batch, grid: ActionTokenizer, seed: Int[Array, ""] | int
+        state: TrainState, batch: Batch, grid: ActionTokenizer, seed: Integer[Array, ""] | int
     ) -> tuple[TrainState, Metrics]:
         trainable, fixed = split_frozen(state.params, setup.frozen)
         key = jax.random.fold_in(jax.random.key(seed), state.step)

@@ -41,7 +41,7 @@ def test_matches_torch(method, source, target, seed):
     np.testing.assert_allclose(ours, torch_resize(x, target, **kwargs), atol=2e-5)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "default_backend", lambda: "gpu")
-        np.testing.assert_allclose(resize(x, target), ours, atol=2e-5)
+        np.testing.assert_allclose(resize(jnp.asarray(x), target), ours, atol=2e-5)
 
 
 @pytest.mark.parametrize(("method", "source", "target"), [("bicubic", 286, 384), ("bicubic", 384, 286)])

@@ -68,7 +68,7 @@ def asks(prompt: str) -> dict[str, Any]:
     return {"image": np.zeros((48, 64, 3), np.uint8), "prompt": prompt}
 
 
-class Stub:
+class Stub(Policy):
     """Answers with the prompt's number, and with `ids` where given; `slow` takes until `go`, `bad` fails whatever batch
     it is in."""
 
