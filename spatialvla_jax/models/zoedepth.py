@@ -84,8 +84,8 @@ class ZoeDepth(nn.Module):
 
     @nn.compact
     def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B _ _"]:
-        """`images` lie in [-1, 1]; H and W are multiples of twice the patch size. Depth is f32 in metres, 16 pixels along
-        each side of a patch: as large as the image at the released patch size."""
+        """`images` lie in [-1, 1]; H and W are multiples of twice the patch size. Depth is f32 in metres, 16 pixels
+        along each side of a patch: as large as the image at the released patch size."""
         cfg = self.config
         grid = (images.shape[1] // cfg.backbone.patch_size, images.shape[2] // cfg.backbone.patch_size)
         taps = Beit(cfg.backbone, self.dtype, cfg.unroll, name="backbone")(images)

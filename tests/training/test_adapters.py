@@ -76,7 +76,7 @@ def test_merged_it_acts_as_unmerged(adapted: Path, tmp_path: Path) -> None:
     step = jax.jit(make_eval_step(setup))
     loss, count = 0.0, 0
     for batch in open_data(config, processor.statistics, processor.tokenizer).epoch(8, "val"):
-        sums, n = step(params, batch, processor.grid)
+        sums, n = step(params, batch.replace(sample_id=None), processor.grid)
         loss, count = loss + float(sums["loss"]), count + int(n)
     assert loss / count == pytest.approx(read_metrics(adapted / "metrics.jsonl")[-1]["val/loss"], rel=1e-5)
     # Another step's checkpoint is another policy.
