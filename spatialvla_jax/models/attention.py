@@ -1,7 +1,8 @@
 """Attention and masks.
 
 Axis letters, used in every shape of this package: B batch, T query position, S key position, N heads, K key/value
-heads, H head dim, D width, F MLP width, L layers, V vocabulary, P patches of the image. Images are S×S.
+heads, H head dim, D width, F MLP width, L layers, V vocabulary, P patches of the image. Images are S×S; images of any
+size and maps of features are h×w, with C channels.
 """
 
 import jax

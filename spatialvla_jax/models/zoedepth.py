@@ -83,8 +83,8 @@ class ZoeDepth(nn.Module):
     dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B _ _"]:
-        """`images` lie in [-1, 1]; H and W are multiples of twice the patch size. Depth is f32 in metres, 16 pixels
+    def __call__(self, images: Float[Array, "B h w 3"]) -> Float[Array, "B _ _"]:
+        """`images` lie in [-1, 1]; h and w are multiples of twice the patch size. Depth is f32 in metres, 16 pixels
         along each side of a patch: as large as the image at the released patch size."""
         cfg = self.config
         grid = (images.shape[1] // cfg.backbone.patch_size, images.shape[2] // cfg.backbone.patch_size)
@@ -145,7 +145,7 @@ class Fusion(nn.Module):
     dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B h w C"], fused: Float[Array, "B h2 w2 C"] | None) -> Float[Array, "B H W C"]:
+    def __call__(self, x: Float[Array, "B h w C"], fused: Float[Array, "B h2 w2 C"] | None) -> Float[Array, "B _ _ C"]:
         lateral = Residual(self.width, self.dtype, name="residual1")
         if fused is not None:
             x = fused + lateral(resize_bilinear(x, fused.shape[1:3], align_corners=False))
@@ -172,7 +172,7 @@ class RelativeHead(nn.Module):
     dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B h w C"]) -> tuple[Float[Array, "B H W R"], Float[Array, "B H W"]]:
+    def __call__(self, x: Float[Array, "B h w C"]) -> tuple[Float[Array, "B 2*h 2*w R"], Float[Array, "B 2*h 2*w"]]:
         x = _double(_conv(self.config.fusion_width // 2, 3, self.dtype, "conv1")(x))
         features = nn.relu(_conv(self.config.relative_features, 3, self.dtype, "conv2")(x))
         return features, nn.relu(_conv(1, 1, self.dtype, "conv3")(features))[..., 0]
@@ -191,10 +191,10 @@ class MetricHead(nn.Module):
     @nn.compact
     def __call__(
         self,
-        features: Float[Array, "B H W R"],
+        features: Float[Array, "B h2 w2 R"],
         bottleneck: Float[Array, "B h w C"],
         pyramid: Sequence[Float[Array, "B _ _ C"]],
-    ) -> Float[Array, "B H W"]:
+    ) -> Float[Array, "B h2 w2"]:
         cfg = self.config
         bottleneck = _conv(cfg.bottleneck_width, 1, self.dtype, "bottleneck")(bottleneck)
         logits = DomainClassifier(cfg, name="classifier")(bottleneck)
@@ -228,8 +228,8 @@ class DomainHead(nn.Module):
         self,
         bottleneck: Float[Array, "B h w C"],
         levels: Sequence[Float[Array, "B _ _ E"]],
-        pixels: Float[Array, "B H W _"],
-    ) -> tuple[Float[Array, "B h8 w8 bins"], Float[Array, "B H W 4"]]:
+        pixels: Float[Array, "B h2 w2 _"],
+    ) -> tuple[Float[Array, "B h8 w8 bins"], Float[Array, "B h2 w2 4"]]:
         """Returns f32 (bin centres in metres at the finest level, the distribution's raw parameters at every pixel)."""
         cfg = self.config
         seed = PixelMlp(cfg.bin_embedding_dim // 2, cfg.num_bins, self.dtype, name="seed_bins")(bottleneck)
@@ -249,8 +249,8 @@ def attract(centers: Float[Array, "B h w bins"], points: Float[Array, "B h w A"]
 
 
 def log_binomial(
-    shape: Float[Array, "B H W 4"], num_bins: int, min_temperature: float, max_temperature: float
-) -> Float[Array, "B H W bins"]:
+    shape: Float[Array, "B h w 4"], num_bins: int, min_temperature: float, max_temperature: float
+) -> Float[Array, "B h w bins"]:
     """Softmax over log-binomial scores (ZoeDepth, equation 3); two raw channels give the mode, two the temperature."""
     mode, temperature = (
         pair[..., :1] / jnp.sum(pair, -1, keepdims=True) for pair in jnp.split(nn.softplus(shape) + 1e-4, 2, axis=-1)
@@ -316,7 +316,7 @@ def _conv(features: int, kernel: int, dtype: DTypeLike, name: str, strides: int 
     return nn.Conv(features, (kernel, kernel), strides, use_bias=use_bias, dtype=dtype, name=name, **options)
 
 
-def _double(x: Float[Array, "B h w C"]) -> Float[Array, "B H W C"]:
+def _double(x: Float[Array, "B h w C"]) -> Float[Array, "B 2*h 2*w C"]:
     return resize_bilinear(x, (2 * x.shape[1], 2 * x.shape[2]))
 
 
