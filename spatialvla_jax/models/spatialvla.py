@@ -23,6 +23,7 @@ from spatialvla_jax.models.zoedepth import ZoeDepth, ZoeDepthConfig, estimate_de
 from spatialvla_jax.utils.renames import MODEL_FIELDS
 
 PAD, EOS, BOS = 0, 1, 2
+Params = dict[str, Any]  # as Flax nests them: arrays, or what stands for them
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from flax.traverse_util import flatten_dict
 from jaxtyping import Array, Int, Integer
 
 from spatialvla_jax.batch import example_inputs
-from spatialvla_jax.models import SpatialVLA
+from spatialvla_jax.models import Params, SpatialVLA
 from spatialvla_jax.models.lora import ADAPTERS, init_adapters
-from spatialvla_jax.training.optimizer import Params, merge, split_frozen
+from spatialvla_jax.training.optimizer import merge, split_frozen
 from spatialvla_jax.training.setup import TrainSetup
 from spatialvla_jax.training.sharding import like_params
 

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int, Integer
+from jaxtyping import Array, Float, Int, Integer, PRNGKeyArray
 
 from spatialvla_jax.actions import ActionTokenizer, decode, encode
 from spatialvla_jax.batch import Batch
-from spatialvla_jax.models import SpatialVLA
+from spatialvla_jax.models import Params, SpatialVLA
 from spatialvla_jax.models.lora import merge_adapters
 from spatialvla_jax.models.spatialvla import EOS
 from spatialvla_jax.training.augment import Augmentation, augment
@@ -60,7 +60,7 @@ def make_train_step(setup: TrainSetup) -> Callable[..., tuple[TrainState, Metric
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         inputs = prepare(batch, key, setup.augmentation)
 
-        def loss_fn(trainable: Any, inputs: Batch) -> tuple[Float[Array, ""], Metrics]:
+        def loss_fn(trainable: Params, inputs: Batch) -> tuple[Float[Array, ""], Metrics]:
             params = merge_adapters(merge(trainable, fixed), setup.lora_scale, model.config.dtype)
             params = cast_split(params, model.config.dtype)
             loss, metrics = loss_and_metrics(model, params, inputs, grid)
@@ -151,7 +151,7 @@ def make_eval_step(setup: TrainSetup):
     """→ `step(params, batch, grid) -> (metric sums over the batch's valid examples, their number)`."""
     model = setup.model
 
-    def step(params: dict[str, Any], batch: Batch, grid: ActionTokenizer):
+    def step(params: Params, batch: Batch, grid: ActionTokenizer):
         inputs = prepare(batch, None, None)
         assert inputs.valid is not None, "the batch is not of an epoch"
         params = cast_split(merge_adapters(params, setup.lora_scale, model.config.dtype), model.config.dtype)
@@ -163,10 +163,11 @@ def make_eval_step(setup: TrainSetup):
     return step
 
 
-def prepare(batch: Batch, key: Any, augmentation: Augmentation | None) -> Batch:
+def prepare(batch: Batch, key: PRNGKeyArray | None, augmentation: Augmentation | None) -> Batch:
     """uint8 images → [0, 1], augmented when asked."""
     image, depth, intrinsics = batch.image.astype(jnp.float32) / 255, batch.depth, batch.intrinsics
     if augmentation is not None:
+        assert key is not None, "augmentation draws from a key"
         image, depth, intrinsics = augment(key, image, depth, intrinsics, augmentation)
     return batch.replace(image=image, depth=depth, intrinsics=intrinsics)
 
@@ -183,7 +184,7 @@ def by_dataset(
 
 
 def loss_and_metrics(
-    model: SpatialVLA, params: dict[str, Any], inputs: Batch, grid: ActionTokenizer
+    model: SpatialVLA, params: Params, inputs: Batch, grid: ActionTokenizer
 ) -> tuple[Float[Array, " B"], dict[str, Float[Array, " B"]]]:
     """Cross-entropy on the action tokens and `<eos>` (13 of a 4-step chunk), averaged per example; teacher-forced.
 

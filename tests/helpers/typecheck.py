@@ -3,6 +3,7 @@
 import functools
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import jax
@@ -36,7 +37,9 @@ def check(function: Callable) -> Callable:
                 return function(*args, **kwargs)
             moved = [jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf for leaf in leaves]
             rest, kwargs = structure.unflatten(moved)
-            return checked(*args[:first], *rest, **kwargs)
+            with suppress(BeartypeCallHintViolation):
+                return checked(*args[:first], *rest, **kwargs)
+            raise
 
     return call
 
