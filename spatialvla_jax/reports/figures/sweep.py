@@ -58,7 +58,7 @@ def learning_curves(path: Pathlike, groups: Mapping[str, Mapping[str, Sequence[S
 
 
 def dimension_errors(
-    path: Pathlike, groups: Mapping[str, Sequence[Sequence[Any]]], baselines: Mapping[str, Sequence[float]]
+    path: Pathlike, groups: Mapping[str, Sequence[Sequence[Any]]], baselines: Mapping[str, Sequence[float] | np.ndarray]
 ) -> None:
     """Bars of L1 per dimension (x … gripper) for each value of an axis, {value: [combination][seed] of an error each}:
     the mean and its standard error; `baselines`, likewise, as marks over the bars."""
@@ -78,7 +78,7 @@ def dimension_errors(
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 
 
-def feature_maps(path: Pathlike, panels: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]]) -> None:
+def feature_maps(path: Pathlike, panels: Mapping[str, Sequence[np.ndarray]]) -> None:
     """Spatial features over directions, as in the paper's Fig. 8: {title: (theta edges [n+1], phi edges [m+1], features
     [n, m, D])}. The first three principal components of all panels' features together are red, green and blue."""
     features = np.concatenate([f.reshape(-1, f.shape[-1]) for _, _, f in panels.values()]).astype(np.float64)
@@ -104,7 +104,7 @@ def _colours(values: Any) -> list[str]:
     return [SERIES[i % len(SERIES)] for i in range(len(values))]
 
 
-def _mean_error(combinations: Sequence[Any]) -> tuple[np.ndarray, np.ndarray | None]:
+def _mean_error(combinations: Sequence[Any]) -> tuple[np.ndarray | np.float64, np.ndarray | np.float64 | None]:
     """Mean over combinations of axes' values, each [seeds, ...], and its standard error by seeds alone: combinations
     are chosen, not drawn. None where one has a single seed."""
     parts = [np.asarray(values, np.float64) for values in combinations]
