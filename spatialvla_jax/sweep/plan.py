@@ -36,13 +36,13 @@ from spatialvla_jax.checkpoints.paligemma import is_paligemma
 from spatialvla_jax.checkpoints.regrid import adapt_checkpoint
 from spatialvla_jax.config import (
     call_function,
-    check_keys,
     check_post_training,
+    completed,
     default_config,
     find_config,
     flatten,
     load_config,
-    set_key,
+    set_keys,
 )
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.models.lora import adapter_shapes
@@ -134,13 +134,10 @@ def load_sweep(path: str | Path, overrides: Mapping[str, str] | None = None, onl
 
 def _base(path: Path, base: Any, overrides: Mapping[str, str]) -> ConfigDict:
     if isinstance(base, str):
-        return load_config(base, dict(overrides))
+        return load_config(base, overrides)
     if not isinstance(base, ConfigDict):
         raise InputError(f"base of {path} must be a config file or a config, got {type(base).__name__}")
-    check_keys(base.to_dict(), default_config().to_dict())
-    for key, text in overrides.items():
-        set_key(base, key, text)
-    return base
+    return completed(base, overrides)
 
 
 def _values(path: Path, axis: str, values: Any) -> dict[str, dict[str, Any]]:
@@ -170,7 +167,7 @@ def _changed(base: ConfigDict, changes: list[tuple[str, str, Any]]) -> ConfigDic
         if key in seen:
             raise InputError(f"axes {seen[key]!r} and {axis!r} both set {key}")
         seen[key] = axis
-        set_key(config, key, value if isinstance(value, str) else repr(value))
+        set_keys(config, {key: value})
     return config
 
 
