@@ -25,7 +25,7 @@ from spatialvla_jax.config import load_config
 from spatialvla_jax.data import open_data
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.evaluation import closed_loop
-from spatialvla_jax.reports.figures import grids
+from spatialvla_jax.reports.figures.style import BLUE, DARK, GREEN, ORANGE, drawing
 from spatialvla_jax.sim import libero_env as libero
 from spatialvla_jax.utils.progress import progress_bar
 
@@ -75,7 +75,34 @@ def report(out: Path, results: dict[str, dict]) -> None:
 
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     rows = {tokens(name): row | {"steps": row["steps"] or float("nan")} for name, row in results.items()}
-    grids.quantisation(out / "quantisation.png", rows)
+    draw(out / "quantisation.png", rows)
+
+
+def draw(path: Path, results: dict[str, dict]) -> None:
+    """Success of a policy whose actions go through grids, {name: {"success", "standard_error", "steps"}}, the names
+    numbers of tokens, and of others ("expert", "linear 256", …) as lines across; beside it the steps of a success."""
+    with drawing(path, 9.4, 3.4) as figure:
+        left, right = figure.subplots(1, 2)
+        grids = {int(name): row for name, row in results.items() if name.isdigit()}
+        sizes = sorted(grids)
+        rates = [100 * grids[size]["success"] for size in sizes]
+        errors = [100 * grids[size]["standard_error"] for size in sizes]
+        left.errorbar(sizes, rates, errors, color=BLUE, marker="o", markersize=5, capsize=3, label="action grid")
+        right.plot(sizes, [grids[size]["steps"] for size in sizes], color=BLUE, marker="o", markersize=5)
+        others = [name for name in results if not name.isdigit()]
+        for name, colour, line in zip(others, (ORANGE, GREEN, DARK), ("--", "-.", ":"), strict=False):
+            left.axhline(100 * results[name]["success"], color=colour, linestyle=line, linewidth=1.3, label=name)
+            if results[name]["steps"] is not None:  # there was a success
+                right.axhline(results[name]["steps"], color=colour, linestyle=line, linewidth=1.3)
+        for axes in (left, right):
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(sizes, [f"{size:,}" for size in sizes], rotation=40, ha="right")
+            axes.minorticks_off()
+            axes.set_xlabel("tokens")
+            axes.grid()
+        left.set(title="The expert's success through tokens", ylabel="success (%)", ylim=(0, 103))
+        right.set(title="Steps that a success takes", ylabel="steps")
+        left.legend(loc="lower right")
 
 
 def main() -> None:

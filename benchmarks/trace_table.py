@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import jax
+import numpy as np
 
 # First match wins, on the name of the operation: jit(step)/…/llm/layers/attn/….
 PARTS = (
@@ -35,6 +36,21 @@ def first_match(table: tuple[tuple[str, str], ...], name: str, other: str) -> st
     return next((label for label, pattern in table if re.search(pattern, name, re.IGNORECASE)), other)
 
 
+def hidden_by(spans: list[tuple[float, float]], others: list[tuple[float, float]]) -> list[float]:
+    """How much of each span lies within the union of `others`, in their unit."""
+    starts, stops = [], []
+    for start, stop in sorted(others):
+        if stops and start <= stops[-1]:
+            stops[-1] = max(stops[-1], stop)
+        else:
+            starts.append(start)
+            stops.append(stop)
+    edges = np.array([x for pair in zip(starts, stops, strict=True) for x in pair] or [0.0])
+    covered = np.concatenate([[0.0], np.cumsum(np.diff(edges) * (np.arange(len(edges) - 1) % 2 == 0))])
+    at = lambda x: np.interp(x, edges, covered)  # noqa: E731
+    return [float(at(stop) - at(start)) for start, stop in spans]
+
+
 def trace(run: Callable[[], Any], steps: int, hlo: str) -> tuple[str, dict[str, float]]:
     """Trace `steps` calls of `run`; → (a table to print, milliseconds a step by part). `hlo` is the compiled text."""
     names = dict(re.findall(r"%?([\w.\-]+) = .*?metadata=\{.*?op_name=\"([^\"]*)\"", hlo))
@@ -45,9 +61,10 @@ def trace(run: Callable[[], Any], steps: int, hlo: str) -> tuple[str, dict[str, 
             jax.block_until_ready(out)
         (file,) = Path(folder).rglob("*.xplane.pb")
         data = jax.profiler.ProfileData.from_file(str(file))
-        spans, total = [], defaultdict(float)
+        spans, computing, total = [], [], defaultdict(float)
         slowest: dict[tuple[str, str], float] = defaultdict(float)
         kernels: dict[str, list[float]] = defaultdict(list)
+        collectives: list[tuple[str, str, float, float]] = []
         for plane in data.planes:
             if not plane.name.startswith("/device:GPU:0"):
                 continue
@@ -59,10 +76,16 @@ def trace(run: Callable[[], Any], steps: int, hlo: str) -> tuple[str, dict[str, 
                     op = str(stats.get("hlo_op", ""))
                     path = names.get(op) or str(stats.get("tf_op", "")) or op
                     part = first_match(PARTS, path, "other")
-                    total[part, first_match(KINDS, f"{event.name} {op}", "elementwise")] += event.duration_ns
+                    kind = first_match(KINDS, f"{event.name} {op}", "elementwise")
+                    total[part, kind] += event.duration_ns
                     slowest[op or event.name, path] += event.duration_ns
                     kernels[re.sub(r"[._]\d+$", "", event.name)].append(event.duration_ns)
-                    spans.append((event.start_ns, event.start_ns + event.duration_ns))
+                    span = (event.start_ns, event.start_ns + event.duration_ns)
+                    spans.append(span)
+                    if kind == "collective":
+                        collectives.append((op or event.name, path, *span))
+                    else:
+                        computing.append(span)
     busy, end = 0.0, 0.0
     for start, stop in sorted(spans):
         busy += max(0.0, stop - max(start, end))
@@ -83,4 +106,16 @@ def trace(run: Callable[[], Any], steps: int, hlo: str) -> tuple[str, dict[str, 
     rows.append("kernels of one name: ms a step, how many, microseconds each")
     for name, each in sorted(kernels.items(), key=lambda x: -sum(x[1]))[:30]:
         rows.append(f"{sum(each) * ms:8.2f} {len(each) / steps:8.0f} {1e-3 * sum(each) / len(each):8.1f}  {name[:110]}")
+    if collectives:
+        hidden = hidden_by([(start, stop) for *_, start, stop in collectives], computing)
+        by_op: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
+        for (op, path, start, stop), under in zip(collectives, hidden, strict=True):
+            for i, value in enumerate((1, stop - start, stop - start - under)):
+                by_op[op, path][i] += value
+        parts |= {"collectives": sum(x[1] for x in by_op.values()) * ms}
+        parts |= {"exposed": sum(x[2] for x in by_op.values()) * ms}
+        rows.append(f"collectives: {parts['collectives']:.1f} ms a step, of which {parts['exposed']:.1f} are exposed")
+        rows.append(f"{'ms a step':>9} {'exposed':>8} {'how many':>9}")
+        for (op, path), (number, total_ns, exposed) in sorted(by_op.items(), key=lambda x: -x[1][2])[:30]:
+            rows.append(f"{total_ns * ms:9.2f} {exposed * ms:8.2f} {number / steps:9.0f}  {op[:40]:40}  {path[-100:]}")
     return "\n".join(rows), {part: round(value, 2) for part, value in parts.items()}

@@ -1,9 +1,11 @@
 """The jitted training step on random batches: samples a second, memory.
 
-    python benchmarks/train_step.py [--preset tiny] [--batch-size 32] [--repeats 5] [--steps 20] [--lora 32] [--trace]
+    python benchmarks/train_step.py [--preset tiny] [--batch-size 32] [--devices 1,2] [--repeats 5] [--trace]
 
 Everything the training loop jits is in it: augmentation, encoding, forward, backward, clipping, AdamW. Prints the
-environment, then each repeat and the median; ends with one line of JSON. Compilation and the first steps don't count.
+environment, then each repeat and the median; ends with a line of JSON for each number of devices. Compilation and the
+first steps don't count. With several numbers of devices, each takes the same batch a device and shards the state over
+all of its devices (FSDP); efficiency is samples a second a device over those of the first number.
 
 The floor of a step is its model FLOPs (`training.flops.model_flops`: forward, and backward to what is trained) at the
 peak of the devices, MFU that floor in parts of the step; the state's bytes are those that its shardings predict for a
@@ -67,10 +69,11 @@ def on_first_device(tree: Any) -> int:
     return sum(s.data.nbytes for x in jax.tree.leaves(tree) for s in x.addressable_shards if s.device == device)
 
 
-def main() -> None:
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="tiny")
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, default=32, help="examples a device (default: %(default)s)")
+    parser.add_argument("--devices", help="numbers of devices to compare, such as 1,2,4 (default: all)")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, default=20, help="a repeat")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the computation; by default the preset's")
@@ -83,11 +86,10 @@ def main() -> None:
     )
     parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="adapters on frozen weights")
     parser.add_argument("--trace", action="store_true", help="also print where the time goes, from a profiler trace")
-    args = parser.parse_args()
+    return parser.parse_args()
 
-    device = jax.devices()[0]
-    print(f"Python {platform.python_version()}, JAX {jax.__version__}, {jax.device_count()} × {device.device_kind}")
-    grid = gaussian_grid(PRETRAIN_GAUSSIANS)
+
+def setup_on(devices: int, args: argparse.Namespace) -> TrainSetup:
     config = default_config()
     default = preset(args.preset)
     config.model.update(
@@ -97,12 +99,18 @@ def main() -> None:
         remat=args.remat,
         unroll=args.unroll,
     )
-    config.train.batch_size, config.lora.rank = args.batch_size, args.lora
+    config.train.batch_size, config.lora.rank = args.batch_size * devices, args.lora
     config.data.prompt.length = args.prompt_length or config.data.prompt.length
     config.optimizer.mu_dtype = args.mu_dtype
-    mesh = make_mesh({"fsdp": -1})
-    setup = make_setup(config, grid, mesh)
-    model = setup.model
+    mesh = make_mesh({"fsdp": -1}, jax.devices()[:devices])
+    return make_setup(config, gaussian_grid(PRETRAIN_GAUSSIANS), mesh)
+
+
+def measure(devices: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Compile and time the step on the first `devices` devices; → the record that is printed."""
+    grid, setup = gaussian_grid(PRETRAIN_GAUSSIANS), setup_on(devices, args)
+    model, batch_size = setup.model, setup.batch_size
+    print(f"\n{devices} device{'s' * (devices > 1)}, batch {batch_size}")
     state, shardings = init_state(setup, start_from(setup))
     params = sum(x.size for x in jax.tree.leaves(state.params))
     shapes, _ = abstract_state(setup)
@@ -114,7 +122,7 @@ def main() -> None:
     for name, size in holds.items():
         print(f"{name}: {size / 1e9:.3f} GB on a device, {predicted[name] / 1e9:.3f} GB predicted")
     seed = np.uint32(0)
-    batch = jax.device_put(random_batch(model.config, args.batch_size, grid.action_dim), NamedSharding(mesh, BATCH))
+    batch = jax.device_put(random_batch(model.config, batch_size, grid.action_dim), NamedSharding(setup.mesh, BATCH))
     began = time.perf_counter()
     compiled = jit_train_step(setup, shardings).lower(state, batch, grid, seed).compile()
     compile_seconds = time.perf_counter() - began
@@ -129,17 +137,15 @@ def main() -> None:
             state, metrics = compiled(state, batch, grid, seed)
         jax.block_until_ready(metrics)
         seconds.append((time.perf_counter() - began) / args.steps)
-        print(f"repeat {repeat + 1}: {1e3 * seconds[-1]:.2f} ms a step, {args.batch_size / seconds[-1]:.1f} samples/s")
+        print(f"repeat {repeat + 1}: {1e3 * seconds[-1]:.2f} ms a step, {batch_size / seconds[-1]:.1f} samples/s")
     median = statistics.median(seconds)
     flops = model_flops(setup, grid)
     achieved: dict[str, Any] = {"model_flops_per_sample": flops}
     print(f"{flops:.4g} model FLOPs a sample")
     if rate := peak():  # unknown of CPUs
-        floor = flops * args.batch_size / (jax.device_count() * rate)
+        floor = flops * batch_size / (devices * rate)
         achieved |= {"mfu": round(floor / median, 4), "floor_ms": round(1e3 * floor, 3)}
         print(f"floor of a step {1e3 * floor:.2f} ms at {rate / 1e12:.0f} TFLOP/s a device, MFU {floor / median:.1%}")
-    memory = device.memory_stats() or {}
-    traced = {}
     if args.trace:
 
         def run() -> Any:
@@ -147,35 +153,51 @@ def main() -> None:
             state, metrics = compiled(state, batch, grid, seed)
             return metrics
 
-        text, traced = trace(run, 3, compiled.as_text())
+        text, achieved["trace_ms"] = trace(run, 3, compiled.as_text())
         print(text)
-    print(
-        json.dumps(
-            {
-                "device": device.device_kind,
-                "devices": jax.device_count(),
-                "preset": args.preset,
-                "dtype": model.config.dtype,
-                "params": params,
-                "lora": args.lora,
-                "batch_size": args.batch_size,
-                "step_ms": round(1e3 * median, 3),
-                "step_ms_range": [round(1e3 * min(seconds), 3), round(1e3 * max(seconds), 3)],
-                "samples_per_second": round(args.batch_size / median, 1),
-                "compile_seconds": round(compile_seconds, 1),
-                "peak_memory_gb": round(memory.get("peak_bytes_in_use", 0) / 1e9, 2),
-                "state_bytes_per_device": {"predicted": predicted, "held": holds},
-                "loss": round(float(metrics["loss"]), 4),
-                "remat": args.remat,
-                "unroll": args.unroll,
-                "prompt_length": model.config.prompt_length,
-                "mu_dtype": args.mu_dtype,
-                "depth_source": model.config.depth_source,
-            }
-            | achieved
-            | ({"trace_ms": traced} if traced else {})
-        )
-    )
+    memory = compiled.memory_analysis()
+    held_at_once = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    return {
+        "device": jax.devices()[0].device_kind,
+        "devices": devices,
+        "preset": args.preset,
+        "dtype": model.config.dtype,
+        "params": params,
+        "lora": args.lora,
+        "batch_size": batch_size,
+        "step_ms": round(1e3 * median, 3),
+        "step_ms_range": [round(1e3 * min(seconds), 3), round(1e3 * max(seconds), 3)],
+        "samples_per_second": round(batch_size / median, 1),
+        "compile_seconds": round(compile_seconds, 1),
+        "memory_gb": round(held_at_once / 1e9, 2),  # of a device, as the compiler plans it
+        "state_bytes_per_device": {"predicted": predicted, "held": holds},
+        "loss": round(float(metrics["loss"]), 4),
+        "remat": args.remat,
+        "unroll": args.unroll,
+        "prompt_length": model.config.prompt_length,
+        "mu_dtype": args.mu_dtype,
+        "depth_source": model.config.depth_source,
+    } | achieved
+
+
+def main() -> None:
+    args = parse()
+    kind = jax.devices()[0].device_kind
+    print(f"Python {platform.python_version()}, JAX {jax.__version__}, {jax.device_count()} × {kind}")
+    counts = [int(n) for n in args.devices.split(",")] if args.devices else [jax.device_count()]
+    records = [measure(count, args) for count in counts]
+    if len(records) > 1:
+        print("\ndevices  batch  ms a step  samples/s  efficiency  compile s  memory GB")
+        per_device = records[0]["samples_per_second"] / counts[0]
+        for record in records:
+            record["efficiency"] = round(record["samples_per_second"] / record["devices"] / per_device, 4)
+            print(
+                f"{record['devices']:7} {record['batch_size']:6} {record['step_ms']:10.1f} "
+                f"{record['samples_per_second']:10.1f} {record['efficiency']:11.1%} {record['compile_seconds']:10.1f} "
+                f"{record['memory_gb']:10.1f}"
+            )
+    for record in records:
+        print(json.dumps(record))
 
 
 if __name__ == "__main__":

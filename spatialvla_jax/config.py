@@ -1,9 +1,11 @@
 """Configs: plain ml_collections trees from a file with `get_config()`, overridden from the command line and checked."""
 
 import ast
+import contextlib
 import difflib
 import importlib.util
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -122,18 +124,22 @@ def default_config() -> ConfigDict:
     )
 
 
-def load_config(path: str | Path, overrides: dict[str, str] | None = None) -> ConfigDict:
-    """`get_config()` of a Python file with `{"train.steps": "100", …}` applied, checked against `default_config()`. The
-    file is given as for `find_config`.
+def load_config(path: str | Path, overrides: Mapping[str, str] | None = None) -> ConfigDict:
+    """`get_config()` of a Python file with `{"train.steps": "100", …}` applied, over `default_config()`. The file is
+    given as for `find_config`.
 
     Raises InputError for a missing file, a key that does not exist or a value of another type.
     """
-    config = ConfigDict(renamed(call_function(find_config(path), "get_config").to_dict(), CONFIG_KEYS))
-    check_keys(config.to_dict(), default_config().to_dict())
-    for key, text in (overrides or {}).items():
-        set_key(config, CONFIG_KEYS.get(key, key), text)
+    return completed(call_function(find_config(path), "get_config"), overrides or {})
+
+
+def completed(given: ConfigDict, overrides: Mapping[str, str]) -> ConfigDict:
+    """`default_config()` with the keys of `given`, under their old or new names, then those of the command line."""
+    config = default_config()
+    set_keys(config, flatten(renamed(given.to_dict(), CONFIG_KEYS)))
+    set_keys(config, {CONFIG_KEYS.get(key, key): text for key, text in overrides.items()})
     for key in ("init", "init_zoedepth"):
-        if config[key] and isinstance(config[key], str):
+        if config[key]:
             config[key] = str(local_path(config[key], f"config key {key}"))
     return config
 
@@ -184,47 +190,31 @@ def train_config_of(run: Path) -> ConfigDict:
     raise InputError(f"{run} is not in a training run's directory, so --config must name the data")
 
 
-def check_keys(config: dict[str, Any], default: dict[str, Any], prefix: str = "") -> None:
-    """Raises InputError for a key that `default` lacks, naming the nearest one. An empty dict takes any."""
-    for key, value in config.items():
-        if key not in default:
-            near = difflib.get_close_matches(key, default, n=1)
-            hint = f"; did you mean {prefix}{near[0]}?" if near else f"; there are {', '.join(default)}"
-            raise InputError(f"config key {prefix}{key} does not exist{hint}")
-        if isinstance(default[key], dict) and default[key]:
-            check_keys(value, default[key], f"{prefix}{key}.")
+def set_keys(config: ConfigDict, changes: Mapping[str, Any]) -> None:
+    """Set dotted keys, each in the type that it has; a text may stand for a value of that type, as on the command line.
+
+    Raises InputError for a key that does not exist, naming the nearest one, and for a value of another type.
+    """
+    known = flatten(default_config().to_dict())
+    for key in changes:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+            raise InputError(f"config key {key} does not exist; {hint}")
+    config.update_from_flattened_dict({key: parse_as(known[key], key, value) for key, value in changes.items()})
 
 
-def set_key(config: ConfigDict, key: str, text: str) -> None:
-    """Set a dotted key from the command line, in the type that it has."""
-    *parents, last = key.split(".")
-    node: Any = config
-    for depth, part in enumerate([*parents, last]):
-        if not isinstance(node, ConfigDict) or part not in node:
-            names = list(node) if isinstance(node, ConfigDict) else []
-            near = difflib.get_close_matches(part, names, n=1)
-            hint = f"; did you mean {'.'.join([*parents[:depth], near[0]])}?" if near else ""
-            raise InputError(f"config key {key} does not exist{hint}")
-        if depth < len(parents):
-            node = node[part]
-    node[last] = parse_as(node[last], key, text)
-
-
-def parse_as(current: Any, key: str, text: str) -> Any:
-    kind = type(current)
-    if kind is str:
-        return text
-    try:
-        value = {"true": True, "false": False}.get(text.lower())
-        value = ast.literal_eval(text) if value is None else value
-        if kind is float and type(value) is int:
-            value = float(value)
-        if kind is tuple and isinstance(value, list):
-            value = tuple(value)
-    except (ValueError, SyntaxError):
-        value = text
-    if type(value) is not kind:
-        raise InputError(f"config key {key} is {kind.__name__}, and {text!r} is not")
+def parse_as(current: Any, key: str, value: Any) -> Any:
+    kind, given = type(current), value
+    if isinstance(value, str) and kind is not str:
+        with contextlib.suppress(ValueError, SyntaxError):
+            value = ast.literal_eval({"true": "True", "false": "False"}.get(value.lower(), value))
+    if kind is float and type(value) is int:
+        value = float(value)
+    if kind is tuple and isinstance(value, list):
+        value = tuple(value)
+    if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
+        raise InputError(f"config key {key} is {kind.__name__}, and {given!r} is not")
     return value
 
 
@@ -256,7 +246,9 @@ def check_resumable(saved: dict[str, Any], config: ConfigDict, workdir: Path) ->
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{dotted key: value}; `data.drop` is one value, its keys are the user's."""
     flat: dict[str, Any] = {}
     for k, v in tree.items():
-        flat |= flatten(v, f"{prefix}{k}.") if isinstance(v, dict) else {f"{prefix}{k}": v}
+        nested = isinstance(v, dict) and f"{prefix}{k}" != "data.drop"
+        flat |= flatten(v, f"{prefix}{k}.") if nested else {f"{prefix}{k}": v}
     return flat

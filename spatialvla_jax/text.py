@@ -74,7 +74,7 @@ class Tokenizer:
             mask[row, : len(tokens) + 2] = True
         return ids, mask
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[int | np.integer]) -> str:
         """The text of token ids, without the special ones."""
         return self._processor.DecodeIds([int(i) for i in ids])
 

@@ -13,8 +13,13 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from helpers import typecheck  # noqa: F401  (the hook finds it by name)
 from helpers.toy_rlds import make_episodes, make_rlds
 from hypothesis import settings
+from jaxtyping import install_import_hook
+
+# Annotations are checked wherever a test calls the package's functions, shapes and dtypes included.
+install_import_hook("spatialvla_jax", "helpers.typecheck.check")
 
 # The first example compiles: a time limit for each would only measure that.
 settings.register_profile("compiling", deadline=None)

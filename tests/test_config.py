@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from spatialvla_jax.config import check_resumable, default_config, load_config, set_key
+from spatialvla_jax.config import check_resumable, default_config, load_config, set_keys
 from spatialvla_jax.errors import InputError
 
 
@@ -19,13 +19,13 @@ def test_overrides_keep_the_type() -> None:
         "grid.num_bins": "(8,16,4,8,8,8)",
         "data.prompt.template": "do {instruction}!",
     }.items():
-        set_key(config, key, text)
+        set_keys(config, {key: text})
     assert config.optimizer.learning_rate == 1.0 and type(config.optimizer.learning_rate) is float
     assert config.augment.enabled is False and config.grid.num_bins == (8, 16, 4, 8, 8, 8)
     assert config.data.prompt.template == "do {instruction}!"
     for key, text in {"seed": "1.5", "augment.enabled": "1", "grid.num_bins": "8", "train.steps.x": "1"}.items():
         with pytest.raises(InputError, match=key):
-            set_key(config, key, text)
+            set_keys(config, {key: text})
 
 
 def test_only_what_is_not_computed_may_change(tmp_path) -> None:
@@ -50,3 +50,20 @@ def test_paths_of_checkpoints(monkeypatch, tmp_path) -> None:
     assert (config.init, config.init_zoedepth) == (f"{tmp_path}/run", "zoedepth")
     with pytest.raises(InputError, match=r"config key init gs://bucket/run is no path of a file system"):
         load_config("demo", {"init": "gs://bucket/run"})
+
+
+def test_a_file_may_set_part_of_the_keys_and_no_others(tmp_path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from ml_collections import ConfigDict\ndef get_config():\n"
+        "    return ConfigDict({'train': {'steps': 7}, 'data': {'drop': {'droid': 0.5}}, 'optimizer': {'clip': 2}})\n"
+    )
+    config = load_config(path)
+    assert config.train.to_dict() == default_config().train.to_dict() | {"steps": 7}
+    assert config.data.drop.to_dict() == {"droid": 0.5} and config.optimizer.grad_clip_norm == 2.0
+    config.optimizer.clip = 3.0  # a sweep file may still use old names on a config that is loaded
+    path.write_text(path.read_text().replace("'clip'", "'grad_clip'"))
+    with pytest.raises(
+        InputError, match=r"optimizer\.grad_clip does not exist; did you mean optimizer\.grad_clip_norm"
+    ):
+        load_config(path)

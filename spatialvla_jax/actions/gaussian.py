@@ -57,7 +57,7 @@ def gaussian_grid(
     return _grid(
         [
             _quantiles(mu, max(sigma, min_sigma), *bounds, n)
-            for (mu, sigma), bounds, n in zip(stats, RANGES, num_bins, strict=True)
+            for (mu, sigma), bounds, n in zip(stats, RANGES, map(int, num_bins), strict=True)
         ]
     )
 
@@ -68,7 +68,7 @@ def uniform_grid(num_bins: Sequence[int] | np.ndarray = PRESET_BINS[8194]) -> Ac
     return _grid([np.linspace(*bounds, n + 1) for bounds, n in zip(RANGES, num_bins, strict=True)])
 
 
-def fit_gaussians(actions: Float[np.ndarray, "*B 7"]) -> Float[np.ndarray, "6 2"]:
+def fit_gaussians(actions: Float[np.ndarray, "*B A"]) -> Float[np.ndarray, "6 2"]:
     """Normalised actions → f64[6, 2], the maximum-likelihood (mu, sigma) of theta, phi, r, roll, pitch, yaw.
 
     Raises InputError for no actions, another width, or non-finite values.

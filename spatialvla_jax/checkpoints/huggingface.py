@@ -50,12 +50,11 @@ def read_huggingface(path: str | Path, ignore: Sequence[str] = ()) -> Checkpoint
     """
     path = Path(path)
     config = read_config(path / CONFIG)
-    stored = safetensors.open_directory(path)
-    kept = {key: tensor for key, tensor in stored.items() if not key.startswith(tuple(ignore))}
+    stored = safetensors.open_directory(path).items()
+    kept = {key: tensor for key, tensor in stored if not key.startswith(tuple(ignore))}
     if ZOE_PREFIX in ignore and config.depth_source == "zoedepth":
         config = replace(config, depth_source="dataset")
-    arrays = stacked_arrays(path, kept, param_shapes(config))
-    return Checkpoint(config, arrays, read_processor(path), ignored=len(stored) - len(kept))
+    return Checkpoint(config, stacked_arrays(path, kept, param_shapes(config)), read_processor(path))
 
 
 def open_zoedepth(path: Path) -> tuple[ZoeDepthConfig, dict[str, LazyArray]]:

@@ -33,6 +33,51 @@ AUTO_MODEL = {
 EXTRA = "spatialvla_jax"
 EXTRA_FIELDS = ("prompt_length", "action_chunk", "tokens_per_action", "depth_source", "mask", "dtype", "remat")
 
+# Fields of ours → published ones, read and written alike.
+ENCODER = {
+    "width": "hidden_size",
+    "depth": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "mlp_dim": "intermediate_size",
+}
+VISION = ENCODER | {"image_size": "image_size", "patch_size": "patch_size"}  # SigLIP's and BEiT's
+GEMMA2 = {
+    "vocab_size": "vocab_size",
+    **ENCODER,
+    "num_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "query_pre_attn_scalar": "query_pre_attn_scalar",
+    "sliding_window": "sliding_window",
+    "attn_softcap": "attn_logit_softcapping",
+    "final_softcap": "final_logit_softcapping",
+    "rope_base": "rope_theta",
+}
+ZOEDEPTH = {
+    "neck_widths": "neck_hidden_sizes",
+    "fusion_width": "fusion_hidden_size",
+    "relative_features": "num_relative_features",
+    "bottleneck_width": "bottleneck_features",
+    "bin_embedding_dim": "bin_embedding_dim",
+    "min_temperature": "min_temp",
+    "max_temperature": "max_temp",
+    "classifier_width": "patch_transformer_hidden_size",
+    "classifier_depth": "num_patch_transformer_layers",
+    "classifier_heads": "patch_transformer_num_attention_heads",
+    "classifier_mlp_dim": "patch_transformer_intermediate_size",
+}
+# What the release's files leave out: the defaults of transformers' configs, which are the published sizes.
+SIGLIP_DEFAULTS = {"image_size": 224, "patch_size": 16}
+GEMMA2_DEFAULTS = {
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
+    "rope_theta": 10_000.0,
+}
+
 
 def read_config(file: Path) -> SpatialVLAConfig:
     """Raises InputError for a file that is missing or describes no SpatialVLA."""
@@ -62,65 +107,32 @@ def config_from_published(data: dict[str, Any]) -> SpatialVLAConfig:
     return replace(base, **renamed(data.get(EXTRA, {}), MODEL_FIELDS))
 
 
-# What the release's files leave out has the defaults of transformers' configs, which are the published sizes.
-
-
 def siglip_from_published(data: dict[str, Any]) -> SiglipConfig:
-    return SiglipConfig(
-        image_size=data.get("image_size", 224),
-        patch_size=data.get("patch_size", 16),
-        width=data["hidden_size"],
-        depth=data["num_hidden_layers"],
-        num_heads=data["num_attention_heads"],
-        mlp_dim=data["intermediate_size"],
-    )
+    return SiglipConfig(**_ours(SIGLIP_DEFAULTS | data, VISION))
 
 
 def gemma2_from_published(data: dict[str, Any]) -> Gemma2Config:
-    rope = data.get("rope_parameters") or {}
-    return Gemma2Config(
-        vocab_size=data["vocab_size"],
-        width=data["hidden_size"],
-        depth=data["num_hidden_layers"],
-        mlp_dim=data["intermediate_size"],
-        num_heads=data.get("num_attention_heads", 8),
-        num_kv_heads=data.get("num_key_value_heads", 4),
-        head_dim=data.get("head_dim", 256),
-        query_pre_attn_scalar=float(data.get("query_pre_attn_scalar", 256)),
-        sliding_window=data.get("sliding_window", 4096),
-        attn_softcap=data.get("attn_logit_softcapping", 50.0),
-        final_softcap=data.get("final_logit_softcapping", 30.0),
-        rope_base=float(data.get("rope_theta", rope.get("rope_theta", 10_000.0))),
-    )
+    fields = _ours(GEMMA2_DEFAULTS | (data.get("rope_parameters") or {}) | data, GEMMA2)
+    fields |= {name: float(fields[name]) for name in ("query_pre_attn_scalar", "rope_base")}
+    return Gemma2Config(**fields)
 
 
 def zoedepth_from_published(data: dict[str, Any]) -> ZoeDepthConfig:
-    beit = data["backbone_config"]
-    bins = {domain["n_bins"] for domain in data["bin_configurations"]}
-    backbone = BeitConfig(
-        image_size=beit["image_size"],
-        patch_size=beit["patch_size"],
-        width=beit["hidden_size"],
-        depth=beit["num_hidden_layers"],
-        num_heads=beit["num_attention_heads"],
-        mlp_dim=beit["intermediate_size"],
-        num_taps=len(beit["out_features"]),
-    )
+    beit, fields = data["backbone_config"], _ours(data, ZOEDEPTH)
+    fields["neck_widths"] = tuple(fields["neck_widths"])
     return ZoeDepthConfig(
-        backbone=backbone,
-        neck_widths=tuple(data["neck_hidden_sizes"]),
-        fusion_width=data["fusion_hidden_size"],
-        relative_features=data["num_relative_features"],
-        bottleneck_width=data["bottleneck_features"],
-        bin_embedding_dim=data["bin_embedding_dim"],
-        num_bins=max(bins),
-        min_temperature=data["min_temp"],
-        max_temperature=data["max_temp"],
-        classifier_width=data["patch_transformer_hidden_size"],
-        classifier_depth=data["num_patch_transformer_layers"],
-        classifier_heads=data["patch_transformer_num_attention_heads"],
-        classifier_mlp_dim=data["patch_transformer_intermediate_size"],
+        backbone=BeitConfig(**_ours(beit, VISION), num_taps=len(beit["out_features"])),
+        num_bins=max(domain["n_bins"] for domain in data["bin_configurations"]),
+        **fields,
     )
+
+
+def _ours(data: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    return {ours: data[published] for ours, published in names.items()}
+
+
+def _published(config: Any, names: dict[str, str]) -> dict[str, Any]:
+    return {published: getattr(config, ours) for ours, published in names.items()}
 
 
 def _zoedepth_to_published(zoe: ZoeDepthConfig, weights: str) -> dict[str, Any]:
@@ -129,6 +141,7 @@ def _zoedepth_to_published(zoe: ZoeDepthConfig, weights: str) -> dict[str, Any]:
     return {
         "architectures": ["ZoeDepthForDepthEstimation"],
         "model_type": "zoedepth",
+        **_published(zoe, ZOEDEPTH),
         # The released code reads these two only in part; its weights have 16 attractors everywhere.
         "attractor_alpha": 1000,
         "num_attractors": [16, 8, 4, 1],
@@ -136,14 +149,9 @@ def _zoedepth_to_published(zoe: ZoeDepthConfig, weights: str) -> dict[str, Any]:
         "attractor_kind": "mean",
         "backbone_config": {
             "model_type": "beit",
-            "hidden_size": beit.width,
-            "image_size": beit.image_size,
-            "intermediate_size": beit.mlp_dim,
-            "num_attention_heads": beit.num_heads,
-            "num_hidden_layers": beit.depth,
+            **_published(beit, VISION),
             "out_features": [f"stage{i}" for i in taps],
             "out_indices": taps,
-            "patch_size": beit.patch_size,
             "reshape_hidden_states": False,
             "use_relative_position_bias": True,
         },
@@ -153,17 +161,7 @@ def _zoedepth_to_published(zoe: ZoeDepthConfig, weights: str) -> dict[str, Any]:
             {"name": name, "n_bins": zoe.num_bins, "min_depth": 0.001, "max_depth": depth}
             for name, depth in (("nyu", 10.0), ("kitti", 80.0))
         ],
-        "bin_embedding_dim": zoe.bin_embedding_dim,
-        "bottleneck_features": zoe.bottleneck_width,
-        "fusion_hidden_size": zoe.fusion_width,
-        "max_temp": zoe.max_temperature,
-        "min_temp": zoe.min_temperature,
         "neck_hidden_sizes": list(zoe.neck_widths),
-        "num_patch_transformer_layers": zoe.classifier_depth,
-        "num_relative_features": zoe.relative_features,
-        "patch_transformer_hidden_size": zoe.classifier_width,
-        "patch_transformer_intermediate_size": zoe.classifier_mlp_dim,
-        "patch_transformer_num_attention_heads": zoe.classifier_heads,
         "readout_type": "project",
         "reassemble_factors": [4, 2, 1, 0.5],
         "torch_dtype": weights,
@@ -171,7 +169,7 @@ def _zoedepth_to_published(zoe: ZoeDepthConfig, weights: str) -> dict[str, Any]:
 
 
 def config_to_published(config: SpatialVLAConfig, dtypes: set[np.dtype]) -> dict[str, Any]:
-    img, llm = config.img, config.llm
+    img, llm, scalar = config.img, config.llm, config.llm.query_pre_attn_scalar
     # The release names one dtype for all weights; a mixture is loaded at the widest.
     weights = "bfloat16" if dtypes == {np.dtype(ml_dtypes.bfloat16)} else "float32"
     return {
@@ -196,34 +194,19 @@ def config_to_published(config: SpatialVLAConfig, dtypes: set[np.dtype]) -> dict
         "text_config": {
             "architectures": ["Gemma2ForCausalLM"],
             "model_type": "gemma2",
-            "attn_logit_softcapping": llm.attn_softcap,
-            "final_logit_softcapping": llm.final_softcap,
-            "head_dim": llm.head_dim,
+            **_published(llm, GEMMA2),
             "hidden_act": "gelu_pytorch_tanh",
             "hidden_activation": "gelu_pytorch_tanh",
-            "hidden_size": llm.width,
-            "intermediate_size": llm.mlp_dim,
-            "num_attention_heads": llm.num_heads,
-            "num_hidden_layers": llm.depth,
             "num_image_tokens": img.num_tokens,
-            "num_key_value_heads": llm.num_kv_heads,
-            "query_pre_attn_scalar": _int_if_whole(llm.query_pre_attn_scalar),
-            "rope_theta": llm.rope_base,
-            "sliding_window": llm.sliding_window,
+            "query_pre_attn_scalar": int(scalar) if scalar == int(scalar) else scalar,
             "tie_word_embeddings": False,
             "torch_dtype": weights,
-            "vocab_size": llm.vocab_size,
         },
         "vision_config": {
             "model_type": "siglip_vision_model",
-            "hidden_size": img.width,
-            "image_size": img.image_size,
-            "intermediate_size": img.mlp_dim,
-            "num_attention_heads": img.num_heads,
-            "num_hidden_layers": img.depth,
+            **_published(img, VISION),
             "num_image_tokens": img.num_tokens,
             "num_positions": img.num_tokens,
-            "patch_size": img.patch_size,
             "projection_dim": llm.width,
             "torch_dtype": weights,
             "vision_use_head": False,
@@ -231,7 +214,3 @@ def config_to_published(config: SpatialVLAConfig, dtypes: set[np.dtype]) -> dict
         "vision_zoe_config": _zoedepth_to_published(config.zoe, weights),
         EXTRA: {name: getattr(config, name) for name in EXTRA_FIELDS},
     }
-
-
-def _int_if_whole(x: float) -> int | float:
-    return int(x) if x == int(x) else x

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 from spatialvla_jax.checkpoints.mapping import check_names, flatten, unflatten
 from spatialvla_jax.checkpoints.processor import Processor
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.models.spatialvla import SpatialVLAConfig
+from spatialvla_jax.models.spatialvla import Params, SpatialVLAConfig
 
 
 @dataclass(frozen=True)
@@ -56,19 +56,18 @@ class LazyArray:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """`arrays` maps "img/embedding/kernel" and so on; `ignored` counts stored tensors left out on request."""
+    """`arrays` maps "img/embedding/kernel" and so on."""
 
     config: SpatialVLAConfig
     arrays: dict[str, LazyArray]
     processor: Processor | None
-    ignored: int = 0
 
     @classmethod
     def of(cls, config: SpatialVLAConfig, params: Mapping[str, Any], processor: Processor | None) -> "Checkpoint":
         """From a nested tree of arrays."""
         return cls(config, {path: LazyArray.of(x) for path, x in flatten(params).items()}, processor)
 
-    def params(self) -> dict[str, Any]:
+    def params(self) -> Params:
         """All arrays in memory, as the nested tree that the model takes."""
         return unflatten({path: array.read() for path, array in self.arrays.items()})
 

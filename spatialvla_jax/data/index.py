@@ -58,7 +58,7 @@ class Faults:
     """What to do about bad data: `policy` "fail", or "skip" it, count it and go on up to `limit` times."""
 
     policy: str = "fail"
-    limit: int = 0
+    limit: float = 0  # whole, as is checked below
 
     def __post_init__(self) -> None:
         if self.policy not in ("fail", "skip") or not isinstance(self.limit, int) or self.limit < 0:
@@ -103,7 +103,7 @@ class Index:
     def num_episodes(self) -> int:
         return len(self.arrays["episode_end"])
 
-    def episode(self, frames: Any) -> np.ndarray:
+    def episode(self, frames: Any) -> np.ndarray | np.int64:
         """The episode i64[...] of each frame."""
         return np.searchsorted(self.arrays["episode_end"], frames, side="right")
 

@@ -130,7 +130,7 @@ def _block(counts: tuple[int, ...], seed: int, block: int) -> tuple[np.ndarray, 
 
 
 def permute(
-    positions: Int[np.ndarray, " B"], sizes: Int[np.ndarray, " B"] | int, keys: UInt64[np.ndarray, " B"] | np.uint64
+    positions: Int[np.ndarray, " B"], sizes: Int[np.ndarray, " B"] | int, keys: UInt64[np.ndarray, "#B"] | np.uint64
 ) -> Int[np.ndarray, " B"]:
     """Where `positions` < `sizes` go in the random order of range(size) that each key stands for: a bijection for every
     size and key, computed point by point without a table. `sizes` and `keys` broadcast against `positions`.
@@ -157,7 +157,7 @@ def permute(
 def permute_blocks(
     positions: Int[np.ndarray, " B"],
     sizes: Int[np.ndarray, " B"] | int,
-    keys: UInt64[np.ndarray, " B"] | np.uint64,
+    keys: UInt64[np.ndarray, "#B"] | np.uint64,
     block: int,
     windows: Int[np.ndarray, " B"] | int,
 ) -> Int[np.ndarray, " B"]:
@@ -178,7 +178,7 @@ def permute_blocks(
     return value
 
 
-def _key(*parts: Any) -> UInt64[np.ndarray, " B"]:
+def _key(*parts: Any) -> UInt64[np.ndarray, "_"]:
     """One number out of several, of which some may be arrays."""
     key = np.zeros(1, np.uint64)
     for part in parts:

@@ -19,7 +19,7 @@ from spatialvla_jax.text import train_tokenizer
 SPEC = "libero"  # the catalogue's entry for what `record` writes
 VOCABULARY = 256  # of the tokenizer, at most
 
-Known = tuple[str, str, Float[np.ndarray, "T A"]]  # of an episode: split, instruction, actions
+Known = tuple[str, str, Float[np.ndarray, "_ A"]]  # of an episode: split, instruction, actions
 
 
 def _index(known: Sequence[Known], instructions: Sequence[str], name: str, every: int) -> Index:

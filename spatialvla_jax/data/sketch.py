@@ -96,7 +96,7 @@ class Quantiles:
         evenly spaced, the bound is this times 2^-126."""
         return 2.0 ** (self.shift - 24) if self.shift else 0.0
 
-    def quantiles(self, q: Sequence[float]) -> Float[np.ndarray, " Q"]:
+    def quantiles(self, q: Sequence[float] | np.ndarray) -> Float[np.ndarray, " Q"]:
         """As np.quantile(values, q), f64: interpolated between the two nearest order statistics. The same bits while
         exact; otherwise each of the two is off by at most `relative_error` of itself."""
         ends = np.cumsum(self.counts)

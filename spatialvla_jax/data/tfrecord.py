@@ -10,7 +10,6 @@ Feature  {1: BytesList} | {2: FloatList} | {3: Int64List}, each list {1: value}*
 import os
 import struct
 from collections.abc import Iterator
-from pathlib import Path
 
 import google_crc32c
 import numpy as np
@@ -21,7 +20,7 @@ _HEADER, _FOOTER = struct.Struct("<QI"), struct.Struct("<I")
 RECORD_HEADER, RECORD_FOOTER = _HEADER.size, _FOOTER.size  # bytes around the data
 
 
-def read_records(path: Path, skip: int = 0) -> Iterator[tuple[int, bytes, bool]]:
+def read_records(path: os.PathLike[str], skip: int = 0) -> Iterator[tuple[int, bytes, bool]]:
     """The records of a file, without the first `skip`, each (offset of the data in the file, data, whether the data's
     checksum holds: `masked_crc` of the data, a u32 right behind it).
 

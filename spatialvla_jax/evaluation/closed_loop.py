@@ -1,8 +1,8 @@
 """Rollouts: environments in processes of their own, served in batches by one policy, until each episode has a result.
 
-What an episode becomes depends on its fields and the policy alone: the batches that the policy sees are always padded
-to the same size. An environment that crashes or hangs is recorded and started anew. Results are appended to a file, one
-line an episode, so that the same call goes on where it was stopped.
+An episode's result depends on its fields and the policy alone, because the policy's batches are always padded to one
+size. An environment that crashes or hangs is recorded and restarted. Results are appended to a file, one line an
+episode, so that the same call continues after an interruption.
 """
 
 import contextlib
@@ -53,13 +53,13 @@ class Environment(Protocol):
         ...
 
     def step(self, action: Float[np.ndarray, " A"], look: bool) -> tuple[dict[str, Any], bool]:
-        """The observation after the action, and whether the task is done, which ends the episode. Where `look` is
-        False nobody looks at the observation, which may be empty: rendering takes longer than physics."""
+        """The observation after the action, and whether the task is done, which ends the episode. The observation may
+        be empty where `look` is False: rendering takes longer than physics."""
         ...
 
 
-# Observations -> results with "actions" f32[T, A], as `Policy.infer_batch`. To the environment's keys come "prompt" and
-# "reset", true in an episode's first step; the second argument is the number of the worker that each one is of.
+# Observations -> results with "actions" f32[T, A], as `Policy.infer_batch`. Added to the environment's keys are
+# "prompt" and "reset", true in an episode's first step. The second argument is each observation's worker number.
 Infer = Callable[[list[dict[str, Any]], list[int]], list[dict[str, Any]]]
 
 
@@ -68,14 +68,14 @@ class Settings:
     """What a rollout depends on besides the policy and its episode. `max_steps` by suite."""
 
     max_steps: dict[str, int]
-    execute: str = "open_loop"  # see `ensemble.executor`
+    execute: str = "open_loop"  # see `action_chunking.executor`
     workers: int = 1
     timeout: float = 300.0  # seconds without an answer after which an environment hangs
-    film: bool = False  # every step's image is wanted
+    film: bool = False  # observe every step, not only those where a chunk is due
 
 
 class Rollout(NamedTuple):
-    """What became of an episode. `record` is plain data; `frames` are the images that the policy was given."""
+    """The result of an episode. `record` is plain data; `frames` are the images of its observations."""
 
     episode: Episode
     record: dict[str, Any]
@@ -85,10 +85,9 @@ class Rollout(NamedTuple):
 def rollouts(
     environment: Callable[[], Environment], infer: Infer, episodes: Sequence[Episode], settings: Settings
 ) -> Iterator[Rollout]:
-    """Runs the episodes and gives each one as it ends.
+    """Runs the episodes and yields each one as it ends.
 
-    `environment` is called in every worker process (spawned, so it must pickle) and asked for observations where a
-    chunk is due, or for every step where `film` is set. A record has "success", "steps",
+    `environment` is called in every worker process (spawned, so it must pickle). A record has "success", "steps",
     "instruction", "actions" (a checksum of all that were executed) and "faults": what went wrong with the environment
     and at which step; after `ATTEMPTS` of them the episode has failed. Raises the environment's InputError, and
     RuntimeError when faults are the rule.
@@ -163,8 +162,8 @@ class _Worker:
             self.connection.send(message)
 
     def listen(self) -> Rollout | None:
-        """Takes the environment's answer if there is one; gives the episode if that ends it. Then `observed` is whether
-        there is a new observation, `failed` whether something went wrong."""
+        """Reads the environment's answer if there is one; returns the episode if that ends it. Sets `observed` where
+        there is a new observation and `failed` where something went wrong."""
         self.observed = self.failed = False
         reason = ""
         if self.connection.poll():
@@ -257,9 +256,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Runs those of the episodes that `out` does not hold yet and returns the `summary` of all.
 
-    `out` gets settings.json, episodes.jsonl (one line an episode, on disk before the next one counts), result.json and
-    in videos/ up to `videos` successes and as many failures of every task. `policy` names what is evaluated: results of
-    another one, or of other settings, are not mixed with these, but an InputError. `progress(finished, successes)`.
+    `out` gets settings.json, episodes.jsonl (one line an episode, synced to disk), result.json and in videos/ up to
+    `videos` successes and as many failures of every task. `policy` names what is evaluated. Raises InputError where
+    `out` holds results of another policy or other settings. `progress(finished, successes)` is called meanwhile.
     """
     values = {"policy": policy, "execute": settings.execute, "max_steps": settings.max_steps}
     (out / "videos").mkdir(parents=True, exist_ok=True)
@@ -376,8 +375,8 @@ def table(result: dict[str, Any]) -> str:
 
 
 def padded(infer_batch: Callable[[list[dict]], list[dict]], size: int, **extra: Any) -> Infer:
-    """A policy in this process, called with `size` observations always: one compiled program, whose answer to an
-    observation is the same whatever else is in the batch. `extra` is added to each."""
+    """A policy in this process, always called with `size` observations: one compiled program, whose answer to an
+    observation does not depend on the rest of the batch. `extra` is added to each."""
 
     def infer(observations: list[dict], workers: list[int]) -> list[dict]:
         full = [{key: value for key, value in one.items() if key != "reset"} | extra for one in observations]
@@ -389,10 +388,10 @@ def padded(infer_batch: Callable[[list[dict]], list[dict]], size: int, **extra: 
 def served(
     address: str, token: str = "", *, keys: dict[str, str] | None = None, gripper_closes: bool = False, **extra: Any
 ) -> Infer:
-    """The policy at a server of openpi's protocol: one connection a worker, all at once.
+    """The policy at a server of openpi's protocol, asked over one connection a worker, in parallel.
 
-    `keys` are the observations' and what the server calls them, {"image": "observation/image", …}: these and the prompt
-    are sent, by default all but "state" as they are. `gripper_closes`: its gripper is LIBERO's own, -1 open and 1
+    `keys` maps the observations' keys to the server's, {"image": "observation/image", …}; these and the prompt are
+    sent, by default all but "state" unchanged. `gripper_closes`: the server's gripper is LIBERO's own, -1 open and 1
     closed. `extra` is added to each observation. Raises InputError for a key that the environment does not give.
     """
     clients: dict[int, Client] = {}

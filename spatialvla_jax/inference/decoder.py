@@ -28,7 +28,7 @@ class Quantized(NamedTuple):
 
 
 Matrix = Float[Array, "out in"] | Quantized
-Scale = tuple[Float[Array, "L D"], int]  # a norm's, as a row of a stack
+Scale = tuple[Float[Array, "_ D"], int]  # a norm's, as a row of a stack
 
 
 class Layer(NamedTuple):
@@ -65,7 +65,7 @@ def linear(x: Float[Array, "*B in"], matrix: Matrix, dtype: DTypeLike | None = N
     return y if scale is None else y * scale.astype(y.dtype)
 
 
-def gated(x: Float[Array, "*B in"], matrix: Matrix) -> Float[Array, "*B half"]:
+def gated(x: Float[Array, "*B in"], matrix: Matrix) -> Float[Array, "*B _"]:
     """GELU of the first half of x · matrixᵀ, times its second half."""
     values, scale = matrix if isinstance(matrix, Quantized) else (matrix, None)
     if kernels.can_multiply(x, values):

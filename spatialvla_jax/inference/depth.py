@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, UInt8
 
 from spatialvla_jax.checkpoints.types import LazyArray
+from spatialvla_jax.models import Params
 from spatialvla_jax.models.zoedepth import ZoeDepth, ZoeDepthConfig, estimate_depth
 
 
@@ -32,7 +33,7 @@ def depth_estimator(
     tree = jax.device_put(unflatten_dict(params, sep="/"), everywhere)
 
     @jax.jit
-    def depth_of(params: dict[str, Any], images: UInt8[Array, "B S S 3"]) -> Float[Array, "B S S"]:
+    def depth_of(params: Params, images: UInt8[Array, "B S S 3"]) -> Float[Array, "B S S"]:
         zoedepth: Any = partial(ZoeDepth(config, jnp.dtype(dtype)).apply, {"params": params})
         return estimate_depth(zoedepth, images.astype(jnp.float32) / 255, config.backbone.image_size)
 

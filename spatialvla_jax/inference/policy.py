@@ -11,14 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from spatialvla_jax.actions import decode
+from spatialvla_jax.actions import ActionTokenizer, decode
 from spatialvla_jax.actions.normalization import action_bounds, to_range
 from spatialvla_jax.batch import Observation
 from spatialvla_jax.checkpoints.processor import Processor
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.inference.generate import generate
-from spatialvla_jax.inference.weights import prepare_weights
-from spatialvla_jax.models import SpatialVLA
+from spatialvla_jax.inference.weights import Weights, prepare_weights
+from spatialvla_jax.models import Params, SpatialVLA
 from spatialvla_jax.models.resize import resize_observation
 
 # Shapes are compiled once each: a batch takes the next larger of these sizes, a prompt the next multiple of 16.
@@ -38,7 +38,7 @@ class Policy:
     def __init__(
         self,
         model: SpatialVLA,
-        params: dict[str, Any],
+        params: Params,
         processor: Processor,
         *,
         constrained: bool = True,
@@ -138,9 +138,6 @@ class Policy:
         """`act` of this module, jitted, on this policy's weights and grid."""
         return self._act(self.weights, self._grid, inputs)
 
-    def reset(self) -> None:
-        """Forget the episode: nothing to do, since a chunk depends on its observation alone."""
-
     def statistics(self, key: Any) -> dict[str, Any]:
         known = self.processor.statistics
         if key is None and len(known) == 1:
@@ -194,7 +191,9 @@ class Policy:
         return np.clip(draft, 0, cfg.spatial_tokens - 1).astype(np.int32)
 
 
-def act(model: SpatialVLA, constrained: bool, weights: Any, grid: Any, inputs: dict[str, Any]) -> dict[str, jax.Array]:
+def act(
+    model: SpatialVLA, constrained: bool, weights: Weights, grid: ActionTokenizer, inputs: dict[str, jax.Array]
+) -> dict[str, jax.Array]:
     """The jitted whole: uint8 images [B, H, W, 3] → {"action_ids" [B, T, n], "actions" [B, T, A], "passes" []}.
 
     With `inputs["bounds"]` f32[B, 3, A] (low, high, which dimensions have them) actions are in robot units, without

@@ -17,7 +17,7 @@ from einops import rearrange
 from jaxtyping import Array, Float
 
 from spatialvla_jax.inference.decoder import DecoderWeights, Layer, Matrix, Quantized, quantize
-from spatialvla_jax.models import SpatialVLA, SpatialVLAConfig
+from spatialvla_jax.models import Params, SpatialVLA, SpatialVLAConfig
 from spatialvla_jax.models.beit import TOKENS, BeitConfig, relative_position_bias
 
 SLAB = 16_384  # rows of a table quantised at once
@@ -28,7 +28,7 @@ HIDDEN_MULTIPLE = 128  # SigLIP's hidden units are padded to a multiple: a GPU w
 class Weights(NamedTuple):
     """What `generate` takes. A: action tokens; `head` has the rows of all V tokens or of the A alone."""
 
-    vision: dict[str, Any]  # parameters of img, ego3d and zoe; large layers in lists, see `restack_layers`
+    vision: Params  # parameters of img, ego3d and zoe; large layers in lists, see `restack_layers`
     llm: DecoderWeights
     text: Matrix
     spatial: Float[Array, "A D"]
@@ -41,9 +41,7 @@ class OutputsFirst(NamedTuple):
     values: Float[Array, "D p q C"]
 
 
-def prepare_weights(
-    model: SpatialVLA, params: dict[str, Any], *, int8: bool = False, whole_vocabulary: bool = True
-) -> Weights:
+def prepare_weights(model: SpatialVLA, params: Params, *, int8: bool = False, whole_vocabulary: bool = True) -> Weights:
     """Parameters as `generate` takes them, in the model's dtype.
 
     `int8` keeps the language model's matrices and tables in 8 bits; the vision and depth models stay as they are.

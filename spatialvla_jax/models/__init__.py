@@ -1,4 +1,4 @@
 from spatialvla_jax.models.presets import PRESETS, preset
-from spatialvla_jax.models.spatialvla import SpatialVLA, SpatialVLAConfig
+from spatialvla_jax.models.spatialvla import Params, SpatialVLA, SpatialVLAConfig
 
-__all__ = ["PRESETS", "SpatialVLA", "SpatialVLAConfig", "preset"]
+__all__ = ["PRESETS", "Params", "SpatialVLA", "SpatialVLAConfig", "preset"]

@@ -1,7 +1,8 @@
 """Attention and masks.
 
 Axis letters, used in every shape of this package: B batch, T query position, S key position, N heads, K key/value
-heads, H head dim, D width, F MLP width, L layers, V vocabulary, P patches of the image. Images are S×S.
+heads, H head dim, D width, F MLP width, L layers, V vocabulary, P patches of the image. Images are S×S; images of any
+size and maps of features are h×w, with C channels.
 """
 
 import jax
@@ -45,7 +46,7 @@ def encoder_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S N H"],
     v: Float[Array, "B S N H"],
-    bias: Float[Array, "B N T S"] | None = None,
+    bias: Float[Array, "#B N T S"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """Attention of the vision models: every position sees all, scale H^-0.5, softmax in float32.
 

@@ -9,12 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.models.activation_sharding import constrain_batch
 from spatialvla_jax.models.attention import encoder_attention
 from spatialvla_jax.models.patches import multiply_patches
+from spatialvla_jax.models.remat import scan_layers
 from spatialvla_jax.models.resize import resize_bilinear
 
 Grid = tuple[int, int]
@@ -55,38 +57,38 @@ def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
 def relative_position_bias(
     table: Float[Array, "R N"], pretrained: int, grid: Grid, padding: int = 0
 ) -> Float[Array, "N T T"]:
-    """Attention bias [head, query, key] of a class token followed by the row-major patches of `grid` = (H, W), and
+    """Attention bias [head, query, key] of a class token followed by the row-major patches of `grid` = (h, w), and
     `padding` tokens that nobody sees.
 
     `table` holds a row for each offset (dy, dx) between two patches of a `pretrained` x `pretrained` grid, then one
     each for class → patch, patch → class and class → class. Another grid interpolates the offsets (MiDaS 3.1).
     """
-    (H, W), N = grid, table.shape[-1]
+    (h, w), N = grid, table.shape[-1]
     offsets = table[:-3].reshape(1, 2 * pretrained - 1, 2 * pretrained - 1, N)
-    offsets = resize_bilinear(offsets, (2 * H - 1, 2 * W - 1), align_corners=False)[0]
+    offsets = resize_bilinear(offsets, (2 * h - 1, 2 * w - 1), align_corners=False)[0]
     if jax.default_backend() == "gpu":
         rows = jnp.concatenate([offsets.reshape(-1, N), table[-3:], jnp.full((1, N), HIDDEN), jnp.zeros((1, N))])
         return jnp.take(rows.T, _bias_rows(grid, padding), axis=1)
     # TPUs are slow at gathers. Entry (query, key) is offsets[query - key]: a slice for every key.
-    rows = jnp.stack([offsets[H - 1 - k : 2 * H - 1 - k] for k in range(H)], axis=1)
-    patches = jnp.stack([rows[:, :, W - 1 - k : 2 * W - 1 - k] for k in range(W)], axis=3)
-    patches = rearrange(patches, "Hq Hk Wq Wk N -> N (Hq Wq) (Hk Wk)")
+    rows = jnp.stack([offsets[h - 1 - k : 2 * h - 1 - k] for k in range(h)], axis=1)
+    patches = jnp.stack([rows[:, :, w - 1 - k : 2 * w - 1 - k] for k in range(w)], axis=3)
+    patches = rearrange(patches, "hq hk wq wk N -> N (hq wq) (hk wk)")
 
     def fill(row: int, *shape: int):
         return jnp.broadcast_to(table[row, :, None, None], (N, *shape))
 
-    bias = jnp.block([[fill(-1, 1, 1), fill(-3, 1, H * W)], [fill(-2, H * W, 1), patches]])
+    bias = jnp.block([[fill(-1, 1, 1), fill(-3, 1, h * w)], [fill(-2, h * w, 1), patches]])
     bias = jnp.pad(bias, ((0, 0), (0, padding), (0, 0)))
     return jnp.pad(bias, ((0, 0), (0, 0), (0, padding)), constant_values=HIDDEN)
 
 
 def _bias_rows(grid: Grid, padding: int) -> np.ndarray:
     """i32[T, T]: which row each (query, key) takes of the offsets, the table's last three, HIDDEN and zero."""
-    H, W = grid
+    h, w = grid
     y, x = (places.ravel() for places in np.indices(grid))
-    offsets = (2 * H - 1) * (2 * W - 1)
-    index = np.empty((1 + H * W, 1 + H * W), np.int32)
-    index[1:, 1:] = (y[:, None] - y + H - 1) * (2 * W - 1) + (x[:, None] - x + W - 1)
+    offsets = (2 * h - 1) * (2 * w - 1)
+    index = np.empty((1 + h * w, 1 + h * w), np.int32)
+    index[1:, 1:] = (y[:, None] - y + h - 1) * (2 * w - 1) + (x[:, None] - x + w - 1)
     index[0, 1:], index[1:, 0], index[0, 0] = offsets, offsets + 1, offsets + 2
     index = np.pad(index, ((0, padding), (0, 0)), constant_values=offsets + 4)
     return np.pad(index, ((0, 0), (0, padding)), constant_values=offsets + 3)
@@ -95,7 +97,7 @@ def _bias_rows(grid: Grid, padding: int) -> np.ndarray:
 class BeitAttention(nn.Module):
     config: BeitConfig
     grid: Grid
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
@@ -119,7 +121,7 @@ class BeitAttention(nn.Module):
 class BeitLayer(nn.Module):
     config: BeitConfig
     grid: Grid
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], _=None) -> tuple[Float[Array, "B T D"], None]:
@@ -140,12 +142,12 @@ class BeitStage(nn.Module):
 
     config: BeitConfig
     grid: Grid
-    dtype: jnp.dtype
+    dtype: DTypeLike
     unroll: bool
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], _) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
-        layers = _scan(BeitLayer, self.config.depth // self.config.num_taps, self.unroll)
+        layers = scan_layers(BeitLayer, self.config.depth // self.config.num_taps, self.unroll)
         x, _ = layers(self.config, self.grid, self.dtype, name="layers")(x, None)
         return x, x
 
@@ -155,12 +157,12 @@ class Beit(nn.Module):
     `gemma2.Gemma2`."""
 
     config: BeitConfig
-    dtype: jnp.dtype
+    dtype: DTypeLike
     unroll: bool = False
 
     @nn.compact
-    def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "taps B T D"]:
-        """`images` are normalised, H and W multiples of the patch size; T: the class token, then row-major patches."""
+    def __call__(self, images: Float[Array, "B h w 3"]) -> Float[Array, "taps B T D"]:
+        """`images` are normalised, h and w multiples of the patch size; T: the class token, then row-major patches."""
         cfg = self.config
         patch = (cfg.patch_size, cfg.patch_size)
         embedding = nn.Conv(
@@ -173,17 +175,12 @@ class Beit(nn.Module):
             name="patch_embedding",
         )
         x = embedding(images)
-        B, H, W, D = x.shape
+        B, h, w, D = x.shape
         cls = self.param("cls_token", nn.initializers.zeros, (1, 1, D)).astype(self.dtype)
         # Nothing sees the padding, and it is cut off at the end.
-        tokens = H * W + 1
-        x = jnp.concatenate([jnp.broadcast_to(cls, (B, 1, D)), rearrange(x, "B H W D -> B (H W) D")], axis=1)
+        tokens = h * w + 1
+        x = jnp.concatenate([jnp.broadcast_to(cls, (B, 1, D)), rearrange(x, "B h w D -> B (h w) D")], axis=1)
         x = jnp.pad(x, ((0, 0), (0, -tokens % TOKENS), (0, 0)))
-        stages = _scan(BeitStage, cfg.num_taps, self.unroll)
-        _, taps = stages(cfg, (H, W), self.dtype, self.unroll, name="stages")(x, None)
+        stages = scan_layers(BeitStage, cfg.num_taps, self.unroll)
+        _, taps = stages(cfg, (h, w), self.dtype, self.unroll, name="stages")(x, None)
         return taps[:, :, :tokens]
-
-
-def _scan(block: type[nn.Module], length: int, unroll: bool):
-    steps = length if unroll else 1
-    return nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=length, unroll=steps)

@@ -3,6 +3,7 @@
 import flax.linen as nn
 import jax.numpy as jnp
 from einops import rearrange
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 SUB_GRID = 2  # points along one side of a patch
@@ -46,7 +47,7 @@ class Ego3D(nn.Module):
 
     width: int
     grid: int
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, depth: Float[Array, "B S S"], intrinsics: Float[Array, "B 3 3"]) -> Float[Array, "B P D"]:

@@ -131,18 +131,26 @@ def on_shards(run: Callable[..., Any]) -> Callable[..., Any]:
     return jax.shard_map(run, in_specs=P(BATCH_AXES), out_specs=P(BATCH_AXES), check_vma=False)
 
 
+def specs_by_queries(q: Array, k: Array) -> tuple[pl.BlockSpec, ...]:
+    """Of programs (block of queries, head, example): their queries, keys, mask, and one number for each query."""
+    (_, T, N, H), (_, S, K, _) = q.shape, k.shape
+    return (
+        pl.BlockSpec((None, T, None, H), lambda t, n, b: (b, 0, n, 0)),
+        pl.BlockSpec((None, S, None, H), lambda t, n, b: (b, 0, n // (N // K), 0)),
+        pl.BlockSpec((None, T, S), lambda t, n, b: (b, 0, 0)),
+        pl.BlockSpec((None, None, T), lambda t, n, b: (b, n, 0)),
+    )
+
+
 def run_forward(call: Call, q: Array, k: Array, v: Array, mask: Array) -> tuple[Array, Array]:
     """(out [B, T, N, H], z float32[B, N, T])"""
-    B, T, N, H = q.shape
-    S, K = k.shape[1:3]
-    tile = call.tiles.forward
-    keys = pl.BlockSpec((None, S, None, H), lambda t, n, b: (b, 0, n // (N // K), 0))
-    queries = pl.BlockSpec((None, T, None, H), lambda t, n, b: (b, 0, n, 0))
+    B, T, N, _ = q.shape
+    tile, (queries, keys, whole, rows) = call.tiles.forward, specs_by_queries(q, k)
     return pl.pallas_call(
         partial(forward_kernel, call),
         grid=(pl.cdiv(T, tile.queries), N, B),
-        in_specs=[queries, keys, keys, pl.BlockSpec((None, T, S), lambda t, n, b: (b, 0, 0))],
-        out_specs=[queries, pl.BlockSpec((None, None, T), lambda t, n, b: (b, n, 0))],
+        in_specs=[queries, keys, keys, whole],
+        out_specs=[queries, rows],
         out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((B, N, T), jnp.float32)],
         **options(call, tile, "attention_forward"),
     )(q, k, v, mask)
@@ -158,13 +166,8 @@ def run_backward(
 
 
 def run_dq(call: Call, q: Array, k: Array, v: Array, mask: Array, z: Array, along: Array, dout: Array) -> Array:
-    B, T, N, H = q.shape
-    S, K = k.shape[1:3]
-    tile = call.tiles.dq
-    keys = pl.BlockSpec((None, S, None, H), lambda t, n, b: (b, 0, n // (N // K), 0))
-    queries = pl.BlockSpec((None, T, None, H), lambda t, n, b: (b, 0, n, 0))
-    rows = pl.BlockSpec((None, None, T), lambda t, n, b: (b, n, 0))
-    whole = pl.BlockSpec((None, T, S), lambda t, n, b: (b, 0, 0))
+    B, T, N, _ = q.shape
+    tile, (queries, keys, whole, rows) = call.tiles.dq, specs_by_queries(q, k)
     return pl.pallas_call(
         partial(dq_kernel, call),
         grid=(pl.cdiv(T, tile.queries), N, B),

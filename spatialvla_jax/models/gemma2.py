@@ -5,15 +5,17 @@ embedding table.
 """
 
 from dataclasses import dataclass
+from math import prod
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from spatialvla_jax.models.activation_sharding import constrain_batch
 from spatialvla_jax.models.attention import Angles, attend, rotary, rotary_angles
-from spatialvla_jax.models.remat import rematerialise
+from spatialvla_jax.models.remat import rematerialise, scan_layers
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Einsum(nn.Module):
 
     shape: tuple[int, ...]
     fan_in_axes: tuple[int, ...]
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, equation: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -62,7 +64,7 @@ class Einsum(nn.Module):
 
 class Attention(nn.Module):
     config: Gemma2Config
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(
@@ -82,7 +84,7 @@ class Attention(nn.Module):
 
 class FeedForward(nn.Module):
     config: Gemma2Config
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
@@ -94,7 +96,7 @@ class FeedForward(nn.Module):
 
 class Block(nn.Module):
     config: Gemma2Config
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x, is_local, angles, masks):
@@ -109,7 +111,7 @@ class Block(nn.Module):
 
 class Embedder(nn.Module):
     config: Gemma2Config
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
@@ -125,21 +127,16 @@ class Gemma2(nn.Module):
     """
 
     config: Gemma2Config
-    dtype: jnp.dtype
+    dtype: DTypeLike
     remat: str = "none"
     unroll: bool = False
 
     def setup(self) -> None:
         cfg = self.config
         self.embedder = Embedder(cfg, self.dtype)
-        self.layers = nn.scan(
-            rematerialise(Block, self.remat, self.unroll),
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
-            length=cfg.depth,
-            unroll=cfg.depth if self.unroll else 1,
-        )(cfg, self.dtype)
+        block = rematerialise(Block, self.remat, self.unroll)
+        in_axes = (0, nn.broadcast, nn.broadcast)
+        self.layers = scan_layers(block, cfg.depth, self.unroll, in_axes)(cfg, self.dtype)
         self.final_norm = RMSNorm()
         self.lm_head = self.param("lm_head", nn.initializers.normal(cfg.width**-0.5), (cfg.vocab_size, cfg.width))
 
@@ -196,9 +193,7 @@ def fan_in_init(in_axes: tuple[int, ...]) -> nn.initializers.Initializer:
     """Truncated normal with variance 1 / fan-in, the fan-in being the product of `in_axes`."""
 
     def init(key, shape, dtype=jnp.float32):
-        fan_in = 1
-        for axis in in_axes:
-            fan_in *= shape[axis]
+        fan_in = prod(shape[axis] for axis in in_axes)
         return nn.initializers.truncated_normal(fan_in**-0.5)(key, shape, dtype)
 
     return init

@@ -6,7 +6,7 @@ from jaxtyping import Array, Float
 
 
 def multiply_patches(
-    images: Float[Array, "B H W C"], kernel: Float[Array, "p q C D"], strides: tuple[int, int], *unused, **options
+    images: Float[Array, "B _ _ C"], kernel: Float[Array, "p q C D"], strides: tuple[int, int], *unused, **options
 ) -> Float[Array, "B h w D"]:
     """The patches, or pixels, are the rows of one product. On a GPU at batch 1 a convolution costs more to start than
     to do, transposes its kernel at every call, and cannot be part of a recorded graph of kernels."""

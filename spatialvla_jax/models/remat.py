@@ -1,4 +1,6 @@
-"""Rematerialisation: what the backward pass keeps of a scanned block, and what it computes again."""
+"""Stacks of equal layers: the scan over them, and what its backward pass keeps or computes again."""
+
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -21,3 +23,16 @@ def rematerialise(block: type[nn.Module], policy: str, unroll: bool = False) -> 
         policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(*SAVED)
     )
     return nn.remat(block, prevent_cse=unroll, policy={"full": None, "dots": dots}[policy])
+
+
+def scan_layers(block: type[nn.Module], length: int, unroll: bool = False, in_axes: Any = nn.broadcast):
+    """`length` blocks in a row, their parameters stacked on the first axis; `in_axes` are those of the arguments after
+    the carry. `unroll` compiles layer by layer instead of a loop over them."""
+    return nn.scan(
+        block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=in_axes,
+        length=length,
+        unroll=length if unroll else 1,
+    )

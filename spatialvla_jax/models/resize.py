@@ -16,24 +16,19 @@ from jaxtyping import Array, Float
 Size = tuple[int, ...]  # (height, width)
 
 
-def reflect_pad(x: Float[Array, "B H W *C"], pad: int) -> Float[Array, "B H+2*pad W+2*pad *C"]:
-    """Mirror `pad` (< H, W) pixels around every side; the edge pixel itself is not repeated."""
+def reflect_pad(x: Float[Array, "B h w *C"], pad: int) -> Float[Array, "B h+2*{pad} w+2*{pad} *C"]:
+    """Mirror `pad` (< h, w) pixels around every side; the edge pixel itself is not repeated."""
     return jnp.pad(x, ((0, 0), (pad, pad), (pad, pad)) + ((0, 0),) * (x.ndim - 3), mode="reflect")
 
 
-def resize_bicubic(x: Float[Array, "B H W *C"], size: Size) -> Float[Array, "B H2 W2 *C"]:
+def resize_bicubic(x: Float[Array, "B h w *C"], size: Size) -> Float[Array, "B h2 w2 *C"]:
     """Bicubic (Keys' kernel, a = -0.75), corners aligned, no antialiasing, border pixels repeated."""
     return _separable(x, size, _bicubic)
 
 
-def resize_bilinear(x: Float[Array, "B H W *C"], size: Size, align_corners: bool = True) -> Float[Array, "B H2 W2 *C"]:
+def resize_bilinear(x: Float[Array, "B h w *C"], size: Size, align_corners: bool = True) -> Float[Array, "B h2 w2 *C"]:
     """Bilinear, no antialiasing."""
     return _separable(x, size, _bilinear if align_corners else _bilinear_half_pixel)
-
-
-def resize_area(x: Float[Array, "B H W *C"], size: Size) -> Float[Array, "B H2 W2 *C"]:
-    """Mean over the input pixels that each output pixel touches (adaptive average pooling)."""
-    return _separable(x, size, _area)
 
 
 def _separable(x, size: Size, weights):
@@ -107,22 +102,14 @@ def _linear(n: int, position: np.ndarray) -> np.ndarray:
     return _from_taps(n, floor.astype(int), [1 - t, t])
 
 
-@cache
-def _area(n: int, m: int) -> np.ndarray:
-    start = np.arange(m) * n // m
-    stop = -(-np.arange(1, m + 1) * n // m)
-    inside = (np.arange(n) >= start[:, None]) & (np.arange(n) < stop[:, None])
-    return (inside / (stop - start)[:, None]).astype(np.float32)
-
-
 def resize_observation(image: Any, depth: Any, intrinsics: Any, *, size: int) -> dict[str, Any]:
     """As the loader does, of one or a batch: Lanczos with antialiasing for the image, nearest for depth, intrinsics
     scaled along."""
-    *batch, H, W, _ = image.shape
+    *batch, h, w, _ = image.shape
     out = {"image": image}
-    if (size, size) != (H, W):
+    if (size, size) != (h, w):
         pixels = jax.image.resize(image.astype(jnp.float32), (*batch, size, size, 3), "lanczos3", antialias=True)
         out = {"image": jnp.clip(jnp.round(pixels), 0, 255).astype(jnp.uint8)}
     if depth is not None:
         out["depth"] = jax.image.resize(depth, (*batch, size, size), "nearest")
-    return out | {"intrinsics": intrinsics * jnp.array([[size / W], [size / H], [1.0]])}
+    return out | {"intrinsics": intrinsics * jnp.array([[size / w], [size / h], [1.0]])}

@@ -6,14 +6,14 @@ Parameter names and layouts are big_vision's (`models/vit.py` with `scan=True`),
 from dataclasses import dataclass
 
 import flax.linen as nn
-import jax.numpy as jnp
 from einops import rearrange
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from spatialvla_jax.models.activation_sharding import constrain_batch
 from spatialvla_jax.models.attention import encoder_attention
 from spatialvla_jax.models.patches import multiply_patches
-from spatialvla_jax.models.remat import rematerialise
+from spatialvla_jax.models.remat import rematerialise, scan_layers
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class SiglipConfig:
 
 class MlpBlock(nn.Module):
     mlp_dim: int
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
@@ -55,7 +55,7 @@ def _attention(q, k, v, **unused):
 
 class EncoderBlock(nn.Module):
     config: SiglipConfig
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Float[Array, "B P D"], _) -> tuple[Float[Array, "B P D"], None]:
@@ -70,21 +70,15 @@ class EncoderBlock(nn.Module):
 
 class Encoder(nn.Module):
     config: SiglipConfig
-    dtype: jnp.dtype
+    dtype: DTypeLike
     remat: str
     unroll: bool
 
     @nn.compact
     def __call__(self, x: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
-        block = nn.scan(
-            rematerialise(EncoderBlock, self.remat, self.unroll),
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
-            length=self.config.depth,
-            unroll=self.config.depth if self.unroll else 1,
-        )
-        x, _ = block(self.config, self.dtype, name="encoderblock")(x, None)
+        block = rematerialise(EncoderBlock, self.remat, self.unroll)
+        layers = scan_layers(block, self.config.depth, self.unroll)
+        x, _ = layers(self.config, self.dtype, name="encoderblock")(x, None)
         return nn.LayerNorm(dtype=self.dtype, name="encoder_norm")(x)
 
 
@@ -96,7 +90,7 @@ class Siglip(nn.Module):
 
     config: SiglipConfig
     head_width: int
-    dtype: jnp.dtype
+    dtype: DTypeLike
     remat: str = "none"
     unroll: bool = False
 

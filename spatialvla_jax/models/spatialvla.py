@@ -23,6 +23,7 @@ from spatialvla_jax.models.zoedepth import ZoeDepth, ZoeDepthConfig, estimate_de
 from spatialvla_jax.utils.renames import MODEL_FIELDS
 
 PAD, EOS, BOS = 0, 1, 2
+Params = dict[str, Any]  # as Flax nests them: arrays, or what stands for them
 
 
 @dataclass(frozen=True)
@@ -122,10 +123,6 @@ class SpatialVLA(nn.Module):
         valid = jnp.concatenate([jnp.ones(tokens.shape[:2], bool), prompt_mask], axis=1)
         return embeddings, valid
 
-    def mask_prefix(self) -> int:
-        """How many positions see each other both ways."""
-        return self.config.prefix_length if self.config.mask == "prefix" else 0
-
     def __call__(
         self,
         image: Float[Array, "B S S 3"],
@@ -141,7 +138,8 @@ class SpatialVLA(nn.Module):
         actions = jnp.take(self.spatial_embedding, action_ids, axis=0).astype(prefix.dtype)
         embeddings = jnp.concatenate([prefix, actions], axis=1)
         valid = jnp.concatenate([prefix_valid, jnp.ones(action_ids.shape, bool)], axis=1)
-        hidden = self.llm(embeddings, position_ids(valid), prefix_lm_mask(valid, self.mask_prefix()))
+        both_ways = self.config.prefix_length if self.config.mask == "prefix" else 0
+        hidden = self.llm(embeddings, position_ids(valid), prefix_lm_mask(valid, both_ways))
         first = last_of_prompt(hidden[:, : prefix.shape[1]], prefix_valid)
         return self.llm.logits(jnp.concatenate([first, hidden[:, prefix.shape[1] :]], axis=1))
 

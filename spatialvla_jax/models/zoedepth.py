@@ -13,11 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.models.beit import Beit, BeitConfig, gelu
 from spatialvla_jax.models.patches import multiply_patches
+from spatialvla_jax.models.remat import scan_layers
 from spatialvla_jax.models.resize import reflect_pad, resize_bicubic, resize_bilinear
 
 DOMAINS = ("nyu", "kitti")
@@ -78,11 +80,12 @@ class ZoeDepth(nn.Module):
     """Normalised image → metric depth. Runs in `dtype`; routing, bin centres, attractors and softmax in float32."""
 
     config: ZoeDepthConfig
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B H W"]:
-        """`images` lie in [-1, 1]; depth is f32 in metres. H and W are multiples of twice the patch size."""
+    def __call__(self, images: Float[Array, "B h w 3"]) -> Float[Array, "B _ _"]:
+        """`images` lie in [-1, 1]; h and w are multiples of twice the patch size. Depth is f32 in metres, 16 pixels
+        along each side of a patch: as large as the image at the released patch size."""
         cfg = self.config
         grid = (images.shape[1] // cfg.backbone.patch_size, images.shape[2] // cfg.backbone.patch_size)
         taps = Beit(cfg.backbone, self.dtype, cfg.unroll, name="backbone")(images)
@@ -95,7 +98,7 @@ class Neck(nn.Module):
     """DPT's reassemble and fusion stages (Ranftl et al. 2021): tokens → feature maps, coarse to fine."""
 
     config: ZoeDepthConfig
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(
@@ -118,7 +121,7 @@ class Reassemble(nn.Module):
 
     config: ZoeDepthConfig
     index: int
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, tokens: Float[Array, "B T D"], grid: tuple[int, int]) -> Float[Array, "B h w C"]:
@@ -139,10 +142,10 @@ class Fusion(nn.Module):
     """Adds a finer map to what was fused so far, refines it and doubles its resolution."""
 
     width: int
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B h w C"], fused: Float[Array, "B h2 w2 C"] | None) -> Float[Array, "B H W C"]:
+    def __call__(self, x: Float[Array, "B h w C"], fused: Float[Array, "B h2 w2 C"] | None) -> Float[Array, "B _ _ C"]:
         lateral = Residual(self.width, self.dtype, name="residual1")
         if fused is not None:
             x = fused + lateral(resize_bilinear(x, fused.shape[1:3], align_corners=False))
@@ -154,7 +157,7 @@ class Fusion(nn.Module):
 
 class Residual(nn.Module):
     width: int
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B h w C"]:
@@ -166,10 +169,10 @@ class RelativeHead(nn.Module):
     """MiDaS's relative depth head; the metric head reads its last features only."""
 
     config: ZoeDepthConfig
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B h w C"]) -> tuple[Float[Array, "B H W R"], Float[Array, "B H W"]]:
+    def __call__(self, x: Float[Array, "B h w C"]) -> tuple[Float[Array, "B 2*h 2*w R"], Float[Array, "B 2*h 2*w"]]:
         x = _double(_conv(self.config.fusion_width // 2, 3, self.dtype, "conv1")(x))
         features = nn.relu(_conv(self.config.relative_features, 3, self.dtype, "conv2")(x))
         return features, nn.relu(_conv(1, 1, self.dtype, "conv3")(features))[..., 0]
@@ -183,15 +186,15 @@ class MetricHead(nn.Module):
     """
 
     config: ZoeDepthConfig
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(
         self,
-        features: Float[Array, "B H W R"],
+        features: Float[Array, "B h2 w2 R"],
         bottleneck: Float[Array, "B h w C"],
         pyramid: Sequence[Float[Array, "B _ _ C"]],
-    ) -> Float[Array, "B H W"]:
+    ) -> Float[Array, "B h2 w2"]:
         cfg = self.config
         bottleneck = _conv(cfg.bottleneck_width, 1, self.dtype, "bottleneck")(bottleneck)
         logits = DomainClassifier(cfg, name="classifier")(bottleneck)
@@ -218,15 +221,15 @@ class DomainHead(nn.Module):
     """The weights of one domain: coarse bin centres, moved towards attractors at every level."""
 
     config: ZoeDepthConfig
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(
         self,
         bottleneck: Float[Array, "B h w C"],
         levels: Sequence[Float[Array, "B _ _ E"]],
-        pixels: Float[Array, "B H W R+E"],
-    ) -> tuple[Float[Array, "B h8 w8 bins"], Float[Array, "B H W 4"]]:
+        pixels: Float[Array, "B h2 w2 _"],
+    ) -> tuple[Float[Array, "B h8 w8 bins"], Float[Array, "B h2 w2 4"]]:
         """Returns f32 (bin centres in metres at the finest level, the distribution's raw parameters at every pixel)."""
         cfg = self.config
         seed = PixelMlp(cfg.bin_embedding_dim // 2, cfg.num_bins, self.dtype, name="seed_bins")(bottleneck)
@@ -246,10 +249,12 @@ def attract(centers: Float[Array, "B h w bins"], points: Float[Array, "B h w A"]
 
 
 def log_binomial(
-    shape: Float[Array, "B H W 4"], num_bins: int, min_temperature: float, max_temperature: float
-) -> Float[Array, "B H W bins"]:
+    shape: Float[Array, "B h w 4"], num_bins: int, min_temperature: float, max_temperature: float
+) -> Float[Array, "B h w bins"]:
     """Softmax over log-binomial scores (ZoeDepth, equation 3); two raw channels give the mode, two the temperature."""
-    mode, temperature = (pair[..., :1] / jnp.sum(pair, -1, keepdims=True) for pair in _pairs(nn.softplus(shape) + 1e-4))
+    mode, temperature = (
+        pair[..., :1] / jnp.sum(pair, -1, keepdims=True) for pair in jnp.split(nn.softplus(shape) + 1e-4, 2, axis=-1)
+    )
     temperature = min_temperature + (max_temperature - min_temperature) * temperature
     # log of the binomial coefficient by Stirling's formula, with the eps of the release
     k, eps = np.arange(num_bins, dtype=np.float32), np.float32(1e-7)
@@ -271,12 +276,7 @@ class DomainClassifier(nn.Module):
         x = _conv(cfg.classifier_width, 1, jnp.float32, "embedding")(bottleneck)
         x = jnp.pad(rearrange(x, "B h w C -> B (h w) C"), ((0, 0), (1, 0), (0, 0)))  # a zero class token
         x = x + _sinusoids(x.shape[1], cfg.classifier_width)
-        layers = nn.scan(
-            ClassifierLayer,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            length=cfg.classifier_depth,
-        )
+        layers = scan_layers(ClassifierLayer, cfg.classifier_depth)
         x, _ = layers(cfg.classifier_heads, cfg.classifier_mlp_dim, name="layers")(x, None)
         x = nn.relu(nn.Dense(cfg.classifier_width, name="hidden")(x[:, 0]))
         return nn.Dense(len(DOMAINS), name="logits")(x)
@@ -302,7 +302,7 @@ class PixelMlp(nn.Module):
 
     hidden: int
     out: int
-    dtype: jnp.dtype
+    dtype: DTypeLike
     activation: Callable[[jax.Array], jax.Array] = nn.relu
 
     @nn.compact
@@ -311,17 +311,13 @@ class PixelMlp(nn.Module):
         return _conv(self.out, 1, self.dtype, "conv2")(x)
 
 
-def _conv(features: int, kernel: int, dtype: jnp.dtype, name: str, strides: int = 1, use_bias: bool = True) -> nn.Conv:
+def _conv(features: int, kernel: int, dtype: DTypeLike, name: str, strides: int = 1, use_bias: bool = True) -> nn.Conv:
     options: dict[str, Any] = {"conv_general_dilated": multiply_patches} if kernel == 1 else {"padding": kernel // 2}
     return nn.Conv(features, (kernel, kernel), strides, use_bias=use_bias, dtype=dtype, name=name, **options)
 
 
-def _double(x: Float[Array, "B h w C"]) -> Float[Array, "B H W C"]:
+def _double(x: Float[Array, "B h w C"]) -> Float[Array, "B 2*h 2*w C"]:
     return resize_bilinear(x, (2 * x.shape[1], 2 * x.shape[2]))
-
-
-def _pairs(x: Float[Array, "*S 4"]) -> tuple[Float[Array, "*S 2"], Float[Array, "*S 2"]]:
-    return x[..., :2], x[..., 2:]
 
 
 def _sinusoids(length: int, width: int) -> np.ndarray:

@@ -12,14 +12,12 @@ accumulation), from the bound in each loop's condition.
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
 
 import numpy as np
 
 GB = 1e9
-
-
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 BITS = {"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "bf16": 16, "f16": 16, "s16": 16, "u16": 16}
 BITS |= {"s32": 32, "u32": 32, "f32": 32, "s64": 64, "u64": 64, "f64": 64, "c64": 64, "token": 0, "f8e4m3fn": 8}
@@ -27,18 +25,9 @@ ARRAY = re.compile(r"\b([a-z]+[0-9]*[a-z0-9]*)\[([0-9,]*)\](\{[^{}]*\})?")
 INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = ")
 # Instructions that move nothing by themselves: their work is inside, or they rename.
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all"}
-FREE |= {
-    "send-done",
-    "recv-done",
-    "partition-id",
-    "replica-id",
-    "async-start",
-    "async-update",
-    "async-done",
-    "opt-barrier",
-    "copy-done",
-}
-FREE |= {f"{c}-done" for c in COLLECTIVES} | {"slice-done", "dynamic-slice-done", "custom-call-done"}
+FREE |= {"partition-id", "replica-id", "async-start", "async-update", "opt-barrier"}
+ENDINGS = ("send", "recv", "async", "copy", "slice", "dynamic-slice", "custom-call", *COLLECTIVES)
+FREE |= {f"{started}-done" for started in ENDINGS}
 
 
 @dataclass(frozen=True)
@@ -73,7 +62,7 @@ class Cost:
 
     flops: float
     hbm_bytes: float
-    collectives: tuple[Collective, ...] = field(default=())
+    collectives: tuple[Collective, ...]
 
     def received(self, across_slices: bool) -> float:
         return sum(c.bytes * c.count for c in self.collectives if c.across_slices == across_slices)
@@ -161,8 +150,7 @@ def executed(computations: dict, entry: str) -> Iterator[tuple[str, int]]:
 
 def trip_count(condition: list[Instruction]) -> int:
     """Of a loop that counts from 0 while it is below a constant, as scans become; 1 where it is of another form."""
-    names = {i.name: i for i in condition}
-    root = next(i for i in condition if i.root)
+    names, root = with_root(condition)
     bounds = [names[o].text for o in root.operands if o in names and names[o].op == "constant"]
     found = re.match(r"constant\((\d+)\)", bounds[0]) if bounds and "direction=LT" in root.text else None
     return int(found[1]) if found else 1
@@ -178,6 +166,11 @@ def arrays(shape: str) -> list[tuple[str, tuple[int, ...], bool]]:
 
 def size(shape: str, hbm_only: bool = False) -> float:
     return sum(prod(d) * BITS.get(t, 32) / 8 for t, d, in_hbm in arrays(shape) if in_hbm or not hbm_only)
+
+
+def with_root(body: list[Instruction]) -> tuple[dict[str, Instruction], Instruction]:
+    """A computation's instructions by name, and the one that is its result."""
+    return {i.name: i for i in body}, next(i for i in body if i.root)
 
 
 def called_by(i: Instruction) -> str | None:
@@ -223,21 +216,9 @@ def flops_of(i: Instruction, computations: dict, tables: dict, table: dict[str, 
 
 def valid_places(n: int, out: int, window: int, pad: int, stride: int, lhs_dilate: int, rhs_dilate: int) -> int:
     """Along one dimension: pairs of an output and a window position that meet an input, not padding nor a hole."""
-    span = (n - 1) * lhs_dilate
-    if lhs_dilate == 1:  # outputs o with 0 <= o * stride + k * rhs_dilate - pad <= span
-        total = 0
-        for k in range(window):
-            at = k * rhs_dilate - pad
-            first = max(0, -(at // stride))
-            last = min(out - 1, (span - at) // stride)
-            total += max(0, last - first + 1)
-        return total
-    total = 0
-    for k in range(window):
-        for o in range(out):
-            at = o * stride + k * rhs_dilate - pad
-            total += 0 <= at <= span and at % lhs_dilate == 0
-    return total
+    span, starts = (n - 1) * lhs_dilate, np.arange(out) * stride - pad
+    at = (starts + k * rhs_dilate for k in range(window))
+    return sum(int(((x >= 0) & (x <= span) & (x % lhs_dilate == 0)).sum()) for x in at)
 
 
 def traffic(i: Instruction, computations: dict, table: dict[str, Instruction]) -> float:
@@ -247,8 +228,7 @@ def traffic(i: Instruction, computations: dict, table: dict[str, Instruction]) -
     if inner is None:
         return plain_traffic(i, table)
     body = computations[inner][1]
-    names = {j.name: j for j in body}
-    root = next(j for j in body if j.root)
+    names, root = with_root(body)
     shapes = shapes_of(i.shape)
     several = root.op == "tuple" and len(root.operands) == len(shapes)
     results = zip(root.operands, shapes, strict=True) if several else [(root.name, i.shape)]
@@ -277,13 +257,11 @@ def written(i: Instruction, names: dict[str, Instruction], computations: dict) -
             return 0
         inner, at = called_by(source), int(re.search(r"index=(\d+)", i.text)[1])  # pyright: ignore[reportOptionalSubscript]
         if inner is not None:
-            body = {j.name: j for j in computations[inner][1]}
-            root = next(j for j in body.values() if j.root)
+            body, root = with_root(computations[inner][1])
             if root.op == "tuple":
                 return written(body[root.operands[at]], body, computations)
     if i.op == "fusion" and (inner := called_by(i)):
-        body = {j.name: j for j in computations[inner][1]}
-        root = next(j for j in body.values() if j.root)
+        body, root = with_root(computations[inner][1])
         return written(root, body, computations) if root.op != "tuple" else size(i.shape)
     return size(i.shape)
 
@@ -343,15 +321,11 @@ def collective(
     i: Instruction, kind: str, times: int, devices_per_slice: int, computations: dict, asynchronous: bool
 ) -> Collective:
     """A ring's or a torus's least traffic: (n − 1)/n of the whole for a gather or a scatter, twice that for a sum."""
-    text = i.text
+    text, shape = i.text, i.shape
     if kind == "fusion":
-        inner = called_by(i)
+        inner, kind = called_by(i), "reduce-scatter"
         body = computations[inner][1] if inner else []
-        reduce = next((j for j in body if j.op == "all-reduce"), None)
-        kind, text = "reduce-scatter", reduce.text if reduce else i.text
-        shape = reduce.shape if reduce else i.shape
-    else:
-        shape = i.shape
+        text, shape = next(((j.text, j.shape) for j in body if j.op == "all-reduce"), (text, shape))
     groups = replica_groups(text)
     n = len(groups[0]) if groups else 2
     if i.op == "all-gather-start":
@@ -396,7 +370,7 @@ def across_slices(i: Instruction, times: int) -> Collective:
 
 def replica_groups(text: str) -> list[list[int]]:
     """Device numbers of each group, from the three ways in which they are printed."""
-    if found := re.search(r"replica_groups=\{(\{[\d,{}]*\})\}", text):
+    if found := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}", text):
         return [[int(d) for d in g.split(",")] for g in re.findall(r"\{([\d,]+)\}", found[1])]
     if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
         shape, dims = ([int(x) for x in found[k].split(",")] for k in (1, 2))
@@ -410,8 +384,6 @@ def replica_groups(text: str) -> list[list[int]]:
         over = [list(axes).index(a) for a in re.findall(r"'(\w+)'", found[3])]
         kept = [n for n in range(len(axes)) if n not in over]
         return ids.transpose(kept + over).reshape(-1, prod([ids.shape[n] for n in over])).tolist()
-    if found := re.search(r"source_target_pairs=\{(\{[\d,{}]*\})\}", text):
-        return [[int(d) for d in g.split(",")] for g in re.findall(r"\{([\d,]+)\}", found[1])]
     return []
 
 

@@ -50,6 +50,7 @@ FLAT = ((2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))  # the slices
 MAX_ADVICE = 4  # suggestions compiled before giving up
 BATCH_PARTS = (1, 2, 4)  # of the config's batch, which a search tries
 REMAT = ("none", "dots", "full")  # from the most memory to the least
+FORMAT = 4  # of a report: another one leaves the cached ones alone
 
 Progress = Callable[[str], None]
 Report = dict[str, Any]  # of a compiled plan, as in its JSON file: see `compile_plan`
@@ -107,18 +108,13 @@ def parse_topology(text: str, slices: int = 1) -> Topology:
         raise InputError(f"--slices must be at least 1, not {slices}")
     generation, chip = found[1], CHIPS[found[1]]
     shapes = FLAT if chip.sides == 2 else cubes(chip.largest)
-    if found[2]:
-        dims = tuple(map(int, found[2].split("x")))
-        if dims in shapes:
-            return Topology(generation, dims, slices)
-        near = min(shapes, key=lambda s: abs(np.log(prod(s) / max(1, prod(dims)))))
-    else:
-        count = int(found[3]) / chip.cores
-        # The one nearest to a cube or square is what a size alone gives.
-        for dims in sorted(shapes, key=lambda s: max(s) - min(s)):
-            if prod(dims) == count:
-                return Topology(generation, dims, slices)
-        near = min(shapes, key=lambda s: abs(np.log(prod(s) / max(1, count))))
+    dims = tuple(map(int, found[2].split("x"))) if found[2] else ()
+    count = prod(dims) if dims else int(found[3]) / chip.cores
+    # The one nearest to a cube or square is what a size alone gives.
+    fitting = [s for s in sorted(shapes, key=lambda s: max(s) - min(s)) if (s == dims if dims else prod(s) == count)]
+    if fitting:
+        return Topology(generation, fitting[0], slices)
+    near = min(shapes, key=lambda s: abs(np.log(prod(s) / max(1, count))))
     kind = (
         "2-D, from 2x2 to 16x16" if chip.sides == 2 else f"3-D, to {chip.largest} chips, its sides 2 or multiples of 4"
     )
@@ -147,21 +143,20 @@ class Plan:
         mesh = " × ".join(f"{axis} {n}" for axis, n in zip(AXES, self.mesh, strict=True))
         return f"mesh {mesh}, remat {self.remat}, batch {self.batch_size} in {self.grad_accum_steps}"
 
+    def settings(self) -> dict[str, int | str]:
+        """The config's keys."""
+        mesh = {f"mesh.{axis}": n for axis, n in zip(AXES, self.mesh, strict=True)}
+        train = {f"train.{key}": getattr(self, key) for key in ("batch_size", "grad_accum_steps")}
+        return {**mesh, "model.remat": self.remat, **train}
+
     def flags(self, other: "Plan") -> str:
         """The command line arguments that lead from `other` here."""
-        flags = [f"--config.mesh.{a}={n}" for a, n, m in zip(AXES, self.mesh, other.mesh, strict=True) if n != m]
-        flags += [f"--config.model.remat={self.remat}"] * (self.remat != other.remat)
-        flags += [f"--config.train.batch_size={self.batch_size}"] * (self.batch_size != other.batch_size)
-        flags += [f"--config.train.grad_accum_steps={self.grad_accum_steps}"] * (
-            self.grad_accum_steps != other.grad_accum_steps
-        )
-        return " ".join(flags)
+        before = other.settings()
+        return " ".join(f"--config.{key}={value}" for key, value in self.settings().items() if value != before[key])
 
-
-def plan_of(setup: TrainSetup) -> Plan:
-    assert setup.mesh is not None
-    data, fsdp, tensor = (setup.mesh.shape[a] for a in AXES)
-    return Plan((data, fsdp, tensor), setup.model.config.remat, setup.batch_size, setup.grad_accum_steps)
+    def examples_at_once(self) -> float:
+        """On one chip, or on the chips of the `tensor` axis that share them."""
+        return self.batch_size / self.grad_accum_steps / self.mesh[0] / self.mesh[1]
 
 
 def compile_plan(setup: TrainSetup, grid: ActionTokenizer, plan: Plan, topology: Topology, cache: Path) -> Report:
@@ -193,13 +188,13 @@ def compile_plan(setup: TrainSetup, grid: ActionTokenizer, plan: Plan, topology:
         **versions,
     }
     began = time.perf_counter()
-    cache.mkdir(parents=True, exist_ok=True)
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         report |= {"fits": False} | out_of_memory(str(error))
     else:
         hlo = compiled.as_text()
+        cache.mkdir(parents=True, exist_ok=True)
         (cache / f"{key}.hlo.gz").write_bytes(gzip.compress(hlo.encode(), mtime=0))
         params = held(state.params, shardings.params)
         memory = memory_of(compiled.memory_analysis(), params, held(state.opt_state, shardings.opt_state))
@@ -235,9 +230,6 @@ def costs_of(hlo: str, flops_of_sample: float, batch_size: int, topology: Topolo
     }
 
 
-FORMAT = 4  # of a report: another one leaves the cached ones alone
-
-
 def held(shapes: Any, shardings: Any) -> int:
     """Bytes that one chip holds of a tree."""
     sizes = jax.tree.map(lambda x, s: prod(s.shard_shape(x.shape)) * x.dtype.itemsize, shapes, shardings)
@@ -270,21 +262,17 @@ def smaller(plan: Plan, slices: int) -> Iterator[Plan]:
     """Plans that need less memory than `plan`, those first that cost the least time: the same work split further, more
     rematerialisation, both, at last a smaller batch."""
     data, fsdp, tensor = plan.mesh
-
-    def change(**fields: Any) -> Plan:
-        return replace(plan, **fields)
-
     if data > slices:  # parameters and optimizer split over more chips: the same speed
-        yield change(mesh=(slices, fsdp * data // slices, tensor))
+        yield replace(plan, mesh=(slices, fsdp * data // slices, tensor))
     rows = plan.batch_size // (data * fsdp)
     for remat in REMAT[REMAT.index(plan.remat) :]:
         for n in (1, 2, 4, 8):
             grad_accum_steps = plan.grad_accum_steps * n
             if rows % grad_accum_steps == 0 and (remat, n) != (plan.remat, 1):
-                yield change(remat=remat, grad_accum_steps=grad_accum_steps)
+                yield replace(plan, remat=remat, grad_accum_steps=grad_accum_steps)
     for n in (2, 4, 8, 16):
         if rows % n == 0 and rows // n:
-            yield change(remat=REMAT[-1], batch_size=plan.batch_size // n, grad_accum_steps=1)
+            yield replace(plan, remat=REMAT[-1], batch_size=plan.batch_size // n, grad_accum_steps=1)
 
 
 def advise(
@@ -313,10 +301,7 @@ def advise(
 
 def shrinks(plan: Plan, other: Plan) -> float:
     """By what factor the activations kept at once may be smaller; a remat policy is worth up to 4 (full), 2 (dots)."""
-    examples = (plan.batch_size / plan.grad_accum_steps / plan.mesh[0] / plan.mesh[1]) / (
-        other.batch_size / other.grad_accum_steps / other.mesh[0] / other.mesh[1]
-    )
-    split = other.mesh[1] / plan.mesh[1]
+    examples, split = plan.examples_at_once() / other.examples_at_once(), other.mesh[1] / plan.mesh[1]
     return examples * split * 2.0 ** (REMAT.index(other.remat) - REMAT.index(plan.remat))
 
 
@@ -374,11 +359,11 @@ def meshes(topology: Topology, batch_size: int) -> list[tuple[int, int, int]]:
 
 def line(report: Report) -> str:
     """A report in a line."""
+    memory = f"{report['used'] / 2**30:.1f} of {report['hbm'] / 2**30:.1f} GiB"
     if not report["fits"]:
-        return f"does not fit, {report['used'] / 2**30:.1f} of {report['hbm'] / 2**30:.1f} GiB"
+        return f"does not fit, {memory}"
     return (
-        f"{report['used'] / 2**30:.1f} of {report['hbm'] / 2**30:.1f} GiB, "
-        f"step ≥ {1e3 * report['step_seconds']:.0f} ms, {report['samples_per_second']:.0f} samples/s, "
+        f"{memory}, step ≥ {1e3 * report['step_seconds']:.0f} ms, {report['samples_per_second']:.0f} samples/s, "
         f"MFU ≤ {100 * report['mfu_bound']:.0f} %"
     )
 
@@ -425,7 +410,12 @@ def compile_for(
     mesh = make_mesh(config.mesh.to_dict(), topology.devices())
     num_datasets = len(MIXTURES.get(config.data.mixture, ())) + len(config.data.datasets)
     setup = make_setup(config, grid, mesh, num_datasets=num_datasets)
-    plan = plan_of(setup)
+    plan = Plan(
+        tuple(mesh.shape[axis] for axis in AXES),  # pyright: ignore[reportArgumentType]
+        setup.model.config.remat,
+        setup.batch_size,
+        setup.grad_accum_steps,
+    )
 
     def compile_(plan: Plan) -> Report:
         progress(f"compiling {plan} for {topology}")

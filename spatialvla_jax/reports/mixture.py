@@ -58,15 +58,16 @@ def write_page(
     for number, (index, row) in enumerate(zip(indexes, rows, strict=True)):
         if progress:
             progress(number, len(indexes))
-        histograms = _histograms(_normalized(loader, index), grid)
+        frames = np.linspace(0, index.num_frames - 1, min(index.num_frames, FRAMES)).round().astype(np.int64)
+        statistics = loader.statistics[index.name]["action"]
+        histograms = _histograms(normalize(index.arrays["action"][index.action_rows(frames)[0]], statistics), grid)
         total = total + index.num_frames * histograms
         shown = _samples(index, np.random.default_rng([seed, number]))
         images = loader.frames(starts[number] + np.concatenate(shown)).image
         strips = np.split(images, np.cumsum([len(steps) for steps in shown])[:-1])
         limit = IMAGE_BYTES // (len(indexes) * EPISODES * 3)
         strips = [_strip(index, *pair, limit) for pair in zip(shown, strips, strict=True)]
-        section = _section(index, row, loader.statistics[index.name]["action"])
-        sections.append(section | {"strips": strips, "plots": _plots(histograms, grid)})
+        sections.append(_section(index, row, statistics) | {"strips": strips, "plots": _plots(histograms, grid)})
     if progress:
         progress(len(indexes), len(indexes))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,11 +83,6 @@ def write_page(
         together=_plots(total / starts[-1], grid),
         image_size=IMAGE_SIZE,
     )
-
-
-def _normalized(loader: Loader, index: Index) -> Float[np.ndarray, "N A"]:
-    frames = np.linspace(0, index.num_frames - 1, min(index.num_frames, FRAMES)).round().astype(np.int64)
-    return normalize(index.arrays["action"][index.action_rows(frames)[0]], loader.statistics[index.name]["action"])
 
 
 def _histograms(actions: Float[np.ndarray, "N A"], grid: ActionTokenizer) -> Float[np.ndarray, "A n"]:

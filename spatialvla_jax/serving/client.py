@@ -21,7 +21,7 @@ from spatialvla_jax.inference.action_chunking import executor
 class Agent:
     """One robot's side of a policy: keeps the instruction and the chunks that are being executed.
 
-    `infer` is `Policy.infer` or `Client.infer`; `execute` says how chunks become actions (see `ensemble.executor`);
+    `infer` is `Policy.infer` or `Client.infer`; `execute` says how chunks become actions (`action_chunking.executor`);
     `unnorm_key` names the dataset whose action units the robot has, where the policy knows several.
     """
 
@@ -34,8 +34,8 @@ class Agent:
         self.instruction, self.first = instruction, True
 
     def step(self, observation: dict[str, Any]) -> Float[np.ndarray, " 7"]:
-        """The action of this control step, in robot units, gripper 0 closed .. 1 open. The policy is only asked where
-        a chunk is due, so most observations of an open loop are not looked at."""
+        """The action of this control step, in robot units, gripper 0 closed .. 1 open. The policy is only called where
+        a chunk is due, so an open loop ignores most observations."""
         chunk = None
         if self.executor.due:
             full = {**observation, "prompt": self.instruction, "reset": self.first}
@@ -46,7 +46,7 @@ class Agent:
 
 class Client:
     """A policy at `address` (ws://host:port), behind a server of openpi's protocol. Raises InputError where there is
-    none, and with the server's words for an observation that it refuses."""
+    none, and with the server's message for an observation that it refuses."""
 
     def __init__(self, address: str, token: str = "", timeout: float = 60.0) -> None:
         from websockets.exceptions import InvalidHandshake, InvalidURI

@@ -1,4 +1,4 @@
-"""Observations and actions as msgpack, in openpi's encoding; reading is safe for what strangers send."""
+"""Observations and actions as msgpack, in openpi's encoding; reading is safe for untrusted input."""
 
 import math
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ DTYPES = ("|u1", "|i1", "<u2", "<i2", "<u4", "<i4", "<u8", "<i8", "<f2", "<f4", 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one client, and all together, may ask for."""
+    """Limits on one client, and on all together."""
 
     message_bytes: int = 16 << 20
     prompt_characters: int = 1000
@@ -29,7 +29,7 @@ class Limits:
 LIMITS = Limits()
 
 
-def pack(message: dict[str, Any]) -> bytes:
+def pack(message: dict) -> bytes:
     """msgpack, arrays as openpi's map {__ndarray__, data, dtype, shape}."""
 
     def encode(value: Any) -> Any:
@@ -40,9 +40,9 @@ def pack(message: dict[str, Any]) -> bytes:
 
 
 def unpack(message: bytes | str) -> dict[Any, Any]:
-    """Inverse of `pack` for what strangers send: numbers, strings, arrays of `DTYPES`, few containers, nothing else.
+    """Inverse of `pack` for untrusted input: numbers, strings, arrays of `DTYPES`, few containers, nothing else.
 
-    Raises InputError. What it allocates is bounded by the message, whatever the lengths in it claim.
+    Raises InputError. Its memory is bounded by the message's size, whatever lengths the message claims.
     """
     containers = 0
 
@@ -91,7 +91,7 @@ def unpack(message: bytes | str) -> dict[Any, Any]:
 
 
 def check(observation: dict[Any, Any], limits: Limits) -> None:
-    """Raises InputError where an observation has keys or types that no policy should see."""
+    """Raises InputError for unknown keys, wrong types and a prompt that is too long."""
     for key in observation:
         if key not in KEYS:
             raise InputError(f"observation key {key!r:.40} is not known; choose of {', '.join(KEYS)}")

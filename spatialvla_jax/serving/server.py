@@ -1,11 +1,11 @@
 """The policy behind a websocket, in openpi's protocol: its published `openpi-client` drives it unchanged.
 
-The server greets with its metadata; each binary message is then one observation, each binary reply its actions, both
-msgpack with openpi's encoding of arrays. A text frame is one sentence of what was wrong; the connection stays open. A
-message beyond the size limit, or a client that answers no ping for 20 s, loses its connection. GET /healthz, /metadata
-(JSON) and /metrics (Prometheus) are on the same port.
+The server first sends its metadata. Then each binary message is one observation and each binary reply its actions, both
+msgpack with openpi's encoding of arrays. A text reply is one sentence about an error; the connection stays open. A
+message beyond the size limit, or no answer to a ping for 20 s, ends the connection. GET /healthz, /metadata (JSON) and
+/metrics (Prometheus) are on the same port.
 
-Asyncio does the reading and writing; one thread calls the policy, on what has arrived since its last call.
+Asyncio reads and writes; one thread calls the policy on the observations that arrived since its last call.
 """
 
 import asyncio
@@ -94,7 +94,7 @@ class Batcher:
 
 
 class Metrics:
-    """What GET /metrics tells."""
+    """The metrics of GET /metrics."""
 
     def __init__(self, clients: Callable[[], int], waiting: Callable[[], int]) -> None:
         self.registry = registry = prometheus.CollectorRegistry()
@@ -110,7 +110,7 @@ class Metrics:
 
 
 class Client:
-    """What the server keeps of one connection, until it ends."""
+    """The state of one connection."""
 
     def __init__(self, execute: str) -> None:
         self.executor: ChunkExecutor | None = None if execute == "chunk" else executor(execute)
@@ -123,11 +123,11 @@ class Client:
 
 
 class Server:
-    """`start` warms the policy up and listens, `drain` answers what is in flight and ends.
+    """`start` warms up the policy and listens; `drain` answers the requests in flight and stops.
 
-    `execute` "chunk" replies with whole chunks f32[T, 7]; a mode of `executor` with one action f32[1, 7] a request,
-    and then the policy is called only where a chunk is due. Raises InputError where `host` is open to other machines
-    and there is no token.
+    With `execute` "chunk" it replies with whole chunks f32[T, 7]; with a mode of `executor` it replies with one action
+    f32[1, 7] a request and calls the policy only where a chunk is due. Raises InputError where `host` is reachable from
+    other machines and there is no token.
     """
 
     def __init__(
@@ -171,7 +171,7 @@ class Server:
         self.port = next(iter(self._listener.sockets)).getsockname()[1]
 
     async def drain(self, seconds: float = 20) -> None:
-        """Accepts nobody, replies for at most `seconds` to what has arrived, and closes all connections."""
+        """Refuses new connections, answers pending requests for at most `seconds`, and closes all connections."""
         self.draining = True
         self._listener.close(close_connections=False)
         deadline = time.monotonic() + seconds
@@ -186,7 +186,7 @@ class Server:
         self.batcher.thread.shutdown(wait=False)
 
     def _warm_up(self) -> None:
-        """Compiles all that a request can need: every image size, prompt length and batch size."""
+        """Compiles for every image size, prompt length and batch size that a request can have."""
         cfg, processor = self.policy.model.config, self.policy.processor
         prompts = {}  # one for each multiple of PROMPT_STEP
         for words in range(cfg.prompt_length):
@@ -230,7 +230,7 @@ class Server:
         return None
 
     async def _talk(self, connection: ServerConnection) -> None:
-        """One client, from its greeting to its end. It has one observation in the queue at most."""
+        """Serves one client until it disconnects. It has at most one observation in the queue."""
         client = Client(self.execute)
         self.clients.add(client)
         try:
@@ -280,7 +280,7 @@ class Server:
         if client.executor and not client.executor.due:
             return {"actions": client.executor.step()[None]}
         result = await self.batcher.infer(prepared)
-        # A client that gets whole chunks is taken to execute them to their end, as openpi's does.
+        # A client that gets whole chunks is assumed to execute them to their end, as openpi's does.
         ids = result["action_ids"]
         client.draft = shift(ids, client.executor.every if client.executor else len(ids))
         if client.executor:
@@ -299,7 +299,7 @@ async def run(server: Server, ready: Callable[[], None] = lambda: None) -> None:
     """Serves until SIGTERM or SIGINT, then drains. `ready` is called when clients can connect."""
     await server.start()
     gc.collect()
-    gc.freeze()  # what compiling left stays, and would be searched through in the middle of requests
+    gc.freeze()  # spares the collector the objects that compiling left, in the middle of requests
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)

@@ -28,21 +28,16 @@ class Motion:
     action: Float[np.ndarray, "T 7"]
 
 
+TEXTS, NUMBERS, ARRAYS = ("suite", "split", "language"), ("task_id", "seed", "init_state"), ("qpos", "state", "action")
+
+
 def save_motions(out: Path, motions: Sequence[Motion]) -> None:
     """As NumPy's .npz, by rename: the episodes one after the other, and of each its length and its other fields.
 
     Raises InputError where the file cannot be written."""
-    columns: dict[str, Any] = {
-        key: np.array([getattr(m, key) for m in motions]) for key in ("suite", "split", "language")
-    }
-    columns |= {
-        key: np.array([getattr(m, key) for m in motions], np.int64) for key in ("task_id", "seed", "init_state")
-    }
-    columns |= {
-        "length": np.array([len(m.qpos) for m in motions]),
-        "width": np.array([m.qpos.shape[1] for m in motions]),
-    }
-    columns |= {key: np.concatenate([getattr(m, key).ravel() for m in motions]) for key in ("qpos", "state", "action")}
+    columns: dict[str, Any] = {key: np.array([getattr(m, key) for m in motions]) for key in (*TEXTS, *NUMBERS)}
+    columns["length"], columns["width"] = np.array([m.qpos.shape for m in motions]).reshape(-1, 2).T
+    columns |= {key: np.concatenate([getattr(m, key).ravel() for m in motions]) for key in ARRAYS}
     with disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         with replacing(out) as temporary:
@@ -56,11 +51,11 @@ def load_motions(path: Path) -> list[Motion]:
             columns = {key: file[key] for key in (*Motion.__dataclass_fields__, "length", "width")}
     except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise InputError(f"{path} is no file of motions, as `record libero --out FILE.npz` writes them") from error
-    motions, place = [], {"qpos": 0, "state": 0, "action": 0}
+    motions, place = [], dict.fromkeys(ARRAYS, 0)
     for i, (length, width) in enumerate(zip(columns["length"].tolist(), columns["width"].tolist(), strict=True)):
-        fields: dict[str, Any] = {key: str(columns[key][i]) for key in ("suite", "split", "language")}
-        fields |= {key: int(columns[key][i]) for key in ("task_id", "seed", "init_state")}
-        for key, size in {"qpos": width, "state": 8, "action": 7}.items():
+        fields: dict[str, Any] = {key: str(columns[key][i]) for key in TEXTS}
+        fields |= {key: int(columns[key][i]) for key in NUMBERS}
+        for key, size in zip(ARRAYS, (width, 8, 7), strict=True):
             fields[key] = columns[key][place[key] : place[key] + length * size].reshape(length, size)
             place[key] += length * size
         motions.append(Motion(**fields))

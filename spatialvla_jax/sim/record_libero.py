@@ -111,31 +111,24 @@ def record_libero(
     workers: int | None = None,
     progress: bool = True,
 ) -> tuple[Path, dict[int, TaskReport]]:
-    """Records `episodes` train and `val_episodes` val episodes, dealt in turn over `tasks` (all by default), as RLDS,
-    or where `out` ends with .pack as a packed file of the frames as they are rendered, without TensorFlow, or where it
-    ends with .npz the motions alone, which needs no renderer, for `render_motions`.
+    """Records `episodes` train and `val_episodes` val episodes, dealt in turn over `tasks` (all by default).
+
+    The suffix of `out` chooses the format: none for RLDS, .pack for a packed file (without TensorFlow), .npz for the
+    motions alone (without a renderer), which `render_motions` draws later.
 
     Only episodes that the benchmark's own predicate accepts are kept; a rejected one is tried again with other noise.
-    Train and val start from different initial states of the benchmark, or, if `drawn`, from others out of the same
-    regions, so that all of the benchmark's are new to a policy that is trained on these. `noise` disturbs the motion on
-    the way to the object and to its place, as a policy's own errors will, and records what the expert does about it
-    (DART, Laskey et al. 2017): its standard deviation, in units of the action. With it the fingers now and then close
-    before they are there, as if they had missed, and are opened again. Every episode grips at an angle of its
-    own, which no picture before the grip tells; `spread` is a factor on how far these lie apart, and with 0 the
-    expert's actions follow from what is seen.
-
-    A packed file can do with pictures of `every` so-many steps (the actions of all): neighbours in time look alike, and
-    with 3 the same room and rendering time hold three times the episodes.
+    Train and val start from different initial states of the benchmark or, if `drawn`, from new states of the same
+    regions, so that a policy trained on these has seen none of the benchmark's. `noise` disturbs the motion towards the
+    object and its place and records how the expert corrects it (DART, Laskey et al. 2017): a standard deviation in
+    units of the action. With noise the fingers also sometimes close too early, and open again. Every episode grips at
+    an angle of its own, which no picture before the grip shows; `spread` scales its range, and 0 makes the actions
+    follow from the pictures. A packed file may keep pictures of every `every`-th step, with the actions of all.
 
     The same arguments give the same episodes for any number of `workers` (processes; default one a core). Rendering
-    follows MUJOCO_GL, by default osmesa (CPU), and with egl takes turns on the GPUs of CUDA_VISIBLE_DEVICES.
+    follows MUJOCO_GL, by default osmesa (CPU); egl spreads over the GPUs of CUDA_VISIBLE_DEVICES.
 
-    Returns:
-        The version directory that `tfds.builder_from_directory` reads (or the file), and a report for each task id.
-
-    Raises:
-        InputError: unknown suite or task, less than one episode, negative noise or spread, an existing dataset at
-            `out`, no simulator, or some steps' pictures only but no packed file.
+    Returns the version directory that `tfds.builder_from_directory` reads, or the file, and a report for each task id.
+    Raises InputError for bad arguments, an existing `out` and a missing simulator.
     """
     for name, value in (("noise", noise), ("spread", spread)):
         if not value >= 0:
@@ -146,24 +139,21 @@ def record_libero(
     jobs = [replace(job, drawn=drawn, noise=noise, spread=spread) for job in jobs]
     report: dict[int, list[tuple[str, int, int]]] = {task: [] for task in tasks}
 
-    def results(function: Callable[[Job], tuple[Any, str, int, int]]) -> Iterator[tuple[str, Any]]:
-        made = in_processes(function, jobs, workers or os.cpu_count() or 1, progress)
+    def results(look: bool) -> Iterator[tuple[str, Any]]:
+        made = in_processes(partial(record, look=look), jobs, workers or os.cpu_count() or 1, progress)
         for job, (result, *row) in zip(jobs, made, strict=True):
             report[job.task_id].append(tuple(row))
             yield job.split, result
 
     if out.suffix in (".npz", ".pack"):
-        motions = [motion for _, motion in results(record_motion)]
+        motions = [motion for _, motion in results(look=False)]
         if out.suffix == ".npz":
             save_motions(out, motions)
         else:
             _pack(out, motions, image_size, every, workers, progress)
     else:
-        per_shard = _per_shard(episodes)
         description = f"Scripted-expert demonstrations of {suite}, recorded with seed {seed}."
-        out = write_episodes(
-            out, results(record_episode), image_size=image_size, episodes_per_shard=per_shard, description=description
-        )
+        out = _write(out, results(look=True), image_size, episodes, description)
     return out, {
         task: TaskReport(rows[0][0], sum(r[1] for r in rows), len(rows), float(np.mean([r[2] for r in rows])))
         for task, rows in report.items()
@@ -198,13 +188,9 @@ def render_motions(
         _pack(out, episodes, image_size, every, workers, progress)
         return out
     rendered = _render(episodes, image_size, workers, progress, encoded=True)
-    return write_episodes(
-        out,
-        ((motion.split, episode) for motion, episode in zip(episodes, rendered, strict=True)),
-        image_size=image_size,
-        episodes_per_shard=_per_shard(sum(motion.split == "train" for motion in episodes)),
-        description=f"Scripted-expert demonstrations of {suites[0]}.",
-    )
+    pairs = ((motion.split, episode) for motion, episode in zip(episodes, rendered, strict=True))
+    trained = sum(motion.split == "train" for motion in episodes)
+    return _write(out, pairs, image_size, trained, f"Scripted-expert demonstrations of {suites[0]}.")
 
 
 def _check_out(out: Path, every: int) -> None:
@@ -213,8 +199,9 @@ def _check_out(out: Path, every: int) -> None:
     check_file(out) if out.suffix in (".pack", ".npz") else check_out(out)
 
 
-def _per_shard(trained: int) -> int:
-    return max(3, -(-trained // 16))
+def _write(out: Path, episodes: Iterator[tuple[str, Any]], size: int, trained: int, description: str) -> Path:
+    per_shard = max(3, -(-trained // 16))
+    return write_episodes(out, episodes, image_size=size, episodes_per_shard=per_shard, description=description)
 
 
 def _render(
@@ -266,24 +253,14 @@ def in_processes(
             raise RuntimeError(f"a {doing} process died (a crash, or out of memory: try fewer workers)") from error
 
 
-def record_episode(job: Job) -> tuple[dict, str, int, int]:
-    """Tries until the benchmark accepts an episode; → (the episode, see `writer.features`; its instruction; the number
-    of tries and of steps)."""
-    motion, scene, tried = _record(job, look=True)
-    return _episode(motion, *scene), motion.language, tried, len(motion.action)
-
-
-def record_motion(job: Job) -> tuple[Motion, str, int, int]:
-    """The same without pictures."""
-    motion, _, tried = _record(job, look=False)
-    return motion, motion.language, tried, len(motion.action)
-
-
-def _record(job: Job, look: bool) -> tuple[Motion, tuple, int]:
+def record(job: Job, look: bool) -> tuple[dict | Motion, str, int, int]:
+    """Tries until the benchmark accepts an episode; → (the episode, see `rlds_writer.features`, or where nobody is to
+    `look` its motion; its instruction; the number of tries and of steps)."""
     for attempt in range(MAX_ATTEMPTS):
-        recorded = _attempt(job, attempt, look)
-        if recorded is not None:
-            return *recorded, attempt + 1
+        if recorded := _attempt(job, attempt, look):
+            motion, scene = recorded
+            result = _episode(motion, *scene) if look else motion
+            return result, motion.language, attempt + 1, len(motion.action)
     raise RuntimeError(f"{job.suite} task {job.task_id}: the expert failed {MAX_ATTEMPTS} times in a row ({job})")
 
 
@@ -358,7 +335,7 @@ def render_motion(motion: Motion, image_size: int, encoded: bool) -> dict:
 
 
 def _episode(motion: Motion, name: str, frames: list[tuple], view: tuple[np.ndarray, np.ndarray]) -> dict:
-    """What the writers take, see `writer.features`."""
+    """What the writers take, see `rlds_writer.features`."""
     steps, (intrinsics, extrinsics) = [], view
     for i, ((image, depth), state, action) in enumerate(zip(frames, motion.state, motion.action, strict=True)):
         last = i == len(frames) - 1

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Shaped, UInt8
 from scipy.spatial.transform import Rotation
 
 from spatialvla_jax.errors import InputError
@@ -114,7 +114,7 @@ class SimplerPolicy:
         FigureCanvasAgg(figure).print_figure(Path(save_path))
 
 
-def area_resize(image: UInt8[np.ndarray, "H W 3"], size: int) -> UInt8[np.ndarray, "S S 3"]:
+def area_resize(image: Shaped[np.ndarray, "H W 3"], size: int) -> UInt8[np.ndarray, "S S 3"]:
     """Every pixel the mean of the area that it covers, as OpenCV's INTER_AREA shrinks. Raises InputError."""
     if image.dtype != np.uint8 or image.ndim != 3:
         raise InputError(f"the image must be uint8[H, W, 3], got {image.dtype}{list(image.shape)}")

@@ -17,7 +17,6 @@ A sweep file has `get_sweep()`, which returns
 """
 
 import difflib
-import functools
 import hashlib
 import itertools
 import json
@@ -37,13 +36,13 @@ from spatialvla_jax.checkpoints.paligemma import is_paligemma
 from spatialvla_jax.checkpoints.regrid import adapt_checkpoint
 from spatialvla_jax.config import (
     call_function,
-    check_keys,
     check_post_training,
+    completed,
     default_config,
     find_config,
     flatten,
     load_config,
-    set_key,
+    set_keys,
 )
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.models.lora import adapter_shapes
@@ -117,16 +116,16 @@ def load_sweep(path: str | Path, overrides: Mapping[str, str] | None = None, onl
         chosen = dict(zip(axes, names, strict=True))
         changes = [(axis, key, value) for axis, name in chosen.items() for key, value in axes[axis][name].items()]
         label = "_".join(f"{_slug(axis.rsplit('.')[-1])}-{_slug(name)}" for axis, name in chosen.items())
-        config = _changed(f"{path}: trial {label}", base, changes)
-        where = f"{path}: trial {label or 'of the base'}"
-        _check(where, config, {key for _, key, _ in changes})
-        made = [
-            Trial(f"{label}_seed-{seed}".lstrip("_"), chosen, seed, ConfigDict(config.to_dict() | {"seed": seed}))
-            for seed in seeds
-        ]
-        if any(fnmatchcase(trial.name, only) for trial in made):
-            _check_files(where, config)
-        trials += made
+        named = [(seed, f"{label}_seed-{seed}".lstrip("_")) for seed in seeds]
+        try:
+            config = _changed(base, changes)
+            _check(config, {key for _, key, _ in changes})
+            if any(fnmatchcase(name, only) for _, name in named):
+                _check_files(config)
+        except InputError as error:
+            raise InputError(f"{path}: trial {label or 'of the base'}: {error}") from None
+        values = config.to_dict()
+        trials += [Trial(name, chosen, seed, ConfigDict(values | {"seed": seed})) for seed, name in named]
     trials.sort(key=lambda trial: seeds.index(trial.seed))
     _check_distinct(path, trials)
     keep = bool(given.get("keep_checkpoints", True))
@@ -135,13 +134,10 @@ def load_sweep(path: str | Path, overrides: Mapping[str, str] | None = None, onl
 
 def _base(path: Path, base: Any, overrides: Mapping[str, str]) -> ConfigDict:
     if isinstance(base, str):
-        return load_config(base, dict(overrides))
+        return load_config(base, overrides)
     if not isinstance(base, ConfigDict):
         raise InputError(f"base of {path} must be a config file or a config, got {type(base).__name__}")
-    check_keys(base.to_dict(), default_config().to_dict())
-    for key, text in overrides.items():
-        set_key(base, key, text)
-    return base
+    return completed(base, overrides)
 
 
 def _values(path: Path, axis: str, values: Any) -> dict[str, dict[str, Any]]:
@@ -164,21 +160,18 @@ def _values(path: Path, axis: str, values: Any) -> dict[str, dict[str, Any]]:
     return {str(value): {axis: value} for value in values}
 
 
-def _changed(where: str, base: ConfigDict, changes: list[tuple[str, str, Any]]) -> ConfigDict:
+def _changed(base: ConfigDict, changes: list[tuple[str, str, Any]]) -> ConfigDict:
     config = ConfigDict(base.to_dict())
     seen: dict[str, str] = {}
     for axis, key, value in changes:
         if key in seen:
-            raise InputError(f"{where}: axes {seen[key]!r} and {axis!r} both set {key}")
+            raise InputError(f"axes {seen[key]!r} and {axis!r} both set {key}")
         seen[key] = axis
-        try:
-            set_key(config, key, value if isinstance(value, str) else repr(value))
-        except InputError as error:
-            raise InputError(f"{where}: {error}") from None
+        set_keys(config, {key: value})
     return config
 
 
-def _check(where: str, config: ConfigDict, changed: set[str]) -> None:
+def _check(config: ConfigDict, changed: set[str]) -> None:
     """Raises InputError for a config that can't be trained, and for a change that would do nothing."""
     grid, train, flat, problem = config.grid, config.train, flatten(config.to_dict()), None
     if wrong := [key for key, choices in CHOICES.items() if flat[key] not in choices]:
@@ -196,21 +189,14 @@ def _check(where: str, config: ConfigDict, changed: set[str]) -> None:
             "model.depth_source=zoedepth takes the depth model of init, and init is empty: its depth would be random"
         )
     if problem:
-        raise InputError(f"{where}: {problem}")
-    try:
-        check_post_training(config)
-        setup = make_setup(config, _grid(config))
-        # Patterns are about paths alone, so one grid does for all.
-        shapes = _shapes(make_setup(config, uniform_grid((1,) * 6)).model.config)
-        lora = setup.adapters
-        adapters = adapter_shapes(shapes, lora.rank, lora.targets) if lora else {}
-        paths = shapes | {f"lora/{path}": shape for path, shape in adapters.items()}
-        split_frozen(unflatten(paths), setup.frozen)
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from None
-
-
-_shapes = functools.cache(param_shapes)
+        raise InputError(problem)
+    check_post_training(config)
+    setup = make_setup(config, _grid(config))
+    # Patterns are about paths alone, so one grid does for all.
+    shapes = param_shapes(make_setup(config, uniform_grid((1,) * 6)).model.config)
+    lora = setup.adapters
+    adapters = adapter_shapes(shapes, lora.rank, lora.targets) if lora else {}
+    split_frozen(unflatten(shapes | {f"lora/{path}": shape for path, shape in adapters.items()}), setup.frozen)
 
 
 def _grid(config: ConfigDict) -> ActionTokenizer:
@@ -218,7 +204,7 @@ def _grid(config: ConfigDict) -> ActionTokenizer:
     return linear_grid() if config.grid.kind == "linear" else uniform_grid(config.grid.num_bins)
 
 
-def _check_files(where: str, config: ConfigDict) -> None:
+def _check_files(config: ConfigDict) -> None:
     """Raises InputError for a file that is missing, and for a grid that the checkpoint in `init` can't be taken to."""
     data, problem = config.data.to_dict(), None
     paths = [entry["path"] for entry in data["datasets"] if "path" in entry and not data["packed"]]
@@ -231,18 +217,15 @@ def _check_files(where: str, config: ConfigDict) -> None:
         if data["precomputed_depth"]:
             problem += ": make it with `spatialvla-jax data depth`, or leave the trials that need it out with --only"
     if problem:
-        raise InputError(f"{where}: {problem}")
+        raise InputError(problem)
     if not config.init or config.grid.kind == "checkpoint" or is_paligemma(Path(config.init)):
         return
-    try:
-        start = read_checkpoint(config.init)
-        old = start.processor.grid if start.processor else None
-        # A grid that is fitted to the data may be the one that the checkpoint has, if its bins are as many.
-        as_many = isinstance(old, ActionGrid) and old.num_bins == tuple(config.grid.num_bins)
-        if not (as_many and config.grid.kind == "gaussian"):
-            adapt_checkpoint(config.init, start, _grid(config), **config.adapt.to_dict())
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from None
+    start = read_checkpoint(config.init)
+    old = start.processor.grid if start.processor else None
+    # A grid that is fitted to the data may be the one that the checkpoint has, if its bins are as many.
+    as_many = isinstance(old, ActionGrid) and old.num_bins == tuple(config.grid.num_bins)
+    if not (as_many and config.grid.kind == "gaussian"):
+        adapt_checkpoint(config.init, start, _grid(config), **config.adapt.to_dict())
 
 
 def _check_distinct(path: Path, trials: list[Trial]) -> None:

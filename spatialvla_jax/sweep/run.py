@@ -94,7 +94,7 @@ def run_here(sweep: Sweep, workdir: Path, trials: Sequence[Trial], say: Callable
             died = (folder / "running").exists() and not (folder / "failed.json").exists()
             if died and len(trials) > 1 and jax.process_count() == 1:
                 (folder / "running").unlink()
-                write_failure(folder, trial, "ProcessError", "its process died: killed, or out of memory?", "")
+                write_failure(folder, trial, "its process died: killed, or out of memory?")
                 outcome = FAILED
             else:
                 say(f"trial {number} of {len(trials)}: {trial.name}")
@@ -120,8 +120,10 @@ def run_parallel(command: Sequence[str], workdir: Path, trials: Sequence[Trial],
 
     def run(trial: Trial) -> str:
         folder = folder_of(workdir, trial)
-        if stopping.is_set() or (folder / "result.json").exists():
-            return FINISHED if (folder / "result.json").exists() else STOPPED
+        if (folder / "result.json").exists():
+            return FINISHED
+        if stopping.is_set():
+            return STOPPED
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "failed.json").unlink(missing_ok=True)
         place = places.pop()
@@ -143,7 +145,7 @@ def run_parallel(command: Sequence[str], workdir: Path, trials: Sequence[Trial],
         if stopping.is_set():
             return STOPPED
         if code and not (folder / "failed.json").exists():  # killed, out of memory: it had no time to say why
-            write_failure(folder, trial, "ProcessError", f"its process ended with exit code {code}, see log.txt", "")
+            write_failure(folder, trial, f"its process ended with exit code {code}, see log.txt")
         return FAILED if (folder / "failed.json").exists() else STOPPED
 
     def stop(*_: Any) -> None:
@@ -224,7 +226,7 @@ def attempt(trial: Trial, folder: Path, keep_checkpoints: bool) -> str:
         if is_writer():
             write_json(folder / "result.json", measure(trial, folder, trained))
     except Exception as error:
-        write_failure(folder, trial, type(error).__name__, str(error), traceback.format_exc())
+        write_failure(folder, trial, str(error), type(error).__name__, traceback.format_exc())
         return FAILED
     finally:
         (folder / "running").unlink(missing_ok=True)
@@ -233,7 +235,7 @@ def attempt(trial: Trial, folder: Path, keep_checkpoints: bool) -> str:
     return FINISHED
 
 
-def write_failure(folder: Path, trial: Trial, kind: str, reason: str, trace: str) -> None:
+def write_failure(folder: Path, trial: Trial, reason: str, kind: str = "ProcessError", trace: str = "") -> None:
     failure = {"trial": trial.name, "error": kind, "reason": " ".join(reason.split()), "traceback": trace}
     write_json(folder / "failed.json", failure)
 

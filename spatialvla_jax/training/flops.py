@@ -8,7 +8,7 @@ import jax
 from spatialvla_jax.actions import ActionTokenizer
 from spatialvla_jax.batch import Batch
 from spatialvla_jax.models.lora import merge_adapters
-from spatialvla_jax.training.optimizer import Params, merge, split_frozen
+from spatialvla_jax.training.optimizer import merge, split_frozen
 from spatialvla_jax.training.setup import TrainSetup
 from spatialvla_jax.training.state import abstract_params
 from spatialvla_jax.training.step import loss_and_metrics, prepare

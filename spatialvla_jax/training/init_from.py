@@ -22,10 +22,9 @@ from spatialvla_jax.checkpoints.regrid import adapt_checkpoint
 from spatialvla_jax.checkpoints.types import LazyArray, recorded
 from spatialvla_jax.data import Loader
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.models import SpatialVLA
+from spatialvla_jax.models import Params, SpatialVLA
 from spatialvla_jax.models.lora import ADAPTERS, init_adapters
 from spatialvla_jax.training.grid_fit import make_grid, mixture_gaussians
-from spatialvla_jax.training.optimizer import Params
 from spatialvla_jax.training.setup import TrainSetup
 from spatialvla_jax.utils.renames import MODEL_FIELDS, renamed
 

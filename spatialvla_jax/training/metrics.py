@@ -44,7 +44,6 @@ class MetricsLog:
             # Whatever earlier files have of later steps is not shown.
             self._write_event(step=resume_step + 1, session_log=SessionLog(status=SessionLog.START))
         if wandb:
-            check_wandb()
             import wandb as client  # pyright: ignore[reportMissingImports]
 
             same = hashlib.sha256(str(workdir.absolute()).encode()).hexdigest()[:16]  # a run that goes on is one run

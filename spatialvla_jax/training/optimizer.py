@@ -11,8 +11,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, Int
 
 from spatialvla_jax.errors import InputError
-
-Params = dict[str, Any]
+from spatialvla_jax.models import Params
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -105,10 +105,14 @@ class Checkpoints:
             time.sleep(2.0 ** (self.failures - 1))
             self._start(state, step)
 
+    def _saved(self, state: TrainState) -> tuple[Any, Any]:
+        """Parameters and optimizer state as they are stored."""
+        return swap_ema(split_frozen(state.params, self.left_out)[0], state.opt_state)
+
     def _start(self, state: TrainState, step: int) -> None:
         self._finish(step)  # only one at a time
         self.began = time.perf_counter()
-        params, opt_state = swap_ema(split_frozen(state.params, self.left_out)[0], state.opt_state)
+        params, opt_state = self._saved(state)
         items = ocp.args.Composite(
             params=ocp.args.StandardSave(params),
             optimizer=ocp.args.StandardSave(opt_state),
@@ -158,20 +162,16 @@ class Checkpoints:
         def target(tree: Any, sharding: Any) -> Any:
             return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, sharding)
 
-        kept, fixed = split_frozen(state.params, self.left_out)
-        params, opt_state = swap_ema(kept, state.opt_state)
-        kept_shardings, _ = split_frozen(shardings.params, self.left_out)
-        param_shardings, opt_shardings = swap_ema(kept_shardings, shardings.opt_state)
+        params, optimizer = map(target, self._saved(state), self._saved(shardings))
         restored = self.manager.restore(
             step,
             args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(target(params, param_shardings)),
-                optimizer=ocp.args.StandardRestore(target(opt_state, opt_shardings)),
+                params=ocp.args.StandardRestore(params), optimizer=ocp.args.StandardRestore(optimizer)
             ),
         )
         at = jax.device_put(np.int32(step), shardings.step)
         params, opt_state = swap_ema(restored["params"], restored["optimizer"])
-        return TrainState(at, merge(params, fixed), opt_state)
+        return TrainState(at, merge(params, split_frozen(state.params, self.left_out)[1]), opt_state)
 
     def close(self) -> None:
         """Wait for the save under way. Where it fails the run has ended early, and says by another error why. After a

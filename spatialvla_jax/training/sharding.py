@@ -14,8 +14,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 
 from spatialvla_jax.errors import InputError
+from spatialvla_jax.models import Params
 from spatialvla_jax.models.activation_sharding import BATCH_AXES
 from spatialvla_jax.models.lora import ADAPTERS, axes_of
 
@@ -120,7 +122,7 @@ def on_mesh(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
     return wrapped
 
 
-def cast_split(params: dict[str, Any], dtype: Any) -> dict[str, Any]:
+def cast_split(params: Params, dtype: DTypeLike) -> Params:
     """The matrices that are split over `fsdp` in the computation's dtype, so that half the bytes are gathered.
 
     Every other parameter stays as it is; on no mesh, or one without a split, all do.
@@ -142,14 +144,8 @@ def cast_split(params: dict[str, Any], dtype: Any) -> dict[str, Any]:
     return unflatten_dict({k: cast(k, v) for k, v in flat.items()}, sep="/")
 
 
-def param_shardings(params: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
-    """The same tree with a NamedSharding for every array (or ShapeDtypeStruct)."""
-    flat: dict[str, Any] = flatten_dict(params, sep="/")
-    return unflatten_dict({k: NamedSharding(mesh, spec_of(k, v.shape, mesh)) for k, v in flat.items()}, sep="/")
-
-
-def like_params(tree: Any, params: dict[str, Any], mesh: Mesh) -> Any:
-    """Shardings for a tree with copies of the parameter tree in it, as optimizer states are; the rest is replicated."""
+def like_params(tree: Any, params: Params, mesh: Mesh) -> Any:
+    """Shardings for a tree that is, or holds copies of, the parameter tree, as a state does; the rest is replicated."""
     flat = flatten_dict(params, sep="/")
 
     def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:

@@ -8,16 +8,14 @@ import numpy as np
 import optax
 from flax import struct
 from flax.traverse_util import flatten_dict
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, Integer
 
 from spatialvla_jax.batch import example_inputs
-from spatialvla_jax.models import SpatialVLA
+from spatialvla_jax.models import Params, SpatialVLA
 from spatialvla_jax.models.lora import ADAPTERS, init_adapters
-from spatialvla_jax.training.optimizer import Params, merge, split_frozen
+from spatialvla_jax.training.optimizer import merge, split_frozen
 from spatialvla_jax.training.setup import TrainSetup
-from spatialvla_jax.training.sharding import like_params, param_shardings
+from spatialvla_jax.training.sharding import like_params
 
 
 @struct.dataclass
@@ -29,7 +27,7 @@ class TrainState:
     opt_state: optax.OptState
 
 
-def init_params(model: SpatialVLA, seed: Int[Array, ""] | int) -> Params:
+def init_params(model: SpatialVLA, seed: Integer[Array, ""] | int) -> Params:
     """Random parameters, float32."""
 
     def init(seed: Any) -> Any:
@@ -62,12 +60,7 @@ def abstract_state(setup: TrainSetup, params: Params | None = None) -> tuple[Tra
     as arrays or shapes."""
     assert setup.mesh is not None
     state = jax.eval_shape(lambda params: new_state(setup, params), params or abstract_params(setup))
-    replicated: Any = NamedSharding(setup.mesh, P())
-    return state, TrainState(
-        step=replicated,
-        params=param_shardings(state.params, setup.mesh),
-        opt_state=like_params(state.opt_state, state.params, setup.mesh),
-    )
+    return state, like_params(state, state.params, setup.mesh)
 
 
 def init_state(setup: TrainSetup, params: Params | None = None) -> tuple[TrainState, TrainState]:

@@ -31,7 +31,8 @@ SMALL = (4, 4, 2, 4, 4, 4)
 
 
 def same(a, b) -> bool:
-    return type(a) is type(b) and all(np.array_equal(vars(a)[name], vars(b)[name]) for name in vars(a))
+    pairs = [(np.asarray(vars(a)[name]), np.asarray(vars(b)[name])) for name in vars(a)]
+    return type(a) is type(b) and all(x.dtype == y.dtype and np.array_equal(x, y) for x, y in pairs)
 
 
 def test_make_grid():

@@ -41,11 +41,6 @@ def test_full_size_has_the_published_number_of_parameters():
     assert len({slot.key for slot in table}) == len(table)
 
 
-def test_no_name_appears_twice():
-    keys = [key for rule in SPATIALVLA for key in rule.keys]
-    assert len(keys) == len(set(keys)) and len({rule.path for rule in SPATIALVLA}) == len(SPATIALVLA)
-
-
 @settings(max_examples=100, deadline=None)
 @given(
     left=st.permutations("ABCD"),

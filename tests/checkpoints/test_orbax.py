@@ -93,23 +93,18 @@ def test_bad_runs_are_named(checkpoint, tmp_path):
     with pytest.raises(InputError, match="no finished checkpoint"):
         read_orbax(tmp_path)
 
-    save_run(tmp_path / "a", checkpoint, metadata={"model": {"img": {}}})
-    with pytest.raises(InputError, match="metadata does not describe a model"):
-        read_orbax(tmp_path / "a")
-
-    facts = {"model": replace(checkpoint.config, spatial_tokens=131).to_dict(), "processor": None}
-    save_run(tmp_path / "b", checkpoint, metadata=facts)
-    with pytest.raises(InputError, match=r"spatial_embedding \(130, 24\) instead of \(131, 24\)"):
-        read_orbax(tmp_path / "b")
-
+    other = {"model": replace(checkpoint.config, spatial_tokens=131).to_dict(), "processor": None}
     params = checkpoint.params()
-    del params["spatial_embedding"]
-    save_run(tmp_path / "c", checkpoint, params=params)
-    with pytest.raises(InputError, match="1 tensor missing for its config: spatial_embedding"):
-        read_orbax(tmp_path / "c")
-
-    params["spatial_embedding"] = np.full((130, 24), np.nan, np.float32)
-    save_run(tmp_path / "d", checkpoint, params=params)
+    table = params.pop("spatial_embedding")
+    for name, changes, says in [
+        ("a", {"metadata": {"model": {"img": {}}}}, "metadata does not describe a model"),
+        ("b", {"metadata": other}, r"spatial_embedding \(130, 24\) instead of \(131, 24\)"),
+        ("c", {"params": params}, "1 tensor missing for its config: spatial_embedding"),
+    ]:
+        save_run(tmp_path / name, checkpoint, **changes)
+        with pytest.raises(InputError, match=says):
+            read_orbax(tmp_path / name)
+    save_run(tmp_path / "d", checkpoint, params=params | {"spatial_embedding": np.full_like(table, np.nan)})
     with pytest.raises(InputError, match="1 tensor not finite: spatial_embedding"):
         read_orbax(tmp_path / "d").params()
 

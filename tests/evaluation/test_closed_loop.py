@@ -2,13 +2,14 @@
 
 import functools
 import json
-import os
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from helpers.environments import Point
 
 from spatialvla_jax.cli import main
 from spatialvla_jax.errors import InputError
@@ -18,45 +19,6 @@ from spatialvla_jax.sim import libero_env as libero
 
 MAX_STEPS = {"toy": 12}
 EPISODES = [Episode("toy", task, number, seed) for seed in (0, 1) for number in (0, 1) for task in (0, 1, 2)]
-
-
-class Point:
-    """Done where |position - goal| < 0.05; the picture's first pixel is 100 + 100·(goal - position). Task 2's goal is
-    out of reach within the steps. The folder `marks` remembers what a killed process has done."""
-
-    def __init__(self, marks: Path | None = None, crash: str = "", hang: str = "") -> None:
-        self.marks, self.crash, self.hang = marks, crash, hang
-
-    def reset(self, episode):
-        rng = np.random.default_rng((episode.task, episode.number, episode.seed))
-        self.name = f"{episode.task}-{episode.number}-{episode.seed}"
-        self.position, self.goal, self.steps = 0.0, rng.uniform(0.3, 0.6), 0
-        if episode.task == 2:
-            self.goal = 1.5
-        return f"go to {episode.task}", self.look()
-
-    def step(self, action, look):
-        self.steps += 1
-        if self.steps == 3 and self.once(self.crash, "crash"):
-            os._exit(7)
-        if self.steps == 3 and self.once(self.hang, "hang"):
-            time.sleep(60)
-        if self.crash == "always":
-            raise ValueError("no such joint")
-        if self.crash == "input":
-            raise InputError("the simulator is not installed")
-        self.position += float(np.clip(action[0], -0.1, 0.1))
-        return self.look() if look else {}, abs(self.position - self.goal) < 0.05
-
-    def look(self):
-        value = round(100 + 100 * (self.goal - self.position))
-        return {"image": np.full((6, 8, 3), value, np.uint8), "pid": os.getpid()}
-
-    def once(self, which: str, mark: str) -> bool:
-        if which != self.name or self.marks is None or (self.marks / mark).exists():
-            return False
-        (self.marks / mark).touch()
-        return True
 
 
 class Policy:
@@ -164,7 +126,19 @@ def test_it_goes_on_where_it_was_stopped(first, tmp_path):
         evaluate(Point, direct, EPISODES, Settings(MAX_STEPS), tmp_path, policy="another")
 
 
-def test_a_crash_and_a_hang_are_recorded_and_the_episode_is_run_again(first, tmp_path):
+def test_a_crash_and_a_hang_are_recorded_and_the_episode_is_run_again(first, tmp_path, monkeypatch):
+    """The clock moves on by itself once all but the one that hangs have answered."""
+    late, ready = [0.0], closed_loop.wait
+
+    def wait(connections, timeout):
+        if (tmp_path / "hang").exists() and not late[0]:
+            while len(ready(connections, 1)) < len(connections) - 1:
+                pass
+            late[0] = 1000.0
+        return ready(connections, min(timeout, 0.1))
+
+    monkeypatch.setattr(closed_loop, "wait", wait)
+    monkeypatch.setattr(closed_loop, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + late[0]))
     result = run(tmp_path, marks=tmp_path, crash="1-0-0", hang="0-1-1", timeout=20)
     records = lines(tmp_path)
     assert records[1, 0, 0]["faults"] == [{"step": 3, "reason": "the process died with exit code 7"}]

@@ -7,26 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.environments import Line
 
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.sim import libero_env as libero
 
 SCRIPT = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks/quantisation.py"))
-
-
-class Line:
-    """Done when the expert's ten centimetres are covered, in whatever steps the tokenizer makes of them."""
-
-    def reset(self, episode):
-        self.left = 0.1
-        return "move on", self.look()
-
-    def step(self, action, look):
-        self.left -= action[0]
-        return self.look(), bool(abs(self.left) < 0.02)
-
-    def look(self):
-        return {"expert": np.array([np.clip(self.left, -0.01, 0.01), 0, 0, 0, 0, 0, 1], np.float32)}
 
 
 def run(monkeypatch, capfd, *arguments: str) -> tuple[dict, str]:

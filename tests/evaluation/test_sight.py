@@ -6,43 +6,16 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from helpers.environments import STEP, Reach, coordinates, state
 
 from spatialvla_jax.sim import libero_env as libero
 from spatialvla_jax.sim.motions import Motion, save_motions
 
 SCRIPT = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks/sight.py"))
-STEP = 0.02  # metres that an action of 1 moves the hand by
-
-
-def coordinates(bowl: np.ndarray) -> np.ndarray:
-    """Of a simulator whose other objects stay where they are."""
-    qpos = np.zeros(44, np.float32)
-    qpos[9:13] = [*bowl, 1]
-    return qpos
 
 
 def act(hand: np.ndarray, bowl: np.ndarray) -> np.ndarray:
     return np.append(np.clip((bowl - hand) / STEP, -1, 1), [0, 0, 0, -1]).astype(np.float32)
-
-
-def state(hand: np.ndarray) -> np.ndarray:
-    return np.append(hand, [0, 0, 0, 0.04, -0.04]).astype(np.float32)
-
-
-class Reach:
-    """Done when the hand is a centimetre from the bowl; the offset is 1 along every axis."""
-
-    def reset(self, episode):
-        self.bowl, self.hand, self.task = np.array([0.1, -0.05, 0.02 * episode.number]), np.zeros(3), episode.task
-        return "reach", self.look()
-
-    def step(self, action, look):
-        self.hand = self.hand + STEP * action[:3]
-        return self.look(), bool(np.linalg.norm(self.bowl - self.hand) < 0.01)
-
-    def look(self):
-        seen = {"qpos": coordinates(self.bowl), "state": state(self.hand)}
-        return seen | {"task": self.task, "direction": np.ones(3, np.float32)}
 
 
 def motion(rng: np.random.Generator, split: str) -> Motion:

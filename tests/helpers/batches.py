@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from helpers.toy_rlds import INTRINSICS
 from spatialvla_jax.actions import PRETRAIN_GAUSSIANS, gaussian_grid
 from spatialvla_jax.batch import Batch
 from spatialvla_jax.models import SpatialVLA
@@ -35,6 +36,14 @@ def random_inputs(model: SpatialVLA, size: int, seed: int = 0) -> Batch:
     """The same with images in [0, 1], as the training step prepares them."""
     batch = random_batch(model, size, seed)
     return replace(batch, image=batch.image / np.float32(255))
+
+
+def observation(seed: int = 0, size: tuple[int, int] = (48, 64)) -> dict[str, Any]:
+    """A random one of the toy dataset's camera, as a client sends it."""
+    rng = np.random.default_rng(seed)
+    image, depth = rng.integers(0, 256, (*size, 3), dtype=np.uint8), rng.uniform(0.5, 2, size).astype(np.float32)
+    prompt = {"prompt": f"pick up object {seed}", "unnorm_key": "toy"}
+    return {"image": image, "depth": depth, "intrinsics": INTRINSICS.copy()} | prompt
 
 
 def assert_equal(one: Any, two: Any) -> None:

@@ -3,11 +3,15 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from spatialvla_jax.training.metrics import read_metrics
 
 
 class Server:
@@ -80,6 +84,18 @@ class Run:
         self.send(signal.SIGKILL)
         while self.poll() is None:
             time.sleep(0.001)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def records(workdir: Path) -> list[dict[str, Any]]:
+    """What the run has logged so far."""
+    path = workdir / "metrics.jsonl"
+    return read_metrics(path) if path.exists() else []
 
 
 def serve() -> None:

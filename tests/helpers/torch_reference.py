@@ -3,8 +3,10 @@
 import jax
 import numpy as np
 import torch
+from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from spatialvla_jax.checkpoints.mapping import Rule, flatten, slots, unflatten
+from spatialvla_jax.models.siglip import SiglipConfig
 
 
 def randomise(module: torch.nn.Module, seed: int) -> torch.nn.Module:
@@ -15,6 +17,12 @@ def randomise(module: torch.nn.Module, seed: int) -> torch.nn.Module:
             noise = torch.randn(p.shape, generator=generator)
             p.copy_(noise / np.sqrt(p[0].numel()) if p.ndim >= 2 else 0.3 * noise + 0.1)
     return module.eval()
+
+
+def hf_siglip(config: SiglipConfig) -> SiglipVisionModel:
+    sizes = dict(hidden_size=config.width, num_hidden_layers=config.depth, num_attention_heads=config.num_heads)
+    sizes |= dict(image_size=config.image_size, patch_size=config.patch_size, intermediate_size=config.mlp_dim)
+    return SiglipVisionModel(SiglipVisionConfig(vision_use_head=False, **sizes))
 
 
 def our_params(module: torch.nn.Module, shapes: dict, rules: list[Rule], prefix: str) -> dict:

@@ -3,6 +3,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from helpers.batches import observation as random_observation
+from helpers.toy_rlds import INTRINSICS
 
 from spatialvla_jax import Policy
 from spatialvla_jax.actions import decode, encode
@@ -10,7 +12,6 @@ from spatialvla_jax.actions.normalization import unnormalize
 from spatialvla_jax.config import load_config
 from spatialvla_jax.data import open_data
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.export.convert import convert
 
 
 @pytest.fixture(scope="module")
@@ -20,14 +21,7 @@ def policy(trained: Path) -> Policy:
 
 @pytest.fixture
 def observation() -> dict:
-    rng = np.random.default_rng(0)
-    return {
-        "image": rng.integers(0, 256, (48, 64, 3), dtype=np.uint8),
-        "depth": rng.uniform(0.5, 2, (48, 64)).astype(np.float32),
-        "intrinsics": np.array([[50, 0, 31], [0, 48, 25], [0, 0, 1]], np.float32),
-        "prompt": "pick up object 1",
-        "unnorm_key": "toy",
-    }
+    return random_observation(1)
 
 
 def test_actions_are_the_decoded_ids_in_robot_units(policy: Policy, observation: dict) -> None:
@@ -75,9 +69,7 @@ def test_intrinsics_default_to_the_training_camera(policy: Policy, observation: 
     for key in ("intrinsics", "unnorm_key"):
         del observation[key]
     np.testing.assert_array_equal(policy.infer(observation)["action_ids"], given)
-    np.testing.assert_allclose(
-        policy.intrinsics({}, (48, 64)), np.array([[50, 0, 31], [0, 48, 25], [0, 0, 1]], np.float32), rtol=1e-6
-    )
+    np.testing.assert_allclose(policy.intrinsics({}, (48, 64)), INTRINSICS, rtol=1e-6)
 
 
 def test_inputs_that_stay_are_kept_and_those_that_change_are_not(
@@ -110,28 +102,12 @@ def test_batched_and_single_calls_agree(policy: Policy, config_file: Path) -> No
 
 def test_many_observations_get_what_each_gets_alone(policy: Policy) -> None:
     """Images of several sizes, large and small, and a number of them that no batch was compiled for."""
-    rng = np.random.default_rng(1)
-    seen = [
-        {
-            "image": rng.integers(0, 256, (*size, 3), dtype=np.uint8),
-            "depth": rng.uniform(0.5, 2, size).astype(np.float32),
-            "prompt": f"pick up object {i}",
-            "unnorm_key": "toy",
-        }
-        for i, size in enumerate([(48, 64), (120, 160), (48, 64), (120, 160), (120, 160)])
-    ]
+    sizes = [(48, 64), (120, 160), (48, 64), (120, 160), (120, 160)]
+    seen = [{**random_observation(i, size), "intrinsics": None} for i, size in enumerate(sizes)]
     for together, one in zip(policy.infer_batch(seen), seen, strict=True):
         alone = policy.infer(one)
         np.testing.assert_array_equal(together["action_ids"], alone["action_ids"])
         np.testing.assert_allclose(together["actions"], alone["actions"], rtol=1e-6, atol=1e-7)
-
-
-def test_an_export_acts_the_same(policy: Policy, trained: Path, observation: dict, tmp_path: Path) -> None:
-    convert(trained, tmp_path / "export", to="pytorch")
-    out = Policy.load(tmp_path / "export").infer(observation)
-    expected = policy.infer(observation)
-    np.testing.assert_array_equal(out["action_ids"], expected["action_ids"])
-    np.testing.assert_array_equal(out["actions"], expected["actions"])
 
 
 @pytest.mark.parametrize(

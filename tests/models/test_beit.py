@@ -20,7 +20,7 @@ from spatialvla_jax.models.beit import HIDDEN, Beit, BeitConfig, BeitLayer, rela
 SMALL = st.integers(1, 6)
 
 
-@settings(deadline=None, max_examples=10)
+@settings(deadline=None, max_examples=5)
 @given(pretrained=st.integers(1, 8), grid=st.tuples(SMALL, SMALL), heads=st.integers(1, 3))
 def test_relative_position_bias(pretrained, grid, heads):
     hf = HfBias(HfBeitConfig(image_size=pretrained, patch_size=1, num_attention_heads=heads))
@@ -57,7 +57,7 @@ def compare_layer(config, grid, batch, seed):
     np.testing.assert_allclose(ours, expected, atol=1e-4)
 
 
-@settings(deadline=None, max_examples=5)
+@settings(deadline=None, max_examples=3)
 @given(
     heads=st.integers(1, 4),
     head_dim=st.sampled_from([4, 8]),

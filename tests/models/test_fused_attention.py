@@ -100,7 +100,10 @@ def test_a_rematerialised_layer(monkeypatch, remat, forwards):
     """The policy `dots` keeps what the forward kernel gave, `full` runs it again; gradients are those of XLA's."""
     config = Gemma2Config(11, width=16, depth=2, mlp_dim=8, num_heads=2, num_kv_heads=1, head_dim=16)
     model = Gemma2(config, jnp.dtype("float32"), remat)
-    x, positions = jnp.asarray(np.random.default_rng(0).normal(size=(2, 9, 16)), jnp.float32), jnp.arange(9)[None]
+    x, positions = (
+        jnp.asarray(np.random.default_rng(0).normal(size=(2, 9, 16)), jnp.float32),
+        jnp.arange(9)[None].repeat(2, axis=0),
+    )
     mask = jnp.tri(9, dtype=bool)[None].repeat(2, axis=0)
     variables = model.init(jax.random.key(0), x, positions, mask)
 

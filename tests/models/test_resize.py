@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spatialvla_jax.models.resize import reflect_pad, resize_area, resize_bicubic, resize_bilinear
+from spatialvla_jax.models.resize import reflect_pad, resize_bicubic, resize_bilinear
 
 METHODS = {
     "bicubic": (resize_bicubic, {"mode": "bicubic", "align_corners": True}),
@@ -18,7 +18,6 @@ METHODS = {
         lambda x, size: resize_bilinear(x, size, align_corners=False),
         {"mode": "bilinear", "align_corners": False},
     ),
-    "area": (resize_area, {"mode": "area"}),
 }
 SIDE = st.integers(1, 40)
 
@@ -32,31 +31,20 @@ def torch_resize(x, size, **kwargs):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=8)
 @given(source=st.tuples(SIDE, SIDE), target=st.tuples(SIDE, SIDE), seed=st.integers(0, 2**32 - 1))
 def test_matches_torch(method, source, target, seed):
-    ours, kwargs = METHODS[method]
+    """By products with matrices and by taps: the form for GPUs, on which no test runs."""
+    resize, kwargs = METHODS[method]
     x = random_image(seed, 2, *source, 3)
-    expected = torch_resize(x, target, **kwargs)
-    np.testing.assert_allclose(ours(x, target), expected, atol=2e-5)
-
-
-@pytest.mark.parametrize("method", METHODS)
-@settings(deadline=None, max_examples=10)
-@given(source=st.tuples(SIDE, SIDE), target=st.tuples(SIDE, SIDE), seed=st.integers(0, 2**32 - 1))
-def test_by_taps_is_the_same(method, source, target, seed):
-    """The form for GPUs, on which no test runs."""
-    ours, _ = METHODS[method]
-    x = random_image(seed, 2, *source, 3)
-    expected = ours(x, target)
+    ours = resize(x, target)
+    np.testing.assert_allclose(ours, torch_resize(x, target, **kwargs), atol=2e-5)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "default_backend", lambda: "gpu")
-        np.testing.assert_allclose(ours(x, target), expected, atol=2e-5)
+        np.testing.assert_allclose(resize(jnp.asarray(x), target), ours, atol=2e-5)
 
 
-@pytest.mark.parametrize(
-    ("method", "source", "target"), [("bicubic", 286, 384), ("bicubic", 384, 286), ("area", 224, 32)]
-)
+@pytest.mark.parametrize(("method", "source", "target"), [("bicubic", 286, 384), ("bicubic", 384, 286)])
 def test_sizes_of_the_depth_path(method, source, target):
     ours, kwargs = METHODS[method]
     x = random_image(0, 1, source, source, 1)

@@ -45,7 +45,7 @@ def run_hf(hf, images):
         return hf(nchw(images)).predicted_depth.numpy()
 
 
-@settings(deadline=None, max_examples=3)
+@settings(deadline=None, max_examples=2)
 @given(
     grid=st.tuples(st.integers(1, 5), st.integers(1, 5)),
     width=st.sampled_from([16, 24]),

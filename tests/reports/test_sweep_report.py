@@ -3,17 +3,18 @@
 import csv
 import json
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from spatialvla_jax.actions import fit_gaussians, gaussian_grid, linear_grid, uniform_grid
 from spatialvla_jax.actions.io import save_grid
 from spatialvla_jax.cli import main
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.reports.figures import grids, sweep
-from spatialvla_jax.reports.figures.sweep import _mean_error
 from spatialvla_jax.reports.sweep import draw, write_report
 from spatialvla_jax.sweep.run import save_arrays
 
@@ -135,7 +136,7 @@ def test_values_are_compared_over_the_combinations_that_all_have(workdir: Path, 
         e: [[pytest.approx(error_of(g, e, seed)) for seed in (0, 1)] for g in ("fine", "coarse")] for e in AXES["ego3d"]
     }
     assert given["effects"] == {"grid": grids, "ego3d": ego3d}
-    means = {value: _mean_error(errors)[0] for value, errors in given["effects"]["ego3d"].items()}
+    means = {value: np.mean(errors) for value, errors in given["effects"]["ego3d"].items()}
     assert means["off"] - means["on"] == pytest.approx(0.01)
 
     # Two grids, each with another value of Ego3D, have nothing to be compared on, and curves are drawn all the same.
@@ -168,12 +169,16 @@ def test_a_sweep_of_seeds_alone(workdir: Path, tmp_path: Path) -> None:
     assert {path.stem for path in (tmp_path / "figures").iterdir()} == {"curves", "grids-1"}
 
 
-def test_the_error_of_a_mean_over_combinations_is_that_by_seeds() -> None:
-    """Two combinations far from each other, each of three seeds."""
-    parts = [[1.0, 2.0, 3.0], [11.0, 12.0, 13.0]]
-    mean, error = _mean_error(parts)
-    assert mean == 7 and error == pytest.approx(np.sqrt(2 * (1 / 3)) / 2)
-    assert _mean_error([[1.0], [2.0, 3.0]])[1] is None
+def test_the_error_of_a_mean_over_combinations_is_that_by_seeds(monkeypatch, tmp_path: Path) -> None:
+    """Of two combinations far from each other, each of three seeds; none is drawn where one has a single seed."""
+    figure = Figure()
+    monkeypatch.setattr(sweep, "drawing", lambda *_, **__: nullcontext(figure))
+    errors = {"a": [[1.0, 2.0, 3.0], [11.0, 12.0, 13.0]], "b": [[1.0], [2.0, 3.0]]}
+    sweep.effects(tmp_path, {"axis": errors}, {"mean action": 5.0, "last action held": 6.0})
+    three, single = figure.axes[0].containers
+    (bar,) = three.lines[2][0].get_segments()
+    np.testing.assert_allclose(bar[:, 1], 7 + np.array([-1, 1]) * np.sqrt(2 * (1 / 3)) / 2)
+    assert three.lines[0].get_ydata() == 7 and three.has_yerr and not single.has_yerr
 
 
 def test_what_can_not_be_reported(workdir: Path, tmp_path: Path) -> None:

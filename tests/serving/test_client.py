@@ -2,9 +2,9 @@
 
 import threading
 
-import msgpack
 import numpy as np
 import pytest
+from openpi_client import msgpack_numpy
 from websockets.sync.server import serve
 
 from spatialvla_jax.errors import InputError
@@ -44,7 +44,7 @@ def address():
                 connection.send("observation 'prompt' makes no sense")
             else:
                 doubled = observation["image"].astype(np.float32) * 2
-                connection.send(pack({"actions": doubled, "timing": np.float64(1.5)}))
+                connection.send(msgpack_numpy.packb({"actions": doubled, "timing": {"ms": np.float32(1.5)}}))
 
     with serve(talk, "127.0.0.1", 0) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -53,22 +53,16 @@ def address():
 
 
 def test_a_client_sends_and_gets_arrays(address: str) -> None:
+    """And numbers of NumPy's, packed as openpi packs them."""
     client = Client(address)
     assert client.metadata == METADATA
     image = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
-    actions = client.infer({"image": image, "prompt": "go", "reset": True})["actions"]
-    np.testing.assert_array_equal(actions, 2.0 * image)
-    assert actions.dtype == np.float32
+    answer = client.infer({"image": image, "prompt": "go", "reset": True})
+    np.testing.assert_array_equal(answer["actions"], 2.0 * image)
+    assert answer["actions"].dtype == np.float32 and answer["timing"] == {"ms": 1.5}
     with pytest.raises(InputError, match="makes no sense"):
         client.infer({"image": image, "prompt": "nonsense"})
     assert client.infer({"image": image, "prompt": "go"})["actions"].shape == (2, 4, 3), "the connection goes on"
     client.close()
     with pytest.raises(InputError, match="no policy server at"):
         Client("ws://127.0.0.1:9")
-
-
-def test_numpys_numbers_as_openpi_sends_them() -> None:
-    from spatialvla_jax.serving.client import _array
-
-    sent = msgpack.packb({"ms": {b"__npgeneric__": True, b"data": 2.5, b"dtype": "<f8"}})
-    assert msgpack.unpackb(sent, object_hook=_array, strict_map_key=False) == {"ms": 2.5}

@@ -19,6 +19,8 @@ import msgpack
 import numpy as np
 import pytest
 import websockets.exceptions
+from helpers.batches import observation as random_observation
+from helpers.processes import free_port
 from openpi_client import msgpack_numpy
 from openpi_client.action_chunk_broker import ActionChunkBroker
 from openpi_client.websocket_client_policy import WebsocketClientPolicy
@@ -66,7 +68,7 @@ def asks(prompt: str) -> dict[str, Any]:
     return {"image": np.zeros((48, 64, 3), np.uint8), "prompt": prompt}
 
 
-class Stub:
+class Stub(Policy):
     """Answers with the prompt's number, and with `ids` where given; `slow` takes until `go`, `bad` fails whatever batch
     it is in."""
 
@@ -118,17 +120,7 @@ def server(served: Policy) -> Iterator[Server]:
 
 
 def observations(count: int, seed: int = 0) -> list[dict[str, Any]]:
-    rng = np.random.default_rng(seed)
-    return [
-        {
-            "image": rng.integers(0, 256, (48, 64, 3), dtype=np.uint8),
-            "depth": rng.uniform(0.5, 2, (48, 64)).astype(np.float32),
-            "intrinsics": np.array([[50, 0, 31], [0, 48, 25], [0, 0, 1]], np.float32),
-            "prompt": f"pick up object {i}",
-            "unnorm_key": "toy",
-        }
-        for i in range(count)
-    ]
+    return [random_observation(seed + i) for i in range(count)]
 
 
 def client_of(server: Server, token: str | None = None) -> WebsocketClientPolicy:
@@ -236,10 +228,7 @@ def test_ensembled_actions_are_those_of_the_executor(policy: Policy, served: Pol
 
 def test_the_command_serves_a_robot_until_sigterm(served: Policy, capfd, monkeypatch) -> None:
     """`examples/robot_loop.py` against `spatialvla-jax serve`, which ends with 0."""
-    example, robots = load_script("examples/robot_loop.py"), []
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    example, robots, port = load_script("examples/robot_loop.py"), [], free_port()
 
     def drive() -> None:
         try:

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from helpers.environments import Counter
 from websockets.sync.server import serve
 
 from spatialvla_jax import Policy
@@ -127,31 +128,10 @@ def test_settling_counts_for_no_steps_and_the_limit_is_the_suite_s():
 # --- from the command line ---------------------------------------------------------------------------------------
 
 
-class Toy:
-    """What the command makes of `Libero`: two steps end an episode of task 0, and nothing one of task 1."""
-
-    def __init__(self, image_size: int, depth: bool, mirrored: bool) -> None:
-        self.size, self.depth, self.mirrored = image_size, depth, mirrored
-
-    def reset(self, episode):
-        self.steps, self.task = 0, episode.task
-        return f"pick up object {episode.task}", self.look()
-
-    def step(self, action, look):
-        self.steps += 1
-        return self.look() if look else {}, self.task == 0 and self.steps == 2
-
-    def look(self):
-        image = np.full((self.size, self.size, 3), 9 * self.steps, np.uint8)
-        image[0, 0] = self.size, self.mirrored, 0
-        depth = {"depth": np.ones((self.size, self.size), np.float32)} if self.depth else {}
-        return {"image": image, "intrinsics": INTRINSICS, "state": np.arange(8, dtype=np.float32), **depth}
-
-
 @pytest.fixture
 def evaluate(monkeypatch, tmp_path, capfd):
     """Runs the command; gives its exit code, output and errors."""
-    monkeypatch.setattr(libero, "Libero", Toy)
+    monkeypatch.setattr(libero, "Libero", Counter)
     monkeypatch.setattr(libero, "check_simulator", lambda: None)
     monkeypatch.setattr(libero, "MAX_STEPS", {"libero_spatial": 4})
 

@@ -58,87 +58,68 @@ def test_trials_are_all_combinations_of_values_and_seeds(tmp_path: Path) -> None
 
 
 LINEAR = {"linear": {"grid.kind": "linear"}}
-BAD = {
-    "an unknown axis": (
-        {"axes": {"grid.knd": ["gaussian"]}},
-        "axis 'grid.knd' of .* is no config key .grid.kind is one",
-    ),
-    "an unknown key": ({"axes": {"a": {"b": {"grid.knd": "x"}}}}, "trial a-b: config key .* did you mean grid.kind"),
-    "an empty axis": ({"axes": {"grid.kind": []}}, "axis 'grid.kind' of .* has no values"),
-    "an empty named axis": ({"axes": {"grid": {}}}, "axis 'grid' of .* has no values"),
-    "an axis that is none": ({"axes": {"grid.kind": "uniform"}}, "must be a list of values or a dict"),
-    "a value that is none": ({"axes": {"grid": {"a": 3}}}, "value 'a' of axis 'grid' .* must be a dict"),
-    "a value twice": ({"axes": {"grid.kind": ["uniform", "uniform"]}}, "has a value twice"),
-    "trial names twice": (
-        {"axes": {"grid": {"a b": {"grid.kind": "uniform"}, "a-b": {}}}},
-        "two trials would be named grid-a-b_seed-0",
-    ),
-    "a config twice": ({"axes": {"grid": {"a": {}, "b": {"grid.kind": "gaussian"}}}}, "grid-a_.* and grid-b_.* same"),
-    "a seed twice": ({"seeds": [0, 0]}, "two trials would be named kind-gaussian_seed-0"),
-    "no seeds": ({"seeds": []}, "seeds of .* must be integers"),
-    "seeds of another type": ({"seeds": [0.5]}, "seeds of .* must be integers"),
-    "the seed as an axis": ({"axes": {"seed": [1, 2]}}, "config key seed is set by the seeds"),
-    "a value of another type": ({"axes": {"train.steps": ["many"]}}, "train.steps is int, and 'many' is not"),
-    "an unknown choice": (
-        {"axes": {"model.depth_source": ["zeodepth"]}},
-        "depth-source-zeodepth: model.depth_source is 'zeodepth'; choose",
-    ),
-    "an unknown preset": ({"axes": {"model.preset": ["tny"]}}, "preset-tny: model preset 'tny' does not exist"),
-    "bins that are none": ({"axes": {"grid.num_bins": [(4, 4)]}}, "grid.num_bins must be six numbers"),
-    "a bad optimizer": ({"axes": {"optimizer.ema": [0.5, 1.5]}}, "trial ema-1.5: optimizer.ema 1.5 must be"),
-    "two axes on one key": (
-        {"axes": {"grid.kind": ["uniform"], "grid": LINEAR}},
-        "axes 'grid.kind' and 'grid' both set grid.kind",
-    ),
-    "a linear grid with adaption": (
-        {"axes": {"grid": LINEAR, "adapt.embedding": [False, True]}},
+BAD_AXES = [
+    ({"grid.knd": ["gaussian"]}, "axis 'grid.knd' of .* is no config key .grid.kind is one"),
+    ({"a": {"b": {"grid.knd": "x"}}}, "trial a-b: config key .* did you mean grid.kind"),
+    ({"grid.kind": []}, "axis 'grid.kind' of .* has no values"),
+    ({"grid": {}}, "axis 'grid' of .* has no values"),
+    ({"grid.kind": "uniform"}, "must be a list of values or a dict"),
+    ({"grid": {"a": 3}}, "value 'a' of axis 'grid' .* must be a dict"),
+    ({"grid.kind": ["uniform", "uniform"]}, "has a value twice"),
+    ({"grid": {"a b": {"grid.kind": "uniform"}, "a-b": {}}}, "two trials would be named grid-a-b_seed-0"),
+    ({"grid": {"a": {}, "b": {"grid.kind": "gaussian"}}}, "grid-a_.* and grid-b_.* same"),
+    ({"seed": [1, 2]}, "config key seed is set by the seeds"),
+    ({"train.steps": ["many"]}, "train.steps is int, and 'many' is not"),
+    ({"model.depth_source": ["zeodepth"]}, "depth-source-zeodepth: model.depth_source is 'zeodepth'; choose"),
+    ({"model.preset": ["tny"]}, "preset-tny: model preset 'tny' does not exist"),
+    ({"grid.num_bins": [(4, 4)]}, "grid.num_bins must be six numbers"),
+    ({"optimizer.ema": [0.5, 1.5]}, "trial ema-1.5: optimizer.ema 1.5 must be"),
+    ({"grid.kind": ["uniform"], "grid": LINEAR}, "axes 'grid.kind' and 'grid' both set grid.kind"),
+    (
+        {"grid": LINEAR, "adapt.embedding": [False, True]},
         "trial grid-linear_embedding-True: adapt.embedding interpolates between bins in space",
     ),
-    "a linear grid with bins": (
-        {"axes": {"grid": LINEAR, "bins": {"a": {"grid.num_bins": (1, 1, 1, 1, 1, 1)}}}},
-        "a linear grid has 256 bins a dimension",
-    ),
-    "adaption of nothing": (
-        {"axes": {"adapt.embedding": [True]}},
-        "adapt.embedding adapts the weights of init, and init is empty",
-    ),
-    "adapters of nothing": ({"axes": {"lora.rank": [0, 4]}}, "trial rank-4: lora.rank=4 adapts .* init is empty"),
-    "a checkpoint's grid and another": (
-        {"axes": {"grid": {"a": {"grid.kind": "checkpoint"}}, "adapt.embedding": [True]}},
+    ({"grid": LINEAR, "bins": {"a": {"grid.num_bins": (1, 1, 1, 1, 1, 1)}}}, "a linear grid has 256 bins a dimension"),
+    ({"adapt.embedding": [True]}, "adapt.embedding adapts the weights of init, and init is empty"),
+    ({"lora.rank": [0, 4]}, "trial rank-4: lora.rank=4 adapts .* init is empty"),
+    (
+        {"grid": {"a": {"grid.kind": "checkpoint"}}, "adapt.embedding": [True]},
         "grid.kind=checkpoint keeps the grid of init",
     ),
-    "a checkpoint that is missing": ({"axes": {"init": ["nowhere"]}}, "init is nowhere, which does not exist"),
-    "a pattern of what is frozen that matches nothing": (
-        {"axes": {"optimizer.frozen": [("zoe",), ("llm/embeder",)]}},
+    ({"init": ["nowhere"]}, "init is nowhere, which does not exist"),
+    (
+        {"optimizer.frozen": [("zoe",), ("llm/embeder",)]},
         "trial frozen-llm-embeder: optimizer.frozen pattern 'llm/embeder' matches no parameter",
     ),
-    "a pattern of adapters that matches nothing": (
-        {"axes": {"lora": {"a": {"lora.rank": 4, "lora.targets": ("llm", "image"), "init": "nowhere"}}}},
+    (
+        {"lora": {"a": {"lora.rank": 4, "lora.targets": ("llm", "image"), "init": "nowhere"}}},
         "trial lora-a: lora.targets pattern 'image' matches no linear layer",
     ),
-    "no steps": ({"axes": {"train.steps": [10, 0]}}, "trial steps-0: train.steps must be at least 1, got 0"),
-    "no batch": (
-        {"axes": {"train.batch_size": [-8]}},
-        "trial batch-size-8: train.batch_size must be at least 1, got -8",
-    ),
-    "a depth model that is none": (
-        {"axes": {"model.depth_source": ["dataset", "zoedepth"]}},
+    ({"train.steps": [10, 0]}, "trial steps-0: train.steps must be at least 1, got 0"),
+    ({"train.batch_size": [-8]}, "trial batch-size-8: train.batch_size must be at least 1, got -8"),
+    (
+        {"model.depth_source": ["dataset", "zoedepth"]},
         "trial depth-source-zoedepth: model.depth_source=zoedepth takes the depth model of init, and init is empty",
     ),
-    "datasets that are missing": (
-        {"axes": {"data.datasets": [[{"name": "a", "spec": "libero", "path": "a/1.0.0"}]]}},
+    (
+        {"data.datasets": [[{"name": "a", "spec": "libero", "path": "a/1.0.0"}]]},
         "data.datasets has a/1.0.0, which does not exist$",
     ),
-    "data that is missing": ({"axes": {"data.packed": ["x.pack"]}}, "data.packed is x.pack, which does not exist"),
-    "a base of another type": ({"base": 3}, "base of .* must be a config file or a config, got int"),
-    "a base that is missing": ({"base": "nowhere.py"}, "nowhere.py does not exist"),
-    "an unknown key of a sweep": ({"steps": 3}, "must return a dict with the keys base, axes, seeds, keep_checkpoints"),
-}
+    ({"data.packed": ["x.pack"]}, "data.packed is x.pack, which does not exist"),
+]
+BAD = [
+    *(({"axes": axes}, sentence) for axes, sentence in BAD_AXES),
+    ({"seeds": [0, 0]}, "two trials would be named kind-gaussian_seed-0"),
+    ({"seeds": []}, "seeds of .* must be integers"),
+    ({"seeds": [0.5]}, "seeds of .* must be integers"),
+    ({"base": 3}, "base of .* must be a config file or a config, got int"),
+    ({"base": "nowhere.py"}, "nowhere.py does not exist"),
+    ({"steps": 3}, "must return a dict with the keys base, axes, seeds, keep_checkpoints"),
+]
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_bad_sweeps_are_refused(case: str, tmp_path: Path) -> None:
-    changes, sentence = BAD[case]
+@pytest.mark.parametrize(("changes", "sentence"), BAD)
+def test_bad_sweeps_are_refused(changes: dict, sentence: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=sentence) as error:
         load_sweep(write(tmp_path, **changes))
     assert "\n" not in str(error.value)

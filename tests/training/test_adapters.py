@@ -23,6 +23,7 @@ from spatialvla_jax.inference.policy import Policy
 from spatialvla_jax.models.lora import is_linear
 from spatialvla_jax.training.loop import train
 from spatialvla_jax.training.metrics import read_metrics
+from spatialvla_jax.training.setup import make_setup
 from spatialvla_jax.training.sharding import make_mesh, spec_of
 from spatialvla_jax.training.step import make_eval_step
 
@@ -69,10 +70,13 @@ def test_merged_it_acts_as_unmerged(adapted: Path, tmp_path: Path) -> None:
     model, params, processor = load_pretrained(tmp_path / "merged")
     assert processor is not None
     assert jax.tree.all(jax.tree.map(np.array_equal, params, load_pretrained(adapted)[1]))
-    step = jax.jit(make_eval_step(model, 1))
+    config = train_config_of(adapted)
+    setup = make_setup(config, processor.grid, num_datasets=1, text_vocab=processor.tokenizer.vocab_size)
+    assert setup.model == model
+    step = jax.jit(make_eval_step(setup))
     loss, count = 0.0, 0
-    for batch in open_data(train_config_of(adapted), processor.statistics, processor.tokenizer).epoch(8, "val"):
-        sums, n = step(params, batch, processor.grid)
+    for batch in open_data(config, processor.statistics, processor.tokenizer).epoch(8, "val"):
+        sums, n = step(params, batch.replace(sample_id=None), processor.grid)
         loss, count = loss + float(sums["loss"]), count + int(n)
     assert loss / count == pytest.approx(read_metrics(adapted / "metrics.jsonl")[-1]["val/loss"], rel=1e-5)
     # Another step's checkpoint is another policy.

@@ -2,52 +2,43 @@
 
 import shutil
 import signal
-import socket
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.processes import Run, Server
+from helpers.processes import Run, Server, free_port, records
 
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.training.metrics import read_metrics
 from spatialvla_jax.utils.distributed import join
 
-ARGUMENTS = ("--config.train.steps=24", "--config.train.eval_every=24", "--config.checkpoint.every=1000")
+STEPS = 16
+ARGUMENTS = (f"--config.train.steps={STEPS}", f"--config.train.eval_every={STEPS}", "--config.checkpoint.every=1000")
+OTHER_MESH = ("--config.mesh.fsdp=2", "--config.mesh.tensor=2")
 
 
 def start(server: Server, config: Path, workdir: Path, processes: int, *arguments: str, limit: int = 0) -> list[Run]:
-    """A run on eight devices, perhaps with a limit on the size of the files that the last process writes."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        coordinator = f"localhost:{free.getsockname()[1]}"
-    together = ("--coordinator", coordinator, "--num-processes", str(processes), "--process-id")
+    """A run on four devices, perhaps with a limit on the size of the files that the last process writes."""
+    common = (*ARGUMENTS, *arguments)
+    if processes == 1:
+        return [server.train(config, workdir, *common, devices=4, file_limit=limit)]
+    common += ("--coordinator", f"localhost:{free_port()}", "--num-processes", str(processes), "--process-id")
+    limits, devices = [0] * (processes - 1) + [limit], 4 // processes
     return [
-        server.train(
-            config,
-            workdir,
-            *ARGUMENTS,
-            *arguments,
-            *((*together, str(n)) if processes > 1 else ()),
-            devices=8 // processes,
-            file_limit=limit if n == processes - 1 else 0,
-        )
-        for n in range(processes)
+        server.train(config, workdir, *common, str(n), devices=devices, file_limit=limits[n]) for n in range(processes)
     ]
 
 
 def losses(workdir: Path, key: str = "loss") -> list[float]:
-    path = workdir / "metrics.jsonl"
-    return [r[key] for r in read_metrics(path) if key in r] if path.exists() else []
+    return [r[key] for r in records(workdir) if key in r]
 
 
 @pytest.fixture(scope="module")
 def alone(server: Server, packed_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The undisturbed run of one process."""
+    """The undisturbed run of one process, on another mesh than that of several."""
     workdir = tmp_path_factory.mktemp("alone") / "run"
-    (run,) = start(server, packed_config, workdir, 1)
+    (run,) = start(server, packed_config, workdir, 1, *OTHER_MESH)
     assert run.wait() == 0, run.errors.read_text()
-    assert len(losses(workdir)) == 24
+    assert len(losses(workdir)) == STEPS
     return workdir
 
 
@@ -59,24 +50,15 @@ def stopped(server: Server, packed_config: Path, tmp_path_factory: pytest.TempPa
     assert runs[0].until(lambda: len(losses(workdir)) >= 5), runs[0].errors.read_text()
     runs[1].send(signal.SIGTERM)
     assert [run.wait() for run in runs] == [0, 0], runs[0].errors.read_text() + runs[1].errors.read_text()
-    assert 5 <= len(losses(workdir)) < 24
+    assert 5 <= len(losses(workdir)) < STEPS
     assert [p.name for p in (workdir / "checkpoints").iterdir()] == [str(len(losses(workdir)))]
     assert "train:" not in runs[1].errors.read_text()  # only the first process shows its progress
     return workdir
 
 
-OTHER_MESH = ("--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2")
-
-
 @pytest.mark.parametrize("processes, mesh", [(1, OTHER_MESH), pytest.param(4, (), marks=pytest.mark.slow)])
 def test_two_processes_give_the_losses_of_one(
-    processes: int,
-    mesh: tuple[str, ...],
-    server: Server,
-    packed_config: Path,
-    alone: Path,
-    stopped: Path,
-    tmp_path: Path,
+    processes: int, mesh: tuple[str, ...], server, packed_config: Path, alone: Path, stopped: Path, tmp_path: Path
 ) -> None:
     """The run of two goes on in one process on a mesh of another shape, and in four."""
     workdir = tmp_path / "run"

@@ -7,14 +7,13 @@ from pathlib import Path
 
 import pytest
 from helpers.batches import assert_equal
-from helpers.processes import Run, Server
+from helpers.processes import Run, Server, records
 
 from spatialvla_jax.checkpoints import load_pretrained
 from spatialvla_jax.checkpoints.orbax import step_directory
-from spatialvla_jax.training.metrics import read_metrics
 
-STEPS = 40
-MESH = ("--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2")  # all runs here, on eight devices
+STEPS = 30
+MESH = ("--config.mesh.fsdp=2", "--config.mesh.tensor=2")  # all runs here, on four devices
 
 
 @pytest.fixture(scope="module")
@@ -24,21 +23,15 @@ def undisturbed(server: Server, packed_config: Path, tmp_path_factory: pytest.Te
     return workdir
 
 
-def start(server: Server, config: Path, workdir: Path, *arguments: str, file_limit: int = 0) -> Run:
-    return server.train(
-        config, workdir, f"--config.train.steps={STEPS}", *MESH, *arguments, devices=8, file_limit=file_limit
-    )
+def start(server: Server, config: Path, workdir: Path, *arguments: str, steps: int = STEPS, file_limit: int = 0) -> Run:
+    arguments = (f"--config.train.steps={steps}", *MESH, *arguments)
+    return server.train(config, workdir, *arguments, devices=4, file_limit=file_limit)
 
 
-def finish(server: Server, config: Path, workdir: Path) -> None:
-    run = start(server, config, workdir)
-    assert run.wait(300) == 0, run.errors.read_text()  # the first one compiles for eight devices
+def finish(server: Server, config: Path, workdir: Path, steps: int = STEPS) -> None:
+    run = start(server, config, workdir, steps=steps)
+    assert run.wait(300) == 0, run.errors.read_text()  # the first one compiles
     assert (workdir / "finished").exists()
-
-
-def records(workdir: Path) -> list[dict]:
-    path = workdir / "metrics.jsonl"
-    return read_metrics(path) if path.exists() else []
 
 
 def last_step(workdir: Path) -> int:
@@ -79,11 +72,11 @@ def test_killed_in_every_phase(server: Server, packed_config: Path, undisturbed:
 
 
 @pytest.mark.slow
-def test_killed_twenty_times(server: Server, packed_config: Path, undisturbed: Path, tmp_path: Path) -> None:
+def test_killed_twenty_times(server: Server, packed_config: Path, tmp_path: Path) -> None:
     """SIGKILL in start-up, and at random moments of the steps that follow, saves among them (one step in five)."""
     chance, workdir = random.Random(0), tmp_path / "run"
     for n in range(20):
-        run = start(server, packed_config, workdir)
+        run = start(server, packed_config, workdir, steps=40)
         reached = last_step(workdir) if n % 2 else -1
         assert run.until(lambda reached=reached: last_step(workdir) > reached), run.errors.read_text()
         time.sleep(chance.uniform(0, 0.5 if n % 2 else 4))
@@ -91,20 +84,31 @@ def test_killed_twenty_times(server: Server, packed_config: Path, undisturbed: P
             assert run.poll() == 0, run.errors.read_text()
         else:
             run.kill()
-    finish(server, packed_config, workdir)
-    assert_same(workdir, undisturbed)
+    for folder in (workdir, tmp_path / "undisturbed"):
+        finish(server, packed_config, folder, 40)
+    assert_same(workdir, tmp_path / "undisturbed")
 
 
-def test_sigterm_saves_and_ends_well(server: Server, packed_config: Path, undisturbed: Path, tmp_path: Path) -> None:
+def test_sigterm_and_then_a_full_disk(server: Server, packed_config: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """Asked to end, it saves its last step. Then no file can grow enough for a checkpoint: tried again four times, then
+    one sentence, and what was saved stays."""
     workdir = tmp_path / "run"
     run = start(server, packed_config, workdir, "--config.checkpoint.every=1000")
     assert run.until(lambda: last_step(workdir) >= 7)
     run.send(signal.SIGTERM)
     assert run.wait(30) == 0
-    saved = step_directory(workdir)
-    assert saved is not None and int(saved.name) == last_step(workdir) < STEPS
-    assert f"to step {saved.name} of {STEPS}, the same command goes on" in run.errors.read_text()
+    step = saved(workdir)
+    assert 7 <= step == last_step(workdir) < STEPS
+    assert f"to step {step} of {STEPS}, the same command goes on" in run.errors.read_text()
     assert not (workdir / "finished").exists()
+
+    run = start(server, packed_config, workdir, file_limit=150_000)
+    assert run.wait() == 1
+    errors = run.errors.read_text()
+    assert errors.count("; trying again") == 4
+    (sentence,) = (line for line in errors.splitlines() if line.startswith("spatialvla-jax train: "))
+    assert f"no checkpoint could be written to {workdir / 'checkpoints'} at step" in sentence
+    assert "File too large" in sentence and sentence.endswith(f"the last good one is of step {step}")
     finish(server, packed_config, workdir)
     assert_same(workdir, undisturbed)
 
@@ -118,22 +122,3 @@ def test_sigterm_before_the_first_step(server: Server, packed_config: Path, tmp_
     assert run.wait() == 0
     assert f"to step 0 of {STEPS}, the same command goes on" in run.errors.read_text()
     assert not records(workdir) and step_directory(workdir) is None and not (workdir / "finished").exists()
-
-
-def test_full_disk(server: Server, packed_config: Path, undisturbed: Path, tmp_path: Path) -> None:
-    """No file can grow enough for a checkpoint: tried again four times, then one sentence, and what was saved stays."""
-    workdir = tmp_path / "run"
-    run = start(server, packed_config, workdir)
-    assert run.until(lambda: last_step(workdir) >= 12)
-    run.kill()
-    saved = step_directory(workdir)
-    assert saved is not None
-    run = start(server, packed_config, workdir, file_limit=150_000)
-    assert run.wait() == 1
-    errors = run.errors.read_text()
-    assert errors.count("; trying again") == 4
-    (sentence,) = (line for line in errors.splitlines() if line.startswith("spatialvla-jax train: "))
-    assert f"no checkpoint could be written to {workdir / 'checkpoints'} at step" in sentence
-    assert "File too large" in sentence and sentence.endswith(f"the last good one is of step {saved.name}")
-    finish(server, packed_config, workdir)
-    assert_same(workdir, undisturbed)

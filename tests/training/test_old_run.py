@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.toy_rlds import INTRINSICS
+from helpers.batches import observation
 
 from spatialvla_jax.config import load_config, train_config_of
 from spatialvla_jax.inference.policy import Policy
@@ -44,14 +44,7 @@ def test_it_goes_on_as_it_would_have(old: Path) -> None:
 
 
 def test_run_and_export_act_alike(old: Path) -> None:
-    rng = np.random.default_rng(0)
-    observation = {
-        "image": rng.integers(0, 256, (48, 64, 3), dtype=np.uint8),
-        "depth": rng.uniform(0.3, 3, (48, 64)).astype(np.float32),
-        "intrinsics": INTRINSICS,
-        "prompt": "Pick up object 1",
-    }
-    run, export = (Policy.load(old / name).infer(observation) for name in ("run", "export"))
+    run, export = (Policy.load(old / name).infer(observation()) for name in ("run", "export"))
     assert run["actions"].shape == (4, 7)
     np.testing.assert_array_equal(run["action_ids"], export["action_ids"])
     np.testing.assert_array_equal(run["actions"], export["actions"])

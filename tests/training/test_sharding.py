@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.models import SpatialVLA, preset
 from spatialvla_jax.models.activation_sharding import constrain_batch
-from spatialvla_jax.training.sharding import BATCH, cast_split, check_batch, make_mesh, on_mesh, param_shardings
+from spatialvla_jax.training.sharding import BATCH, cast_split, check_batch, like_params, make_mesh, on_mesh
 from spatialvla_jax.training.state import init_params, init_state
 from spatialvla_jax.training.step import jit_train_step
 
@@ -52,7 +52,7 @@ def test_full_size_parameters_are_split() -> None:
     model = SpatialVLA(preset("spatialvla-4b-224", depth_source="dataset"))
     params = jax.eval_shape(lambda: init_params(model, 0))
     mesh = make_mesh({"fsdp": 4, "tensor": 2})
-    flat = flatten_dict(param_shardings(params, mesh), sep="/")
+    flat = flatten_dict(like_params(params, params, mesh), sep="/")
     whole = {k: v.size for k, v in flatten_dict(params, sep="/").items()}
     held = {k: np.prod(flat[k].shard_shape(v.shape)) for k, v in flatten_dict(params, sep="/").items()}
     tables = ("llm/embedder/input_embedding", "llm/lm_head", "spatial_embedding")  # split over fsdp alone

@@ -16,6 +16,17 @@ from spatialvla_jax.training.optimizer import learning_rate, make_optimizer, mer
 from spatialvla_jax.training.state import init_params
 from spatialvla_jax.training.step import constrained_argmax, loss_and_metrics
 
+run = jax.jit(loss_and_metrics, static_argnums=0)
+
+
+def nano(**changes) -> SpatialVLA:
+    return SpatialVLA(preset("nano", spatial_tokens=GRID.vocab_size, **changes))
+
+
+@pytest.fixture(scope="module")
+def params() -> dict:
+    return init_params(nano(), 0)
+
 
 @pytest.mark.parametrize("grid", [GRID, linear_grid()], ids=["spatial", "linear256"])
 def test_loss_is_the_plain_cross_entropy(grid) -> None:
@@ -25,12 +36,11 @@ def test_loss_is_the_plain_cross_entropy(grid) -> None:
     )
     params = init_params(model, 0)
     inputs = random_inputs(model, 3)
-    loss, metrics = loss_and_metrics(model, params, inputs, grid)
+    loss, metrics = run(model, params, inputs, grid)
     ids = np.asarray(encode(grid, inputs.actions))
     flat = ids.reshape(3, -1)
-    logits = np.asarray(
-        model.apply({"params": params}, inputs.image, inputs.prompt_ids, inputs.prompt_mask, flat), np.float64
-    )
+    seen = inputs.image, inputs.prompt_ids, inputs.prompt_mask
+    logits = np.asarray(jax.jit(lambda p: model.apply({"params": p}, *seen, flat))(params), np.float64)
     targets = np.concatenate([flat + model.config.action_offset, np.full((3, 1), 1)], axis=1)
     assert logits.shape == (3, 4 * grid.tokens_per_action + 1, model.config.llm.vocab_size)
     log_z = np.log(np.exp(logits).sum(-1))
@@ -46,35 +56,30 @@ def test_loss_is_the_plain_cross_entropy(grid) -> None:
     np.testing.assert_allclose(metrics["l1"], expected, rtol=1e-5)
 
 
-def test_padding_of_the_prompt_changes_nothing() -> None:
+def test_padding_of_the_prompt_changes_nothing(params) -> None:
     """What stands behind the prompt's mask, and how much of it there is, is never seen."""
-    inputs = random_inputs(SpatialVLA(preset("nano")), 4)
+    inputs = random_inputs(nano(), 4)
     losses = []
     for length, filler in ((32, 0), (32, 7), (40, 9)):
-        model = SpatialVLA(preset("nano", spatial_tokens=GRID.vocab_size, prompt_length=length))
         mask = np.pad(inputs.prompt_mask, ((0, 0), (0, length - 32)))
         ids = np.where(mask, np.pad(inputs.prompt_ids, ((0, 0), (0, length - 32))), filler)
-        losses.append(
-            loss_and_metrics(model, init_params(model, 0), replace(inputs, prompt_ids=ids, prompt_mask=mask), GRID)[0]
-        )
+        padded = replace(inputs, prompt_ids=ids, prompt_mask=mask)
+        losses.append(run(nano(prompt_length=length), params, padded, GRID)[0])
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-6)
     np.testing.assert_allclose(losses[2], losses[0], rtol=1e-5)
 
 
-def test_causal_mask_differs_from_prefix() -> None:
-    inputs = random_inputs(SpatialVLA(preset("nano")), 2)
-    a, b = (SpatialVLA(preset("nano", spatial_tokens=GRID.vocab_size, mask=m)) for m in ("prefix", "causal"))
-    params = init_params(a, 0)
-    assert not np.allclose(loss_and_metrics(a, params, inputs, GRID)[0], loss_and_metrics(b, params, inputs, GRID)[0])
+def test_causal_mask_differs_from_prefix(params) -> None:
+    inputs = random_inputs(nano(), 2)
+    a, b = (run(nano(mask=mask), params, inputs, GRID)[0] for mask in ("prefix", "causal"))
+    assert not np.allclose(a, b)
 
 
-def test_rematerialisation_changes_nothing() -> None:
+def test_rematerialisation_changes_nothing(params) -> None:
     """Loss and gradients are the same whatever the backward pass keeps."""
-    inputs = random_inputs(SpatialVLA(preset("nano")), 2)
-    params = init_params(SpatialVLA(preset("nano", spatial_tokens=GRID.vocab_size)), 0)
-    results = {}
+    inputs, results = random_inputs(nano(), 2), {}
     for remat in POLICIES:
-        model = SpatialVLA(preset("nano", spatial_tokens=GRID.vocab_size, remat=remat))
+        model = nano(remat=remat)
         loss = jax.jit(jax.value_and_grad(lambda p, model=model: loss_and_metrics(model, p, inputs, GRID)[0].mean()))
         results[remat] = loss(params)
     expected_loss, expected = results.pop("none")
@@ -84,9 +89,7 @@ def test_rematerialisation_changes_nothing() -> None:
     assert optax.global_norm(expected) > 0.1
 
 
-def test_frozen_parameters_have_no_gradient_and_no_optimizer_state() -> None:
-    model = SpatialVLA(preset("nano", spatial_tokens=GRID.vocab_size))
-    params = init_params(model, 0)
+def test_frozen_parameters_have_no_gradient_and_no_optimizer_state(params) -> None:
     trainable, frozen = split_frozen(params, ("llm/embedder", "img"))
     assert set(frozen) == {"llm", "img"} and set(frozen["llm"]) == {"embedder"} and "img" not in trainable
     assert jax.tree.structure(merge(trainable, frozen)) == jax.tree.structure(params)

@@ -1,17 +1,14 @@
 """Action grids: histograms of the actions with their bins, and the cells in space."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
 from jaxtyping import Float
-from matplotlib.figure import Figure
 
-from spatialvla_jax.actions import ActionGrid, LinearGrid, fit_gaussians
+from spatialvla_jax.actions import DIMENSIONS, ActionGrid, LinearGrid, fit_gaussians, grid_variables
 from spatialvla_jax.actions.gaussian import RANGES
-from spatialvla_jax.actions.grid import to_spherical
-from spatialvla_jax.reports.figures.style import BLUE, DARK, GREEN, GREY, ORANGE, RED, STYLE, Pathlike, save
+from spatialvla_jax.reports.figures.style import BLUE, DARK, GREY, RED, Pathlike, drawing
 
 
 def action_grid(path: Pathlike, grid: ActionGrid, actions: Float[np.ndarray, "N A"], source: str = "data") -> None:
@@ -22,13 +19,12 @@ def action_grid(path: Pathlike, grid: ActionGrid, actions: Float[np.ndarray, "N 
     it and the bin edges. `actions` f32[N, A] are normalised; `source` says in the legend what they are.
     """
     actions = np.asarray(actions, np.float32).reshape(-1, grid.action_dim)
-    spherical = np.asarray(to_spherical(actions[:, :3]))
-    values = np.concatenate([spherical, actions[:, 3:6].clip(-1, 1)], 1)
+    values = grid_variables(actions)
+    spherical = values[:, :3]
     shown = np.random.default_rng(0).permutation(len(actions))[:3000]
     edges = [np.asarray(e, np.float64) for e in grid.edges]
 
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(12.6, 7), layout="constrained")
+    with drawing(path, 12.6, 7) as figure:
         places = figure.add_gridspec(2, 6, height_ratios=[2.1, 1])
         solids = [figure.add_subplot(places[0, 2 * i : 2 * i + 2], projection="3d") for i in range(3)]
         _sphere(solids[0], edges, spherical[shown])
@@ -45,17 +41,14 @@ def action_grid(path: Pathlike, grid: ActionGrid, actions: Float[np.ndarray, "N 
             )
         handles, labels = figure.axes[-1].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3)
-        save(figure, path)
 
 
 def linear_grid(path: Pathlike, grid: LinearGrid, actions: Float[np.ndarray, "N A"], source: str = "data") -> None:
     """The baseline's levels, which all dimensions share, as ticks under each dimension's normalised actions."""
     levels = np.asarray(grid.levels)
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(12.6, 5), layout="constrained")
-        names = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")
+    with drawing(path, 12.6, 5) as figure:
         places = figure.add_gridspec(2, 4)
-        for i, name in enumerate(names):
+        for i, name in enumerate(DIMENSIONS):
             axes = figure.add_subplot(places[divmod(i, 4)])
             axes.hist(actions[:, i], bins=80, range=(-1, 1), density=True, color="#BBD3E8", label=source)
             top = axes.get_ylim()[1]
@@ -64,7 +57,6 @@ def linear_grid(path: Pathlike, grid: LinearGrid, actions: Float[np.ndarray, "N 
             axes.spines["left"].set_visible(False)
         figure.suptitle(f"{len(levels)} levels a dimension, {grid.tokens_per_action} tokens an action", fontsize=10)
         figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower right", ncols=2)
-        save(figure, path)
 
 
 def action_grids(
@@ -75,60 +67,21 @@ def action_grids(
 ) -> None:
     """Grids beside each other over normalised actions, as in the paper's Fig. 3: a column each, with the pictures of
     `action_grid` from top to bottom."""
-    with matplotlib.rc_context({**STYLE, "axes.titlesize": 8.5, "font.size": 7.5}):
-        figure = Figure(figsize=(max(2, len(grids)) * 3.1, 9.6))
+    width, style = max(2, len(grids)) * 3.1, {"axes.titlesize": 8.5, "font.size": 7.5}
+    with drawing(path, width, 9.6, pdf=True, layout=None, style=style) as figure:
         figure.subplots_adjust(left=0, right=0.98, bottom=0.01, top=0.92, wspace=0.04, hspace=0.1)
-        solids = np.array(
-            [
-                [
-                    figure.add_subplot(3, len(grids), row * len(grids) + i + 1, projection="3d")
-                    for i in range(len(grids))
-                ]
-                for row in range(3)
-            ]
-        )
+        solids = figure.subplots(3, len(grids), squeeze=False, subplot_kw={"projection": "3d"})
         for column, label, grid, values in zip(solids.T, labels, grids, actions, strict=True):
             edges = [np.asarray(e, np.float64) for e in grid.edges]
             shown = np.asarray(values, np.float32)[:2500]
-            spherical = np.asarray(to_spherical(shown[:, :3]))
-            _sphere(column[0], edges, spherical)
-            _ball(column[1], edges, shown[:, :3], spherical)
-            _box(column[2], edges, shown[:, 3:6].clip(-1, 1))
+            variables = grid_variables(shown)
+            _sphere(column[0], edges, variables)
+            _ball(column[1], edges, shown[:, :3], variables)
+            _box(column[2], edges, variables[:, 3:])
             bins = grid.num_bins
             column[0].set_title(f"{label}\n{grid.vocab_size:,} tokens\n$\\theta$, $\\phi$: {bins[0]} × {bins[1]}")
             column[1].set_title(f"$r$: {bins[2]}")
             column[2].set_title(f"roll, pitch, yaw: {' × '.join(map(str, bins[3:]))}")
-        save(figure, path, ("pdf",))
-
-
-def quantisation(path: Pathlike, results: Mapping[str, Mapping[str, Any]]) -> None:
-    """Success of a policy whose actions go through grids, {name: {"success", "standard_error", "steps"}}, the names
-    numbers of tokens, and of others ("expert", "linear 256", …) as lines across; beside it the steps of a success."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(9.4, 3.4), layout="constrained")
-        left, right = figure.subplots(1, 2)
-        grids = {int(name): row for name, row in results.items() if name.isdigit()}
-        sizes = sorted(grids)
-        rates = [100 * grids[size]["success"] for size in sizes]
-        errors = [100 * grids[size]["standard_error"] for size in sizes]
-        left.errorbar(sizes, rates, errors, color=BLUE, marker="o", markersize=5, capsize=3, label="action grid")
-        right.plot(sizes, [grids[size]["steps"] for size in sizes], color=BLUE, marker="o", markersize=5)
-        others = [name for name in results if not name.isdigit()]
-        for name, colour, line in zip(others, (ORANGE, GREEN, DARK), ("--", "-.", ":"), strict=False):
-            left.axhline(100 * results[name]["success"], color=colour, linestyle=line, linewidth=1.3, label=name)
-            if results[name]["steps"] is not None:  # there was a success
-                right.axhline(results[name]["steps"], color=colour, linestyle=line, linewidth=1.3)
-        for axes in (left, right):
-            axes.set_xscale("log", base=2)
-            axes.set_xticks(sizes, [f"{size:,}" for size in sizes], rotation=40, ha="right")
-            axes.minorticks_off()
-            axes.set_xlabel("tokens")
-            axes.grid()
-            axes.set_axisbelow(True)
-        left.set(title="The expert's success through tokens", ylabel="success (%)", ylim=(0, 103))
-        right.set(title="Steps that a success takes", ylabel="steps")
-        left.legend(loc="lower right")
-        save(figure, path)
 
 
 def _histogram(

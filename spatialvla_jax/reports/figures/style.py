@@ -1,9 +1,12 @@
 """Colours, fonts and the writing of all figures."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -26,6 +29,7 @@ STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.linewidth": 0.8,
+    "axes.axisbelow": True,
     "axes.edgecolor": DARK,
     "mathtext.fontset": "dejavusans",
     "grid.color": "#E4E4E4",
@@ -36,8 +40,22 @@ STYLE: dict[Any, Any] = {
 Pathlike = str | os.PathLike[str]
 
 
-def save(figure: Figure, path: Pathlike, also: tuple[str, ...] = ()) -> None:
-    path, canvas = Path(path), FigureCanvasAgg(figure)
-    for form in ("png", *also):
-        with replacing(path if form == "png" else path.with_suffix(f".{form}")) as temporary:
-            canvas.print_figure(temporary, format=form, dpi=150, facecolor="white")
+@contextmanager
+def drawing(
+    path: Pathlike,
+    width: float,
+    height: float,
+    *,
+    pdf: bool = False,
+    layout: str | None = "constrained",
+    style: dict[Any, Any] | None = None,
+) -> Iterator[Figure]:
+    """A figure of `width` × `height` inches, written to `path` when the block ends, and with `pdf` beside it as PDF;
+    `style` are changes of `STYLE`."""
+    with matplotlib.rc_context(STYLE | (style or {})):
+        figure = Figure(figsize=(width, height), layout=layout)  # pyright: ignore[reportArgumentType]
+        yield figure
+        canvas = FigureCanvasAgg(figure)
+        for form in ("png", "pdf") if pdf else ("png",):
+            with replacing(path if form == "png" else Path(path).with_suffix(".pdf")) as temporary:
+                canvas.print_figure(temporary, format=form, dpi=150, facecolor="white")

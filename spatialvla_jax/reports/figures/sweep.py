@@ -4,12 +4,10 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
 
 from spatialvla_jax.actions import DIMENSIONS
-from spatialvla_jax.reports.figures.style import DARK, SERIES, STYLE, Pathlike, save
+from spatialvla_jax.reports.figures.style import DARK, SERIES, Pathlike, drawing
 
 
 def effects(
@@ -17,9 +15,8 @@ def effects(
 ) -> None:
     """One panel for every axis of a sweep, {axis: {value: errors}}: the trials as points, their mean with its standard
     error, and `baselines` as lines across. Errors are [combination with the other axes' values][seed]."""
-    with matplotlib.rc_context(STYLE):
-        widths = [max(2.4, 0.75 * len(values)) for values in groups.values()]
-        figure = Figure(figsize=(max(4.6, sum(widths) + 1.6), 3.6), layout="constrained")
+    widths = [max(2.4, 0.75 * len(values)) for values in groups.values()]
+    with drawing(path, max(4.6, sum(widths) + 1.6), 3.6, pdf=True) as figure:
         panels = figure.subplots(1, len(widths), sharey=True, squeeze=False, width_ratios=widths)[0]
         for axes, (axis, values) in zip(panels, groups.items(), strict=True):
             for i, (colour, errors) in enumerate(zip(_colours(values), values.values(), strict=True)):
@@ -36,18 +33,15 @@ def effects(
                 range(len(values)), values, rotation=30 if longest > 7 else 0, ha="right" if longest > 7 else "center"
             )
             axes.grid(axis="y")
-            axes.set_axisbelow(True)
         panels[0].set_ylabel("L1, unseen episodes")
         panels[0].set_ylim(bottom=0)
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
-        save(figure, path, ("pdf",))
 
 
 def learning_curves(path: Pathlike, groups: Mapping[str, Mapping[str, Sequence[Sequence[Any]]]]) -> None:
     """One row for every axis of a sweep, {axis: {value: [combination][seed] of records as of `loss_curve`}}: training
     loss (a running mean over a twentieth of the run) and validation L1, the mean in a band of one standard error."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(10.4, 3.4 * len(groups)), layout="constrained")
+    with drawing(path, 10.4, 3.4 * len(groups), pdf=True) as figure:
         for (axis, values), (left, right) in zip(
             groups.items(), figure.subplots(len(groups), 2, squeeze=False), strict=True
         ):
@@ -58,20 +52,17 @@ def learning_curves(path: Pathlike, groups: Mapping[str, Mapping[str, Sequence[S
             right.set(xlabel="step", ylabel="L1, normalised units", title="Validation L1, teacher-forced")
             for axes in (left, right):
                 axes.grid()
-                axes.set_axisbelow(True)
                 axes.set_xlim(left=0)
             shown = left.get_legend_handles_labels()  # there may be no validation
             right.legend(*shown, title=axis, loc="center left", bbox_to_anchor=(1, 0.5))
-        save(figure, path, ("pdf",))
 
 
 def dimension_errors(
-    path: Pathlike, groups: Mapping[str, Sequence[Sequence[Any]]], baselines: Mapping[str, Sequence[float]]
+    path: Pathlike, groups: Mapping[str, Sequence[Sequence[Any]]], baselines: Mapping[str, Sequence[float] | np.ndarray]
 ) -> None:
     """Bars of L1 per dimension (x … gripper) for each value of an axis, {value: [combination][seed] of an error each}:
     the mean and its standard error; `baselines`, likewise, as marks over the bars."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(10.4, 3.4), layout="constrained")
+    with drawing(path, 10.4, 3.4, pdf=True) as figure:
         axes, width = figure.subplots(), 0.8 / len(groups)
         places = np.arange(len(DIMENSIONS))
         for i, (colour, (value, errors)) in enumerate(zip(_colours(groups), groups.items(), strict=True)):
@@ -84,12 +75,10 @@ def dimension_errors(
         axes.set_xticks(places, DIMENSIONS)
         axes.set_ylabel("L1, unseen episodes")
         axes.grid(axis="y")
-        axes.set_axisbelow(True)
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-        save(figure, path, ("pdf",))
 
 
-def feature_maps(path: Pathlike, panels: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]]) -> None:
+def feature_maps(path: Pathlike, panels: Mapping[str, Sequence[np.ndarray]]) -> None:
     """Spatial features over directions, as in the paper's Fig. 8: {title: (theta edges [n+1], phi edges [m+1], features
     [n, m, D])}. The first three principal components of all panels' features together are red, green and blue."""
     features = np.concatenate([f.reshape(-1, f.shape[-1]) for _, _, f in panels.values()]).astype(np.float64)
@@ -97,10 +86,9 @@ def feature_maps(path: Pathlike, panels: Mapping[str, tuple[np.ndarray, np.ndarr
     components = centred @ np.linalg.svd(centred, full_matrices=False)[2][:3].T
     low, high = np.quantile(components, (0.01, 0.99), axis=0)
     colours = np.clip((components - low) / np.maximum(high - low, 1e-12), 0, 1)
-    with matplotlib.rc_context(STYLE):
-        columns = min(len(panels), 3)
-        lines = -(-len(panels) // columns)
-        figure = Figure(figsize=(4.2 * columns, 2.7 * lines), layout="constrained")
+    columns = min(len(panels), 3)
+    lines = -(-len(panels) // columns)
+    with drawing(path, 4.2 * columns, 2.7 * lines, pdf=True) as figure:
         for i, (title, (theta, phi, f)) in enumerate(panels.items()):
             axes = figure.add_subplot(lines, columns, i + 1)
             mine, colours = np.split(colours, [f.shape[0] * f.shape[1]])
@@ -110,14 +98,13 @@ def feature_maps(path: Pathlike, panels: Mapping[str, tuple[np.ndarray, np.ndarr
             axes.set_yticks((0, np.pi / 2, np.pi), ("0", "π/2", "π"))
             axes.set(xlabel="φ", ylabel="θ")
             axes.invert_yaxis()  # the z axis points up
-        save(figure, path, ("pdf",))
 
 
 def _colours(values: Any) -> list[str]:
     return [SERIES[i % len(SERIES)] for i in range(len(values))]
 
 
-def _mean_error(combinations: Sequence[Any]) -> tuple[np.ndarray, np.ndarray | None]:
+def _mean_error(combinations: Sequence[Any]) -> tuple[np.ndarray | np.float64, np.ndarray | np.float64 | None]:
     """Mean over combinations of axes' values, each [seeds, ...], and its standard error by seeds alone: combinations
     are chosen, not drawn. None where one has a single seed."""
     parts = [np.asarray(values, np.float64) for values in combinations]

@@ -4,14 +4,12 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
 from jaxtyping import Float
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from spatialvla_jax.reports.figures.style import BLUE, DARK, GREEN, GREY, ORANGE, RED, STYLE, Pathlike, save
+from spatialvla_jax.reports.figures.style import BLUE, DARK, GREEN, GREY, ORANGE, RED, Pathlike, drawing
 
 
 def loss_curve(path: Pathlike, records: Sequence[Mapping[str, Any]]) -> None:
@@ -20,8 +18,7 @@ def loss_curve(path: Pathlike, records: Sequence[Mapping[str, Any]]) -> None:
     `records` are those of metrics.jsonl: "step" with "loss", "accuracy/translation", "accuracy/rotation" and
     "accuracy/gripper" for training, the same under "val/" for validation; every key but "step" may be absent.
     """
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(10.4, 3.6), layout="constrained")
+    with drawing(path, 10.4, 3.6) as figure:
         left, right = figure.subplots(1, 2)
 
         _curve(left, records, "loss", BLUE, "training")
@@ -34,16 +31,12 @@ def loss_curve(path: Pathlike, records: Sequence[Mapping[str, Any]]) -> None:
             _curve(right, records, f"val/accuracy/{name}", colour, f"{name}, val.")
         right.set(title="Token accuracy", xlabel="step", ylabel="fraction correct", ylim=(0, 1.02))
 
-        for axes, place in (
-            (left, {"loc": "upper right"}),
-            (right, {"loc": "center left", "bbox_to_anchor": (1, 0.5)}),
-        ):
+        places: list[dict[str, Any]] = [{"loc": "upper right"}, {"loc": "center left", "bbox_to_anchor": (1, 0.5)}]
+        for axes, place in zip((left, right), places, strict=True):
             axes.grid()
-            axes.set_axisbelow(True)
             axes.set_xlim(left=0)
             if axes.get_legend_handles_labels()[0]:
                 axes.legend(**place)
-        save(figure, path)
 
 
 def trajectories(path: Pathlike, episodes: Sequence[Mapping[str, Any]]) -> None:
@@ -52,8 +45,7 @@ def trajectories(path: Pathlike, episodes: Sequence[Mapping[str, Any]]) -> None:
     Each episode is {"expert": f32[L, A], "predicted": f32[L, A], "title": str (optional)}, actions in robot units with
     the gripper 0 closed ... 1 open. A thick line is a closed gripper; triangles show where it closes and opens.
     """
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(4.6 * len(episodes), 5))
+    with drawing(path, 4.6 * len(episodes), 5, layout=None) as figure:
         figure.subplots_adjust(left=0, right=0.97, bottom=0.1, top=0.9, wspace=0.06)
         for i, episode in enumerate(episodes):
             axes = figure.add_subplot(1, len(episodes), i + 1, projection="3d")
@@ -68,13 +60,12 @@ def trajectories(path: Pathlike, episodes: Sequence[Mapping[str, Any]]) -> None:
             Line2D([], [], color=DARK, label="expert"),
             Line2D([], [], color=RED, label="predicted"),
             Line2D([], [], color=GREY, linewidth=4, label="gripper closed"),
-            _mark("o", "start"),
-            _mark("v", "closes"),
-            _mark("^", "opens"),
-            _mark("s", "end"),
+            *(
+                Line2D([], [], color=GREY, marker=marker, markersize=6, linestyle="", label=label)
+                for marker, label in {"o": "start", "v": "closes", "^": "opens", "s": "end"}.items()
+            ),
         ]
         figure.legend(handles=marks, loc="lower center", ncols=len(marks) if len(episodes) > 1 else 4)
-        save(figure, path)
 
 
 def _curve(axes: Any, records: Sequence[Mapping[str, Any]], key: str, colour: str, label: str) -> None:
@@ -120,7 +111,3 @@ def _cube(axes: Any, points: Float[np.ndarray, "N 3"]) -> None:
         axis.set_label_text(rf"$\Sigma\,\Delta {name}$")
         axis.labelpad = 1
     axes.tick_params(labelsize=7.5, pad=1)
-
-
-def _mark(marker: str, label: str) -> Line2D:
-    return Line2D([], [], color=GREY, marker=marker, markersize=6, linestyle="", label=label)

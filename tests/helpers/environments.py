@@ -1,0 +1,114 @@
+"""Toy environments of closed loops. Each runs in a process of its own, so this module must be quick to import."""
+
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+
+from spatialvla_jax.errors import InputError
+
+STEP = 0.02  # metres that an action of 1 moves the hand of `Reach` by
+
+
+class Point:
+    """Done where |position - goal| < 0.05; the picture's first pixel is 100 + 100·(goal - position). Task 2's goal is
+    out of reach within the steps. The folder `marks` remembers what a killed process has done."""
+
+    def __init__(self, marks: Path | None = None, crash: str = "", hang: str = "") -> None:
+        self.marks, self.crash, self.hang = marks, crash, hang
+
+    def reset(self, episode):
+        rng = np.random.default_rng((episode.task, episode.number, episode.seed))
+        self.name = f"{episode.task}-{episode.number}-{episode.seed}"
+        self.position, self.goal, self.steps = 0.0, rng.uniform(0.3, 0.6), 0
+        if episode.task == 2:
+            self.goal = 1.5
+        return f"go to {episode.task}", self.look()
+
+    def step(self, action, look):
+        self.steps += 1
+        if self.steps == 3 and self.once(self.crash, "crash"):
+            os._exit(7)
+        if self.steps == 3 and self.once(self.hang, "hang"):
+            time.sleep(60)
+        if self.crash == "always":
+            raise ValueError("no such joint")
+        if self.crash == "input":
+            raise InputError("the simulator is not installed")
+        self.position += float(np.clip(action[0], -0.1, 0.1))
+        return self.look() if look else {}, abs(self.position - self.goal) < 0.05
+
+    def look(self):
+        value = round(100 + 100 * (self.goal - self.position))
+        return {"image": np.full((6, 8, 3), value, np.uint8), "pid": os.getpid()}
+
+    def once(self, which: str, mark: str) -> bool:
+        if which != self.name or self.marks is None or (self.marks / mark).exists():
+            return False
+        (self.marks / mark).touch()
+        return True
+
+
+class Counter:
+    """In the place of LIBERO's: two steps end an episode of task 0, and nothing one of task 1."""
+
+    def __init__(self, image_size: int, depth: bool, mirrored: bool) -> None:
+        self.size, self.depth, self.mirrored = image_size, depth, mirrored
+
+    def reset(self, episode):
+        self.steps, self.task = 0, episode.task
+        return f"pick up object {episode.task}", self.look()
+
+    def step(self, action, look):
+        self.steps += 1
+        return self.look() if look else {}, self.task == 0 and self.steps == 2
+
+    def look(self):
+        image = np.full((self.size, self.size, 3), 9 * self.steps, np.uint8)
+        image[0, 0] = self.size, self.mirrored, 0
+        depth = {"depth": np.ones((self.size, self.size), np.float32)} if self.depth else {}
+        intrinsics = np.array([[9, 0, 2], [0, 9, 2], [0, 0, 1]], np.float32)
+        return {"image": image, "intrinsics": intrinsics, "state": np.arange(8, dtype=np.float32), **depth}
+
+
+class Line:
+    """Done when the expert's ten centimetres are covered, in whatever steps the tokenizer makes of them."""
+
+    def reset(self, episode):
+        self.left = 0.1
+        return "move on", self.look()
+
+    def step(self, action, look):
+        self.left -= action[0]
+        return self.look(), bool(abs(self.left) < 0.02)
+
+    def look(self):
+        return {"expert": np.array([np.clip(self.left, -0.01, 0.01), 0, 0, 0, 0, 0, 1], np.float32)}
+
+
+class Reach:
+    """Done when the hand is a centimetre from the bowl; the offset is 1 along every axis."""
+
+    def reset(self, episode):
+        self.bowl, self.hand, self.task = np.array([0.1, -0.05, 0.02 * episode.number]), np.zeros(3), episode.task
+        return "reach", self.look()
+
+    def step(self, action, look):
+        self.hand = self.hand + STEP * action[:3]
+        return self.look(), bool(np.linalg.norm(self.bowl - self.hand) < 0.01)
+
+    def look(self):
+        seen = {"qpos": coordinates(self.bowl), "state": state(self.hand)}
+        return seen | {"task": self.task, "direction": np.ones(3, np.float32)}
+
+
+def coordinates(bowl: np.ndarray) -> np.ndarray:
+    """Of a simulator whose other objects stay where they are."""
+    qpos = np.zeros(44, np.float32)
+    qpos[9:13] = [*bowl, 1]
+    return qpos
+
+
+def state(hand: np.ndarray) -> np.ndarray:
+    return np.append(hand, [0, 0, 0, 0.04, -0.04]).astype(np.float32)
