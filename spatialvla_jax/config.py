@@ -163,7 +163,7 @@ def check_post_training(config: ConfigDict) -> None:
 def find_config(path: str | Path) -> Path:
     """A config file by its path or its name: `sweeps/ego3d` is `configs/sweeps/ego3d.py` of the working directory or of
     this project. Raises InputError."""
-    for file in (Path(path), shipped(f"configs/{path}.py")):
+    for file in (local_path(path, "--config"), shipped(f"configs/{path}.py")):
         if file.is_file():
             return file
     folder = shipped("configs/demo.py").parent

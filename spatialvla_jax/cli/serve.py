@@ -69,7 +69,7 @@ def run_serve(args: argparse.Namespace) -> None:
     )
     logging.getLogger("websockets.server").setLevel(logging.CRITICAL)  # a stranger's broken handshake is no event
     limit_heaps()
-    share_compilations(args.compile_cache.expanduser())
+    share_compilations(args.compile_cache)
     options = {"dtype": args.dtype, "quantize": args.quantize, "speculate": args.speculate}
     policy = Policy.load(args.checkpoint, constrained=not args.unconstrained, **options)
     server = Server(policy, args.host, args.port, token=token.strip(), execute=args.execute, limits=limits)

@@ -4,12 +4,13 @@ Made in one pass, kept in a cache directory, memory-mapped when used: host memor
 
 An index is a directory of meta.json and one file for each of `_ARRAYS`. meta.json says what the index was made from:
 the dataset's place, the spec, and the size and modification time of every shard. Each start compares this, and makes
-the index anew where anything differs, or where a part of it is missing or cut. Content that changes without a trace in
-these is found by checksums of records and frames, which the index holds and the reader compares.
+the index anew where anything differs, or where a part of it is missing or damaged. Content that changes without a trace
+in these is found by checksums of records and frames, which the index holds and the reader compares.
 """
 
 import dataclasses
 import errno
+import functools
 import hashlib
 import json
 import mmap
@@ -18,12 +19,12 @@ import re
 import secrets
 import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import numpy as np
 
 from spatialvla_jax.actions import DIMENSIONS
@@ -130,11 +131,8 @@ class Index:
     def record(self, episode: int) -> tuple[str, int, bytes]:
         """File and offset of the checksum of an episode's record, and what it was when it was indexed."""
         offset, length, checksum = self.arrays["episode_record"][episode].tolist()
-        return (
-            self.files[self.arrays["episode_file"][episode]],
-            offset + length,
-            checksum.to_bytes(CHECKSUM_BYTES, "little"),
-        )
+        file = self.files[self.arrays["episode_file"][episode]]
+        return file, offset + length, checksum.to_bytes(CHECKSUM_BYTES, "little")
 
     def forget(self) -> None:
         """Makes the next start index the data anew."""
@@ -211,7 +209,7 @@ def _open_kept(
     damaged or made from something else."""
     folder = os.open(directory, os.O_RDONLY)  # stays this one when another process puts its own in its place
     try:
-        opener = partial(os.open, dir_fd=folder)
+        opener = functools.partial(os.open, dir_fd=folder)
         with open(META, encoding="utf-8", opener=opener) as file:
             meta = json.load(file)
         if meta.get("version") != VERSION:
@@ -224,12 +222,11 @@ def _open_kept(
         for key in _keys(spec):
             dtype, shape = _ARRAYS[key]
             shape = (made_from["action_dim"],) if key == "action" else shape
-            rows = meta["episodes"] if key.startswith("episode_") else meta["frames"]
             with open(f"{key}.bin", "rb", opener=opener) as file:
+                if _checksum(iter(functools.partial(file.read, 1 << 22), b"")) != meta["checksums"][key]:
+                    raise ValueError(f"the checksum of {file.name} is wrong")
                 maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-            if len(maps[-1]) != rows * np.dtype((dtype, shape)).itemsize:
-                raise ValueError(f"{key}.bin has {len(maps[-1])} bytes")
-            arrays[key] = np.frombuffer(maps[-1], dtype).reshape(rows, *shape)
+            arrays[key] = np.frombuffer(maps[-1], dtype).reshape(-1, *shape)
         files, instructions = tuple(os.fspath(shard.file) for shard in shards), tuple(meta["instructions"])
         about = meta["statistics"], meta["read"], meta["skipped"]
         return Index(name, spec, files, instructions, *about, arrays, tuple(maps), made_from), meta
@@ -237,6 +234,10 @@ def _open_kept(
         raise _Stale(f"its index {directory} is damaged ({error})") from error
     finally:
         os.close(folder)
+
+
+def _checksum(parts: Iterable[bytes]) -> int:
+    return functools.reduce(google_crc32c.extend, parts, 0)
 
 
 def _digest(value: Any) -> str:
@@ -280,22 +281,30 @@ def _build(
     faults: Faults,
 ) -> tuple[Index, dict[str, Any]]:
     """Makes an index in the place of the one that may be there, and opens it. Raises InputError."""
-    opened = None
+    opened, before = None, _inode(directory)
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         with replacing(directory) as work:
             work.mkdir()
             _write(work, name, builder, shards, spec, made_from, progress, faults)
             opened = open_kept(work)
-            _remove(directory)
+            if before is not None and _inode(directory) == before:
+                _remove(directory)
     except OSError as error:
         if opened and error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-            return opened  # another process has made the same meanwhile
+            return opened  # another process has put one there meanwhile
         raise InputError(
             f"the index of dataset {name!r} cannot be kept in {directory.parent} ({error.strerror or error}): set "
             "data.cache_dir to a folder that can be written and has room"
         ) from error
     return opened
+
+
+def _inode(path: Path) -> int | None:
+    try:
+        return path.stat().st_ino
+    except OSError:
+        return None
 
 
 def _remove(directory: Path) -> None:
@@ -335,6 +344,7 @@ def _write(
 
     with ExitStack() as stack:
         streams = {key: stack.enter_context(open(work / f"{key}.bin", "wb")) for key in _keys(spec)}
+        checksums = dict.fromkeys(streams, 0)
         for number, (file, numbers, listed, *_) in enumerate(shards):
             stored = read_episodes(name, builder, file, numbers, spec, skip, action_dim, listed)
             for place, episode in zip(numbers, stored, strict=True):
@@ -345,7 +355,9 @@ def _write(
                 own = {"end": [frames], "file": [number], "number": [place], "record": episode["record"]}
                 episode |= {"language": language} | {f"episode_{key}": value for key, value in own.items()}
                 for key, stream in streams.items():
-                    stream.write(np.ascontiguousarray(episode[key], _ARRAYS[key][0]).tobytes())
+                    content = np.ascontiguousarray(episode[key], _ARRAYS[key][0]).tobytes()
+                    stream.write(content)
+                    checksums[key] = google_crc32c.extend(checksums[key], content)
             if progress:
                 progress(name, number + 1, len(shards))
     if not frames:
@@ -355,8 +367,7 @@ def _write(
     meta = {
         "version": VERSION,
         "made_from": made_from,
-        "frames": frames,
-        "episodes": episodes,
+        "checksums": checksums,  # CRC-32C of each array's file
         "instructions": list(instructions),
         "statistics": action_statistics(actions, episodes),
         "read": sum(len(shard.numbers) for shard in shards) + skipped["unlisted"],
