@@ -23,7 +23,7 @@ from spatialvla_jax.data.oxe.spec import meaning
 from spatialvla_jax.data.pack import Packed
 from spatialvla_jax.data.reader import Pixels, Rlds, Samples, Source, Split
 from spatialvla_jax.data.resolve_datasets import Entry, make_entries
-from spatialvla_jax.data.statistics import check_spec, difference
+from spatialvla_jax.data.statistics import check_spec, difference, find_oddities
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.models.presets import preset
 from spatialvla_jax.text import Tokenizer, train_tokenizer
@@ -110,6 +110,9 @@ class Loader:
         for index in train if from_file else ():
             if what := difference(self.statistics[index.name], index.statistics):
                 warn(f"the statistics of dataset {index.name!r} in {config.statistics} are of other data: {what}")
+        for index in train:
+            for sentence in find_oddities(index.name, self.statistics[index.name], index.spec):
+                warn(sentence)
         self._bounds = {
             row: np.asarray([self.statistics[name]["action"][row] for name in self.names]) for row in _STATISTICS_ROWS
         }
@@ -254,6 +257,21 @@ class Loader:
     def num_skipped(self, split: str | None = None) -> int:
         """Episodes of a split (the training split by default) that were left out when it was indexed."""
         return sum(sum(index.skipped.values()) for index in self._index(split or self._train_split))
+
+    def shared_episodes(self, split: str) -> dict[str, int]:
+        """How many episodes of a split are in the training split, too, of each dataset that has such."""
+        files: dict[str, int] = {}
+
+        def places(index: Index) -> np.ndarray:
+            numbers = np.asarray([files.setdefault(file, len(files)) for file in index.files])
+            return numbers[index.arrays["episode_file"]] * 2**32 + index.arrays["episode_number"]
+
+        def stored(split: str) -> dict[str, np.ndarray]:  # a recording has no files, and splits of its own
+            return {i.name: places(i) for i in self._index(split) if all(".tfrecord" in file for file in i.files)}
+
+        trained = np.concatenate([np.empty(0, np.int64), *stored(self._train_split).values()])
+        counts = {name: int(np.isin(own, trained).sum()) for name, own in stored(split).items()}
+        return {name: count for name, count in counts.items() if count}
 
     def replaced(self, split: str | None = None) -> dict[tuple[str, str], int]:
         """Samples of a split (the training split by default) that this process drew anew since it began, because their

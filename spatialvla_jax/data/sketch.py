@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int32, Int64
 
-from spatialvla_jax.actions.normalization import normalized_dimensions
+from spatialvla_jax.data.statistics import is_mostly_constant, make_statistics
 
 LIMIT = 2**20  # distinct keys that a quantile sketch holds: at most 12 MB
 _UNIT = 172  # every float32 is a whole multiple of 2^-172 when its 24 digits are written in full
@@ -96,14 +96,18 @@ class Quantiles:
         evenly spaced, the bound is this times 2^-126."""
         return 2.0 ** (self.shift - 24) if self.shift else 0.0
 
+    @property
+    def values(self) -> Float[np.ndarray, " K"]:
+        """The numbers that the keys stand for."""
+        return _ordered((self.keys << self.shift) + (1 << self.shift >> 1)).view(np.float32)
+
     def quantiles(self, q: Sequence[float] | np.ndarray) -> Float[np.ndarray, " Q"]:
         """As np.quantile(values, q), f64: interpolated between the two nearest order statistics. The same bits while
         exact; otherwise each of the two is off by at most `relative_error` of itself."""
         ends = np.cumsum(self.counts)
         rank = (int(ends[-1]) - 1) * np.asarray(q, np.float64)
         nearest = np.minimum(np.floor(rank)[:, None] + (0, 1), ends[-1] - 1)
-        keys = self.keys[np.searchsorted(ends, nearest, side="right")]
-        values = _ordered((keys << self.shift) + (1 << self.shift >> 1)).view(np.float32)
+        values = self.values[np.searchsorted(ends, nearest, side="right")]
         return np.asarray([np.quantile(pair, [part])[0] for pair, part in zip(values, rank % 1, strict=True)])
 
 
@@ -151,11 +155,8 @@ class ActionSummary:
     def statistics(self) -> dict[str, Any]:
         """As `action_statistics` gives them; there must be actions."""
         mean, std = self.moments.mean_std()
-        q01, q99 = np.transpose([column.quantiles((0.01, 0.99)) for column in self.quantiles])
-        rows = {"mean": mean, "std": std, "max": self.high, "min": self.low, "q01": q01, "q99": q99}
-        return {
-            "action": {name: row.tolist() for name, row in rows.items()}
-            | {"mask": list(normalized_dimensions(len(self.low)))},
-            "num_transitions": self.moments.count,
-            "num_trajectories": self.episodes,
-        }
+        rows = {"mean": mean, "std": std, "max": self.high, "min": self.low}
+        q01, median, q99 = np.transpose([column.quantiles((0.01, 0.5, 0.99)) for column in self.quantiles])
+        columns = zip(self.quantiles, median, strict=True)
+        constant = [is_mostly_constant(column.values, column.counts, middle) for column, middle in columns]
+        return make_statistics(rows, np.stack([q01, q99]), constant, self.moments.count, self.episodes)

@@ -2,36 +2,84 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
-from spatialvla_jax.actions.normalization import normalized_dimensions
+from spatialvla_jax.actions.normalization import dimension_name, normalized_dimensions
+from spatialvla_jax.data.oxe.spec import DatasetSpec
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.utils.atomic import write_json
+
+# A dimension that has one value in this share of the frames, but not in all, is scaled by its minimum and maximum: both
+# quantiles may be that value, and then every other one would become -1 or 1.
+_MOSTLY_CONSTANT = 0.98
+_SAME = 1e-6  # values that differ by less than this fraction of the dimension's range are the same
 
 
 def action_statistics(actions: Float[np.ndarray, "N A"], num_trajectories: int) -> dict[str, Any]:
     """Statistics of one dataset's canonical actions:
-    {"action": {"mean", "std", "max", "min", "q01", "q99", "mask"}, "num_transitions", "num_trajectories"}."""
-    q01, q99 = np.quantile(actions, (0.01, 0.99), axis=0)
+    {"action": {"mean", "std", "max", "min", "q01", "q99", "mask"}, "num_transitions", "num_trajectories"}.
+
+    Where dimensions are scaled by their whole range, "full_range" names them, and their q01 and q99 are its ends."""
     rows = {
         "mean": actions.mean(axis=0, dtype=np.float64),
         "std": actions.std(axis=0, dtype=np.float64),
         "max": actions.max(axis=0),
         "min": actions.min(axis=0),
-        "q01": q01,
-        "q99": q99,
-        "mask": np.asarray(normalized_dimensions(actions.shape[1])),
     }
-    return {
-        "action": {name: row.tolist() for name, row in rows.items()},
-        "num_transitions": len(actions),
+    once = np.ones(len(actions), np.int64)
+    constant = [is_mostly_constant(column, once, np.median(column)) for column in actions.T]
+    return make_statistics(rows, np.quantile(actions, (0.01, 0.99), axis=0), constant, len(actions), num_trajectories)
+
+
+def is_mostly_constant(values: Float[np.ndarray, " K"], counts: Int[np.ndarray, " K"], median: Any) -> bool:
+    """Whether a dimension, in which each of `values` occurs `counts` times, has one value in nearly all frames."""
+    spread = float(values.max()) - float(values.min())
+    same = np.abs(values - np.float64(median)) <= _SAME * spread
+    return spread > 0 and int(counts[same].sum()) >= _MOSTLY_CONSTANT * int(counts.sum())
+
+
+def make_statistics(
+    rows: Mapping[str, Float[np.ndarray, " A"]],
+    quantiles: Float[np.ndarray, "2 A"],
+    constant: Sequence[bool],
+    num_transitions: int,
+    num_trajectories: int,
+) -> dict[str, Any]:
+    """As `action_statistics`: from mean, std, max and min, the quantiles of 1 and 99 %, and which dimensions are mostly
+    constant."""
+    width = len(constant)
+    mask = np.asarray(normalized_dimensions(width))
+    full = mask & np.asarray(constant)
+    q01, q99 = np.where(full, np.stack([rows["min"], rows["max"]]), quantiles)
+    entry: dict[str, Any] = {
+        "action": {name: row.tolist() for name, row in {**rows, "q01": q01, "q99": q99, "mask": mask}.items()},
+        "num_transitions": num_transitions,
         "num_trajectories": num_trajectories,
     }
+    names = [dimension_name(number, width) for number in np.flatnonzero(full).tolist()]
+    return entry | ({"full_range": names} if names else {})
+
+
+def find_oddities(name: str, statistics: Mapping[str, Any], spec: DatasetSpec) -> list[str]:
+    """A sentence on everything in a dataset's statistics that may be a mistake."""
+    found = []
+    if names := statistics.get("full_range"):
+        found.append(
+            f"dataset {name!r} has the same {' and '.join(names)} in nearly all actions: it is scaled by minimum "
+            "and maximum, not by the quantiles of 1 and 99 %"
+        )
+    low, high = (statistics["action"][row][-1] for row in ("min", "max"))
+    if isinstance(spec.action[-1], str) and not low < 0.5 <= high:
+        found.append(
+            f"dataset {name!r} has a gripper that never crosses 0.5 (closed below, open from there on): it goes from "
+            f"{low:g} to {high:g}"
+        )
+    return found
 
 
 def check_spec(path: str, name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

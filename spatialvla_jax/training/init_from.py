@@ -21,6 +21,7 @@ from spatialvla_jax.checkpoints.processor import Processor
 from spatialvla_jax.checkpoints.regrid import adapt_checkpoint
 from spatialvla_jax.checkpoints.types import LazyArray, recorded
 from spatialvla_jax.data import Loader
+from spatialvla_jax.data.statistics import difference
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.models import Params, SpatialVLA
 from spatialvla_jax.models.lora import ADAPTERS, init_adapters
@@ -92,9 +93,12 @@ def starting_params(
     return params | {ADAPTERS: jax.tree.map(np.asarray, adapters)}, {"lora": about}
 
 
-def check_same(saved: dict[str, Any], now: dict[str, Any], workdir: Path) -> None:
+def check_same(saved: dict[str, Any], now: dict[str, Any], loader: Loader, workdir: Path) -> None:
     """Raises InputError where a run's data, or what its adapters are added to, is not what it was."""
     now = json.loads(json.dumps(now))
+    for index in () if loader.config.statistics else loader.indexes():  # those of a file may be of other data
+        if what := difference(saved["processor"]["statistics"][index.name], index.statistics):
+            raise InputError(f"the data of {workdir} changed since its run began: of dataset {index.name!r} {what}")
     if saved["processor"] != now["processor"] or renamed(saved["model"], MODEL_FIELDS) != now["model"]:
         raise InputError(f"the data of {workdir} changed since its run began: grid, statistics or tokenizer differ")
     if saved.get("lora") != now.get("lora"):

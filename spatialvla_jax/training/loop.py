@@ -16,9 +16,11 @@ from tqdm import tqdm
 
 from spatialvla_jax.actions import ActionTokenizer, uniform_grid
 from spatialvla_jax.batch import Batch
+from spatialvla_jax.checkpoints.orbax import read_metadata, step_directory
 from spatialvla_jax.config import check_post_training, check_resumable
 from spatialvla_jax.data import Loader, open_data
 from spatialvla_jax.errors import InputError
+from spatialvla_jax.training.changes import CHANGES, describe_changes
 from spatialvla_jax.training.flops import model_flops
 from spatialvla_jax.training.init_from import check_same, make_processor, open_start, starting_params
 from spatialvla_jax.training.metrics import Clock, MetricsLog, check_wandb, rates, scalars
@@ -31,6 +33,7 @@ from spatialvla_jax.training.step import Jitted, jit_eval_step, jit_train_step, 
 from spatialvla_jax.utils.atomic import write_json
 from spatialvla_jax.utils.chips import peak
 from spatialvla_jax.utils.distributed import Preemption, is_writer
+from spatialvla_jax.utils.progress import warn
 
 FINISHED = "finished"  # of a run's directory: the file that stands for its last step
 
@@ -89,14 +92,21 @@ def prepare(config: ConfigDict, workdir: Path) -> Run:
     if saved.exists():
         check_resumable(json.loads(saved.read_text()), config, workdir)
     if config.model.depth_source == "zoedepth" and not config.init and is_writer():
-        tqdm.write(
-            "warning: model.depth_source=zoedepth and init is empty: the depth model has random weights",
-            file=sys.stderr,
-        )
+        warn("model.depth_source=zoedepth and init is empty: the depth model has random weights")
     checkpoint, processor = open_start(config, workdir)
-    loader = open_data(config, tokenizer=None if processor is None or config.data.prompt.model else processor.tokenizer)
+    before = step_directory(workdir)
+    loader = open_data(
+        config,
+        statistics=read_metadata(before)["processor"]["statistics"] if before else None,
+        tokenizer=None if processor is None or config.data.prompt.model else processor.tokenizer,
+    )
     if config.train.eval_every:  # a split that is missing is an error now, not at the first validation
-        loader.num_frames(config.train.eval_split)
+        frames = loader.num_frames(config.train.eval_split)
+        for name, count in loader.shared_episodes(config.train.eval_split).items() if is_writer() else ():
+            warn(
+                f"{count} episodes of dataset {name!r} are in data.split {config.data.split!r} and in train.eval_split "
+                f"{config.train.eval_split!r}: the validation ({frames} frames) sees what is trained on"
+            )
     if is_writer():
         tqdm.write(loader.describe(), file=sys.stderr)
 
@@ -113,6 +123,7 @@ def prepare(config: ConfigDict, workdir: Path) -> Run:
         "model": setup.model.config.to_dict(),
         "processor": processor.to_dict(),
         "train_config": json.loads(json.dumps(config.to_dict())),
+        "changes": len(CHANGES),
     }
     checkpoints = Checkpoints(
         workdir,
@@ -125,7 +136,10 @@ def prepare(config: ConfigDict, workdir: Path) -> Run:
     state, shardings = init_state(setup, params)
     start = checkpoints.latest() or 0
     if start:
-        check_same(checkpoints.restore_metadata(start), metadata, workdir)
+        stored = checkpoints.restore_metadata(start)
+        check_same(stored, metadata, loader, workdir)
+        if (changes := describe_changes(stored.get("changes", 0))) and is_writer():
+            warn(f"the run in {workdir} is of an earlier version. What it does otherwise from now on: {changes}")
         state = checkpoints.restore(start, state, shardings)
     if is_writer():
         write_json(saved, config.to_dict())

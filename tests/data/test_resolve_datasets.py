@@ -149,6 +149,31 @@ def test_parts_of_a_split(root, cache_dir, train, rest, sizes):
     assert last.describe(0).endswith(f"episode {sizes[0] % 4}, step 0")
 
 
+@pytest.mark.parametrize(
+    ("train", "held_out", "shared"),
+    [
+        ("train", "train", 20),
+        ("train[:95%]", "train[90%:]", 1),
+        ("train[:95%]", "train[95%:]", 0),
+        ("train[3:9]", "train[5:]", 4),
+        ("train", "train[-3:]", 3),
+    ],
+)
+def test_episodes_in_both_splits(root, cache_dir, train, held_out, shared):
+    loader = load_data(data_config(root / "libero" / "1.10.0", cache_dir=cache_dir, split=train), image_size=SIZE)
+    assert loader.shared_episodes(held_out) == ({"toy0": shared} if shared else {})
+
+
+def test_episodes_in_both_splits_of_several_datasets(root, rlds, cache_dir):
+    """Under whatever name: the same file twice is the same episodes."""
+    config = data_config(root / "libero" / "1.10.0", rlds, cache_dir=cache_dir)
+    config["datasets"].append(config["datasets"][0] | {"name": "again"})
+    config["datasets"][0]["splits"] = {"train": "train[:10]", "val": "train[10:]"}
+    config["datasets"][2]["splits"] = {"train": "train[:15]", "val": "train[15:]"}
+    loader = load_data(config, image_size=SIZE)
+    assert loader.shared_episodes("val") == {"toy0": 5}
+
+
 def test_split_of_one_dataset(root, rlds, cache_dir):
     """A dataset without a validation split holds some of its training episodes out."""
     config = data_config(root / "libero" / "1.10.0", rlds, cache_dir=cache_dir)

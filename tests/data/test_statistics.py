@@ -1,4 +1,5 @@
 import json
+import re
 
 import numpy as np
 import pytest
@@ -6,7 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spatialvla_jax.actions.normalization import normalize, unnormalize
-from spatialvla_jax.data.statistics import action_statistics, load_statistics, save_statistics
+from spatialvla_jax.data.oxe import DatasetSpec
+from spatialvla_jax.data.sketch import ActionSummary
+from spatialvla_jax.data.statistics import action_statistics, find_oddities, load_statistics, save_statistics
 from spatialvla_jax.errors import InputError
 
 
@@ -40,6 +43,60 @@ def test_normalize_by_hand():
     np.testing.assert_array_equal(normalized[:, 6], actions[:, 6])  # the gripper is left alone
     np.testing.assert_array_equal(normalized[:, 4], 0)  # a constant dimension
     assert normalized.dtype == np.float32
+
+
+# (values of one dimension in 1,000 frames, its bounds if they are not the quantiles)
+SPARSE = {
+    "one side, 98.9 %": (np.append(np.zeros(989), np.linspace(0.1, 0.9, 11)), (0.0, 0.9)),
+    "both sides, 98.5 %": (np.append(np.full(985, 0.25), [-0.5] * 7 + [0.75] * 8), (-0.5, 0.75)),
+    "99.5 %": (np.append(np.zeros(995), [0.5] * 5), (0.0, 0.5)),
+    "noise of rounding": (np.append(1e-9 * np.arange(995), [-0.5] * 5), (-0.5, 994e-9)),
+    "constant": (np.full(1000, 0.25), None),
+    "97.5 %": (np.append(np.zeros(975), np.linspace(-1, 1, 25)), None),
+    "an outlier": (np.append(np.linspace(-1, 1, 999), 1e4), None),
+}
+
+
+@pytest.mark.parametrize("case", SPARSE)
+def test_dimension_that_is_nearly_constant(case):
+    """It is scaled by minimum and maximum, and named: every value survives. The pipeline's summaries do the same."""
+    values, bounds = SPARSE[case]
+    actions = np.zeros((1000, 7), np.float32)
+    actions[:, 0], actions[:, 4], actions[:, 6] = (
+        np.linspace(-1, 1, 1000),
+        values,
+        np.arange(1000) % 100 == 0,
+    )  # gripper
+    entry = action_statistics(actions, 3)
+    rows = entry["action"]
+    assert entry == ActionSummary.of(actions, 3).statistics() | {"action": rows}
+    found = rows["q01"][4], rows["q99"][4]
+    assert entry.get("full_range", []) == (["pitch"] if bounds else [])
+    assert (rows["q01"][6], rows["q99"][6]) == tuple(np.quantile(actions[:, 6], (0.01, 0.99)))
+    if bounds:
+        np.testing.assert_allclose(found, bounds, rtol=1e-6)
+        np.testing.assert_allclose(unnormalize(normalize(actions, rows), rows)[:, 4], values, atol=1e-6)
+        (sentence,) = find_oddities("toy", entry, DatasetSpec())
+        assert "'toy'" in sentence and "pitch" in sentence and "minimum and maximum" in sentence
+    else:
+        np.testing.assert_array_equal(found, np.quantile(actions[:, 4], (0.01, 0.99)))
+
+
+@pytest.mark.parametrize(
+    ("values", "last", "message"),
+    [
+        ((0, 1), "action", ""),
+        ((0.2, 0.5), "action", ""),
+        ((0.5, 1), "action", "never crosses 0.5 .*: it goes from 0.5 to 1"),
+        ((0, 0), "action", "never crosses 0.5 .*: it goes from 0 to 0"),
+        ((1, 1), 1.0, ""),  # the spec says so
+    ],
+)
+def test_gripper_that_does_nothing(values, last, message):
+    actions = some_actions()
+    actions[:, 6] = np.resize(values, len(actions))
+    found = find_oddities("toy", action_statistics(actions, 1), DatasetSpec(action=("action[:6]", last)))
+    assert len(found) == bool(message) and re.search(message, "".join(found))
 
 
 @given(st.integers(0, 10_000))

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from helpers.batches import observation
 
+from spatialvla_jax.checkpoints.orbax import read_metadata
 from spatialvla_jax.config import load_config, train_config_of
 from spatialvla_jax.inference.policy import Policy
+from spatialvla_jax.training.changes import CHANGES, describe_changes
 from spatialvla_jax.training.loop import train
 from spatialvla_jax.training.metrics import read_metrics
 
@@ -31,9 +33,14 @@ def old(rlds: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def test_it_goes_on_as_it_would_have(old: Path) -> None:
-    """From its files, with config file and flags in the old words: steps 4 to 6 as the code of then made them."""
+def test_it_goes_on_as_it_would_have(old: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From its files, with config file and flags in the old words: steps 4 to 6 as the code of then made them, but for
+    what it says that it does otherwise."""
     train(load_config(old / "toy.py", FLAGS), old / "run")
+    (warning,) = [line for line in capsys.readouterr().err.splitlines() if "earlier version" in line]
+    assert str(old / "run") in warning and all(change in warning for change in CHANGES)
+    assert read_metadata(old / "run" / "checkpoints" / "6")["changes"] == len(CHANGES)
+    assert describe_changes(len(CHANGES)) == "" and CHANGES[0] not in describe_changes(1)
     expected = read_metrics(old / "continuation.jsonl")
     records = read_metrics(old / "run" / "metrics.jsonl")[3:]
     assert [r["batch"] for r in records] == [r["batch"] for r in expected]
