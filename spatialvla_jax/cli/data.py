@@ -118,7 +118,7 @@ def print_skipped(faults: Sequence[Fault], shown: int = 10) -> None:
     if faults:
         counts = Counter(fault.reason for fault in faults)
         listed = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))
-        print(f"left out {len(faults)} episodes ({listed}), which the dataset's metadata.json names:")
+        print(f"episodes left out: {len(faults)} ({listed}); metadata.json beside the data names them:")
         print("\n".join(f"  {fault}" for fault in faults[:shown]))
         if len(faults) > shown:
             print(f"  and {len(faults) - shown} more")
@@ -135,6 +135,7 @@ def add_depth(commands: Commands) -> None:
     p.add_argument("--image-size", type=int, help="pixels a side; by default the config's or the checkpoint's")
     p.add_argument("--batch-size", type=int, default=16)
     p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation")
+    add_faults(p)
 
 
 def run_depth(args: argparse.Namespace) -> None:
@@ -170,7 +171,8 @@ def run_depth(args: argparse.Namespace) -> None:
     if args.batch_size < 1 or args.batch_size % jax.device_count():
         raise InputError(f"the batch size {args.batch_size} does not divide among {jax.device_count()} devices")
     estimate, digest = depth_estimator(zoedepth, arrays, args.dtype)
-    options = {"image_size": size, "batch_size": args.batch_size, "splits": args.split and tuple(args.split)}
+    splits = args.split and tuple(args.split)
+    options = {"image_size": size, "batch_size": args.batch_size, "splits": splits, "faults": args.faults}
     made_with = {"weights": digest, "dtype": args.dtype}
     with progress_bar("depth", "episode") as show:
 
@@ -180,6 +182,7 @@ def run_depth(args: argparse.Namespace) -> None:
         add = partial(add_depth, estimate=estimate, made_with=made_with, progress=progress, **options)
         results = [add(path, args.out, image=spec.image) for path, spec in datasets]
     for result in results:
+        print_skipped(result["skipped"])
         if result["clipped"]:
             print(f"{result['clipped']} pixels were farther than {MAX_DEPTH} m and are stored as that")
         print(f"wrote {result['directory']}: {result['depth']} of {result['frames']} frames")

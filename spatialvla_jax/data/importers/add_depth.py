@@ -3,8 +3,11 @@
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +15,22 @@ import numpy as np
 from jaxtyping import Float, UInt8, UInt16
 
 from spatialvla_jax.data.images import decode_image, tensorflow
-from spatialvla_jax.data.importers.rlds_writer import FRAMING, fingerprint, finished_shards, save_shards
+from spatialvla_jax.data.importers.frames import IMAGE
+from spatialvla_jax.data.importers.rlds_writer import (
+    FRAMING,
+    Policy,
+    count_faults,
+    fingerprint,
+    finished_shards,
+    lost_of_finished,
+    save_shards,
+    shard_note,
+    tolerate,
+)
 from spatialvla_jax.data.oxe.spec import DEPTH, DEPTH_UNIT, depth_key
 from spatialvla_jax.data.rlds import open_rlds
 from spatialvla_jax.data.tfrecord import read_example, read_records
-from spatialvla_jax.errors import InputError
+from spatialvla_jax.errors import Fault, InputError
 from spatialvla_jax.utils.atomic import parents_of, remove_leftovers, replacing, write_json
 
 MAX_DEPTH = 65.535  # metres; what lies farther is stored as this
@@ -35,6 +49,7 @@ def add_depth(
     image_size: int,
     batch_size: int,
     made_with: Mapping[str, Any],
+    faults: Policy = "fail",
     splits: tuple[str, ...] | None = None,
     workers: int | None = None,
     progress: Callable[[str, int, int], None] | None = None,
@@ -47,8 +62,9 @@ def add_depth(
     another may not go on; shards whose source has changed meanwhile are made again. `progress(name, episodes done,
     episodes)` is called meanwhile.
 
-    Returns {"dataset", "directory", "depth", "frames" (of this call), "clipped" (pixels of them beyond MAX_DEPTH)}.
-    Raises InputError.
+    Returns {"dataset", "directory", "depth", "frames" (of this call), "clipped" (pixels of them beyond MAX_DEPTH),
+    "skipped" (a fault for each episode left out)}. Raises InputError. With `faults` "skip" a damaged episode is left
+    out, and the copy's metadata (metadata.json) counts and names it.
     """
     builder = open_rlds(path)
     source = Path(builder.data_dir)
@@ -56,7 +72,7 @@ def add_depth(
     directory = Path(out) / source.parent.name / source.name
     if directory.resolve() == source.resolve():
         raise InputError(f"{directory} is the dataset itself; choose another --out")
-    splits = splits or tuple(sorted(split for split in builder.info.splits if split != "all"))
+    splits = tuple(sorted(set(splits or (split for split in builder.info.splits if split != "all"))))
     features = _features(builder, image, key, image_size)
     shards = {split: _shards(builder, split) for split in splits}
     made_with = {
@@ -67,34 +83,84 @@ def add_depth(
         **made_with,
         "splits": splits,
     }
-    total = sum(count for own in shards.values() for _, count in own)
-    done = frames = clipped = 0
-    tf = tensorflow()
     if directory.is_dir() and not (directory / MANIFEST).is_file() and any(directory.glob("[!.]*")):
         raise InputError(f"{directory} holds files that were not begun here (no {MANIFEST}); choose another --out")
     finished = finished_shards(directory / MANIFEST, made_with)
+    total = sum(count for own in shards.values() for _, count in own)
+    done = frames = clipped = 0
+    kept: dict[str, list[int]] = {split: [] for split in splits}
+    skipped: list[Fault] = []
+    tf = tensorflow()
     try:
         with parents_of(directory / MANIFEST), ThreadPoolExecutor(workers or os.cpu_count()) as pool:
             remove_leftovers(directory)
-            for file, count in (shard for own in shards.values() for shard in own):
+            make_maps = partial(_Maps, estimate=estimate, size=image_size, batch_size=batch_size, pool=pool)
+            for split, (file, count) in ((part, shard) for part in splits for shard in shards[part]):
                 target, state = directory / file.name, [fingerprint(file), count]
-                if not target.exists() or finished.get(file.name) != state:
-                    maps = _Maps(file, _frames(file, count, image), estimate, image_size, batch_size, pool)
-                    with replacing(target) as temporary, tf.io.TFRecordWriter(os.fspath(temporary)) as writer:
-                        for number, (_, record) in enumerate(_records(file, count)):
-                            writer.write(record + _example(key, maps.take(number)))
-                            if progress:
-                                progress(name, done + number + 1, total)
+                lost = lost_of_finished(target, finished.get(file.name), state, faults)
+                if lost is None:
+                    report = partial(_report, progress, name, done, total)
+                    maps, lost = _write_shard(file, count, target, image, key, make_maps, faults, report)
                     frames, clipped = frames + maps.frames, clipped + maps.clipped
-                    finished[file.name] = state
+                    finished[file.name] = shard_note(state, lost)
                     save_shards(directory / MANIFEST, made_with, finished)
                 done += count
-                if progress:
-                    progress(name, done, total)
-        _finish(directory, source, shards, features)
+                _report(progress, name, done, total, 0)
+                kept[split].append(count - len(lost))
+                skipped += lost.values()
+        if empty := [split for split in splits if sum(n for _, n in shards[split]) and not sum(kept[split])]:
+            raise InputError(f"no episode of the split {empty[0]!r} is left; the first fault: {skipped[0]}")
+        _finish(directory, source, shards, kept, skipped, features)
     except (OSError, tf.errors.OpError) as error:
         raise InputError(f"{directory} cannot be written: {error}") from error
-    return {"dataset": name, "directory": str(directory), "depth": key, "frames": frames, "clipped": clipped}
+    return {
+        "dataset": name,
+        "directory": str(directory),
+        "depth": key,
+        "frames": frames,
+        "clipped": clipped,
+        "skipped": skipped,
+    }
+
+
+def _report(progress: Callable[[str, int, int], None] | None, name: str, done: int, total: int, more: int) -> None:
+    if progress:
+        progress(name, done + more, total)
+
+
+def _write_shard(
+    file: Path,
+    count: int,
+    target: Path,
+    image: str,
+    key: str,
+    make_maps: Callable[..., "_Maps"],
+    faults: Policy,
+    report: Callable[[int], None],
+) -> tuple["_Maps", dict[int, Fault]]:
+    """Writes the shard `file` with depth. Returns its maps and the episodes that were left out."""
+    lost: dict[int, Fault] = {}
+    while True:
+        episodes = _frames(file, count, image, lost, faults)
+        maps = make_maps(file, episodes)
+        try:
+            with replacing(target) as temporary, tensorflow().io.TFRecordWriter(os.fspath(temporary)) as writer:
+                records = islice(read_records(file), max(episodes, default=-1) + 1)
+                for number, (_, record, _) in enumerate(records):
+                    if number in episodes:
+                        writer.write(record + _example(key, maps.take(number)))
+                    report(number + 1)
+            return maps, lost
+        except _Undecodable as fault:  # once more, without that episode
+            lost[fault.episode] = tolerate(fault, faults)
+
+
+class _Undecodable(Fault):
+    """An image of `episode`, the number of one in its file, does not decode."""
+
+    def __init__(self, episode: int, message: str):
+        super().__init__(IMAGE, message)
+        self.episode = episode
 
 
 class _Maps:
@@ -103,7 +169,7 @@ class _Maps:
     def __init__(
         self,
         file: Path,
-        episodes: list[np.ndarray],
+        episodes: dict[int, np.ndarray],
         estimate: Estimator,
         size: int,
         batch_size: int,
@@ -119,7 +185,7 @@ class _Maps:
         return [next(self._pngs) for _ in self._episodes[episode]]
 
     def _stream(self) -> Iterator[bytes]:
-        frames = [(number, step) for number, spans in enumerate(self._episodes) for step in range(len(spans))]
+        frames = [(number, step) for number, spans in self._episodes.items() for step in range(len(spans))]
         batches = [frames[i : i + self._batch_size] for i in range(0, len(frames), self._batch_size)]
         computing: tuple[list[tuple[int, int]], Any] | None = None
         with open(self._file, "rb") as stream:
@@ -145,7 +211,9 @@ class _Maps:
         try:
             return decode_image(encoded, self._size)[0].numpy()
         except tensorflow().errors.InvalidArgumentError as error:
-            raise InputError(f"{self._describe(frame)}: the image does not decode ({len(encoded)} bytes)") from error
+            raise _Undecodable(
+                frame[0], f"{self._describe(frame)}: the image does not decode ({len(encoded)} bytes)"
+            ) from error
 
     def _encode(self, batch: list[tuple[int, int]], depth: Any) -> Iterator[bytes]:
         metres = np.asarray(depth, np.float32)[: len(batch)]
@@ -179,27 +247,26 @@ def _shards(builder: Any, split: str) -> list[tuple[Path, int]]:
     return shards
 
 
-def _frames(file: Path, count: int, image: str) -> list[np.ndarray]:
-    """For every episode, offset and length of its encoded images in the file, i64[L, 2]."""
-    key = f"steps/{image}"
-    none = np.empty((0, 2), np.int64)
-    images = ((offset, read_example(record, {key}).get(key, none)) for offset, record in _records(file, count))
-    return [spans + np.asarray([offset, 0]) for offset, spans in images]
-
-
-def _records(file: Path, count: int) -> Iterator[tuple[int, bytes]]:
-    """(offset in the file, bytes) of the `count` records of a shard; InputError where they are not whole."""
-    number = 0
-    try:
-        for offset, record, intact in read_records(file):
+def _frames(file: Path, count: int, image: str, lost: dict[int, Fault], faults: Policy) -> dict[int, np.ndarray]:
+    """For every episode that is not `lost`, offset and length of its encoded images in the file, i64[L, 2]. Damaged
+    ones become lost."""
+    key, none, episodes = f"steps/{image}", np.empty((0, 2), np.int64), {}
+    records = read_records(file)
+    for number in range(count):
+        try:
+            if (found := next(records, None)) is None:
+                raise Fault("truncated", f"the file ends early, it should hold {count} episodes")
+            offset, record, intact = found
             if not intact:
-                raise InputError("the record's checksum is wrong")
-            yield offset, record
-            number += 1
-    except InputError as error:
-        raise InputError(f"{file}, episode {number}: {error}") from error
-    if number != count:
-        raise InputError(f"{file} holds {number} episodes; its dataset_info.json says {count}")
+                raise Fault("checksum", "the record's checksum is wrong")
+            if number not in lost:
+                episodes[number] = read_example(record, {key}).get(key, none) + np.asarray([offset, 0])
+        except Fault as fault:
+            if number not in lost:
+                lost[number] = tolerate(Fault(fault.reason, f"{file}, episode {number}: {fault}"), faults)
+    if count - 1 in episodes and next(records, None):
+        raise InputError(f"{file} holds more than the {count} episodes that its dataset_info.json says")
+    return episodes
 
 
 def _example(key: str, values: list[bytes]) -> bytes:
@@ -233,17 +300,29 @@ def _features(builder: Any, image: str, key: str, size: int) -> dict[str, Any]:
 
 
 def _finish(
-    directory: Path, source: Path, shards: Mapping[str, list[tuple[Path, int]]], features: dict[str, Any]
+    directory: Path,
+    source: Path,
+    shards: Mapping[str, list[tuple[Path, int]]],
+    kept: Mapping[str, list[int]],
+    skipped: list[Fault],
+    features: dict[str, Any],
 ) -> None:
-    """Everything beside the shards; dataset_info.json, which makes it a dataset, last."""
+    """Everything beside the shards, which hold as many episodes as `kept` says; dataset_info.json, which makes it a
+    dataset, last."""
     info = json.loads((source / "dataset_info.json").read_text())
     info["splits"] = [split for split in info["splits"] if split["name"] in shards]
     for split in info["splits"]:
         sizes = [(directory / file.name).stat().st_size for file, _ in shards[split["name"]]]
-        split["numBytes"] = str(sum(sizes) - FRAMING * sum(count for _, count in shards[split["name"]]))
+        split["numBytes"] = str(sum(sizes) - FRAMING * sum(kept[split["name"]]))
+        split["shardLengths"] = [str(count) for count in kept[split["name"]]]
     for file in source.iterdir():
         if file.is_file() and ".tfrecord" not in file.name and file.name not in ("dataset_info.json", "features.json"):
             with replacing(directory / file.name) as temporary:
                 shutil.copyfile(file, temporary)
+    if skipped:
+        metadata, new = directory / "metadata.json", count_faults(skipped)
+        before = json.loads(metadata.read_text()) if metadata.is_file() else {}
+        new["skipped"] = Counter(before.get("skipped", {})) + Counter(new["skipped"])
+        write_json(metadata, before | new | {"faults": [*before.get("faults", []), *new["faults"]]})
     write_json(directory / "features.json", features)
     write_json(directory / "dataset_info.json", info)

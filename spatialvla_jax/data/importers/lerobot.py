@@ -28,7 +28,9 @@ from spatialvla_jax.data.importers.rlds_writer import (
     dataset_info,
     fingerprint,
     finished_shards,
+    lost_of_finished,
     save_shards,
+    shard_note,
     tolerate,
 )
 from spatialvla_jax.errors import Fault, InputError
@@ -125,9 +127,9 @@ def _convert(
         num_bytes, lengths, plan, splits[split] = 0, [], _shards(all_episodes, options["frames_per_shard"]), ()
         for number, episodes in enumerate(plan):
             file = Path(template.sharded_filepath(shard_index=number, num_shards=len(plan)))
-            state, kept = _state(source, episodes), before.get(file.name, {})
-            lost = {int(episode): Fault(*fault) for episode, fault in kept.get("skipped", {}).items()}
-            if kept.get("source") != state or not file.is_file() or (lost and faults == "fail"):
+            state = _state(source, episodes)
+            lost = lost_of_finished(file, before.get(file.name), state, faults)
+            if lost is None:
                 lost = {}
                 with replacing(file) as temporary, tf.io.TFRecordWriter(os.fspath(temporary)) as writer:
                     for count, episode in enumerate(episodes):
@@ -137,10 +139,9 @@ def _convert(
                             writer.write(_serialize(features, read_episode(source, episode)))
                         except Fault as fault:
                             lost[episode.number] = tolerate(fault, faults)
-            reasons = {str(episode): [fault.reason, str(fault)] for episode, fault in lost.items()}
-            shards[file.name] = {"source": state, "skipped": reasons}
-            if shards[file.name] != kept:
+                shards[file.name] = shard_note(state, lost)
                 save_shards(work / MANIFEST, options, before | shards)
+            shards[file.name] = shard_note(state, lost)
             done += len(episodes)
             if progress:
                 progress(done, total)

@@ -130,8 +130,20 @@ def finished_shards(file: Path, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def save_shards(file: Path, options: Mapping[str, Any], shards: Mapping[str, Any]) -> None:
-    """Writes down how far a conversion is: `shards` has what each finished one was made of, by its name."""
+    """Writes down how far a conversion is: the `shard_note` of each finished shard, by its name."""
     write_json(file, {**options, "shards": shards})
+
+
+def shard_note(source: Any, lost: Mapping[int, Fault]) -> dict[str, Any]:
+    """What a shard was made of (JSON), and the episodes that were left out of it."""
+    return {"source": source, "skipped": {str(number): [fault.reason, str(fault)] for number, fault in lost.items()}}
+
+
+def lost_of_finished(file: Path, note: Any, source: Any, policy: Policy) -> dict[int, Fault] | None:
+    """The episodes left out of a finished shard; None if it must be made, or made again, of `source`."""
+    if note is None or note["source"] != source or not file.is_file() or (note["skipped"] and policy == "fail"):
+        return None
+    return {int(number): Fault(*fault) for number, fault in note["skipped"].items()}
 
 
 def fingerprint(file: Path) -> list[int] | None:

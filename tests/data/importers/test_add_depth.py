@@ -194,6 +194,38 @@ def test_only_changed_shards_are_made_again(tmp_path):
     assert copy(path, tmp_path / "a")["frames"] == 0
 
 
+@pytest.mark.parametrize("damage", ["image", "record", "end"])
+def test_damaged_episodes_are_left_out_and_counted(tmp_path, damage):
+    """The other episodes of the shard keep their bytes, and each has the depth of its own frames."""
+    episodes = make_episodes(3, steps=(2, 3))
+    bad = 2 if damage == "end" else 1
+    if damage == "image":
+        episodes[bad][1]["observation"]["image"] = b"\xff\xd8 not a picture"
+    path = make_rlds(tmp_path / "source", {"train": episodes})
+    (shard,) = path.glob("*.tfrecord*")
+    if damage == "record":
+        offset = [offset for offset, _, _ in read_records(shard)][bad]
+        data = bytearray(shard.read_bytes())
+        data[offset + 40] ^= 1
+        shard.write_bytes(data)
+    elif damage == "end":
+        os.truncate(shard, shard.stat().st_size - 9)
+    with pytest.raises(InputError, match=rf"episode {bad}.*--faults skip leaves it out"):
+        copy(path, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+    result = copy(path, tmp_path / "a", faults="skip")
+    builder = tfds.builder_from_directory(result["directory"])
+    (fault,) = result["skipped"]
+    assert builder.info.metadata == {"skipped": {fault.reason: 1}, "faults": [str(fault)]}
+    good = [episode for number, episode in enumerate(episodes) if number != bad]
+    assert builder.info.splits["train"].num_examples == 2 and result["frames"] == sum(map(len, good))
+    whole = make_rlds(tmp_path / "whole", {"train": good})
+    expected = copy(whole, tmp_path / "b")
+    (one,), (two,) = (Path(made["directory"]).glob("*.tfrecord*") for made in (result, expected))
+    assert [record for _, record, _ in read_records(one)] == [record for _, record, _ in read_records(two)]
+    assert copy(path, tmp_path / "a", faults="skip")["skipped"][0].args == fault.args  # remembered
+
+
 def test_a_directory_of_others_is_left_alone(source, tmp_path):
     shutil.copytree(source, tmp_path / "toy" / "1.0.0")
     with pytest.raises(InputError, match="holds files that were not begun here"):

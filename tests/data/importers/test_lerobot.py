@@ -288,7 +288,7 @@ def test_faulty_episodes_are_left_out_and_counted(tmp_path, capsys):
     assert "episode 4: info.json counts it, no table lists it (--faults skip" in capsys.readouterr().err
     assert main([*argv, "--faults", "skip"]) == 0
     out = capsys.readouterr().out
-    assert "left out 2 episodes (1 not listed, 1 shape)" in out and "train: 2 episodes, 13 frames" in out
+    assert "episodes left out: 2 (1 not listed, 1 shape)" in out and "train: 2 episodes, 13 frames" in out
     builder: Any = tfds.builder_from_directory(str(tmp_path / "mine" / "1.0.0"))
     assert builder.info.metadata["skipped"] == {"not listed": 1, "shape": 1}
     unlisted, damaged = builder.info.metadata["faults"]
