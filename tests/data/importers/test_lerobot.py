@@ -298,6 +298,30 @@ def test_faulty_episodes_are_left_out_and_counted(tmp_path, capsys):
     assert len(loader.actions("train")) == LENGTHS[0] + LENGTHS[2]
 
 
+def test_a_conversion_that_goes_on_remembers_what_it_left_out(tmp_path, monkeypatch):
+    """The shard of the faulty episode alone holds nothing; the next call keeps it, and fails where it may not skip."""
+    source = make_lerobot(tmp_path / "source", "v2.1", video=False)
+    set_cells(source, 1, "action", [[1.0]] * LENGTHS[1])
+    read, options = lerobot.read_episode, {"camera": FRONT, "frames_per_shard": 3}
+
+    def dies(source, episode):
+        if episode.number == 2:
+            raise KeyboardInterrupt
+        return read(source, episode)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lerobot, "read_episode", dies)
+        with pytest.raises(KeyboardInterrupt):
+            convert_lerobot(source, tmp_path / "mine", faults="skip", **options)
+    with pytest.raises(InputError, match="episode 1: action"):
+        convert_lerobot(source, tmp_path / "mine", **options)
+    made = convert_lerobot(source, tmp_path / "mine", faults="skip", **options)
+    assert [fault.reason for fault in made.skipped] == ["shape"] and made.changed == 0
+    assert [episode.number for episode in made.splits["train"]] == [0, 2]
+    loader = load(made.directory, tmp_path / "cache")
+    assert [len(episode.frames.image) for episode in loader.episodes("train")] == [LENGTHS[0], LENGTHS[2]]
+
+
 def test_no_episode_is_left(tmp_path):
     source = make_lerobot(tmp_path / "source", "v2.1", video=False)
     set_cells(source, 3, "action", [[1.0]])
