@@ -220,17 +220,15 @@ def parse_as(current: Any, key: str, value: Any) -> Any:
 
 def check_resumable(saved: dict[str, Any], config: ConfigDict, workdir: Path) -> None:
     """Raises InputError when a run began under a config that computes something else."""
-    saved = renamed(saved, CONFIG_KEYS)
-    try:
-        check_keys(saved, default_config().to_dict())
-    except InputError as error:
-        raise InputError(
-            f"the run in {workdir} was begun by another version of this program ({error}): go on with that version, or "
-            "use another workdir"
-        ) from error
     now = flatten(json.loads(json.dumps(config.to_dict())))
     # A key that is younger than the run had its default.
-    before = flatten(json.loads(json.dumps(default_config().to_dict()))) | flatten(saved)
+    defaults = flatten(json.loads(json.dumps(default_config().to_dict())))
+    before = defaults | flatten(renamed(saved, CONFIG_KEYS))
+    if gone := sorted(before.keys() - defaults.keys()):
+        raise InputError(
+            f"the run in {workdir} was begun by another version of this program, with {gone[0]} = {before[gone[0]]!r}, "
+            "a config key that does not exist: go on with that version, or use another workdir"
+        )
     changed = [
         k
         for k in sorted(now.keys() | before.keys())
