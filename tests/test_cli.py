@@ -108,8 +108,8 @@ def test_a_full_disk_is_one_sentence(config_file: Path, tmp_path: Path, capsys, 
 def test_a_workdir_that_cannot_be_made(config_file: Path, tmp_path: Path, capsys) -> None:
     (tmp_path / "file").touch()
     workdir = tmp_path / "file" / "run"
-    assert main(["train", "--config", str(config_file), "--workdir", str(workdir)]) == 1
-    assert capsys.readouterr().err == f"spatialvla-jax train: {workdir}: Not a directory\n"
+    error = fails(capsys, "train", "--config", config_file, "--workdir", workdir)
+    assert error.endswith(f"--workdir {workdir}: {tmp_path / 'file'} is a file, where a folder is expected")
 
 
 def test_buckets_are_refused(config_file: Path, capsys) -> None:

@@ -3,40 +3,72 @@ with one and 1."""
 
 import argparse
 import os
+import signal
 import sys
 from pathlib import Path
 
 import spatialvla_jax
 from spatialvla_jax.cli import bench, checkpoints, data, evaluate, grid, record, serve, train
+from spatialvla_jax.cli.arguments import Parser, check_outputs, state_defaults
 from spatialvla_jax.errors import InputError, StorageError
+from spatialvla_jax.utils.quiet import quiet_libraries
+from spatialvla_jax.utils.signals import Terminated, sigterm_raises
 from spatialvla_jax.utils.storage import local_path
+
+STOPPED = {KeyboardInterrupt: (signal.SIGINT, "interrupted"), Terminated: (signal.SIGTERM, "terminated")}
 
 # What JAX says in a process whose collectives another one left, on CPUs, GPUs and TPUs.
 LOST = ("Gloo", "NCCL", "UNAVAILABLE", "DEADLINE_EXCEEDED", "heartbeat")
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="spatialvla-jax", description="Train, evaluate and convert SpatialVLA in JAX."
-    )
+GROUPS = {
+    "train": (train,),
+    "evaluate and serve": (evaluate, serve),
+    "checkpoints": (checkpoints,),
+    "data": (data, grid, record),
+    "measure": (bench,),
+}
+
+
+def make_parser() -> Parser:
+    parser = Parser(prog="spatialvla-jax", usage="spatialvla-jax [-h] [--version] COMMAND …")
     parser.add_argument("--version", action="version", version=f"%(prog)s {spatialvla_jax.__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for group in (train, evaluate, serve, checkpoints, data, grid, bench, record):
-        group.add(commands)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", prog=parser.prog, help=argparse.SUPPRESS)
+    lines, listed = ["Train, evaluate and convert SpatialVLA in JAX."], set()
+    for title, modules in GROUPS.items():
+        for module in modules:
+            module.add(commands)
+        lines += ["", f"{title}:"]
+        lines += [f"  {name:10}{p.description}" for name, p in commands.choices.items() if name not in listed]
+        listed |= commands.choices.keys()
+    parser.description = "\n".join(lines)
+    parser.epilog = "`spatialvla-jax COMMAND --help` shows a command's options, their defaults and examples."
+    state_defaults(parser)
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
+    parser = make_parser()
+    if not argv:
+        parser.print_help()
+        return 0
     split = argv.index("--") if "--" in argv else len(argv)
-    args, rest = make_parser().parse_known_args(argv[:split])
+    args, rest = parser.parse_known_args(argv[:split])
     args.runner_options = argv[split + 1 :]
     try:
-        expand_paths(args)
-        if args.runner_options and args.run is not data.run_stats:
-            raise InputError("only the command stats takes arguments after --")
-        args.overrides = overrides_of(rest, allowed=hasattr(args, "config"))
-        args.run(args)
+        with sigterm_raises(args.prog):
+            expand_paths(args)
+            if args.runner_options and args.run is not data.run_stats:
+                raise InputError("only the command stats takes arguments after --")
+            args.overrides = overrides_of(rest, allowed=hasattr(args, "config"))
+            check_outputs(args)
+            quiet_libraries()
+            args.run(args)
+    except (KeyboardInterrupt, Terminated) as stopped:
+        number, word = STOPPED[type(stopped)]
+        print(f"{args.prog}: {word}", file=sys.stderr, flush=True)
+        return 128 + number
     except Exception as error:
         joined = bool(getattr(args, "coordinator", None))
         if (known := failure(error, joined)) is None:

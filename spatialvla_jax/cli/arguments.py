@@ -2,8 +2,11 @@
 
 import argparse
 import os
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from spatialvla_jax.utils.outputs import OutputFile, OutputFolder
 
 Commands = Any  # the parsers of a group of commands; argparse's own type is private
 Run = Callable[[argparse.Namespace], None]
@@ -11,17 +14,66 @@ Run = Callable[[argparse.Namespace], None]
 UNCONSTRAINED = "choose every token from the whole vocabulary, as the published code does"
 
 
+class Parser(argparse.ArgumentParser):
+    """Its errors are one sentence, its description and examples keep their lines."""
+
+    def __init__(self, **options: Any):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; `{self.prog} --help` says more\n")
+
+
 def add_group(commands: Commands, name: str, help: str) -> Commands:
     """A command that has commands of its own, as `data` has `data show`."""
     parser = commands.add_parser(name, help=help, description=help)
-    return parser.add_subparsers(required=True, metavar="COMMAND")
+    return parser.add_subparsers(required=True)
 
 
-def add_command(commands: Commands, name: str, run: Run, help: str) -> argparse.ArgumentParser:
-    """A command whose arguments are handed to `run`."""
+def add_command(commands: Commands, name: str, run: Run, help: str, examples: Sequence[str]) -> argparse.ArgumentParser:
+    """A command whose arguments are handed to `run`; `examples` are what stands behind its name."""
     parser = commands.add_parser(name, help=help, description=help)
-    parser.set_defaults(run=run, prog=parser.prog)
+    parser.epilog = "examples:\n" + "\n".join(f"  {parser.prog} {example}".rstrip() for example in examples)
+    parser.set_defaults(run=run, prog=parser.prog, outputs=())
     return parser
+
+
+def add_output(parser: argparse.ArgumentParser, flag: str, output: OutputFile | OutputFolder, **options: Any) -> None:
+    """An argument that names what the command writes: it is checked before the command begins."""
+    action = parser.add_argument(flag, type=Path, **options)
+    option = flag if flag.startswith("-") else flag.upper()
+    parser.set_defaults(outputs=(*parser.get_default("outputs"), (action.dest, option, output)))
+
+
+def check_outputs(args: argparse.Namespace) -> None:
+    """Raises InputError where an output's place is not free."""
+    for dest, option, output in args.outputs:
+        if (path := getattr(args, dest)) is not None:
+            output.check(path, option)
+
+
+def state_defaults(parser: argparse.ArgumentParser) -> None:
+    """Ends the help of every option of a command, and of the commands below it, with its default."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for below in action.choices.values():
+                state_defaults(below)
+        elif action.option_strings and action.default is not argparse.SUPPRESS:
+            action.help = " ".join(filter(None, (action.help, default_of(action))))
+
+
+def default_of(action: argparse.Action) -> str:
+    """`(default: 32)`; nothing where the help says it in its own words."""
+    if action.required:
+        return "(required)"
+    if "default" in (action.help or "") or action.default in (None, ""):
+        return ""
+    value = action.default
+    if isinstance(value, bool):
+        value = "on" if value else "off"
+    elif isinstance(value, list | tuple):
+        value = ",".join(map(str, value))
+    return f"(default: {str(value).replace('%', '%%')})"
 
 
 def add_process_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,10 +81,21 @@ def add_process_arguments(parser: argparse.ArgumentParser) -> None:
         "--coordinator",
         default=os.environ.get("JAX_COORDINATOR_ADDRESS"),
         metavar="HOST:PORT|auto",
-        help="process 0 of several that train together; auto on TPU pods, SLURM and MPI",
+        help="process 0 of several that train together; auto on TPU pods, SLURM and MPI; by default "
+        "JAX_COORDINATOR_ADDRESS, or without it one process alone",
     )
-    parser.add_argument("--num-processes", type=int, default=os.environ.get("JAX_NUM_PROCESSES"))
-    parser.add_argument("--process-id", type=int, default=os.environ.get("JAX_PROCESS_ID"))
+    parser.add_argument(
+        "--num-processes",
+        type=int,
+        default=os.environ.get("JAX_NUM_PROCESSES"),
+        help="how many train together; by default JAX_NUM_PROCESSES",
+    )
+    parser.add_argument(
+        "--process-id",
+        type=int,
+        default=os.environ.get("JAX_PROCESS_ID"),
+        help="this one's number, from 0 on; by default JAX_PROCESS_ID",
+    )
     parser.add_argument(
         "--heartbeat", type=int, default=100, help="seconds after which a silent process ends the others"
     )

@@ -19,7 +19,13 @@ BENCHMARKS = {
 
 
 def add(commands: Commands) -> None:
-    p = add_command(commands, "bench", run_bench, "measure a part; bench NAME -h says how, and what can be set")
+    p = add_command(
+        commands,
+        "bench",
+        run_bench,
+        "measure a part; bench NAME -h says how, and what can be set",
+        ("tokenizer", "train --preset tiny --batch-size 32", "loader --help"),
+    )
     p.add_argument("benchmark", choices=BENCHMARKS)
     p.add_argument("arguments", nargs=argparse.REMAINDER, help="of the benchmark")
 

@@ -6,16 +6,25 @@ import sys
 from pathlib import Path
 
 from spatialvla_jax.cli.arguments import Commands, add_command
+from spatialvla_jax.utils.outputs import OutputFile, OutputFolder
 
 
 def add(commands: Commands) -> None:
-    p = add_command(commands, "convert", run_convert, "convert a checkpoint between formats")
-    p.add_argument("src", type=Path)
-    p.add_argument("dst", type=Path)
-    p.add_argument("--to", choices=("orbax", "pytorch", "big_vision", "peft"), required=True)
+    p = add_command(
+        commands,
+        "convert",
+        run_convert,
+        "convert a checkpoint between formats",
+        ("runs/demo/run export --to pytorch", "export model.npz --to big_vision --dtype bfloat16"),
+    )
+    p.add_argument("src", type=Path, help="run directory, one of its steps, an export or a published checkpoint")
+    p.add_argument("dst", type=Path, help="new directory, or new .npz file for big_vision")
+    p.add_argument("--to", choices=("orbax", "pytorch", "big_vision", "peft"), required=True, help="format of DST")
     p.add_argument("--merge", action="store_true", help="write a run of LoRA adapters and its base as one checkpoint")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights written; by default as they are")
-    p.add_argument("--zoedepth", type=Path, help="ZoeDepth's directory, where SRC is a PaliGemma 2 to start from")
+    p.add_argument(
+        "--zoedepth", type=Path, help="ZoeDepth's directory, where SRC is a PaliGemma 2; by default without depth"
+    )
     p.add_argument(
         "--verify",
         action=argparse.BooleanOptionalAction,
@@ -27,6 +36,7 @@ def run_convert(args: argparse.Namespace) -> None:
     from spatialvla_jax.export.convert import convert
     from spatialvla_jax.export.verify import VerificationError, table
 
+    (OutputFile() if args.to == "big_vision" else OutputFolder()).check(args.dst, "DST")
     try:
         options = {"dtype": args.dtype, "verify": args.verify, "zoedepth": args.zoedepth, "merge": args.merge}
         result = convert(args.src, args.dst, to=args.to, **options)

@@ -7,16 +7,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from spatialvla_jax.cli.arguments import Commands, add_command, add_group
+from spatialvla_jax.cli.arguments import Commands, add_command, add_group, add_output
 from spatialvla_jax.errors import Fault, InputError
+from spatialvla_jax.utils.outputs import OutputFile, OutputFolder
+
+DATASET = OutputFolder(names=())  # the versions inside are checked by those who make them
 
 
 def add_show(commands: Commands) -> None:
     p = add_command(
-        commands, "show", run_show, "write an HTML page that shows a mixture: frames, instructions, actions, weights"
+        commands,
+        "show",
+        run_show,
+        "write an HTML page that shows a mixture: frames, instructions, actions, weights",
+        ("--config demo --out mixture.html",),
     )
     p.add_argument("--config", required=True, help="names the data")
-    p.add_argument("--out", type=Path, required=True, help="the page, e.g. mixture.html")
+    add_output(p, "--out", OutputFile(b"spatialvla_jax"), required=True, help="the page, e.g. mixture.html")
     p.add_argument("--seed", type=int, default=0, help="another one shows other episodes")
 
 
@@ -39,11 +46,15 @@ def run_show(args: argparse.Namespace) -> None:
 
 def add_lerobot(commands: Commands) -> None:
     p = add_command(
-        commands, "lerobot", run_lerobot, "convert a LeRobot dataset (v2.0, v2.1, v3.0) to RLDS (extra [lerobot])"
+        commands,
+        "lerobot",
+        run_lerobot,
+        "convert a LeRobot dataset (v2.0, v2.1, v3.0) to RLDS (extra [lerobot])",
+        ("lerobot/pusht data/pusht", "lerobot/aloha data/aloha --camera observation.images.top --faults skip"),
     )
     p.add_argument("src", type=Path, help="directory that holds meta/info.json")
-    p.add_argument("dst", type=Path, help="dataset directory; its version, 1.0.0, is made inside")
-    p.add_argument("--camera", help="which one, where there are several, e.g. observation.images.top")
+    add_output(p, "dst", DATASET, help="dataset directory; its version, 1.0.0, is made inside")
+    p.add_argument("--camera", help="e.g. observation.images.top; by default the only one")
     p.add_argument("--name", help="the dataset's; by default that of DST")
     add_faults(p)
 
@@ -70,7 +81,13 @@ def run_lerobot(args: argparse.Namespace) -> None:
 
 
 def add_import(commands: Commands) -> None:
-    p = add_command(commands, "import", run_import, "store any tf.data.Dataset of trajectories as an RLDS dataset")
+    p = add_command(
+        commands,
+        "import",
+        run_import,
+        "store any tf.data.Dataset of trajectories as an RLDS dataset",
+        ("--from my_data:trajectories --out data/mine",),
+    )
     p.add_argument(
         "--from",
         dest="function",
@@ -78,7 +95,7 @@ def add_import(commands: Commands) -> None:
         metavar="MODULE:FUNCTION",
         help="returns a dataset (the split train), or {split: dataset}",
     )
-    p.add_argument("--out", type=Path, required=True, help="dataset directory; its version, 1.0.0, is made inside")
+    add_output(p, "--out", DATASET, required=True, help="dataset directory; its version, 1.0.0, is made inside")
     add_faults(p)
 
 
@@ -125,15 +142,24 @@ def print_skipped(faults: Sequence[Fault], shown: int = 10) -> None:
 
 
 def add_depth(commands: Commands) -> None:
-    p = add_command(commands, "depth", run_depth, "store ZoeDepth's depth of every frame in copies of RLDS datasets")
+    p = add_command(
+        commands,
+        "depth",
+        run_depth,
+        "store ZoeDepth's depth of every frame in copies of RLDS datasets",
+        (
+            "--config libero_spatial --checkpoint zoedepth --out data/with_depth",
+            "data/mine/1.0.0 --spec libero --checkpoint zoedepth --image-size 224 --out data/with_depth",
+        ),
+    )
     p.add_argument("src", type=Path, nargs="?", help="a dataset's version directory; by default those of --config")
-    p.add_argument("--spec", help="catalogue entry of SRC, which says where its image is")
-    p.add_argument("--config", help="names the datasets and the model's image size")
+    p.add_argument("--spec", help="catalogue entry of SRC, which says where its image is; no default")
+    p.add_argument("--config", help="names the datasets and the model's image size; by default SRC and --spec do")
     p.add_argument("--checkpoint", type=Path, required=True, help="any checkpoint with a ZoeDepth, or a ZoeDepth alone")
-    p.add_argument("--out", type=Path, required=True, help="the copies are made in OUT/NAME/VERSION")
+    add_output(p, "--out", DATASET, required=True, help="the copies are made in OUT/NAME/VERSION")
     p.add_argument("--split", action="append", help="may be repeated; by default every split")
     p.add_argument("--image-size", type=int, help="pixels a side; by default the config's or the checkpoint's")
-    p.add_argument("--batch-size", type=int, default=16)
+    p.add_argument("--batch-size", type=int, default=16, help="frames of one call of ZoeDepth")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation")
     add_faults(p)
 
@@ -190,9 +216,15 @@ def run_depth(args: argparse.Namespace) -> None:
 
 
 def add_pack(commands: Commands) -> None:
-    p = add_command(commands, "pack", run_pack, "one file that trains without TensorFlow, of a small data set")
+    p = add_command(
+        commands,
+        "pack",
+        run_pack,
+        "one file that trains without TensorFlow, of a small data set",
+        ("--config demo --out demo.pack",),
+    )
     p.add_argument("--config", required=True, help="names the datasets, the model's image size and source of depth")
-    p.add_argument("--out", type=Path, required=True, help="file to write, then the config's data.packed")
+    add_output(p, "--out", OutputFile(b"SVLAPACK"), required=True, help="file to write, then the config's data.packed")
     p.add_argument("--split", action="append", help="may be repeated; by default those of training and validation")
     p.add_argument("--image-size", type=int, help="pixels a side; by default the config's")
 
@@ -221,16 +253,21 @@ def run_pack(args: argparse.Namespace) -> None:
 
 def add_stats(commands: Commands) -> None:
     p = add_command(
-        commands, "stats", run_stats, "action statistics and grid Gaussians of a mixture, by Apache Beam (extra [beam])"
+        commands,
+        "stats",
+        run_stats,
+        "action statistics and grid Gaussians of a mixture, by Apache Beam (extra [beam])",
+        (
+            "--config demo --out stats.json",
+            "--config pretrain --out stats.json -- --direct_num_workers=0 --direct_running_mode=multi_processing",
+            "--config pretrain --out gs://bucket/stats.json --runner FlinkRunner -- --flink_master=localhost:8081",
+        ),
     )
+    p.epilog = f"What follows -- goes to the runner.\n\n{p.epilog}"
     p.add_argument("--config", required=True, help="names the data")
     p.add_argument("--out", required=True, help="the file for data.statistics, e.g. stats.json")
     runners = ("DirectRunner", "FlinkRunner", "DataflowRunner", "SparkRunner")
-    p.add_argument("--runner", choices=runners, default="DirectRunner")
-    p.epilog = (
-        "What follows -- goes to the runner, e.g. -- --flink_master=localhost:8081; or, to use all cores here, "
-        "-- --direct_num_workers=0 --direct_running_mode=multi_processing"
-    )
+    p.add_argument("--runner", choices=runners, default="DirectRunner", help="of Beam's pipelines")
 
 
 def run_stats(args: argparse.Namespace) -> None:
@@ -241,6 +278,8 @@ def run_stats(args: argparse.Namespace) -> None:
     from spatialvla_jax.utils.storage import local_path
 
     config = load_config(args.config, args.overrides)
+    if "://" not in args.out:  # Beam writes to buckets as well
+        OutputFile(b'"statistics"').check(Path(args.out), "--out")
     data, exclude = DataConfig.from_config(config.data), config.grid.exclude
     out = args.out if "://" in args.out else str(local_path(args.out, "--out"))
     with progress_bar("stats", "shard") as progress:
@@ -250,7 +289,7 @@ def run_stats(args: argparse.Namespace) -> None:
 
 
 def add(commands: Commands) -> None:
-    group = add_group(commands, "data", "convert and look at datasets")
+    group = add_group(commands, "data", "convert and look at datasets: show, lerobot, import, depth, pack")
     add_show(group)
     add_lerobot(group)
     add_import(group)

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from spatialvla_jax.actions import ActionGrid
+from spatialvla_jax.actions import ActionGrid, uniform_grid
 from spatialvla_jax.actions.normalization import unnormalize
 from spatialvla_jax.checkpoints import load_pretrained
 from spatialvla_jax.checkpoints.mapping import param_shapes
@@ -27,7 +27,12 @@ from spatialvla_jax.export.verify import table as verification_table
 from spatialvla_jax.inference.policy import Policy
 from spatialvla_jax.reports.figures import grids, training
 from spatialvla_jax.training.metrics import read_metrics
+from spatialvla_jax.training.setup import make_setup
+from spatialvla_jax.training.sharding import make_mesh
 from spatialvla_jax.utils.atomic import write_json
+
+FIGURES = ("loss.png", "action_grid.png", "trajectories.png")
+MADE = ("run", "undisturbed", "export", "compiled", "summary.json", *FIGURES)
 
 
 def run(config_path: str, workdir: Path, overrides: dict[str, str]) -> dict[str, Any]:
@@ -35,12 +40,13 @@ def run(config_path: str, workdir: Path, overrides: dict[str, str]) -> dict[str,
     began = time.monotonic()
     config = load_config(config_path, overrides)
     flags = [f"--config.{k}={v}" for k, v in overrides.items()]
-    if workdir.exists():
-        shutil.rmtree(workdir)
     run_dir, reference, export = workdir / "run", workdir / "undisturbed", workdir / "export"
     every = config.checkpoint.every
     if config.train.steps < 2 * every:
         raise InputError(f"the demo needs train.steps ≥ 2 × checkpoint.every = {2 * every}, got {config.train.steps}")
+    make_setup(config, uniform_grid((1,) * 6), make_mesh(config.mesh.to_dict()))  # for its errors, as the next line
+    open_data(config).num_frames(config.train.eval_split)
+    make_room(workdir)
 
     say(f"training {config.train.steps} steps; the process will be killed after step {every} and started again")
     train(config_path, run_dir, flags, kill_after=every)
@@ -98,23 +104,37 @@ def run(config_path: str, workdir: Path, overrides: dict[str, str]) -> dict[str,
     return summary
 
 
+def make_room(workdir: Path) -> None:
+    """Marks `workdir` as a demo's, and removes what an earlier demo has left there."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_json(workdir / "demo.json", {"made_by": "spatialvla-jax demo"})
+    for name in MADE:
+        if (workdir / name).is_dir():
+            shutil.rmtree(workdir / name)
+        else:
+            (workdir / name).unlink(missing_ok=True)
+
+
 def train(config_path: str, workdir: Path, flags: list[str], kill_after: int | None = None) -> None:
     """The train command as a process of its own; with `kill_after`, SIGKILL soon after that checkpoint is whole."""
     command = [sys.executable, "-m", "spatialvla_jax.cli", "train", "--config", config_path, "--workdir", str(workdir)]
     # The three processes compile the same step: the first stores it for the others.
     compiled = {"JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "compiled")}
     process = subprocess.Popen([*command, *flags], env=os.environ | compiled)
-    if kill_after is not None:
-        checkpoint = workdir / "checkpoints" / str(kill_after)
-        while process.poll() is None and not (checkpoint.is_dir() and last_step(workdir) > kill_after):
-            time.sleep(0.05)
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            print(flush=True)
-            return
-    if process.wait() != 0:
-        raise InputError(f"training ended with exit code {process.returncode}")
+    try:
+        if kill_after is not None:
+            checkpoint = workdir / "checkpoints" / str(kill_after)
+            while process.poll() is None and not (checkpoint.is_dir() and last_step(workdir) > kill_after):
+                time.sleep(0.05)
+            if process.poll() is None:
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+                print(flush=True)
+                return
+        if process.wait() != 0:
+            raise InputError(f"training ended with exit code {process.returncode}")
+    finally:
+        process.kill()  # where the demo itself is stopped
 
 
 def last_step(workdir: Path) -> int:

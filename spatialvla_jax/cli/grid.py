@@ -5,15 +5,22 @@ import json
 from pathlib import Path
 from typing import Any
 
-from spatialvla_jax.cli.arguments import Commands, add_command, add_group
+from spatialvla_jax.cli.arguments import Commands, add_command, add_group, add_output
 from spatialvla_jax.errors import InputError
+from spatialvla_jax.utils.outputs import OutputFile
 
 
 def add_fit(commands: Commands) -> None:
-    p = add_command(commands, "fit", run_fit, "make the grid that a run would: from its data, or from a file of stats")
+    p = add_command(
+        commands,
+        "fit",
+        run_fit,
+        "make the grid that a run would: from its data, or from a file of stats",
+        ("--config demo --out grid.json", "--config pretrain --stats stats.json --out grid.json"),
+    )
     p.add_argument("--config", required=True, help="its grid part, and the data")
-    p.add_argument("--stats", type=Path, help="a file of `stats`; its datasets less grid.exclude stand for the data")
-    p.add_argument("--out", type=Path, required=True, help="e.g. grid.json")
+    p.add_argument("--stats", type=Path, help="a file of `stats`, its datasets less grid.exclude; by default the data")
+    add_output(p, "--out", OutputFile(b'"kind"'), required=True, help="e.g. grid.json")
 
 
 def run_fit(args: argparse.Namespace) -> None:
@@ -37,9 +44,15 @@ def run_fit(args: argparse.Namespace) -> None:
 
 
 def add_show(commands: Commands) -> None:
-    p = add_command(commands, "show", run_show, "draw a grid in 3-D and variable by variable")
+    p = add_command(
+        commands,
+        "show",
+        run_show,
+        "draw a grid in 3-D and variable by variable",
+        ("grid.json --out grid.png", "runs/demo/run --config demo --out grid.png"),
+    )
     p.add_argument("grid", type=Path, metavar="GRID|RUN", help="a file of `grid fit`, a run, or another checkpoint")
-    p.add_argument("--out", type=Path, required=True, help="e.g. grid.png")
+    add_output(p, "--out", OutputFile(b"spatialvla_jax"), required=True, help="e.g. grid.png")
     add_actions_arguments(p, "by default the grid's own: every bin equally often")
 
 
@@ -60,7 +73,11 @@ def run_show(args: argparse.Namespace) -> None:
 
 def add_compare(commands: Commands) -> None:
     p = add_command(
-        commands, "compare", run_compare, "bins, tokens and quantisation errors of grids on the same actions"
+        commands,
+        "compare",
+        run_compare,
+        "bins, tokens and quantisation errors of grids on the same actions",
+        ("grid.json runs/demo/run", "grid.json other.json --config demo"),
     )
     p.add_argument("grids", nargs="+", metavar="GRID|RUN", help="as for `grid show`")
     add_actions_arguments(p, "by default the Gaussians of the published pre-training mixture")
@@ -81,7 +98,7 @@ def run_compare(args: argparse.Namespace) -> None:
 
 
 def add_actions_arguments(parser: argparse.ArgumentParser, default: str) -> None:
-    parser.add_argument("--config", help="use the actions of the data that it names")
+    parser.add_argument("--config", help=f"use the actions of the data that it names; {default}")
     parser.add_argument("--stats", type=Path, help=f"use samples of the mixture's Gaussians in it; {default}")
 
 
@@ -109,7 +126,7 @@ def grid_actions(args: argparse.Namespace) -> tuple[Any, str] | None:
 
 
 def add(commands: Commands) -> None:
-    group = add_group(commands, "grid", "fit, draw and compare action grids")
+    group = add_group(commands, "grid", "action grids: fit, show, compare")
     add_fit(group)
     add_show(group)
     add_compare(group)

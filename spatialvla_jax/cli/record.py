@@ -5,15 +5,35 @@ import time
 from pathlib import Path
 
 from spatialvla_jax.cli.arguments import Commands, add_command, task_ids
+from spatialvla_jax.cli.data import DATASET
+from spatialvla_jax.utils.outputs import OutputFile
 
 
 def add(commands: Commands) -> None:
-    p = add_command(commands, "record", run_record, "record demonstrations in a simulator (extra [sim])")
+    p = add_command(
+        commands,
+        "record",
+        run_record,
+        "record demonstrations in a simulator (extra [sim])",
+        (
+            "libero --episodes 100 --val-episodes 20 --out data/libero_spatial",
+            "libero --episodes 1000 --out motions.npz",
+            "libero --render motions.npz --image-size 224 --out libero.pack",
+        ),
+    )
     p.add_argument("simulator", choices=("libero",))
     p.add_argument("--suite", default="libero_spatial", help="libero_spatial or libero_object")
     what = p.add_mutually_exclusive_group(required=True)
-    what.add_argument("--episodes", type=int, help="train episodes in all, dealt over the tasks in turn")
-    what.add_argument("--render", type=Path, nargs="+", metavar="FILE.npz", help="motions to make the pictures of")
+    what.add_argument(
+        "--episodes", type=int, help="train episodes in all, dealt over the tasks in turn; by default --render"
+    )
+    what.add_argument(
+        "--render",
+        type=Path,
+        nargs="+",
+        metavar="FILE.npz",
+        help="motions to make the pictures of; by default --episodes",
+    )
     p.add_argument("--val-episodes", type=int, default=0, help="validation episodes, from other initial states")
     p.add_argument("--tasks", type=task_ids, help="task ids in dealing order, e.g. 0,5,7; by default all")
     p.add_argument(
@@ -40,6 +60,7 @@ def add(commands: Commands) -> None:
 def run_record(args: argparse.Namespace) -> None:
     from spatialvla_jax.sim.record_libero import record_libero, render_motions
 
+    (OutputFile() if args.out.suffix in (".npz", ".pack") else DATASET).check(args.out, "--out")
     if args.render:
         options = {"image_size": args.image_size, "every": args.every, "workers": args.workers}
         made = render_motions(args.render, args.out, **options)

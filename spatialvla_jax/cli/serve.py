@@ -10,16 +10,24 @@ from spatialvla_jax.errors import InputError
 
 def add(commands: Commands) -> None:
     p = add_command(
-        commands, "serve", run_serve, "serve a policy to robots by websocket, in openpi's protocol (extra [serve])"
+        commands,
+        "serve",
+        run_serve,
+        "serve a policy to robots by websocket, in openpi's protocol (extra [serve])",
+        ("--checkpoint runs/demo/run", "--checkpoint export --host 0.0.0.0 --token-file token --dtype bfloat16"),
     )
     p.add_argument("--checkpoint", type=Path, required=True, help="run directory, one of its steps, or an export")
     p.add_argument("--host", default="127.0.0.1", help="any other than this machine's own needs a token")
-    p.add_argument("--port", type=int, default=8000)
+    p.add_argument("--port", type=int, default=8000, help="where clients connect")
     p.add_argument(
-        "--token-file", type=Path, help="clients send 'Authorization: Api-Key TOKEN'; or set SPATIALVLA_TOKEN"
+        "--token-file", type=Path, help="clients send 'Authorization: Api-Key TOKEN'; by default SPATIALVLA_TOKEN"
     )
-    p.add_argument("--dtype", choices=("float32", "bfloat16"), default="", help="of the computation; the model's own")
-    p.add_argument("--quantize", choices=("int8",), default="", help="the language model's matrices")
+    p.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="", help="of the computation; by default the model's own"
+    )
+    p.add_argument(
+        "--quantize", choices=("int8",), default="", help="the language model's matrices; by default as they are"
+    )
     p.add_argument("--unconstrained", action="store_true", help=UNCONSTRAINED)
     p.add_argument("--speculate", action="store_true", help="take each client's last chunk as a guess of the next")
     p.add_argument(
@@ -34,7 +42,7 @@ def add(commands: Commands) -> None:
     )
     p.add_argument("--max-batch", type=int, default=32, help="observations of one call of the policy")
     p.add_argument("--max-wait-ms", type=float, default=4, help="for which a batch waits for further clients")
-    p.add_argument("--max-clients", type=int, default=128)
+    p.add_argument("--max-clients", type=int, default=128, help="connected at once")
     p.add_argument(
         "--compile-cache",
         type=Path,

@@ -6,16 +6,37 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from spatialvla_jax.cli.arguments import Commands, add_command, add_process_arguments, join_processes
+from spatialvla_jax.cli.arguments import Commands, add_command, add_output, add_process_arguments, join_processes
 from spatialvla_jax.errors import InputError, StorageError
+from spatialvla_jax.utils.outputs import OutputFolder
+
+DEMO = OutputFolder("demo.json", "made_by")
+RUN = OutputFolder(
+    "config.json",
+    "train",
+    names=("checkpoints", "finished", "metrics.jsonl", "profile", "statistics.json", "tensorboard", "times.jsonl"),
+)
+SWEEP = OutputFolder(
+    "sweep.json", "trials", names=("compiled", "figures", "report.html", "table.csv", "table.md", "trials")
+)
 
 
 def add_demo(commands: Commands) -> None:
     p = add_command(
-        commands, "demo", run_demo, "train, kill, resume, evaluate, export and plot the tiny model in minutes"
+        commands,
+        "demo",
+        run_demo,
+        "train, kill, resume, evaluate, export and plot the tiny model in minutes",
+        ("", "--workdir /tmp/demo --config.train.steps=200"),
     )
-    p.add_argument("--config", default="demo")
-    p.add_argument("--workdir", type=Path, default=Path("runs/demo"))
+    p.add_argument("--config", default="demo", help="name or path of a file with get_config()")
+    add_output(
+        p,
+        "--workdir",
+        DEMO,
+        default=Path("runs/demo"),
+        help="new or empty folder, or that of a demo, whose results are replaced",
+    )
 
 
 def run_demo(args: argparse.Namespace) -> None:
@@ -25,13 +46,27 @@ def run_demo(args: argparse.Namespace) -> None:
 
 
 def add_train(commands: Commands) -> None:
-    p = add_command(commands, "train", run_train, "train a model; a run that was stopped goes on by itself")
+    p = add_command(
+        commands,
+        "train",
+        run_train,
+        "train a model; a run that was stopped goes on by itself",
+        (
+            "--config demo --workdir runs/mine",
+            "--config finetune --workdir runs/tuned --config.init=export --config.train.steps=10000",
+            "--config pretrain --workdir /shared/run --coordinator auto",
+        ),
+    )
     p.add_argument(
         "--config", required=True, help="name or path of a file with get_config(); --config.KEY=VALUE changes a key"
     )
-    p.add_argument("--workdir", type=Path, required=True)
-    p.add_argument("--wandb", default="", metavar="PROJECT", help="send metrics to Weights & Biases as well")
-    p.add_argument("--profile", type=step_range, metavar="FIRST:LAST", help="trace these steps to WORKDIR/profile")
+    add_output(p, "--workdir", RUN, required=True, help="of the run, new or stopped")
+    p.add_argument(
+        "--wandb", default="", metavar="PROJECT", help="send metrics to Weights & Biases as well; by default not"
+    )
+    p.add_argument(
+        "--profile", type=step_range, metavar="FIRST:LAST", help="trace these steps to WORKDIR/profile; by default none"
+    )
     add_process_arguments(p)
 
 
@@ -64,14 +99,28 @@ def step_range(text: str) -> tuple[int, int]:
 
 def add_sweep(commands: Commands) -> None:
     p = add_command(
-        commands, "sweep", run_sweep, "train and evaluate every trial of a sweep, and compare; `sweep report DIR` again"
+        commands,
+        "sweep",
+        run_sweep,
+        "train and evaluate every trial of a sweep, and compare; `sweep report DIR` again",
+        (
+            "--config sweeps/grid_resolution --workdir runs/grid_resolution --dry-run",
+            "--config sweeps/grid_resolution --workdir runs/grid_resolution --parallel 2",
+            "report runs/grid_resolution",
+        ),
     )
-    p.add_argument("--config", help="name or path of a file with get_sweep(); --config.KEY=VALUE changes its base")
-    p.add_argument("--workdir", type=Path)
+    p.add_argument(
+        "--config", help="name or path of a file with get_sweep(); --config.KEY=VALUE changes its base; no default"
+    )
+    add_output(p, "--workdir", SWEEP, help="of the sweep, new or stopped; no default")
     p.add_argument("--only", default="*", metavar="PATTERN", help="trials by name, such as '*_seed-0'")
     p.add_argument("--parallel", type=int, default=1, metavar="N", help="trials at once, on this machine")
     p.add_argument("--launcher", choices=("local", "slurm", "xpk"), default="local", help="or a job for every trial")
-    p.add_argument("--launcher-args", default="", help="options of sbatch, or 'CLUSTER TPU_TYPE SLICES IMAGE' of xpk")
+    p.add_argument(
+        "--launcher-args",
+        default="",
+        help="options of sbatch, or 'CLUSTER TPU_TYPE SLICES IMAGE' of xpk; by default none",
+    )
     p.add_argument("--dry-run", action="store_true", help="check the sweep and print its trials or jobs")
     p.add_argument("--report", action=argparse.BooleanOptionalAction, default=True, help="write it at the end")
     add_process_arguments(p)
@@ -121,7 +170,9 @@ def run_sweep(args: argparse.Namespace) -> None:
 
 
 def add_sweep_report(commands: Commands) -> None:
-    p = add_command(commands, "report", run_sweep_report, "write a sweep's report from what is there")
+    p = add_command(
+        commands, "report", run_sweep_report, "write a sweep's report from what is there", ("runs/grid_resolution",)
+    )
     p.add_argument("dir", type=Path, help="the sweep's --workdir")
 
 
@@ -133,7 +184,11 @@ def run_sweep_report(args: argparse.Namespace) -> None:
 
 def add_compile(commands: Commands) -> None:
     p = add_command(
-        commands, "compile", run_compile, "compile the training step for a TPU pod, on any machine (extra [tpu])"
+        commands,
+        "compile",
+        run_compile,
+        "compile the training step for a TPU pod, on any machine (extra [tpu])",
+        ("--config pretrain --topology v5e:16x16", "--config pretrain --topology v5p-128 --search"),
     )
     p.add_argument("--config", required=True, help="as for train; its data is not read")
     p.add_argument("--topology", required=True, help="e.g. v5e:16x16, v4:4x4x4, or by name: v5p-128, v6e-256")

@@ -86,6 +86,8 @@ def convert(
     """
     if to not in (*WRITERS, PEFT):
         raise InputError(f"cannot convert to {to!r}; choose one of {', '.join((*WRITERS, PEFT))}")
+    if Path(dst).exists():
+        raise InputError(f"{dst} exists; choose a new destination")
     adapters = Path(src).exists() and is_adapter_run(src)
     if not adapters and (merge or to == PEFT):
         raise InputError(f"{src} holds no adapters {'to merge' if merge else 'for peft'}: it is no run with lora.rank")

@@ -9,7 +9,6 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
-import os
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -36,16 +35,9 @@ from spatialvla_jax.training.state import abstract_state
 from spatialvla_jax.training.step import jit_train_step
 from spatialvla_jax.utils.atomic import write_json
 from spatialvla_jax.utils.chips import CHIPS, Chip
+from spatialvla_jax.utils.quiet import quiet_libtpu
+from spatialvla_jax.utils.signals import keep_handlers
 
-# Without a TPU, libtpu asks a metadata server what it runs on unless it is told.
-NO_TPU = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_MIN_LOG_LEVEL": "3",
-    "TPU_STDERR_LOG_LEVEL": "3",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
 FLAT = ((2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))  # the slices of v5e and v6e from one host up
 MAX_ADVICE = 4  # suggestions compiled before giving up
 BATCH_PARTS = (1, 2, 4)  # of the config's batch, which a search tries
@@ -85,8 +77,7 @@ class Topology:
             raise InputError(
                 "compiling for TPUs needs libtpu, which is not installed: pip install 'spatialvla-jax[tpu]'"
             )
-        for key, value in NO_TPU.items():
-            os.environ.setdefault(key, value)
+        quiet_libtpu()
         options: dict[str, Any] = {"num_slices": self.slices} if self.slices > 1 else {}
         if self.chip.cores == 2:
             options["chip_config_name"] = "megacore"  # both cores of a chip are one device
@@ -94,6 +85,8 @@ class Topology:
             return list(topologies.get_topology_desc(self.name, platform="tpu", **options).devices)
         except Exception as error:
             raise InputError(f"libtpu has no topology {self}: {str(error).splitlines()[0]}") from None
+        finally:
+            keep_handlers()
 
 
 def parse_topology(text: str, slices: int = 1) -> Topology:

@@ -12,6 +12,7 @@ from typing import Any
 from spatialvla_jax.errors import InputError
 
 PREFIX = ".tmp-"
+_unfinished: set[Path] = set()  # what this process is writing
 
 
 @contextmanager
@@ -20,14 +21,26 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     `path`, and after an error it is removed. It keeps the suffix, by which some writers choose a format."""
     path = Path(path)
     temporary = path.with_name(f"{PREFIX}{secrets.token_hex(4)}-{path.name}")
+    _unfinished.add(temporary)
     try:
         yield temporary
         os.replace(temporary, path)
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            temporary.unlink(missing_ok=True)
+        _unfinished.discard(temporary)
+        _remove(temporary)
+
+
+def remove_unfinished() -> None:
+    """Removes what this process is writing, before it ends at once."""
+    for temporary in _unfinished:
+        _remove(temporary)
+
+
+def _remove(temporary: Path) -> None:
+    if temporary.is_dir():
+        shutil.rmtree(temporary, ignore_errors=True)
+    else:
+        temporary.unlink(missing_ok=True)
 
 
 @contextmanager

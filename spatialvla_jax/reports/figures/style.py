@@ -37,6 +37,8 @@ STYLE: dict[Any, Any] = {
     "pdf.fonttype": 42,  # journals refuse the default, Type 3
 }
 
+MADE_BY: dict[str, Any] = {"png": {"Software": "spatialvla_jax"}, "pdf": {"Creator": "spatialvla_jax"}}
+
 Pathlike = str | os.PathLike[str]
 
 
@@ -58,4 +60,4 @@ def drawing(
         canvas = FigureCanvasAgg(figure)
         for form in ("png", "pdf") if pdf else ("png",):
             with replacing(path if form == "png" else Path(path).with_suffix(".pdf")) as temporary:
-                canvas.print_figure(temporary, format=form, dpi=150, facecolor="white")
+                canvas.print_figure(temporary, format=form, dpi=150, facecolor="white", metadata=MADE_BY[form])

@@ -1,0 +1,75 @@
+"""Checks of where a command is going to write, before it begins: it replaces and removes only what it has made."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from spatialvla_jax.errors import InputError
+
+SUFFIXES = {".csv", ".html", ".json", ".jsonl", ".md", ".npz", ".pack", ".png", ".py"}  # of files, and of no folder
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """A file that is new, or is replaced where its first kilobytes hold `mark`, as those that the command writes do."""
+
+    mark: bytes = b""
+
+    def check(self, path: Path, option: str) -> None:
+        """Raises InputError."""
+        if path.is_dir():
+            raise InputError(f"{option} {path} is a folder: expected the name of a file")
+        _check_folder(path.absolute().parent, option, path)
+        if path.exists():
+            if not self.mark:
+                raise InputError(f"{option} {path} exists already: expected the name of a new file")
+            with path.open("rb") as file:
+                made = self.mark in file.read(2**14)
+            if not made:
+                raise InputError(
+                    f"{option} {path} exists and was not written by this command: choose another name, or remove it"
+                )
+
+
+@dataclass(frozen=True)
+class OutputFolder:
+    """A folder that is new, is empty, or was made by the command: then its JSON file `marker` has the key `key`. Where
+    `names` are given, they are all that the command replaces, and other files may lie beside them."""
+
+    marker: str = ""
+    key: str = ""
+    names: tuple[str, ...] | None = None
+
+    def check(self, path: Path, option: str) -> None:
+        """Raises InputError."""
+        if path.suffix in SUFFIXES and not path.is_dir():
+            raise InputError(f"{option} {path} has the name of a {path.suffix} file: expected a folder")
+        above = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+        _check_folder(above, option, path)
+        if path.exists() and not self._made(path) and (kept := self._in_the_way(path)):
+            raise InputError(
+                f"{option} {path} holds {kept[0]}, which this command did not make: choose a new or an empty folder"
+            )
+
+    def _made(self, path: Path) -> bool:
+        try:
+            return self.key in json.loads((path / self.marker).read_text())
+        except (OSError, TypeError):
+            return False
+        except ValueError:
+            return True  # cut short: who reads it says so
+
+    def _in_the_way(self, path: Path) -> list[str]:
+        entries = (entry for entry in path.iterdir() if not entry.is_dir() or any(entry.iterdir()))
+        names = sorted(entry.name for entry in entries)
+        return names if self.names is None else [name for name in names if name in (self.marker, *self.names)]
+
+
+def _check_folder(folder: Path, option: str, path: Path) -> None:
+    if not folder.exists():
+        raise InputError(f"{option} {path}: the folder {folder} does not exist")
+    if not folder.is_dir():
+        raise InputError(f"{option} {path}: {folder} is a file, where a folder is expected")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"{option} {path}: {folder} may not be written")
