@@ -160,7 +160,7 @@ def test_size_is_bounded(loader: Loader, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_command(config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    out = tmp_path / "new" / "page.html"
+    out = tmp_path / "page.html"
     assert main(["data", "show", "--config", str(config_file), "--out", str(out)]) == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith(f"wrote {out} (")
     page = Page(out)
