@@ -40,7 +40,7 @@ class PipelineError(InputError):
 
 
 def write_rlds(
-    splits: Mapping[str, Iterable[Any]],
+    splits: Mapping[str, Any],
     out: str | os.PathLike[str],
     *,
     faults: Policy = "fail",
@@ -151,7 +151,7 @@ def _first_line(error: Exception) -> str:
     return (re.sub(r"{{.*?}}", "", str(error)).strip().splitlines() or ["no message"])[0][:300]
 
 
-def _check_splits(splits: Mapping[str, Iterable[Any]]) -> None:
+def _check_splits(splits: Mapping[str, Any]) -> None:
     if not splits:
         raise InputError("there are no splits: expected a dataset of trajectories, or {split: dataset}")
     for split, dataset in splits.items():
