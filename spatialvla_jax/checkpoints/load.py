@@ -1,6 +1,7 @@
 """Recognising a checkpoint and loading it."""
 
 import hashlib
+import itertools
 import json
 import os
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 from spatialvla_jax.actions import ActionGrid, LinearGrid, grid_from_dict
 from spatialvla_jax.checkpoints.big_vision import read_big_vision
 from spatialvla_jax.checkpoints.huggingface import open_zoedepth, read_huggingface
-from spatialvla_jax.checkpoints.orbax import read_orbax, step_directory
+from spatialvla_jax.checkpoints.orbax import missing, read_orbax, step_directories, step_directory
 from spatialvla_jax.checkpoints.paligemma import is_paligemma, start_from_paligemma
 from spatialvla_jax.checkpoints.peft import is_adapter_run, read_adapters
 from spatialvla_jax.checkpoints.processor import Processor
@@ -21,6 +22,7 @@ from spatialvla_jax.checkpoints.types import Checkpoint, LazyArray, read_json
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.models.spatialvla import SpatialVLA
 from spatialvla_jax.models.zoedepth import ZoeDepthConfig
+from spatialvla_jax.utils.progress import warn
 
 ENDS = 1 << 16  # bytes
 
@@ -38,12 +40,16 @@ def read_checkpoint(path: str | Path, zoedepth: str | Path | None = None) -> Che
         raise InputError(
             f"{path} is no PaliGemma 2, so it takes no ZoeDepth from {zoedepth}: it has its own depth source"
         )
-    if step_directory(path) is not None:
+    if (step := step_directory(path)) is not None:
+        for newer in itertools.takewhile(lambda other: other != step, step_directories(path)):
+            warn(f"{newer} is incomplete: it has no {missing(newer)}; {step} is read instead")
         return read_adapters(path, read_checkpoint).whole if is_adapter_run(path) else read_orbax(path)
     if (path / CONFIG).exists():
         return read_huggingface(path)
     if path.is_file():
         return read_big_vision(path)
+    if steps := step_directories(path):
+        raise InputError(f"{path} has no complete checkpoint: {steps[0]} has no {missing(steps[0])}")
     raise InputError(f"{path} is no checkpoint: neither a run with a finished step nor a directory with {CONFIG}")
 
 

@@ -1,5 +1,6 @@
 """Our own runs: `<workdir>/checkpoints/<step>/{params, optimizer, metadata}`, by training or by a conversion."""
 
+import json
 from collections.abc import Iterator, Sequence
 from math import prod
 from pathlib import Path
@@ -19,18 +20,34 @@ from spatialvla_jax.models.spatialvla import SpatialVLAConfig
 from spatialvla_jax.utils.atomic import new_directory
 
 FOLDER = "checkpoints"
+CONTENTS = "_CHECKPOINT_METADATA"  # of a step: Orbax's list of what it consists of
+TREE_FILES = ("_METADATA", "manifest.ocdbt")  # of a tree of arrays, beside those with their numbers
 CHUNK_BYTES = 64 * 2**20  # what is written, and read, at once
 
 
 def step_directory(path: str | Path) -> Path | None:
-    """The newest finished step of a workdir, or `path` itself where it is a step; None where it is neither."""
+    """The newest complete step of a workdir, or `path` itself where it is a step; None where it is neither."""
     path = Path(path)
     if (path / "params").is_dir() and (path / "metadata").is_dir():
         return path
-    if not (path / FOLDER).is_dir():
-        return None
-    steps = [p for p in (path / FOLDER).iterdir() if p.name.isdigit() and (p / "params").is_dir()]
-    return max(steps, key=lambda p: int(p.name), default=None)
+    return next((step for step in step_directories(path) if not missing(step)), None)
+
+
+def step_directories(workdir: Path) -> list[Path]:
+    """The steps of a workdir, complete or not, newest first."""
+    folder = workdir / FOLDER
+    steps = [p for p in folder.iterdir() if p.name.isdigit()] if folder.is_dir() else []
+    return sorted(steps, key=lambda p: -int(p.name))
+
+
+def missing(step: Path) -> str:
+    """The first file that a step's directory lacks, as a copy that was cut off does; "" of a complete one."""
+    try:
+        items = json.loads((step / CONTENTS).read_text())["item_handlers"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return CONTENTS
+    files = [f"{item}/{f}" for item in items for f in (("metadata",) if item == "metadata" else TREE_FILES)]
+    return next((file for file in files if not (step / file).is_file()), "")
 
 
 def read_orbax(path: str | Path) -> Checkpoint:

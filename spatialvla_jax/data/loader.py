@@ -221,6 +221,15 @@ class Loader:
         """Frames of a split (the training split by default)."""
         return sum(index.num_frames for index in self._index(split or self._train_split))
 
+    def check_epoch(self, split: str, frames: int) -> int:
+        """→ the frames of a split. Raises InputError for what `epoch` could not do: a split that is missing or empty, a prompt too long."""
+        self._split(split)
+        if not (total := self.num_frames(split)):
+            raise InputError(f"the split {split!r} of {', '.join(self.names)} has no frames")
+        if frames < 0:
+            raise InputError(f"{frames} frames of the split {split!r} were asked for: 0 for all, or more")
+        return total
+
     def table(self) -> list[dict[str, Any]]:
         """The training mixture, one row a dataset: name, episodes read, used and skipped (by reason), frames, weight,
         effective share of the samples in every phase, and passes over the dataset in one epoch of the first phase (=
@@ -315,15 +324,18 @@ class Loader:
     def _split(self, split: str) -> Split:
         if split not in self._splits:
             indexes = self._index(split)
-            prompts = tuple(self._encode(index) for index in indexes)
+            prompts = tuple(self._encode(index, split) for index in indexes)
             starts = np.cumsum([0, *(index.num_frames for index in indexes)])
             current = tuple(np.zeros(index.num_episodes, bool) for index in indexes)
             self._splits[split] = Split(indexes, prompts, starts, current)
         return self._splits[split]
 
-    def _encode(self, index: Index) -> tuple[np.ndarray, np.ndarray]:
+    def _encode(self, index: Index, split: str) -> tuple[np.ndarray, np.ndarray]:
         prompt = self.config.prompt
-        return self.tokenizer.encode_prompts(index.instructions, template=prompt.template, length=prompt.length)
+        try:
+            return self.tokenizer.encode_prompts(index.instructions, template=prompt.template, length=prompt.length)
+        except InputError as error:
+            raise InputError(f"dataset {index.name!r}, split {split!r}: {error}") from error
 
     def _make_tokenizer(self, indexes: tuple[Index, ...]) -> Tokenizer:
         prompt = self.config.prompt

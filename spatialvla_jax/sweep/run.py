@@ -32,14 +32,15 @@ from tqdm import tqdm
 from spatialvla_jax.actions import ActionGrid, adapt_embeddings, encode, grid_to_dict
 from spatialvla_jax.actions.io import describe_grid, save_grid
 from spatialvla_jax.checkpoints import read_checkpoint
-from spatialvla_jax.config import check_resumable
+from spatialvla_jax.config import check_resumable, train_config_of
 from spatialvla_jax.data import open_data
 from spatialvla_jax.data.pack import packed_digest
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.evaluation.open_loop import evaluate
 from spatialvla_jax.inference.policy import Policy
 from spatialvla_jax.sweep.plan import Sweep, Trial
-from spatialvla_jax.training.loop import train
+from spatialvla_jax.training.init_from import with_model_of
+from spatialvla_jax.training.loop import CONFIG, begun_config, train
 from spatialvla_jax.training.metrics import read_metrics
 from spatialvla_jax.utils.atomic import replacing, write_json
 from spatialvla_jax.utils.compilation_cache import share_compilations
@@ -59,9 +60,11 @@ def prepare(sweep: Sweep, workdir: Path) -> None:
     packed = functools.cache(packed_digest)
     for trial in sweep.trials:
         folder, path = folder_of(workdir, trial), trial.config.data.packed
-        if (folder / "config.json").exists():
-            check_resumable(json.loads((folder / "config.json").read_text()), trial.config, folder)
         result = json.loads((folder / "result.json").read_text()) if (folder / "result.json").exists() else {}
+        # The checkpoints of a finished trial may be gone.
+        if begun := begun_config(folder) or (result and read_json(folder / CONFIG)):
+            config = with_model_of(trial.config, None, begun) if trial.config.init else trial.config
+            check_resumable(begun, config, folder)
         if "packed" in result and result["packed"] != (packed(path) if path else None):
             raise InputError(f"{folder} was made from other data than {path or 'data.datasets'}: use another workdir")
     workdir.mkdir(parents=True, exist_ok=True)
@@ -242,7 +245,7 @@ def write_failure(folder: Path, trial: Trial, reason: str, kind: str = "ProcessE
 
 def measure(trial: Trial, folder: Path, trained: dict[str, Any]) -> dict[str, Any]:
     """What a finished training run is worth, as it stands in result.json; writes what the report draws."""
-    began, config = time.monotonic(), trial.config
+    began, config = time.monotonic(), train_config_of(folder)
     policy = Policy.load(folder)
     loader, grid = open_data(config, policy.processor.statistics, policy.processor.tokenizer), policy.processor.grid
     actions = loader.actions()

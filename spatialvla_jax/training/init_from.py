@@ -20,11 +20,13 @@ from spatialvla_jax.checkpoints.peft import refer
 from spatialvla_jax.checkpoints.processor import Processor
 from spatialvla_jax.checkpoints.regrid import adapt_checkpoint
 from spatialvla_jax.checkpoints.types import LazyArray, recorded
+from spatialvla_jax.config import default_config
 from spatialvla_jax.data import Loader
 from spatialvla_jax.data.statistics import difference
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.models import Params, SpatialVLA
+from spatialvla_jax.models import PRESETS, Params, SpatialVLA
 from spatialvla_jax.models.lora import ADAPTERS, init_adapters
+from spatialvla_jax.models.spatialvla import SpatialVLAConfig
 from spatialvla_jax.training.grid_fit import make_grid, mixture_gaussians
 from spatialvla_jax.training.setup import TrainSetup
 from spatialvla_jax.utils.renames import MODEL_FIELDS, renamed
@@ -44,6 +46,41 @@ def open_start(config: ConfigDict, workdir: Path) -> tuple[Checkpoint | None, Pr
     if step is not None:
         return checkpoint, parse_metadata(step, read_metadata(step))[1]
     return checkpoint, checkpoint and checkpoint.processor
+
+
+def with_model_of(config: ConfigDict, start: Checkpoint | None, begun: dict[str, Any]) -> ConfigDict:
+    """The config with the sizes, source of depth and mask of the model in `init`; of a run that goes on, those of the
+    config that it began with.
+
+    Raises InputError where the config chooses sizes or a source of depth, other than by default, that differ.
+    """
+    if begun:
+        model = begun["model"]
+    elif start is not None:
+        model = {"preset": preset_of(config.init, start.config)}
+        model |= {key: getattr(start.config, key) for key in ("depth_source", "mask")}
+    else:
+        return config
+    config, default = config.copy_and_resolve_references(), default_config().model
+    for key in ("preset", "depth_source", "mask"):
+        ours, theirs = config.model[key], model[key]
+        if ours == theirs:
+            continue
+        if ours == default[key]:
+            config.model[key] = theirs
+        elif key != "mask":
+            raise InputError(f"config key model.{key} is {ours!r}, and the model in {config.init} has {theirs!r}")
+    return config
+
+
+def preset_of(path: str, config: SpatialVLAConfig) -> str:
+    """The name of a checkpoint's sizes. Raises InputError where they have none."""
+    vocabulary = config.llm.vocab_size
+    for name, sizes in PRESETS.items():
+        same = (sizes.img, replace(sizes.llm, vocab_size=vocabulary)) == (config.img, config.llm)
+        if same and (config.depth_source != "zoedepth" or sizes.zoe == config.zoe):
+            return name
+    raise InputError(f"the model in {path} has the sizes of no preset; there are {', '.join(PRESETS)}")
 
 
 def make_processor(config: ConfigDict, loader: Loader, start: Processor | None = None) -> Processor:

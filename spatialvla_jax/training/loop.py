@@ -17,12 +17,13 @@ from tqdm import tqdm
 from spatialvla_jax.actions import ActionTokenizer, uniform_grid
 from spatialvla_jax.batch import Batch
 from spatialvla_jax.checkpoints.orbax import read_metadata, step_directory
+from spatialvla_jax.checkpoints.types import read_json
 from spatialvla_jax.config import check_post_training, check_resumable
 from spatialvla_jax.data import Loader, open_data
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.training.changes import CHANGES, describe_changes
 from spatialvla_jax.training.flops import model_flops
-from spatialvla_jax.training.init_from import check_same, make_processor, open_start, starting_params
+from spatialvla_jax.training.init_from import check_same, make_processor, open_start, starting_params, with_model_of
 from spatialvla_jax.training.metrics import Clock, MetricsLog, check_wandb, rates, scalars
 from spatialvla_jax.training.optimizer import split_frozen, swap_ema
 from spatialvla_jax.training.saving import FOLDER, Checkpoints, quiet_storage
@@ -34,7 +35,9 @@ from spatialvla_jax.utils.atomic import write_json
 from spatialvla_jax.utils.chips import peak
 from spatialvla_jax.utils.distributed import Preemption, is_writer
 from spatialvla_jax.utils.progress import warn
+from spatialvla_jax.utils.renames import CONFIG_KEYS, renamed
 
+CONFIG = "config.json"  # of a run's directory
 FINISHED = "finished"  # of a run's directory: the file that stands for its last step
 
 
@@ -84,24 +87,27 @@ def train(
 def prepare(config: ConfigDict, workdir: Path) -> Run:
     """Data, grid, model and state of a run, new or where it stopped. Raises InputError, before the data is indexed
     wherever the config alone is wrong."""
-    workdir.mkdir(parents=True, exist_ok=True)
+    if workdir.exists() and not workdir.is_dir():
+        raise InputError(f"{workdir} is a file, and a run needs a directory")
     check_post_training(config)
     mesh = make_mesh(config.mesh.to_dict())
+    begun = begun_config(workdir)
+    checkpoint, processor = open_start(config, workdir)
+    if config.init:
+        config = with_model_of(config, checkpoint, begun)
     make_setup(config, uniform_grid((1,) * 6), mesh)  # of any grid: for its errors
-    saved = workdir / "config.json"
-    if saved.exists():
-        check_resumable(json.loads(saved.read_text()), config, workdir)
+    if begun:
+        check_resumable(begun, config, workdir)
     if config.model.depth_source == "zoedepth" and not config.init and is_writer():
         warn("model.depth_source=zoedepth and init is empty: the depth model has random weights")
-    checkpoint, processor = open_start(config, workdir)
     before = step_directory(workdir)
     loader = open_data(
         config,
         statistics=read_metadata(before)["processor"]["statistics"] if before else None,
         tokenizer=None if processor is None or config.data.prompt.model else processor.tokenizer,
     )
-    if config.train.eval_every:  # a split that is missing is an error now, not at the first validation
-        frames = loader.num_frames(config.train.eval_split)
+    if config.train.eval_every:  # what the first validation would find wrong is an error now
+        frames = loader.check_epoch(config.train.eval_split, config.train.eval_frames)
         for name, count in loader.shared_episodes(config.train.eval_split).items() if is_writer() else ():
             warn(
                 f"{count} episodes of dataset {name!r} are in data.split {config.data.split!r} and in train.eval_split "
@@ -125,6 +131,7 @@ def prepare(config: ConfigDict, workdir: Path) -> Run:
         "train_config": json.loads(json.dumps(config.to_dict())),
         "changes": len(CHANGES),
     }
+    workdir.mkdir(parents=True, exist_ok=True)
     checkpoints = Checkpoints(
         workdir,
         metadata,
@@ -134,20 +141,32 @@ def prepare(config: ConfigDict, workdir: Path) -> Run:
         left_out=setup.frozen if setup.adapters else (),
     )
     state, shardings = init_state(setup, params)
-    start = checkpoints.latest() or 0
-    if start:
-        stored = checkpoints.restore_metadata(start)
+    if checkpoints.latest():
+        stored = checkpoints.restore_metadata()
         check_same(stored, metadata, loader, workdir)
         if (changes := describe_changes(stored.get("changes", 0))) and is_writer():
             warn(f"the run in {workdir} is of an earlier version. What it does otherwise from now on: {changes}")
-        state = checkpoints.restore(start, state, shardings)
+    start, state = checkpoints.restore(state, shardings)
     if is_writer():
-        write_json(saved, config.to_dict())
+        write_json(workdir / CONFIG, config.to_dict())
         write_json(workdir / "statistics.json", loader.statistics)
         if start < setup.steps:
             (workdir / FINISHED).unlink(missing_ok=True)
     grid = jax.device_put(processor.grid, NamedSharding(mesh, P()))
     return Run(workdir, setup, loader, grid, checkpoints, state, shardings, start)
+
+
+def begun_config(workdir: Path) -> dict[str, Any]:
+    """The config of the run in `workdir`, from its newest checkpoint where `config.json` cannot be read; empty where no
+    checkpoint was written, for then a run with another config may begin."""
+    step = step_directory(workdir)
+    if step is None:
+        return {}
+    try:
+        return renamed(read_json(workdir / CONFIG), CONFIG_KEYS)
+    except InputError as error:
+        warn(f"{error}; the config in {step} is taken")
+        return renamed(read_metadata(step)["train_config"], CONFIG_KEYS)
 
 
 def take_steps(

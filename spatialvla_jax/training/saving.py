@@ -8,6 +8,7 @@ parameters, `params` are these and `optimizer` holds the trained ones.
 
 import contextlib
 import errno
+import itertools
 import logging
 import os
 import sys
@@ -19,14 +20,21 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 from tqdm import tqdm
 
-from spatialvla_jax.errors import StorageError
+from spatialvla_jax.checkpoints.orbax import missing, step_directories
+from spatialvla_jax.errors import InputError, StorageError
 from spatialvla_jax.training.optimizer import merge, split_frozen, swap_ema
 from spatialvla_jax.training.state import TrainState
+from spatialvla_jax.utils.distributed import is_writer
+from spatialvla_jax.utils.progress import warn
 
 FOLDER = "checkpoints"
+INCOMPLETE = "incomplete_checkpoints"  # beside it: those that a run found damaged
+# In the array store's errors: a file is missing, cut off or garbled.
+DAMAGE = ("NOT_FOUND", "OUT_OF_RANGE", "DATA_LOSS", "FAILED_PRECONDITION", "was not found")
 
 
 @contextlib.contextmanager
@@ -77,6 +85,12 @@ class Checkpoints:
         self.keep = {"max_to_keep": keep_last, "keep_period": keep_every}
         self.failures, self.retry_at, self.reason = 0, 0, ""
         self.began, self.seconds = 0.0, 0.0  # of the save under way; how long the last one took
+        if is_writer():
+            for step in step_directories(workdir):
+                if file := missing(step):
+                    self._set_aside(step, f"it has no {file}")
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("incomplete checkpoints are set aside")
         self.manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
@@ -153,12 +167,40 @@ class Checkpoints:
             raise StorageError(f"{sentence}; {kept}") from error
         tqdm.write(f"{sentence}; {kept}; trying again", file=sys.stderr)
 
-    def restore_metadata(self, step: int) -> dict[str, Any]:
-        return self.manager.restore(step, args=ocp.args.Composite(metadata=ocp.args.JsonRestore()))["metadata"]
+    def restore_metadata(self) -> dict[str, Any]:
+        """That of the newest checkpoint."""
+        args = ocp.args.Composite(metadata=ocp.args.JsonRestore())
+        return self.manager.restore(self.latest(), args=args)["metadata"]
 
-    def restore(self, step: int, state: TrainState, shardings: TrainState) -> TrainState:
-        """The state saved at `step`, in the shapes and shardings given (which may be another mesh's)."""
+    def restore(self, state: TrainState, shardings: TrainState) -> tuple[int, TrainState]:
+        """→ (step, state) of the newest checkpoint whose files are all there, in the shapes and shardings given (which
+        may be another mesh's); (0, `state`) where there is none. Those with files missing or cut off are set aside.
 
+        Raises InputError for a checkpoint that cannot be read for another reason, which may pass, or by one process of
+        several: the others would restore another step.
+        """
+        while step := self.latest():
+            try:
+                return step, self._restore(step, state, shardings)
+            except Exception as error:  # Orbax raises whatever its storage raises
+                text = first_cause(error)
+                if jax.process_count() > 1 or not any(word in text for word in DAMAGE):
+                    raise InputError(f"{self.folder / str(step)} cannot be read: {text[:300]}") from error
+                self.manager.close()
+                self._set_aside(self.folder / str(step), f"its files are damaged: {text[:200]}")
+                self.manager = self._open()
+        return 0, state
+
+    def _set_aside(self, step: Path, why: str) -> None:
+        """Move a checkpoint that cannot be restored out of the way of the run, which will write that step again."""
+        place = self.folder.with_name(INCOMPLETE)
+        place.mkdir(exist_ok=True)
+        names = itertools.chain([step.name], (f"{step.name}-{n}" for n in itertools.count(2)))
+        new = next(place / name for name in names if not (place / name).exists())
+        step.rename(new)
+        warn(f"{step} is incomplete and was moved to {new}: {why}")
+
+    def _restore(self, step: int, state: TrainState, shardings: TrainState) -> TrainState:
         def target(tree: Any, sharding: Any) -> Any:
             return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, sharding)
 
@@ -187,6 +229,13 @@ def wait_unless_failed(*, key: str, timeout_ms: int) -> None:
     too, where it would wait for processes that wait for that write, and tell nobody of the failure meanwhile."""
     if sys.exc_info()[1] is None:
         multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
+
+
+def first_cause(error: BaseException) -> str:
+    """The words of what an error comes from in the end, on one line."""
+    while cause := error.__cause__ or error.__context__:
+        error = cause
+    return " ".join(str(error).split())
 
 
 def reason(error: Exception) -> str:
