@@ -220,10 +220,11 @@ def parse_as(current: Any, key: str, value: Any) -> Any:
 
 def check_resumable(saved: dict[str, Any], config: ConfigDict, workdir: Path) -> None:
     """Raises InputError when a run began under a config that computes something else."""
-    now = flatten(json.loads(json.dumps(config.to_dict())))
-    # A key that is younger than the run had its default.
-    defaults = flatten(json.loads(json.dumps(default_config().to_dict())))
-    before = defaults | flatten(renamed(saved, CONFIG_KEYS))
+    now, defaults, began = (
+        flatten(json.loads(json.dumps(without_paths(tree))))
+        for tree in (config.to_dict(), default_config().to_dict(), renamed(saved, CONFIG_KEYS))
+    )
+    before = defaults | began  # a key that is younger than the run had its default
     if gone := sorted(before.keys() - defaults.keys()):
         raise InputError(
             f"the run in {workdir} was begun by another version of this program, with {gone[0]} = {before[gone[0]]!r}, "
@@ -241,6 +242,13 @@ def check_resumable(saved: dict[str, Any], config: ConfigDict, workdir: Path) ->
             f"{workdir} holds a run with {k} = {before.get(k)!r}, this config says {now.get(k)!r}{more}; "
             "use its config or another workdir"
         )
+
+
+def without_paths(config: dict[str, Any]) -> dict[str, Any]:
+    """A config whose datasets don't say where they lie: a run may go on where they were moved to."""
+    datasets = config["data"].get("datasets", ())
+    entries = [{k: v for k, v in entry.items() if k != "path"} for entry in datasets]
+    return config | {"data": config["data"] | {"datasets": entries}}
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -65,7 +65,7 @@ def test_a_run_goes_on_from_the_last_complete_checkpoint(run: Path, capsys: pyte
     assert f"moved to {run / 'incomplete_checkpoints' / '6'}" in capsys.readouterr().err
     for damage in (Path.unlink, lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])):
         shutil.copytree(run / "whole", step)
-        for file in (step / "optimizer").glob("ocdbt.process_0/d/*"):
+        for file in (step / "optimizer").rglob("d/*"):
             damage(file)
         assert start_of(run) == 3 and not step.exists()
         assert "its files are damaged" in capsys.readouterr().err
@@ -109,3 +109,12 @@ def test_the_model_is_that_of_init(config_file: Path, trained: Path, tmp_path: P
 
 def train_config_of_file(run: Path) -> dict:
     return json.loads((run / "config.json").read_text())["model"]
+
+
+def test_moved_data_is_the_same_data(trained: Path, rlds: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(trained, tmp_path / "run"))
+    moved = shutil.copytree(rlds, tmp_path / "moved" / "1.0.0")
+    (entry,) = train_config_of(run).data.datasets
+    assert start_of(run, data__datasets=[dict(entry) | {"path": str(moved)}]) == 10
+    with pytest.raises(InputError, match=r"holds a run with data.datasets = .*'weight': 1.0"):
+        start_of(run, data__datasets=[dict(entry) | {"path": str(moved), "weight": 2.0}])
