@@ -227,8 +227,8 @@ def check_resumable(saved: dict[str, Any], config: ConfigDict, workdir: Path) ->
     before = defaults | began  # a key that is younger than the run had its default
     if gone := sorted(before.keys() - defaults.keys()):
         raise InputError(
-            f"the run in {workdir} was begun by another version of this program, with {gone[0]} = {before[gone[0]]!r}, "
-            "a config key that does not exist: go on with that version, or use another workdir"
+            f"the run in {workdir} was begun by another version of this program, with {gone[0]} = "
+            f"{before[gone[0]]!r}, a config key that does not exist: go on with that version, or use another workdir"
         )
     changed = [
         k

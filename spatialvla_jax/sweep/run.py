@@ -32,6 +32,7 @@ from tqdm import tqdm
 from spatialvla_jax.actions import ActionGrid, adapt_embeddings, encode, grid_to_dict
 from spatialvla_jax.actions.io import describe_grid, save_grid
 from spatialvla_jax.checkpoints import read_checkpoint
+from spatialvla_jax.checkpoints.types import read_json
 from spatialvla_jax.config import check_resumable, train_config_of
 from spatialvla_jax.data import open_data
 from spatialvla_jax.data.pack import packed_digest
