@@ -222,7 +222,8 @@ class Loader:
         return sum(index.num_frames for index in self._index(split or self._train_split))
 
     def check_epoch(self, split: str, frames: int) -> int:
-        """→ the frames of a split. Raises InputError for what `epoch` could not do: a split that is missing or empty, a prompt too long."""
+        """→ the frames of a split. Raises InputError for what `epoch` could not do: a split that is missing or empty,
+        a prompt that is too long."""
         self._split(split)
         if not (total := self.num_frames(split)):
             raise InputError(f"the split {split!r} of {', '.join(self.names)} has no frames")
