@@ -1,5 +1,6 @@
 import copy
 import dataclasses
+import json
 import os
 
 import numpy as np
@@ -180,6 +181,29 @@ def test_missing_directory_and_versions(rlds, tmp_path):
 def test_split_that_does_not_exist(rlds, tmp_path):
     with pytest.raises(InputError, match=r"has no split 'test': it has train, val"):
         load_index("toy", rlds, LIBERO, "test", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda info: info.pop("splits"), r"dataset_info\.json names no splits"),
+        (lambda info: info.update(splits=[{}]), r"dataset_info\.json names no splits"),
+        (lambda info: info.pop("name"), r"dataset_info\.json has no 'name'"),
+        (lambda info: info["splits"][0].pop("shardLengths"), "'train' of .* holds no episodes: .* no shardLengths"),
+        (lambda info: info["splits"][0].update(shardLengths="x"), "is not a readable TFDS dataset: .*shardLengths"),
+        (lambda info: info.pop("version"), "is not a readable TFDS dataset: Invalid version"),
+        (None, r"dataset_info\.json is not readable JSON"),
+    ],
+)
+def test_broken_dataset_info(tmp_path, change, message):
+    path = make_rlds(tmp_path, {"train": make_episodes(1, steps=(1, 1), size=(8, 8))})
+    file = path / "dataset_info.json"
+    if change:
+        change(info := json.loads(file.read_text()))
+    file.write_text(json.dumps(info) if change else file.read_text()[:50])
+    with pytest.raises(InputError, match=message):
+        load_index("toy", path, LIBERO, "train", tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
 
 
 def test_missing_shard(tmp_path):
