@@ -12,6 +12,7 @@ import pytest
 from helpers.streams import take
 from helpers.toy_rlds import data_config, make_episodes, make_rlds
 
+from spatialvla_jax.config import call_function
 from spatialvla_jax.data import DataConfig, load_data
 from spatialvla_jax.data.beam import compute_stats
 from spatialvla_jax.data.index import Faults, load_index
@@ -269,21 +270,21 @@ def test_files_that_are_not_listed(data, tmp_path, capsys):
 # --- the program changes ----------------------------------------------------------------------------------------------
 
 
-def half_open(episode, low, high):
+def halved(episode, *_):
     """Another meaning of a known name."""
     return episode | {"action": episode["action"] * np.float32(0.5)}
 
 
 def test_another_meaning_of_an_operation(data, tmp_path, monkeypatch, capsys):
-    spec = dataclasses.replace(SPEC, operations=(("clip_gripper", -1, 1),))
+    spec = dataclasses.replace(SPEC, operations=(*SPEC.operations, ("scale", *(1,) * 7)))
     before = load(data, tmp_path / "cache", spec=spec)
-    monkeypatch.setitem(OPERATIONS, "clip_gripper", half_open)
+    monkeypatch.setitem(OPERATIONS, "scale", halved)
     index = load(data, tmp_path / "cache", spec=spec)
     assert "indexed again: the code of its operations changed" in capsys.readouterr().err
     np.testing.assert_array_equal(index.arrays["action"], before.arrays["action"] * np.float32(0.5))
 
 
-def test_digest_of_operations(monkeypatch):
+def test_digest_of_operations(monkeypatch, tmp_path):
     """It follows the functions and constants that an operation uses; words about it make no difference."""
     axes = (("to_euler", "quaternion"),)
     digest = operations.code_digest(axes)
@@ -292,11 +293,15 @@ def test_digest_of_operations(monkeypatch):
         patch.setattr(operations, "ROTATIONS", operations.ROTATIONS | {"euler": 4})
         assert operations.code_digest(axes) != digest
     with monkeypatch.context() as patch:
-        patch.setattr(operations, "_unit", half_open)  # what read_rotation calls
-        changed = operations.code_digest(axes)
-        assert changed != digest
-        patch.setattr(half_open, "__doc__", "Other words.")
-        assert operations.code_digest(axes) == changed
+        patch.setattr(operations, "_unit", halved)  # what read_rotation calls
+        assert operations.code_digest(axes) != digest
+    digests = []
+    for number, body in enumerate(("return episode", '"""Words."""  # and more\n    return episode', "return {}")):
+        file = tmp_path / f"{number}.py"
+        file.write_text(f"def scale(episode, *_):\n    {body}\n\n\ndef get():\n    return scale\n")
+        monkeypatch.setitem(OPERATIONS, "scale", call_function(file, "get"))
+        digests.append(operations.code_digest((("scale",),)))
+    assert digests[0] == digests[1] != digests[2]
 
 
 # --- the cache is damaged, or of another version ----------------------------------------------------------------------
