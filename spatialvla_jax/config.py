@@ -1,10 +1,10 @@
 """Configs: plain ml_collections trees from a file with `get_config()`, overridden from the command line and checked."""
 
-import ast
-import contextlib
-import difflib
-import importlib.util
+import copy
 import json
+import math
+import re
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,9 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from spatialvla_jax.errors import InputError
+from spatialvla_jax.models.presets import CHOICES, PRESETS
 from spatialvla_jax.utils.renames import CONFIG_KEYS, renamed
+from spatialvla_jax.utils.schema import Field, check, nearest_name, parse, shown
 from spatialvla_jax.utils.shipped import shipped
 from spatialvla_jax.utils.storage import local_path
 
@@ -23,129 +25,238 @@ FREE_ON_RESUME = (
 )
 
 
+def _pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        return f"is no regular expression: {error}"
+    return ""
+
+
+def _json(value: Any) -> str:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        return f"cannot be kept in the run's config.json: {error}"
+    return ""
+
+
+def _path(text: str) -> str:
+    return "has a NUL character" if "\0" in text else ""
+
+
+PATTERN = Field("", "", problem=_pattern)
+NAME = Field("", "")
+# Every key there is, with the recipe as published; the files in `configs/` change what they need.
+KEYS: dict[str, Field] = {
+    "seed": Field(0, "of the parameters, the order of the data and the augmentation", low=0, high=2**32 - 1),
+    "init": Field(
+        "", "checkpoint to start from, in any format that load_pretrained reads; empty: random", problem=_path
+    ),
+    "init_zoedepth": Field(
+        "", "directory of a ZoeDepth, where init is a PaliGemma 2 and model.depth_source is zoedepth", problem=_path
+    ),
+    # Paper III-B, where `init` carries an action grid and this config makes another one.
+    "adapt.embedding": Field(False, "interpolate init's spatial table at the centres of the new grid's bins"),
+    "adapt.head": Field(False, "interpolate the action rows of init's LM head too"),
+    # Published: rank 32, alpha 32, all linear layers.
+    "lora.rank": Field(
+        0, "of adapters that train with the spatial table, instead of all weights but optimizer.frozen; 0: none", low=0
+    ),
+    "lora.alpha": Field(32.0, "the change of a kernel is alpha / rank · B A", above=0),
+    "lora.targets": Field(("llm", "img", "ego3d"), "patterns of the adapted kernels' paths", items=PATTERN),
+    "model.preset": Field("spatialvla-4b-224", "sizes of the model", choices=tuple(PRESETS)),
+    "model.depth_source": Field(
+        "zoedepth", "where Ego3D's depth comes from; none: no Ego3D", choices=CHOICES["depth_source"]
+    ),
+    "model.mask": Field(
+        "prefix", "attention in image and prompt; causal: as in the release's training scripts", choices=CHOICES["mask"]
+    ),
+    "model.dtype": Field("bfloat16", "of the computation; parameters are float32", choices=CHOICES["dtype"]),
+    "model.remat": Field("dots", "what the backward pass computes again to save memory", choices=CHOICES["remat"]),
+    # A loop copies what the backward pass needs: 5 % slower at full size on an H100, but minutes faster to start.
+    "model.unroll": Field(False, "compile layer by layer, not a loop over them: faster steps, a slower start"),
+    "model.action_chunk": Field(4, "actions predicted at once", low=1, high=1000),
+    "data.mixture": Field("", "mixture of the catalogue, such as oxe_spatial_vla_plus"),
+    "data.root": Field("", "directory of the mixture's datasets", problem=_path),
+    "data.datasets": Field(
+        [], "further datasets: {name, spec, path, weight, splits}", items=Field({}, "", problem=_json)
+    ),
+    "data.packed": Field("", "a file of `data pack` that takes the place of the datasets", problem=_path),
+    "data.drop": Field(
+        {},
+        "{dataset: the part of the run after which it gives no more samples}",
+        items=Field(0.5, "", above=0, below=1, unit="fraction of the steps"),
+    ),
+    "data.split": Field("train", "training split, or a part of it: train[:95%]"),
+    "data.precomputed_depth": Field(False, "take the depth of `data depth` instead of the datasets' own"),
+    "data.statistics": Field("", "a file of `spatialvla-jax stats`; empty: made when a run begins", problem=_path),
+    "data.balance": Field(True, "multiply weights by the sizes of the datasets, as published"),
+    "data.faults.policy": Field("fail", "skip: leave out damaged data and count it", choices=("fail", "skip")),
+    "data.faults.limit": Field(100, "how much data may be left out", low=0),
+    "data.read_block": Field(1, "frames read at once; more for spinning disks and remote storage", low=1),
+    "data.shuffle_frames": Field(100_000, "frames shuffled together where read_block > 1", low=1),
+    "data.memory_gb": Field(8.0, "what a process may hold of data", above=0, unit="GB"),
+    "data.cache_dir": Field("", "of the dataset indexes; empty: ~/.cache/spatialvla_jax", problem=_path),
+    "data.workers": Field(0, "decoding threads; 0: one a core", low=0, high=4096),
+    # The length is that of a GPU-friendly 320 tokens in all, with image and actions.
+    "data.prompt.length": Field(52, "of the prompt, <bos> and newline included", low=2, high=8192, unit="tokens"),
+    "data.prompt.template": Field(
+        "{instruction}",
+        "what the model is asked",
+        problem=lambda text: "" if "{instruction}" in text else "must contain {instruction}",
+    ),
+    "data.prompt.model": Field(
+        "", "PaliGemma's SentencePiece file; empty: a small one trained on the instructions", problem=_path
+    ),
+    "data.prompt.vocab_size": Field(256, "of the small tokenizer, at most", low=1, high=1_000_000),
+    "grid.kind": Field(
+        "gaussian",
+        "linear: 256 bins a dimension, 7 tokens an action; checkpoint: that of init",
+        choices=("gaussian", "uniform", "linear", "checkpoint"),
+    ),
+    "grid.num_bins": Field(
+        (16, 32, 8, 16, 16, 16), "bins of theta, phi, r, roll, pitch, yaw", size=6, items=Field(1, "", low=1, high=4096)
+    ),
+    "grid.min_sigma": Field(0.5, "least standard deviation of the Gaussians", low=0, unit="normalised action"),
+    "grid.exclude": Field(
+        ("language_table", "berkeley_fanuc_manipulation", "cmu_stretch", "jaco_play"),
+        "datasets that the Gaussians are not fitted to, as published",
+        items=NAME,
+    ),
+    "augment.enabled": Field(True, "crop and colour jitter"),
+    "augment.crop_area": Field(0.9, "of the random crop; 1: none", above=0, high=1, unit="fraction of the image"),
+    "augment.crop_area_max": Field(
+        0.0, "above crop_area: each example's area is drawn from between the two", low=0, high=1
+    ),
+    "augment.brightness": Field(0.2, "largest change of the brightness", low=0, high=1),
+    "augment.contrast": Field(0.2, "largest change of the contrast, whose factor is around 1", low=0, high=1),
+    "augment.saturation": Field(0.2, "largest change of the saturation, whose factor is around 1", low=0, high=1),
+    "augment.hue": Field(0.05, "largest change of the hue", low=0, high=0.5, unit="turns of the colour wheel"),
+    "augment.move_intrinsics": Field(True, "move the camera's intrinsics with the crop"),
+    "optimizer.learning_rate": Field(2e-5, "at its peak; then linear decay to 0", low=0),
+    "optimizer.warmup": Field(0.005, "linear warm-up", low=0, high=1, unit="fraction of all steps"),
+    "optimizer.b1": Field(0.9, "decay of AdamW's first moment", low=0, below=1),
+    "optimizer.b2": Field(0.999, "decay of AdamW's second moment", low=0, below=1),
+    "optimizer.eps": Field(1e-8, "of AdamW, against division by zero", low=1e-20),
+    "optimizer.weight_decay": Field(0.0, "of AdamW", low=0, high=1),
+    "optimizer.grad_clip_norm": Field(
+        1.0, "largest norm of the gradient", above=0, unit="0 would freeze the model; 1e9 clips nothing"
+    ),
+    "optimizer.mu_dtype": Field("float32", "of AdamW's first moment", choices=("float32", "bfloat16")),
+    "optimizer.ema": Field(
+        0.0, "decay of averaged parameters, which are then validated and kept for use; 0: none", low=0, below=1
+    ),
+    "optimizer.frozen": Field(("llm/embedder", "zoe"), "patterns of the paths of frozen parameters", items=PATTERN),
+    "train.steps": Field(120_000, "of the whole run", low=1),
+    "train.batch_size": Field(128, "of all devices together", low=1, unit="examples"),
+    "train.grad_accum_steps": Field(1, "parts of a batch, computed one after another", low=1),
+    "train.max_skipped": Field(
+        100, "steps whose loss or gradient is not finite, before the run ends with an error", low=0
+    ),
+    "train.log_every": Field(50, "between two records of the metrics", low=1, unit="steps"),
+    "train.eval_every": Field(5_000, "between two validations; 0: none", low=0, unit="steps"),
+    "train.eval_split": Field(
+        "val", "validation split, or a part of one", problem=lambda text: "" if text else "names no split"
+    ),
+    "train.eval_frames": Field(0, "validated frames, evenly spaced; 0: all", low=0),
+    "checkpoint.every": Field(5_000, "between two checkpoints", low=1, unit="steps"),
+    "checkpoint.keep_last": Field(2, "how many of the newest checkpoints are kept", low=1),
+    "checkpoint.keep_every": Field(0, "keep those of every so many steps for good; 0: none", low=0, unit="steps"),
+    "mesh.data": Field(1, "replicas; -1: the devices that are left", low=1, also=(-1,), unit="devices"),
+    "mesh.fsdp": Field(
+        -1, "devices that split batch and parameters; -1: those left", low=1, also=(-1,), unit="devices"
+    ),
+    "mesh.tensor": Field(1, "devices that split heads and MLP; -1: those left", low=1, also=(-1,), unit="devices"),
+}
+MAX_TOKENS = 1_000_000  # of a grid: rows of a table in the model
+GROUPS = {key[:n] for key in KEYS for n, char in enumerate(key) if char == "."}
+
+
 def default_config() -> ConfigDict:
-    """Every key there is, with the recipe as published; the files in `configs/` change what they need."""
-    return ConfigDict(
-        {
-            "seed": 0,
-            "init": "",  # a checkpoint to start from, in any format that `load_pretrained` reads; empty: random
-            # Where `init` is a PaliGemma 2 and model.depth_source is zoedepth: the directory of a ZoeDepth.
-            "init_zoedepth": "",
-            # Where `init` carries an action grid and this config makes another one (paper III-B): make the new spatial
-            # table from the old one, and the action rows of the LM head, by interpolation at the new bins' centres.
-            "adapt": {"embedding": False, "head": False},
-            # Low-rank adapters on the linear layers of `init`, and the spatial table in full, instead of all weights
-            # less `optimizer.frozen`. Published: rank 32, alpha 32, all linear layers.
-            "lora": {
-                "rank": 0,  # 0: none
-                "alpha": 32.0,  # the change of a kernel is alpha / rank · B A
-                "targets": ("llm", "img", "ego3d"),  # patterns of the kernels' paths
-            },
-            "model": {
-                "preset": "spatialvla-4b-224",
-                "depth_source": "zoedepth",  # zoedepth | dataset | none
-                "mask": "prefix",  # prefix | causal (the release's training scripts)
-                "dtype": "bfloat16",  # of the computation; parameters are float32
-                "remat": "dots",  # none | dots | full
-                # Compile layer by layer, not a loop over them, which copies what the backward pass needs: 5 % faster at
-                # full size on an H100, minutes slower to start.
-                "unroll": False,
-                "action_chunk": 4,
-            },
-            "data": {
-                "mixture": "",  # of the catalogue, such as oxe_spatial_vla_plus; its datasets lie in the directory root
-                "root": "",
-                "datasets": [],  # further ones, each {"name", "spec", "path", "weight"}
-                "packed": "",  # a file of `data pack` that takes the place of the datasets
-                "drop": {},  # {dataset: fraction of the steps after which it gives no more samples}
-                "split": "train",  # or a part of it: train[:95%]
-                "precomputed_depth": False,  # the depth of `data depth` instead of the datasets' own
-                "statistics": "",  # a file of `spatialvla-jax stats`; empty: made from the data when a run begins
-                "balance": True,  # multiply weights by dataset sizes, as published
-                "faults": {
-                    "policy": "fail",
-                    "limit": 100,
-                },  # skip: leave out damaged data and count it, up to the limit
-                "read_block": 1,  # consecutive frames read at once; more for spinning disks and remote storage
-                "shuffle_frames": 100_000,  # frames shuffled together where read_block > 1
-                "memory_gb": 8.0,  # what a process may hold of data
-                "cache_dir": "",  # of the dataset indexes; empty: ~/.cache/spatialvla_jax
-                "workers": 0,  # decoding threads; 0: one a core
-                "prompt": {
-                    "length": 52,  # tokens, <bos> and newline included; 320 in all with image and actions suits GPUs
-                    "template": "{instruction}",
-                    "model": "",  # PaliGemma's SentencePiece file; empty: a small one trained on the instructions
-                    "vocab_size": 256,  # of the small one, at most
-                },
-            },
-            "grid": {
-                # gaussian | uniform | linear (256 bins a dimension, 7 tokens an action) | checkpoint (that of init)
-                "kind": "gaussian",
-                "num_bins": (16, 32, 8, 16, 16, 16),
-                "min_sigma": 0.5,
-                # Datasets that the Gaussians are not fitted to, as published.
-                "exclude": ("language_table", "berkeley_fanuc_manipulation", "cmu_stretch", "jaco_play"),
-            },
-            "augment": {
-                "enabled": True,
-                "crop_area": 0.9,
-                "crop_area_max": 0.0,  # above it: each example's area is drawn from between the two
-                "brightness": 0.2,
-                "contrast": 0.2,
-                "saturation": 0.2,
-                "hue": 0.05,
-                "move_intrinsics": True,
-            },
-            "optimizer": {
-                "learning_rate": 2e-5,
-                "warmup": 0.005,  # fraction of all steps
-                "b1": 0.9,
-                "b2": 0.999,
-                "eps": 1e-8,
-                "weight_decay": 0.0,
-                "grad_clip_norm": 1.0,
-                "mu_dtype": "float32",  # float32 | bfloat16, of AdamW's first moment
-                "ema": 0.0,  # decay of averaged parameters, which are then validated and kept for use; 0: none
-                "frozen": ("llm/embedder", "zoe"),  # patterns of parameter paths
-            },
-            "train": {
-                "steps": 120_000,
-                "batch_size": 128,
-                "grad_accum_steps": 1,
-                "max_skipped": 100,  # steps whose loss or gradient is not finite, before the run ends with an error
-                "log_every": 50,
-                "eval_every": 5_000,
-                "eval_split": "val",
-                "eval_frames": 0,  # of it, evenly spaced; 0: all
-            },
-            "checkpoint": {"every": 5_000, "keep_last": 2, "keep_every": 0},
-            "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
-        }
-    )
+    """A config of every key in `KEYS`. It takes any value of any key, old names too: `load_config` checks them."""
+    return make_config({})
+
+
+def make_config(values: Mapping[str, Any]) -> ConfigDict:
+    """The defaults with dotted keys changed."""
+    # `data` keeps dicts as they are: the names in data.drop may have dots, which a ConfigDict refuses.
+    parts = {part: ConfigDict(type_safe=False, convert_dict=part != "data") for part in ("", *sorted(GROUPS))}
+    for group in sorted(GROUPS):
+        parent, _, name = group.rpartition(".")
+        parts[parent][name] = parts[group]
+    for key, value in ({key: field.default for key, field in KEYS.items()} | dict(values)).items():
+        group, _, name = key.rpartition(".")
+        parts[group][name] = copy.deepcopy(value)
+    return parts[""]
 
 
 def load_config(path: str | Path, overrides: Mapping[str, str] | None = None) -> ConfigDict:
     """`get_config()` of a Python file with `{"train.steps": "100", …}` applied, over `default_config()`. The file is
     given as for `find_config`.
 
-    Raises InputError for a missing file, a key that does not exist or a value of another type.
+    Raises InputError for a missing file, a key that does not exist or a value that `KEYS` does not allow.
     """
-    return completed(call_function(find_config(path), "get_config"), overrides or {})
+    path = find_config(path)
+    return completed(call_function(path, "get_config"), overrides or {}, f"get_config() of {path}")
 
 
-def completed(given: ConfigDict, overrides: Mapping[str, str]) -> ConfigDict:
-    """`default_config()` with the keys of `given`, under their old or new names, then those of the command line."""
-    config = default_config()
-    set_keys(config, flatten(renamed(given.to_dict(), CONFIG_KEYS)))
-    set_keys(config, {CONFIG_KEYS.get(key, key): text for key, text in overrides.items()})
+def completed(given: Any, overrides: Mapping[str, str], source: str = "the config") -> ConfigDict:
+    """`default_config()` with the keys of `given`, under their old or new names, then those of the command line, all
+    checked. Raises InputError."""
+    if not isinstance(given, ConfigDict | dict):
+        raise InputError(f"{source} must be a config or a dict of its keys, got {shown(given)}")
+    try:
+        given = given.to_dict() if isinstance(given, ConfigDict) else given
+        values = checked(flatten(renamed(given, CONFIG_KEYS)))
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from None
+    for key, text in overrides.items():
+        values |= checked(_override(values, CONFIG_KEYS.get(key, key), text))
+    return make_config(values)
+
+
+def _override(values: Mapping[str, Any], key: str, text: str) -> dict[str, Any]:
+    """{key: what a text of the command line stands for}. The names in data.drop are keys too: data.drop.droid=0.5."""
+    if key.startswith("data.drop."):
+        name, items = key.removeprefix("data.drop."), KEYS["data.drop"].items
+        return {"data.drop": {**values.get("data.drop", {}), name: parse(text, items) if items else text}}
+    return {key: parse(text, KEYS[key]) if key in KEYS else text}
+
+
+def checked(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted keys with their values, as `KEYS` allows them. Raises InputError."""
+    for key in values:
+        if key not in KEYS:
+            group = [known for known in KEYS if known.startswith(f"{key}.")]
+            hint = f"{key} is a group of keys: {', '.join(group)}" if group else nearest_name(key, KEYS)
+            raise InputError(f"config key {key} does not exist; {hint}")
+    values = {key: check(value, KEYS[key], key) for key, value in values.items()}
     for key in ("init", "init_zoedepth"):
-        if config[key]:
-            config[key] = str(local_path(config[key], f"config key {key}"))
-    return config
+        if values.get(key):
+            values[key] = str(local_path(values[key], f"config key {key}"))
+    return values
 
 
-def check_post_training(config: ConfigDict) -> None:
-    """Raises InputError where `adapt`, `lora` and `grid.kind` can't go together; looks at no file."""
+def check_together(config: ConfigDict) -> None:
+    """Raises InputError where valid values can't go together in a training run; looks at no file."""
+    train, areas = config.train, (config.augment.crop_area, config.augment.crop_area_max)
+    if train.batch_size % train.grad_accum_steps:
+        nearest = max(1, round(train.batch_size / train.grad_accum_steps)) * train.grad_accum_steps
+        raise InputError(
+            f"train.batch_size={train.batch_size} does not divide by train.grad_accum_steps={train.grad_accum_steps}; "
+            f"the nearest valid value is {nearest}"
+        )
+    if 0 < areas[1] < areas[0]:
+        raise InputError(f"augment.crop_area_max={areas[1]} is below augment.crop_area={areas[0]}; 0 draws no areas")
+    if (sizes := config.mesh.to_dict()) and [*sizes.values()].count(-1) > 1:
+        raise InputError(f"mesh={sizes} leaves more than one size open; only one may be -1")
+    theta, phi, r, *rotation = config.grid.num_bins
+    if (tokens := theta * phi * r + math.prod(rotation)) > MAX_TOKENS:
+        raise InputError(
+            f"grid.num_bins={config.grid.num_bins} makes {tokens:,} tokens, and {MAX_TOKENS:,} are the most; the "
+            "published grid has 8,194"
+        )
     adapting = [f"adapt.{name}" for name, asked in config.adapt.to_dict().items() if asked]
     if adapting and config.grid.kind == "linear":
         raise InputError(f"{adapting[0]} interpolates between bins in space, which grid.kind=linear does not have")
@@ -156,8 +267,6 @@ def check_post_training(config: ConfigDict) -> None:
             raise InputError(f"lora.rank={config.lora.rank} adapts the weights of init, and init is empty")
         if adapting:
             raise InputError(f"{adapting[0]} adapts the weights of init, and init is empty")
-    if config.lora.rank < 0 or config.lora.alpha <= 0:
-        raise InputError(f"lora.rank {config.lora.rank} must be 0 or more, lora.alpha {config.lora.alpha} more than 0")
 
 
 def find_config(path: str | Path) -> Path:
@@ -172,50 +281,30 @@ def find_config(path: str | Path) -> Path:
 
 
 def call_function(path: Path, name: str) -> Any:
-    """What the function `name` of a Python file returns. Raises InputError for a missing function."""
-    spec = importlib.util.spec_from_file_location("_user_config", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, name):
-        raise InputError(f"config file {path} has no function {name}()")
-    return getattr(module, name)()
+    """What the function `name` of a Python file returns. Raises InputError for a missing function, and for any error in
+    the file, with its line."""
+    namespace: dict[str, Any] = {"__name__": "_user_config", "__file__": str(path)}
+    try:
+        exec(compile(path.read_bytes(), str(path), "exec"), namespace)  # an import would leave a __pycache__ there
+        if callable(function := namespace.get(name)):
+            return function()
+    except InputError:
+        raise
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path}, line {line}: {type(error).__name__}: {reason}") from error
+    raise InputError(f"config file {path} has no function {name}()")
 
 
 def train_config_of(run: Path) -> ConfigDict:
     """The config that a run was trained with, from its directory or one of its checkpoints. Raises InputError."""
     for folder in (run, *run.absolute().parents[:2]):
         if (folder / "config.json").is_file() and (folder / "checkpoints").is_dir():
-            return ConfigDict(renamed(json.loads((folder / "config.json").read_text()), CONFIG_KEYS))
+            # Not checked: a run may have values that new runs may not.
+            return make_config(flatten(renamed(json.loads((folder / "config.json").read_text()), CONFIG_KEYS)))
     raise InputError(f"{run} is not in a training run's directory, so --config must name the data")
-
-
-def set_keys(config: ConfigDict, changes: Mapping[str, Any]) -> None:
-    """Set dotted keys, each in the type that it has; a text may stand for a value of that type, as on the command line.
-
-    Raises InputError for a key that does not exist, naming the nearest one, and for a value of another type.
-    """
-    known = flatten(default_config().to_dict())
-    for key in changes:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
-            raise InputError(f"config key {key} does not exist; {hint}")
-    config.update_from_flattened_dict({key: parse_as(known[key], key, value) for key, value in changes.items()})
-
-
-def parse_as(current: Any, key: str, value: Any) -> Any:
-    kind, given = type(current), value
-    if isinstance(value, str) and kind is not str:
-        with contextlib.suppress(ValueError, SyntaxError):
-            value = ast.literal_eval({"true": "True", "false": "False"}.get(value.lower(), value))
-    if kind is float and type(value) is int:
-        value = float(value)
-    if kind is tuple and isinstance(value, list):
-        value = tuple(value)
-    if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
-        raise InputError(f"config key {key} is {kind.__name__}, and {given!r} is not")
-    return value
 
 
 def check_resumable(saved: dict[str, Any], config: ConfigDict, workdir: Path) -> None:
@@ -225,23 +314,22 @@ def check_resumable(saved: dict[str, Any], config: ConfigDict, workdir: Path) ->
         for tree in (config.to_dict(), default_config().to_dict(), renamed(saved, CONFIG_KEYS))
     )
     before = defaults | began  # a key that is younger than the run had its default
-    if gone := sorted(before.keys() - defaults.keys()):
+    if gone := sorted(before.keys() - KEYS.keys()):
         raise InputError(
             f"the run in {workdir} was begun by another version of this program, with {gone[0]} = "
             f"{before[gone[0]]!r}, a config key that does not exist: go on with that version, or use another workdir"
         )
-    changed = [
-        k
-        for k in sorted(now.keys() | before.keys())
-        if now.get(k) != before.get(k) and not any(k == f or k.startswith(f + ".") for f in FREE_ON_RESUME)
-    ]
+    free = lambda key: any(key == f or key.startswith(f"{f}.") for f in FREE_ON_RESUME)  # noqa: E731
+    changed = [key for key in sorted(KEYS) if now[key] != before[key] and not free(key)]
     if changed:
         k = changed[0]
+        remedy = "use its config or another workdir"
+        try:
+            check(before[k], KEYS[k], k)
+        except InputError as error:
+            remedy = f"that is no longer valid ({error}), so use another workdir"
         more = f" (and {len(changed) - 1} more keys)" if len(changed) > 1 else ""
-        raise InputError(
-            f"{workdir} holds a run with {k} = {before.get(k)!r}, this config says {now.get(k)!r}{more}; "
-            "use its config or another workdir"
-        )
+        raise InputError(f"{workdir} holds a run with {k} = {before[k]!r}, this config says {now[k]!r}{more}; {remedy}")
 
 
 def without_paths(config: dict[str, Any]) -> dict[str, Any]:
@@ -251,10 +339,10 @@ def without_paths(config: dict[str, Any]) -> dict[str, Any]:
     return config | {"data": config["data"] | {"datasets": entries}}
 
 
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{dotted key: value}; `data.drop` is one value, its keys are the user's."""
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{dotted key: value}. A key that does not exist is kept with all that it holds."""
     flat: dict[str, Any] = {}
-    for k, v in tree.items():
-        nested = isinstance(v, dict) and f"{prefix}{k}" != "data.drop"
-        flat |= flatten(v, f"{prefix}{k}.") if nested else {f"{prefix}{k}": v}
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        flat |= flatten(value, f"{key}.") if key in GROUPS and isinstance(value, Mapping) else {key: value}
     return flat

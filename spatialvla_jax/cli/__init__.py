@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import spatialvla_jax
-from spatialvla_jax.cli import bench, checkpoints, data, evaluate, grid, record, serve, train
+from spatialvla_jax.cli import bench, checkpoints, config, data, evaluate, grid, record, serve, train
 from spatialvla_jax.cli.arguments import Parser, check_outputs, state_defaults
 from spatialvla_jax.errors import InputError, StorageError
 from spatialvla_jax.utils.quiet import quiet_libraries
@@ -22,7 +22,7 @@ LOST = ("Gloo", "NCCL", "UNAVAILABLE", "DEADLINE_EXCEEDED", "heartbeat")
 
 
 GROUPS = {
-    "train": (train,),
+    "train": (train, config),
     "evaluate and serve": (evaluate, serve),
     "checkpoints": (checkpoints,),
     "data": (data, grid, record),

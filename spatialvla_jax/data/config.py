@@ -9,7 +9,10 @@ from ml_collections import ConfigDict
 
 from spatialvla_jax.data.index import Faults
 from spatialvla_jax.errors import InputError
+from spatialvla_jax.utils.schema import Field, check
 from spatialvla_jax.utils.storage import local_path
+
+ENTRY = Field({}, "{name, spec, path, weight, splits}")
 
 
 @dataclass(frozen=True)
@@ -59,9 +62,9 @@ class DataConfig:
         plain = plain.to_dict() if isinstance(plain, ConfigDict) else plain
         given = {key: value for key, value in plain.items() if value not in (None, "")}
         given = _expand(given, "config key data.", "root", "packed", "statistics", "cache_dir")
+        entries = [check(entry, ENTRY, "an entry of data.datasets") for entry in given.get("datasets", ())]
         given["datasets"] = tuple(
-            _expand(entry, f"dataset {entry.get('name')!r} in data.datasets: ", "path")
-            for entry in given.get("datasets", ())
+            _expand(entry, f"dataset {entry.get('name')!r} in data.datasets: ", "path") for entry in entries
         )
         for key, kind in (("faults", Faults), ("prompt", PromptConfig)):
             values = {name: value for name, value in given.get(key, {}).items() if value is not None}

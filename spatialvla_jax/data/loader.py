@@ -80,11 +80,8 @@ class Loader:
         progress: Callable[[str, int, int], None] | None,
     ):
         packed = Packed(config, image_size, depth) if config.packed else None
-        entries = packed.entries if packed else make_entries(config)
+        entries = packed.entries if packed else make_entries(config, depth)
         self.names = tuple(entry.name for entry in entries)
-        for entry in entries:
-            if depth and entry.spec.depth is None:
-                raise InputError(f"Dataset {entry.name!r} has no depth, which the config asks for")
         self.image_size, self.depth = image_size, depth
         self.action_chunk, self.action_dim = action_chunk, action_dim
         from_file = statistics is None and bool(config.statistics)

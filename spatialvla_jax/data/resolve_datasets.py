@@ -10,6 +10,7 @@ from spatialvla_jax.data.oxe import CATALOGUE, DatasetSpec, make_spec
 from spatialvla_jax.data.oxe.spec import with_precomputed_depth
 from spatialvla_jax.data.rlds import find_versions
 from spatialvla_jax.errors import InputError
+from spatialvla_jax.utils.schema import Field, check, check_all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,13 +24,31 @@ class Entry:
     splits: Mapping[str, str] = dataclasses.field(default_factory=dict)  # what this dataset has in a split's place
 
 
-def make_entries(config: DataConfig) -> tuple[Entry, ...]:
-    """The datasets of `mixture` under `root`, then those of `datasets`. Raises InputError for anything wrong with the
-    config, and one that names all directories that a mixture lacks."""
+def _name(text: str) -> str:
+    return "" if text and "/" not in text and "\0" not in text else "is no name: it is empty or has a slash"
+
+
+def _path(text: str) -> str:
+    return "is no path" if not text or "\0" in text else ""
+
+
+ENTRY = {
+    "name": Field("", "of the dataset, in metrics and statistics", problem=_name),
+    "path": Field("", "version directory", problem=_path),
+    "weight": Field(1.0, "in the mixture", above=0),
+    "splits": Field({}, "{split: what this dataset has in its place}", items=Field("", "")),
+}
+
+
+def make_entries(config: DataConfig, depth: bool = False) -> tuple[Entry, ...]:
+    """The datasets of `mixture` under `root`, then those of `datasets`; with `depth`, each must have depth. Raises
+    InputError for anything wrong with the config, and one that names all directories that a mixture lacks."""
     named = _mixture(config.mixture, config.root) if config.mixture else ()
     entries = (*named, *map(_entry, config.datasets))
     if config.precomputed_depth:
         entries = tuple(dataclasses.replace(entry, spec=with_precomputed_depth(entry.spec)) for entry in entries)
+    if depth and (without := [entry.name for entry in entries if entry.spec.depth is None]):
+        raise InputError(f"Dataset {without[0]!r} has no depth, which the config asks for")
     names = [entry.name for entry in entries]
     if not entries:
         raise InputError("The mixture is empty: data.mixture or data.datasets must name at least one dataset")
@@ -38,8 +57,7 @@ def make_entries(config: DataConfig) -> tuple[Entry, ...]:
     for name, until in config.drop.items():
         if name not in names:
             raise InputError(f"data.drop names {name!r}, which is not in the mixture: that has {', '.join(names)}")
-        if not 0 < until < 1:
-            raise InputError(f"data.drop[{name!r}] is {until}: expected the fraction of the steps, between 0 and 1")
+        check(until, Field(0.5, "", above=0, below=1, unit="fraction of the steps"), f"data.drop[{name!r}]")
     if len(config.drop) == len(names):
         raise InputError("data.drop names every dataset: one at least must last to the end")
     return entries
@@ -47,13 +65,13 @@ def make_entries(config: DataConfig) -> tuple[Entry, ...]:
 
 def _entry(values: Mapping[str, Any]) -> Entry:
     """One of the config's own datasets."""
-    known = [field.name for field in dataclasses.fields(Entry)]
     for key in ("name", "path", "spec"):
         if key not in values:
-            raise InputError(f"An entry of data.datasets has no {key!r}: it has {', '.join(sorted(values))}")
-    if unknown := sorted(set(values) - set(known)):
-        raise InputError(f"Dataset {values['name']!r} in data.datasets has the unknown key {unknown[0]!r}")
-    return Entry(**{**values, "spec": make_spec(values["spec"], CATALOGUE, values["name"])})
+            raise InputError(f"An entry of data.datasets has no {key!r}: it has {', '.join(map(str, values))}")
+    name = check(values["name"], ENTRY["name"], "the name of a dataset in data.datasets")
+    spec = make_spec(values["spec"], CATALOGUE, name)
+    rest = {key: value for key, value in values.items() if key != "spec"}
+    return Entry(**check_all(rest, ENTRY, f"data.datasets[{name!r}]"), spec=spec)
 
 
 def _mixture(name: str, root: str) -> list[Entry]:

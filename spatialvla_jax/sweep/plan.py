@@ -21,39 +21,43 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from spatialvla_jax.actions import ActionGrid, ActionTokenizer, linear_grid, uniform_grid
 from spatialvla_jax.checkpoints import read_checkpoint
-from spatialvla_jax.checkpoints.mapping import param_shapes, unflatten
 from spatialvla_jax.checkpoints.paligemma import is_paligemma
 from spatialvla_jax.checkpoints.regrid import adapt_checkpoint
 from spatialvla_jax.config import (
+    KEYS,
     call_function,
-    check_post_training,
+    check_together,
+    checked,
     completed,
-    default_config,
     find_config,
     flatten,
     load_config,
-    set_keys,
+    make_config,
 )
+from spatialvla_jax.data import DataConfig
+from spatialvla_jax.data.resolve_datasets import make_entries
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.models.lora import adapter_shapes
-from spatialvla_jax.models.presets import CHOICES as MODEL_CHOICES
-from spatialvla_jax.training.optimizer import split_frozen
-from spatialvla_jax.training.setup import make_setup
+from spatialvla_jax.training.setup import check_patterns, make_setup
+from spatialvla_jax.utils.renames import CONFIG_KEYS
+from spatialvla_jax.utils.schema import Field, check
 
-KEYS = ("base", "axes", "seeds", "keep_checkpoints")
-CHOICES = {
-    "grid.kind": ("gaussian", "uniform", "linear", "checkpoint"),
-    **{f"model.{field}": choices for field, choices in MODEL_CHOICES.items()},
+SEED = KEYS["seed"]
+SWEEP = {
+    "base": Field("", "a config file by name or path, or a config", kinds=(str, dict, ConfigDict)),
+    "axes": Field({}, "config keys with their values, or names with {name of a value: {config key: value}}"),
+    "seeds": Field([0], "of the trials", items=SEED, problem=lambda seeds: "" if seeds else "must have at least one"),
+    "keep_checkpoints": Field(True, "False: only results are kept"),
 }
 
 
@@ -98,18 +102,17 @@ def load_sweep(path: str | Path, overrides: Mapping[str, str] | None = None, onl
     """
     path = find_config(path)
     given = call_function(path, "get_sweep")
-    if not isinstance(given, Mapping) or not {"base", "axes", "seeds"} <= given.keys() <= set(KEYS):
-        raise InputError(f"get_sweep() of {path} must return a dict with the keys base, axes, seeds, keep_checkpoints")
-    base = _base(path, given["base"], overrides or {})
-    axes = {axis: _values(path, axis, values) for axis, values in given["axes"].items()}
+    if not isinstance(given, dict) or not {"base", "axes", "seeds"} <= given.keys() <= SWEEP.keys():
+        raise InputError(f"get_sweep() of {path} must return a dict with the keys {', '.join(SWEEP)}")
+    given = {name: check(value, SWEEP[name], f"{path}: {name}") for name, value in given.items()}
+    overrides = {CONFIG_KEYS.get(key, key): text for key, text in (overrides or {}).items()}
+    base, seeds = _base(path, given["base"], overrides), tuple(given["seeds"])
+    axes = {str(axis): _values(path, str(axis), values) for axis, values in given["axes"].items()}
     for axis, values in axes.items():
         for key in sorted({key for changes in values.values() for key in changes}):
-            if key in (overrides or {}) or key == "seed":
+            if key == "seed" or any(f"{other}.".startswith(f"{key}.") for other in overrides):
                 whose = f"axis {axis!r} of {path}" if key != "seed" else "the seeds"
                 raise InputError(f"config key {key} is set by {whose} and can't be set otherwise as well")
-    seeds = tuple(given["seeds"])
-    if not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
-        raise InputError(f"seeds of {path} must be integers from 0 on, and at least one, got {list(seeds)}")
 
     trials = []
     for names in itertools.product(*axes.values()):
@@ -124,63 +127,59 @@ def load_sweep(path: str | Path, overrides: Mapping[str, str] | None = None, onl
                 _check_files(config)
         except InputError as error:
             raise InputError(f"{path}: trial {label or 'of the base'}: {error}") from None
-        values = config.to_dict()
-        trials += [Trial(name, chosen, seed, ConfigDict(values | {"seed": seed})) for seed, name in named]
+        values = flatten(config.to_dict())
+        trials += [Trial(name, chosen, seed, make_config(values | {"seed": seed})) for seed, name in named]
     trials.sort(key=lambda trial: seeds.index(trial.seed))
     _check_distinct(path, trials)
-    keep = bool(given.get("keep_checkpoints", True))
+    keep = given.get("keep_checkpoints", True)
     return Sweep(path.stem, {axis: tuple(names) for axis, names in axes.items()}, seeds, keep, tuple(trials))
 
 
 def _base(path: Path, base: Any, overrides: Mapping[str, str]) -> ConfigDict:
     if isinstance(base, str):
         return load_config(base, overrides)
-    if not isinstance(base, ConfigDict):
-        raise InputError(f"base of {path} must be a config file or a config, got {type(base).__name__}")
-    return completed(base, overrides)
+    return completed(base, overrides, f"base of {path}")
 
 
 def _values(path: Path, axis: str, values: Any) -> dict[str, dict[str, Any]]:
     """An axis in its long form: {name: {config key: value}}."""
-    if not isinstance(values, Mapping | Sequence) or isinstance(values, str):
+    values = values.tolist() if isinstance(values, np.ndarray) else values
+    if not isinstance(values, dict | list | tuple):
         raise InputError(f"axis {axis!r} of {path} must be a list of values or a dict of named ones")
     if not values:
         raise InputError(f"axis {axis!r} of {path} has no values")
-    if isinstance(values, Mapping):
-        if bad := [name for name, changes in values.items() if not isinstance(changes, Mapping)]:
+    if isinstance(values, dict):
+        if bad := [name for name, changes in values.items() if not isinstance(changes, dict)]:
             raise InputError(f"value {bad[0]!r} of axis {axis!r} of {path} must be a dict of config keys")
-        return {str(name): dict(changes) for name, changes in values.items()}
-    if axis not in (known := flatten(default_config().to_dict())):
-        near = difflib.get_close_matches(axis, known, 1, 0)[0]
+        return {
+            str(name): {CONFIG_KEYS.get(str(k), str(k)): v for k, v in changes.items()}
+            for name, changes in values.items()
+        }
+    if (key := CONFIG_KEYS.get(axis, axis)) not in KEYS:
+        near = difflib.get_close_matches(axis, KEYS, 1, 0)[0]
         raise InputError(
             f"axis {axis!r} of {path} is no config key ({near} is one), so its values must be a dict of named ones"
         )
+    values = [check(value, KEYS[key], f"axis {axis!r} of {path}: {key}") for value in values]
     if len({str(value) for value in values}) < len(values):
-        raise InputError(f"axis {axis!r} of {path} has a value twice: {list(values)}")
-    return {str(value): {axis: value} for value in values}
+        raise InputError(f"axis {axis!r} of {path} has a value twice: {values}")
+    return {str(value): {key: value} for value in values}
 
 
 def _changed(base: ConfigDict, changes: list[tuple[str, str, Any]]) -> ConfigDict:
-    config = ConfigDict(base.to_dict())
-    seen: dict[str, str] = {}
+    values, seen = flatten(base.to_dict()), dict[str, str]()
     for axis, key, value in changes:
         if key in seen:
             raise InputError(f"axes {seen[key]!r} and {axis!r} both set {key}")
         seen[key] = axis
-        set_keys(config, {key: value})
-    return config
+        values |= checked({key: value})
+    return make_config(values)
 
 
 def _check(config: ConfigDict, changed: set[str]) -> None:
     """Raises InputError for a config that can't be trained, and for a change that would do nothing."""
-    grid, train, flat, problem = config.grid, config.train, flatten(config.to_dict()), None
-    if wrong := [key for key, choices in CHOICES.items() if flat[key] not in choices]:
-        problem = f"{wrong[0]} is {flat[wrong[0]]!r}; choose one of {', '.join(CHOICES[wrong[0]])}"
-    elif wrong := [key for key in ("steps", "batch_size", "grad_accum_steps") if train[key] < 1]:
-        problem = f"train.{wrong[0]} must be at least 1, got {train[wrong[0]]}"
-    elif len(grid.num_bins) != 6 or not all(type(n) is int and n > 0 for n in grid.num_bins):
-        problem = f"grid.num_bins must be six numbers, got {grid.num_bins}"
-    elif grid.kind == "linear" and "grid.num_bins" in changed:
+    grid, problem = config.grid, None
+    if grid.kind == "linear" and "grid.num_bins" in changed:
         problem = "a linear grid has 256 bins a dimension, so grid.num_bins would change nothing"
     elif grid.kind == "checkpoint" and (config.adapt.embedding or "grid.num_bins" in changed):
         problem = "grid.kind=checkpoint keeps the grid of init, so neither adapt.embedding nor grid.num_bins fits it"
@@ -190,13 +189,9 @@ def _check(config: ConfigDict, changed: set[str]) -> None:
         )
     if problem:
         raise InputError(problem)
-    check_post_training(config)
-    setup = make_setup(config, _grid(config))
-    # Patterns are about paths alone, so one grid does for all.
-    shapes = param_shapes(make_setup(config, uniform_grid((1,) * 6)).model.config)
-    lora = setup.adapters
-    adapters = adapter_shapes(shapes, lora.rank, lora.targets) if lora else {}
-    split_frozen(unflatten(shapes | {f"lora/{path}": shape for path, shape in adapters.items()}), setup.frozen)
+    check_together(config)
+    make_setup(config, _grid(config))
+    check_patterns(make_setup(config, uniform_grid((1,) * 6)))
 
 
 def _grid(config: ConfigDict) -> ActionTokenizer:
@@ -207,12 +202,13 @@ def _grid(config: ConfigDict) -> ActionTokenizer:
 def _check_files(config: ConfigDict) -> None:
     """Raises InputError for a file that is missing, and for a grid that the checkpoint in `init` can't be taken to."""
     data, problem = config.data.to_dict(), None
-    paths = [entry["path"] for entry in data["datasets"] if "path" in entry and not data["packed"]]
+    depth = config.model.depth_source == "dataset"
+    entries = () if data["packed"] else make_entries(DataConfig.from_config(config.data), depth)
     if config.init and not Path(config.init).exists():
         problem = f"init is {config.init}, which does not exist"
     elif data["packed"] and not Path(data["packed"]).is_file():
         problem = f"data.packed is {data['packed']}, which does not exist"
-    elif missing := [path for path in paths if not Path(path).exists()]:
+    elif missing := [entry.path for entry in entries if not Path(entry.path).exists()]:
         problem = f"data.datasets has {missing[0]}, which does not exist"
         if data["precomputed_depth"]:
             problem += ": make it with `spatialvla-jax data depth`, or leave the trials that need it out with --only"
@@ -236,6 +232,8 @@ def _check_distinct(path: Path, trials: list[Trial]) -> None:
         if (other := configs.setdefault(trial.digest, trial.name)) != trial.name:
             raise InputError(f"{path}: trials {other} and {trial.name} have the same config")
         names.add(trial.name)
+        if len(trial.name.encode()) > 200:
+            raise InputError(f"{path}: a trial's name is too long for a directory, {trial.name[:80]}…: name its values")
 
 
 def _slug(text: str) -> str:

@@ -18,8 +18,9 @@ from spatialvla_jax.actions import ActionTokenizer, uniform_grid
 from spatialvla_jax.batch import Batch
 from spatialvla_jax.checkpoints.orbax import read_metadata, step_directory
 from spatialvla_jax.checkpoints.types import read_json
-from spatialvla_jax.config import check_post_training, check_resumable
-from spatialvla_jax.data import Loader, open_data
+from spatialvla_jax.config import check_resumable, check_together, completed
+from spatialvla_jax.data import DataConfig, Loader, open_data
+from spatialvla_jax.data.resolve_datasets import make_entries
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.training.changes import CHANGES, describe_changes
 from spatialvla_jax.training.flops import model_flops
@@ -27,7 +28,7 @@ from spatialvla_jax.training.init_from import check_same, make_processor, open_s
 from spatialvla_jax.training.metrics import Clock, MetricsLog, check_wandb, rates, scalars
 from spatialvla_jax.training.optimizer import split_frozen, swap_ema
 from spatialvla_jax.training.saving import FOLDER, Checkpoints, quiet_storage
-from spatialvla_jax.training.setup import TrainSetup, make_setup
+from spatialvla_jax.training.setup import TrainSetup, check_patterns, make_setup
 from spatialvla_jax.training.sharding import BATCH, make_mesh
 from spatialvla_jax.training.state import TrainState, init_state
 from spatialvla_jax.training.step import Jitted, jit_eval_step, jit_train_step, jit_update_norms
@@ -89,13 +90,16 @@ def prepare(config: ConfigDict, workdir: Path) -> Run:
     wherever the config alone is wrong."""
     if workdir.exists() and not workdir.is_dir():
         raise InputError(f"{workdir} is a file, and a run needs a directory")
-    check_post_training(config)
+    config = completed(config, {})
+    check_together(config)
     mesh = make_mesh(config.mesh.to_dict())
     begun = begun_config(workdir)
     checkpoint, processor = open_start(config, workdir)
     if config.init:
         config = with_model_of(config, checkpoint, begun)
-    make_setup(config, uniform_grid((1,) * 6), mesh)  # of any grid: for its errors
+    check_patterns(make_setup(config, uniform_grid((1,) * 6), mesh))  # of any grid: for its errors
+    if not config.data.packed:
+        make_entries(DataConfig.from_config(config.data), depth=config.model.depth_source == "dataset")
     if begun:
         check_resumable(begun, config, workdir)
     if config.model.depth_source == "zoedepth" and not config.init and is_writer():

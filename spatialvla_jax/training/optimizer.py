@@ -59,10 +59,6 @@ def params_ema(decay: float) -> optax.GradientTransformation:
 
 def make_optimizer(adamw: AdamW) -> optax.GradientTransformation:
     """Global-norm clipping, then AdamW, on the trainable parameters; with `ema`, their average."""
-    if adamw.mu_dtype not in ("float32", "bfloat16"):
-        raise InputError(f"optimizer.mu_dtype {adamw.mu_dtype!r} must be float32 or bfloat16")
-    if not 0 <= adamw.ema < 1:
-        raise InputError(f"optimizer.ema {adamw.ema} must be a decay in [0, 1), 0 for none")
     return optax.chain(
         optax.clip_by_global_norm(adamw.grad_clip_norm),
         optax.adamw(

@@ -8,9 +8,11 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from spatialvla_jax.actions import ActionTokenizer
+from spatialvla_jax.checkpoints.mapping import param_shapes, unflatten
 from spatialvla_jax.models import SpatialVLA, preset
+from spatialvla_jax.models.lora import adapter_shapes
 from spatialvla_jax.training.augment import Augmentation
-from spatialvla_jax.training.optimizer import AdamW, make_optimizer
+from spatialvla_jax.training.optimizer import AdamW, make_optimizer, split_frozen
 from spatialvla_jax.training.sharding import check_batch
 
 
@@ -104,3 +106,11 @@ def make_setup(
         seed=config.seed,
         **train,
     )
+
+
+def check_patterns(setup: TrainSetup) -> None:
+    """Raises InputError for a pattern of frozen parameters or of adapters that matches nothing. It is about paths
+    alone: a setup with any grid will do."""
+    shapes = param_shapes(setup.model.config)
+    adapters = adapter_shapes(shapes, setup.adapters.rank, setup.adapters.targets) if setup.adapters else {}
+    split_frozen(unflatten(shapes | {f"lora/{path}": shape for path, shape in adapters.items()}), setup.frozen)

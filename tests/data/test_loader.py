@@ -228,8 +228,11 @@ def test_dataset_that_vanishes(tmp_path):
         (lambda config: config.update(datasets=[]), "mixture is empty"),
         (lambda config: config.update(balence=True), "config key data.balence does not exist; there are mixture, "),
         (lambda config: config["prompt"].update(len=4), "config key data.prompt.len does not exist; there are length"),
-        (lambda config: config["datasets"][0].update(weight=0), "must be a positive number"),
-        (lambda config: config["datasets"][0].update(wait=1), "unknown key 'wait'"),
+        (lambda config: config["datasets"][0].update(weight=0), r"toy0'\].weight=0.0 is not above 0"),
+        (
+            lambda config: config["datasets"][0].update(wait=1),
+            r"toy0'\] has no key 'wait'; did you mean weight",
+        ),
         (lambda config: config["datasets"][0].pop("path"), "has no 'path'"),
         (lambda config: config["datasets"].append(config["datasets"][0]), "have a name twice: toy0"),
         (lambda config: config.update(split="test"), "has no split 'test': it has train, val"),

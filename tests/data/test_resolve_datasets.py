@@ -82,6 +82,47 @@ def test_datasets_that_a_mixture_lacks(root, mixtures, monkeypatch):
         make_entries(DataConfig("two", str(root), (own,)))
 
 
+BAD_ENTRIES = [
+    ("libero", "an entry of data.datasets='libero' is a text, and a dict is expected"),
+    ({"name": 3}, "name of a dataset in data.datasets=3 is a whole number, and a text is expected"),
+    ({"name": "a/b"}, "='a/b' is no name: it is empty or has a slash"),
+    ({"path": 3}, r"data.datasets\['a'\].path=3 is a whole number, and a text is expected"),
+    ({"weight": 0}, r"\['a'\].weight=0.0 is not above 0"),
+    ({"weight": -1.5}, "weight=-1.5 is not above 0"),
+    ({"weight": float("nan")}, "weight=nan is not a finite number; a valid value is 1.0"),
+    ({"weight": "2"}, "weight='2' is a text, and a number is expected; the nearest valid value is 2.0"),
+    ({"splits": "val"}, "splits='val' is a text, and a dict is expected"),
+    ({"splits": {"val": 3}}, r"splits\['val'\]=3 is a whole number, and a text is expected"),
+    ({"wieght": 1}, "has no key 'wieght'; did you mean weight?"),
+    ({"spec": ["libero"]}, "spec=.* is a list, and a text or a dict is expected"),
+    ({"spec": {"image": 3}}, "spec.image=3 is a whole number, and a text is expected"),
+    ({"spec": {"depth_unit": 0}}, r"spec.depth_unit=0.0 is not above 0 .metres."),
+    ({"spec": {"default_intrinsics_size": (0, 0)}}, r"intrinsics_size\[0\]=0 is below 1 .pixels.; the nearest .* 1"),
+    ({"spec": {"default_intrinsics": ((600, 0, 320), (0, 600, 240))}}, "has 2 elements, and 3 are expected"),
+    ({"spec": {"operations": (("drop_noops", "1e-3"),)}}, "threshold of 'drop_noops'='1e-3' is a text, and a number"),
+    (
+        {"spec": {"operations": (("drop_idle", 0, 0.1),)}},
+        "window of 'drop_idle'=0 is below 1; the nearest valid value is 1",
+    ),
+    ({"spec": {"operations": (("scale", 1.0, float("inf")),)}}, "factors of 'scale'=inf is not a finite number"),
+    ({"spec": {"operations": ("invert_gripper",)}}, r"operations\[0\]='invert_gripper' is a text, and a sequence is"),
+    ({"spec": {"operations": ((),)}}, r"operations\[0\]=\(\) names no operation"),
+    (
+        {"spec": {"operations": (("relabel_from_state", "observation/state"),)}},
+        r"'relabel_from_state' reads 'observation/state', which `arrays` must name: it names \[\]",
+    ),
+]
+
+
+@pytest.mark.parametrize(("entry", "sentence"), BAD_ENTRIES)
+def test_bad_entries_are_refused_before_anything_is_read(entry, sentence):
+    if isinstance(entry, dict):
+        entry = {"name": "a", "spec": {}, "path": "nowhere"} | entry
+    with pytest.raises(InputError, match=sentence) as error:
+        make_entries(DataConfig.from_config({"datasets": [entry]}))
+    assert "\n" not in str(error.value)
+
+
 USER_CONFIG = """
 from spatialvla_jax.config import default_config
 
@@ -235,7 +276,7 @@ def test_phases(root, rlds, cache_dir, block):
     ("drop", "message"),
     [
         ({"droid": 0.5}, r"data\.drop names 'droid', which is not in the mixture: that has toy0"),
-        ({"toy0": 1.5}, r"data\.drop\['toy0'\] is 1\.5"),
+        ({"toy0": 1.5}, r"data\.drop\['toy0'\]=1\.5 is not below 1"),
         ({"toy0": 0.5}, "names every dataset"),
     ],
 )

@@ -23,6 +23,7 @@ from spatialvla_jax.config import default_config
 def get_sweep():
     base = default_config()
     base.model.update(preset="nano", depth_source="dataset")
+    base.data.datasets = [{{"name": "toy", "spec": "libero", "path": "."}}]
     return {sweep}
 """
 GOOD = {"axes": {"grid.kind": ["gaussian", "uniform"]}, "seeds": [0, 1]}
@@ -69,11 +70,17 @@ BAD_AXES = [
     ({"grid": {"a b": {"grid.kind": "uniform"}, "a-b": {}}}, "two trials would be named grid-a-b_seed-0"),
     ({"grid": {"a": {}, "b": {"grid.kind": "gaussian"}}}, "grid-a_.* and grid-b_.* same"),
     ({"seed": [1, 2]}, "config key seed is set by the seeds"),
-    ({"train.steps": ["many"]}, "train.steps is int, and 'many' is not"),
-    ({"model.depth_source": ["zeodepth"]}, "depth-source-zeodepth: model.depth_source is 'zeodepth'; choose"),
-    ({"model.preset": ["tny"]}, "preset-tny: model preset 'tny' does not exist"),
-    ({"grid.num_bins": [(4, 4)]}, "grid.num_bins must be six numbers"),
-    ({"optimizer.ema": [0.5, 1.5]}, "trial ema-1.5: optimizer.ema 1.5 must be"),
+    (
+        {"train.steps": ["many"]},
+        "train.steps='many' is a text, and a whole number is expected; a valid value is 120000",
+    ),
+    (
+        {"model.depth_source": ["zeodepth"]},
+        "axis .*: model.depth_source='zeodepth' is none of .*; the nearest valid value is 'zoedepth'",
+    ),
+    ({"model.preset": ["tny"]}, "model.preset='tny' is none of .*; the nearest valid value is 'tiny'"),
+    ({"grid.num_bins": [(4, 4)]}, r"grid.num_bins=\(4, 4\) has 2 elements, and 6 are expected"),
+    ({"optimizer.ema": [0.5, 1.5]}, "optimizer.ema=1.5 is not below 1; a valid value is 0.0"),
     ({"grid.kind": ["uniform"], "grid": LINEAR}, "axes 'grid.kind' and 'grid' both set grid.kind"),
     (
         {"grid": LINEAR, "adapt.embedding": [False, True]},
@@ -95,8 +102,8 @@ BAD_AXES = [
         {"lora": {"a": {"lora.rank": 4, "lora.targets": ("llm", "image"), "init": "nowhere"}}},
         "trial lora-a: lora.targets pattern 'image' matches no linear layer",
     ),
-    ({"train.steps": [10, 0]}, "trial steps-0: train.steps must be at least 1, got 0"),
-    ({"train.batch_size": [-8]}, "trial batch-size-8: train.batch_size must be at least 1, got -8"),
+    ({"train.steps": [10, 0]}, "train.steps=0 is below 1; the nearest valid value is 1"),
+    ({"train.batch_size": [-8]}, r"train.batch_size=-8 is below 1 .examples.; the nearest valid value is 1"),
     (
         {"model.depth_source": ["dataset", "zoedepth"]},
         "trial depth-source-zoedepth: model.depth_source=zoedepth takes the depth model of init, and init is empty",
@@ -105,14 +112,32 @@ BAD_AXES = [
         {"data.datasets": [[{"name": "a", "spec": "libero", "path": "a/1.0.0"}]]},
         "data.datasets has a/1.0.0, which does not exist$",
     ),
+    (
+        {"train.steps": [10, "10"]},
+        "train.steps='10' is a text, and a whole number is expected; the nearest valid value is 10",
+    ),
+    (
+        {"train.accumulate": [1, 3]},
+        "trial accumulate-3: train.batch_size=128 does not divide by .*; the nearest .* 129",
+    ),
+    ({"optimizer.learning_rate": [1e-3, -1]}, "learning_rate=-1.0 is below 0; the nearest valid value is 0.0"),
+    ({"a": {"b": {"train.steps": True}}}, "trial a-b: train.steps=True is true or false, and a whole number is"),
+    ({"data.datasets": [[]]}, "The mixture is empty"),
+    ({"data.datasets": [[{"name": "a", "spec": {}, "path": ".", "weight": -1}]]}, "weight=-1.0 is not above 0"),
+    ({"data.datasets": [[{"name": "a", "spec": {}, "path": "."}]]}, "Dataset 'a' has no depth, which the config asks"),
     ({"data.packed": ["x.pack"]}, "data.packed is x.pack, which does not exist"),
 ]
 BAD = [
     *(({"axes": axes}, sentence) for axes, sentence in BAD_AXES),
     ({"seeds": [0, 0]}, "two trials would be named kind-gaussian_seed-0"),
-    ({"seeds": []}, "seeds of .* must be integers"),
-    ({"seeds": [0.5]}, "seeds of .* must be integers"),
-    ({"base": 3}, "base of .* must be a config file or a config, got int"),
+    ({"seeds": []}, r"seeds=\[\] must have at least one"),
+    ({"seeds": [0.5]}, r"seeds\[0\]=0.5 is a number, and a whole number is expected; the nearest valid value is 0"),
+    ({"seeds": 3}, r"seeds=3 is a whole number, and a list is expected; the nearest valid value is \[3\]"),
+    ({"seeds": ["0", "1"]}, r"seeds\[0\]='0' is a text, and a whole number is expected; the nearest valid value is 0"),
+    ({"seeds": [-1]}, r"seeds\[0\]=-1 is below 0; the nearest valid value is 0"),
+    ({"axes": ["train.steps"]}, r"axes=\['train.steps'\] is a list, and a dict is expected"),
+    ({"keep_checkpoints": "no"}, "keep_checkpoints='no' is a text, and true or false is expected"),
+    ({"base": 3}, "base=3 is a whole number, and a text or a dict is expected"),
     ({"base": "nowhere.py"}, "nowhere.py does not exist"),
     ({"steps": 3}, "must return a dict with the keys base, axes, seeds, keep_checkpoints"),
 ]
@@ -123,6 +148,17 @@ def test_bad_sweeps_are_refused(changes: dict, sentence: str, tmp_path: Path) ->
     with pytest.raises(InputError, match=sentence) as error:
         load_sweep(write(tmp_path, **changes))
     assert "\n" not in str(error.value)
+
+
+def test_numpy_values_are_python_values(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    changes = '"axes": {"optimizer.learning_rate": np.logspace(-4, -3, 2), "lora.alpha": [np.float32(0.5)]}, '
+    changes += '"seeds": np.arange(2)'
+    path.write_text("import numpy as np" + SWEEP.format(sweep=f'{{"base": base, {changes}}}'))
+    sweep = load_sweep(path)
+    assert sweep.seeds == (0, 1) and all(type(seed) is int for seed in sweep.seeds)
+    assert [trial.config.optimizer.learning_rate for trial in sweep.trials] == [1e-4, 1e-3] * 2
+    assert sweep.trials[0].name == "learning-rate-0.0001_alpha-0.5_seed-0"
 
 
 def test_the_command_line_refuses_in_one_sentence_before_anything_runs(tmp_path: Path, capsys) -> None:

@@ -10,7 +10,7 @@ from spatialvla_jax.actions import ActionGrid, adapt_embeddings, uniform_grid
 from spatialvla_jax.checkpoints import read_checkpoint, write_huggingface
 from spatialvla_jax.checkpoints.mapping import flatten
 from spatialvla_jax.checkpoints.regrid import adapt_checkpoint
-from spatialvla_jax.config import check_post_training, default_config, load_config
+from spatialvla_jax.config import check_together, default_config, load_config
 from spatialvla_jax.data import open_data
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.export.convert import convert
@@ -25,7 +25,7 @@ def start(config_file: Path, init: Path, workdir: Path, **overrides: str):
     """As `train` does it: (processor, parameters or None)."""
     dotted = {key.replace("__", "."): value for key, value in overrides.items()}
     config = load_config(config_file, {"init": str(init), **dotted})
-    check_post_training(config)
+    check_together(config)
     source, before = open_start(config, workdir)
     loader = open_data(config, tokenizer=before and before.tokenizer)
     processor = make_processor(config, loader, before)
@@ -110,12 +110,12 @@ def test_what_does_not_fit_is_refused(config_file: Path, trained: Path, tmp_path
         ({"adapt.head": "True"}, "adapt.head adapts the weights of init, and init is empty"),
         ({"grid.kind": "checkpoint"}, "grid.kind=checkpoint keeps the grid of init, and init is empty"),
         ({"lora.rank": "8"}, "lora.rank=8 adapts the weights of init, and init is empty"),
-        ({"lora.rank": "-1", "init": "a"}, "lora.rank -1 must be 0 or more"),
+        ({"lora.rank": "-1", "init": "a"}, "lora.rank=-1 is below 0; the nearest valid value is 0"),
     ],
 )
 def test_configs_that_contradict_themselves(config_file: Path, overrides: dict[str, str], sentence: str) -> None:
     with pytest.raises(InputError, match=sentence):
-        check_post_training(load_config(config_file, overrides))
+        check_together(load_config(config_file, overrides))
 
 
 def test_a_depth_model_without_weights_is_told(tmp_path: Path, capsys) -> None:

@@ -11,13 +11,14 @@ import hashlib
 import inspect
 import json
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
 from scipy.spatial.transform import Rotation
 
 from spatialvla_jax.errors import Fault, InputError
+from spatialvla_jax.utils.schema import Field, check
 
 Episode = dict[str, np.ndarray]
 
@@ -170,6 +171,9 @@ OPERATIONS: dict[str, Callable[..., Episode]] = {
 }
 
 
+LEAST = {"window": 1, "tolerance": 0, "threshold": 0}  # of the operations' arguments
+
+
 def apply_operations(episode: Episode, operations: tuple[tuple[Any, ...], ...]) -> Episode:
     """The episode after `operations`, each (name, *arguments). Numbers may become infinite or NaN."""
     with np.errstate(all="ignore"):
@@ -202,13 +206,10 @@ def code_digest(operations: tuple[tuple[Any, ...], ...]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def check_operations(operations: tuple[tuple[Any, ...], ...], arrays: tuple[str, ...] = ()) -> None:
+def check_operations(operations: tuple[tuple[Any, ...], ...], arrays: Collection[str]) -> None:
     """Raises InputError for an operation that does not exist, that does not take these arguments, or that reads a key
     other than those in `arrays`."""
-    for operation in operations:
-        if not isinstance(operation, tuple) or not operation:
-            raise InputError(f"the operation {operation!r} is not written like ('clip_gripper', 0, 1)")
-        name, *arguments = operation
+    for name, *arguments in operations:
         if name not in OPERATIONS:
             raise InputError(f"the operation {name!r} is unknown: known are {', '.join(sorted(OPERATIONS))}")
         signature = inspect.signature(OPERATIONS[name])
@@ -216,8 +217,10 @@ def check_operations(operations: tuple[tuple[Any, ...], ...], arrays: tuple[str,
             bound = signature.bind({}, *arguments).arguments
         except TypeError as error:
             raise InputError(f"the operation {name!r} takes {signature}: {error}") from error
-        for key, value in bound.items():
-            _check_argument(name, signature.parameters[key], value)
+        for parameter, value in [*bound.items()][1:]:
+            kind = signature.parameters[parameter].annotation
+            for one in value if isinstance(value, tuple) else (value,):
+                check(one, Field(kind(), "", low=LEAST.get(parameter)), f"{parameter} of {name!r}")
         if (rotation := bound.get("rotation", "euler")) not in ROTATIONS:
             raise InputError(f"the rotation {rotation!r} of {name!r} is unknown: known are {', '.join(ROTATIONS)}")
         if (key := bound.get("key")) is not None and key not in arrays:
@@ -226,18 +229,6 @@ def check_operations(operations: tuple[tuple[Any, ...], ...], arrays: tuple[str,
             raise InputError(f"'gripper_range' goes from {bound['closed']} to {bound['opened']}: they must differ")
         if name == "clip_gripper" and bound["low"] >= bound["high"]:
             raise InputError(f"'clip_gripper' goes from {bound['low']} to {bound['high']}: the first must be smaller")
-
-
-def _check_argument(name: str, parameter: inspect.Parameter, value: Any) -> None:
-    """Raises InputError where an argument of the operation `name` is none of the kind that its annotation says."""
-    kinds = {str: ("a text", str), int: ("a whole number", int), float: ("a finite number", (int, float, np.number))}
-    if parameter.annotation not in kinds:  # the episode
-        return
-    words, kind = kinds[parameter.annotation]
-    for one in value if parameter.kind is parameter.VAR_POSITIONAL else (value,):
-        is_finite = isinstance(one, str) or (isinstance(one, kind) and np.isfinite(one))
-        if not isinstance(one, kind) or isinstance(one, bool) or not is_finite:
-            raise InputError(f"the {parameter.name} of {name!r} is {one!r}; {words} is expected")
 
 
 def width_before(operations: tuple[tuple[Any, ...], ...], width: int) -> int:

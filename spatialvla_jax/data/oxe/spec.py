@@ -5,7 +5,8 @@ import json
 import posixpath
 import re
 from collections.abc import Mapping
-from typing import Any
+from types import NoneType
+from typing import Any, get_args
 
 import numpy as np
 from jaxtyping import Float
@@ -13,6 +14,7 @@ from jaxtyping import Float
 from spatialvla_jax.data.images import DEFAULT_INTRINSICS, DEFAULT_INTRINSICS_SIZE
 from spatialvla_jax.data.oxe.operations import check_operations, code_digest
 from spatialvla_jax.errors import InputError
+from spatialvla_jax.utils.schema import Field, check, check_all
 
 # Of depth that `data depth` has stored:
 DEPTH = "depth_zoe"  # stands beside the image: "observation/image" gets "observation/depth_zoe"
@@ -60,6 +62,27 @@ def meaning(spec: DatasetSpec) -> dict[str, Any]:
     unread = "tfds_name robot episodes known_camera unread_depth default_intrinsics default_intrinsics_size depth_unit"
     fields = {key: value for key, value in dataclasses.asdict(spec).items() if key not in unread.split()}
     return json.loads(json.dumps({"fields": fields, "operations": code_digest(spec.operations)}))
+
+
+_RULES: dict[str, dict[str, Any]] = {
+    "other_images": {"items": Field("", "")},
+    "arrays": {"items": Field("", "")},
+    "action": {"items": Field("", "", kinds=(str, float, int))},
+    "operations": {"items": Field((), "", problem=lambda operation: "" if operation else "names no operation")},
+    "depth_unit": {"above": 0, "unit": "metres"},
+    "default_intrinsics": {"size": 3, "items": Field((), "", size=3, items=Field(0.0, "", kinds=(float, int)))},
+    "default_intrinsics_size": {"size": 2, "items": Field(1, "", low=1, unit="pixels")},
+    "episodes": {"low": 0},
+}
+FIELDS = {
+    field.name: Field(
+        field.default,
+        "",
+        kinds=tuple(kind for kind in get_args(field.type) if kind is not NoneType) if field.default is None else (),
+        **_RULES.get(field.name, {}),
+    )
+    for field in dataclasses.fields(DatasetSpec)
+}
 
 
 def split_column(column: str) -> tuple[str, slice]:
@@ -116,18 +139,12 @@ def make_spec(value: Any, catalogue: Mapping[str, DatasetSpec], name: str) -> Da
             known = ", ".join(sorted(catalogue))
             raise InputError(f"Dataset {name!r} has the unknown spec {value!r}: known are {known}")
         return catalogue[value]
-    fields = {key: _frozen(field) for key, field in dict(value).items()}
-    known = [field.name for field in dataclasses.fields(DatasetSpec)]
-    if unknown := sorted(set(fields) - set(known)):
-        raise InputError(
-            f"The spec of dataset {name!r} has the unknown field {unknown[0]!r}: known are {', '.join(known)}"
-        )
-    spec = DatasetSpec(**fields)
+    where = f"data.datasets[{name!r}].spec"
+    value = check(value, Field("libero", "", kinds=(str, dict)), where)
+    spec = DatasetSpec(**check_all({key: _frozen(field) for key, field in value.items()}, FIELDS, where))
     try:
         action_keys(spec)
         split_language(spec.language)
-        if broken := [column for column in spec.action if not isinstance(column, str) and not np.isfinite(column)]:
-            raise InputError(f"the action's constant {broken[0]} is not a finite number")
         check_operations(spec.operations, spec.arrays)
     except InputError as error:
         raise InputError(f"The spec of dataset {name!r} is wrong: {error}") from error
