@@ -45,5 +45,7 @@ lock:
 	$(BIN)/python -m pip install --upgrade --editable '.[torch,beam,lerobot,serve,dev]'
 	$(BIN)/python -m pip freeze --exclude-editable --exclude openpi-client > requirements.lock
 
+# What make has made: runs/ holds what users have trained.
 clean:
-	rm -rf .venv runs build *.egg-info
+	test ! -e .venv/.installed || rm -rf .venv
+	rm -rf build *.egg-info

@@ -7,7 +7,6 @@ would drive it: a chunk every `action_chunk` frames (open loop) or at every fram
 over the weights after the prompt's, and milliseconds, beside decoding without a draft. Ends with one line of JSON.
 """
 
-import argparse
 import json
 import platform
 import statistics
@@ -19,6 +18,7 @@ import jax
 import numpy as np
 
 from spatialvla_jax.batch import Batch
+from spatialvla_jax.cli.arguments import Parser, count, state_defaults
 from spatialvla_jax.config import train_config_of
 from spatialvla_jax.data import Episode, Loader, open_data
 from spatialvla_jax.evaluation.open_loop import predict
@@ -97,10 +97,11 @@ def load_episodes(checkpoint: Path, split: str, count: int) -> list[Episode]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="spatialvla-jax bench decoding", description=__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--split", default="val")
-    parser.add_argument("--episodes", type=int, default=0, help="0: all")
+    parser.add_argument("--episodes", type=count, default=0, help="0: all")
+    state_defaults(parser)
     args = parser.parse_args()
     device = jax.devices()[0].device_kind
     print(f"Python {platform.python_version()}, JAX {jax.__version__}, {device}, {args.checkpoint}")

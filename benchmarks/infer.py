@@ -35,6 +35,7 @@ from trace_table import trace
 from spatialvla_jax.actions import PRETRAIN_GAUSSIANS, gaussian_grid
 from spatialvla_jax.checkpoints.mapping import param_shapes, unflatten
 from spatialvla_jax.checkpoints.processor import Processor
+from spatialvla_jax.cli.arguments import Parser, positive, positives, state_defaults
 from spatialvla_jax.inference import kernels
 from spatialvla_jax.inference.policy import Policy
 from spatialvla_jax.models import PRESETS, SpatialVLA, SpatialVLAConfig, preset
@@ -230,15 +231,16 @@ def first_action(args: argparse.Namespace) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="spatialvla-jax bench infer", description=__doc__)
     parser.add_argument("--preset", choices=PRESETS, default="tiny")
     parser.add_argument("--variants", type=lambda s: s.split(","), default=["bfloat16"])
-    parser.add_argument("--batch-sizes", type=lambda s: [int(x) for x in s.split(",")], default=[1, 32])
-    parser.add_argument("--repeats", type=int, default=50)
+    parser.add_argument("--batch-sizes", type=positives, default=[1, 32])
+    parser.add_argument("--repeats", type=positive, default=50)
     parser.add_argument("--torch", action="store_true")
     parser.add_argument("--first-action", action="store_true")
     parser.add_argument("--only-first", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--trace", action="store_true", help="also print where the time goes, from a profiler trace")
+    state_defaults(parser)
     args = parser.parse_args()
     config = replace(preset(args.preset), dtype="bfloat16")
     if args.only_first:

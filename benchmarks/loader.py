@@ -33,6 +33,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from spatialvla_jax.cli.arguments import Parser, positive, state_defaults
+
 IMAGE_SIZE, CHUNK, PROMPT_LENGTH = 224, 4, 32
 # Height, width and JPEG quality of the stored frames, dataset by dataset in turn: 47 and 32 KB each.
 SIZES = ((480, 640, 75), (256, 256, 95))
@@ -44,25 +46,28 @@ DEEP_STEP = 1_000_000
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="spatialvla-jax bench loader", description=__doc__)
     parts = ("speed", "memory", "start", "overlap")
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     parser.add_argument("--root", type=Path, default=Path("runs/bench_loader"), help="of the data, made where missing")
-    parser.add_argument("--datasets", type=int, default=28)
-    parser.add_argument("--frames", type=int, default=2000, help="different ones a dataset")
-    parser.add_argument("--copies", type=int, default=8, help="links to them, which make a dataset that much larger")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--repeats", type=int, default=5, help="of the speed")
-    parser.add_argument("--repeat-samples", type=int, default=1536)
-    parser.add_argument("--samples", type=int, default=300_000, help="of the memory run")
-    parser.add_argument("--read-block", type=int, nargs="+", default=(1, 16), help="one memory run for each")
-    parser.add_argument("--shuffle-frames", type=int, default=100_000)
+    parser.add_argument("--datasets", type=positive, default=28)
+    parser.add_argument("--frames", type=positive, default=2000, help="different ones a dataset")
+    parser.add_argument(
+        "--copies", type=positive, default=8, help="links to them, which make a dataset that much larger"
+    )
+    parser.add_argument("--batch-size", type=positive, default=64)
+    parser.add_argument("--workers", type=positive, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--repeats", type=positive, default=5, help="of the speed")
+    parser.add_argument("--repeat-samples", type=positive, default=1536)
+    parser.add_argument("--samples", type=positive, default=300_000, help="of the memory run")
+    parser.add_argument("--read-block", type=positive, nargs="+", default=(1, 16), help="one memory run for each")
+    parser.add_argument("--shuffle-frames", type=positive, default=100_000)
     parser.add_argument("--memory-gb", type=float, default=8.0)
-    parser.add_argument("--buffered-samples", type=int, default=6000, help="of the buffered stream's memory run")
-    parser.add_argument("--buffer", type=int, default=1024, help="frames that the buffered stream shuffles")
-    parser.add_argument("--overlap-steps", type=int, default=60)
+    parser.add_argument("--buffered-samples", type=positive, default=6000, help="of the buffered stream's memory run")
+    parser.add_argument("--buffer", type=positive, default=1024, help="frames that the buffered stream shuffles")
+    parser.add_argument("--overlap-steps", type=positive, default=60)
     parser.add_argument("--chip-rate", type=float, default=30.0, help="samples/s that one chip trains on")
+    state_defaults(parser)
     args = parser.parse_args()
 
     result: dict[str, Any] = {"benchmark": "loader"} | environment(args)

@@ -10,7 +10,6 @@ and half-closed sockets, while one honest client goes on asking. Prints the envi
 as it goes; ends with one line of JSON, and with exit code 1 where an answer was wrong or lost. Needs the extra [serve].
 """
 
-import argparse
 import asyncio
 import json
 import os
@@ -37,6 +36,7 @@ from websockets.asyncio.client import connect as connect_async
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
+from spatialvla_jax.cli.arguments import Parser, count, positive, state_defaults
 from spatialvla_jax.serving.protocol import pack, unpack
 
 SIZE = (120, 160)  # of the images
@@ -45,13 +45,14 @@ Observation = dict[str, Any]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="spatialvla-jax bench serve", description=__doc__)
     parser.add_argument("--preset", default="nano", help="of the random weights")
     parser.add_argument("--checkpoint", type=Path)
-    parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--clients", type=positive, default=64)
     parser.add_argument("--seconds", type=float, default=300)
-    parser.add_argument("--fuzz", type=int, default=0, metavar="MESSAGES", help="attack instead")
-    parser.add_argument("--max-batch", type=int, default=32)
+    parser.add_argument("--fuzz", type=count, default=0, metavar="MESSAGES", help="attack instead")
+    parser.add_argument("--max-batch", type=positive, default=32)
+    state_defaults(parser)
     args = parser.parse_args()
 
     import jax

@@ -7,7 +7,6 @@ write arrays of their own kind, on one process and all its cores; compilation is
 a process takes, compilation in it, and one of a NumPy table, as it is read from a checkpoint, is told beside.
 """
 
-import argparse
 import json
 import os
 import platform
@@ -20,6 +19,7 @@ import jax
 import numpy as np
 
 from spatialvla_jax.actions import PRETRAIN_GAUSSIANS, ActionGrid, adapt_embeddings, decode, encode, gaussian_grid
+from spatialvla_jax.cli.arguments import Parser, positive, state_defaults
 
 
 def numpy_encode(edges: list[np.ndarray], actions: np.ndarray) -> np.ndarray:
@@ -73,9 +73,10 @@ def measure(function: Callable[[], Any], repeats: int) -> list[float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--actions", type=int, default=1_000_000)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser = Parser(prog="spatialvla-jax bench tokenizer", description=__doc__)
+    parser.add_argument("--actions", type=positive, default=1_000_000)
+    parser.add_argument("--repeats", type=positive, default=7)
+    state_defaults(parser)
     arguments = parser.parse_args()
 
     environment = {

@@ -26,6 +26,7 @@ from trace_table import trace
 
 from spatialvla_jax.actions import PRETRAIN_GAUSSIANS, gaussian_grid
 from spatialvla_jax.batch import Batch
+from spatialvla_jax.cli.arguments import Parser, count, positive, state_defaults
 from spatialvla_jax.config import default_config
 from spatialvla_jax.models import PRESETS, preset
 from spatialvla_jax.models.remat import POLICIES
@@ -70,22 +71,23 @@ def on_first_device(tree: Any) -> int:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="spatialvla-jax bench train", description=__doc__)
     parser.add_argument("--preset", choices=PRESETS, default="tiny")
-    parser.add_argument("--batch-size", type=int, default=32, help="examples a device (default: %(default)s)")
+    parser.add_argument("--batch-size", type=positive, default=32, help="examples a device (default: %(default)s)")
     parser.add_argument("--devices", help="numbers of devices to compare, such as 1,2,4 (default: all)")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=20, help="a repeat")
+    parser.add_argument("--repeats", type=positive, default=5)
+    parser.add_argument("--steps", type=positive, default=20, help="a repeat")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the computation; by default the preset's")
     parser.add_argument("--remat", choices=POLICIES, default="none")
     parser.add_argument("--depth-source", choices=("zoedepth", "dataset", "none"), help="source of depth; the preset's")
     parser.add_argument("--unroll", action="store_true", help="layer by layer instead of a loop over them")
-    parser.add_argument("--prompt-length", type=int, default=0, help="tokens; by default the config's")
+    parser.add_argument("--prompt-length", type=count, default=0, help="tokens; by default the config's")
     parser.add_argument(
         "--mu-dtype", choices=("float32", "bfloat16"), default="float32", help="of AdamW's first moment"
     )
-    parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="adapters on frozen weights")
+    parser.add_argument("--lora", type=count, default=0, metavar="RANK", help="adapters on frozen weights")
     parser.add_argument("--trace", action="store_true", help="also print where the time goes, from a profiler trace")
+    state_defaults(parser)
     return parser.parse_args()
 
 

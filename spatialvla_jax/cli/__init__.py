@@ -5,6 +5,7 @@ import argparse
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import spatialvla_jax
@@ -56,25 +57,33 @@ def main(argv: list[str] | None = None) -> int:
     split = argv.index("--") if "--" in argv else len(argv)
     args, rest = parser.parse_known_args(argv[:split])
     args.runner_options = argv[split + 1 :]
+
+    def command() -> None:
+        expand_paths(args)
+        if args.runner_options and args.run is not data.run_stats:
+            raise InputError("only the command stats takes arguments after --")
+        args.overrides = overrides_of(rest, allowed=hasattr(args, "config"))
+        check_outputs(args)
+        args.run(args)
+
+    return run(args.prog, command, joined=bool(getattr(args, "coordinator", None)))
+
+
+def run(prog: str, command: Callable[[], None], joined: bool = False) -> int:
+    """Runs a command → its exit code; an error that is known, or a signal, ends it with one line."""
     try:
-        with sigterm_raises(args.prog):
-            expand_paths(args)
-            if args.runner_options and args.run is not data.run_stats:
-                raise InputError("only the command stats takes arguments after --")
-            args.overrides = overrides_of(rest, allowed=hasattr(args, "config"))
-            check_outputs(args)
-            quiet_libraries()
-            args.run(args)
+        quiet_libraries()
+        with sigterm_raises(prog):
+            command()
     except (KeyboardInterrupt, Terminated) as stopped:
         number, word = STOPPED[type(stopped)]
-        print(f"{args.prog}: {word}", file=sys.stderr, flush=True)
+        print(f"{prog}: {word}", file=sys.stderr, flush=True)
         return 128 + number
     except Exception as error:
-        joined = bool(getattr(args, "coordinator", None))
         if (known := failure(error, joined)) is None:
             raise
         code, sentence = known
-        print(f"{args.prog}: {sentence}", file=sys.stderr, flush=True)
+        print(f"{prog}: {sentence}", file=sys.stderr, flush=True)
         if code == 1 and joined:
             os._exit(1)  # the usual end waits for the run's other processes, which wait for this one
         return code
@@ -88,6 +97,9 @@ def failure(error: Exception, joined: bool) -> tuple[int, str] | None:
         return 2, str(error)
     if isinstance(error, StorageError):
         return 1, str(error)
+    if isinstance(error, OSError) and error.filename:
+        mistakes = FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError
+        return 2 if isinstance(error, mistakes) else 1, f"{error.filename}: {error.strerror}"
     reason = (str(error).splitlines() or [""])[0]
     if joined and runtime_error(error, *LOST):
         return 1, f"another process of the run died or cannot be reached ({reason}); see its output"

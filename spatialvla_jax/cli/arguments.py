@@ -109,6 +109,23 @@ def join_processes(args: argparse.Namespace) -> None:
         join(args.coordinator, args.num_processes, args.process_id, args.heartbeat)
 
 
+def positive(text: str) -> int:
+    """A number that counts something: 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return int(text)
+
+
+def count(text: str) -> int:
+    """A number that counts something, or 0."""
+    return 0 if text == "0" else positive(text)
+
+
+def positives(text: str) -> list[int]:
+    """`1,32` → [1, 32]."""
+    return [positive(part) for part in text.split(",")]
+
+
 def task_ids(text: str) -> list[int]:
     """`0,5,7` → [0, 5, 7]."""
     return [int(part) for part in text.split(",")]

@@ -1,12 +1,14 @@
 """The command `bench`."""
 
 import argparse
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 from spatialvla_jax.cli.arguments import Commands, add_command
 from spatialvla_jax.errors import InputError
+from spatialvla_jax.utils.signals import Terminated
 
 BENCHMARKS = {
     "tokenizer": "tokenizer.py",
@@ -34,5 +36,27 @@ def run_bench(args: argparse.Namespace) -> None:
     script = Path(__file__).parents[2] / "benchmarks" / BENCHMARKS[args.benchmark]
     if not script.is_file():
         raise InputError(f"{script} does not exist: benchmarks run from a clone of the repository")
-    if code := subprocess.call([sys.executable, str(script), *args.arguments]):  # a fresh process, for its memory
-        raise SystemExit(code)
+    code = "import sys; from spatialvla_jax.cli.bench import main; sys.exit(main())"
+    process = subprocess.Popen([sys.executable, "-c", code, str(script), args.benchmark, *args.arguments])  # for memory
+    try:
+        code = process.wait()
+    except (KeyboardInterrupt, Terminated) as stopped:
+        if isinstance(stopped, Terminated):
+            process.terminate()
+        code = process.wait()  # it says itself that it was stopped
+    if code:
+        raise SystemExit(code if code > 0 else 128 - code)
+
+
+def main() -> int:
+    """Runs the script of a benchmark as Python does; errors and signals end it as they end a command."""
+    from spatialvla_jax.cli import run
+
+    script, name, *arguments = sys.argv[1:]
+    sys.argv = [script, *arguments]
+    sys.path.insert(0, str(Path(script).parent))
+
+    def benchmark() -> None:
+        runpy.run_path(script, run_name="__main__")
+
+    return run(f"spatialvla-jax bench {name}", benchmark)

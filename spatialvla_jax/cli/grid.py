@@ -63,9 +63,10 @@ def run_show(args: argparse.Namespace) -> None:
     from spatialvla_jax.reports.figures import grids
 
     grid = load_grid(args.grid)
-    actions, source = grid_actions(args) or (sample_actions(grid), "samples of the grid")
+    given = grid_actions(args)
+    actions, source = given or (sample_actions(grid), "samples of the grid")
     if isinstance(grid, ActionGrid):
-        grids.action_grid(args.out, grid, actions, source)
+        grids.action_grid(args.out, grid, actions, source, fit=given is not None)
     else:
         grids.linear_grid(args.out, grid, actions, source)
     print(f"wrote {args.out}: {args.grid} over {len(actions):,} actions ({source})")

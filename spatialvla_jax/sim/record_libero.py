@@ -22,7 +22,7 @@ from spatialvla_jax.data.importers.rlds_writer import SPLITS, check_out, write_e
 from spatialvla_jax.data.pack_recording import check_file, write_packed
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.sim import scripted_expert as expert
-from spatialvla_jax.sim.libero import camera, check_simulator, frame, observe, set_up_worker, simulate, start
+from spatialvla_jax.sim.libero import camera, check_simulator, frame, observe, simulate, start
 from spatialvla_jax.sim.motions import Motion, load_motions, save_motions
 
 JPEG_QUALITY = 85
@@ -246,11 +246,15 @@ def in_processes(
 
     # Fresh processes, never a fork: OSMesa crashes in a process that has loaded TensorFlow, as the writer does.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=set_up_worker) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker) as pool:
         try:
             yield from tqdm(pool.map(function, jobs), doing, len(jobs), unit="episode", disable=not progress)
         except BrokenProcessPool as error:
             raise RuntimeError(f"a {doing} process died (a crash, or out of memory: try fewer workers)") from error
+        except BaseException:  # stopped: nobody waits for the episodes that are under way
+            for process in multiprocessing.active_children():
+                process.kill()
+            raise
 
 
 def record(job: Job, look: bool) -> tuple[dict | Motion, str, int, int]:

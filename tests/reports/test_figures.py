@@ -62,6 +62,8 @@ def test_action_grid(tmp_path):
     for name in ("fit.png", "uniform.png"):
         assert min(read(tmp_path / name).shape[:2]) > 900
         assert pixels(tmp_path / name, style.RED) > 500  # the fitted Gaussians
+    grids.action_grid(tmp_path / "grid.png", uniform_grid((8, 16, 4, 8, 8, 8)), actions, "samples of it", fit=False)
+    assert pixels(tmp_path / "grid.png", style.RED) < pixels(tmp_path / "fit.png", style.RED) / 4
     # The grid is in the picture: another grid over the same data is another picture.
     assert (tmp_path / "fit.png").read_bytes() != (tmp_path / "uniform.png").read_bytes()
 

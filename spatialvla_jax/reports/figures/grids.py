@@ -11,12 +11,15 @@ from spatialvla_jax.actions.gaussian import RANGES
 from spatialvla_jax.reports.figures.style import BLUE, DARK, GREY, RED, Pathlike, drawing
 
 
-def action_grid(path: Pathlike, grid: ActionGrid, actions: Float[np.ndarray, "N A"], source: str = "data") -> None:
+def action_grid(
+    path: Pathlike, grid: ActionGrid, actions: Float[np.ndarray, "N A"], source: str = "data", fit: bool = True
+) -> None:
     """A grid over the data that it is for, as in the paper's Fig. 3.
 
     Left, in 3-D: the translations' directions with the (theta, phi) cells on the unit sphere, and the translations
     themselves with the cells cut by the planes z = 0 and y = 0. Right, per variable: the data, the Gaussian fitted to
-    it and the bin edges. `actions` f32[N, A] are normalised; `source` says in the legend what they are.
+    it and the bin edges. `actions` f32[N, A] are normalised; `source` says in the legend what they are. Without `fit`
+    there is no Gaussian: to samples of the grid itself, it would not be the one that the grid was made of.
     """
     actions = np.asarray(actions, np.float32).reshape(-1, grid.action_dim)
     values = grid_variables(actions)
@@ -30,12 +33,13 @@ def action_grid(path: Pathlike, grid: ActionGrid, actions: Float[np.ndarray, "N 
         _sphere(solids[0], edges, spherical[shown])
         _ball(solids[1], edges, actions[shown, :3], spherical[shown])
         _box(solids[2], edges, values[shown, 3:6])
-        stats = fit_gaussians(actions)
+        stats = fit_gaussians(actions) if fit else None
         for i, symbol in enumerate((r"$\theta$", r"$\phi$", "$r$", "roll", "pitch", "yaw")):
             axes = figure.add_subplot(places[1, i])
-            _histogram(axes, values[:, i], edges[i], stats[i], RANGES[i], source)
-            mu, sigma = stats[i].round(3) + 0.0  # no "-0"
-            axes.set_title(f"$\\mu={mu:g}$, $\\sigma={sigma:g}$", fontsize=8.5)
+            _histogram(axes, values[:, i], edges[i], None if stats is None else stats[i], RANGES[i], source)
+            if stats is not None:
+                mu, sigma = stats[i].round(3) + 0.0  # no "-0"
+                axes.set_title(f"$\\mu={mu:g}$, $\\sigma={sigma:g}$", fontsize=8.5)
             axes.set_xlabel(
                 f"{symbol} (rad), {len(edges[i]) - 1} bins" if i < 2 else f"{symbol}, {len(edges[i]) - 1} bins"
             )
@@ -88,11 +92,11 @@ def _histogram(
     axes: Any,
     values: Float[np.ndarray, " N"],
     edges: Float[np.ndarray, " n"],
-    stats: Float[np.ndarray, " 2"],
+    stats: Float[np.ndarray, " 2"] | None,
     bounds: tuple[float, float],
     source: str,
 ) -> None:
-    mu, sigma = stats
+    mu, sigma = (0, 0) if stats is None else stats
     axes.hist(values, bins=80, range=bounds, density=True, color="#BBD3E8", label=source)
     top = axes.get_ylim()[1]
     x = np.linspace(*bounds, 400)
