@@ -178,7 +178,7 @@ def permute_blocks(
     return value
 
 
-def _key(*parts: Any) -> UInt64[np.ndarray, "_"]:
+def _key(*parts: Any) -> UInt64[np.ndarray, " _"]:
     """One number out of several, of which some may be arrays."""
     key = np.zeros(1, np.uint64)
     for part in parts:

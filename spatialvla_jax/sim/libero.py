@@ -100,7 +100,7 @@ def _give_renderer(env: Any) -> None:
 
 
 def start(
-    env: Any, init_state: Float[np.ndarray, "size"], rng: np.random.Generator
+    env: Any, init_state: Float[np.ndarray, " size"], rng: np.random.Generator
 ) -> tuple[expert.Scene, Float[np.ndarray, "8"]]:
     """Sets the initial state, lets the objects settle and moves the arm to a start pose drawn from `rng`."""
     scene, state = observe(env, env.set_init_state(init_state))

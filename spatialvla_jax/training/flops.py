@@ -7,6 +7,7 @@ import jax
 
 from spatialvla_jax.actions import ActionTokenizer
 from spatialvla_jax.batch import Batch
+from spatialvla_jax.models import Params
 from spatialvla_jax.models.lora import merge_adapters
 from spatialvla_jax.training.optimizer import merge, split_frozen
 from spatialvla_jax.training.setup import TrainSetup
