@@ -6,6 +6,7 @@
 import io
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -255,6 +256,11 @@ def in_processes(
             for process in multiprocessing.active_children():
                 process.kill()
             raise
+
+
+def start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes, and the first one ends the others
+    set_up_worker()
 
 
 def record(job: Job, look: bool) -> tuple[dict | Motion, str, int, int]:
