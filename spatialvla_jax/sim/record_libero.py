@@ -23,7 +23,7 @@ from spatialvla_jax.data.importers.rlds_writer import SPLITS, check_out, write_e
 from spatialvla_jax.data.pack_recording import check_file, write_packed
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.sim import scripted_expert as expert
-from spatialvla_jax.sim.libero import camera, check_simulator, frame, observe, simulate, start
+from spatialvla_jax.sim.libero import camera, check_simulator, frame, observe, set_up_worker, simulate, start
 from spatialvla_jax.sim.motions import Motion, load_motions, save_motions
 
 JPEG_QUALITY = 85
