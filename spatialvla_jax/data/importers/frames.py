@@ -40,7 +40,7 @@ def check_encoded(data: bytes) -> bytes:
     return data
 
 
-def to_pixels(frames: Shaped[np.ndarray, "L *shape"]) -> UInt8[np.ndarray, "L H W C"]:
+def to_pixels(frames: Shaped[np.ndarray, " L *shape"]) -> UInt8[np.ndarray, "L H W C"]:
     """Frames of C = 1 (grey) or 3 channels, from any order that `channels_last` knows.
 
     Values are whole numbers in [0, 255] or floats in [0, 1], which are multiplied by 255 and rounded. A fourth channel
@@ -65,7 +65,7 @@ def to_pixels(frames: Shaped[np.ndarray, "L *shape"]) -> UInt8[np.ndarray, "L H 
     return frames
 
 
-def channels_last(frames: Shaped[np.ndarray, "L *shape"]) -> Shaped[np.ndarray, "L H W C"]:
+def channels_last(frames: Shaped[np.ndarray, " L *shape"]) -> Shaped[np.ndarray, "L H W C"]:
     """[L, H, W, C] from that, from [L, H, W] or from [L, C, H, W]. Raises Fault unless C is 1, 3 or 4."""
     shape = list(frames.shape[1:])
     if frames.ndim == 3:
