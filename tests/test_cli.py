@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import time
+from itertools import chain
 from pathlib import Path
 
 import jax
@@ -147,9 +148,9 @@ def test_wrong_version(config_file: Path, rlds: Path, tmp_path: Path, capsys) ->
     assert "2.0.0" in error and "1.0.0" in error
 
 
-def test_episode_without_language(config_file: Path, tmp_path: Path, capsys) -> None:
+def test_no_episode_with_language(config_file: Path, tmp_path: Path, capsys) -> None:
     episodes = make_episodes(2)
-    for step in episodes[1]:
+    for step in chain(*episodes):
         step["language_instruction"] = ""
     changed = config_for(config_file, make_rlds(tmp_path, {"train": episodes, "val": episodes}), tmp_path)
     error = fails(capsys, "train", "--config", changed, "--workdir", tmp_path / "run")

@@ -105,8 +105,12 @@ def test_a_stopped_command_ends_with_one_line(number: int, word: str, tmp_path: 
             time.sleep(10)
 
     monkeypatch.setattr(cli.train, "run_train", stopped)
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore SIGINT
     before = signal.getsignal(signal.SIGTERM)
-    assert main(["train", "--config", "demo", "--workdir", str(tmp_path / "run")]) == 128 + number
+    try:
+        assert main(["train", "--config", "demo", "--workdir", str(tmp_path / "run")]) == 128 + number
+    finally:
+        signal.signal(signal.SIGINT, interrupt)
     assert capsys.readouterr().err == f"spatialvla-jax train: {word}\n"
     assert not list(tmp_path.iterdir())
     assert signal.getsignal(signal.SIGTERM) is before

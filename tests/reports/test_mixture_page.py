@@ -65,7 +65,7 @@ def loader(tmp_path_factory: pytest.TempPathFactory) -> Loader:
     paths = [make_rlds(folder / "a", {"train": make_episodes(7)}), make_rlds(folder / "b", {"train": hostile})]
     config = data_config(*paths, cache_dir=folder / "cache")
     config["datasets"][1] |= {
-        "name": "<b>bold</b>",
+        "name": "<b>bold<b>",
         "weight": 0.5,
         "spec": {"robot": "WidowX <i>250</i>", "operations": [["clip_gripper", 0, 1]]},
     }

@@ -16,6 +16,7 @@ from websockets.sync.server import serve
 
 from spatialvla_jax import Policy
 from spatialvla_jax.checkpoints import fingerprint
+from spatialvla_jax.checkpoints.orbax import CONTENTS
 from spatialvla_jax.cli import main
 from spatialvla_jax.evaluation.closed_loop import Episode, Settings, rollouts
 from spatialvla_jax.serving.protocol import pack, unpack
@@ -229,7 +230,12 @@ def test_what_belongs_to_the_other(evaluate, arguments, sentence):
 def test_a_fingerprint_tells_another_training_of_the_same_path_and_step(tmp_path):
     """And nothing else: not a copy's times, nor what was logged since."""
     step = tmp_path / "run/checkpoints/40"
-    for name, data in {"params/d/0": b"\1" * 200_000, "metadata/metadata": b"{}", "optimizer/0": b"\1"}.items():
+    for name, data in {
+        "params/d/0": b"\1" * 200_000,
+        "metadata/metadata": b"{}",
+        "optimizer/0": b"\1",
+        CONTENTS: b'{"item_handlers": {}}',
+    }.items():
         (step / name).parent.mkdir(parents=True, exist_ok=True)
         (step / name).write_bytes(data)
     first = fingerprint(tmp_path / "run")
