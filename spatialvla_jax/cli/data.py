@@ -274,7 +274,9 @@ def run_stats(args: argparse.Namespace) -> None:
     from spatialvla_jax.config import load_config
     from spatialvla_jax.data import DataConfig
     from spatialvla_jax.data.beam import compute_stats, table
-    from spatialvla_jax.utils.progress import progress_bar
+    from spatialvla_jax.data.resolve_datasets import make_entries
+    from spatialvla_jax.data.statistics import find_oddities
+    from spatialvla_jax.utils.progress import progress_bar, warn
     from spatialvla_jax.utils.storage import local_path
 
     config = load_config(args.config, args.overrides)
@@ -284,6 +286,9 @@ def run_stats(args: argparse.Namespace) -> None:
     out = args.out if "://" in args.out else str(local_path(args.out, "--out"))
     with progress_bar("stats", "shard") as progress:
         stats = compute_stats(data, exclude, out, args.runner, args.runner_options, progress)
+    for entry in make_entries(data):
+        for oddity in find_oddities(entry.name, stats["statistics"][entry.name], entry.spec):
+            warn(oddity)
     print(table(stats))
     print(f"wrote {out}: set data.statistics to it")
 
