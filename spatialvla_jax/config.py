@@ -339,7 +339,7 @@ def without_paths(config: dict[str, Any]) -> dict[str, Any]:
     return config | {"data": config["data"] | {"datasets": entries}}
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
     """{dotted key: value}. A key that does not exist is kept with all that it holds."""
     flat: dict[str, Any] = {}
     for name, value in tree.items():

@@ -12,7 +12,7 @@ CONFIG_KEYS = {
 MODEL_FIELDS = {"depth": "depth_source"}
 
 
-def renamed(tree: Mapping[str, Any], table: Mapping[str, str], prefix: str = "") -> dict[str, Any]:
+def renamed(tree: Mapping[Any, Any], table: Mapping[str, str], prefix: str = "") -> dict[Any, Any]:
     """`tree` with its old keys under their new names; `table` maps dotted old keys to new ones of the same parent.
 
     Where both stand, the old one's value is taken: the new one's is the default that an old config file began with.
