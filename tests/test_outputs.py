@@ -42,7 +42,18 @@ def refused(capsys: pytest.CaptureFixture, command: str, out: Path) -> str:
 
 
 @pytest.mark.parametrize("command", FILES)
-@pytest.mark.parametrize("text", ["", "mine\n", '{"mine": 1}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "mine\n",
+        '{"mine": 1}',
+        '{"kind": "Pod"}',
+        '{"statistics": ""}',
+        "from spatialvla_jax import Policy",
+        "<html>",
+    ],
+)
 def test_a_file_of_the_users_is_kept(command: str, text: str, tmp_path: Path, capsys) -> None:
     out = tmp_path / "out.npz"
     out.write_text(text)
@@ -90,6 +101,16 @@ def test_a_folder_of_the_users_is_kept(command: str, names: list[str], tmp_path:
     before = contents(tmp_path)
     sentence = refused(capsys, command, tmp_path)
     assert f"holds {names[0].split('/')[0]}, which" in sentence or "exists; choose" in sentence
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("marker", ["not json", "{}", '{"made_by": "me"}', "[]"])
+def test_a_marker_of_the_users_is_none(marker: str, tmp_path: Path, capsys) -> None:
+    (tmp_path / "demo.json").write_text(marker)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine.txt").write_text("mine")
+    before = contents(tmp_path)
+    assert "which this command did not make" in refused(capsys, "demo", tmp_path)
     assert contents(tmp_path) == before
 
 

@@ -21,6 +21,7 @@ from spatialvla_jax.utils.atomic import new_directory
 
 FOLDER = "checkpoints"
 CONTENTS = "_CHECKPOINT_METADATA"  # of a step: Orbax's list of what it consists of
+METADATA = "metadata/metadata"
 TREE_FILES = ("_METADATA", "manifest.ocdbt")  # of a tree of arrays, beside those with their numbers
 CHUNK_BYTES = 64 * 2**20  # what is written, and read, at once
 
@@ -41,13 +42,20 @@ def step_directories(workdir: Path) -> list[Path]:
 
 
 def missing(step: Path) -> str:
-    """The first file that a step's directory lacks, as a copy that was cut off does; "" of a complete one."""
-    try:
-        items = json.loads((step / CONTENTS).read_text())["item_handlers"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return CONTENTS
-    files = [f"{item}/{f}" for item in items for f in (("metadata",) if item == "metadata" else TREE_FILES)]
-    return next((file for file in files if not (step / file).is_file()), "")
+    """The first file that a step's directory lacks, or has empty or cut off, as a copy that was interrupted does; "" of
+    a complete one. An array's file that ends early is found when it is read."""
+    found = {}
+    for file in (CONTENTS, METADATA):
+        try:
+            found[file] = dict(json.loads((step / file).read_text()))
+        except (OSError, ValueError, TypeError):
+            return file
+    items = found[CONTENTS].get("item_handlers", {})
+    trees = [step / item for item in items if item != "metadata"]
+    needed = [tree / file for tree in trees for file in TREE_FILES]
+    stored = [file for tree in trees for file in tree.rglob("d/*")]
+    lost = (file for file in [*needed, *stored] if not file.is_file() or not file.stat().st_size)
+    return next((str(file.relative_to(step)) for file in lost), "")
 
 
 def read_orbax(path: str | Path) -> Checkpoint:
@@ -58,7 +66,9 @@ def read_orbax(path: str | Path) -> Checkpoint:
     """
     step = step_directory(path)
     if step is None:
-        raise InputError(f"{path} holds no finished checkpoint")
+        steps = step_directories(Path(path))
+        why = f": {steps[0] / missing(steps[0])} is missing or cut off" if steps else ""
+        raise InputError(f"{path} holds no complete checkpoint{why}")
     config, processor = parse_metadata(step, read_metadata(step))
     arrays = open_params(step)
     check_arrays(step, arrays, param_shapes(config))
@@ -67,7 +77,7 @@ def read_orbax(path: str | Path) -> Checkpoint:
 
 def read_metadata(step: Path) -> dict[str, Any]:
     """What a step's directory says of itself. Raises InputError where it can't be read."""
-    return read_json(step / "metadata" / "metadata")
+    return read_json(step / METADATA)
 
 
 def parse_metadata(step: Path, metadata: dict[str, Any]) -> tuple[SpatialVLAConfig, Processor | None]:
@@ -180,4 +190,4 @@ def _chunk_shape(shape: tuple[int, ...], itemsize: int) -> list[int]:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__
+    return str(error).strip().split("\n")[0][:200] or type(error).__name__

@@ -9,7 +9,7 @@ from typing import Any
 
 from spatialvla_jax.cli.arguments import Commands, add_command, add_group, add_output
 from spatialvla_jax.errors import Fault, InputError
-from spatialvla_jax.utils.outputs import OutputFile, OutputFolder
+from spatialvla_jax.utils.outputs import OutputFile, OutputFolder, begins_with, has_keys, is_report
 
 DATASET = OutputFolder(names=())  # the versions inside are checked by those who make them
 
@@ -23,7 +23,7 @@ def add_show(commands: Commands) -> None:
         ("--config demo --out mixture.html",),
     )
     p.add_argument("--config", required=True, help="names the data")
-    add_output(p, "--out", OutputFile(b"spatialvla_jax"), required=True, help="the page, e.g. mixture.html")
+    add_output(p, "--out", OutputFile(is_report), required=True, help="the page, e.g. mixture.html")
     p.add_argument("--seed", type=int, default=0, help="another one shows other episodes")
 
 
@@ -224,7 +224,13 @@ def add_pack(commands: Commands) -> None:
         ("--config demo --out demo.pack",),
     )
     p.add_argument("--config", required=True, help="names the datasets, the model's image size and source of depth")
-    add_output(p, "--out", OutputFile(b"SVLAPACK"), required=True, help="file to write, then the config's data.packed")
+    add_output(
+        p,
+        "--out",
+        OutputFile(begins_with(b"SVLAPACK")),
+        required=True,
+        help="file to write, then the config's data.packed",
+    )
     p.add_argument("--split", action="append", help="may be repeated; by default those of training and validation")
     p.add_argument("--image-size", type=int, help="pixels a side; by default the config's")
 
@@ -281,7 +287,7 @@ def run_stats(args: argparse.Namespace) -> None:
 
     config = load_config(args.config, args.overrides)
     if "://" not in args.out:  # Beam writes to buckets as well
-        OutputFile(b'"statistics"').check(Path(args.out), "--out")
+        OutputFile(has_keys("statistics", "gaussians")).check(Path(args.out), "--out")
     data, exclude = DataConfig.from_config(config.data), config.grid.exclude
     out = args.out if "://" in args.out else str(local_path(args.out, "--out"))
     with progress_bar("stats", "shard") as progress:

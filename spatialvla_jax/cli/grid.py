@@ -7,7 +7,11 @@ from typing import Any
 
 from spatialvla_jax.cli.arguments import Commands, add_command, add_group, add_output
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.utils.outputs import OutputFile
+from spatialvla_jax.utils.outputs import OutputFile, has_keys, is_report
+
+
+def is_grid(content: bytes) -> bool:
+    return has_keys("kind", "theta", "phi", "r")(content) or has_keys("kind", "levels")(content)
 
 
 def add_fit(commands: Commands) -> None:
@@ -20,7 +24,7 @@ def add_fit(commands: Commands) -> None:
     )
     p.add_argument("--config", required=True, help="its grid part, and the data")
     p.add_argument("--stats", type=Path, help="a file of `stats`, its datasets less grid.exclude; by default the data")
-    add_output(p, "--out", OutputFile(b'"kind"'), required=True, help="e.g. grid.json")
+    add_output(p, "--out", OutputFile(is_grid), required=True, help="e.g. grid.json")
 
 
 def run_fit(args: argparse.Namespace) -> None:
@@ -52,7 +56,7 @@ def add_show(commands: Commands) -> None:
         ("grid.json --out grid.png", "runs/demo/run --config demo --out grid.png"),
     )
     p.add_argument("grid", type=Path, metavar="GRID|RUN", help="a file of `grid fit`, a run, or another checkpoint")
-    add_output(p, "--out", OutputFile(b"spatialvla_jax"), required=True, help="e.g. grid.png")
+    add_output(p, "--out", OutputFile(is_report), required=True, help="e.g. grid.png")
     add_actions_arguments(p, "by default the grid's own: every bin equally often")
 
 

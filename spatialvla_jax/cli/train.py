@@ -10,7 +10,7 @@ from spatialvla_jax.cli.arguments import Commands, add_command, add_output, add_
 from spatialvla_jax.errors import InputError, StorageError
 from spatialvla_jax.utils.outputs import OutputFolder
 
-DEMO = OutputFolder("demo.json", "made_by")
+DEMO = OutputFolder("demo.json", "made_by", "spatialvla-jax demo")
 RUN = OutputFolder(
     "config.json",
     "train",

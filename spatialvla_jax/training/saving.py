@@ -88,7 +88,7 @@ class Checkpoints:
         if is_writer():
             for step in step_directories(workdir):
                 if file := missing(step):
-                    self._set_aside(step, f"it has no {file}")
+                    self._set_aside(step, f"{file} is missing or cut off")
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("incomplete checkpoints are set aside")
         self.manager = self._open()

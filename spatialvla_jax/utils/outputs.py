@@ -2,8 +2,10 @@
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from spatialvla_jax.errors import InputError
 
@@ -12,9 +14,9 @@ SUFFIXES = {".csv", ".html", ".json", ".jsonl", ".md", ".npz", ".pack", ".png", 
 
 @dataclass(frozen=True)
 class OutputFile:
-    """A file that is new, or is replaced where its first kilobytes hold `mark`, as those that the command writes do."""
+    """A file that is new, or is replaced where `made` says of its content that such a command wrote it."""
 
-    mark: bytes = b""
+    made: Callable[[bytes], bool] | None = None
 
     def check(self, path: Path, option: str) -> None:
         """Raises InputError."""
@@ -22,10 +24,10 @@ class OutputFile:
             raise InputError(f"{option} {path} is a folder: expected the name of a file")
         _check_folder(path.absolute().parent, option, path)
         if path.exists():
-            if not self.mark:
+            if self.made is None:
                 raise InputError(f"{option} {path} exists already: expected the name of a new file")
             with path.open("rb") as file:
-                made = self.mark in file.read(2**14)
+                made = self.made(file.read(2**26))  # packed data may be larger than memory
             if not made:
                 raise InputError(
                     f"{option} {path} exists and was not written by this command: choose another name, or remove it"
@@ -34,11 +36,13 @@ class OutputFile:
 
 @dataclass(frozen=True)
 class OutputFolder:
-    """A folder that is new, is empty, or was made by the command: then its JSON file `marker` has the key `key`. Where
-    `names` are given, they are all that the command replaces, and other files may lie beside them."""
+    """A folder that is new, is empty, or was made by the command: then its JSON file `marker` has the key `key`, with
+    `value` where one is given. Where `names` are given, they are all that the command replaces, and other files may lie
+    beside them."""
 
     marker: str = ""
     key: str = ""
+    value: Any = None
     names: tuple[str, ...] | None = None
 
     def check(self, path: Path, option: str) -> None:
@@ -54,16 +58,43 @@ class OutputFolder:
 
     def _made(self, path: Path) -> bool:
         try:
-            return self.key in json.loads((path / self.marker).read_text())
+            made = json.loads((path / self.marker).read_text())
+            return self.key in made and self.value in (None, made[self.key])
         except (OSError, TypeError):
             return False
         except ValueError:
-            return True  # cut short: who reads it says so
+            return self.value is None  # cut short: who reads it says so
 
     def _in_the_way(self, path: Path) -> list[str]:
         entries = (entry for entry in path.iterdir() if not entry.is_dir() or any(entry.iterdir()))
         names = sorted(entry.name for entry in entries)
         return names if self.names is None else [name for name in names if name in (self.marker, *self.names)]
+
+
+def begins_with(magic: bytes) -> Callable[[bytes], bool]:
+    return lambda content: content.startswith(magic)
+
+
+def has_keys(*keys: str) -> Callable[[bytes], bool]:
+    """Whether a content is a JSON object with all of `keys`."""
+
+    def made(content: bytes) -> bool:
+        try:
+            return set(keys) <= json.loads(content).keys()
+        except (ValueError, AttributeError):
+            return False
+
+    return made
+
+
+def is_report(content: bytes) -> bool:
+    """Whether a content is a picture or page of ours: formats that say who made them, as reports/figures and
+    reports/templates do."""
+    marks = {b"\x89PNG": b"Software\0spatialvla_jax", b"%PDF": b"(spatialvla_jax)", b"<svg": b"spatialvla_jax"}
+    marks[b"<!doctype html>"] = b'<meta name="generator" content="spatialvla_jax">'
+    return any(
+        content.lstrip()[: len(kind)].lower() == kind.lower() and mark in content for kind, mark in marks.items()
+    )
 
 
 def _check_folder(folder: Path, option: str, path: Path) -> None:

@@ -48,6 +48,8 @@ def test_another_config_may_begin_where_no_checkpoint_was_written(run: Path) -> 
         start_of(run, train__batch_size=16)
     shutil.rmtree(run / "checkpoints" / "3")
     (run / "checkpoints" / "6" / "_CHECKPOINT_METADATA").unlink()
+    with pytest.raises(InputError, match=r"has no complete checkpoint: .*6/_CHECKPOINT_METADATA is missing or cut off"):
+        read_checkpoint(run)
     assert start_of(run, train__batch_size=16) == 0
     assert json.loads((run / "config.json").read_text())["train"]["batch_size"] == 16
 
@@ -60,9 +62,20 @@ def test_a_run_goes_on_from_the_last_complete_checkpoint(run: Path, capsys: pyte
     assert {x.read().tobytes() for x in read_checkpoint(run).arrays.values()} == {
         x.read().tobytes() for x in read_checkpoint(run / "checkpoints" / "3").arrays.values()
     }
-    assert f"{step} is incomplete: it has no params/_METADATA" in capsys.readouterr().err
+    assert f"{step} is incomplete, params/_METADATA is missing or cut off" in capsys.readouterr().err
     assert start_of(run) == 3 and not step.exists()
     assert f"moved to {run / 'incomplete_checkpoints' / '6'}" in capsys.readouterr().err
+    shutil.copytree(run / "whole", step)
+    for file, text in (("metadata/metadata", "{"), ("params/manifest.ocdbt", "")):
+        kept = (step / file).read_bytes()
+        (step / file).write_text(text)
+        read_checkpoint(run)
+        assert (
+            f"{step} is incomplete, {file} is missing or cut off: {run / 'checkpoints' / '3'} is read"
+            in capsys.readouterr().err
+        )
+        (step / file).write_bytes(kept)
+    shutil.rmtree(step)
     for damage in (Path.unlink, lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])):
         shutil.copytree(run / "whole", step)
         for file in (step / "optimizer").rglob("d/*"):
