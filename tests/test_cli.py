@@ -59,12 +59,52 @@ def config_for(config_file: Path, path: Path, folder: Path) -> Path:
         ("train.batch_size=12", "train.batch_size 12 does not divide"),
         ("grid.kind=cubic", "grid.kind='cubic' is none of gaussian, uniform, linear, checkpoint"),
         ("optimizer.frozen=('lmm',)", "optimizer.frozen pattern 'lmm' matches no parameter"),
+        ("optimizer.frozen=('.*',)", "optimizer.frozen leaves nothing to train"),
     ],
 )
 def test_bad_config(config_file: Path, tmp_path: Path, capsys, override: str, message: str) -> None:
     assert message in fails(
         capsys, "train", "--config", config_file, "--workdir", tmp_path / "run", f"--config.{override}"
     )
+
+
+def test_adapters_of_no_layer(trained: Path, config_file: Path, tmp_path: Path, capsys) -> None:
+    overrides = f"--config.init={trained}", "--config.lora.rank=4", "--config.lora.targets=()"
+    error = fails(capsys, "train", "--config", config_file, "--workdir", tmp_path / "run", *overrides)
+    assert "lora.targets names no linear layer that this model has" in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("evaluate --checkpoint run --batch-size 0", "argument --batch-size: '0' is not a whole number from 1 on"),
+        ("evaluate --checkpoint run --batch-size -1", "argument --batch-size: '-1' is not a whole number from 1 on"),
+        ("evaluate --closed-loop x --videos -1", "argument --videos: '-1' is not a whole number from 0 on"),
+        ("evaluate --closed-loop x --tasks 0,-1", "argument --tasks: '-1' is not a whole number from 0 on"),
+        ("sweep --config x --workdir x --parallel 0", "argument --parallel: '0' is not a whole number from 1 on"),
+        ("compile --config demo --topology v5e:2x2 --slices 0", "--slices: '0' is not a whole number from 1 on"),
+        ("evaluate --closed-loop x --episodes 0", "argument --episodes: '0' is not a whole number from 1 on"),
+        ("record libero --episodes 0 --out x", "argument --episodes: '0' is not a whole number from 1 on"),
+        ("record libero --episodes 1 --noise nan --out x", "argument --noise: 'nan' is not a number from 0 on"),
+        ("serve --checkpoint run --port -1", "argument --port: '-1' is not a port from 0 to 65535"),
+        ("serve --checkpoint run --port 65536", "argument --port: '65536' is not a port from 0 to 65535"),
+        ("serve --checkpoint run --max-batch 0", "argument --max-batch: '0' is not a whole number from 1 on"),
+    ],
+)
+def test_numbers_out_of_range(capsys, argv: str, message: str) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(argv.split())
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--out", "--unnorm-key"])
+def test_the_open_loop_refuses_options_of_the_closed_loop(capsys, option: str) -> None:
+    assert f"{option} needs --closed-loop SUITE" in fails(capsys, "evaluate", "--checkpoint", "run", option, "x")
+
+
+def test_bench_alone_names_the_benchmarks(capsys) -> None:
+    assert "name a benchmark: tokenizer, loader, train" in fails(capsys, "bench")
 
 
 def test_out_of_memory_is_one_sentence(config_file: Path, tmp_path: Path, capsys, monkeypatch) -> None:

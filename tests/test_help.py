@@ -20,8 +20,8 @@ from spatialvla_jax.utils.signals import Terminated, sigterm_raises
 
 
 def commands(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
-    """The parsers of all commands, which are those that run something."""
-    if parser.get_default("run"):
+    """The parsers of all commands and of the groups of commands."""
+    if parser.prog != "spatialvla-jax":
         yield parser
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):

@@ -1,6 +1,7 @@
 """What the commands' parsers share."""
 
 import argparse
+import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,18 +25,23 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; `{self.prog} --help` says more\n")
 
 
-def add_group(commands: Commands, name: str, help: str) -> Commands:
+def add_group(commands: Commands, name: str, help: str, examples: Sequence[str]) -> Commands:
     """A command that has commands of its own, as `data` has `data show`."""
     parser = commands.add_parser(name, help=help, description=help)
+    add_examples(parser, examples)
     return parser.add_subparsers(required=True)
 
 
 def add_command(commands: Commands, name: str, run: Run, help: str, examples: Sequence[str]) -> argparse.ArgumentParser:
     """A command whose arguments are handed to `run`; `examples` are what stands behind its name."""
     parser = commands.add_parser(name, help=help, description=help)
-    parser.epilog = "examples:\n" + "\n".join(f"  {parser.prog} {example}".rstrip() for example in examples)
+    add_examples(parser, examples)
     parser.set_defaults(run=run, prog=parser.prog, outputs=())
     return parser
+
+
+def add_examples(parser: argparse.ArgumentParser, examples: Sequence[str]) -> None:
+    parser.epilog = "examples:\n" + "\n".join(f"  {parser.prog} {example}".rstrip() for example in examples)
 
 
 def add_output(parser: argparse.ArgumentParser, flag: str, output: OutputFile | OutputFolder, **options: Any) -> None:
@@ -86,18 +92,18 @@ def add_process_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--num-processes",
-        type=int,
+        type=positive,
         default=os.environ.get("JAX_NUM_PROCESSES"),
         help="how many train together; by default JAX_NUM_PROCESSES",
     )
     parser.add_argument(
         "--process-id",
-        type=int,
+        type=count,
         default=os.environ.get("JAX_PROCESS_ID"),
         help="this one's number, from 0 on; by default JAX_PROCESS_ID",
     )
     parser.add_argument(
-        "--heartbeat", type=int, default=100, help="seconds after which a silent process ends the others"
+        "--heartbeat", type=positive, default=100, help="seconds after which a silent process ends the others"
     )
 
 
@@ -118,7 +124,27 @@ def positive(text: str) -> int:
 
 def count(text: str) -> int:
     """A number that counts something, or 0."""
-    return 0 if text == "0" else positive(text)
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 on")
+    return int(text)
+
+
+def amount(text: str) -> float:
+    """A finite number that is not negative."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 on")
+    return value
+
+
+def port(text: str) -> int:
+    """A TCP port; 0 lets the system choose one."""
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port from 0 to 65535")
+    return int(text)
 
 
 def positives(text: str) -> list[int]:
@@ -128,4 +154,4 @@ def positives(text: str) -> list[int]:
 
 def task_ids(text: str) -> list[int]:
     """`0,5,7` → [0, 5, 7]."""
-    return [int(part) for part in text.split(",")]
+    return [count(part) for part in text.split(",")]

@@ -28,11 +28,13 @@ def add(commands: Commands) -> None:
         "measure a part; bench NAME -h says how, and what can be set",
         ("tokenizer", "train --preset tiny --batch-size 32", "loader --help"),
     )
-    p.add_argument("benchmark", choices=BENCHMARKS)
+    p.add_argument("benchmark", nargs="?", choices=BENCHMARKS)
     p.add_argument("arguments", nargs=argparse.REMAINDER, help="of the benchmark")
 
 
 def run_bench(args: argparse.Namespace) -> None:
+    if args.benchmark is None:
+        raise InputError(f"name a benchmark: {', '.join(BENCHMARKS)}")
     script = Path(__file__).parents[2] / "benchmarks" / BENCHMARKS[args.benchmark]
     if not script.is_file():
         raise InputError(f"{script} does not exist: benchmarks run from a clone of the repository")

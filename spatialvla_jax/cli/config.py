@@ -7,7 +7,7 @@ from spatialvla_jax.errors import InputError
 
 
 def add(commands: Commands) -> None:
-    group = add_group(commands, "config", "look up config keys")
+    group = add_group(commands, "config", "look up config keys", ("show optimizer", "show --config demo"))
     p = add_command(
         group,
         "show",

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from spatialvla_jax.cli.arguments import Commands, add_command, add_group, add_output
+from spatialvla_jax.cli.arguments import Commands, add_command, add_group, add_output, count, positive
 from spatialvla_jax.errors import Fault, InputError
 from spatialvla_jax.utils.outputs import OutputFile, OutputFolder, begins_with, has_keys, is_report
 
@@ -24,7 +24,7 @@ def add_show(commands: Commands) -> None:
     )
     p.add_argument("--config", required=True, help="names the data")
     add_output(p, "--out", OutputFile(is_report), required=True, help="the page, e.g. mixture.html")
-    p.add_argument("--seed", type=int, default=0, help="another one shows other episodes")
+    p.add_argument("--seed", type=count, default=0, help="another one shows other episodes")
 
 
 def run_show(args: argparse.Namespace) -> None:
@@ -158,8 +158,8 @@ def add_depth(commands: Commands) -> None:
     p.add_argument("--checkpoint", type=Path, required=True, help="any checkpoint with a ZoeDepth, or a ZoeDepth alone")
     add_output(p, "--out", DATASET, required=True, help="the copies are made in OUT/NAME/VERSION")
     p.add_argument("--split", action="append", help="may be repeated; by default every split")
-    p.add_argument("--image-size", type=int, help="pixels a side; by default the config's or the checkpoint's")
-    p.add_argument("--batch-size", type=int, default=16, help="frames of one call of ZoeDepth")
+    p.add_argument("--image-size", type=positive, help="pixels a side; by default the config's or the checkpoint's")
+    p.add_argument("--batch-size", type=positive, default=16, help="frames of one call of ZoeDepth")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation")
     add_faults(p)
 
@@ -232,7 +232,7 @@ def add_pack(commands: Commands) -> None:
         help="file to write, then the config's data.packed",
     )
     p.add_argument("--split", action="append", help="may be repeated; by default those of training and validation")
-    p.add_argument("--image-size", type=int, help="pixels a side; by default the config's")
+    p.add_argument("--image-size", type=positive, help="pixels a side; by default the config's")
 
 
 def run_pack(args: argparse.Namespace) -> None:
@@ -300,7 +300,12 @@ def run_stats(args: argparse.Namespace) -> None:
 
 
 def add(commands: Commands) -> None:
-    group = add_group(commands, "data", "convert and look at datasets: show, lerobot, import, depth, pack")
+    group = add_group(
+        commands,
+        "data",
+        "convert and look at datasets: show, lerobot, import, depth, pack",
+        ("show --config demo --out mixture.html", "lerobot lerobot/pusht data/pusht"),
+    )
     add_show(group)
     add_lerobot(group)
     add_import(group)

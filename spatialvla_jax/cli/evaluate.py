@@ -5,7 +5,7 @@ import json
 import os
 from pathlib import Path
 
-from spatialvla_jax.cli.arguments import UNCONSTRAINED, Commands, add_command, task_ids
+from spatialvla_jax.cli.arguments import UNCONSTRAINED, Commands, add_command, count, positive, task_ids
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.utils.outputs import OutputFolder
 
@@ -28,26 +28,30 @@ def add(commands: Commands) -> None:
     p.add_argument("--checkpoint", type=Path, help="run directory, one of its steps, or an export; by default --server")
     p.add_argument("--config", help="names the data; by default the one that the run was trained with")
     p.add_argument("--split", default="val", help="of the data")
-    p.add_argument("--batch-size", type=int, default=32, help="frames of one call of the policy")
+    p.add_argument("--batch-size", type=positive, default=32, help="frames of one call of the policy")
     p.add_argument("--unconstrained", action="store_true", help=UNCONSTRAINED)
-    p = p.add_argument_group("closed loop (extra [sim])")
-    p.add_argument(
+    group = p.add_argument_group("closed loop (extra [sim])")
+    group.add_argument(
         "--closed-loop",
         metavar="SUITE,…",
         help="libero_spatial, libero_object, libero_goal, libero_10; by default the open loop is evaluated",
     )
-    p.add_argument(
-        "--episodes", type=int, default=50, help="of each task and seed; the benchmark has 50 initial states"
+    group.add_argument(
+        "--episodes", type=positive, default=50, help="of each task and seed; the benchmark has 50 initial states"
     )
-    p.add_argument("--seeds", type=task_ids, default=[0], help="e.g. 0,1,2")
-    p.add_argument("--tasks", type=task_ids, help="task ids, e.g. 0,5,7; by default all ten")
-    p.add_argument("--execute", default="open_loop", help="open_loop, receding:K, adaptive or recent")
-    p.add_argument(
+    group.add_argument("--seeds", type=task_ids, default=[0], help="e.g. 0,1,2")
+    group.add_argument("--tasks", type=task_ids, help="task ids, e.g. 0,5,7; by default all ten")
+    group.add_argument("--execute", default="open_loop", help="open_loop, receding:K, adaptive or recent")
+    group.add_argument(
         "--server", metavar="ws://HOST:PORT", help="a policy served by openpi's protocol, by default --checkpoint"
     )
-    p.add_argument("--unnorm-key", help="the dataset whose action units are meant; by default the policy's only one")
-    p.add_argument("--image-size", type=int, help="pixels a side; by default the model's, of other servers 128")
-    p.add_argument(
+    group.add_argument(
+        "--unnorm-key", help="the dataset whose action units are meant; by default the policy's only one"
+    )
+    group.add_argument(
+        "--image-size", type=positive, help="pixels a side; by default the model's, of other servers 128"
+    )
+    group.add_argument(
         "--observation-keys",
         type=key_names,
         metavar="OURS=THEIRS,…",
@@ -55,15 +59,18 @@ def add(commands: Commands) -> None:
         "image=observation/image,state=observation/state; these and the prompt are sent. There is no wrist camera; "
         "--unnorm-key ANY_no_noops mirrors the pictures, as most models of LIBERO saw them; by default our own names",
     )
-    p.add_argument("--gripper-closes", action="store_true", help="the server's actions are LIBERO's own: -1 is open")
-    p.add_argument(
+    group.add_argument(
+        "--gripper-closes", action="store_true", help="the server's actions are LIBERO's own: -1 is open"
+    )
+    group.add_argument(
         "--workers",
-        type=int,
+        type=positive,
         default=os.cpu_count(),
         help="environments at once, a process each; by default one a core",
     )
-    p.add_argument("--videos", type=int, default=0, help="of successes, and as many of failures, a task")
-    p.add_argument("--out", type=Path, default=Path("runs/closed_loop"), help="the same one again goes on")
+    group.add_argument("--videos", type=count, default=0, help="of successes, and as many of failures, a task")
+    group.add_argument("--out", type=Path, help="the same one again goes on; by default runs/closed_loop")
+    p.set_defaults(closed_loop_options={action.dest: action.default for action in group._group_actions})
 
 
 def run_evaluate(args: argparse.Namespace) -> None:
@@ -77,6 +84,8 @@ def run_evaluate(args: argparse.Namespace) -> None:
     if args.closed_loop:
         run_closed_loop(args)
         return
+    if given := [name for name, default in args.closed_loop_options.items() if getattr(args, name) != default]:
+        raise InputError(f"--{given[0].replace('_', '-')} needs --closed-loop SUITE; the open loop prints its result")
     if args.checkpoint is None:
         raise InputError("--checkpoint must name what is to be evaluated")
     policy = Policy.load(args.checkpoint, constrained=not args.unconstrained)
@@ -106,6 +115,7 @@ def run_closed_loop(args: argparse.Namespace) -> None:
         raise InputError("--observation-keys and --gripper-closes are for a --server")
     if args.server and args.unconstrained:
         raise InputError("--unconstrained is for a --checkpoint; a server is started with it")
+    args.out = args.out or Path("runs/closed_loop")
     RESULTS.check(args.out, "--out")
     episodes = libero.episodes(args.closed_loop.split(","), args.episodes, args.seeds, args.tasks)
     settings = closed_loop.Settings(libero.MAX_STEPS, args.execute, min(args.workers, len(episodes)))

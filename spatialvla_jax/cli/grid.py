@@ -131,7 +131,12 @@ def grid_actions(args: argparse.Namespace) -> tuple[Any, str] | None:
 
 
 def add(commands: Commands) -> None:
-    group = add_group(commands, "grid", "action grids: fit, show, compare")
+    group = add_group(
+        commands,
+        "grid",
+        "action grids: fit, show, compare",
+        ("fit --config demo --out grid.json", "show grid.json --out grid.png"),
+    )
     add_fit(group)
     add_show(group)
     add_compare(group)

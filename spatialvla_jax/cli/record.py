@@ -4,7 +4,7 @@ import argparse
 import time
 from pathlib import Path
 
-from spatialvla_jax.cli.arguments import Commands, add_command, task_ids
+from spatialvla_jax.cli.arguments import Commands, add_command, amount, count, positive, task_ids
 from spatialvla_jax.cli.data import DATASET
 from spatialvla_jax.utils.outputs import OutputFile
 
@@ -25,7 +25,7 @@ def add(commands: Commands) -> None:
     p.add_argument("--suite", default="libero_spatial", help="libero_spatial or libero_object")
     what = p.add_mutually_exclusive_group(required=True)
     what.add_argument(
-        "--episodes", type=int, help="train episodes in all, dealt over the tasks in turn; by default --render"
+        "--episodes", type=positive, help="train episodes in all, dealt over the tasks in turn; by default --render"
     )
     what.add_argument(
         "--render",
@@ -34,7 +34,7 @@ def add(commands: Commands) -> None:
         metavar="FILE.npz",
         help="motions to make the pictures of; by default --episodes",
     )
-    p.add_argument("--val-episodes", type=int, default=0, help="validation episodes, from other initial states")
+    p.add_argument("--val-episodes", type=count, default=0, help="validation episodes, from other initial states")
     p.add_argument("--tasks", type=task_ids, help="task ids in dealing order, e.g. 0,5,7; by default all")
     p.add_argument(
         "--out",
@@ -43,18 +43,20 @@ def add(commands: Commands) -> None:
         help="dataset directory, in which its version, 1.0.0, is made; or FILE.pack, for models of this --image-size; "
         "or FILE.npz, the motions alone, for --render",
     )
-    p.add_argument("--image-size", type=int, default=128, help="pixels a side")
+    p.add_argument("--image-size", type=positive, default=128, help="pixels a side")
     p.add_argument(
         "--initial-states",
         choices=("benchmark", "drawn"),
         default="benchmark",
         help="the benchmark's own, or others out of the same regions, so that all of its own are new in evaluation",
     )
-    p.add_argument("--noise", type=float, default=0.0, help="disturbs the motion, which the expert corrects, e.g. 0.2")
-    p.add_argument("--spread", type=float, default=1.0, help="factor on how much the grip varies unseen; 0: not at all")
-    p.add_argument("--every", type=int, default=1, metavar="N", help="FILE.pack: pictures of each Nth step only")
-    p.add_argument("--workers", type=int, help="processes; by default one a core")
-    p.add_argument("--seed", type=int, default=0, help="same seed, same episodes, for any number of workers")
+    p.add_argument("--noise", type=amount, default=0.0, help="disturbs the motion, which the expert corrects, e.g. 0.2")
+    p.add_argument(
+        "--spread", type=amount, default=1.0, help="factor on how much the grip varies unseen; 0: not at all"
+    )
+    p.add_argument("--every", type=positive, default=1, metavar="N", help="FILE.pack: pictures of each Nth step only")
+    p.add_argument("--workers", type=positive, help="processes; by default one a core")
+    p.add_argument("--seed", type=count, default=0, help="same seed, same episodes, for any number of workers")
 
 
 def run_record(args: argparse.Namespace) -> None:

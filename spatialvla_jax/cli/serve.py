@@ -4,7 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
-from spatialvla_jax.cli.arguments import UNCONSTRAINED, Commands, add_command
+from spatialvla_jax.cli.arguments import UNCONSTRAINED, Commands, add_command, amount, port, positive
 from spatialvla_jax.errors import InputError
 
 
@@ -18,7 +18,7 @@ def add(commands: Commands) -> None:
     )
     p.add_argument("--checkpoint", type=Path, required=True, help="run directory, one of its steps, or an export")
     p.add_argument("--host", default="127.0.0.1", help="any other than this machine's own needs a token")
-    p.add_argument("--port", type=int, default=8000, help="where clients connect")
+    p.add_argument("--port", type=port, default=8000, help="where clients connect")
     p.add_argument(
         "--token-file", type=Path, help="clients send 'Authorization: Api-Key TOKEN'; by default SPATIALVLA_TOKEN"
     )
@@ -40,9 +40,9 @@ def add(commands: Commands) -> None:
         metavar="HEIGHTxWIDTH",
         help="of the clients' images, may be repeated; by default the model's own",
     )
-    p.add_argument("--max-batch", type=int, default=32, help="observations of one call of the policy")
-    p.add_argument("--max-wait-ms", type=float, default=4, help="for which a batch waits for further clients")
-    p.add_argument("--max-clients", type=int, default=128, help="connected at once")
+    p.add_argument("--max-batch", type=positive, default=32, help="observations of one call of the policy")
+    p.add_argument("--max-wait-ms", type=amount, default=4, help="for which a batch waits for further clients")
+    p.add_argument("--max-clients", type=positive, default=128, help="connected at once")
     p.add_argument(
         "--compile-cache",
         type=Path,
@@ -64,8 +64,6 @@ def run_serve(args: argparse.Namespace) -> None:
     except ModuleNotFoundError as error:
         raise InputError(f"{error.name} is not installed: pip install 'spatialvla-jax[serve]'") from None
 
-    if args.max_batch < 1:
-        raise InputError(f"a batch of {args.max_batch} is none: --max-batch is 1 or more")
     if args.token_file and not args.token_file.is_file():
         raise InputError(f"token file {args.token_file} does not exist")
     token = args.token_file.read_text() if args.token_file else os.environ.get("SPATIALVLA_TOKEN", "")

@@ -6,7 +6,14 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from spatialvla_jax.cli.arguments import Commands, add_command, add_output, add_process_arguments, join_processes
+from spatialvla_jax.cli.arguments import (
+    Commands,
+    add_command,
+    add_output,
+    add_process_arguments,
+    join_processes,
+    positive,
+)
 from spatialvla_jax.errors import InputError, StorageError
 from spatialvla_jax.utils.outputs import OutputFolder
 
@@ -114,7 +121,7 @@ def add_sweep(commands: Commands) -> None:
     )
     add_output(p, "--workdir", SWEEP, help="of the sweep, new or stopped; no default")
     p.add_argument("--only", default="*", metavar="PATTERN", help="trials by name, such as '*_seed-0'")
-    p.add_argument("--parallel", type=int, default=1, metavar="N", help="trials at once, on this machine")
+    p.add_argument("--parallel", type=positive, default=1, metavar="N", help="trials at once, on this machine")
     p.add_argument("--launcher", choices=("local", "slurm", "xpk"), default="local", help="or a job for every trial")
     p.add_argument(
         "--launcher-args",
@@ -192,7 +199,7 @@ def add_compile(commands: Commands) -> None:
     )
     p.add_argument("--config", required=True, help="as for train; its data is not read")
     p.add_argument("--topology", required=True, help="e.g. v5e:16x16, v4:4x4x4, or by name: v5p-128, v6e-256")
-    p.add_argument("--slices", type=int, default=1, help="pods joined by the data-center network, along mesh.data")
+    p.add_argument("--slices", type=positive, default=1, help="pods joined by the data-center network, along mesh.data")
     p.add_argument(
         "--search", action="store_true", help="rank meshes, remat policies, accumulation and smaller batches"
     )

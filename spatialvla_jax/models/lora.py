@@ -63,6 +63,8 @@ def adapter_shapes(
             axes, *parts = axes_of(path)
             sizes = dict(zip(axes, shapes[path], strict=True)) | {"r": rank}
             found |= {f"{path}/{name}": tuple(sizes[x] for x in part) for name, part in zip("ab", parts, strict=True)}
+    if not found:
+        raise InputError("lora.targets names no linear layer that this model has")
     return {path: found[path] for path in sorted(found)}
 
 

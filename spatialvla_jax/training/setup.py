@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from spatialvla_jax.actions import ActionTokenizer
 from spatialvla_jax.checkpoints.mapping import param_shapes, unflatten
+from spatialvla_jax.errors import InputError
 from spatialvla_jax.models import SpatialVLA, preset
 from spatialvla_jax.models.lora import adapter_shapes
 from spatialvla_jax.training.augment import Augmentation
@@ -109,8 +110,12 @@ def make_setup(
 
 
 def check_patterns(setup: TrainSetup) -> None:
-    """Raises InputError for a pattern of frozen parameters or of adapters that matches nothing. It is about paths
-    alone: a setup with any grid will do."""
+    """Raises InputError for a pattern of frozen parameters or of adapters that matches nothing, and where everything is
+    frozen. It is about paths alone: a setup with any grid will do."""
     shapes = param_shapes(setup.model.config)
     adapters = adapter_shapes(shapes, setup.adapters.rank, setup.adapters.targets) if setup.adapters else {}
-    split_frozen(unflatten(shapes | {f"lora/{path}": shape for path, shape in adapters.items()}), setup.frozen)
+    trainable, _ = split_frozen(
+        unflatten(shapes | {f"lora/{path}": shape for path, shape in adapters.items()}), setup.frozen
+    )
+    if not trainable:
+        raise InputError("optimizer.frozen leaves nothing to train")

@@ -259,7 +259,6 @@ def test_bad_arguments_of_the_command(trained: Path, tmp_path: Path, capsys, mon
         (["--host", "0.0.0.0"], "serving on it needs a token"),
         (["--token-file", str(tmp_path / "none")], "token file"),
         (["--execute", "sometimes"], "execution 'sometimes' is not known"),
-        (["--max-batch", "0"], "batch of 0"),
     ]:
         assert main(["serve", "--checkpoint", str(trained), *arguments]) == 2
         assert message in capsys.readouterr().err
