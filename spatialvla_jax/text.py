@@ -66,9 +66,9 @@ class Tokenizer:
         # A list is encoded by as many new threads as there are cores: dearer by far than one prompt.
         for row, tokens in enumerate(encode(prompts) if len(prompts) > 1 else map(encode, prompts)):
             if len(tokens) + 2 > length:
+                shown = prompts[row] if len(prompts[row]) <= 80 else f"{prompts[row][:79]}…"
                 raise InputError(
-                    f"The prompt {prompts[row]!r} needs {len(tokens) + 2} tokens, more than the {length} of "
-                    "data.prompt.length"
+                    f"The prompt {shown!r} needs {len(tokens) + 2} tokens, more than the {length} of data.prompt.length"
                 )
             ids[row, : len(tokens) + 2] = [BOS, *tokens, self._newline]
             mask[row, : len(tokens) + 2] = True

@@ -73,7 +73,7 @@ def check(value: Any, field: Field, name: str) -> Any:
     is meant. Raises InputError, which names the key and the nearest valid value."""
     value = _converted(value, field.types)
     if wrong := _wrong(value, field):
-        raise InputError(f"{name}={shown(value)} {wrong}; {_nearest(value, field)}")
+        raise InputError(f"{name}={shown(value)} {wrong}{_nearest(value, field)}")
     if field.size is not None and len(value) != field.size:
         raise InputError(f"{name}={shown(value)} has {len(value)} elements, and {field.size} are expected")
     if field.items:
@@ -118,7 +118,7 @@ def _wrong(value: Any, field: Field) -> str:
 
 
 def _nearest(value: Any, field: Field) -> str:
-    """The end of the sentence: the nearest valid value where there is one, else the default."""
+    """The end of the sentence: the nearest valid value where there is one, else the default if that is any help."""
     kind, near = field.types[0], None
     with contextlib.suppress(InputError, IndexError, TypeError, ValueError, OverflowError):
         if field.choices:
@@ -132,9 +132,10 @@ def _nearest(value: Any, field: Field) -> str:
             near = str(value)
         elif kind in (tuple, list) and field.items and not isinstance(value, tuple | list | dict):
             near = kind([check(value, field.items, "")])
-    if near is None or _wrong(near, field):
-        return f"a valid value is {field.default!r}"
-    return f"the nearest valid value is {near!r}"
+    if near is not None and not _wrong(near, field):
+        return f"; the nearest valid value is {near!r}"
+    helps = field.default not in (None, "", [], (), {}) and not _wrong(field.default, field)
+    return f"; a valid value is {field.default!r}" if helps else ""
 
 
 def parse(text: str, field: Field) -> Any:

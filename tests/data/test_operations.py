@@ -213,6 +213,9 @@ def test_specs_from_fields():
             "threshold of 'drop_noops'='1e-3' is a text, and a number is expected",
         ),
         ({"operations": ["invert_gripper"]}, r"operations\[0\]='invert_gripper' is a text, and a sequence is expected"),
+        ({"default_intrinsics": ((0, 0, 0),) * 3}, r"\(fx, 0, cx\).* with fx and fy above 0 is expected"),
+        ({"default_intrinsics": ((9, 0, 4), (0, 9, 4), (0, 0, 2))}, r"is no matrix of intrinsics"),
+        ({"instruction": "  "}, r"instruction=' +' is empty$"),
         ({"operations": [["relabel_from_state", "s"]]}, r"'relabel_from_state' reads 's', which `arrays` must name"),
     ],
 )

@@ -64,13 +64,19 @@ def meaning(spec: DatasetSpec) -> dict[str, Any]:
     return json.loads(json.dumps({"fields": fields, "operations": code_digest(spec.operations)}))
 
 
+_NO_INTRINSICS = "is no matrix of intrinsics: ((fx, 0, cx), (0, fy, cy), (0, 0, 1)) with fx and fy above 0 is expected"
 _RULES: dict[str, dict[str, Any]] = {
     "other_images": {"items": Field("", "")},
     "arrays": {"items": Field("", "")},
     "action": {"items": Field("", "", kinds=(str, float, int))},
     "operations": {"items": Field((), "", problem=lambda operation: "" if operation else "names no operation")},
     "depth_unit": {"above": 0, "unit": "metres"},
-    "default_intrinsics": {"size": 3, "items": Field((), "", size=3, items=Field(0.0, "", kinds=(float, int)))},
+    "instruction": {"problem": lambda text: "is empty" if text is not None and not text.strip() else ""},
+    "default_intrinsics": {
+        "size": 3,
+        "items": Field((), "", size=3, items=Field(0.0, "", kinds=(float, int))),
+        "problem": lambda rows: "" if rows[0][0] > 0 < rows[1][1] and rows[2] == (0, 0, 1) else _NO_INTRINSICS,
+    },
     "default_intrinsics_size": {"size": 2, "items": Field(1, "", low=1, unit="pixels")},
     "episodes": {"low": 0},
 }
