@@ -144,7 +144,7 @@ def _base(path: Path, base: Any, overrides: Mapping[str, str]) -> ConfigDict:
 def _values(path: Path, axis: str, values: Any) -> dict[str, dict[str, Any]]:
     """An axis in its long form: {name: {config key: value}}."""
     values = values.tolist() if isinstance(values, np.ndarray) else values
-    if not isinstance(values, dict | list | tuple):
+    if not isinstance(values, dict | list | tuple | range):
         raise InputError(f"axis {axis!r} of {path} must be a list of values or a dict of named ones")
     if not values:
         raise InputError(f"axis {axis!r} of {path} has no values")

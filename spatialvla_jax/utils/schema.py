@@ -88,6 +88,7 @@ def check(value: Any, field: Field, name: str) -> Any:
 def _converted(value: Any, kinds: tuple[type, ...]) -> Any:
     """As one of the types, where that is exact."""
     value = value.tolist() if isinstance(value, np.ndarray | np.generic) else value
+    value = list(value) if isinstance(value, range) else value
     if type(value) is int and float in kinds and int not in kinds and abs(value) < 2**53:
         return float(value)
     if isinstance(value, list) and list not in kinds and tuple in kinds:

@@ -58,6 +58,11 @@ def test_trials_are_all_combinations_of_values_and_seeds(tmp_path: Path) -> None
         sweep.select("x")
 
 
+def test_ranges_are_lists(tmp_path: Path) -> None:
+    sweep = load_sweep(write(tmp_path, axes={"train.steps": range(4, 6)}, seeds=range(2)))
+    assert [(trial.config.train.steps, trial.seed) for trial in sweep.trials] == [(4, 0), (5, 0), (4, 1), (5, 1)]
+
+
 LINEAR = {"linear": {"grid.kind": "linear"}}
 BAD_AXES = [
     ({"grid.knd": ["gaussian"]}, "axis 'grid.knd' of .* is no config key .grid.kind is one"),
