@@ -74,7 +74,7 @@ KEYS: dict[str, Field] = {
     ),
     "model.dtype": Field("bfloat16", "of the computation; parameters are float32", choices=CHOICES["dtype"]),
     "model.remat": Field("dots", "what the backward pass computes again to save memory", choices=CHOICES["remat"]),
-    # A loop copies what the backward pass needs: 5 % slower at full size on an H100, but minutes faster to start.
+    # A loop copies what the backward pass needs, but compiles one layer instead of all.
     "model.unroll": Field(False, "compile layer by layer, not a loop over them: faster steps, a slower start"),
     "model.action_chunk": Field(4, "actions predicted at once", low=1, high=1000),
     "data.mixture": Field("", "mixture of the catalogue, such as oxe_spatial_vla_plus"),

@@ -43,9 +43,9 @@ def read_checkpoint(path: str | Path, zoedepth: str | Path | None = None) -> Che
     if (step := step_directory(path)) is not None:
         for newer in itertools.takewhile(lambda other: other != step, step_directories(path)):
             warn(f"{newer} is incomplete, {missing(newer)} is missing or cut off: {step} is read instead")
-        return read_adapters(path, read_checkpoint).whole if is_adapter_run(path) else read_orbax(path)
-    if steps := step_directories(path):
-        raise InputError(f"{path} has no complete checkpoint: {steps[0] / missing(steps[0])} is missing or cut off")
+        return read_adapters(step, read_checkpoint).whole if is_adapter_run(step) else read_orbax(step)
+    if step_directories(path):
+        return read_orbax(path)  # for its error
     if (path / CONFIG).exists():
         return read_huggingface(path)
     if path.is_file():

@@ -68,7 +68,7 @@ def read_orbax(path: str | Path) -> Checkpoint:
     if step is None:
         steps = step_directories(Path(path))
         why = f": {steps[0] / missing(steps[0])} is missing or cut off" if steps else ""
-        raise InputError(f"{path} holds no complete checkpoint{why}")
+        raise InputError(f"{path} has no complete checkpoint{why}")
     config, processor = parse_metadata(step, read_metadata(step))
     arrays = open_params(step)
     check_arrays(step, arrays, param_shapes(config))

@@ -286,10 +286,10 @@ def run_stats(args: argparse.Namespace) -> None:
     from spatialvla_jax.utils.storage import local_path
 
     config = load_config(args.config, args.overrides)
-    if "://" not in args.out:  # Beam writes to buckets as well
-        OutputFile(has_keys("statistics", "gaussians")).check(Path(args.out), "--out")
-    data, exclude = DataConfig.from_config(config.data), config.grid.exclude
-    out = args.out if "://" in args.out else str(local_path(args.out, "--out"))
+    data, exclude, out = DataConfig.from_config(config.data), config.grid.exclude, args.out
+    if "://" not in out:  # Beam writes to buckets as well
+        out = str(local_path(out, "--out"))
+        OutputFile(has_keys("statistics", "gaussians")).check(Path(out), "--out")
     with progress_bar("stats", "shard") as progress:
         stats = compute_stats(data, exclude, out, args.runner, args.runner_options, progress)
     for entry in make_entries(data):

@@ -45,7 +45,7 @@ def run(config_path: str, workdir: Path, overrides: dict[str, str]) -> dict[str,
     if config.train.steps < 2 * every:
         raise InputError(f"the demo needs train.steps ≥ 2 × checkpoint.every = {2 * every}, got {config.train.steps}")
     make_setup(config, uniform_grid((1,) * 6), make_mesh(config.mesh.to_dict()))  # for its errors, as the next line
-    open_data(config).num_frames(config.train.eval_split)
+    open_data(config).check_epoch(config.train.eval_split)
     make_room(workdir)
 
     say(f"training {config.train.steps} steps; the process will be killed after step {every} and started again")

@@ -219,7 +219,6 @@ def run_compile(args: argparse.Namespace) -> None:
     config = load_config(args.config, args.overrides)
     cache = DataConfig.from_config(config.data).cache_folder / "compile"
     with disk_errors(cache):
-        cache.mkdir(parents=True, exist_ok=True)
         note = partial(tqdm.write, file=sys.stderr)
         results = compile_for(config, topology, cache, searching=args.search, progress=note)
     for plan, report in results:

@@ -140,7 +140,8 @@ def compute_stats(
         with filesystems.open(partial) as file:
             collected = json.loads(file.read())
         result = check_collected(collected, [shard.name for shard in shards], data.faults, exclude)
-        result = {"split": data.split} | result | {"specs": {shard.name: meaning(shard.spec) for shard in shards}}
+        specs = {shard.name: shard.spec for shard in shards}
+        result = {"split": data.split} | result | {"specs": {name: meaning(spec) for name, spec in specs.items()}}
         with filesystems.create(partial) as file:
             file.write((json.dumps(result, indent=2) + "\n").encode())
         filesystems.rename([partial], [out])

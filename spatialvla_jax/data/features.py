@@ -21,7 +21,7 @@ _NUMBERS = "numbers are expected (tfds.features.Tensor without an encoding)"
 _TEXT = "text is expected: name another key as `language`, or give every episode the same words by `instruction`"
 
 
-class Field(NamedTuple):
+class StoredFeature(NamedTuple):
     """How a key is stored."""
 
     shape: tuple[int | None, ...]  # of a step's values
@@ -41,7 +41,7 @@ class Field(NamedTuple):
         return ["/ragged_flat_values", *(f"/ragged_row_lengths_{level}" for level in range(self.rank))]
 
 
-def find_fields(name: str, builder: Any, spec: DatasetSpec, action_dim: int) -> dict[str, Field]:
+def find_fields(name: str, builder: Any, spec: DatasetSpec, action_dim: int) -> dict[str, StoredFeature]:
     """How every key of a step that the spec reads is stored. Raises an InputError that names the key and its feature
     when it is missing or of another kind, or when the action is not `action_dim` wide."""
     dataset = f"Dataset {name!r} ({builder.data_dir})"
@@ -50,7 +50,7 @@ def find_fields(name: str, builder: Any, spec: DatasetSpec, action_dim: int) -> 
         raise InputError(f"{builder.data_dir} is not an RLDS dataset: its episodes have no Dataset feature 'steps'")
     features, stored = steps.feature, dict(_leaves(steps.feature.get_serialized_info()))
 
-    def field(key: str, expected: str) -> Field:
+    def field(key: str, expected: str) -> StoredFeature:
         feature = _feature(features, key)
         if feature is None:
             raise InputError(f"{dataset} has no key {key!r} in its steps: they have {', '.join(stored)}")
@@ -80,7 +80,7 @@ def find_fields(name: str, builder: Any, spec: DatasetSpec, action_dim: int) -> 
     return fields
 
 
-def _field(feature: Any, stored: Any, expected: str) -> Field | None:
+def _field(feature: Any, stored: Any, expected: str) -> StoredFeature | None:
     """How a feature is stored, or None if it is not of the kind that is `expected`."""
     import tensorflow_datasets as tfds
 
@@ -89,7 +89,7 @@ def _field(feature: Any, stored: Any, expected: str) -> Field | None:
     leaf = feature
     while isinstance(leaf, tfds.features.Sequence):
         leaf = leaf.feature
-    made = Field(tuple(stored.shape), stored.sequence_rank)
+    made = StoredFeature(tuple(stored.shape), stored.sequence_rank)
     holds_bytes, is_text = (np.dtype(info.np_dtype).kind in "OSU" for info in (stored, leaf))
     is_image = isinstance(leaf, tfds.features.Image)
     if expected in (_IMAGE, _DEPTH):
@@ -127,7 +127,7 @@ def _feature(features: Any, key: str) -> Any:
     return None
 
 
-def read_numbers(features: Mapping[str, np.ndarray], key: str, field: Field, length: int) -> np.ndarray:
+def read_numbers(features: Mapping[str, np.ndarray], key: str, field: StoredFeature, length: int) -> np.ndarray:
     """The values of a key in `length` steps, [L, …]; byte strings are i64[L, 2], (offset, length) in the record.
 
     Raises a Fault where they are not as many as the field says, or not the same number in every step."""
@@ -139,7 +139,7 @@ def read_numbers(features: Mapping[str, np.ndarray], key: str, field: Field, len
 
 
 def read_language(
-    record: bytes, features: Mapping[str, np.ndarray], key: str, which: int | None, field: Field, length: int
+    record: bytes, features: Mapping[str, np.ndarray], key: str, which: int | None, field: StoredFeature, length: int
 ) -> np.ndarray:
     """The text of every step object[L], "" where it has none; of lists, the item `which` (None: the first)."""
     values, counts = _values(features, key, field, length)
@@ -178,7 +178,7 @@ def _decode(text: bytes) -> str:
 
 
 def _values(
-    features: Mapping[str, np.ndarray], key: str, field: Field, length: int
+    features: Mapping[str, np.ndarray], key: str, field: StoredFeature, length: int
 ) -> tuple[np.ndarray, Int[np.ndarray, " L"]]:
     """All values of a key and how many each step has. Raises a Fault where they do not fit together."""
     empty = np.empty(0, np.int64)

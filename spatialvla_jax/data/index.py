@@ -3,9 +3,9 @@
 Made in one pass, kept in a cache directory, memory-mapped when used: host memory does not grow with the dataset.
 
 An index is a directory of meta.json and one file for each of `_ARRAYS`. meta.json says what the index was made from:
-the dataset's place, the spec, and the size and modification time of every shard. Each start compares this, and makes
-the index anew where anything differs, or where a part of it is missing or damaged. Content that changes without a trace
-in these is found by checksums of records and frames, which the index holds and the reader compares.
+the dataset's place, the spec, and the size and modification time of every shard. Each start compares these, and
+rebuilds the index where anything differs, or where a part of it is missing or damaged. Content that changes while size
+and time stay the same is caught by checksums of records and frames: the index holds them, and the reader compares them.
 """
 
 import dataclasses
@@ -135,7 +135,7 @@ class Index:
         return file, offset + length, checksum.to_bytes(CHECKSUM_BYTES, "little")
 
     def forget(self) -> None:
-        """Makes the next start index the data anew."""
+        """Makes the next start index the data again."""
         if self.directory:
             with suppress(OSError):
                 (self.directory / META).unlink()
@@ -179,7 +179,8 @@ def load_index(
         pass  # there is none yet
     except (OSError, _Stale) as reason:
         warn(f"dataset {name!r} is indexed again: {reason}")
-    index, meta = kept or _build(directory, open_kept, name, builder, shards, spec, made_from, progress, faults)
+    write = functools.partial(_write, name, builder, shards, spec, made_from, progress, faults)
+    index, meta = kept or _build(directory, name, write, open_kept)
     # The policy is not in the key: without faults it makes no difference, and with them the index says so.
     if meta["fault"] and faults.policy == "fail":
         raise InputError(meta["fault"])
@@ -271,22 +272,17 @@ def _keys(spec: DatasetSpec) -> list[str]:
 
 def _build(
     directory: Path,
-    open_kept: Callable[[Path], tuple[Index, dict[str, Any]]],
     name: str,
-    builder: Any,
-    shards: Sequence[Shard],
-    spec: DatasetSpec,
-    made_from: Mapping[str, Any],
-    progress: Callable[[str, int, int], None] | None,
-    faults: Faults,
+    write: Callable[[Path], None],
+    open_kept: Callable[[Path], tuple[Index, dict[str, Any]]],
 ) -> tuple[Index, dict[str, Any]]:
-    """Makes an index in the place of the one that may be there, and opens it. Raises InputError."""
+    """Writes an index in the place of the one that may be there, and opens it. Raises InputError."""
     opened, before = None, _inode(directory)
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         with replacing(directory) as work:
             work.mkdir()
-            _write(work, name, builder, shards, spec, made_from, progress, faults)
+            write(work)
             opened = open_kept(work)
             if before is not None and _inode(directory) == before:
                 _remove(directory)
@@ -319,7 +315,6 @@ def _remove(directory: Path) -> None:
 
 
 def _write(
-    work: Path,
     name: str,
     builder: Any,
     shards: Sequence[Shard],
@@ -327,7 +322,9 @@ def _write(
     made_from: Mapping[str, Any],
     progress: Callable[[str, int, int], None] | None,
     faults: Faults,
+    work: Path,
 ) -> None:
+    """Writes the files of an index to the directory `work`."""
     action_dim = made_from["action_dim"]
     instructions: dict[str, int] = {}
     skipped: Counter[str] = Counter()

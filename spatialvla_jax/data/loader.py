@@ -218,14 +218,12 @@ class Loader:
         """Frames of a split (the training split by default)."""
         return sum(index.num_frames for index in self._index(split or self._train_split))
 
-    def check_epoch(self, split: str, frames: int) -> int:
-        """→ the frames of a split. Raises InputError for what `epoch` could not do: a split that is missing or empty,
-        a prompt that is too long."""
+    def check_epoch(self, split: str) -> int:
+        """→ the number of frames in a split. Raises InputError where `epoch` would: the split is missing or empty, or a
+        prompt is too long."""
         self._split(split)
         if not (total := self.num_frames(split)):
             raise InputError(f"the split {split!r} of {', '.join(self.names)} has no frames")
-        if frames < 0:
-            raise InputError(f"{frames} frames of the split {split!r} were asked for: 0 for all, or more")
         return total
 
     def table(self) -> list[dict[str, Any]]:
@@ -266,7 +264,7 @@ class Loader:
         return sum(sum(index.skipped.values()) for index in self._index(split or self._train_split))
 
     def shared_episodes(self, split: str) -> dict[str, int]:
-        """How many episodes of a split are in the training split, too, of each dataset that has such."""
+        """How many episodes of a split are also in the training split, {dataset: number}, without those of none."""
         files: dict[str, int] = {}
 
         def places(index: Index) -> np.ndarray:

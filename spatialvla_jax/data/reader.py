@@ -227,7 +227,7 @@ class Rlds:
     @staticmethod
     def _check_records(records: list[tuple[Index, int, np.ndarray]], store: "Files") -> None:
         """Compares the checksums of episodes' records with those in the index, and notes the episode. Raises InputError
-        where a file was written anew and nothing else shows it."""
+        where a file was rewritten and nothing else shows it."""
         for index, episode, current in records:
             path, offset, checksum = index.record(episode)
             with contextlib.suppress(Fault):  # reading the frame says what is wrong
@@ -235,7 +235,7 @@ class Rlds:
                     index.forget()
                     raise InputError(
                         f"the records of {path} are not those that dataset {index.name!r} was indexed with, though "
-                        "the file has the same size and modification time: start again, and the dataset is indexed anew"
+                        "the file has the same size and modification time: start again to index the dataset again"
                     )
                 current[episode] = True
 

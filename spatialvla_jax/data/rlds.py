@@ -14,7 +14,7 @@ import numpy as np
 
 from spatialvla_jax.actions import DIMENSIONS
 from spatialvla_jax.actions.normalization import dimension_name
-from spatialvla_jax.data.features import Field, find_fields, read_language, read_numbers
+from spatialvla_jax.data.features import StoredFeature, find_fields, read_language, read_numbers
 from spatialvla_jax.data.images import tensorflow
 from spatialvla_jax.data.oxe.operations import apply_operations
 from spatialvla_jax.data.oxe.spec import DatasetSpec, join_action, split_language
@@ -33,6 +33,8 @@ def open_rlds(path: str | os.PathLike[str]) -> Any:
     Raises InputError that says what is there instead when it is not such a directory.
     """
     path = Path(path)
+    if path.is_file():
+        raise InputError(f"{path} is a file: name the dataset's version directory, such as {path.parent}")
     if not (path / "dataset_info.json").is_file():
         if path.is_dir():
             versions = find_versions(path)
@@ -195,7 +197,7 @@ def read_episodes(
 
 
 def _episode(
-    record: bytes, offset: int, spec: DatasetSpec, fields: dict[str, Field], action_dim: int
+    record: bytes, offset: int, spec: DatasetSpec, fields: dict[str, StoredFeature], action_dim: int
 ) -> dict[str, np.ndarray]:
     features = read_example(record, {f"steps/{key}{name}" for key, field in fields.items() for name in field.names})
     steps: dict[str, np.ndarray] = {}

@@ -83,8 +83,8 @@ def find_oddities(name: str, statistics: Mapping[str, Any], spec: DatasetSpec) -
 
 
 def check_spec(path: str, name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raises InputError where the statistics of a dataset in the file `path` are of other actions than those of its
-    spec: the `meaning` of the spec `before` was another one."""
+    """Raises InputError where the statistics of a dataset in the file `path` were made from other actions. `before` is
+    the `meaning` of the spec that they were made with, `now` that of the dataset's spec."""
     for key in ("action", "operations"):
         if (old := before["fields"].get(key)) != (new := now["fields"][key]):
             raise InputError(

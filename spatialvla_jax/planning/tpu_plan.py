@@ -187,14 +187,12 @@ def compile_plan(setup: TrainSetup, grid: ActionTokenizer, plan: Plan, topology:
         report |= {"fits": False} | out_of_memory(str(error))
     else:
         hlo = compiled.as_text()
-        cache.mkdir(parents=True, exist_ok=True)
         (cache / f"{key}.hlo.gz").write_bytes(gzip.compress(hlo.encode(), mtime=0))
         params = held(state.params, shardings.params)
         memory = memory_of(compiled.memory_analysis(), params, held(state.opt_state, shardings.opt_state))
         report |= {"fits": memory["total"] <= topology.chip.hbm, "memory": memory, "used": memory["total"]}
         report |= costs_of(hlo, model_flops(setup, grid), plan.batch_size, topology)
     report["compile_seconds"] = time.perf_counter() - began
-    cache.mkdir(parents=True, exist_ok=True)
     write_json(kept, report)
     return report
 
@@ -399,6 +397,7 @@ def compile_for(
     Raises InputError where the mesh or the batch does not divide, and where the step does not fit, naming settings that
     do: they were compiled.
     """
+    cache.mkdir(parents=True, exist_ok=True)
     grid = make_grid(config.grid.to_dict(), lambda: np.asarray(PRETRAIN_GAUSSIANS))
     mesh = make_mesh(config.mesh.to_dict(), topology.devices())
     num_datasets = len(MIXTURES.get(config.data.mixture, ())) + len(config.data.datasets)

@@ -32,6 +32,7 @@ from tqdm import tqdm
 from spatialvla_jax.actions import ActionGrid, adapt_embeddings, encode, grid_to_dict
 from spatialvla_jax.actions.io import describe_grid, save_grid
 from spatialvla_jax.checkpoints import read_checkpoint
+from spatialvla_jax.checkpoints.orbax import step_directory
 from spatialvla_jax.checkpoints.types import read_json
 from spatialvla_jax.config import check_resumable, train_config_of
 from spatialvla_jax.data import open_data
@@ -63,7 +64,7 @@ def prepare(sweep: Sweep, workdir: Path) -> None:
         folder, path = folder_of(workdir, trial), trial.config.data.packed
         result = json.loads((folder / "result.json").read_text()) if (folder / "result.json").exists() else {}
         # The checkpoints of a finished trial may be gone.
-        if begun := begun_config(folder) or (result and read_json(folder / CONFIG)):
+        if begun := begun_config(folder, step_directory(folder)) or (result and read_json(folder / CONFIG)):
             config = with_model_of(trial.config, None, begun) if trial.config.init else trial.config
             check_resumable(begun, config, folder)
         if "packed" in result and result["packed"] != (packed(path) if path else None):

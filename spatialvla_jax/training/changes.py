@@ -1,6 +1,6 @@
-"""What training has come to do otherwise, so that a run of an earlier version says so when it goes on."""
+"""Changes of what training does, which a run that an earlier version began reports when it goes on."""
 
-# In the order of their making. A run's metadata hold how many there were.
+# Oldest first. A run's metadata says how many there were when it began.
 CHANGES = (
     "augmented images are clipped to [0, 1] after the change of brightness, too, as in the release (augment.enabled)",
     "episodes without language are left out in every dataset, unless its spec says skip_unlabeled=False",

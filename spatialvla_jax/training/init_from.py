@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from spatialvla_jax.actions import ActionTokenizer
 from spatialvla_jax.checkpoints import Checkpoint, read_checkpoint, start_from_paligemma
 from spatialvla_jax.checkpoints.mapping import check_arrays, param_shapes
-from spatialvla_jax.checkpoints.orbax import parse_metadata, read_metadata, step_directory
+from spatialvla_jax.checkpoints.orbax import parse_metadata, read_metadata
 from spatialvla_jax.checkpoints.paligemma import is_paligemma
 from spatialvla_jax.checkpoints.peft import refer
 from spatialvla_jax.checkpoints.processor import Processor
@@ -32,14 +32,14 @@ from spatialvla_jax.training.setup import TrainSetup
 from spatialvla_jax.utils.renames import MODEL_FIELDS, renamed
 
 
-def open_start(config: ConfigDict, workdir: Path) -> tuple[Checkpoint | None, Processor | None]:
+def open_start(config: ConfigDict, step: Path | None) -> tuple[Checkpoint | None, Processor | None]:
     """→ (the SpatialVLA in `config.init`, the processor to go on with), each None where there is none or no need.
 
-    A run that goes on has its own processor, and needs `init` for what adapters are added to alone.
+    A run that goes on, from the directory `step`, has its own processor, and needs `init` only for what adapters are
+    added to.
     """
     if not config.init:
         return None, None
-    step = step_directory(workdir)
     checkpoint = None
     if (step is None or config.lora.rank) and not is_paligemma(Path(config.init)):
         checkpoint = read_checkpoint(config.init)
@@ -55,7 +55,7 @@ def with_model_of(config: ConfigDict, start: Checkpoint | None, begun: dict[str,
     Raises InputError where the config chooses sizes or a source of depth, other than by default, that differ.
     """
     if begun:
-        model = begun["model"]
+        model = default_config().model.to_dict() | begun["model"]  # a key that is younger than the run had its default
     elif start is not None:
         model = {"preset": preset_of(config.init, start.config)}
         model |= {key: getattr(start.config, key) for key in ("depth_source", "mask")}
@@ -96,16 +96,17 @@ def make_processor(config: ConfigDict, loader: Loader, start: Processor | None =
 
 
 def starting_params(
-    config: ConfigDict, workdir: Path, setup: TrainSetup, checkpoint: Checkpoint | None, grid: ActionTokenizer
+    config: ConfigDict, step: Path | None, setup: TrainSetup, checkpoint: Checkpoint | None, grid: ActionTokenizer
 ) -> tuple[Params | None, dict[str, Any]]:
     """→ (parameters, what the run's metadata says of them), from `config.init`, which is a PaliGemma or the
-    `checkpoint`, adapted to `grid`; no parameters where random ones or those of the run's own checkpoint do.
+    `checkpoint`, adapted to `grid`; no parameters where random ones or those of the run's own checkpoint, in the
+    directory `step`, do.
 
     They are in float32; where adapters are added, the frozen ones are in the dtype that they are stored in.
     Raises InputError naming those that this model has otherwise.
     """
     lora, model, adapt = setup.adapters, setup.model, config.adapt.to_dict()
-    if not config.init or (step_directory(workdir) and lora is None):
+    if not config.init or (step and lora is None):
         return None, {}
     shapes = param_shapes(model.config)
     digests: dict[str, str] = {}
@@ -123,7 +124,6 @@ def starting_params(
     if checkpoint is None or lora is None:
         return params, {}
     adapters = init_adapters(shapes, lora.rank, lora.targets, jax.random.key(setup.seed))
-    step = step_directory(workdir)
     before = read_metadata(step).get("lora", {}).get("base") if step else None
     base = refer(config.init, checkpoint, digests, before)
     about = {"rank": lora.rank, "alpha": lora.alpha, "adapt": adapt, "base": base}
@@ -135,7 +135,7 @@ def check_same(saved: dict[str, Any], now: dict[str, Any], loader: Loader, workd
     now = json.loads(json.dumps(now))
     for index in () if loader.config.statistics else loader.indexes():  # those of a file may be of other data
         if what := difference(saved["processor"]["statistics"][index.name], index.statistics):
-            raise InputError(f"the data of {workdir} changed since its run began: of dataset {index.name!r} {what}")
+            raise InputError(f"the data of {workdir} changed since its run began: in dataset {index.name!r}, {what}")
     if saved["processor"] != now["processor"] or renamed(saved["model"], MODEL_FIELDS) != now["model"]:
         raise InputError(f"the data of {workdir} changed since its run began: grid, statistics or tokenizer differ")
     if saved.get("lora") != now.get("lora"):

@@ -19,8 +19,7 @@ from spatialvla_jax.batch import Batch
 from spatialvla_jax.checkpoints.orbax import read_metadata, step_directory
 from spatialvla_jax.checkpoints.types import read_json
 from spatialvla_jax.config import check_resumable, check_together, completed
-from spatialvla_jax.data import DataConfig, Loader, open_data
-from spatialvla_jax.data.resolve_datasets import make_entries
+from spatialvla_jax.data import Loader, open_data
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.training.changes import CHANGES, describe_changes
 from spatialvla_jax.training.flops import model_flops
@@ -93,25 +92,23 @@ def prepare(config: ConfigDict, workdir: Path) -> Run:
     config = completed(config, {})
     check_together(config)
     mesh = make_mesh(config.mesh.to_dict())
-    begun = begun_config(workdir)
-    checkpoint, processor = open_start(config, workdir)
+    before = step_directory(workdir)
+    begun = begun_config(workdir, before)
+    checkpoint, processor = open_start(config, before)
     if config.init:
         config = with_model_of(config, checkpoint, begun)
     check_patterns(make_setup(config, uniform_grid((1,) * 6), mesh))  # of any grid: for its errors
-    if not config.data.packed:
-        make_entries(DataConfig.from_config(config.data), depth=config.model.depth_source == "dataset")
     if begun:
         check_resumable(begun, config, workdir)
     if config.model.depth_source == "zoedepth" and not config.init and is_writer():
         warn("model.depth_source=zoedepth and init is empty: the depth model has random weights")
-    before = step_directory(workdir)
     loader = open_data(
         config,
         statistics=read_metadata(before)["processor"]["statistics"] if before else None,
         tokenizer=None if processor is None or config.data.prompt.model else processor.tokenizer,
     )
     if config.train.eval_every:  # what the first validation would find wrong is an error now
-        frames = loader.check_epoch(config.train.eval_split, config.train.eval_frames)
+        frames = loader.check_epoch(config.train.eval_split)
         for name, count in loader.shared_episodes(config.train.eval_split).items() if is_writer() else ():
             warn(
                 f"{count} episodes of dataset {name!r} are in data.split {config.data.split!r} and in train.eval_split "
@@ -128,7 +125,7 @@ def prepare(config: ConfigDict, workdir: Path) -> Run:
         num_datasets=len(loader.names),
         text_vocab=processor.tokenizer.vocab_size,
     )
-    params, origin = starting_params(config, workdir, setup, checkpoint, processor.grid)
+    params, origin = starting_params(config, before, setup, checkpoint, processor.grid)
     metadata = origin | {
         "model": setup.model.config.to_dict(),
         "processor": processor.to_dict(),
@@ -149,7 +146,7 @@ def prepare(config: ConfigDict, workdir: Path) -> Run:
         stored = checkpoints.restore_metadata()
         check_same(stored, metadata, loader, workdir)
         if (changes := describe_changes(stored.get("changes", 0))) and is_writer():
-            warn(f"the run in {workdir} is of an earlier version. What it does otherwise from now on: {changes}")
+            warn(f"an earlier version began the run in {workdir}; from now on this differs: {changes}")
     start, state = checkpoints.restore(state, shardings)
     if is_writer():
         write_json(workdir / CONFIG, config.to_dict())
@@ -160,10 +157,9 @@ def prepare(config: ConfigDict, workdir: Path) -> Run:
     return Run(workdir, setup, loader, grid, checkpoints, state, shardings, start)
 
 
-def begun_config(workdir: Path) -> dict[str, Any]:
-    """The config of the run in `workdir`, from its newest checkpoint where `config.json` cannot be read; empty where no
-    checkpoint was written, for then a run with another config may begin."""
-    step = step_directory(workdir)
+def begun_config(workdir: Path, step: Path | None) -> dict[str, Any]:
+    """The config of the run in `workdir`, from its newest checkpoint, the directory `step`, where `config.json` cannot
+    be read; empty where no checkpoint was written, for then a run with another config may begin."""
     if step is None:
         return {}
     try:

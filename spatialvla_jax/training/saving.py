@@ -86,9 +86,8 @@ class Checkpoints:
         self.failures, self.retry_at, self.reason = 0, 0, ""
         self.began, self.seconds = 0.0, 0.0  # of the save under way; how long the last one took
         if is_writer():
-            for step in step_directories(workdir):
-                if file := missing(step):
-                    self._set_aside(step, f"{file} is missing or cut off")
+            for step in itertools.takewhile(missing, step_directories(workdir)):
+                self._set_aside(step, f"{missing(step)} is missing or cut off")
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("incomplete checkpoints are set aside")
         self.manager = self._open()
@@ -232,7 +231,7 @@ def wait_unless_failed(*, key: str, timeout_ms: int) -> None:
 
 
 def first_cause(error: BaseException) -> str:
-    """The words of what an error comes from in the end, on one line."""
+    """The message of an error's first cause, on one line."""
     while cause := error.__cause__ or error.__context__:
         error = cause
     return " ".join(str(error).split())

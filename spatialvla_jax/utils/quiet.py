@@ -1,4 +1,4 @@
-"""Settings that keep libraries from printing messages of their own. They read them as they are loaded."""
+"""Settings that keep libraries from printing messages of their own. Libraries read them when they are imported."""
 
 import glob
 import os

@@ -164,7 +164,7 @@ def check_all(values: Mapping[str, Any], fields: Mapping[str, Field], name: str)
 
 
 def shown(value: Any) -> str:
-    """On one line, and not endless."""
+    """A value as text on one line, of at most 80 characters."""
     try:
         text = " ".join(repr(value).split())
     except ValueError:  # an integer of thousands of digits

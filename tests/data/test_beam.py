@@ -146,9 +146,10 @@ def test_bad_files(tmp_path, text):
         load_stats(tmp_path / "s.json")
 
 
-def test_a_run_takes_what_the_command_wrote(config_file, tmp_path, capsys):
+def test_a_run_takes_what_the_command_wrote(config_file, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
     out = str(tmp_path / "stats.json")
-    command = ["stats", "--config", str(config_file), "--out", out]
+    command = ["stats", "--config", str(config_file), "--out", "~/stats.json"]
     assert main([*command, "--runner", "DirectRunner", "--", "--direct_num_workers=2"]) == 0
     assert f"wrote {out}" in capsys.readouterr().out
     config = load_config(config_file)

@@ -176,6 +176,8 @@ def test_missing_directory_and_versions(rlds, tmp_path):
         load(rlds.parent.parent / "other" / "1.0.0")
     with pytest.raises(InputError, match="holds nothing"):
         load(tmp_path)
+    with pytest.raises(InputError, match=rf"dataset_info\.json is a file: name .*, such as {rlds}$"):
+        load(rlds / "dataset_info.json")
 
 
 def test_split_that_does_not_exist(rlds, tmp_path):

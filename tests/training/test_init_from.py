@@ -9,6 +9,7 @@ import pytest
 from spatialvla_jax.actions import ActionGrid, adapt_embeddings, uniform_grid
 from spatialvla_jax.checkpoints import read_checkpoint, write_huggingface
 from spatialvla_jax.checkpoints.mapping import flatten
+from spatialvla_jax.checkpoints.orbax import step_directory
 from spatialvla_jax.checkpoints.regrid import adapt_checkpoint
 from spatialvla_jax.config import check_together, default_config, load_config
 from spatialvla_jax.data import open_data
@@ -26,11 +27,11 @@ def start(config_file: Path, init: Path, workdir: Path, **overrides: str):
     dotted = {key.replace("__", "."): value for key, value in overrides.items()}
     config = load_config(config_file, {"init": str(init), **dotted})
     check_together(config)
-    source, before = open_start(config, workdir)
+    source, before = open_start(config, step_directory(workdir))
     loader = open_data(config, tokenizer=before and before.tokenizer)
     processor = make_processor(config, loader, before)
     setup = make_setup(config, processor.grid, text_vocab=processor.tokenizer.vocab_size)
-    params, _ = starting_params(config, workdir, setup, source, processor.grid)
+    params, _ = starting_params(config, step_directory(workdir), setup, source, processor.grid)
     return processor, params and flatten(params)
 
 

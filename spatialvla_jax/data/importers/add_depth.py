@@ -18,9 +18,9 @@ from spatialvla_jax.data.images import decode_image, tensorflow
 from spatialvla_jax.data.importers.frames import IMAGE
 from spatialvla_jax.data.importers.rlds_writer import (
     FRAMING,
-    Policy,
+    FaultPolicy,
     count_faults,
-    fingerprint,
+    file_state,
     finished_shards,
     lost_of_finished,
     save_shards,
@@ -49,7 +49,7 @@ def add_depth(
     image_size: int,
     batch_size: int,
     made_with: Mapping[str, Any],
-    faults: Policy = "fail",
+    faults: FaultPolicy = "fail",
     splits: tuple[str, ...] | None = None,
     workers: int | None = None,
     progress: Callable[[str, int, int], None] | None = None,
@@ -96,7 +96,7 @@ def add_depth(
             remove_leftovers(directory)
             make_maps = partial(_Maps, estimate=estimate, size=image_size, batch_size=batch_size, pool=pool)
             for split, (file, count) in ((part, shard) for part in splits for shard in shards[part]):
-                target, state = directory / file.name, [fingerprint(file), count]
+                target, state = directory / file.name, [file_state(file), count]
                 lost = lost_of_finished(target, finished.get(file.name), state, faults)
                 if lost is None:
                     report = partial(_report, progress, name, done, total)
@@ -135,7 +135,7 @@ def _write_shard(
     image: str,
     key: str,
     make_maps: Callable[..., "_Maps"],
-    faults: Policy,
+    faults: FaultPolicy,
     report: Callable[[int], None],
 ) -> tuple["_Maps", dict[int, Fault]]:
     """Writes the shard `file` with depth. Returns its maps and the episodes that were left out."""
@@ -247,7 +247,7 @@ def _shards(builder: Any, split: str) -> list[tuple[Path, int]]:
     return shards
 
 
-def _frames(file: Path, count: int, image: str, lost: dict[int, Fault], faults: Policy) -> dict[int, np.ndarray]:
+def _frames(file: Path, count: int, image: str, lost: dict[int, Fault], faults: FaultPolicy) -> dict[int, np.ndarray]:
     """For every episode that is not `lost`, offset and length of its encoded images in the file, i64[L, 2]. Damaged
     ones become lost."""
     key, none, episodes = f"steps/{image}", np.empty((0, 2), np.int64), {}

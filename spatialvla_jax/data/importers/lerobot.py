@@ -23,10 +23,10 @@ from spatialvla_jax.data.importers.lerobot_tables import (
 from spatialvla_jax.data.importers.rlds_writer import (
     FRAMING,
     VERSION,
-    Policy,
+    FaultPolicy,
     check_out,
     dataset_info,
-    fingerprint,
+    file_state,
     finished_shards,
     lost_of_finished,
     save_shards,
@@ -57,7 +57,7 @@ def convert_lerobot(
     *,
     camera: str | None = None,
     name: str | None = None,
-    faults: Policy = "fail",
+    faults: FaultPolicy = "fail",
     frames_per_shard: int = FRAMES_PER_SHARD,
     progress: Callable[[int, int], None] | None = None,
 ) -> Converted:
@@ -108,7 +108,7 @@ def _convert(
     work: Path,
     before: dict[str, Any],
     options: dict[str, Any],
-    faults: Policy,
+    faults: FaultPolicy,
     skipped: list[Fault],
     progress: Callable[[int, int], None] | None,
 ) -> Converted:
@@ -192,7 +192,7 @@ def _state(source: LeRobot, episodes: list[Episode]) -> str:
     tables = {key: value for key, value in vars(source).items() if key not in ("root", "splits", "unlisted")}
 
     def relative(value: Any) -> Any:
-        return [os.path.relpath(value, source.root), fingerprint(value)] if isinstance(value, Path) else value
+        return [os.path.relpath(value, source.root), file_state(value)] if isinstance(value, Path) else value
 
     state = [tables, [[relative(value) for value in vars(episode).values()] for episode in episodes]]
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:16]

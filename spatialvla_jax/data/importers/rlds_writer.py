@@ -11,7 +11,7 @@ from spatialvla_jax.errors import Fault, InputError
 from spatialvla_jax.utils.atomic import new_directory, write_json
 
 VERSION = "1.0.0"
-Policy = Literal["fail", "skip"]  # for a faulty episode, as in the config's data.faults
+FaultPolicy = Literal["fail", "skip"]  # for a faulty episode, as in the config's data.faults
 FRAMING = 16  # bytes of length and checksums that a TFRecord adds to its record
 SPLITS = ("train", "val")
 
@@ -98,7 +98,7 @@ def dataset_info(
     return tfds.core.DatasetInfo(builder=identity, features=features, description=description, metadata=metadata)
 
 
-def tolerate(fault: Fault, policy: Policy) -> Fault:
+def tolerate(fault: Fault, policy: FaultPolicy) -> Fault:
     """The fault of an episode that is left out. Raises it unless the policy is "skip"."""
     if policy == "fail":
         raise Fault(fault.reason, f"{fault} (--faults skip leaves it out)")
@@ -139,13 +139,13 @@ def shard_note(source: Any, lost: Mapping[int, Fault]) -> dict[str, Any]:
     return {"source": source, "skipped": {str(number): [fault.reason, str(fault)] for number, fault in lost.items()}}
 
 
-def lost_of_finished(file: Path, note: Any, source: Any, policy: Policy) -> dict[int, Fault] | None:
+def lost_of_finished(file: Path, note: Any, source: Any, policy: FaultPolicy) -> dict[int, Fault] | None:
     """The episodes left out of a finished shard; None if it must be made, or made again, of `source`."""
     if note is None or note["source"] != source or not file.is_file() or (note["skipped"] and policy == "fail"):
         return None
     return {int(number): Fault(*fault) for number, fault in note["skipped"].items()}
 
 
-def fingerprint(file: Path) -> list[int] | None:
+def file_state(file: Path) -> list[int] | None:
     """Size in bytes and modification time in nanoseconds, by which a change is noticed; None if there is no file."""
     return [file.stat().st_size, file.stat().st_mtime_ns] if file.is_file() else None

@@ -22,7 +22,7 @@ from spatialvla_jax.data.images import tensorflow
 from spatialvla_jax.data.importers.frames import IMAGE, channels_last, check_encoded, is_depth, is_encoded, to_pixels
 from spatialvla_jax.data.importers.rlds_writer import (
     VERSION,
-    Policy,
+    FaultPolicy,
     check_out,
     count_faults,
     dataset_info,
@@ -43,7 +43,7 @@ def write_rlds(
     splits: Mapping[str, Any],
     out: str | os.PathLike[str],
     *,
-    faults: Policy = "fail",
+    faults: FaultPolicy = "fail",
     progress: Callable[[str, int, int | None], None] | None = None,
 ) -> tuple[Path, dict[str, str], list[Fault]]:
     """Writes {split: dataset}. Returns the version directory `out`/1.0.0, what each key has become, and a fault for
