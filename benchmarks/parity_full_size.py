@@ -101,7 +101,7 @@ def run_jax(
         if stages:
             image = inputs["image"]
             features = apply(image, inputs.get("depth"), inputs["intrinsics"], method="embed_image")
-            tokens, _ = generate(model, prepare_weights(model, params), None, **inputs)
+            tokens = generate(model, prepare_weights(model, params), None, **inputs).tokens
             out |= {"logits": logits, "image_features": features, "tokens": tokens}
             if config.depth_source == "zoedepth":
                 zoe_size = config.zoe.backbone.image_size

@@ -1,6 +1,8 @@
 """The exceptions whose sentence the command line prints: it exits with 2 for bad input, which no restart mends, and
 with 1 where one may."""
 
+from collections.abc import Sequence
+
 
 class InputError(ValueError):
     """Bad input from the user: the message is one sentence naming the file, key or value and what was expected."""
@@ -8,6 +10,20 @@ class InputError(ValueError):
 
 class StorageError(RuntimeError):
     """What has to be written cannot be: the message is one sentence naming the path and the reason."""
+
+
+class NonFiniteError(InputError):
+    """The model's numbers for some observations of a batch are NaN or infinite, so they have no action. `finite` says
+    which ones have."""
+
+    def __init__(self, finite: Sequence[bool]):
+        self.finite = finite
+        failed, count = finite.count(False), len(finite)
+        which = "this observation" if count == 1 else f"{failed} of {count} observations"
+        super().__init__(
+            f"the model's numbers for {which} are NaN or infinite, so there is no action: check the depth, the "
+            "intrinsics and the checkpoint's weights"
+        )
 
 
 class Fault(InputError):

@@ -34,6 +34,14 @@ from spatialvla_jax.models.spatialvla import last_of_prompt
 TokenRanges = tuple[tuple[int, int], ...] | None
 
 
+class Generated(NamedTuple):
+    """What `generate` returns."""
+
+    tokens: Int[Array, "B A"]  # ids of the whole vocabulary
+    passes: Int[Array, ""]  # over the weights, after the prompt's
+    finite: Bool[Array, " B"]  # False: the tokens mean nothing, because the logits that chose them were not finite
+
+
 def generate(
     model: SpatialVLA,
     weights: Weights,
@@ -45,8 +53,8 @@ def generate(
     depth: Float[Array, "B S S"] | None = None,
     intrinsics: Float[Array, "B 3 3"] | None = None,
     draft: Int[Array, "B A"] | None = None,
-) -> tuple[Int[Array, "B A"], Int[Array, ""]]:
-    """→ (the A action tokens of a chunk as ids of the whole vocabulary, passes over the weights after the prompt's).
+) -> Generated:
+    """The A action tokens of a chunk.
 
     `weights` come from `prepare_weights`. `token_ranges` (a grid's: first id and number of each token kind of one
     action) restricts every token to its kind, so that the result is always a valid action and `<eos>` is not waited
@@ -101,16 +109,27 @@ class Decoder:
         local = narrow(self.cfg.llm, mask, positions, key_positions)
         return forward(self.cfg.llm, self.weights.llm, embeddings, positions, mask, local, cache, at)
 
-    def best(self, hidden: Float[Array, "B T D"], kinds: tuple[int, ...]) -> Int[Array, "B T"]:
-        """The best token at each of T places, of that place's kind. The soft cap keeps the order and is left out."""
+    def best(
+        self, hidden: Float[Array, "B T D"], kinds: tuple[int, ...]
+    ) -> tuple[Int[Array, "B T"], Bool[Array, " B"]]:
+        """→ (the best token at each of T places, of that place's kind; whether all logits of a row are finite).
+
+        The soft cap keeps the order and is left out. It would also hide infinite logits, and argmax hides NaN.
+        """
         scores = linear(hidden, self.weights.head, jnp.float32)
+        if self.ranges is not None:
+            scores = scores[..., -self.cfg.spatial_tokens :]  # of a head with all rows, those of actions
+        # The logits are enough: NaN and infinity anywhere in the model reach them, through the attention of later
+        # tokens and through the norms. The one exception is a norm whose mean square overflows: it gives zeros.
+        total = jnp.sum(jnp.abs(scores), axis=-1)
+        finite = jnp.all(jnp.isfinite(total) & (total > 0), axis=1)
         if self.ranges is None:
-            return jnp.argmax(scores, axis=-1).astype(jnp.int32)
-        scores = scores[..., -self.cfg.spatial_tokens :]  # of a head with all rows, those of actions
+            return jnp.argmax(scores, axis=-1).astype(jnp.int32), finite
         ids = jnp.arange(self.cfg.spatial_tokens)
         spans = [self.ranges[kind % len(self.ranges)] for kind in kinds]
         allowed = jnp.stack([(ids >= start) & (ids < start + size) for start, size in spans])
-        return self.cfg.action_offset + jnp.argmax(jnp.where(allowed, scores, -jnp.inf), axis=-1).astype(jnp.int32)
+        best = jnp.argmax(jnp.where(allowed, scores, -jnp.inf), axis=-1).astype(jnp.int32)
+        return self.cfg.action_offset + best, finite
 
 
 class DecodeState(NamedTuple):
@@ -120,11 +139,10 @@ class DecodeState(NamedTuple):
     visible: Bool[Array, "B S"]  # slots that later tokens see: no padding, and no gripper that was not chosen
     positions: Int[Array, "B S"]
     token: Int[Array, " B"]  # the next action's first
+    finite: Bool[Array, " B"]  # the logits of all passes so far
 
 
-def _one_by_one(
-    decoder: Decoder, prefix: Float[Array, "B P D"], valid: Bool[Array, "B P"]
-) -> tuple[Int[Array, "B A"], Int[Array, ""]]:
+def _one_by_one(decoder: Decoder, prefix: Float[Array, "B P D"], valid: Bool[Array, "B P"]) -> Generated:
     """A pass for each token, less one an action where the gripper has two values: the pass that decides between them
     has both, and so does the pass after it. A chunk of 4 × 3 tokens takes 8 passes."""
     cfg, P = decoder.cfg, valid.shape[1]
@@ -134,24 +152,27 @@ def _one_by_one(
     positions = position_ids(valid)
     with jax.named_scope("prompt"):
         hidden, written = decoder.forward(prefix, positions, decoder.mask(valid, P), positions)
+    first, finite = decoder.best(last_of_prompt(hidden, valid), (0,))
     room = ((0, 0), (0, slots), (0, 0), (0, 0))
     state = DecodeState(
         cache=tuple((jnp.pad(k, room), jnp.pad(v, room)) for k, v in written),
         visible=jnp.pad(valid, room[:2]),
         positions=jnp.pad(positions, room[:2]),
-        token=decoder.best(last_of_prompt(hidden, valid), (0,))[:, 0],
+        token=first[:, 0],
+        finite=finite,
     )
     step = partial(_decode_action, decoder, P, jnp.sum(valid, axis=1))
     with jax.named_scope("tokens"):
-        _, ids = jax.lax.scan(step, state, jnp.arange(cfg.action_chunk))
-    return rearrange(ids, "actions B n -> B (actions n)"), jnp.asarray(cfg.action_chunk * (n - branch))
+        state, ids = jax.lax.scan(step, state, jnp.arange(cfg.action_chunk))
+    passes = jnp.asarray(cfg.action_chunk * (n - branch))
+    return Generated(rearrange(ids, "actions B n -> B (actions n)"), passes, state.finite)
 
 
 def _decode_action(
     decoder: Decoder, prompt_slots: int, prompt_length: Int[Array, " B"], state: DecodeState, step: Int[Array, ""]
 ) -> tuple[DecodeState, Int[Array, "B n"]]:
     """The drawing above: → (the state after the action, its tokens)."""
-    cache, visible, positions, token = state
+    cache, visible, positions, token, finite = state
     B, n, grippers = len(token), decoder.cfg.tokens_per_action, decoder.grippers
     branch = bool(grippers)
     base = prompt_slots + step * (n + branch)
@@ -169,7 +190,8 @@ def _decode_action(
         mask = jnp.repeat(visible[:, None], T, axis=1)
         mask = jax.lax.dynamic_update_slice(mask, jnp.repeat(own[None], B, axis=0), (0, 0, base + k))
         hidden, cache = decoder.forward(decoder.embed(feed), new[:, k : k + T], mask, positions, cache, base + k)
-        best = decoder.best(hidden, kinds)
+        best, sound = decoder.best(hidden, kinds)
+        finite &= sound
         chosen = jnp.ones((B, 1), bool)
         if both:
             closed = best[:, :1] == grippers[0]
@@ -177,7 +199,7 @@ def _decode_action(
             best = jnp.concatenate([best[:, :1], jnp.where(closed, best[:, 1:2], best[:, 2:])], axis=1)
         visible = jax.lax.dynamic_update_slice(visible, chosen, (0, base + k))
         tokens += list(best.T)
-    return DecodeState(cache, visible, positions, tokens[n]), jnp.stack(tokens[:n], axis=1)
+    return DecodeState(cache, visible, positions, tokens[n], finite), jnp.stack(tokens[:n], axis=1)
 
 
 class DraftState(NamedTuple):
@@ -187,14 +209,16 @@ class DraftState(NamedTuple):
     tokens: Int[Array, "B A"]  # what it predicted
     cache: Cache
     passes: Int[Array, ""]
+    finite: Bool[Array, " B"]  # the logits of the last pass
 
 
 def _from_draft(
     decoder: Decoder, prefix: Float[Array, "B P D"], valid: Bool[Array, "B P"], draft: Int[Array, "B A"]
-) -> tuple[Int[Array, "B A"], Int[Array, ""]]:
+) -> Generated:
     """All tokens in every pass (Jacobi decoding, Santilli et al. 2023): each is predicted from the draft's tokens
     before it, and the predictions are the next draft. Each pass makes at least one more of them greedy decoding's, and
-    a draft that predicts itself is its result. The first draft rides along with the prompt."""
+    a draft that predicts itself is its result. The first draft rides along with the prompt. A - 1 passes are enough
+    for any; numbers that are not finite may need more, and get none."""
     (B, P), A = valid.shape, decoder.cfg.num_action_tokens
     slots = jnp.concatenate([valid, jnp.ones((B, A - 1), bool)], axis=1)
     positions, mask = position_ids(slots), decoder.mask(slots, P)
@@ -203,21 +227,26 @@ def _from_draft(
         hidden, cache = decoder.forward(inputs, positions, mask, positions)
     first = last_of_prompt(hidden[:, :P], valid)
 
-    def predict(hidden: Float[Array, "B _ D"]) -> Int[Array, "B A"]:
+    def predict(hidden: Float[Array, "B _ D"]) -> tuple[Int[Array, "B A"], Bool[Array, " B"]]:
         return decoder.best(jnp.concatenate([first, hidden], axis=1), tuple(range(A)))
 
-    def unsettled(state: DraftState) -> Bool[Array, ""]:
-        return jnp.any(state.draft[:, :-1] != state.tokens[:, :-1])
+    def settled(state: DraftState) -> Bool[Array, " B"]:
+        return jnp.all(state.draft[:, :-1] == state.tokens[:, :-1], axis=1)
+
+    def unfinished(state: DraftState) -> Bool[Array, ""]:
+        return ~jnp.all(settled(state)) & (state.passes < A)
 
     def refine(state: DraftState) -> DraftState:
         embedded = decoder.embed(state.tokens[:, :-1])
         hidden, cache = decoder.forward(embedded, positions[:, P:], mask[:, P:], positions, state.cache, P)
-        return DraftState(state.tokens, predict(hidden), cache, state.passes + 1)
+        tokens, finite = predict(hidden)
+        return DraftState(state.tokens, tokens, cache, state.passes + 1, finite)
 
-    state = DraftState(draft, predict(hidden[:, P:]), cache, jnp.asarray(0))
+    tokens, finite = predict(hidden[:, P:])
+    state = DraftState(draft, tokens, cache, jnp.asarray(0), finite)
     with jax.named_scope("tokens"):
-        state = jax.lax.while_loop(unsettled, refine, state)
-    return state.tokens, state.passes
+        state = jax.lax.while_loop(unfinished, refine, state)
+    return Generated(state.tokens, state.passes, state.finite & settled(state))
 
 
 def _rows(table: Matrix, ids: Int[Array, "B T"], dtype: DTypeLike) -> Float[Array, "B T D"]:

@@ -9,13 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from spatialvla_jax.actions import ActionTokenizer, decode
 from spatialvla_jax.actions.normalization import action_bounds, to_range
 from spatialvla_jax.batch import Observation
 from spatialvla_jax.checkpoints.processor import Processor
-from spatialvla_jax.errors import InputError
+from spatialvla_jax.errors import InputError, NonFiniteError
 from spatialvla_jax.inference.generate import generate
 from spatialvla_jax.inference.weights import Weights, prepare_weights
 from spatialvla_jax.models import Params, SpatialVLA
@@ -81,7 +81,8 @@ class Policy:
         `observation` has "image" u8[H, W, 3] and "prompt" str; "intrinsics" f32[3, 3] in pixels of that image and
         "unnorm_key" (a dataset's name) may be None or absent; "depth" f32[H, W] in metres is needed by a model that
         takes depth from its data; "draft" i32[T, tokens_per_action] is a guess of the result. Everything after the
-        tokenizer, resizing included, is one jitted call. Raises InputError naming what is missing or misshapen.
+        tokenizer, resizing included, is one jitted call. Raises InputError naming what is missing or misshapen, and
+        NonFiniteError where the model's numbers are NaN or infinite: there is never an action made of such.
         """
         return self.infer_batch([observation])[0]
 
@@ -90,7 +91,7 @@ class Policy:
         return self.act([self.prepare(observation) for observation in observations])
 
     def act(self, prepared: Sequence[dict[str, np.ndarray]]) -> list[dict[str, np.ndarray]]:
-        """What `infer` returns, for each of the arrays that `prepare` has made."""
+        """What `infer` returns, for each of the arrays that `prepare` has made. Raises NonFiniteError."""
         groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for i, one in enumerate(prepared):
             groups[one["image"].shape].append(i)
@@ -98,6 +99,7 @@ class Policy:
         for rows in (g[i : i + BATCH_SIZES[-1]] for g in groups.values() for i in range(0, len(g), BATCH_SIZES[-1])):
             for i, result in zip(rows, self._run([prepared[i] for i in rows]), strict=True):
                 results[i] = result
+        _require_finite(np.array([result.pop("finite") for result in results], bool))
         return results
 
     def prepare(self, observation: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -130,8 +132,10 @@ class Policy:
         return arrays
 
     def predict(self, seen: Observation) -> tuple[Int[np.ndarray, "B T n"], Float[np.ndarray, "B T A"]]:
-        """Observations as the loader gives them, such as a `Batch` → (action ids, normalised actions)."""
+        """Observations as the loader gives them, such as a `Batch` → (action ids, normalised actions). Raises
+        NonFiniteError."""
         out = self.run(seen.model_inputs())
+        _require_finite(np.asarray(out["finite"]))
         return np.asarray(out["action_ids"]), np.asarray(out["actions"])
 
     def run(self, inputs: dict[str, Any]) -> dict[str, jax.Array]:
@@ -163,7 +167,7 @@ class Policy:
         length = min(-(-longest // PROMPT_STEP) * PROMPT_STEP, batch["prompt_ids"].shape[1])
         batch |= {k: batch[k][:, :length] for k in ("prompt_ids", "prompt_mask")}
         made = self.run({k: self._place(k, x) for k, x in batch.items()})
-        out = jax.device_get({k: made[k] for k in ("actions", "action_ids")})
+        out = jax.device_get({k: made[k] for k in ("actions", "action_ids", "finite")})
         return [{k: x[i] for k, x in out.items()} for i in range(count)]
 
     def _place(self, name: str, array: Any) -> Any:
@@ -194,15 +198,18 @@ class Policy:
 def act(
     model: SpatialVLA, constrained: bool, weights: Weights, grid: ActionTokenizer, inputs: dict[str, jax.Array]
 ) -> dict[str, jax.Array]:
-    """The jitted whole: uint8 images [B, H, W, 3] → {"action_ids" [B, T, n], "actions" [B, T, A], "passes" []}.
+    """The jitted whole, of uint8 images [B, H, W, 3].
+
+    → {"action_ids" [B, T, n], "actions" [B, T, A], "finite" [B], "passes" []}.
 
     With `inputs["bounds"]` f32[B, 3, A] (low, high, which dimensions have them) actions are in robot units, without
-    normalised. An id that is no action, which an unconstrained choice can give, counts as the first.
+    normalised. An id that is no action, which an unconstrained choice can give, counts as the first. Where `finite` is
+    False, the ids and actions are to be refused: logits or actions are NaN or infinite.
     """
     cfg = model.config
     draft = inputs.get("draft")
     seen = resize_observation(inputs["image"], inputs.get("depth"), inputs["intrinsics"], size=cfg.img.image_size)
-    tokens, passes = generate(
+    tokens, passes, finite = generate(
         model,
         weights,
         grid.token_ranges if constrained else None,
@@ -218,7 +225,13 @@ def act(
     if "bounds" in inputs:
         low, high, mask = inputs["bounds"].swapaxes(0, 1)[:, :, None]
         actions = to_range(actions, low, high, mask > 0)
-    return {"action_ids": ids, "actions": actions, "passes": passes}
+    finite &= jnp.all(jnp.isfinite(actions), axis=(1, 2))
+    return {"action_ids": ids, "actions": actions, "finite": finite, "passes": passes}
+
+
+def _require_finite(finite: Bool[np.ndarray, " B"]) -> None:
+    if not finite.all():
+        raise NonFiniteError(finite.tolist())
 
 
 def _stacked(arrays: list[np.ndarray]) -> Any:

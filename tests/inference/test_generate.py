@@ -30,7 +30,8 @@ def compiled(model: Any, constrained: bool):
 def run(model: Any, params, inputs, *, constrained=True, draft=None, **layout):
     """(tokens, passes) through the jitted path."""
     weights = prepare_weights(model, params, **layout)
-    tokens, passes = compiled(model, constrained)(weights, inputs.model_inputs(), draft)
+    tokens, passes, finite = compiled(model, constrained)(weights, inputs.model_inputs(), draft)
+    assert finite.all()
     return np.asarray(tokens), int(passes)
 
 
@@ -104,5 +105,53 @@ def test_32_at_once_get_the_tokens_that_each_gets_alone(nano) -> None:
     assert len(np.unique(expected, axis=0)) > 16, "they can be told apart"
     weights = prepare_weights(model, params)
     for i in range(32):
-        alone, _ = compiled(model, True)(weights, row(inputs, i).model_inputs(), None)
+        alone = compiled(model, True)(weights, row(inputs, i).model_inputs(), None).tokens
         np.testing.assert_array_equal(alone[0], expected[i])
+
+
+@pytest.mark.parametrize("drafted", [False, True], ids=["", "draft"])
+@pytest.mark.parametrize("kind", ["constrained", "free", "int8"])
+def test_a_row_without_finite_logits_is_told_and_its_neighbours_are_as_before(nano, kind: str, drafted: bool) -> None:
+    model, params, inputs = nano
+    run = compiled(model, kind != "free")
+    weights = prepare_weights(model, params, int8=kind == "int8", whole_vocabulary=kind != "int8")
+    expected = run(weights, inputs.model_inputs(), None)
+    draft = expected.tokens if drafted else None
+    depth, intrinsics = np.array(inputs.depth), np.array(inputs.intrinsics)
+    depth[1, 3, 4], intrinsics[1] = np.nan, 0
+    for broken in (replace(inputs, depth=depth), replace(inputs, intrinsics=intrinsics)):
+        tokens, _, finite = run(weights, broken.model_inputs(), draft)
+        np.testing.assert_array_equal(finite, [True, False, True])
+        np.testing.assert_array_equal(tokens[::2], expected.tokens[::2])
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_no_array_of_weights_hides_what_is_not_finite(nano, value: float) -> None:
+    """In whatever array it is, for greedy steps and drafts; argmax alone would return the first token of each kind."""
+    model, params, inputs = nano
+    run, (arrays, structure) = compiled(model, True), jax.tree.flatten(prepare_weights(model, params))
+    draft = run(jax.tree.unflatten(structure, arrays), inputs.model_inputs(), None).tokens
+    for i, array in enumerate(arrays):
+        broken = jax.tree.unflatten(structure, [*arrays[:i], jax.numpy.full_like(array, value), *arrays[i + 1 :]])
+        for given in (None, draft):
+            assert not run(broken, inputs.model_inputs(), given).finite.any(), i
+
+
+def test_a_norm_that_overflows_is_not_finite_either(nano) -> None:
+    """Its mean square is infinite, which leaves zeros and equal logits."""
+    model, params, inputs = nano
+    weights = prepare_weights(model, params)
+    norms = weights.llm.norms | {"post_ffw_norm": 0 * weights.llm.norms["post_ffw_norm"] + 1e30}
+    broken = weights._replace(llm=weights.llm._replace(norms=norms))
+    assert not compiled(model, True)(broken, inputs.model_inputs(), None).finite.any()
+
+
+def test_drafts_end_where_one_token_s_row_is_not_finite(nano) -> None:
+    """It spoils all predictions of a pass that feeds it, the next pass predicts it again, and so on for ever."""
+    model, params, inputs = nano
+    weights, offset = prepare_weights(model, params), model.config.action_offset
+    chosen = compiled(model, True)(weights, inputs.model_inputs(), None).tokens[0, 1]
+    broken = weights._replace(spatial=weights.spatial.at[chosen - offset].set(np.nan))
+    draft = np.tile([offset + start for start, _ in GRID.token_ranges], (3, 4))
+    _, passes, finite = compiled(model, True)(broken, inputs.model_inputs(), draft.astype(np.int32))
+    assert not finite[0] and passes <= 12

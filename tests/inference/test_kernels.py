@@ -92,16 +92,21 @@ def test_product_added_and_normed(dtype: str, splits: int) -> None:
 
 @pytest.mark.gpu
 def test_generation_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tokens of a small model with the kernels and without, for prompts of two lengths."""
+    """Tokens of a small model with the kernels and without, for prompts of two lengths; and a third observation, whose
+    depth is NaN in one place, is told."""
     config = preset("nano", spatial_tokens=GRID.vocab_size)
     model = SpatialVLA(replace(config, llm=replace(config.llm, depth=1)))
     rng, shapes = np.random.default_rng(0), param_shapes(model.config)
     params = {path: 0.2 * rng.normal(size=shape).astype(np.float32) for path, shape in shapes.items()}
-    weights, inputs = prepare_weights(model, unflatten(params)), random_inputs(model, 2)
-    given = inputs.model_inputs()
+    weights, inputs = prepare_weights(model, unflatten(params)), random_inputs(model, 3)
+    depth = np.array(inputs.depth)
+    depth[2, 3, 4] = np.nan
+    given = replace(inputs, depth=depth).model_inputs()
 
     def tokens() -> Any:
-        return jit(lambda x: generate(model, weights, GRID.token_ranges, **x)[0])(given)
+        tokens, _, finite = jit(lambda x: generate(model, weights, GRID.token_ranges, **x))(given)
+        np.testing.assert_array_equal(finite, [True, True, False])
+        return tokens
 
     expected, tried = tokens(), []
     monkeypatch.setattr(kernels, "can_attend", lambda qkv, *_: tried.append(qkv.shape[1]) or True)

@@ -11,7 +11,7 @@ from spatialvla_jax.actions import decode, encode
 from spatialvla_jax.actions.normalization import unnormalize
 from spatialvla_jax.config import load_config
 from spatialvla_jax.data import open_data
-from spatialvla_jax.errors import InputError
+from spatialvla_jax.errors import InputError, NonFiniteError
 
 
 @pytest.fixture(scope="module")
@@ -124,3 +124,23 @@ def test_many_observations_get_what_each_gets_alone(policy: Policy) -> None:
 def test_bad_observations(policy: Policy, observation: dict, change: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
         policy.infer(observation | change)
+
+
+@pytest.mark.parametrize(("key", "value"), [("intrinsics", 0), ("depth", np.nan), ("bounds", np.inf)])
+def test_numbers_that_are_not_finite_are_no_action(policy: Policy, key: str, value: float) -> None:
+    """Whatever `prepare` lets through: in the model or after it. The error says whose they are."""
+    good, bad = (policy.prepare(random_observation(seed)) for seed in (1, 2))
+    bad[key] = np.full_like(bad[key], value)
+    with pytest.raises(NonFiniteError, match="for 1 of 2 observations are NaN or infinite") as raised:
+        policy.act([good, bad])
+    assert raised.value.finite == [True, False]
+
+
+def test_damaged_weights_are_no_action(policy: Policy, observation: dict, config_file: Path, monkeypatch) -> None:
+    batch = open_data(load_config(config_file), policy.processor.statistics, policy.processor.tokenizer).epoch(4, "val")
+    monkeypatch.setattr(policy, "weights", jax.tree.map(lambda x: x * np.nan, policy.weights))
+    for ask in (policy.infer, lambda one: policy.infer_batch([one]), lambda one: policy.act([policy.prepare(one)])):
+        with pytest.raises(NonFiniteError, match=r"for this observation are NaN .* checkpoint's weights"):
+            ask(observation)
+    with pytest.raises(NonFiniteError, match="4 of 4"):
+        policy.predict(next(batch))
