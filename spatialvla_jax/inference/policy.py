@@ -20,6 +20,7 @@ from spatialvla_jax.inference.generate import generate
 from spatialvla_jax.inference.weights import Weights, prepare_weights
 from spatialvla_jax.models import Params, SpatialVLA
 from spatialvla_jax.models.resize import resize_observation
+from spatialvla_jax.utils.camera import as_array, depth_problem, in_metres, intrinsics_problem, kind_of, unit_problem
 
 # Shapes are compiled once each: a batch takes the next larger of these sizes, a prompt the next multiple of 16.
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
@@ -79,10 +80,12 @@ class Policy:
         """One observation → {"actions": f32[T, A] in robot units, "action_ids": i32[T, tokens_per_action]}.
 
         `observation` has "image" u8[H, W, 3] and "prompt" str; "intrinsics" f32[3, 3] in pixels of that image and
-        "unnorm_key" (a dataset's name) may be None or absent; "depth" f32[H, W] in metres is needed by a model that
-        takes depth from its data; "draft" i32[T, tokens_per_action] is a guess of the result. Everything after the
-        tokenizer, resizing included, is one jitted call. Raises InputError naming what is missing or misshapen, and
-        NonFiniteError where the model's numbers are NaN or infinite: there is never an action made of such.
+        "unnorm_key" (a dataset's name) may be None or absent; "depth" f32[H, W] in metres, 0 where there is no reading,
+        is needed by a model that takes depth from its data, and holds counts of any dtype where "depth_unit" says how
+        many metres a count is; "draft" i32[T, tokens_per_action] is a guess of the result. Everything after the
+        tokenizer, resizing included, is one jitted call. Raises InputError naming what is missing, misshapen or makes
+        no sense as an image, a camera or depth, and NonFiniteError where the model's numbers are NaN or infinite: there
+        is never an action made of such.
         """
         return self.infer_batch([observation])[0]
 
@@ -106,14 +109,13 @@ class Policy:
         """An observation checked and tokenised: the arrays that `act` takes. Raises InputError."""
         if not isinstance(observation, dict):
             raise InputError(f"an observation must be a dict, got {type(observation).__name__}")
-        image = np.asarray(observation["image"]) if "image" in observation else None
+        image = as_array(observation.get("image"))
         if image is None or image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8 or not image.size:
-            got = "nothing" if image is None else f"{image.dtype}{list(image.shape)}"
-            raise InputError(f"observation 'image' must be uint8[H, W, 3], got {got}")
+            raise InputError(f"observation 'image' must be uint8[H, W, 3], got {kind_of(image)}")
         if not isinstance(observation.get("prompt"), str):
             raise InputError(f"observation 'prompt' must be a string, got {type(observation.get('prompt')).__name__}")
         cfg, size = self.model.config, image.shape[:2]
-        low, high, mask = action_bounds(self.statistics(observation.get("unnorm_key"))["action"])
+        low, high, mask = action_bounds(self.processor.find_statistics(observation.get("unnorm_key"))["action"])
         ids, valid = self.processor.tokenizer.encode_prompt(
             observation["prompt"], template=self.processor.prompt_template, length=cfg.prompt_length
         )
@@ -124,9 +126,16 @@ class Policy:
             "prompt_mask": valid,
             "bounds": np.stack([low, high, mask]).astype(np.float32),
         }
+        depth, unit = observation.get("depth"), observation.get("depth_unit")
+        if unit is not None and (wrong := unit_problem(unit)):
+            raise InputError(f"observation 'depth_unit' {wrong}")
+        if depth is not None and (wrong := depth_problem(depth, size, unit)):
+            raise InputError(f"observation 'depth' {wrong}")
         if cfg.depth_source == "dataset":
-            depth = _floats(observation, "depth", size, "metres of ", ": this model takes depth from its data")
-            arrays["depth"] = depth
+            if depth is None:
+                what = f"metres of shape {list(size)}, got nothing"
+                raise InputError(f"observation 'depth' must be {what}: this model takes depth from its data")
+            arrays["depth"] = in_metres(depth, unit)
         if self.speculate:
             arrays["draft"] = self.draft(observation.get("draft"))
         return arrays
@@ -142,21 +151,13 @@ class Policy:
         """`act` of this module, jitted, on this policy's weights and grid."""
         return self._act(self.weights, self._grid, inputs)
 
-    def statistics(self, key: Any) -> dict[str, Any]:
-        known = self.processor.statistics
-        if key is None and len(known) == 1:
-            return next(iter(known.values()))
-        if not isinstance(key, str) or key not in known:
-            raise InputError(f"unnorm_key {key!r} is not a dataset of this policy; choose one of {', '.join(known)}")
-        return known[key]
-
     def intrinsics(self, observation: dict[str, Any], size: tuple[int, int]) -> np.ndarray:
         """The observation's intrinsics, or those that the policy was trained with, in pixels of an image of `size`."""
-        if observation.get("intrinsics") is not None:
-            return _floats(observation, "intrinsics", (3, 3))
-        known = self.processor.intrinsics
-        key = observation.get("unnorm_key") or next(iter(known))
-        relative = np.asarray(known[key if key in known else next(iter(known))], np.float32)
+        if (given := observation.get("intrinsics")) is not None:
+            if wrong := intrinsics_problem(given, size):
+                raise InputError(f"observation 'intrinsics' {wrong}")
+            return np.asarray(given, np.float32)
+        relative = np.asarray(self.processor.find_intrinsics(observation.get("unnorm_key")), np.float32)
         return relative * np.array([[size[1]], [size[0]], [1]], np.float32)
 
     def _run(self, inputs: list[dict[str, np.ndarray]]) -> list[dict[str, np.ndarray]]:
@@ -242,18 +243,3 @@ def _stacked(arrays: list[np.ndarray]) -> Any:
 
 
 _stack = jax.jit(jnp.stack)
-
-
-def _floats(observation: dict[str, Any], key: str, shape: tuple[int, ...], kind: str = "", why: str = "") -> np.ndarray:
-    """Finite numbers f32[shape] under `key`, or an InputError that says what they must be."""
-    value = observation.get(key)
-    array = None if value is None else np.asarray(value)
-    if array is None or array.shape != tuple(shape) or array.dtype.kind not in "fiu":
-        got = "nothing" if array is None else f"{array.dtype}{list(array.shape)}"
-        raise InputError(f"observation {key!r} must be {kind}shape {list(shape)}, got {got}{why}")
-    array = array.astype(np.float32, copy=False)
-    if not np.isfinite(array).all():
-        raise InputError(
-            f"observation {key!r} must be finite, and holds {int((~np.isfinite(array)).sum())} that are not"
-        )
-    return array

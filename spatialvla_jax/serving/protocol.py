@@ -9,7 +9,7 @@ import numpy as np
 
 from spatialvla_jax.errors import InputError
 
-KEYS = ("image", "prompt", "intrinsics", "depth", "unnorm_key", "reset")
+KEYS = ("image", "prompt", "intrinsics", "depth", "depth_unit", "unnorm_key", "reset")
 DTYPES = ("|u1", "|i1", "<u2", "<i2", "<u4", "<i4", "<u8", "<i8", "<f2", "<f4", "<f8")
 
 
