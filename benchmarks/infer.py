@@ -182,8 +182,8 @@ def run_torch(config: SpatialVLAConfig, args: argparse.Namespace) -> dict[str, A
     import torch
 
     from spatialvla_jax.checkpoints.published_config import config_to_published
-    from spatialvla_jax.export.torch_model import SpatialVLAConfig as TorchConfig
-    from spatialvla_jax.export.torch_model import SpatialVLAForConditionalGeneration
+    from spatialvla_jax.export.transformers.configuration_spatialvla import SpatialVLAConfig as TorchConfig
+    from spatialvla_jax.export.transformers.modeling_spatialvla import SpatialVLAForConditionalGeneration
     from spatialvla_jax.export.verify import torch_inputs
 
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -11,7 +11,7 @@ import spatialvla_jax
 CORE = [
     name
     for _, name, _ in pkgutil.walk_packages(spatialvla_jax.__path__, "spatialvla_jax.")
-    if not name.startswith("spatialvla_jax.export.torch_model")
+    if not name.startswith("spatialvla_jax.export.transformers.")
 ]
 PROGRAM = """
 import importlib, sys

@@ -26,21 +26,10 @@ DTYPES = ("float32", "bfloat16", "float16")
 VERIFIED_BY_DEFAULT = 500_000_000  # parameters
 
 
-# Class → its file, as in the release. Everything is in the first; the others only point there.
-CODE = {
-    "SpatialVLAForConditionalGeneration": "modeling_spatialvla",
-    "SpatialVLAConfig": "configuration_spatialvla",
-    "SpatialVLAProcessor": "processing_spatialvla",
-}
-
-
 def torch_code() -> dict[str, str]:
-    """{file name: text} of the PyTorch model and processor under the three names that `auto_map` refers to."""
-    (_, first), *others = CODE.items()
-    pointers = {
-        f"{file}.py": f'"""In {first}.py."""\n\nfrom .{first} import {name}  # noqa: F401\n' for name, file in others
-    }
-    return {f"{first}.py": Path(__file__).with_name("torch_model.py").read_text()} | pointers
+    """{file name: text} of the PyTorch configuration, model and processor, which `auto_map` refers to."""
+    files = Path(__file__).with_name("transformers").glob("*_spatialvla.py")
+    return {file.name: file.read_text() for file in sorted(files)}
 
 
 def write_pytorch(path: str | Path, checkpoint: Checkpoint) -> None:
