@@ -21,11 +21,15 @@ from spatialvla_jax.checkpoints.mapping import SPATIALVLA, Rule, Slot, check_arr
 from spatialvla_jax.checkpoints.processor import Processor
 from spatialvla_jax.checkpoints.published_config import (
     CONFIG,
+    DIFFERENCES,
+    EXTRA,
     config_to_published,
     parse_config,
     read_config,
     zoedepth_from_published,
 )
+from spatialvla_jax.checkpoints.release import RELEASE_PROCESSOR, release_differences, write_release_files
+from spatialvla_jax.checkpoints.release_tokenizer import TOKENIZER
 from spatialvla_jax.checkpoints.types import Checkpoint, LazyArray, finite, read_json
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.models.spatialvla import SpatialVLAConfig
@@ -34,11 +38,8 @@ from spatialvla_jax.text import Tokenizer
 from spatialvla_jax.utils.atomic import new_directory, write_json
 
 PROCESSOR = "processor.json"
-RELEASE_PROCESSOR, IMAGES, TOKENIZER = "processor_config.json", "preprocessor_config.json", "tokenizer.model"
 MAX_SHARD_BYTES = 5 * 10**9
 ZOE_PREFIX = "vision_zoe_model."
-
-AUTO_PROCESSOR = {"AutoProcessor": "processing_spatialvla.SpatialVLAProcessor"}
 
 
 def read_huggingface(path: str | Path, ignore: Sequence[str] = ()) -> Checkpoint:
@@ -114,26 +115,34 @@ def write_huggingface(
     path: str | Path,
     checkpoint: Checkpoint,
     *,
-    code: Mapping[str, str] | None = None,
+    files: Mapping[str, str] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write a directory in the published layout; it appears whole or not at all.
 
-    `code` is {file name: text} of the Python files to put in it, without which transformers does not load it. Reads
-    each array once and holds one at a time. Raises InputError when `path` exists or the arrays do not fit the config.
+    `files` is {file name: text} of what else to put in it: the Python files without which transformers does not load
+    it, and its card. Reads each array once and holds one at a time. Raises InputError when `path` exists or the arrays
+    do not fit the config.
     """
     check_arrays("checkpoint", checkpoint.arrays, param_shapes(checkpoint.config))
     tensors = unstacked_tensors(checkpoint.arrays)
     with new_directory(Path(path)) as folder:
-        write_json(folder / CONFIG, config_to_published(checkpoint.config, {x.dtype for x in tensors.values()}))
+        write_config(folder, checkpoint.config, checkpoint.processor, {x.dtype for x in tensors.values()})
         if checkpoint.processor is not None:
             write_processor(folder, checkpoint.processor, checkpoint.config)
-        write_code(folder, code)
+        write_files(folder, files)
         safetensors.write_directory(folder, tensors, max_shard_bytes)
 
 
-def write_code(path: Path, code: Mapping[str, str] | None) -> None:
-    for name, text in (code or {}).items():
+def write_config(path: Path, config: SpatialVLAConfig, processor: Processor | None, dtypes: set[np.dtype]) -> None:
+    """config.json, which also says why the release's code does not act as this model does, where it does not."""
+    data = config_to_published(config, dtypes)
+    data[EXTRA][DIFFERENCES] = release_differences(config, processor)
+    write_json(path / CONFIG, data)
+
+
+def write_files(path: Path, files: Mapping[str, str] | None) -> None:
+    for name, text in (files or {}).items():
         (path / name).write_text(text)
 
 
@@ -169,47 +178,6 @@ def _relative(camera: dict[str, Any]) -> list[list[float]]:
 
 
 def write_processor(path: Path, processor: Processor, config: SpatialVLAConfig) -> None:
-    """processor.json, the SentencePiece model, and the release's own files where its format can hold the grid."""
+    """processor.json, and the files that the release's own processor reads."""
     write_json(path / PROCESSOR, processor.to_dict())
-    (path / TOKENIZER).write_bytes(processor.tokenizer.to_bytes())
-    size = {"height": config.img.image_size, "width": config.img.image_size}
-    images = {
-        "auto_map": AUTO_PROCESSOR,
-        "do_convert_rgb": True,
-        "do_normalize": False,
-        "do_rescale": True,
-        "do_resize": True,
-        "image_processor_type": "SiglipImageProcessor",
-        "image_seq_length": config.img.num_tokens,
-        "processor_class": "SpatialVLAProcessor",
-        "resample": 3,
-        "rescale_factor": 1 / 255,
-        "size": size,
-    }
-    write_json(path / IMAGES, images)
-    if isinstance(processor.grid, ActionGrid):
-        write_json(path / RELEASE_PROCESSOR, _release_processor(processor, processor.grid, config))
-
-
-def _release_processor(processor: Processor, grid: ActionGrid, config: SpatialVLAConfig) -> dict[str, Any]:
-    edges = {name: np.asarray(getattr(grid, name), np.float64).tolist() for name in ActionGrid.__dataclass_fields__}
-    groups = {"translation": ("theta", "phi", "r"), "rotation": ("roll", "pitch", "yaw")}
-    bins = {group: {f"{name}_bins": len(edges[name]) - 1 for name in names} for group, names in groups.items()}
-    # Intrinsics relative to the image are those of an image of 1 x 1.
-    cameras = {name: {"height": 1, "width": 1, "intrinsic": k} for name, k in processor.intrinsics.items()}
-    return {
-        "action_chunk_size": config.action_chunk,
-        "action_config": {
-            "distribution": "gaussian",
-            "num_bins": {**bins, "gripper": 2, "total": grid.vocab_size},
-            "use_spherical": True,
-        },
-        "auto_map": AUTO_PROCESSOR,
-        "bin_policy": {group: {f"{name}_bins": edges[name] for name in names} for group, names in groups.items()},
-        "intrinsic_config": {"default": next(iter(cameras.values())), **cameras},
-        "min_sigma": 0.0,
-        "num_obs_steps": 1,
-        "obs_delta": 1,
-        "processor_class": "SpatialVLAProcessor",
-        "statistics": processor.statistics,
-    }
+    write_release_files(path, processor, config)

@@ -16,10 +16,9 @@ import numpy as np
 
 from spatialvla_jax.actions import grid_to_dict
 from spatialvla_jax.checkpoints import safetensors_io as safetensors
-from spatialvla_jax.checkpoints.huggingface import unstacked_tensors, write_code, write_processor
+from spatialvla_jax.checkpoints.huggingface import unstacked_tensors, write_config, write_files, write_processor
 from spatialvla_jax.checkpoints.mapping import SPATIALVLA, Rule, axes_of_layout, check_arrays, param_shapes
 from spatialvla_jax.checkpoints.orbax import open_params, parse_metadata, read_metadata, step_directory
-from spatialvla_jax.checkpoints.published_config import CONFIG, config_to_published
 from spatialvla_jax.checkpoints.regrid import EMBEDDING, adapt_checkpoint
 from spatialvla_jax.checkpoints.types import Checkpoint, LazyArray, digest, recorded
 from spatialvla_jax.errors import InputError
@@ -170,10 +169,10 @@ def write_peft(path: str | Path, run: AdapterRun, code: Mapping[str, str] | None
     tensors, digests = recorded(adapters | {f"{PEFT_PREFIX}{name}.weight": table for name in full})
     with new_directory(Path(path)) as folder:
         write_json(folder / PEFT_CONFIG, about)
-        write_json(folder / CONFIG, config_to_published(run.whole.config, {x.dtype for x in tensors.values()}))
+        write_config(folder, run.whole.config, run.whole.processor, {x.dtype for x in tensors.values()})
         if run.whole.processor is not None:
             write_processor(folder, run.whole.processor, run.whole.config)
-        write_code(folder, code)
+        write_files(folder, code)
         safetensors.write_file(folder / PEFT_WEIGHTS, tensors)
         for array in run.base.arrays.values():
             array.read()  # nothing of it is written, but adapters of a base that has changed are refused

@@ -33,6 +33,8 @@ AUTO_MODEL = {
 EXTRA = "spatialvla_jax"
 EXTRA_FIELDS = ("prompt_length", "action_chunk", "tokens_per_action", "depth_source", "mask", "dtype", "remat")
 
+DIFFERENCES = "release_differences"  # stands there too, and is not read back
+
 # Fields of ours → published ones, read and written alike.
 ENCODER = {
     "width": "hidden_size",
@@ -104,7 +106,8 @@ def config_from_published(data: dict[str, Any]) -> SpatialVLAConfig:
         depth_source="zoedepth" if data["use_vision_zoe"] else "none",
         dtype=data.get("torch_dtype") or data.get("dtype") or "float32",
     )
-    return replace(base, **renamed(data.get(EXTRA, {}), MODEL_FIELDS))
+    extra = {name: value for name, value in data.get(EXTRA, {}).items() if name != DIFFERENCES}
+    return replace(base, **renamed(extra, MODEL_FIELDS))
 
 
 def siglip_from_published(data: dict[str, Any]) -> SiglipConfig:

@@ -47,6 +47,8 @@ def run_convert(args: argparse.Namespace) -> None:
         raise SystemExit(1) from None
     verification = result["verification"]
     print(table(verification) if isinstance(verification, dict) else f"not verified: {verification}")
+    for difference in result["release_differences"]:
+        print(f"in the release's own code it acts differently: {difference}")
     print(f"wrote {args.dst}")
     print(json.dumps(result))
     if not result["bit_exact"]:

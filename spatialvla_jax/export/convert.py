@@ -14,8 +14,10 @@ from spatialvla_jax.checkpoints.huggingface import write_huggingface
 from spatialvla_jax.checkpoints.load import read_checkpoint
 from spatialvla_jax.checkpoints.orbax import write_orbax
 from spatialvla_jax.checkpoints.peft import PEFT_WEIGHTS, is_adapter_run, read_adapters, write_peft
+from spatialvla_jax.checkpoints.release import release_differences
 from spatialvla_jax.checkpoints.types import Checkpoint, digest, finite, recorded
 from spatialvla_jax.errors import InputError
+from spatialvla_jax.export.card import model_card
 from spatialvla_jax.export.verify import MISSING, Verification, available
 from spatialvla_jax.export.verify import verify as run_both
 
@@ -33,8 +35,8 @@ def torch_code() -> dict[str, str]:
 
 
 def write_pytorch(path: str | Path, checkpoint: Checkpoint) -> None:
-    """Write a published directory that transformers can load: `write_huggingface` with our PyTorch code in it."""
-    write_huggingface(path, checkpoint, code=torch_code())
+    """Write a published directory that transformers can load: `write_huggingface` with our PyTorch code and a card."""
+    write_huggingface(path, checkpoint, files=torch_code() | {"README.md": model_card(checkpoint)})
 
 
 WRITERS = {"orbax": write_orbax, "pytorch": write_pytorch, "big_vision": write_big_vision}
@@ -51,6 +53,7 @@ class Conversion(TypedDict):
     bytes: int
     bit_exact: bool
     verification: Verification | str  # what `verify` found, or the sentence that says why it was not run
+    release_differences: list[str]  # why the published model's own code does not act as a PyTorch export does
     seconds: float
 
 
@@ -104,6 +107,7 @@ def convert(
         "bytes": sum(x.nbytes for x in arrays.values()),
         "bit_exact": bit_exact,
         "verification": run_both(checkpoint, dst) if skipped is None else skipped,
+        "release_differences": release_differences(checkpoint.config, checkpoint.processor) if to == "pytorch" else [],
         "seconds": round(time.perf_counter() - start, 3),
     }
 
@@ -121,6 +125,7 @@ def _convert_to_peft(src: str | Path, dst: str | Path, start: float) -> Conversi
         "bytes": sum(x.nbytes for x in stored.values()),
         "bit_exact": {name: digest(x.read()) for name, x in stored.items()} == digests,
         "verification": "adapters alone: their bytes were read back and compared",
+        "release_differences": [],
         "seconds": round(time.perf_counter() - start, 3),
     }
 

@@ -5,8 +5,16 @@ import pytest
 from helpers.checkpoints import equal
 from safetensors.numpy import load_file
 
-from spatialvla_jax.checkpoints import Checkpoint, load_pretrained, read_checkpoint, write_huggingface, write_orbax
+from spatialvla_jax.checkpoints import (
+    Checkpoint,
+    load_pretrained,
+    read_checkpoint,
+    read_huggingface,
+    write_huggingface,
+    write_orbax,
+)
 from spatialvla_jax.errors import InputError
+from spatialvla_jax.export.card import model_card
 from spatialvla_jax.export.convert import WRITERS, convert, write_pytorch
 
 
@@ -15,6 +23,7 @@ def test_published_to_orbax_and_back(checkpoint, tmp_path):
     write_pytorch(published, checkpoint)
     figures = convert(published, run, to="orbax")
     assert figures["bit_exact"] and figures["parameters"] == 90_160 and figures["bytes"] == 4 * 90_160
+    assert figures["release_differences"] == []
     assert convert(run, again, to="pytorch", verify=False)["bit_exact"]
     for file in published.iterdir():
         assert (again / file.name).read_bytes() == file.read_bytes(), file.name
@@ -31,6 +40,17 @@ def test_the_published_model_with_zoedepth(golden, tmp_path):
     assert before.keys() == after.keys() and len(after) == 380
     for key, x in before.items():
         np.testing.assert_array_equal(after[key].view("u4"), x.view("u4"), key, strict=True)
+
+
+def test_an_export_says_what_the_release_cannot_run(checkpoint, golden, tmp_path):
+    """On conversion, and in its card, which names data, template and parameters too."""
+    write_pytorch(tmp_path / "source", checkpoint)
+    figures = convert(tmp_path / "source", tmp_path / "out", to="pytorch", verify=False)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert len(figures["release_differences"]) == 2
+    assert all(f"- {sentence}\n" in card for sentence in figures["release_differences"])
+    assert checkpoint.processor.prompt_template in card and "unnorm_key='toy'" in card and "| 90,160 |" in card
+    assert "There it acts as here." in model_card(read_huggingface(golden))
 
 
 def test_load_pretrained_recognises_both(checkpoint, tmp_path):
