@@ -22,6 +22,7 @@ from spatialvla_jax.utils.storage import local_path
 FREE_ON_RESUME = (
     *("checkpoint", "mesh", "train.max_skipped", "train.log_every", "train.eval_every", "train.eval_frames"),
     *("data.root", "data.packed", "data.cache_dir", "data.workers", "data.memory_gb", "data.faults"),
+    *("train.grad_accum_steps", "model.remat", "model.unroll"),  # how a step fits its devices, not what it computes
 )
 
 

@@ -211,6 +211,8 @@ def test_only_what_is_not_computed_may_change(tmp_path) -> None:
     config.checkpoint.every, config.mesh.fsdp = 3, 8
     check_resumable(saved, config, tmp_path)
     check_resumable({k: v for k, v in saved.items() if k != "lora"}, config, tmp_path)  # of an earlier version
+    config.update({"train": {"grad_accum_steps": 2}, "model": {"remat": "full"}})  # on fewer devices
+    check_resumable(saved, config, tmp_path)
     config.optimizer.grad_clip_norm, config.seed = 2.0, 1
     with pytest.raises(InputError, match=r"optimizer.grad_clip_norm = 1.0, this config says 2.0 \(and 1 more"):
         check_resumable(saved, config, tmp_path)

@@ -6,6 +6,8 @@ from einops import rearrange
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from spatialvla_jax.models.linear import Dense
+
 SUB_GRID = 2  # points along one side of a patch
 NUM_FREQUENCIES = 8
 
@@ -54,6 +56,7 @@ class Ego3D(nn.Module):
         # Points and sines stay in float32: bf16 cannot hold 2^7 times a coordinate.
         x = frequency_encoding(back_project(depth, intrinsics, self.grid)).astype(self.dtype)
         small_xavier = nn.initializers.variance_scaling(1e-4, "fan_avg", "uniform")
-        x = nn.Dense(self.width, kernel_init=small_xavier, dtype=self.dtype, name="dense_0")(x)
+        D = self.width
+        x = Dense("bpi,id->bpd", (x.shape[-1], D), self.dtype, small_xavier, name="dense_0")(x)
         x = nn.relu(nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name="norm")(x))
-        return nn.Dense(self.width, kernel_init=small_xavier, dtype=self.dtype, name="dense_1")(x)
+        return Dense("bpi,id->bpd", (D, D), self.dtype, small_xavier, name="dense_1")(x)

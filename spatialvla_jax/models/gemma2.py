@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from spatialvla_jax.models.activation_sharding import constrain_batch
 from spatialvla_jax.models.attention import Angles, attend, rotary, rotary_angles
+from spatialvla_jax.models.linear import adapter_of, linear
 from spatialvla_jax.models.remat import rematerialise, scan_layers
 
 
@@ -59,7 +60,7 @@ class Einsum(nn.Module):
     @nn.compact
     def __call__(self, equation: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
         w = self.param("w", fan_in_init(self.fan_in_axes), self.shape)
-        return jnp.einsum(equation, x, w.astype(self.dtype))
+        return linear(equation, x, w.astype(self.dtype), adapter_of(self, "w"))
 
 
 class Attention(nn.Module):
@@ -90,8 +91,13 @@ class FeedForward(nn.Module):
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         D, F = self.config.width, self.config.mlp_dim
         gating = self.param("gating_einsum", fan_in_init((1,)), (2, D, F)).astype(self.dtype)
-        linear = self.param("linear", fan_in_init((0,)), (F, D)).astype(self.dtype)
-        return (nn.gelu(x @ gating[0], approximate=True) * (x @ gating[1])) @ linear
+        down = self.param("linear", fan_in_init((0,)), (F, D)).astype(self.dtype)
+        adapters = adapter_of(self, "gating_einsum")
+        gate, up = (
+            linear("btd,df->btf", x, gating[i], adapters and {name: part[i] for name, part in adapters.items()})
+            for i in (0, 1)
+        )
+        return linear("btf,fd->btd", nn.gelu(gate, approximate=True) * up, down, adapter_of(self, "linear"))
 
 
 class Block(nn.Module):

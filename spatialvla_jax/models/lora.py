@@ -1,8 +1,9 @@
 """LoRA (Hu et al. 2021): low-rank changes of linear layers, as a tree of arrays beside the model's own parameters.
 
 The adapters of the kernel "llm/layers/mlp/linear" are "lora/llm/layers/mlp/linear/a" and "…/b". W + scale · B A, with
-scale = alpha / rank, takes W's place before the model is applied: there is no second model. A kernel of ours that holds
-several published layers has adapters of its own for each, such as those of every layer and of keys and values.
+scale = alpha / rank, takes W's place before the model is applied: there is no second model. In training a and b lie
+beside it and get their gradients without W's (`linear.adapted`). A kernel of ours that holds several published layers
+has adapters of its own for each, such as those of every layer and of keys and values.
 """
 
 import re
@@ -16,6 +17,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float
 
 from spatialvla_jax.errors import InputError
+from spatialvla_jax.models.linear import BESIDE
 
 ADAPTERS = "lora"
 
@@ -84,7 +86,7 @@ def init_adapters(
 def merge_adapters(params: Mapping[str, Any], scale: float, dtype: Any = None) -> dict[str, Any]:
     """`params` with "lora" in it → the model's own, W + scale · B A for every adapted W, in `dtype` or in W's own.
 
-    Without "lora" they come back as they are. Gradients reach a and b through the sum; W need not have any.
+    Without "lora" they come back as they are.
     """
     if ADAPTERS not in params:
         return dict(params)
@@ -95,6 +97,19 @@ def merge_adapters(params: Mapping[str, Any], scale: float, dtype: Any = None) -
             w = flat[path]
             change = scale * product(path, adapters[f"{path}/a"], adapters[f"{path}/b"])
             flat[path] = (w.astype(jnp.float32) + change).astype(dtype or w.dtype)
+    return unflatten_dict(flat, sep="/")
+
+
+def put_beside(params: Mapping[str, Any], scale: float, dtype: Any = None) -> dict[str, Any]:
+    """`merge_adapters` for training: the sums get no gradient, and a and scale · b lie beside them, for
+    `models.linear`."""
+    if ADAPTERS not in params:
+        return dict(params)
+    flat: dict[str, Any] = flatten_dict(merge_adapters(params, scale, dtype), sep="/")
+    for name, x in flatten_dict(params[ADAPTERS], sep="/").items():
+        path, _, part = name.rpartition("/")
+        flat[path] = jax.lax.stop_gradient(flat[path])
+        flat[f"{path}{BESIDE}/{part}"] = scale * jnp.asarray(x) if part == "b" else x
     return unflatten_dict(flat, sep="/")
 
 

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from spatialvla_jax.models.activation_sharding import constrain_batch
 from spatialvla_jax.models.attention import encoder_attention
+from spatialvla_jax.models.linear import Dense
 from spatialvla_jax.models.patches import multiply_patches
 from spatialvla_jax.models.remat import rematerialise, scan_layers
 
@@ -43,14 +44,21 @@ class MlpBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
-        width = x.shape[-1]
-        x = nn.Dense(self.mlp_dim, dtype=self.dtype)(x)
-        return nn.Dense(width, dtype=self.dtype)(nn.gelu(x, approximate=True))
+        D, F = x.shape[-1], self.mlp_dim
+        x = Dense("bpd,df->bpf", (D, F), self.dtype)(x)
+        return Dense("bpf,fd->bpd", (F, D), self.dtype)(nn.gelu(x, approximate=True))
 
 
-def _attention(q, k, v, **unused):
-    """As `nn.MultiHeadDotProductAttention` calls it; there is no mask and no dropout."""
-    return encoder_attention(q, k, v)
+class MultiHeadDotProductAttention(nn.Module):
+    num_heads: int
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
+        D, N = x.shape[-1], self.num_heads
+        project = lambda name: Dense("bpd,dnh->bpnh", (D, N, D // N), self.dtype, name=name)(x)  # noqa: E731
+        y = encoder_attention(project("query"), project("key"), project("value"))
+        return Dense("bpnh,nhd->bpd", (N, D // N, D), self.dtype, name="out")(y)
 
 
 class EncoderBlock(nn.Module):
@@ -60,10 +68,7 @@ class EncoderBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B P D"], _) -> tuple[Float[Array, "B P D"], None]:
         y = nn.LayerNorm(dtype=self.dtype)(x)
-        attention = nn.MultiHeadDotProductAttention(
-            self.config.num_heads, dtype=self.dtype, deterministic=True, attention_fn=_attention
-        )
-        x = constrain_batch(x + attention(y))
+        x = constrain_batch(x + MultiHeadDotProductAttention(self.config.num_heads, self.dtype)(y))
         y = nn.LayerNorm(dtype=self.dtype)(x)
         return constrain_batch(x + MlpBlock(self.config.mlp_dim, self.dtype)(y)), None
 
@@ -112,4 +117,5 @@ class Siglip(nn.Module):
         x = constrain_batch(x + table.astype(self.dtype))
         tokens = Encoder(cfg, self.dtype, self.remat, self.unroll, name="Transformer")(x)
         fused = tokens if extra is None else tokens + extra.astype(tokens.dtype)
-        return nn.Dense(self.head_width, dtype=self.dtype, name="head")(fused), tokens
+        head = Dense("bpd,dw->bpw", (cfg.width, self.head_width), self.dtype, name="head")
+        return head(fused), tokens

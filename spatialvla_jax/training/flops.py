@@ -8,7 +8,7 @@ import jax
 from spatialvla_jax.actions import ActionTokenizer
 from spatialvla_jax.batch import Batch
 from spatialvla_jax.models import Params
-from spatialvla_jax.models.lora import merge_adapters
+from spatialvla_jax.models.lora import put_beside
 from spatialvla_jax.training.optimizer import merge, split_frozen
 from spatialvla_jax.training.setup import TrainSetup
 from spatialvla_jax.training.state import abstract_params
@@ -26,7 +26,7 @@ def model_flops(setup: TrainSetup, grid: ActionTokenizer) -> float:
         inputs = prepare(batch, None, None)
 
         def loss(trainable: Params) -> Any:
-            params = merge_adapters(merge(trainable, fixed), setup.lora_scale)
+            params = put_beside(merge(trainable, fixed), setup.lora_scale)
             return loss_and_metrics(setup.model, params, inputs, grid)[0].mean()
 
         return jax.grad(loss)(trainable)

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, Integer, PRNGKeyArray
 from spatialvla_jax.actions import ActionTokenizer, decode, encode
 from spatialvla_jax.batch import Batch
 from spatialvla_jax.models import Params, SpatialVLA
-from spatialvla_jax.models.lora import merge_adapters
+from spatialvla_jax.models.lora import merge_adapters, put_beside
 from spatialvla_jax.models.spatialvla import EOS
 from spatialvla_jax.training.augment import Augmentation, augment
 from spatialvla_jax.training.optimizer import (
@@ -61,7 +61,7 @@ def make_train_step(setup: TrainSetup) -> Callable[..., tuple[TrainState, Metric
         inputs = prepare(batch, key, setup.augmentation)
 
         def loss_fn(trainable: Params, inputs: Batch) -> tuple[Float[Array, ""], Metrics]:
-            params = merge_adapters(merge(trainable, fixed), setup.lora_scale, model.config.dtype)
+            params = put_beside(merge(trainable, fixed), setup.lora_scale, model.config.dtype)
             params = cast_split(params, model.config.dtype)
             loss, metrics = loss_and_metrics(model, params, inputs, grid)
             means = {k: v.mean() for k, v in metrics.items()}

@@ -3,14 +3,24 @@
 from math import prod
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from spatialvla_jax.actions import PRETRAIN_GAUSSIANS, gaussian_grid
+from spatialvla_jax.batch import Batch, example_inputs
 from spatialvla_jax.checkpoints.mapping import flatten, param_shapes, slots, unflatten
 from spatialvla_jax.checkpoints.peft import adapter_rules
+from spatialvla_jax.config import default_config
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.models import preset
-from spatialvla_jax.models.lora import LINEAR, adapter_shapes, init_adapters, merge_adapters
+from spatialvla_jax.models import SpatialVLA, preset
+from spatialvla_jax.models.linear import linear
+from spatialvla_jax.models.lora import LINEAR, adapter_shapes, init_adapters, merge_adapters, product, put_beside
+from spatialvla_jax.training.flops import product_flops
+from spatialvla_jax.training.setup import make_setup
+from spatialvla_jax.training.sharding import make_mesh
+from spatialvla_jax.training.state import abstract_state
+from spatialvla_jax.training.step import make_train_step
 
 NANO = preset("nano")
 SHAPES = param_shapes(NANO)
@@ -77,3 +87,78 @@ def test_targets_are_patterns() -> None:
             adapter_shapes(SHAPES, 4, (pattern,))
     zoe = param_shapes(preset("nano", depth_source="zoedepth"))
     assert adapter_shapes(zoe, 4, ALL) == adapter_shapes(SHAPES, 4, ALL) and len(LINEAR) == 11
+
+
+@pytest.mark.parametrize(
+    ("equation", "kernel"),
+    [
+        ("btd,ndh->btnh", "llm/layers/attn/q_einsum/w"),
+        ("btd,ckdh->cbtkh", "llm/layers/attn/kv_einsum/w"),
+        ("btnh,nhd->btd", "llm/layers/attn/attn_vec_einsum/w"),
+        ("btf,fd->btd", "llm/layers/mlp/linear"),
+        ("bpd,dnh->bpnh", "img/Transformer/encoderblock/MultiHeadDotProductAttention_0/query/kernel"),
+    ],
+)
+def test_adapters_get_the_gradients_of_the_sum_without_that_of_the_weight(equation: str, kernel: str) -> None:
+    """Against autodiff through W + B A."""
+    rng = np.random.default_rng(2)
+    layer = {path: shape[1:] for path, shape in SHAPES.items() if path == kernel}
+    w = rng.normal(size=layer[kernel]).astype(np.float32)
+    shapes = {path: shape[1:] for path, shape in adapter_shapes(SHAPES, 3, (kernel,)).items()}
+    a, b = (rng.normal(size=shapes[f"{kernel}/{x}"]).astype(np.float32) for x in "ab")
+    x_axes, w_axes = equation.split("->")[0].split(",")
+    sizes = dict(zip(w_axes, w.shape, strict=True)) | {"b": 2, "t": 5, "p": 5}
+    x = rng.normal(size=[sizes[i] for i in x_axes]).astype(np.float32)
+    weights = rng.normal(size=jnp.einsum(equation, x, w).shape)
+
+    def beside(x, a, b):
+        merged = jax.lax.stop_gradient(w + product(kernel, a[None], b[None])[0])
+        return (linear(equation, x, merged, {"a": a, "b": b}) * weights).sum()
+
+    def through_the_sum(x, a, b):
+        return (jnp.einsum(equation, x, w + product(kernel, a[None], b[None])[0]) * weights).sum()
+
+    for got, want in zip(*(jax.grad(f, (0, 1, 2))(x, a, b) for f in (beside, through_the_sum)), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
+
+
+def test_a_training_step_of_adapters_has_no_gradient_of_a_frozen_weight() -> None:
+    """By the FLOPs of the products in the traced step, which `dots` keeps and `full` computes again."""
+    grid = gaussian_grid(PRETRAIN_GAUSSIANS, (2,) * 6)  # a small head, whose gradient neither step needs
+
+    def flops(rank: int, remat: str) -> float:
+        config = default_config()
+        config.model.update(preset="nano", depth_source="none", remat=remat)
+        config.lora.rank = rank
+        setup = make_setup(config, grid, make_mesh({"data": 1}, jax.devices()[:1]), text_vocab=256)
+        state, _ = abstract_state(setup)
+        batch = Batch.abstract(setup.model.config, 2, grid.action_dim)
+        return product_flops(jax.make_jaxpr(make_train_step(setup))(state, batch, grid, 0).jaxpr)
+
+    whole, low_rank = flops(0, "dots"), flops(1, "dots")
+    assert low_rank < 0.85 * whole and low_rank < 0.9 * flops(1, "full")
+
+
+@pytest.mark.slow
+def test_the_model_has_the_same_gradients_with_adapters_beside_its_weights(params) -> None:
+    """Loss and gradients of a and b in the whole model, against autodiff through the sums."""
+    model = SpatialVLA(NANO)
+    rng = np.random.default_rng(3)
+    drawn = {p: 0.1 * rng.normal(size=s).astype(np.float32) for p, s in adapter_shapes(SHAPES, 2, ALL).items()}
+    S = NANO.img.image_size
+    inputs = example_inputs(NANO) | {"intrinsics": np.array([[[S, 0, S / 2], [0, S, S / 2], [0, 0, 1]]], np.float32)}
+    small = jax.tree.map(lambda x: 0.05 * x, params)
+
+    def loss(adapters, how):
+        logits = model.apply({"params": how(small | {"lora": unflatten(adapters)}, 0.5)}, **inputs)
+        return jax.nn.logsumexp(logits, axis=-1).mean() - logits[..., 7].mean()
+
+    @jax.jit
+    def both(adapters):
+        return [jax.value_and_grad(loss)(adapters, how) for how in (merge_adapters, put_beside)]
+
+    (value, want), (same, got) = both(drawn)
+    assert float(same) == pytest.approx(float(value), rel=1e-6)
+    for path, gradient in want.items():
+        np.testing.assert_allclose(got[path], gradient, atol=1e-3 * np.abs(gradient).max(), err_msg=path)
+        assert np.abs(gradient).max() > 0, path
