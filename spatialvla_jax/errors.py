@@ -12,6 +12,10 @@ class StorageError(RuntimeError):
     """What has to be written cannot be: the message is one sentence naming the path and the reason."""
 
 
+class FaultsError(RuntimeError):
+    """Faults are the rule in an evaluation, so that it has ended: the message is one sentence with the last reason."""
+
+
 class NonFiniteError(InputError):
     """The model's numbers for some observations of a batch are NaN or infinite, so they have no action. `finite` says
     which ones have."""

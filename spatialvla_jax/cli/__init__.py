@@ -11,7 +11,7 @@ from pathlib import Path
 import spatialvla_jax
 from spatialvla_jax.cli import bench, checkpoints, config, data, evaluate, grid, record, serve, train
 from spatialvla_jax.cli.arguments import Parser, check_outputs, state_defaults
-from spatialvla_jax.errors import InputError, StorageError
+from spatialvla_jax.errors import FaultsError, InputError, StorageError
 from spatialvla_jax.utils.quiet import quiet_libraries
 from spatialvla_jax.utils.signals import Terminated, sigterm_raises
 from spatialvla_jax.utils.storage import local_path
@@ -95,7 +95,7 @@ def failure(error: Exception, joined: bool) -> tuple[int, str] | None:
     error nobody foresaw: it deserves its traceback."""
     if isinstance(error, InputError):
         return 2, str(error)
-    if isinstance(error, StorageError):
+    if isinstance(error, StorageError | FaultsError):
         return 1, str(error)
     if isinstance(error, OSError) and error.filename:
         mistakes = FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError

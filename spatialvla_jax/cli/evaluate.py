@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from spatialvla_jax.cli.arguments import UNCONSTRAINED, Commands, add_command, count, positive, task_ids
 from spatialvla_jax.errors import InputError
@@ -122,11 +123,8 @@ def run_closed_loop(args: argparse.Namespace) -> None:
     extra = {"unnorm_key": args.unnorm_key} if args.unnorm_key else {}
     if args.server:
         token = os.environ.get("SPATIALVLA_TOKEN", "")
-        metadata = Client(args.server, token).metadata
-        name, keys, depth = args.server, metadata.get("unnorm_keys", []), metadata.get("needs_depth", False)
-        depth = depth or "depth" in (args.observation_keys or ())
-        sizes = [height for height, width in metadata.get("image_sizes", []) if height == width]
-        size = args.image_size or (sizes or [128])[0]
+        keys, depth, size = told(args.server, Client(args.server, token).metadata)
+        name, depth, size = args.server, depth or "depth" in (args.observation_keys or ()), args.image_size or size
         how = {"keys": args.observation_keys, "gripper_closes": args.gripper_closes}
         name += "".join(f", {key} {value}" for key, value in how.items() if value)
         infer = closed_loop.served(args.server, token, **how, **extra)
@@ -155,6 +153,26 @@ def run_closed_loop(args: argparse.Namespace) -> None:
     print(closed_loop.table(result))
     print(f"wrote {args.out}: result.json, episodes.jsonl and {len(list((args.out / 'videos').iterdir()))} videos")
     print(json.dumps(result))
+
+
+def told(server: str, metadata: dict[str, Any]) -> tuple[list[str], bool, int]:
+    """What a server says about its policy: (its unnorm keys, whether it needs depth, the first size of square images).
+    Other servers of openpi's protocol say none of it. Raises InputError for what cannot be."""
+    keys, depth = metadata.get("unnorm_keys", []), metadata.get("needs_depth", False)
+    sizes = metadata.get("image_sizes", [])
+    fits = isinstance(sizes, list) and all(
+        isinstance(size, list) and len(size) == 2 and all(type(n) is int and 0 < n <= 4096 for n in size)
+        for size in sizes
+    )
+    texts = isinstance(keys, list) and all(isinstance(key, str) for key in keys)
+    for key, value, good in (
+        ("unnorm_keys", keys, texts),
+        ("needs_depth", depth, isinstance(depth, bool)),
+        ("image_sizes", sizes, fits),
+    ):
+        if not good:
+            raise InputError(f"{server} says {key!r} of its policy is {value!r:.200}, which cannot be")
+    return keys, depth, next((height for height, width in sizes if height == width), 128)
 
 
 def key_names(text: str) -> dict[str, str]:

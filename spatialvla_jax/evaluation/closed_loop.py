@@ -1,12 +1,11 @@
 """Rollouts: environments in processes of their own, served in batches by one policy, until each episode has a result.
 
 An episode's result depends on its fields and the policy alone, because the policy's batches are always padded to one
-size. An environment that crashes or hangs is recorded and restarted. Results are appended to a file, one line an
-episode, so that the same call continues after an interruption.
+size. An environment that crashes or hangs is recorded and restarted, and so is an episode for which the policy has no
+action. Results are appended to a file, one line an episode, so that the same call continues after an interruption.
 """
 
 import contextlib
-import importlib.util
 import json
 import multiprocessing
 import os
@@ -24,15 +23,17 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float
 
-from spatialvla_jax.errors import InputError
-from spatialvla_jax.inference.action_chunking import executor
+from spatialvla_jax.errors import FaultsError, InputError, NonFiniteError
+from spatialvla_jax.evaluation.video import write_video
+from spatialvla_jax.inference.action_chunking import chunk_of, executor
 from spatialvla_jax.serving.client import Client
-from spatialvla_jax.utils.atomic import replacing, write_json
+from spatialvla_jax.utils.atomic import write_json
 from spatialvla_jax.utils.tables import text_table
 
-ATTEMPTS = 3  # of an episode whose environment crashes or hangs; then it has failed
-PATIENCE = 10  # faults beyond the number of finished episodes, before the run ends: something is wrong with all
-FRAMES_PER_SECOND = 20
+ATTEMPTS = 3  # of an episode whose environment or server fails; then it has failed
+PATIENCE = (
+    10  # faults beyond the number of episodes that ended without, before the run ends: something is wrong with all
+)
 
 
 class Episode(NamedTuple):
@@ -59,8 +60,9 @@ class Environment(Protocol):
 
 
 # Observations -> results with "actions" f32[T, A], as `Policy.infer_batch`. Added to the environment's keys are
-# "prompt" and "reset", true in an episode's first step. The second argument is each observation's worker number.
-Infer = Callable[[list[dict[str, Any]], list[int]], list[dict[str, Any]]]
+# "prompt" and "reset", true in an episode's first step. The second argument is each observation's worker number. An
+# InputError in the place of a result says why there is none.
+Infer = Callable[[list[dict[str, Any]], list[int]], list[dict[str, Any] | InputError]]
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ class Settings:
     workers: int = 1
     timeout: float = 300.0  # seconds without an answer after which an environment hangs
     film: bool = False  # observe every step, not only those where a chunk is due
+    action_dim: int = 7  # numbers of an action that the environment takes
 
 
 class Rollout(NamedTuple):
@@ -89,8 +92,9 @@ def rollouts(
 
     `environment` is called in every worker process (spawned, so it must pickle). A record has "success", "steps",
     "instruction", "actions" (a checksum of all that were executed) and "faults": what went wrong with the environment
-    and at which step; after `ATTEMPTS` of them the episode has failed. Raises the environment's InputError, and
-    RuntimeError when faults are the rule.
+    or the policy, and at which step. No fault leads to an action. The episode begins anew; after `ATTEMPTS` faults, or
+    one where the policy's numbers are not finite and would be so again, it has failed. Raises the environment's
+    InputError, and FaultsError when faults are the rule.
     """
     waiting, finished, faults = deque(episodes), 0, 0
     workers = [_Worker(environment, settings, i) for i in range(min(settings.workers, len(episodes)))]
@@ -105,9 +109,9 @@ def rollouts(
                 ended = worker.listen()
                 faults += worker.failed
                 if faults > finished + PATIENCE:
-                    raise RuntimeError(f"the environments keep failing, the last one so: {worker.faults[-1]['reason']}")
+                    raise FaultsError(f"episodes keep failing, the last one so: {worker.faults[-1]['reason']}")
                 if ended is not None:
-                    finished += 1
+                    finished += not worker.failed
                     yield ended
                     if waiting:
                         worker.begin(waiting.popleft())
@@ -117,9 +121,9 @@ def rollouts(
                     acting.append(worker)
             due = [worker for worker in acting if worker.executor.due]
             results = infer([w.observation for w in due], [w.number for w in due]) if due else []
-            chunks = {worker.number: result["actions"] for worker, result in zip(due, results, strict=True)}
+            replies = {worker.number: result for worker, result in zip(due, results, strict=True)}
             for worker in acting:
-                worker.act(worker.executor.step(chunks.get(worker.number)))
+                worker.act(replies.get(worker.number))
     finally:
         for worker in workers:
             worker.stop()
@@ -135,7 +139,7 @@ class _Worker:
         self.process: Any = None
 
     def begin(self, episode: Episode) -> None:
-        self.episode, self.faults = episode, []
+        self.episode, self.faults, self.refused = episode, [], None
         self._start()
 
     def _start(self) -> None:
@@ -151,7 +155,17 @@ class _Worker:
             theirs.close()
         self._send(self.episode)
 
-    def act(self, action: Float[np.ndarray, " A"]) -> None:
+    def act(self, reply: dict[str, Any] | InputError | None) -> None:
+        """Sends the environment the next action: of the policy's reply where a chunk is due. A reply without actions is
+        a fault of the episode, which `listen` counts."""
+        try:
+            if isinstance(reply, InputError):
+                raise reply
+            chunk = None if reply is None else chunk_of(reply, self.settings.action_dim)
+        except InputError as error:
+            self.refused, self.deadline = error, 0.0
+            return
+        action = self.executor.step(chunk)
         self.steps += 1
         self.checksum = zlib.crc32(np.asarray(action, "<f4").tobytes(), self.checksum)
         self._send((action, self.executor.due or self.settings.film))
@@ -165,6 +179,9 @@ class _Worker:
         """Reads the environment's answer if there is one; returns the episode if that ends it. Sets `observed` where
         there is a new observation and `failed` where something went wrong."""
         self.observed = self.failed = False
+        if error := self.refused:
+            self.refused = None
+            return self._fail(str(error), last=isinstance(error, NonFiniteError))
         reason = ""
         if self.connection.poll():
             try:
@@ -181,7 +198,10 @@ class _Worker:
                     return self._observe(*answer)
         elif time.monotonic() > self.deadline:
             reason = f"no answer in {self.settings.timeout:g} s"
-        return self._fail(reason) if reason else None
+        if not reason:
+            return None
+        self.stop(keep=True)
+        return self._fail(reason)
 
     def _observe(self, instruction: str | None, observation: dict[str, Any], done: bool) -> Rollout | None:
         assert self.episode is not None
@@ -194,11 +214,10 @@ class _Worker:
         self.observed = True
         return None
 
-    def _fail(self, reason: str) -> Rollout | None:
+    def _fail(self, reason: str, last: bool = False) -> Rollout | None:
         self.failed = True
         self.faults.append({"step": self.steps, "reason": reason})
-        self.stop(keep=True)
-        if len(self.faults) == ATTEMPTS:
+        if last or len(self.faults) == ATTEMPTS:
             return self._end(False)
         self._start()
         return None
@@ -370,17 +389,28 @@ def table(result: dict[str, Any]) -> str:
         f"± is the standard error {f'over {count} seeds' if count > 1 else 'of a proportion: there is one seed'}"
     )
     if result["faults"]:
-        lines.append(f"{result['faults']} times an environment crashed or hung; reasons are in episodes.jsonl")
+        what = "times an environment crashed or hung, or the policy had no action; reasons are in episodes.jsonl"
+        lines.append(f"{result['faults']} {what}")
     return "\n".join(lines)
 
 
 def padded(infer_batch: Callable[[list[dict]], list[dict]], size: int, **extra: Any) -> Infer:
     """A policy in this process, always called with `size` observations: one compiled program, whose answer to an
-    observation does not depend on the rest of the batch. `extra` is added to each."""
+    observation does not depend on the rest of the batch. `extra` is added to each. Observations for which the policy's
+    numbers are not finite get the NonFiniteError, the others are asked again."""
 
-    def infer(observations: list[dict], workers: list[int]) -> list[dict]:
+    def infer(observations: list[dict], workers: list[int]) -> list[dict | InputError]:
         full = [{key: value for key, value in one.items() if key != "reset"} | extra for one in observations]
-        return infer_batch(full + full[-1:] * (size - len(full)))[: len(full)]
+        return ask(full)
+
+    def ask(full: list[dict]) -> list[dict | InputError]:
+        if not full:
+            return []
+        try:
+            return [*infer_batch(full + full[-1:] * (size - len(full)))[: len(full)]]
+        except NonFiniteError as error:
+            answered = iter(ask([one for one, finite in zip(full, error.finite, strict=False) if finite]))
+            return [next(answered) if finite else error for finite in error.finite[: len(full)]]
 
     return infer
 
@@ -392,45 +422,25 @@ def served(
 
     `keys` maps the observations' keys to the server's, {"image": "observation/image", …}; these and the prompt are
     sent, by default all but "state" unchanged. `gripper_closes`: the server's gripper is LIBERO's own, -1 open and 1
-    closed. `extra` is added to each observation. Raises InputError for a key that the environment does not give.
+    closed. `extra` is added to each observation. Where a server has no actions (see `Client`), the InputError is in
+    the place of the result. Raises InputError for a key that the environment does not give.
     """
     clients: dict[int, Client] = {}
     threads = ThreadPoolExecutor(128, "client")
 
-    def ask(observation: dict, worker: int) -> dict:
-        if worker not in clients:
-            clients[worker] = Client(address, token)
+    def ask(observation: dict, worker: int) -> dict | InputError:
         full = observation | extra
         if missing := [key for key in keys or () if key not in full]:
             raise InputError(f"observations have no {missing[0]!r}, only {', '.join(full)}")
         sent = {k: full[k] for k in full if k != "state"} if keys is None else {n: full[k] for k, n in keys.items()}
-        result = clients[worker].infer({"prompt": full["prompt"]} | sent)
+        try:
+            if worker not in clients:
+                clients[worker] = Client(address, token)
+            actions = chunk_of(clients[worker].infer({"prompt": full["prompt"]} | sent))
+        except InputError as error:
+            return error
         if gripper_closes:
-            actions = np.array(result["actions"], np.float32)
-            result["actions"] = np.concatenate([actions[:, :-1], (1 - actions[:, -1:]) / 2], axis=1)
-        return result
+            actions = np.concatenate([actions[:, :-1], (1 - actions[:, -1:]) / 2], axis=1)
+        return {"actions": actions}
 
     return lambda observations, workers: list(threads.map(ask, observations, workers))
-
-
-def write_video(path: Path, frames: Sequence[np.ndarray]) -> Path:
-    """Writes frames u8[H, W, 3] as `path`.mp4 (H.264), or `path`.webp where PyAV is not installed; by rename."""
-    if importlib.util.find_spec("av") is None:
-        from PIL import Image
-
-        target = path.with_name(f"{path.name}.webp")
-        first, *rest = map(Image.fromarray, frames)
-        with replacing(target) as temporary:
-            first.save(temporary, save_all=True, append_images=rest, duration=1000 // FRAMES_PER_SECOND, loop=0)
-    else:
-        import av
-
-        target = path.with_name(f"{path.name}.mp4")
-        H, W = (side // 2 * 2 for side in frames[0].shape[:2])  # the format wants even sides
-        with replacing(target) as temporary, av.open(str(temporary), "w") as container:
-            stream: Any = container.add_stream("libx264", rate=FRAMES_PER_SECOND, options={"crf": "20"})
-            stream.width, stream.height, stream.pix_fmt = W, H, "yuv420p"
-            for image in frames:
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(image[:H, :W]))))
-            container.mux(stream.encode())
-    return target

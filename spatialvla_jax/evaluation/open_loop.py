@@ -11,7 +11,7 @@ from spatialvla_jax.actions import encode
 from spatialvla_jax.actions.normalization import unnormalize
 from spatialvla_jax.batch import Batch
 from spatialvla_jax.data import Loader
-from spatialvla_jax.errors import InputError
+from spatialvla_jax.errors import InputError, NonFiniteError
 from spatialvla_jax.inference.policy import Policy
 from spatialvla_jax.utils.tables import text_table
 
@@ -19,13 +19,30 @@ from spatialvla_jax.utils.tables import text_table
 def predict(
     policy: Policy, frames: Batch, batch_size: int
 ) -> tuple[Int[np.ndarray, "L T n"], Float[np.ndarray, "L T A"]]:
-    """Greedy chunks for every frame of an episode: (ids, normalised actions)."""
+    """Greedy chunks for every frame of an episode: (ids, normalised actions); -1 and NaN for a frame without an action,
+    because the policy's numbers are not finite."""
     length = len(frames.image)
     parts = []
     for start in range(0, length, batch_size):
         rows = np.minimum(np.arange(start, start + batch_size), length - 1)  # padded: one compiled shape
-        parts.append(policy.predict(jax.tree.map(lambda x, rows=rows: x[rows], frames)))
+        parts.append(_predict(policy, jax.tree.map(lambda x, rows=rows: x[rows], frames)))
     ids, actions = (np.concatenate(p)[:length] for p in zip(*parts, strict=True))
+    return ids, actions
+
+
+def _predict(policy: Policy, batch: Batch) -> tuple[Int[np.ndarray, "B T n"], Float[np.ndarray, "B T A"]]:
+    try:
+        return policy.predict(batch)
+    except NonFiniteError as error:
+        finite = np.array(error.finite)
+    cfg = policy.model.config
+    shape = len(finite), cfg.action_chunk
+    ids = np.full((*shape, cfg.tokens_per_action), -1, np.int32)
+    actions = np.full((*shape, policy.processor.grid.action_dim), np.nan, np.float32)
+    if finite.any():  # again, with one of the others in the place of those
+        rows = np.where(finite, np.arange(len(finite)), np.argmax(finite))
+        again = policy.predict(jax.tree.map(lambda x: x[rows], batch))
+        ids[finite], actions[finite] = (x[finite] for x in again)
     return ids, actions
 
 
@@ -37,7 +54,8 @@ def evaluate(
     Beside the policy stand two baselines: `mean`, the training split's mean action, and `repeat`, the action of the
     step before held for the whole chunk (the mean action in an episode's first frame). `progress(frames)` is called
     after each episode. L1 is a mean over all dimensions in normalised units; `*_per_dimension` gives that of each of
-    `dimensions`, `*_robot` in the robot's units. Raises InputError for a dataset that the policy does not know.
+    `dimensions`, `*_robot` in the robot's units. Frames without an action count as `faults` and nowhere else. Raises
+    InputError for a dataset that the policy does not know, and where no frame has an action.
     """
     grid = policy.processor.grid
     mean_action = loader.actions().mean(axis=0)
@@ -45,13 +63,16 @@ def evaluate(
     errors: dict[str, list[np.ndarray]] = {k: [] for k in (*names, *(f"{k}_robot" for k in names))}
     chosen: list[np.ndarray] = []
     targets: list[np.ndarray] = []
-    frames = episodes = 0
+    frames = episodes = faults = 0
     for episode in loader.episodes(split):
         statistics = policy.processor.statistics.get(episode.dataset)
         if statistics is None:
             raise InputError(f"the policy has no statistics of dataset {episode.dataset!r}")
-        target, mask = np.asarray(episode.frames.actions), episode.frames.action_mask
+        target = np.asarray(episode.frames.actions)
         ids, predicted = predict(policy, episode.frames, batch_size)
+        answered = np.asarray(np.isfinite(predicted).all(axis=(1, 2)))
+        faults += int((~answered).sum())
+        mask = np.asarray(episode.frames.action_mask) & answered[:, None]
         previous = np.concatenate([mean_action[None], episode.previous_action[1:]])
         guesses = {
             "policy": predicted,
@@ -69,6 +90,11 @@ def evaluate(
             progress(len(target))
     if not frames:
         raise InputError(f"split {split!r} has no frames")
+    if faults == frames:
+        raise InputError(
+            f"the policy has no action for any of the {frames} frames of split {split!r}: its numbers are NaN or "
+            "infinite; check the checkpoint's weights, and the data's depth and intrinsics"
+        )
     true = np.asarray(encode(grid, np.concatenate(targets)))  # all at once: one shape to compile
     hit = (np.concatenate(chosen) == true).mean(axis=0)
     per_dimension = {k: np.concatenate(v).mean(axis=0) for k, v in errors.items()}
@@ -76,6 +102,7 @@ def evaluate(
         "split": split,
         "episodes": episodes,
         "frames": frames,
+        "faults": faults,
         "dimensions": grid.dimensions,
         "token_accuracy": float(hit.mean()),
     }
@@ -97,4 +124,7 @@ def table(result: dict[str, Any]) -> str:
         rows.append((name, *(f"{v:.3f}" for v in result[f"{key}_per_dimension"]), f"{result[key]:.3f}"))
     for key, name in labels.items():
         rows.append((f"{name}, robot units", *(f"{v:.3f}" for v in result[f"{key}_per_dimension_robot"]), ""))
-    return text_table(rows, "<>")
+    text = text_table(rows, "<>")
+    if result["faults"]:
+        text += f"\n{result['faults']} of {result['frames']} frames got no action (NaN or infinity) and are left out"
+    return text

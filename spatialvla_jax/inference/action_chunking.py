@@ -9,6 +9,7 @@ Many environments share one policy call: those that are due form the batch.
 
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -55,6 +56,34 @@ def combine(
     order = np.argsort(stacked[:, -1], kind="stable")
     action[-1] = stacked[order[np.searchsorted(np.cumsum(weights[order]), 0.5 - 1e-9)], -1]
     return action.astype(np.float32)
+
+
+def chunk_of(reply: Any, action_dim: int | None = None) -> Float[np.ndarray, "T A"]:
+    """The actions f32[T, A] in a reply of `Policy.infer`, or of any policy server.
+
+    Raises InputError where `reply` is no dict with "actions", or they are not numbers of two axes, each of at least one
+    and the second of `action_dim` where given, or hold NaN or infinity as float32.
+    """
+    if not isinstance(reply, dict) or "actions" not in reply:
+        got = (
+            f"a map with {', '.join(map(str, reply)) or 'nothing'}" if isinstance(reply, dict) else type(reply).__name__
+        )
+        raise InputError(f"a reply must be a map with 'actions', got {got:.200}")
+    expected = f"numbers of shape [steps, {action_dim or 'dimensions'}]"
+    try:
+        actions = np.asarray(reply["actions"])
+    except ValueError:
+        raise InputError(f"a reply's 'actions' must be {expected}, got rows of different lengths") from None
+    shaped = actions.ndim == 2 and actions.size and action_dim in (None, actions.shape[1])
+    if not shaped or actions.dtype.kind not in "fiu":
+        raise InputError(f"a reply's 'actions' must be {expected}, got {actions.dtype}{list(actions.shape)}")
+    with np.errstate(over="ignore"):
+        chunk = actions.astype(np.float32)
+    if not np.isfinite(chunk).all():
+        raise InputError(
+            f"a reply's 'actions' hold {int((~np.isfinite(chunk)).sum())} numbers that are NaN or infinite"
+        )
+    return chunk
 
 
 def shift(chunk: Int[np.ndarray, "T n"], steps: int) -> Int[np.ndarray, "T n"]:

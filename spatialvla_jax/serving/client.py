@@ -15,71 +15,133 @@ import numpy as np
 from jaxtyping import Float
 
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.inference.action_chunking import executor
+from spatialvla_jax.inference.action_chunking import chunk_of, executor
+
+REPLY_BYTES = 16 << 20  # the largest reply that a client reads: a chunk takes a few hundred bytes
 
 
 class Agent:
     """One robot's side of a policy: keeps the instruction and the chunks that are being executed.
 
     `infer` is `Policy.infer` or `Client.infer`; `execute` says how chunks become actions (`action_chunking.executor`);
-    `unnorm_key` names the dataset whose action units the robot has, where the policy knows several.
+    `unnorm_key` names the dataset whose action units the robot has, where the policy knows several; `action_dim` is how
+    many numbers its actions have.
     """
 
-    def __init__(self, infer: Callable[[dict], dict], execute: str = "adaptive", unnorm_key: str | None = None) -> None:
+    def __init__(
+        self,
+        infer: Callable[[dict], dict],
+        execute: str = "adaptive",
+        unnorm_key: str | None = None,
+        action_dim: int = 7,
+    ) -> None:
         self.infer, self.executor, self.unnorm_key = infer, executor(execute), unnorm_key
+        self.action_dim, self.instruction, self.planned = action_dim, "", None
 
-    def reset(self, instruction: str) -> None:
-        """Begins an episode."""
+    def reset(self, instruction: Any) -> None:
+        """Begins an episode. Raises InputError for an instruction that is no text or has no words."""
         self.executor.reset()
-        self.instruction, self.first = instruction, True
+        self.instruction, self.first = "", True
+        if not isinstance(instruction, str) or not instruction.strip():
+            raise InputError(f"an instruction must be a text that is not empty, got {instruction!r}")
+        self.instruction = instruction
 
-    def step(self, observation: dict[str, Any]) -> Float[np.ndarray, " 7"]:
-        """The action of this control step, in robot units, gripper 0 closed .. 1 open. The policy is only called where
-        a chunk is due, so an open loop ignores most observations."""
+    def step(self, observation: Any) -> Float[np.ndarray, " A"]:
+        """The action of this control step, in robot units, gripper 0 closed .. 1 open.
+
+        The policy is only called where a chunk is due, so an open loop ignores most observations. A chunk belongs to
+        the instruction and the `unnorm_key` it was planned for: where either has changed, it is dropped. Raises
+        InputError before the first `reset`, for what the policy refuses, and for a reply that `chunk_of` refuses: then
+        there is no action.
+        """
+        if not self.instruction:
+            raise InputError("an agent needs an instruction before its first step: call reset(instruction)")
+        if not isinstance(observation, dict):
+            raise InputError(f"an observation must be a dict, got {type(observation).__name__}")
+        request = {**observation, "prompt": self.instruction, "reset": self.first}
+        if self.unnorm_key is not None:
+            request["unnorm_key"] = self.unnorm_key
+        planned = request["prompt"], request.get("unnorm_key")
+        if planned != self.planned:
+            self.executor.reset()
+            self.planned = planned
         chunk = None
         if self.executor.due:
-            full = {**observation, "prompt": self.instruction, "reset": self.first}
-            chunk = self.infer(full if self.unnorm_key is None else full | {"unnorm_key": self.unnorm_key})["actions"]
+            chunk = chunk_of(self.infer(request), self.action_dim)
             self.first = False
         return self.executor.step(chunk)
 
 
 class Client:
-    """A policy at `address` (ws://host:port), behind a server of openpi's protocol. Raises InputError where there is
-    none, and with the server's message for an observation that it refuses."""
+    """A policy at `address` (ws://host:port), behind a server of openpi's protocol; `metadata` is what the server says
+    about it.
+
+    Raises InputError, with the address, where there is no server, where it has not replied after `timeout` seconds or
+    has closed the connection, with its message for an observation that it refuses, and for a reply that is no map in
+    openpi's encoding or whose "actions" `chunk_of` refuses. It may be called again after any of them.
+    """
 
     def __init__(self, address: str, token: str = "", timeout: float = 60.0) -> None:
-        from websockets.exceptions import InvalidHandshake, InvalidURI
-        from websockets.sync.client import connect
-
         self.address, self.timeout = address, timeout
-        headers = {"Authorization": f"Api-Key {token}"} if token else {}
-        try:
-            self.connection = connect(address, additional_headers=headers, max_size=None, compression=None)
-            self.metadata = self._receive()  # what the server says about its policy
-        except (OSError, InvalidHandshake, InvalidURI) as error:
-            raise InputError(f"there is no policy server at {address}: {error}") from error
+        self.headers = {"Authorization": f"Api-Key {token}"} if token else {}
+        self.connection: Any = None
+        self.metadata = self._connect()
 
     def infer(self, observation: dict[str, Any]) -> dict[str, Any]:
         from spatialvla_jax.serving.protocol import pack
 
-        self.connection.send(pack(observation))
-        return self._receive()
+        message = pack(observation)
+        if self.connection is None:
+            self.metadata = self._connect()
+        reply = self._receive(message)
+        if observation.keys() != {"reset"}:
+            try:
+                chunk_of(reply)
+            except InputError as error:
+                raise InputError(f"{self.address}: {error}") from None
+        return reply
 
     def close(self) -> None:
-        self.connection.close()
+        """Ends the connection; `infer` makes a new one."""
+        if self.connection is not None:
+            self.connection.close()
+            self.connection = None
 
-    def _receive(self) -> dict[str, Any]:
-        reply = self.connection.recv(self.timeout)
+    def _connect(self) -> dict[str, Any]:
+        from websockets.exceptions import WebSocketException
+        from websockets.sync.client import connect
+
+        options = {"additional_headers": self.headers, "max_size": REPLY_BYTES, "compression": None, "close_timeout": 1}
+        try:
+            self.connection = connect(self.address, **options)
+        except (OSError, ValueError, WebSocketException) as error:
+            raise InputError(f"there is no policy server at {self.address}: {error}") from error
+        try:
+            return self._receive()
+        except InputError:
+            self.close()
+            raise
+
+    def _receive(self, message: bytes | None = None) -> dict[str, Any]:
+        """The next reply, to `message` if any."""
+        from websockets.exceptions import ConnectionClosed
+
+        from spatialvla_jax.serving.protocol import unpack_reply
+
+        try:
+            if message is not None:
+                self.connection.send(message)
+            reply = self.connection.recv(self.timeout)
+        except BaseException as error:
+            self.close()  # or a late reply would be taken for the reply to the next message
+            if isinstance(error, TimeoutError):
+                raise InputError(f"{self.address}: no reply in {self.timeout:g} s") from None
+            if isinstance(error, ConnectionClosed):
+                raise InputError(f"{self.address} has closed the connection: {error}") from None
+            raise
         if isinstance(reply, str):
-            raise InputError(f"{self.address}: {reply}")
-        import msgpack  # of the extra [serve], as websockets is
-
-        return msgpack.unpackb(reply, object_hook=_array, strict_map_key=False)
-
-
-def _array(value: dict[Any, Any]) -> Any:
-    """An array of a server's reply, out of openpi's map."""
-    if b"__ndarray__" not in value:
-        return value.get(b"data") if b"__npgeneric__" in value else value
-    return np.frombuffer(value[b"data"], np.dtype(value[b"dtype"])).reshape(value[b"shape"])
+            raise InputError(f"{self.address}: {reply:.500}")
+        try:
+            return unpack_reply(reply)
+        except InputError as error:
+            raise InputError(f"{self.address}: {error}") from None

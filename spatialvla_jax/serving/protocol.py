@@ -10,7 +10,7 @@ import numpy as np
 from spatialvla_jax.errors import InputError
 
 KEYS = ("image", "prompt", "intrinsics", "depth", "depth_unit", "unnorm_key", "reset")
-DTYPES = ("|u1", "|i1", "<u2", "<i2", "<u4", "<i4", "<u8", "<i8", "<f2", "<f4", "<f8")
+DTYPES = ("|b1", "|u1", "|i1", "<u2", "<i2", "<u4", "<i4", "<u8", "<i8", "<f2", "<f4", "<f8")
 
 
 @dataclass(frozen=True)
@@ -30,27 +30,44 @@ LIMITS = Limits()
 
 
 def pack(message: dict) -> bytes:
-    """msgpack, arrays as openpi's map {__ndarray__, data, dtype, shape}."""
+    """msgpack, arrays as openpi's map {__ndarray__, data, dtype, shape}. Raises InputError for what it cannot hold."""
 
     def encode(value: Any) -> Any:
         array = np.asarray(value)
+        if array.dtype.kind not in "biuf":
+            raise InputError(f"a message holds numbers, texts and arrays of numbers, not {type(value).__name__}")
         return {b"__ndarray__": True, b"data": array.tobytes(), b"dtype": array.dtype.str, b"shape": array.shape}
 
-    return msgpack.packb(message, default=encode)
+    try:
+        return msgpack.packb(message, default=encode)
+    except InputError:
+        raise
+    except (OverflowError, TypeError, ValueError) as error:
+        raise InputError(f"the message cannot be packed: {error}") from None
 
 
 def unpack(message: bytes | str) -> dict[Any, Any]:
-    """Inverse of `pack` for untrusted input: numbers, strings, arrays of `DTYPES`, few containers, nothing else.
+    """Inverse of `pack` for untrusted observations: numbers, strings, arrays of `DTYPES`, few containers, nothing else.
 
     Raises InputError. Its memory is bounded by the message's size, whatever lengths the message claims.
     """
+    return _unpack(message, "an observation", 64, max_array_len=16, max_map_len=16, max_str_len=10_000)
+
+
+def unpack_reply(message: bytes | str) -> dict[Any, Any]:
+    """`unpack` for a server's replies and metadata, which may be larger: what another server says of itself is its own
+    affair."""
+    return _unpack(message, "a reply", 10_000, strict_map_key=False)
+
+
+def _unpack(message: bytes | str, what: str, most: int, **limits: int) -> dict[Any, Any]:
     containers = 0
 
     def seen(value: Any) -> Any:
         nonlocal containers
         containers += 1
-        if containers > 64:
-            raise InputError("the message holds more than 64 lists and maps")
+        if containers > most:
+            raise InputError(f"the message holds more than {most} lists and maps")
         return value
 
     def decode(value: dict[Any, Any]) -> Any:
@@ -70,23 +87,15 @@ def unpack(message: bytes | str) -> dict[Any, Any]:
         return np.frombuffer(data, dtype).reshape(shape)
 
     if isinstance(message, str):
-        raise InputError("an observation is a binary msgpack message, got text")
+        raise InputError(f"{what} is a binary msgpack message, got text: {message:.200}")
     try:
-        value = msgpack.unpackb(
-            message,
-            object_hook=decode,
-            list_hook=seen,
-            max_array_len=16,
-            max_map_len=16,
-            max_str_len=10_000,
-            max_ext_len=0,
-        )
+        value = msgpack.unpackb(message, object_hook=decode, list_hook=seen, max_ext_len=0, **limits)
     except InputError:
         raise
     except (ValueError, TypeError) as error:
-        raise InputError(f"an observation is a msgpack map in openpi's encoding, this is none: {error}") from None
+        raise InputError(f"{what} is a msgpack map in openpi's encoding, this is none: {error}") from None
     if not isinstance(value, dict):
-        raise InputError(f"an observation is a map, got {type(value).__name__}")
+        raise InputError(f"{what} is a map, got {type(value).__name__}")
     return value
 
 

@@ -30,7 +30,7 @@ from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 
-from spatialvla_jax.errors import InputError
+from spatialvla_jax.errors import InputError, NonFiniteError
 from spatialvla_jax.inference.action_chunking import ChunkExecutor, executor, shift
 from spatialvla_jax.inference.policy import BATCH_SIZES, PROMPT_STEP, Policy
 from spatialvla_jax.serving.protocol import KEYS, LIMITS, Limits, check, pack, unpack
@@ -114,6 +114,7 @@ class Client:
 
     def __init__(self, execute: str) -> None:
         self.executor: ChunkExecutor | None = None if execute == "chunk" else executor(execute)
+        self.planned: tuple[Any, Any] = None, None  # prompt and unnorm_key of its chunks
         self.reset()
 
     def reset(self) -> None:
@@ -253,6 +254,8 @@ class Server:
         try:
             reply = pack(await self._act(client, unpack(message)))
             outcome = "ok"
+        except NonFiniteError as error:
+            reply = str(error)
         except InputError as error:
             outcome, reply = "invalid", str(error)
         except Busy:
@@ -270,6 +273,12 @@ class Server:
             client.reset()
             if not observation:
                 return {"reset": True}
+        # A chunk, and a guess of the next one, belong to what they were planned for. What counts is the text as it was
+        # sent: who sends another one means another one, and planning anew is never wrong.
+        planned = observation.get("prompt"), observation.get("unnorm_key")
+        if planned != client.planned:
+            client.reset()
+            client.planned = planned
         if client.draft is not None:
             observation["draft"] = client.draft
         prepared = self.policy.prepare(observation)
@@ -280,6 +289,8 @@ class Server:
         if client.executor and not client.executor.due:
             return {"actions": client.executor.step()[None]}
         result = await self.batcher.infer(prepared)
+        if not np.isfinite(result["actions"]).all():
+            raise NonFiniteError([False])
         # A client that gets whole chunks is assumed to execute them to their end, as openpi's does.
         ids = result["action_ids"]
         client.draft = shift(ids, client.executor.every if client.executor else len(ids))

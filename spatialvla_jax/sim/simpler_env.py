@@ -18,7 +18,7 @@ from jaxtyping import Float, Shaped, UInt8
 from scipy.spatial.transform import Rotation
 
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.inference.action_chunking import recent
+from spatialvla_jax.inference.action_chunking import chunk_of, recent
 
 # The dataset whose units a robot's actions have, as the released checkpoints name it.
 UNNORM_KEYS = {"widowx_bridge": "bridge_orig/1.0.0", "google_robot": "fractal20220817_data/0.1.0"}
@@ -63,13 +63,16 @@ class SimplerPolicy:
 
         Raw: "world_vector", "rotation_delta" (roll, pitch, yaw), "open_gripper" (0 closed .. 1 open). For the
         simulator: "world_vector" in metres, "rot_axangle" in radians, "gripper" and "terminate_episode" (always 0).
-        Another task description than before begins an episode.
+        Another task description than before begins an episode. Raises InputError where there is none, for what the
+        policy refuses, and for a reply that is no chunk f32[T, 7] of finite numbers: then there is no action.
         """
         if task_description is not None and task_description != self.task_description:
             self.reset(task_description)
+        if not self.task_description.strip():
+            raise InputError("the policy needs a task description before its first step: call reset(task_description)")
         observation = {"image": area_resize(image, self.image_size), "prompt": self.task_description}
-        chunk = np.asarray(self.infer(observation | {"unnorm_key": self.unnorm_key})["actions"], np.float64)
-        self._chunks = [chunk, *self._chunks][: len(chunk)]
+        chunk = chunk_of(self.infer(observation | {"unnorm_key": self.unnorm_key}), action_dim=7).astype(np.float64)
+        self._chunks = [c for age, c in enumerate([chunk, *self._chunks]) if age < len(c)]
         predictions = np.stack([chunk[age] for age, chunk in enumerate(self._chunks)][::-1])  # oldest first
         weights = recent(predictions)
         move, turn, gripper = np.split(weights @ predictions / weights.sum(), [3, 6])

@@ -10,11 +10,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from helpers.environments import Point
+from websockets.sync.server import serve
 
 from spatialvla_jax.cli import main
-from spatialvla_jax.errors import InputError
+from spatialvla_jax.cli.evaluate import told
+from spatialvla_jax.errors import FaultsError, InputError, NonFiniteError
 from spatialvla_jax.evaluation import closed_loop
 from spatialvla_jax.evaluation.closed_loop import Episode, Settings, evaluate, padded, rollouts, summary, table
+from spatialvla_jax.serving.protocol import pack, unpack
 from spatialvla_jax.sim import libero_env as libero
 
 MAX_STEPS = {"toy": 12}
@@ -155,7 +158,7 @@ def test_an_environment_that_always_fails_is_counted_and_then_ends_the_run(tmp_p
     assert not record["success"] and len(record["faults"]) == closed_loop.ATTEMPTS
     assert "ValueError: no such joint" in record["faults"][0]["reason"]
     monkeypatch.setattr(closed_loop, "PATIENCE", 0)
-    with pytest.raises(RuntimeError, match="keep failing"):
+    with pytest.raises(FaultsError, match="keep failing"):
         run(tmp_path, crash="always", workers=1)
     with pytest.raises(InputError, match="not installed"):
         run(tmp_path, crash="input", workers=1)
@@ -163,6 +166,104 @@ def test_an_environment_that_always_fails_is_counted_and_then_ends_the_run(tmp_p
 
 def direct(observations, workers):
     return Policy().infer_batch(observations)
+
+
+class Lost(Policy):
+    """Has no finite numbers for task 1, and says so for the whole batch."""
+
+    def infer_batch(self, observations):
+        finite = [observation["prompt"] != "go to 1" for observation in observations]
+        if not all(finite):
+            self.sizes.append(len(finite))
+            raise NonFiniteError(finite)
+        return super().infer_batch(observations)
+
+
+def test_numbers_that_are_not_finite_end_their_own_episode_alone(first, tmp_path):
+    policy = Lost()
+    result = run(tmp_path, policy)
+    records, expected = lines(tmp_path), lines(first[0])
+    for key, record in records.items():
+        if key[0] == 1:
+            (fault,) = record["faults"]
+            assert fault["step"] == record["steps"] == 0 and "NaN or infinite" in fault["reason"]
+            assert not record["success"]
+        else:
+            assert record["actions"] == expected[key]["actions"] and record["success"] == expected[key]["success"]
+    assert set(policy.sizes) == {3}, "always one compiled program"
+    assert result["faults"] == 4 and "4 times an environment crashed or hung, or the policy had no action" in table(
+        result
+    )
+
+
+@pytest.mark.parametrize(
+    ("reply", "reason"),
+    [
+        ({"actions": np.full((3, 7), np.nan)}, "21 numbers that are NaN or infinite"),
+        ({"actions": np.ones((3, 8))}, "shape [steps, 7], got float64[3, 8]"),
+        ({}, "a map with 'actions'"),
+        (NonFiniteError([False]), "NaN or infinite"),
+    ],
+)
+def test_no_action_comes_of_a_reply_that_is_none(tmp_path, monkeypatch, reply, reason):
+    """The environment would crash at any; and where all are so, the run ends."""
+    episodes, settings = EPISODES[:4], Settings(MAX_STEPS)
+    make = functools.partial(Point, crash="always")
+    attempts = 1 if isinstance(reply, NonFiniteError) else closed_loop.ATTEMPTS
+    for _, record, _ in rollouts(make, lambda seen, _: [reply] * len(seen), episodes[:2], settings):
+        assert not record["success"] and record["steps"] == 0 and len(record["faults"]) == attempts
+        assert all(reason in fault["reason"] for fault in record["faults"])
+    monkeypatch.setattr(closed_loop, "PATIENCE", 2)
+    with pytest.raises(FaultsError, match="episodes keep failing, the last one so"):
+        list(rollouts(make, lambda seen, _: [reply] * len(seen), episodes, settings))
+
+
+def test_an_evaluation_survives_a_server_that_fails_now_and_then(first, tmp_path):
+    """Each way once, with enough good replies between them for an episode: each fault is counted and tried again."""
+    wrong = {
+        "garbage": b"\xc1",
+        "text": "out of memory",
+        "nothing": pack({}),
+        "nan": pack({"actions": np.full((3, 7), np.nan)}),
+        "wide": pack({"actions": np.ones((3, 9), np.float32)}),
+    }
+    policy, ways = Policy(), iter([way for one in ("close", *wrong) for way in (one, *[""] * 4)])
+
+    def talk(connection):
+        connection.send(pack({}))
+        for message in connection:
+            way = next(ways, "")
+            if way == "close":
+                return
+            observation = {key: value for key, value in unpack(message).items() if key != "reset"}
+            (result,) = policy.infer_batch([observation])
+            connection.send(wrong.get(way) or pack(result))
+
+    with serve(talk, "127.0.0.1", 0) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"ws://127.0.0.1:{server.socket.getsockname()[1]}"
+        result = evaluate(Point, closed_loop.served(address), EPISODES, Settings(MAX_STEPS), tmp_path, policy="toy")
+        server.shutdown()
+    records = lines(tmp_path)
+    reasons = sorted(fault["reason"] for record in records.values() for fault in record["faults"])
+    assert len(reasons) == result["faults"] == 6 and sum(address in reason for reason in reasons) == 5
+    expected = {key: {**record, "faults": []} for key, record in lines(first[0]).items()}
+    assert {k: {**r, "faults": []} for k, r in records.items()} == {
+        k: {key: value for key, value in r.items() if key != "video"} for k, r in expected.items()
+    }
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [{"unnorm_keys": "toy"}, {"unnorm_keys": [3]}, {"needs_depth": "no"}]
+    + [{"image_sizes": x} for x in (None, 224, [224], [[224]], [["a", "a"]], [[0, 0]], [[10**9, 10**9]])],
+)
+def test_what_a_server_says_of_its_policy_is_checked(metadata):
+    assert told("ws://x", {}) == ([], False, 128)
+    ours = {"unnorm_keys": ["toy"], "needs_depth": True, "image_sizes": [[48, 64], [56, 56]], "execute": "chunk"}
+    assert told("ws://x", ours) == (["toy"], True, 56)
+    with pytest.raises(InputError, match=r"^ws://x says '.*' of its policy is .*, which cannot be"):
+        told("ws://x", ours | metadata)
 
 
 def test_standard_errors_by_hand():

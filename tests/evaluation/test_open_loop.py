@@ -1,11 +1,13 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from spatialvla_jax import Policy
 from spatialvla_jax.actions import decode, encode
 from spatialvla_jax.config import load_config
 from spatialvla_jax.data import open_data
+from spatialvla_jax.errors import InputError, NonFiniteError
 from spatialvla_jax.evaluation.open_loop import evaluate, table
 
 
@@ -43,3 +45,37 @@ def test_a_perfect_policy_and_both_baselines_by_hand(trained: Path, config_file:
     robot = np.mean(errors["l1_mean_baseline"], axis=0) * scale
     np.testing.assert_allclose(result["l1_mean_baseline_per_dimension_robot"], robot, rtol=1e-4)
     assert "last action" in table(result)
+
+
+def test_frames_without_an_action_are_counted_and_left_out(trained: Path, config_file: Path, monkeypatch) -> None:
+    """The perfect policy has no finite numbers for some frames: nothing else changes for the others."""
+    policy = Policy.load(trained)
+    loader = open_data(load_config(config_file), policy.processor.statistics, policy.processor.tokenizer)
+    grid, lost = policy.processor.grid, 0
+
+    def replay(batch):
+        finite = batch.image[:, 0, 0, 0] % 3 > 0
+        if not finite.all():
+            raise NonFiniteError(finite.tolist())
+        ids = np.asarray(encode(grid, batch.actions))
+        return ids, np.asarray(decode(grid, ids))
+
+    monkeypatch.setattr(policy, "predict", replay)
+    result = evaluate(policy, loader, "val", batch_size=4)
+    errors = []
+    for episode in loader.episodes("val"):
+        kept = episode.frames.image[:, 0, 0, 0] % 3 > 0
+        lost += int((~kept).sum())
+        true = episode.frames.actions[kept][episode.frames.action_mask[kept]]
+        errors.append(np.abs(np.asarray(decode(grid, encode(grid, true))) - true))
+    assert 0 < lost == result["faults"] < result["frames"]
+    assert result["token_accuracy"] == 1
+    np.testing.assert_allclose(result["l1"], np.concatenate(errors).mean(), rtol=1e-5)
+    assert f"{lost} of {result['frames']} frames got no action" in table(result)
+
+    def nothing(batch):
+        raise NonFiniteError([False] * len(batch.image))
+
+    monkeypatch.setattr(policy, "predict", nothing)
+    with pytest.raises(InputError, match=r"no action for any of the \d+ frames of split 'val'"):
+        evaluate(policy, loader, "val", batch_size=4)

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import jax
 import msgpack
 import numpy as np
 import pytest
@@ -70,7 +71,7 @@ def asks(prompt: str) -> dict[str, Any]:
 
 class Stub(Policy):
     """Answers with the prompt's number, and with `ids` where given; `slow` takes until `go`, `bad` fails whatever batch
-    it is in."""
+    it is in, `nan` gets such actions."""
 
     def __init__(self, ids: np.ndarray | None = None) -> None:
         self.ids = ids
@@ -94,8 +95,8 @@ class Stub(Policy):
             assert self.go.wait(10)
         if "bad" in prompts:
             raise ZeroDivisionError
-        numbers = [float(prompt) if prompt.isdecimal() else 0.0 for prompt in prompts]
-        ids = [np.full((4, 3), n, np.int32) if self.ids is None else self.ids for n in numbers]
+        numbers = [float(prompt) if prompt.isdecimal() else np.nan if prompt == "nan" else 0.0 for prompt in prompts]
+        ids = [np.full((4, 3), np.nan_to_num(n), np.int32) if self.ids is None else self.ids for n in numbers]
         return [{"actions": np.full((4, 7), n, np.float32), "action_ids": i} for n, i in zip(numbers, ids, strict=True)]
 
 
@@ -213,7 +214,7 @@ def test_fuzz(server: Server, policy: Policy) -> None:
 
 
 def test_ensembled_actions_are_those_of_the_executor(policy: Policy, served: Policy) -> None:
-    seen = observations(5)
+    seen = [observation | {"prompt": "pick up object 1"} for observation in observations(5)]
     for mode in ("adaptive", "receding:3"):
         with serving(served, execute=mode, limits=replace(LIMITS, batch=1)) as server:
             client, local = client_of(server), executor(mode)
@@ -262,6 +263,16 @@ def test_bad_arguments_of_the_command(trained: Path, tmp_path: Path, capsys, mon
     ]:
         assert main(["serve", "--checkpoint", str(trained), *arguments]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_weights_that_are_damaged_while_it_serves(server: Server, served: Policy, monkeypatch) -> None:
+    client, good = client_of(server), observations(1)[0]
+    failed = 'outcome="failed"} '
+    with monkeypatch.context() as patch:
+        patch.setattr(served, "weights", jax.tree.map(lambda x: x * np.nan, served.weights))
+        with pytest.raises(RuntimeError, match="NaN or infinite, so there is no action"):
+            client.infer(good)
+    assert failed in get(server, "/metrics")[1] and client.infer(good)["actions"].shape == (4, 7)
 
 
 # --- with a stub -------------------------------------------------------------------------------------------------
@@ -380,6 +391,19 @@ def test_an_observation_that_breaks_the_policy_costs_only_itself() -> None:
             rest[1].result()
 
 
+@pytest.mark.parametrize("execute", ["chunk", "adaptive"])
+def test_numbers_that_are_not_finite_are_no_answer(execute: str) -> None:
+    stub = Stub()
+    with serving(stub, execute=execute) as server:
+        client = client_of(server)
+        client.infer(asks("2"))
+        with pytest.raises(RuntimeError, match="NaN or infinite, so there is no action"):
+            client.infer(asks("nan"))
+        assert client.infer(asks("4"))["actions"][0, 0] == 4
+        metrics = get(server, "/metrics")[1]
+        assert 'outcome="ok"} 2.0' in metrics and 'outcome="failed"} 1.0' in metrics
+
+
 def test_a_client_that_vanishes_frees_its_state() -> None:
     stub = Stub()
     with serving(stub) as server:
@@ -392,7 +416,32 @@ def test_a_client_that_vanishes_frees_its_state() -> None:
         assert client_of(server).infer(asks("4"))["actions"][0, 0] == 4
 
 
-def test_what_is_left_of_the_last_chunk_is_the_next_draft_until_reset() -> None:
+@pytest.mark.parametrize("mode", ["open_loop", "receding:3", "adaptive", "recent"])
+def test_a_chunk_belongs_to_an_instruction(mode: str) -> None:
+    """Another prompt or key plans anew and nothing of the chunks before is in its action; the camera plays no part."""
+    stub = Stub()
+    with serving(stub, execute=mode) as server:
+        client = client_of(server)
+
+        def act(prompt: str, **more: Any) -> float:
+            return client.infer(asks(prompt) | more)["actions"][0, 0]
+
+        assert [act("3"), act("3"), act("5"), act("5"), act("3")] == [3, 3, 5, 5, 3]
+        planned = len(stub.batches)
+        act("3", intrinsics=np.eye(3))
+        assert len(stub.batches) == planned + (mode in ("adaptive", "recent"))
+        for key in ("toy", None, "toy"):
+            planned = len(stub.batches)
+            act("3", unnorm_key=key)
+            assert len(stub.batches) == planned + 1
+        for refused in ({"image": asks("7")["image"]}, asks("bad")):
+            with pytest.raises(RuntimeError):
+                client.infer(refused)
+            planned = len(stub.batches)
+            assert act("3", unnorm_key="toy") == 3 and len(stub.batches) == planned + 1
+
+
+def test_what_is_left_of_the_last_chunk_is_the_next_draft_until_reset_or_another_instruction() -> None:
     """Beginning with the action that the next chunk begins with, whatever is executed of one."""
     chunk = np.arange(12).reshape(4, 3)
     for mode, left in (("chunk", 4), ("open_loop", 4), ("receding:3", 3), ("adaptive", 1)):
@@ -401,11 +450,13 @@ def test_what_is_left_of_the_last_chunk_is_the_next_draft_until_reset() -> None:
             client = client_of(server)
             for _ in range(left if mode != "chunk" else 1):
                 client.infer(asks("3"))
+            client.infer(asks("3"))
             client.infer(asks("4"))
-            client.infer(asks("5") | {"reset": True})
-            client_of(server).infer(asks("6"))
-        first, second, reset, other = [batch[0] for batch in stub.batches[-4:]]
-        assert first["prompt"] == "3" and not any("draft" in observation for observation in (first, reset, other))
+            client.infer(asks("4") | {"unnorm_key": "toy"})
+            client.infer(asks("4") | {"unnorm_key": "toy", "reset": True})
+            client_of(server).infer(asks("4") | {"unnorm_key": "toy"})
+        first, second, *others = [batch[0] for batch in stub.batches[-6:]]
+        assert first["prompt"] == "3" and not any("draft" in observation for observation in (first, *others))
         np.testing.assert_array_equal(second["draft"], np.r_[chunk[left:], chunk[[3] * left]], mode)
 
 

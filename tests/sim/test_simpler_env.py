@@ -109,6 +109,27 @@ def test_unknown_robots_are_named():
         SimplerPolicy(Script([]).infer, "panda")
 
 
+@pytest.mark.parametrize(
+    "reply",
+    [None, {}, {"actions": None}, {"actions": np.ones(7)}, {"actions": np.ones((0, 7))}, {"actions": np.ones((4, 6))}]
+    + [{"actions": np.full((4, 7), value)} for value in (np.nan, np.inf, 1e300, "x")],
+)
+def test_no_action_comes_of_a_reply_that_is_none(reply):
+    replies = [{"actions": np.ones((4, 7))}, reply, {"actions": np.zeros((2, 7))}]
+    model = SimplerPolicy(lambda _: replies.pop(0), "widowx_bridge")
+    model.act(IMAGE, "go")
+    with pytest.raises(InputError, match="a reply"):
+        model.act(IMAGE)
+    assert model.act(IMAGE).shape == (7,), "and it may go on"
+
+
+def test_a_step_without_a_task_asks_for_one():
+    model = SimplerPolicy(Script([]).infer, "widowx_bridge")
+    for task in (None, "", " "):
+        with pytest.raises(InputError, match="call reset"):
+            model.step(IMAGE, task)
+
+
 def test_the_runner_gets_its_picture(tmp_path):
     model = SimplerPolicy(Script([[[0, 0, 0, 0, 0, 0, 0]]] * 3).infer, "google_robot")
     raw = [model.step(IMAGE, "go")[0] for _ in range(3)]
