@@ -7,6 +7,7 @@ own files are written beside them, and read where processor.json is missing. `au
 `export.convert.write_pytorch` puts there.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -17,7 +18,17 @@ import numpy as np
 
 from spatialvla_jax.actions import ActionGrid, grid_from_dict
 from spatialvla_jax.checkpoints import safetensors_io as safetensors
-from spatialvla_jax.checkpoints.mapping import SPATIALVLA, Rule, Slot, check_arrays, check_names, param_shapes, slots
+from spatialvla_jax.checkpoints.mapping import (
+    SPATIALVLA,
+    Rule,
+    Slot,
+    check_arrays,
+    check_names,
+    is_buffer,
+    param_shapes,
+    published_name,
+    slots,
+)
 from spatialvla_jax.checkpoints.processor import Processor
 from spatialvla_jax.checkpoints.published_config import (
     CONFIG,
@@ -51,8 +62,7 @@ def read_huggingface(path: str | Path, ignore: Sequence[str] = ()) -> Checkpoint
     """
     path = Path(path)
     config = read_config(path / CONFIG)
-    stored = safetensors.open_directory(path).items()
-    kept = {key: tensor for key, tensor in stored if not key.startswith(tuple(ignore))}
+    kept = {key: tensor for key, tensor in open_published(path).items() if not key.startswith(tuple(ignore))}
     if ZOE_PREFIX in ignore and config.depth_source == "zoedepth":
         config = replace(config, depth_source="dataset")
     return Checkpoint(config, stacked_arrays(path, kept, param_shapes(config)), read_processor(path))
@@ -62,8 +72,18 @@ def open_zoedepth(path: Path) -> tuple[ZoeDepthConfig, dict[str, LazyArray]]:
     """A ZoeDepth's own Hugging Face directory: its sizes, and its arrays as our model names them ("zoe/…")."""
     config = parse_config(path / CONFIG, zoedepth_from_published)
     shapes = param_shapes(SpatialVLAConfig(zoe=config, depth_source="zoedepth"))
-    stored = {ZOE_PREFIX + key: tensor for key, tensor in safetensors.open_directory(path).items()}
-    return config, stacked_arrays(path, stored, {p: shape for p, shape in shapes.items() if p.startswith("zoe/")})
+    shapes = {path: shape for path, shape in shapes.items() if path.startswith("zoe/")}
+    return config, stacked_arrays(path, open_published(path, ZOE_PREFIX), shapes)
+
+
+def open_published(path: Path, prefix: str = "") -> dict[str, LazyArray]:
+    """The tensors of a directory under the names of `mapping`, each with `prefix`, whichever spelling it has them in;
+    without buffers. Raises InputError for a directory that has one under two spellings."""
+    stored = {key: x for key, x in safetensors.open_directory(path).items() if not is_buffer(key)}
+    names = {key: prefix + published_name(key).removeprefix(prefix) for key in stored}
+    repeated = {name for name, count in Counter(names.values()).items() if count > 1}
+    check_names(path, "under two names", [key for key, name in names.items() if name in repeated])
+    return {names[key]: x for key, x in stored.items()}
 
 
 def stacked_arrays(
@@ -74,6 +94,9 @@ def stacked_arrays(
     wanted = {slot.key: slot for slot in table}
     check_names(path, "missing", wanted.keys() - stored.keys())
     check_names(path, "unknown", stored.keys() - wanted.keys())
+    dtypes = {key: safetensors.NAMES[tensor.dtype] for key, tensor in stored.items()}
+    other = [f"{key} ({dtype})" for key, dtype in dtypes.items() if dtype not in safetensors.FLOATS]
+    check_names(path, f"of another dtype than {', '.join(safetensors.FLOATS)}", other)
     wrong = [f"{k} {t.shape} instead of {wanted[k].shape}" for k, t in stored.items() if t.shape != wanted[k].shape]
     check_names(path, f"of another shape than {CONFIG} says", wrong)
     by_path: dict[str, list[Slot]] = {}

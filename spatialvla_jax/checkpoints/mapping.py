@@ -198,6 +198,39 @@ SPATIALVLA = (
 )
 
 
+# Other spellings of the keys above, in order: prefixes of transformers 5, or left out by it, and its BEiT in memory.
+_BEIT_5 = r"(?<=backbone\.)beit\.layers\.(\d+)\."
+SPELLINGS = (
+    (r"^model\.", ""),
+    (r"^lm_head\.", "language_model.lm_head."),
+    (r"^language_model\.(?!model\.|lm_head\.)", "language_model.model."),
+    (r"^vision_model\.", "vision_tower.vision_model."),
+    (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),
+    (_BEIT_5 + r"attention\.q_proj\.", r"encoder.layer.\1.attention.attention.query."),
+    (_BEIT_5 + r"attention\.k_proj\.", r"encoder.layer.\1.attention.attention.key."),
+    (_BEIT_5 + r"attention\.v_proj\.", r"encoder.layer.\1.attention.attention.value."),
+    (_BEIT_5 + r"attention\.o_proj\.", r"encoder.layer.\1.attention.output.dense."),
+    (_BEIT_5 + r"relative_position_bias\.", r"encoder.layer.\1.attention.attention.relative_position_bias."),
+    (_BEIT_5 + r"mlp\.fc1\.", r"encoder.layer.\1.intermediate.dense."),
+    (_BEIT_5 + r"mlp\.fc2\.", r"encoder.layer.\1.output.dense."),
+    (_BEIT_5, r"encoder.layer.\1."),
+    (r"(?<=backbone\.)beit\.", ""),
+)
+# What transformers computes from its config, and some of its versions save.
+BUFFERS = ("position_ids", "inv_freq", "original_inv_freq", "relative_position_index", "k_idx", "k_minus_1")
+
+
+def published_name(key: str) -> str:
+    """A key as the rules have it, out of any of its spellings."""
+    for pattern, name in SPELLINGS:
+        key = re.sub(pattern, name, key)
+    return key
+
+
+def is_buffer(key: str) -> bool:
+    return key.rpartition(".")[2] in BUFFERS
+
+
 @dataclass(frozen=True)
 class Slot:
     """One published tensor `key` [shape] and its place in our tree: array `path`, `index` into its leading axes."""
@@ -263,8 +296,14 @@ def check_names(what: object, problem: str, names: Iterable[str]) -> None:
     """Raises InputError with the first ten names and the count, unless there are none."""
     names = sorted(names)
     if names:
-        shown = ", ".join(names[:10]) + (", …" if len(names) > 10 else "")
-        raise InputError(f"{what}: {len(names)} {'tensor' if len(names) == 1 else 'tensors'} {problem}: {shown}")
+        first = ", ".join(map(shown, names[:10])) + (", …" if len(names) > 10 else "")
+        raise InputError(f"{what}: {len(names)} {'tensor' if len(names) == 1 else 'tensors'} {problem}: {first}")
+
+
+def shown(name: str) -> str:
+    """A name out of a file as it can stand in a sentence: on one line, and not too long."""
+    name = name if name.isprintable() else ascii(name)
+    return name if len(name) <= 200 else f"{name[:200]}…"
 
 
 def check_arrays(what: object, arrays: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:

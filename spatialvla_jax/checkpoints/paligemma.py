@@ -1,6 +1,5 @@
 """The start of pre-training: a SpatialVLA out of PaliGemma 2 and, for depth inside the model, ZoeDepth."""
 
-import re
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,9 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spatialvla_jax.checkpoints import safetensors_io as safetensors
 from spatialvla_jax.checkpoints.big_vision import FACTS, open_npz
-from spatialvla_jax.checkpoints.huggingface import open_zoedepth, stacked_arrays
+from spatialvla_jax.checkpoints.huggingface import open_published, open_zoedepth, stacked_arrays
 from spatialvla_jax.checkpoints.mapping import check_arrays, flatten, param_shapes
 from spatialvla_jax.checkpoints.published_config import (
     CONFIG,
@@ -29,13 +27,6 @@ from spatialvla_jax.models.siglip import SiglipConfig
 from spatialvla_jax.models.spatialvla import SpatialVLAConfig
 
 TABLE, HEAD = "llm/embedder/input_embedding", "llm/lm_head"
-
-# transformers 5 in memory, transformers 5 on disk → the names of transformers 4, which the table has.
-RENAMED = (
-    (r"^model\.language_model\.", "language_model.model."),
-    (r"^model\.", ""),
-    (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),
-)
 
 
 def is_paligemma(path: Path) -> bool:
@@ -95,14 +86,7 @@ def _from_directory(path: Path) -> tuple[SiglipConfig, Gemma2Config, int, dict[s
         return *parts, data["image_token_index"]
 
     img, llm, text_vocab = parse_config(path / CONFIG, parse)
-    stored = {_published_name(key): tensor for key, tensor in safetensors.open_directory(path).items()}
-    return img, llm, text_vocab, stacked_arrays(path, stored, _paligemma_shapes(img, llm))
-
-
-def _published_name(key: str) -> str:
-    for pattern, name in RENAMED:
-        key = re.sub(pattern, name, key)
-    return key
+    return img, llm, text_vocab, stacked_arrays(path, open_published(path), _paligemma_shapes(img, llm))
 
 
 def _from_npz(path: Path) -> tuple[SiglipConfig, Gemma2Config, int, dict[str, LazyArray]]:

@@ -1,9 +1,14 @@
 """Reading and writing safetensors directories (one file, or shards with an index), one tensor at a time.
 
-The format: a little-endian u64 header length, a JSON header {key: {dtype, shape, data_offsets}}, then the bytes.
+The format: a little-endian u64 header length, a JSON header {key: {dtype, shape, data_offsets}}, then the bytes, which
+the tensors cover in order, without a gap. What the official library refuses is refused here too, and so are duplicate
+keys. Our own files have a checksum of every tensor in the header's "__metadata__", under "crc32c.<key>"; it is verified
+whenever the tensor is read.
 """
 
 import json
+import os
+import re
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
@@ -12,63 +17,159 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from spatialvla_jax.checkpoints.mapping import check_names
-from spatialvla_jax.checkpoints.types import LazyArray, read_json
+from spatialvla_jax.checkpoints.mapping import check_names, shown
+from spatialvla_jax.checkpoints.types import LazyArray, crc32c, read_json, unique
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.utils.atomic import write_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
+SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
+METADATA, CHECKSUM = "__metadata__", "crc32c."
+MAX_HEADER = 100_000_000  # bytes, as in the official library
+MAX_RANK, MAX_ELEMENTS = 32, 2**48  # numpy before 2.0 takes no more axes
+DTYPES = {
+    "F32": np.dtype(np.float32),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F16": np.dtype(np.float16),
+    "F64": np.dtype(np.float64),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "BOOL": np.dtype(np.bool_),
+    **{f"{kind.upper()}{8 * size}": np.dtype(f"{kind}{size}") for kind in "iu" for size in (1, 2, 4, 8)},
+}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+FLOATS = ("F32", "BF16", "F16")  # what weights may be; buffers beside them have any dtype
 
 
 def open_directory(path: Path) -> dict[str, LazyArray]:
     """All tensors of `model.safetensors`, or of the shards in `model.safetensors.index.json`; reads headers only.
 
-    Raises InputError for a directory without weights, an index that does not agree with its shards, a file that is cut
-    short and tensors that are not floating point.
+    Raises InputError for a directory without weights or with more than the index names, for an index that differs from
+    its shards in any key, and for damaged files (`open_file`).
     """
-    if not (path / INDEX).exists():
-        if not (path / SINGLE).exists():
-            raise InputError(f"{path} holds neither {SINGLE} nor {INDEX}")
+    present = {file.name for file in path.iterdir()}
+    if not present & {SINGLE, INDEX}:
+        raise InputError(f"{path} holds neither {SINGLE} nor {INDEX}")
+    weight_map = _weight_map(path / INDEX) if INDEX in present else None
+    shards = [SINGLE] if weight_map is None else sorted(set(weight_map.values()))
+    if stale := sorted(name for name in present - set(shards) if name == SINGLE or SHARD.fullmatch(name)):
+        by = "there is no index" if weight_map is None else f"{INDEX} does not name it"
+        raise InputError(f"{path} holds {stale[0]} too, but {by}: remove what is out of date")
+    if weight_map is None:
         return open_file(path / SINGLE)
-    weight_map: dict[str, str] = read_json(path / INDEX).get("weight_map", {})
-    check_names(
-        path / INDEX,
-        "in a shard that does not exist",
-        {f"{key} ({shard})" for key, shard in weight_map.items() if not (path / shard).is_file()},
-    )
-    tensors = {key: t for shard in sorted(set(weight_map.values())) for key, t in open_file(path / shard).items()}
+    absent = [f"{key} ({shard})" for key, shard in weight_map.items() if not (path / shard).is_file()]
+    check_names(path / INDEX, "in a shard that does not exist", absent)
+    found = [(key, shard, tensor) for shard in shards for key, tensor in open_file(path / shard).items()]
+    tensors = {key: tensor for key, _, tensor in found}
     check_names(path / INDEX, "named but in no shard", weight_map.keys() - tensors.keys())
     check_names(path / INDEX, "in a shard but not named", tensors.keys() - weight_map.keys())
+    # A key in two shards is, in one of them, where the index does not say.
+    wrong = [f"{key} ({shard} instead of {weight_map[key]})" for key, shard, _ in found if shard != weight_map[key]]
+    check_names(path / INDEX, "in another shard than named", wrong)
     return tensors
 
 
+def _weight_map(index: Path) -> dict[str, str]:
+    """{key: file name of its shard}. Raises InputError."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{index} has no weight_map {{key: file}}")
+    wrong = [
+        key for key, name in weight_map.items() if not (isinstance(name, str) and name and Path(name).name == name)
+    ]
+    check_names(index, "in a shard that is no file beside the index", wrong)
+    return weight_map
+
+
 def open_file(file: Path) -> dict[str, LazyArray]:
-    size = file.stat().st_size
-    with file.open("rb") as f:
-        length = int.from_bytes(f.read(8), "little")
-        if not 0 < length <= size - 8:
-            raise InputError(f"{file} is not a safetensors file, or is cut short inside its header")
+    """The tensors of one file, read when needed. Reading one raises InputError where it is not what was written.
+
+    Raises InputError for anything but a whole and consistent file.
+    """
+    header, start, size = _read_header(file)
+    metadata = header.pop(METADATA, None)
+    metadata = {} if metadata is None else metadata
+    if not isinstance(metadata, dict) or not all(isinstance(x, str) for x in metadata.values()):
+        raise InputError(f"{file}: {METADATA} must map names to strings")
+    checksums = {key.removeprefix(CHECKSUM): x for key, x in metadata.items() if key.startswith(CHECKSUM)}
+    if checksums:
+        check_names(file, "without a checksum", header.keys() - checksums.keys())
+        check_names(file, "named by a checksum but missing", checksums.keys() - header.keys())
+    entries = [(*_parse(file, key, entry), key) for key, entry in header.items()]
+    tensors, offset = {}, 0
+    for (begin, end), shape, dtype, key in sorted(entries, key=lambda entry: entry[0]):
+        if begin != offset:
+            raise InputError(f"{file}: {shown(key)} begins at byte {begin} of the data instead of {offset}")
+        tensors[key] = _lazy(file, key, shape, dtype, start + begin, checksums.get(key))
+        offset = end
+    if size < start + offset:
+        raise InputError(f"{file} is cut short: {size} bytes of {start + offset}")
+    if size > start + offset:
+        raise InputError(f"{file} has {size - start - offset} bytes after its last tensor")
+    return tensors
+
+
+def _read_header(file: Path) -> tuple[dict[str, Any], int, int]:
+    """→ (the header, where the data begin, size of the file)"""
+    try:
+        if not file.is_file():  # opening a pipe would wait for its other end
+            raise InputError(f"{file} is not a file")
+        with file.open("rb") as f:
+            size, length = os.fstat(f.fileno()).st_size, int.from_bytes(f.read(8), "little")
+            if not 0 < length <= min(size - 8, MAX_HEADER):
+                raise InputError(f"{file} is not a safetensors file, or is cut short inside its header")
+            text = f.read(length)
+    except OSError as error:
+        raise InputError(f"{file} cannot be read: {error.strerror}") from error
+    try:
+        header = json.loads(text.decode(), object_pairs_hook=unique, parse_int=_natural, parse_constant=_natural)
+        json.dumps(header, ensure_ascii=False).encode()  # fails for half a surrogate pair, which only JSON can spell
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file} is not a safetensors file: in its header, {error}") from error
+    if not isinstance(header, dict):
+        raise InputError(f"{file} is not a safetensors file: its header is not a JSON object")
+    return header, 8 + length, size
+
+
+def _natural(text: str) -> int:
+    if not text.isdecimal():
+        raise ValueError(f"{text} stands for a size")
+    return int(text)
+
+
+def _parse(file: Path, key: str, entry: Any) -> tuple[tuple[int, int], tuple[int, ...], np.dtype]:
+    """→ (data_offsets, shape, dtype) of one entry of a header. Raises InputError where they do not fit each other."""
+    what = f"{file}: the entry of {shown(key)}"
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise InputError(f"{what} must have the fields dtype, shape and data_offsets")
+    name, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(name, str) or name not in DTYPES:
+        raise InputError(f"{what} has a dtype that is none of {', '.join(DTYPES)}: {shown(str(name))}")
+    for field, numbers in (("shape", shape), ("data_offsets", offsets)):
+        if not isinstance(numbers, list) or not all(type(n) is int for n in numbers) or len(numbers) > MAX_RANK:
+            raise InputError(f"{what} must have a list of whole numbers, {MAX_RANK} at most, as its {field}")
+    if prod(n or 1 for n in shape) > MAX_ELEMENTS:  # numpy refuses that of an empty array, too
+        raise InputError(f"{what} has a shape of more than {MAX_ELEMENTS} elements")
+    if len(offsets) != 2 or offsets[1] - offsets[0] != prod(shape) * DTYPES[name].itemsize:
+        raise InputError(f"{what} has data_offsets {offsets}, which do not span the bytes of {name} {shape}")
+    return (offsets[0], offsets[1]), tuple(shape), DTYPES[name]
+
+
+def _lazy(
+    file: Path, key: str, shape: tuple[int, ...], dtype: np.dtype, offset: int, checksum: str | None
+) -> LazyArray:
+    def read() -> np.ndarray:
         try:
-            header: dict[str, Any] = json.loads(f.read(length))
-        except ValueError as error:
-            raise InputError(f"{file} is not a safetensors file: its header is not JSON") from error
-    header.pop("__metadata__", None)
-    check_names(
-        file,
-        f"of another dtype than {', '.join(DTYPES)}",
-        {f"{key} ({entry['dtype']})" for key, entry in header.items() if entry["dtype"] not in DTYPES},
-    )
-    end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    if size < end:
-        raise InputError(f"{file} is cut short: {size} bytes of {end}")
-    return {key: _lazy(file, entry, 8 + length) for key, entry in header.items()}
+            x = np.fromfile(file, dtype, prod(shape), offset=offset)
+        except OSError as error:
+            raise InputError(f"{file} cannot be read at {shown(key)}: {error}") from error
+        if x.size != prod(shape):
+            raise InputError(f"{file} is cut short inside {shown(key)}")
+        if checksum is not None and crc32c(x) != checksum:
+            raise InputError(f"{file} is damaged: the bytes of {shown(key)} do not have the checksum in its header")
+        return x.reshape(shape)
 
-
-def _lazy(file: Path, entry: dict[str, Any], start: int) -> LazyArray:
-    shape, dtype, offset = tuple(entry["shape"]), DTYPES[entry["dtype"]], start + entry["data_offsets"][0]
-    return LazyArray(shape, dtype, lambda: np.fromfile(file, dtype, prod(shape), offset=offset).reshape(shape))
+    return LazyArray(shape, dtype, read)
 
 
 def write_directory(path: Path, tensors: Mapping[str, LazyArray], max_bytes: int) -> None:
@@ -93,7 +194,23 @@ def write_directory(path: Path, tensors: Mapping[str, LazyArray], max_bytes: int
 
 
 def write_file(file: Path, tensors: Mapping[str, LazyArray]) -> None:
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    """Write the tensors in this order, reading one at a time, with a checksum of each."""
+    checksums = dict.fromkeys(tensors, "0" * 8)
+    with file.open("wb") as f:
+        f.write(_header(tensors, checksums))
+        for key, tensor in tensors.items():
+            x = tensor.read()
+            assert x.shape == tensor.shape and x.dtype == tensor.dtype, (key, x.shape, x.dtype)
+            x = np.ascontiguousarray(x)
+            checksums[key] = crc32c(x)
+            f.write(x.view(np.uint8).data)
+            del x  # or it would keep its array while the next is read
+        f.seek(0)  # the header again, which has its size already
+        f.write(_header(tensors, checksums))
+
+
+def _header(tensors: Mapping[str, LazyArray], checksums: Mapping[str, str]) -> bytes:
+    header: dict[str, object] = {METADATA: {"format": "pt"} | {CHECKSUM + key: x for key, x in checksums.items()}}
     offset = 0
     for key, tensor in tensors.items():
         end = offset + tensor.nbytes
@@ -101,10 +218,4 @@ def write_file(file: Path, tensors: Mapping[str, LazyArray]) -> None:
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with file.open("wb") as f:
-        f.write(len(text).to_bytes(8, "little") + text)
-        for key, tensor in tensors.items():
-            x = tensor.read()
-            assert x.shape == tensor.shape and x.dtype == tensor.dtype, (key, x.shape, x.dtype)
-            f.write(np.ascontiguousarray(x).view(np.uint8).data)
-            del x  # or it would keep its array while the next is read
+    return len(text).to_bytes(8, "little") + text

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -9,6 +10,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import numpy as np
 from numpy.typing import ArrayLike
 
@@ -97,6 +99,13 @@ def digest(x: np.ndarray) -> str:
     return total.hexdigest()
 
 
+def crc32c(x: np.ndarray) -> str:
+    """The CRC-32C of every byte, as eight hexadecimal digits."""
+    # Typed as bytes, but any contiguous array of bytes will do, uncopied.
+    content: Any = np.ascontiguousarray(x).reshape(-1).view(np.uint8)
+    return f"{google_crc32c.value(content):08x}"
+
+
 def recorded(arrays: Mapping[str, LazyArray]) -> tuple[dict[str, LazyArray], dict[str, str]]:
     """→ (the same arrays, {path: digest} of those that have been read)."""
     digests: dict[str, str] = {}
@@ -108,11 +117,20 @@ def recorded(arrays: Mapping[str, LazyArray]) -> tuple[dict[str, LazyArray], dic
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Raises InputError when the file is missing or does not hold a JSON object."""
+    """Raises InputError when the file is missing or does not hold a JSON object, or has a key twice."""
     try:
-        data = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+        data = json.loads(file.read_text("utf-8"), object_pairs_hook=unique)
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{file} cannot be read as JSON: {error}") from error
     if not isinstance(data, dict):
         raise InputError(f"{file} must hold a JSON object")
     return data
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object out of its pairs, as `json` calls it. Raises ValueError for a key that is there twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for key, n in Counter(key for key, _ in pairs).items() if n > 1)
+        raise ValueError(f"{twice[:200]!r} is there twice")
+    return found

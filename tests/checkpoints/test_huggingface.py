@@ -12,8 +12,9 @@ from safetensors.numpy import load_file, save_file
 
 from spatialvla_jax.actions import linear_grid
 from spatialvla_jax.checkpoints import read_huggingface, write_huggingface
+from spatialvla_jax.checkpoints import safetensors_io as safetensors
+from spatialvla_jax.checkpoints.mapping import published_name
 from spatialvla_jax.checkpoints.published_config import config_from_published, config_to_published
-from spatialvla_jax.checkpoints.safetensors_io import open_directory
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.export.convert import cast
 from spatialvla_jax.models import preset
@@ -51,7 +52,7 @@ def test_bfloat16_in_shards(checkpoint, tmp_path):
     write_huggingface(tmp_path / "many", narrow, max_shard_bytes=40_000)
     shards = sorted((tmp_path / "many").glob("*.safetensors"))
     assert len(shards) > 3
-    one, many = open_directory(tmp_path / "one"), open_directory(tmp_path / "many")
+    one, many = safetensors.open_directory(tmp_path / "one"), safetensors.open_directory(tmp_path / "many")
     assert one.keys() == many.keys()
     assert all(one[key].read().tobytes() == many[key].read().tobytes() for key in one)
     assert all(tensor.dtype == ml_dtypes.bfloat16 for tensor in many.values())
@@ -247,3 +248,59 @@ def test_casting_is_rounding(checkpoint, tmp_path):
     wide, narrow = checkpoint.params(), read_huggingface(tmp_path / "m").params()
     same = jax.tree.map(lambda a, b: np.array_equal(jnp.asarray(a, jnp.bfloat16), b), wide, narrow)
     assert all(jax.tree.leaves(same))
+
+
+def in_memory(key):
+    """A key as transformers 5 has it in memory."""
+    key = key.removeprefix("language_model.") if "lm_head" in key else key
+    for old, new in (
+        ("language_model.model.", "language_model."),
+        ("vision_tower.vision_model.", "vision_tower."),
+        (".backbone.", ".backbone.beit."),
+        (".encoder.layer.", ".layers."),
+        (".attention.attention.relative_position_bias.", ".relative_position_bias."),
+        (".attention.attention.query.", ".attention.q_proj."),
+        (".attention.attention.key.", ".attention.k_proj."),
+        (".attention.attention.value.", ".attention.v_proj."),
+        (".attention.output.dense.", ".attention.o_proj."),
+        (".intermediate.dense.", ".mlp.fc1."),
+        (".output.dense.", ".mlp.fc2."),
+    ):
+        key = key.replace(old, new)
+    return key if key.startswith("lm_head") else f"model.{key}"
+
+
+SPELLINGS = (
+    in_memory,
+    "model.{}".format,
+    lambda key: key.removeprefix("vision_tower."),
+    lambda key: key.replace("vision_model.", "") if key.startswith("vision_tower.") else key,
+    lambda key: key.replace("language_model.lm_head", "lm_head"),
+    lambda key: key,
+)
+
+
+def test_other_spellings_are_one_key(golden):
+    keys = safetensors.open_directory(golden).keys()
+    for spelling in SPELLINGS:
+        assert [published_name(spelling(key)) for key in keys] == [*keys]
+
+
+def test_other_spellings_and_buffers_are_read(golden, tmp_path):
+    """A model saved as transformers 5 has it in memory, with what it can compute: the same arrays."""
+    shutil.copytree(golden, tmp_path / "m")
+    bias = "vision_zoe_model.backbone.encoder.layer.0.attention.attention.relative_position_bias"
+    buffers = {
+        "vision_tower.vision_model.embeddings.position_ids": np.arange(16)[None],
+        "language_model.model.rotary_emb.inv_freq": np.ones(4, np.float32),
+        f"{bias}.relative_position_index": np.zeros((5, 5), np.int64),
+    }
+    stored = load_file(golden / MODEL) | buffers
+    save_file({in_memory(key): x for key, x in stored.items()}, tmp_path / "m" / MODEL)
+    assert equal(read_huggingface(tmp_path / "m"), read_huggingface(golden))
+
+
+def test_one_tensor_under_two_names_is_refused(directory):
+    edit_weights(directory, lambda t: t.update({f"model.{TABLE}": t[TABLE] + 1}))
+    with pytest.raises(InputError, match=rf"2 tensors under two names: model\.{TABLE}, {TABLE}"):
+        read_huggingface(directory)

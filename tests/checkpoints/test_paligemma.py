@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 
 from spatialvla_jax.checkpoints import load_pretrained, start_from_paligemma
+from spatialvla_jax.checkpoints.huggingface import open_zoedepth
 from spatialvla_jax.checkpoints.mapping import flatten
 from spatialvla_jax.cli import main
 from spatialvla_jax.errors import InputError
@@ -154,6 +155,15 @@ def test_with_zoedepth_inside(reference, tmp_path):
     assert is_same(load_pretrained(tmp_path / "start"), load_pretrained(source, tmp_path / "zoe"))
     with pytest.raises(InputError, match="takes no ZoeDepth"):
         load_pretrained(tmp_path / "start", tmp_path / "zoe")
+
+    # And as transformers 5 has it in memory, with its buffers and a prefix.
+    memory = {f"model.{key}": x.numpy() for key, x in (*zoedepth.state_dict().items(), *zoedepth.named_buffers())}
+    assert not memory.keys() & load_file(tmp_path / "zoe" / "model.safetensors").keys()
+    disk = {path: x.read() for path, x in open_zoedepth(tmp_path / "zoe")[1].items()}
+    save_file(memory, tmp_path / "zoe" / "model.safetensors")
+    arrays = open_zoedepth(tmp_path / "zoe")[1]
+    assert disk.keys() == arrays.keys()
+    assert all(np.array_equal(disk[path], x.read()) for path, x in arrays.items())
 
 
 def is_same(a, b):
