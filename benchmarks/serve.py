@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import random
+import re
 import signal
 import socket
 import struct
@@ -125,7 +126,9 @@ def server_of(checkpoint: Path, max_batch: int) -> Any:
         for line in process.stdout:
             print(line, end="", flush=True)
             if line.startswith("serving"):
-                yield process, int(line.rsplit(":", 1)[1])
+                port = int(line.rsplit(":", 1)[1])
+            if re.match(r"compiled (\d+) of \1:", line):  # the last
+                yield process, port
                 break
     finally:
         process.send_signal(signal.SIGTERM)

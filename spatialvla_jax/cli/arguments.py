@@ -46,7 +46,7 @@ def add_examples(parser: argparse.ArgumentParser, examples: Sequence[str]) -> No
 
 def add_output(parser: argparse.ArgumentParser, flag: str, output: OutputFile | OutputFolder, **options: Any) -> None:
     """An argument that names what the command writes: it is checked before the command begins."""
-    action = parser.add_argument(flag, type=Path, **options)
+    action = parser.add_argument(flag, type=path, **options)
     option = flag if flag.startswith("-") else flag.upper()
     parser.set_defaults(outputs=(*parser.get_default("outputs"), (action.dest, option, output)))
 
@@ -115,17 +115,26 @@ def join_processes(args: argparse.Namespace) -> None:
         join(args.coordinator, args.num_processes, args.process_id, args.heartbeat)
 
 
+LARGEST = 2**31 - 1
+
+
+def path(text: str) -> Path:
+    if not text.strip() or "\0" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a path")
+    return Path(text)
+
+
 def positive(text: str) -> int:
     """A number that counts something: 1 or more."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    if not text.isdecimal() or not 1 <= int(text) <= LARGEST:
+        raise argparse.ArgumentTypeError(f"{text!r:.40} is not a whole number from 1 on")
     return int(text)
 
 
 def count(text: str) -> int:
     """A number that counts something, or 0."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 on")
+    if not text.isdecimal() or int(text) > LARGEST:
+        raise argparse.ArgumentTypeError(f"{text!r:.40} is not a whole number from 0 on")
     return int(text)
 
 
@@ -138,6 +147,17 @@ def amount(text: str) -> float:
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 on")
     return value
+
+
+def at_most(limit: float, number: Callable[[str], float] = positive) -> Callable[[str], float]:
+    """`number`, and no larger than `limit`."""
+
+    def bounded(text: str) -> float:
+        if (value := number(text)) > limit:
+            raise argparse.ArgumentTypeError(f"{text!r} is more than {limit}")
+        return value
+
+    return bounded
 
 
 def port(text: str) -> int:

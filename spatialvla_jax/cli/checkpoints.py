@@ -3,9 +3,8 @@
 import argparse
 import json
 import sys
-from pathlib import Path
 
-from spatialvla_jax.cli.arguments import Commands, add_command
+from spatialvla_jax.cli.arguments import Commands, add_command, path
 from spatialvla_jax.utils.outputs import OutputFile, OutputFolder
 
 
@@ -17,13 +16,13 @@ def add(commands: Commands) -> None:
         "convert a checkpoint between formats",
         ("runs/demo/run export --to pytorch", "export model.npz --to big_vision --dtype bfloat16"),
     )
-    p.add_argument("src", type=Path, help="run directory, one of its steps, an export or a published checkpoint")
-    p.add_argument("dst", type=Path, help="new directory, or new .npz file for big_vision")
+    p.add_argument("src", type=path, help="run directory, one of its steps, an export or a published checkpoint")
+    p.add_argument("dst", type=path, help="new directory, or new .npz file for big_vision")
     p.add_argument("--to", choices=("orbax", "pytorch", "big_vision", "peft"), required=True, help="format of DST")
     p.add_argument("--merge", action="store_true", help="write a run of LoRA adapters and its base as one checkpoint")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights written; by default as they are")
     p.add_argument(
-        "--zoedepth", type=Path, help="ZoeDepth's directory, where SRC is a PaliGemma 2; by default without depth"
+        "--zoedepth", type=path, help="ZoeDepth's directory, where SRC is a PaliGemma 2; by default without depth"
     )
     p.add_argument(
         "--verify",

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from spatialvla_jax.cli.arguments import Commands, add_command, add_group, add_output, count, positive
+from spatialvla_jax.cli.arguments import Commands, add_command, add_group, add_output, count, path, positive
 from spatialvla_jax.errors import Fault, InputError
 from spatialvla_jax.utils.outputs import OutputFile, OutputFolder, begins_with, has_keys, is_report
 
@@ -52,7 +52,7 @@ def add_lerobot(commands: Commands) -> None:
         "convert a LeRobot dataset (v2.0, v2.1, v3.0) to RLDS (extra [lerobot])",
         ("lerobot/pusht data/pusht", "lerobot/aloha data/aloha --camera observation.images.top --faults skip"),
     )
-    p.add_argument("src", type=Path, help="directory that holds meta/info.json")
+    p.add_argument("src", type=path, help="directory that holds meta/info.json")
     add_output(p, "dst", DATASET, help="dataset directory; its version, 1.0.0, is made inside")
     p.add_argument("--camera", help="e.g. observation.images.top; by default the only one")
     p.add_argument("--name", help="the dataset's; by default that of DST")
@@ -152,10 +152,10 @@ def add_depth(commands: Commands) -> None:
             "data/mine/1.0.0 --spec libero --checkpoint zoedepth --image-size 224 --out data/with_depth",
         ),
     )
-    p.add_argument("src", type=Path, nargs="?", help="a dataset's version directory; by default those of --config")
+    p.add_argument("src", type=path, nargs="?", help="a dataset's version directory; by default those of --config")
     p.add_argument("--spec", help="catalogue entry of SRC, which says where its image is; no default")
     p.add_argument("--config", help="names the datasets and the model's image size; by default SRC and --spec do")
-    p.add_argument("--checkpoint", type=Path, required=True, help="any checkpoint with a ZoeDepth, or a ZoeDepth alone")
+    p.add_argument("--checkpoint", type=path, required=True, help="any checkpoint with a ZoeDepth, or a ZoeDepth alone")
     add_output(p, "--out", DATASET, required=True, help="the copies are made in OUT/NAME/VERSION")
     p.add_argument("--split", action="append", help="may be repeated; by default every split")
     p.add_argument("--image-size", type=positive, help="pixels a side; by default the config's or the checkpoint's")

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from spatialvla_jax.cli.arguments import UNCONSTRAINED, Commands, add_command, count, positive, task_ids
+from spatialvla_jax.cli.arguments import UNCONSTRAINED, Commands, add_command, count, path, positive, task_ids
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.utils.outputs import OutputFolder
 
@@ -26,7 +26,7 @@ def add(commands: Commands) -> None:
             "--server ws://localhost:8000 --closed-loop libero_spatial --unnorm-key libero_spatial_no_noops",
         ),
     )
-    p.add_argument("--checkpoint", type=Path, help="run directory, one of its steps, or an export; by default --server")
+    p.add_argument("--checkpoint", type=path, help="run directory, one of its steps, or an export; by default --server")
     p.add_argument("--config", help="names the data; by default the one that the run was trained with")
     p.add_argument("--split", default="val", help="of the data")
     p.add_argument("--batch-size", type=positive, default=32, help="frames of one call of the policy")
@@ -70,7 +70,7 @@ def add(commands: Commands) -> None:
         help="environments at once, a process each; by default one a core",
     )
     group.add_argument("--videos", type=count, default=0, help="of successes, and as many of failures, a task")
-    group.add_argument("--out", type=Path, help="the same one again goes on; by default runs/closed_loop")
+    group.add_argument("--out", type=path, help="the same one again goes on; by default runs/closed_loop")
     p.set_defaults(closed_loop_options={action.dest: action.default for action in group._group_actions})
 
 

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from spatialvla_jax.cli.arguments import Commands, add_command, add_group, add_output
+from spatialvla_jax.cli.arguments import Commands, add_command, add_group, add_output, path
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.utils.outputs import OutputFile, has_keys, is_report
 
@@ -23,7 +23,7 @@ def add_fit(commands: Commands) -> None:
         ("--config demo --out grid.json", "--config pretrain --stats stats.json --out grid.json"),
     )
     p.add_argument("--config", required=True, help="its grid part, and the data")
-    p.add_argument("--stats", type=Path, help="a file of `stats`, its datasets less grid.exclude; by default the data")
+    p.add_argument("--stats", type=path, help="a file of `stats`, its datasets less grid.exclude; by default the data")
     add_output(p, "--out", OutputFile(is_grid), required=True, help="e.g. grid.json")
 
 
@@ -55,7 +55,7 @@ def add_show(commands: Commands) -> None:
         "draw a grid in 3-D and variable by variable",
         ("grid.json --out grid.png", "runs/demo/run --config demo --out grid.png"),
     )
-    p.add_argument("grid", type=Path, metavar="GRID|RUN", help="a file of `grid fit`, a run, or another checkpoint")
+    p.add_argument("grid", type=path, metavar="GRID|RUN", help="a file of `grid fit`, a run, or another checkpoint")
     add_output(p, "--out", OutputFile(is_report), required=True, help="e.g. grid.png")
     add_actions_arguments(p, "by default the grid's own: every bin equally often")
 
@@ -104,7 +104,7 @@ def run_compare(args: argparse.Namespace) -> None:
 
 def add_actions_arguments(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument("--config", help=f"use the actions of the data that it names; {default}")
-    parser.add_argument("--stats", type=Path, help=f"use samples of the mixture's Gaussians in it; {default}")
+    parser.add_argument("--stats", type=path, help=f"use samples of the mixture's Gaussians in it; {default}")
 
 
 def grid_actions(args: argparse.Namespace) -> tuple[Any, str] | None:

@@ -12,6 +12,7 @@ from spatialvla_jax.cli.arguments import (
     add_output,
     add_process_arguments,
     join_processes,
+    path,
     positive,
 )
 from spatialvla_jax.errors import InputError, StorageError
@@ -180,7 +181,7 @@ def add_sweep_report(commands: Commands) -> None:
     p = add_command(
         commands, "report", run_sweep_report, "write a sweep's report from what is there", ("runs/grid_resolution",)
     )
-    p.add_argument("dir", type=Path, help="the sweep's --workdir")
+    p.add_argument("dir", type=path, help="the sweep's --workdir")
 
 
 def run_sweep_report(args: argparse.Namespace) -> None:

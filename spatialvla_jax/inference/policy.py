@@ -140,6 +140,13 @@ class Policy:
             arrays["draft"] = self.draft(observation.get("draft"))
         return arrays
 
+    def shape(self, prepared: dict[str, np.ndarray]) -> tuple[int, int, int]:
+        """Height and width of the image and padded length of the prompt: `act` compiles once for each of these and each
+        of BATCH_SIZES."""
+        height, width, _ = prepared["image"].shape
+        tokens, longest = int(prepared["prompt_mask"].sum()), len(prepared["prompt_mask"])
+        return height, width, min(-(-tokens // PROMPT_STEP) * PROMPT_STEP, longest)
+
     def predict(self, seen: Observation) -> tuple[Int[np.ndarray, "B T n"], Float[np.ndarray, "B T A"]]:
         """Observations as the loader gives them, such as a `Batch` → (action ids, normalised actions). Raises
         NonFiniteError."""
@@ -164,8 +171,7 @@ class Policy:
         """At most 32 of one image size, padded with copies of the last to a compiled batch size."""
         count, size = len(inputs), next(b for b in BATCH_SIZES if b >= len(inputs))
         batch = {k: _stacked([x[k] for x in (*inputs, *inputs[-1:] * (size - count))]) for k in inputs[0]}
-        longest = int(batch["prompt_mask"].sum(axis=1).max())
-        length = min(-(-longest // PROMPT_STEP) * PROMPT_STEP, batch["prompt_ids"].shape[1])
+        length = max(self.shape(x)[2] for x in inputs)
         batch |= {k: batch[k][:, :length] for k in ("prompt_ids", "prompt_mask")}
         made = self.run({k: self._place(k, x) for k, x in batch.items()})
         out = jax.device_get({k: made[k] for k in ("actions", "action_ids", "finite")})

@@ -1,7 +1,7 @@
 """Observations and actions as msgpack, in openpi's encoding; reading is safe for untrusted input."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgpack
@@ -27,6 +27,14 @@ class Limits:
 
 
 LIMITS = Limits()
+PIXEL = 3 + 8  # bytes: colours, and depth in the largest of DTYPES
+REST = 2**16  # bytes of an observation beside image and depth
+
+
+def room_for_images(limits: Limits) -> Limits:
+    """The same, where messages may be as large as an observation of any of the image sizes."""
+    sizes = [PIXEL * height * width + REST for height, width in limits.image_sizes]
+    return replace(limits, message_bytes=max(limits.message_bytes, *sizes, 0))
 
 
 def pack(message: dict) -> bytes:

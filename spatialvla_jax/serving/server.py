@@ -5,24 +5,28 @@ msgpack with openpi's encoding of arrays. A text reply is one sentence about an 
 message beyond the size limit, or no answer to a ping for 20 s, ends the connection. GET /healthz, /metadata (JSON) and
 /metrics (Prometheus) are on the same port.
 
-Asyncio reads and writes; one thread calls the policy on the observations that arrived since its last call.
+The port is open before the policy is loaded. Until an observation can be answered, /healthz answers 503 "compiling" and
+clients that have connected wait.
+
+Asyncio reads and writes; one thread calls the policy on the observations that arrived since its last call, and another
+one loads and compiles it (`programs`).
 """
 
 import asyncio
 import gc
 import hmac
-import ipaddress
 import json
 import logging
+import os
 import signal
+import socket
 import time
-from bisect import bisect_left
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, replace
 from http import HTTPStatus
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import prometheus_client as prometheus
@@ -32,8 +36,12 @@ from websockets.http11 import Request, Response
 
 from spatialvla_jax.errors import InputError, NonFiniteError
 from spatialvla_jax.inference.action_chunking import ChunkExecutor, executor, shift
-from spatialvla_jax.inference.policy import BATCH_SIZES, PROMPT_STEP, Policy
-from spatialvla_jax.serving.protocol import KEYS, LIMITS, Limits, check, pack, unpack
+from spatialvla_jax.serving.access import is_loopback
+from spatialvla_jax.serving.protocol import KEYS, LIMITS, Limits, check, pack, room_for_images, unpack
+
+if TYPE_CHECKING:  # JAX takes seconds to import, and the port is opened before
+    from spatialvla_jax.inference.policy import Policy
+    from spatialvla_jax.serving.programs import Programs
 
 log = logging.getLogger(__name__)
 
@@ -124,52 +132,91 @@ class Client:
 
 
 class Server:
-    """`start` warms up the policy and listens; `drain` answers the requests in flight and stops.
+    """`start` opens the port, then loads and compiles; `drain` answers the requests in flight and stops.
 
     With `execute` "chunk" it replies with whole chunks f32[T, 7]; with a mode of `executor` it replies with one action
-    f32[1, 7] a request and calls the policy only where a chunk is due. Raises InputError where `host` is reachable from
-    other machines and there is no token.
+    f32[1, 7] a request and calls the policy only where a chunk is due. `report` gets a sentence for each program that is
+    compiled, and one when clients can be answered. Raises InputError where `host` is reachable from other machines and
+    there is no token.
     """
 
     def __init__(
-        self, policy: Policy, host: str, port: int, *, token: str = "", execute: str = "chunk", limits: Limits = LIMITS
+        self,
+        load: Callable[[], "Policy"],
+        host: str,
+        port: int,
+        *,
+        token: str = "",
+        execute: str = "chunk",
+        limits: Limits = LIMITS,
+        report: Callable[[str], Any] = log.info,
     ) -> None:
         if not token and not is_loopback(host):
             raise InputError(f"host {host} can be reached from other machines: serving on it needs a token")
-        config = policy.model.config
-        if not limits.image_sizes:
-            limits = replace(limits, image_sizes=((config.img.image_size,) * 2,))
-        self.policy, self.host, self.port, self.token, self.limits = policy, host, port, token, limits
-        self.execute, self.clients, self.busy, self.draining = execute, set[Client](), 0, False
+        self.load, self.host, self.port, self.token, self.limits = load, host, port, token, room_for_images(limits)
+        self.execute, self.report, self.clients = execute, report, set[Client]()
+        self.busy, self.draining = 0, False
         Client(execute)  # raises now what it would raise for the first client
-        self.batcher = Batcher(self._call_policy, limits, lambda: len(self.clients))
+        self.batcher = Batcher(self._call_policy, limits, lambda: min(len(self.clients), self.programs.largest))
         self.metrics = Metrics(lambda: len(self.clients), self.batcher.waiting.qsize)
+        self.compiler, self._compiling = ThreadPoolExecutor(1, "compiler"), Future()
+        self.policy: Policy
+        self.programs: Programs
+        self._loaded = asyncio.Event()  # from then on there are these two
+
+    async def start(self) -> None:
+        """Opens the port. Raises InputError where that cannot be; `prepared` is the task that does the rest."""
+        try:
+            self._listener = await serve(
+                self._talk,
+                self.host,
+                self.port,
+                process_request=self._get,
+                max_size=self.limits.message_bytes,
+                max_queue=1,
+                close_timeout=5,
+                compression=None,
+                origins=[None],  # no web page may talk to it
+            )
+        except (OSError, OverflowError, UnicodeError) as error:
+            raise InputError(f"the port {self.port} of host {self.host} cannot be opened: {_reason(error)}") from error
+        self.port = next(iter(self._listener.sockets)).getsockname()[1]
+        self._worker = asyncio.create_task(self.batcher.run())
+        self.prepared = asyncio.create_task(self._prepare())
+
+    async def _prepare(self) -> None:
+        """Loads the policy, then compiles while it already serves. Raises what loading or compiling raises."""
+        from spatialvla_jax.serving.programs import Programs
+
+        self.policy = policy = await self._in_compiler(self.load)
+        config = policy.model.config
+        self.limits = limits = replace(
+            self.limits, image_sizes=self.limits.image_sizes or ((config.img.image_size,) * 2,)
+        )
         self.metadata = {
             "observation": list(KEYS),
             "image_sizes": limits.image_sizes,
             "needs_depth": config.depth_source == "dataset",
             "unnorm_keys": list(policy.processor.statistics),
             "action_chunk": config.action_chunk,
-            "execute": execute,
+            "execute": self.execute,
             "limits": asdict(limits),
         }
+        self.programs = Programs(policy, limits)
+        self._loaded.set()
+        async for compiled in self.programs.compile(self._in_compiler):
+            self.report(compiled)
+            if self.programs.compiled == 1:
+                self.report(f"serving on ws://{self.host}:{self.port}")
 
-    async def start(self) -> None:
-        """Compiles, then opens the port: a server that can be reached is ready."""
-        await asyncio.get_running_loop().run_in_executor(self.batcher.thread, self._warm_up)
-        self._worker = asyncio.create_task(self.batcher.run())
-        self._listener = await serve(
-            self._talk,
-            self.host,
-            self.port,
-            process_request=self._get,
-            max_size=self.limits.message_bytes,
-            max_queue=1,
-            close_timeout=5,
-            compression=None,
-            origins=[None],  # no web page may talk to it
-        )
-        self.port = next(iter(self._listener.sockets)).getsockname()[1]
+    async def _in_compiler(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        self._compiling = self.compiler.submit(call, *arguments)
+        return await asyncio.wrap_future(self._compiling)
+
+    @property
+    def compiling(self) -> bool:
+        """Whether a thread is loading or compiling, which nothing can interrupt."""
+        return self._compiling.running()
 
     async def drain(self, seconds: float = 20) -> None:
         """Refuses new connections, answers pending requests for at most `seconds`, and closes all connections."""
@@ -184,24 +231,9 @@ class Server:
             async with asyncio.timeout(5):
                 await self._listener.wait_closed()
         self._worker.cancel()
+        self.prepared.cancel()
         self.batcher.thread.shutdown(wait=False)
-
-    def _warm_up(self) -> None:
-        """Compiles for every image size, prompt length and batch size that a request can have."""
-        cfg, processor = self.policy.model.config, self.policy.processor
-        prompts = {}  # one for each multiple of PROMPT_STEP
-        for words in range(cfg.prompt_length):
-            with suppress(InputError):  # beyond the longest
-                _, mask = processor.tokenizer.encode_prompt(
-                    "a " * words, template=processor.prompt_template, length=cfg.prompt_length
-                )
-                prompts.setdefault(-(-mask.sum() // PROMPT_STEP), "a " * words)
-        for size in self.limits.image_sizes:
-            image, depth = np.zeros((*size, 3), np.uint8), np.ones(size, np.float32)
-            for prompt in prompts.values():
-                one = {"image": image, "depth": depth, "prompt": prompt, "unnorm_key": next(iter(processor.statistics))}
-                for count in BATCH_SIZES[: bisect_left(BATCH_SIZES, self.limits.batch) + 1]:
-                    self.policy.act([self.policy.prepare(one)] * count)
+        self.compiler.shutdown(wait=False)
 
     def _call_policy(self, prepared: list[Arrays]) -> list[dict]:
         start = time.perf_counter()
@@ -213,7 +245,9 @@ class Server:
     def _get(self, connection: ServerConnection, request: Request) -> Response | None:
         """Plain GETs are answered here; None goes on to the websocket."""
         if request.path == "/healthz":
-            return connection.respond(HTTPStatus.OK, "OK\n")
+            if self._loaded.is_set() and self.programs.compiled:
+                return connection.respond(HTTPStatus.OK, "OK\n")
+            return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, "compiling\n")
         given = ", ".join(request.headers.get_all("Authorization"))
         if self.token and not hmac.compare_digest(given.encode(), f"Api-Key {self.token}".encode()):
             return connection.respond(HTTPStatus.UNAUTHORIZED, "the header 'Authorization: Api-Key TOKEN' is needed\n")
@@ -223,6 +257,8 @@ class Server:
             response.headers["Content-Type"] = prometheus.CONTENT_TYPE_LATEST
             return response
         if request.path == "/metadata":
+            if not self._loaded.is_set():
+                return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, "loading\n")
             return connection.respond(HTTPStatus.OK, json.dumps(self.metadata) + "\n")
         if request.path != "/":
             return connection.respond(HTTPStatus.NOT_FOUND, "choose /, /healthz, /metadata or /metrics\n")
@@ -235,6 +271,10 @@ class Server:
         client = Client(self.execute)
         self.clients.add(client)
         try:
+            waits = [asyncio.create_task(wait) for wait in (self._loaded.wait(), connection.wait_closed())]
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            for wait in waits:
+                wait.cancel()
             await connection.send(pack(self.metadata))
             async for message in connection:
                 self.busy += 1
@@ -288,6 +328,7 @@ class Server:
             raise InputError(f"observation 'image' is {size[0]}x{size[1]}: this server is compiled for {known}")
         if client.executor and not client.executor.due:
             return {"actions": client.executor.step()[None]}
+        await self.programs.wait_for(prepared)
         result = await self.batcher.infer(prepared)
         if not np.isfinite(result["actions"]).all():
             raise NonFiniteError([False])
@@ -299,21 +340,30 @@ class Server:
         return result
 
 
-def is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+def _reason(error: Exception) -> str:
+    """Why a port cannot be opened, in a few words."""
+    if isinstance(error, OSError) and not isinstance(error, socket.gaierror) and error.errno:
+        return os.strerror(error.errno)  # asyncio's own sentence names the address once more
+    return str(getattr(error, "strerror", error))
 
 
 async def run(server: Server, ready: Callable[[], None] = lambda: None) -> None:
-    """Serves until SIGTERM or SIGINT, then drains. `ready` is called when clients can connect."""
+    """Serves until SIGTERM or SIGINT, then drains; `ready` is called when the port is open. Raises what loading and
+    compiling raise."""
     await server.start()
-    gc.collect()
-    gc.freeze()  # spares the collector the objects that compiling left, in the middle of requests
     stop = asyncio.Event()
+
+    def prepared(task: asyncio.Task) -> None:
+        if not task.cancelled() and task.exception():
+            stop.set()
+        gc.collect()
+        gc.freeze()  # spares the collector the objects that compiling left, in the middle of requests
+
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    server.prepared.add_done_callback(prepared)
     ready()
     await stop.wait()
     await server.drain()
+    with suppress(asyncio.CancelledError):
+        await server.prepared

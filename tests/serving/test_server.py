@@ -7,7 +7,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -49,13 +49,16 @@ def load_script(path: str) -> Any:
 
 
 @contextmanager
-def serving(policy: Any, limits: Limits = LIMITS, **options: Any) -> Iterator[Server]:
-    """A server of this process, in a thread of its own."""
+def serving(policy: Any, limits: Limits = LIMITS, compiled: bool = True, **options: Any) -> Iterator[Server]:
+    """A server of this process, in a thread of its own, as soon as everything is `compiled`."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
-    server = Server(policy, "127.0.0.1", 0, limits=limits, **options)
+    server = Server(lambda: policy, "127.0.0.1", 0, limits=limits, **options)
     asyncio.run_coroutine_threadsafe(server.start(), loop).result()
+    if compiled:
+        eventually(server.prepared.done, 60)
+        server.prepared.result()
     try:
         yield server
     finally:
@@ -71,14 +74,21 @@ def asks(prompt: str) -> dict[str, Any]:
 
 class Stub(Policy):
     """Answers with the prompt's number, and with `ids` where given; `slow` takes until `go`, `bad` fails whatever batch
-    it is in, `nan` gets such actions."""
+    it is in, `nan` gets such actions. It compiles `compiling(prompt, batch size)`."""
 
-    def __init__(self, ids: np.ndarray | None = None) -> None:
-        self.ids = ids
+    def __init__(
+        self, ids: np.ndarray | None = None, compiling: Callable[[str, int], Any] = lambda *_: None, steps: int = 1
+    ) -> None:
+        self.ids, self.compiling = ids, compiling
         config = SimpleNamespace(
-            img=SimpleNamespace(image_size=8), depth_source="none", action_chunk=4, prompt_length=1
+            img=SimpleNamespace(image_size=8), depth_source="none", action_chunk=4, prompt_length=16 * steps
         )
-        tokenizer = SimpleNamespace(encode_prompt=lambda *_, **__: (np.zeros(1), np.ones(1)))
+
+        def encode_prompt(prompt: str, *, length: int, **_: Any) -> tuple[np.ndarray, np.ndarray]:
+            """A token for each word, and one more."""
+            return np.zeros(length, np.int32), np.arange(length) <= len(prompt.split())
+
+        tokenizer = SimpleNamespace(encode_prompt=encode_prompt)
         self.model = SimpleNamespace(config=config)
         self.processor = SimpleNamespace(statistics={"toy": {}}, tokenizer=tokenizer, prompt_template="")
         self.go, self.batches = threading.Event(), []
@@ -86,10 +96,15 @@ class Stub(Policy):
     def prepare(self, observation: dict) -> dict:
         if "prompt" not in observation:
             raise InputError("observation 'prompt' must be a string, got NoneType")
-        return observation
+        _, mask = self.processor.tokenizer.encode_prompt(
+            observation["prompt"], length=self.model.config.prompt_length
+        )
+        return observation | {"prompt_mask": mask}
 
     def act(self, observations: list[dict]) -> list[dict]:
         prompts = [o["prompt"] for o in observations]
+        if threading.current_thread().name.startswith("compiler"):
+            self.compiling(prompts[0], len(prompts))
         self.batches.append(observations)
         if "slow" in prompts:
             assert self.go.wait(10)
@@ -249,7 +264,9 @@ def test_the_command_serves_a_robot_until_sigterm(served: Policy, capfd, monkeyp
     arguments = ["--checkpoint", "run", "--port", str(port), "--max-batch", "1", "--image-size", "48x64"]
     assert main(["serve", *arguments]) == 0
     thread.join()
-    assert f"on ws://127.0.0.1:{port}" in capfd.readouterr().out
+    printed = capfd.readouterr().out
+    assert f"listening on ws://127.0.0.1:{port}, loading run" in printed
+    assert "compiled 1 of 1: batch 1, images 48x64, prompts up to 16 tokens" in printed
     assert kept == [Path("~/.cache/spatialvla_jax/compiled").expanduser()]
     assert not np.array_equal(robots[0].position, example.SimulatedWidowX(48, 64).position)
 
@@ -294,7 +311,7 @@ def test_health_metadata_and_metrics() -> None:
 
 def test_a_token_is_asked_for() -> None:
     with pytest.raises(InputError, match=r"host 0.0.0.0 can be reached from other machines"):
-        Server(Stub(), "0.0.0.0", 0)  # type: ignore[arg-type]
+        Server(Stub, "0.0.0.0", 0)
     with serving(Stub(), token="secret") as server:
         assert client_of(server, "secret").infer(asks("7"))["actions"][0, 0] == 7
         for token in (None, "Secret", "secret2"):
@@ -462,7 +479,7 @@ def test_what_is_left_of_the_last_chunk_is_the_next_draft_until_reset_or_another
 
 def test_sigterm_answers_what_is_in_flight() -> None:
     stub = Stub()
-    server = Server(stub, "127.0.0.1", 0, limits=LIMITS)  # type: ignore[arg-type]
+    server = Server(lambda: stub, "127.0.0.1", 0, limits=LIMITS)
     answers: list[Any] = []
 
     def drive() -> None:

@@ -1,0 +1,41 @@
+"""Where a server listens, and the token that its clients send."""
+
+import ipaddress
+import os
+from pathlib import Path
+
+from spatialvla_jax.errors import InputError
+
+VARIABLE = "SPATIALVLA_TOKEN"
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def read_token(file: Path | None = None) -> str:
+    """The token in `file`, by default that of SPATIALVLA_TOKEN; "" where that is not set. Raises InputError for one
+    that no client could send."""
+    if file is None:
+        source, text = VARIABLE, os.environ.get(VARIABLE, "")
+        if not text:
+            return ""
+    else:
+        source = f"token file {file}"
+        if not file.is_file():
+            raise InputError(f"{source} {'is a folder' if file.is_dir() else 'does not exist'}")
+        try:
+            text = file.read_text("ascii")
+        except OSError as error:
+            raise InputError(f"{source} cannot be read: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise InputError(f"{source} does not hold text: expected one line of printable ASCII characters") from None
+    token = text.strip()
+    if not token:
+        raise InputError(f"{source} is empty: expected a token")
+    if not (token.isascii() and token.isprintable() and " " not in token):
+        raise InputError(f"{source} holds more than one token: expected one line of printable ASCII characters")
+    return token

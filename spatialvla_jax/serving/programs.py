@@ -1,0 +1,79 @@
+"""The programs of a served policy: one for each size of image, padded prompt and size of batch, compiled in the order
+in which they are asked for."""
+
+import asyncio
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
+
+import numpy as np
+
+from spatialvla_jax.errors import InputError
+from spatialvla_jax.inference.policy import BATCH_SIZES, PROMPT_STEP, Policy
+from spatialvla_jax.serving.protocol import Limits
+
+Arrays = dict[str, np.ndarray]  # of `Policy.prepare`
+
+
+class Programs:
+    """First come the programs for a single observation, so that every observation can be answered, and of these the one
+    that most requests wait for. Then come larger and larger batches; `largest` is the size up to which they are ready.
+    """
+
+    def __init__(self, policy: Policy, limits: Limits) -> None:
+        self.examples = {policy.shape(one): one for one in _examples(policy, limits.image_sizes)}
+        self.batches = BATCH_SIZES[: bisect_left(BATCH_SIZES, limits.batch) + 1]
+        self.total, self.compiled, self.largest = len(self.examples) * len(self.batches), 0, 1
+        self.policy, self.waiting = policy, Counter[tuple[int, int, int]]()
+        self.ready = {shape: asyncio.Event() for shape in self.examples}  # to be answered one by one
+
+    async def compile(self, run: Callable[..., Awaitable]) -> AsyncIterator[str]:
+        """Compiles all of them by `run(function, argument)`; yields a sentence for each. Raises what the policy raises
+        for a single observation; where a batch fails, batches stay smaller."""
+        for batch in self.batches:
+            left = list(self.examples)
+            while left:
+                height, width, length = shape = max(left, key=self.waiting.__getitem__)
+                left.remove(shape)
+                try:
+                    await run(self.policy.act, [self.examples[shape]] * batch)
+                except Exception as error:
+                    if batch == 1:
+                        raise
+                    reason = (str(error).splitlines() or [type(error).__name__])[0]
+                    yield f"batches of {batch} fail ({reason}): at most {self.largest} are answered at once"
+                    return
+                self.compiled += 1
+                self.ready[shape].set()
+                size = f"batch {batch}, images {height}x{width}, prompts up to {length} tokens"
+                yield f"compiled {self.compiled} of {self.total}: {size}"
+            self.largest = batch
+
+    async def wait_for(self, prepared: Arrays) -> None:
+        """Returns as soon as this observation can be answered."""
+        shape = self.policy.shape(prepared)
+        if shape in self.ready and not self.ready[shape].is_set():
+            self.waiting[shape] += 1
+            await self.ready[shape].wait()
+
+
+def _examples(policy: Policy, image_sizes: tuple[tuple[int, int], ...]) -> list[Arrays]:
+    """An observation of each image size and each padded length that a prompt can have, the shortest first."""
+    cfg, processor = policy.model.config, policy.processor
+    prompts = {}
+    for words in range(cfg.prompt_length):
+        with suppress(InputError):  # beyond the longest
+            _, mask = processor.tokenizer.encode_prompt(
+                "a " * words, template=processor.prompt_template, length=cfg.prompt_length
+            )
+            prompts.setdefault(-(-mask.sum() // PROMPT_STEP), "a " * words)
+    key = next(iter(processor.statistics))
+    return [
+        policy.prepare(
+            {"image": np.zeros((*size, 3), np.uint8), "depth": np.ones(size, np.float32)}
+            | {"prompt": prompt, "unnorm_key": key}
+        )
+        for prompt in prompts.values()
+        for size in image_sizes
+    ]
