@@ -51,6 +51,18 @@ def control(robot: SimulatedWidowX, client: WebsocketClientPolicy, prompt: str, 
         time.sleep(max(0.0, due - time.monotonic()))
 
 
+def connected(host: str, port: int, token: str | None, seconds: float = 60) -> WebsocketClientPolicy:
+    """openpi's client, as soon as the server has opened its port; it waits by itself until the policy is loaded."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return WebsocketClientPolicy(host, port, token)
+        except ConnectionRefusedError:
+            if time.monotonic() > deadline:
+                raise SystemExit(f"there is no policy server at {host}:{port}") from None
+            time.sleep(0.5)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("prompt")
@@ -60,7 +72,7 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--hertz", type=float, default=5)
     args = parser.parse_args()
-    client = WebsocketClientPolicy(args.host, args.port, args.token)
+    client = connected(args.host, args.port, args.token)
     robot = SimulatedWidowX(*client.get_server_metadata()["image_sizes"][0])
     control(robot, client, args.prompt, args.steps, args.hertz)
     print(f"gripper at {robot.position.round(3)} m after {args.steps} steps")

@@ -46,7 +46,7 @@ def add(commands: Commands) -> None:
         help="of the clients' images, may be repeated; by default the model's own. Messages may be as large as such an "
         "image with its depth, at least 16 MiB",
     )
-    p.add_argument("--max-batch", type=at_most(32), default=32, help="observations of one call of the policy, up to 32")
+    p.add_argument("--max-batch", type=at_most(32), default=32, help="up to 32 observations of one call of the policy")
     p.add_argument(
         "--max-wait-ms", type=at_most(10_000, amount), default=4, help="for which a batch waits for further clients"
     )

@@ -8,6 +8,7 @@ while not done:
     robot.act(agent.step(observation))                       # f32[7]: dx dy dz droll dpitch dyaw gripper
 """
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -76,13 +77,15 @@ class Client:
     """A policy at `address` (ws://host:port), behind a server of openpi's protocol; `metadata` is what the server says
     about it.
 
-    Raises InputError, with the address, where there is no server, where it has not replied after `timeout` seconds or
-    has closed the connection, with its message for an observation that it refuses, and for a reply that is no map in
-    openpi's encoding or whose "actions" `chunk_of` refuses. It may be called again after any of them.
+    Raises InputError, with the address, where there has been no server for `wait` seconds, where it has not replied
+    after `timeout` seconds or has closed the connection, with its message for an observation that it refuses, and for a
+    reply that is no map in openpi's encoding or whose "actions" `chunk_of` refuses. It may be called again after any of
+    them. A server that has just started replies when it has loaded and compiled the policy, which takes minutes at full
+    size.
     """
 
-    def __init__(self, address: str, token: str = "", timeout: float = 60.0) -> None:
-        self.address, self.timeout = address, timeout
+    def __init__(self, address: str, token: str = "", timeout: float = 600.0, wait: float = 0.0) -> None:
+        self.address, self.timeout, self.wait = address, timeout, wait
         self.headers = {"Authorization": f"Api-Key {token}"} if token else {}
         self.connection: Any = None
         self.metadata = self._connect()
@@ -112,10 +115,14 @@ class Client:
         from websockets.sync.client import connect
 
         options = {"additional_headers": self.headers, "max_size": REPLY_BYTES, "compression": None, "close_timeout": 1}
-        try:
-            self.connection = connect(self.address, **options)
-        except (OSError, ValueError, WebSocketException) as error:
-            raise InputError(f"there is no policy server at {self.address}: {error}") from error
+        deadline = time.monotonic() + self.wait
+        while self.connection is None:
+            try:
+                self.connection = connect(self.address, **options)
+            except (OSError, ValueError, WebSocketException) as error:
+                if not isinstance(error, ConnectionRefusedError) or time.monotonic() >= deadline:
+                    raise InputError(f"there is no policy server at {self.address}: {error}") from error
+                time.sleep(0.2)
         try:
             return self._receive()
         except InputError:

@@ -135,9 +135,9 @@ class Server:
     """`start` opens the port, then loads and compiles; `drain` answers the requests in flight and stops.
 
     With `execute` "chunk" it replies with whole chunks f32[T, 7]; with a mode of `executor` it replies with one action
-    f32[1, 7] a request and calls the policy only where a chunk is due. `report` gets a sentence for each program that is
-    compiled, and one when clients can be answered. Raises InputError where `host` is reachable from other machines and
-    there is no token.
+    f32[1, 7] a request and calls the policy only where a chunk is due. `report` gets a sentence for each program that
+    is compiled, and one when clients can be answered. Raises InputError where `host` is reachable from other machines
+    and there is no token.
     """
 
     def __init__(
@@ -204,10 +204,11 @@ class Server:
         }
         self.programs = Programs(policy, limits)
         self._loaded.set()
-        async for compiled in self.programs.compile(self._in_compiler):
+        compiling = self.programs.compile(self._in_compiler)
+        self.report(await anext(compiling))
+        self.report(f"serving on ws://{self.host}:{self.port}")
+        async for compiled in compiling:
             self.report(compiled)
-            if self.programs.compiled == 1:
-                self.report(f"serving on ws://{self.host}:{self.port}")
 
     async def _in_compiler(self, call: Callable[..., Any], *arguments: Any) -> Any:
         self._compiling = self.compiler.submit(call, *arguments)

@@ -32,7 +32,8 @@ from spatialvla_jax.cli import main
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.inference.action_chunking import executor
 from spatialvla_jax.models import SpatialVLA
-from spatialvla_jax.serving.protocol import Limits, check, pack, unpack
+from spatialvla_jax.serving.access import read_token
+from spatialvla_jax.serving.protocol import Limits, check, pack, room_for_images, unpack
 from spatialvla_jax.serving.server import Batcher, Server, run
 from spatialvla_jax.utils import compilation_cache as compiled
 
@@ -54,7 +55,7 @@ def serving(policy: Any, limits: Limits = LIMITS, compiled: bool = True, **optio
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
-    server = Server(lambda: policy, "127.0.0.1", 0, limits=limits, **options)
+    server = Server(policy if callable(policy) else lambda: policy, "127.0.0.1", 0, limits=limits, **options)
     asyncio.run_coroutine_threadsafe(server.start(), loop).result()
     if compiled:
         eventually(server.prepared.done, 60)
@@ -96,9 +97,7 @@ class Stub(Policy):
     def prepare(self, observation: dict) -> dict:
         if "prompt" not in observation:
             raise InputError("observation 'prompt' must be a string, got NoneType")
-        _, mask = self.processor.tokenizer.encode_prompt(
-            observation["prompt"], length=self.model.config.prompt_length
-        )
+        _, mask = self.processor.tokenizer.encode_prompt(observation["prompt"], length=self.model.config.prompt_length)
         return observation | {"prompt_mask": mask}
 
     def act(self, observations: list[dict]) -> list[dict]:
@@ -271,15 +270,56 @@ def test_the_command_serves_a_robot_until_sigterm(served: Policy, capfd, monkeyp
     assert not np.array_equal(robots[0].position, example.SimulatedWidowX(48, 64).position)
 
 
-def test_bad_arguments_of_the_command(trained: Path, tmp_path: Path, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(compiled, "share_compilations", lambda folder: None)
-    for arguments, message in [
-        (["--host", "0.0.0.0"], "serving on it needs a token"),
-        (["--token-file", str(tmp_path / "none")], "token file"),
-        (["--execute", "sometimes"], "execution 'sometimes' is not known"),
-    ]:
-        assert main(["serve", "--checkpoint", str(trained), *arguments]) == 2
-        assert message in capsys.readouterr().err
+def test_bad_arguments_end_the_command_before_it_loads(tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(Policy, "load", None)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        for arguments, message in [
+            (["--host", "0.0.0.0"], "serving on it needs a token"),
+            (["--token-file", str(tmp_path / "none")], "token file"),
+            (["--execute", "sometimes"], "execution 'sometimes' is not known"),
+            (["--port", port], f"port {port} of host 127.0.0.1 cannot be opened: Address already in use"),
+        ]:
+            assert main(["serve", "--checkpoint", "run", *arguments]) == 2
+            assert message in capsys.readouterr().err
+        monkeypatch.setenv("SPATIALVLA_TOKEN", "secret")
+        for host, reason in [("192.0.2.1", "Cannot assign requested address"), ("a" * 70, "label")]:
+            assert main(["serve", "--checkpoint", "run", "--host", host]) == 2
+            printed = capsys.readouterr()
+            assert f"port 8000 of host {host} cannot be opened" in printed.err and reason in printed.err
+            assert printed.out == "" and printed.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty: expected a token"),
+        (b" \n\t\n", "is empty: expected a token"),
+        (b"one\ntwo\n", "holds more than one token"),
+        (b"one two", "holds more than one token"),
+        (b"a\0b", "expected one line of printable ASCII characters"),
+        (b"\x89PNG\r\n", "expected one line of printable ASCII characters"),
+        ("schlüssel".encode(), "expected one line of printable ASCII characters"),
+        (None, "is a folder"),
+    ],
+)
+def test_a_token_file_holds_one_token(tmp_path: Path, content: bytes | None, message: str) -> None:
+    file = tmp_path / "token"
+    file.mkdir() if content is None else file.write_bytes(content)
+    with pytest.raises(InputError, match=f"token file {file} .*{message}"):
+        read_token(file)
+
+
+def test_where_the_token_comes_from(tmp_path: Path, monkeypatch) -> None:
+    file = tmp_path / "token"
+    file.write_text("  secret\n")
+    assert read_token(file) == "secret"
+    for value, token in (("", ""), ("other", "other")):
+        monkeypatch.setenv("SPATIALVLA_TOKEN", value)
+        assert read_token() == token
+    monkeypatch.setenv("SPATIALVLA_TOKEN", " ")
+    with pytest.raises(InputError, match="SPATIALVLA_TOKEN is empty"):
+        read_token()
 
 
 def test_weights_that_are_damaged_while_it_serves(server: Server, served: Policy, monkeypatch) -> None:
@@ -307,6 +347,81 @@ def test_health_metadata_and_metrics() -> None:
         assert 'spatialvla_requests_total{outcome="invalid"} 1.0' in metrics
         assert "spatialvla_batch_size_count 1.0" in metrics
         assert get(server, "/other")[0] == 404
+
+
+def test_clients_wait_while_the_checkpoint_is_loaded() -> None:
+    go = threading.Event()
+
+    def load() -> Stub:
+        assert go.wait(10)
+        return Stub()
+
+    with serving(load, compiled=False) as server, ThreadPoolExecutor(1) as thread:
+        assert get(server, "/healthz") == (503, "compiling\n")
+        assert get(server, "/metadata") == (503, "loading\n")
+        assert get(server, "/metrics")[0] == 200
+        client = thread.submit(client_of, server)
+        eventually(lambda: len(server.clients) == 1)
+        go.set()
+        assert client.result().infer(asks("3"))["actions"][0, 0] == 3
+        assert get(server, "/healthz") == (200, "OK\n")
+
+
+def test_what_is_asked_for_is_compiled_first() -> None:
+    compiling, go, said = [], threading.Semaphore(0), []
+
+    def compile(prompt: str, batch: int) -> None:
+        compiling.append((16 * (len(prompt.split()) // 16 + 1), batch))
+        assert go.acquire(timeout=10)
+
+    stub = Stub(compiling=compile, steps=3)
+    with serving(stub, compiled=False, report=said.append) as server, ThreadPoolExecutor(1) as thread:
+        long, short = client_of(server), client_of(server)
+        eventually(lambda: compiling == [(16, 1)])
+        answer = thread.submit(long.infer, asks("word " * 40))
+        eventually(lambda: server.programs.waiting[48, 64, 48] == 1)
+        assert get(server, "/healthz") == (503, "compiling\n")
+        go.release()
+        eventually(lambda: compiling == [(16, 1), (48, 1)])
+        assert get(server, "/healthz") == (200, "OK\n")
+        assert short.infer(asks("7"))["actions"][0, 0] == 7, "while the long one still waits"
+        go.release()
+        assert answer.result()["actions"][0, 0] == 0
+        assert all(len(batch) == 1 for batch in stub.batches), "no larger batch is ready"
+        go.release(10)
+        eventually(server.prepared.done)
+    assert compiling == [(16, 1), (48, 1), (32, 1), (48, 2), (16, 2), (32, 2)]
+    assert said[:2] == [
+        "compiled 1 of 6: batch 1, images 48x64, prompts up to 16 tokens",
+        f"serving on ws://127.0.0.1:{server.port}",
+    ]
+    assert said[-1] == "compiled 6 of 6: batch 2, images 48x64, prompts up to 32 tokens"
+
+
+def test_batches_that_cannot_be_compiled_stay_small() -> None:
+    said = []
+
+    def compile(prompt: str, batch: int) -> None:
+        if batch > 1:
+            raise MemoryError("no room")
+
+    stub = Stub(compiling=compile)
+    with serving(stub, replace(LIMITS, batch=4), report=said.append) as server, ThreadPoolExecutor(4) as threads:
+        assert said[-1] == "batches of 2 fail (no room): at most 1 are answered at once"
+        clients = [client_of(server) for _ in range(4)]
+        answers = [threads.submit(client.infer, asks(str(i))) for i, client in enumerate(clients)]
+        assert [answer.result()["actions"][0, 0] for answer in answers] == [0, 1, 2, 3]
+        assert all(len(batch) == 1 for batch in stub.batches)
+
+
+@pytest.mark.parametrize("fails", ["loading", "compiling"])
+def test_a_server_that_cannot_get_ready_ends(fails: str) -> None:
+    def fail(*_: object) -> None:
+        raise InputError(f"{fails} failed")
+
+    server = Server(fail if fails == "loading" else lambda: Stub(compiling=fail), "127.0.0.1", 0)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=f"{fails} failed"):
+        asyncio.run(run(server))
 
 
 def test_a_token_is_asked_for() -> None:
@@ -549,6 +664,14 @@ def test_a_message_beyond_the_limit_ends_its_connection() -> None:
         with pytest.raises(websockets.exceptions.ConnectionClosedError, match="1009"):
             client.infer({"image": np.zeros(LIMITS.message_bytes, np.uint8)})
         assert other.infer(asks("2"))["actions"][0, 0] == 2
+
+
+def test_images_of_any_size_fit_a_message() -> None:
+    image, depth = np.zeros((300, 200, 3), np.uint8), np.ones((300, 200))
+    observation = {"image": image, "depth": depth, "prompt": "å" * 1000, "intrinsics": np.eye(3), "unnorm_key": "toy"}
+    limits = room_for_images(Limits(message_bytes=1000, image_sizes=((8, 8), (300, 200))))
+    assert len(pack(observation)) <= limits.message_bytes
+    assert room_for_images(LIMITS) == LIMITS
 
 
 def test_values_of_strangers() -> None:
