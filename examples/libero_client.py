@@ -40,7 +40,7 @@ if __name__ == "__main__":
     parser.add_argument("--server", default="ws://127.0.0.1:8000")
     parser.add_argument("--task", type=int, default=2)
     args = parser.parse_args()
-    agent = Agent(Client(args.server, wait=60).infer, execute="adaptive")
+    agent = Agent(Client(args.server, wait=600).infer, execute="adaptive")
     robot = Robot(args.task)
     agent.reset(robot.instruction)
     for _ in range(STEPS):

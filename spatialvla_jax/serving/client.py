@@ -77,15 +77,14 @@ class Client:
     """A policy at `address` (ws://host:port), behind a server of openpi's protocol; `metadata` is what the server says
     about it.
 
-    Raises InputError, with the address, where there has been no server for `wait` seconds, where it has not replied
-    after `timeout` seconds or has closed the connection, with its message for an observation that it refuses, and for a
-    reply that is no map in openpi's encoding or whose "actions" `chunk_of` refuses. It may be called again after any of
-    them. A server that has just started replies when it has loaded and compiled the policy, which takes minutes at full
-    size.
+    Raises InputError, with the address, where there is no server, where it has not replied after `timeout` seconds or
+    has closed the connection, with its message for an observation that it refuses, and for a reply that is no map in
+    openpi's encoding or whose "actions" `chunk_of` refuses. It may be called again after any of them. For the first
+    `wait` seconds the server may still be starting: its port may be closed, and its replies may take as long.
     """
 
-    def __init__(self, address: str, token: str = "", timeout: float = 600.0, wait: float = 0.0) -> None:
-        self.address, self.timeout, self.wait = address, timeout, wait
+    def __init__(self, address: str, token: str = "", timeout: float = 60.0, wait: float = 0.0) -> None:
+        self.address, self.timeout, self.started = address, timeout, time.monotonic() + wait
         self.headers = {"Authorization": f"Api-Key {token}"} if token else {}
         self.connection: Any = None
         self.metadata = self._connect()
@@ -115,12 +114,11 @@ class Client:
         from websockets.sync.client import connect
 
         options = {"additional_headers": self.headers, "max_size": REPLY_BYTES, "compression": None, "close_timeout": 1}
-        deadline = time.monotonic() + self.wait
         while self.connection is None:
             try:
                 self.connection = connect(self.address, **options)
             except (OSError, ValueError, WebSocketException) as error:
-                if not isinstance(error, ConnectionRefusedError) or time.monotonic() >= deadline:
+                if not isinstance(error, ConnectionRefusedError) or time.monotonic() >= self.started:
                     raise InputError(f"there is no policy server at {self.address}: {error}") from error
                 time.sleep(0.2)
         try:
@@ -138,7 +136,7 @@ class Client:
         try:
             if message is not None:
                 self.connection.send(message)
-            reply = self.connection.recv(self.timeout)
+            reply = self.connection.recv(max(self.timeout, self.started - time.monotonic()))
         except BaseException as error:
             self.close()  # or a late reply would be taken for the reply to the next message
             if isinstance(error, TimeoutError):

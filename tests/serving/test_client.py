@@ -10,6 +10,7 @@ import msgpack
 import numpy as np
 import pytest
 from openpi_client import msgpack_numpy
+from websockets.sync.client import connect
 from websockets.sync.server import serve
 
 from spatialvla_jax.errors import InputError
@@ -225,6 +226,24 @@ def test_a_server_that_does_not_say_what_it_is(greeting: Any) -> None:
 
     with serving(talk) as address, pytest.raises(InputError, match=f"^{address}[: ]"):
         Client(address)
+
+
+def test_a_client_waits_for_a_server_that_starts(address: str, monkeypatch) -> None:
+    """For its port, and then for its replies, however short the timeout of later ones is."""
+    refused = [ConnectionRefusedError(), ConnectionRefusedError()]
+
+    def connect_late(*args: Any, **options: Any) -> Any:
+        if refused:
+            raise refused.pop()
+        return connect(*args, **options)
+
+    monkeypatch.setattr("websockets.sync.client.connect", connect_late)
+    client = Client(address, timeout=0, wait=60)
+    assert client.metadata == METADATA and not refused
+    np.testing.assert_array_equal(client.infer({"image": GOOD, "prompt": "go"})["actions"], 2 * GOOD)
+    client.started = 0.0
+    with pytest.raises(InputError, match="no reply in 0 s"):
+        client.infer({"prompt": "wait"})
 
 
 def test_where_there_is_no_server() -> None:
