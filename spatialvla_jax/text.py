@@ -81,9 +81,14 @@ class Tokenizer:
 
 def render(instruction: str, template: str) -> str:
     """The instruction, stripped and lower-cased, in the template."""
-    if "{instruction}" not in template:
-        raise InputError(f"data.prompt.template is {template!r}: it must contain {{instruction}}")
+    if wrong := template_problem(template):
+        raise InputError(f"data.prompt.template is {template!r}: it {wrong}")
     return template.replace("{instruction}", instruction.strip().lower())
+
+
+def template_problem(template: str) -> str:
+    """What is wrong with a prompt's template, or ""."""
+    return "" if "{instruction}" in template else "must contain {instruction}"
 
 
 def train_tokenizer(instructions: Iterable[str], vocab_size: int, *, template: str = "{instruction}") -> Tokenizer:

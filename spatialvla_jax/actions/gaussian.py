@@ -7,10 +7,8 @@ import numpy as np
 from jaxtyping import Float
 from scipy.special import log_ndtr, ndtri_exp
 
-from spatialvla_jax.actions.grid import VARIABLES, ActionGrid, to_spherical
+from spatialvla_jax.actions.grid import RANGES, VARIABLES, ActionGrid, to_spherical
 from spatialvla_jax.errors import InputError
-
-RANGES = ((0.0, np.pi), (-np.pi, np.pi), (0.0, 3**0.5), (-1.0, 1.0), (-1.0, 1.0), (-1.0, 1.0))
 
 # (mu, sigma) of theta, phi, r, roll, pitch, yaw over the published pre-training mixture.
 PRETRAIN_GAUSSIANS = (

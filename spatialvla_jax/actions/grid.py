@@ -10,8 +10,10 @@ from jaxtyping import Array, Float, Int
 from spatialvla_jax.actions.linear import LinearGrid
 from spatialvla_jax.actions.tokenizer import DIMENSIONS, ActionTokenizer
 from spatialvla_jax.errors import InputError
+from spatialvla_jax.utils.schema import Field, check_stored, shown
 
 VARIABLES = ("theta", "phi", "r", "roll", "pitch", "yaw")
+RANGES = ((0.0, np.pi), (-np.pi, np.pi), (0.0, 3**0.5), (-1.0, 1.0), (-1.0, 1.0), (-1.0, 1.0))
 
 
 @struct.dataclass
@@ -110,18 +112,24 @@ def grid_to_dict(grid: ActionTokenizer) -> dict[str, Any]:
     return {"kind": kind, **{name: np.asarray(edges).tolist() for name, edges in vars(grid).items()}}
 
 
-def grid_from_dict(data: dict[str, Any]) -> ActionGrid | LinearGrid:
-    """The inverse of `grid_to_dict`. Raises InputError for an unknown kind, or missing or non-increasing edges."""
-    kind = data.get("kind")
-    if kind not in _KINDS:
-        raise InputError(f"A grid's 'kind' is one of {sorted(_KINDS)}, not {kind!r}.")
-    arrays = {}
-    for name in _KINDS[kind].__dataclass_fields__:
-        edges = np.asarray(data.get(name, []), np.float32)
-        if edges.ndim != 1 or len(edges) < 2 or not np.all(np.diff(edges) > 0):
-            raise InputError(f"The grid's '{name}' must be a list of at least two increasing numbers.")
-        arrays[name] = jnp.asarray(edges)
-    return _KINDS[kind](**arrays)
+def grid_from_dict(data: Any, where: str = "") -> ActionGrid | LinearGrid:
+    """The inverse of `grid_to_dict`.
+
+    Raises InputError, in which `where` stands before a field's name, for an unknown kind and for edges that are
+    missing, not finite, not increasing (as float32) or outside of their variable's range.
+    """
+    kind = check_stored(data, {"kind": Field("", "", choices=tuple(_KINDS))}, where)["kind"]
+    spherical: dict[str, tuple[float, float]] = dict(zip(VARIABLES, RANGES, strict=True))
+    ranges = spherical if kind == "spherical" else {"levels": (-1.0, 1.0)}
+    lists = check_stored(data, dict.fromkeys(ranges, Field([], "", items=Field(0.0, ""))), where)
+    arrays = {name: np.asarray(edges, np.float32) for name, edges in lists.items()}
+    for name, edges in arrays.items():
+        if len(edges) < 2 or not np.all(np.diff(edges) > 0):
+            raise InputError(f"{where}{name}={shown(lists[name])} must be at least two increasing numbers")
+        low, high = ranges[name]
+        if edges[0] < low - 1e-5 or edges[-1] > high + 1e-5:  # float32 has no pi
+            raise InputError(f"{where}{name}={shown(lists[name])} leaves the range of {name}, {low:.7g} to {high:.7g}")
+    return _KINDS[kind](**{name: jnp.asarray(edges) for name, edges in arrays.items()})
 
 
 _KINDS = {"spherical": ActionGrid, "linear": LinearGrid}

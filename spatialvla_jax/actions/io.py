@@ -15,7 +15,7 @@ from spatialvla_jax.actions import (
     encode,
     grid_to_dict,
 )
-from spatialvla_jax.actions.gaussian import RANGES
+from spatialvla_jax.actions.grid import RANGES
 from spatialvla_jax.utils.atomic import disk_errors, write_json
 from spatialvla_jax.utils.tables import text_table
 

@@ -12,10 +12,9 @@ import ml_dtypes
 import numpy as np
 
 from spatialvla_jax.checkpoints.mapping import check_arrays, check_names, param_shapes
-from spatialvla_jax.checkpoints.processor import Processor
+from spatialvla_jax.checkpoints.processor import parse_checkpoint
 from spatialvla_jax.checkpoints.types import Checkpoint, LazyArray, finite
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.models.spatialvla import SpatialVLAConfig
 from spatialvla_jax.utils.atomic import disk_errors, replacing
 
 PREFIX, FACTS = "params/", "spatialvla_jax"
@@ -60,12 +59,11 @@ def read_big_vision(path: str | Path) -> Checkpoint:
     with np.load(path, allow_pickle=False) as members:
         if FACTS not in members:
             raise InputError(f"{path} holds no SpatialVLA: it has no member {FACTS!r}")
-        facts = json.loads(str(members[FACTS]))
-    try:
-        config, processor = SpatialVLAConfig.from_dict(facts["model"]), facts["processor"]
-        processor = None if processor is None else Processor.from_dict(processor)
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{path} does not describe a model and processor of this version: {error}") from error
+        try:
+            facts = json.loads(str(members[FACTS]))
+        except (ValueError, RecursionError, OSError, zipfile.BadZipFile) as error:
+            raise InputError(f"{path} cannot be read at {FACTS}: {error}") from error
+    config, processor = parse_checkpoint(facts, f"{path}: {FACTS}.")
     check_arrays(path, arrays, param_shapes(config))
     return Checkpoint(config, arrays, processor)
 

@@ -12,11 +12,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from spatialvla_jax.actions import ActionGrid, grid_from_dict
 from spatialvla_jax.checkpoints import safetensors_io as safetensors
 from spatialvla_jax.checkpoints.mapping import (
     SPATIALVLA,
@@ -35,20 +33,17 @@ from spatialvla_jax.checkpoints.published_config import (
     DIFFERENCES,
     EXTRA,
     config_to_published,
-    parse_config,
     read_config,
     zoedepth_from_published,
 )
-from spatialvla_jax.checkpoints.release import RELEASE_PROCESSOR, release_differences, write_release_files
-from spatialvla_jax.checkpoints.release_tokenizer import TOKENIZER
+from spatialvla_jax.checkpoints.published_fields import NAMES
+from spatialvla_jax.checkpoints.published_processor import PROCESSOR, read_processor
+from spatialvla_jax.checkpoints.release import release_differences, write_release_files
 from spatialvla_jax.checkpoints.types import Checkpoint, LazyArray, finite, read_json
-from spatialvla_jax.errors import InputError
 from spatialvla_jax.models.spatialvla import SpatialVLAConfig
 from spatialvla_jax.models.zoedepth import ZoeDepthConfig
-from spatialvla_jax.text import Tokenizer
 from spatialvla_jax.utils.atomic import new_directory, write_json
 
-PROCESSOR = "processor.json"
 MAX_SHARD_BYTES = 5 * 10**9
 ZOE_PREFIX = "vision_zoe_model."
 
@@ -62,17 +57,20 @@ def read_huggingface(path: str | Path, ignore: Sequence[str] = ()) -> Checkpoint
     """
     path = Path(path)
     config = read_config(path / CONFIG)
+    chunk = read_json(path / CONFIG).get(EXTRA, {}).get("action_chunk")
+    config, processor = read_processor(path, config, chunk)
     kept = {key: tensor for key, tensor in open_published(path).items() if not key.startswith(tuple(ignore))}
     if ZOE_PREFIX in ignore and config.depth_source == "zoedepth":
         config = replace(config, depth_source="dataset")
-    return Checkpoint(config, stacked_arrays(path, kept, param_shapes(config)), read_processor(path))
+    return Checkpoint(config, stacked_arrays(path, kept, param_shapes(config)), processor)
 
 
 def open_zoedepth(path: Path) -> tuple[ZoeDepthConfig, dict[str, LazyArray]]:
     """A ZoeDepth's own Hugging Face directory: its sizes, and its arrays as our model names them ("zoe/…")."""
-    config = parse_config(path / CONFIG, zoedepth_from_published)
-    shapes = param_shapes(SpatialVLAConfig(zoe=config, depth_source="zoedepth"))
-    shapes = {path: shape for path, shape in shapes.items() if path.startswith("zoe/")}
+    config = zoedepth_from_published(read_json(path / CONFIG), f"{path / CONFIG}: ")
+    model = SpatialVLAConfig(zoe=config, depth_source="zoedepth")
+    model.check_sizes(lambda field: f"{path / CONFIG}: " + NAMES[field].removeprefix("vision_zoe_config."))
+    shapes = {path: shape for path, shape in param_shapes(model).items() if path.startswith("zoe/")}
     return config, stacked_arrays(path, open_published(path, ZOE_PREFIX), shapes)
 
 
@@ -167,37 +165,6 @@ def write_config(path: Path, config: SpatialVLAConfig, processor: Processor | No
 def write_files(path: Path, files: Mapping[str, str] | None) -> None:
     for name, text in (files or {}).items():
         (path / name).write_text(text)
-
-
-def read_processor(path: Path) -> Processor | None:
-    """From processor.json, else from the release's files; None where the directory has neither."""
-    if (path / PROCESSOR).exists():
-        data = read_json(path / PROCESSOR)
-        try:
-            return Processor.from_dict(data)
-        except KeyError as error:
-            raise InputError(f"{path / PROCESSOR} has no field {error.args[0]!r}") from error
-    if not (path / RELEASE_PROCESSOR).exists():
-        return None
-    if not (path / TOKENIZER).exists():
-        raise InputError(f"{path} has {RELEASE_PROCESSOR} but no {TOKENIZER}: copy PaliGemma's {TOKENIZER} beside it")
-    data = read_json(path / RELEASE_PROCESSOR)
-    try:
-        bins = data["bin_policy"]["translation"] | data["bin_policy"]["rotation"]
-        edges = {name: bins[f"{name}_bins"] for name in ActionGrid.__dataclass_fields__}
-        return Processor(
-            tokenizer=Tokenizer.from_bytes((path / TOKENIZER).read_bytes()),
-            grid=grid_from_dict({"kind": "spherical", **edges}),
-            statistics=data["statistics"],
-            intrinsics={name: _relative(camera) for name, camera in data["intrinsic_config"].items()},
-        )
-    except KeyError as error:
-        raise InputError(f"{path / RELEASE_PROCESSOR} has no field {error.args[0]!r}") from error
-
-
-def _relative(camera: dict[str, Any]) -> list[list[float]]:
-    first, second, third = camera["intrinsic"]
-    return [[x / camera["width"] for x in first], [x / camera["height"] for x in second], list(third)]
 
 
 def write_processor(path: Path, processor: Processor, config: SpatialVLAConfig) -> None:

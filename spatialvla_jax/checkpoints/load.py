@@ -2,7 +2,6 @@
 
 import hashlib
 import itertools
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -100,11 +99,7 @@ def read_zoedepth(path: str | Path) -> tuple[ZoeDepthConfig, dict[str, LazyArray
 def load_grid(path: str | Path) -> ActionGrid | LinearGrid:
     """The grid of a file of `save_grid`, or of a checkpoint of any format that carries one. Raises InputError."""
     if Path(path).suffix == ".json" and Path(path).is_file():
-        try:
-            data = json.loads(Path(path).read_text())
-            return grid_from_dict(data if isinstance(data, dict) else {})
-        except ValueError as error:  # of JSON, or InputError
-            raise InputError(f"{path} holds no action grid: {error}") from error
+        return grid_from_dict(read_json(Path(path)), f"{path} holds no action grid: ")
     if (processor := read_checkpoint(path).processor) is None:
         raise InputError(f"{path} holds weights but no action grid")
     return jax.tree.map(np.asarray, processor.grid)

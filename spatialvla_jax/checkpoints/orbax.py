@@ -13,7 +13,7 @@ import tensorstore
 from etils import epath
 
 from spatialvla_jax.checkpoints.mapping import check_arrays, flatten, param_shapes, unflatten
-from spatialvla_jax.checkpoints.processor import Processor
+from spatialvla_jax.checkpoints.processor import Processor, parse_checkpoint
 from spatialvla_jax.checkpoints.types import Checkpoint, LazyArray, finite, read_json
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.models.spatialvla import SpatialVLAConfig
@@ -81,12 +81,8 @@ def read_metadata(step: Path) -> dict[str, Any]:
 
 
 def parse_metadata(step: Path, metadata: dict[str, Any]) -> tuple[SpatialVLAConfig, Processor | None]:
-    """The model and processor in what `read_metadata` gave. Raises InputError where it has none of this version."""
-    try:
-        config, processor = SpatialVLAConfig.from_dict(metadata["model"]), metadata["processor"]
-        return config, None if processor is None else Processor.from_dict(processor)
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{step}/metadata does not describe a model and processor of this version: {error}") from error
+    """The model and processor in what `read_metadata` gave. Raises InputError where it describes none."""
+    return parse_checkpoint(metadata, f"{step / METADATA}: ")
 
 
 def open_params(step: Path) -> dict[str, LazyArray]:

@@ -2,7 +2,7 @@
 
 import zipfile
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,20 @@ from spatialvla_jax.checkpoints.huggingface import open_published, open_zoedepth
 from spatialvla_jax.checkpoints.mapping import check_arrays, flatten, param_shapes
 from spatialvla_jax.checkpoints.published_config import (
     CONFIG,
+    PART,
+    check_fixed,
     gemma2_from_published,
-    parse_config,
     siglip_from_published,
 )
+from spatialvla_jax.checkpoints.published_fields import NAMES, PALIGEMMA_FIXED
 from spatialvla_jax.checkpoints.types import Checkpoint, LazyArray, read_json
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.models.ego3d import Ego3D
+from spatialvla_jax.models.fields import config_from_dict, field_of
 from spatialvla_jax.models.gemma2 import Gemma2Config
 from spatialvla_jax.models.siglip import SiglipConfig
 from spatialvla_jax.models.spatialvla import SpatialVLAConfig
+from spatialvla_jax.utils.schema import check_stored
 
 TABLE, HEAD = "llm/embedder/input_embedding", "llm/lm_head"
 
@@ -56,6 +60,7 @@ def start_from_paligemma(
         arrays |= zoe_arrays
         config = replace(config, depth_source="zoedepth", zoe=zoe)
     config = replace(config, llm=replace(llm, vocab_size=config.action_offset + config.spatial_tokens))
+    config.check_sizes(lambda field: f"{path}: {field}")
     shapes = param_shapes(config)
     text, dtype = arrays.pop(TABLE), arrays["img/head/kernel"].dtype
 
@@ -81,11 +86,17 @@ def start_from_paligemma(
 
 
 def _from_directory(path: Path) -> tuple[SiglipConfig, Gemma2Config, int, dict[str, LazyArray]]:
-    def parse(data: dict[str, Any]) -> tuple[SiglipConfig, Gemma2Config, int]:
-        parts = siglip_from_published(data["vision_config"]), gemma2_from_published(data["text_config"])
-        return *parts, data["image_token_index"]
-
-    img, llm, text_vocab = parse_config(path / CONFIG, parse)
+    data, where = read_json(path / CONFIG), f"{path / CONFIG}: "
+    check_fixed(data, PALIGEMMA_FIXED, where)
+    kinds = {"vision_config": PART, "text_config": PART, "image_token_index": field_of(SpatialVLAConfig, "text_vocab")}
+    values = check_stored(data, kinds, where)
+    img = siglip_from_published(values["vision_config"], f"{where}vision_config.")
+    # Its prefix is seen both ways whether this says so or nothing.
+    text = {k: v for k, v in values["text_config"].items() if (k, v) != ("use_bidirectional_attention", True)}
+    llm, text_vocab = gemma2_from_published(text, f"{where}text_config."), values["image_token_index"]
+    if text_vocab > llm.vocab_size:
+        raise InputError(f"{where}image_token_index={text_vocab} is not in the vocabulary of {llm.vocab_size}")
+    _model(img, llm, text_vocab).check_sizes(lambda field: where + NAMES[field])
     return img, llm, text_vocab, stacked_arrays(path, open_published(path), _paligemma_shapes(img, llm))
 
 
@@ -112,10 +123,19 @@ def _from_npz(path: Path) -> tuple[SiglipConfig, Gemma2Config, int, dict[str, La
             # Gemma 2 27B alone scales by width / heads (Gemma Team 2024, table 1).
             query_pre_attn_scalar=width / num_heads if width == 4608 else head_dim,
         )
-    except (KeyError, ValueError) as error:
+    except (KeyError, IndexError, ValueError) as error:
         raise InputError(f"{path} is no PaliGemma 2 of big_vision: {error}") from error
+    img = config_from_dict(SiglipConfig, asdict(img), f"{path}: img.")
+    llm = config_from_dict(Gemma2Config, asdict(llm), f"{path}: llm.")
+    _model(img, llm, text_vocab).check_sizes(lambda field: f"{path}: {field}")
     check_arrays(path, arrays, _paligemma_shapes(img, llm))
     return img, llm, text_vocab, arrays
+
+
+def _model(img: SiglipConfig, llm: Gemma2Config, text_vocab: int) -> SpatialVLAConfig:
+    """The parts in a model without depth, whose vocabulary has grown."""
+    config = SpatialVLAConfig(img=img, llm=llm, text_vocab=text_vocab, depth_source="none")
+    return replace(config, llm=replace(llm, vocab_size=config.action_offset + config.spatial_tokens))
 
 
 def _paligemma_shapes(img: SiglipConfig, llm: Gemma2Config) -> dict[str, tuple[int, ...]]:

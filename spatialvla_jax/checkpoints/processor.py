@@ -4,13 +4,41 @@ A checkpoint holds `SpatialVLAConfig.to_dict()` and `Processor.to_dict()`, so th
 """
 
 import base64
-from dataclasses import dataclass
+import binascii
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from spatialvla_jax.actions import ActionTokenizer, grid_from_dict, grid_to_dict
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.text import Tokenizer
+from spatialvla_jax.models.spatialvla import SpatialVLAConfig
+from spatialvla_jax.text import Tokenizer, template_problem
+from spatialvla_jax.utils.camera import intrinsics_problem
 from spatialvla_jax.utils.dataset_keys import find_key
+from spatialvla_jax.utils.schema import Field, check_stored, shown
+
+# Of an action, in any unit of a robot's. The ends of a published dataset go to 1e36, which its quantiles do not see.
+QUANTILES, ENDS = (Field([], "", items=item) for item in (Field(0.0, "", low=-1e6, high=1e6), Field(0.0, "")))
+ROWS = {"q01": QUANTILES, "q99": QUANTILES, "min": ENDS, "max": ENDS}
+MASK = Field([], "", items=Field(True, ""))
+MATRIX = Field([], "", size=3, items=Field([], "", size=3, items=Field(0.0, "")))
+
+RELATIVE = replace(MATRIX, problem=lambda matrix: intrinsics_problem(matrix, None))
+
+
+def not_empty(value: Any) -> str:
+    """For `Field.problem`."""
+    return "" if value else "is empty"
+
+
+STATISTICS = Field({}, "", items=Field({}, ""), problem=not_empty)
+FIELDS = {
+    "tokenizer": Field("", ""),
+    "grid": Field({}, ""),
+    "statistics": STATISTICS,
+    "intrinsics": Field({}, "", items=RELATIVE, problem=not_empty),
+    "prompt_template": Field("", "", problem=template_problem),
+}
 
 DEFAULT = "default"  # among the intrinsics: the camera of every dataset that has none there
 
@@ -54,11 +82,76 @@ class Processor:
         }
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> "Processor":
+    def from_dict(cls, data: Any, where: str = "") -> "Processor":
+        """Raises InputError, in which `where` stands before a field's name, for fields that are missing or invalid."""
+        values = check_stored(data, FIELDS, where)
+        grid = grid_from_dict(values["grid"], f"{where}grid.")
+        try:
+            model = base64.b64decode(values["tokenizer"], validate=True)
+        except (binascii.Error, ValueError) as error:
+            raise InputError(f"{where}tokenizer={shown(values['tokenizer'])} is no base64: {error}") from error
         return cls(
-            tokenizer=Tokenizer.from_bytes(base64.b64decode(data["tokenizer"])),
-            grid=grid_from_dict(data["grid"]),
-            statistics=data["statistics"],
-            intrinsics=data["intrinsics"],
-            prompt_template=data["prompt_template"],
+            tokenizer=read_tokenizer(model, f"{where}tokenizer"),
+            grid=grid,
+            statistics=checked_statistics(values["statistics"], grid.action_dim, f"{where}statistics"),
+            intrinsics=values["intrinsics"],
+            prompt_template=values["prompt_template"],
         )
+
+
+def read_tokenizer(model: bytes, name: str) -> Tokenizer:
+    try:
+        return Tokenizer.from_bytes(model)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error
+
+
+def checked_statistics(statistics: Mapping[str, Any], width: int, name: str) -> dict[str, Any]:
+    """The statistics of datasets, `width` numbers a row; rows without the gripper, which is then left as it is, are
+    filled up. Raises InputError for quantiles that cannot be inverted."""
+    return {key: _checked_dataset(one, width, f"{name}[{key!r}].") for key, one in statistics.items()}
+
+
+def _checked_dataset(dataset: Any, width: int, where: str) -> dict[str, Any]:
+    action = check_stored(dataset, {"action": Field({}, "")}, where)["action"]
+    where = f"{where}action."
+    rows = check_stored(action, ROWS, where)
+    rows |= check_stored(action, {"mask": MASK} if "mask" in action else {}, where)
+    for name, row in rows.items():
+        if len(row) != len(rows["q01"]) or len(row) not in (width - 1, width):
+            expected = f"{width} (or {width - 1} in every row, without the gripper)"
+            raise InputError(f"{where}{name}={shown(row)} has {len(row)} elements, and {expected} are expected")
+    for low, high in (("q01", "q99"), ("min", "max")):
+        for i, (a, b) in enumerate(zip(rows[low], rows[high], strict=True)):
+            if a > b:
+                raise InputError(f"{where}{low}[{i}]={a} is above {high}[{i}]={b}")
+    if len(rows["q01"]) == width:
+        return dataset
+    ends = {"q01": 0.0, "min": 0.0, "q99": 1.0, "max": 1.0, "mask": False}
+    rows.setdefault("mask", [True] * (width - 1))
+    return {**dataset, "action": {**action, **{name: [*row, ends[name]] for name, row in rows.items()}}}
+
+
+def parse_checkpoint(data: Any, where: str) -> tuple[SpatialVLAConfig, Processor | None]:
+    """The model and processor that our own formats store. Raises InputError, in which `where` stands before a field's
+    name, for what describes none, or two that do not agree."""
+    optional = Field({}, "", kinds=(dict, type(None)))
+    values = check_stored(data, {"model": Field({}, ""), "processor": optional}, where)
+    config = SpatialVLAConfig.from_dict(values["model"], f"{where}model.")
+    if values["processor"] is None:
+        return config, None
+    processor = Processor.from_dict(values["processor"], f"{where}processor.")
+    check_agreement(config, processor, where)
+    return config, processor
+
+
+def check_agreement(config: SpatialVLAConfig, processor: Processor, where: str) -> None:
+    """Raises InputError where the processor's tokens are not those of the model."""
+    grid, pieces = processor.grid, processor.tokenizer.vocab_size
+    if grid.vocab_size != config.spatial_tokens:
+        raise InputError(f"{where}the grid has {grid.vocab_size} tokens, and the model {config.spatial_tokens}")
+    if grid.tokens_per_action != config.tokens_per_action:
+        counts = f"{grid.tokens_per_action} tokens, and the model with {config.tokens_per_action}"
+        raise InputError(f"{where}the grid encodes an action with {counts}")
+    if pieces > config.text_vocab:
+        raise InputError(f"{where}the tokenizer has {pieces} pieces, and the model {config.text_vocab} text tokens")

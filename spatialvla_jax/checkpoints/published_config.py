@@ -1,26 +1,43 @@
 """config.json of the published directories, read and written.
 
-Fields that it has no place for (prompt length, depth source, …) stand under "spatialvla_jax" in the same file.
+Fields that it has no place for (prompt length, depth source, …) stand under "spatialvla_jax" in the same file. A field
+that decides what the model computes is honoured, or refused where our model has one value for it and the file another.
 """
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
+from spatialvla_jax.checkpoints.published_fields import (
+    BEIT_FIXED,
+    BEIT_LARGE,
+    GEMMA2,
+    GEMMA2_DEFAULTS,
+    GEMMA2_FIXED,
+    NAMES,
+    ROPE_FIXED,
+    SIGLIP_FIXED,
+    SPATIALVLA_FIXED,
+    VISION,
+    VISION_DEFAULTS,
+    ZOEDEPTH,
+    ZOEDEPTH_DEFAULTS,
+    ZOEDEPTH_FIXED,
+    Fixed,
+)
 from spatialvla_jax.checkpoints.types import read_json
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.models.beit import BeitConfig
+from spatialvla_jax.models.fields import COUNT, build, field_of
 from spatialvla_jax.models.gemma2 import Gemma2Config
 from spatialvla_jax.models.siglip import SiglipConfig
 from spatialvla_jax.models.spatialvla import SpatialVLAConfig
-from spatialvla_jax.models.zoedepth import ZoeDepthConfig
-from spatialvla_jax.utils.renames import MODEL_FIELDS, renamed
-
-T = TypeVar("T")
+from spatialvla_jax.models.zoedepth import DOMAINS, ZoeDepthConfig
+from spatialvla_jax.utils.renames import MODEL_FIELDS
+from spatialvla_jax.utils.schema import Field, check_stored, nearest_name, shown
 
 CONFIG = "config.json"
 # Class → file, as in the release.
@@ -35,103 +52,147 @@ EXTRA_FIELDS = ("prompt_length", "action_chunk", "tokens_per_action", "depth_sou
 
 DIFFERENCES = "release_differences"  # stands there too, and is not read back
 
-# Fields of ours → published ones, read and written alike.
-ENCODER = {
-    "width": "hidden_size",
-    "depth": "num_hidden_layers",
-    "num_heads": "num_attention_heads",
-    "mlp_dim": "intermediate_size",
-}
-VISION = ENCODER | {"image_size": "image_size", "patch_size": "patch_size"}  # SigLIP's and BEiT's
-GEMMA2 = {
-    "vocab_size": "vocab_size",
-    **ENCODER,
-    "num_kv_heads": "num_key_value_heads",
-    "head_dim": "head_dim",
-    "query_pre_attn_scalar": "query_pre_attn_scalar",
-    "sliding_window": "sliding_window",
-    "attn_softcap": "attn_logit_softcapping",
-    "final_softcap": "final_logit_softcapping",
-    "rope_base": "rope_theta",
-}
-ZOEDEPTH = {
-    "neck_widths": "neck_hidden_sizes",
-    "fusion_width": "fusion_hidden_size",
-    "relative_features": "num_relative_features",
-    "bottleneck_width": "bottleneck_features",
-    "bin_embedding_dim": "bin_embedding_dim",
-    "min_temperature": "min_temp",
-    "max_temperature": "max_temp",
-    "classifier_width": "patch_transformer_hidden_size",
-    "classifier_depth": "num_patch_transformer_layers",
-    "classifier_heads": "patch_transformer_num_attention_heads",
-    "classifier_mlp_dim": "patch_transformer_intermediate_size",
-}
-# What the release's files leave out: the defaults of transformers' configs, which are the published sizes.
-SIGLIP_DEFAULTS = {"image_size": 224, "patch_size": 16}
-GEMMA2_DEFAULTS = {
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 256,
-    "query_pre_attn_scalar": 256,
-    "sliding_window": 4096,
-    "attn_logit_softcapping": 50.0,
-    "final_logit_softcapping": 30.0,
-    "rope_theta": 10_000.0,
-}
+PART, NUM_TAPS = Field({}, ""), 4
+FOLLOWS = "does not agree with the fields that make it"
 
 
 def read_config(file: Path) -> SpatialVLAConfig:
-    """Raises InputError for a file that is missing or describes no SpatialVLA."""
-    return parse_config(file, config_from_published)
+    """Raises InputError for a file that is missing or describes no SpatialVLA that our model can be."""
+    return config_from_published(read_json(file), f"{file}: ")
 
 
-def parse_config(file: Path, parse: Callable[[dict[str, Any]], T]) -> T:
-    data = read_json(file)
-    try:
-        return parse(data)
-    except KeyError as error:
-        raise InputError(f"{file} has no field {error.args[0]!r}") from error
-    except TypeError as error:
-        raise InputError(f"{file} does not describe the model: {error}") from error
+def config_from_published(data: Any, where: str = "") -> SpatialVLAConfig:
+    """Raises InputError, in which `where` stands before a field's name, for what our model cannot be."""
+    check_fixed(data, SPATIALVLA_FIXED, where)
+    sizes = {ours: NAMES[ours] for ours in ("text_vocab", "spatial_tokens")}
+    kinds = {"vision_config": PART, "text_config": PART, "use_vision_zoe": Field(True, "")}
+    values = check_stored(data, kinds, where)
+    fields = _ours(SpatialVLAConfig, sizes, data, where)
+    fields["img"] = siglip_from_published(values["vision_config"], f"{where}vision_config.")
+    check_fixed(values["text_config"], {"tie_word_embeddings": (False,)}, f"{where}text_config.")
+    fields["llm"] = gemma2_from_published(values["text_config"], f"{where}text_config.")
+    if values["use_vision_zoe"] or "vision_zoe_config" in data:
+        zoe = check_stored(data, {"vision_zoe_config": PART}, where)["vision_zoe_config"]
+        fields["zoe"] = zoedepth_from_published(zoe, f"{where}vision_zoe_config.")
+    fields |= {"depth_source": "zoedepth" if values["use_vision_zoe"] else "none", "dtype": "float32"}
+    for name in ("dtype", "torch_dtype"):
+        if data.get(name) is not None:
+            fields |= _ours(SpatialVLAConfig, {"dtype": name}, data, where)
+    config = SpatialVLAConfig(**fields | _extra_fields(data.get(EXTRA, {}), f"{where}{EXTRA}."))
+    config.check_sizes(lambda field: where + NAMES.get(field, field))
+    _check_repeated(data, config, where)
+    return config
 
 
-def config_from_published(data: dict[str, Any]) -> SpatialVLAConfig:
-    base = SpatialVLAConfig(
-        img=siglip_from_published(data["vision_config"]),
-        llm=gemma2_from_published(data["text_config"]),
-        zoe=zoedepth_from_published(data["vision_zoe_config"]),
-        text_vocab=data["image_token_index"],
-        spatial_tokens=data["spatial_token_num"],
-        depth_source="zoedepth" if data["use_vision_zoe"] else "none",
-        dtype=data.get("torch_dtype") or data.get("dtype") or "float32",
+def siglip_from_published(data: Any, where: str) -> SiglipConfig:
+    check_fixed(data, SIGLIP_FIXED, where)
+    return build(SiglipConfig, _ours(SiglipConfig, VISION, VISION_DEFAULTS | data, where), where)
+
+
+def gemma2_from_published(data: Any, where: str) -> Gemma2Config:
+    check_fixed(data, GEMMA2_FIXED, where)
+    ropes = {name: data[name] for name in ("rope_parameters", "rope_scaling") if data.get(name) is not None}
+    for name, rope in ropes.items():
+        check_fixed(rope, ROPE_FIXED, f"{where}{name}.")
+        if unknown := sorted(rope.keys() - ROPE_FIXED.keys() - {"rope_theta"}):
+            raise InputError(f"{where}{name}.{unknown[0]} is not supported: positions are not scaled")
+    bases = [part["rope_theta"] for part in (*ropes.values(), data) if "rope_theta" in part]
+    if any(base != bases[0] for base in bases):
+        raise InputError(f"{where}rope_theta={shown(bases[-1])} is another in {' or '.join(ropes)}: {shown(bases[0])}")
+    given = data | ({"rope_theta": bases[0]} if bases else {})
+    config = build(Gemma2Config, _ours(Gemma2Config, GEMMA2, GEMMA2_DEFAULTS | given, where), where)
+    kinds = [("sliding_attention", "full_attention")[i % 2] for i in range(config.depth)]
+    check_fixed(data, {"layer_types": (kinds, None)}, where)
+    return config
+
+
+def zoedepth_from_published(data: Any, where: str) -> ZoeDepthConfig:
+    check_fixed(data, ZOEDEPTH_FIXED, where)
+    check_present(data, {"num_attractors": Field([], "", size=NUM_TAPS, items=COUNT)}, where)
+    beit = BEIT_LARGE if data.get("backbone_config") is None else data["backbone_config"]
+    backbone = _beit_from_published(beit, f"{where}backbone_config.")
+    check_fixed(data, {"backbone_hidden_size": (backbone.width, None)}, where)
+    bins = check_stored(data, {"bin_configurations": Field([], "", size=len(DOMAINS), items=PART)}, where)
+    first = check_stored(
+        bins["bin_configurations"][0],
+        {"n_bins": field_of(ZoeDepthConfig, "num_bins")},
+        f"{where}bin_configurations[0].",
     )
-    extra = {name: value for name, value in data.get(EXTRA, {}).items() if name != DIFFERENCES}
-    return replace(base, **renamed(extra, MODEL_FIELDS))
+    check_fixed(data, {"bin_configurations": (_bin_configurations(first["n_bins"]),)}, where)
+    fields = _ours(ZoeDepthConfig, ZOEDEPTH, ZOEDEPTH_DEFAULTS | data, where)
+    return build(ZoeDepthConfig, fields | {"backbone": backbone, "num_bins": first["n_bins"]}, where)
 
 
-def siglip_from_published(data: dict[str, Any]) -> SiglipConfig:
-    return SiglipConfig(**_ours(SIGLIP_DEFAULTS | data, VISION))
+def _beit_from_published(data: Any, where: str) -> BeitConfig:
+    check_fixed(data, BEIT_FIXED, where)
+    check_present(data, {"layer_scale_init_value": Field(0.1, "", above=0)}, where)
+    fields = _ours(BeitConfig, VISION, VISION_DEFAULTS | data, where)
+    config = build(BeitConfig, fields | {"num_taps": NUM_TAPS}, where)
+    taps = _taps(config)
+    check_fixed(data, {"out_features": (taps["out_features"], None), "out_indices": (taps["out_indices"], None)}, where)
+    if all(data.get(name) is None for name in taps):
+        raise InputError(f"{where}out_features is missing, and {shown(taps['out_features'])} is expected")
+    return config
 
 
-def gemma2_from_published(data: dict[str, Any]) -> Gemma2Config:
-    fields = _ours(GEMMA2_DEFAULTS | (data.get("rope_parameters") or {}) | data, GEMMA2)
-    fields |= {name: float(fields[name]) for name in ("query_pre_attn_scalar", "rope_base")}
-    return Gemma2Config(**fields)
+def _taps(beit: BeitConfig) -> dict[str, list[Any]]:
+    """The layers whose outputs ZoeDepth takes, as published."""
+    layers = [beit.depth // beit.num_taps * (i + 1) for i in range(beit.num_taps)]
+    return {"out_features": [f"stage{layer}" for layer in layers], "out_indices": layers}
 
 
-def zoedepth_from_published(data: dict[str, Any]) -> ZoeDepthConfig:
-    beit, fields = data["backbone_config"], _ours(data, ZOEDEPTH)
-    fields["neck_widths"] = tuple(fields["neck_widths"])
-    return ZoeDepthConfig(
-        backbone=BeitConfig(**_ours(beit, VISION), num_taps=len(beit["out_features"])),
-        num_bins=max(domain["n_bins"] for domain in data["bin_configurations"]),
-        **fields,
-    )
+def _bin_configurations(num_bins: int) -> list[dict[str, Any]]:
+    """The published depths of the domains. Bin centres are unbounded, so that they change nothing."""
+    return [
+        {"name": name, "n_bins": num_bins, "min_depth": 0.001, "max_depth": depth}
+        for name, depth in zip(DOMAINS, (10.0, 80.0), strict=True)
+    ]
 
 
-def _ours(data: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
-    return {ours: data[published] for ours, published in names.items()}
+def _extra_fields(data: Any, where: str) -> dict[str, Any]:
+    """Our own fields; those that a file leaves out are younger than it and have their defaults."""
+    check_stored(data, {}, where)
+    fields: dict[str, Any] = {MODEL_FIELDS.get(name) or name: x for name, x in data.items() if name != DIFFERENCES}
+    for name in fields:
+        if name not in EXTRA_FIELDS:
+            raise InputError(f"{where}{name} is no field of the model; {nearest_name(name, EXTRA_FIELDS)}")
+    return check_stored(fields, {name: field_of(SpatialVLAConfig, name) for name in fields}, where)
+
+
+def _check_repeated(data: Mapping[str, Any], config: SpatialVLAConfig, where: str) -> None:
+    """Raises InputError for a field that follows from others and differs from what they give."""
+    tokens, width, vocabulary = config.img.num_tokens, config.llm.width, config.llm.vocab_size
+    top = {"action_token_begin_idx": config.action_offset, "_vocab_size": vocabulary, "vocab_size": vocabulary}
+    top |= {"projection_dim": width, "num_hidden_layers": config.llm.depth}
+    vision = {"num_image_tokens": tokens, "num_positions": tokens, "projection_dim": width}
+    for part, repeated in (("", top), ("text_config", {"num_image_tokens": tokens}), ("vision_config", vision)):
+        values: Fixed = {name: (value,) for name, value in repeated.items()}
+        check_fixed(data[part] if part else data, values, f"{where}{part}{'.' * bool(part)}", FOLLOWS)
+    check_present(data, {"hidden_size": COUNT}, where)  # nothing reads it: it is 2048 in the published file
+
+
+def check_fixed(data: Any, supported: Fixed, where: str, must: str = "is not supported: it must be") -> None:
+    """Raises InputError for a field of an object from a file that has none of the supported values. It may be absent.
+    `where` is as in `check_stored`."""
+    check_stored(data, {}, where)
+    for name, values in supported.items():
+        if name in data and not any(_same(data[name], value) for value in values):
+            raise InputError(f"{where}{name}={shown(data[name])} {must} {shown(values[0])}")
+
+
+def _same(value: Any, other: Any) -> bool:
+    return value == other and isinstance(value, bool) == isinstance(other, bool)
+
+
+def check_present(data: Mapping[str, Any], fields: Mapping[str, Field], where: str) -> None:
+    """`check_stored` of those of the fields that are there."""
+    check_stored(data, {name: field for name, field in fields.items() if name in data}, where)
+
+
+def _ours(config: type, names: Mapping[str, str], data: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Our fields of this class of configs under their published names."""
+    values = check_stored(data, {published: field_of(config, ours) for ours, published in names.items()}, where)
+    return {ours: values[published] for ours, published in names.items()}
 
 
 def _published(config: Any, names: dict[str, str]) -> dict[str, Any]:
@@ -140,7 +201,6 @@ def _published(config: Any, names: dict[str, str]) -> dict[str, Any]:
 
 def _zoedepth_to_published(zoe: ZoeDepthConfig, weights: str) -> dict[str, Any]:
     beit = zoe.backbone
-    taps = [beit.depth // beit.num_taps * (i + 1) for i in range(beit.num_taps)]
     return {
         "architectures": ["ZoeDepthForDepthEstimation"],
         "model_type": "zoedepth",
@@ -153,17 +213,13 @@ def _zoedepth_to_published(zoe: ZoeDepthConfig, weights: str) -> dict[str, Any]:
         "backbone_config": {
             "model_type": "beit",
             **_published(beit, VISION),
-            "out_features": [f"stage{i}" for i in taps],
-            "out_indices": taps,
+            **_taps(beit),
             "reshape_hidden_states": False,
             "use_relative_position_bias": True,
         },
         "backbone_hidden_size": beit.width,
         "bin_centers_type": "softplus",
-        "bin_configurations": [
-            {"name": name, "n_bins": zoe.num_bins, "min_depth": 0.001, "max_depth": depth}
-            for name, depth in (("nyu", 10.0), ("kitti", 80.0))
-        ],
+        "bin_configurations": _bin_configurations(zoe.num_bins),
         "neck_hidden_sizes": list(zoe.neck_widths),
         "readout_type": "project",
         "reassemble_factors": [4, 2, 1, 0.5],

@@ -37,6 +37,8 @@ class BeitConfig:
     def __post_init__(self):
         if self.depth % self.num_taps:
             raise InputError(f"BEiT depth {self.depth} must be a multiple of its number of taps, {self.num_taps}.")
+        if self.width % self.num_heads:
+            raise InputError(f"BEiT width {self.width} must be a multiple of its number of heads, {self.num_heads}.")
 
     @property
     def patches_per_side(self) -> int:

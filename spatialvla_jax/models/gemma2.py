@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from spatialvla_jax.errors import InputError
 from spatialvla_jax.models.activation_sharding import constrain_batch
 from spatialvla_jax.models.attention import Angles, attend, rotary, rotary_angles
 from spatialvla_jax.models.linear import adapter_of, linear
@@ -35,6 +36,14 @@ class Gemma2Config:
     attn_softcap: float = 50.0
     final_softcap: float = 30.0
     rope_base: float = 10_000.0
+
+    def __post_init__(self):
+        if self.num_heads % self.num_kv_heads:
+            raise InputError(
+                f"Gemma 2's {self.num_heads} heads must be a multiple of its {self.num_kv_heads} key/value heads."
+            )
+        if self.head_dim % 2:
+            raise InputError(f"Gemma 2's head_dim {self.head_dim} must be even: rotary positions turn pairs.")
 
 
 def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"]) -> Float[Array, "*B D"]:

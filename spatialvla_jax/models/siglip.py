@@ -10,6 +10,7 @@ from einops import rearrange
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from spatialvla_jax.errors import InputError
 from spatialvla_jax.models.activation_sharding import constrain_batch
 from spatialvla_jax.models.attention import encoder_attention
 from spatialvla_jax.models.linear import Dense
@@ -27,6 +28,16 @@ class SiglipConfig:
     depth: int = 27
     num_heads: int = 16
     mlp_dim: int = 4304
+
+    def __post_init__(self):
+        if self.image_size % self.patch_size:
+            raise InputError(
+                f"SigLIP's image_size {self.image_size} must be a multiple of its patch_size {self.patch_size}."
+            )
+        if self.width % self.num_heads:
+            raise InputError(
+                f"SigLIP's width {self.width} must be a multiple of its number of heads, {self.num_heads}."
+            )
 
     @property
     def patches_per_side(self) -> int:

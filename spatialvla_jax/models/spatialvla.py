@@ -5,7 +5,9 @@ prompt see each other (prefix-LM), action tokens are causal. Token ids: text [0,
 action tokens from `action_offset` = text_vocab + 1.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from operator import attrgetter
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -13,16 +15,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from spatialvla_jax.errors import InputError
 from spatialvla_jax.models.activation_sharding import constrain_batch
 from spatialvla_jax.models.attention import position_ids, prefix_lm_mask
-from spatialvla_jax.models.beit import BeitConfig
-from spatialvla_jax.models.ego3d import Ego3D
+from spatialvla_jax.models.ego3d import SUB_GRID, Ego3D
+from spatialvla_jax.models.fields import config_from_dict
 from spatialvla_jax.models.gemma2 import Gemma2, Gemma2Config
 from spatialvla_jax.models.siglip import Siglip, SiglipConfig
-from spatialvla_jax.models.zoedepth import ZoeDepth, ZoeDepthConfig, estimate_depth
+from spatialvla_jax.models.zoedepth import DEPTH_PAD, ZoeDepth, ZoeDepthConfig, estimate_depth
 from spatialvla_jax.utils.renames import MODEL_FIELDS
 
 PAD, EOS, BOS = 0, 1, 2
+MAX_PATCHES = 128  # along a side, of models that come from a file
 Params = dict[str, Any]  # as Flax nests them: arrays, or what stands for them
 
 
@@ -55,12 +59,32 @@ class SpatialVLAConfig:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> "SpatialVLAConfig":
-        data = {MODEL_FIELDS.get(field, field): value for field, value in data.items()}
-        zoe = dict(data["zoe"])
-        zoe |= {"backbone": BeitConfig(**zoe["backbone"]), "neck_widths": tuple(zoe["neck_widths"])}
-        nested = {"img": SiglipConfig(**data["img"]), "llm": Gemma2Config(**data["llm"]), "zoe": ZoeDepthConfig(**zoe)}
-        return cls(**{**data, **nested})
+    def from_dict(cls, data: Any, where: str = "") -> "SpatialVLAConfig":
+        """Raises InputError, in which `where` stands before a field's name, for what describes no model."""
+        if isinstance(data, Mapping):
+            data = {MODEL_FIELDS.get(field, field): value for field, value in data.items()}
+        config = config_from_dict(cls, data, where)
+        config.check_sizes(lambda field: where + field)
+        return config
+
+    def check_sizes(self, name: Callable[[str], str]) -> None:
+        """Raises InputError for a field that does not go with those of the other parts; `name` makes its name in the
+        sentence of its path, such as "img.patch_size"."""
+        img, beit, size = self.img, self.zoe.backbone, self.img.image_size
+        vocabulary = self.action_offset + self.spatial_tokens
+        counted = f"{self.text_vocab} text tokens, <image> and {self.spatial_tokens} action tokens"
+        border = self.depth_source == "zoedepth" and size <= DEPTH_PAD
+        halves = self.depth_source == "none" or img.patch_size % SUB_GRID == 0
+        rules = (
+            (img.patches_per_side > MAX_PATCHES, "img.patch_size", f"gives more than {MAX_PATCHES} patches a side"),
+            (beit.patches_per_side > MAX_PATCHES, "zoe.backbone.patch_size", f"gives more than {MAX_PATCHES} a side"),
+            (not halves, "img.patch_size", f"is no multiple of {SUB_GRID}, the points of Ego3D along a patch"),
+            (border, "img.image_size", f"is not above {DEPTH_PAD}, the border that ZoeDepth mirrors"),
+            (self.llm.vocab_size != vocabulary, "llm.vocab_size", f"is not {vocabulary}: {counted}"),
+        )
+        for broken, field, wrong in rules:
+            if broken:
+                raise InputError(f"{name(field)}={attrgetter(field)(self)} {wrong}")
 
     @property
     def action_offset(self) -> int:

@@ -50,6 +50,14 @@ class ZoeDepthConfig:
     classifier_mlp_dim: int = 1024
     unroll: bool = False  # as in `gemma2.Gemma2`
 
+    def __post_init__(self):
+        size, patch = self.backbone.image_size, self.backbone.patch_size
+        if size % (2 * patch):
+            raise InputError(f"ZoeDepth's image_size {size} must be a multiple of twice its patch_size {patch}.")
+        width, heads = self.classifier_width, self.classifier_heads
+        if width % 2 or width % heads:
+            raise InputError(f"ZoeDepth's classifier width {width} must be even and a multiple of its {heads} heads.")
+
 
 def estimate_depth(
     zoedepth: Callable[[Float[Array, "B Z Z 3"]], Float[Array, "B Z Z"]],

@@ -12,8 +12,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 from spatialvla_jax.actions import DIMENSIONS, ActionGrid, ActionTokenizer, LinearGrid
-from spatialvla_jax.actions.gaussian import RANGES
-from spatialvla_jax.actions.grid import to_spherical
+from spatialvla_jax.actions.grid import RANGES, to_spherical
 from spatialvla_jax.actions.normalization import normalize
 from spatialvla_jax.data.index import Index
 from spatialvla_jax.data.loader import Loader

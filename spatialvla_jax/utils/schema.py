@@ -68,17 +68,17 @@ class Field:
         return f"{self.range()}{unit}; default {self.default!r}"
 
 
-def check(value: Any, field: Field, name: str) -> Any:
+def check(value: Any, field: Field, name: str, *, hint: bool = True) -> Any:
     """The value in the field's type: NumPy's scalars and arrays become Python's, and lists become tuples where a tuple
-    is meant. Raises InputError, which names the key and the nearest valid value."""
+    is meant. Raises InputError, which names the key and, with `hint`, the nearest valid value."""
     value = _converted(value, field.types)
     if wrong := _wrong(value, field):
-        raise InputError(f"{name}={shown(value)} {wrong}{_nearest(value, field)}")
+        raise InputError(f"{name}={shown(value)} {wrong}{_nearest(value, field) if hint else ''}")
     if field.size is not None and len(value) != field.size:
         raise InputError(f"{name}={shown(value)} has {len(value)} elements, and {field.size} are expected")
     if field.items:
         pairs = value.items() if isinstance(value, dict) else enumerate(value)
-        items = {key: check(item, field.items, f"{name}[{key!r}]") for key, item in pairs}
+        items = {key: check(item, field.items, f"{name}[{key!r}]", hint=hint) for key, item in pairs}
         value = items if isinstance(value, dict) else _converted([*items.values()], field.types)
     if field.problem and (wrong := field.problem(value)):
         raise InputError(f"{name}={shown(value)} {wrong}")
@@ -163,10 +163,25 @@ def check_all(values: Mapping[str, Any], fields: Mapping[str, Field], name: str)
     return {key: check(value, fields[key], f"{name}.{key}") for key, value in values.items()}
 
 
+def check_stored(data: Any, fields: Mapping[str, Field], where: str) -> dict[str, Any]:
+    """The values of `fields` in an object that was read from a file; whatever else it holds is left alone.
+
+    `where` stands before a field's name in an InputError: the file, and the fields around this one, each with its dot.
+    """
+    if not isinstance(data, Mapping):
+        raise InputError(f"{where.rstrip('.: ')} is {shown(data)}, and a dict is expected")
+    for name in fields:
+        if name not in data:
+            raise InputError(f"{where}{name} is missing, and {fields[name].range()} is expected")
+    return {name: check(data[name], field, f"{where}{name}", hint=False) for name, field in fields.items()}
+
+
 def shown(value: Any) -> str:
     """A value as text on one line, of at most 80 characters."""
     try:
         text = " ".join(repr(value).split())
     except ValueError:  # an integer of thousands of digits
         text = "(a huge number)"
+    except RecursionError:
+        text = "(deeply nested)"
     return text if len(text) <= 80 else f"{text[:77]}…"

@@ -24,8 +24,7 @@ from spatialvla_jax.actions import (
     linear_grid,
     uniform_grid,
 )
-from spatialvla_jax.actions.gaussian import RANGES
-from spatialvla_jax.actions.grid import VARIABLES, bin_centers, to_spherical
+from spatialvla_jax.actions.grid import RANGES, VARIABLES, bin_centers, to_spherical
 from spatialvla_jax.errors import InputError
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -137,7 +137,8 @@ def test_release_processor_files(checkpoint, directory, processor):
 
 
 def test_a_linear_grid_has_no_release_files(checkpoint, processor, tmp_path):
-    linear = replace(checkpoint, processor=replace(processor, grid=linear_grid()))
+    config = replace(checkpoint.config, tokens_per_action=7)
+    linear = replace(checkpoint, config=config, processor=replace(processor, grid=linear_grid(130)))
     write_huggingface(tmp_path / "m", linear)
     assert not (tmp_path / "m" / "processor_config.json").exists()
     assert equal(read_huggingface(tmp_path / "m"), linear)
@@ -166,9 +167,16 @@ def absent_shard(d):
     (d / INDEX).write_text(json.dumps({"weight_map": weight_map}))
 
 
+def more_tokens(d):
+    text = json.loads((d / "config.json").read_text())["text_config"]
+    edit_json(d / "config.json", spatial_token_num=131, _vocab_size=432, text_config=text | {"vocab_size": 432})
+    for file in d.glob("*processor*"):
+        file.unlink()
+
+
 def deeper_config(d):
     text = json.loads((d / "config.json").read_text())["text_config"]
-    edit_json(d / "config.json", text_config=text | {"num_hidden_layers": 5})
+    edit_json(d / "config.json", num_hidden_layers=5, text_config=text | {"num_hidden_layers": 5})
 
 
 MODEL, INDEX, TABLE = "model.safetensors", "model.safetensors.index.json", "spatial_embed_tokens.weight"
@@ -202,13 +210,13 @@ DAMAGES = {  # {what is wrong: (damage to the directory, what the sentence must 
         r"1 tensor named but in no shard: no\.such\.key",
     ),
     "other config": (
-        lambda d: edit_json(d / "config.json", spatial_token_num=131),
+        more_tokens,
         r"spatial_embed_tokens\.weight \(130, 24\) instead of \(131, 24\)",
     ),
     "deeper config": (deeper_config, r"11 tensors missing: language_model\.model\.layers\.4\."),
     "poor config": (
         write("config.json", '{"model_type": "paligemma", "text_config": {}, "vision_config": {}}'),
-        "has no field",
+        "model_type='paligemma' is not supported: it must be 'spatialvla'",
     ),
     "no JSON": (write("config.json", "{"), "cannot be read as JSON"),
 }

@@ -93,11 +93,12 @@ def test_bad_runs_are_named(checkpoint, tmp_path):
     with pytest.raises(InputError, match="no complete checkpoint"):
         read_orbax(tmp_path)
 
-    other = {"model": replace(checkpoint.config, spatial_tokens=131).to_dict(), "processor": None}
+    llm = replace(checkpoint.config.llm, vocab_size=432)
+    other = {"model": replace(checkpoint.config, spatial_tokens=131, llm=llm).to_dict(), "processor": None}
     params = checkpoint.params()
     table = params.pop("spatial_embedding")
     for name, changes, says in [
-        ("a", {"metadata": {"model": {"img": {}}}}, "metadata does not describe a model"),
+        ("a", {"metadata": {"model": {"img": {}}}}, "metadata: processor is missing"),
         ("b", {"metadata": other}, r"spatial_embedding \(130, 24\) instead of \(131, 24\)"),
         ("c", {"params": params}, "1 tensor missing for its config: spatial_embedding"),
     ]:

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float
 
 from spatialvla_jax.actions import DIMENSIONS, ActionGrid, LinearGrid, fit_gaussians, grid_variables
-from spatialvla_jax.actions.gaussian import RANGES
+from spatialvla_jax.actions.grid import RANGES
 from spatialvla_jax.reports.figures.style import BLUE, DARK, GREY, RED, Pathlike, drawing
 
 
