@@ -5,11 +5,14 @@ from typing import Any, ClassVar
 from transformers import Gemma2Config, SiglipVisionConfig, ZoeDepthConfig
 from transformers.configuration_utils import PretrainedConfig
 
+DEFAULTS = {"tie_word_embeddings": False, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
+
 
 class SpatialVLAConfig(PretrainedConfig):
     """The published fields; `spatialvla_jax` holds those that the published config has no place for."""
 
     model_type = "spatialvla"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
     sub_configs: ClassVar[dict[str, Any]] = {
         "text_config": Gemma2Config,
         "vision_config": SiglipVisionConfig,
@@ -37,8 +40,7 @@ class SpatialVLAConfig(PretrainedConfig):
         self.spatial_token_num = spatial_token_num
         self.use_vision_zoe = use_vision_zoe
         self.spatialvla_jax = spatialvla_jax or {}
-        kwargs.setdefault("tie_word_embeddings", False)
-        super().__init__(**kwargs)
+        super().__init__(**DEFAULTS | kwargs)
 
     @property
     def depth_source(self) -> str:

@@ -15,15 +15,38 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import Gemma2ForCausalLM, PreTrainedModel, SiglipVisionModel, ZoeDepthForDepthEstimation
+from transformers import (
+    Gemma2ForCausalLM,
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    SiglipVisionModel,
+    ZoeDepthForDepthEstimation,
+)
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration_spatialvla import SpatialVLAConfig
 
+EOS, IGNORED = 1, -100  # the token that ends a chunk; a label that counts for nothing
 DEPTH_PAD = 31  # pixels mirrored around the image for ZoeDepth
 SUB_GRID = 2  # 3-D points along one side of a patch
 NUM_FREQUENCIES = 8
+# What transformers' `generate` has and a chunk of actions has no use for, or this model no place.
+NOT_GENERATED = (
+    "assistant_model",
+    "cache_implementation",
+    "custom_generate",
+    "guidance_scale",
+    "inputs_embeds",
+    "labels",
+    "negative_prompt_ids",
+    "prefill_chunk_size",
+    "prompt_lookup_num_tokens",
+    "token_healing",
+)
 
 
 class Projector(nn.Module):
@@ -70,12 +93,42 @@ def frequency_encoding(points: torch.Tensor) -> torch.Tensor:
     return torch.cat([x, angle.sin(), angle.cos()], -1).flatten(-2)
 
 
-class SpatialVLAForConditionalGeneration(PreTrainedModel):
-    """SigLIP + Ego3D → Gemma 2 → action tokens. Image tokens, prompt and actions follow each other; padding is left."""
+class ActionTokens(LogitsProcessor):
+    """Lets token k of a chunk, counted from place `start`, be one of its kind, and `<eos>` alone follow the chunk.
+
+    `token_ranges` are (first id, count) of each token of an action; without them all tokens are allowed everywhere.
+    Raises ValueError for logits that are not numbers, of which no token could be chosen.
+    """
+
+    def __init__(self, token_ranges: Any, start: int, chunk: int) -> None:
+        self.ranges = None if token_ranges is None else torch.as_tensor(token_ranges).tolist()
+        self.start, self.chunk = start, chunk
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        # All zeros: the mean square in a norm has overflowed.
+        failed = int((scores.isnan().any(-1) | (scores == 0).all(-1)).sum())
+        if failed:
+            raise ValueError(
+                f"the model's numbers for {failed} of {len(scores)} examples are NaN or infinite, so there is no "
+                "action: check the depth, the intrinsics and the weights"
+            )
+        if self.ranges is None:
+            return scores
+        step = input_ids.shape[1] - self.start
+        first, count = self.ranges[step % len(self.ranges)] if step < self.chunk else (EOS, 1)
+        allowed = torch.full_like(scores, -torch.inf)
+        allowed[:, first : first + count] = scores[:, first : first + count] if step < self.chunk else 0
+        return allowed
+
+
+class SpatialVLAForConditionalGeneration(PreTrainedModel, GenerationMixin):
+    """SigLIP + Ego3D → Gemma 2 → action tokens. Image tokens, prompt and actions follow each other."""
 
     config_class = SpatialVLAConfig
     base_model_prefix = "model"
-    main_input_name = "pixel_values"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False  # for Trainer: the loss is a mean, whatever else is in the batch
     _supports_sdpa = True
     _no_split_modules: ClassVar[list[str]] = ["Gemma2DecoderLayer", "SiglipEncoderLayer", "ZoeDepthForDepthEstimation"]
 
@@ -92,6 +145,16 @@ class SpatialVLAForConditionalGeneration(PreTrainedModel):
         if config.depth_source == "zoedepth":
             self.vision_zoe_model = ZoeDepthForDepthEstimation(config.vision_zoe_config)
         self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The text's; action tokens have theirs in `spatial_embed_tokens`."""
+        return self.language_model.model.embed_tokens
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.lm_head
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        raise ValueError("resize_token_embeddings is not supported: the last rows belong to the action grid's tokens")
 
     @torch.no_grad()
     def estimate_depth(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -114,15 +177,18 @@ class SpatialVLAForConditionalGeneration(PreTrainedModel):
         tokens = self.vision_tower(pixel_values=pixels).last_hidden_state
         source = self.config.depth_source
         if source != "none":
-            if intrinsic is None or (source == "dataset" and depth is None):
-                raise ValueError(
-                    f"this model needs intrinsic{' and depth' if source == 'dataset' else ''} with an image"
-                )
             depth = self.estimate_depth(pixel_values) if source == "zoedepth" else depth
+            if intrinsic is None or depth is None:
+                needed = f"intrinsic{' and depth' if source == 'dataset' else ''}"
+                raise ValueError(f"this model needs {needed} with an image")
+            B, _, *size = pixel_values.shape
+            if intrinsic.shape != (B, 3, 3) or depth.shape != (B, *size):
+                found = f"got {list(intrinsic.shape)} and {list(depth.shape)}"
+                raise ValueError(f"{B} images need intrinsic [{B}, 3, 3] and depth {[B, *size]}, {found}")
             tokens = tokens + self.position_embedding_3d(depth, intrinsic)
         return self.multi_modal_projector(tokens) / self.config.text_config.hidden_size**0.5
 
-    def embed_tokens(self, input_ids: torch.Tensor) -> torch.Tensor:
+    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Text rows from the language model's table, action rows from the spatial embedding: [B, T, D]."""
         action = input_ids - self.config.action_token_begin_idx
         text = F.embedding(input_ids, self.language_model.model.embed_tokens.weight)
@@ -137,34 +203,99 @@ class SpatialVLAForConditionalGeneration(PreTrainedModel):
         intrinsic: torch.Tensor | None = None,
         depth: torch.Tensor | None = None,
         token_type_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
         logits_to_keep: int = 0,
-        **unused: Any,
-    ) -> CausalLMOutputWithPast:
-        """Logits [B, T, V], or of the last `logits_to_keep` positions.
+        token_ranges: Any = None,
+        **unsupported: Any,
+    ) -> CausalLMOutputWithPast | tuple:
+        """Logits [B, T, V], or of the last `logits_to_keep` positions. With `labels` [B, T] also the mean cross-entropy
+        of those that are not −100, each predicted by the position before; without, logits that are infinite before
+        the soft cap are NaN.
 
         `attention_mask` [B, S] covers what lies in `past_key_values` and the T new tokens. `token_type_ids` [B, S] is 0
-        for image and prompt, which see each other both ways, and 1 for causal action tokens (all 0 by default).
+        for image and prompt, which see each other both ways, and 1 for causal action tokens; by default tokens with a
+        label are causal, and so is what follows a prompt in `past_key_values`. `token_ranges` matters for generation
+        alone. Raises ValueError for arguments that are not supported, and where image and image tokens do not match.
         """
+        if given := [name for name, value in unsupported.items() if value is not None]:
+            raise ValueError(f"this model does not support {', '.join(given)}")
+        if self.config.text_config._attn_implementation != "eager":
+            raise ValueError("the language model needs attn_implementation='eager': others leave its soft cap out")
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if past_key_values is not None and (
+            type(past_key_values) is not DynamicCache or any(past_key_values.is_sliding)
+        ):
+            raise ValueError("past_key_values must be a DynamicCache() that keeps all tokens in every layer")
+        asked = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
         B, T = input_ids.shape
-        if attention_mask is None:
-            attention_mask = input_ids.new_ones(B, T + (past_key_values.get_seq_length() if past_key_values else 0))
-        embeddings = self.embed_tokens(input_ids)
-        if pixel_values is not None:
-            features = self.get_image_features(pixel_values, intrinsic, depth).to(embeddings.dtype)
-            embeddings = embeddings.masked_scatter((input_ids == self.config.image_token_index)[..., None], features)
-        if hasattr(self.language_model.model.embed_tokens, "embed_scale"):
-            # transformers 5.0 scales all inputs of the language model, later versions only what they look up.
-            embeddings = embeddings * self.config.text_config.hidden_size**0.5
+        attention_mask = input_ids.new_ones(B, past + T) if attention_mask is None else attention_mask
+        if labels is not None:
+            token_type_ids = _check_labels(labels, input_ids, token_type_ids, bool(past or logits_to_keep))
+        for name, x in (("attention_mask", attention_mask), ("token_type_ids", token_type_ids)):
+            if x is not None and x.shape != (B, past + T):
+                raise ValueError(f"{name} must have shape {[B, past + T]}, got {list(x.shape)}")
+
+        embeddings = self._embed(input_ids, pixel_values, intrinsic, depth, past)
         positions = attention_mask.cumsum(1)  # from 1, as PaliGemma counts
-        return self.language_model(
+        out = self.language_model.model(
             inputs_embeds=embeddings,
             attention_mask=self._masks(attention_mask.bool(), positions, token_type_ids, T, embeddings.dtype),
             position_ids=positions[:, -T:],
-            past_key_values=past_key_values,
-            use_cache=past_key_values is not None,
-            logits_to_keep=logits_to_keep,
+            past_key_values=DynamicCache() if use_cache and past_key_values is None else past_key_values,
+            use_cache=bool(use_cache or past_key_values is not None),
+            return_dict=True,
+            **{name: getattr(self.config, name) if value is None else value for name, value in asked.items()},
         )
+        scores = self.language_model.lm_head(out.last_hidden_state[:, -logits_to_keep:])
+        logits, cap = scores, self.config.text_config.final_logit_softcapping
+        if cap is not None:
+            logits = torch.tanh(scores / cap) * cap
+        loss = None
+        if labels is not None:
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORED)
+        else:
+            logits = logits.masked_fill(~scores.isfinite(), torch.nan)
+        result = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=out.past_key_values,
+            hidden_states=out.hidden_states,
+            attentions=out.attentions,
+        )
+        return result if (self.config.return_dict if return_dict is None else return_dict) else result.to_tuple()
+
+    def _embed(
+        self,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor | None,
+        intrinsic: torch.Tensor | None,
+        depth: torch.Tensor | None,
+        past: int,
+    ) -> torch.Tensor:
+        """What the language model starts from [B, T, D]; the image takes the places of its tokens."""
+        embeddings = self.embed_input_ids(input_ids)
+        places = input_ids == self.config.image_token_index
+        if pixel_values is not None:
+            vision, found = self.config.vision_config, places.sum(1)
+            count = (vision.image_size // vision.patch_size) ** 2
+            if len(pixel_values) != len(places) or (found != count).any():
+                raise ValueError(
+                    f"{len(places)} prompts need an image each and {count} image tokens, got {len(pixel_values)} "
+                    f"images and {found.tolist()} tokens"
+                )
+            features = self.get_image_features(pixel_values, intrinsic, depth).to(embeddings.dtype)
+            embeddings = embeddings.masked_scatter(places[..., None], features)
+        elif not past and places.any():
+            raise ValueError("input_ids hold image tokens, and there are no pixel_values")
+        if hasattr(self.language_model.model.embed_tokens, "embed_scale"):
+            # transformers 5.0 scales all inputs of the language model, later versions only what they look up.
+            embeddings = embeddings * self.config.text_config.hidden_size**0.5
+        return embeddings
 
     def _masks(
         self, valid: torch.Tensor, positions: torch.Tensor, types: torch.Tensor | None, T: int, dtype: torch.dtype
@@ -172,8 +303,10 @@ class SpatialVLAForConditionalGeneration(PreTrainedModel):
         """What to add to the scores of the last T of S positions, in global and in local layers: [B, 1, T, S]."""
         order = torch.arange(valid.shape[1], device=valid.device)
         visible = (order <= order[-T:, None]).expand(len(valid), -1, -1)
-        if self.config.prefix_lm:
-            visible = torch.ones_like(visible) if types is None else visible | (types == 0)[:, None]
+        if self.config.prefix_lm and types is not None:
+            visible = visible | (types == 0)[:, None]
+        elif self.config.prefix_lm and len(order) == T:
+            visible = torch.ones_like(visible)
         visible = visible & valid[:, None]
         local = visible & (positions[:, -T:, None] - positions[:, None] < self.config.text_config.sliding_window)
         return {
@@ -186,16 +319,87 @@ class SpatialVLAForConditionalGeneration(PreTrainedModel):
         """The processor's inputs → the token ids of one action chunk, greedily: i64[B, action tokens].
 
         Every token is the best of its kind where the inputs hold `token_ranges` (the processor's do); without them it
-        is the best of the whole vocabulary.
+        is the best of the whole vocabulary. Raises ValueError for a prompt padded on the right or with labels, and
+        where the model's numbers are NaN or infinite.
         """
         inputs = {name: x.to(self.device) for name, x in model_inputs.items()}
-        ranges = inputs.pop("token_ranges", None)
-        mask, cache, ids = inputs["attention_mask"], DynamicCache(), []
-        logits = self(**inputs, past_key_values=cache, logits_to_keep=1).logits
-        for step in range(self.config.num_action_tokens):
-            if step:
-                mask = F.pad(mask, (0, 1), value=1)
-                logits = self(ids[-1], mask, past_key_values=cache, logits_to_keep=1).logits
-            first, count = (0, logits.shape[-1]) if ranges is None else ranges[step % len(ranges)].tolist()
-            ids.append(first + logits[..., first : first + count].argmax(-1))
-        return torch.cat(ids, 1)
+        _check_prompt(inputs)
+        choose = ActionTokens(inputs.pop("token_ranges", None), 0, self.config.num_action_tokens)
+        ids, cache = inputs["input_ids"], DynamicCache()
+        mask = inputs.pop("attention_mask", torch.ones_like(ids))
+        tokens = ids[:, :0]
+        logits = self(**inputs, attention_mask=mask, past_key_values=cache, logits_to_keep=1, return_dict=True).logits
+        while True:
+            best = choose(tokens, logits[:, -1]).argmax(-1, keepdim=True)
+            tokens = torch.cat([tokens, best], 1)
+            if tokens.shape[1] == self.config.num_action_tokens:
+                return tokens
+            mask = F.pad(mask, (0, 1), value=1)
+            logits = self(best, mask, past_key_values=cache, logits_to_keep=1, return_dict=True).logits
+
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        token_ranges: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """transformers' `generate`: the prompt and a chunk i64[B, T + action tokens], or what `max_new_tokens` allows.
+
+        With `token_ranges` (the processor gives them) every token is of its kind and `<eos>` follows the chunk, so that
+        greedy tokens are those of `predict_action`. Raises ValueError as that does, and for what is not supported.
+        """
+        settings = generation_config or self.generation_config
+        values = {name: kwargs.get(name, getattr(settings, name, None)) for name in NOT_GENERATED}
+        if given := [name for name, value in values.items() if value is not None and value is not False]:
+            raise ValueError(f"generate does not support {', '.join(given)} for this model")
+        if kwargs.get("use_cache") is False:
+            raise ValueError("generate does not support use_cache=False for this model")
+        prompt = kwargs["input_ids"] if inputs is None else inputs
+        _check_prompt(kwargs)
+        if kwargs.get("max_new_tokens", settings.max_new_tokens) is None and kwargs.get("max_length") is None:
+            kwargs["max_new_tokens"] = self.config.num_action_tokens
+        kwargs.setdefault("past_key_values", DynamicCache())
+        choose = ActionTokens(token_ranges, prompt.shape[1], self.config.num_action_tokens)
+        base: Any = super()
+        return base.generate(
+            inputs, generation_config, LogitsProcessorList([*(logits_processor or []), choose]), **kwargs
+        )
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.Tensor,
+        past_key_values: Cache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """The prompt with its image at first, then the one token that is new."""
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        outputs = ("logits_to_keep", "output_attentions", "output_hidden_states")
+        names = outputs if past else (*outputs, "pixel_values", "intrinsic", "depth", "token_type_ids")
+        inputs = {name: kwargs[name] for name in names if name in kwargs}
+        inputs |= {"input_ids": input_ids[:, past:], "attention_mask": attention_mask}
+        return inputs | {"past_key_values": past_key_values, "use_cache": True}
+
+
+def _check_labels(
+    labels: torch.Tensor, input_ids: torch.Tensor, types: torch.Tensor | None, partial: bool
+) -> torch.Tensor:
+    """→ token types. Raises ValueError for labels that give no loss, or one that means nothing."""
+    if labels.shape != input_ids.shape or partial:
+        raise ValueError("labels must have the shape of input_ids, and need the logits of all their places")
+    counted = labels != IGNORED
+    if not counted[:, 1:].any():
+        raise ValueError(f"labels hold no target: all are {IGNORED}")
+    if types is not None and types.shape == labels.shape and (counted & (types == 0)).any():
+        raise ValueError("token_type_ids must be 1 where labels count: a token of type 0 is seen by those before it")
+    return counted.long() if types is None else types
+
+
+def _check_prompt(inputs: dict[str, Any]) -> None:
+    if inputs.get("labels") is not None:
+        raise ValueError("labels are for training: actions are predicted from a prompt without them")
+    mask = inputs.get("attention_mask")
+    if mask is not None and not mask[:, -1].all():
+        raise ValueError("prompts must be padded on the left")
