@@ -6,7 +6,7 @@ A checkpoint holds `SpatialVLAConfig.to_dict()` and `Processor.to_dict()`, so th
 import base64
 import binascii
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from spatialvla_jax.actions import ActionTokenizer, grid_from_dict, grid_to_dict
@@ -32,6 +32,7 @@ def not_empty(value: Any) -> str:
 
 
 STATISTICS = Field({}, "", items=Field({}, ""), problem=not_empty)
+VERSIONS = Field({}, "", items=Field("", ""))
 FIELDS = {
     "tokenizer": Field("", ""),
     "grid": Field({}, ""),
@@ -48,7 +49,8 @@ class Processor:
     """`statistics` maps an `unnorm_key` (dataset name) to its action statistics, in the release's layout.
 
     `intrinsics` maps it to the camera's 3×3 matrix in units of the image (first row divided by its width, second by its
-    height), for observations that come without. Names are found in both spellings, NAME and NAME/VERSION.
+    height), for observations that come without. Names are found in both spellings, NAME and NAME/VERSION. `versions`
+    maps names without a version to it, where it is known.
     """
 
     tokenizer: Tokenizer
@@ -56,6 +58,7 @@ class Processor:
     statistics: dict[str, dict[str, Any]]
     intrinsics: dict[str, list[list[float]]]
     prompt_template: str = "{instruction}"
+    versions: dict[str, str] = field(default_factory=dict)
 
     def find_statistics(self, key: Any) -> dict[str, Any]:
         """Those of the dataset `key`; None stands for the only dataset. Raises InputError that names the datasets."""
@@ -72,6 +75,15 @@ class Processor:
         known = self.intrinsics
         return known[(key and find_key(key, known)) or (DEFAULT if DEFAULT in known else next(iter(known)))]
 
+    def with_published_names(self) -> "Processor":
+        """The same with every dataset called as the release does: NAME/VERSION, where the version is known."""
+        names = {name: f"{name}/{version}" for name, version in self.versions.items()}
+        statistics, intrinsics = (
+            {names.get(name, name): value for name, value in known.items()}
+            for known in (self.statistics, self.intrinsics)
+        )
+        return replace(self, statistics=statistics, intrinsics=intrinsics, versions={})
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "tokenizer": base64.b64encode(self.tokenizer.to_bytes()).decode("ascii"),
@@ -79,12 +91,13 @@ class Processor:
             "statistics": self.statistics,
             "intrinsics": self.intrinsics,
             "prompt_template": self.prompt_template,
-        }
+        } | ({"versions": self.versions} if self.versions else {})
 
     @classmethod
     def from_dict(cls, data: Any, where: str = "") -> "Processor":
         """Raises InputError, in which `where` stands before a field's name, for fields that are missing or invalid."""
         values = check_stored(data, FIELDS, where)
+        values |= check_stored(data, {"versions": VERSIONS} if "versions" in data else {}, where)
         grid = grid_from_dict(values["grid"], f"{where}grid.")
         try:
             model = base64.b64decode(values["tokenizer"], validate=True)
@@ -96,6 +109,7 @@ class Processor:
             statistics=checked_statistics(values["statistics"], grid.action_dim, f"{where}statistics"),
             intrinsics=values["intrinsics"],
             prompt_template=values["prompt_template"],
+            versions=values.get("versions", {}),
         )
 
 

@@ -165,7 +165,7 @@ def roundtrip_exact(policy: Policy, export: Path, loader: Any, split: str) -> bo
 
 def trajectory(policy: Policy, episode: Episode) -> dict[str, Any]:
     """Expert and predicted actions of an episode in robot units; the policy runs whole chunks on recorded images."""
-    statistics = policy.processor.statistics[episode.dataset]["action"]
+    statistics = policy.processor.find_statistics(episode.dataset)["action"]
     _, predicted = predict(policy, episode.frames, batch_size=32)
     frames, chunk, width = predicted.shape
     executed = predicted[::chunk].reshape(-1, width)[:frames]

@@ -108,6 +108,7 @@ def run_closed_loop(args: argparse.Namespace) -> None:
     from spatialvla_jax.inference.policy import Policy
     from spatialvla_jax.serving.client import Client
     from spatialvla_jax.sim import libero_env as libero
+    from spatialvla_jax.utils.dataset_keys import find_key
     from spatialvla_jax.utils.progress import progress_bar
 
     if (args.checkpoint is None) == (args.server is None):
@@ -134,7 +135,9 @@ def run_closed_loop(args: argparse.Namespace) -> None:
         keys, depth = list(policy.processor.statistics), policy.model.config.depth_source == "dataset"
         size = args.image_size or policy.model.config.img.image_size
         infer = closed_loop.padded(policy.infer_batch, settings.workers, **extra)
-    mirrored = (args.unnorm_key or "".join(keys[:1])).endswith("no_noops")
+    if args.unnorm_key and keys and find_key(args.unnorm_key, keys) is None:
+        raise InputError(f"--unnorm-key {args.unnorm_key} is not a dataset of {name}: choose one of {', '.join(keys)}")
+    mirrored = (args.unnorm_key or "".join(keys[:1])).partition("/")[0].endswith("no_noops")
     with progress_bar("closed loop", "episode") as show:
 
         def progress(done: int, successes: int) -> None:

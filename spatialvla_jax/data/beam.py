@@ -31,6 +31,7 @@ from spatialvla_jax.data.resolve_datasets import make_entries
 from spatialvla_jax.data.rlds import open_rlds, read_episodes, slice_shards
 from spatialvla_jax.data.sketch import ActionSummary, Moments
 from spatialvla_jax.errors import InputError
+from spatialvla_jax.utils.dataset_keys import find_key
 from spatialvla_jax.utils.tables import text_table
 
 # Our name, Beam's name. Beam's own DirectRunner first tries to download another one, Prism.
@@ -251,7 +252,7 @@ def check_collected(
         key: {name: entries[name][key] for name in names}
         for key in ("statistics", "gaussians", "quantile_error", "skipped")
     }
-    fitted = [name for name in names if name not in exclude]
+    fitted = [name for name in names if find_key(name, exclude) is None]
     mixture = {"datasets": fitted, "gaussians": named_gaussians(pooled(result, fitted))} if fitted else None
     return result | {"mixture": mixture}
 
@@ -263,11 +264,12 @@ def named_gaussians(gaussians: Float[np.ndarray, "6 2"]) -> dict[str, list[float
 def pooled(stats: Mapping[str, Any], names: Sequence[str]) -> Float[np.ndarray, "6 2"]:
     """The Gaussians (mu, sigma) of some of the file's datasets together, every frame counting the same, which is what
     `fit_gaussians` gives on all their normalised actions. Raises InputError for a dataset that it lacks."""
-    if missing := [name for name in names if name not in stats["gaussians"]]:
+    keys = {name: find_key(name, stats["gaussians"]) for name in names}
+    if missing := [name for name, key in keys.items() if key is None]:
         raise InputError(f"The statistics know {', '.join(stats['gaussians'])}, but not the dataset {missing[0]!r}")
     return pool_gaussians(
-        [np.asarray([stats["gaussians"][name][variable] for variable in VARIABLES]) for name in names],
-        [stats["statistics"][name]["num_transitions"] for name in names],
+        [np.asarray([stats["gaussians"][key][variable] for variable in VARIABLES]) for key in keys.values()],
+        [stats["statistics"][key]["num_transitions"] for key in keys.values()],
     )
 
 

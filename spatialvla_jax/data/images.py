@@ -5,12 +5,14 @@ another size multiplies fx, cx by the width ratio and fy, cy by the height ratio
 """
 
 import functools
+import io
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
+from PIL import Image
 
 from spatialvla_jax.utils.malloc import limit_heaps
 
@@ -39,6 +41,15 @@ def scale_intrinsics(
     ratio = np.asarray(new_size, np.float64) / np.asarray(old_size, np.float64)
     scale = np.stack([ratio[..., 1], ratio[..., 0], np.ones_like(ratio[..., 0])], axis=-1)
     return (np.asarray(intrinsics) * scale[..., None]).astype(np.float32)
+
+
+def stored_size(encoded: bytes) -> tuple[int, int] | None:
+    """Height and width of an encoded image by its header; None where that cannot be read."""
+    try:
+        with Image.open(io.BytesIO(encoded)) as image:
+            return image.height, image.width
+    except (OSError, ValueError, Image.DecompressionBombError):
+        return None
 
 
 def decode_image(encoded: Any, size: int) -> tuple[Any, Any]:

@@ -21,12 +21,14 @@ from spatialvla_jax.data.images import scale_intrinsics
 from spatialvla_jax.data.index import Index
 from spatialvla_jax.data.oxe.spec import meaning
 from spatialvla_jax.data.pack import Packed
-from spatialvla_jax.data.reader import Pixels, Rlds, Samples, Source, Split
+from spatialvla_jax.data.reader import Pixels, Rlds, Samples, Source, Split, check_depth
 from spatialvla_jax.data.resolve_datasets import Entry, make_entries
+from spatialvla_jax.data.rlds import version_of
 from spatialvla_jax.data.statistics import check_spec, difference, find_oddities
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.models.presets import preset
 from spatialvla_jax.text import Tokenizer, train_tokenizer
+from spatialvla_jax.utils.dataset_keys import find_key
 from spatialvla_jax.utils.progress import shard_progress, warn
 from spatialvla_jax.utils.tables import text_table
 
@@ -85,10 +87,10 @@ class Loader:
         self.image_size, self.depth = image_size, depth
         self.action_chunk, self.action_dim = action_chunk, action_dim
         from_file = statistics is None and bool(config.statistics)
-        if from_file:
-            statistics = _read_statistics(config.statistics, entries)
-        if unknown := [name for name in self.names if statistics and name not in statistics]:
-            raise InputError(f"The statistics know {', '.join(statistics or ())}, but not the dataset {unknown[0]!r}")
+        known = (_read_statistics(config.statistics, entries) if from_file else statistics) or {}
+        given = {name: find_key(name, known) for name in self.names if known}
+        if unknown := [name for name, key in given.items() if key is None]:
+            raise InputError(f"The statistics know {', '.join(known)}, but not the dataset {unknown[0]!r}")
         self._source: Source = packed or Rlds(config, entries, image_size, depth, action_dim, progress)
         self.config, self._train_split = config, config.split
         self._indexes: dict[str, tuple[Index, ...]] = {}
@@ -103,7 +105,7 @@ class Loader:
             block=config.read_block,
             shuffle=config.shuffle_frames,
         )
-        self.statistics = {index.name: (statistics or {}).get(index.name, index.statistics) for index in train}
+        self.statistics = {i.name: known[key] if (key := given.get(i.name)) else i.statistics for i in train}
         for index in train if from_file else ():
             if what := difference(self.statistics[index.name], index.statistics):
                 warn(f"the statistics of dataset {index.name!r} in {config.statistics} are of other data: {what}")
@@ -213,6 +215,12 @@ class Loader:
         first = self.frames(split.starts[:-1]).intrinsics
         relative = scale_intrinsics(first, (self.image_size, self.image_size), (1, 1))
         return dict(zip(self.names, relative.tolist(), strict=True))
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """The versions of the datasets in whose version directories they were read."""
+        versions = {index.name: version_of(index.made_from.get("place", "")) for index in self.indexes()}
+        return {name: version for name, version in versions.items() if version}
 
     def num_frames(self, split: str | None = None) -> int:
         """Frames of a split (the training split by default)."""
@@ -358,6 +366,7 @@ class Loader:
 
     def _assemble(self, split: Split, pixels: Pixels) -> Batch:
         """Everything of a batch besides its pixels, from the indexes."""
+        check_depth(split, pixels)
         dataset, frames = split.locate(pixels.sample_id)
         rows, chunk, length = len(frames), self.action_chunk, self.config.prompt.length
         intrinsics = np.empty((rows, 3, 3), np.float32)
@@ -394,8 +403,8 @@ def _read_statistics(path: str, entries: Sequence[Entry]) -> dict[str, Any]:
     """{dataset: its statistics} of a file of `stats`. Raises InputError when it was made with other specs."""
     stats = load_stats(path)
     for entry in entries:
-        if spec := stats.get("specs", {}).get(entry.name):
-            check_spec(path, entry.name, spec, meaning(entry.spec))
+        if key := find_key(entry.name, specs := stats.get("specs", {})):
+            check_spec(path, entry.name, specs[key], meaning(entry.spec))
     return stats["statistics"]
 
 

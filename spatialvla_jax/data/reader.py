@@ -29,6 +29,7 @@ from spatialvla_jax.data.images import decode_batches, decoder, tensorflow
 from spatialvla_jax.data.index import CHECKSUM_BYTES, Index, load_index
 from spatialvla_jax.data.resolve_datasets import Entry
 from spatialvla_jax.errors import Fault, InputError
+from spatialvla_jax.utils.camera import FARTHEST_ON_AVERAGE, depth_problem
 
 # i64[B]: the frames of a step; the second argument counts how often some of them had to be drawn again.
 Samples = Callable[..., np.ndarray]
@@ -274,6 +275,15 @@ class Rlds:
                 split.replaced[split.indexes[dataset].name, split.broken[sample]] += 1
             if not rows.size:
                 return
+
+
+def check_depth(split: Split, pixels: Pixels) -> None:
+    """Raises InputError that names a frame whose depth is too far to be metres: its spec has another `depth_unit`."""
+    if pixels.depth is None:
+        return
+    for row in np.flatnonzero(pixels.depth.max(axis=(1, 2)) > FARTHEST_ON_AVERAGE).tolist():
+        if wrong := depth_problem(pixels.depth[row], pixels.depth.shape[1:]):
+            raise InputError(f"{split.describe(int(pixels.sample_id[row]))}: the depth {wrong}")
 
 
 def plan_memory(

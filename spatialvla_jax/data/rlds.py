@@ -15,11 +15,12 @@ import numpy as np
 from spatialvla_jax.actions import DIMENSIONS
 from spatialvla_jax.actions.normalization import dimension_name
 from spatialvla_jax.data.features import StoredFeature, find_fields, read_language, read_numbers
-from spatialvla_jax.data.images import tensorflow
+from spatialvla_jax.data.images import stored_size, tensorflow
 from spatialvla_jax.data.oxe.operations import apply_operations
 from spatialvla_jax.data.oxe.spec import DatasetSpec, join_action, split_language
 from spatialvla_jax.data.tfrecord import masked_crc, read_example, read_records
 from spatialvla_jax.errors import Fault, InputError
+from spatialvla_jax.utils.camera import intrinsics_problem
 from spatialvla_jax.utils.progress import warn
 
 UNLABELED = "unlabeled"  # why an episode is left out that its spec says to leave out; no fault
@@ -224,13 +225,15 @@ def _episode(
         raise Fault("no language", f"step {missing[0]} has no language ({spec.language!r} is empty)")
     episode = {"action": action, "language": language, "step": np.arange(length)}
     cameras = (spec.image,) if spec.depth else (spec.image, *spec.other_images)
-    episode["image"] = _spans(record, offset, steps[cameras[zlib.crc32(action.tobytes()) % len(cameras)]])
+    images = steps[cameras[zlib.crc32(action.tobytes()) % len(cameras)]]
+    episode["image"] = _spans(record, offset, images)
     if (empty := np.flatnonzero(episode["image"][:, 1] == 0)).size:
         raise Fault("no image", f"step {empty[0]} has an image of 0 bytes")
     if spec.depth:
         episode["depth"] = _spans(record, offset, steps[spec.depth])
     if spec.intrinsics:
         episode["intrinsics"] = steps[spec.intrinsics].astype(np.float32)
+        _check_cameras(steps[spec.intrinsics], (record[first : first + size] for first, size in images.tolist()), spec)
     episode |= {key: steps[key] for key in spec.arrays}
     episode = apply_operations(episode, spec.operations)
     if not len(episode["step"]):
@@ -243,6 +246,18 @@ def _spans(record: bytes, start: int, spans: np.ndarray) -> np.ndarray:
     """Offset and length of byte strings in a record i64[L, 2] → offset in the file, length and CRC-32C i64[L, 3]."""
     checksums = [google_crc32c.value(record[offset : offset + length]) for offset, length in spans.tolist()]
     return np.stack([spans[:, 0] + start, spans[:, 1], np.asarray(checksums, np.int64)], axis=1)
+
+
+def _check_cameras(cameras: np.ndarray, images: Iterator[bytes], spec: DatasetSpec) -> None:
+    """Raises a Fault that names the first step of an episode whose intrinsics [L, 3, 3] are no camera of its images.
+
+    All images have the size of the first that can be read; one that does not decode is found when it is read.
+    """
+    size = next(filter(None, map(stored_size, images)), None)
+    _, steps = np.unique(cameras.reshape(len(cameras), -1), axis=0, return_index=True)  # nearly always one
+    for step in sorted(steps.tolist()) if size else ():
+        if wrong := intrinsics_problem(cameras[step], size):
+            raise Fault("camera", f"step {step} has intrinsics that are no camera: {spec.intrinsics!r} {wrong}")
 
 
 def _check_action(action: np.ndarray, steps: np.ndarray, action_dim: int, spec: DatasetSpec) -> None:
@@ -262,6 +277,12 @@ def _check_action(action: np.ndarray, steps: np.ndarray, action_dim: int, spec: 
             f"episode goes from {gripper.min():g} to {gripper.max():g}; 0 (closed) to 1 (open) is expected: the spec "
             'needs an operation, such as ("gripper_range", CLOSED, OPENED)',
         )
+
+
+def version_of(path: str | os.PathLike[str]) -> str:
+    """The version that a dataset's version directory is of, "" where its name is none."""
+    name = Path(path).name
+    return name if _VERSION.fullmatch(name) else ""
 
 
 def find_versions(path: Path) -> list[str]:

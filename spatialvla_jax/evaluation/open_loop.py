@@ -65,9 +65,7 @@ def evaluate(
     targets: list[np.ndarray] = []
     frames = episodes = faults = 0
     for episode in loader.episodes(split):
-        statistics = policy.processor.statistics.get(episode.dataset)
-        if statistics is None:
-            raise InputError(f"the policy has no statistics of dataset {episode.dataset!r}")
+        statistics = policy.processor.find_statistics(episode.dataset)
         target = np.asarray(episode.frames.actions)
         ids, predicted = predict(policy, episode.frames, batch_size)
         answered = np.asarray(np.isfinite(predicted).all(axis=(1, 2)))

@@ -93,6 +93,8 @@ def convert(
     if to == PEFT:
         return _convert_to_peft(src, dst, start)
     checkpoint = cast(read_checkpoint(src, zoedepth), dtype)
+    if to == "pytorch":
+        checkpoint = _with_published_names(checkpoint)
     arrays, digests = recorded(checkpoint.arrays)
     WRITERS[to](dst, replace(checkpoint, arrays=arrays))
     parameters = sum(prod(x.shape) for x in arrays.values())
@@ -114,6 +116,7 @@ def convert(
 
 def _convert_to_peft(src: str | Path, dst: str | Path, start: float) -> Conversion:
     run = read_adapters(src, read_checkpoint)
+    run = replace(run, whole=_with_published_names(run.whole))
     digests = write_peft(dst, run, torch_code())
     stored = safetensors.open_file(Path(dst) / PEFT_WEIGHTS)
     return {
@@ -128,6 +131,11 @@ def _convert_to_peft(src: str | Path, dst: str | Path, start: float) -> Conversi
         "release_differences": [],
         "seconds": round(time.perf_counter() - start, 3),
     }
+
+
+def _with_published_names(checkpoint: Checkpoint) -> Checkpoint:
+    processor = checkpoint.processor
+    return replace(checkpoint, processor=processor and processor.with_published_names())
 
 
 def _reads_back(path: str | Path, written: Checkpoint, digests: dict[str, str]) -> bool:

@@ -20,7 +20,8 @@ from scipy.spatial.transform import Rotation
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.inference.action_chunking import chunk_of, recent
 
-# The dataset whose units a robot's actions have, as the released checkpoints name it.
+# The dataset whose units a robot's actions have, as the released checkpoints and our exports name it. Runs of ours name
+# it without the version, which is the same key.
 UNNORM_KEYS = {"widowx_bridge": "bridge_orig/1.0.0", "google_robot": "fractal20220817_data/0.1.0"}
 STICKY_STEPS = 10
 

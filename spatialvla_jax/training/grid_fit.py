@@ -18,6 +18,7 @@ from spatialvla_jax.actions.normalization import normalize
 from spatialvla_jax.data import Loader
 from spatialvla_jax.data.beam import load_stats, pooled
 from spatialvla_jax.errors import InputError
+from spatialvla_jax.utils.dataset_keys import find_key
 
 
 def make_grid(
@@ -42,7 +43,7 @@ def make_grid(
 
 def fitted_datasets(names: Sequence[str], exclude: Sequence[str]) -> list[str]:
     """The datasets that the grid is fitted to. Raises InputError when none is left."""
-    if not (fitted := [name for name in names if name not in exclude]):
+    if not (fitted := [name for name in names if find_key(name, exclude) is None]):
         raise InputError(
             f"grid.exclude names every dataset ({', '.join(names)}), so there is nothing to fit the grid to: "
             "set --config.grid.exclude=()"

@@ -92,6 +92,7 @@ def make_processor(config: ConfigDict, loader: Loader, start: Processor | None =
         statistics=loader.statistics,
         intrinsics=loader.intrinsics,
         prompt_template=config.data.prompt.template,
+        versions=loader.versions,
     )
 
 
@@ -136,7 +137,10 @@ def check_same(saved: dict[str, Any], now: dict[str, Any], loader: Loader, workd
     for index in () if loader.config.statistics else loader.indexes():  # those of a file may be of other data
         if what := difference(saved["processor"]["statistics"][index.name], index.statistics):
             raise InputError(f"the data of {workdir} changed since its run began: in dataset {index.name!r}, {what}")
-    if saved["processor"] != now["processor"] or renamed(saved["model"], MODEL_FIELDS) != now["model"]:
+    processors = [
+        about["processor"] | {"versions": {}} for about in (saved, now)
+    ]  # which earlier versions did not keep
+    if processors[0] != processors[1] or renamed(saved["model"], MODEL_FIELDS) != now["model"]:
         raise InputError(f"the data of {workdir} changed since its run began: grid, statistics or tokenizer differ")
     if saved.get("lora") != now.get("lora"):
         raise InputError(f"{now['lora']['base']['path']} changed since the run in {workdir} began to adapt it")

@@ -39,3 +39,12 @@ def test_a_missing_or_unknown_key_gets_the_default_camera(published: Processor) 
 
 def test_the_only_dataset_needs_no_key(processor: Processor) -> None:
     assert processor.find_statistics(None) is processor.statistics["toy"]
+
+
+def test_exports_have_the_published_names(processor: Processor) -> None:
+    known = replace(processor, statistics=processor.statistics | {"mine": {}}, versions={"toy": "1.0.0"})
+    assert Processor.from_dict(known.to_dict()).versions == {"toy": "1.0.0"}
+    published = known.with_published_names()
+    assert list(published.statistics) == ["toy/1.0.0", "mine"] and list(published.intrinsics) == ["toy/1.0.0"]
+    assert published.find_statistics("toy") == known.find_statistics("toy")
+    assert "versions" not in published.to_dict() and published.with_published_names() == published

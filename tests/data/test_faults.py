@@ -48,6 +48,13 @@ def damage_action(value):
     return change
 
 
+def damage_camera(step, camera):
+    def change(episodes):
+        episodes[1][step]["observation"]["intrinsics"] = np.asarray(camera, np.float32)
+
+    return change
+
+
 # (what happens to the episodes before they are written, reason, part of the sentence); it is always episode 1
 DAMAGE = {
     "nan": (damage_action(np.nan), "not finite", "step 1 has the action value nan in dimension [4]"),
@@ -56,6 +63,21 @@ DAMAGE = {
     "no language": (damage_language(""), "no language", "step 0 has no language ('language_instruction' is empty)"),
     "blank": (damage_language("  \n"), "no language", "step 0 has no language"),
     "not text": (damage_language(b"\xff\xfe"), "not UTF-8", "not UTF-8"),
+    "no camera": (
+        damage_camera(0, np.zeros((3, 3))),
+        "camera",
+        "step 0 has intrinsics that are no camera: 'observation/",
+    ),
+    "relative camera": (
+        damage_camera(2, [[0.8, 0, 0.5], [0, 1, 0.5], [0, 0, 1]]),
+        "camera",
+        "step 2 has intrinsics that are no camera: 'observation/intrinsics' looks relative to the image",
+    ),
+    "camera of larger images": (
+        damage_camera(1, [[500, 0, 310], [0, 480, 250], [0, 0, 1]]),
+        "camera",
+        "'observation/intrinsics' must have its principal point inside the image of 64×48 px",
+    ),
 }
 
 

@@ -1,3 +1,4 @@
+import dataclasses
 import shutil
 from functools import partial
 
@@ -16,6 +17,7 @@ from spatialvla_jax.actions.normalization import normalize
 from spatialvla_jax.data import load_data
 from spatialvla_jax.data.images import decode_image
 from spatialvla_jax.data.loader import chunk_actions
+from spatialvla_jax.data.oxe import CATALOGUE
 from spatialvla_jax.errors import InputError
 
 SIZE = 16
@@ -23,7 +25,8 @@ SIZE = 16
 
 @pytest.fixture(scope="module")
 def other(tmp_path_factory):
-    return make_rlds(tmp_path_factory.mktemp("other"), {"train": make_episodes(3, seed=5, size=(32, 32))}, name="other")
+    episodes = make_episodes(3, seed=5, size=(32, 32), intrinsics=INTRINSICS)
+    return make_rlds(tmp_path_factory.mktemp("other"), {"train": episodes}, name="other")
 
 
 @pytest.fixture(scope="module")
@@ -182,6 +185,8 @@ def test_statistics_and_tokenizer_of_a_checkpoint(loader, rlds, cache_dir):
     again = load_data(config, image_size=SIZE, statistics=statistics, tokenizer=loader.tokenizer)
     assert again.tokenizer is loader.tokenizer
     assert np.abs(again.actions("val")[:, :6]).max() <= 0.5
+    published = load_data(config, image_size=SIZE, statistics={"toy0/1.0.0": statistics["toy0"]})
+    assert published.statistics == again.statistics and published.versions == {"toy0": "1.0.0"}
     with pytest.raises(InputError, match="statistics know x, but not the dataset 'toy0'"):
         load_data(config, image_size=SIZE, statistics={"x": {}})
 
@@ -250,3 +255,16 @@ def test_bad_configs(rlds, cache_dir, change, message):
 def test_batch_that_does_not_divide(loader):
     with pytest.raises(InputError, match="batch size 7 does not divide among 2 processes"):
         next(loader.batches(7, process_count=2))
+
+
+def test_depth_in_another_unit_is_refused(rlds, cache_dir):
+    """As if millimetres were centimetres: the first batch names a frame."""
+    spec = dataclasses.asdict(dataclasses.replace(CATALOGUE["libero"], depth_unit=0.1))
+    config = data_config(rlds, cache_dir=cache_dir)
+    config["datasets"][0]["spec"] = spec
+    loader = load_data(config, image_size=SIZE, depth=True)
+    sentence = (
+        r"dataset 'toy0', file .*, episode \d, step \d: the depth cannot be metres: .* 'depth_unit' says how many"
+    )
+    with pytest.raises(InputError, match=sentence):
+        next(loader.batches(4))

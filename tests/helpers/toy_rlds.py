@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-INTRINSICS = np.asarray([[50.0, 0, 31.0], [0, 48.0, 25.0], [0, 0, 1]], np.float32)
+INTRINSICS = np.asarray([[50.0, 0, 31.0], [0, 48.0, 25.0], [0, 0, 1]], np.float32)  # of images of 48x64
 
 
 def make_episodes(
@@ -17,9 +17,13 @@ def make_episodes(
     size: tuple[int, int] = (48, 64),
     steps: tuple[int, int] = (3, 9),
     action_dim: int = 7,
+    intrinsics: np.ndarray | None = None,
 ):
-    """`count` random LIBERO-style episodes, each a list of step dicts; every image differs. `size` is height, width."""
+    """`count` random LIBERO-style episodes, each a list of step dicts; every image differs. `size` is height, width.
+    Without `intrinsics` the camera is that of `INTRINSICS`, whatever the size."""
     rng = np.random.default_rng(seed)
+    if intrinsics is None:
+        intrinsics = INTRINSICS * np.asarray([[size[1] / 64], [size[0] / 48], [1]], np.float32)
     episodes = []
     for number in range(count):
         length = int(rng.integers(steps[0], steps[1] + 1))
@@ -29,7 +33,7 @@ def make_episodes(
                     "observation": {
                         "image": encode_image(rng.integers(0, 256, (*size, 3)).astype(np.uint8)),
                         "depth": rng.integers(1, 5000, (*size, 1)).astype(np.uint16),
-                        "intrinsics": INTRINSICS,
+                        "intrinsics": intrinsics,
                         "state": rng.normal(size=8).astype(np.float32),
                     },
                     "action": np.append(rng.uniform(-1, 1, action_dim - 1), rng.choice([-1, 1])).astype(np.float32),

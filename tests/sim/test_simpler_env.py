@@ -5,8 +5,10 @@ import re
 import numpy as np
 import pytest
 
+from spatialvla_jax.data.oxe import CATALOGUE
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.sim.simpler_env import UNNORM_KEYS, SimplerPolicy, area_resize
+from spatialvla_jax.utils.dataset_keys import find_key
 
 IMAGE = np.zeros((48, 64, 3), np.uint8)
 
@@ -101,6 +103,12 @@ def test_shrinking_by_area():
     np.testing.assert_array_equal(resized[0, :, 0], [18, 42])  # (10 + 20 + 15) / 2.5, (15 + 40 + 50) / 2.5
     with pytest.raises(InputError, match="uint8"):
         area_resize(image.astype(np.float32), 2)
+
+
+@pytest.mark.parametrize("setup", UNNORM_KEYS)
+def test_the_default_key_is_a_dataset_of_our_own_runs(setup):
+    """They call it as the catalogue does, without the version."""
+    assert find_key(UNNORM_KEYS[setup], CATALOGUE) == UNNORM_KEYS[setup].partition("/")[0]
 
 
 def test_unknown_robots_are_named():

@@ -14,7 +14,8 @@ from jaxtyping import Float
 from spatialvla_jax.data.images import DEFAULT_INTRINSICS, DEFAULT_INTRINSICS_SIZE
 from spatialvla_jax.data.oxe.operations import check_operations, code_digest
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.utils.schema import Field, check, check_all
+from spatialvla_jax.utils.camera import intrinsics_problem
+from spatialvla_jax.utils.schema import Field, check, check_all, shown
 
 # Of depth that `data depth` has stored:
 DEPTH = "depth_zoe"  # stands beside the image: "observation/image" gets "observation/depth_zoe"
@@ -64,19 +65,14 @@ def meaning(spec: DatasetSpec) -> dict[str, Any]:
     return json.loads(json.dumps({"fields": fields, "operations": code_digest(spec.operations)}))
 
 
-_NO_INTRINSICS = "is no matrix of intrinsics: ((fx, 0, cx), (0, fy, cy), (0, 0, 1)) with fx and fy above 0 is expected"
 _RULES: dict[str, dict[str, Any]] = {
     "other_images": {"items": Field("", "")},
     "arrays": {"items": Field("", "")},
     "action": {"items": Field("", "", kinds=(str, float, int))},
     "operations": {"items": Field((), "", problem=lambda operation: "" if operation else "names no operation")},
-    "depth_unit": {"above": 0, "unit": "metres"},
+    "depth_unit": {"above": 0, "high": 1, "unit": "metres"},
     "instruction": {"problem": lambda text: "is empty" if text is not None and not text.strip() else ""},
-    "default_intrinsics": {
-        "size": 3,
-        "items": Field((), "", size=3, items=Field(0.0, "", kinds=(float, int))),
-        "problem": lambda rows: "" if rows[0][0] > 0 < rows[1][1] and rows[2] == (0, 0, 1) else _NO_INTRINSICS,
-    },
+    "default_intrinsics": {"size": 3, "items": Field((), "", size=3, items=Field(0.0, "", kinds=(float, int)))},
     "default_intrinsics_size": {"size": 2, "items": Field(1, "", low=1, unit="pixels")},
     "episodes": {"low": 0},
 }
@@ -138,16 +134,18 @@ def join_action(spec: DatasetSpec, steps: Mapping[str, np.ndarray], length: int)
 
 def make_spec(value: Any, catalogue: Mapping[str, DatasetSpec], name: str) -> DatasetSpec:
     """The spec that a config names: a catalogue entry by name, or the fields of one. Raises InputError."""
+    where = f"data.datasets[{name!r}].spec"
     if isinstance(value, DatasetSpec):
+        _check_camera(value, where)
         return value
     if isinstance(value, str):
         if value not in catalogue:
             known = ", ".join(sorted(catalogue))
             raise InputError(f"Dataset {name!r} has the unknown spec {value!r}: known are {known}")
         return catalogue[value]
-    where = f"data.datasets[{name!r}].spec"
     value = check(value, Field("libero", "", kinds=(str, dict)), where)
     spec = DatasetSpec(**check_all({key: _frozen(field) for key, field in value.items()}, FIELDS, where))
+    _check_camera(spec, where)
     try:
         action_keys(spec)
         split_language(spec.language)
@@ -155,6 +153,16 @@ def make_spec(value: Any, catalogue: Mapping[str, DatasetSpec], name: str) -> Da
     except InputError as error:
         raise InputError(f"The spec of dataset {name!r} is wrong: {error}") from error
     return spec
+
+
+def _check_camera(spec: DatasetSpec, where: str) -> None:
+    """Raises InputError where the default intrinsics are no camera of images of their size."""
+    if wrong := intrinsics_problem(spec.default_intrinsics, spec.default_intrinsics_size):
+        raise InputError(
+            f"{where}.default_intrinsics={shown(spec.default_intrinsics)} is no matrix of intrinsics: it {wrong}; "
+            "((fx, 0, cx), (0, fy, cy), (0, 0, 1)) with fx and fy above 0 is expected, in pixels of an image of "
+            f"default_intrinsics_size={spec.default_intrinsics_size}"
+        )
 
 
 def _frozen(value: Any) -> Any:
