@@ -20,6 +20,7 @@ from spatialvla_jax.errors import InputError
 from spatialvla_jax.export.card import model_card
 from spatialvla_jax.export.verify import MISSING, Verification, available
 from spatialvla_jax.export.verify import verify as run_both
+from spatialvla_jax.utils import camera
 
 PEFT = "peft"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -29,9 +30,11 @@ VERIFIED_BY_DEFAULT = 500_000_000  # parameters
 
 
 def torch_code() -> dict[str, str]:
-    """{file name: text} of the PyTorch configuration, model and processor, which `auto_map` refers to."""
+    """{file name: text} of the PyTorch configuration, model and processor, which `auto_map` refers to, and of the rule
+    about cameras and depth that they share with this package."""
     files = Path(__file__).with_name("transformers").glob("*_spatialvla.py")
-    return {file.name: file.read_text() for file in sorted(files)}
+    code = {file.name: file.read_text().replace(camera.__name__, ".camera_spatialvla") for file in sorted(files)}
+    return code | {"camera_spatialvla.py": Path(camera.__file__).read_text()}
 
 
 def write_pytorch(path: str | Path, checkpoint: Checkpoint) -> None:

@@ -20,7 +20,7 @@ MAX_SKEW = 0.01  # of the focal length; sensors have none
 NEAREST, FARTHEST_ON_AVERAGE, FARTHEST = 0.01, 100.0, 1000.0
 
 
-def intrinsics_problem(matrix: Any, size: tuple[int, int] | None) -> str:
+def intrinsics_problem(matrix: Any, size: tuple[int, ...] | None) -> str:
     """What is wrong with a camera's matrix [3, 3] in pixels of an image of `size` (height, width), or "".
 
     With `size` None the matrix is relative: in units of the image, its first row divided by the width and its second by
@@ -66,7 +66,7 @@ def intrinsics_problem(matrix: Any, size: tuple[int, int] | None) -> str:
     return ""
 
 
-def depth_problem(depth: Any, size: tuple[int, int], unit: Any = None) -> str:
+def depth_problem(depth: Any, size: tuple[int, ...], unit: Any = None) -> str:
     """What is wrong with a depth map [H, W] of an image of `size` (height, width), or "". 0 means no reading.
 
     Without a `unit` it holds metres as floating-point numbers; with one (metres per count, see `unit_problem`) counts

@@ -16,6 +16,7 @@ from spatialvla_jax.export.convert import write_pytorch
 from spatialvla_jax.export.verify import INSTRUCTIONS, make_probes
 from spatialvla_jax.inference.policy import Policy
 from spatialvla_jax.models import SpatialVLA
+from spatialvla_jax.models.resize import resize_observation
 
 PROGRAM = """
 import sys
@@ -68,8 +69,32 @@ with torch.no_grad():
         for i, text in enumerate(probes["text"]):
             depth = probes["depth"][i] if name == "dataset" else None
             inputs = processor(images=probes["image"][i], text=str(text), depth=depth)
+            for key in ("pixel_values", "intrinsic", *(("depth",) if name == "dataset" else ())):
+                results[f"{name}_{i}_{key}"] = inputs[key][0]
             ids = model.predict_action(inputs)
-            results[f"{name}_{i}"] = torch.from_numpy(processor.decode_actions(ids, unnorm_key="toy")["actions"])
+            results[f"{name}_{i}"] = torch.from_numpy(processor.decode_actions(ids, unnorm_key="toy/1.0.0")["actions"])
+
+def see(**changes):
+    seen = {"intrinsics": probes["intrinsics"][0], "depth": probes["depth"][0]} | changes
+    return processor(probes["image"][0], "go", **seen)
+
+def refused(**changes):
+    try:
+        see(**changes)
+    except ValueError as error:
+        return str(error)
+
+counts = np.rint(probes["depth"][0] * 1000).astype(np.uint16)
+assert torch.allclose(see(depth=counts, depth_unit=0.001)["depth"], see()["depth"], atol=5e-4)
+assert "depth must be metres as floating-point numbers, got uint16" in refused(depth=counts)
+assert "depth must be finite" in refused(depth=probes["depth"][0] * np.nan)
+assert "depth must be metres of shape" in refused(depth=counts[1:], depth_unit=0.001)
+assert "depth_unit must be metres per count" in refused(depth_unit=-1)
+assert "intrinsics must have the last row" in refused(intrinsics=np.zeros((3, 3)))
+assert "intrinsics looks relative to the image" in refused(intrinsics=[[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]])
+processor.intrinsics["default"] = 2 * processor.intrinsics["toy"]
+focal = [see(intrinsics=None, unnorm_key=key)["intrinsic"][0, 0, 0] for key in ("toy", "toy/1.0.0", None, "x")]
+assert focal[0] == focal[1] and focal[2] == focal[3] == 2 * focal[0], focal
 np.savez(out, **{name: tensor.numpy() for name, tensor in results.items()})
 """
 
@@ -123,13 +148,21 @@ def test_golden_stages_and_tokens(results, golden):
 
 @pytest.mark.parametrize("name", ["dataset", "none"])
 def test_processor_and_model_act_as_the_policy(results, exports, name):
-    """From image and sentence to robot units, with both kinds of grid and mask."""
+    """From image and sentence to robot units, with both kinds of grid and mask. The resized pixels are the same within
+    one level, as two implementations round them; from the same pixels come the same actions."""
     checkpoint, probes = exports[1][name], make_probes(56)
     policy = Policy(SpatialVLA(checkpoint.config), checkpoint.params(), checkpoint.processor)
     for i, text in enumerate(INSTRUCTIONS):
-        observation = {"image": probes["image"][i], "prompt": text, "depth": probes["depth"][i]}
-        expected = policy.infer(observation)["actions"]
-        np.testing.assert_allclose(results[f"{name}_{i}"], expected, rtol=0, atol=1e-5)
+        ready = policy.prepare({"image": probes["image"][i], "prompt": text, "depth": probes["depth"][i]})
+        resized = resize_observation(ready["image"], ready.get("depth"), ready["intrinsics"], size=56)
+        pixels = np.rint(results[f"{name}_{i}_pixel_values"].transpose(1, 2, 0) * 255).astype(np.uint8)
+        assert np.abs(np.asarray(resized["image"], int) - pixels).max() <= 1
+        np.testing.assert_allclose(resized["intrinsics"], results[f"{name}_{i}_intrinsic"], rtol=1e-6)
+        seen = {"image": pixels, "intrinsics": results[f"{name}_{i}_intrinsic"], "prompt": text}
+        if name == "dataset":
+            np.testing.assert_array_equal(resized["depth"], depth := results[f"{name}_{i}_depth"])
+            seen["depth"] = depth
+        np.testing.assert_allclose(results[f"{name}_{i}"], policy.infer(seen)["actions"], rtol=0, atol=1e-5)
 
 
 def test_names_and_bytes_stay_the_published_ones(results, exports):

@@ -11,6 +11,8 @@ import torch
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.utils.hub import cached_file
 
+from spatialvla_jax.utils.camera import depth_problem, in_metres, intrinsics_problem, unit_problem
+
 BOS = 2
 
 
@@ -55,11 +57,13 @@ class SpatialVLAProcessor:
         intrinsics: Any = None,
         depth: Any = None,
         return_tensors: str = "pt",
+        depth_unit: float | None = None,
     ) -> BatchFeature:
         """One example or a list of them: `images` PIL or u8[H, W, 3], `text` the bare instruction.
 
         `intrinsics` [3, 3] are in pixels of the given image and default to those of the dataset `unnorm_key`; `depth`
-        [H, W] in metres is for a model that takes depth from its data. Sentences are padded on the left.
+        [H, W] in metres, or in counts of `depth_unit` metres, is for a model that takes depth from its data. Raises
+        ValueError where a camera or depth makes no sense. Sentences are padded on the left.
         """
         if isinstance(text, str):
             images = images[0] if isinstance(images, (list, tuple)) else images
@@ -84,7 +88,8 @@ class SpatialVLAProcessor:
             "token_ranges": torch.tensor([[self.action_offset + first, size] for first, size in self.token_ranges]),
         }
         if depth is not None:
-            data["depth"] = torch.from_numpy(np.stack([nearest(np.asarray(x), self.image_size) for x in depth]))
+            maps = [self.depth(x, image.shape, depth_unit) for x, image in zip(depth, pixels, strict=True)]
+            data["depth"] = torch.from_numpy(np.stack(maps))
         return BatchFeature(data)
 
     def encode(self, sentence: str) -> list[int]:
@@ -102,12 +107,22 @@ class SpatialVLAProcessor:
     def camera(self, intrinsics: Any, shape: tuple[int, ...], unnorm_key: str | None) -> np.ndarray:
         """f32[3, 3] in pixels of the S×S image."""
         if intrinsics is None:
-            default = next(iter(self.intrinsics))
-            size, matrix = (1, 1), self.intrinsics.get(unnorm_key or default, self.intrinsics[default])
+            default = "default" if "default" in self.intrinsics else next(iter(self.intrinsics))
+            size, matrix = (1, 1), self.intrinsics[find_key(unnorm_key, self.intrinsics) or default]
+        elif wrong := intrinsics_problem(intrinsics, shape[:2]):
+            raise ValueError(f"intrinsics {wrong}")
         else:
             size, matrix = shape[:2], np.asarray(intrinsics, np.float32)
         S = self.image_size
         return (matrix * np.array([[S / size[1]], [S / size[0]], [1.0]])).astype(np.float32)
+
+    def depth(self, depth: Any, shape: tuple[int, ...], unit: float | None) -> np.ndarray:
+        """f32[S, S] in metres."""
+        if unit is not None and (wrong := unit_problem(unit)):
+            raise ValueError(f"depth_unit {wrong}")
+        if wrong := depth_problem(depth, shape[:2], unit):
+            raise ValueError(f"depth {wrong}")
+        return nearest(in_metres(depth, unit), self.image_size)
 
     @property
     def token_ranges(self) -> list[tuple[int, int]]:
@@ -125,13 +140,14 @@ class SpatialVLAProcessor:
         ranges = self.token_ranges
         if ids.size != self.action_chunk_size * len(ranges):
             raise ValueError(f"one chunk has {self.action_chunk_size} × {len(ranges)} tokens, got {list(ids.shape)}")
+        key = find_key(unnorm_key, self.statistics)
         if unnorm_key is None and len(self.statistics) == 1:
-            unnorm_key = next(iter(self.statistics))
-        if unnorm_key not in self.statistics:
+            key = next(iter(self.statistics))
+        if key is None:
             raise ValueError(f"unnorm_key {unnorm_key!r} is none of {', '.join(self.statistics)}")
         ids = ids.reshape(self.action_chunk_size, len(ranges))
         actions = self.from_grid(ids - self.action_offset)
-        rows = self.statistics[unnorm_key]["action"]
+        rows = self.statistics[key]["action"]
         low, high = np.asarray(rows["q01"]), np.asarray(rows["q99"])
         mask = np.asarray(rows.get("mask", [True] * 6 + [False]), bool)
         return {"actions": np.where(mask, (actions + 1) / 2 * (high - low) + low, actions), "action_ids": ids}
@@ -151,6 +167,17 @@ class SpatialVLAProcessor:
 
     def _bins(self) -> list[int]:
         return [len(self.grid[name]) - 1 for name in ("theta", "phi", "r", "roll", "pitch", "yaw")]
+
+
+def find_key(key: str | None, known: dict[str, Any]) -> str | None:
+    """The known name of the dataset `key`, whether spelled NAME or NAME/VERSION; None where there is none."""
+    if key is None or key in known:
+        return key
+    name, _, version = key.partition("/")
+    found = [other for other in known if (other if version else other.partition("/")[0]) == name]
+    if len(found) > 1:
+        raise ValueError(f"dataset {key!r} is known in {len(found)} versions: choose {' or '.join(found)}")
+    return found[0] if found else None
 
 
 def lanczos(n: int, m: int) -> np.ndarray:
