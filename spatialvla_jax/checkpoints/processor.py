@@ -66,7 +66,8 @@ class Processor:
         only = next(iter(known)) if key is None and len(known) == 1 else None
         found = find_key(key, known) if isinstance(key, str) else only
         if found is None:
-            raise InputError(f"unnorm_key {key!r} is not a dataset of this policy; choose one of {', '.join(known)}")
+            choice = f"choose one of {', '.join(known)}"
+            raise InputError(f"unnorm_key {shown(key)} is not a dataset of this policy; {choice}")
         return known[found]
 
     def find_intrinsics(self, key: str | None) -> list[list[float]]:

@@ -21,6 +21,7 @@ from spatialvla_jax.inference.weights import Weights, prepare_weights
 from spatialvla_jax.models import Params, SpatialVLA
 from spatialvla_jax.models.resize import resize_observation
 from spatialvla_jax.utils.camera import as_array, depth_problem, in_metres, intrinsics_problem, kind_of, unit_problem
+from spatialvla_jax.utils.schema import shown
 
 # Shapes are compiled once each: a batch takes the next larger of these sizes, a prompt the next multiple of 16.
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
@@ -112,12 +113,14 @@ class Policy:
         image = as_array(observation.get("image"))
         if image is None or image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8 or not image.size:
             raise InputError(f"observation 'image' must be uint8[H, W, 3], got {kind_of(image)}")
-        if not isinstance(observation.get("prompt"), str):
-            raise InputError(f"observation 'prompt' must be a string, got {type(observation.get('prompt')).__name__}")
+        if not isinstance(prompt := observation.get("prompt"), str):
+            raise InputError(f"observation 'prompt' must be a string, got {type(prompt).__name__}")
+        if any("\ud800" <= letter <= "\udfff" for letter in prompt):
+            raise InputError(f"observation 'prompt' must be text without lone surrogates, got {shown(prompt)}")
         cfg, size = self.model.config, image.shape[:2]
         low, high, mask = action_bounds(self.processor.find_statistics(observation.get("unnorm_key"))["action"])
         ids, valid = self.processor.tokenizer.encode_prompt(
-            observation["prompt"], template=self.processor.prompt_template, length=cfg.prompt_length
+            prompt, template=self.processor.prompt_template, length=cfg.prompt_length
         )
         arrays = {
             "image": image,

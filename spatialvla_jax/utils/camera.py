@@ -101,8 +101,13 @@ def depth_problem(depth: Any, size: tuple[int, ...], unit: Any = None) -> str:
 def unit_problem(unit: Any) -> str:
     """What is wrong with the unit of a depth map in metres per count, or ""."""
     array = as_array(unit)
-    valid = array is not None and array.ndim == 0 and array.dtype.kind in "fiu" and 0 < float(array) <= 1
-    return "" if valid else f"must be metres per count, above 0 and at most 1, such as 0.001, got {unit!r:.40}"
+    if array is None or array.ndim or array.dtype.kind not in "fiu":
+        got = kind_of(array)
+    elif 0 < float(array) <= 1:
+        return ""
+    else:
+        got = f"{float(array):g}"
+    return f"must be metres per count, above 0 and at most 1, such as 0.001, got {got}"
 
 
 def in_metres(depth: Any, unit: Any = None) -> np.ndarray:
