@@ -17,6 +17,7 @@ BENCHMARKS = {
     "serve": "serve.py",
     "infer": "infer.py",
     "decoding": "decoding.py",
+    "release": "release.py",
 }
 
 
