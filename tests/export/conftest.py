@@ -1,1 +1,22 @@
-from helpers.checkpoints import checkpoint, golden, processor, reads  # noqa: F401
+from dataclasses import replace
+
+import pytest
+from helpers.checkpoints import GOLDEN, checkpoint, golden, processor, reads  # noqa: F401
+
+from spatialvla_jax.checkpoints import read_huggingface
+from spatialvla_jax.export.convert import write_pytorch
+
+
+@pytest.fixture(scope="session")
+def source(processor):  # noqa: F811
+    """A model that takes depth from its data, whose image and prompt see each other."""
+    read = read_huggingface(GOLDEN, ignore=("vision_zoe_model.",))
+    return replace(read, config=replace(read.config, prompt_length=40, remat="none"), processor=processor)
+
+
+@pytest.fixture(scope="session")
+def folder(source, tmp_path_factory):
+    """Its PyTorch export."""
+    path = tmp_path_factory.mktemp("export") / "export"
+    write_pytorch(path, source)
+    return path

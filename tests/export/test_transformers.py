@@ -1,17 +1,14 @@
 """The exported model as transformers and its Trainer use one: loss, generation, flags, saving."""
 
-from dataclasses import replace
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.checkpoints import GOLDEN
 from safetensors.numpy import load_file
 
 from spatialvla_jax.actions import decode, encode
 from spatialvla_jax.batch import Batch
-from spatialvla_jax.checkpoints import load_pretrained, read_huggingface
+from spatialvla_jax.checkpoints import load_pretrained
 from spatialvla_jax.export.convert import write_pytorch
 from spatialvla_jax.export.verify import INSTRUCTIONS, make_probes, torch_inputs
 from spatialvla_jax.models import SpatialVLA
@@ -19,20 +16,6 @@ from spatialvla_jax.training.step import loss_and_metrics
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
-
-
-@pytest.fixture(scope="module")
-def source(processor):
-    """A model that takes depth from its data, whose image and prompt see each other."""
-    read = read_huggingface(GOLDEN, ignore=("vision_zoe_model.",))
-    return replace(read, config=replace(read.config, prompt_length=40, remat="none"), processor=processor)
-
-
-@pytest.fixture(scope="module")
-def folder(source, tmp_path_factory):
-    path = tmp_path_factory.mktemp("export") / "export"
-    write_pytorch(path, source)
-    return path
 
 
 def load(path, **options):
@@ -258,13 +241,24 @@ def test_gradient_checkpointing_gives_the_same_gradients(folder, example):
 
 
 def test_saved_and_read_back(folder, source, model, prompt, tmp_path):
-    """By AutoModel and by JAX: every tensor as it was."""
-    model.save_pretrained(tmp_path / "saved")
-    again = load(tmp_path / "saved")
-    assert not again.training
-    assert (again.predict_action(prompt) == model.predict_action(prompt)).all()
-    _, params, _ = load_pretrained(tmp_path / "saved")
-    jax.tree.map(np.testing.assert_array_equal, params, source.params())
+    """Model and processor in one directory, in either order, by transformers and by JAX: every tensor as it was."""
+    processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    processor.statistics["new"] = processor.statistics["toy"]
+    parts = [model, processor]
+    for name, order in (("a", parts), ("b", parts[::-1])):
+        for part in order:
+            part.save_pretrained(tmp_path / name)
+        again = load(tmp_path / name)
+        assert not again.training
+        assert (again.predict_action(prompt) == model.predict_action(prompt)).all()
+        read = transformers.AutoProcessor.from_pretrained(tmp_path / name, trust_remote_code=True)
+        assert list(read.statistics) == ["toy", "new"] and repr(read) == repr(processor)
+        jax_model, params, jax_processor = load_pretrained(tmp_path / name)
+        jax.tree.map(np.testing.assert_array_equal, params, source.params())
+        assert jax_model.config == source.config
+        expected = source.processor.to_dict()
+        expected["statistics"] = expected["statistics"] | {"new": expected["statistics"]["toy"]}
+        assert jax_processor.to_dict() == expected
 
 
 def test_dtype_device_and_embeddings(folder, prompt):
