@@ -71,6 +71,20 @@ def test_a_file_needs_its_folder(command: str, tmp_path: Path, capsys) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "out.npz"]
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_names_that_no_output_can_have(command: str, tmp_path: Path, capsys) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "loop").symlink_to("loop")
+    for name, reason in (
+        ("link", f"is a link to {tmp_path / 'nowhere'}, which does not exist"),
+        ("loop", "is a link to loop, which does not exist"),
+        ("n" * 300, "File name too long"),
+        ("link/out", f"{tmp_path / 'link'} is a link to {tmp_path / 'nowhere'}, which does not exist"),
+    ):
+        assert reason in refused(capsys, command, tmp_path / name)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "loop"]
+
+
 @pytest.mark.parametrize("command", FOLDERS)
 def test_a_folder_is_none_where_a_file_is(command: str, tmp_path: Path, capsys) -> None:
     (tmp_path / "file").write_text("mine")

@@ -5,6 +5,7 @@ in the same file as JSON under "spatialvla_jax".
 """
 
 import json
+import os
 import zipfile
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from spatialvla_jax.checkpoints.mapping import check_arrays, check_names, param_
 from spatialvla_jax.checkpoints.processor import parse_checkpoint
 from spatialvla_jax.checkpoints.types import Checkpoint, LazyArray, finite
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.utils.atomic import disk_errors, replacing
+from spatialvla_jax.utils.atomic import disk_errors, parents_of, replacing
 
 PREFIX, FACTS = "params/", "spatialvla_jax"
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -72,17 +73,15 @@ def write_big_vision(path: str | Path, checkpoint: Checkpoint) -> None:
     """Write a .npz file by rename, one array at a time. Raises InputError when it exists or cannot be written."""
     path = Path(path)
     check_arrays("checkpoint", checkpoint.arrays, param_shapes(checkpoint.config))
-    if path.exists():
+    if os.path.lexists(path):
         raise InputError(f"{path} exists; choose a new destination")
     processor = checkpoint.processor.to_dict() if checkpoint.processor else None
     facts = json.dumps({"model": checkpoint.config.to_dict(), "processor": processor})
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
-            for name, array in checkpoint.arrays.items():
-                x = array.read()
-                _write_member(archive, PREFIX + name, x.view("V2") if x.dtype == BFLOAT16 else x)
-            _write_member(archive, FACTS, np.array(facts))
+    with disk_errors(path), parents_of(path), replacing(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        for name, array in checkpoint.arrays.items():
+            x = array.read()
+            _write_member(archive, PREFIX + name, x.view("V2") if x.dtype == BFLOAT16 else x)
+        _write_member(archive, FACTS, np.array(facts))
 
 
 def _write_member(archive: zipfile.ZipFile, name: str, array: np.ndarray) -> None:

@@ -1,7 +1,12 @@
 """Our own runs: `<workdir>/checkpoints/<step>/{params, optimizer, metadata}`, by training or by a conversion."""
 
+import contextlib
+import io
 import json
+import logging
+import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -133,13 +138,27 @@ def write_orbax(path: str | Path, checkpoint: Checkpoint) -> None:
     }
     with new_directory(path) as folder:
         try:
-            _lay_out((folder / FOLDER).absolute(), checkpoint.arrays, metadata)
+            # A signal must not leave Orbax's own threads writing. What they print is in the error that they raise.
+            with _no_messages(), ThreadPoolExecutor(1) as thread:
+                thread.submit(_lay_out, (folder / FOLDER).absolute(), checkpoint.arrays, metadata).result()
             for name, _, spec in _stored((folder / FOLDER / "0" / "params").absolute()):
                 _fill(spec, checkpoint.arrays[name])
         except InputError:
             raise  # of an array that can't be read
         except ValueError as error:  # what Orbax and tensorstore make of a full disk
             raise InputError(f"{path} cannot be written: {_first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def _no_messages() -> Iterator[None]:
+    log = logging.getLogger("absl")
+    level = log.level
+    log.setLevel(logging.CRITICAL + 1)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        log.setLevel(level)
 
 
 def _lay_out(folder: Path, arrays: dict[str, LazyArray], metadata: dict[str, Any]) -> None:
@@ -154,8 +173,14 @@ def _lay_out(folder: Path, arrays: dict[str, LazyArray], metadata: dict[str, Any
         "params": ocp.PyTreeCheckpointHandler(type_handler_registry=uncopied),
         "metadata": ocp.JsonCheckpointHandler(),
     }
-    with ocp.CheckpointManager(folder, item_handlers=handlers) as manager:
-        manager.save(0, args=items)
+    options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
+    try:
+        with ocp.CheckpointManager(folder, options=options, item_handlers=handlers) as manager:
+            manager.save(0, args=items)
+    finally:
+        for thread in threading.enumerate():  # where one has failed, the others go on writing
+            if type(thread).__module__.startswith("orbax"):
+                thread.join()
 
 
 def _fill(spec: dict[str, Any], array: LazyArray) -> None:

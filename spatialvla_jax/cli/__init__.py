@@ -2,6 +2,7 @@
 with one and 1."""
 
 import argparse
+import errno
 import os
 import signal
 import sys
@@ -12,11 +13,16 @@ import spatialvla_jax
 from spatialvla_jax.cli import bench, checkpoints, config, data, evaluate, grid, record, serve, train
 from spatialvla_jax.cli.arguments import Parser, check_outputs, state_defaults
 from spatialvla_jax.errors import FaultsError, InputError, StorageError
+from spatialvla_jax.utils.atomic import remove_unfinished
 from spatialvla_jax.utils.quiet import quiet_libraries
 from spatialvla_jax.utils.signals import Terminated, sigterm_raises
 from spatialvla_jax.utils.storage import local_path
 
 STOPPED = {KeyboardInterrupt: (signal.SIGINT, "interrupted"), Terminated: (signal.SIGTERM, "terminated")}
+
+# Reasons of an OSError that the user can mend.
+MISTAKES = {errno.ENOENT, errno.EEXIST, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EROFS}
+MISTAKES |= {errno.ENAMETOOLONG, errno.ELOOP}
 
 # What JAX says in a process whose collectives another one left, on CPUs, GPUs and TPUs.
 LOST = ("Gloo", "NCCL", "UNAVAILABLE", "DEADLINE_EXCEEDED", "heartbeat")
@@ -77,6 +83,7 @@ def run(prog: str, command: Callable[[], None], joined: bool = False) -> int:
             command()
     except (KeyboardInterrupt, Terminated) as stopped:
         number, word = STOPPED[type(stopped)]
+        remove_unfinished()
         print(f"{prog}: {word}", file=sys.stderr, flush=True)
         return 128 + number
     except Exception as error:
@@ -98,8 +105,7 @@ def failure(error: Exception, joined: bool) -> tuple[int, str] | None:
     if isinstance(error, StorageError | FaultsError):
         return 1, str(error)
     if isinstance(error, OSError) and error.filename:
-        mistakes = FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError
-        return 2 if isinstance(error, mistakes) else 1, f"{error.filename}: {error.strerror}"
+        return 2 if error.errno in MISTAKES else 1, f"{error.filename}: {error.strerror}"
     reason = (str(error).splitlines() or [""])[0]
     if joined and runtime_error(error, *LOST):
         return 1, f"another process of the run died or cannot be reached ({reason}); see its output"

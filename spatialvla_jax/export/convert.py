@@ -1,5 +1,6 @@
 """Turning one checkpoint format into another."""
 
+import os
 import time
 from dataclasses import replace
 from math import prod
@@ -81,8 +82,10 @@ def convert(
     """
     if to not in (*WRITERS, PEFT):
         raise InputError(f"cannot convert to {to!r}; choose one of {', '.join((*WRITERS, PEFT))}")
-    if Path(dst).exists():
+    if os.path.lexists(dst):
         raise InputError(f"{dst} exists; choose a new destination")
+    if Path(os.path.realpath(src)) in Path(os.path.realpath(dst)).parents:
+        raise InputError(f"{dst} lies inside {src}: choose a destination outside of it")
     adapters = Path(src).exists() and is_adapter_run(src)
     if not adapters and (merge or to == PEFT):
         raise InputError(f"{src} holds no adapters {'to merge' if merge else 'for peft'}: it is no run with lora.rank")

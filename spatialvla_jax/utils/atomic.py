@@ -4,6 +4,7 @@ import json
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,27 +21,33 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A new path beside `path`, on which the caller makes a file or a directory: at the end it takes the place of
     `path`, and after an error it is removed. It keeps the suffix, by which some writers choose a format."""
     path = Path(path)
-    temporary = path.with_name(f"{PREFIX}{secrets.token_hex(4)}-{path.name}")
+    name = path.name if len(os.fsencode(path.name)) < 200 else path.suffix  # 255 bytes is the limit of most systems
+    temporary = path.with_name(f"{PREFIX}{secrets.token_hex(4)}-{name}")
     _unfinished.add(temporary)
     try:
         yield temporary
         os.replace(temporary, path)
     finally:
-        _unfinished.discard(temporary)
         _remove(temporary)
+        _unfinished.discard(temporary)
 
 
 def remove_unfinished() -> None:
-    """Removes what this process is writing, before it ends at once."""
+    """Removes what this process is writing, before it ends at once, or what a second signal kept from being removed."""
     for temporary in _unfinished:
         _remove(temporary)
 
 
 def _remove(temporary: Path) -> None:
-    if temporary.is_dir():
+    if not temporary.is_dir():
+        with suppress(OSError):  # none is there, or its name was refused
+            temporary.unlink()
+        return
+    for _ in range(50):  # a thread of the writer may still add files
         shutil.rmtree(temporary, ignore_errors=True)
-    else:
-        temporary.unlink(missing_ok=True)
+        if not temporary.exists():
+            return
+        time.sleep(0.05)
 
 
 @contextmanager
@@ -49,7 +56,7 @@ def new_directory(path: Path) -> Iterator[Path]:
 
     Raises InputError when `path` exists, and for whatever the disk refuses.
     """
-    if path.exists():
+    if os.path.lexists(path):
         raise InputError(f"{path} exists; choose a new destination")
     with disk_errors(path), parents_of(path), replacing(path) as temporary:
         temporary.mkdir()
@@ -60,8 +67,8 @@ def new_directory(path: Path) -> Iterator[Path]:
 def parents_of(path: Path) -> Iterator[None]:
     """Makes the directories that `path` lies in. After an error it removes those that it made and that are empty."""
     made = [parent for parent in path.absolute().parents if not parent.exists()]
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield
     except BaseException:
         with suppress(OSError):

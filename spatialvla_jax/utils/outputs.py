@@ -20,6 +20,7 @@ class OutputFile:
 
     def check(self, path: Path, option: str) -> None:
         """Raises InputError."""
+        _check_name(path, option)
         if path.is_dir():
             raise InputError(f"{option} {path} is a folder: expected the name of a file")
         _check_folder(path.absolute().parent, option, path)
@@ -47,6 +48,7 @@ class OutputFolder:
 
     def check(self, path: Path, option: str) -> None:
         """Raises InputError."""
+        _check_name(path, option)
         if path.suffix in SUFFIXES and not path.is_dir():
             raise InputError(f"{option} {path} has the name of a {path.suffix} file: expected a folder")
         above = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
@@ -95,6 +97,18 @@ def is_report(content: bytes) -> bool:
     return any(
         content.lstrip()[: len(kind)].lower() == kind.lower() and mark in content for kind, mark in marks.items()
     )
+
+
+def _check_name(path: Path, option: str) -> None:
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # it is new, or `_check_folder` says what stands in its way
+    except OSError as error:
+        raise InputError(f"{option} {path}: {error.strerror}") from None
+    for part in (path, *path.parents):
+        if part.is_symlink() and not part.exists():
+            raise InputError(f"{option} {path}: {part} is a link to {part.readlink()}, which does not exist")
 
 
 def _check_folder(folder: Path, option: str, path: Path) -> None:

@@ -18,7 +18,10 @@ class Terminated(BaseException):
 
 
 def _raise(number: int, frame: FrameType | None) -> None:
-    raise Terminated
+    if frame is not None and frame.f_code.co_name == "_xla_gc_callback":  # there Python would only print the exception
+        threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
+        return
+    raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
 
 def keep_handlers() -> None:
@@ -38,12 +41,15 @@ def sigterm_raises(command: str) -> Iterator[None]:
     ended = threading.Event()
     read, write = os.pipe()
     os.set_blocking(write, False)
-    handler, wakeup = signal.signal(signal.SIGTERM, _raise), signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    # A shell's background jobs ignore SIGINT, and go on doing so.
+    numbers = [signal.SIGTERM] + [signal.SIGINT] * (signal.getsignal(signal.SIGINT) is signal.default_int_handler)
+    handlers = {number: signal.signal(number, _raise) for number in numbers}
+    wakeup = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
 
     def watch() -> None:
-        while numbers := os.read(read, 64):
+        while received := os.read(read, 64):
             # A run that trains has its own handler, and ends after its step.
-            if signal.SIGTERM in numbers and signal.getsignal(signal.SIGTERM) is _raise and not ended.wait(GRACE):
+            if signal.SIGTERM in received and signal.getsignal(signal.SIGTERM) is _raise and not ended.wait(GRACE):
                 remove_unfinished()
                 print(f"{command}: terminated", file=sys.stderr, flush=True)
                 os._exit(128 + signal.SIGTERM)
@@ -55,7 +61,8 @@ def sigterm_raises(command: str) -> Iterator[None]:
     finally:
         ended.set()
         signal.set_wakeup_fd(wakeup)
-        signal.signal(signal.SIGTERM, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         os.close(write)
         watcher.join()
         os.close(read)

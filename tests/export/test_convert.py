@@ -1,4 +1,8 @@
 import json
+import os
+import resource
+import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +17,8 @@ from spatialvla_jax.checkpoints import (
     write_huggingface,
     write_orbax,
 )
+from spatialvla_jax.checkpoints.types import LazyArray
+from spatialvla_jax.cli import main
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.export.card import model_card
 from spatialvla_jax.export.convert import WRITERS, convert, write_pytorch
@@ -98,15 +104,61 @@ def test_what_is_not_finite_leaves_nothing(checkpoint, tmp_path, to):
     assert {p.name for p in tmp_path.iterdir()} == {"large", "nan"}
 
 
+@pytest.mark.parametrize("to", WRITERS)
+@pytest.mark.parametrize("limit", [1, 2000, 20_000])
+def test_a_full_disk_leaves_nothing(checkpoint, tmp_path, capfd, to, limit):
+    """Wherever writing fails: a limit on the size of files stands in for a disk without room. Orbax's threads say
+    nothing of their own."""
+    write_huggingface(tmp_path / "a", checkpoint)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    out = tmp_path / "new" / "b"
+    capfd.readouterr()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with pytest.raises(InputError, match=f"^{out} cannot be written: "):
+            convert(tmp_path / "a", out, to=to)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert capfd.readouterr().err == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("to", WRITERS)
+@pytest.mark.parametrize(("number", "word"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")])
+def test_a_conversion_that_is_stopped_leaves_nothing(checkpoint, tmp_path, capfd, monkeypatch, to, number, word):
+    def stop() -> np.ndarray:
+        os.kill(os.getpid(), number)
+        raise AssertionError("the signal was not heard")
+
+    last = list(checkpoint.arrays)[-1]
+    arrays = {
+        name: LazyArray(x.shape, x.dtype, stop if name == last else x.read) for name, x in checkpoint.arrays.items()
+    }
+    monkeypatch.setattr("spatialvla_jax.export.convert.read_checkpoint", lambda *_: replace(checkpoint, arrays=arrays))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore SIGINT
+    try:
+        assert (
+            main(["convert", str(tmp_path), str(tmp_path.with_name(f"{tmp_path.name}-b")), "--to", to]) == 128 + number
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert capfd.readouterr().err == f"spatialvla-jax convert: {word}\n"
+    assert not list(tmp_path.parent.glob(f"*{tmp_path.name}-b"))
+
+
 def test_bad_requests(checkpoint, tmp_path):
     write_huggingface(tmp_path / "a", checkpoint)
     (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     for arguments, says in [
         ((tmp_path / "none", tmp_path / "b", "orbax"), "none does not exist"),
         ((tmp_path / "empty", tmp_path / "b", "orbax"), "is no checkpoint"),
         ((tmp_path / "a", tmp_path / "b", "onnx"), "cannot convert to 'onnx'"),
         ((tmp_path / "a", tmp_path / "b", "orbax", "int8"), "dtype 'int8' is not one of"),
         ((tmp_path / "a", tmp_path / "empty", "orbax"), "empty exists"),
+        ((tmp_path / "a", tmp_path / "a" / "b", "orbax"), "b lies inside .*a: choose a destination outside of it"),
+        ((tmp_path / "a", tmp_path / "link", "orbax"), "link exists"),
+        ((tmp_path / "a", tmp_path / ("n" * 300), "orbax"), "cannot be written: File name too long"),
     ]:
         with pytest.raises(InputError, match=says):
             convert(*arguments)
