@@ -247,8 +247,11 @@ def test_evaluate_and_convert(trained: Path, config_file: Path, tmp_path: Path, 
     assert 0 <= result["token_accuracy"] <= 1 and len(result["l1_per_dimension"]) == 7
     assert main(["convert", str(trained), str(tmp_path / "out"), "--to", "pytorch"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["bit_exact"] is True
-    # The export alone runs the policy, and gives the same numbers.
+    # The export alone runs the policy, and gives the same numbers. Its dataset is called as published.
     moved = shutil.move(tmp_path / "out", tmp_path / "moved")
+    for file, cameras in (("processor.json", "intrinsics"), ("processor_config.json", "intrinsic_config")):
+        data = json.loads((moved / file).read_text())
+        assert {*data["statistics"], *data[cameras]} - {"default"} == {"toy/1.0.0"}
     assert "--config must name the data" in fails(capsys, "evaluate", "--checkpoint", moved)
     assert main(["evaluate", "--checkpoint", str(moved), "--config", str(config_file)]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result

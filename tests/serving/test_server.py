@@ -202,7 +202,10 @@ def test_bad_observations_get_a_sentence_and_may_go_on(server: Server, policy: P
         ({k: good[k][1:] for k in ("image", "depth")}, "'image' is 47x64: this server is compiled for 48x64"),
         ({"depth": good["depth"] * np.inf}, "'depth' must be finite"),
         ({"depth": good["depth"][1:]}, "'depth' must be metres"),
+        ({"depth": (1000 * good["depth"]).astype(np.uint16)}, "floating-point numbers, got uint16: 'depth_unit' says"),
+        ({"depth_unit": "mm"}, "'depth_unit' must be metres per count"),
         ({"intrinsics": [[1, 2], [3, 4]]}, "'intrinsics' must be an array, got list"),
+        ({"intrinsics": np.zeros((3, 3), np.float32)}, "'intrinsics' must have the last row"),
         ({"prompt": 3}, "'prompt' must be a str, got int"),
         ({"prompt": "å" * 1001}, "may have 1000 characters"),
         ({"prompt": "object " * 40}, "tokens"),
@@ -213,6 +216,8 @@ def test_bad_observations_get_a_sentence_and_may_go_on(server: Server, policy: P
         with pytest.raises(RuntimeError, match=message):
             client.infer(good | change)
     np.testing.assert_array_equal(client.infer(good)["action_ids"], policy.infer(good)["action_ids"])
+    halves = good | {"depth": (2 * good["depth"]).astype(np.float32), "depth_unit": np.float64(0.5)}
+    np.testing.assert_array_equal(client.infer(halves)["action_ids"], policy.infer(good)["action_ids"])
 
 
 def test_fuzz(server: Server, policy: Policy) -> None:
