@@ -7,7 +7,7 @@ import tensorflow as tf
 from helpers.toy_rlds import encode_image
 from PIL import Image
 
-from spatialvla_jax.data.images import decode_depth, decode_image, scale_intrinsics
+from spatialvla_jax.data.images import decode_depth, decode_image, scale_intrinsics, stored_size
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (48, 64, 3)).astype(np.uint8)
@@ -28,6 +28,13 @@ def test_stored_size_is_kept_as_it_is():
     np.testing.assert_array_equal(decode_image(encode_image(square, "PNG"), 48)[0].numpy(), square)
     grey = square[..., 0]
     np.testing.assert_array_equal(decode_image(encode_image(grey, "PNG"), 48)[0].numpy(), np.stack([grey] * 3, -1))
+
+
+def test_the_size_is_read_from_the_header():
+    for kind in ("PNG", "JPEG"):
+        encoded = encode_image(PIXELS, kind)
+        assert stored_size(encoded) == stored_size(encoded[: len(encoded) // 2]) == (48, 64)
+    assert stored_size(b"") is stored_size(b"no image") is None
 
 
 def test_depth_is_nearest_in_metres():
