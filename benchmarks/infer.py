@@ -168,7 +168,7 @@ def run(config: SpatialVLAConfig, name: str, args: argparse.Namespace) -> dict[s
                 compiled.as_text(),
             )
             print(text)
-            figures["trace_ms"] = parts
+            figures["trace_ms"] = {part: round(ms, 3) for part, ms in parts.items()}
         result[str(size)] = figures
     if name == args.variants[-1]:  # last, as it needs memory of its own
         rate = bandwidth()

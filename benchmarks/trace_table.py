@@ -2,10 +2,10 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -21,7 +21,9 @@ PARTS = (
     ("lm head", r"llm\.logits|softmax_cross|log_softmax"),
     ("language", r"/llm|spatial_embedding"),
     ("augment", r"augment"),
-    ("optimizer", r"adam|clip_by|apply_updates|global_norm|scale_by"),
+    ("optimizer", r"adam|clip_by|apply_updates|global_norm|scale_by|jit\(step\)/(jit\(_where\)|reduce_sum)"),
+    ("adapters", r"jvp\(\)\)?/(transpose|convert_element_type|dot_general)$"),
+    ("loss", r"jvp\(\)|vmap\("),
 )
 # On the kernel's name.
 KINDS = (
@@ -51,9 +53,17 @@ def hidden_by(spans: list[tuple[float, float]], others: list[tuple[float, float]
     return [float(at(stop) - at(start)) for start, stop in spans]
 
 
-def trace(run: Callable[[], Any], steps: int, hlo: str) -> tuple[str, dict[str, float]]:
-    """Trace `steps` calls of `run`; → (a table to print, milliseconds a step by part). `hlo` is the compiled text."""
-    names = dict(re.findall(r"%?([\w.\-]+) = .*?metadata=\{.*?op_name=\"([^\"]*)\"", hlo))
+class Event(NamedTuple):
+    """A kernel or copy of a trace, in nanoseconds. `op` is its instruction of the compiled program, if it has one."""
+
+    start: float
+    stop: float
+    kernel: str
+    op: str
+
+
+def events_of(run: Callable[[], Any], steps: int) -> list[Event]:
+    """What the first GPU did in `steps` calls of `run`, in the order of the starts."""
     with TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             for _ in range(steps):
@@ -61,51 +71,75 @@ def trace(run: Callable[[], Any], steps: int, hlo: str) -> tuple[str, dict[str, 
             jax.block_until_ready(out)
         (file,) = Path(folder).rglob("*.xplane.pb")
         data = jax.profiler.ProfileData.from_file(str(file))
-        spans, computing, total = [], [], defaultdict(float)
-        slowest: dict[tuple[str, str], float] = defaultdict(float)
-        kernels: dict[str, list[float]] = defaultdict(list)
-        collectives: list[tuple[str, str, float, float]] = []
-        for plane in data.planes:
-            if not plane.name.startswith("/device:GPU:0"):
-                continue
-            for line in plane.lines:
-                if not line.name.startswith("Stream"):
-                    continue
-                for event in line.events:
-                    stats = dict(event.stats)
-                    op = str(stats.get("hlo_op", ""))
-                    path = names.get(op) or str(stats.get("tf_op", "")) or op
-                    part = first_match(PARTS, path, "other")
-                    kind = first_match(KINDS, f"{event.name} {op}", "elementwise")
-                    total[part, kind] += event.duration_ns
-                    slowest[op or event.name, path] += event.duration_ns
-                    kernels[re.sub(r"[._]\d+$", "", event.name)].append(event.duration_ns)
-                    span = (event.start_ns, event.start_ns + event.duration_ns)
-                    spans.append(span)
-                    if kind == "collective":
-                        collectives.append((op or event.name, path, *span))
-                    else:
-                        computing.append(span)
-    busy, end = 0.0, 0.0
-    for start, stop in sorted(spans):
-        busy += max(0.0, stop - max(start, end))
-        end = max(end, stop)
-    wall = end - min(start for start, _ in spans) if spans else 0.0
+        lines = (line for plane in data.planes if plane.name.startswith("/device:GPU:0") for line in plane.lines)
+        return sorted(
+            Event(e.start_ns, e.start_ns + e.duration_ns, e.name, str(dict(e.stats).get("hlo_op", "")))
+            for line in lines
+            if line.name.startswith("Stream")
+            for e in line.events
+        )
+
+
+def names_of(hlo: str) -> dict[str, str]:
+    """{instruction: operation of the model} of a compiled program's text. A fusion without a name has that of an
+    instruction in it."""
+    names, inside, unnamed, computation = {}, {}, {}, ""
+    for line in hlo.splitlines():
+        if begins := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line):
+            computation = begins[1]
+        elif instruction := re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = ", line):
+            if name := re.search(r'op_name="([^"]*)"', line):
+                names[instruction[1]] = inside[computation] = name[1]
+            elif calls := re.search(r"calls=%?([\w.\-]+)", line):
+                unnamed[instruction[1]] = calls[1]
+    return {op: inside[calls] for op, calls in unnamed.items() if calls in inside} | names
+
+
+def attribute(
+    events: Sequence[Event], steps: int, hlo: str, floors: Mapping[str, float] | None = None
+) -> tuple[str, dict[str, float]]:
+    """→ (tables to print, milliseconds a step by part). Every moment counts once, for the event that began first, so
+    that the parts and the idle time add up to the step. `floors` are milliseconds a step."""
+    names = names_of(hlo)
+    total: dict[tuple[str, str], float] = defaultdict(float)
+    slowest: dict[tuple[str, str], float] = defaultdict(float)
+    kernels: dict[str, list[float]] = defaultdict(list)
+    collectives: list[tuple[str, str, float, float]] = []
+    computing, part, end, busy = [], "other", 0.0, 0.0
+    for event in events:
+        path = names.get(event.op, "")
+        # What has no name, such as copies that the compiler added last, belongs to what ran before it.
+        part = first_match(PARTS, path, "other") if path else part
+        kind = first_match(KINDS, f"{event.kernel} {event.op}", "elementwise")
+        alone = max(0.0, event.stop - max(event.start, end))
+        total[part, kind] += alone
+        busy, end = busy + alone, max(end, event.stop)
+        slowest[event.op or event.kernel, path] += event.stop - event.start
+        kernels[re.sub(r"[._]\d+$", "", event.kernel)].append(event.stop - event.start)
+        if kind == "collective":
+            collectives.append((event.op or event.kernel, path, event.start, event.stop))
+        else:
+            computing.append((event.start, event.stop))
     ms = 1e-6 / steps
-    kinds = sorted({kind for _, kind in total})
-    rows = [f"{'ms a step':12}" + "".join(f"{kind:>13}" for kind in kinds) + f"{'sum':>9}"]
     parts = {part: sum(v for (p, _), v in total.items() if p == part) * ms for part, _ in total}
-    for part in sorted(parts, key=lambda p: -parts[p]):
+    wall = (end - events[0].start) * ms if events else 0.0
+    order = [*sorted(parts, key=lambda p: -parts[p]), "idle"]
+    parts["idle"] = wall - busy * ms
+    kinds, floors = sorted({kind for _, kind in total}), floors or {}
+    rows = [f"{'ms a step':12}" + "".join(f"{kind:>13}" for kind in kinds) + f"{'sum':>9}{'floor':>9}{'ratio':>7}"]
+    for part in order:
         cells = "".join(f"{total.get((part, kind), 0) * ms:13.1f}" for kind in kinds)
-        rows.append(f"{part:12}{cells}{parts[part]:9.1f}")
-    parts["idle"] = (wall - busy) * ms
-    rows.append(f"{'idle':12}{'':{13 * len(kinds)}}{parts['idle']:9.1f}")
+        floor = f"{floors[part]:9.1f}{parts[part] / floors[part]:7.2f}" if floors.get(part) else ""
+        rows.append(f"{part:12}{cells}{parts[part]:9.1f}{floor}")
+    least = sum(floors.values())
+    rows.append(f"{'step':12}{'':{13 * len(kinds)}}{wall:9.1f}" + (f"{least:9.1f}{wall / least:7.2f}" if least else ""))
     rows.append("slowest operations:")
     for (op, path), ns in sorted(slowest.items(), key=lambda x: -x[1])[:30]:
         rows.append(f"{ns * ms:8.2f}  {op[:40]:40}  {path[-110:]}")
     rows.append("kernels of one name: ms a step, how many, microseconds each")
     for name, each in sorted(kernels.items(), key=lambda x: -sum(x[1]))[:30]:
         rows.append(f"{sum(each) * ms:8.2f} {len(each) / steps:8.0f} {1e-3 * sum(each) / len(each):8.1f}  {name[:110]}")
+    parts |= {"step": wall}
     if collectives:
         hidden = hidden_by([(start, stop) for *_, start, stop in collectives], computing)
         by_op: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
@@ -118,4 +152,11 @@ def trace(run: Callable[[], Any], steps: int, hlo: str) -> tuple[str, dict[str, 
         rows.append(f"{'ms a step':>9} {'exposed':>8} {'how many':>9}")
         for (op, path), (number, total_ns, exposed) in sorted(by_op.items(), key=lambda x: -x[1][2])[:30]:
             rows.append(f"{total_ns * ms:9.2f} {exposed * ms:8.2f} {number / steps:9.0f}  {op[:40]:40}  {path[-100:]}")
-    return "\n".join(rows), {part: round(value, 2) for part, value in parts.items()}
+    return "\n".join(rows), {part: round(value, 6) for part, value in parts.items()}
+
+
+def trace(
+    run: Callable[[], Any], steps: int, hlo: str, floors: Mapping[str, float] | None = None
+) -> tuple[str, dict[str, float]]:
+    """`attribute` of `steps` calls of `run`, the jitted program whose compiled text is `hlo`."""
+    return attribute(events_of(run, steps), steps, hlo, floors)

@@ -10,21 +10,27 @@ all of its devices (FSDP); efficiency is samples a second a device over those of
 The floor of a step is its model FLOPs (`training.flops.model_flops`: forward, and backward to what is trained) at the
 peak of the devices, MFU that floor in parts of the step; the state's bytes are those that its shardings predict for a
 device beside those that the first device holds.
+
+`--trace` prints the step by part of the model, beside the least that each part can take (`floors_of`) and the ratio.
+Every kernel belongs to a part, and parts and idle time add up to the step.
 """
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import time
+from collections import defaultdict
 from typing import Any
+from unittest.mock import patch
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
-from trace_table import trace
+from trace_table import PARTS, first_match, trace
 
-from spatialvla_jax.actions import PRETRAIN_GAUSSIANS, gaussian_grid
+from spatialvla_jax.actions import PRETRAIN_GAUSSIANS, ActionTokenizer, gaussian_grid
 from spatialvla_jax.batch import Batch
 from spatialvla_jax.cli.arguments import Parser, count, positive, state_defaults
 from spatialvla_jax.config import default_config
@@ -32,13 +38,13 @@ from spatialvla_jax.models import PRESETS, preset
 from spatialvla_jax.models.remat import POLICIES
 from spatialvla_jax.models.spatialvla import SpatialVLAConfig
 from spatialvla_jax.planning.tpu_plan import held
-from spatialvla_jax.training.flops import model_flops
-from spatialvla_jax.training.optimizer import Params
+from spatialvla_jax.training.flops import model_flops, products, traced_gradient
+from spatialvla_jax.training.optimizer import Params, split_frozen
 from spatialvla_jax.training.setup import TrainSetup, make_setup
 from spatialvla_jax.training.sharding import BATCH, make_mesh
-from spatialvla_jax.training.state import abstract_params, abstract_state, init_state
+from spatialvla_jax.training.state import TrainState, abstract_params, abstract_state, init_state
 from spatialvla_jax.training.step import jit_train_step
-from spatialvla_jax.utils.chips import peak
+from spatialvla_jax.utils.chips import memory_bandwidth, peak
 
 
 def random_batch(config: SpatialVLAConfig, size: int, action_dim: int) -> Batch:
@@ -88,7 +94,28 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--lora", type=count, default=0, metavar="RANK", help="adapters on frozen weights")
     parser.add_argument("--trace", action="store_true", help="also print where the time goes, from a profiler trace")
     state_defaults(parser)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.trace:  # a recorded graph's kernels don't say what they belong to; without graphs a step takes 1 % longer
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_enable_command_buffer="
+    return args
+
+
+def floors_of(setup: TrainSetup, grid: ActionTokenizer, shapes: TrainState, shardings: TrainState) -> dict[str, float]:
+    """{part of the model: the least milliseconds of a step} on this device: the products that a sample needs, those of
+    attention included, at its peak; the optimizer's state read and written, and the gradient read, at its bandwidth."""
+    rate, bandwidth = peak(), memory_bandwidth()
+    if not rate or not bandwidth:
+        return {}
+    with patch.object(jax, "default_backend", lambda: "cpu"):  # where attention is made of products
+        jaxpr = traced_gradient(setup, grid)
+    assert setup.mesh is not None
+    samples = setup.batch_size / setup.mesh.size
+    floors: dict[str, float] = defaultdict(float)
+    for path, flops in products(jaxpr):
+        floors[first_match(PARTS, path, "other")] += 1e3 * flops * samples / rate
+    (trainable, _), (lie, _) = split_frozen(shapes.params, setup.frozen), split_frozen(shardings.params, setup.frozen)
+    moved = 3 * held(trainable, lie) + 2 * held(shapes.opt_state, shardings.opt_state)
+    return dict(floors) | {"optimizer": 1e3 * moved / bandwidth}
 
 
 def setup_on(devices: int, args: argparse.Namespace) -> TrainSetup:
@@ -155,7 +182,10 @@ def measure(devices: int, args: argparse.Namespace) -> dict[str, Any]:
             state, metrics = compiled(state, batch, grid, seed)
             return metrics
 
-        text, achieved["trace_ms"] = trace(run, 3, compiled.as_text())
+        floors = floors_of(setup, grid, shapes, shardings)
+        text, parts = trace(run, 3, compiled.as_text(), floors)
+        for name, table in (("trace_ms", parts), ("floors_ms", floors)):
+            achieved[name] = {part: round(ms, 2) for part, ms in table.items()}
         print(text)
     memory = compiled.memory_analysis()
     held_at_once = memory.argument_size_in_bytes + memory.temp_size_in_bytes

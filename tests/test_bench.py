@@ -77,3 +77,30 @@ def test_bench_passes_arguments_on(capfd):
     with pytest.raises(SystemExit) as stopped:
         main(["bench", "loader", "--no-such-option"])
     assert stopped.value.code == 2
+
+
+def test_a_trace_adds_up_and_every_kernel_belongs_to_a_part(monkeypatch):
+    """Two steps of 100 and 110 ns: a product of the language model, the optimizer, and copies beside them."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    trace_table = importlib.import_module("trace_table")
+    hlo = """
+%fused.1 (p: f32[2]) -> f32[2] {
+  ROOT %multiply.3 = f32[2] multiply(%p, %p), metadata={op_name="jit(step)/adam/mul"}
+}
+
+ENTRY %main (a: f32[2]) -> f32[2] {
+  %custom-call.1 = f32[2] custom-call(%a), metadata={op_name="jit(step)/jvp(SpatialVLA)/llm/layers/mlp/dot_general"}
+  ROOT %fusion.1 = f32[2] fusion(%custom-call.1), kind=kLoop, calls=%fused.1
+}
+"""
+    one = [(0, 60, "nvjet_a", "custom-call.1"), (50, 70, "MemcpyD2D", "added.9"), (80, 100, "loop_1", "fusion.1")]
+    events = [
+        trace_table.Event(start + 110 * step, stop + 110 * step, *rest) for step in (0, 1) for start, stop, *rest in one
+    ]
+    text, parts = trace_table.attribute(events, 2, hlo, {"language": 35e-6})
+    ns = {part: 1e6 * ms for part, ms in parts.items()}
+    assert trace_table.attribute(events, 2, hlo)[1] == parts
+    assert (ns["language"], ns["optimizer"], ns["idle"], ns["step"]) == (70, 20, 15, 105)
+    assert set(parts) == {"language", "optimizer", "idle", "step"}
+    (row,) = [line.split() for line in text.splitlines() if line.startswith("language")]
+    assert row[-1] == "2.00"

@@ -31,15 +31,24 @@ CHIPS = {
     "v6e": Chip(918e12, 32 * 2**30, 1638e9, 400e9, 12.5e9, sides=2, largest=256, cores=1),
 }
 
-# Dense bf16 FLOP/s of one device, by what JAX's name of its kind has in it, first match.
+
+def rates_of(name: str) -> tuple[float, float]:
+    return CHIPS[name].peak, CHIPS[name].hbm_bandwidth
+
+
+# Dense bf16 FLOP/s and bytes/s of memory of one device, by what JAX's name of its kind has in it, first match.
 PEAKS = (
-    *(("TPU v4", CHIPS["v4"].peak), ("TPU v5 lite", CHIPS["v5e"].peak), ("TPU v5e", CHIPS["v5e"].peak)),
-    *(("TPU v5", CHIPS["v5p"].peak), ("TPU v6", CHIPS["v6e"].peak)),
-    *(("A100", 312e12), ("H100", 989e12), ("H200", 989e12), ("4090", 165e12)),
+    *(("TPU v4", *rates_of("v4")), ("TPU v5 lite", *rates_of("v5e")), ("TPU v5e", *rates_of("v5e"))),
+    *(("TPU v5", *rates_of("v5p")), ("TPU v6", *rates_of("v6e"))),
+    *(("A100", 312e12, 2.0e12), ("H100", 989e12, 3.35e12), ("H200", 989e12, 4.8e12), ("4090", 165e12, 1.0e12)),
 )
 
 
 def peak() -> float | None:
     """Peak FLOP/s of a device of this run, where the table has it."""
-    kind = jax.devices()[0].device_kind
-    return next((flops for name, flops in PEAKS if name in kind), None)
+    return next((flops for name, flops, _ in PEAKS if name in jax.devices()[0].device_kind), None)
+
+
+def memory_bandwidth() -> float | None:
+    """Bytes/s between a device of this run and its memory, where the table has it."""
+    return next((rate for name, _, rate in PEAKS if name in jax.devices()[0].device_kind), None)
