@@ -1,4 +1,8 @@
-"""Our own runs: `<workdir>/checkpoints/<step>/{params, optimizer, metadata}`, by training or by a conversion."""
+"""Our own runs: `<workdir>/checkpoints/<step>/{params, optimizer, metadata}`, by training or by a conversion.
+
+The arrays lie in chunks, each with a CRC-32C that the array store verifies whenever it reads one: a restore on a pod
+checks the chunks that each host reads, a conversion all of `params`. The store's own index has checksums, too.
+"""
 
 import contextlib
 import io
@@ -16,6 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 from etils import epath
+from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from spatialvla_jax.checkpoints.mapping import check_arrays, flatten, param_shapes, unflatten
 from spatialvla_jax.checkpoints.processor import Processor, parse_checkpoint
@@ -27,8 +32,31 @@ from spatialvla_jax.utils.atomic import new_directory
 FOLDER = "checkpoints"
 CONTENTS = "_CHECKPOINT_METADATA"  # of a step: Orbax's list of what it consists of
 METADATA = "metadata/metadata"
-TREE_FILES = ("_METADATA", "manifest.ocdbt")  # of a tree of arrays, beside those with their numbers
 CHUNK_BYTES = 64 * 2**20  # what is written, and read, at once
+CODECS = (
+    {"name": "bytes", "configuration": {"endian": "little"}},
+    {"name": "zstd", "configuration": {"level": 1}},
+    {"name": "crc32c"},
+)
+
+
+class _ChecksummedArray(tensorstore_utils.ArrayWriteSpec):
+    """How Orbax writes an array, for which it has no setting: with CODECS where it is in zarr's third format."""
+
+    @property
+    def json(self) -> dict[str, Any]:
+        spec = super().json
+        if spec["driver"] == "zarr3":
+            spec["metadata"]["codecs"] = CODECS
+        return spec
+
+
+tensorstore_utils.ArrayWriteSpec = _ChecksummedArray
+
+
+def tree_handler(**options: Any) -> ocp.PyTreeCheckpointHandler:
+    """Orbax's handler for a tree of arrays: reads any, writes each chunk with a checksum."""
+    return ocp.PyTreeCheckpointHandler(use_zarr3=True, **options)
 
 
 def step_directory(path: str | Path) -> Path | None:
@@ -47,20 +75,30 @@ def step_directories(workdir: Path) -> list[Path]:
 
 
 def missing(step: Path) -> str:
-    """The first file that a step's directory lacks, or has empty or cut off, as a copy that was interrupted does; "" of
-    a complete one. An array's file that ends early is found when it is read."""
-    found = {}
+    """The first file that a step's directory lacks, or has empty, cut off or garbled, as a copy that was interrupted
+    does; "" of a complete one. An array's file that ends early is found when it is read."""
     for file in (CONTENTS, METADATA):
-        try:
-            found[file] = dict(json.loads((step / file).read_text()))
-        except (OSError, ValueError, TypeError):
+        if not _holds_json(step / file):
             return file
-    items = found[CONTENTS].get("item_handlers", {})
-    trees = [step / item for item in items if item != "metadata"]
-    needed = [tree / file for tree in trees for file in TREE_FILES]
-    stored = [file for tree in trees for file in tree.rglob("d/*")]
-    lost = (file for file in [*needed, *stored] if not file.is_file() or not file.stat().st_size)
-    return next((str(file.relative_to(step)) for file in lost), "")
+    items = json.loads((step / CONTENTS).read_text()).get("item_handlers", {})
+    lost = (_missing_of_tree(step / item) for item in items if item != "metadata")
+    return next((str(file.relative_to(step)) for file in lost if file), "")
+
+
+def _missing_of_tree(tree: Path) -> Path | None:
+    """The same for a tree of arrays."""
+    for file in (tree / "_METADATA", *tree.glob("array_metadatas/*")):
+        if not _holds_json(file):
+            return file
+    stored = (tree / "manifest.ocdbt", *tree.rglob("d/*"))
+    return next((file for file in stored if not file.is_file() or not file.stat().st_size), None)
+
+
+def _holds_json(file: Path) -> bool:
+    try:
+        return isinstance(json.loads(file.read_text("utf-8")), dict)
+    except (OSError, ValueError):
+        return False
 
 
 def read_orbax(path: str | Path) -> Checkpoint:
@@ -93,6 +131,8 @@ def parse_metadata(step: Path, metadata: dict[str, Any]) -> tuple[SpatialVLAConf
 def open_params(step: Path) -> dict[str, LazyArray]:
     """{path: array} of a step's parameters, read when needed. Raises InputError for damaged files."""
     params = (step / "params").absolute()
+    if lost := _missing_of_tree(params):
+        raise InputError(f"{lost} is missing or cut off")
 
     # Straight from the array store: restoring array by array through Orbax takes 35 times as long.
     def lazy(path: str, info: Any, spec: dict[str, Any]) -> LazyArray:
@@ -100,10 +140,10 @@ def open_params(step: Path) -> dict[str, LazyArray]:
             try:
                 store: Any = tensorstore.open(spec, read=True).result()
                 array = np.empty(info.shape, info.dtype)
-                for part in _parts(array.shape, store.chunk_layout.read_chunk.shape):
+                for part in _parts(array.shape, store.chunk_layout.read_chunk.shape or ()):
                     array[part] = store[part].read().result()
                 return array
-            except (ValueError, OSError) as error:
+            except Exception as error:  # the array store has an exception for each kind of damage
                 raise InputError(f"{params} cannot be read at {path}: {_first_line(error)}") from error
 
         return LazyArray(tuple(info.shape), np.dtype(info.dtype), read)
@@ -119,8 +159,11 @@ def _stored(params: Path) -> Iterator[tuple[str, Any, dict[str, Any]]]:
     except Exception as error:  # Orbax raises whatever its storage raises
         raise InputError(f"{params} cannot be read: {_first_line(error)}") from error
     for path, info in infos.items():
-        store = {"driver": "ocdbt", "base": params.as_uri(), "path": f"{info.name}/"}
-        yield path, info, {"driver": "zarr3" if tree.use_zarr3 else "zarr", "kvstore": store}
+        spec = {"kvstore": {"driver": "ocdbt", "base": params.as_uri(), "path": f"{info.name}/"}}
+        if tree.use_zarr3:
+            yield path, info, spec | {"driver": "zarr3", "fill_missing_data_reads": False}
+        else:  # an earlier version left chunks of zeros out
+            yield path, info, spec | {"driver": "zarr"}
 
 
 def write_orbax(path: str | Path, checkpoint: Checkpoint) -> None:
@@ -170,7 +213,7 @@ def _lay_out(folder: Path, arrays: dict[str, LazyArray], metadata: dict[str, Any
         (np.ndarray, types.NumpyHandler(deepcopy_host_arrays=False)), (jax.Array, types.ArrayHandler())
     )
     handlers = {
-        "params": ocp.PyTreeCheckpointHandler(type_handler_registry=uncopied),
+        "params": tree_handler(type_handler_registry=uncopied),
         "metadata": ocp.JsonCheckpointHandler(),
     }
     options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
@@ -187,7 +230,8 @@ def _fill(spec: dict[str, Any], array: LazyArray) -> None:
     """Write an array chunk by chunk: as the one chunk that Orbax makes of it, it would be held twice more, encoded."""
     laid_out = tensorstore.open(spec, read=True).result().spec().to_json()
     chunk = _chunk_shape(array.shape, array.dtype.itemsize)
-    laid_out["metadata"]["chunks"] = chunk
+    laid_out["metadata"]["chunk_grid"]["configuration"]["chunk_shape"] = chunk
+    laid_out["store_data_equal_to_fill_value"] = True
     store = tensorstore.open(laid_out, create=True, delete_existing=True).result()
     x = array.read()
     for part in _parts(x.shape, chunk):

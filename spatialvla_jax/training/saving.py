@@ -24,7 +24,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 from tqdm import tqdm
 
-from spatialvla_jax.checkpoints.orbax import missing, step_directories
+from spatialvla_jax.checkpoints.orbax import missing, step_directories, tree_handler
 from spatialvla_jax.errors import InputError, StorageError
 from spatialvla_jax.training.optimizer import merge, split_frozen, swap_ema
 from spatialvla_jax.training.state import TrainState
@@ -34,7 +34,7 @@ from spatialvla_jax.utils.progress import warn
 FOLDER = "checkpoints"
 INCOMPLETE = "incomplete_checkpoints"  # beside it: those that a run found damaged
 # In the array store's errors: a file is missing, cut off or garbled.
-DAMAGE = ("NOT_FOUND", "OUT_OF_RANGE", "DATA_LOSS", "FAILED_PRECONDITION", "was not found")
+DAMAGE = ("NOT_FOUND", "OUT_OF_RANGE", "DATA_LOSS", "FAILED_PRECONDITION", "was not found", "Error decoding")
 
 
 @contextlib.contextmanager
@@ -100,7 +100,8 @@ class Checkpoints:
             enable_async_checkpointing=True,
             async_options=ocp.AsyncOptions(barrier_sync_fn=wait_unless_failed if several else None),
         )
-        return ocp.CheckpointManager(self.folder, options=options)
+        handlers = {"params": tree_handler(), "optimizer": tree_handler(), "metadata": ocp.JsonCheckpointHandler()}
+        return ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
 
     def latest(self) -> int | None:
         return self.manager.latest_step()
@@ -127,8 +128,8 @@ class Checkpoints:
         self.began = time.perf_counter()
         params, opt_state = self._saved(state)
         items = ocp.args.Composite(
-            params=ocp.args.StandardSave(params),
-            optimizer=ocp.args.StandardSave(opt_state),
+            params=ocp.args.PyTreeSave(params),
+            optimizer=ocp.args.PyTreeSave(opt_state),
             metadata=ocp.args.JsonSave({"step": step, **self.metadata}),
         )
         try:
@@ -200,16 +201,12 @@ class Checkpoints:
         warn(f"{step} is incomplete and was moved to {new}: {why}")
 
     def _restore(self, step: int, state: TrainState, shardings: TrainState) -> TrainState:
-        def target(tree: Any, sharding: Any) -> Any:
-            return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, sharding)
+        def target(tree: Any, sharding: Any) -> ocp.args.PyTreeRestore:
+            item = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, sharding)
+            return ocp.args.PyTreeRestore(item, restore_args=ocp.checkpoint_utils.construct_restore_args(item))
 
         params, optimizer = map(target, self._saved(state), self._saved(shardings))
-        restored = self.manager.restore(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(params), optimizer=ocp.args.StandardRestore(optimizer)
-            ),
-        )
+        restored = self.manager.restore(step, args=ocp.args.Composite(params=params, optimizer=optimizer))
         at = jax.device_put(np.int32(step), shardings.step)
         params, opt_state = swap_ema(restored["params"], restored["optimizer"])
         return TrainState(at, merge(params, split_frozen(state.params, self.left_out)[1]), opt_state)

@@ -1,5 +1,7 @@
 import json
+import random
 import resource
+import shutil
 import weakref
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,13 +13,21 @@ import orbax.checkpoint as ocp
 import pytest
 from helpers.checkpoints import equal
 
-from spatialvla_jax.checkpoints import Checkpoint, orbax, read_orbax, write_huggingface, write_orbax
+from spatialvla_jax.checkpoints import (
+    Checkpoint,
+    mapping,
+    orbax,
+    read_checkpoint,
+    read_orbax,
+    write_huggingface,
+    write_orbax,
+)
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.export.convert import cast
 
 
 def save_run(workdir, checkpoint, *, step=7, params=None, metadata=None):
-    """A checkpoint as training writes it: device arrays, with an optimizer."""
+    """A checkpoint as earlier versions of training wrote it: device arrays, with an optimizer, without checksums."""
     params = jax.tree.map(jnp.asarray, checkpoint.params() if params is None else params)
     facts = {"model": checkpoint.config.to_dict(), "processor": checkpoint.processor.to_dict(), "train_config": {}}
     items = ocp.args.Composite(
@@ -133,3 +143,75 @@ def test_metadata_is_what_training_writes(checkpoint, tmp_path):
     write_orbax(tmp_path / "run", checkpoint)
     metadata = json.loads((tmp_path / "run" / "checkpoints" / "0" / "metadata" / "metadata").read_text())
     assert metadata.keys() == {"step", "model", "processor", "train_config"} and metadata["step"] == 0
+
+
+def damages(content, rng, flips):
+    """(what, the file's content after it) of one file."""
+    yield from (("deleted", None), ("empty", b""), ("halved", content[: len(content) // 2]))
+    yield from (("zeros", bytes(len(content))), ("noise", rng.randbytes(len(content))))
+    for n in (rng.randrange(len(content)) for _ in range(flips)):
+        yield f"bit in byte {n}", content[:n] + bytes([content[n] ^ 1 << rng.randrange(8)]) + content[n + 1 :]
+
+
+def survives_damage(files, read, flips):
+    """Damages each of `files` in turn: `read` gives what it gave before, or raises one line. Returns {file: [(damage,
+    line)]} of those that raised."""
+    expected, rng, found = read(), random.Random(0), {}
+    for file in files:
+        content, found[file] = file.read_bytes(), []
+        for what, damaged in damages(content, rng, flips):
+            file.unlink() if damaged is None else file.write_bytes(damaged)
+            try:
+                assert read() == expected, (file, what)
+            except InputError as error:
+                assert "\n" not in str(error)
+                found[file].append((what, str(error)))
+        file.write_bytes(content)
+    return found
+
+
+def test_each_file_damaged_in_turn(tmp_path):
+    """Of a checkpoint as training writes it: refused in one line or, where the file is not needed, read as it was."""
+    tree = {"a": {"k": jax.random.normal(jax.random.key(0), (40, 30)), "z": jnp.zeros(5)}, "b": jnp.bfloat16([1, -0.0])}
+    handlers = {"params": orbax.tree_handler(), "metadata": ocp.JsonCheckpointHandler()}
+    items = ocp.args.Composite(params=ocp.args.PyTreeSave(tree), metadata=ocp.args.JsonSave({"step": 1}))
+    with ocp.CheckpointManager(tmp_path, item_handlers=handlers) as manager:
+        manager.save(1, args=items)
+    step = tmp_path / "1"
+
+    def read():
+        return {path: (x.shape, x.dtype, x.read().tobytes()) for path, x in orbax.open_params(step).items()}
+
+    assert read() == {p: (x.shape, x.dtype, np.asarray(x).tobytes()) for p, x in mapping.flatten(tree).items()}
+    files = sorted(file for file in step.rglob("*") if file.is_file())
+    found = survives_damage(files, read, flips=20)
+    for file, name in (
+        (step / "params" / "_METADATA", "_METADATA"),
+        (step / "params" / "manifest.ocdbt", "manifest.ocdbt"),
+    ):
+        assert found[file][0] == ("deleted", f"{step / 'params' / name} is missing or cut off")
+    data = max(files, key=lambda file: file.stat().st_size)
+    assert len(found[data]) > 20
+
+
+def test_a_flipped_bit_does_not_load(checkpoint, tmp_path):
+    """Nor in the files of a conversion."""
+    write_orbax(tmp_path / "run", checkpoint)
+    params = tmp_path / "run" / "checkpoints" / "0" / "params"
+    data = max(params.rglob("d/*"), key=lambda file: file.stat().st_size)
+    content = data.read_bytes()
+    for n in range(500, len(content), len(content) // 8):
+        data.write_bytes(content[:n] + bytes([content[n] ^ 1]) + content[n + 1 :])
+        with pytest.raises(InputError, match="params cannot be read at"):
+            read_orbax(tmp_path / "run").params()
+
+
+@pytest.mark.slow
+def test_each_file_of_a_run_damaged_in_turn(trained, tmp_path):
+    shutil.copytree(trained / "checkpoints" / "10", tmp_path / "checkpoints" / "10")
+    files = sorted(file for file in tmp_path.rglob("*") if file.is_file() and file.parent.name != "metadata")
+
+    def read():
+        return {path: x.read().tobytes() for path, x in read_checkpoint(tmp_path).arrays.items()}
+
+    assert survives_damage(files, read, flips=5)

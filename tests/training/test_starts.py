@@ -1,6 +1,7 @@
 """What a start finds wrong before the first step, and what it goes on from."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -55,7 +56,8 @@ def test_another_config_may_begin_where_no_checkpoint_was_written(run: Path) -> 
 
 
 def test_a_run_goes_on_from_the_last_complete_checkpoint(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A copy that was cut off lacks a directory, or files with numbers, or ends early in one; readers say so, too."""
+    """A copy that was cut off lacks a directory, or files with numbers, or ends early in one; readers say so, too. In
+    the last damage, a bit of a number has flipped."""
     step = run / "checkpoints" / "6"
     shutil.copytree(step, run / "whole")
     shutil.rmtree(step / "params")
@@ -76,13 +78,19 @@ def test_a_run_goes_on_from_the_last_complete_checkpoint(run: Path, capsys: pyte
         )
         (step / file).write_bytes(kept)
     shutil.rmtree(step)
-    for damage in (Path.unlink, lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])):
+
+    def flip_a_bit(file: Path) -> None:
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+
+    for damage in (Path.unlink, lambda file: os.truncate(file, file.stat().st_size // 2), flip_a_bit):
         shutil.copytree(run / "whole", step)
         for file in (step / "optimizer").rglob("d/*"):
             damage(file)
         assert start_of(run) == 3 and not step.exists()
         assert "its files are damaged" in capsys.readouterr().err
-    assert sorted(path.name for path in (run / "incomplete_checkpoints").iterdir()) == ["6", "6-2", "6-3"]
+    assert sorted(path.name for path in (run / "incomplete_checkpoints").iterdir()) == ["6", "6-2", "6-3", "6-4"]
 
 
 def test_a_config_that_cannot_be_read_is_taken_from_the_checkpoint(
