@@ -42,9 +42,12 @@ def test_the_only_dataset_needs_no_key(processor: Processor) -> None:
 
 
 def test_exports_have_the_published_names(processor: Processor) -> None:
-    known = replace(processor, statistics=processor.statistics | {"mine": {}}, versions={"toy": "1.0.0"})
+    statistics = processor.statistics | {"mine": processor.statistics["toy"]}
+    known = replace(processor, statistics=statistics, versions={"toy": "1.0.0"})
     assert Processor.from_dict(known.to_dict()).versions == {"toy": "1.0.0"}
     published = known.with_published_names()
     assert list(published.statistics) == ["toy/1.0.0", "mine"] and list(published.intrinsics) == ["toy/1.0.0"]
     assert published.find_statistics("toy") == known.find_statistics("toy")
     assert "versions" not in published.to_dict() and published.with_published_names() == published
+    with pytest.raises(InputError, match=r"versions\['toy'\]=1 is a whole number, and a text is expected"):
+        Processor.from_dict(known.to_dict() | {"versions": {"toy": 1}})
