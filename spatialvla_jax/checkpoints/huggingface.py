@@ -56,13 +56,17 @@ def read_huggingface(path: str | Path, ignore: Sequence[str] = ()) -> Checkpoint
     an array raises it for tensors that are not finite.
     """
     path = Path(path)
-    config = read_config(path / CONFIG)
-    chunk = read_json(path / CONFIG).get(EXTRA, {}).get("action_chunk")
-    config, processor = read_processor(path, config, chunk)
+    config, processor = read_description(path)
     kept = {key: tensor for key, tensor in open_published(path).items() if not key.startswith(tuple(ignore))}
     if ZOE_PREFIX in ignore and config.depth_source == "zoedepth":
         config = replace(config, depth_source="dataset")
     return Checkpoint(config, stacked_arrays(path, kept, param_shapes(config)), processor)
+
+
+def read_description(path: Path) -> tuple[SpatialVLAConfig, Processor | None]:
+    """What a published directory says of its model and its processor, apart from its weights. Raises InputError."""
+    config = read_config(path / CONFIG)
+    return read_processor(path, config, read_json(path / CONFIG).get(EXTRA, {}).get("action_chunk"))
 
 
 def open_zoedepth(path: Path) -> tuple[ZoeDepthConfig, dict[str, LazyArray]]:

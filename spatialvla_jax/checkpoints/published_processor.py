@@ -41,9 +41,11 @@ def read_processor(
     `chunk` is the chunk size that config.json states, or None. Raises InputError for files that do not agree with each
     other or with the model.
     """
-    where, processor = f"{path / PROCESSOR}: ", None
+    processor = None
     if (path / PROCESSOR).exists():
+        where = f"{path / PROCESSOR}: "
         processor = Processor.from_dict(read_json(path / PROCESSOR), where)
+        check_agreement(config, processor, where)
     if (path / RELEASE_PROCESSOR).exists():
         where = f"{path / RELEASE_PROCESSOR}: "
         data = read_json(path / RELEASE_PROCESSOR)
@@ -52,12 +54,10 @@ def read_processor(
         parts = _release_parts(data, where)
         if processor is None:
             processor = Processor(_release_tokenizer(path), **parts)
-        else:
-            _check_same(processor, parts, where)
+            check_agreement(config, processor, where)
+        _check_same(processor, parts, where)
     if (path / IMAGES).exists():
         _check_images(read_json(path / IMAGES), config, f"{path / IMAGES}: ")
-    if processor is not None:
-        check_agreement(config, processor, where)
     return config, processor
 
 
