@@ -99,7 +99,10 @@ def read_zoedepth(path: str | Path) -> tuple[ZoeDepthConfig, dict[str, LazyArray
 def load_grid(path: str | Path) -> ActionGrid | LinearGrid:
     """The grid of a file of `save_grid`, or of a checkpoint of any format that carries one. Raises InputError."""
     if Path(path).suffix == ".json" and Path(path).is_file():
-        return grid_from_dict(read_json(Path(path)), f"{path} holds no action grid: ")
+        try:
+            return grid_from_dict(read_json(Path(path)))
+        except InputError as error:
+            raise InputError(f"{path} holds no action grid: {error}") from error
     if (processor := read_checkpoint(path).processor) is None:
         raise InputError(f"{path} holds weights but no action grid")
     return jax.tree.map(np.asarray, processor.grid)
