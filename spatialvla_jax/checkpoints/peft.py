@@ -6,7 +6,8 @@ rank and alpha, how the base was adapted to the run's grid, and where the base i
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,16 +19,22 @@ from spatialvla_jax.actions import grid_to_dict
 from spatialvla_jax.checkpoints import safetensors_io as safetensors
 from spatialvla_jax.checkpoints.huggingface import unstacked_tensors, write_config, write_files, write_processor
 from spatialvla_jax.checkpoints.mapping import SPATIALVLA, Rule, axes_of_layout, check_arrays, param_shapes
-from spatialvla_jax.checkpoints.orbax import open_params, parse_metadata, read_metadata, step_directory
+from spatialvla_jax.checkpoints.orbax import METADATA, open_params, parse_metadata, read_metadata, step_directory
+from spatialvla_jax.checkpoints.processor import not_empty
+from spatialvla_jax.checkpoints.published_config import PART
 from spatialvla_jax.checkpoints.regrid import EMBEDDING, adapt_checkpoint
 from spatialvla_jax.checkpoints.types import Checkpoint, LazyArray, digest, recorded
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.models.lora import ADAPTERS, axes_of, is_linear, product
+from spatialvla_jax.models.fields import COUNT
+from spatialvla_jax.models.lora import ADAPTERS, adapter_shapes, axes_of, is_linear, product
 from spatialvla_jax.utils.atomic import new_directory, write_json
+from spatialvla_jax.utils.schema import Field, check_stored
 
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 SIGLIP, SIGLIP_5 = "vision_tower.vision_model.", "vision_tower."
 PEFT_PREFIX = "base_model.model."  # of every name in PEFT_WEIGHTS
+NAME = Field("", "", problem=not_empty)
+LORA = {"rank": COUNT, "alpha": Field(1.0, "", above=0, high=1e6), "base": PART, "adapt": PART}  # in a run's metadata
 
 
 @dataclass(frozen=True)
@@ -102,18 +109,43 @@ def read_adapters(path: str | Path, read: Callable[[Path], Checkpoint]) -> Adapt
     assert step is not None
     metadata = read_metadata(step)
     config, processor = parse_metadata(step, metadata)
-    facts = metadata["lora"]
+    facts = _facts(metadata, f"{step / METADATA}: ")
     base_path, what = Path(facts["base"]["path"]), f"{step} holds adapters of {facts['base']['path']}"
     if not base_path.exists():
         raise InputError(f"{what}, which does not exist: put it, or a link to it, there")
+    if (step_directory(base_path) or base_path).resolve() == step.resolve():
+        raise InputError(f"{what}, which is the run itself")
     base = _unchanged(what, read(base_path), facts["base"])
     adapted = base if processor is None else adapt_checkpoint(base_path, base, processor.grid, **facts["adapt"])
     trained = open_params(step)
+    check_arrays(step, trained, _trained_shapes(trained, param_shapes(config), facts["rank"]))
     scale = facts["alpha"] / facts["rank"]
     arrays = {path: _merged(path, array, trained, scale) for path, array in adapted.arrays.items()}
     check_arrays(step, arrays, param_shapes(config))
     whole = Checkpoint(config, arrays, processor)
     return AdapterRun(base_path, base, adapted, trained, facts["rank"], facts["alpha"], whole)
+
+
+def _facts(metadata: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """What the metadata say of the adapters. Raises InputError."""
+    facts = check_stored(check_stored(metadata, {"lora": PART}, where)["lora"], LORA, f"{where}lora.")
+    reference = {"digest": NAME} if "digest" in facts["base"] else {"grid": NAME, "digests": Field({}, "", items=NAME)}
+    base = check_stored(facts["base"], {"path": NAME, **reference}, f"{where}lora.base.")
+    adapt = check_stored(
+        facts["adapt"], {"embedding": Field(False, ""), "head": Field(False, "")}, f"{where}lora.adapt."
+    )
+    return facts | {"base": base, "adapt": adapt}
+
+
+def _trained_shapes(
+    trained: Iterable[str], shapes: Mapping[str, tuple[int, ...]], rank: int
+) -> dict[str, tuple[int, ...]]:
+    """The shapes of what was trained, by a model of these shapes: adapters in pairs, and arrays as they are."""
+    parts = (path.removeprefix(f"{ADAPTERS}/") for path in trained if path.startswith(f"{ADAPTERS}/"))
+    kernels = sorted({f"{re.escape(part.rpartition('/')[0])}$" for part in parts})
+    adapters = adapter_shapes(shapes, rank, kernels) if kernels else {}
+    whole = {path: shapes[path] for path in trained if path in shapes}
+    return {f"{ADAPTERS}/{path}": shape for path, shape in adapters.items()} | whole
 
 
 def _merged(path: str, array: LazyArray, trained: Mapping[str, LazyArray], scale: float) -> LazyArray:

@@ -93,6 +93,30 @@ def test_a_base_that_has_changed_leaves_nothing(adapted: Path, tmp_path: Path, o
     assert {p.name for p in tmp_path.iterdir()} == {"0", "1"}
 
 
+DAMAGES = {
+    "null rank": ({"rank": None}, "lora.rank=None is None, and a whole number is expected"),
+    "another rank": ({"rank": 8}, r"of another shape than its config says: lora/"),
+    "alpha": ({"alpha": float("nan")}, "lora.alpha=nan is not a finite number"),
+    "no base": ({"base": {}}, "lora.base.path is missing"),
+    "no digests": ({"base": {"path": ".", "grid": "0"}}, "lora.base.digests is missing"),
+    "adapt": ({"adapt": {"embedding": 1, "head": False}}, "lora.adapt.embedding=1 is a whole number"),
+}
+
+
+@pytest.mark.parametrize("changes, says", DAMAGES.values(), ids=DAMAGES)
+def test_bad_facts_of_adapters_are_named(adapted: Path, tmp_path: Path, changes: dict, says: str) -> None:
+    step = with_lora(adapted / "checkpoints" / "6", tmp_path / "6", **changes)
+    with pytest.raises(InputError, match=says):
+        read_checkpoint(step)
+
+
+def test_adapters_are_of_another_run(adapted: Path, tmp_path: Path) -> None:
+    base = read_metadata(adapted / "checkpoints" / "6")["lora"]["base"]
+    step = with_lora(adapted / "checkpoints" / "6", tmp_path / "6", base=base | {"path": str(tmp_path / "6")})
+    with pytest.raises(InputError, match="which is the run itself"):
+        read_checkpoint(step)
+
+
 def test_a_run_of_an_earlier_version_keeps_one_digest_of_its_base(adapted: Path, trained: Path, tmp_path: Path) -> None:
     step, base = adapted / "checkpoints" / "6", read_checkpoint(trained)
     assert base.processor is not None
