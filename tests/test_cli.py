@@ -101,7 +101,8 @@ def test_adapters_of_no_layer(trained: Path, config_file: Path, tmp_path: Path, 
         ("serve --checkpoint run --image-size 224", "argument --image-size: '224' is not HEIGHTxWIDTH"),
         ("serve --checkpoint run --image-size 5x5x3", "argument --image-size: '5x5x3' is not HEIGHTxWIDTH"),
         ("serve --checkpoint run --image-size 4097x5", "argument --image-size: '4097x5' is not HEIGHTxWIDTH"),
-        (f"evaluate --checkpoint run --batch-size {2**31}", "--batch-size: '2147483648' is not a whole number"),
+        ("evaluate --checkpoint run --batch-size 4097", "argument --batch-size: '4097' is more than 4096"),
+        (f"evaluate --checkpoint run --videos {2**31}", "argument --videos: '2147483648' is not a whole number"),
     ],
 )
 def test_numbers_out_of_range(capsys, argv: str, message: str) -> None:

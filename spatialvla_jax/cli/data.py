@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from spatialvla_jax.cli.arguments import Commands, add_command, add_group, add_output, count, path, positive
+from spatialvla_jax.cli.arguments import Commands, add_command, add_group, add_output, at_most, count, path, positive
 from spatialvla_jax.errors import Fault, InputError
 from spatialvla_jax.utils.outputs import OutputFile, OutputFolder, begins_with, has_keys, is_report
 
@@ -159,7 +159,7 @@ def add_depth(commands: Commands) -> None:
     add_output(p, "--out", DATASET, required=True, help="the copies are made in OUT/NAME/VERSION")
     p.add_argument("--split", action="append", help="may be repeated; by default every split")
     p.add_argument("--image-size", type=positive, help="pixels a side; by default the config's or the checkpoint's")
-    p.add_argument("--batch-size", type=positive, default=16, help="frames of one call of ZoeDepth")
+    p.add_argument("--batch-size", type=at_most(4096), default=16, help="frames of one call of ZoeDepth")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation")
     add_faults(p)
 

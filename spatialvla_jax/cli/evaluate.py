@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from spatialvla_jax.cli.arguments import UNCONSTRAINED, Commands, add_command, count, path, positive, task_ids
+from spatialvla_jax.cli.arguments import UNCONSTRAINED, Commands, add_command, at_most, count, path, positive, task_ids
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.utils.outputs import OutputFolder
 
@@ -29,7 +29,7 @@ def add(commands: Commands) -> None:
     p.add_argument("--checkpoint", type=path, help="run directory, one of its steps, or an export; by default --server")
     p.add_argument("--config", help="names the data; by default the one that the run was trained with")
     p.add_argument("--split", default="val", help="of the data")
-    p.add_argument("--batch-size", type=positive, default=32, help="frames of one call of the policy")
+    p.add_argument("--batch-size", type=at_most(4096), default=32, help="frames of one call of the policy")
     p.add_argument("--unconstrained", action="store_true", help=UNCONSTRAINED)
     group = p.add_argument_group("closed loop (extra [sim])")
     group.add_argument(
@@ -106,6 +106,7 @@ def run_closed_loop(args: argparse.Namespace) -> None:
     from spatialvla_jax.checkpoints import fingerprint
     from spatialvla_jax.evaluation import closed_loop
     from spatialvla_jax.inference.policy import Policy
+    from spatialvla_jax.serving.access import read_token
     from spatialvla_jax.serving.client import Client
     from spatialvla_jax.sim import libero_env as libero
     from spatialvla_jax.utils.dataset_keys import find_key
@@ -123,7 +124,7 @@ def run_closed_loop(args: argparse.Namespace) -> None:
     settings = closed_loop.Settings(libero.MAX_STEPS, args.execute, min(args.workers, len(episodes)))
     extra = {"unnorm_key": args.unnorm_key} if args.unnorm_key else {}
     if args.server:
-        token = os.environ.get("SPATIALVLA_TOKEN", "")
+        token = read_token()
         keys, depth, size = told(args.server, Client(args.server, token).metadata)
         name, depth, size = args.server, depth or "depth" in (args.observation_keys or ()), args.image_size or size
         how = {"keys": args.observation_keys, "gripper_closes": args.gripper_closes}

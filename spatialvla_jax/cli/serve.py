@@ -12,6 +12,8 @@ from spatialvla_jax.errors import InputError
 if TYPE_CHECKING:
     from spatialvla_jax.inference.policy import Policy
 
+CACHE = Path("~/.cache/spatialvla_jax/compiled")
+
 
 def add(commands: Commands) -> None:
     p = add_command(
@@ -54,7 +56,7 @@ def add(commands: Commands) -> None:
     p.add_argument(
         "--compile-cache",
         type=path,
-        default=Path("~/.cache/spatialvla_jax/compiled"),
+        default=CACHE,
         help="where compiled programs are kept: the second start is quick",
     )
 
@@ -64,6 +66,8 @@ def run_serve(args: argparse.Namespace) -> None:
     import logging
 
     from spatialvla_jax.serving.access import read_token
+    from spatialvla_jax.utils.outputs import OutputFolder
+    from spatialvla_jax.utils.progress import warn
 
     try:
         from spatialvla_jax.serving.server import Limits, Server, run
@@ -78,13 +82,23 @@ def run_serve(args: argparse.Namespace) -> None:
     )
     logging.getLogger("websockets.server").setLevel(logging.CRITICAL)  # a stranger's broken handshake is no event
 
+    cache = args.compile_cache
+    try:
+        OutputFolder(names=()).check(cache, "--compile-cache")
+    except InputError as error:
+        if cache != CACHE.expanduser():
+            raise
+        warn(f"{error}; programs are compiled anew at every start")
+        cache = None
+
     def load() -> "Policy":
         from spatialvla_jax.inference.policy import Policy
         from spatialvla_jax.utils.compilation_cache import share_compilations
         from spatialvla_jax.utils.malloc import limit_heaps
 
         limit_heaps()
-        share_compilations(args.compile_cache)
+        if cache:
+            share_compilations(cache)
         options = {"dtype": args.dtype, "quantize": args.quantize, "speculate": args.speculate}
         return Policy.load(args.checkpoint, constrained=not args.unconstrained, **options)
 

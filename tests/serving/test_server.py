@@ -283,6 +283,7 @@ def test_bad_arguments_end_the_command_before_it_loads(tmp_path: Path, capsys, m
             (["--host", "0.0.0.0"], "serving on it needs a token"),
             (["--token-file", str(tmp_path / "none")], "token file"),
             (["--execute", "sometimes"], "execution 'sometimes' is not known"),
+            (["--compile-cache", __file__], "--compile-cache"),
             (["--port", port], f"port {port} of host 127.0.0.1 cannot be opened: Address already in use"),
         ]:
             assert main(["serve", "--checkpoint", "run", *arguments]) == 2
