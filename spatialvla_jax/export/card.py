@@ -38,9 +38,11 @@ The directory also suits the release, the PyTorch code that was published with S
 put its `action_tokenizer.py`, `configuration_spatialvla.py`, `modeling_gemma2.py`, `modeling_spatialvla.py` and
 `processing_spatialvla.py` over the Python files here. {verdict}
 
-The release's processor takes a prompt as it is given, and this model was trained on `{template}`
-with the instruction in lower case and without spaces around it. That processor also resizes images bicubically (here:
-Lanczos, as in training), and its model chooses every token from the whole vocabulary (here: from those of its kind).
+Load it there with `torch_dtype=torch.bfloat16`, which the release's `predict_action` needs, and give it one image at a
+time: its ZoeDepth lets the images of a batch change each other's depth. Its processor takes a prompt as it is given.
+This model was trained on `{template}`, with the instruction in lower case and without spaces around it. That processor
+also resizes images bicubically (here: Lanczos, as in training), and its model chooses every token from the whole
+vocabulary (here: from those of its kind).
 """
 EXAMPLE = """\
 processor = AutoProcessor.from_pretrained(directory, trust_remote_code=True)

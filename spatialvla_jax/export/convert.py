@@ -57,7 +57,7 @@ class Conversion(TypedDict):
     bytes: int
     bit_exact: bool
     verification: Verification | str  # what `verify` found, or the sentence that says why it was not run
-    release_differences: list[str]  # why the published model's own code does not act as a PyTorch export does
+    release_differences: list[str]  # why the published model's own code does not act as what was written for PyTorch
     seconds: float
 
 
@@ -134,7 +134,7 @@ def _convert_to_peft(src: str | Path, dst: str | Path, start: float) -> Conversi
         "bytes": sum(x.nbytes for x in stored.values()),
         "bit_exact": {name: digest(x.read()) for name, x in stored.items()} == digests,
         "verification": "adapters alone: their bytes were read back and compared",
-        "release_differences": [],
+        "release_differences": release_differences(run.whole.config, run.whole.processor),
         "seconds": round(time.perf_counter() - start, 3),
     }
 

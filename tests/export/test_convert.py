@@ -48,13 +48,17 @@ def test_the_published_model_with_zoedepth(golden, tmp_path):
         np.testing.assert_array_equal(after[key].view("u4"), x.view("u4"), key, strict=True)
 
 
-def test_an_export_says_what_the_release_cannot_run(checkpoint, golden, tmp_path):
+def test_an_export_says_what_the_release_cannot_run(checkpoint, golden, tmp_path, capsys):
     """On conversion, and in its card, which names data, template and parameters too."""
     write_pytorch(tmp_path / "source", checkpoint)
-    figures = convert(tmp_path / "source", tmp_path / "out", to="pytorch", verify=False)
+    assert main(["convert", str(tmp_path / "source"), str(tmp_path / "out"), "--to", "pytorch", "--no-verify"]) == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    figures = json.loads(last)
     card = (tmp_path / "out" / "README.md").read_text()
     assert len(figures["release_differences"]) == 2
-    assert all(f"- {sentence}\n" in card for sentence in figures["release_differences"])
+    for sentence in figures["release_differences"]:
+        assert f"- {sentence}\n" in card
+        assert f"in the release's own code it acts differently: {sentence}" in lines
     assert checkpoint.processor.prompt_template in card and "unnorm_key='toy'" in card and "| 90,160 |" in card
     assert "There it acts as here." in model_card(read_huggingface(golden))
 
