@@ -35,8 +35,10 @@ class SimulatedWidowX:
         )
         return {"image": image, "depth": depth, "intrinsics": intrinsics}
 
-    def act(self, action: np.ndarray) -> None:
+    def act(self, action: np.ndarray | None) -> None:
         """One step of dx, dy, dz, droll, dpitch, dyaw and the gripper; steps above 5 cm are cut."""
+        if action is None or np.shape(action) != (7,) or not np.isfinite(action).all():
+            raise SystemExit(f"an action is seven finite numbers, got {action}")
         self.position = np.clip(self.position + np.clip(action[:3], -0.05, 0.05), self.low, self.high)
         self.rotation, self.gripper = self.rotation + action[3:6], float(action[6] > 0.5)
 
@@ -47,7 +49,7 @@ def control(robot: SimulatedWidowX, client: WebsocketClientPolicy, prompt: str, 
     client.infer({"reset": True})
     for _ in range(steps):
         due = time.monotonic() + 1 / hertz
-        robot.act(policy.infer({**robot.observe(), "prompt": prompt})["actions"])
+        robot.act(policy.infer({**robot.observe(), "prompt": prompt}).get("actions"))
         time.sleep(max(0.0, due - time.monotonic()))
 
 

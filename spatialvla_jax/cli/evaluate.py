@@ -133,6 +133,7 @@ def run_closed_loop(args: argparse.Namespace) -> None:
     else:
         policy = Policy.load(args.checkpoint, constrained=not args.unconstrained)
         name = fingerprint(args.checkpoint) + (", unconstrained" if args.unconstrained else "")
+        policy.processor.find_statistics(args.unnorm_key)  # raises now what it would raise at every step
         keys, depth = list(policy.processor.statistics), policy.model.config.depth_source == "dataset"
         size = args.image_size or policy.model.config.img.image_size
         infer = closed_loop.padded(policy.infer_batch, settings.workers, **extra)

@@ -31,9 +31,7 @@ from spatialvla_jax.utils.atomic import write_json
 from spatialvla_jax.utils.tables import text_table
 
 ATTEMPTS = 3  # of an episode whose environment or server fails; then it has failed
-PATIENCE = (
-    10  # faults beyond the number of episodes that ended without, before the run ends: something is wrong with all
-)
+PATIENCE = 10  # the run ends once there are so many more faults than episodes without: something is wrong with all
 
 
 class Episode(NamedTuple):
@@ -92,9 +90,10 @@ def rollouts(
 
     `environment` is called in every worker process (spawned, so it must pickle). A record has "success", "steps",
     "instruction", "actions" (a checksum of all that were executed) and "faults": what went wrong with the environment
-    or the policy, and at which step. No fault leads to an action. The episode begins anew; after `ATTEMPTS` faults, or
-    one where the policy's numbers are not finite and would be so again, it has failed. Raises the environment's
-    InputError, and FaultsError when faults are the rule.
+    or the policy, and at which step: a crash, a hang, an observation that the policy or its server refuses, a reply
+    without finite actions. No fault leads to an action. The episode begins anew; after `ATTEMPTS` faults, or one where
+    the policy's numbers are not finite and would be so again, it has failed. Raises the environment's InputError, and
+    FaultsError when faults are the rule.
     """
     waiting, finished, faults = deque(episodes), 0, 0
     workers = [_Worker(environment, settings, i) for i in range(min(settings.workers, len(episodes)))]
@@ -396,8 +395,8 @@ def table(result: dict[str, Any]) -> str:
 
 def padded(infer_batch: Callable[[list[dict]], list[dict]], size: int, **extra: Any) -> Infer:
     """A policy in this process, always called with `size` observations: one compiled program, whose answer to an
-    observation does not depend on the rest of the batch. `extra` is added to each. Observations for which the policy's
-    numbers are not finite get the NonFiniteError, the others are asked again."""
+    observation does not depend on the rest of the batch. `extra` is added to each. Observations that the policy refuses
+    or for which its numbers are not finite get the InputError, and the others are asked again."""
 
     def infer(observations: list[dict], workers: list[int]) -> list[dict | InputError]:
         full = [{key: value for key, value in one.items() if key != "reset"} | extra for one in observations]
@@ -411,6 +410,8 @@ def padded(infer_batch: Callable[[list[dict]], list[dict]], size: int, **extra: 
         except NonFiniteError as error:
             answered = iter(ask([one for one, finite in zip(full, error.finite, strict=False) if finite]))
             return [next(answered) if finite else error for finite in error.finite[: len(full)]]
+        except InputError as error:  # which does not say whose it is
+            return [error] if len(full) == 1 else [ask([one])[0] for one in full]
 
     return infer
 

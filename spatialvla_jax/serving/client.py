@@ -8,8 +8,12 @@ while not done:
     robot.act(agent.step(observation))                       # f32[7]: dx dy dz droll dpitch dyaw gripper
 """
 
+import math
+import socket
+import struct
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -121,6 +125,10 @@ class Client:
                 if not isinstance(error, ConnectionRefusedError) or time.monotonic() >= self.started:
                     raise InputError(f"there is no policy server at {self.address}: {error}") from error
                 time.sleep(0.2)
+        # websockets sends without a time limit, and a server that no longer reads would stop the robot for ever.
+        patience = struct.pack("ll", math.ceil(max(1.0, self.timeout)), 0)
+        with suppress(OSError):  # the server has closed already, as the first reply will tell
+            self.connection.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, patience)
         try:
             return self._receive()
         except InputError:
@@ -139,7 +147,7 @@ class Client:
             reply = self.connection.recv(max(self.timeout, self.started - time.monotonic()))
         except BaseException as error:
             self.close()  # or a late reply would be taken for the reply to the next message
-            if isinstance(error, TimeoutError):
+            if isinstance(error, TimeoutError) or isinstance(error.__cause__, BlockingIOError):
                 raise InputError(f"{self.address}: no reply in {self.timeout:g} s") from None
             if isinstance(error, ConnectionClosed):
                 raise InputError(f"{self.address} has closed the connection: {error}") from None

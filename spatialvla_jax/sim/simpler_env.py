@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Shaped, UInt8
+from jaxtyping import Float, UInt8
 from scipy.spatial.transform import Rotation
 
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.inference.action_chunking import chunk_of, recent
+from spatialvla_jax.utils.camera import as_array, kind_of
 
 # The dataset whose units a robot's actions have, as the released checkpoints and our exports name it. Runs of ours name
 # it without the version, which is the same key.
@@ -50,7 +51,7 @@ class SimplerPolicy:
         self.image_size, self.action_scale, self.sticky_steps = image_size, action_scale, sticky_steps
         self.reset("")
 
-    def reset(self, task_description: str) -> None:
+    def reset(self, task_description: str | None) -> None:
         """Begins an episode."""
         self.task_description = task_description
         self._chunks: list[np.ndarray] = []  # newest first
@@ -69,7 +70,7 @@ class SimplerPolicy:
         """
         if task_description is not None and task_description != self.task_description:
             self.reset(task_description)
-        if not self.task_description.strip():
+        if not isinstance(self.task_description, str) or not self.task_description.strip():
             raise InputError("the policy needs a task description before its first step: call reset(task_description)")
         observation = {"image": area_resize(image, self.image_size), "prompt": self.task_description}
         chunk = chunk_of(self.infer(observation | {"unnorm_key": self.unnorm_key}), action_dim=7).astype(np.float64)
@@ -118,10 +119,11 @@ class SimplerPolicy:
         FigureCanvasAgg(figure).print_figure(Path(save_path))
 
 
-def area_resize(image: Shaped[np.ndarray, "H W 3"], size: int) -> UInt8[np.ndarray, "S S 3"]:
+def area_resize(image: Any, size: int) -> UInt8[np.ndarray, "S S 3"]:
     """Every pixel the mean of the area that it covers, as OpenCV's INTER_AREA shrinks. Raises InputError."""
-    if image.dtype != np.uint8 or image.ndim != 3:
-        raise InputError(f"the image must be uint8[H, W, 3], got {image.dtype}{list(image.shape)}")
+    array = as_array(image)
+    if array is None or array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] != 3 or not array.size:
+        raise InputError(f"the image must be uint8[H, W, 3], got {kind_of(array)}")
 
     def shares(length: int) -> np.ndarray:
         """[S, length]: how much of a new pixel each old one is."""
@@ -129,6 +131,6 @@ def area_resize(image: Shaped[np.ndarray, "H W 3"], size: int) -> UInt8[np.ndarr
         covered = np.clip(edges - np.arange(length), 0, 1)
         return np.diff(covered, axis=0) * (size / length)
 
-    H, W, _ = image.shape
-    resized = np.einsum("ih,hwc,jw->ijc", shares(H), image.astype(np.float64), shares(W), optimize=True)
+    H, W, _ = array.shape
+    resized = np.einsum("ih,hwc,jw->ijc", shares(H), array.astype(np.float64), shares(W), optimize=True)
     return np.clip(np.rint(resized), 0, 255).astype(np.uint8)

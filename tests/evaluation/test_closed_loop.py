@@ -169,31 +169,39 @@ def direct(observations, workers):
 
 
 class Lost(Policy):
-    """Has no finite numbers for task 1, and says so for the whole batch."""
+    """Has no actions for task 1, and raises an error for the whole batch."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
 
     def infer_batch(self, observations):
         finite = [observation["prompt"] != "go to 1" for observation in observations]
         if not all(finite):
             self.sizes.append(len(finite))
-            raise NonFiniteError(finite)
+            raise self.error(finite)
         return super().infer_batch(observations)
 
 
-def test_numbers_that_are_not_finite_end_their_own_episode_alone(first, tmp_path):
-    policy = Lost()
+@pytest.mark.parametrize(
+    ("error", "reason", "attempts"),
+    [(NonFiniteError, "NaN or infinite", 1), (lambda _: InputError("depth is negative"), "depth is negative", 3)],
+    ids=["not finite", "refused"],
+)
+def test_an_observation_without_an_action_ends_its_own_episode_alone(first, tmp_path, error, reason, attempts):
+    policy = Lost(error)
     result = run(tmp_path, policy)
     records, expected = lines(tmp_path), lines(first[0])
     for key, record in records.items():
         if key[0] == 1:
-            (fault,) = record["faults"]
-            assert fault["step"] == record["steps"] == 0 and "NaN or infinite" in fault["reason"]
-            assert not record["success"]
+            assert record["steps"] == 0 and not record["success"] and len(record["faults"]) == attempts
+            assert all(fault["step"] == 0 and reason in fault["reason"] for fault in record["faults"])
         else:
             assert record["actions"] == expected[key]["actions"] and record["success"] == expected[key]["success"]
     assert set(policy.sizes) == {3}, "always one compiled program"
-    assert result["faults"] == 4 and "4 times an environment crashed or hung, or the policy had no action" in table(
-        result
-    )
+    faults = 4 * attempts
+    assert result["faults"] == faults
+    assert f"{faults} times an environment crashed or hung, or the policy had no action" in table(result)
 
 
 @pytest.mark.parametrize(
@@ -316,6 +324,14 @@ def test_a_server_is_asked_by_one_connection_a_worker(monkeypatch):
 def test_bad_arguments_are_one_sentence(capsys, arguments, sentence):
     assert main(["evaluate", *arguments]) == 2
     assert sentence in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_an_unknown_dataset_is_refused_before_anything_is_written(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("spatialvla_jax.sim.libero_env.check_simulator", lambda: None)  # not needed to refuse it
+    command = ["evaluate", "--closed-loop", "libero_goal", "--checkpoint", str(trained), "--unnorm-key", "fractal"]
+    assert main([*command, "--out", str(tmp_path / "out")]) == 2
+    assert "'fractal' is not a dataset of this policy" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_libero_episodes_start_from_every_official_state_once():

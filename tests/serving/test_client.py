@@ -10,6 +10,7 @@ import msgpack
 import numpy as np
 import pytest
 from openpi_client import msgpack_numpy
+from websockets.server import ServerProtocol
 from websockets.sync.client import connect
 from websockets.sync.server import serve
 
@@ -216,6 +217,30 @@ def test_a_client_sends_and_gets_arrays(address: str) -> None:
         with pytest.raises(InputError, match=r"a message holds numbers|cannot be packed"):
             client.infer({"image": image, "prompt": unfit})
     client.close()
+
+
+def test_a_server_that_no_longer_reads_does_not_hold_a_client_for_ever() -> None:
+    """What it is sent is more than the system keeps for it."""
+    done = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def greet() -> None:
+            peer, protocol = listener.accept()[0], ServerProtocol()
+            while not (requests := protocol.events_received()):
+                protocol.receive_data(peer.recv(1 << 16))
+            protocol.send_response(protocol.accept(requests[0]))
+            protocol.send_binary(pack(METADATA))
+            peer.sendall(b"".join(protocol.data_to_send()))
+            done.wait(60)
+            peer.close()
+
+        threading.Thread(target=greet, daemon=True).start()
+        client = Client(f"ws://127.0.0.1:{listener.getsockname()[1]}", timeout=0.5)
+        try:
+            with pytest.raises(InputError, match=r"no reply in 0\.5 s"):
+                client.infer({"image": np.zeros(30 << 20, np.uint8), "prompt": "go"})
+        finally:
+            done.set()
 
 
 @pytest.mark.parametrize("greeting", ["busy", b"\xc1", msgpack.packb([]), None])

@@ -101,8 +101,9 @@ def test_shrinking_by_area():
     row = np.repeat(np.array([[10, 20, 30, 40, 50]], np.uint8)[..., None], 3, axis=2)
     resized = area_resize(np.repeat(row, 5, axis=0), 2)
     np.testing.assert_array_equal(resized[0, :, 0], [18, 42])  # (10 + 20 + 15) / 2.5, (15 + 40 + 50) / 2.5
-    with pytest.raises(InputError, match="uint8"):
-        area_resize(image.astype(np.float32), 2)
+    for unfit in (image.astype(np.float32), image[:0], image[..., :2], image[0], None, [[1], [2, 3]]):
+        with pytest.raises(InputError, match=r"must be uint8\[H, W, 3\], got"):
+            area_resize(unfit, 2)
 
 
 @pytest.mark.parametrize("setup", UNNORM_KEYS)
@@ -136,6 +137,9 @@ def test_a_step_without_a_task_asks_for_one():
     for task in (None, "", " "):
         with pytest.raises(InputError, match="call reset"):
             model.step(IMAGE, task)
+        model.reset(task)
+        with pytest.raises(InputError, match="call reset"):
+            model.step(IMAGE)
 
 
 def test_the_runner_gets_its_picture(tmp_path):
