@@ -36,7 +36,11 @@ TABLE, HEAD = "llm/embedder/input_embedding", "llm/lm_head"
 def is_paligemma(path: Path) -> bool:
     """Whether `path` is a PaliGemma: a Hugging Face directory by its `model_type`, a .npz without our own facts."""
     if path.is_file():
-        return zipfile.is_zipfile(path) and f"{FACTS}.npy" not in zipfile.ZipFile(path).namelist()
+        try:
+            with zipfile.ZipFile(path) as archive:
+                return f"{FACTS}.npy" not in archive.namelist()
+        except Exception:  # of a damaged file: its reader says so
+            return False
     return (path / CONFIG).exists() and read_json(path / CONFIG).get("model_type") == "paligemma"
 
 

@@ -1,8 +1,17 @@
+import random
+
 import numpy as np
 import pytest
 from helpers.checkpoints import equal
 
-from spatialvla_jax.checkpoints import read_big_vision, read_huggingface, write_big_vision, write_huggingface
+from spatialvla_jax.checkpoints import (
+    read_big_vision,
+    read_checkpoint,
+    read_huggingface,
+    write_big_vision,
+    write_huggingface,
+)
+from spatialvla_jax.checkpoints.big_vision import open_npz
 from spatialvla_jax.checkpoints.mapping import flatten
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.export.convert import cast, convert
@@ -54,6 +63,26 @@ def test_bad_files_are_named(checkpoint, tmp_path):
     with pytest.raises(InputError, match="exists"):
         write_big_vision(tmp_path / "model.npz", checkpoint)
     assert (tmp_path / "model.npz").read_bytes() == data
+
+
+def test_a_flipped_bit_does_not_load(tmp_path):
+    """In the archive's own records and in what it holds: refused in one line, or the same arrays."""
+    path, rng = tmp_path / "model.npz", random.Random(0)
+    arrays = {"params/a": np.arange(12, dtype=np.float32).reshape(3, 4), "params/b": np.ones(5, np.float16)}
+    np.savez(path, **arrays, spatialvla_jax="{}")
+    whole, refused = path.read_bytes(), 0
+    for n in range(0, len(whole), 3):
+        path.write_bytes(whole[:n] + bytes([whole[n] ^ 1 << rng.randrange(8)]) + whole[n + 1 :])
+        with pytest.raises(InputError) as raised:  # in any case, as it says of no model what it is
+            read_checkpoint(path)
+        assert "\n" not in str(raised.value)
+        try:
+            read = {f"params/{name}": x.read() for name, x in open_npz(path).items()}
+        except InputError:
+            refused += 1
+        else:
+            assert all(name not in arrays or np.array_equal(x, arrays[name]) for name, x in read.items())
+    assert refused > 0.1 * len(whole) / 3
 
 
 def test_big_vision_reads_what_we_write(checkpoint, tmp_path):
