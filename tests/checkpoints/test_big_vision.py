@@ -51,11 +51,16 @@ def test_bad_files_are_named(checkpoint, tmp_path):
     middle = len(data) // 2
     (tmp_path / "damaged.npz").write_bytes(data[:middle] + bytes(64) + data[middle + 64 :])
     np.savez(tmp_path / "other.npz", **{"params/img/x": np.zeros(3, np.float32)})
+    array = {"params/img/x": np.zeros(3, np.float32)}
+    np.savez(tmp_path / "cut.npz", **array, spatialvla_jax=np.array("{"))
+    np.savez(tmp_path / "list.npz", **array, spatialvla_jax=np.array("[]"))
     np.savez(tmp_path / "ints.npz", **{"params/img/x": np.zeros(3, np.int32)})
     for name, says in [
         ("short.npz", r"short\.npz is not a whole \.npz file"),
         ("damaged.npz", r"damaged\.npz cannot be read at params/"),
         ("other.npz", "holds no SpatialVLA"),
+        ("cut.npz", r"cut\.npz cannot be read at spatialvla_jax: "),
+        ("list.npz", r"list\.npz: spatialvla_jax is \[\], and a dict is expected"),
         ("ints.npz", r"1 tensor of another dtype than float32, float16, bfloat16: img/x \(int32\)"),
     ]:
         with pytest.raises(InputError, match=says):

@@ -236,6 +236,7 @@ CASES = [  # (file, path, value, words in the sentence)
     (IMAGES, ("rescale_factor",), 1.0, "rescale_factor=1.0 is not supported"),
     (IMAGES, ("image_seq_length",), 256, "image_seq_length=256 is not supported: it must be 16"),
     # An Orbax run's, and a .npz file's.
+    (STORED, ("processor",), [], "metadata: processor=[] is a list, and a dict is expected"),
     (STORED, ("model",), None, "metadata: model=None is None, and a dict is expected"),
     (STORED, ("model", "llm", "num_heads"), MISSING, "model.llm.num_heads is missing"),
     (STORED, ("model", "llm", "num_headz"), 4, "model.llm.num_headz is no field of the model; did you mean num_heads?"),
@@ -274,6 +275,7 @@ HONOURED = [  # (file, path, value, field of the config, its value)
     (CONFIG, ("spatialvla_jax", "action_chunk"), MISSING, "action_chunk", 3),  # processor_config.json has it
     (CONFIG, ("spatialvla_jax",), MISSING, "dtype", "float32"),
     (STORED, ("model", "mask"), "prefix", "mask", "prefix"),
+    (STORED, ("processor", *ACTION, "min", 0), -3.5e36, "mask", "causal"),  # as in a published dataset
 ]
 
 

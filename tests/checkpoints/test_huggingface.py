@@ -67,15 +67,28 @@ def test_bfloat16_in_shards(checkpoint, tmp_path):
 def test_config_of_the_published_model(golden):
     """The released 4 B config leaves fields to the defaults of transformers; ours must come out all the same."""
     published = {
+        "model_type": "spatialvla",
+        "_vocab_size": 265347,
+        "action_token_begin_idx": 257153,
+        "ego3d_patch_reso": 2,
+        "hidden_size": 2048,  # PaliGemma's first, which nothing reads
         "image_token_index": 257152,
+        "n_freqs": 8,
+        "num_hidden_layers": 26,
+        "projection_dim": 2304,
         "spatial_token_num": 8194,
+        "use_spatial_token": True,
         "torch_dtype": "bfloat16",
         "use_vision_zoe": True,
         "vision_zoe_config": config_to_published(preset("spatialvla-4b-224"), set())["vision_zoe_config"],
         "text_config": {
+            "eos_token_id": [1, 107],
+            "hidden_act": "gelu_pytorch_tanh",
             "hidden_size": 2304,
             "intermediate_size": 9216,
             "num_hidden_layers": 26,
+            "num_image_tokens": 256,
+            "tie_word_embeddings": False,
             "num_key_value_heads": 4,
             "vocab_size": 265347,
         },
@@ -84,7 +97,11 @@ def test_config_of_the_published_model(golden):
             "intermediate_size": 4304,
             "num_attention_heads": 16,
             "num_hidden_layers": 27,
+            "num_image_tokens": 256,
+            "num_positions": 256,
             "patch_size": 14,
+            "projection_dim": 2304,
+            "vision_use_head": False,
         },
     }
     assert config_from_published(published) == preset("spatialvla-4b-224")

@@ -1,5 +1,7 @@
 """PaliGemma 2 and ZoeDepth as the start of a SpatialVLA, against transformers."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -176,6 +178,27 @@ def test_what_is_no_paligemma_is_named(tmp_path, golden):
         start_from_paligemma(tmp_path / "x.npz")
     with pytest.raises(InputError, match=r"config\.json: model_type='spatialvla' is not supported: it must be 'palig"):
         start_from_paligemma(golden)
+
+
+CHANGES = {
+    "PaliGemma 1": ({"text_config": {"model_type": "gemma"}}, "text_config.model_type='gemma' is not supported"),
+    "no text": ({"text_config": None}, "text_config=None is None, and a dict is expected"),
+    "image token": (
+        {"image_token_index": TEXT_VOCAB + SPARE + 1},
+        "image_token_index=41 is not in the vocabulary of 40",
+    ),
+    "a pooling head": ({"vision_config": {"vision_use_head": True}}, "vision_use_head=True is not supported"),
+    "a patch size": ({"vision_config": {"patch_size": 0}}, "vision_config.patch_size=0 is below 1"),
+}
+
+
+@pytest.mark.parametrize("changes, says", CHANGES.values(), ids=CHANGES)
+def test_configs_of_other_models_are_named(reference, tmp_path, changes, says):
+    config = json.loads(reference.config.to_json_string())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "paligemma", **changes}))
+    with pytest.raises(InputError, match=says) as raised:
+        start_from_paligemma(tmp_path)
+    assert f"{tmp_path / 'config.json'}: " in str(raised.value)
 
 
 def test_the_start_trains(reference, tmp_path):
