@@ -88,7 +88,10 @@ def render(instruction: str, template: str) -> str:
 
 def template_problem(template: str) -> str:
     """What is wrong with a prompt's template, or ""."""
-    return "" if "{instruction}" in template else "must contain {instruction}"
+    if "{instruction}" not in template:
+        return "must contain {instruction}"
+    surrogate = any("\ud800" <= character <= "\udfff" for character in template)
+    return "must be Unicode text, without half of a surrogate pair" if surrogate else ""
 
 
 def train_tokenizer(instructions: Iterable[str], vocab_size: int, *, template: str = "{instruction}") -> Tokenizer:

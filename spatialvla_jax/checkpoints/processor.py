@@ -170,3 +170,9 @@ def check_agreement(config: SpatialVLAConfig, processor: Processor, where: str) 
         raise InputError(f"{where}the grid encodes an action with {counts}")
     if pieces > config.text_vocab:
         raise InputError(f"{where}the tokenizer has {pieces} pieces, and the model {config.text_vocab} text tokens")
+    template, length = processor.prompt_template, config.prompt_length
+    try:
+        processor.tokenizer.encode_prompt("", template=template, length=length)
+    except InputError as error:
+        why = f"does not fit the model's prompt_length, {length}, without any instruction"
+        raise InputError(f"{where}prompt_template={shown(template)} {why}") from error

@@ -186,6 +186,8 @@ CASES = [  # (file, path, value, words in the sentence)
     (OURS, ("tokenizer",), "…", "is no base64"),
     (OURS, ("tokenizer",), "", "tokenizer: The tokenizer is not a SentencePiece model"),
     (OURS, ("prompt_template",), "do it", "prompt_template='do it' must contain {instruction}"),
+    (OURS, ("prompt_template",), "\ud800 {instruction}", "must be Unicode text, without half of a surrogate pair"),
+    (OURS, ("prompt_template",), "open " * 50 + "{instruction}", "does not fit the model's prompt_length, 24, without"),
     (OURS, ("prompt_template",), None, "is None, and a text is expected"),
     (OURS, ("grid", "kind"), "cubic", "grid.kind='cubic' is none of spherical, linear"),
     (OURS, ("grid", "theta"), None, "grid.theta=None is None, and a list is expected"),
