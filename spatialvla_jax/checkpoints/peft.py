@@ -17,13 +17,19 @@ import numpy as np
 
 from spatialvla_jax.actions import grid_to_dict
 from spatialvla_jax.checkpoints import safetensors_io as safetensors
-from spatialvla_jax.checkpoints.huggingface import unstacked_tensors, write_config, write_files, write_processor
+from spatialvla_jax.checkpoints.huggingface import (
+    unstacked_tensors,
+    write_config,
+    write_files,
+    write_huggingface,
+    write_processor,
+)
 from spatialvla_jax.checkpoints.mapping import SPATIALVLA, Rule, axes_of_layout, check_arrays, param_shapes
 from spatialvla_jax.checkpoints.orbax import METADATA, open_params, parse_metadata, read_metadata, step_directory
 from spatialvla_jax.checkpoints.processor import not_empty
-from spatialvla_jax.checkpoints.published_config import PART
+from spatialvla_jax.checkpoints.published_config import CONFIG, EXTRA, PART
 from spatialvla_jax.checkpoints.regrid import EMBEDDING, adapt_checkpoint
-from spatialvla_jax.checkpoints.types import Checkpoint, LazyArray, digest, recorded
+from spatialvla_jax.checkpoints.types import Checkpoint, LazyArray, digest, read_json, recorded
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.models.fields import COUNT
 from spatialvla_jax.models.lora import ADAPTERS, adapter_shapes, axes_of, is_linear, product
@@ -33,6 +39,8 @@ from spatialvla_jax.utils.schema import Field, check_stored
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 SIGLIP, SIGLIP_5 = "vision_tower.vision_model.", "vision_tower."
 PEFT_PREFIX = "base_model.model."  # of every name in PEFT_WEIGHTS
+BASE = "base"  # a folder of the adapters' directory, where transformers cannot load the base that they were trained on
+SAMPLES = 64  # of each tensor, in a base's fingerprint
 NAME = Field("", "", problem=not_empty)
 LORA = {"rank": COUNT, "alpha": Field(1.0, "", above=0, high=1e6), "base": PART, "adapt": PART}  # in a run's metadata
 
@@ -167,16 +175,45 @@ def _merged(path: str, array: LazyArray, trained: Mapping[str, LazyArray], scale
     return LazyArray(array.shape, array.dtype, read)
 
 
-def write_peft(path: str | Path, run: AdapterRun, code: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Write `run` as a directory of adapters for the base's PyTorch export, with the run's own processor and the Python
-    files `code`; it appears whole or not at all. Returns {name: digest} of the tensors.
+def in_float32(run: AdapterRun) -> Checkpoint:
+    """`run.whole` with its adapters added in float32, which is how `peft` acts on a base in float32."""
+    scale = run.alpha / run.rank
+    wide = {path: array.astype(np.dtype(np.float32)) for path, array in run.adapted.arrays.items()}
+    return replace(run.whole, arrays={path: _merged(path, x, run.trained, scale) for path, x in wide.items()})
 
-        model = AutoModel.from_pretrained(export_of_the_base, trust_remote_code=True)
+
+def base_export(path: str | Path) -> str:
+    """Why transformers cannot load `path` as the base of adapters, or "" for an export of ours."""
+    path = Path(path)
+    if not (path / CONFIG).is_file() or not (path / "modeling_spatialvla.py").is_file():
+        return f"{path} is no directory that convert --to pytorch has written"
+    return "" if EXTRA in read_json(path / CONFIG) else f"{path} holds the release's code, not that of an export"
+
+
+def fingerprint(tensors: Mapping[str, LazyArray]) -> str:
+    """A hash of evenly spaced values of each published tensor but ZoeDepth's. The exported model computes the same of
+    its parameters when adapters are put on it (`base_fingerprint` in export/transformers/modeling_spatialvla.py)."""
+    total, found = hashlib.sha256(), {key.replace(SIGLIP, SIGLIP_5): x for key, x in tensors.items()}
+    for name in sorted(name for name in found if not name.startswith("vision_zoe_model.")):
+        values = found[name].read().reshape(-1)
+        samples = values[:: max(1, values.size // SAMPLES)][:SAMPLES]
+        total.update(name.encode() + samples.astype("<f4").tobytes())
+    return total.hexdigest()
+
+
+def write_peft(
+    path: str | Path, run: AdapterRun, code: Mapping[str, str] | None = None, base: str | Path | None = None
+) -> dict[str, str]:
+    """Write `run` as a directory of adapters for `base`, the PyTorch export of the run's base, with the run's own
+    processor and the Python files `code`; it appears whole or not at all. Returns {name: digest} of the tensors.
+
+        model = AutoModel.from_pretrained(base, trust_remote_code=True)
         model = PeftModel.from_pretrained(model, path)
         processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
 
-    Raises InputError where the base has changed, and where its vocabulary was adapted too, for which `peft` has no
-    place.
+    With `base` None, it is the run's base itself where transformers can load that, and otherwise an export of it that
+    is written to `path`/base. Raises InputError where the base has changed or `base` is not it, and where its
+    vocabulary was adapted too, for which `peft` has no place.
     """
     changed = [k for k, array in run.adapted.arrays.items() if k != EMBEDDING and array is not run.base.arrays[k]]
     if changed:
@@ -187,9 +224,13 @@ def write_peft(path: str | Path, run: AdapterRun, code: Mapping[str, str] | None
     adapters = adapter_tensors(run.trained)
     table = run.whole.arrays[EMBEDDING]
     full = [] if table is run.base.arrays[EMBEDDING] else ["spatial_embed_tokens"]
+    if base is None and not base_export(run.base_path):
+        base = run.base_path
+    if base is not None and (problem := base_export(base)):
+        raise InputError(problem)
     about = {
         "peft_type": "LORA",
-        "base_model_name_or_path": str(run.base_path),
+        "base_model_name_or_path": str(Path(base or Path(path) / BASE).absolute()),
         "r": run.rank,
         "lora_alpha": run.alpha,
         "lora_dropout": 0.0,
@@ -200,15 +241,34 @@ def write_peft(path: str | Path, run: AdapterRun, code: Mapping[str, str] | None
     }
     tensors, digests = recorded(adapters | {f"{PEFT_PREFIX}{name}.weight": table for name in full})
     with new_directory(Path(path)) as folder:
+        if base is None:
+            write_huggingface(folder / BASE, run.base, files=code)
+        of_base = safetensors.open_directory(Path(base or folder / BASE))
+        if base is not None:
+            of_base = _same_tensors(Path(base), of_base, run)
+        # `auto_mapping` says how to load the base, and is the one place of the file where the fingerprint may stand.
+        loading = {"base_model_class": "AutoModel", "parent_library": "transformers"}
+        about["auto_mapping"] = loading | {"base_fingerprint": fingerprint(of_base)}
         write_json(folder / PEFT_CONFIG, about)
         write_config(folder, run.whole.config, run.whole.processor, {x.dtype for x in tensors.values()})
         if run.whole.processor is not None:
             write_processor(folder, run.whole.processor, run.whole.config)
         write_files(folder, code)
         safetensors.write_file(folder / PEFT_WEIGHTS, tensors)
-        for array in run.base.arrays.values():
-            array.read()  # nothing of it is written, but adapters of a base that has changed are refused
     return digests
+
+
+def _same_tensors(path: Path, tensors: Mapping[str, LazyArray], run: AdapterRun) -> dict[str, LazyArray]:
+    """The tensors of the run's base, where reading one raises InputError unless the export `path` has the same."""
+    expected = unstacked_tensors(run.base.arrays)
+
+    def compare(key: str, x: np.ndarray) -> None:
+        if key not in tensors or digest(tensors[key].read()) != digest(x):
+            raise InputError(
+                f"{path} is not an export of {run.base_path}, on which the adapters were trained: {key} differs"
+            )
+
+    return {key: x.inspected(partial(compare, key)) for key, x in expected.items()}
 
 
 def adapter_tensors(trained: Mapping[str, LazyArray]) -> dict[str, LazyArray]:

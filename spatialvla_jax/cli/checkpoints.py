@@ -25,6 +25,12 @@ def add(commands: Commands) -> None:
         "--zoedepth", type=path, help="ZoeDepth's directory, where SRC is a PaliGemma 2; by default without depth"
     )
     p.add_argument(
+        "--base",
+        type=path,
+        help="for --to peft: the export of the run's base that the adapters name; by default the base where "
+        "transformers can load it, otherwise an export of it in DST/base",
+    )
+    p.add_argument(
         "--verify",
         action=argparse.BooleanOptionalAction,
         help="run the PyTorch export beside JAX; by default up to 500 M parameters",
@@ -38,6 +44,7 @@ def run_convert(args: argparse.Namespace) -> None:
     (OutputFile() if args.to == "big_vision" else OutputFolder()).check(args.dst, "DST")
     try:
         options = {"dtype": args.dtype, "verify": args.verify, "zoedepth": args.zoedepth, "merge": args.merge}
+        options["base"] = args.base
         result = convert(args.src, args.dst, to=args.to, **options)
     except VerificationError as error:
         print(table(error.result))

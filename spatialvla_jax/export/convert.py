@@ -3,6 +3,7 @@
 import os
 import time
 from dataclasses import replace
+from importlib.util import find_spec
 from math import prod
 from pathlib import Path
 from typing import TypedDict
@@ -14,9 +15,16 @@ from spatialvla_jax.checkpoints.big_vision import write_big_vision
 from spatialvla_jax.checkpoints.huggingface import write_huggingface
 from spatialvla_jax.checkpoints.load import read_checkpoint
 from spatialvla_jax.checkpoints.orbax import write_orbax
-from spatialvla_jax.checkpoints.peft import PEFT_WEIGHTS, is_adapter_run, read_adapters, write_peft
+from spatialvla_jax.checkpoints.peft import (
+    PEFT_CONFIG,
+    PEFT_WEIGHTS,
+    in_float32,
+    is_adapter_run,
+    read_adapters,
+    write_peft,
+)
 from spatialvla_jax.checkpoints.release import release_differences
-from spatialvla_jax.checkpoints.types import Checkpoint, digest, finite, recorded
+from spatialvla_jax.checkpoints.types import Checkpoint, digest, finite, read_json, recorded
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.export.card import model_card
 from spatialvla_jax.export.verify import MISSING, Verification, available
@@ -24,6 +32,7 @@ from spatialvla_jax.export.verify import verify as run_both
 from spatialvla_jax.utils import camera
 
 PEFT = "peft"
+VERIFIED = ("pytorch", PEFT)  # what can be run beside JAX
 DTYPES = ("float32", "bfloat16", "float16")
 
 # Larger exports are run beside JAX on request only: both sides compute in float32 on the host.
@@ -69,13 +78,15 @@ def convert(
     verify: bool | None = None,
     zoedepth: str | Path | None = None,
     merge: bool = False,
+    base: str | Path | None = None,
 ) -> Conversion:
     """Convert checkpoint `src` into `dst`, a new directory (orbax, pytorch, peft) or .npz file (big_vision).
 
     Weights are cast to `dtype` where one is given. A PaliGemma 2 becomes a SpatialVLA to pre-train, with the ZoeDepth
     in the directory `zoedepth` where one is given. A run of adapters becomes a plain checkpoint by `merge`, or to
-    "peft" a directory of the adapters alone (`peft.write_peft`). `verify` runs a PyTorch export beside JAX
-    (`verify.verify`); None does so up to VERIFIED_BY_DEFAULT parameters and where PyTorch is installed.
+    "peft" a directory of the adapters for `base`, an export of the run's base (`peft.write_peft`). `verify` runs a
+    PyTorch export beside JAX (`verify.verify`), adapters on their base; None does so up to VERIFIED_BY_DEFAULT
+    parameters and where PyTorch is installed.
 
     Every array is read once to be checked, hashed and written. Raises InputError, and `dst` is then untouched;
     VerificationError, and `dst` is kept.
@@ -93,11 +104,13 @@ def convert(
         raise InputError(f"{src} holds adapters: --merge gives a whole checkpoint, --to peft the adapters alone")
     if to == PEFT and dtype:
         raise InputError(f"{src} holds adapters, which are written as they were trained: leave --dtype out")
-    if verify and to == "pytorch" and not available():
+    if base is not None and to != PEFT:
+        raise InputError(f"{base} is a base for adapters: --base goes with --to peft")
+    if verify and to in VERIFIED and not _can_verify(to):
         raise InputError(f"{dst} cannot be verified: {MISSING}")
     start = time.perf_counter()
     if to == PEFT:
-        return _convert_to_peft(src, dst, start)
+        return _convert_to_peft(src, dst, base, verify, start)
     checkpoint = cast(read_checkpoint(src, zoedepth), dtype)
     if to == "pytorch":
         checkpoint = _with_published_names(checkpoint)
@@ -120,11 +133,16 @@ def convert(
     }
 
 
-def _convert_to_peft(src: str | Path, dst: str | Path, start: float) -> Conversion:
+def _convert_to_peft(
+    src: str | Path, dst: str | Path, base: str | Path | None, verify: bool | None, start: float
+) -> Conversion:
     run = read_adapters(src, read_checkpoint)
-    run = replace(run, whole=_with_published_names(run.whole))
-    digests = write_peft(dst, run, torch_code())
+    run = replace(run, base=_with_published_names(run.base), whole=_with_published_names(run.whole))
+    digests = write_peft(dst, run, torch_code(), base)
     stored = safetensors.open_file(Path(dst) / PEFT_WEIGHTS)
+    bit_exact = {name: digest(x.read()) for name, x in stored.items()} == digests
+    skipped = _why_not(PEFT, sum(prod(x.shape) for x in run.whole.arrays.values()), verify)
+    named = read_json(Path(dst) / PEFT_CONFIG)["base_model_name_or_path"]
     return {
         "source": str(src),
         "destination": str(dst),
@@ -132,8 +150,8 @@ def _convert_to_peft(src: str | Path, dst: str | Path, start: float) -> Conversi
         "parameters": sum(prod(x.shape) for x in run.trained.values()),
         "tensors": len(stored),
         "bytes": sum(x.nbytes for x in stored.values()),
-        "bit_exact": {name: digest(x.read()) for name, x in stored.items()} == digests,
-        "verification": "adapters alone: their bytes were read back and compared",
+        "bit_exact": bit_exact,
+        "verification": run_both(in_float32(run), named, dst) if skipped is None else skipped,
         "release_differences": release_differences(run.whole.config, run.whole.processor),
         "seconds": round(time.perf_counter() - start, 3),
     }
@@ -157,15 +175,19 @@ def _reads_back(path: str | Path, written: Checkpoint, digests: dict[str, str]) 
 
 def _why_not(to: str, parameters: int, verify: bool | None) -> str | None:
     """The sentence that says why an export is not run beside JAX, or None where it is."""
-    if to != "pytorch":
+    if to not in VERIFIED:
         return f"{to} is JAX's own layout: its bytes were read back and compared"
     if verify is False:
         return "not asked for"
-    if not available():
+    if not _can_verify(to):
         return MISSING
     if verify is None and parameters > VERIFIED_BY_DEFAULT:
         return f"{parameters:,} parameters are more than {VERIFIED_BY_DEFAULT:,}, so the export was not run beside JAX"
     return None
+
+
+def _can_verify(to: str) -> bool:
+    return available() and (to != PEFT or find_spec("peft") is not None)
 
 
 def cast(checkpoint: Checkpoint, dtype: str | None) -> Checkpoint:

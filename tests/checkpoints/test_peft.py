@@ -16,23 +16,64 @@ from spatialvla_jax.checkpoints.orbax import read_metadata
 from spatialvla_jax.checkpoints.peft import read_adapters, refer, write_peft
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.export.convert import convert
-from spatialvla_jax.export.verify import verify
 
 
 @pytest.fixture(scope="module")
 def exported(adapted: Path, trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The base's export and adapters that name it. Putting them together acts as the run: every greedy token, and the
+    logits within 1e-4; by the run's own grid, which the base's processor does not have."""
     folder = tmp_path_factory.mktemp("exported")
     convert(trained, folder / "base", to="pytorch", verify=False)
-    assert convert(adapted, folder / "adapters", to="peft")["bit_exact"]
+    figures = convert(adapted, folder / "adapters", to="peft", base=folder / "base")
+    found = figures["verification"]
+    assert figures["bit_exact"] and isinstance(found, dict)
+    assert found["tokens_equal"] == found["tokens"] == 48
+    assert found["differences"]["logits"]["max"] < 1e-4 and found["differences"]["actions"]["max"] < 1e-5
+    assert {path.name for path in folder.iterdir()} == {"base", "adapters"}
     return folder
 
 
-def test_it_acts_as_the_run(adapted: Path, exported: Path) -> None:
-    """Every greedy token, and the logits within 1e-4; by its own grid, which the base's processor does not have."""
-    whole = read_checkpoint(adapted)
-    found = verify(whole, exported / "base", exported / "adapters")
-    assert found["tokens_equal"] == found["tokens"] == 48
-    assert found["differences"]["logits"]["max"] < 1e-4 and found["differences"]["actions"]["max"] < 1e-5
+def named(adapters: Path) -> str:
+    return json.loads((adapters / "adapter_config.json").read_text())["base_model_name_or_path"]
+
+
+def test_it_names_a_base_that_transformers_loads(adapted: Path, exported: Path, tmp_path: Path) -> None:
+    """That of `base`, or one that is written beside the adapters, byte-equal: the run's base is an Orbax run."""
+    assert named(exported / "adapters") == str(exported / "base") and not (exported / "adapters" / "base").exists()
+    convert(adapted, tmp_path / "whole", to="peft", verify=False)
+    assert named(tmp_path / "whole") == str(tmp_path / "whole" / "base")
+    weights = [folder / "model.safetensors" for folder in (tmp_path / "whole" / "base", exported / "base")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    adapters = [
+        load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "whole", exported / "adapters")
+    ]
+    assert all((x == adapters[1][key]).all() for key, x in adapters[0].items())
+
+
+def test_another_base_is_refused(adapted: Path, trained: Path, exported: Path, tmp_path: Path) -> None:
+    """In other numbers or another dtype: by the conversion, and by the model when adapters are put on it."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModel
+
+    convert(trained, tmp_path / "bf16", to="pytorch", dtype="bfloat16", verify=False)
+    convert(adapted, tmp_path / "merged", to="pytorch", merge=True, verify=False)
+    for name in ("bf16", "merged"):
+        with pytest.raises(
+            InputError, match=rf"{name} is not an export of .*, on which the adapters were trained: \S+ dif"
+        ):
+            convert(adapted, tmp_path / "out", to="peft", base=tmp_path / name)
+        model = AutoModel.from_pretrained(tmp_path / name, trust_remote_code=True)
+        with pytest.raises(ValueError, match=f"belong to another base: load {exported / 'base'} without changing"):
+            PeftModel.from_pretrained(model, exported / "adapters")
+    model = AutoModel.from_pretrained(exported / "base", trust_remote_code=True, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="belong to another base"):
+        model.load_adapter(str(exported / "adapters"))
+    with pytest.raises(InputError, match="is no directory that convert --to pytorch has written"):
+        convert(adapted, tmp_path / "out", to="peft", base=trained)
+    with pytest.raises(InputError, match="--base goes with --to peft"):
+        convert(trained, tmp_path / "out", to="pytorch", base=exported / "base")
+    assert {path.name for path in tmp_path.iterdir()} == {"bf16", "merged"}
 
 
 def test_every_published_layer_is_adapted_when_peft_loads_it(exported: Path) -> None:
@@ -65,7 +106,7 @@ def test_what_adapters_cannot_carry_is_refused(adapted: Path, tmp_path: Path) ->
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("options", [{"to": "peft"}, {"to": "pytorch", "merge": True, "verify": False}])
+@pytest.mark.parametrize("options", [{"to": "peft"}, {"to": "pytorch", "merge": True}])
 def test_every_tensor_is_read_once(adapted: Path, tmp_path: Path, options: dict, monkeypatch) -> None:
     """Those of the base too, which are compared with their digests meanwhile, and none on opening."""
     opened, open_store = Counter(), tensorstore.open
@@ -78,7 +119,7 @@ def test_every_tensor_is_read_once(adapted: Path, tmp_path: Path, options: dict,
     monkeypatch.setattr(tensorstore, "open", counted)
     run = read_adapters(adapted, read_checkpoint)
     assert not opened
-    assert convert(adapted, tmp_path / "out", **options)["bit_exact"]
+    assert convert(adapted, tmp_path / "out", **options, verify=False)["bit_exact"]
     replaced = 0 if options["to"] == "peft" else 1  # the base's spatial table, which the run has trained
     assert set(opened.values()) == {1} and len(opened) == len(run.base.arrays) + len(run.trained) - replaced
 

@@ -10,6 +10,7 @@ They need torch, transformers 5, sentencepiece and numpy, and nothing else. In t
 Axis letters: B batch, T query, S key, P image tokens, D width.
 """
 
+import hashlib
 from typing import Any, ClassVar
 
 import torch
@@ -101,7 +102,10 @@ class ActionTokens(LogitsProcessor):
     """
 
     def __init__(self, token_ranges: Any, start: int, chunk: int) -> None:
-        self.ranges = None if token_ranges is None else torch.as_tensor(token_ranges).tolist()
+        ranges = None if token_ranges is None else torch.as_tensor(token_ranges)
+        if ranges is not None and (ranges.ndim != 2 or ranges.shape[1] != 2 or (ranges < torch.tensor([0, 1])).any()):
+            raise ValueError(f"token_ranges are (first id, count) of each token of an action, got {ranges.tolist()}")
+        self.ranges = None if ranges is None else ranges.tolist()
         self.start, self.chunk = start, chunk
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -146,6 +150,18 @@ class SpatialVLAForConditionalGeneration(PreTrainedModel, GenerationMixin):
             self.vision_zoe_model = ZoeDepthForDepthEstimation(config.vision_zoe_config)
         self.post_init()
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """`peft` sets `peft_config` when it puts adapters on the model: those of another base are refused."""
+        if name == "peft_config":
+            for config in value.values():
+                expected = (getattr(config, "auto_mapping", None) or {}).get("base_fingerprint")
+                if expected is not None and base_fingerprint(self) != expected:
+                    raise ValueError(
+                        "these adapters belong to another base: load "
+                        f"{config.base_model_name_or_path} without changing its dtype"
+                    )
+        super().__setattr__(name, value)
+
     def get_input_embeddings(self) -> nn.Module:
         """The text's; action tokens have theirs in `spatial_embed_tokens`."""
         return self.language_model.model.embed_tokens
@@ -153,8 +169,10 @@ class SpatialVLAForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module:
         return self.language_model.lm_head
 
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
-        raise ValueError("resize_token_embeddings is not supported: the last rows belong to the action grid's tokens")
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Module:
+        if new_num_tokens not in (None, self.config.text_config.vocab_size):
+            raise ValueError("resize_token_embeddings is not supported: the last rows are those of the action tokens")
+        return self.get_input_embeddings()
 
     @torch.no_grad()
     def estimate_depth(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -197,7 +215,7 @@ class SpatialVLAForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def forward(
         self,
-        input_ids: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         intrinsic: torch.Tensor | None = None,
@@ -224,6 +242,8 @@ class SpatialVLAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         if given := [name for name, value in unsupported.items() if value is not None]:
             raise ValueError(f"this model does not support {', '.join(given)}")
+        if input_ids is None:
+            raise ValueError("this model needs input_ids")
         if self.config.text_config._attn_implementation != "eager":
             raise ValueError("the language model needs attn_implementation='eager': others leave its soft cap out")
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
@@ -323,7 +343,7 @@ class SpatialVLAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         where the model's numbers are NaN or infinite.
         """
         inputs = {name: x.to(self.device) for name, x in model_inputs.items()}
-        _check_prompt(inputs)
+        _check_prompt(inputs.get("input_ids"), inputs)
         choose = ActionTokens(inputs.pop("token_ranges", None), 0, self.config.num_action_tokens)
         ids, cache = inputs["input_ids"], DynamicCache()
         mask = inputs.pop("attention_mask", torch.ones_like(ids))
@@ -356,8 +376,7 @@ class SpatialVLAForConditionalGeneration(PreTrainedModel, GenerationMixin):
             raise ValueError(f"generate does not support {', '.join(given)} for this model")
         if kwargs.get("use_cache") is False:
             raise ValueError("generate does not support use_cache=False for this model")
-        prompt = kwargs["input_ids"] if inputs is None else inputs
-        _check_prompt(kwargs)
+        prompt = _check_prompt(kwargs.get("input_ids") if inputs is None else inputs, kwargs)
         if kwargs.get("max_new_tokens", settings.max_new_tokens) is None and kwargs.get("max_length") is None:
             kwargs["max_new_tokens"] = self.config.num_action_tokens
         kwargs.setdefault("past_key_values", DynamicCache())
@@ -383,6 +402,22 @@ class SpatialVLAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return inputs | {"past_key_values": past_key_values, "use_cache": True}
 
 
+def base_fingerprint(model: nn.Module) -> str:
+    """A hash of 64 evenly spaced values of each parameter that is neither an adapter's nor ZoeDepth's."""
+    found = {}
+    for name, x in model.named_parameters():
+        if ".lora_" not in name and ".modules_to_save." not in name and not name.startswith("vision_zoe_model."):
+            for wrapper in (".base_layer", ".original_module"):
+                name = name.replace(wrapper, "")
+            values = x.detach().flatten()
+            samples = values[:: max(1, len(values) // 64)][:64].float().cpu().numpy()
+            found[name.replace("vision_tower.vision_model.", "vision_tower.")] = samples
+    total = hashlib.sha256()
+    for name in sorted(found):
+        total.update(name.encode() + found[name].astype("<f4").tobytes())
+    return total.hexdigest()
+
+
 def _check_labels(
     labels: torch.Tensor, input_ids: torch.Tensor, types: torch.Tensor | None, partial: bool
 ) -> torch.Tensor:
@@ -397,9 +432,10 @@ def _check_labels(
     return counted.long() if types is None else types
 
 
-def _check_prompt(inputs: dict[str, Any]) -> None:
-    if inputs.get("labels") is not None:
-        raise ValueError("labels are for training: actions are predicted from a prompt without them")
+def _check_prompt(input_ids: torch.Tensor | None, inputs: dict[str, Any]) -> torch.Tensor:
+    if input_ids is None or inputs.get("labels") is not None:
+        raise ValueError("actions are predicted from a prompt: give input_ids, and leave out labels")
     mask = inputs.get("attention_mask")
     if mask is not None and not mask[:, -1].all():
         raise ValueError("prompts must be padded on the left")
+    return input_ids

@@ -16,7 +16,8 @@ from transformers.utils.hub import cached_file
 
 from spatialvla_jax.utils.camera import depth_problem, in_metres, intrinsics_problem, unit_problem
 
-BOS, EOS, IGNORED = 2, 1, -100  # IGNORED: a label that counts for nothing
+PAD, EOS, BOS = 0, 1, 2
+IGNORED = -100  # a label that counts for nothing
 IMAGE = "<image>"
 VARIABLES = ("theta", "phi", "r", "roll", "pitch", "yaw")
 HUB = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
@@ -47,6 +48,12 @@ FIXED = {
 }
 
 
+class Tokenizer(sentencepiece.SentencePieceProcessor):
+    """SentencePiece, with what transformers' Trainer asks a tokenizer for."""
+
+    pad_token_id, eos_token_id, bos_token_id = PAD, EOS, BOS
+
+
 class SpatialVLAProcessor(ProcessorMixin):
     """Image and sentence → inputs of the model; its token ids → actions in robot units.
 
@@ -66,7 +73,7 @@ class SpatialVLAProcessor(ProcessorMixin):
         self.statistics, self.prompt_template = data["statistics"], data["prompt_template"]
         self.intrinsics = {name: np.asarray(camera) for name, camera in data["intrinsics"].items()}
         self.grid = {name: np.asarray(x, np.float32) for name, x in data["grid"].items() if name != "kind"}
-        self.tokenizer = sentencepiece.SentencePieceProcessor()
+        self.tokenizer = Tokenizer()
         self.tokenizer.LoadFromSerializedProto(base64.b64decode(data["tokenizer"]))
 
     def __repr__(self) -> str:
@@ -91,6 +98,7 @@ class SpatialVLAProcessor(ProcessorMixin):
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
         """Write the files that `from_pretrained` reads, statistics and cameras as they are now. A config.json that is
         there already, such as the model's, stays. Returns the paths."""
+        kwargs.pop("max_shard_size", None)  # `push_to_hub` gives it to models and processors alike
         if unknown := [*(["push_to_hub"] if push_to_hub else []), *kwargs]:
             raise ValueError(f"{type(self).__name__}.save_pretrained does not support {', '.join(unknown)}")
         os.makedirs(save_directory, exist_ok=True)
@@ -294,7 +302,10 @@ class SpatialVLAProcessor(ProcessorMixin):
         rows = self.statistics[key]["action"]
         low, high = np.asarray(rows["q01"]), np.asarray(rows["q99"])
         mask = np.asarray(rows.get("mask", [True] * 6 + [False]), bool)
-        return np.where(mask, (actions + 1) / 2 * (high - low) + low, actions)
+        actions = np.where(mask, (actions + 1) / 2 * (high - low) + low, actions)
+        if not np.isfinite(actions).all():
+            raise ValueError(f"the statistics of {key} make actions that are not finite")
+        return actions
 
     def encode_actions(self, actions: Any) -> list[int]:
         """Normalised actions f[T, 7] of one chunk → their token ids."""
