@@ -61,11 +61,11 @@ def read_processor(
     return config, processor
 
 
-def _chunk_size(data: Any, stated: int | None, where: str) -> int:
+def _chunk_size(data: dict[str, Any], stated: int | None, where: str) -> int:
     """The chunk size, which is 1 in the release where nothing is said of it."""
     default = {"action_chunk_size": 1 if stated is None else stated}
     field = {"action_chunk_size": field_of(SpatialVLAConfig, "action_chunk")}
-    size = check_stored(default | check_stored(data, {}, where) | data, field, where)["action_chunk_size"]
+    size = check_stored(default | data, field, where)["action_chunk_size"]
     if stated not in (None, size):
         raise InputError(f"{where}action_chunk_size={size} is not the model's action_chunk, {stated}")
     return size
