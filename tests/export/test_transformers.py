@@ -231,15 +231,18 @@ def test_right_padding_is_refused(model, prompt):
             call(prompt | {"attention_mask": mask})
 
 
-def test_gradient_checkpointing_gives_the_same_gradients(folder, example):
+def test_gradient_checkpointing_gives_the_same_gradients(folder, prompt, example):
     plain, checkpointed = load(folder), load(folder)
     checkpointed.gradient_checkpointing_enable()
-    assert checkpointed.is_gradient_checkpointing
+    assert any(getattr(module, "gradient_checkpointing", False) for module in checkpointed.modules())
     for model in (plain, checkpointed):
         model.train()
         model(**example).loss.backward()
     pairs = zip(plain.named_parameters(), checkpointed.parameters(), strict=True)
     assert all(torch.equal(a.grad, b.grad) for (_, a), b in pairs)
+    for call in (checkpointed.predict_action, lambda inputs: checkpointed.generate(**inputs)):
+        with pytest.raises(ValueError, match=r"call eval\(\) before"):
+            call(prompt)
 
 
 def test_saved_and_read_back(folder, source, model, prompt, tmp_path):

@@ -251,6 +251,11 @@ class SpatialVLAForConditionalGeneration(PreTrainedModel, GenerationMixin):
             type(past_key_values) is not DynamicCache or any(past_key_values.is_sliding)
         ):
             raise ValueError("past_key_values must be a DynamicCache() that keeps all tokens in every layer")
+        checkpointed = self.training and any(x.gradient_checkpointing for x in self.language_model.model.layers)
+        if past_key_values is not None and checkpointed:
+            raise ValueError(
+                "gradient checkpointing keeps no past_key_values: call eval() before actions are predicted"
+            )
         asked = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
         B, T = input_ids.shape
         attention_mask = input_ids.new_ones(B, past + T) if attention_mask is None else attention_mask
