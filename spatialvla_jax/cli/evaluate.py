@@ -82,7 +82,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
     from spatialvla_jax.evaluation.open_loop import evaluate, table
     from spatialvla_jax.inference.policy import Policy
 
-    if args.closed_loop:
+    if args.closed_loop is not None:
         run_closed_loop(args)
         return
     if given := [name for name, default in args.closed_loop_options.items() if getattr(args, name) != default]:
@@ -105,6 +105,7 @@ def run_closed_loop(args: argparse.Namespace) -> None:
 
     from spatialvla_jax.checkpoints import fingerprint
     from spatialvla_jax.evaluation import closed_loop
+    from spatialvla_jax.inference.action_chunking import executor
     from spatialvla_jax.inference.policy import Policy
     from spatialvla_jax.serving.access import read_token
     from spatialvla_jax.serving.client import Client
@@ -120,9 +121,10 @@ def run_closed_loop(args: argparse.Namespace) -> None:
         raise InputError("--unconstrained is for a --checkpoint; a server is started with it")
     args.out = args.out or Path("runs/closed_loop")
     RESULTS.check(args.out, "--out")
+    executor(args.execute)  # raises now what it would raise once the results have begun
     episodes = libero.episodes(args.closed_loop.split(","), args.episodes, args.seeds, args.tasks)
     settings = closed_loop.Settings(libero.MAX_STEPS, args.execute, min(args.workers, len(episodes)))
-    extra = {"unnorm_key": args.unnorm_key} if args.unnorm_key else {}
+    extra = {} if args.unnorm_key is None else {"unnorm_key": args.unnorm_key}
     if args.server:
         token = read_token()
         keys, depth, size = told(args.server, Client(args.server, token).metadata)
@@ -137,8 +139,10 @@ def run_closed_loop(args: argparse.Namespace) -> None:
         keys, depth = list(policy.processor.statistics), policy.model.config.depth_source == "dataset"
         size = args.image_size or policy.model.config.img.image_size
         infer = closed_loop.padded(policy.infer_batch, settings.workers, **extra)
-    if args.unnorm_key and keys and find_key(args.unnorm_key, keys) is None:
-        raise InputError(f"--unnorm-key {args.unnorm_key} is not a dataset of {name}: choose one of {', '.join(keys)}")
+    if args.unnorm_key is not None and keys and find_key(args.unnorm_key, keys) is None:
+        raise InputError(
+            f"--unnorm-key {args.unnorm_key!r} is not a dataset of {name}: choose one of {', '.join(keys)}"
+        )
     mirrored = (args.unnorm_key or "".join(keys[:1])).partition("/")[0].endswith("no_noops")
     with progress_bar("closed loop", "episode") as show:
 

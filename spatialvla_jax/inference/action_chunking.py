@@ -130,7 +130,7 @@ def executor(mode: str) -> ChunkExecutor:
     kind, _, every = mode.partition(":")
     if mode == "open_loop":
         return ChunkExecutor()
-    if kind == "receding" and every.isdecimal() and int(every) > 0:
+    if kind == "receding" and every.isdecimal() and len(every) < 10 and int(every) > 0:
         return ChunkExecutor(every=int(every))
     if mode in ("adaptive", "recent"):
         return ChunkExecutor(adaptive if mode == "adaptive" else recent, every=1)

@@ -119,8 +119,8 @@ class Decoder:
         scores = linear(hidden, self.weights.head, jnp.float32)
         if self.ranges is not None:
             scores = scores[..., -self.cfg.spatial_tokens :]  # of a head with all rows, those of actions
-        # The logits are enough: NaN and infinity anywhere in the model reach them, through the attention of later
-        # tokens and through the norms. The one exception is a norm whose mean square overflows: it gives zeros.
+        # NaN and infinity in what is computed reach the logits, through the attention of later tokens and through the
+        # norms. The one exception is a norm whose mean square overflows: it gives zeros.
         total = jnp.sum(jnp.abs(scores), axis=-1)
         finite = jnp.all(jnp.isfinite(total) & (total > 0), axis=1)
         if self.ranges is None:

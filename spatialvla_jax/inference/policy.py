@@ -50,6 +50,7 @@ class Policy:
         self.model, self.processor = model, processor
         self.constrained, self.speculate = constrained, speculate
         self.weights = jax.device_put(prepare_weights(model, params, int8=int8, whole_vocabulary=not constrained))
+        self._sound = all(jax.device_get([_all_finite(x) for x in jax.tree.leaves(self.weights)]))
         self._grid = jax.device_put(processor.grid)
         self._kept: dict[str, tuple[np.ndarray, jax.Array]] = {}
         # The program itself writes its results to the host: one wait instead of a wait and a copy.
@@ -159,7 +160,8 @@ class Policy:
 
     def run(self, inputs: dict[str, Any]) -> dict[str, jax.Array]:
         """`act` of this module, jitted, on this policy's weights and grid."""
-        return self._act(self.weights, self._grid, inputs)
+        made = self._act(self.weights, self._grid, inputs)
+        return made if self._sound else made | {"finite": jnp.zeros(made["finite"].shape, bool)}
 
     def intrinsics(self, observation: dict[str, Any], size: tuple[int, int]) -> np.ndarray:
         """The observation's intrinsics, or those that the policy was trained with, in pixels of an image of `size`."""
@@ -242,6 +244,13 @@ def act(
 def _require_finite(finite: Bool[np.ndarray, " B"]) -> None:
     if not finite.all():
         raise NonFiniteError(finite.tolist())
+
+
+@jax.jit
+def _all_finite(x: jax.Array) -> jax.Array:
+    """Of weights. Most that are not finite reach the logits, but a ReLU, ZoeDepth's choice between its heads or the
+    soft cap of attention may hide one."""
+    return jnp.all(jnp.isfinite(x))
 
 
 def _stacked(arrays: list[np.ndarray]) -> Any:

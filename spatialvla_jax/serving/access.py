@@ -26,7 +26,8 @@ def read_token(file: Path | None = None) -> str:
     else:
         source = f"token file {file}"
         if not file.is_file():
-            raise InputError(f"{source} {'is a folder' if file.is_dir() else 'does not exist'}")
+            kind = "is a folder" if file.is_dir() else "is not a file" if os.path.lexists(file) else "does not exist"
+            raise InputError(f"{source} {kind}: expected a file with a token")
         try:
             text = file.read_text("ascii")
         except OSError as error:
@@ -36,6 +37,8 @@ def read_token(file: Path | None = None) -> str:
     token = text.strip()
     if not token:
         raise InputError(f"{source} is empty: expected a token")
-    if not (token.isascii() and token.isprintable() and " " not in token):
+    if len(token.split()) > 1:
         raise InputError(f"{source} holds more than one token: expected one line of printable ASCII characters")
+    if not (token.isascii() and token.isprintable()):
+        raise InputError(f"{source} holds no token: expected one line of printable ASCII characters")
     return token

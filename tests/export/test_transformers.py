@@ -221,6 +221,13 @@ def test_there_is_no_action_of_numbers_that_are_not_finite(folder, prompt):
     with torch.no_grad():
         model.language_model.lm_head.weight[300] = torch.inf
     refused(free, 2)
+    model = load(folder)
+    model.predict_action(prompt)
+    with torch.no_grad():  # a ReLU makes zero of it
+        next(x for name, x in model.named_parameters() if name.endswith("position_embedding_head.1.bias"))[
+            0
+        ] = -torch.inf
+    refused(prompt, 2)
 
 
 def test_right_padding_is_refused(model, prompt):

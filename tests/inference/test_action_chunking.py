@@ -147,7 +147,7 @@ def test_modes_by_name() -> None:
     assert run(executor("open_loop"), 2, 5)[1] == [0, 4]
     assert run(executor("receding:3"), 2, 5)[1] == [0, 3]
     assert (executor("adaptive").weigh, executor("recent").weigh, executor("recent").every) == (adaptive, recent, 1)
-    for mode in ("receding", "receding:0", "adaptive:2", ""):
+    for mode in ("receding", "receding:0", f"receding:{'9' * 5000}", "adaptive:2", ""):
         with pytest.raises(InputError, match="choose open_loop, receding:K, adaptive or recent"):
             executor(mode)
 

@@ -6,7 +6,7 @@ import pytest
 from helpers.batches import observation as random_observation
 from helpers.toy_rlds import INTRINSICS
 
-from spatialvla_jax import Policy
+from spatialvla_jax import Policy, load_pretrained
 from spatialvla_jax.actions import decode, encode
 from spatialvla_jax.actions.normalization import unnormalize
 from spatialvla_jax.config import load_config
@@ -157,3 +157,12 @@ def test_damaged_weights_are_no_action(policy: Policy, observation: dict, config
             ask(observation)
     with pytest.raises(NonFiniteError, match="4 of 4"):
         policy.predict(next(batch))
+
+
+def test_one_damaged_weight_is_no_action(trained: Path, observation: dict) -> None:
+    """Even where a ReLU keeps it from the logits."""
+    model, params, processor = load_pretrained(trained)
+    assert processor
+    params["ego3d"]["norm"]["bias"][0] = -np.inf
+    with pytest.raises(NonFiniteError, match="for this observation"):
+        Policy(model, params, processor).infer(observation)

@@ -306,12 +306,16 @@ def test_bad_arguments_end_the_command_before_it_loads(tmp_path: Path, capsys, m
         (b"a\0b", "expected one line of printable ASCII characters"),
         (b"\x89PNG\r\n", "expected one line of printable ASCII characters"),
         ("schlüssel".encode(), "expected one line of printable ASCII characters"),
-        (None, "is a folder"),
+        (b"a\x07b", "holds no token: expected one line of printable ASCII characters"),
+        (os.mkdir, "is a folder: expected a file with a token"),
+        (os.mkfifo, "is not a file: expected a file with a token"),
+        (lambda file: file.symlink_to(os.devnull), "is not a file: expected a file with a token"),
+        (lambda file: None, "does not exist: expected a file with a token"),
     ],
 )
-def test_a_token_file_holds_one_token(tmp_path: Path, content: bytes | None, message: str) -> None:
+def test_a_token_file_holds_one_token(tmp_path: Path, content: bytes | Callable[[Path], Any], message: str) -> None:
     file = tmp_path / "token"
-    file.mkdir() if content is None else file.write_bytes(content)
+    content(file) if callable(content) else file.write_bytes(content)
     with pytest.raises(InputError, match=f"token file {file} .*{message}"):
         read_token(file)
 

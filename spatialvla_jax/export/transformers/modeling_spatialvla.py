@@ -139,6 +139,7 @@ class SpatialVLAForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def __init__(self, config: SpatialVLAConfig) -> None:
         super().__init__(config)
         config.text_config._attn_implementation = "eager"  # the others leave the soft cap out
+        self._inspected: tuple[list[tuple[int, int]], bool] = [], True
         vision = config.vision_config
         self.vision_tower = SiglipVisionModel(vision)
         self.multi_modal_projector = Projector(config)
@@ -233,7 +234,7 @@ class SpatialVLAForConditionalGeneration(PreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast | tuple:
         """Logits [B, T, V], or of the last `logits_to_keep` positions. With `labels` [B, T] also the mean cross-entropy
         of those that are not −100, each predicted by the position before; without, logits that are infinite before
-        the soft cap are NaN.
+        the soft cap are NaN, and all are where a weight is not finite.
 
         `attention_mask` [B, S] covers what lies in `past_key_values` and the T new tokens. `token_type_ids` [B, S] is 0
         for image and prompt, which see each other both ways, and 1 for causal action tokens; by default tokens with a
@@ -284,7 +285,8 @@ class SpatialVLAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORED)
         else:
-            logits = logits.masked_fill(~scores.isfinite(), torch.nan)
+            sound = pixel_values is None or self._has_finite_weights()
+            logits = logits.masked_fill(~scores.isfinite(), torch.nan) if sound else logits * torch.nan
         result = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -293,6 +295,15 @@ class SpatialVLAForConditionalGeneration(PreTrainedModel, GenerationMixin):
             attentions=out.attentions,
         )
         return result if (self.config.return_dict if return_dict is None else return_dict) else result.to_tuple()
+
+    def _has_finite_weights(self) -> bool:
+        """Looks at them again only where any was written since. Most that are not finite reach the logits, but a ReLU,
+        ZoeDepth's choice between its heads or the soft cap of attention may hide one."""
+        weights = [x for x in self.parameters() if x.is_floating_point() and x.element_size() > 1 and not x.is_meta]
+        versions = [(x.data_ptr(), 0 if x.is_inference() else x._version) for x in weights]
+        if self._inspected[0] != versions:
+            self._inspected = versions, all(bool(x.isfinite().all()) for x in weights)
+        return self._inspected[1]
 
     def _embed(
         self,
