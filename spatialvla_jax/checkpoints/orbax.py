@@ -8,6 +8,8 @@ import contextlib
 import io
 import json
 import logging
+import os
+import re
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -255,4 +257,7 @@ def _chunk_shape(shape: tuple[int, ...], itemsize: int) -> list[int]:
 
 
 def _first_line(error: Exception) -> str:
+    """Of what the error says, or the system's own words where tensorstore gives their number."""
+    if system := re.search(r"os_error_code='(\d+)'", str(error)):
+        return os.strerror(int(system[1]))
     return str(error).strip().split("\n")[0][:200] or type(error).__name__

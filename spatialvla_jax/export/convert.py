@@ -27,9 +27,10 @@ from spatialvla_jax.checkpoints.release import release_differences
 from spatialvla_jax.checkpoints.types import Checkpoint, digest, finite, read_json, recorded
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.export.card import model_card
-from spatialvla_jax.export.verify import MISSING, Verification, available
+from spatialvla_jax.export.verify import MISSING, Verification, VerificationError, available
 from spatialvla_jax.export.verify import verify as run_both
 from spatialvla_jax.utils import camera
+from spatialvla_jax.utils.atomic import kept_after, parents_of
 
 PEFT = "peft"
 VERIFIED = ("pytorch", PEFT)  # what can be run beside JAX
@@ -115,10 +116,13 @@ def convert(
     if to == "pytorch":
         checkpoint = _with_published_names(checkpoint)
     arrays, digests = recorded(checkpoint.arrays)
-    WRITERS[to](dst, replace(checkpoint, arrays=arrays))
     parameters = sum(prod(x.shape) for x in arrays.values())
-    bit_exact = _reads_back(dst, checkpoint, digests)
     skipped = _why_not(to, parameters, verify)
+    with parents_of(Path(dst)):
+        WRITERS[to](dst, replace(checkpoint, arrays=arrays))
+        with kept_after(dst, VerificationError):
+            bit_exact = _reads_back(dst, checkpoint, digests)
+            verification = run_both(checkpoint, dst) if skipped is None else skipped
     return {
         "source": str(src),
         "destination": str(dst),
@@ -127,7 +131,7 @@ def convert(
         "tensors": len(arrays),
         "bytes": sum(x.nbytes for x in arrays.values()),
         "bit_exact": bit_exact,
-        "verification": run_both(checkpoint, dst) if skipped is None else skipped,
+        "verification": verification,
         "release_differences": release_differences(checkpoint.config, checkpoint.processor) if to == "pytorch" else [],
         "seconds": round(time.perf_counter() - start, 3),
     }
@@ -138,11 +142,14 @@ def _convert_to_peft(
 ) -> Conversion:
     run = read_adapters(src, read_checkpoint)
     run = replace(run, base=_with_published_names(run.base), whole=_with_published_names(run.whole))
-    digests = write_peft(dst, run, torch_code(), base)
-    stored = safetensors.open_file(Path(dst) / PEFT_WEIGHTS)
-    bit_exact = {name: digest(x.read()) for name, x in stored.items()} == digests
     skipped = _why_not(PEFT, sum(prod(x.shape) for x in run.whole.arrays.values()), verify)
-    named = read_json(Path(dst) / PEFT_CONFIG)["base_model_name_or_path"]
+    with parents_of(Path(dst)):
+        digests = write_peft(dst, run, torch_code(), base)
+        with kept_after(dst, VerificationError):
+            stored = safetensors.open_file(Path(dst) / PEFT_WEIGHTS)
+            bit_exact = {name: digest(x.read()) for name, x in stored.items()} == digests
+            named = read_json(Path(dst) / PEFT_CONFIG)["base_model_name_or_path"]
+            verification = run_both(in_float32(run), named, dst) if skipped is None else skipped
     return {
         "source": str(src),
         "destination": str(dst),
@@ -151,7 +158,7 @@ def _convert_to_peft(
         "tensors": len(stored),
         "bytes": sum(x.nbytes for x in stored.values()),
         "bit_exact": bit_exact,
-        "verification": run_both(in_float32(run), named, dst) if skipped is None else skipped,
+        "verification": verification,
         "release_differences": release_differences(run.whole.config, run.whole.processor),
         "seconds": round(time.perf_counter() - start, 3),
     }

@@ -93,9 +93,11 @@ class Client:
         self.connection: Any = None
         self.metadata = self._connect()
 
-    def infer(self, observation: dict[str, Any]) -> dict[str, Any]:
+    def infer(self, observation: Any) -> dict[str, Any]:
         from spatialvla_jax.serving.protocol import pack
 
+        if not isinstance(observation, dict):
+            raise InputError(f"an observation must be a dict, got {type(observation).__name__}")
         message = pack(observation)
         if self.connection is None:
             self.metadata = self._connect()
@@ -153,7 +155,7 @@ class Client:
                 raise InputError(f"{self.address} has closed the connection: {error}") from None
             raise
         if isinstance(reply, str):
-            raise InputError(f"{self.address}: {reply:.500}")
+            raise InputError(f"{self.address}: {' '.join(reply.split())[:500] or 'an empty message'}")
         try:
             return unpack_reply(reply)
         except InputError as error:

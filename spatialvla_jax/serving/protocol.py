@@ -101,7 +101,9 @@ def _unpack(message: bytes | str, what: str, most: int, **limits: int) -> dict[A
     except InputError:
         raise
     except (ValueError, TypeError) as error:
-        raise InputError(f"{what} is a msgpack map in openpi's encoding, this is none: {error}") from None
+        raise InputError(
+            f"{what} is a msgpack map in openpi's encoding, this is none: {str(error) or type(error).__name__}"
+        ) from None
     if not isinstance(value, dict):
         raise InputError(f"{what} is a map, got {type(value).__name__}")
     return value

@@ -32,6 +32,23 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         _unfinished.discard(temporary)
 
 
+@contextmanager
+def kept_after(path: str | os.PathLike[str], *errors: type[Exception]) -> Iterator[None]:
+    """What this process has just made at `path` stays where the caller ends, or fails by one of `errors`. After
+    anything else that stops the caller, it is removed."""
+    path = Path(path)
+    _unfinished.add(path)
+    try:
+        yield
+    except errors:
+        raise
+    except BaseException:
+        _remove(path)
+        raise
+    finally:
+        _unfinished.discard(path)
+
+
 def remove_unfinished() -> None:
     """Removes what this process is writing, before it ends at once, or what a second signal kept from being removed."""
     for temporary in _unfinished:

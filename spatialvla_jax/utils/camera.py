@@ -28,11 +28,11 @@ def intrinsics_problem(matrix: Any, size: tuple[int, ...] | None) -> str:
     """
     array = as_array(matrix)
     if array is None or array.shape != (3, 3):
-        return f"must be shape [3, 3], got {kind_of(array)}"
+        return f"must have the shape [3, 3], got {kind_of(array)}"
     if array.dtype.kind not in "fiu":
         return f"must hold numbers, got {kind_of(array)}"
-    if not np.isfinite(array).all():
-        return f"must be finite, and holds {int((~np.isfinite(array)).sum())} that are not"
+    if count := int((~np.isfinite(array)).sum()):
+        return f"must be finite: {count} of its 9 numbers {'is' if count == 1 else 'are'} NaN or infinite"
     (fx, skew, cx), (zero, fy, cy), last = array.tolist()
     if not np.allclose(last, (0, 0, 1), rtol=0, atol=1e-6):
         if np.allclose(array[:, 2], (0, 0, 1), rtol=0, atol=1e-6):
@@ -50,7 +50,7 @@ def intrinsics_problem(matrix: Any, size: tuple[int, ...] | None) -> str:
             "image: divide the first row by the image's width and the second by its height"
         )
     if relative := [(row, side, pixels) for row, side, pixels, _, c in axes if 0 < c <= 1 and pixels > 2]:
-        mend = " and ".join(f"the {row} row by the {side}, {pixels}" for row, side, pixels in relative)
+        mend = " and ".join(f"the {row} row by the {side} ({pixels})" for row, side, pixels in relative)
         return f"looks relative to the image (its principal point is ({cx:g}, {cy:g})), not in pixels: multiply {mend}"
     for _, side, pixels, focal, _ in axes:
         view = 2 * math.degrees(math.atan2(pixels / 2, focal))
@@ -84,7 +84,8 @@ def depth_problem(depth: Any, size: tuple[int, ...], unit: Any = None) -> str:
     low, high = float(array.min()) * scale, float(array.max()) * scale  # NaN where there is any
     if not (math.isfinite(low) and math.isfinite(high)):
         count = int((~np.isfinite(array)).sum())
-        return f"must be finite, and holds {count} that are not; 0 means no reading"
+        are = "is" if count == 1 else "are"
+        return f"must be finite: {count} of its {array.size} pixels {are} NaN or infinite; 0 means no reading"
     if low < 0:
         return f"must not be negative, got {low:g} m; 0 means no reading"
     if high == 0:

@@ -119,7 +119,7 @@ def test_a_full_disk_leaves_nothing(checkpoint, tmp_path, capfd, to, limit):
     capfd.readouterr()
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:
-        with pytest.raises(InputError, match=f"^{out} cannot be written: "):
+        with pytest.raises(InputError, match=f"^{out} cannot be written: File too large$"):
             convert(tmp_path / "a", out, to=to)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -129,16 +129,20 @@ def test_a_full_disk_leaves_nothing(checkpoint, tmp_path, capfd, to, limit):
 
 @pytest.mark.parametrize("to", WRITERS)
 @pytest.mark.parametrize(("number", "word"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")])
-def test_a_conversion_that_is_stopped_leaves_nothing(checkpoint, tmp_path, capfd, monkeypatch, to, number, word):
+@pytest.mark.parametrize("when", ["writing", "reading back"])
+def test_a_conversion_that_is_stopped_leaves_nothing(checkpoint, tmp_path, capfd, monkeypatch, to, number, word, when):
     def stop() -> np.ndarray:
         os.kill(os.getpid(), number)
         raise AssertionError("the signal was not heard")
 
     last = list(checkpoint.arrays)[-1]
-    arrays = {
+    stopping = {
         name: LazyArray(x.shape, x.dtype, stop if name == last else x.read) for name, x in checkpoint.arrays.items()
     }
-    monkeypatch.setattr("spatialvla_jax.export.convert.read_checkpoint", lambda *_: replace(checkpoint, arrays=arrays))
+    reads = iter([stopping] if when == "writing" else [checkpoint.arrays, stopping])
+    monkeypatch.setattr(
+        "spatialvla_jax.export.convert.read_checkpoint", lambda *_: replace(checkpoint, arrays=next(reads))
+    )
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore SIGINT
     try:
         assert (

@@ -218,6 +218,9 @@ def test_there_is_no_action_of_numbers_that_are_not_finite(folder, prompt):
         depth = prompt["depth"].clone()
         depth[1, 3, 4] = value
         refused(prompt | {"depth": depth}, 1)
+    camera = prompt["intrinsic"].clone()
+    camera[1] = 0
+    refused(prompt | {"intrinsic": camera}, 1)
     with torch.no_grad():
         model.language_model.lm_head.weight[300] = torch.inf
     refused(free, 2)

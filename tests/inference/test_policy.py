@@ -121,7 +121,7 @@ def test_many_observations_get_what_each_gets_alone(policy: Policy) -> None:
         ({"image": np.zeros((4, 4, 3))}, r"got float64\[4, 4, 3\]"),
         ({"prompt": None}, "'prompt' must be a string, got NoneType"),
         ({"unnorm_key": "bridge"}, "unnorm_key 'bridge' is not a dataset of this policy; choose one of toy"),
-        ({"intrinsics": np.eye(4)}, r"'intrinsics' must be shape \[3, 3\], got float64\[4, 4\]"),
+        ({"intrinsics": np.eye(4)}, r"'intrinsics' must have the shape \[3, 3\], got float64\[4, 4\]"),
         ({"depth": None}, r"'depth' must be metres of shape \[48, 64\], got nothing: this model takes depth"),
         ({"image": [[1, 2], [3]]}, r"'image' must be uint8\[H, W, 3\], got object"),
         ({"unnorm_key": 3}, "unnorm_key 3 is not a dataset"),

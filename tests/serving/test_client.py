@@ -157,11 +157,13 @@ def reply(**changes: Any) -> bytes:
 # prompt -> (the server's reply, what is said of it)
 REPLIES: dict[str, tuple[bytes | str, str]] = {
     "text": ("observation 'prompt' makes no sense", "makes no sense"),
+    "lines": ("Traceback:\n  File\n", "Traceback: File$"),
+    "no text": (" \n", "an empty message$"),
     "empty": (b"", "a msgpack map in openpi's encoding, this is none"),
     "garbage": (b"\xc1\xff\x00", "this is none"),
     "half": (reply()[:-9], "this is none"),
     "more": (reply() + b"\x01", "this is none"),
-    "deep": (b"\x91" * 5000, "this is none"),
+    "deep": (b"\x91" * 5000, "this is none: StackError$"),
     "many": (msgpack.packb([[]] * 20_000), "more than 10000 lists"),
     "list": (msgpack.packb([1, 2]), "a reply is a map, got list"),
     "array": (msgpack.packb(ARRAY), "a reply is a map, got ndarray"),
@@ -216,6 +218,8 @@ def test_a_client_sends_and_gets_arrays(address: str) -> None:
     for unfit in (object(), 1 << 70, "\ud800", np.array(["a"]), [image, {1: np.array([None])}]):
         with pytest.raises(InputError, match=r"a message holds numbers|cannot be packed"):
             client.infer({"image": image, "prompt": unfit})
+    with pytest.raises(InputError, match="an observation must be a dict, got list"):
+        client.infer([image])
     client.close()
 
 

@@ -24,7 +24,7 @@ def changed(array, *changes):
 
 
 CAMERAS = {
-    "nothing": (None, r"must be shape \[3, 3\], got nothing"),
+    "nothing": (None, r"must have the shape \[3, 3\], got nothing"),
     "four numbers": ([50, 48, 31, 25], r"shape \[3, 3\], got int64\[4\]"),
     "3×4": (np.eye(3, 4), r"got float64\[3, 4\]"),
     "4×4": (np.eye(4), r"got float64\[4, 4\]"),
@@ -35,7 +35,7 @@ CAMERAS = {
     "booleans": (np.ones((3, 3), bool), r"must hold numbers, got bool\[3, 3\]"),
     "complex": (CAMERA.astype(complex), "must hold numbers"),
     "huge integers": ([[10**30] * 3] * 3, "must hold numbers"),
-    "NaN": (changed(CAMERA, ((0, 0), np.nan)), "must be finite, and holds 1 that are not"),
+    "NaN": (changed(CAMERA, ((0, 0), np.nan)), "must be finite: 1 of its 9 numbers is NaN or infinite"),
     "infinity": (changed(CAMERA, ((0, 2), np.inf)), "must be finite"),
     "zeros": (np.zeros((3, 3)), r"must have the last row \(0, 0, 1\), got \(0, 0, 0\)"),
     "scaled": (CAMERA * 2, r"last row \(0, 0, 1\), got \(0, 0, 2\)"),
@@ -44,8 +44,11 @@ CAMERAS = {
     "y upwards": (changed(CAMERA, ((1, 1), -48)), "focal lengths above 0, got fx 50 and fy -48"),
     "sheared": (changed(CAMERA, ((0, 1), 0.6)), "without shear, got 0.6 beside fx 50"),
     "sheared the other way": (changed(CAMERA, ((1, 0), 0.1)), "without shear, got 0 .* and 0.1 before fy 48"),
-    "relative": (RELATIVE, "relative to the image .*: multiply the first row by the width, 64 and the second .* 48"),
-    "half relative": (changed(CAMERA, (0, RELATIVE[0])), r"multiply the first row by the width, 64$"),
+    "relative": (
+        RELATIVE,
+        r"relative to the image .*: multiply the first row by the width \(64\) and the second .* \(48\)",
+    ),
+    "half relative": (changed(CAMERA, (0, RELATIVE[0])), r"multiply the first row by the width \(64\)$"),
     "identity": (np.eye(3), r"a focal length of 1 sees 176° of a width of 64 px"),
     "millimetres": (changed(CAMERA, ((0, 0), 1.9), ((1, 1), 1.9)), "a focal length of 1.9 sees 173° of a width"),
     "metres": (changed(CAMERA, ((0, 0), 0.0019), ((1, 1), 0.0019)), "a focal length of 0.0019 sees 180°"),
@@ -96,7 +99,11 @@ DEPTHS = {
     "kilometres": (DEPTH / 1000, None, "its farthest reading is 0.003 m"),
     "metres with a unit": (DEPTH, 0.001, "its farthest reading is 0.003 m"),
     "millimetres as centimetres": (COUNTS * np.uint16(20), 0.01, "cannot be metres"),
-    "a missing reading as NaN": (changed(DEPTH, ((3, 4), np.nan)), None, "holds 1 that are not; 0 means no reading"),
+    "a missing reading as NaN": (
+        changed(DEPTH, ((3, 4), np.nan)),
+        None,
+        "1 of its 3072 pixels is NaN or infinite; 0 means no reading",
+    ),
     "infinitely far": (changed(DEPTH, ((3, 4), np.inf)), None, "must be finite"),
     "negative": (changed(DEPTH, ((3, 4), -0.25)), None, "must not be negative, got -0.25 m"),
     "a missing reading as -1": (changed(COUNTS.astype(np.int32), ((3, 4), -1)), 0.001, "negative, got -0.001 m"),

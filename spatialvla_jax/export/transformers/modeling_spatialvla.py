@@ -81,7 +81,9 @@ def back_project(depth: torch.Tensor, intrinsics: torch.Tensor, grid: int) -> to
     cells = F.avg_pool2d(depth.float()[:, None], step)[:, 0]
     centre = torch.arange(n, dtype=torch.float32, device=depth.device) * step + step / 2
     v, u = torch.meshgrid(centre, centre, indexing="ij")
-    rays = torch.linalg.inv(intrinsics.float()) @ torch.stack([u, v, torch.ones_like(u)]).reshape(3, -1)
+    inverse, singular = torch.linalg.inv_ex(intrinsics.float())
+    inverse = inverse.masked_fill(singular[:, None, None] != 0, torch.nan)  # of which there is no action
+    rays = inverse @ torch.stack([u, v, torch.ones_like(u)]).reshape(3, -1)
     points = rays.reshape(-1, 3, n, n) * cells[:, None]
     points = points.reshape(-1, 3, grid, SUB_GRID, grid, SUB_GRID).permute(0, 2, 4, 3, 5, 1)
     return points.reshape(len(depth), grid**2, -1)

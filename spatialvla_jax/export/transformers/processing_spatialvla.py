@@ -141,7 +141,7 @@ class SpatialVLAProcessor(ProcessorMixin):
         """
         options = _options(kwargs)
         one = isinstance(text, str)
-        sentences = [text] if one else list(text or [])
+        sentences = [text] if one else list(text) if isinstance(text, (list, tuple)) else []
         if not sentences or not all(isinstance(sentence, str) for sentence in sentences):
             raise ValueError(f"text is a sentence or a list of them, got {text!r:.80}")
         count = len(sentences)
@@ -172,6 +172,8 @@ class SpatialVLAProcessor(ProcessorMixin):
         """Token ids of the prompt: <bos>, the lower-cased instruction in the template, newline."""
         if IMAGE in sentence:
             raise ValueError(f"text holds {IMAGE}: the processor itself puts the image before the instruction")
+        if any("\ud800" <= letter <= "\udfff" for letter in sentence):
+            raise ValueError(f"text must be without lone surrogates, got {sentence!r:.80}")
         prompt = self.prompt_template.replace("{instruction}", sentence.strip().lower())
         ids = [BOS, *self.tokenizer.EncodeAsIds(prompt), self.tokenizer.PieceToId("\n")]
         if len(ids) > self.prompt_length:
@@ -372,7 +374,7 @@ def _options(kwargs: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def _images(images: Any, count: int) -> list[Any]:
     """One image for each sentence, which may be a list of its own."""
     one = hasattr(images, "convert") or getattr(images, "ndim", None) == 3
-    rows = [images] if one else list(() if images is None else images)
+    rows = [images] if one else list(images) if hasattr(images, "__len__") else []
     for row in rows:
         if isinstance(row, (list, tuple)) and len(row) != 1:
             raise ValueError(f"the model sees one image for each sentence, got a list of {len(row)}")
@@ -383,7 +385,7 @@ def _images(images: Any, count: int) -> list[Any]:
 
 def _rows(name: str, value: Any, count: int, one: bool) -> list[Any]:
     """What belongs to each of `count` sentences; None stands for nothing."""
-    rows = [value] * count if value is None else [value] if one else list(value)
+    rows = [value] * count if value is None else list(value) if hasattr(value, "__len__") and not one else [value]
     if len(rows) != count:
         raise ValueError(f"{name} has {len(rows)} rows for {count} sentences")
     return rows
@@ -409,6 +411,8 @@ def _write(path: str, data: dict[str, Any]) -> None:
 
 def find_key(key: str | None, known: dict[str, Any]) -> str | None:
     """The known name of the dataset `key`, whether spelled NAME or NAME/VERSION; None where there is none."""
+    if not isinstance(key, (str, type(None))):
+        raise ValueError(f"unnorm_key must be a dataset's name, got {key!r:.80}")
     if key is None or key in known:
         return key
     name, _, version = key.partition("/")
