@@ -7,6 +7,8 @@ CHANGES = (
     "a gripper outside [0, 1] and actions that are not finite are faults of their episodes (data.faults)",
     "new runs scale a dimension by minimum and maximum where 98 % of the frames share a value; this run keeps its "
     "statistics",
+    "gradients of linear layers are rounded otherwise in their last bits, those of adapters (lora.rank) come from "
+    "products of their rank",
 )
 
 
