@@ -11,9 +11,12 @@ from typing import Any
 
 import numpy as np
 
-# Degrees. Ego3D has a pinhole camera: its view is below 180°, and 170° is beyond any lens without fisheye distortion. A
-# lens of less than 1° is a telescope. A matrix in other units than the image's fails here.
-FIELD_OF_VIEW = (1.0, 170.0)
+# Degrees. Ego3D has a pinhole camera: 150° is beyond any lens without fisheye distortion. A lens of less than 1° is a
+# telescope. A matrix in other units than the image's, such as a focal length in millimetres, fails here.
+FIELD_OF_VIEW = (1.0, 150.0)
+MAX_STRETCH = (
+    5.0  # of one focal length over the other: pixels are squares, unless an image was resized to another shape
+)
 MAX_SKEW = 0.01  # of the focal length; sensors have none
 # Metres. Robots' sensors see from millimetres to 65 m (16 bits of millimetres), ZoeDepth to 80 m; a simulator's sky is
 # farther away. Millimetres and counts that are taken for metres fail here.
@@ -60,6 +63,8 @@ def intrinsics_problem(matrix: Any, size: tuple[int, ...] | None) -> str:
                 f"must have a field of view of {FIELD_OF_VIEW[0]:g}° to {FIELD_OF_VIEW[1]:g}°: a focal length of "
                 f"{focal:g} sees {view:.3g}° of a {side} of {unit}"
             )
+    if max(fx, fy) > MAX_STRETCH * min(fx, fy):
+        return f"must have focal lengths within {MAX_STRETCH:g} times of each other, got fx {fx:g} and fy {fy:g}"
     if not (0 < cx < width and 0 < cy < height):
         where = f"the image of {width}×{height} px that comes with it" if size else "the image, from 0 to 1"
         return f"must have its principal point inside {where}, got ({cx:g}, {cy:g})"
