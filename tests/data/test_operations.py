@@ -217,7 +217,10 @@ def test_specs_from_fields():
         ({"operations": ["invert_gripper"]}, r"operations\[0\]='invert_gripper' is a text, and a sequence is expected"),
         ({"default_intrinsics": ((0, 0, 0),) * 3}, r"\(fx, 0, cx\).* with fx and fy above 0 is expected"),
         ({"default_intrinsics": ((9, 0, 4), (0, 9, 4), (0, 0, 2))}, r"is no matrix of intrinsics"),
-        ({"default_intrinsics": ((1, 0, 0.5), (0, 1, 0.5), (0, 0, 1))}, "relative to the image .* by the width, 640"),
+        (
+            {"default_intrinsics": ((1, 0, 0.5), (0, 1, 0.5), (0, 0, 1))},
+            r"relative to the image .* by the width \(640\)",
+        ),
         (
             {"default_intrinsics": ((600, 0, 320), (0, 600, 240), (0, 0, 1)), "default_intrinsics_size": (128, 128)},
             "its principal point inside the image of 128×128 px .* is expected, in pixels of an image of default_intr",

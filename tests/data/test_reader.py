@@ -37,7 +37,9 @@ def reads(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize("block", [2, 7, 16, 1000])
+@pytest.mark.parametrize(
+    "block", [2, 7, pytest.param(16, marks=pytest.mark.slow), pytest.param(1000, marks=pytest.mark.slow)]
+)
 def test_blocks_give_the_same_frames(paths, cache_dir, block):
     """Whatever is read at once: each sample is the frame that its number says, every frame comes once a pass, a resumed
     stream goes on as the whole one does, and hosts see their rows."""

@@ -36,6 +36,7 @@ def test_published_to_orbax_and_back(checkpoint, tmp_path):
     json.dumps(figures)
 
 
+@pytest.mark.slow
 def test_the_published_model_with_zoedepth(golden, tmp_path):
     """The golden directory to Orbax and back: all 380 tensors in the same bytes, and PyTorch runs them as JAX does."""
     assert convert(golden, tmp_path / "run", to="orbax")["bit_exact"]

@@ -125,6 +125,7 @@ def test_a_nano_step_compiles_for_a_pod(config_file: Path, capsys: pytest.Captur
     assert again == report and topology.chips == 4
 
 
+@pytest.mark.slow
 def test_gradients_alone_cross_slices(config_file: Path) -> None:
     config = load_config(config_file, {"mesh.data": "2", "train.batch_size": "32"})
     ((_, report),) = compile_for(config, parse_topology("v5e:2x2", slices=2), config_file.parent / "cache")

@@ -78,6 +78,7 @@ def test_a_dead_process_ends_the_others(server: Server, packed_config: Path, tmp
     assert "another process of the run died" in errors or "another task died" in errors
 
 
+@pytest.mark.slow
 def test_storage_that_fails_on_one_host_ends_the_run(server: Server, packed_config: Path, tmp_path: Path) -> None:
     """The second of two cannot write its part of a checkpoint: one sentence, no hang, and exit codes after which the
     scripts in `launch/` start again."""

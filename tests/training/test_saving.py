@@ -27,6 +27,7 @@ def test_the_last_and_every_kth_are_kept(config_file: Path, tmp_path: Path) -> N
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_a_paligemma(config_file: Path, tmp_path: Path) -> None:
     """big_vision's PaliGemma 2, of this model's sizes: its weights, and the mean of its text rows for action tokens."""
     config = preset("nano")

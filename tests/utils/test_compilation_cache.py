@@ -5,9 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 PROGRAM = """
 import sys
 from pathlib import Path
+
+import pytest
 import numpy as np
 from spatialvla_jax import Policy
 from spatialvla_jax.utils.compilation_cache import share_compilations
@@ -18,6 +22,7 @@ print(Policy.load(sys.argv[1]).infer({"image": image, "depth": depth, "prompt": 
 """
 
 
+@pytest.mark.slow
 def test_a_second_process_compiles_nothing(trained: Path, tmp_path: Path) -> None:
     env = {key: value for key, value in os.environ.items() if key != "JAX_COMPILATION_CACHE_DIR"}
 
