@@ -50,7 +50,7 @@ class Policy:
         self.model, self.processor = model, processor
         self.constrained, self.speculate = constrained, speculate
         self.weights = jax.device_put(prepare_weights(model, params, int8=int8, whole_vocabulary=not constrained))
-        self._sound = all(jax.device_get([_all_finite(x) for x in jax.tree.leaves(self.weights)]))
+        self._sound = bool(_all_finite(self.weights))
         self._grid = jax.device_put(processor.grid)
         self._kept: dict[str, tuple[np.ndarray, jax.Array]] = {}
         # The program itself writes its results to the host: one wait instead of a wait and a copy.
@@ -247,10 +247,10 @@ def _require_finite(finite: Bool[np.ndarray, " B"]) -> None:
 
 
 @jax.jit
-def _all_finite(x: jax.Array) -> jax.Array:
-    """Of weights. Most that are not finite reach the logits, but a ReLU, ZoeDepth's choice between its heads or the
-    soft cap of attention may hide one."""
-    return jnp.all(jnp.isfinite(x))
+def _all_finite(weights: Weights) -> jax.Array:
+    """Whether every weight is finite, in one program. Most that are not reach the logits, but a ReLU, ZoeDepth's choice
+    between its heads or the soft cap of attention may hide one."""
+    return jnp.all(jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(weights)]))
 
 
 def _stacked(arrays: list[np.ndarray]) -> Any:
