@@ -104,7 +104,7 @@ class ActionTokens(LogitsProcessor):
     """
 
     def __init__(self, token_ranges: Any, start: int, chunk: int) -> None:
-        ranges = None if token_ranges is None else torch.as_tensor(token_ranges)
+        ranges = None if token_ranges is None else torch.as_tensor(token_ranges, device="cpu")
         if ranges is not None and (ranges.ndim != 2 or ranges.shape[1] != 2 or (ranges < torch.tensor([0, 1])).any()):
             raise ValueError(f"token_ranges are (first id, count) of each token of an action, got {ranges.tolist()}")
         self.ranges = None if ranges is None else ranges.tolist()
