@@ -215,7 +215,7 @@ def encoded_frames(loader: Any, count: int) -> list[bytes]:
     datasets, places = mixture.sample_frames(loader.mixture, 0, np.arange(count))
     for dataset, place in zip(datasets.tolist(), places.tolist(), strict=True):
         index = loader.indexes()[dataset]
-        offset, length, _ = index.arrays["image"][place].tolist()
+        offset, length, _ = index.spans("image", place).tolist()
         with open(index.files[index.arrays["episode_file"][index.episode(place)]], "rb") as file:
             file.seek(offset)
             frames.append(file.read(length))

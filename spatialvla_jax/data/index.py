@@ -2,10 +2,11 @@
 
 Made in one pass, kept in a cache directory, memory-mapped when used: host memory does not grow with the dataset.
 
-An index is a directory of meta.json and one file for each of `_ARRAYS`. meta.json says what the index was made from:
-the dataset's place, the spec, and the size and modification time of every shard. Each start compares these, and
-rebuilds the index where anything differs, or where a part of it is missing or damaged. Content that changes while size
-and time stay the same is caught by checksums of records and frames: the index holds them, and the reader compares them.
+An index is a directory of meta.json and one file for each array of `index_parts.layout`. meta.json says what the index
+was made from: the dataset's place, the spec, and the size and modification time of every shard. Each start compares
+these, and rebuilds the index where anything differs, or where a part of it is missing or damaged. Content that changes
+while size and time stay the same is caught by checksums of records and frames: the index holds them, and the reader
+compares them.
 """
 
 import dataclasses
@@ -18,40 +19,27 @@ import os
 import re
 import secrets
 import shutil
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import google_crc32c
 import numpy as np
+from jaxtyping import Float32, Int64
 
 from spatialvla_jax.actions import DIMENSIONS
+from spatialvla_jax.data.index_parts import Part, layout, merge_parts, read_part
 from spatialvla_jax.data.oxe.spec import DatasetSpec, meaning
-from spatialvla_jax.data.rlds import UNLABELED, Shard, enumerate_some, open_rlds, read_episodes, slice_shards
-from spatialvla_jax.data.statistics import action_statistics
-from spatialvla_jax.errors import Fault, InputError
+from spatialvla_jax.data.rlds import UNLABELED, Shard, enumerate_some, open_rlds, slice_shards
+from spatialvla_jax.errors import InputError
 from spatialvla_jax.utils.atomic import PREFIX, replacing
 from spatialvla_jax.utils.progress import warn
 
-VERSION = 3  # of the files below and of what is in them; another one makes a new index
+VERSION = 4  # of the files and of what is in them; another one makes a new index
 META = "meta.json"
 CHECKSUM_BYTES = 4  # of a record, right behind it
 _SAMPLE = 16  # records of an index whose checksums are compared at each start
-# Rows are frames, except those of `episode_*`, which are episodes. Spans are (offset, length, checksum) in the file.
-_ARRAYS: dict[str, tuple[str, tuple[int, ...]]] = {
-    "action": ("<f4", (-1,)),  # as many as the dataset's actions have
-    "language": ("<i4", ()),
-    "step": ("<i4", ()),
-    "image": ("<i8", (3,)),
-    "depth": ("<i8", (3,)),
-    "intrinsics": ("<f4", (3, 3)),
-    "episode_end": ("<i8", ()),
-    "episode_file": ("<i4", ()),
-    "episode_number": ("<i4", ()),
-    "episode_record": ("<i8", (3,)),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +86,7 @@ class Index:
 
     @property
     def num_frames(self) -> int:
-        return len(self.arrays["step"])
+        return int(self.arrays["episode_end"][-1])
 
     @property
     def num_episodes(self) -> int:
@@ -107,6 +95,36 @@ class Index:
     def episode(self, frames: Any) -> np.ndarray | np.int64:
         """The episode i64[...] of each frame."""
         return np.searchsorted(self.arrays["episode_end"], frames, side="right")
+
+    def spans(self, key: str, frames: Any) -> Int64[np.ndarray, "*B 3"]:
+        """Where each frame's image or depth map ("image", "depth") is stored: offset in its episode's file, length, and
+        CRC-32C of these bytes."""
+        spans = self.arrays[key][frames].astype(np.int64)
+        spans[..., 0] += self.arrays["episode_record"][self.episode(frames), 0]
+        return spans
+
+    def mean_size(self, key: str) -> float:
+        """Mean bytes of a stored image or depth map, from about a thousand of them."""
+        return float(self.arrays[key][:: max(1, self.num_frames // 1000), 1].mean())
+
+    def language(self, frames: Any) -> np.ndarray | np.int32:
+        """Which of `instructions` each frame has, i32[...]."""
+        return self._in_runs("language", frames)
+
+    def intrinsics(self, frames: Any) -> Float32[np.ndarray, "*B 3 3"]:
+        """Each frame's, in pixels of its stored image; of a dataset that has them."""
+        return self._in_runs("intrinsics", frames)
+
+    def step(self, frames: Any) -> np.ndarray | np.int64:
+        """Each frame's number in its stored episode, i64[...]."""
+        steps = self._in_runs("step", frames)
+        return steps + frames if "step_end" in self.arrays else steps
+
+    def _in_runs(self, key: str, frames: Any) -> Any:
+        """The values of an array that has a row for every run of frames or, in packed files, for every frame."""
+        if (ends := self.arrays.get(f"{key}_end")) is not None:
+            frames = np.searchsorted(ends, frames, side="right")
+        return self.arrays[key][frames]
 
     def action_rows(self, frames: Any) -> tuple[np.ndarray, np.ndarray]:
         """Where in `action` each frame's is, and where its episode's end, i64[...] both."""
@@ -125,7 +143,7 @@ class Index:
         episode = self.episode(frame)
         return (
             f"dataset {self.name!r}, file {self.files[self.arrays['episode_file'][episode]]}, "
-            f"episode {self.arrays['episode_number'][episode]}, step {self.arrays['step'][frame]}"
+            f"episode {self.arrays['episode_number'][episode]}, step {self.step(frame)}"
         )
 
     def record(self, episode: int) -> tuple[str, int, bytes]:
@@ -220,9 +238,7 @@ def _open_kept(
         if meta["made_from"] != made_from:
             raise _Stale(_difference(meta["made_from"], made_from))
         arrays, maps = {}, []
-        for key in _keys(spec):
-            dtype, shape = _ARRAYS[key]
-            shape = (made_from["action_dim"],) if key == "action" else shape
+        for key, (dtype, shape) in layout(spec, made_from["action_dim"]).items():
             with open(f"{key}.bin", "rb", opener=opener) as file:
                 if _checksum(iter(functools.partial(file.read, 1 << 22), b"")) != meta["checksums"][key]:
                     raise ValueError(f"the checksum of {file.name} is wrong")
@@ -264,10 +280,6 @@ def _check_current(index: Index, meta: Mapping[str, Any]) -> None:
         with suppress(OSError), open(path, "rb", buffering=0) as file:  # one that cannot be read says so later
             if os.pread(file.fileno(), CHECKSUM_BYTES, offset) != checksum:
                 raise _Stale(f"{path} has the size and the time that it had, but other records")
-
-
-def _keys(spec: DatasetSpec) -> list[str]:
-    return [key for key in _ARRAYS if getattr(spec, key, True)]  # no depth, no intrinsics where the spec has none
 
 
 def _build(
@@ -326,49 +338,23 @@ def _write(
 ) -> None:
     """Writes the files of an index to the directory `work`."""
     action_dim = made_from["action_dim"]
-    instructions: dict[str, int] = {}
-    skipped: Counter[str] = Counter()
-    first_fault = ""
-    frames = episodes = 0
 
-    def skip(reason: str, sentence: str) -> None:
-        nonlocal first_fault
-        if reason != UNLABELED and faults.policy == "fail":
-            raise Fault(reason, sentence)
-        first_fault = first_fault or sentence
-        skipped[reason] += 1
-        faults.check(skipped, f"episodes of the dataset {name!r}")
-
-    with ExitStack() as stack:
-        streams = {key: stack.enter_context(open(work / f"{key}.bin", "wb")) for key in _keys(spec)}
-        checksums = dict.fromkeys(streams, 0)
-        for number, (file, numbers, listed, *_) in enumerate(shards):
-            stored = read_episodes(name, builder, file, numbers, spec, skip, action_dim, listed)
-            for place, episode in zip(numbers, stored, strict=True):
-                if not len(episode["step"]):
-                    continue
-                frames, episodes = frames + len(episode["step"]), episodes + 1
-                language = [instructions.setdefault(text, len(instructions)) for text in episode["language"]]
-                own = {"end": [frames], "file": [number], "number": [place], "record": episode["record"]}
-                episode |= {"language": language} | {f"episode_{key}": value for key, value in own.items()}
-                for key, stream in streams.items():
-                    content = np.ascontiguousarray(episode[key], _ARRAYS[key][0]).tobytes()
-                    stream.write(content)
-                    checksums[key] = google_crc32c.extend(checksums[key], content)
+    def parts() -> Iterator[Part]:
+        for number, shard in enumerate(shards):
+            yield read_part(name, builder, number, shard, spec, action_dim)
             if progress:
                 progress(name, number + 1, len(shards))
-    if not frames:
+
+    def check(part: Part, skipped: Mapping[str, int]) -> None:
+        if part.fault and faults.policy == "fail":
+            raise InputError(part.fault)
+        faults.check(skipped, f"episodes of the dataset {name!r}")
+
+    merged = merge_parts(parts(), layout(spec, action_dim), work, check)
+    skipped = merged["skipped"]
+    if not merged["statistics"]:
         listed = ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()))
         raise InputError(f"Dataset {name!r} ({builder.data_dir}) has no episode to use ({listed})")
-    actions = np.memmap(work / "action.bin", "<f4", "r", shape=(frames, action_dim))
-    meta = {
-        "version": VERSION,
-        "made_from": made_from,
-        "checksums": checksums,  # CRC-32C of each array's file
-        "instructions": list(instructions),
-        "statistics": action_statistics(actions, episodes),
-        "read": sum(len(shard.numbers) for shard in shards) + skipped["unlisted"],
-        "skipped": dict(skipped),
-        "fault": first_fault,
-    }
+    read = sum(len(shard.numbers) for shard in shards) + skipped.get("unlisted", 0)
+    meta = {"version": VERSION, "made_from": made_from, "read": read} | merged
     (work / META).write_text(json.dumps(meta | {"digest": _digest(meta)}, indent=2), "utf-8")

@@ -181,7 +181,7 @@ class Loader:
                 ids = data.starts[number] + np.arange(first, end)
                 batch = self.frames(ids, split)
                 if np.array_equal(np.asarray(batch.sample_id), ids):
-                    instruction = index.instructions[index.arrays["language"][first]]
+                    instruction = index.instructions[index.language(first)]
                     rows, _ = index.action_rows(np.arange(first, end))
                     before = index.arrays["action"][np.maximum(rows - 1, rows[0])]
                     previous = normalize(before, self.statistics[index.name]["action"])
@@ -375,17 +375,17 @@ class Loader:
         new_size = (self.image_size, self.image_size)
         for number in np.unique(dataset):
             own = dataset == number
-            index, arrays, frame = split.indexes[number], split.indexes[number].arrays, frames[own]
+            index, frame = split.indexes[number], frames[own]
             if index.spec.intrinsics:
-                intrinsics[own] = scale_intrinsics(arrays["intrinsics"][frame], pixels.stored_size[own], new_size)
+                intrinsics[own] = scale_intrinsics(index.intrinsics(frame), pixels.stored_size[own], new_size)
             else:
                 default, old_size = np.asarray(index.spec.default_intrinsics), index.spec.default_intrinsics_size
                 intrinsics[own] = scale_intrinsics(default, old_size, new_size)
             for target, table in zip((prompt_ids, prompt_mask), split.prompts[number], strict=True):
-                target[own] = table[arrays["language"][frame]]
+                target[own] = table[index.language(frame)]
             bounds = {row: value[number] for row, value in self._bounds.items()}
             first, end = index.action_rows(frame)
-            actions[own], action_mask[own] = chunk_actions(arrays["action"], first, end, chunk, bounds)
+            actions[own], action_mask[own] = chunk_actions(index.arrays["action"], first, end, chunk, bounds)
         return Batch(
             image=pixels.image,
             depth=pixels.depth,

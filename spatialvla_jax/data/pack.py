@@ -133,20 +133,29 @@ def write_pack(
 
 
 def _arrays(index: Index, loader: Frames) -> dict[str, tuple[Any, tuple[int, ...]]]:
-    """Dtype and shape of the index's arrays; images and depth maps in the place of their byte ranges."""
-    arrays: dict[str, tuple[Any, tuple[int, ...]]] = {key: (x.dtype, x.shape) for key, x in index.arrays.items()}
+    """Dtype and shape of the arrays of a packed file."""
+    small: dict[str, tuple[Any, tuple[int, ...]]] = {key: (x.dtype, x.shape) for key, x in _small(index).items()}
     frame = (index.num_frames, loader.image_size, loader.image_size)
-    arrays["image"] = (np.uint8, (*frame, 3))
-    for key in ("depth", "episode_record"):
-        arrays.pop(key, None)
-    return arrays | ({"depth": (np.uint16, frame)} if loader.depth else {})
+    first = {key: small[key] for key in ("action", "language", "step")}
+    first["image"] = (np.uint8, (*frame, 3))
+    if index.spec.intrinsics:
+        first["intrinsics"] = (np.float32, (index.num_frames, 3, 3))
+    return first | small | ({"depth": (np.uint16, frame)} if loader.depth else {})
+
+
+def _small(index: Index) -> dict[str, np.ndarray]:
+    """What a packed file takes from the index as it is: a row for every frame, step or episode."""
+    kept = ("action", "episode_end", "episode_file", "episode_number", "action_row", "action_end")
+    frames = np.arange(index.num_frames)
+    arrays = {key: index.arrays[key] for key in kept if key in index.arrays}
+    return arrays | {"language": index.language(frames), "step": index.step(frames).astype(np.int32)}
 
 
 def _write_small(file: int, start: int, indexes: Sequence[Index], places: Sequence[Mapping[str, Any]]) -> None:
     for index, place in zip(indexes, places, strict=True):
-        for key in index.arrays.keys() - {"image", "depth", "intrinsics", "episode_record"}:
+        for key, value in _small(index).items():
             offset, dtype, _ = place[key]
-            _write(file, np.ascontiguousarray(index.arrays[key], dtype), start + offset)
+            _write(file, np.ascontiguousarray(value, dtype), start + offset)
 
 
 def _write_pixels(

@@ -123,7 +123,7 @@ class Rlds:
         self, split: Split, samples: Samples, steps: range, batch_size: int, windows: tuple[int, ...] = ()
     ) -> Iterator[Pixels]:
         tf = tensorflow()
-        encoded = np.asarray([sum(_mean_size(index.arrays[key]) for key in self._keys) for index in split.indexes])
+        encoded = np.asarray([sum(index.mean_size(key) for key in self._keys) for index in split.indexes])
         decoded = self._image_size**2 * (7 if "depth" in self._keys else 3)
         ready, cache = plan_memory(encoded, decoded, batch_size, windows, self._workers, self._budget)
         while steps:
@@ -207,7 +207,7 @@ class Rlds:
             records += [(index, one, current) for one in np.unique(episodes[~current[episodes]]).tolist()]
             files = index.arrays["episode_file"][episodes].tolist()
             for key in self._keys:
-                spans = index.arrays[key][frame].tolist()
+                spans = index.spans(key, frame).tolist()
                 for row, one, file, span in zip(own.tolist(), frame.tolist(), files, spans, strict=True):
                     if row not in failed:
                         places.append((row, index, key, one, file, *span))
@@ -308,11 +308,6 @@ def plan_memory(
     return min(ready, _MOST_READY), cache
 
 
-def _mean_size(spans: np.ndarray) -> float:
-    """Mean length of spans i64[N, 3], from some of them."""
-    return float(spans[:: max(1, len(spans) // 1000), 1].mean())
-
-
 class Files:
     """Byte ranges of files, with the most recently used ones kept open."""
 
@@ -402,7 +397,7 @@ class Blocks(Files):
 
     def _parts(self, index: Index, key: str, block: int) -> Iterator[tuple[int, int, bytes]]:
         frames = np.arange(block * self._block, min((block + 1) * self._block, index.num_frames))
-        episodes, spans = index.episode(frames), index.arrays[key][frames]
+        episodes, spans = index.episode(frames), index.spans(key, frames)
         for episode in np.unique(episodes).tolist():  # an episode's images lie one after the other
             own = spans[episodes == episode]
             file = int(index.arrays["episode_file"][episode])

@@ -170,6 +170,8 @@ def read_episodes(
                 raise
             if not intact:
                 raise Fault("checksum", "the record's checksum is wrong")
+            if len(record) >= 2**31:
+                raise Fault("too long", f"the record has {len(record):,} bytes; protocol buffers have less than 2 GiB")
             episode = _episode(record, offset, spec, fields, action_dim)
             episode["record"] = np.asarray([offset, len(record), masked_crc(record)])
             if skip and not len(episode["step"]):

@@ -109,7 +109,7 @@ def _samples(index: Index, rng: np.random.Generator) -> list[np.ndarray]:
     ends = index.arrays["episode_end"]
     chosen = rng.permutation(len(ends))[:1000]
     firsts = np.where(chosen > 0, ends[chosen - 1], 0)
-    _, new = np.unique(index.arrays["language"][firsts], return_index=True)
+    _, new = np.unique(index.language(firsts), return_index=True)
     order = [*sorted(new), *sorted(set(range(len(chosen))) - set(new))][:EPISODES]
     spans = [(firsts[i], ends[chosen[i]] - 1) for i in order]
     return [np.unique([first, (first + last) // 2, last]) for first, last in spans]
@@ -120,7 +120,7 @@ def _strip(index: Index, frames: np.ndarray, images: UInt8[np.ndarray, "n S S 3"
     return {
         "episode": episode,
         "length": int(index.arrays["episode_end"][episode] - frames[0]),
-        "instruction": _words(index.instructions[index.arrays["language"][frames[0]]]),
+        "instruction": _words(index.instructions[index.language(frames[0])]),
         "images": [
             (frame - frames[0] + 1, data_uri("jpeg", _jpeg(image, limit)))
             for frame, image in zip(frames.tolist(), images, strict=True)
@@ -144,7 +144,7 @@ def _jpeg(image: UInt8[np.ndarray, "H W 3"], limit: int) -> bytes:
 def _section(index: Index, row: dict[str, Any], statistics: Any) -> dict[str, Any]:
     """What the page says of a dataset, but for its pictures and histograms of actions."""
     spec = index.spec
-    counts = np.bincount(index.arrays["language"], minlength=len(index.instructions))
+    counts = np.bincount(index.language(np.arange(index.num_frames)), minlength=len(index.instructions))
     listed = np.argsort(-counts, kind="stable")[:INSTRUCTIONS]
     skipped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(row["skipped"].items()))
     depth = "in the data" if spec.depth else "none stored" if not spec.unread_depth else "stored, not read"

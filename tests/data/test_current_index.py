@@ -204,7 +204,7 @@ def test_a_frame_that_only_its_checksum_shows(data, tmp_path):
     config = data_config(data, cache_dir=tmp_path / "cache", faults={"policy": "skip", "limit": 9})
     loader = load_data(config, image_size=SIZE)
     (index,) = loader.indexes()
-    offset, length, _ = index.arrays["image"][5].tolist()
+    offset, length, _ = index.spans("image", 5).tolist()
     file = Path(index.files[index.arrays["episode_file"][index.episode(5)]])
     content = bytearray(file.read_bytes())
     content[offset + length // 2] ^= 1
@@ -320,7 +320,7 @@ def test_a_damaged_index_is_made_anew(data, tmp_path, capsys):
         assert "dataset 'toy' is indexed again: " in capsys.readouterr().err
         assert list(cache.iterdir()) == [folder]
 
-    assert len(list(folder.iterdir())) == 11
+    assert len(list(folder.iterdir())) == 14
     for name in ("meta.json", "action.bin", "episode_record.bin"):
         file = folder / name
         for content in (file.read_bytes()[:-1], b"", bytes(file.stat().st_size)):

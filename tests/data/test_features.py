@@ -154,8 +154,8 @@ def check(folder: Path, image: str, words: str, action: str, which: str, lengths
         np.testing.assert_array_equal(index.arrays["action"][frame], np.asarray(step["action"], np.float32).reshape(7))
         text = step["words"] if words == "letters" else flat([*step["words"]] if words == "strings" else step["words"])
         expected = LABELS[seed % 2] if words == "letters" else text[int(which[1:-1]) if which else 0].strip()
-        assert index.instructions[index.arrays["language"][frame]] == expected
-        offset, length, _ = index.arrays["image"][frame].tolist()
+        assert index.instructions[index.language(frame)] == expected
+        offset, length, _ = index.spans("image", frame).tolist()
         data = Path(index.files[index.arrays["episode_file"][index.episode(frame)]]).read_bytes()
         np.testing.assert_array_equal(rgb(data[offset : offset + length]), rgb(step["image"]))
     return True

@@ -16,7 +16,7 @@ LIBERO = CATALOGUE["libero"]
 
 
 def read(index, key, frame):
-    offset, size, _ = index.arrays[key][frame]
+    offset, size, _ = index.spans(key, frame)
     with open(index.files[index.arrays["episode_file"][index.episode(frame)]], "rb") as file:
         file.seek(offset)
         return file.read(size)
@@ -33,11 +33,11 @@ def test_equals_what_tfds_reads(rlds, tmp_path):
         for step, values in enumerate(episode["steps"].as_numpy_iterator()):
             assert read(index, "image", frame) == values["observation"]["image"]
             assert read(index, "depth", frame) == values["observation"]["depth"]
-            np.testing.assert_array_equal(index.arrays["intrinsics"][frame], values["observation"]["intrinsics"])
+            np.testing.assert_array_equal(index.intrinsics(frame), values["observation"]["intrinsics"])
             np.testing.assert_array_equal(index.arrays["action"][frame, :6], values["action"][:6])
             assert index.arrays["action"][frame, 6] == (values["action"][6] < 0)
-            assert index.instructions[index.arrays["language"][frame]] == values["language_instruction"].decode()
-            assert index.episode(frame) == number and index.arrays["step"][frame] == step
+            assert index.instructions[index.language(frame)] == values["language_instruction"].decode()
+            assert index.episode(frame) == number and index.step(frame) == step
             frame += 1
         assert index.arrays["episode_end"][number] == frame
     assert frame == index.num_frames > 0 and index.num_episodes == 7 and len(index.files) == 3
@@ -105,7 +105,7 @@ def test_bridge_format(tmp_path):
     assert [read(index, "image", frame) for frame in range(6)] == [b"image 1", b"image 2", b"image 3"] * 2
     expected = [[3] * 6 + [1], [5] * 6 + [0], [7] * 6 + [1]] * 2
     np.testing.assert_array_equal(index.arrays["action"], expected)
-    assert index.arrays["step"].tolist() == [1, 2, 3] * 2 and index.arrays["episode_number"].tolist() == [0, 2]
+    assert index.step(np.arange(6)).tolist() == [1, 2, 3] * 2 and index.arrays["episode_number"].tolist() == [0, 2]
 
 
 def not_finite(value):

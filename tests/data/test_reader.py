@@ -115,7 +115,7 @@ def test_blocks_stay_within_their_bytes(paths, cache_dir, reads, monkeypatch):
         del taken[:]
         blocks = reader.Blocks(4, size)
         for frame, file in zip(frames[:count], files, strict=False):
-            span = index.arrays["image"][frame, :2].tolist()
+            span = index.spans("image", frame)[:2].tolist()
             assert blocks.frame(index, "image", frame, file, *span) == reader.Files().read(index.files[file], *span)
             del reads[:]
             assert blocks.frame(index, "image", frame, file, *span) and not reads, "it is kept"
