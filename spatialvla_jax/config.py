@@ -16,7 +16,7 @@ from spatialvla_jax.models.presets import CHOICES, PRESETS
 from spatialvla_jax.utils.renames import CONFIG_KEYS, renamed
 from spatialvla_jax.utils.schema import Field, check, nearest_name, parse, shown
 from spatialvla_jax.utils.shipped import shipped
-from spatialvla_jax.utils.storage import local_path
+from spatialvla_jax.utils.storage import as_path, is_url
 
 # Keys that may change when a run goes on: they touch what is watched, kept and where it runs, not what is computed.
 FREE_ON_RESUME = (
@@ -235,7 +235,7 @@ def checked(values: Mapping[str, Any]) -> dict[str, Any]:
     values = {key: check(value, KEYS[key], key) for key, value in values.items()}
     for key in ("init", "init_zoedepth"):
         if values.get(key):
-            values[key] = str(local_path(values[key], f"config key {key}"))
+            values[key] = str(as_path(values[key], f"config key {key}"))
     return values
 
 
@@ -273,7 +273,9 @@ def check_together(config: ConfigDict) -> None:
 def find_config(path: str | Path) -> Path:
     """A config file by its path or its name: `sweeps/ego3d` is `configs/sweeps/ego3d.py` of the working directory or of
     this project. Raises InputError."""
-    for file in (local_path(path, "--config"), shipped(f"configs/{path}.py")):
+    if is_url(path):
+        raise InputError(f"--config {path} is a URL, and a config file is read from the local disk alone")
+    for file in (as_path(path, "--config"), shipped(f"configs/{path}.py")):
         if file.is_file():
             return file
     folder = shipped("configs/demo.py").parent

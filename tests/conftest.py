@@ -146,3 +146,52 @@ def server(tmp_path_factory: pytest.TempPathFactory):
     server = Server(tmp_path_factory.mktemp("compiled"))
     yield server
     server.close()
+
+
+@pytest.fixture(scope="session")
+def _gcs_server():
+    from helpers.buckets import start_gcs
+
+    proxy, stop = start_gcs()
+    yield proxy
+    stop()
+
+
+@pytest.fixture(scope="session")
+def _s3_server():
+    from helpers.buckets import start_s3
+
+    proxy, stop = start_s3()
+    yield proxy
+    stop()
+
+
+@pytest.fixture
+def gcs(_gcs_server, monkeypatch: pytest.MonkeyPatch):
+    """A fresh bucket of a server of Google Cloud Storage: `gcs.url` is "gs://…", `gcs.proxy.faults` what goes wrong.
+    What is tried again is tried at once."""
+    from helpers.buckets import Bucket
+
+    monkeypatch.setattr("spatialvla_jax.utils.storage.FIRST_WAIT", 0.001)
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", _gcs_server.url)
+    monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", _gcs_server.url)
+    yield from Bucket.fresh("gs", _gcs_server)
+
+
+@pytest.fixture
+def s3(_s3_server, monkeypatch: pytest.MonkeyPatch):
+    """As `gcs`, of a server of S3."""
+    from helpers.buckets import Bucket
+
+    monkeypatch.setattr("spatialvla_jax.utils.storage.FIRST_WAIT", 0.001)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", _s3_server.url)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "testing")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    yield from Bucket.fresh("s3", _s3_server)
+
+
+@pytest.fixture(params=["gs", "s3"])
+def bucket(request: pytest.FixtureRequest):
+    """One after the other: `gcs` and `s3`."""
+    return request.getfixturevalue({"gs": "gcs", "s3": "s3"}[request.param])

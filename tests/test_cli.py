@@ -169,10 +169,10 @@ def test_a_workdir_that_cannot_be_made(config_file: Path, tmp_path: Path, capsys
     assert error.endswith(f"--workdir {workdir}: {tmp_path / 'file'} is a file, where a folder is expected")
 
 
-def test_buckets_are_refused(config_file: Path, capsys) -> None:
-    error = fails(capsys, "train", "--config", config_file, "--workdir", "gs://bucket/run")
-    assert "--workdir gs://bucket/run is no path of a file system: mount the bucket" in error
-    assert not Path("gs:").exists()
+def test_other_urls_are_refused(config_file: Path, capsys) -> None:
+    error = fails(capsys, "train", "--config", config_file, "--workdir", "ftp://host/run")
+    assert "--workdir ftp://host/run is no path that can be read here: expected a local one, or gs://BUCKET" in error
+    assert not Path("ftp:").exists()
 
 
 @pytest.mark.parametrize("module", ["spatialvla_jax", "spatialvla_jax.cli"])

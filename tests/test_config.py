@@ -225,8 +225,8 @@ def test_paths_of_checkpoints(monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     config = load_config("demo", {"init": "~/run", "init_zoedepth": "zoedepth"})
     assert (config.init, config.init_zoedepth) == (f"{tmp_path}/run", "zoedepth")
-    with pytest.raises(InputError, match=r"config key init gs://bucket/run is no path of a file system"):
-        load_config("demo", {"init": "gs://bucket/run"})
+    with pytest.raises(InputError, match=r"config key init ftp://host/run is no path that can be"):
+        load_config("demo", {"init": "ftp://host/run"})
 
 
 def test_a_file_may_set_part_of_the_keys_and_no_others(tmp_path) -> None:

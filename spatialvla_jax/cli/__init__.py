@@ -16,7 +16,7 @@ from spatialvla_jax.errors import FaultsError, InputError, StorageError
 from spatialvla_jax.utils.atomic import remove_unfinished
 from spatialvla_jax.utils.quiet import quiet_libraries
 from spatialvla_jax.utils.signals import Terminated, sigterm_raises
-from spatialvla_jax.utils.storage import local_path
+from spatialvla_jax.utils.storage import as_path
 
 STOPPED = {KeyboardInterrupt: (signal.SIGINT, "interrupted"), Terminated: (signal.SIGTERM, "terminated")}
 
@@ -128,7 +128,7 @@ def expand_paths(args: argparse.Namespace) -> None:
     """Expands ~ where the shell did not, as in --out=~/grid.json. Raises InputError for a URL."""
     for name, value in vars(args).items():
         if isinstance(value, Path):
-            setattr(args, name, local_path(value, f"--{name.replace('_', '-')}"))
+            setattr(args, name, as_path(value, f"--{name.replace('_', '-')}"))
 
 
 def overrides_of(rest: list[str], allowed: bool) -> dict[str, str]:

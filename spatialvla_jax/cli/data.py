@@ -283,12 +283,12 @@ def run_stats(args: argparse.Namespace) -> None:
     from spatialvla_jax.data.resolve_datasets import make_entries
     from spatialvla_jax.data.statistics import find_oddities
     from spatialvla_jax.utils.progress import progress_bar, warn
-    from spatialvla_jax.utils.storage import local_path
+    from spatialvla_jax.utils.storage import as_path
 
     config = load_config(args.config, args.overrides)
     data, exclude, out = DataConfig.from_config(config.data), config.grid.exclude, args.out
     if "://" not in out:  # Beam writes to buckets as well
-        out = str(local_path(out, "--out"))
+        out = str(as_path(out, "--out"))
         OutputFile(has_keys("statistics", "gaussians")).check(Path(out), "--out")
     with progress_bar("stats", "shard") as progress:
         stats = compute_stats(data, exclude, out, args.runner, args.runner_options, progress)

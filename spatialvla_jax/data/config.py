@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from spatialvla_jax.data.index import Faults
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.utils.schema import Field, check
-from spatialvla_jax.utils.storage import local_path
+from spatialvla_jax.utils.storage import AnyPath, as_path
 
 ENTRY = Field({}, "{name, spec, path, weight, splits}")
 
@@ -49,9 +49,9 @@ class DataConfig:
     prompt: PromptConfig = PromptConfig()
 
     @property
-    def cache_folder(self) -> Path:
+    def cache_folder(self) -> AnyPath:
         """Where the indexes are kept. Raises InputError."""
-        return local_path(self.cache_dir or "~/.cache/spatialvla_jax", "the default of config key data.cache_dir")
+        return as_path(self.cache_dir or "~/.cache/spatialvla_jax", "the default of config key data.cache_dir")
 
     @classmethod
     def from_config(cls, config: "Mapping[str, Any] | ConfigDict | DataConfig") -> "DataConfig":
@@ -75,7 +75,7 @@ class DataConfig:
 def _expand(values: Mapping[str, Any], where: str, *keys: str) -> dict[str, Any]:
     """`values` with ~ expanded in the paths `keys`. Raises InputError for a URL."""
     paths = {key: values[key] for key in keys if isinstance(values.get(key), str | Path) and values[key]}
-    return {**values, **{key: str(local_path(path, where + key)) for key, path in paths.items()}}
+    return {**values, **{key: str(as_path(path, where + key)) for key, path in paths.items()}}
 
 
 def _make(kind: Any, values: Mapping[str, Any], where: str) -> Any:

@@ -1,22 +1,360 @@
-"""Paths that users write."""
+"""Paths that users write: local ones and the URLs of buckets; and reading and writing the objects in a bucket.
 
+A local path is a `pathlib.Path`. A URL (gs://, s3://) is an `etils.epath.Path`, the class that Orbax and TFDS use, too.
+Both go through fsspec, with gcsfs and s3fs; `storage_gcs` and `storage_s3` give these one policy of retries.
+"""
+
+import asyncio
+import concurrent.futures
+import contextlib
+import importlib.util
 import os
+import random
 import re
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
-from spatialvla_jax.errors import InputError
+import fsspec
+from etils import epath
+from etils.epath import gpath
+
+from spatialvla_jax.errors import InputError, StorageError
+from spatialvla_jax.utils.progress import warn
+
+# TensorFlow's file system, which etils takes wherever TensorFlow is installed, knows neither emulators nor s3://. The
+# answer is kept from the first question on, which another library may have asked.
+os.environ["EPATH_USE_TF"] = "0"
+gpath._is_tf_installed.cache_clear()
+
+AnyPath = Path | epath.Path
+T = TypeVar("T")
+
+PATIENCE = 120.0  # seconds for which a request is tried again before the storage counts as out of order
+CONCURRENT = 64  # requests at once
+PART = 16 * 2**20  # bytes of a request in `download` and `open_stream`
+FIRST_WAIT, LONGEST_WAIT = 0.1, 10.0  # seconds between two tries
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")
+_LIBRARIES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}  # library and extra of a scheme
+_CREDENTIALS = {
+    "gs": "`gcloud auth application-default login`, or GOOGLE_APPLICATION_CREDENTIALS with the file of a key",
+    "s3": "`aws configure`, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+}
+_PERMISSIONS = {
+    "gs": {"read": "storage.objects.get", "listed": "storage.objects.list", "written": "storage.objects.create"},
+    "s3": {"read": "s3:GetObject", "listed": "s3:ListBucket", "written": "s3:PutObject"},
+}
+_jitter = random.Random()  # of its own: the process's random numbers stay as they are
+_counts: Counter[str] = Counter()
+
+for _scheme, _class in {"gs": "gcs.GoogleStorage", "gcs": "gcs.GoogleStorage", "s3": "s3.S3Storage"}.items():
+    fsspec.register_implementation(_scheme, f"{__package__}.storage_{_class}", clobber=True)  # imported when used
 
 
-def local_path(path: str | os.PathLike[str], what: str) -> Path:
-    """`path` with ~ expanded. Raises InputError for a URL such as gs://bucket/data, which would be a folder "gs:" here;
-    `what` names the argument or key that has it."""
+def as_path(path: str | os.PathLike[str], what: str) -> AnyPath:
+    """The path that a user wrote: a local one with ~ expanded, or a URL of a bucket.
+
+    `what` names the argument or key in an InputError: for a URL that cannot be read here, or a ~ of an unknown user."""
     text = os.fspath(path)
-    if url := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/+", text):
-        raise InputError(
-            f"{what} {url[1]}://{text[url.end() :]} is no path of a file system: mount the bucket (gcsfuse) and name "
-            "its folder"
-        )
+    if not (url := _URL.match(text)):
+        try:
+            return Path(text).expanduser()
+        except RuntimeError as error:
+            raise InputError(f"{what} {text} cannot be expanded: {error}") from error
+    scheme, rest = url[1].lower(), text[url.end() :]  # pathlib makes gs:/bucket of gs://bucket
+    if scheme not in _LIBRARIES:
+        known = " or ".join(f"{name}://BUCKET/…" for name in _LIBRARIES)
+        raise InputError(f"{what} {scheme}://{rest} is no path that can be read here: expected a local one, or {known}")
+    if not rest.strip("/"):
+        raise InputError(f"{what} {scheme}:// names no bucket: expected {scheme}://BUCKET/…")
+    library, extra = _LIBRARIES[scheme]
+    if importlib.util.find_spec(library) is None:
+        raise InputError(f"{what} {scheme}://{rest} needs {library}: `pip install 'spatialvla-jax[{extra}]'`")
+    return epath.Path(f"{scheme}://{rest}")
+
+
+def is_url(path: str | os.PathLike[str]) -> bool:
+    return bool(_URL.match(os.fspath(path)))
+
+
+def same_kind(path: str | os.PathLike[str]) -> AnyPath:
+    """A path of which `as_path` has already made sure."""
+    return epath.Path(path) if is_url(path) else Path(path)
+
+
+def counts() -> dict[str, int]:
+    """What this process has asked of buckets: "requests", "retries" (those among them that had to be asked again) and
+    "bytes" (read)."""
+    return {key: _counts[key] for key in ("requests", "retries", "bytes")}
+
+
+def exists(path: AnyPath) -> bool:
+    return _type_of(path) != ""
+
+
+def is_dir(path: AnyPath) -> bool:
+    return _type_of(path) == "directory"
+
+
+def is_file(path: AnyPath) -> bool:
+    return _type_of(path) == "file"
+
+
+def list_files(folder: AnyPath) -> dict[str, tuple[int, int | str]]:
+    """The files in a folder, {name: (bytes, version)}. The version changes with the content: the time of the last
+    change in nanoseconds, or an object's generation or ETag. Raises InputError where there is no such folder."""
+    if not is_url(folder):
+        try:
+            with os.scandir(folder) as entries:
+                stats = {entry.name: entry.stat() for entry in entries if entry.is_file()}
+        except OSError as error:
+            raise InputError(f"{folder} cannot be listed: {error.strerror or error}") from error
+        return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
+    entries = [entry for entry in _listing(folder) if entry["type"] == "file"]
+    return {_name(entry): (entry["size"], _version(entry)) for entry in entries if _name(entry)}
+
+
+def list_names(folder: AnyPath) -> list[str]:
+    """The names of files and folders in a folder, sorted; none where it does not exist."""
+    if not is_url(folder):
+        return sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    return sorted({_name(entry) for entry in _listing(folder)} - {""}) if is_dir(folder) else []
+
+
+def size_and_version(path: AnyPath) -> tuple[int, int | str]:
+    """Of a file, as `list_files` has them."""
+    if not is_url(path):
+        stat = os.stat(path)
+        return stat.st_size, stat.st_mtime_ns
+    with storage_errors(path):
+        entry = filesystem(path).info(str(path))
+    return entry["size"], _version(entry)
+
+
+def read_bytes(path: AnyPath) -> bytes:
+    """A whole file. Raises OSError for a local one."""
+    if not is_url(path):
+        return Path(path).read_bytes()
+    with storage_errors(path):
+        return filesystem(path).cat_file(str(path))
+
+
+def read_text(path: AnyPath) -> str:
+    return read_bytes(path).decode("utf-8")
+
+
+def read_ranges(
+    ranges: Sequence[tuple[str | os.PathLike[str], int, int]], concurrent: int = CONCURRENT
+) -> list[bytes | Exception]:
+    """The bytes of each (path, offset, length), or what kept them from being read: an OSError of a local file, an
+    InputError or a StorageError with one sentence for an object, an EOFError where a file ends before."""
+    found: list[Any] = [None] * len(ranges)
+    groups: dict[str, list[int]] = {}
+    for number, (path, _, _) in enumerate(ranges):
+        url = _URL.match(os.fspath(path))
+        groups.setdefault(url[1] if url else "", []).append(number)
+    for scheme, numbers in groups.items():
+        paths, offsets, lengths = zip(*(ranges[n] for n in numbers), strict=True)
+        if not scheme:
+            parts = [_pread(*ranges[n]) for n in numbers]
+        else:
+            ends = [offset + length for offset, length in zip(offsets, lengths, strict=True)]
+            urls = [os.fspath(path) for path in paths]
+            parts = filesystem(urls[0]).cat_ranges(urls, list(offsets), ends, batch_size=concurrent, on_error="return")
+        for number, part in zip(numbers, parts, strict=True):
+            path, offset, length = ranges[number]
+            ended = EOFError(f"{os.fspath(path)} ends before byte {offset + length}")
+            if isinstance(part, Exception):
+                part = ended if scheme and status_of(part, path)[0] == 416 else explain(part, path)
+            found[number] = part if isinstance(part, Exception) or len(part) == length else ended
+    return found
+
+
+def _pread(path: str | os.PathLike[str], offset: int, length: int) -> bytes | OSError:
     try:
-        return Path(text).expanduser()
-    except RuntimeError as error:
-        raise InputError(f"{what} {text} cannot be expanded: {error}") from error
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            return os.pread(descriptor, length, offset)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        return error
+
+
+def read_parts(path: AnyPath, part: int = PART, ahead: int = 2) -> Iterator[bytes]:
+    """A file from its beginning to its end, one request for every `part` bytes; `ahead` of them are under way while
+    the caller works."""
+    size, _ = size_and_version(path)
+    with concurrent.futures.ThreadPoolExecutor(ahead) as pool:
+        starts = range(0, size, part)
+        waiting = [pool.submit(_read_range, path, start, min(part, size - start)) for start in starts[:ahead]]
+        for number in range(len(starts)):
+            yield waiting.pop(0).result()
+            if number + ahead < len(starts):
+                start = starts[number + ahead]
+                waiting.append(pool.submit(_read_range, path, start, min(part, size - start)))
+
+
+def _read_range(path: AnyPath, offset: int, length: int) -> bytes:
+    (found,) = read_ranges([(path, offset, length)])
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
+def download(path: AnyPath, target: str | os.PathLike[str], progress: Callable[[int, int], None] | None = None) -> None:
+    """Copies an object to the local file `target`, in parts that are read at the same time."""
+    size, _ = size_and_version(path)
+    together = max(1, CONCURRENT // 8)
+    with open(target, "wb") as file:
+        for start in range(0, size, together * PART):
+            starts = range(start, min(start + together * PART, size), PART)
+            for part in read_ranges([(path, one, min(PART, size - one)) for one in starts]):
+                if isinstance(part, Exception):
+                    raise part
+                file.write(part)
+                if progress:
+                    progress(file.tell(), size)
+
+
+def put(path: AnyPath, data: bytes, only_if_new: bool = False) -> bool:
+    """Writes an object in one request, or fails and leaves what was there. With `only_if_new`, an object that exists
+    stays: then the answer is whether it has this content, which it has, too, where only the first answer was lost."""
+    with storage_errors(path, "written"):
+        try:
+            filesystem(path).pipe_file(str(path), data, mode="create" if only_if_new else "overwrite")
+        except FileExistsError:
+            return read_bytes(path) == data
+    return True
+
+
+def upload(source: str | os.PathLike[str], path: AnyPath) -> None:
+    """Writes a local file as an object, which appears whole at the end."""
+    with storage_errors(path, "written"):
+        filesystem(path).put_file(os.fspath(source), str(path))
+
+
+def remove(path: AnyPath) -> None:
+    """Removes an object; none there is fine."""
+    with storage_errors(path, "written"), contextlib.suppress(FileNotFoundError):
+        filesystem(path).rm_file(str(path))
+
+
+@contextlib.contextmanager
+def storage_errors(path: str | os.PathLike[str], done: str = "read") -> Iterator[None]:
+    """Raises an InputError or a StorageError, one sentence, for whatever goes wrong with a URL within. `done` is what
+    cannot be done: read, listed or written. Errors of local paths stay as they are."""
+    try:
+        yield
+    except Exception as error:
+        if (explained := explain(error, path, done)) is error:
+            raise
+        raise explained from error
+
+
+def explain(error: Exception, path: str | os.PathLike[str], done: str = "read") -> Exception:
+    """What an error of a bucket's library means for the user. What no user can mend is a StorageError."""
+    if isinstance(error, InputError | StorageError) or not is_url(path):
+        return error
+    url = os.fspath(path)
+    scheme = url.partition(":")[0]
+    status, reason = status_of(error, url)
+    reason = " ".join(reason.split())[:300]
+    said = f" ({reason})" if reason else ""
+    if isinstance(error, FileNotFoundError) or status == 404:
+        return InputError(missing_bucket(url) or f"{url} does not exist")
+    if status == 401:
+        return InputError(f"{url} cannot be {done}: there are no valid credentials{said}; use {_CREDENTIALS[scheme]}")
+    if status == 507 or re.search("quota|storage ?full|InsufficientStorage", reason, re.IGNORECASE):
+        return StorageError(f"{url} cannot be {done}: the bucket is full or a quota is used up{said}")
+    if status == 405 or re.search("read-?only|retention", reason, re.IGNORECASE):
+        return InputError(f"{url} cannot be {done}: the bucket is read-only{said}")
+    if status == 403:
+        return InputError(f"{url} cannot be {done}: the permission {_PERMISSIONS[scheme][done]} is missing{said}")
+    return StorageError(f"{url} cannot be {done}: {reason or type(error).__name__}")
+
+
+def status_of(error: Exception, path: str | os.PathLike[str]) -> tuple[int, str]:
+    """The HTTP status that an error of a URL comes from, 0 if from none, and what the server says."""
+    return filesystem(path).status_of(error)
+
+
+def missing_bucket(path: str | os.PathLike[str]) -> str:
+    """A sentence where the bucket of a URL does not exist, else ""."""
+    url = os.fspath(path)
+    bucket = url.split("/")[2]
+    try:
+        filesystem(url).probe(bucket)
+    except FileNotFoundError:
+        return f"{url}: there is no bucket {bucket!r}"
+    except Exception:  # it exists, or something else is wrong, which the caller says
+        pass
+    return ""
+
+
+def filesystem(path: str | os.PathLike[str]) -> Any:
+    """The fsspec file system of a URL."""
+    return fsspec.filesystem(os.fspath(path).partition(":")[0])
+
+
+def _type_of(path: AnyPath) -> str:
+    """ "file", "directory", or "" where there is nothing. Raises InputError for a bucket that does not exist."""
+    if not is_url(path):
+        return "directory" if os.path.isdir(path) else "file" if os.path.exists(path) else ""
+    with storage_errors(path):
+        try:
+            return filesystem(path).info(str(path))["type"]
+        except FileNotFoundError:
+            if missing := missing_bucket(path):
+                raise InputError(missing) from None
+            return ""
+
+
+def _listing(folder: AnyPath) -> list[dict[str, Any]]:
+    with storage_errors(folder, "listed"):
+        return filesystem(folder).ls(str(folder), detail=True)
+
+
+def _name(entry: dict[str, Any]) -> str:
+    """ "" of the object that some tools make for a folder itself."""
+    return (
+        "" if entry["name"].endswith("/") and entry["type"] == "file" else entry["name"].rstrip("/").rpartition("/")[2]
+    )
+
+
+def _version(entry: dict[str, Any]) -> str:
+    return str(entry.get("generation") or entry["ETag"]).strip('"')
+
+
+async def retrying(
+    call: Callable[..., Awaitable[T]], transient: Callable[[Exception], str], what: str, *args: Any, **kwargs: Any
+) -> T:
+    """`await call(*args, **kwargs)`, again after throttling, a server's error, a reset or a time-out, with growing
+    waits. `transient` says what an error is in a few words, "" for one that another try does not mend.
+
+    Raises StorageError when `PATIENCE` is over. `what` names the object.
+    """
+    start, wait, told = time.monotonic(), FIRST_WAIT, False
+    while True:
+        try:
+            return await call(*args, **kwargs)
+        except Exception as error:
+            if not (reason := transient(error)):
+                raise
+            _counts["retries"] += 1
+            waited = time.monotonic() - start
+            if waited > PATIENCE:
+                raise StorageError(
+                    f"{what}: the storage failed for {waited:.0f} s, the last time with {reason}"
+                ) from error
+            if waited > LONGEST_WAIT and not told:
+                told = True
+                warn(f"{what}: {reason}; it is tried again for {PATIENCE:.0f} s")
+        await asyncio.sleep(wait * (0.5 + _jitter.random()))
+        wait = min(2 * wait, LONGEST_WAIT)
+
+
+def count(requests: int = 0, read: int = 0) -> None:
+    _counts.update(requests=requests, bytes=read)

@@ -386,10 +386,10 @@ def test_home_folders(data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for change, sentence in {
         ("cache_dir", "~nobody-of-this-name/x"): r"data.cache_dir ~nobody-of-this-name/x cannot be expanded",
-        ("cache_dir", "gs://bucket/cache"): r"data.cache_dir gs://bucket/cache is no path of a file system",
-        ("statistics", "gs://bucket/stats.json"): r"data.statistics gs://bucket/stats.json is no path",
-        ("packed", "s3://bucket/toy.pack"): r"data.packed s3://bucket/toy.pack is no path",
-        ("datasets", "gs://bucket/toy"): r"dataset 'toy0' in data.datasets: path gs://bucket/toy is no path",
+        ("cache_dir", "ftp://host/cache"): r"data.cache_dir ftp://host/cache is no path that can be read",
+        ("statistics", "ftp://host/stats.json"): r"data.statistics ftp://host/stats.json is no path",
+        ("packed", "ftp://host/toy.pack"): r"data.packed ftp://host/toy.pack is no path",
+        ("datasets", "ftp://host/toy"): r"dataset 'toy0' in data.datasets: path ftp://host/toy is no path",
         ("prompt", "https://host/t.model"): r"data.prompt.model https://host/t.model is no path",
     }.items():
         value = change[1]

@@ -1,0 +1,60 @@
+"""gs:// URLs: gcsfs with the retries of `storage`."""
+
+import asyncio
+import re
+from typing import Any
+from urllib.parse import unquote
+
+import google.auth.exceptions
+from aiohttp import ClientTimeout
+from gcsfs.core import GCSFileSystem
+from gcsfs.retry import is_retriable
+
+from spatialvla_jax.utils.storage import count, retrying
+
+
+class GoogleStorage(GCSFileSystem):
+    """Without gcsfs's own retries, which give up after seconds and count nothing, and without its cache of listings,
+    which does not see what other machines write."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        timeout = ClientTimeout(total=None, sock_connect=10, sock_read=30)
+        super().__init__(*args, **{"use_listings_cache": False, "requests_timeout": timeout} | kwargs)
+
+    async def _request(self, method: str, path: str, *args: Any, **kwargs: Any) -> Any:
+        async def once() -> Any:
+            count(requests=1)
+            return await GCSFileSystem._request.__wrapped__(self, method, path, *args, **kwargs)  # type: ignore
+
+        found = await retrying(once, transient, _url(self._format_path(path, args)))
+        count(read=len(found[3]) if method == "GET" else 0)
+        return found
+
+    def probe(self, bucket: str) -> None:
+        """Raises FileNotFoundError when there is no such bucket."""
+        self.call("GET", "b/{}/o", bucket, maxResults=1)
+
+    @staticmethod
+    def status_of(error: Exception) -> tuple[int, str]:
+        """The HTTP status that an error comes from, 0 if from none, and what the server says."""
+        if code := getattr(error, "code", None):  # gcsfs's HttpError
+            return int(code), str(error)
+        if isinstance(error, google.auth.exceptions.GoogleAuthError):
+            return 401, str(error)
+        if str(error).startswith("Forbidden: "):
+            return 403, str(error).partition("\n")[2]
+        return 0, str(error)
+
+
+def _url(request: str) -> str:
+    """The object, or at least the bucket, that a request is about."""
+    found = re.search(r"/b/([^/?]+)(?:/o/([^?]*))?", request)
+    return unquote(f"gs://{found[1]}/{found[2] or ''}") if found else request
+
+
+def transient(error: Exception) -> str:
+    if isinstance(error, google.auth.exceptions.RefreshError) and not error.retryable:
+        return ""
+    again = is_retriable(error) or "ateLimitExceeded" in str(error)
+    again = again or isinstance(error, asyncio.TimeoutError | ConnectionError)
+    return (str(error).lstrip(", ") or type(error).__name__) if again else ""

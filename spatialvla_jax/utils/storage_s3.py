@@ -1,0 +1,76 @@
+"""s3:// URLs: s3fs with the retries of `storage`."""
+
+from typing import Any
+
+from botocore.exceptions import ClientError, ConnectionError, NoCredentialsError, PartialCredentialsError
+from s3fs.core import S3_RETRYABLE_ERRORS, S3FileSystem, _error_wrapper
+
+from spatialvla_jax.utils.storage import CONCURRENT, count, retrying
+
+_THROTTLED = {"SlowDown", "RequestTimeout", "RequestTimeTooSkewed", "Throttling", "ThrottlingException"}
+_NO_CREDENTIALS = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "401"}
+
+
+class S3Storage(S3FileSystem):
+    """Without the retries of botocore and s3fs, which multiply and count nothing, and without the cache of listings,
+    which does not see what other machines write."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        settings = {"retries": {"total_max_attempts": 1}, "max_pool_connections": CONCURRENT, "read_timeout": 30}
+        super().__init__(*args, **{"use_listings_cache": False, "config_kwargs": settings} | kwargs)
+
+    async def _call_s3(self, method: str, *akwarglist: Any, **kwargs: Any) -> Any:
+        await self.set_session()
+        call = getattr(await self.get_s3(kwargs.get("Bucket")), method)
+        arguments = self._get_s3_method_kwargs(call, *akwarglist, **kwargs)
+
+        async def once() -> Any:
+            count(requests=1)
+            return await _error_wrapper(call, kwargs=arguments, retries=1)
+
+        return await retrying(once, transient, f"{method} s3://{kwargs.get('Bucket', '')}/{kwargs.get('Key', '')}")
+
+    async def _cat_file(
+        self, path: str, version_id: str | None = None, start: int | None = None, end: int | None = None, **_: Any
+    ) -> bytes:
+        bucket, key, _ = self.split_path(path)
+        limits = {} if start is None and end is None else {"Range": await self._process_limits(path, start, end)}
+
+        async def once() -> bytes:  # the answer's end may be cut off, which `_call_s3` does not see
+            answer = await self._call_s3("get_object", Bucket=bucket, Key=key, **limits)
+            async with answer["Body"] as body:
+                return await body.read()
+
+        found = await retrying(once, transient, f"get_object s3://{bucket}/{key}")
+        count(read=len(found))
+        return found
+
+    def probe(self, bucket: str) -> None:
+        """Raises FileNotFoundError when there is no such bucket."""
+        self.call_s3("list_objects_v2", Bucket=bucket, MaxKeys=1)
+
+    @staticmethod
+    def status_of(error: Exception) -> tuple[int, str]:
+        """The HTTP status that an error comes from, 0 if from none, and what the server says."""
+        if isinstance(error, NoCredentialsError | PartialCredentialsError):
+            return 401, str(error)
+        code, status, message = _answer(error)
+        return 401 if code in _NO_CREDENTIALS else status, message
+
+
+def transient(error: Exception) -> str:
+    code, status, message = _answer(error)
+    if code:
+        again = status in (408, 429) or (status >= 500 and status not in (501, 507))
+        return message if again or code in _THROTTLED else ""
+    network = isinstance(error, (*S3_RETRYABLE_ERRORS, ConnectionError, TimeoutError))
+    return (str(error) or type(error).__name__) if network else ""
+
+
+def _answer(error: Exception) -> tuple[str, int, str]:
+    """Code, HTTP status and sentence of the server's answer, ("", 0, the error's text) where there was none."""
+    cause = error if isinstance(error, ClientError) else error.__cause__
+    if not isinstance(cause, ClientError):
+        return "", 0, str(error)
+    answer: Any = cause.response  # type: ignore
+    return str(answer["Error"].get("Code")), answer["ResponseMetadata"].get("HTTPStatusCode", 0), str(cause)

@@ -1,0 +1,176 @@
+"""Paths that users write, and the objects in a bucket, against servers of the protocols."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from etils import epath
+
+from spatialvla_jax.errors import InputError, StorageError
+from spatialvla_jax.utils import storage
+
+DATA = bytes(range(256)) * 100
+
+
+def test_paths_of_users(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert storage.as_path("~/x", "--out") == Path("/home/me/x")
+    for written in ("gs://b/a/c", "gs:/b/a/c", Path("gs://b/a/c"), "GS://b/a/c/"):
+        path = storage.as_path(written, "--out")
+        assert isinstance(path, epath.Path) and str(path) == "gs://b/a/c" and storage.is_url(path)
+    assert str(storage.as_path("s3://b/a", "--out").parent / "c") == "s3://b/c"
+    assert not storage.is_url("a:b/c") and not storage.is_url(Path("/gs/b"))
+
+
+@pytest.mark.parametrize(
+    ("written", "sentence"),
+    [
+        ("https://host/x", "--out https://host/x is no path that can be read here: expected a local one, or gs://"),
+        ("file:///x", "--out file://x is no path"),
+        ("gs://", "--out gs:// names no bucket"),
+        ("~nobody-of-this-name/x", "--out ~nobody-of-this-name/x cannot be expanded"),
+    ],
+)
+def test_paths_that_are_refused(written, sentence):
+    with pytest.raises(InputError, match=sentence):
+        storage.as_path(written, "--out")
+
+
+@pytest.mark.parametrize(("library", "url", "extra"), [("gcsfs", "gs://b/x", "gcs"), ("s3fs", "s3://b/x", "s3")])
+def test_missing_library(monkeypatch, library, url, extra):
+    find = storage.importlib.util.find_spec
+    monkeypatch.setattr(storage.importlib.util, "find_spec", lambda name: None if name == library else find(name))
+    with pytest.raises(InputError, match=rf"--out {url} needs {library}: `pip install 'spatialvla-jax\[{extra}\]'`"):
+        storage.as_path(url, "--out")
+
+
+def test_objects(bucket, tmp_path):
+    path = storage.as_path(f"{bucket.url}/a/b.bin", "--out")
+    assert storage.put(path, DATA) and storage.read_bytes(path) == DATA
+    assert storage.is_file(path) and storage.is_dir(path.parent) and not storage.exists(path.parent / "other")
+    size, version = storage.size_and_version(path)
+    assert size == len(DATA) and storage.list_files(path.parent) == {"b.bin": (size, version)}
+    assert storage.list_names(path.parent.parent) == ["a"] and storage.list_names(path.parent / "other") == []
+    assert storage.put(path, DATA, only_if_new=True)  # the answer of the first try was lost
+    assert not storage.put(path, b"other", only_if_new=True) and storage.read_bytes(path) == DATA
+    storage.put(path, DATA[:-1] + b"x")
+    assert storage.size_and_version(path)[1] != version
+    storage.download(path, tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == DATA[:-1] + b"x" == b"".join(storage.read_parts(path, 10_000))
+    storage.upload(tmp_path / "copy", path.with_name("c"))
+    storage.remove(path)
+    storage.remove(path)
+    assert sorted(storage.list_files(path.parent)) == ["c"]
+
+
+def test_ranges(bucket, tmp_path):
+    path, local = storage.as_path(f"{bucket.url}/b.bin", ""), tmp_path / "b.bin"
+    storage.put(path, DATA)
+    local.write_bytes(DATA)
+    asked = [(local, 5, 3), (path, 0, 4), (path, 25_000, 600), (path, 25_000, 601), (path, 30_000, 1)]
+    asked += [(path.with_name("other"), 0, 1), (local.with_name("other"), 0, 1)]
+    read = storage.read_ranges(asked)
+    assert read[:3] == [DATA[5:8], DATA[:4], DATA[25_000:]]
+    assert [type(error) for error in read[3:]] == [EOFError, EOFError, InputError, FileNotFoundError]
+    assert str(read[5]) == f"{bucket.url}/other does not exist"
+
+
+def test_faults_are_mended_and_counted(bucket):
+    path = storage.as_path(f"{bucket.url}/b.bin", "")
+    storage.put(path, DATA)
+    before = storage.counts()
+    for fault in ({"status": 503, "every": 5}, {"status": 429, "every": 7}, {"cut": True, "every": 3}):
+        bucket.proxy.add(**fault, pattern="GET")
+    for start in range(20):
+        assert storage.read_ranges([(path, start, 50)]) == [DATA[start : start + 50]]
+    bucket.proxy.faults.clear()
+    after = storage.counts()
+    assert after["retries"] - before["retries"] == len(bucket.proxy.requests) - 21
+    assert after["requests"] - before["requests"] == len(bucket.proxy.requests) - 1
+    assert after["bytes"] - before["bytes"] == 20 * 50
+
+
+def test_throttling_that_lasts(bucket, monkeypatch):
+    path = storage.as_path(f"{bucket.url}/b.bin", "")
+    storage.put(path, DATA)
+    monkeypatch.setattr(storage, "PATIENCE", 0.05)
+    bucket.proxy.add(status=429, body="slow down")
+    for call in (storage.read_bytes, storage.list_files, storage.exists, lambda path: storage.put(path, b"")):
+        with pytest.raises(
+            StorageError, match=rf"{bucket.url}.*: the storage failed for .* s, the last time with .*429"
+        ):
+            call(path)
+    bucket.proxy.faults.clear()
+    assert storage.read_bytes(path) == DATA
+
+
+def test_a_server_that_hangs(gcs, monkeypatch):
+    from aiohttp import ClientTimeout
+
+    path = storage.as_path(f"{gcs.url}/b.bin", "")
+    storage.put(path, DATA)
+    monkeypatch.setattr(storage.filesystem(path), "requests_timeout", ClientTimeout(sock_read=0.05))
+    gcs.proxy.add(delay=0.2, count=2)
+    assert storage.read_bytes(path) == DATA and len(gcs.proxy.requests) >= 2
+
+
+FORBIDDEN = {
+    "gs": json.dumps({"error": {"message": "me@x does not have storage.objects.* access"}}),
+    "s3": "<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>",
+}
+ANONYMOUS = {
+    "gs": json.dumps({"error": {"message": "Anonymous caller does not have access"}}),
+    "s3": "<Error><Code>InvalidAccessKeyId</Code><Message>The key does not exist</Message></Error>",
+}
+FULL = {
+    "gs": json.dumps({"error": {"message": "The quota of the bucket is used up"}}),
+    "s3": "<Error><Code>QuotaExceeded</Code><Message>Bucket quota exceeded</Message></Error>",
+}
+READ_ONLY = {
+    "gs": json.dumps({"error": {"message": "Object is under active Temporary hold or retention policy"}}),
+    "s3": "<Error><Code>MethodNotAllowed</Code><Message>Not allowed</Message></Error>",
+}
+
+
+def test_sentences(bucket):
+    scheme = bucket.url[:2]
+    path = storage.as_path(f"{bucket.url}/b.bin", "")
+    storage.put(path, DATA)
+    wrong = storage.as_path(f"{bucket.url}-wrong/b.bin", "")
+    calls = {
+        "read": storage.read_bytes,
+        "listed": lambda path: storage.list_files(path.parent),
+        "written": lambda path: storage.put(path, b"x"),
+    }
+    for call in (*calls.values(), storage.exists):
+        with pytest.raises(InputError, match=f"{wrong.parent}.*: there is no bucket '{wrong.parts[2]}'"):
+            call(wrong)
+    for done, call in calls.items():
+        for status, body, kind, sentence in (
+            (403, FORBIDDEN, InputError, "the permission (storage.objects|s3:)"),
+            (401, ANONYMOUS, InputError, "there are no valid credentials .* use `"),
+            (403, FULL, StorageError, "the bucket is full or a quota is used up"),
+            (405 if scheme == "s3" else 403, READ_ONLY, InputError, "the bucket is read-only"),
+        ):
+            bucket.proxy.add(status=status, body=body[scheme])
+            with pytest.raises(kind, match=f"{bucket.url}.* cannot be {done}: {sentence}") as failed:
+                call(path)
+            assert "\n" not in str(failed.value)
+            bucket.proxy.faults.clear()
+
+
+@pytest.mark.slow
+def test_tensorflow_has_no_part_in_it(gcs):
+    """TensorFlow and TFDS are imported before, and etils has decided."""
+    code = f"""
+import tensorflow, tensorflow_datasets
+from etils import epath
+assert not epath.Path("/nowhere").exists()
+from spatialvla_jax.utils import storage
+path = storage.as_path("{gcs.url}/x", "")
+path.write_text("hello")
+assert path.read_text() == "hello" and storage.counts()["requests"] > 1
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
