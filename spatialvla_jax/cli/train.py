@@ -22,7 +22,10 @@ DEMO = OutputFolder("demo.json", "made_by", "spatialvla-jax demo")
 RUN = OutputFolder(
     "config.json",
     "train",
-    names=("checkpoints", "finished", "metrics.jsonl", "profile", "statistics.json", "tensorboard", "times.jsonl"),
+    names=(
+        *("checkpoints", "finished", "goodput", "metrics.jsonl", "profile"),
+        *("statistics.json", "tensorboard", "times.jsonl"),
+    ),
 )
 SWEEP = OutputFolder(
     "sweep.json", "trials", names=("compiled", "figures", "report.html", "table.csv", "table.md", "trials")
@@ -82,11 +85,12 @@ def run_train(args: argparse.Namespace) -> None:
     from spatialvla_jax.config import load_config
     from spatialvla_jax.training.loop import train
     from spatialvla_jax.utils.distributed import is_writer
+    from spatialvla_jax.utils.process import process_age
 
     config = load_config(args.config, args.overrides)
     join_processes(args)
     try:
-        result = train(config, args.workdir, wandb=args.wandb, profile=args.profile)
+        result = train(config, args.workdir, wandb=args.wandb, profile=args.profile, age=process_age())
     except OSError as error:
         raise StorageError(f"{error.filename or args.workdir}: {error.strerror or error}") from error
     if is_writer():

@@ -23,8 +23,9 @@ from spatialvla_jax.data import Loader, open_data
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.training.changes import CHANGES, describe_changes
 from spatialvla_jax.training.flops import model_flops
+from spatialvla_jax.training.goodput import Clock, Goodput
 from spatialvla_jax.training.init_from import check_same, make_processor, open_start, starting_params, with_model_of
-from spatialvla_jax.training.metrics import Clock, MetricsLog, check_wandb, rates, scalars
+from spatialvla_jax.training.metrics import MetricsLog, check_wandb, rates, scalars
 from spatialvla_jax.training.optimizer import split_frozen, swap_ema
 from spatialvla_jax.training.saving import FOLDER, Checkpoints, quiet_storage
 from spatialvla_jax.training.setup import TrainSetup, check_patterns, make_setup
@@ -56,26 +57,36 @@ class Run:
 
 
 def train(
-    config: ConfigDict, workdir: Path, *, wandb: str = "", profile: tuple[int, int] | None = None
+    config: ConfigDict,
+    workdir: Path,
+    *,
+    wandb: str = "",
+    profile: tuple[int, int] | None = None,
+    age: float = 0.0,
 ) -> dict[str, Any]:
     """Train to `config.train.steps`, from the last checkpoint in `workdir` if there is one; after SIGTERM, to the end
     of the step and a checkpoint of it.
 
     Metrics also go to the Weights & Biases project `wandb`; steps `profile`, first and last, are traced to
-    `workdir/profile`. Returns {"step", "params" and "trainable" (counts), "checkpoint" (directory), "metrics" (last
-    logged)}. The same config and seed give the same bits, however often the run was killed in between. From the last
-    step on `workdir/finished` exists, which tells those who start runs again that this one is done.
+    `workdir/profile`. The process is `age` seconds old and has done nothing else. Returns {"step", "params" and
+    "trainable" (counts), "checkpoint" (directory), "metrics" (last logged)}. The same config and seed give the same
+    bits, however often the run was killed in between. From the last step on `workdir/finished` exists, which tells
+    those who start runs again that this one is done.
     """
     if wandb:
         check_wandb()
     with Preemption() as preemption, quiet_storage():
-        run = prepare(config, workdir)
-        log = MetricsLog(workdir, run.start, wandb)
+        goodput = Goodput(workdir, Clock(age))
+        with goodput.clock("start"):
+            run = prepare(config, workdir, goodput)
+            log = MetricsLog(workdir, run.start, wandb)
         try:
-            step, state, metrics = take_steps(run, log, preemption, profile)
+            step, state, metrics = take_steps(run, log, goodput, preemption, profile)
         finally:
-            run.checkpoints.close()
+            with goodput.clock("save"):
+                run.checkpoints.close()
             log.close()
+            goodput.close()
     if step == run.setup.steps and is_writer():
         write_json(workdir / FINISHED, {"step": step})
     trainable, _ = split_frozen(state.params, run.setup.frozen)
@@ -84,7 +95,7 @@ def train(
     return {"step": step, "params": params, "trainable": trainable, "checkpoint": checkpoint, "metrics": metrics}
 
 
-def prepare(config: ConfigDict, workdir: Path) -> Run:
+def prepare(config: ConfigDict, workdir: Path, goodput: Goodput) -> Run:
     """Data, grid, model and state of a run, new or where it stopped. Raises InputError, before the data is indexed
     wherever the config alone is wrong."""
     if workdir.exists() and not workdir.is_dir():
@@ -102,11 +113,12 @@ def prepare(config: ConfigDict, workdir: Path) -> Run:
         check_resumable(begun, config, workdir)
     if config.model.depth_source == "zoedepth" and not config.init and is_writer():
         warn("model.depth_source=zoedepth and init is empty: the depth model has random weights")
-    loader = open_data(
-        config,
-        statistics=read_metadata(before)["processor"]["statistics"] if before else None,
-        tokenizer=None if processor is None or config.data.prompt.model else processor.tokenizer,
-    )
+    with goodput.clock("index"):
+        loader = open_data(
+            config,
+            statistics=read_metadata(before)["processor"]["statistics"] if before else None,
+            tokenizer=None if processor is None or config.data.prompt.model else processor.tokenizer,
+        )
     if config.train.eval_every:  # what the first validation would find wrong is an error now
         frames = loader.check_epoch(config.train.eval_split)
         for name, count in loader.shared_episodes(config.train.eval_split).items() if is_writer() else ():
@@ -133,6 +145,8 @@ def prepare(config: ConfigDict, workdir: Path) -> Run:
         "changes": len(CHANGES),
     }
     workdir.mkdir(parents=True, exist_ok=True)
+    if begun:  # else the directory is not a run's yet
+        goodput.mark(None)
     checkpoints = Checkpoints(
         workdir,
         metadata,
@@ -147,7 +161,8 @@ def prepare(config: ConfigDict, workdir: Path) -> Run:
         check_same(stored, metadata, loader, workdir)
         if (changes := describe_changes(stored.get("changes", 0))) and is_writer():
             warn(f"an earlier version began the run in {workdir}; from now on this differs: {changes}")
-    start, state = checkpoints.restore(state, shardings)
+    with goodput.clock("restore"):
+        start, state = checkpoints.restore(state, shardings)
     if is_writer():
         write_json(workdir / CONFIG, config.to_dict())
         write_json(workdir / "statistics.json", loader.statistics)
@@ -170,7 +185,7 @@ def begun_config(workdir: Path, step: Path | None) -> dict[str, Any]:
 
 
 def take_steps(
-    run: Run, log: MetricsLog, preemption: Preemption, profile: tuple[int, int] | None
+    run: Run, log: MetricsLog, goodput: Goodput, preemption: Preemption, profile: tuple[int, int] | None
 ) -> tuple[int, TrainState, dict[str, Any]]:
     """→ (the last step, the state after it, the metrics that were logged last)."""
     setup, state, step, start, steps = run.setup, run.state, run.start, run.start, run.setup.steps
@@ -187,8 +202,9 @@ def take_steps(
         process_count=jax.process_count(),
         total_steps=steps,
     )
-    clock = Clock()
-    report = StepReport(run, log, clock)
+    clock = goodput.clock
+    goodput.mark(start, keep=True)
+    report = StepReport(run, log, goodput)
     previous, tracing = None, False  # the step before's metrics; whether a trace is being made
 
     def save(last: bool) -> None:
@@ -196,6 +212,7 @@ def take_steps(
             jax.block_until_ready(state)
         with clock("save"):
             run.checkpoints.save(state, step, last=last)
+        goodput.mark(step, keep=True)
 
     with tqdm(
         total=steps, initial=start, unit="step", desc="train", dynamic_ncols=True, disable=not is_writer()
@@ -206,7 +223,7 @@ def take_steps(
                 tracing = True
             with clock("data"):
                 batch = next(batches)
-            with clock("compute"):
+            with clock("compile" if step == start + 1 else "compute"):
                 state, metrics = train_step(state, to_device(batch, batch_sharding), run.grid, seed)
                 if previous is not None:  # wait for the step before: the device has one to do meanwhile
                     check_skipped(previous, step - 1, setup.max_skipped)
@@ -215,7 +232,7 @@ def take_steps(
             preempted = step < steps and preemption.reached(step)
             stop = step == steps or preempted
             if step % setup.log_every == 0 or step in (1, steps):
-                with clock("compute"):
+                with clock("compute" if report.values else "compile"):
                     values = jax.device_get(metrics | last_update(state))
                 bar.set_postfix(report.write(step, values, np.asarray(batch.sample_id)), refresh=False)
             if profile and tracing and (stop or step == profile[1]):
@@ -239,8 +256,8 @@ def take_steps(
 class StepReport:
     """Writes the metrics of steps to the log, with where the time went since the report before."""
 
-    def __init__(self, run: Run, log: MetricsLog, clock: Clock) -> None:
-        self.run, self.log, self.clock = run, log, clock
+    def __init__(self, run: Run, log: MetricsLog, goodput: Goodput) -> None:
+        self.run, self.log, self.goodput = run, log, goodput
         self.step, self.values = run.start, {}  # of the last report
         self.skipped_episodes, self.replaced_samples = run.loader.num_skipped(), 0
         model = run.setup.model.config
@@ -251,14 +268,15 @@ class StepReport:
         """→ what the progress bar shows."""
         loader, seconds_of_save = self.run.loader, self.run.checkpoints.seconds
         self.values = scalars(metrics, loader.names)
-        times = self.clock.report(step - self.step)
+        times = self.goodput.clock.report(step - self.step)
+        self.goodput.mark(step)
         replaced = sum(loader.replaced().values())
         # A fingerprint of which frames the step saw: two runs saw the same data if these agree.
         fingerprint = f"{zlib.crc32(sample_id.tobytes()):08x}"
         counts = {"data/skipped": self.skipped_episodes, "data/replaced": replaced - self.replaced_samples}
         speed = rates(times["step/seconds"], self.run.setup.batch_size, self.tokens, self.flops)
         record = self.values | {"batch": fingerprint} | counts
-        self.log.write(step, record, times | speed | {"save/seconds": seconds_of_save})
+        self.log.write(step, record, times | speed | {"save/seconds": seconds_of_save} | self.goodput.shares())
         self.step, self.replaced_samples = step, replaced
         return {
             "loss": f"{self.values['loss']:.3f}",

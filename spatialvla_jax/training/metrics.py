@@ -1,4 +1,4 @@
-"""Metrics to a JSON-lines file, TensorBoard and Weights & Biases; where a step's time goes, and what it achieves."""
+"""Metrics to a JSON-lines file, TensorBoard and Weights & Biases; what a step achieves."""
 
 import contextlib
 import hashlib
@@ -6,7 +6,6 @@ import importlib.util
 import json
 import socket
 import time
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -119,29 +118,6 @@ def scalars(metrics: dict[str, Any], datasets: Sequence[str]) -> dict[str, float
         if count:
             named |= {f"loss/{name}": loss / count, f"accuracy/{name}": accuracy / count}
     return {k: v.item() for k, v in values.items()} | named
-
-
-class Clock:
-    """Where this process's time went since the last report: `with clock("data"): …`."""
-
-    def __init__(self) -> None:
-        self.spent: defaultdict[str, float] = defaultdict(float)
-        self.began = time.perf_counter()
-
-    @contextlib.contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
-        self.spent[name] += time.perf_counter() - began
-
-    def report(self, steps: int) -> dict[str, float]:
-        """Seconds a step, of the last `steps`: in all, waiting for data and for devices, and stalled by saving.
-        Validation does not count."""
-        whole = time.perf_counter() - self.began - self.spent["eval"]
-        parts = {"data/wait_seconds": "data", "compute/seconds": "compute", "save/stall_seconds": "save"}
-        report = {"step/seconds": whole / steps} | {k: self.spent[v] / steps for k, v in parts.items()}
-        self.__init__()
-        return report
 
 
 def rates(seconds: float, samples: int, tokens: int, flops: float) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """What a run tells about itself, and when it gives up."""
 
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,9 +13,11 @@ from spatialvla_jax.checkpoints.orbax import read_orbax
 from spatialvla_jax.cli.train import step_range
 from spatialvla_jax.config import default_config
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.training import metrics
+from spatialvla_jax.reports.run import describe, run_report
+from spatialvla_jax.training import goodput, metrics
+from spatialvla_jax.training.goodput import Clock
 from spatialvla_jax.training.loop import train
-from spatialvla_jax.training.metrics import Clock, MetricsLog, rates, read_metrics, scalars
+from spatialvla_jax.training.metrics import MetricsLog, rates, read_metrics, scalars
 
 
 def test_a_run_is_watched_traced_and_averaged(server: Server, packed_config: Path, tmp_path: Path) -> None:
@@ -42,6 +45,22 @@ def test_a_run_is_watched_traced_and_averaged(server: Server, packed_config: Pat
     assert read_metrics(killed / "metrics.jsonl") == read_metrics(plain / "metrics.jsonl")
     a, b = (read_orbax(workdir).arrays for workdir in (plain, killed))
     assert all(np.array_equal(a[k].read(), b[k].read()) for k in a)
+    check_goodput(killed)
+
+
+def check_goodput(workdir: Path) -> None:
+    """Of a run of 12 steps that was killed once: all of its wall time has a cause, in every place that tells of it."""
+    report = run_report(workdir)
+    first, second = report["processes"]
+    assert first["first_step"] == 0 and 5 <= second["first_step"] <= 12 == second["last_step"] == report["step"]
+    wall = second["began"] + second["seconds"] - first["began"]
+    assert sum(report["seconds"].values()) == pytest.approx(report["wall_seconds"]) == pytest.approx(wall)
+    assert all(report["seconds"][cause] > 0 for cause in ("steps", "start", "compile", "data", "save", "eval"))
+    assert "step 12 of 12, 2 processes, goodput" in describe(report)
+    times = [json.loads(line) for line in (workdir / "times.jsonl").read_text().splitlines()]
+    shares = {key: value for key, value in times[-1].items() if key.startswith("goodput")}
+    assert sum(shares.values()) == pytest.approx(1) and 0 < shares["goodput"] < 1
+    assert b"goodput/lost" in b"".join(path.read_bytes() for path in (workdir / "tensorboard").iterdir())
 
 
 def test_too_many_skipped_steps_end_the_run(server: Server, packed_config: Path, tmp_path: Path) -> None:
@@ -61,7 +80,7 @@ def test_metrics_by_dataset_are_named() -> None:
 
 def test_the_clock_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
-    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(goodput.time, "perf_counter", lambda: now)
     clock = Clock()
     for name, seconds in (("data", 1.0), ("compute", 6.0), ("save", 2.0), ("eval", 50.0), ("data", 1.0)):
         with clock(name):
