@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from spatialvla_jax.utils.outputs import OutputFile, OutputFolder
+from spatialvla_jax.utils.storage import is_url
 
 Commands = Any  # the parsers of a group of commands; argparse's own type is private
 Run = Callable[[argparse.Namespace], None]
@@ -46,7 +47,8 @@ def add_examples(parser: argparse.ArgumentParser, examples: Sequence[str]) -> No
 
 def add_output(parser: argparse.ArgumentParser, flag: str, output: OutputFile | OutputFolder, **options: Any) -> None:
     """An argument that names what the command writes: it is checked before the command begins."""
-    action = parser.add_argument(flag, type=path, **options)
+    options.setdefault("type", path)
+    action = parser.add_argument(flag, **options)
     option = flag if flag.startswith("-") else flag.upper()
     parser.set_defaults(outputs=(*parser.get_default("outputs"), (action.dest, option, output)))
 
@@ -122,6 +124,12 @@ def path(text: str) -> Path:
     if not text.strip() or "\0" in text:
         raise argparse.ArgumentTypeError(f"{text!r} is not a path")
     return Path(text)
+
+
+def local_path(text: str) -> Path:
+    if is_url(text):
+        raise argparse.ArgumentTypeError(f"{text} is a URL, and only a path of this machine's disk can be taken here")
+    return path(text)
 
 
 def positive(text: str) -> int:

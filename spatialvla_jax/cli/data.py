@@ -7,7 +7,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from spatialvla_jax.cli.arguments import Commands, add_command, add_group, add_output, at_most, count, path, positive
+from spatialvla_jax.cli.arguments import (
+    Commands,
+    add_command,
+    add_group,
+    add_output,
+    at_most,
+    count,
+    local_path,
+    path,
+    positive,
+)
 from spatialvla_jax.errors import Fault, InputError
 from spatialvla_jax.utils.outputs import OutputFile, OutputFolder, begins_with, has_keys, is_report
 
@@ -52,8 +62,8 @@ def add_lerobot(commands: Commands) -> None:
         "convert a LeRobot dataset (v2.0, v2.1, v3.0) to RLDS (extra [lerobot])",
         ("lerobot/pusht data/pusht", "lerobot/aloha data/aloha --camera observation.images.top --faults skip"),
     )
-    p.add_argument("src", type=path, help="directory that holds meta/info.json")
-    add_output(p, "dst", DATASET, help="dataset directory; its version, 1.0.0, is made inside")
+    p.add_argument("src", type=local_path, help="directory that holds meta/info.json")
+    add_output(p, "dst", DATASET, type=local_path, help="dataset directory; its version, 1.0.0, is made inside")
     p.add_argument("--camera", help="e.g. observation.images.top; by default the only one")
     p.add_argument("--name", help="the dataset's; by default that of DST")
     add_faults(p)
@@ -95,7 +105,14 @@ def add_import(commands: Commands) -> None:
         metavar="MODULE:FUNCTION",
         help="returns a dataset (the split train), or {split: dataset}",
     )
-    add_output(p, "--out", DATASET, required=True, help="dataset directory; its version, 1.0.0, is made inside")
+    add_output(
+        p,
+        "--out",
+        DATASET,
+        type=local_path,
+        required=True,
+        help="dataset directory; its version, 1.0.0, is made inside",
+    )
     add_faults(p)
 
 
@@ -152,11 +169,13 @@ def add_depth(commands: Commands) -> None:
             "data/mine/1.0.0 --spec libero --checkpoint zoedepth --image-size 224 --out data/with_depth",
         ),
     )
-    p.add_argument("src", type=path, nargs="?", help="a dataset's version directory; by default those of --config")
+    p.add_argument(
+        "src", type=local_path, nargs="?", help="a dataset's version directory; by default those of --config"
+    )
     p.add_argument("--spec", help="catalogue entry of SRC, which says where its image is; no default")
     p.add_argument("--config", help="names the datasets and the model's image size; by default SRC and --spec do")
     p.add_argument("--checkpoint", type=path, required=True, help="any checkpoint with a ZoeDepth, or a ZoeDepth alone")
-    add_output(p, "--out", DATASET, required=True, help="the copies are made in OUT/NAME/VERSION")
+    add_output(p, "--out", DATASET, type=local_path, required=True, help="the copies are made in OUT/NAME/VERSION")
     p.add_argument("--split", action="append", help="may be repeated; by default every split")
     p.add_argument("--image-size", type=positive, help="pixels a side; by default the config's or the checkpoint's")
     p.add_argument("--batch-size", type=at_most(4096), default=16, help="frames of one call of ZoeDepth")

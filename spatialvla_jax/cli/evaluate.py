@@ -6,7 +6,17 @@ import os
 from pathlib import Path
 from typing import Any
 
-from spatialvla_jax.cli.arguments import UNCONSTRAINED, Commands, add_command, at_most, count, path, positive, task_ids
+from spatialvla_jax.cli.arguments import (
+    UNCONSTRAINED,
+    Commands,
+    add_command,
+    at_most,
+    count,
+    local_path,
+    path,
+    positive,
+    task_ids,
+)
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.utils.outputs import OutputFolder
 
@@ -70,7 +80,7 @@ def add(commands: Commands) -> None:
         help="environments at once, a process each; by default one a core",
     )
     group.add_argument("--videos", type=count, default=0, help="of successes, and as many of failures, a task")
-    group.add_argument("--out", type=path, help="the same one again goes on; by default runs/closed_loop")
+    group.add_argument("--out", type=local_path, help="the same one again goes on; by default runs/closed_loop")
     p.set_defaults(closed_loop_options={action.dest: action.default for action in group._group_actions})
 
 

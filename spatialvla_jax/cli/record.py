@@ -3,7 +3,7 @@
 import argparse
 import time
 
-from spatialvla_jax.cli.arguments import Commands, add_command, amount, count, path, positive, task_ids
+from spatialvla_jax.cli.arguments import Commands, add_command, amount, count, local_path, positive, task_ids
 from spatialvla_jax.cli.data import DATASET
 from spatialvla_jax.utils.outputs import OutputFile
 
@@ -28,7 +28,7 @@ def add(commands: Commands) -> None:
     )
     what.add_argument(
         "--render",
-        type=path,
+        type=local_path,
         nargs="+",
         metavar="FILE.npz",
         help="motions to make the pictures of; by default --episodes",
@@ -37,7 +37,7 @@ def add(commands: Commands) -> None:
     p.add_argument("--tasks", type=task_ids, help="task ids in dealing order, e.g. 0,5,7; by default all")
     p.add_argument(
         "--out",
-        type=path,
+        type=local_path,
         required=True,
         help="dataset directory, in which its version, 1.0.0, is made; or FILE.pack, for models of this --image-size; "
         "or FILE.npz, the motions alone, for --render",

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spatialvla_jax.cli.arguments import UNCONSTRAINED, Commands, add_command, amount, at_most, path, port
+from spatialvla_jax.cli.arguments import UNCONSTRAINED, Commands, add_command, amount, at_most, local_path, path, port
 from spatialvla_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def add(commands: Commands) -> None:
     p.add_argument("--host", default="127.0.0.1", help="any other than this machine's own needs a token")
     p.add_argument("--port", type=port, default=8000, help="where clients connect")
     p.add_argument(
-        "--token-file", type=path, help="clients send 'Authorization: Api-Key TOKEN'; by default SPATIALVLA_TOKEN"
+        "--token-file", type=local_path, help="clients send 'Authorization: Api-Key TOKEN'; by default SPATIALVLA_TOKEN"
     )
     p.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="", help="of the computation; by default the model's own"
@@ -55,7 +55,7 @@ def add(commands: Commands) -> None:
     p.add_argument("--max-clients", type=at_most(10_000), default=128, help="connected at once")
     p.add_argument(
         "--compile-cache",
-        type=path,
+        type=local_path,
         default=CACHE,
         help="where compiled programs are kept: the second start is quick",
     )

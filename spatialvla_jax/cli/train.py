@@ -12,7 +12,7 @@ from spatialvla_jax.cli.arguments import (
     add_output,
     add_process_arguments,
     join_processes,
-    path,
+    local_path,
     positive,
 )
 from spatialvla_jax.errors import InputError, StorageError
@@ -45,6 +45,7 @@ def add_demo(commands: Commands) -> None:
         p,
         "--workdir",
         DEMO,
+        type=local_path,
         default=Path("runs/demo"),
         help="new or empty folder, or that of a demo, whose results are replaced",
     )
@@ -124,7 +125,7 @@ def add_sweep(commands: Commands) -> None:
     p.add_argument(
         "--config", help="name or path of a file with get_sweep(); --config.KEY=VALUE changes its base; no default"
     )
-    add_output(p, "--workdir", SWEEP, help="of the sweep, new or stopped; no default")
+    add_output(p, "--workdir", SWEEP, type=local_path, help="of the sweep, new or stopped; no default")
     p.add_argument("--only", default="*", metavar="PATTERN", help="trials by name, such as '*_seed-0'")
     p.add_argument("--parallel", type=positive, default=1, metavar="N", help="trials at once, on this machine")
     p.add_argument("--launcher", choices=("local", "slurm", "xpk"), default="local", help="or a job for every trial")
@@ -185,7 +186,7 @@ def add_sweep_report(commands: Commands) -> None:
     p = add_command(
         commands, "report", run_sweep_report, "write a sweep's report from what is there", ("runs/grid_resolution",)
     )
-    p.add_argument("dir", type=path, help="the sweep's --workdir")
+    p.add_argument("dir", type=local_path, help="the sweep's --workdir")
 
 
 def run_sweep_report(args: argparse.Namespace) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import secrets
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -11,15 +12,24 @@ from pathlib import Path
 from typing import Any
 
 from spatialvla_jax.errors import InputError
+from spatialvla_jax.utils.storage import AnyPath, is_url, list_names, put, to_path, upload, upload_folder
 
 PREFIX = ".tmp-"
 _unfinished: set[Path] = set()  # what this process is writing
 
 
 @contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+def replacing(path: str | os.PathLike[str], marker: str = "") -> Iterator[Path]:
     """A new path beside `path`, on which the caller makes a file or a directory: at the end it takes the place of
-    `path`, and after an error it is removed. It keeps the suffix, by which some writers choose a format."""
+    `path`, and after an error it is removed. It keeps the suffix, by which some writers choose a format.
+
+    For a URL, the new path is in the local folder of temporary files (TMPDIR), and is uploaded at the end. The file
+    `marker` of a directory is then the last: without it, there is no such directory for those who read it.
+    """
+    if is_url(path):
+        with _uploading(to_path(path), marker) as temporary:
+            yield temporary
+        return
     path = Path(path)
     name = path.name if len(os.fsencode(path.name)) < 200 else path.suffix  # 255 bytes is the limit of most systems
     temporary = path.with_name(f"{PREFIX}{secrets.token_hex(4)}-{name}")
@@ -30,6 +40,21 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     finally:
         _remove(temporary)
         _unfinished.discard(temporary)
+
+
+@contextmanager
+def _uploading(path: AnyPath, marker: str) -> Iterator[Path]:
+    folder = Path(tempfile.mkdtemp(prefix=PREFIX))
+    _unfinished.add(folder)
+    try:
+        yield (temporary := folder / path.name)
+        if temporary.is_dir():
+            upload_folder(temporary, path, marker)
+        else:
+            upload(temporary, path)
+    finally:
+        _remove(folder)
+        _unfinished.discard(folder)
 
 
 @contextmanager
@@ -68,21 +93,28 @@ def _remove(temporary: Path) -> None:
 
 
 @contextmanager
-def new_directory(path: Path) -> Iterator[Path]:
-    """A temporary directory beside `path` that becomes `path` at the end, or nothing at all.
+def new_directory(path: AnyPath, marker: str = "") -> Iterator[Path]:
+    """A temporary directory that becomes `path` at the end, or nothing at all; see `replacing`.
 
     Raises InputError when `path` exists, and for whatever the disk refuses.
     """
+    if names := is_url(path) and list_names(path):
+        cut = "" if marker in names else f" without {marker}, so its upload was cut short: remove it or"
+        raise InputError(f"{path} exists{cut or ';'} choose a new destination")
     if os.path.lexists(path):
         raise InputError(f"{path} exists; choose a new destination")
-    with disk_errors(path), parents_of(path), replacing(path) as temporary:
+    with disk_errors(path), parents_of(path), replacing(path, marker) as temporary:
         temporary.mkdir()
         yield temporary
 
 
 @contextmanager
-def parents_of(path: Path) -> Iterator[None]:
-    """Makes the directories that `path` lies in. After an error it removes those that it made and that are empty."""
+def parents_of(path: AnyPath) -> Iterator[None]:
+    """Makes the directories that `path` lies in; a bucket needs none. After an error it removes those that it made and
+    that are empty."""
+    if is_url(path):
+        yield
+        return
     made = [parent for parent in path.absolute().parents if not parent.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -105,6 +137,9 @@ def disk_errors(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
+    if is_url(path):
+        put(to_path(path), text.encode())
+        return
     with replacing(path) as temporary:
         temporary.write_text(text, "utf-8")
 

@@ -1,13 +1,16 @@
 """Checks of where a command is going to write, before it begins: it replaces and removes only what it has made."""
 
+import contextlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spatialvla_jax.errors import InputError
+from spatialvla_jax.errors import InputError, StorageError
+from spatialvla_jax.utils import storage
+from spatialvla_jax.utils.storage import AnyPath
 
 SUFFIXES = {".csv", ".html", ".json", ".jsonl", ".md", ".npz", ".pack", ".png", ".py"}  # of files, and of no folder
 
@@ -18,18 +21,22 @@ class OutputFile:
 
     made: Callable[[bytes], bool] | None = None
 
-    def check(self, path: Path, option: str) -> None:
-        """Raises InputError."""
-        _check_name(path, option)
-        if path.is_dir():
-            raise InputError(f"{option} {path} is a folder: expected the name of a file")
-        _check_folder(path.absolute().parent, option, path)
-        if path.exists():
+    def check(self, path: AnyPath, option: str) -> None:
+        """Raises InputError, or StorageError for a bucket that cannot be asked or has no room."""
+        with _named(option):
+            _check_name(path, option)
+            if storage.is_dir(path):
+                raise InputError(f"{option} {path} is a folder: expected the name of a file")
+            _check_folder(path, path, option)
+            if not storage.exists(path):
+                return
             if self.made is None:
                 raise InputError(f"{option} {path} exists already: expected the name of a new file")
-            with path.open("rb") as file:
-                made = self.made(file.read(2**26))  # packed data may be larger than memory
-            if not made:
+            size, _ = storage.size_and_version(path)
+            (content,) = storage.read_ranges([(path, 0, min(size, 2**26))])  # packed data may be larger than memory
+            if isinstance(content, Exception):
+                raise content
+            if not self.made(content):
                 raise InputError(
                     f"{option} {path} exists and was not written by this command: choose another name, or remove it"
                 )
@@ -46,30 +53,35 @@ class OutputFolder:
     value: Any = None
     names: tuple[str, ...] | None = None
 
-    def check(self, path: Path, option: str) -> None:
-        """Raises InputError."""
-        _check_name(path, option)
-        if path.suffix in SUFFIXES and not path.is_dir():
-            raise InputError(f"{option} {path} has the name of a {path.suffix} file: expected a folder")
-        above = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-        _check_folder(above, option, path)
-        if path.exists() and not self._made(path) and (kept := self._in_the_way(path)):
-            raise InputError(
-                f"{option} {path} holds {kept[0]}, which this command did not make: choose a new or an empty folder"
-            )
+    def check(self, path: AnyPath, option: str) -> None:
+        """Raises InputError, or StorageError for a bucket that cannot be asked or has no room."""
+        with _named(option):
+            _check_name(path, option)
+            if path.suffix in SUFFIXES and not storage.is_dir(path):
+                raise InputError(f"{option} {path} has the name of a {path.suffix} file: expected a folder")
+            _check_folder(path / "inside", path, option, new=True)
+            if storage.exists(path) and not self._made(path) and (kept := self._in_the_way(path)):
+                raise InputError(
+                    f"{option} {path} holds {kept[0]}, which this command did not make: choose a new or an empty folder"
+                )
 
-    def _made(self, path: Path) -> bool:
+    def _made(self, path: AnyPath) -> bool:
+        if not self.marker or not storage.is_file(path / self.marker):
+            return False
         try:
-            made = json.loads((path / self.marker).read_text())
+            made = json.loads(storage.read_bytes(path / self.marker))
             return self.key in made and self.value in (None, made[self.key])
         except (OSError, TypeError):
             return False
         except ValueError:
             return self.value is None  # cut short: who reads it says so
 
-    def _in_the_way(self, path: Path) -> list[str]:
-        entries = (entry for entry in path.iterdir() if not entry.is_dir() or any(entry.iterdir()))
-        names = sorted(entry.name for entry in entries)
+    def _in_the_way(self, path: AnyPath) -> list[str]:
+        if storage.is_url(path):
+            names = storage.list_names(path)
+        else:
+            entries = (entry for entry in path.iterdir() if not entry.is_dir() or any(entry.iterdir()))
+            names = sorted(entry.name for entry in entries)
         return names if self.names is None else [name for name in names if name in (self.marker, *self.names)]
 
 
@@ -99,7 +111,20 @@ def is_report(content: bytes) -> bool:
     )
 
 
-def _check_name(path: Path, option: str) -> None:
+@contextlib.contextmanager
+def _named(option: str) -> Iterator[None]:
+    """What a bucket refuses begins with the option, too."""
+    try:
+        yield
+    except (InputError, StorageError) as error:
+        if str(error).startswith(option):
+            raise
+        raise type(error)(f"{option} {error}") from error
+
+
+def _check_name(path: AnyPath, option: str) -> None:
+    if not isinstance(path, Path):
+        return
     try:
         path.lstat()
     except (FileNotFoundError, NotADirectoryError):
@@ -111,7 +136,14 @@ def _check_name(path: Path, option: str) -> None:
             raise InputError(f"{option} {path}: {part} is a link to {part.readlink()}, which does not exist")
 
 
-def _check_folder(folder: Path, option: str, path: Path) -> None:
+def _check_folder(file: AnyPath, path: AnyPath, option: str, new: bool = False) -> None:
+    """That `file` can be made; with `new`, together with the folders that it lies in."""
+    if not isinstance(file, Path):
+        storage.check_writable(file)
+        return
+    folder = file.absolute().parent
+    if new:
+        folder = next(above for above in (folder, *folder.parents) if above.exists())
     if not folder.exists():
         raise InputError(f"{option} {path}: the folder {folder} does not exist")
     if not folder.is_dir():

@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 PATIENCE = 120.0  # seconds for which a request is tried again before the storage counts as out of order
 CONCURRENT = 64  # requests at once
-PART = 16 * 2**20  # bytes of a request in `download` and `open_stream`
+PART = 16 * 2**20  # bytes of a request in `download` and `read_parts`
 FIRST_WAIT, LONGEST_WAIT = 0.1, 10.0  # seconds between two tries
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")
 _LIBRARIES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}  # library and extra of a scheme
@@ -79,8 +79,8 @@ def is_url(path: str | os.PathLike[str]) -> bool:
     return bool(_URL.match(os.fspath(path)))
 
 
-def same_kind(path: str | os.PathLike[str]) -> AnyPath:
-    """A path of which `as_path` has already made sure."""
+def to_path(path: str | os.PathLike[str]) -> AnyPath:
+    """The text of a path that `as_path` has made sure of, as a path again."""
     return epath.Path(path) if is_url(path) else Path(path)
 
 
@@ -234,6 +234,30 @@ def upload(source: str | os.PathLike[str], path: AnyPath) -> None:
     """Writes a local file as an object, which appears whole at the end."""
     with storage_errors(path, "written"):
         filesystem(path).put_file(os.fspath(source), str(path))
+
+
+def upload_folder(source: Path, path: AnyPath, marker: str) -> None:
+    """Writes a local folder's files as objects below `path`, its file `marker` last: a folder without it does not
+    exist for those who read it. Of one that is replaced, the marker goes first, then what the new one does not have."""
+    files = [file.relative_to(source).as_posix() for file in source.rglob("*") if file.is_file()]
+    assert marker in files, f"{source} has no {marker}"
+    old = []
+    if exists(path / marker):
+        remove(path / marker)
+        with storage_errors(path, "listed"):
+            old = [name.removeprefix(str(path).partition("://")[2] + "/") for name in filesystem(path).find(str(path))]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda name: upload(source / name, path / name), [name for name in files if name != marker]))
+    for name in set(old) - set(files):
+        remove(path / name)
+    upload(source / marker, path / marker)
+
+
+def check_writable(path: AnyPath) -> None:
+    """Raises InputError or StorageError where objects at this URL may not be made. Begins an upload and gives it up,
+    which leaves nothing and needs no other permission."""
+    with storage_errors(path, "written"):
+        filesystem(path).probe_write(str(path))
 
 
 def remove(path: AnyPath) -> None:

@@ -1,13 +1,15 @@
 """gs:// URLs: gcsfs with the retries of `storage`."""
 
 import asyncio
+import contextlib
 import re
 from typing import Any
 from urllib.parse import unquote
 
 import google.auth.exceptions
 from aiohttp import ClientTimeout
-from gcsfs.core import GCSFileSystem
+from fsspec.asyn import sync
+from gcsfs.core import GCSFileSystem, initiate_upload
 from gcsfs.retry import is_retriable
 
 from spatialvla_jax.utils.storage import count, retrying
@@ -34,6 +36,12 @@ class GoogleStorage(GCSFileSystem):
         """Raises FileNotFoundError when there is no such bucket."""
         self.call("GET", "b/{}/o", bucket, maxResults=1)
 
+    def probe_write(self, path: str) -> None:
+        bucket, key, _ = self.split_path(path)
+        location = sync(self.loop, initiate_upload, self, bucket, key)
+        with contextlib.suppress(Exception):  # one that is not ended costs nothing, and ends by itself
+            self.call("DELETE", location)
+
     @staticmethod
     def status_of(error: Exception) -> tuple[int, str]:
         """The HTTP status that an error comes from, 0 if from none, and what the server says."""
@@ -54,6 +62,8 @@ def _url(request: str) -> str:
 
 def transient(error: Exception) -> str:
     if isinstance(error, google.auth.exceptions.RefreshError) and not error.retryable:
+        return ""
+    if getattr(error, "code", None) == 501:  # not implemented
         return ""
     again = is_retriable(error) or "ateLimitExceeded" in str(error)
     again = again or isinstance(error, asyncio.TimeoutError | ConnectionError)

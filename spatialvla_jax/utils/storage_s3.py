@@ -49,6 +49,11 @@ class S3Storage(S3FileSystem):
         """Raises FileNotFoundError when there is no such bucket."""
         self.call_s3("list_objects_v2", Bucket=bucket, MaxKeys=1)
 
+    def probe_write(self, path: str) -> None:
+        bucket, key, _ = self.split_path(path)
+        upload = self.call_s3("create_multipart_upload", Bucket=bucket, Key=key)
+        self.call_s3("abort_multipart_upload", Bucket=bucket, Key=key, UploadId=upload["UploadId"])
+
     @staticmethod
     def status_of(error: Exception) -> tuple[int, str]:
         """The HTTP status that an error comes from, 0 if from none, and what the server says."""

@@ -3,13 +3,15 @@
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 from etils import epath
 
 from spatialvla_jax.errors import InputError, StorageError
-from spatialvla_jax.utils import storage
+from spatialvla_jax.utils import atomic, storage
+from spatialvla_jax.utils.outputs import OutputFile, OutputFolder, has_keys
 
 DATA = bytes(range(256)) * 100
 
@@ -168,9 +170,84 @@ def test_tensorflow_has_no_part_in_it(gcs):
 import tensorflow, tensorflow_datasets
 from etils import epath
 assert not epath.Path("/nowhere").exists()
-from spatialvla_jax.utils import storage
+from spatialvla_jax.utils import atomic, storage
+from spatialvla_jax.utils.outputs import OutputFile, OutputFolder, has_keys
 path = storage.as_path("{gcs.url}/x", "")
 path.write_text("hello")
 assert path.read_text() == "hello" and storage.counts()["requests"] > 1
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_files_and_folders_appear_whole(bucket, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    path = storage.as_path(f"{bucket.url}/new/x.json", "")
+    atomic.write_json(path, {"a": 1})
+    assert json.loads(storage.read_bytes(path)) == {"a": 1}
+    with pytest.raises(ZeroDivisionError), atomic.replacing(path) as temporary:
+        temporary.write_text("half")
+        raise ZeroDivisionError
+    assert json.loads(storage.read_bytes(path)) == {"a": 1}
+
+    folder = path.parent / "index"
+    for names in (("meta.json", "a.bin", "parts/b.bin"), ("meta.json", "c.bin")):
+        bucket.proxy.requests.clear()
+        with atomic.replacing(folder, "meta.json") as temporary:
+            for name in names:
+                (temporary / name).parent.mkdir(exist_ok=True, parents=True)
+                (temporary / name).write_text(name)
+            assert not [request for request in bucket.proxy.requests if "GET" not in request.line]
+        uploads = [request.line for request in bucket.proxy.requests if request.line.startswith(("POST", "PUT"))]
+        assert len(uploads) == len(names)
+        files = {name for name in ("meta.json", "a.bin", "parts/b.bin", "c.bin") if storage.exists(folder / name)}
+        assert files == set(names)
+    bucket.proxy.add(status=403, body=FORBIDDEN[bucket.url[:2]], pattern="POST|PUT", every=2)
+    with pytest.raises(InputError, match="permission"), atomic.replacing(folder, "meta.json") as temporary:
+        temporary.mkdir()
+        for name in ("meta.json", "d.bin", "e.bin"):
+            (temporary / name).write_text(name)
+    assert not storage.exists(folder / "meta.json")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_new_directories(gcs):
+    path = storage.as_path(f"{gcs.url}/export", "")
+    with atomic.new_directory(path, "config.json") as temporary:
+        (temporary / "config.json").write_text("{}")
+        (temporary / "weights").write_text("…")
+    again = atomic.new_directory(path, "config.json")
+    with pytest.raises(InputError, match=f"{path} exists; choose a new destination"), again:
+        pass
+    storage.remove(path / "config.json")
+    cut = f"{path} exists without config.json, so its upload was cut short: remove it or choose a new destination"
+    with pytest.raises(InputError, match=cut), atomic.new_directory(path, "config.json"):
+        pass
+
+
+def test_outputs_are_checked_before(bucket):
+    """And nothing is left of the check."""
+    path = storage.as_path(f"{bucket.url}/out.json", "")
+    file, folder = OutputFile(has_keys("mine")), OutputFolder("config.json", "made_by", "me", names=("weights",))
+    file.check(path, "--out")
+    folder.check(path.parent / "run", "--workdir")
+    assert storage.list_names(path.parent) == []
+    storage.put(path, b'{"mine": 1}')
+    file.check(path, "--out")
+    storage.put(path, b'{"yours": 1}')
+    with pytest.raises(InputError, match=f"--out {path} exists and was not written by this command"):
+        file.check(path, "--out")
+    with pytest.raises(InputError, match=f"--out {path} exists already"):
+        OutputFile().check(path, "--out")
+    storage.put(path.parent / "run" / "weights", b"")
+    with pytest.raises(InputError, match=f"--workdir {path.parent / 'run'} holds weights, which this command did not"):
+        folder.check(path.parent / "run", "--workdir")
+    storage.put(path.parent / "run" / "config.json", b'{"made_by": "me"}')
+    folder.check(path.parent / "run", "--workdir")
+    with pytest.raises(InputError, match=f"--out {path.parent / 'run'} is a folder: expected the name of a file"):
+        file.check(path.parent / "run", "--out")
+    for wrong, sentence in ((storage.as_path(f"{bucket.url}-wrong/x", ""), "there is no bucket"), (path, "permission")):
+        if wrong == path:
+            bucket.proxy.add(status=403, body=FORBIDDEN[bucket.url[:2]], pattern="POST|PUT")
+        for check in (file, folder):
+            with pytest.raises(InputError, match=f"--out {bucket.url}.*{sentence}"):
+                check.check(wrong.with_name("new"), "--out")
