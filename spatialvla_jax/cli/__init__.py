@@ -66,8 +66,8 @@ def main(argv: list[str] | None = None) -> int:
 
     def command() -> None:
         expand_paths(args)
-        if args.runner_options and args.run is not data.run_stats:
-            raise InputError("only the command stats takes arguments after --")
+        if args.runner_options and args.run not in (data.run_stats, data.run_index):
+            raise InputError("only the commands stats and data index take arguments after --")
         args.overrides = overrides_of(rest, allowed=hasattr(args, "config"))
         check_outputs(args)
         args.run(args)

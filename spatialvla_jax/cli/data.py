@@ -269,11 +269,56 @@ def run_pack(args: argparse.Namespace) -> None:
         depth=config.model.depth_source == "dataset",
         progress=shard_progress(),
     )
-    splits = args.split or [config.data.split, *([config.train.eval_split] if config.train.eval_every else [])]
+    splits = args.split or default_splits(config)
     with progress_bar("pack", "frame") as progress:
         result = write_pack(loader, args.out, splits, progress)
     frames = ", ".join(f"{count:,} frames of {split}" for split, count in result["frames"].items())
     print(f"wrote {result['path']}: {result['bytes']:,} bytes, {frames}")
+
+
+def add_index(commands: Commands) -> None:
+    p = add_command(
+        commands,
+        "index",
+        run_index,
+        "make the indexes of a mixture, by Apache Beam (extra [beam])",
+        (
+            "--config pretrain --out data/index",
+            "--config pretrain --out data/index -- --direct_num_workers=0 --direct_running_mode=multi_processing",
+        ),
+    )
+    p.add_argument("--config", required=True, help="names the data")
+    p.add_argument("--out", type=path, required=True, help="the folder of the indexes, then a run's data.cache_dir")
+    p.add_argument("--split", action="append", help="may be repeated; by default those of training and validation")
+    add_runner(p)
+
+
+def run_index(args: argparse.Namespace) -> None:
+    from spatialvla_jax.config import load_config
+    from spatialvla_jax.data import DataConfig
+    from spatialvla_jax.data.beam import index_table, make_indexes
+    from spatialvla_jax.utils.progress import progress_bar
+
+    config = load_config(args.config, args.overrides)
+    splits = args.split or default_splits(config)
+    with progress_bar("index", "shard") as progress:
+        indexes = make_indexes(
+            DataConfig.from_config(config.data), splits, args.out, args.runner, args.runner_options, progress
+        )
+    print(index_table(indexes))
+    print(f"wrote {args.out}: set data.cache_dir to it")
+
+
+def default_splits(config: Any) -> list[str]:
+    """The splits that a run of the config reads."""
+    validation = [config.train.eval_split] if config.train.eval_every else []
+    return list(dict.fromkeys([config.data.split, *validation]))
+
+
+def add_runner(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = f"What follows -- goes to the runner.\n\n{parser.epilog}"
+    runners = ("DirectRunner", "FlinkRunner", "DataflowRunner", "SparkRunner")
+    parser.add_argument("--runner", choices=runners, default="DirectRunner", help="of Beam's pipelines")
 
 
 def add_stats(commands: Commands) -> None:
@@ -288,11 +333,9 @@ def add_stats(commands: Commands) -> None:
             "--config pretrain --out gs://bucket/stats.json --runner FlinkRunner -- --flink_master=localhost:8081",
         ),
     )
-    p.epilog = f"What follows -- goes to the runner.\n\n{p.epilog}"
-    p.add_argument("--config", required=True, help="names the data")
+    p.add_argument("--config", required=True, help="names the data; its data.cache_dir keeps the indexes")
     p.add_argument("--out", required=True, help="the file for data.statistics, e.g. stats.json")
-    runners = ("DirectRunner", "FlinkRunner", "DataflowRunner", "SparkRunner")
-    p.add_argument("--runner", choices=runners, default="DirectRunner", help="of Beam's pipelines")
+    add_runner(p)
 
 
 def run_stats(args: argparse.Namespace) -> None:
@@ -322,7 +365,7 @@ def add(commands: Commands) -> None:
     group = add_group(
         commands,
         "data",
-        "convert and look at datasets: show, lerobot, import, depth, pack",
+        "convert and look at datasets: show, lerobot, import, depth, pack, index",
         ("show --config demo --out mixture.html", "lerobot lerobot/pusht data/pusht"),
     )
     add_show(group)
@@ -330,4 +373,5 @@ def add(commands: Commands) -> None:
     add_import(group)
     add_depth(group)
     add_pack(group)
+    add_index(group)
     add_stats(commands)

@@ -1,36 +1,32 @@
-"""Statistics of whole mixtures as an Apache Beam pipeline, and the file that it leaves (stats.json).
+"""Indexes and statistics of whole mixtures by Apache Beam.
 
-The stored data is read once: one element is one shard, read from its first byte to its last, of which its actions
-remain (28 bytes a frame). They are summed up (`ActionSummary`), and kept by a reshuffle until all datasets' quantiles
-are known, which the grid's Gaussians need: the angles of normalised translations depend on three dimensions together,
-so no summary made before normalising would do. The second pass is over those kept actions alone.
-
-Sums are exact integers and quantile sketches merge alike in any order, so the file does not depend on the runner.
+One element of the pipeline is one shard: a worker reads its records once and writes its part of the index. Then the
+parts are merged and statistics computed by the code of a run that indexes its data itself, so that index, statistics
+and grid are the same, bit for bit, whichever runner and however many workers there are.
 """
 
 import functools
 import json
 import logging
-import uuid
+import secrets
+import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
-from spatialvla_jax.actions import DIMENSIONS, grid_variables, pool_gaussians
+from spatialvla_jax.actions import pool_gaussians
 from spatialvla_jax.actions.grid import VARIABLES
-from spatialvla_jax.actions.normalization import normalize
 from spatialvla_jax.data.config import DataConfig
-from spatialvla_jax.data.index import Faults
+from spatialvla_jax.data.features import find_fields
+from spatialvla_jax.data.index import Index, Source, find_kept, find_source, make_index, read_shard
 from spatialvla_jax.data.oxe.spec import DatasetSpec, meaning
 from spatialvla_jax.data.resolve_datasets import make_entries
-from spatialvla_jax.data.rlds import open_rlds, read_episodes, slice_shards
-from spatialvla_jax.data.sketch import ActionSummary, Moments
 from spatialvla_jax.errors import InputError
+from spatialvla_jax.utils.atomic import PREFIX, replacing, write_json
 from spatialvla_jax.utils.dataset_keys import find_key
 from spatialvla_jax.utils.tables import text_table
 
@@ -41,43 +37,106 @@ RUNNERS = {
     "DataflowRunner": "DataflowRunner",
     "SparkRunner": "SparkRunner",
 }
+Progress = Callable[[int, int], None]
 
 
-class Shard(NamedTuple):
-    """One file's part of a split of a dataset."""
+class _Shard(NamedTuple):
+    """What a worker needs to read a part of an index."""
 
     name: str
     path: str  # the dataset's version directory
     spec: DatasetSpec
-    file: Path
-    numbers: range  # of its episodes
-    listed: int  # episodes of the whole file
+    split: str
+    number: int
+    out: Path
 
 
-@dataclass(frozen=True)
-class Summary:
-    """Of a dataset or a part of it. `fault` is a sentence on the first damaged episode, "" without one."""
+def make_indexes(
+    data: DataConfig,
+    splits: Sequence[str],
+    folder: Path,
+    runner: str = "DirectRunner",
+    options: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> list[Index]:
+    """The index of each dataset of a config in these splits, one split after another. They are kept in `folder`,
+    a run's `data.cache_dir`; those that are not there yet are made.
 
-    actions: ActionSummary
-    skipped: Mapping[str, int]  # episodes left out, by reason
-    fault: str = ""
+    `runner` is a key of `RUNNERS`, `options` its own arguments. All workers must reach `folder` and the data under the
+    same paths. `progress(shards done, shards)` is called by the DirectRunner only, as its workers are threads of this
+    process. Raises InputError for anything wrong with config or data, and by the limit of `data.faults`.
+    """
+    wanted = [(entry, entry.split(split)) for split in splits for entry in make_entries(data)]
+    sources = [find_source(entry.name, entry.path, entry.spec, split) for entry, split in wanted]
+    parts = folder / f"{PREFIX}parts-{secrets.token_hex(4)}"
+    shards: list[_Shard] = []
+    for (entry, split), source in zip(wanted, sources, strict=True):
+        find_fields(source.name, source.builder, source.spec, source.made_from["action_dim"])
+        if find_kept(source, folder / source.folder) is None:
+            for number in range(len(source.shards)):
+                out = parts / f"{source.folder}-{number}"
+                shards.append(_Shard(entry.name, str(entry.path), entry.spec, split, number, out))
 
-    @classmethod
-    def merge(cls, parts: Sequence["Summary"]) -> "Summary":
-        return cls(
-            ActionSummary.merge([part.actions for part in parts]),
-            sum((Counter(part.skipped) for part in parts), Counter()),
-            min((part.fault for part in parts if part.fault), default=""),
-        )
+    def read(source: Source, number: int) -> bytes:
+        return (parts / f"{source.folder}-{number}").read_bytes()
+
+    try:
+        if shards:
+            parts.mkdir(parents=True)
+            _run(shards, runner, options, progress)
+        indexes = [make_index(source, folder, faults=data.faults, read=read) for source in sources]
+    finally:
+        shutil.rmtree(parts, ignore_errors=True)
+    for first in range(0, len(indexes), len(indexes) // len(splits)):
+        own = indexes[first : first + len(indexes) // len(splits)]
+        data.faults.check(sum((Counter(index.skipped) for index in own), Counter()), "episodes of a split")
+    return indexes
 
 
-def find_shards(data: DataConfig) -> list[Shard]:
-    """The shards of the training split. Raises InputError for what is missing or misnamed."""
-    return [
-        Shard(entry.name, str(entry.path), entry.spec, file, numbers, listed)
-        for entry in make_entries(data)
-        for file, numbers, listed, *_ in slice_shards(open_rlds(entry.path), entry.splits.get(data.split, data.split))
-    ]
+def _run(shards: list[_Shard], runner: str, options: Sequence[str], progress: Progress | None) -> None:
+    """Writes the parts of the shards."""
+    beam = _beam()
+    from apache_beam.options.pipeline_options import PipelineOptions
+
+    done, run = iter(range(1, len(shards) + 1)), shards[0].out.parent.name
+    _LISTENERS[run] = (lambda: progress(next(done), len(shards))) if progress else lambda: None
+    try:
+        # Beam's type check cannot read jaxtyping's annotations.
+        flags = [f"--runner={RUNNERS[runner]}", "--no_pipeline_type_check", *options]
+        try:
+            pipeline = beam.Pipeline(options=PipelineOptions(flags))
+        except ValueError as error:
+            raise InputError(f"{runner} does not start: {' '.join(str(error).split())}") from error
+        _ = pipeline | "shards" >> beam.Create(shards) | beam.Reshuffle() | "read" >> beam.Map(_write_part)
+        pipeline.run().wait_until_finish()
+    finally:
+        del _LISTENERS[run]
+
+
+# Called for every shard that this process has read, by the run's own folder: Beam copies what it hands to its workers,
+# so that a callback among their arguments would be another one.
+_LISTENERS: dict[str, Callable[[], None]] = {}
+
+
+def _write_part(shard: _Shard) -> None:
+    source = _find_source(shard.name, shard.path, shard.spec, shard.split)
+    with replacing(shard.out) as temporary:  # a runner may read a shard twice at the same time
+        temporary.write_bytes(read_shard(source, shard.number))
+    _LISTENERS.get(shard.out.parent.name, lambda: None)()
+
+
+_find_source = functools.lru_cache(maxsize=64)(find_source)
+
+
+def _beam() -> Any:
+    try:
+        logging.disable(logging.WARNING)  # it warns of Google clients that nobody asked for
+        import apache_beam
+    except ImportError as error:
+        raise InputError("the pipeline needs Apache Beam: pip install 'spatialvla-jax[beam]'") from error
+    finally:
+        logging.disable(logging.NOTSET)
+    return apache_beam
 
 
 def compute_stats(
@@ -86,7 +145,7 @@ def compute_stats(
     out: str,
     runner: str = "DirectRunner",
     options: Sequence[str] = (),
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Write and return the statistics of the mixture that the config names:
 
@@ -94,167 +153,24 @@ def compute_stats(
     statistics   {dataset: as `action_statistics`}
     gaussians    {dataset: {variable of the grid: [mu, sigma]}} of its normalised actions
     mixture      {"datasets": those not in `exclude`, "gaussians": theirs pooled over all frames}, None without any
-    quantile_error  {dataset: bound on the relative error of the numbers that q01 and q99 lie between; 0: exact}
     skipped      {dataset: {reason: episodes left out}}
     specs        {dataset: `meaning` of its spec}
 
-    `runner` is a key of `RUNNERS`, `options` its own arguments. `out` and the data must be reachable under the same
-    paths by all workers; `out` may be any path that Beam writes. `progress(shards done, shards)` is called by the
-    DirectRunner only, as its workers are threads of this process. Raises InputError for anything wrong with config or
-    data, and by the limit of `data.faults`, when nothing is written.
+    They are those of the datasets' indexes, see `make_indexes` for the rest; the indexes stay in `data.cache_dir`.
     """
-    beam, filesystems = _beam()
-    from apache_beam.options.pipeline_options import PipelineOptions
-
-    shards = find_shards(data)
-    partial = f"{out}.{uuid.uuid4().hex}.tmp"
-
-    done = iter(range(1, len(shards) + 1))
-    _LISTENERS[partial] = (lambda: progress(next(done), len(shards))) if progress else lambda: None
-    try:
-        # Beam's type check cannot read jaxtyping's annotations.
-        flags = [f"--runner={RUNNERS[runner]}", "--no_pipeline_type_check", *options]
-        try:
-            pipeline = beam.Pipeline(options=PipelineOptions(flags))
-        except ValueError as error:
-            raise InputError(f"{runner} does not start: {' '.join(str(error).split())}") from error
-        read = pipeline | "shards" >> beam.Create(shards) | beam.Reshuffle() | "read" >> beam.Map(_read, partial)
-        summaries = (
-            read
-            | "summarise" >> beam.MapTuple(lambda name, summary, _: (name, summary))
-            | "merge summaries" >> beam.CombinePerKey(lambda parts: Summary.merge(list(parts)))
-        )
-        entries = summaries | "statistics" >> beam.MapTuple(dataset_entry)
-        moments = (
-            read
-            | "actions" >> beam.MapTuple(lambda name, _, actions: (name, actions))
-            | "keep actions" >> beam.Reshuffle()
-            | "normalise" >> beam.Map(grid_moments, beam.pvalue.AsDict(entries))
-            | "merge moments" >> beam.CombinePerKey(lambda parts: Moments.merge(list(parts)))
-        )
-        _ = (
-            pipeline
-            | "once" >> beam.Create([partial])
-            | "write" >> beam.Map(_write, beam.pvalue.AsDict(entries), beam.pvalue.AsDict(moments))
-        )
-        pipeline.run().wait_until_finish()
-        with filesystems.open(partial) as file:
-            collected = json.loads(file.read())
-        result = check_collected(collected, [shard.name for shard in shards], data.faults, exclude)
-        specs = {shard.name: shard.spec for shard in shards}
-        result = {"split": data.split} | result | {"specs": {name: meaning(spec) for name, spec in specs.items()}}
-        with filesystems.create(partial) as file:
-            file.write((json.dumps(result, indent=2) + "\n").encode())
-        filesystems.rename([partial], [out])
-    finally:
-        del _LISTENERS[partial]
-        if filesystems.exists(partial):
-            filesystems.delete([partial])
-    return result
-
-
-# Called for every shard that this process has read, by the run's own file: Beam copies what it hands to its workers, so
-# that a callback among their arguments would be another one.
-_LISTENERS: dict[str, Callable[[], None]] = {}
-
-
-def _read(shard: Shard, run: str) -> tuple[str, Summary, Float[np.ndarray, "N 7"]]:
-    result = read_shard(shard)
-    if run in _LISTENERS:
-        _LISTENERS[run]()
-    return result
-
-
-def _beam() -> tuple[Any, Any]:
-    try:
-        logging.disable(logging.WARNING)  # it warns of Google clients that nobody asked for
-        import apache_beam
-        from apache_beam.io.filesystems import FileSystems
-    except ImportError as error:
-        raise InputError("the statistics pipeline needs Apache Beam: pip install 'spatialvla-jax[beam]'") from error
-    finally:
-        logging.disable(logging.NOTSET)
-    return apache_beam, FileSystems
-
-
-@functools.lru_cache(maxsize=64)
-def _open(path: str) -> Any:
-    return open_rlds(path)
-
-
-def read_shard(shard: Shard) -> tuple[str, Summary, Float[np.ndarray, "N A"]]:
-    """(dataset, summary, canonical actions) of a shard. Faults are data here: a runner would retry an exception, and
-    bury its sentence in a traceback."""
-    skipped: Counter[str] = Counter()
-    sentences: list[str] = []
-
-    def skip(reason: str, sentence: str) -> None:
-        skipped[reason] += 1
-        sentences.extend([sentence] if sentence else [])
-
-    actions = [np.empty((0, len(DIMENSIONS)), np.float32)]
-    try:
-        name, path, spec, file, numbers, listed = shard
-        for episode in read_episodes(name, _open(path), file, numbers, spec, skip, listed=listed):
-            if len(episode["step"]):
-                actions.append(episode["action"])
-    except InputError as error:  # of the whole dataset, not of an episode
-        skip("invalid", str(error))
-    together = np.concatenate(actions)
-    summary = ActionSummary.of(together, len(actions) - 1)
-    return shard.name, Summary(summary, skipped, sentences[0] if sentences else ""), together
-
-
-def dataset_entry(name: str, summary: Summary) -> tuple[str, dict[str, Any]]:
-    """(dataset, what the file says about it). A dataset without actions has no statistics."""
-    usable = summary.actions.moments.count > 0
-    return name, {
-        "statistics": summary.actions.statistics() if usable else None,
-        "quantile_error": summary.actions.quantile_error,
-        "skipped": dict(sorted(summary.skipped.items())),
-        "fault": summary.fault,
-    }
-
-
-def grid_moments(
-    kept: tuple[str, Float[np.ndarray, "N A"]], entries: Mapping[str, Mapping[str, Any]]
-) -> tuple[str, Moments]:
-    """(dataset, some canonical actions) to (dataset, moments of theta, phi, r, roll, pitch, yaw, normalised)."""
-    name, actions = kept
-    if not len(actions):
-        return name, Moments(0, (0,) * 6, (0,) * 6)
-    return name, Moments.of(grid_variables(normalize(actions, entries[name]["statistics"]["action"])))
-
-
-def _write(path: str, entries: Mapping[str, dict[str, Any]], moments: Mapping[str, Moments]) -> None:
-    _, filesystems = _beam()
-    for name, entry in entries.items():
-        if entry["statistics"]:
-            entry["gaussians"] = named_gaussians(np.stack(moments[name].mean_std(), -1))
-    with filesystems.create(path) as file:
-        file.write(json.dumps(entries).encode())
-
-
-def check_collected(
-    entries: Mapping[str, Mapping[str, Any]], names: Sequence[str], faults: Faults, exclude: Sequence[str]
-) -> dict[str, Any]:
-    """The file's content from each dataset's `dataset_entry`, in the config's order. Raises InputError for faults."""
-    names = list(dict.fromkeys(names))
-    if faults.policy == "fail":
-        for name in names:
-            if entries[name]["fault"]:
-                raise InputError(entries[name]["fault"])
-    faults.check(sum((Counter(entries[name]["skipped"]) for name in names), Counter()), "episodes")
-    for name in names:
-        if not entries[name]["statistics"]:
-            raise InputError(f"Dataset {name!r} has no episode to use (left out: {entries[name]['skipped']})")
+    indexes = make_indexes(data, [data.split], data.cache_folder, runner, options, progress)
     result: dict[str, Any] = {
-        key: {name: entries[name][key] for name in names}
-        for key in ("statistics", "gaussians", "quantile_error", "skipped")
+        "split": data.split,
+        "statistics": {index.name: index.statistics for index in indexes},
+        "gaussians": {index.name: named_gaussians(np.asarray(index.gaussians)) for index in indexes},
+        "skipped": {index.name: dict(sorted(index.skipped.items())) for index in indexes},
+        "specs": {index.name: meaning(index.spec) for index in indexes},
     }
-    fitted = [name for name in names if find_key(name, exclude) is None]
+    fitted = [index.name for index in indexes if find_key(index.name, exclude) is None]
     mixture = {"datasets": fitted, "gaussians": named_gaussians(pooled(result, fitted))} if fitted else None
-    return result | {"mixture": mixture}
+    result |= {"mixture": mixture}
+    write_json(out, result)
+    return result
 
 
 def named_gaussians(gaussians: Float[np.ndarray, "6 2"]) -> dict[str, list[float]]:
@@ -273,15 +189,24 @@ def pooled(stats: Mapping[str, Any], names: Sequence[str]) -> Float[np.ndarray, 
     )
 
 
+def index_table(indexes: Sequence[Index]) -> str:
+    """What `make_indexes` has made or found, for a reader."""
+    rows = [["dataset", "split", "episodes", "left out", "frames", "MB"]]
+    for index in indexes:
+        counts = f"{index.num_episodes:,}", f"{sum(index.skipped.values()):,}", f"{index.num_frames:,}"
+        size = sum(array.nbytes for array in index.arrays.values()) / 1e6
+        rows.append([index.name, index.made_from["split"], *counts, f"{size:,.1f}"])
+    return text_table(rows)
+
+
 def table(stats: Mapping[str, Any]) -> str:
     """What `compute_stats` found, for a reader."""
     fitted = stats["mixture"]["datasets"] if stats["mixture"] else []
-    rows = [["dataset", "episodes", "left out", "frames", "quantiles", "in the grid's fit"]]
+    rows = [["dataset", "episodes", "left out", "frames", "in the grid's fit"]]
     for name, entry in stats["statistics"].items():
-        error, skipped = stats["quantile_error"][name], sum(stats["skipped"][name].values())
-        accuracy = f"within {error:.1e}" if error else "exact"
+        skipped = sum(stats["skipped"][name].values())
         counts = [f"{entry['num_trajectories']:,}", f"{skipped:,}", f"{entry['num_transitions']:,}"]
-        rows.append([name, *counts, accuracy, "yes" if name in fitted else "no"])
+        rows.append([name, *counts, "yes" if name in fitted else "no"])
     lines = [text_table(rows)]
     if stats["mixture"]:
         gaussians = stats["mixture"]["gaussians"].items()

@@ -22,7 +22,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import google_crc32c
 import numpy as np
@@ -34,6 +34,7 @@ from spatialvla_jax.data.oxe.spec import DatasetSpec, meaning
 from spatialvla_jax.data.rlds import UNLABELED, Shard, enumerate_some, open_rlds, slice_shards
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.utils.atomic import PREFIX, replacing
+from spatialvla_jax.utils.distributed import ALONE, Processes
 from spatialvla_jax.utils.progress import warn
 
 VERSION = 4  # of the files and of what is in them; another one makes a new index
@@ -81,7 +82,8 @@ class Index:
     skipped: Mapping[str, int]  # episodes left out, by reason
     arrays: Mapping[str, np.ndarray]
     maps: tuple[mmap.mmap, ...] = ()  # what the arrays look into
-    made_from: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # see `source_of`
+    made_from: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # see `Source`
+    gaussians: Any = None  # f64[6, 2] as `fit_gaussians` on the actions normalised by `statistics`, where it is known
     directory: Path | None = None  # where it is kept
 
     @property
@@ -159,73 +161,138 @@ class Index:
                 (self.directory / META).unlink()
 
 
+Kept = tuple[Index, dict[str, Any]]  # an index and its meta.json
+
+
 class _Stale(Exception):
     """A cached index cannot be used; the message says why."""
 
 
-def load_index(
-    name: str,
-    path: str | os.PathLike[str],
-    spec: DatasetSpec,
-    split: str,
+class Source(NamedTuple):
+    """A split of a dataset, of which an index is made."""
+
+    name: str
+    spec: DatasetSpec
+    builder: Any  # of TFDS
+    shards: Sequence[Shard]
+    # What decides what is read, as JSON: "place", the dataset's full path; "split"; "spec", its `meaning`; "features",
+    # its types; "shards", each (name, bytes, modification time, first and end of its episodes that belong to the split,
+    # episodes); "action_dim".
+    made_from: dict[str, Any]
+
+    @property
+    def folder(self) -> str:
+        """The name of its index's directory."""
+        made_from = self.made_from
+        words = [re.sub("[^0-9A-Za-z]+", "_", word)[:80] for word in (self.name, made_from["split"])]
+        identity = [self.name, made_from["place"], made_from["split"], made_from["spec"]["fields"]]
+        return "-".join([*words, _digest(identity)])
+
+
+def find_source(
+    name: str, path: str | os.PathLike[str], spec: DatasetSpec, split: str, action_dim: int = len(DIMENSIONS)
+) -> Source:
+    """Raises InputError for a dataset, a split or a shard that does not exist."""
+    builder = open_rlds(path)
+    shards = slice_shards(builder, split)
+    made_from = {
+        "place": os.path.realpath(path),
+        "split": split,
+        "spec": meaning(spec),
+        "features": builder.info.features.to_json(),
+        "shards": [(s.file.name, s.size, s.modified, s.numbers.start, s.numbers.stop, s.listed) for s in shards],
+        "action_dim": action_dim,
+    }
+    return Source(name, spec, builder, shards, json.loads(json.dumps(made_from)))
+
+
+def read_shard(source: Source, number: int) -> bytes:
+    """The part of a shard, to be merged."""
+    action_dim = source.made_from["action_dim"]
+    return read_part(source.name, source.builder, number, source.shards[number], source.spec, action_dim).to_bytes()
+
+
+def make_index(
+    source: Source,
     cache_dir: str | os.PathLike[str],
     progress: Callable[[str, int, int], None] | None = None,
     faults: Faults = Faults(),
-    action_dim: int = len(DIMENSIONS),
+    processes: Processes = ALONE,
+    read: Callable[[Source, int], bytes] = read_shard,
 ) -> Index:
     """The index of a split, from the cache or made now. `progress(name, shards done, shards)` is called meanwhile.
+
+    Several `processes` call this together: where one of them has no index, each reads its part of the shards (`read`),
+    or the first that has one gives it to the others; all end with the same index, each in its own `cache_dir` or
+    together in one.
 
     What is indexed has been read in full and checked, except that images are not decoded yet. Raises InputError for a
     cache that cannot be written and for anything wrong with the data; under the policy "skip" only when too much is.
     """
-    builder = open_rlds(path)
-    shards = slice_shards(builder, split)
-    made_from: dict[str, Any] = source_of(path, builder, spec, split, shards) | {"action_dim": action_dim}
-    words = [re.sub("[^0-9A-Za-z]+", "_", word)[:80] for word in (name, split)]
-    identity = _digest([name, made_from["place"], split, made_from["spec"]["fields"]])
-    directory = Path(cache_dir) / "-".join([*words, identity])
-
-    def open_kept(directory: Path) -> tuple[Index, dict[str, Any]]:
-        return _open_kept(directory, name, spec, shards, made_from)
-
-    kept = None
-    try:
-        opened = open_kept(directory)
-        _check_current(*opened)
-        kept = opened
-    except (FileNotFoundError, NotADirectoryError):
-        pass  # there is none yet
-    except (OSError, _Stale) as reason:
-        warn(f"dataset {name!r} is indexed again: {reason}")
-    write = functools.partial(_write, name, builder, shards, spec, made_from, progress, faults)
-    index, meta = kept or _build(directory, name, write, open_kept)
+    directory = Path(cache_dir) / source.folder
+    kept = find_kept(source, directory)
+    having = [number for number, has in enumerate(processes.gather(b"kept" if kept else b"")) if has]
+    if len(having) < processes.count:
+        if having:
+            parts = _share(kept if processes.index == having[0] else None, processes)
+        else:
+            parts = _read_parts(source, processes, progress, read)
+        if kept:
+            for _ in parts:  # the others need them
+                pass
+        else:
+            kept = _build(directory, source, faults, parts)
+    assert kept
+    index, meta = kept
     # The policy is not in the key: without faults it makes no difference, and with them the index says so.
     if meta["fault"] and faults.policy == "fail":
         raise InputError(meta["fault"])
     return dataclasses.replace(index, directory=directory)
 
 
-def source_of(
-    path: str | os.PathLike[str], builder: Any, spec: DatasetSpec, split: str, shards: Sequence[Shard]
-) -> dict[str, Any]:
-    """What decides what is read of a split, as JSON: "place", the dataset's full path; "split"; "spec", its `meaning`;
-    "features", its types; "shards", each (name, bytes, modification time, first and end of its episodes that belong to
-    the split, episodes)."""
-    source = {
-        "place": os.path.realpath(path),
-        "split": split,
-        "spec": meaning(spec),
-        "features": builder.info.features.to_json(),
-        "shards": [(s.file.name, s.size, s.modified, s.numbers.start, s.numbers.stop, s.listed) for s in shards],
-    }
-    return json.loads(json.dumps(source))
+def _read_parts(
+    source: Source,
+    processes: Processes,
+    progress: Callable[[str, int, int], None] | None,
+    read: Callable[[Source, int], bytes],
+) -> Iterator[Part]:
+    """The parts of all shards in order, of which this process reads every `processes.count`-th."""
+    count = len(source.shards)
+    for first in range(0, count, processes.count):
+        number = first + processes.index
+        for data in processes.gather(read(source, number) if number < count else b""):
+            if data:
+                yield Part.from_bytes(data)
+        if progress:
+            progress(source.name, min(first + processes.count, count), count)
 
 
-def _open_kept(
-    directory: Path, name: str, spec: DatasetSpec, shards: Sequence[Shard], made_from: Mapping[str, Any]
-) -> tuple[Index, dict[str, Any]]:
+def _share(kept: Kept | None, processes: Processes) -> Iterator[Part]:
+    """The index that one process has `kept`, as a part."""
+    data = b""
+    if kept:
+        index, meta = kept
+        data = Part(index.arrays, index.instructions, index.skipped, meta["fault"]).to_bytes()
+    yield from (Part.from_bytes(part) for part in processes.gather(data) if part)
+
+
+def find_kept(source: Source, directory: Path) -> Kept | None:
+    """The index in a directory, if it is whole and that of the source as it is now; otherwise says why not."""
+    try:
+        kept = _open(source, directory)
+        _check_current(*kept)
+        return kept
+    except (FileNotFoundError, NotADirectoryError):
+        return None  # there is none yet
+    except (OSError, _Stale) as reason:
+        warn(f"dataset {source.name!r} is indexed again: {reason}")
+        return None
+
+
+def _open(source: Source, directory: Path) -> Kept:
     """The index in a directory and its meta.json. Raises FileNotFoundError when there is none, _Stale for one that is
     damaged or made from something else."""
+    made_from = source.made_from
     folder = os.open(directory, os.O_RDONLY)  # stays this one when another process puts its own in its place
     try:
         opener = functools.partial(os.open, dir_fd=folder)
@@ -238,15 +305,17 @@ def _open_kept(
         if meta["made_from"] != made_from:
             raise _Stale(_difference(meta["made_from"], made_from))
         arrays, maps = {}, []
-        for key, (dtype, shape) in layout(spec, made_from["action_dim"]).items():
+        for key, (dtype, shape) in layout(source.spec, made_from["action_dim"]).items():
             with open(f"{key}.bin", "rb", opener=opener) as file:
                 if _checksum(iter(functools.partial(file.read, 1 << 22), b"")) != meta["checksums"][key]:
                     raise ValueError(f"the checksum of {file.name} is wrong")
                 maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
             arrays[key] = np.frombuffer(maps[-1], dtype).reshape(-1, *shape)
-        files, instructions = tuple(os.fspath(shard.file) for shard in shards), tuple(meta["instructions"])
+        files, instructions = tuple(os.fspath(shard.file) for shard in source.shards), tuple(meta["instructions"])
         about = meta["statistics"], meta["read"], meta["skipped"]
-        return Index(name, spec, files, instructions, *about, arrays, tuple(maps), made_from), meta
+        gaussians = meta["gaussians"]
+        kept = Index(source.name, source.spec, files, instructions, *about, arrays, tuple(maps), made_from, gaussians)
+        return kept, meta
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise _Stale(f"its index {directory} is damaged ({error})") from error
     finally:
@@ -282,28 +351,23 @@ def _check_current(index: Index, meta: Mapping[str, Any]) -> None:
                 raise _Stale(f"{path} has the size and the time that it had, but other records")
 
 
-def _build(
-    directory: Path,
-    name: str,
-    write: Callable[[Path], None],
-    open_kept: Callable[[Path], tuple[Index, dict[str, Any]]],
-) -> tuple[Index, dict[str, Any]]:
+def _build(directory: Path, source: Source, faults: Faults, parts: Iterator[Part]) -> Kept:
     """Writes an index in the place of the one that may be there, and opens it. Raises InputError."""
     opened, before = None, _inode(directory)
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         with replacing(directory) as work:
             work.mkdir()
-            write(work)
-            opened = open_kept(work)
+            _write(work, source, faults, parts)
+            opened = _open(source, work)
             if before is not None and _inode(directory) == before:
                 _remove(directory)
     except OSError as error:
         if opened and error.errno in (errno.ENOTEMPTY, errno.EEXIST):
             return opened  # another process has put one there meanwhile
         raise InputError(
-            f"the index of dataset {name!r} cannot be kept in {directory.parent} ({error.strerror or error}): set "
-            "data.cache_dir to a folder that can be written and has room"
+            f"the index of dataset {source.name!r} cannot be kept in {directory.parent} ({error.strerror or error}): "
+            "set data.cache_dir to a folder that can be written and has room"
         ) from error
     return opened
 
@@ -326,35 +390,19 @@ def _remove(directory: Path) -> None:
             aside.unlink()
 
 
-def _write(
-    name: str,
-    builder: Any,
-    shards: Sequence[Shard],
-    spec: DatasetSpec,
-    made_from: Mapping[str, Any],
-    progress: Callable[[str, int, int], None] | None,
-    faults: Faults,
-    work: Path,
-) -> None:
+def _write(work: Path, source: Source, faults: Faults, parts: Iterator[Part]) -> None:
     """Writes the files of an index to the directory `work`."""
-    action_dim = made_from["action_dim"]
-
-    def parts() -> Iterator[Part]:
-        for number, shard in enumerate(shards):
-            yield read_part(name, builder, number, shard, spec, action_dim)
-            if progress:
-                progress(name, number + 1, len(shards))
 
     def check(part: Part, skipped: Mapping[str, int]) -> None:
         if part.fault and faults.policy == "fail":
             raise InputError(part.fault)
-        faults.check(skipped, f"episodes of the dataset {name!r}")
+        faults.check(skipped, f"episodes of the dataset {source.name!r}")
 
-    merged = merge_parts(parts(), layout(spec, action_dim), work, check)
+    merged = merge_parts(parts, layout(source.spec, source.made_from["action_dim"]), work, check)
     skipped = merged["skipped"]
     if not merged["statistics"]:
         listed = ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()))
-        raise InputError(f"Dataset {name!r} ({builder.data_dir}) has no episode to use ({listed})")
-    read = sum(len(shard.numbers) for shard in shards) + skipped.get("unlisted", 0)
-    meta = {"version": VERSION, "made_from": made_from, "read": read} | merged
+        raise InputError(f"Dataset {source.name!r} ({source.builder.data_dir}) has no episode to use ({listed})")
+    read = sum(len(shard.numbers) for shard in source.shards) + skipped.get("unlisted", 0)
+    meta = {"version": VERSION, "made_from": source.made_from, "read": read} | merged
     (work / META).write_text(json.dumps(meta | {"digest": _digest(meta)}, indent=2), "utf-8")

@@ -13,6 +13,8 @@ import google_crc32c
 import numpy as np
 from jaxtyping import Int64
 
+from spatialvla_jax.actions import DIMENSIONS, fit_gaussians
+from spatialvla_jax.actions.normalization import normalize
 from spatialvla_jax.data.oxe.spec import DatasetSpec
 from spatialvla_jax.data.rlds import Shard, read_episodes
 from spatialvla_jax.data.statistics import action_statistics
@@ -121,8 +123,8 @@ def merge_parts(
     """Writes the arrays of an index, KEY.bin, to a folder. `parts` come in the shards' order; `check(part, skipped so
     far)` is called for each.
 
-    Returns what meta.json says of them: "checksums" (CRC-32C of each file), "instructions", "statistics" (None without
-    any frame), "skipped", "fault".
+    Returns what meta.json says of them: "checksums" (CRC-32C of each file), "instructions", "statistics", "gaussians"
+    (as `fit_gaussians`; both None without any frame), "skipped", "fault".
     """
     instructions: dict[str, int] = {}
     skipped: Counter[str] = Counter()
@@ -156,11 +158,11 @@ def merge_parts(
             values, ends = (np.concatenate(runs[one]) for one in (key, f"{key}_end"))
             for one, value in zip((key, f"{key}_end"), _join_runs(values, ends), strict=True):
                 write(one, value)
-    actions = np.memmap(folder / "action.bin", *("<f4", "r"), shape=(frames, *rows["action"][1])) if frames else None
-    return {
-        "checksums": checksums,
-        "instructions": list(instructions),
-        "statistics": None if actions is None else action_statistics(actions, episodes),
-        "skipped": dict(skipped),
-        "fault": fault,
-    }
+    about = {"checksums": checksums, "instructions": list(instructions), "skipped": dict(skipped), "fault": fault}
+    if not frames:
+        return about | {"statistics": None, "gaussians": None}
+    actions = np.memmap(folder / "action.bin", "<f4", "r").reshape(frames, -1)
+    statistics = action_statistics(actions, episodes)
+    fitted = actions.shape[1] == len(DIMENSIONS)
+    gaussians = fit_gaussians(normalize(actions, statistics["action"])).tolist() if fitted else None
+    return about | {"statistics": statistics, "gaussians": gaussians}

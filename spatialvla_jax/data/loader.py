@@ -29,6 +29,7 @@ from spatialvla_jax.errors import InputError
 from spatialvla_jax.models.presets import preset
 from spatialvla_jax.text import Tokenizer, train_tokenizer
 from spatialvla_jax.utils.dataset_keys import find_key
+from spatialvla_jax.utils.distributed import ALONE, Processes
 from spatialvla_jax.utils.progress import shard_progress, warn
 from spatialvla_jax.utils.tables import text_table
 
@@ -46,16 +47,17 @@ def load_data(
     statistics: Mapping[str, Any] | None = None,
     tokenizer: Tokenizer | None = None,
     progress: Callable[[str, int, int], None] | None = None,
+    processes: Processes = ALONE,
 ) -> "Loader":
     """The loader that a config's `data` part describes, see `DataConfig`.
 
     `statistics` ({name: …}) and `tokenizer` are those of a checkpoint; without them the statistics are those of the
     file `data.statistics`, if it is set, and else both come from the data. The first call reads the datasets once and
-    caches an index; `progress(name, shards done, shards)` is called meanwhile.
+    caches an index, which several `processes` make together; `progress(name, shards done, shards)` is called meanwhile.
     Raises InputError for anything wrong in the config or the data.
     """
     made = DataConfig.from_config(config)
-    return Loader(made, image_size, action_chunk, action_dim, depth, statistics, tokenizer, progress)
+    return Loader(made, image_size, action_chunk, action_dim, depth, statistics, tokenizer, progress, processes)
 
 
 class Episode(NamedTuple):
@@ -80,6 +82,7 @@ class Loader:
         statistics: Mapping[str, Any] | None,
         tokenizer: Tokenizer | None,
         progress: Callable[[str, int, int], None] | None,
+        processes: Processes,
     ):
         packed = Packed(config, image_size, depth) if config.packed else None
         entries = packed.entries if packed else make_entries(config, depth)
@@ -91,7 +94,7 @@ class Loader:
         given = {name: find_key(name, known) for name in self.names if known}
         if unknown := [name for name, key in given.items() if key is None]:
             raise InputError(f"The statistics know {', '.join(known)}, but not the dataset {unknown[0]!r}")
-        self._source: Source = packed or Rlds(config, entries, image_size, depth, action_dim, progress)
+        self._source: Source = packed or Rlds(config, entries, image_size, depth, action_dim, progress, processes)
         self.config, self._train_split = config, config.split
         self._indexes: dict[str, tuple[Index, ...]] = {}
         self._splits: dict[str, Split] = {}
@@ -429,7 +432,10 @@ def _rows(batch_size: int, process_index: int, process_count: int) -> np.ndarray
 
 
 def open_data(
-    config: ConfigDict, statistics: Mapping[str, Any] | None = None, tokenizer: Tokenizer | None = None
+    config: ConfigDict,
+    statistics: Mapping[str, Any] | None = None,
+    tokenizer: Tokenizer | None = None,
+    processes: Processes = ALONE,
 ) -> Loader:
     """The loader of a whole config. `statistics` and `tokenizer` of a checkpoint take the place of the data's own."""
     return load_data(
@@ -440,4 +446,5 @@ def open_data(
         statistics=statistics,
         tokenizer=tokenizer,
         progress=shard_progress(),
+        processes=processes,
     )

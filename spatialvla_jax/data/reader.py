@@ -26,10 +26,11 @@ from jaxtyping import Float32, Int32, Int64, UInt8
 
 from spatialvla_jax.data.config import DataConfig
 from spatialvla_jax.data.images import decode_batches, decoder, tensorflow
-from spatialvla_jax.data.index import CHECKSUM_BYTES, Index, load_index
+from spatialvla_jax.data.index import CHECKSUM_BYTES, Index, find_source, make_index
 from spatialvla_jax.data.resolve_datasets import Entry
 from spatialvla_jax.errors import Fault, InputError
 from spatialvla_jax.utils.camera import FARTHEST_ON_AVERAGE, depth_problem
+from spatialvla_jax.utils.distributed import Processes
 
 # i64[B]: the frames of a step; the second argument counts how often some of them had to be drawn again.
 Samples = Callable[..., np.ndarray]
@@ -100,8 +101,9 @@ class Rlds:
         depth: bool,
         action_dim: int,
         progress: Callable[[str, int, int], None] | None,
+        processes: Processes,
     ):
-        self._action_dim = action_dim
+        self._action_dim, self._processes = action_dim, processes
         self._entries, self._image_size, self._progress = entries, image_size, progress
         self._keys = ("image", "depth") if depth else ("image",)
         self._cache_dir = config.cache_folder
@@ -110,9 +112,9 @@ class Rlds:
 
     def index(self, split: str) -> tuple[Index, ...]:
         indexes = tuple(
-            load_index(
-                *(entry.name, entry.path, entry.spec, entry.splits.get(split, split)),
-                *(self._cache_dir, self._progress, self._faults, self._action_dim),
+            make_index(
+                find_source(entry.name, entry.path, entry.spec, entry.split(split), self._action_dim),
+                *(self._cache_dir, self._progress, self._faults, self._processes),
             )
             for entry in self._entries
         )

@@ -23,6 +23,10 @@ class Entry:
     weight: float = 1.0
     splits: Mapping[str, str] = dataclasses.field(default_factory=dict)  # what this dataset has in a split's place
 
+    def split(self, name: str) -> str:
+        """What stands for a split of the mixture."""
+        return self.splits.get(name, name)
+
 
 def _name(text: str) -> str:
     return "" if text and "/" not in text and "\0" not in text else "is no name: it is empty or has a slash"

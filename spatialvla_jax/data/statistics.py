@@ -2,12 +2,12 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from spatialvla_jax.actions.normalization import dimension_name, normalized_dimensions
 from spatialvla_jax.data.oxe.spec import DatasetSpec
@@ -31,38 +31,24 @@ def action_statistics(actions: Float[np.ndarray, "N A"], num_trajectories: int) 
         "max": actions.max(axis=0),
         "min": actions.min(axis=0),
     }
-    once = np.ones(len(actions), np.int64)
-    constant = [is_mostly_constant(column, once, np.median(column)) for column in actions.T]
-    return make_statistics(rows, np.quantile(actions, (0.01, 0.99), axis=0), constant, len(actions), num_trajectories)
-
-
-def is_mostly_constant(values: Float[np.ndarray, " K"], counts: Int[np.ndarray, " K"], median: Any) -> bool:
-    """Whether a dimension, in which each of `values` occurs `counts` times, has one value in nearly all frames."""
-    spread = float(values.max()) - float(values.min())
-    same = np.abs(values - np.float64(median)) <= _SAME * spread
-    return spread > 0 and int(counts[same].sum()) >= _MOSTLY_CONSTANT * int(counts.sum())
-
-
-def make_statistics(
-    rows: Mapping[str, Float[np.ndarray, " A"]],
-    quantiles: Float[np.ndarray, "2 A"],
-    constant: Sequence[bool],
-    num_transitions: int,
-    num_trajectories: int,
-) -> dict[str, Any]:
-    """As `action_statistics`: from mean, std, max and min, the quantiles of 1 and 99 %, and which dimensions are mostly
-    constant."""
-    width = len(constant)
-    mask = np.asarray(normalized_dimensions(width))
-    full = mask & np.asarray(constant)
+    mask = np.asarray(normalized_dimensions(width := actions.shape[1]))
+    full = mask & np.asarray([_is_mostly_constant(column) for column in actions.T])
+    quantiles = np.quantile(actions, (0.01, 0.99), axis=0)
     q01, q99 = np.where(full, np.stack([rows["min"], rows["max"]]), quantiles)
     entry: dict[str, Any] = {
         "action": {name: row.tolist() for name, row in {**rows, "q01": q01, "q99": q99, "mask": mask}.items()},
-        "num_transitions": num_transitions,
+        "num_transitions": len(actions),
         "num_trajectories": num_trajectories,
     }
     names = [dimension_name(number, width) for number in np.flatnonzero(full).tolist()]
     return entry | ({"full_range": names} if names else {})
+
+
+def _is_mostly_constant(values: Float[np.ndarray, " N"]) -> bool:
+    """Whether a dimension has one value in nearly all frames, and not in all."""
+    spread = float(values.max()) - float(values.min())
+    same = np.abs(values - np.float64(np.median(values))) <= _SAME * spread
+    return spread > 0 and int(same.sum()) >= _MOSTLY_CONSTANT * len(values)
 
 
 def find_oddities(name: str, statistics: Mapping[str, Any], spec: DatasetSpec) -> list[str]:
@@ -98,7 +84,7 @@ def difference(statistics: Mapping[str, Any], own: Mapping[str, Any]) -> str:
     for key in ("num_trajectories", "num_transitions"):
         if (count := statistics.get(key)) != own[key]:
             return f"{key} is {count}, and here it is {own[key]}"
-    for row in ("min", "max", "mean", "std"):  # q01 and q99 of large datasets are approximate
+    for row in ("min", "max", "mean", "std"):
         value, own_value = statistics["action"].get(row, []), own["action"][row]
         if len(value) != len(own_value) or not np.allclose(value, own_value, 1e-6, 1e-9):
             return f"{row} is {value}, and here it is {own_value}"

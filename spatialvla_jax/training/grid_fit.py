@@ -17,6 +17,7 @@ from spatialvla_jax.actions import (
 from spatialvla_jax.actions.normalization import normalize
 from spatialvla_jax.data import Loader
 from spatialvla_jax.data.beam import load_stats, pooled
+from spatialvla_jax.data.index import Index
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.utils.dataset_keys import find_key
 
@@ -59,11 +60,20 @@ def fitted_actions(loader: Loader, exclude: Sequence[str]) -> Iterator[Float[np.
             yield normalize(index.arrays["action"], loader.statistics[index.name]["action"])
 
 
+def _gaussians(index: Index, statistics: Mapping[str, Any]) -> Float[np.ndarray, "6 2"]:
+    """`fit_gaussians` on a dataset's normalised actions; the index has them for its own statistics."""
+    if index.gaussians is not None and statistics == index.statistics:
+        return np.asarray(index.gaussians)
+    return fit_gaussians(normalize(index.arrays["action"], statistics["action"]))
+
+
 def mixture_gaussians(config: Mapping[str, Any], loader: Loader) -> Float[np.ndarray, "6 2"]:
     """(mu, sigma) of the six variables over a config's training split less `grid.exclude`, every frame counting the
     same: from the file `data.statistics` if there is one, else from the data."""
     exclude = config["grid"]["exclude"]
     if path := config["data"].get("statistics"):
         return pooled(load_stats(path), fitted_datasets(loader.names, exclude))
-    parts = [(fit_gaussians(actions), len(actions)) for actions in fitted_actions(loader, exclude)]
-    return pool_gaussians([gaussians for gaussians, _ in parts], [count for _, count in parts])
+    fitted = fitted_datasets(loader.names, exclude)
+    indexes = [index for index in loader.indexes() if index.name in fitted]
+    gaussians = [_gaussians(index, loader.statistics[index.name]) for index in indexes]
+    return pool_gaussians(gaussians, [len(index.arrays["action"]) for index in indexes])

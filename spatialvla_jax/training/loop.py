@@ -34,7 +34,7 @@ from spatialvla_jax.training.state import TrainState, init_state
 from spatialvla_jax.training.step import Jitted, jit_eval_step, jit_train_step, jit_update_norms
 from spatialvla_jax.utils.atomic import write_json
 from spatialvla_jax.utils.chips import peak
-from spatialvla_jax.utils.distributed import Preemption, is_writer
+from spatialvla_jax.utils.distributed import Preemption, all_processes, is_writer
 from spatialvla_jax.utils.progress import warn
 from spatialvla_jax.utils.renames import CONFIG_KEYS, renamed
 
@@ -118,6 +118,7 @@ def prepare(config: ConfigDict, workdir: Path, goodput: Goodput) -> Run:
             config,
             statistics=read_metadata(before)["processor"]["statistics"] if before else None,
             tokenizer=None if processor is None or config.data.prompt.model else processor.tokenizer,
+            processes=all_processes(),
         )
     if config.train.eval_every:  # what the first validation would find wrong is an error now
         frames = loader.check_epoch(config.train.eval_split)

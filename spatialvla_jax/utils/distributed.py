@@ -3,12 +3,17 @@
 import signal
 import sys
 import threading
+from collections.abc import Callable
+from dataclasses import dataclass
 from types import FrameType
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 from spatialvla_jax.errors import InputError
+
+_PIECE = 2**22  # bytes of each process in one exchange
 
 
 def join(coordinator: str, num_processes: int | None, process_id: int | None, heartbeat: int) -> None:
@@ -31,6 +36,38 @@ def join(coordinator: str, num_processes: int | None, process_id: int | None, he
         )
     except (RuntimeError, ValueError) as error:
         raise InputError(f"--coordinator {coordinator}: {' '.join(str(error).split())}") from error
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Processes that divide work: this one is number `index` of `count`. All of them call `gather` together, which
+    gives each of them what every one has, in their order."""
+
+    index: int = 0
+    count: int = 1
+    gather: Callable[[bytes], list[bytes]] = lambda data: [data]
+
+
+ALONE = Processes()
+
+
+def all_processes() -> Processes:
+    """Those of the run."""
+    count = jax.process_count()
+    return Processes(jax.process_index(), count, _gather) if count > 1 else ALONE
+
+
+def _gather(data: bytes) -> list[bytes]:
+    """By the devices' network, in pieces of a few sizes: each size compiles a program."""
+    sizes = multihost_utils.process_allgather(np.asarray(len(data), np.int32)).tolist()
+    whole = [bytearray() for _ in sizes]
+    for start in range(0, max(sizes), _PIECE):
+        own = np.frombuffer(data[start : start + _PIECE], np.uint8)
+        piece = np.zeros(min(_PIECE, 1 << (max(sizes) - start - 1).bit_length()), np.uint8)
+        piece[: len(own)] = own
+        for one, row in zip(whole, multihost_utils.process_allgather(piece), strict=True):
+            one += row.tobytes()
+    return [bytes(one[:size]) for one, size in zip(whole, sizes, strict=True)]
 
 
 def is_writer() -> bool:

@@ -8,10 +8,12 @@ from spatialvla_jax.actions import fit_gaussians
 from spatialvla_jax.actions.normalization import normalize
 from spatialvla_jax.cli import main
 from spatialvla_jax.config import load_config
-from spatialvla_jax.data import DataConfig, load_data, open_data
-from spatialvla_jax.data import beam as stats_pipeline
-from spatialvla_jax.data.beam import compute_stats, load_stats, named_gaussians, pooled, table
+from spatialvla_jax.data import DataConfig, beam, load_data, open_data
+from spatialvla_jax.data.beam import compute_stats, load_stats, make_indexes, named_gaussians, pooled, table
+from spatialvla_jax.data.index import find_source, read_shard
+from spatialvla_jax.data.oxe import CATALOGUE
 from spatialvla_jax.errors import InputError
+from spatialvla_jax.training.grid_fit import mixture_gaussians
 from spatialvla_jax.training.init_from import make_processor
 
 
@@ -31,46 +33,50 @@ def stats(data, tmp_path_factory):
     return result
 
 
-def test_equal_to_the_indexes(data, stats):
-    loader = load_data(data, image_size=32)
+def test_equal_to_the_run(data, stats):
+    """Bit for bit: what a run that indexes its data itself has of statistics and Gaussians."""
+    loader = load_data(data | {"cache_dir": data["cache_dir"] + "/own"}, image_size=32)
+    assert stats["statistics"] == loader.statistics
     for index in loader.indexes():
-        got, expected = stats["statistics"][index.name], index.statistics
-        for row in ("q01", "q99", "min", "max", "mask"):
-            assert got["action"][row] == expected["action"][row]
-        for row in ("mean", "std"):
-            np.testing.assert_allclose(got["action"][row], expected["action"][row], rtol=1e-12, atol=1e-14)
-        assert got["num_transitions"] == index.num_frames and got["num_trajectories"] == index.num_episodes
-        fitted = fit_gaussians(normalize(index.arrays["action"], expected["action"]))
-        np.testing.assert_allclose(pooled(stats, [index.name]), fitted, rtol=1e-12, atol=1e-14)
-    np.testing.assert_allclose(pooled(stats, ["toy0", "toy1"]), fit_gaussians(loader.actions()), rtol=1e-12, atol=1e-14)
-    assert stats["quantile_error"] == {"toy0": 0, "toy1": 0} and stats["skipped"] == {"toy0": {}, "toy1": {}}
+        fitted = fit_gaussians(normalize(index.arrays["action"], index.statistics["action"]))
+        assert stats["gaussians"][index.name] == named_gaussians(fitted)
+    both = mixture_gaussians({"grid": {"exclude": ()}, "data": {}}, loader)
+    np.testing.assert_array_equal(pooled(stats, ["toy0", "toy1"]), both)
+    np.testing.assert_allclose(both, fit_gaussians(loader.actions()), rtol=1e-12, atol=1e-14)
+    assert stats["skipped"] == {"toy0": {}, "toy1": {}}
     assert stats["mixture"] == {"datasets": ["toy0"], "gaussians": named_gaussians(pooled(stats, ["toy0"]))}
     assert "toy1     11        0" in table(stats)
 
 
 def test_one_pass_in_any_order(data, stats, tmp_path, monkeypatch):
-    """The stored data is read once, and neither the shards' order nor the number of workers changes a bit."""
-    shards, reads, seen = stats_pipeline.find_shards(DataConfig.from_config(data)), [], []
+    """Every record is read once, and neither the shards' order nor the number of workers changes a bit of an index."""
+    config = DataConfig.from_config(data)
+    reads, seen = [], []
 
-    def read(name, builder, file, *rest, **options):
-        reads.append(file)
-        return read_episodes(name, builder, file, *rest, **options)
+    def read(source, number):
+        reads.append((source.name, number))
+        return read_shard(source, number)
 
-    read_episodes = stats_pipeline.read_episodes
-    monkeypatch.setattr(stats_pipeline, "read_episodes", read)
-    monkeypatch.setattr(stats_pipeline, "find_shards", lambda _: shards[::-1])
+    def backwards(shards, *rest):
+        run(shards[::-1], *rest)
+
+    run = beam._run
+    monkeypatch.setattr(beam, "read_shard", read)
+    monkeypatch.setattr(beam, "_run", backwards)
     workers = ["--direct_num_workers=2", "--direct_running_mode=multi_threading"]
-    again = compute_stats(
-        DataConfig.from_config(data),
-        ("toy1",),
-        str(tmp_path / "s.json"),
-        "DirectRunner",
-        workers,
-        lambda *x: seen.append(x),
-    )
-    assert again == stats
-    assert sorted(reads) == sorted(shard.file for shard in shards)
-    assert seen == [(n, len(shards)) for n in range(1, len(shards) + 1)]
+    folder = tmp_path / "cache"
+    indexes = make_indexes(config, ["train"], folder, "DirectRunner", workers, lambda *x: seen.append(x))
+    assert sorted(reads) == [("toy0", number) for number in range(10)] + [("toy1", number) for number in range(4)]
+    assert seen == [(n, 14) for n in range(1, 15)]
+    own = config.cache_folder
+    assert contents(folder) == contents(own) and len(contents(folder)) == 2 * 14
+    loader = load_data(data | {"cache_dir": str(folder)}, image_size=32, progress=lambda *_: pytest.fail("read again"))
+    assert [index.directory for index in loader.indexes()] == [index.directory for index in indexes]
+    assert make_indexes(config, ["train"], folder)[0].statistics == stats["statistics"]["toy0"] and len(reads) == 14
+
+
+def contents(folder):
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.glob("toy*/*")}
 
 
 def test_no_dataset_in_the_grid(data, tmp_path):
@@ -108,7 +114,7 @@ def test_damaged_data_left_out_and_counted(damaged, tmp_path):
     assert result["skipped"] == {"toy0": dict(index.skipped)} == {"toy0": {"checksum": 1}}
     assert result["statistics"]["toy0"]["num_trajectories"] == 3
     assert result["statistics"]["toy0"]["action"]["q99"] == index.statistics["action"]["q99"]
-    with pytest.raises(InputError, match=r"1 episodes are faulty \(1 checksum\), more than the 0"):
+    with pytest.raises(InputError, match=r"1 episodes of .* are faulty \(1 checksum\), more than the 0"):
         compute_stats(
             DataConfig.from_config(data | {"faults": {"policy": "skip", "limit": 0}}), (), str(tmp_path / "t.json")
         )
@@ -116,11 +122,21 @@ def test_damaged_data_left_out_and_counted(damaged, tmp_path):
 
 
 def test_a_shard_that_vanishes(data, tmp_path, monkeypatch):
-    first, *rest = stats_pipeline.find_shards(DataConfig.from_config(data))
-    gone = first._replace(file=first.file.with_name("gone"))
-    monkeypatch.setattr(stats_pipeline, "find_shards", lambda _: [gone, *rest])
-    with pytest.raises(InputError, match=r"^dataset 'toy0', file .*gone, episode 0: the file cannot be read"):
-        compute_stats(DataConfig.from_config(data), (), str(tmp_path / "s.json"))
+    def without(shards, *rest):
+        source = find_source(*shards[0][:4])
+        source.shards[0].file.rename(gone)
+        run(shards, *rest)
+
+    run, gone = beam._run, tmp_path / "gone"
+    monkeypatch.setattr(beam, "_run", without)
+    config = DataConfig.from_config(data | {"cache_dir": str(tmp_path / "cache")})
+    file = find_source("toy0", config.datasets[0]["path"], CATALOGUE["libero"], "train").shards[0].file
+    try:
+        with pytest.raises(InputError, match=rf"^dataset 'toy0', file {file}, episode 0: the file cannot be read"):
+            compute_stats(config, (), str(tmp_path / "s.json"))
+    finally:
+        gone.rename(file)
+    assert not [*tmp_path.glob("s.json*"), *(tmp_path / "cache").iterdir()]
 
 
 def test_no_usable_episode(tmp_path):
@@ -128,11 +144,12 @@ def test_no_usable_episode(tmp_path):
     for file in path.glob("*.tfrecord*"):
         file.write_bytes(b"")
     data = data_config(path, cache_dir=tmp_path) | {"faults": {"policy": "skip", "limit": 9}}
-    with pytest.raises(InputError, match=r"Dataset 'toy0' has no episode to use \(left out: {'truncated': 1}\)"):
+    with pytest.raises(InputError, match=r"Dataset 'toy0' .* has no episode to use \(1 truncated\)"):
         compute_stats(DataConfig.from_config(data), (), str(tmp_path / "s.json"))
 
 
 def test_without_beam(data, tmp_path, monkeypatch):
+    data = data | {"cache_dir": str(tmp_path / "cache")}
     monkeypatch.setitem(__import__("sys").modules, "apache_beam", None)
     with pytest.raises(InputError, match=r"needs Apache Beam: pip install 'spatialvla-jax\[beam\]'"):
         compute_stats(DataConfig.from_config(data), (), str(tmp_path / "s.json"))
@@ -183,5 +200,5 @@ def test_bad_command(config_file, tmp_path, capsys):
     names += "sweeps/grid_distribution, sweeps/grid_resolution, sweeps/libero_adaption, sweeps/libero_small"
     assert capsys.readouterr().err.splitlines() == [
         f"spatialvla-jax stats: config file {tmp_path / 'none.py'} does not exist; the configs with a name are {names}",
-        "spatialvla-jax train: only the command stats takes arguments after --",
+        "spatialvla-jax train: only the commands stats and data index take arguments after --",
     ]

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.indexes import load_index
 from helpers.streams import take
 from helpers.toy_rlds import data_config, make_episodes, make_rlds
 
 from spatialvla_jax.config import call_function
 from spatialvla_jax.data import DataConfig, load_data
 from spatialvla_jax.data.beam import compute_stats
-from spatialvla_jax.data.index import Faults, load_index
+from spatialvla_jax.data.index import Faults
 from spatialvla_jax.data.oxe import CATALOGUE, OPERATIONS, operations
 from spatialvla_jax.data.pack import write_pack
 from spatialvla_jax.data.tfrecord import read_records

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.indexes import load_index
 from helpers.streams import assert_resumes, assert_shared, take
 from helpers.toy_rlds import data_config, make_episodes, make_rlds
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from spatialvla_jax.data import load_data, reader
-from spatialvla_jax.data.index import Faults, load_index
+from spatialvla_jax.data.index import Faults
 from spatialvla_jax.data.oxe import CATALOGUE
 from spatialvla_jax.data.tfrecord import read_records
 from spatialvla_jax.errors import InputError

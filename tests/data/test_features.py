@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from helpers.indexes import load_index
 from helpers.toy_rlds import encode_image, make_rlds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from spatialvla_jax.data.index import load_index
 from spatialvla_jax.data.oxe import CATALOGUE, make_spec
 from spatialvla_jax.errors import InputError
 

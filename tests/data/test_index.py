@@ -1,16 +1,22 @@
 import copy
 import dataclasses
+import functools
 import json
 import os
+import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from helpers.indexes import load_index
 from helpers.toy_rlds import libero_features, make_episodes, make_rlds
 
-from spatialvla_jax.data.index import load_index
+from spatialvla_jax.data.index import read_shard
 from spatialvla_jax.data.oxe import CATALOGUE, DatasetSpec
 from spatialvla_jax.errors import InputError
+from spatialvla_jax.utils.distributed import Processes
 
 LIBERO = CATALOGUE["libero"]
 
@@ -214,3 +220,82 @@ def test_missing_shard(tmp_path):
     file.unlink()
     with pytest.raises(InputError, match=f"{file} is missing"):
         load_index("toy", path, LIBERO, "train", tmp_path / "cache")
+
+
+def together(count, work):
+    """`work(processes)` by so many threads, as processes of a run → what each one returns."""
+    barrier, given = threading.Barrier(count), [b""] * count
+
+    def gather(index, data):
+        given[index] = data
+        barrier.wait()
+        found = list(given)
+        barrier.wait()
+        return found
+
+    def one(index):
+        try:
+            return work(Processes(index, count, functools.partial(gather, index)))
+        except BaseException:
+            barrier.abort()
+            raise
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(one, range(count)))
+
+
+def files(folder):
+    return {file.name: file.read_bytes() for file in next(folder.iterdir()).iterdir()}
+
+
+@pytest.mark.parametrize("common", [False, True])
+def test_processes_divide_the_shards(rlds, tmp_path, common):
+    """Each of two reads its shards and no other, and both have the index that one process makes, bit for bit, in
+    folders of their own or in one. Who comes with an empty disk gets it from the other; nothing is read again."""
+    read = []
+
+    def counted(source, number):
+        read.append(number)
+        return read_shard(source, number)
+
+    def load(processes):
+        folder = tmp_path / ("common" if common else str(processes.index))
+        return load_index("toy", rlds, LIBERO, "train", folder, processes=processes, read=counted), folder
+
+    load_index("toy", rlds, LIBERO, "train", tmp_path / "alone")
+    for _ in range(2):
+        for index, folder in together(2, load):
+            assert files(folder) == files(tmp_path / "alone") and index.num_episodes == 7
+            assert index.directory and index.directory.parent == folder and len(list(folder.iterdir())) == 1
+        assert sorted(read) == [0, 1, 2]
+        shutil.rmtree(tmp_path / "0", ignore_errors=True)
+
+
+def test_a_fault_ends_every_process(tmp_path):
+    episodes = make_episodes(7, size=(8, 8))
+    episodes[5][0]["action"][2] = np.nan
+    path = make_rlds(tmp_path / "data", {"train": episodes})
+
+    def load(processes):
+        with pytest.raises(InputError, match=r"00001, episode 2: step 0 has the action value nan"):
+            load_index("toy", path, LIBERO, "train", tmp_path / str(processes.index), processes=processes)
+        return not list((tmp_path / str(processes.index)).iterdir())
+
+    assert together(2, load) == [True, True]
+
+
+def test_bytes_a_frame(tmp_path):
+    """At most 48 with one image and 12 more with depth, where episodes are as short as they get in practice; no more
+    than that where intrinsics change once."""
+    episodes = make_episodes(3, size=(8, 8), steps=(40, 40))
+    for step in episodes[1][20:]:
+        step["observation"]["intrinsics"] = step["observation"]["intrinsics"] * np.asarray(
+            [[1.5], [1], [1]], np.float32
+        )
+    path = make_rlds(tmp_path / "data", {"train": episodes})
+    for spec, most in ((LIBERO, 60), (dataclasses.replace(LIBERO, depth=None), 48)):
+        index = load_index("toy", path, spec, "train", tmp_path / "cache")
+        assert sum(array.nbytes for array in index.arrays.values()) <= most * index.num_frames
+        given = [step["observation"]["intrinsics"] for episode in episodes for step in episode]
+        np.testing.assert_array_equal(index.intrinsics(np.arange(120)), given)
+        assert len(index.arrays["intrinsics"]) == 3
