@@ -413,7 +413,7 @@ def test_home_folders(data, tmp_path, monkeypatch):
 
 @pytest.fixture
 def stats(data, tmp_path) -> Path:
-    config = DataConfig.from_config(data_config(data, cache_dir=tmp_path / "cache"))
+    config = DataConfig.from_config(data_config(data, cache_dir=tmp_path / "other"))
     compute_stats(config, (), str(tmp_path / "stats.json"))
     return tmp_path / "stats.json"
 
