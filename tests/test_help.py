@@ -121,21 +121,26 @@ import os, signal, sys, threading
 from pathlib import Path
 from spatialvla_jax.utils import atomic, signals
 signals.GRACE = 0.1
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore SIGINT
 with signals.sigterm_raises("spatialvla-jax compile"), atomic.replacing(Path(sys.argv[1])) as temporary:
     temporary.mkdir()
+    number = int(sys.argv[2])
     try:
-        os.kill(os.getpid(), signal.SIGTERM)
+        if number == signal.SIGTERM:
+            os.kill(os.getpid(), number)
+        else:  # all that happens while the main thread is in a library
+            os.write(signal.set_wakeup_fd(-1), bytes([number]))
         threading.Event().wait(30)
     except signals.Terminated:
         threading.Event().wait(30)  # it does not end, as one that is compiling
 """
 
 
-def test_a_busy_command_is_ended(tmp_path: Path) -> None:
-    run = subprocess.run(
-        [sys.executable, "-c", BUSY, str(tmp_path / "out")], capture_output=True, text=True, timeout=20, check=False
-    )
-    assert (run.returncode, run.stdout, run.stderr) == (143, "", "spatialvla-jax compile: terminated\n")
+@pytest.mark.parametrize(("number", "word"), [(signal.SIGTERM, "terminated"), (signal.SIGINT, "interrupted")])
+def test_a_busy_command_is_ended(number: int, word: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", BUSY, str(tmp_path / "out"), str(int(number))]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    assert (run.returncode, run.stdout, run.stderr) == (128 + number, "", f"spatialvla-jax compile: {word}\n")
     assert not list(tmp_path.iterdir())
 
 

@@ -15,10 +15,8 @@ from spatialvla_jax.cli.arguments import Parser, check_outputs, state_defaults
 from spatialvla_jax.errors import FaultsError, InputError, StorageError
 from spatialvla_jax.utils.atomic import remove_unfinished
 from spatialvla_jax.utils.quiet import quiet_libraries
-from spatialvla_jax.utils.signals import Terminated, sigterm_raises
+from spatialvla_jax.utils.signals import WORDS, Terminated, sigterm_raises
 from spatialvla_jax.utils.storage import as_path
-
-STOPPED = {KeyboardInterrupt: (signal.SIGINT, "interrupted"), Terminated: (signal.SIGTERM, "terminated")}
 
 # Reasons of an OSError that the user can mend.
 MISTAKES = {errno.ENOENT, errno.EEXIST, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EROFS}
@@ -82,9 +80,9 @@ def run(prog: str, command: Callable[[], None], joined: bool = False) -> int:
         with sigterm_raises(prog):
             command()
     except (KeyboardInterrupt, Terminated) as stopped:
-        number, word = STOPPED[type(stopped)]
+        number = signal.SIGTERM if isinstance(stopped, Terminated) else signal.SIGINT
         remove_unfinished()
-        print(f"{prog}: {word}", file=sys.stderr, flush=True)
+        print(f"{prog}: {WORDS[number]}", file=sys.stderr, flush=True)
         return 128 + number
     except Exception as error:
         if (known := failure(error, joined)) is None:

@@ -33,8 +33,9 @@ from spatialvla_jax.training.setup import TrainSetup, make_setup
 from spatialvla_jax.training.sharding import AXES, check_batch, make_mesh
 from spatialvla_jax.training.state import abstract_state
 from spatialvla_jax.training.step import jit_train_step
-from spatialvla_jax.utils.atomic import write_json
+from spatialvla_jax.utils.atomic import replacing, write_json
 from spatialvla_jax.utils.chips import CHIPS, Chip
+from spatialvla_jax.utils.progress import timed_stage
 from spatialvla_jax.utils.quiet import quiet_libtpu
 from spatialvla_jax.utils.signals import keep_handlers
 
@@ -152,7 +153,14 @@ class Plan:
         return self.batch_size / self.grad_accum_steps / self.mesh[0] / self.mesh[1]
 
 
-def compile_plan(setup: TrainSetup, grid: ActionTokenizer, plan: Plan, topology: Topology, cache: Path) -> Report:
+def compile_plan(
+    setup: TrainSetup,
+    grid: ActionTokenizer,
+    plan: Plan,
+    topology: Topology,
+    cache: Path,
+    progress: Progress = lambda _: None,
+) -> Report:
     """Compile `setup` with the plan's changes → its report (see `table`), kept in `cache` under all that it depends on.
     "used" are the bytes of a chip's HBM that it takes or would take."""
     mesh = make_mesh(dict(zip(AXES, plan.mesh, strict=True)), topology.devices())
@@ -160,14 +168,17 @@ def compile_plan(setup: TrainSetup, grid: ActionTokenizer, plan: Plan, topology:
     setup = replace(
         setup.with_remat(plan.remat), mesh=mesh, batch_size=plan.batch_size, grad_accum_steps=plan.grad_accum_steps
     )
-    state, shardings = abstract_state(setup)
-    step = jit_train_step(setup, shardings)
-    batch = Batch.abstract(setup.model.config, plan.batch_size, grid.action_dim)
-    lowered = step.lower(state, batch, grid, np.uint32(0))
+    with timed_stage("trace", progress):
+        state, shardings = abstract_state(setup)
+        batch = Batch.abstract(setup.model.config, plan.batch_size, grid.action_dim)
+        traced = jit_train_step(setup, shardings).trace(state, batch, grid, np.uint32(0))
+    with timed_stage("lower", progress):
+        lowered = traced.lower()
     versions = {"jax": jax.__version__, "libtpu": importlib.metadata.version("libtpu")}
     key = hashlib.sha256(f"{topology} {plan} {versions} {FORMAT} {lowered.as_text()}".encode()).hexdigest()[:24]
     kept = cache / f"{key}.json"
     if kept.exists():
+        progress(f"  was compiled before: {kept}")
         return json.loads(kept.read_text())
 
     report: Report = {
@@ -182,17 +193,20 @@ def compile_plan(setup: TrainSetup, grid: ActionTokenizer, plan: Plan, topology:
     }
     began = time.perf_counter()
     try:
-        compiled = lowered.compile()
+        with timed_stage("compile", progress):
+            compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        report |= {"fits": False} | out_of_memory(str(error))
+        report |= {"fits": False} | out_of_memory(str(error)) | {"compile_seconds": time.perf_counter() - began}
     else:
-        hlo = compiled.as_text()
-        (cache / f"{key}.hlo.gz").write_bytes(gzip.compress(hlo.encode(), mtime=0))
-        params = held(state.params, shardings.params)
-        memory = memory_of(compiled.memory_analysis(), params, held(state.opt_state, shardings.opt_state))
-        report |= {"fits": memory["total"] <= topology.chip.hbm, "memory": memory, "used": memory["total"]}
-        report |= costs_of(hlo, model_flops(setup, grid), plan.batch_size, topology)
-    report["compile_seconds"] = time.perf_counter() - began
+        report["compile_seconds"] = time.perf_counter() - began
+        with timed_stage("analyse", progress):
+            hlo = compiled.as_text()
+            with replacing(cache / f"{key}.hlo.gz") as file:
+                file.write_bytes(gzip.compress(hlo.encode(), mtime=0))
+            params = held(state.params, shardings.params)
+            memory = memory_of(compiled.memory_analysis(), params, held(state.opt_state, shardings.opt_state))
+            report |= {"fits": memory["total"] <= topology.chip.hbm, "memory": memory, "used": memory["total"]}
+            report |= costs_of(hlo, model_flops(setup, grid), plan.batch_size, topology)
     write_json(kept, report)
     return report
 
@@ -411,7 +425,7 @@ def compile_for(
 
     def compile_(plan: Plan) -> Report:
         progress(f"compiling {plan} for {topology}")
-        return compile_plan(setup, grid, plan, topology, cache)
+        return compile_plan(setup, grid, plan, topology, cache, progress)
 
     if searching:
         fitting = search(plan, topology, compile_, progress)

@@ -1,11 +1,15 @@
 """Progress bars, and warnings that don't tear them."""
 
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
 from tqdm import tqdm
+
+REMIND = 15.0  # seconds between two lines of a stage
 
 
 class Show(Protocol):
@@ -27,6 +31,25 @@ def progress_bar(desc: str, unit: str) -> Iterator[Show]:
             bar.update(done - bar.n)
 
         yield show
+
+
+@contextmanager
+def timed_stage(name: str, say: Callable[[str], None]) -> Iterator[None]:
+    """Says how long the block took, and every `REMIND` seconds that it is still at work."""
+    began, ended = time.perf_counter(), threading.Event()
+
+    def remind() -> None:
+        while not ended.wait(REMIND):
+            say(f"  {name}: {time.perf_counter() - began:.0f} s so far")
+
+    reminder = threading.Thread(target=remind, daemon=True)
+    reminder.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        reminder.join()
+    say(f"  {name}: {time.perf_counter() - began:.1f} s")
 
 
 def warn(sentence: str) -> None:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -100,7 +101,8 @@ def test_topology_that_does_not_exist(text: str, message: str) -> None:
 def test_a_nano_step_compiles_for_a_pod(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["compile", "--config", str(config_file), "--topology", "v5e:2x2"]
     assert main(arguments) == 0
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert re.findall(r"^  (\w+): [\d.]+ s$", err, re.MULTILINE) == ["trace", "lower", "compile", "analyse"]
     report = json.loads(out.splitlines()[-1])
     assert report["fits"] and report["mesh"] == [1, 4, 1]
     memory = report["memory"]
@@ -212,7 +214,7 @@ def test_out_of_memory_ends_with_the_advice(config_file: Path, monkeypatch: pyte
 
     def compiler(limit: float):
         compile_, _ = memory_model(limit)
-        monkeypatch.setattr(topology_module, "compile_plan", lambda setup, grid, plan, topology, cache: compile_(plan))
+        monkeypatch.setattr(topology_module, "compile_plan", lambda setup, grid, plan, *_: compile_(plan))
 
     topology = Topology("v5e", (2, 4))
     compiler(40.0)
