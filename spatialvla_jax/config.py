@@ -16,7 +16,7 @@ from spatialvla_jax.models.presets import CHOICES, PRESETS
 from spatialvla_jax.utils.renames import CONFIG_KEYS, renamed
 from spatialvla_jax.utils.schema import Field, check, nearest_name, parse, shown
 from spatialvla_jax.utils.shipped import shipped
-from spatialvla_jax.utils.storage import as_path, is_url
+from spatialvla_jax.utils.storage import AnyPath, absolute, as_path, is_dir, is_file, is_url, read_text
 
 # Keys that may change when a run goes on: they touch what is watched, kept and where it runs, not what is computed.
 FREE_ON_RESUME = (
@@ -301,16 +301,17 @@ def call_function(path: Path, name: str) -> Any:
     raise InputError(f"config file {path} has no function {name}()")
 
 
-def train_config_of(run: Path) -> ConfigDict:
+def train_config_of(run: AnyPath) -> ConfigDict:
     """The config that a run was trained with, from its directory or one of its checkpoints. Raises InputError."""
-    for folder in (run, *run.absolute().parents[:2]):
-        if (folder / "config.json").is_file() and (folder / "checkpoints").is_dir():
+    folders = (run, *absolute(run).parents[:2])
+    for folder in (folder for folder in folders if not is_url(folder) or len(folder.parts) > 2):  # /gs/BUCKET/…
+        if is_file(folder / "config.json") and is_dir(folder / "checkpoints"):
             # Not checked: a run may have values that new runs may not.
-            return make_config(flatten(renamed(json.loads((folder / "config.json").read_text()), CONFIG_KEYS)))
+            return make_config(flatten(renamed(json.loads(read_text(folder / "config.json")), CONFIG_KEYS)))
     raise InputError(f"{run} is not in a training run's directory, so --config must name the data")
 
 
-def check_resumable(saved: dict[str, Any], config: ConfigDict, workdir: Path) -> None:
+def check_resumable(saved: dict[str, Any], config: ConfigDict, workdir: AnyPath) -> None:
     """Raises InputError when a run began under a config that computes something else."""
     now, defaults, began = (
         flatten(json.loads(json.dumps(without_paths(tree))))

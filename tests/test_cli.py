@@ -18,6 +18,7 @@ from spatialvla_jax import Policy
 from spatialvla_jax.cli import main
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.training import loop
+from spatialvla_jax.training.log_folder import LogFolder
 from spatialvla_jax.training.metrics import MetricsLog
 from spatialvla_jax.utils import compilation_cache as compiled
 
@@ -144,7 +145,7 @@ def test_a_full_disk_is_one_sentence(config_file: Path, tmp_path: Path, capsys, 
     """The records of a run, on a device that is always full."""
 
     def train(config, workdir: Path, **_):
-        log = MetricsLog(workdir, 0)
+        log = MetricsLog(LogFolder(workdir), 0)
         device = Path("/dev/full").open("wb", buffering=0)  # noqa: SIM115
         name = {"metrics.jsonl": "file", "times.jsonl": "times", "tensorboard": "events"}[full]
         setattr(log, name, RecordWriter(device) if full == "tensorboard" else device)

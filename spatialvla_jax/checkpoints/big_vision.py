@@ -5,9 +5,7 @@ in the same file as JSON under "spatialvla_jax". The archive has a CRC-32 of eve
 """
 
 import json
-import os
 import zipfile
-from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -17,16 +15,17 @@ from spatialvla_jax.checkpoints.processor import parse_checkpoint
 from spatialvla_jax.checkpoints.types import Checkpoint, LazyArray, finite
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.utils.atomic import disk_errors, parents_of, replacing
+from spatialvla_jax.utils.storage import AnyPath, occupied, to_path
 
 PREFIX, FACTS = "params/", "spatialvla_jax"
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FLOATS = (np.dtype(np.float32), np.dtype(np.float16), BFLOAT16)
 
 
-def open_npz(path: Path) -> dict[str, LazyArray]:
+def open_npz(path: AnyPath) -> dict[str, LazyArray]:
     """The arrays of a file, without "params/", read when needed. Raises InputError for a file that is no .npz."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
             arrays = dict(_open_member(path, archive, name) for name in archive.namelist() if name != f"{FACTS}.npy")
     except Exception as error:  # zipfile and numpy raise many kinds for a damaged file
         raise InputError(f"{path} is not a whole .npz file: {error}") from error
@@ -35,7 +34,7 @@ def open_npz(path: Path) -> dict[str, LazyArray]:
     return finite(path, arrays)
 
 
-def _open_member(path: Path, archive: zipfile.ZipFile, name: str) -> tuple[str, LazyArray]:
+def _open_member(path: AnyPath, archive: zipfile.ZipFile, name: str) -> tuple[str, LazyArray]:
     with archive.open(name) as member:
         version = np.lib.format.read_magic(member)
         header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -45,7 +44,7 @@ def _open_member(path: Path, archive: zipfile.ZipFile, name: str) -> tuple[str, 
 
     def read() -> np.ndarray:
         try:
-            with np.load(path, allow_pickle=False) as arrays:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 return arrays[key].view(dtype)
         except Exception as error:
             raise InputError(f"{path} cannot be read at {key}: {error}") from error
@@ -53,12 +52,12 @@ def _open_member(path: Path, archive: zipfile.ZipFile, name: str) -> tuple[str, 
     return key.removeprefix(PREFIX), LazyArray(shape, dtype, read)
 
 
-def read_big_vision(path: str | Path) -> Checkpoint:
+def read_big_vision(path: str | AnyPath) -> Checkpoint:
     """A SpatialVLA that `write_big_vision` wrote. Raises InputError."""
-    path = Path(path)
+    path = to_path(path)
     arrays = open_npz(path)
     try:
-        with np.load(path, allow_pickle=False) as members:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as members:
             text = str(members[FACTS]) if FACTS in members else None
         facts = None if text is None else json.loads(text)
     except Exception as error:
@@ -70,11 +69,11 @@ def read_big_vision(path: str | Path) -> Checkpoint:
     return Checkpoint(config, arrays, processor)
 
 
-def write_big_vision(path: str | Path, checkpoint: Checkpoint) -> None:
+def write_big_vision(path: str | AnyPath, checkpoint: Checkpoint) -> None:
     """Write a .npz file by rename, one array at a time. Raises InputError when it exists or cannot be written."""
-    path = Path(path)
+    path = to_path(path)
     check_arrays("checkpoint", checkpoint.arrays, param_shapes(checkpoint.config))
-    if os.path.lexists(path):
+    if occupied(path):
         raise InputError(f"{path} exists; choose a new destination")
     processor = checkpoint.processor.to_dict() if checkpoint.processor else None
     facts = json.dumps({"model": checkpoint.config.to_dict(), "processor": processor})

@@ -43,19 +43,20 @@ from spatialvla_jax.checkpoints.types import Checkpoint, LazyArray, finite, read
 from spatialvla_jax.models.spatialvla import SpatialVLAConfig
 from spatialvla_jax.models.zoedepth import ZoeDepthConfig
 from spatialvla_jax.utils.atomic import new_directory, write_json
+from spatialvla_jax.utils.storage import AnyPath, to_path
 
 MAX_SHARD_BYTES = 5 * 10**9
 ZOE_PREFIX = "vision_zoe_model."
 
 
-def read_huggingface(path: str | Path, ignore: Sequence[str] = ()) -> Checkpoint:
+def read_huggingface(path: str | AnyPath, ignore: Sequence[str] = ()) -> Checkpoint:
     """A published directory, single or sharded. Arrays are read when needed, in their own dtype.
 
     `ignore` lists key prefixes to leave out (("vision_zoe_model.",) makes a model with depth from the data). Raises
     InputError for missing, unknown, misshapen or non-floating tensors, and for a config that they do not fit; reading
     an array raises it for tensors that are not finite.
     """
-    path = Path(path)
+    path = to_path(path)
     config, processor = read_description(path)
     kept = {key: tensor for key, tensor in open_published(path).items() if not key.startswith(tuple(ignore))}
     if ZOE_PREFIX in ignore and config.depth_source == "zoedepth":
@@ -63,13 +64,13 @@ def read_huggingface(path: str | Path, ignore: Sequence[str] = ()) -> Checkpoint
     return Checkpoint(config, stacked_arrays(path, kept, param_shapes(config)), processor)
 
 
-def read_description(path: Path) -> tuple[SpatialVLAConfig, Processor | None]:
+def read_description(path: AnyPath) -> tuple[SpatialVLAConfig, Processor | None]:
     """What a published directory says of its model and its processor, apart from its weights. Raises InputError."""
     config = read_config(path / CONFIG)
     return read_processor(path, config, read_json(path / CONFIG).get(EXTRA, {}).get("action_chunk"))
 
 
-def open_zoedepth(path: Path) -> tuple[ZoeDepthConfig, dict[str, LazyArray]]:
+def open_zoedepth(path: AnyPath) -> tuple[ZoeDepthConfig, dict[str, LazyArray]]:
     """A ZoeDepth's own Hugging Face directory: its sizes, and its arrays as our model names them ("zoe/…")."""
     config = zoedepth_from_published(read_json(path / CONFIG), f"{path / CONFIG}: ")
     model = SpatialVLAConfig(zoe=config, depth_source="zoedepth")
@@ -78,7 +79,7 @@ def open_zoedepth(path: Path) -> tuple[ZoeDepthConfig, dict[str, LazyArray]]:
     return config, stacked_arrays(path, open_published(path, ZOE_PREFIX), shapes)
 
 
-def open_published(path: Path, prefix: str = "") -> dict[str, LazyArray]:
+def open_published(path: AnyPath, prefix: str = "") -> dict[str, LazyArray]:
     """The tensors of a directory under the names of `mapping`, each with `prefix`, whichever spelling it has them in;
     without buffers. Raises InputError for a directory that has one under two spellings."""
     stored = {key: x for key, x in safetensors.open_directory(path).items() if not is_buffer(key)}
@@ -89,7 +90,7 @@ def open_published(path: Path, prefix: str = "") -> dict[str, LazyArray]:
 
 
 def stacked_arrays(
-    path: Path, stored: Mapping[str, LazyArray], shapes: Mapping[str, tuple[int, ...]]
+    path: AnyPath, stored: Mapping[str, LazyArray], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, LazyArray]:
     """Arrays of ours with these shapes out of published tensors, all of which must be used. Raises InputError."""
     table = slots(shapes)
@@ -137,7 +138,7 @@ def unstacked_tensors(arrays: Mapping[str, LazyArray], rules: Iterable[Rule] = S
 
 
 def write_huggingface(
-    path: str | Path,
+    path: str | AnyPath,
     checkpoint: Checkpoint,
     *,
     files: Mapping[str, str] | None = None,
@@ -151,7 +152,7 @@ def write_huggingface(
     """
     check_arrays("checkpoint", checkpoint.arrays, param_shapes(checkpoint.config))
     tensors = unstacked_tensors(checkpoint.arrays)
-    with new_directory(Path(path)) as folder:
+    with new_directory(to_path(path), CONFIG) as folder:
         write_config(folder, checkpoint.config, checkpoint.processor, {x.dtype for x in tensors.values()})
         if checkpoint.processor is not None:
             write_processor(folder, checkpoint.processor, checkpoint.config)

@@ -2,8 +2,6 @@
 
 import hashlib
 import itertools
-import os
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,16 +20,28 @@ from spatialvla_jax.errors import InputError
 from spatialvla_jax.models.spatialvla import SpatialVLA
 from spatialvla_jax.models.zoedepth import ZoeDepthConfig
 from spatialvla_jax.utils.progress import warn
+from spatialvla_jax.utils.storage import (
+    AnyPath,
+    as_path,
+    exists,
+    is_dir,
+    is_file,
+    list_tree,
+    read_ranges,
+    resolved,
+    size_and_version,
+    to_path,
+)
 
 ENDS = 1 << 16  # bytes
 
 
-def read_checkpoint(path: str | Path, zoedepth: str | Path | None = None) -> Checkpoint:
+def read_checkpoint(path: str | AnyPath, zoedepth: str | AnyPath | None = None) -> Checkpoint:
     """Recognise and open a checkpoint: an Orbax run of ours or one of its steps, a published directory, a .npz, or a
     PaliGemma 2 (`start_from_paligemma`), to which alone `zoedepth` belongs. A run of adapters is read with its base, as
     the model that both make."""
-    path = Path(path)
-    if not path.exists():
+    path = as_path(path, "checkpoint")
+    if not exists(path):
         raise InputError(f"{path} does not exist")
     if is_paligemma(path):
         return start_from_paligemma(path, zoedepth)
@@ -45,30 +55,36 @@ def read_checkpoint(path: str | Path, zoedepth: str | Path | None = None) -> Che
         return read_adapters(step, read_checkpoint).whole if is_adapter_run(step) else read_orbax(step)
     if step_directories(path):
         return read_orbax(path)  # for its error
-    if (path / CONFIG).exists():
+    if is_file(path / CONFIG):
         return read_huggingface(path)
-    if path.is_file():
+    if is_file(path):
         return read_big_vision(path)
     raise InputError(f"{path} is no checkpoint: neither a run with a finished step nor a directory with {CONFIG}")
 
 
-def fingerprint(path: str | Path) -> str:
+def fingerprint(path: str | AnyPath) -> str:
     """A checkpoint as it is now: which file, or which step of which run, and 8 digits that another training of the same
     changes. They are of the names, the sizes and both ends of its files, so that it takes no time."""
-    path = step_directory(path) or Path(path)
-    folders = (path / "params", path / "metadata") if (path / "params").is_dir() else (path,)
-    files = [path] if path.is_file() else sorted(f for folder in folders for f in folder.rglob("*") if f.is_file())
+    path = step_directory(path) or to_path(path)
+    parts = ("params", "metadata") if is_dir(path / "params") else (".",)
+    if is_file(path):
+        sizes = {path: size_and_version(path)[0]}
+    else:
+        sizes = {path / part / name: size for part in parts for name, size in list_tree(path / part).items()}
+    files = sorted(sizes)
+    ends = [(file, start, min(ENDS, sizes[file])) for file in files for start in (0, max(0, sizes[file] - ENDS))]
+    found = read_ranges(ends)
     digest = hashlib.sha256()
-    for file in files:
-        with open(file, "rb") as opened:
-            size, first = os.fstat(opened.fileno()).st_size, opened.read(ENDS)
-            opened.seek(max(0, size - ENDS))
-            digest.update(repr((str(file.relative_to(path)), size, first, opened.read())).encode())
-    return f"{path.resolve()} ({digest.hexdigest()[:8]})"
+    for file, first, last in zip(files, found[::2], found[1::2], strict=True):
+        for end in (first, last):
+            if isinstance(end, Exception):
+                raise end
+        digest.update(repr((str(file.relative_to(path)), sizes[file], first, last)).encode())
+    return f"{resolved(path)} ({digest.hexdigest()[:8]})"
 
 
 def load_pretrained(
-    path: str | Path, zoedepth: str | Path | None = None
+    path: str | AnyPath, zoedepth: str | AnyPath | None = None
 ) -> tuple[SpatialVLA, dict[str, Any], Processor | None]:
     """(model, params, processor) of anything that `read_checkpoint` reads.
 
@@ -78,14 +94,14 @@ def load_pretrained(
     return SpatialVLA(checkpoint.config), checkpoint.params(), checkpoint.processor
 
 
-def read_zoedepth(path: str | Path) -> tuple[ZoeDepthConfig, dict[str, LazyArray], int | None]:
+def read_zoedepth(path: str | AnyPath) -> tuple[ZoeDepthConfig, dict[str, LazyArray], int | None]:
     """ZoeDepth's sizes, its arrays ("backbone/…") and the image size of the model around it, None where there is none.
 
     `path` is a ZoeDepth's own Hugging Face directory, or anything that `read_checkpoint` reads. Raises InputError for a
     checkpoint without a ZoeDepth.
     """
-    path = Path(path)
-    if (path / CONFIG).is_file() and read_json(path / CONFIG).get("model_type") == "zoedepth":
+    path = to_path(path)
+    if is_file(path / CONFIG) and read_json(path / CONFIG).get("model_type") == "zoedepth":
         (config, arrays), size = open_zoedepth(path), None
     else:
         checkpoint = read_checkpoint(path)
@@ -96,11 +112,12 @@ def read_zoedepth(path: str | Path) -> tuple[ZoeDepthConfig, dict[str, LazyArray
     return config, {p.removeprefix("zoe/"): array for p, array in arrays.items() if p.startswith("zoe/")}, size
 
 
-def load_grid(path: str | Path) -> ActionGrid | LinearGrid:
+def load_grid(path: str | AnyPath) -> ActionGrid | LinearGrid:
     """The grid of a file of `save_grid`, or of a checkpoint of any format that carries one. Raises InputError."""
-    if Path(path).suffix == ".json" and Path(path).is_file():
+    path = to_path(path)
+    if path.suffix == ".json" and is_file(path):
         try:
-            return grid_from_dict(read_json(Path(path)))
+            return grid_from_dict(read_json(path))
         except InputError as error:
             raise InputError(f"{path} holds no action grid: {error}") from error
     if (processor := read_checkpoint(path).processor) is None:

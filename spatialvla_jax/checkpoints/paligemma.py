@@ -3,7 +3,6 @@
 import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -29,23 +28,24 @@ from spatialvla_jax.models.gemma2 import Gemma2Config
 from spatialvla_jax.models.siglip import SiglipConfig
 from spatialvla_jax.models.spatialvla import SpatialVLAConfig
 from spatialvla_jax.utils.schema import check_stored
+from spatialvla_jax.utils.storage import AnyPath, is_file, to_path
 
 TABLE, HEAD = "llm/embedder/input_embedding", "llm/lm_head"
 
 
-def is_paligemma(path: Path) -> bool:
+def is_paligemma(path: AnyPath) -> bool:
     """Whether `path` is a PaliGemma: a Hugging Face directory by its `model_type`, a .npz without our own facts."""
-    if path.is_file():
+    if is_file(path):
         try:
-            with zipfile.ZipFile(path) as archive:
+            with path.open("rb") as file, zipfile.ZipFile(file) as archive:
                 return f"{FACTS}.npy" not in archive.namelist()
         except Exception:  # of a damaged file: its reader says so
             return False
-    return (path / CONFIG).exists() and read_json(path / CONFIG).get("model_type") == "paligemma"
+    return is_file(path / CONFIG) and read_json(path / CONFIG).get("model_type") == "paligemma"
 
 
 def start_from_paligemma(
-    paligemma: str | Path, zoedepth: str | Path | None = None, *, seed: int = 0, **changes: Any
+    paligemma: str | AnyPath, zoedepth: str | AnyPath | None = None, *, seed: int = 0, **changes: Any
 ) -> Checkpoint:
     """A SpatialVLA ready for pre-training.
 
@@ -56,11 +56,11 @@ def start_from_paligemma(
     head is untied with the same rows; the spatial embedding starts as its action rows. Ego3D starts from `seed`.
     Raises InputError for whatever does not fit.
     """
-    path = Path(paligemma)
+    path = to_path(paligemma)
     img, llm, text_vocab, arrays = (_from_npz if path.suffix == ".npz" else _from_directory)(path)
     config = replace(SpatialVLAConfig(img=img, llm=llm, text_vocab=text_vocab, depth_source="dataset"), **changes)
     if zoedepth is not None:
-        zoe, zoe_arrays = open_zoedepth(Path(zoedepth))
+        zoe, zoe_arrays = open_zoedepth(to_path(zoedepth))
         arrays |= zoe_arrays
         config = replace(config, depth_source="zoedepth", zoe=zoe)
     config = replace(config, llm=replace(llm, vocab_size=config.action_offset + config.spatial_tokens))
@@ -89,7 +89,7 @@ def start_from_paligemma(
     return Checkpoint(config, {name: arrays[name] for name in shapes}, None)
 
 
-def _from_directory(path: Path) -> tuple[SiglipConfig, Gemma2Config, int, dict[str, LazyArray]]:
+def _from_directory(path: AnyPath) -> tuple[SiglipConfig, Gemma2Config, int, dict[str, LazyArray]]:
     data, where = read_json(path / CONFIG), f"{path / CONFIG}: "
     check_fixed(data, PALIGEMMA_FIXED, where)
     kinds = {"vision_config": PART, "text_config": PART, "image_token_index": field_of(SpatialVLAConfig, "text_vocab")}
@@ -104,7 +104,7 @@ def _from_directory(path: Path) -> tuple[SiglipConfig, Gemma2Config, int, dict[s
     return img, llm, text_vocab, stacked_arrays(path, open_published(path), _paligemma_shapes(img, llm))
 
 
-def _from_npz(path: Path) -> tuple[SiglipConfig, Gemma2Config, int, dict[str, LazyArray]]:
+def _from_npz(path: AnyPath) -> tuple[SiglipConfig, Gemma2Config, int, dict[str, LazyArray]]:
     arrays = open_npz(path)
     try:
         block = "img/Transformer/encoderblock"

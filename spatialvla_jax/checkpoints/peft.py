@@ -10,7 +10,6 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,6 +34,7 @@ from spatialvla_jax.models.fields import COUNT
 from spatialvla_jax.models.lora import ADAPTERS, adapter_shapes, axes_of, is_linear, product
 from spatialvla_jax.utils.atomic import new_directory, write_json
 from spatialvla_jax.utils.schema import Field, check_stored
+from spatialvla_jax.utils.storage import AnyPath, absolute, exists, is_file, resolved, to_path
 
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 SIGLIP, SIGLIP_5 = "vision_tower.vision_model.", "vision_tower."
@@ -49,7 +49,7 @@ LORA = {"rank": COUNT, "alpha": Field(1.0, "", above=0, high=1e6), "base": PART,
 class AdapterRun:
     """`base` as it was read, `adapted` on the run's grid; `trained` are the run's own arrays; `whole` is all of it."""
 
-    base_path: Path
+    base_path: AnyPath
     base: Checkpoint
     adapted: Checkpoint
     trained: dict[str, LazyArray]
@@ -59,13 +59,13 @@ class AdapterRun:
 
 
 def refer(
-    path: str | Path, base: Checkpoint, digests: Mapping[str, str], before: Mapping[str, Any] | None = None
+    path: str | AnyPath, base: Checkpoint, digests: Mapping[str, str], before: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """What a run of adapters keeps of its `base`, which was read from `path` and whose arrays have these digests.
 
     A run of an earlier version keeps one digest of all, and goes on with it: `before` is what it kept.
     """
-    reference = {"path": str((step_directory(path) or Path(path)).absolute())}
+    reference = {"path": str(absolute(step_directory(path) or to_path(path)))}
     if "digest" in (before or {}):
         return reference | {"digest": _digest_of_all(base)}
     return reference | {"grid": _digest_of_grid(base).hexdigest(), "digests": dict(digests)}
@@ -102,12 +102,12 @@ def _digest_of_all(checkpoint: Checkpoint) -> str:
     return total.hexdigest()
 
 
-def is_adapter_run(path: str | Path) -> bool:
+def is_adapter_run(path: str | AnyPath) -> bool:
     step = step_directory(path)
     return step is not None and "lora" in read_metadata(step)
 
 
-def read_adapters(path: str | Path, read: Callable[[Path], Checkpoint]) -> AdapterRun:
+def read_adapters(path: str | AnyPath, read: Callable[[AnyPath], Checkpoint]) -> AdapterRun:
     """A run of adapters (its newest step) or one step of it, with its base, which `read` opens.
 
     Raises InputError where the base is not there any more, has another grid or does not fit, and for damaged files;
@@ -118,10 +118,10 @@ def read_adapters(path: str | Path, read: Callable[[Path], Checkpoint]) -> Adapt
     metadata = read_metadata(step)
     config, processor = parse_metadata(step, metadata)
     facts = _facts(metadata, f"{step / METADATA}: ")
-    base_path, what = Path(facts["base"]["path"]), f"{step} holds adapters of {facts['base']['path']}"
-    if not base_path.exists():
+    base_path, what = to_path(facts["base"]["path"]), f"{step} holds adapters of {facts['base']['path']}"
+    if not exists(base_path):
         raise InputError(f"{what}, which does not exist: put it, or a link to it, there")
-    if (step_directory(base_path) or base_path).resolve() == step.resolve():
+    if resolved(step_directory(base_path) or base_path) == resolved(step):
         raise InputError(f"{what}, which is the run itself")
     base = _unchanged(what, read(base_path), facts["base"])
     adapted = base if processor is None else adapt_checkpoint(base_path, base, processor.grid, **facts["adapt"])
@@ -182,10 +182,10 @@ def in_float32(run: AdapterRun) -> Checkpoint:
     return replace(run.whole, arrays={path: _merged(path, x, run.trained, scale) for path, x in wide.items()})
 
 
-def base_export(path: str | Path) -> str:
+def base_export(path: str | AnyPath) -> str:
     """Why transformers cannot load `path` as the base of adapters, or "" for an export of ours."""
-    path = Path(path)
-    if not (path / CONFIG).is_file() or not (path / "modeling_spatialvla.py").is_file():
+    path = to_path(path)
+    if not is_file(path / CONFIG) or not is_file(path / "modeling_spatialvla.py"):
         return f"{path} is no directory that convert --to pytorch has written"
     return "" if EXTRA in read_json(path / CONFIG) else f"{path} holds the release's code, not that of an export"
 
@@ -202,7 +202,7 @@ def fingerprint(tensors: Mapping[str, LazyArray]) -> str:
 
 
 def write_peft(
-    path: str | Path, run: AdapterRun, code: Mapping[str, str] | None = None, base: str | Path | None = None
+    path: str | AnyPath, run: AdapterRun, code: Mapping[str, str] | None = None, base: str | AnyPath | None = None
 ) -> dict[str, str]:
     """Write `run` as a directory of adapters for `base`, the PyTorch export of the run's base, with the run's own
     processor and the Python files `code`; it appears whole or not at all. Returns {name: digest} of the tensors.
@@ -230,7 +230,7 @@ def write_peft(
         raise InputError(problem)
     about = {
         "peft_type": "LORA",
-        "base_model_name_or_path": str(Path(base or Path(path) / BASE).absolute()),
+        "base_model_name_or_path": str(absolute(to_path(base or to_path(path) / BASE))),
         "r": run.rank,
         "lora_alpha": run.alpha,
         "lora_dropout": 0.0,
@@ -240,12 +240,12 @@ def write_peft(
         "inference_mode": True,
     }
     tensors, digests = recorded(adapters | {f"{PEFT_PREFIX}{name}.weight": table for name in full})
-    with new_directory(Path(path)) as folder:
+    with new_directory(to_path(path), PEFT_CONFIG) as folder:
         if base is None:
             write_huggingface(folder / BASE, run.base, files=code)
-        of_base = safetensors.open_directory(Path(base or folder / BASE))
+        of_base = safetensors.open_directory(to_path(base or folder / BASE))
         if base is not None:
-            of_base = _same_tensors(Path(base), of_base, run)
+            of_base = _same_tensors(to_path(base), of_base, run)
         # `auto_mapping` says how to load the base, and is the one place of the file where the fingerprint may stand.
         loading = {"base_model_class": "AutoModel", "parent_library": "transformers"}
         about["auto_mapping"] = loading | {"base_fingerprint": fingerprint(of_base)}
@@ -258,7 +258,7 @@ def write_peft(
     return digests
 
 
-def _same_tensors(path: Path, tensors: Mapping[str, LazyArray], run: AdapterRun) -> dict[str, LazyArray]:
+def _same_tensors(path: AnyPath, tensors: Mapping[str, LazyArray], run: AdapterRun) -> dict[str, LazyArray]:
     """The tensors of the run's base, where reading one raises InputError unless the export `path` has the same."""
     expected = unstacked_tensors(run.base.arrays)
 

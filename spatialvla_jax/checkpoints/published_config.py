@@ -5,7 +5,6 @@ that decides what the model computes is honoured, or refused where our model has
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -38,6 +37,7 @@ from spatialvla_jax.models.spatialvla import SpatialVLAConfig
 from spatialvla_jax.models.zoedepth import DOMAINS, ZoeDepthConfig
 from spatialvla_jax.utils.renames import MODEL_FIELDS
 from spatialvla_jax.utils.schema import Field, check_stored, nearest_name, shown
+from spatialvla_jax.utils.storage import AnyPath
 
 CONFIG = "config.json"
 # Class → file, as in the release.
@@ -56,7 +56,7 @@ PART, NUM_TAPS = Field({}, ""), 4
 FOLLOWS = "does not agree with the fields that make it"
 
 
-def read_config(file: Path) -> SpatialVLAConfig:
+def read_config(file: AnyPath) -> SpatialVLAConfig:
     """Raises InputError for a file that is missing or describes no SpatialVLA that our model can be."""
     return config_from_published(read_json(file), f"{file}: ")
 

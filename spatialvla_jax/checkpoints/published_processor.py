@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from spatialvla_jax.actions import ActionTokenizer, grid_from_dict, grid_to_dict
@@ -25,6 +24,7 @@ from spatialvla_jax.models.fields import COUNT, field_of
 from spatialvla_jax.models.spatialvla import SpatialVLAConfig
 from spatialvla_jax.utils.camera import intrinsics_problem
 from spatialvla_jax.utils.schema import Field, check_stored
+from spatialvla_jax.utils.storage import AnyPath, is_file, read_bytes
 
 PROCESSOR = "processor.json"
 
@@ -34,7 +34,7 @@ CAMERA = {"intrinsic": MATRIX, "width": COUNT, "height": COUNT}
 
 
 def read_processor(
-    path: Path, config: SpatialVLAConfig, chunk: int | None
+    path: AnyPath, config: SpatialVLAConfig, chunk: int | None
 ) -> tuple[SpatialVLAConfig, Processor | None]:
     """→ (`config` with the processor's chunk size, the processor or None where the directory has neither file).
 
@@ -42,11 +42,11 @@ def read_processor(
     other or with the model.
     """
     processor = None
-    if (path / PROCESSOR).exists():
+    if is_file(path / PROCESSOR):
         where = f"{path / PROCESSOR}: "
         processor = Processor.from_dict(read_json(path / PROCESSOR), where)
         check_agreement(config, processor, where)
-    if (path / RELEASE_PROCESSOR).exists():
+    if is_file(path / RELEASE_PROCESSOR):
         where = f"{path / RELEASE_PROCESSOR}: "
         data = read_json(path / RELEASE_PROCESSOR)
         size = _chunk_size(data, chunk, where)
@@ -56,7 +56,7 @@ def read_processor(
             processor = Processor(_release_tokenizer(path), **parts)
             check_agreement(config, processor, where)
         _check_same(processor, parts, where)
-    if (path / IMAGES).exists():
+    if is_file(path / IMAGES):
         _check_images(read_json(path / IMAGES), config, f"{path / IMAGES}: ")
     return config, processor
 
@@ -112,12 +112,12 @@ def _relative(camera: Any, where: str) -> list[list[float]]:
     return [[x / width for x in first], [x / height for x in second], third]
 
 
-def _release_tokenizer(path: Path) -> Any:
+def _release_tokenizer(path: AnyPath) -> Any:
     file = path / TOKENIZER
-    if not file.exists():
+    if not is_file(file):
         raise InputError(f"{path} has {RELEASE_PROCESSOR} but no {TOKENIZER}: copy PaliGemma's {TOKENIZER} beside it")
     try:
-        return read_tokenizer(file.read_bytes(), str(file))
+        return read_tokenizer(read_bytes(file), str(file))
     except OSError as error:
         raise InputError(f"{file} cannot be read: {error.strerror}") from error
 

@@ -1,19 +1,19 @@
 """A checkpoint on another action grid: spatial embedding adaption (paper III-B), and the same for the LM head."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 
 from spatialvla_jax.actions import ActionGrid, ActionTokenizer, adapt_embeddings, grid_to_dict
 from spatialvla_jax.checkpoints.types import Checkpoint, LazyArray
 from spatialvla_jax.errors import InputError
+from spatialvla_jax.utils.storage import AnyPath
 
 TABLE, HEAD, EMBEDDING = "llm/embedder/input_embedding", "llm/lm_head", "spatial_embedding"
 
 
 def adapt_checkpoint(
-    path: str | Path, checkpoint: Checkpoint, grid: ActionTokenizer, *, embedding: bool, head: bool
+    path: str | AnyPath, checkpoint: Checkpoint, grid: ActionTokenizer, *, embedding: bool, head: bool
 ) -> Checkpoint:
     """`checkpoint`, read from `path`, for `grid`; as it is where that is the grid that it has.
 

@@ -7,7 +7,6 @@ whenever the tensor is read.
 """
 
 import json
-import os
 import re
 from collections.abc import Mapping
 from math import prod
@@ -21,11 +20,13 @@ from spatialvla_jax.checkpoints.mapping import check_names, shown
 from spatialvla_jax.checkpoints.types import LazyArray, crc32c, read_json, unique
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.utils.atomic import write_json
+from spatialvla_jax.utils.storage import AnyPath, is_file, is_url, list_names, read_ranges, size_and_version
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 METADATA, CHECKSUM = "__metadata__", "crc32c."
 MAX_HEADER = 100_000_000  # bytes, as in the official library
+PART, CONCURRENT_PARTS = 16 * 2**20, 8  # bytes of a request to a bucket, and how many there are at once
 MAX_RANK, MAX_ELEMENTS = 32, 2**48  # numpy before 2.0 takes no more axes
 DTYPES = {
     "F32": np.dtype(np.float32),
@@ -41,13 +42,13 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 FLOATS = ("F32", "BF16", "F16")  # what weights may be; buffers beside them have any dtype
 
 
-def open_directory(path: Path) -> dict[str, LazyArray]:
+def open_directory(path: AnyPath) -> dict[str, LazyArray]:
     """All tensors of `model.safetensors`, or of the shards in `model.safetensors.index.json`; reads headers only.
 
     Raises InputError for a directory without weights or with more than the index names, for an index that differs from
     its shards in any key, and for damaged files (`open_file`).
     """
-    present = {file.name for file in path.iterdir()}
+    present = set(list_names(path))
     if not present & {SINGLE, INDEX}:
         raise InputError(f"{path} holds neither {SINGLE} nor {INDEX}")
     weight_map = _weight_map(path / INDEX) if INDEX in present else None
@@ -57,7 +58,7 @@ def open_directory(path: Path) -> dict[str, LazyArray]:
         raise InputError(f"{path} holds {stale[0]} too, but {by}: remove what is out of date")
     if weight_map is None:
         return open_file(path / SINGLE)
-    absent = [f"{key} ({shard})" for key, shard in weight_map.items() if not (path / shard).is_file()]
+    absent = [f"{key} ({shard})" for key, shard in weight_map.items() if shard not in present]
     check_names(path / INDEX, "in a shard that does not exist", absent)
     found = [(key, shard, tensor) for shard in shards for key, tensor in open_file(path / shard).items()]
     tensors = {key: tensor for key, _, tensor in found}
@@ -69,7 +70,7 @@ def open_directory(path: Path) -> dict[str, LazyArray]:
     return tensors
 
 
-def _weight_map(index: Path) -> dict[str, str]:
+def _weight_map(index: AnyPath) -> dict[str, str]:
     """{key: file name of its shard}. Raises InputError."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -81,7 +82,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def open_file(file: Path) -> dict[str, LazyArray]:
+def open_file(file: AnyPath) -> dict[str, LazyArray]:
     """The tensors of one file, read when needed. Reading one raises InputError where it is not what was written.
 
     Raises InputError for anything but a whole and consistent file.
@@ -109,16 +110,16 @@ def open_file(file: Path) -> dict[str, LazyArray]:
     return tensors
 
 
-def _read_header(file: Path) -> tuple[dict[str, Any], int, int]:
+def _read_header(file: AnyPath) -> tuple[dict[str, Any], int, int]:
     """→ (the header, where the data begin, size of the file)"""
     try:
-        if not file.is_file():  # opening a pipe would wait for its other end
+        if not is_file(file):  # opening a pipe would wait for its other end
             raise InputError(f"{file} is not a file")
-        with file.open("rb") as f:
-            size, length = os.fstat(f.fileno()).st_size, int.from_bytes(f.read(8), "little")
-            if not 0 < length <= min(size - 8, MAX_HEADER):
-                raise InputError(f"{file} is not a safetensors file, or is cut short inside its header")
-            text = f.read(length)
+        size, _ = size_and_version(file)
+        length = int.from_bytes(_bytes(file, 0, min(8, size)), "little")
+        if not 0 < length <= min(size - 8, MAX_HEADER):
+            raise InputError(f"{file} is not a safetensors file, or is cut short inside its header")
+        text = _bytes(file, 8, length)
     except OSError as error:
         raise InputError(f"{file} cannot be read: {error.strerror}") from error
     try:
@@ -137,7 +138,7 @@ def _natural(text: str) -> int:
     return int(text)
 
 
-def _parse(file: Path, key: str, entry: Any) -> tuple[tuple[int, int], tuple[int, ...], np.dtype]:
+def _parse(file: AnyPath, key: str, entry: Any) -> tuple[tuple[int, int], tuple[int, ...], np.dtype]:
     """→ (data_offsets, shape, dtype) of one entry of a header. Raises InputError where they do not fit each other."""
     what = f"{file}: the entry of {shown(key)}"
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
@@ -156,11 +157,11 @@ def _parse(file: Path, key: str, entry: Any) -> tuple[tuple[int, int], tuple[int
 
 
 def _lazy(
-    file: Path, key: str, shape: tuple[int, ...], dtype: np.dtype, offset: int, checksum: str | None
+    file: AnyPath, key: str, shape: tuple[int, ...], dtype: np.dtype, offset: int, checksum: str | None
 ) -> LazyArray:
     def read() -> np.ndarray:
         try:
-            x = np.fromfile(file, dtype, prod(shape), offset=offset)
+            x = _elements(file, dtype, prod(shape), offset)
         except OSError as error:
             raise InputError(f"{file} cannot be read at {shown(key)}: {error}") from error
         if x.size != prod(shape):
@@ -170,6 +171,29 @@ def _lazy(
         return x.reshape(shape)
 
     return LazyArray(shape, dtype, read)
+
+
+def _elements(file: AnyPath, dtype: np.dtype, count: int, offset: int) -> np.ndarray:
+    """Fewer than `count` where a local file ends before. Parts of an object are read at the same time."""
+    if not is_url(file):
+        return np.fromfile(file, dtype, count, offset=offset)
+    whole = np.empty(count, dtype)
+    content, together = whole.view(np.uint8), PART * CONCURRENT_PARTS
+    for begin in range(0, content.size, together):
+        starts = range(begin, min(begin + together, content.size), PART)
+        parts = [(file, offset + start, min(PART, content.size - start)) for start in starts]
+        for start, found in zip(starts, read_ranges(parts), strict=True):
+            if isinstance(found, Exception):
+                raise found
+            content[start : start + len(found)] = np.frombuffer(found, np.uint8)
+    return whole
+
+
+def _bytes(file: AnyPath, offset: int, length: int) -> bytes:
+    (found,) = read_ranges([(file, offset, length)])
+    if isinstance(found, Exception):
+        raise found
+    return found
 
 
 def write_directory(path: Path, tensors: Mapping[str, LazyArray], max_bytes: int) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import google_crc32c
@@ -18,6 +17,7 @@ from spatialvla_jax.checkpoints.mapping import check_names, flatten, unflatten
 from spatialvla_jax.checkpoints.processor import Processor
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.models.spatialvla import Params, SpatialVLAConfig
+from spatialvla_jax.utils.storage import AnyPath, read_text
 
 
 @dataclass(frozen=True)
@@ -116,10 +116,10 @@ def recorded(arrays: Mapping[str, LazyArray]) -> tuple[dict[str, LazyArray], dic
     return {path: array.inspected(partial(record, path)) for path, array in arrays.items()}, digests
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_json(file: AnyPath) -> dict[str, Any]:
     """Raises InputError when the file is missing or does not hold a JSON object, or has a key twice."""
     try:
-        data = json.loads(file.read_text("utf-8"), object_pairs_hook=unique)
+        data = json.loads(read_text(file), object_pairs_hook=unique)
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{file} cannot be read as JSON: {error}") from error
     if not isinstance(data, dict):

@@ -1,6 +1,5 @@
 """Turning one checkpoint format into another."""
 
-import os
 import time
 from dataclasses import replace
 from importlib.util import find_spec
@@ -31,6 +30,7 @@ from spatialvla_jax.export.verify import MISSING, Verification, VerificationErro
 from spatialvla_jax.export.verify import verify as run_both
 from spatialvla_jax.utils import camera
 from spatialvla_jax.utils.atomic import kept_after, parents_of
+from spatialvla_jax.utils.storage import AnyPath, as_path, exists, occupied, resolved, to_path
 
 PEFT = "peft"
 VERIFIED = ("pytorch", PEFT)  # what can be run beside JAX
@@ -48,7 +48,7 @@ def torch_code() -> dict[str, str]:
     return code | {"camera_spatialvla.py": Path(camera.__file__).read_text()}
 
 
-def write_pytorch(path: str | Path, checkpoint: Checkpoint) -> None:
+def write_pytorch(path: str | AnyPath, checkpoint: Checkpoint) -> None:
     """Write a published directory that transformers can load: `write_huggingface` with our PyTorch code and a card."""
     write_huggingface(path, checkpoint, files=torch_code() | {"README.md": model_card(checkpoint)})
 
@@ -72,14 +72,14 @@ class Conversion(TypedDict):
 
 
 def convert(
-    src: str | Path,
-    dst: str | Path,
+    src: str | AnyPath,
+    dst: str | AnyPath,
     to: str,
     dtype: str | None = None,
     verify: bool | None = None,
-    zoedepth: str | Path | None = None,
+    zoedepth: str | AnyPath | None = None,
     merge: bool = False,
-    base: str | Path | None = None,
+    base: str | AnyPath | None = None,
 ) -> Conversion:
     """Convert checkpoint `src` into `dst`, a new directory (orbax, pytorch, peft) or .npz file (big_vision).
 
@@ -94,11 +94,12 @@ def convert(
     """
     if to not in (*WRITERS, PEFT):
         raise InputError(f"cannot convert to {to!r}; choose one of {', '.join((*WRITERS, PEFT))}")
-    if os.path.lexists(dst):
+    src, dst = as_path(src, "SRC"), as_path(dst, "DST")
+    if occupied(dst):
         raise InputError(f"{dst} exists; choose a new destination")
-    if Path(os.path.realpath(src)) in Path(os.path.realpath(dst)).parents:
+    if resolved(src) in resolved(dst).parents:
         raise InputError(f"{dst} lies inside {src}: choose a destination outside of it")
-    adapters = Path(src).exists() and is_adapter_run(src)
+    adapters = exists(src) and is_adapter_run(src)
     if not adapters and (merge or to == PEFT):
         raise InputError(f"{src} holds no adapters {'to merge' if merge else 'for peft'}: it is no run with lora.rank")
     if adapters and merge == (to == PEFT):
@@ -118,7 +119,7 @@ def convert(
     arrays, digests = recorded(checkpoint.arrays)
     parameters = sum(prod(x.shape) for x in arrays.values())
     skipped = _why_not(to, parameters, verify)
-    with parents_of(Path(dst)):
+    with parents_of(to_path(dst)):
         WRITERS[to](dst, replace(checkpoint, arrays=arrays))
         with kept_after(dst, VerificationError):
             bit_exact = _reads_back(dst, checkpoint, digests)
@@ -138,17 +139,17 @@ def convert(
 
 
 def _convert_to_peft(
-    src: str | Path, dst: str | Path, base: str | Path | None, verify: bool | None, start: float
+    src: str | AnyPath, dst: str | AnyPath, base: str | AnyPath | None, verify: bool | None, start: float
 ) -> Conversion:
     run = read_adapters(src, read_checkpoint)
     run = replace(run, base=_with_published_names(run.base), whole=_with_published_names(run.whole))
     skipped = _why_not(PEFT, sum(prod(x.shape) for x in run.whole.arrays.values()), verify)
-    with parents_of(Path(dst)):
+    with parents_of(to_path(dst)):
         digests = write_peft(dst, run, torch_code(), base)
         with kept_after(dst, VerificationError):
-            stored = safetensors.open_file(Path(dst) / PEFT_WEIGHTS)
+            stored = safetensors.open_file(to_path(dst) / PEFT_WEIGHTS)
             bit_exact = {name: digest(x.read()) for name, x in stored.items()} == digests
-            named = read_json(Path(dst) / PEFT_CONFIG)["base_model_name_or_path"]
+            named = read_json(to_path(dst) / PEFT_CONFIG)["base_model_name_or_path"]
             verification = run_both(in_float32(run), named, dst) if skipped is None else skipped
     return {
         "source": str(src),
@@ -169,7 +170,7 @@ def _with_published_names(checkpoint: Checkpoint) -> Checkpoint:
     return replace(checkpoint, processor=processor and processor.with_published_names())
 
 
-def _reads_back(path: str | Path, written: Checkpoint, digests: dict[str, str]) -> bool:
+def _reads_back(path: str | AnyPath, written: Checkpoint, digests: dict[str, str]) -> bool:
     """Whether config, processor and, by these digests, every byte at `path` are those that were written."""
     read = read_checkpoint(path)
     processors = [c.processor and c.processor.to_dict() for c in (read, written)]

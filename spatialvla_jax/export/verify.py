@@ -4,6 +4,7 @@ Both sides compute in float32, whatever the dtype of the weights: bfloat16 weigh
 are asked of every export. PyTorch runs on the CPU.
 """
 
+import contextlib
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
@@ -24,6 +25,7 @@ from spatialvla_jax.models import SpatialVLA
 from spatialvla_jax.models.resize import resize_observation
 from spatialvla_jax.models.spatialvla import SpatialVLAConfig
 from spatialvla_jax.models.zoedepth import estimate_depth
+from spatialvla_jax.utils.storage import AnyPath, local_copy, to_path
 
 INSTRUCTIONS = ("open the drawer", "put the bowl on the plate", "pick up the red block", "turn on the stove")
 # What float32 leaves is far below; what is above is another computation. Resized pixels lie on whole levels of 1/255,
@@ -62,7 +64,7 @@ def available() -> bool:
     return find_spec("torch") is not None and find_spec("transformers") is not None
 
 
-def verify(checkpoint: Checkpoint, directory: str | Path, adapters: str | Path | None = None) -> Verification:
+def verify(checkpoint: Checkpoint, directory: str | AnyPath, adapters: str | AnyPath | None = None) -> Verification:
     """Compare `checkpoint` in JAX with the PyTorch export `directory`, on which the directory `adapters` is loaded by
     `peft` where there is one; needs the extra [torch].
 
@@ -71,7 +73,10 @@ def verify(checkpoint: Checkpoint, directory: str | Path, adapters: str | Path |
     probes = make_probes(checkpoint.config.img.image_size)
     inputs = _inputs(checkpoint, probes)
     ours = _run_jax(checkpoint, inputs)
-    theirs = _run_torch(Path(directory), Path(adapters) if adapters else None, checkpoint, inputs, probes)
+    with contextlib.ExitStack() as copies:
+        export = copies.enter_context(local_copy(to_path(directory)))
+        peft = copies.enter_context(local_copy(to_path(adapters))) if adapters else None
+        theirs = _run_torch(export, peft, checkpoint, inputs, probes)
 
     differences: dict[str, Difference] = {}
     for stage in ("inputs", "depth", "image_features", "logits", "actions"):

@@ -3,7 +3,6 @@
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,6 +21,7 @@ from spatialvla_jax.models import Params, SpatialVLA
 from spatialvla_jax.models.resize import resize_observation
 from spatialvla_jax.utils.camera import as_array, depth_problem, in_metres, intrinsics_problem, kind_of, unit_problem
 from spatialvla_jax.utils.schema import shown
+from spatialvla_jax.utils.storage import AnyPath
 
 # Shapes are compiled once each: a batch takes the next larger of these sizes, a prompt the next multiple of 16.
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
@@ -60,7 +60,13 @@ class Policy:
 
     @classmethod
     def load(
-        cls, path: str | Path, *, dtype: str = "", quantize: str = "", constrained: bool = True, speculate: bool = False
+        cls,
+        path: str | AnyPath,
+        *,
+        dtype: str = "",
+        quantize: str = "",
+        constrained: bool = True,
+        speculate: bool = False,
     ) -> "Policy":
         """From anything `load_pretrained` reads that carries a processor.
 

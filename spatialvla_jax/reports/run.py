@@ -1,13 +1,13 @@
 """What a training run has come to, as text: how far it is, and where its wall time went."""
 
 import time
-from pathlib import Path
 from typing import Any
 
 from spatialvla_jax.checkpoints.types import read_json
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.training.goodput import FOLDER, account, read_processes
 from spatialvla_jax.training.loop import CONFIG
+from spatialvla_jax.utils.storage import AnyPath, is_file
 from spatialvla_jax.utils.tables import text_table
 
 MEANS = {
@@ -22,15 +22,15 @@ MEANS = {
 }
 
 
-def run_report(run: Path) -> dict[str, Any]:
+def run_report(run: AnyPath) -> dict[str, Any]:
     """Of the run in the directory `run`: {"run", "step", "steps", "wall_seconds", "goodput", "seconds" (by cause) and
     "processes" (each one's "began", "seconds", "first_step" and "last_step")}. Raises InputError where it is no run's,
     and where the run recorded nothing."""
-    if (run / "sweep.json").exists():
+    if is_file(run / "sweep.json"):
         raise InputError(
             f"{run} holds a sweep, not a run: `sweep report {run}` reports it, `report` one of its trials/*"
         )
-    if not (run / CONFIG).exists():
+    if not is_file(run / CONFIG):
         raise InputError(f"{run} holds no {CONFIG}: expected the --workdir of a training run")
     config, records = read_json(run / CONFIG), read_processes(run)
     if not records:

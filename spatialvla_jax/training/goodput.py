@@ -17,12 +17,13 @@ import secrets
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
+from spatialvla_jax.training.log_folder import LogFolder
 from spatialvla_jax.utils.atomic import write_json
 from spatialvla_jax.utils.distributed import is_writer
 from spatialvla_jax.utils.progress import warn
+from spatialvla_jax.utils.storage import AnyPath, list_names, read_text
 
 FOLDER = "goodput"  # of a run's directory
 INTERVAL = 10.0  # seconds between two writes
@@ -70,17 +71,18 @@ class Clock:
 
 
 class Goodput:
-    """This process's marks, beside those that earlier processes of the run in `workdir` left. Only the first of several
+    """This process's marks, beside those that earlier processes of the run left. Only the first of several
     processes writes."""
 
-    def __init__(self, workdir: Path, clock: Clock) -> None:
-        self.clock, self.earlier = clock, read_processes(workdir) if is_writer() else []
+    def __init__(self, folder: LogFolder, clock: Clock) -> None:
+        self.folder, self.clock = folder, clock
+        self.earlier = read_processes(folder.workdir) if is_writer() else []
         now = time.time()
         # Earlier marks were made in the past: where they say otherwise, this machine's clock is behind theirs.
         ends = [process["began"] + process["marks"][-1]["seconds"]["total"] for process in self.earlier]
         began = now + max(0.0, max(ends, default=now) - now) - clock.totals()["total"]
         name = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime(began))}-{secrets.token_hex(3)}.json"
-        self.path, self.marks, self.written = workdir / FOLDER / name, [], -INTERVAL
+        self.path, self.marks, self.written = folder.path / FOLDER / name, [], -INTERVAL
         self.process: Process = {"began": began, "marks": self.marks}
         self.keeps = True  # whether the next mark leaves the last one in place
 
@@ -97,6 +99,7 @@ class Goodput:
             self.path.parent.mkdir(exist_ok=True)
             write_json(self.path, self.process)
             self.written = now
+            self.folder.upload_now_and_then()
 
     def close(self) -> None:
         """The last mark, of a process that ends. Where it cannot be written, the run's own error says why."""
@@ -111,13 +114,14 @@ class Goodput:
         return {"goodput" if k == "steps" else f"goodput/{k}": v / wall for k, v in seconds.items()} if wall else {}
 
 
-def read_processes(workdir: Path) -> list[Process]:
+def read_processes(workdir: AnyPath) -> list[Process]:
     """What the processes of a run recorded, in the order in which they began. A file that holds no record is reported
     and left out."""
-    folder, processes = workdir / FOLDER, []
-    for file in sorted(folder.glob("*.json")) if folder.is_dir() else ():
+    names, processes = list_names(workdir / FOLDER), []
+    for file in (workdir / FOLDER / name for name in names if name.endswith(".json")):
+        text = read_text(file)
         try:
-            process = json.loads(file.read_text())
+            process = json.loads(text)
             totals = [
                 mark["seconds"]["total"] for mark in process["marks"] if mark["step"] is None or mark["step"] >= 0
             ]

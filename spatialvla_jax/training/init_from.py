@@ -3,7 +3,6 @@
 import json
 import re
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -30,9 +29,10 @@ from spatialvla_jax.models.spatialvla import SpatialVLAConfig
 from spatialvla_jax.training.grid_fit import make_grid, mixture_gaussians
 from spatialvla_jax.training.setup import TrainSetup
 from spatialvla_jax.utils.renames import MODEL_FIELDS, renamed
+from spatialvla_jax.utils.storage import AnyPath, to_path
 
 
-def open_start(config: ConfigDict, step: Path | None) -> tuple[Checkpoint | None, Processor | None]:
+def open_start(config: ConfigDict, step: AnyPath | None) -> tuple[Checkpoint | None, Processor | None]:
     """→ (the SpatialVLA in `config.init`, the processor to go on with), each None where there is none or no need.
 
     A run that goes on, from the directory `step`, has its own processor, and needs `init` only for what adapters are
@@ -41,7 +41,7 @@ def open_start(config: ConfigDict, step: Path | None) -> tuple[Checkpoint | None
     if not config.init:
         return None, None
     checkpoint = None
-    if (step is None or config.lora.rank) and not is_paligemma(Path(config.init)):
+    if (step is None or config.lora.rank) and not is_paligemma(to_path(config.init)):
         checkpoint = read_checkpoint(config.init)
     if step is not None:
         return checkpoint, parse_metadata(step, read_metadata(step))[1]
@@ -97,7 +97,7 @@ def make_processor(config: ConfigDict, loader: Loader, start: Processor | None =
 
 
 def starting_params(
-    config: ConfigDict, step: Path | None, setup: TrainSetup, checkpoint: Checkpoint | None, grid: ActionTokenizer
+    config: ConfigDict, step: AnyPath | None, setup: TrainSetup, checkpoint: Checkpoint | None, grid: ActionTokenizer
 ) -> tuple[Params | None, dict[str, Any]]:
     """→ (parameters, what the run's metadata says of them), from `config.init`, which is a PaliGemma or the
     `checkpoint`, adapted to `grid`; no parameters where random ones or those of the run's own checkpoint, in the
@@ -131,7 +131,7 @@ def starting_params(
     return params | {ADAPTERS: jax.tree.map(np.asarray, adapters)}, {"lora": about}
 
 
-def check_same(saved: dict[str, Any], now: dict[str, Any], loader: Loader, workdir: Path) -> None:
+def check_same(saved: dict[str, Any], now: dict[str, Any], loader: Loader, workdir: AnyPath) -> None:
     """Raises InputError where a run's data, or what its adapters are added to, is not what it was."""
     now = json.loads(json.dumps(now))
     for index in () if loader.config.statistics else loader.indexes():  # those of a file may be of other data

@@ -4,7 +4,6 @@ import json
 import sys
 import zlib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,6 +24,7 @@ from spatialvla_jax.training.changes import CHANGES, describe_changes
 from spatialvla_jax.training.flops import model_flops
 from spatialvla_jax.training.goodput import Clock, Goodput
 from spatialvla_jax.training.init_from import check_same, make_processor, open_start, starting_params, with_model_of
+from spatialvla_jax.training.log_folder import LogFolder
 from spatialvla_jax.training.metrics import MetricsLog, check_wandb, rates, scalars
 from spatialvla_jax.training.optimizer import split_frozen, swap_ema
 from spatialvla_jax.training.saving import FOLDER, Checkpoints, quiet_storage
@@ -37,6 +37,7 @@ from spatialvla_jax.utils.chips import peak
 from spatialvla_jax.utils.distributed import Preemption, all_processes, is_writer
 from spatialvla_jax.utils.progress import warn
 from spatialvla_jax.utils.renames import CONFIG_KEYS, renamed
+from spatialvla_jax.utils.storage import AnyPath, is_file, is_url, remove
 
 CONFIG = "config.json"  # of a run's directory
 FINISHED = "finished"  # of a run's directory: the file that stands for its last step
@@ -46,7 +47,7 @@ FINISHED = "finished"  # of a run's directory: the file that stands for its last
 class Run:
     """What `prepare` makes of a config: all that the steps need. `state` is that after step `start`."""
 
-    workdir: Path
+    workdir: AnyPath
     setup: TrainSetup
     loader: Loader
     grid: ActionTokenizer  # on the devices
@@ -58,7 +59,7 @@ class Run:
 
 def train(
     config: ConfigDict,
-    workdir: Path,
+    workdir: AnyPath,
     *,
     wandb: str = "",
     profile: tuple[int, int] | None = None,
@@ -76,17 +77,21 @@ def train(
     if wandb:
         check_wandb()
     with Preemption() as preemption, quiet_storage():
-        goodput = Goodput(workdir, Clock(age))
-        with goodput.clock("start"):
-            run = prepare(config, workdir, goodput)
-            log = MetricsLog(workdir, run.start, wandb)
+        folder = LogFolder(workdir)
+        goodput = Goodput(folder, Clock(age))
         try:
-            step, state, metrics = take_steps(run, log, goodput, preemption, profile)
+            with goodput.clock("start"):
+                run = prepare(config, workdir, goodput)
+                log = MetricsLog(folder, run.start, wandb)
+            try:
+                step, state, metrics = take_steps(run, log, goodput, preemption, profile)
+            finally:
+                with goodput.clock("save"):
+                    run.checkpoints.close()
+                log.close()
+                goodput.close()
         finally:
-            with goodput.clock("save"):
-                run.checkpoints.close()
-            log.close()
-            goodput.close()
+            folder.close()
     if step == run.setup.steps and is_writer():
         write_json(workdir / FINISHED, {"step": step})
     trainable, _ = split_frozen(state.params, run.setup.frozen)
@@ -95,10 +100,10 @@ def train(
     return {"step": step, "params": params, "trainable": trainable, "checkpoint": checkpoint, "metrics": metrics}
 
 
-def prepare(config: ConfigDict, workdir: Path, goodput: Goodput) -> Run:
+def prepare(config: ConfigDict, workdir: AnyPath, goodput: Goodput) -> Run:
     """Data, grid, model and state of a run, new or where it stopped. Raises InputError, before the data is indexed
     wherever the config alone is wrong."""
-    if workdir.exists() and not workdir.is_dir():
+    if is_file(workdir):
         raise InputError(f"{workdir} is a file, and a run needs a directory")
     config = completed(config, {})
     check_together(config)
@@ -145,7 +150,8 @@ def prepare(config: ConfigDict, workdir: Path, goodput: Goodput) -> Run:
         "train_config": json.loads(json.dumps(config.to_dict())),
         "changes": len(CHANGES),
     }
-    workdir.mkdir(parents=True, exist_ok=True)
+    if not is_url(workdir):
+        workdir.mkdir(parents=True, exist_ok=True)
     if begun:  # else the directory is not a run's yet
         goodput.mark(None)
     checkpoints = Checkpoints(
@@ -168,12 +174,12 @@ def prepare(config: ConfigDict, workdir: Path, goodput: Goodput) -> Run:
         write_json(workdir / CONFIG, config.to_dict())
         write_json(workdir / "statistics.json", loader.statistics)
         if start < setup.steps:
-            (workdir / FINISHED).unlink(missing_ok=True)
+            remove(workdir / FINISHED)
     grid = jax.device_put(processor.grid, NamedSharding(mesh, P()))
     return Run(workdir, setup, loader, grid, checkpoints, state, shardings, start)
 
 
-def begun_config(workdir: Path, step: Path | None) -> dict[str, Any]:
+def begun_config(workdir: AnyPath, step: AnyPath | None) -> dict[str, Any]:
     """The config of the run in `workdir`, from its newest checkpoint, the directory `step`, where `config.json` cannot
     be read; empty where no checkpoint was written, for then a run with another config may begin."""
     if step is None:
@@ -212,7 +218,7 @@ def take_steps(
         with clock("compute"):
             jax.block_until_ready(state)
         with clock("save"):
-            run.checkpoints.save(state, step, last=last)
+            run.checkpoints.save(state, step, log.folder.upload, last=last)
         goodput.mark(step, keep=True)
 
     with tqdm(
@@ -220,7 +226,7 @@ def take_steps(
     ) as bar:
         for step in range(start + 1, start + 1 if preemption.asked else steps + 1):
             if profile and step == max(profile[0], start + 1) <= profile[1]:
-                jax.profiler.start_trace(str(run.workdir / "profile"))
+                jax.profiler.start_trace(str(log.folder.path / "profile"))
                 tracing = True
             with clock("data"):
                 batch = next(batches)

@@ -17,9 +17,11 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from spatialvla_jax.errors import InputError, StorageError
+from spatialvla_jax.training.log_folder import LogFolder
 from spatialvla_jax.utils.atomic import write_text
 from spatialvla_jax.utils.chips import peak
 from spatialvla_jax.utils.distributed import is_writer
+from spatialvla_jax.utils.storage import AnyPath, absolute, read_text
 
 
 class MetricsLog:
@@ -29,15 +31,15 @@ class MetricsLog:
     A resumed run drops what was logged beyond `resume_step`, so the file reads as if the run had never stopped.
     """
 
-    def __init__(self, workdir: Path, resume_step: int, wandb: str = "") -> None:
-        self.path, self.wandb = workdir / "metrics.jsonl", None
+    def __init__(self, folder: LogFolder, resume_step: int, wandb: str = "") -> None:
+        self.folder, self.path, self.wandb = folder, folder.path / "metrics.jsonl", None
         if not is_writer():
             return
-        self.file, self.times = (_kept(path, resume_step) for path in (self.path, workdir / "times.jsonl"))
-        (workdir / "tensorboard").mkdir(exist_ok=True)
+        self.file, self.times = (_kept(folder.fetch(name), resume_step) for name in ("metrics.jsonl", "times.jsonl"))
+        (folder.path / "tensorboard").mkdir(exist_ok=True)
         name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}"
         # TensorBoard's own SummaryWriter would import TensorFlow where it is installed.
-        self.events = RecordWriter((workdir / "tensorboard" / name).open("ab", buffering=0))
+        self.events = RecordWriter((folder.path / "tensorboard" / name).open("ab", buffering=0))
         with self._writing("tensorboard", resume_step):
             self._write_event(file_version="brain.Event:2")
             # Whatever earlier files have of later steps is not shown.
@@ -45,8 +47,9 @@ class MetricsLog:
         if wandb:
             import wandb as client  # pyright: ignore[reportMissingImports]
 
-            same = hashlib.sha256(str(workdir.absolute()).encode()).hexdigest()[:16]  # a run that goes on is one run
-            self.wandb = client.init(project=wandb, name=workdir.name, id=same, resume="allow", dir=str(workdir))
+            run = folder.workdir
+            same = hashlib.sha256(str(absolute(run)).encode()).hexdigest()[:16]  # a run that goes on is one run
+            self.wandb = client.init(project=wandb, name=run.name, id=same, resume="allow", dir=str(folder.path))
 
     def write(self, step: int, values: dict[str, Any], timings: dict[str, float] | None = None) -> None:
         """`values` are JSON scalars. `timings` have a file of their own: the other is the same whenever the run is."""
@@ -64,6 +67,7 @@ class MetricsLog:
             self._write_event(step=step, summary=summary)
         if self.wandb is not None:
             self.wandb.log(scalars, step=step)
+        self.folder.upload_now_and_then()
 
     def _write_event(self, **fields: Any) -> None:
         self.events.write(Event(wall_time=time.time(), **fields).SerializeToString())
@@ -99,10 +103,10 @@ def check_wandb() -> None:
         raise InputError("--wandb needs the package wandb, which is not installed: pip install wandb")
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: AnyPath) -> list[dict[str, Any]]:
     """All whole records of a `metrics.jsonl`; a last line cut short by a kill is dropped."""
     records = []
-    for line in path.read_text().splitlines():
+    for line in read_text(path).splitlines():
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:

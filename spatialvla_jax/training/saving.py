@@ -1,4 +1,5 @@
-"""Checkpoints with Orbax: asynchronous, committed by rename, each one enough to run the policy.
+"""Checkpoints with Orbax: asynchronous, committed by a rename or, in a bucket, by a file that is written last; each one
+is enough to run the policy.
 
 Layout: `<workdir>/checkpoints/<step>/{params, optimizer, metadata}`; `metadata` is JSON with the step, the model's
 sizes, the processor (grid, statistics, tokenizer) and the training config; of a run with adapters also where its frozen
@@ -13,8 +14,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -24,12 +24,13 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 from tqdm import tqdm
 
-from spatialvla_jax.checkpoints.orbax import missing, step_directories, tree_handler
-from spatialvla_jax.errors import InputError, StorageError
+from spatialvla_jax.checkpoints.orbax import MARKER, first_cause, missing, step_directories, tree_handler, unreadable
+from spatialvla_jax.errors import StorageError
 from spatialvla_jax.training.optimizer import merge, split_frozen, swap_ema
 from spatialvla_jax.training.state import TrainState
 from spatialvla_jax.utils.distributed import is_writer
 from spatialvla_jax.utils.progress import warn
+from spatialvla_jax.utils.storage import AnyPath, absolute, exists, filesystem, is_url, put, storage_errors
 
 FOLDER = "checkpoints"
 INCOMPLETE = "incomplete_checkpoints"  # beside it: those that a run found damaged
@@ -72,7 +73,7 @@ class Checkpoints:
 
     def __init__(
         self,
-        workdir: Path,
+        workdir: AnyPath,
         metadata: dict[str, Any],
         *,
         every: int,
@@ -80,23 +81,39 @@ class Checkpoints:
         keep_every: int | None,
         left_out: tuple[str, ...] = (),
     ):
-        self.folder, self.metadata, self.every = (workdir / FOLDER).absolute(), metadata, every
+        self.folder, self.metadata, self.every = absolute(workdir / FOLDER), metadata, every
         self.left_out = left_out  # patterns of parameters that are neither saved nor restored, for they never change
         self.keep = {"max_to_keep": keep_last, "keep_period": keep_every}
         self.failures, self.retry_at, self.reason = 0, 0, ""
         self.began, self.seconds = 0.0, 0.0  # of the save under way; how long the last one took
         if is_writer():
-            for step in itertools.takewhile(missing, step_directories(workdir)):
-                self._set_aside(step, f"{missing(step)} is missing or cut off")
+            self._tidy(workdir)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("incomplete checkpoints are set aside")
         self.manager = self._open()
 
+    def _tidy(self, workdir: AnyPath) -> None:
+        """Before Orbax looks at the steps: those that are newer than the newest complete one are set aside, but a save
+        into a bucket that was cut off is left for Orbax to remove. It would remove steps that were copied into a bucket
+        from a disk, too: they get their marker."""
+        complete = False
+        for step in step_directories(workdir):
+            lost = missing(step)
+            if lost and lost != MARKER and not complete:
+                self._set_aside(step, f"{lost} is missing or cut off")
+            if not lost and is_url(step) and not exists(step / MARKER):
+                put(step / MARKER, b"")
+            complete = complete or not lost
+            if complete and not is_url(step):
+                return
+
     def _open(self) -> ocp.CheckpointManager:
         several = jax.process_count() > 1
+        mode = ocp.options.AtomicityMode.COMMIT_FILE if is_url(self.folder) else ocp.options.AtomicityMode.AUTO
         options = ocp.CheckpointManagerOptions(
             **self.keep,
             cleanup_tmp_directories=True,
+            atomicity_options=ocp.options.AtomicityOptions(mode),
             enable_async_checkpointing=True,
             async_options=ocp.AsyncOptions(barrier_sync_fn=wait_unless_failed if several else None),
         )
@@ -112,18 +129,19 @@ class Checkpoints:
             self._finish(step)
         return step % self.every == 0 or step == self.retry_at
 
-    def save(self, state: TrainState, step: int, *, last: bool = False) -> None:
-        """Start saving `state`, which is that after `step`; wait for it where it is the `last`."""
-        self._start(state, step)
+    def save(self, state: TrainState, step: int, upload_logs: Callable[[], None], *, last: bool = False) -> None:
+        """Start saving `state`, which is that after `step`; wait for it where it is the `last`. `upload_logs` puts in
+        place first what was logged until then, for the run to go on with."""
+        self._start(state, step, upload_logs)
         while last and not self._finish(step):
             time.sleep(2.0 ** (self.failures - 1))
-            self._start(state, step)
+            self._start(state, step, upload_logs)
 
     def _saved(self, state: TrainState) -> tuple[Any, Any]:
         """Parameters and optimizer state as they are stored."""
         return swap_ema(split_frozen(state.params, self.left_out)[0], state.opt_state)
 
-    def _start(self, state: TrainState, step: int) -> None:
+    def _start(self, state: TrainState, step: int, upload_logs: Callable[[], None]) -> None:
         self._finish(step)  # only one at a time
         self.began = time.perf_counter()
         params, opt_state = self._saved(state)
@@ -133,6 +151,7 @@ class Checkpoints:
             metadata=ocp.args.JsonSave({"step": step, **self.metadata}),
         )
         try:
+            upload_logs()
             self.manager.save(step, args=items, force=True)
         except Exception as error:  # Orbax raises whatever its storage raises
             self._failed(error, step)
@@ -176,28 +195,33 @@ class Checkpoints:
         """→ (step, state) of the newest checkpoint whose files are all there, in the shapes and shardings given (which
         may be another mesh's); (0, `state`) where there is none. Those with files missing or cut off are set aside.
 
-        Raises InputError for a checkpoint that cannot be read for another reason, which may pass, or by one process of
-        several: the others would restore another step.
+        Raises InputError for a checkpoint that cannot be read for another reason, or by one process of several, as the
+        others would restore another step; StorageError where a bucket does not answer.
         """
         while step := self.latest():
             try:
                 return step, self._restore(step, state, shardings)
             except Exception as error:  # Orbax raises whatever its storage raises
-                text = first_cause(error)
+                text = " ".join(str(first_cause(error)).split())
                 if jax.process_count() > 1 or not any(word in text for word in DAMAGE):
-                    raise InputError(f"{self.folder / str(step)} cannot be read: {text[:300]}") from error
+                    raise unreadable(error, f"{self.folder / str(step)} cannot be read") from error
                 self.manager.close()
                 self._set_aside(self.folder / str(step), f"its files are damaged: {text[:200]}")
                 self.manager = self._open()
         return 0, state
 
-    def _set_aside(self, step: Path, why: str) -> None:
-        """Move a checkpoint that cannot be restored out of the way of the run, which will write that step again."""
-        place = self.folder.with_name(INCOMPLETE)
-        place.mkdir(exist_ok=True)
+    def _set_aside(self, step: AnyPath, why: str) -> None:
+        """Move a checkpoint that cannot be restored out of the way of the run, which will write that step again. A
+        bucket copies it itself, and has all of it before the original goes."""
+        place = self.folder.parent / INCOMPLETE
         names = itertools.chain([step.name], (f"{step.name}-{n}" for n in itertools.count(2)))
-        new = next(place / name for name in names if not (place / name).exists())
-        step.rename(new)
+        new = next(place / name for name in names if not exists(place / name))
+        if is_url(step):
+            with storage_errors(step, "written"):
+                filesystem(step).mv(str(step), str(new), recursive=True)
+        else:
+            place.mkdir(exist_ok=True)
+            step.rename(new)
         warn(f"{step} is incomplete and was moved to {new}: {why}")
 
     def _restore(self, step: int, state: TrainState, shardings: TrainState) -> TrainState:
@@ -225,13 +249,6 @@ def wait_unless_failed(*, key: str, timeout_ms: int) -> None:
     too, where it would wait for processes that wait for that write, and tell nobody of the failure meanwhile."""
     if sys.exc_info()[1] is None:
         multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
-
-
-def first_cause(error: BaseException) -> str:
-    """The message of an error's first cause, on one line."""
-    while cause := error.__cause__ or error.__context__:
-        error = cause
-    return " ".join(str(error).split())
 
 
 def reason(error: Exception) -> str:

@@ -7,15 +7,15 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.utils.storage import AnyPath, is_url, list_names, put, to_path, upload, upload_folder
+from spatialvla_jax.utils.storage import AnyPath, filesystem, is_url, list_names, put, to_path, upload, upload_folder
 
 PREFIX = ".tmp-"
-_unfinished: set[Path] = set()  # what this process is writing
+_unfinished: set[AnyPath] = set()  # what this process is writing
 
 
 @contextmanager
@@ -61,7 +61,7 @@ def _uploading(path: AnyPath, marker: str) -> Iterator[Path]:
 def kept_after(path: str | os.PathLike[str], *errors: type[Exception]) -> Iterator[None]:
     """What this process has just made at `path` stays where the caller ends, or fails by one of `errors`. After
     anything else that stops the caller, it is removed."""
-    path = Path(path)
+    path = to_path(path)
     _unfinished.add(path)
     try:
         yield
@@ -80,7 +80,11 @@ def remove_unfinished() -> None:
         _remove(temporary)
 
 
-def _remove(temporary: Path) -> None:
+def _remove(temporary: AnyPath) -> None:
+    if not isinstance(temporary, Path):
+        with suppress(Exception):  # the user is told what stopped the caller
+            filesystem(temporary).rm(str(temporary), recursive=True)
+        return
     if not temporary.is_dir():
         with suppress(OSError):  # none is there, or its name was refused
             temporary.unlink()
@@ -103,7 +107,8 @@ def new_directory(path: AnyPath, marker: str = "") -> Iterator[Path]:
         raise InputError(f"{path} exists{cut or ';'} choose a new destination")
     if os.path.lexists(path):
         raise InputError(f"{path} exists; choose a new destination")
-    with disk_errors(path), parents_of(path), replacing(path, marker) as temporary:
+    whole = kept_after(path) if is_url(path) else nullcontext()  # an upload may stop in between
+    with disk_errors(path), parents_of(path), whole, replacing(path, marker) as temporary:
         temporary.mkdir()
         yield temporary
 

@@ -11,6 +11,7 @@ import importlib.util
 import os
 import random
 import re
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -84,6 +85,14 @@ def to_path(path: str | os.PathLike[str]) -> AnyPath:
     return epath.Path(path) if is_url(path) else Path(path)
 
 
+def absolute(path: AnyPath) -> AnyPath:
+    return path.absolute() if isinstance(path, Path) else path
+
+
+def resolved(path: AnyPath) -> AnyPath:
+    return path.resolve() if isinstance(path, Path) else path
+
+
 def counts() -> dict[str, int]:
     """What this process has asked of buckets: "requests", "retries" (those among them that had to be asked again) and
     "bytes" (read)."""
@@ -100,6 +109,11 @@ def is_dir(path: AnyPath) -> bool:
 
 def is_file(path: AnyPath) -> bool:
     return _type_of(path) == "file"
+
+
+def occupied(path: AnyPath) -> bool:
+    """Whether there is anything at a path, be it a link to nothing."""
+    return exists(path) if is_url(path) else os.path.lexists(path)
 
 
 def list_files(folder: AnyPath) -> dict[str, tuple[int, int | str]]:
@@ -121,6 +135,16 @@ def list_names(folder: AnyPath) -> list[str]:
     if not is_url(folder):
         return sorted(os.listdir(folder)) if os.path.isdir(folder) else []
     return sorted({_name(entry) for entry in _listing(folder)} - {""}) if is_dir(folder) else []
+
+
+def list_tree(folder: AnyPath) -> dict[str, int]:
+    """{name: bytes} of every file in a folder and in those within, such as "a/b.txt"; none where it does not exist."""
+    if not isinstance(folder, epath.Path):
+        return {str(file.relative_to(folder)): file.stat().st_size for file in folder.rglob("*") if file.is_file()}
+    with storage_errors(folder, "listed"):
+        found = filesystem(folder).find(str(folder), detail=True)
+    start = len(str(folder).partition("://")[2]) + 1
+    return {name[start:]: entry["size"] for name, entry in found.items() if not name.endswith("/")}
 
 
 def size_and_version(path: AnyPath) -> tuple[int, int | str]:
@@ -219,6 +243,20 @@ def download(path: AnyPath, target: str | os.PathLike[str], progress: Callable[[
                     progress(file.tell(), size)
 
 
+@contextlib.contextmanager
+def local_copy(folder: AnyPath) -> Iterator[Path]:
+    """A folder on this disk: itself, or a copy of what a URL holds, while the caller needs it."""
+    if isinstance(folder, Path):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        for name in list_tree(folder):
+            target = Path(temporary, name)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            download(folder / name, target)
+        yield Path(temporary)
+
+
 def put(path: AnyPath, data: bytes, only_if_new: bool = False) -> bool:
     """Writes an object in one request, or fails and leaves what was there. With `only_if_new`, an object that exists
     stays: then the answer is whether it has this content, which it has, too, where only the first answer was lost."""
@@ -261,7 +299,10 @@ def check_writable(path: AnyPath) -> None:
 
 
 def remove(path: AnyPath) -> None:
-    """Removes an object; none there is fine."""
+    """Removes a file or an object; none there is fine."""
+    if isinstance(path, Path):
+        path.unlink(missing_ok=True)
+        return
     with storage_errors(path, "written"), contextlib.suppress(FileNotFoundError):
         filesystem(path).rm_file(str(path))
 

@@ -54,8 +54,9 @@ class Proxy:
     port: int
     faults: list[Fault] = field(default_factory=list)
     requests: list[Request] = field(default_factory=list)
-    conditional: bool = False  # it checks ifGenerationMatch=0 in the place of a server that does not
+    conditional: bool = False  # it does what the server lacks: ifGenerationMatch, and the generation of what is read
     lock: threading.Lock = field(default_factory=threading.Lock)
+    writes: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
         handler = type("Handler", (_Handler,), {"proxy": self})
@@ -96,10 +97,14 @@ class _Handler(BaseHTTPRequestHandler):
         refused = next((fault for fault in faults if fault.status), None)
         if refused:
             status, headers, body = refused.status, [], refused.body.encode()
-        elif proxy.conditional and "ifGenerationMatch=0" in self.path and self._exists(body):
-            status, headers, body = 412, [], b"{}"
+        elif proxy.conditional and (expected := re.search(r"ifGenerationMatch=(\d+)", self.path)):
+            with proxy.writes:
+                fits = expected[1] == self._generation(body)
+                status, headers, body = self._forward(body) if fits else (412, [], b"{}")
         else:
+            generation = self._generation(body) if proxy.conditional and "alt=media" in self.path else ""
             status, headers, body = self._forward(body)
+            headers += [("x-goog-generation", generation)] * bool(generation)
         proxy.requests.append(Request(line, status, len(body)))
         self.send_response(status)
         for name, value in headers:
@@ -138,17 +143,18 @@ class _Handler(BaseHTTPRequestHandler):
         finally:
             connection.close()
 
-    def _exists(self, body: bytes) -> bool:
-        """Whether the server has the object that an upload would make."""
+    def _generation(self, body: bytes) -> str:
+        """Of the object that the request reads, writes or removes; "0" where there is none."""
         url = urlsplit(self.path)
-        bucket = url.path.split("/b/")[1].split("/")[0]
-        name = parse_qs(url.query).get("name", [None])[0]
+        bucket, _, name = url.path.split("/b/")[1].partition("/o")
+        name = name.removeprefix("/") or parse_qs(url.query).get("name", [None])[0]
         if name is None:  # a multipart upload begins with the object's description
             name = json.loads(re.search(rb"\{.*?\}", body, re.DOTALL)[0])["name"]
         connection = http.client.HTTPConnection("127.0.0.1", self.proxy.port)
         try:
             connection.request("GET", f"/storage/v1/b/{bucket}/o/{urllib.request.quote(unquote(name), safe='')}")
-            return connection.getresponse().status == 200
+            answer = connection.getresponse()
+            return json.loads(answer.read())["generation"] if answer.status == 200 else "0"
         finally:
             connection.close()
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from spatialvla_jax.training.metrics import read_metrics
+from spatialvla_jax.utils.storage import AnyPath, is_file
 
 
 class Server:
@@ -33,12 +34,27 @@ class Server:
         self.process.stdin.flush()
         return int(self.process.stdout.readline())
 
-    def train(self, config: Path, workdir: Path, *arguments: str, devices: int = 1, file_limit: int = 0) -> "Run":
-        """A run, on so many CPU devices and perhaps with a limit on the size of the files that it writes."""
-        workdir.parent.mkdir(parents=True, exist_ok=True)
-        errors = workdir.with_name(f"{workdir.name}.{time.monotonic_ns()}.txt")
+    def train(
+        self,
+        config: Path,
+        workdir: AnyPath,
+        *arguments: str,
+        devices: int = 1,
+        file_limit: int = 0,
+        errors: Path | None = None,
+    ) -> "Run":
+        """A run, on so many CPU devices and perhaps with a limit on the size of the files that it writes. What it
+        prints goes to `errors`, by default beside its workdir."""
+        if errors is None:
+            assert isinstance(workdir, Path)
+            workdir.parent.mkdir(parents=True, exist_ok=True)
+            errors = workdir.with_name(f"{workdir.name}.{time.monotonic_ns()}.txt")
         argv = ["train", "--config", str(config), "--workdir", str(workdir), *arguments]
-        return Run(self, self.ask(argv=argv, errors=str(errors), devices=devices, file_limit=file_limit), errors)
+        cloud = {
+            key: value for key, value in os.environ.items() if key.startswith(("AWS_", "STORAGE_", "TENSORSTORE_"))
+        }
+        request = {"argv": argv, "errors": str(errors), "devices": devices, "file_limit": file_limit, "cloud": cloud}
+        return Run(self, self.ask(**request), errors)
 
     def close(self) -> None:
         assert self.process.stdin
@@ -92,10 +108,10 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def records(workdir: Path) -> list[dict[str, Any]]:
+def records(workdir: AnyPath) -> list[dict[str, Any]]:
     """What the run has logged so far."""
     path = workdir / "metrics.jsonl"
-    return read_metrics(path) if path.exists() else []
+    return read_metrics(path) if is_file(path) else []
 
 
 def serve() -> None:
@@ -120,6 +136,7 @@ def serve() -> None:
             for target, source in ((0, null), (1, file), (2, file)):
                 os.dup2(source, target)
             faulthandler.register(signal.SIGUSR1, all_threads=True)
+            os.environ |= request["cloud"]
             os.environ["XLA_FLAGS"] = (
                 f"--xla_force_host_platform_device_count={request['devices']} --xla_backend_optimization_level=0"
             )

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from spatialvla_jax.cli import main
 from spatialvla_jax.training import goodput
 from spatialvla_jax.training.goodput import CAUSES, Clock, Goodput, account, read_processes
+from spatialvla_jax.training.log_folder import LogFolder
 
 
 def process(began: float, *marks: tuple[float, int | None, dict[str, float]]) -> dict[str, Any]:
@@ -118,7 +119,7 @@ def test_a_clock_behind_the_last_machines(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(goodput.time, "time", lambda: wall + now)
     for begin in (0.0, 1000.0):
         now, wall = begin, 10_000.0 if begin == 0 else 10_000.0 - 3600
-        log = Goodput(tmp_path, Clock())
+        log = Goodput(LogFolder(tmp_path), Clock())
         now += 2
         log.mark(5 if begin else 0, keep=True)
         now += 8

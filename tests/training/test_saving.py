@@ -9,6 +9,7 @@ from spatialvla_jax.checkpoints.mapping import flatten, param_shapes
 from spatialvla_jax.config import load_config
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.models import preset
+from spatialvla_jax.training.log_folder import LogFolder
 from spatialvla_jax.training.loop import train
 from spatialvla_jax.training.metrics import MetricsLog, read_metrics
 
@@ -49,13 +50,13 @@ def test_a_run_starts_from_a_paligemma(config_file: Path, tmp_path: Path) -> Non
 
 
 def test_a_resumed_log_reads_as_if_it_had_never_stopped(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path, 0)
+    log = MetricsLog(LogFolder(tmp_path), 0)
     for step in range(1, 6):
         log.write(step, {"loss": 1 / step, "batch": "abc"})
     log.close()
     with log.path.open("a") as file:
         file.write('{"step": 6, "lo')  # cut short by a kill
-    log = MetricsLog(tmp_path, 3)
+    log = MetricsLog(LogFolder(tmp_path), 3)
     log.write(4, {"loss": float(jnp.float32(0.1))})
     log.close()
     assert [r["step"] for r in read_metrics(log.path)] == [1, 2, 3, 4]

@@ -16,6 +16,7 @@ from spatialvla_jax.errors import InputError
 from spatialvla_jax.reports.run import describe, run_report
 from spatialvla_jax.training import goodput, metrics
 from spatialvla_jax.training.goodput import Clock
+from spatialvla_jax.training.log_folder import LogFolder
 from spatialvla_jax.training.loop import train
 from spatialvla_jax.training.metrics import MetricsLog, rates, read_metrics, scalars
 
@@ -113,7 +114,7 @@ def test_weights_and_biases(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, __spec__=SimpleNamespace()))
     for step in (1, 2):
-        log = MetricsLog(tmp_path, step - 1, "project")
+        log = MetricsLog(LogFolder(tmp_path), step - 1, "project")
         log.write(step, {"loss": 1.0, "batch": "abc"}, {"step/seconds": 0.5})
         log.close()
     assert logged == [(1, {"loss": 1.0, "step/seconds": 0.5}), (2, {"loss": 1.0, "step/seconds": 0.5})]
@@ -138,7 +139,7 @@ def test_tensorflow_reads_the_events(tmp_path: Path) -> None:
     from tensorflow.compat.v1.train import summary_iterator  # pyright: ignore
 
     for step in (1, 2):
-        log = MetricsLog(tmp_path, step - 1)
+        log = MetricsLog(LogFolder(tmp_path), step - 1)
         log.write(step, {"loss": 0.5 * step, "batch": "abc"}, {"step/seconds": 0.25})
         log.close()
     files = sorted((tmp_path / "tensorboard").iterdir())

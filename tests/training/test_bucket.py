@@ -1,0 +1,173 @@
+"""A run's workdir at gs:// and s3://, against servers of the protocols."""
+
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.batches import assert_equal
+from helpers.processes import Run, Server, records
+
+from spatialvla_jax.checkpoints import load_pretrained
+from spatialvla_jax.checkpoints.orbax import MARKER, missing, open_params, step_directories, step_directory
+from spatialvla_jax.errors import InputError, StorageError
+from spatialvla_jax.export.convert import convert
+from spatialvla_jax.inference.policy import Policy
+from spatialvla_jax.training.log_folder import LogFolder
+from spatialvla_jax.training.metrics import MetricsLog, read_metrics
+from spatialvla_jax.training.saving import Checkpoints
+from spatialvla_jax.training.state import TrainState
+from spatialvla_jax.utils import storage
+
+
+def state_of(step: int) -> TrainState:
+    weights = {"kernel": jnp.arange(6.0).reshape(2, 3) + step, "bias": jnp.full((3,), step, jnp.bfloat16)}
+    return TrainState(jnp.int32(step), {"dense": weights}, {"mu": jnp.arange(5.0) - step})
+
+
+def saver(workdir, **options) -> Checkpoints:
+    return Checkpoints(workdir, {"run": "test"}, **({"every": 1, "keep_last": 2, "keep_every": None} | options))
+
+
+def save(checkpoints: Checkpoints, *steps: int) -> None:
+    for step in steps:
+        checkpoints.save(state_of(step), step, lambda: None, last=True)
+
+
+def restore(workdir) -> int:
+    """→ the step that a new process goes on with, whose state is that of this step, bit for bit."""
+    checkpoints, sharding = saver(workdir), jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    step, state = checkpoints.restore(state_of(0), jax.tree.map(lambda _: sharding, state_of(0)))
+    checkpoints.close()
+    jax.tree.map(np.testing.assert_array_equal, state, state_of(step))
+    return step
+
+
+def test_steps_are_saved_kept_and_restored(bucket) -> None:
+    workdir = storage.as_path(f"{bucket.url}/run", "--workdir")
+    checkpoints = saver(workdir)
+    save(checkpoints, 1, 2, 3)
+    checkpoints.close()
+    assert [step.name for step in step_directories(workdir)] == ["3", "2"]
+    assert restore(workdir) == 3
+    arrays = open_params(step_directory(workdir))
+    np.testing.assert_array_equal(arrays["dense/kernel"].read(), state_of(3).params["dense"]["kernel"])
+    assert arrays["dense/bias"].read().dtype == jnp.bfloat16
+
+
+def test_what_was_cut_off_does_not_exist_and_what_is_damaged_is_kept_aside(gcs, tmp_path: Path, capsys) -> None:
+    """Step 5 is what a killed save left, 4 has lost an array's data, 3 was copied from a disk, which has no markers."""
+    save(saver(tmp_path), 3)
+    (tmp_path / "checkpoints/3" / MARKER).unlink(missing_ok=True)
+    workdir = storage.as_path(gcs.upload(tmp_path, "run"), "--workdir")
+    save(saver(workdir, keep_last=5), 4, 5)
+    folder = workdir / "checkpoints"
+    storage.remove(folder / "5" / MARKER)
+    contents = folder / "5/_CHECKPOINT_METADATA"
+    storage.put(contents, b'{"item_handlers": {}, "commit_timestamp_nsecs": null}')
+    (data, *_) = (name for name in storage.list_tree(folder / "4") if name.startswith("params/d/"))
+    storage.put(folder / "4" / data, b"")
+    assert (missing(folder / "5"), missing(folder / "4"), missing(folder / "3")) == (MARKER, data, "")
+    assert step_directory(workdir) == folder / "3"
+    assert restore(workdir) == 3
+    assert storage.list_names(folder) == ["3"]
+    assert storage.list_tree(workdir / "incomplete_checkpoints/4").keys() >= {data, MARKER}
+    assert f"{folder}/4 is incomplete and was moved to {workdir}/incomplete_checkpoints/4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "words"),
+    [
+        (403, '{"error": {"message": "no storage.objects.create access"}}', "no storage.objects.create access"),
+        (507, "InsufficientStorage", "507"),
+    ],
+)
+def test_a_save_that_fails_is_tried_again_and_then_one_sentence(gcs, monkeypatch, capsys, status, body, words) -> None:
+    workdir = storage.as_path(f"{gcs.url}/run", "--workdir")
+    monkeypatch.setattr("spatialvla_jax.training.saving.time.sleep", lambda _: None)
+    checkpoints = saver(workdir)
+    save(checkpoints, 1)
+    fault = gcs.proxy.add(status=status, body=body, pattern="^(POST|PUT) .*upload", count=1)
+    save(checkpoints, 2)
+    assert checkpoints.latest() == 2 and "the last good one is of step 1; trying again" in capsys.readouterr().err
+    fault.count = None
+    with pytest.raises(
+        StorageError, match=f"no checkpoint could be written to {workdir}/checkpoints at step 3: .*{words}"
+    ):
+        save(checkpoints, 3)
+    gcs.proxy.faults.clear()
+    assert restore(workdir) == 2
+
+
+def test_logs_outlive_a_kill_up_to_the_last_save(bucket) -> None:
+    """The first process saves after step 3, logs step 4 and is killed. The second one goes on from step 3."""
+    workdir = storage.as_path(f"{bucket.url}/run", "--workdir")
+    folder = LogFolder(workdir)
+    folder.began = time.monotonic()  # nothing is uploaded in the background
+    log = MetricsLog(folder, 0)
+    for step in (1, 2, 3):
+        log.write(step, {"loss": 1 / step})
+    folder.upload()
+    log.write(4, {"loss": 0.0})
+    shutil.rmtree(folder.path)  # the machine is gone
+
+    folder = LogFolder(workdir)
+    log = MetricsLog(folder, 2)
+    log.write(3, {"loss": 0.5}, {"step/seconds": 1.0})
+    log.close()
+    folder.close()
+    assert [(r["step"], r["loss"]) for r in read_metrics(workdir / "metrics.jsonl")] == [(1, 1.0), (2, 0.5), (3, 0.5)]
+    assert read_metrics(workdir / "times.jsonl") == [{"step": 3, "step/seconds": 1.0}]
+    assert len(storage.list_names(workdir / "tensorboard")) == 2 and not folder.path.exists()
+
+
+STEPS = 30
+
+
+def start(server: Server, config: Path, workdir, errors: Path) -> Run:
+    return server.train(config, workdir, f"--config.train.steps={STEPS}", errors=errors)
+
+
+@pytest.mark.slow
+def test_a_run_in_a_bucket_is_killed_and_ends_in_the_same_bits(
+    bucket, server: Server, packed_config: Path, tmp_path: Path
+) -> None:
+    """Every 40th request is answered by 503, 429, or half an answer. The undisturbed run is on the disk. The export and
+    the policy come from the bucket, too."""
+    assert start(server, packed_config, tmp_path / "run", tmp_path / "undisturbed.txt").wait(400) == 0
+    workdir, errors = storage.as_path(f"{bucket.url}/run", "--workdir"), tmp_path / "errors.txt"
+    for status in (503, 429, 0):
+        bucket.proxy.add(status=status, cut=not status, every=40)
+    chance = random.Random(0)
+    for number in range(4):
+        run = start(server, packed_config, workdir, errors)
+        before = len(storage.list_names(workdir / "checkpoints"))
+        if number:
+            run.until(lambda before=before: len(storage.list_names(workdir / "checkpoints")) > before)
+        time.sleep(chance.uniform(0, 1))
+        if run.poll() is None:
+            run.send(signal.SIGKILL)
+        run.wait()
+    assert start(server, packed_config, workdir, errors).wait(400) == 0, errors.read_text()
+    assert records(workdir) == records(tmp_path / "run")
+    assert_equal(load_pretrained(workdir)[1], load_pretrained(tmp_path / "run")[1])
+    bucket.proxy.faults.clear()
+
+    result = convert(workdir, f"{bucket.url}/export", "pytorch")
+    assert result["bit_exact"]
+    observation = {"image": np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8), "prompt": "open it"}
+    observation["depth"] = np.ones((64, 64), np.float32)
+    expected = Policy.load(tmp_path / "run").infer(observation)
+    for place in (workdir, f"{bucket.url}/export"):
+        assert_equal(Policy.load(place).infer(observation), expected)
+
+
+def test_a_workdir_that_cannot_be_used_is_one_sentence(gcs, s3) -> None:
+    for url, words in ((f"{gcs.url}-other/run", "no bucket"), (f"{s3.url}-other/run", "no bucket")):
+        with pytest.raises(InputError, match=words):
+            step_directory(storage.as_path(url, "--workdir"))
