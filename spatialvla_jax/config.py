@@ -95,7 +95,9 @@ KEYS: dict[str, Field] = {
     "data.balance": Field(True, "multiply weights by the sizes of the datasets, as published"),
     "data.faults.policy": Field("fail", "skip: leave out damaged data and count it", choices=("fail", "skip")),
     "data.faults.limit": Field(100, "how much data may be left out", low=0),
-    "data.read_block": Field(1, "frames read at once; more for spinning disks and remote storage", low=1),
+    "data.read_block": Field(
+        0, "frames read at once, more for spinning disks; 0: one, or what a bucket's latency and bandwidth want", low=0
+    ),
     "data.shuffle_frames": Field(100_000, "frames shuffled together where read_block > 1", low=1),
     "data.memory_gb": Field(8.0, "what a process may hold of data", above=0, unit="GB"),
     "data.cache_dir": Field("", "of the dataset indexes; empty: ~/.cache/spatialvla_jax", problem=_path),

@@ -71,7 +71,7 @@ BAD_FLAGS = {
     "train.accumulate=0": "train.grad_accum_steps=0 is below 1",
     "train.log_every=0": "is below 1 (steps)",
     "checkpoint.every=0": "is below 1 (steps)",
-    "data.read_block=0": "is below 1",
+    "data.read_block=-1": "is below 0",
     "seed=-1": "is below 0; the nearest valid value is 0",
     "seed=True": "is true or false, and a whole number is expected",
     "augment.enabled=1": "is a whole number, and true or false is expected",

@@ -41,7 +41,7 @@ class DataConfig:
     statistics: str = ""  # a file of `spatialvla-jax stats`; empty: made from the data
     balance: bool = True  # multiply weights by the datasets' frame counts
     faults: Faults = field(default_factory=Faults)  # of a split's episodes and, while streaming, of a process's frames
-    read_block: int = 1  # consecutive frames read at once, see mixture.py
+    read_block: int = 0  # consecutive frames read at once, see mixture.py; 0: one on a disk, chosen for a bucket
     shuffle_frames: int = 100_000  # shuffled together where `read_block` is above 1
     memory_gb: float = 8.0  # of a process, for data: queues get shallower for it; too little is an error
     cache_dir: str = ""  # of the indexes; empty: ~/.cache/spatialvla_jax

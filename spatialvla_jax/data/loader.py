@@ -31,6 +31,7 @@ from spatialvla_jax.text import Tokenizer, train_tokenizer
 from spatialvla_jax.utils.dataset_keys import find_key
 from spatialvla_jax.utils.distributed import ALONE, Processes
 from spatialvla_jax.utils.progress import shard_progress, warn
+from spatialvla_jax.utils.storage import is_url
 from spatialvla_jax.utils.tables import text_table
 
 _STATISTICS_ROWS = ("q01", "q99", "min", "max", "mask")
@@ -105,7 +106,7 @@ class Loader:
             tuple(index.num_frames for index in train),
             self.weights,
             balance=config.balance,
-            block=config.read_block,
+            block=self._source.choose_block(train),
             shuffle=config.shuffle_frames,
         )
         self.statistics = {i.name: known[key] if (key := given.get(i.name)) else i.statistics for i in train}
@@ -333,7 +334,7 @@ class Loader:
             indexes = self._index(split)
             prompts = tuple(self._encode(index, split) for index in indexes)
             starts = np.cumsum([0, *(index.num_frames for index in indexes)])
-            current = tuple(np.zeros(index.num_episodes, bool) for index in indexes)
+            current = tuple(np.full(index.num_episodes, any(map(is_url, index.files))) for index in indexes)
             self._splits[split] = Split(indexes, prompts, starts, current)
         return self._splits[split]
 

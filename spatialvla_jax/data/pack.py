@@ -246,7 +246,7 @@ class Packed:
                 raise InputError(
                     f"config key data.{key} names other data than {path} holds: leave it empty or pack again"
                 )
-        self._depth = depth
+        self._depth, self._read_block = depth, config.read_block or 1
         self.tokenizer = Tokenizer.from_bytes(base64.b64decode(self._header["tokenizer"]))
         self.entries = tuple(
             Entry(entry["name"], make_spec(entry["spec"], {}, entry["name"]), str(path), entry["weight"])
@@ -274,6 +274,9 @@ class Packed:
             )
             for entry, meta in zip(self.entries, splits[split], strict=True)
         )
+
+    def choose_block(self, indexes: tuple[Index, ...]) -> int:
+        return self._read_block
 
     def _warn_of_changes(self, name: str, made_from: Mapping[str, Any]) -> None:
         """Where the data that was packed is still there, and no longer what it was."""

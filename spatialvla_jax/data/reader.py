@@ -13,31 +13,36 @@ What makes the memory of loaders grow, and what this one does instead:
 
 import contextlib
 import dataclasses
-import functools
-import mmap
 import os
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import google_crc32c
 import numpy as np
 from jaxtyping import Float32, Int32, Int64, UInt8
+from tqdm import tqdm
 
+from spatialvla_jax.data.bucket_speed import choose_ahead, choose_block, measure
 from spatialvla_jax.data.config import DataConfig
 from spatialvla_jax.data.images import decode_batches, decoder, tensorflow
-from spatialvla_jax.data.index import CHECKSUM_BYTES, Index, find_source, make_index
+from spatialvla_jax.data.index import CHECKSUM_BYTES, Faults, Index, find_source, make_index
+from spatialvla_jax.data.ranges import Blocks, Files, Place, Take
 from spatialvla_jax.data.resolve_datasets import Entry
 from spatialvla_jax.errors import Fault, InputError
 from spatialvla_jax.utils.camera import FARTHEST_ON_AVERAGE, depth_problem
 from spatialvla_jax.utils.distributed import Processes
+from spatialvla_jax.utils.storage import is_url
 
 # i64[B]: the frames of a step; the second argument counts how often some of them had to be drawn again.
 Samples = Callable[..., np.ndarray]
 _ATTEMPTS = 100
+_FARTHEST = 64  # steps, at most, whose frames are asked for ahead
 _MOST_READY = 4  # more batches ahead than these help nobody
 # Bytes: TensorFlow's own, its threads' and the pages of the indexes; and of one image while it is decoded and resized.
 _RUNTIME, _WORKSPACE = 900 * 2**20, 32 * 2**20
+_SLACK = 1.2  # bytes of blocks that are kept, over the mean of those that are shuffled together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +84,10 @@ class Source(Protocol):
         """The index of every dataset of the mixture."""
         ...
 
+    def choose_block(self, indexes: tuple[Index, ...]) -> int:
+        """How many consecutive frames are read at once: `data.read_block`, or what is best for where the frames lie."""
+        ...
+
     def pixels(
         self, split: Split, samples: Samples, steps: range, batch_size: int, windows: tuple[int, ...] = ()
     ) -> Iterator[Pixels]:
@@ -108,7 +117,8 @@ class Rlds:
         self._keys = ("image", "depth") if depth else ("image",)
         self._cache_dir = config.cache_folder
         self._workers = config.workers or os.cpu_count() or 1
-        self._block, self._budget, self._faults = config.read_block, config.memory_gb, config.faults
+        self._config, self._faults = config, config.faults
+        self._block, self._ahead = 1, 0  # see `choose_block`
 
     def index(self, split: str) -> tuple[Index, ...]:
         indexes = tuple(
@@ -121,134 +131,83 @@ class Rlds:
         self._faults.check(sum((Counter(i.skipped) for i in indexes), Counter()), f"episodes of the split {split!r}")
         return indexes
 
+    def choose_block(self, indexes: tuple[Index, ...]) -> int:
+        config = self._config
+        sizes = [
+            (path, size)
+            for index in indexes
+            for path, (_, size, *_) in zip(index.files, index.made_from["shards"], strict=True)
+            if is_url(path)
+        ]
+        self._block = config.read_block or 1
+        if not sizes:
+            return self._block
+        speed = measure(sizes)
+        self._ahead = choose_ahead(speed, config.memory_gb * 2**30)
+        why = "as the config says"
+        if not config.read_block:
+            frames = np.asarray([index.num_frames for index in indexes])
+            image, stored = (
+                np.average([sum(index.mean_size(key) for key in keys) for index in indexes], weights=frames)
+                for keys in (("image",), self._keys)
+            )
+            window = _SLACK * stored * min(config.shuffle_frames, frames.sum())
+            if self._processes.count > 1:
+                why = "for each of several hosts would have to read every block of which it has a frame"
+            elif _RUNTIME + self._workers * _WORKSPACE + window + 2 * self._ahead > 0.9 * config.memory_gb * 2**30:
+                why = "for data.memory_gb does not hold the blocks of data.shuffle_frames"
+            else:
+                self._block, why = choose_block(speed, image), "which a run keeps when it is resumed"
+        if self._processes.index:
+            return self._block
+        tqdm.write(
+            f"{sizes[0][0].rpartition('/')[0]}: {1e3 * speed.latency:.0f} ms a request and "
+            f"{speed.bandwidth / 1e6:.0f} MB/s, so up to {self._ahead / 1e6:.0f} MB are asked for ahead; "
+            f"data.read_block is {self._block}, {why}",
+            file=sys.stderr,
+        )
+        return self._block
+
     def pixels(
         self, split: Split, samples: Samples, steps: range, batch_size: int, windows: tuple[int, ...] = ()
     ) -> Iterator[Pixels]:
         tf = tensorflow()
         encoded = np.asarray([sum(index.mean_size(key) for key in self._keys) for index in split.indexes])
         decoded = self._image_size**2 * (7 if "depth" in self._keys else 3)
-        ready, cache = plan_memory(encoded, decoded, batch_size, windows, self._workers, self._budget)
+        budget = self._config.memory_gb
+        ready, cache = plan_memory(encoded, decoded, batch_size, windows, self._workers, budget, self._ahead)
         while steps:
             # Each round has its own: a thread of the one before may still be reading.
-            taken: dict[int, np.ndarray] = {}
-            failure: list[Exception] = []
-            store = Blocks(self._block, cache) if windows else Files()
-            read = functools.partial(self._read_step, split, samples, store, taken, failure)
+            files = Files()
+            store = Blocks(files, self._block, cache) if windows else files
+            reader = StepReader(split, samples, self._keys, files, store, self._faults, self._ahead)
             depth = "depth" in self._keys
-            batches = decode_batches(read, steps, batch_size, self._image_size, depth, self._workers, ready)
+            batches = decode_batches(reader.read, steps, batch_size, self._image_size, depth, self._workers, ready)
             for step in steps:
                 try:
                     batch = next(batches)
                 except tf.errors.OpError:
-                    if failure:
-                        raise failure[0] from None
-                    if not self._find_broken(split, taken[step]):
+                    if reader.failure:
+                        raise reader.failure[0] from None
+                    if not self._find_broken(reader, reader.taken[step]):
                         raise
                     steps = range(step, steps.stop)  # again from here, now that they are known
                     break
-                ids = taken.pop(step)
+                ids = reader.taken.pop(step)
                 if split.broken:
                     self._count_replaced(split, samples, step, ids)
                 yield Pixels(ids, **batch)
             else:
                 return
 
-    def _read_step(
-        self,
-        split: Split,
-        samples: Samples,
-        store: "Files",
-        taken: dict[int, np.ndarray],
-        failure: list[Exception],
-        step: Any,
-    ) -> tuple[np.ndarray, ...]:
-        """What TensorFlow calls. It would make an exception of its own out of ours, so that goes to `failure`."""
-        try:
-            taken[int(step)], encoded = self._read(split, samples, int(step), store)
-        except Exception as error:
-            failure.append(error)
-            raise
-        return encoded
-
-    def _read(
-        self, split: Split, samples: Samples, step: int, store: "Files"
-    ) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
-        """The frames i64[B] of a step and their encoded images (and depth maps with their units)."""
-        ids = samples(step)
-        encoded = {key: np.empty(len(ids), object) for key in self._keys}
-        units = np.empty(len(ids), np.float32)
-        rows = np.arange(len(ids))
-        for attempt in range(_ATTEMPTS):
-            if attempt:
-                ids = np.array(ids)
-                ids[rows] = samples(step, attempt)[rows]
-            rows = self._fetch(split, ids, rows, store, encoded, units)
-            if not rows.size:
-                return ids, (*encoded.values(), units) if "depth" in self._keys else tuple(encoded.values())
-        raise InputError(f"{_ATTEMPTS} draws in a row gave no readable frame (step {step})")
-
-    def _fetch(
-        self,
-        split: Split,
-        ids: np.ndarray,
-        rows: np.ndarray,
-        store: "Files",
-        encoded: dict[str, np.ndarray],
-        units: np.ndarray,
-    ) -> np.ndarray:
-        """Fills `rows` of `encoded` and `units`; gives those rows whose frames cannot be read."""
-        failed = {row for row in rows.tolist() if ids[row] in split.broken} if split.broken else set()
-        places: list[tuple[int, Index, str, int, int, int, int, int]] = []
-        records: list[tuple[Index, int, np.ndarray]] = []
-        dataset, frames = split.locate(ids[rows])
-        for number in np.unique(dataset):
-            index, own, frame = split.indexes[number], rows[dataset == number], frames[dataset == number]
-            units[own] = index.spec.depth_unit
-            episodes = index.episode(frame)
-            current = split.current[number]
-            records += [(index, one, current) for one in np.unique(episodes[~current[episodes]]).tolist()]
-            files = index.arrays["episode_file"][episodes].tolist()
-            for key in self._keys:
-                spans = index.spans(key, frame).tolist()
-                for row, one, file, span in zip(own.tolist(), frame.tolist(), files, spans, strict=True):
-                    if row not in failed:
-                        places.append((row, index, key, one, file, *span))
-        store.expect((*index.record(episode)[:2], CHECKSUM_BYTES) for index, episode, _ in records)
-        store.expect((index.files[file], offset, length) for _, index, _, _, file, offset, length, _ in places)
-        self._check_records(records, store)
-        for row, index, key, *place, checksum in places:
-            try:
-                encoded[key][row] = data = store.frame(index, key, *place)
-                if google_crc32c.value(data) != checksum:
-                    raise Fault("checksum", "its bytes are not those that were indexed")
-            except Fault as fault:
-                if row not in failed:
-                    self._leave_out(split, int(ids[row]), fault.reason, f"the {key} cannot be read any more: {fault}")
-                failed.add(row)
-        return np.asarray(sorted(failed), np.int64)
-
-    @staticmethod
-    def _check_records(records: list[tuple[Index, int, np.ndarray]], store: "Files") -> None:
-        """Compares the checksums of episodes' records with those in the index, and notes the episode. Raises InputError
-        where a file was rewritten and nothing else shows it."""
-        for index, episode, current in records:
-            path, offset, checksum = index.record(episode)
-            with contextlib.suppress(Fault):  # reading the frame says what is wrong
-                if store.read(path, offset, CHECKSUM_BYTES) != checksum:
-                    index.forget()
-                    raise InputError(
-                        f"the records of {path} are not those that dataset {index.name!r} was indexed with, though "
-                        "the file has the same size and modification time: start again to index the dataset again"
-                    )
-                current[episode] = True
-
-    def _find_broken(self, split: Split, ids: np.ndarray) -> bool:
+    def _find_broken(self, reader: "StepReader", ids: np.ndarray) -> bool:
         """Leaves out those frames among `ids` that cannot be read or decoded; whether there are any."""
         tf = tensorflow()
-        before = len(split.broken)
+        before, split = len(reader.split.broken), reader.split
         encoded = {key: np.empty(len(ids), object) for key in self._keys}
         units = np.empty(len(ids), np.float32)
-        unread = self._fetch(split, ids, np.arange(len(ids)), Files(), encoded, units)
+        alone = StepReader(split, reader.samples, self._keys, files := Files(), files, self._faults)
+        unread = alone.fetch(alone.begin(ids), encoded, units)
         for row in np.setdiff1d(np.arange(len(ids)), unread).tolist():
             frame = [encoded[key][row] for key in self._keys]
             try:
@@ -257,15 +216,8 @@ class Rlds:
                 )
             except tf.errors.OpError:
                 sizes = " and ".join(f"{len(data)} bytes of {key}" for key, data in zip(self._keys, frame, strict=True))
-                self._leave_out(split, int(ids[row]), "undecodable image", f"the image does not decode ({sizes})")
+                alone.leave_out(int(ids[row]), "undecodable image", f"the image does not decode ({sizes})")
         return len(split.broken) > before
-
-    def _leave_out(self, split: Split, sample: int, reason: str, message: str) -> None:
-        """Notes a frame as broken, or raises."""
-        if self._faults.policy == "fail":
-            raise Fault(reason, f"{split.describe(sample)}: {message}")
-        split.broken[sample] = reason
-        self._faults.check(Counter(list(split.broken.values())), "frames")  # a copy: others add to it
 
     def _count_replaced(self, split: Split, samples: Samples, step: int, taken: np.ndarray) -> None:
         """Counts the draws that came before those which were `taken`."""
@@ -279,6 +231,125 @@ class Rlds:
                 return
 
 
+class Begun(NamedTuple):
+    """Frames that are being read."""
+
+    ids: np.ndarray  # i64[B]
+    rows: np.ndarray  # those of the frames that are wanted
+    records: list[tuple[Index, int, np.ndarray, Take]]  # episodes whose records are to be checked; see `Split.current`
+    places: list[Place]
+    takes: list[Take]  # the bytes of each place
+    size: int  # bytes under way from a bucket
+
+
+@dataclasses.dataclass
+class StepReader:
+    """The encoded images of steps, in order. From a bucket, those of later steps are asked for while there are less
+    than `ahead` bytes under way."""
+
+    split: Split
+    samples: Samples
+    keys: tuple[str, ...]  # image[, depth]
+    files: Files
+    store: Files | Blocks  # `files`, or blocks of them
+    faults: Faults
+    ahead: int = 0
+    taken: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)  # the frames i64[B] of steps that were read
+    failure: list[Exception] = dataclasses.field(default_factory=list)
+    begun: dict[int, Begun] = dataclasses.field(default_factory=dict)
+
+    def read(self, step: Any) -> tuple[np.ndarray, ...]:
+        """What TensorFlow calls: the images of a step (and its depth maps with their units). TensorFlow would make an
+        exception of its own out of ours, so that goes to `failure`."""
+        try:
+            self.taken[int(step)], encoded = self._read(int(step))
+        except Exception as error:
+            self.failure.append(error)
+            raise
+        return encoded
+
+    def _read(self, step: int) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
+        """The frames i64[B] of a step and their encoded images (and depth maps with their units)."""
+        begun = self.begun.pop(step, None) or self.begin(self.samples(step))
+        later = step + 1 + len(self.begun)
+        while sum(one.size for one in self.begun.values()) < self.ahead and later <= step + _FARTHEST:
+            self.begun[later] = self.begin(self.samples(later))
+            later += 1
+        ids, rows = np.array(begun.ids), np.arange(len(begun.ids))
+        encoded, units = {key: np.empty(len(ids), object) for key in self.keys}, np.empty(len(ids), np.float32)
+        for attempt in range(_ATTEMPTS):
+            if attempt:
+                ids[rows] = self.samples(step, attempt)[rows]
+                begun = self.begin(ids, rows)
+            rows = self.fetch(begun, encoded, units)
+            if not rows.size:
+                return ids, (*encoded.values(), units) if "depth" in self.keys else tuple(encoded.values())
+        raise InputError(f"{_ATTEMPTS} draws in a row gave no readable frame (step {step})")
+
+    def begin(self, ids: np.ndarray, rows: np.ndarray | None = None) -> Begun:
+        """Begins to read `rows` of the frames `ids`, all by default."""
+        split, rows = self.split, np.arange(len(ids)) if rows is None else rows
+        broken = {row for row in rows.tolist() if ids[row] in split.broken} if split.broken else set()
+        records: list[tuple[Index, int, np.ndarray]] = []
+        places: list[Place] = []
+        dataset, frames = split.locate(ids[rows])
+        for number in np.unique(dataset):
+            index, own, frame = split.indexes[number], rows[dataset == number], frames[dataset == number]
+            episodes, current = index.episode(frame), split.current[number]
+            records += [(index, one, current) for one in np.unique(episodes[~current[episodes]]).tolist()]
+            paths = [index.files[file] for file in index.arrays["episode_file"][episodes].tolist()]
+            for key in self.keys:
+                spans = index.spans(key, frame).tolist()
+                for row, one, path, span in zip(own.tolist(), frame.tolist(), paths, spans, strict=True):
+                    if row not in broken:
+                        places.append(Place(row, index, key, one, path, *span))
+        checks, _ = self.files.begin([(*index.record(one)[:2], CHECKSUM_BYTES) for index, one, _ in records])
+        begun = [(*record, take) for record, take in zip(records, checks, strict=True)]
+        return Begun(ids, rows, begun, places, *self.store.frames(places))
+
+    def fetch(self, begun: Begun, encoded: dict[str, np.ndarray], units: np.ndarray) -> np.ndarray:
+        """Fills rows of `encoded` and `units` with the frames that were begun; gives those rows whose frames cannot be
+        read."""
+        split, ids = self.split, begun.ids
+        failed = {row for row in begun.rows.tolist() if ids[row] in split.broken} if split.broken else set()
+        self._check_records(begun)
+        for place, take in zip(begun.places, begun.takes, strict=True):
+            if place.row in failed:
+                continue
+            try:
+                encoded[place.key][place.row] = data = take()
+                units[place.row] = place.index.spec.depth_unit
+                if google_crc32c.value(data) != place.checksum:
+                    raise Fault("checksum", "its bytes are not those that were indexed")
+            except Fault as fault:
+                message = f"the {place.key} cannot be read any more: {fault}"
+                self.leave_out(int(ids[place.row]), fault.reason, message)
+                failed.add(place.row)
+        return np.asarray(sorted(failed), np.int64)
+
+    @staticmethod
+    def _check_records(begun: Begun) -> None:
+        """Compares the checksums of episodes' records with those in the index, and notes the episode. Raises InputError
+        where a file was rewritten and nothing else shows it."""
+        for index, episode, current, take in begun.records:
+            path, _, checksum = index.record(episode)
+            with contextlib.suppress(Fault):  # reading the frame says what is wrong
+                if take() != checksum:
+                    index.forget()
+                    raise InputError(
+                        f"the records of {path} are not those that dataset {index.name!r} was indexed with, though "
+                        "the file has the same size and modification time: start again to index the dataset again"
+                    )
+                current[episode] = True
+
+    def leave_out(self, sample: int, reason: str, message: str) -> None:
+        """Notes a frame as broken, or raises."""
+        if self.faults.policy == "fail":
+            raise Fault(reason, f"{self.split.describe(sample)}: {message}")
+        self.split.broken[sample] = reason
+        self.faults.check(Counter(list(self.split.broken.values())), "frames")  # a copy: others add to it
+
+
 def check_depth(split: Split, pixels: Pixels) -> None:
     """Raises InputError that names a frame whose depth is too far to be metres: its spec has another `depth_unit`."""
     if pixels.depth is None:
@@ -289,15 +360,22 @@ def check_depth(split: Split, pixels: Pixels) -> None:
 
 
 def plan_memory(
-    encoded: np.ndarray, decoded: int, batch_size: int, windows: tuple[int, ...], workers: int, memory_gb: float
+    encoded: np.ndarray,
+    decoded: int,
+    batch_size: int,
+    windows: tuple[int, ...],
+    workers: int,
+    memory_gb: float,
+    ahead: int = 0,
 ) -> tuple[int, int]:
     """How many decoded batches may wait, and how many bytes of blocks are kept.
 
-    `encoded`: the mean bytes f64[D] of a stored frame of each dataset; `decoded`: those of a decoded one. Raises
+    `encoded`: the mean bytes f64[D] of a stored frame of each dataset; `decoded`: those of a decoded one; `ahead`:
+    bytes under way from a bucket, whose blocks shall not take the place of others that are still used. Raises
     InputError when the budget holds no batch at all.
     """
-    cache = int(1.2 * np.sum(encoded * windows)) if windows else 0
-    fixed = _RUNTIME + workers * _WORKSPACE + cache
+    cache = int(_SLACK * np.sum(encoded * windows)) + ahead if windows else 0
+    fixed = _RUNTIME + workers * _WORKSPACE + cache + ahead
     batch = batch_size * (decoded + int(encoded.max()))
     # Besides those that wait: one is read, one decoded, one being put together, one with the caller.
     ready = int((memory_gb * 2**30 - fixed) // batch) - 4
@@ -308,105 +386,3 @@ def plan_memory(
             f"data.memory_gb is {memory_gb}, but batches of {batch_size} need {needed:.2f} GB here{blocks}"
         )
     return min(ready, _MOST_READY), cache
-
-
-class Files:
-    """Byte ranges of files, with the most recently used ones kept open."""
-
-    def __init__(self, limit: int = 256):
-        self._limit = limit
-        self._open: OrderedDict[str, int] = OrderedDict()
-
-    def expect(self, ranges: Iterable[tuple[str, int, int]]) -> None:
-        """Tells the system what is read next: it fetches all of it at once while the first is waited for."""
-        if hasattr(os, "posix_fadvise"):  # Linux
-            for path, offset, length in ranges:
-                with contextlib.suppress(OSError):  # reading it says what is wrong
-                    os.posix_fadvise(self._descriptor(path), offset, length, os.POSIX_FADV_WILLNEED)
-
-    def frame(self, index: Index, key: str, frame: int, file: int, offset: int, length: int) -> bytes:
-        """The bytes of a frame's image or depth map, which lie there. Raises a Fault."""
-        return self.read(index.files[file], offset, length)
-
-    def read(self, path: str, offset: int, length: int) -> bytes:
-        try:
-            data = os.pread(self._descriptor(path), length, offset)
-        except OSError as error:
-            raise Fault("unreadable file", str(error.strerror)) from error
-        if len(data) < length:
-            raise Fault("unreadable file", "the file is shorter than it was")
-        return data
-
-    def _descriptor(self, path: str) -> int:
-        if path not in self._open:
-            self._open[path] = os.open(path, os.O_RDONLY)
-            if len(self._open) > self._limit:
-                os.close(self._open.popitem(last=False)[1])
-        self._open.move_to_end(path)
-        return self._open[path]
-
-    def __del__(self) -> None:
-        for descriptor in self._open.values():
-            os.close(descriptor)
-
-
-class Blocks(Files):
-    """The same, read in blocks of `block` consecutive frames. They lie in one ring of `capacity` bytes, a new one in
-    the place of the oldest: all of it is taken at once and nothing is freed, so that the resident set stays flat."""
-
-    def __init__(self, block: int, capacity: int):
-        super().__init__()
-        self._block, self._ring, self._end = block, _pages(capacity), 0
-        # Of each block, oldest first, a (file, offset, place in the ring, length) for every episode it has frames of.
-        self._kept: OrderedDict[tuple[str, str, int], list[tuple[int, int, int, int]]] = OrderedDict()
-
-    def expect(self, ranges: Iterable[tuple[str, int, int]]) -> None:
-        """Nothing: most of it is here already, and a block is a read that is large enough."""
-
-    def frame(self, index: Index, key: str, frame: int, file: int, offset: int, length: int) -> bytes:
-        name = (index.name, key, frame // self._block)
-        if name not in self._kept:
-            self._kept[name] = self._load(list(self._parts(index, key, name[2])))
-        for held, start, place, size in self._kept[name]:
-            if held == file and start <= offset < start + size:
-                return self._ring[place + offset - start : place + offset - start + length]
-        raise AssertionError(f"frame {frame} is not in its block")
-
-    def _load(self, parts: list[tuple[int, int, bytes]]) -> list[tuple[int, int, int, int]]:
-        """Puts a block into the ring."""
-        size = sum(len(data) for *_, data in parts)
-        if size > len(self._ring):  # far above the mean: the ring grows
-            self._kept.clear()
-            self._ring, self._end = _pages(2 * size), 0
-        if self._end + size > len(self._ring):
-            self._forget(self._end, len(self._ring))
-            self._end = 0
-        self._forget(self._end, self._end + size)
-        places = []
-        for file, start, data in parts:
-            self._ring[self._end : self._end + len(data)] = data
-            places.append((file, start, self._end, len(data)))
-            self._end += len(data)
-        return places
-
-    def _forget(self, first: int, stop: int) -> None:
-        """Drops the blocks that lie in the ring between `first` and `stop`: they are the oldest."""
-        while self._kept:
-            oldest, parts = next(iter(self._kept.items()))
-            if parts[0][2] >= stop or parts[-1][2] + parts[-1][3] <= first:
-                return
-            del self._kept[oldest]
-
-    def _parts(self, index: Index, key: str, block: int) -> Iterator[tuple[int, int, bytes]]:
-        frames = np.arange(block * self._block, min((block + 1) * self._block, index.num_frames))
-        episodes, spans = index.episode(frames), index.spans(key, frames)
-        for episode in np.unique(episodes).tolist():  # an episode's images lie one after the other
-            own = spans[episodes == episode]
-            file = int(index.arrays["episode_file"][episode])
-            start, stop = int(own[0, 0]), int(own[-1, :2].sum())
-            yield file, start, self.read(index.files[file], start, stop - start)
-
-
-def _pages(size: int) -> mmap.mmap:
-    """So many bytes of memory, taken now where the system can (Linux)."""
-    return mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_POPULATE", 0))

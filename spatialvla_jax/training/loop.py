@@ -32,6 +32,7 @@ from spatialvla_jax.training.setup import TrainSetup, check_patterns, make_setup
 from spatialvla_jax.training.sharding import BATCH, make_mesh
 from spatialvla_jax.training.state import TrainState, init_state
 from spatialvla_jax.training.step import Jitted, jit_eval_step, jit_train_step, jit_update_norms
+from spatialvla_jax.utils import storage
 from spatialvla_jax.utils.atomic import write_json
 from spatialvla_jax.utils.chips import peak
 from spatialvla_jax.utils.distributed import Preemption, all_processes, is_writer
@@ -115,6 +116,8 @@ def prepare(config: ConfigDict, workdir: AnyPath, goodput: Goodput) -> Run:
         config = with_model_of(config, checkpoint, begun)
     check_patterns(make_setup(config, uniform_grid((1,) * 6), mesh))  # of any grid: for its errors
     if begun:
+        if not config.data.read_block:  # what was chosen decides the order of the samples
+            config.data.read_block = begun["data"].get("read_block", 1)
         check_resumable(begun, config, workdir)
     if config.model.depth_source == "zoedepth" and not config.init and is_writer():
         warn("model.depth_source=zoedepth and init is empty: the depth model has random weights")
@@ -125,6 +128,7 @@ def prepare(config: ConfigDict, workdir: AnyPath, goodput: Goodput) -> Run:
             tokenizer=None if processor is None or config.data.prompt.model else processor.tokenizer,
             processes=all_processes(),
         )
+    config.data.read_block = loader.mixture.block
     if config.train.eval_every:  # what the first validation would find wrong is an error now
         frames = loader.check_epoch(config.train.eval_split)
         for name, count in loader.shared_episodes(config.train.eval_split).items() if is_writer() else ():
@@ -267,6 +271,7 @@ class StepReport:
         self.run, self.log, self.goodput = run, log, goodput
         self.step, self.values = run.start, {}  # of the last report
         self.skipped_episodes, self.replaced_samples = run.loader.num_skipped(), 0
+        self.asked = storage.counts()  # until the last report
         model = run.setup.model.config
         self.tokens = model.prefix_length + model.num_action_tokens + 1
         self.flops = model_flops(run.setup, run.grid) if peak() else 0.0
@@ -283,8 +288,11 @@ class StepReport:
         counts = {"data/skipped": self.skipped_episodes, "data/replaced": replaced - self.replaced_samples}
         speed = rates(times["step/seconds"], self.run.setup.batch_size, self.tokens, self.flops)
         record = self.values | {"batch": fingerprint} | counts
-        self.log.write(step, record, times | speed | {"save/seconds": seconds_of_save} | self.goodput.shares())
-        self.step, self.replaced_samples = step, replaced
+        asked = storage.counts()
+        asked_now = {f"storage/{key}": n - self.asked[key] for key, n in asked.items()} if asked["requests"] else {}
+        times |= speed | {"save/seconds": seconds_of_save} | asked_now
+        self.log.write(step, record, times | self.goodput.shares())
+        self.step, self.replaced_samples, self.asked = step, replaced, asked
         return {
             "loss": f"{self.values['loss']:.3f}",
             "l1": f"{self.values['l1']:.3f}",

@@ -19,7 +19,7 @@ from helpers.toy_rlds import data_config, make_episodes, make_rlds
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from spatialvla_jax.data import load_data, reader
+from spatialvla_jax.data import load_data
 from spatialvla_jax.data.index import Faults
 from spatialvla_jax.data.oxe import CATALOGUE
 from spatialvla_jax.data.tfrecord import read_records
@@ -348,7 +348,7 @@ def test_slow_disk(rlds, tmp_path, monkeypatch):
     config = data_config(rlds, cache_dir=tmp_path)
     fast = take(load_data(config, image_size=SIZE).batches(4), 5)
     pread, disk = os.pread, threading.Event()
-    monkeypatch.setattr(reader.os, "pread", lambda *arguments: disk.wait() and pread(*arguments))
+    monkeypatch.setattr(os, "pread", lambda *arguments: disk.wait() and pread(*arguments))
     with ThreadPoolExecutor(1) as thread:
         slow = thread.submit(lambda: take(load_data(config, image_size=SIZE).batches(4), 5))
         with pytest.raises(TimeoutError):

@@ -9,7 +9,7 @@ from helpers.batches import assert_equal
 from helpers.streams import assert_resumes, assert_shared, take
 from helpers.toy_rlds import data_config, make_episodes, make_rlds
 
-from spatialvla_jax.data import load_data, reader
+from spatialvla_jax.data import load_data, ranges, reader
 from spatialvla_jax.errors import Fault, InputError
 
 SIZE = 16
@@ -33,7 +33,7 @@ def reads(monkeypatch):
         calls.append((offset, length))
         return pread(descriptor, length, offset)
 
-    monkeypatch.setattr(reader.os, "pread", record)
+    monkeypatch.setattr(ranges.os, "pread", record)
     return calls
 
 
@@ -89,7 +89,7 @@ def test_start_up_does_not_depend_on_the_depth(paths, cache_dir, reads):
 
 def test_open_files_stay_few(tmp_path):
     """More shards than are kept open."""
-    files = reader.Files(limit=3)
+    files = ranges.Files(limit=3)
     for number in range(8):
         (tmp_path / str(number)).write_bytes(bytes([number] * 4))
     before = len(os.listdir("/proc/self/fd"))
@@ -104,21 +104,22 @@ def test_open_files_stay_few(tmp_path):
 
 def test_blocks_stay_within_their_bytes(paths, cache_dir, reads, monkeypatch):
     """Memory is taken once; blocks that are too large for it take more, once."""
-    taken, mmap = [], reader.mmap.mmap
-    monkeypatch.setattr(reader.mmap, "mmap", lambda *args, **options: taken.append(args[1]) or mmap(*args, **options))
+    taken, mmap = [], ranges.mmap.mmap
+    monkeypatch.setattr(ranges.mmap, "mmap", lambda *args, **options: taken.append(args[1]) or mmap(*args, **options))
     loader = load_data(data_config(paths[0], cache_dir=cache_dir), image_size=SIZE)
     (index,) = loader.indexes()
     frames = np.random.default_rng(0).integers(0, index.num_frames, 300).tolist()
-    files = index.arrays["episode_file"][index.episode(frames)].tolist()
-    capacity = 12 * int(index.arrays["image"][:, 1].max())
+    files = [index.files[file] for file in index.arrays["episode_file"][index.episode(frames)]]
+    capacity = 12 * int(index.spans("image", np.arange(index.num_frames))[:, 1].max())
     for size, count, most in ((capacity, 300, capacity), (10, 50, 4 * capacity)):
         del taken[:]
-        blocks = reader.Blocks(4, size)
+        blocks = ranges.Blocks(ranges.Files(), 4, size)
         for frame, file in zip(frames[:count], files, strict=False):
-            span = index.spans("image", frame)[:2].tolist()
-            assert blocks.frame(index, "image", frame, file, *span) == reader.Files().read(index.files[file], *span)
+            place = ranges.Place(0, index, "image", frame, file, *index.spans("image", frame).tolist())
+            (take,), _ = blocks.frames([place])
+            assert take() == ranges.Files().read(file, place.offset, place.length)
             del reads[:]
-            assert blocks.frame(index, "image", frame, file, *span) and not reads, "it is kept"
+            assert take() and not reads, "it is kept"
         assert taken[0] == size and max(taken) <= most and len(taken) == (1 if size == capacity else 2)
 
 

@@ -34,8 +34,8 @@ _BURST = 0.02  # seconds of bandwidth that an idle server has in hand
 
 @dataclasses.dataclass
 class Options:
-    latency_ms: float = 0  # from a request to the first byte of its answer
-    bandwidth_mb: float = 0  # MB/s of all answers together; 0: no limit
+    latency_ms: float = 0.0  # from a request to the first byte of its answer
+    bandwidth_mb: float = 0.0  # MB/s of all answers together; 0: no limit
     fault: str = ""  # a status (429, 503 …), or "cut": half the body and the end of the connection; empty: none
     every: int = 1  # the fault meets every n-th request
     of: str = "any"  # "read" (of content), "write" (uploads, copies and deletes) or "any"
@@ -67,7 +67,9 @@ def range_server(root: str | os.PathLike[str], **options: Any) -> Iterator[Range
     process = subprocess.Popen([sys.executable, __file__, root, *arguments], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout
-        yield RangeServer(process, process.stdout.readline().strip())
+        url = process.stdout.readline().strip()
+        assert url, "the server has not started"
+        yield RangeServer(process, url)
     finally:
         process.terminate()
         process.wait()
