@@ -21,6 +21,7 @@ from spatialvla_jax.utils.storage import AnyPath, absolute, as_path, is_dir, is_
 # Keys that may change when a run goes on: they touch what is watched, kept and where it runs, not what is computed.
 FREE_ON_RESUME = (
     *("checkpoint", "mesh", "train.max_skipped", "train.log_every", "train.eval_every", "train.eval_frames"),
+    "train.spikes",  # for a run that met one; without a spike it changes nothing
     *("data.root", "data.packed", "data.cache_dir", "data.workers", "data.memory_gb", "data.faults"),
     *("train.grad_accum_steps", "model.remat", "model.unroll"),  # how a step fits its devices, not what it computes
 )
@@ -157,6 +158,15 @@ KEYS: dict[str, Field] = {
     "train.max_skipped": Field(
         100, "steps whose loss or gradient is not finite, before the run ends with an error", low=0
     ),
+    "train.spikes.factor": Field(
+        0.0,
+        "a loss of so many medians is a spike: back to a checkpoint, and on with later batches; 0: off",
+        also=(0,),
+        above=1,
+    ),
+    "train.spikes.window": Field(100, "steps before, whose median loss it is", low=1, high=10_000, unit="steps"),
+    "train.spikes.rewind": Field(0, "go back so far at least", low=0, unit="steps"),
+    "train.spikes.limit": Field(10, "spikes, before the run ends with an error", low=0),
     "train.log_every": Field(50, "between two records of the metrics", low=1, unit="steps"),
     "train.eval_every": Field(5_000, "between two validations; 0: none", low=0, unit="steps"),
     "train.eval_split": Field(
@@ -249,6 +259,12 @@ def check_together(config: ConfigDict) -> None:
         raise InputError(
             f"train.batch_size={train.batch_size} does not divide by train.grad_accum_steps={train.grad_accum_steps}; "
             f"the nearest valid value is {nearest}"
+        )
+    reach = (config.checkpoint.keep_last - 1) * config.checkpoint.every
+    if train.spikes.factor and train.spikes.rewind > reach:
+        raise InputError(
+            f"train.spikes.rewind={train.spikes.rewind} goes back further than the oldest checkpoint that is kept: "
+            f"(checkpoint.keep_last - 1) × checkpoint.every = {reach} steps"
         )
     if 0 < areas[1] < areas[0]:
         raise InputError(f"augment.crop_area_max={areas[1]} is below augment.crop_area={areas[0]}; 0 draws no areas")

@@ -23,7 +23,7 @@ RUN = OutputFolder(
     "config.json",
     "train",
     names=(
-        *("checkpoints", "finished", "goodput", "metrics.jsonl", "profile"),
+        *("checkpoints", "compiled", "finished", "goodput", "metrics.jsonl", "profile"),
         *("statistics.json", "tensorboard", "times.jsonl"),
     ),
 )
@@ -91,7 +91,9 @@ def run_train(args: argparse.Namespace) -> None:
     config = load_config(args.config, args.overrides)
     join_processes(args)
     try:
-        result = train(config, args.workdir, wandb=args.wandb, profile=args.profile, age=process_age())
+        result = train(
+            config, args.workdir, wandb=args.wandb, profile=args.profile, age=process_age(), keep_compiled=True
+        )
     except OSError as error:
         raise StorageError(f"{error.filename or args.workdir}: {error.strerror or error}") from error
     if is_writer():

@@ -3,6 +3,7 @@
 import json
 import sys
 import zlib
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from spatialvla_jax.checkpoints.orbax import read_metadata, step_directory
 from spatialvla_jax.checkpoints.types import read_json
 from spatialvla_jax.config import check_resumable, check_together, completed
 from spatialvla_jax.data import Loader, open_data
-from spatialvla_jax.errors import InputError
+from spatialvla_jax.errors import InputError, StorageError
 from spatialvla_jax.training.changes import CHANGES, describe_changes
 from spatialvla_jax.training.flops import model_flops
 from spatialvla_jax.training.goodput import Clock, Goodput
@@ -30,17 +31,20 @@ from spatialvla_jax.training.optimizer import split_frozen, swap_ema
 from spatialvla_jax.training.saving import FOLDER, Checkpoints, quiet_storage
 from spatialvla_jax.training.setup import TrainSetup, check_patterns, make_setup
 from spatialvla_jax.training.sharding import BATCH, make_mesh
-from spatialvla_jax.training.state import TrainState, init_state
+from spatialvla_jax.training.spikes import Watch
+from spatialvla_jax.training.state import TrainState, abstract_state, init_state
 from spatialvla_jax.training.step import Jitted, jit_eval_step, jit_train_step, jit_update_norms
 from spatialvla_jax.utils import storage
 from spatialvla_jax.utils.atomic import write_json
 from spatialvla_jax.utils.chips import peak
+from spatialvla_jax.utils.compilation_cache import share_compilations
 from spatialvla_jax.utils.distributed import Preemption, all_processes, is_writer
 from spatialvla_jax.utils.progress import warn
 from spatialvla_jax.utils.renames import CONFIG_KEYS, renamed
 from spatialvla_jax.utils.storage import AnyPath, is_file, is_url, remove
 
 CONFIG = "config.json"  # of a run's directory
+COMPILED = "compiled"  # of a run's directory
 FINISHED = "finished"  # of a run's directory: the file that stands for its last step
 
 
@@ -56,6 +60,7 @@ class Run:
     state: TrainState
     shardings: TrainState
     start: int
+    spikes: dict[str, Any]  # what its checkpoint knows of loss spikes, see `Watch`
 
 
 def train(
@@ -65,15 +70,17 @@ def train(
     wandb: str = "",
     profile: tuple[int, int] | None = None,
     age: float = 0.0,
+    keep_compiled: bool = False,
 ) -> dict[str, Any]:
     """Train to `config.train.steps`, from the last checkpoint in `workdir` if there is one; after SIGTERM, to the end
     of the step and a checkpoint of it.
 
     Metrics also go to the Weights & Biases project `wandb`; steps `profile`, first and last, are traced to
-    `workdir/profile`. The process is `age` seconds old and has done nothing else. Returns {"step", "params" and
-    "trainable" (counts), "checkpoint" (directory), "metrics" (last logged)}. The same config and seed give the same
-    bits, however often the run was killed in between. From the last step on `workdir/finished` exists, which tells
-    those who start runs again that this one is done.
+    `workdir/profile`. The process is `age` seconds old and has done nothing else. Where `keep_compiled`, the compiled
+    programs are kept in `workdir/compiled` for the next start, unless the workdir is in a bucket. Returns {"step",
+    "params" and "trainable" (counts), "checkpoint" (directory), "metrics" (last logged)}. The same config and seed give
+    the same bits, however often the run was killed in between. From the last step on `workdir/finished` exists, which
+    tells those who start runs again that this one is done.
     """
     if wandb:
         check_wandb()
@@ -84,6 +91,8 @@ def train(
             with goodput.clock("start"):
                 run = prepare(config, workdir, goodput)
                 log = MetricsLog(folder, run.start, wandb)
+            if keep_compiled and folder.local:
+                share_compilations(folder.path / COMPILED)
             try:
                 step, state, metrics = take_steps(run, log, goodput, preemption, profile)
             finally:
@@ -164,9 +173,12 @@ def prepare(config: ConfigDict, workdir: AnyPath, goodput: Goodput) -> Run:
         every=config.checkpoint.every,
         keep_last=config.checkpoint.keep_last,
         keep_every=config.checkpoint.keep_every or None,
+        keep_regular=bool(setup.spikes.factor),
         left_out=setup.frozen if setup.adapters else (),
     )
-    state, shardings = init_state(setup, params)
+    # What a checkpoint replaces is not made: that would take a compilation and the memory of a second state.
+    resumes = checkpoints.latest() is not None and params is None
+    state, shardings = abstract_state(setup) if resumes else init_state(setup, params)
     if checkpoints.latest():
         stored = checkpoints.restore_metadata()
         check_same(stored, metadata, loader, workdir)
@@ -174,13 +186,16 @@ def prepare(config: ConfigDict, workdir: AnyPath, goodput: Goodput) -> Run:
             warn(f"an earlier version began the run in {workdir}; from now on this differs: {changes}")
     with goodput.clock("restore"):
         start, state = checkpoints.restore(state, shardings)
+    if resumes and not start:  # none could be read
+        state, shardings = init_state(setup, params)
     if is_writer():
         write_json(workdir / CONFIG, config.to_dict())
         write_json(workdir / "statistics.json", loader.statistics)
         if start < setup.steps:
             remove(workdir / FINISHED)
     grid = jax.device_put(processor.grid, NamedSharding(mesh, P()))
-    return Run(workdir, setup, loader, grid, checkpoints, state, shardings, start)
+    spikes = checkpoints.restore_metadata().get("spikes", {}) if start else {}
+    return Run(workdir, setup, loader, grid, checkpoints, state, shardings, start, spikes)
 
 
 def begun_config(workdir: AnyPath, step: AnyPath | None) -> dict[str, Any]:
@@ -196,79 +211,119 @@ def begun_config(workdir: AnyPath, step: AnyPath | None) -> dict[str, Any]:
 
 
 def take_steps(
-    run: Run, log: MetricsLog, goodput: Goodput, preemption: Preemption, profile: tuple[int, int] | None
+    run: Run,
+    log: MetricsLog,
+    goodput: Goodput,
+    preemption: Preemption,
+    profile: tuple[int, int] | None = None,
+    stop_after: int = 0,
 ) -> tuple[int, TrainState, dict[str, Any]]:
-    """→ (the last step, the state after it, the metrics that were logged last)."""
-    setup, state, step, start, steps = run.setup, run.state, run.start, run.start, run.setup.steps
+    """→ (the last step, the state after it, the metrics that were logged last). It ends at `stop_after`, where that is
+    a step before the last one, as if it had been asked to."""
+    setup, state, step, steps, clock = run.setup, run.state, run.start, run.setup.steps, goodput.clock
     assert setup.mesh is not None
     batch_sharding, replicated = NamedSharding(setup.mesh, BATCH), NamedSharding(setup.mesh, P())
     seed = jax.device_put(np.uint32(setup.seed), replicated)
     train_step, eval_step = jit_train_step(setup, run.shardings), jit_eval_step(setup, run.shardings)
     last_update = jit_update_norms(setup, run.shardings)
-    batches = run.loader.batches(
-        setup.batch_size,
-        start_step=start,
-        seed=setup.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        total_steps=steps,
-    )
-    clock = goodput.clock
-    goodput.mark(start, keep=True)
-    report = StepReport(run, log, goodput)
-    previous, tracing = None, False  # the step before's metrics; whether a trace is being made
+    goodput.mark(step, keep=True)
+    watch = Watch.resumed(setup.spikes, run.checkpoints.every, setup.max_skipped, run.spikes)
+    report = StepReport(run, log, goodput, watch)
+    batches = batches_after(run, step + watch.skipped)
+    first, tracing, preempted = True, False, False
 
     def save(last: bool) -> None:
         with clock("compute"):
             jax.block_until_ready(state)
         with clock("save"):
-            run.checkpoints.save(state, step, log.folder.upload, last=last)
+            run.checkpoints.save(state, step, log.folder.upload, last=last, spikes=watch.to_dict())
         goodput.mark(step, keep=True)
 
-    with tqdm(
-        total=steps, initial=start, unit="step", desc="train", dynamic_ncols=True, disable=not is_writer()
-    ) as bar:
-        for step in range(start + 1, start + 1 if preemption.asked else steps + 1):
-            if profile and step == max(profile[0], start + 1) <= profile[1]:
+    with tqdm(total=steps, initial=step, unit="step", desc="train", dynamic_ncols=True, disable=not is_writer()) as bar:
+        stop = preemption.asked
+        while step < steps and not stop:
+            step += 1
+            if profile and step == max(profile[0], run.start + 1) <= profile[1]:
                 jax.profiler.start_trace(str(log.folder.path / "profile"))
                 tracing = True
             with clock("data"):
                 batch = next(batches)
-            with clock("compile" if step == start + 1 else "compute"):
+            with clock("compile" if first else "compute"):
                 state, metrics = train_step(state, to_device(batch, batch_sharding), run.grid, seed)
-                if previous is not None:  # wait for the step before: the device has one to do meanwhile
-                    check_skipped(previous, step - 1, setup.max_skipped)
-                previous = metrics
+            with clock("compute"):
+                watch.waiting.append((step, metrics))
+                target = watch.look(leave=0 if first else 1)
+            if first:  # with the next one, the device has one to do while this process waits for the one before
+                goodput.mark(step, keep=True)
+                first = False
             bar.update()
-            preempted = step < steps and preemption.reached(step)
-            stop = step == steps or preempted
+            preempted |= target is None and step < steps and preemption.reached(step + watch.skipped)
+            stop = step in (steps, stop_after) or preempted
             if step % setup.log_every == 0 or step in (1, steps):
                 with clock("compute" if report.values else "compile"):
                     values = jax.device_get(metrics | last_update(state))
                 bar.set_postfix(report.write(step, values, np.asarray(batch.sample_id)), refresh=False)
-            if profile and tracing and (stop or step == profile[1]):
+            if tracing and profile and (stop or step == profile[1]):
                 jax.block_until_ready(state)
                 jax.profiler.stop_trace()
                 tracing = False
-            due = run.checkpoints.due(step)
-            if preempted:  # a validation may take longer than what is left
+            due, validated = run.checkpoints.due(step), step == steps
+            validated |= bool(setup.eval_every) and step % setup.eval_every == 0
+            if target is None and (due or stop or validated):  # nothing of a spike is saved
+                target = watch.look()
+            if target is not None:
+                batches.close()
+                with clock("restore"):
+                    step, state = go_back(run, state, target, watch, log)
+                goodput.mark(step, keep=True)
+                report.go_back(step)
+                batches, stop = batches_after(run, step + watch.skipped), False
+                bar.update(step - bar.n)
+                continue
+            early = stop and step < steps
+            if early:  # a validation may take longer than what is left
                 save(last=True)
-            if setup.eval_every and (step % setup.eval_every == 0 or step == steps):
+            if setup.eval_every and validated:
                 with clock("eval"):
                     values = validate(eval_step, state, run, batch_sharding)
                 log.write(step, {f"val/{k}": v for k, v in values.items()})
-            if step == steps or (due and not preempted):
+            if step == steps or (due and not early):
                 save(last=stop)
-            if stop:
-                break
     return step, state, report.values
+
+
+def batches_after(run: Run, number: int) -> Generator[Batch]:
+    """This process's rows of the batches that come after so many."""
+    batches = run.loader.batches(
+        run.setup.batch_size,
+        start_step=number,
+        seed=run.setup.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        total_steps=run.setup.steps,
+    )
+    yield from batches
+
+
+def go_back(run: Run, state: TrainState, target: int, watch: Watch, log: MetricsLog) -> tuple[int, TrainState]:
+    """To the newest checkpoint up to step `target` → (its step, its state): nothing is left of the steps behind it but
+    the spike, and the batches that are left out."""
+    run.checkpoints.remove_after(target)
+    if run.checkpoints.latest() is None:
+        raise StorageError(f"{run.workdir / FOLDER} holds no checkpoint up to step {target}, before the loss spike")
+    step, state = run.checkpoints.restore(state, run.shardings)
+    watch.restored(step, run.checkpoints.restore_metadata().get("spikes", {}))
+    log.go_back(step)
+    if is_writer():
+        warn(watch.describe())
+    return step, state
 
 
 class StepReport:
     """Writes the metrics of steps to the log, with where the time went since the report before."""
 
-    def __init__(self, run: Run, log: MetricsLog, goodput: Goodput) -> None:
-        self.run, self.log, self.goodput = run, log, goodput
+    def __init__(self, run: Run, log: MetricsLog, goodput: Goodput, watch: Watch) -> None:
+        self.run, self.log, self.goodput, self.watch = run, log, goodput, watch
         self.step, self.values = run.start, {}  # of the last report
         self.skipped_episodes, self.replaced_samples = run.loader.num_skipped(), 0
         self.asked = storage.counts()  # until the last report
@@ -287,7 +342,7 @@ class StepReport:
         fingerprint = f"{zlib.crc32(sample_id.tobytes()):08x}"
         counts = {"data/skipped": self.skipped_episodes, "data/replaced": replaced - self.replaced_samples}
         speed = rates(times["step/seconds"], self.run.setup.batch_size, self.tokens, self.flops)
-        record = self.values | {"batch": fingerprint} | counts
+        record = self.values | {"batch": fingerprint} | counts | self.watch.counts()
         asked = storage.counts()
         asked_now = {f"storage/{key}": n - self.asked[key] for key, n in asked.items()} if asked["requests"] else {}
         times |= speed | {"save/seconds": seconds_of_save} | asked_now
@@ -299,15 +354,10 @@ class StepReport:
             "data_wait": f"{times['data/wait_seconds'] / times['step/seconds']:.0%}",
         }
 
-
-def check_skipped(metrics: dict[str, jax.Array], step: int, limit: int) -> None:
-    """Waits for the step that gives `metrics`; raises InputError once too many were skipped."""
-    skipped = int(metrics["skipped"])
-    if skipped > limit:
-        raise InputError(
-            f"step {step}: loss or gradient are not finite, {skipped} times in this run: more than train.max_skipped "
-            f"{limit}; lower the learning rate, or look at the data of the steps with `skipped` in metrics.jsonl"
-        )
+    def go_back(self, step: int) -> None:
+        """The next report is of what follows `step`."""
+        self.goodput.clock.report(1)
+        self.step = step
 
 
 def validate(eval_step: Jitted, state: TrainState, run: Run, sharding: NamedSharding) -> dict[str, float]:

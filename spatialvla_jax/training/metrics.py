@@ -69,6 +69,16 @@ class MetricsLog:
             self.wandb.log(scalars, step=step)
         self.folder.upload_now_and_then()
 
+    def go_back(self, step: int) -> None:
+        """Drops what was logged beyond `step`, from which the run goes on."""
+        if not is_writer():
+            return
+        self.file.close()
+        self.times.close()
+        self.file, self.times = (_kept(self.path.with_name(name), step) for name in ("metrics.jsonl", "times.jsonl"))
+        with self._writing("tensorboard", step):
+            self._write_event(step=step + 1, session_log=SessionLog(status=SessionLog.START))
+
     def _write_event(self, **fields: Any) -> None:
         self.events.write(Event(wall_time=time.time(), **fields).SerializeToString())
 

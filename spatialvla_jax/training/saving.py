@@ -14,14 +14,15 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
-from orbax.checkpoint import multihost
+from orbax.checkpoint import checkpoint_managers, multihost
 from tqdm import tqdm
 
 from spatialvla_jax.checkpoints.orbax import MARKER, first_cause, missing, step_directories, tree_handler, unreadable
@@ -36,6 +37,22 @@ FOLDER = "checkpoints"
 INCOMPLETE = "incomplete_checkpoints"  # beside it: those that a run found damaged
 # In the array store's errors: a file is missing, cut off or garbled.
 DAMAGE = ("NOT_FOUND", "OUT_OF_RANGE", "DATA_LOSS", "FAILED_PRECONDITION", "was not found", "Error decoding")
+
+
+@dataclass(frozen=True)
+class Preservation(checkpoint_managers.PreservationPolicy):
+    """Keeps the last `keep_last` checkpoints, the last `keep_last` whose step divides by `every`, and all whose step
+    divides by `keep_every`."""
+
+    keep_last: int
+    every: int
+    keep_every: int | None
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        regular = [step for step in steps if step % self.every == 0]
+        kept = {*steps[-self.keep_last :], *regular[-self.keep_last :]}
+        return [step in kept or bool(self.keep_every and step % self.keep_every == 0) for step in steps]
 
 
 @contextlib.contextmanager
@@ -62,7 +79,8 @@ def quiet_storage() -> Iterator[None]:
 
 
 class Checkpoints:
-    """Saves every `every` steps in the background, keeps the last `keep_last` and each `keep_every`-th.
+    """Saves every `every` steps in the background, keeps the last `keep_last` and each `keep_every`-th; where
+    `keep_regular`, also the last `keep_last` of every `every` steps, whatever was saved in between.
 
     A save that fails is tried again, with the state of that moment, after 1, 2, 4, … steps (the last of a run: seconds)
     up to `RETRIES` times in a row; then StorageError says why. What was saved before is never touched. Over several
@@ -79,11 +97,14 @@ class Checkpoints:
         every: int,
         keep_last: int,
         keep_every: int | None,
+        keep_regular: bool = False,
         left_out: tuple[str, ...] = (),
     ):
         self.folder, self.metadata, self.every = absolute(workdir / FOLDER), metadata, every
         self.left_out = left_out  # patterns of parameters that are neither saved nor restored, for they never change
-        self.keep = {"max_to_keep": keep_last, "keep_period": keep_every}
+        self.keep: dict[str, Any] = {"max_to_keep": keep_last, "keep_period": keep_every}
+        if keep_regular:
+            self.keep = {"preservation_policy": Preservation(keep_last, every, keep_every)}
         self.failures, self.retry_at, self.reason = 0, 0, ""
         self.began, self.seconds = 0.0, 0.0  # of the save under way; how long the last one took
         if is_writer():
@@ -129,9 +150,19 @@ class Checkpoints:
             self._finish(step)
         return step % self.every == 0 or step == self.retry_at
 
-    def save(self, state: TrainState, step: int, upload_logs: Callable[[], None], *, last: bool = False) -> None:
+    def save(
+        self,
+        state: TrainState,
+        step: int,
+        upload_logs: Callable[[], None],
+        *,
+        spikes: dict[str, Any],
+        last: bool = False,
+    ) -> None:
         """Start saving `state`, which is that after `step`; wait for it where it is the `last`. `upload_logs` puts in
-        place first what was logged until then, for the run to go on with."""
+        place first what was logged until then, for the run to go on with. `spikes` is what the metadata say of loss
+        spikes, {} for nothing."""
+        self.metadata = self.metadata | ({"spikes": spikes} if spikes else {})
         self._start(state, step, upload_logs)
         while last and not self._finish(step):
             time.sleep(2.0 ** (self.failures - 1))
@@ -185,6 +216,14 @@ class Checkpoints:
         if self.failures > self.RETRIES:
             raise StorageError(f"{sentence}; {kept}") from error
         tqdm.write(f"{sentence}; {kept}; trying again", file=sys.stderr)
+
+    def remove_after(self, step: int) -> None:
+        """Removes the checkpoints of later steps, the newest first: whichever is left when the process is killed, it is
+        one of the run's."""
+        self._finish(step)
+        for later in sorted(self.manager.all_steps(), reverse=True):
+            if later > step:
+                self.manager.delete(later)
 
     def restore_metadata(self) -> dict[str, Any]:
         """That of the newest checkpoint."""

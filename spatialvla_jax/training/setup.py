@@ -15,6 +15,7 @@ from spatialvla_jax.models.lora import adapter_shapes
 from spatialvla_jax.training.augment import Augmentation
 from spatialvla_jax.training.optimizer import AdamW, make_optimizer, split_frozen
 from spatialvla_jax.training.sharding import check_batch
+from spatialvla_jax.training.spikes import SpikePolicy
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class TrainSetup:
     eval_every: int
     eval_split: str
     eval_frames: int
+    spikes: SpikePolicy
 
     @property
     def lora_scale(self) -> float:
@@ -105,6 +107,7 @@ def make_setup(
         mesh=mesh,
         num_datasets=num_datasets,
         seed=config.seed,
+        spikes=SpikePolicy(**train.pop("spikes")),
         **train,
     )
 

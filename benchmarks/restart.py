@@ -1,0 +1,112 @@
+"""From a kill to the first new step: seconds by phase, of a run that is killed with SIGKILL and started again.
+
+    python benchmarks/restart.py [--config demo] [--repeats 5] [--root runs/bench_restart] [--out restart.json]
+
+A first process trains, compiles for the cache of compiled programs and is killed after a checkpoint. Then the same
+command is started again and killed after its first new step, `--repeats` times. The phases are those that the run
+itself records (`WORKDIR/goodput/`): imports (from the kill on: the system starts the process at once), index (opening
+the data), restore, start (the rest before the first step), data (waiting for the first batch), compile (tracing, and
+loading the step from the cache) and step. Each has a budget, in seconds; it ends with one line of JSON.
+"""
+
+import itertools
+import json
+import os
+import platform
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from spatialvla_jax.checkpoints.orbax import step_directory
+from spatialvla_jax.cli.arguments import Parser, positive, state_defaults
+from spatialvla_jax.training.goodput import Process, read_processes
+from spatialvla_jax.utils.atomic import write_json
+
+# Seconds, of the demo's configuration on two quiet cores.
+BUDGET = {"imports": 6.0, "index": 8.0, "restore": 2.0, "start": 4.0, "data": 3.0, "compile": 8.0, "step": 3.0}
+TOTAL = 30.0
+
+
+def main() -> None:
+    parser = Parser(prog="restart", description=__doc__)
+    parser.add_argument("--config", default="demo", help="as for train")
+    parser.add_argument("--repeats", type=positive, default=5, help="restarts")
+    parser.add_argument("--root", type=Path, default=Path("runs/bench_restart"), help="of the run, made anew")
+    parser.add_argument("--out", type=Path, help="JSON file; by default none is written")
+    parser.add_argument("settings", nargs="*", help="KEY=VALUE of the config")
+    state_defaults(parser)
+    args = parser.parse_args()
+    environment = {
+        "benchmark": "restart",
+        "config": args.config,
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "cores": len(os.sched_getaffinity(0)),
+        "load": round(os.getloadavg()[0], 1),
+        "devices": f"{jax.device_count()} {jax.devices()[0].device_kind}",
+    }
+    print("environment: " + ", ".join(f"{k} {v}" for k, v in environment.items() if k != "benchmark"))
+    workdir = args.root / "run"
+    shutil.rmtree(workdir, ignore_errors=True)
+    command = [sys.executable, "-m", "spatialvla_jax.cli", "train", "--config", args.config, "--workdir", str(workdir)]
+    command += ["--config.checkpoint.every=5", *(f"--config.{setting}" for setting in args.settings)]
+    first = phases(restart(command, workdir))
+    print("first start  " + line(first))
+    runs = []
+    for number in range(args.repeats):
+        runs.append(phases(restart(command, workdir)))
+        print(f"restart {number + 1:2}   " + line(runs[-1]))
+    medians = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+    print("median       " + line(medians))
+    limits = BUDGET | {"total": TOTAL}
+    for name, limit in limits.items():
+        verdict = "within" if medians[name] <= limit else "OVER"
+        print(f"{name:8} {medians[name]:6.2f} s, {verdict} its budget of {limit:g} s")
+    result = environment | {"first": first, "restarts": runs, "medians": medians, "budget": limits}
+    if args.out:
+        write_json(args.out, result)
+    print(json.dumps(result))
+
+
+def restart(command: list[str], workdir: Path) -> Process:
+    """Start the run; kill it once it has made a new step and a checkpoint → its record."""
+    before = step_directory(workdir)
+    began, known = time.time(), {process["began"] for process in read_processes(workdir)}
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    try:
+        while step_directory(workdir) == before:
+            if process.poll() is not None:
+                raise SystemExit(f"{' '.join(command)} ended with exit code {process.returncode}")
+            time.sleep(0.02)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    (record,) = (p for p in read_processes(workdir) if p["began"] not in known)
+    record["marks"] = [{"step": None, "seconds": {"total": 0.0}}, *record["marks"]]
+    record["spawned"] = max(0.0, record["began"] - began)
+    return record
+
+
+def phases(record: Process) -> dict[str, float]:
+    """Seconds by phase, until the first new step was made."""
+    made = next(m for before, m in itertools.pairwise(record["marks"]) if before["step"] is not None)["seconds"]
+    found: dict[str, Any] = {name: made.get(name, 0.0) for name in BUDGET}
+    found["imports"] += record["spawned"]
+    total = made["total"] + record["spawned"]
+    found["step"] = total - sum(found.values())
+    return found | {"total": total}
+
+
+def line(seconds: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.2f}" for name, value in seconds.items())
+
+
+if __name__ == "__main__":
+    main()
