@@ -173,7 +173,6 @@ def gcs(_gcs_server, monkeypatch: pytest.MonkeyPatch):
     from helpers.buckets import Bucket
 
     monkeypatch.setattr("spatialvla_jax.utils.storage.FIRST_WAIT", 0.001)
-    monkeypatch.setenv("NO_GCE_CHECK", "true")  # which is asked for credentials
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", _gcs_server.url)
     monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", _gcs_server.url)
     yield from Bucket.fresh("gs", _gcs_server)

@@ -334,7 +334,8 @@ def add_stats(commands: Commands) -> None:
         ),
     )
     p.add_argument("--config", required=True, help="names the data; its data.cache_dir keeps the indexes")
-    p.add_argument("--out", required=True, help="the file for data.statistics, e.g. stats.json")
+    made = OutputFile(has_keys("statistics", "gaussians"))
+    add_output(p, "--out", made, required=True, help="the file for data.statistics, e.g. stats.json")
     add_runner(p)
 
 
@@ -345,13 +346,9 @@ def run_stats(args: argparse.Namespace) -> None:
     from spatialvla_jax.data.resolve_datasets import make_entries
     from spatialvla_jax.data.statistics import find_oddities
     from spatialvla_jax.utils.progress import progress_bar, warn
-    from spatialvla_jax.utils.storage import as_path
 
     config = load_config(args.config, args.overrides)
-    data, exclude, out = DataConfig.from_config(config.data), config.grid.exclude, args.out
-    if "://" not in out:  # Beam writes to buckets as well
-        out = str(as_path(out, "--out"))
-        OutputFile(has_keys("statistics", "gaussians")).check(Path(out), "--out")
+    data, exclude, out = DataConfig.from_config(config.data), config.grid.exclude, str(args.out)
     with progress_bar("stats", "shard") as progress:
         stats = compute_stats(data, exclude, out, args.runner, args.runner_options, progress)
     for entry in make_entries(data):

@@ -8,6 +8,7 @@ and grid are the same, bit for bit, whichever runner and however many workers th
 import functools
 import json
 import logging
+import os
 import secrets
 import shutil
 from collections import Counter
@@ -28,6 +29,7 @@ from spatialvla_jax.data.resolve_datasets import make_entries
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.utils.atomic import PREFIX, replacing, write_json
 from spatialvla_jax.utils.dataset_keys import find_key
+from spatialvla_jax.utils.storage import read_bytes, to_path
 from spatialvla_jax.utils.tables import text_table
 
 # Our name, Beam's name. Beam's own DirectRunner first tries to download another one, Prism.
@@ -214,10 +216,10 @@ def table(stats: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def load_stats(path: str | Path) -> dict[str, Any]:
+def load_stats(path: str | os.PathLike[str]) -> dict[str, Any]:
     """A file that `compute_stats` wrote. Raises InputError naming it when it is missing or something else."""
     try:
-        stats = json.loads(Path(path).read_text())
+        stats = json.loads(read_bytes(to_path(path)))
     except (OSError, ValueError) as error:
         raise InputError(f"{path} is not a readable JSON file of `spatialvla-jax stats`: {error}") from error
     if not isinstance(stats, dict) or not {"statistics", "gaussians"} <= set(stats):

@@ -53,6 +53,12 @@ class DataConfig:
         """Where the indexes are kept. Raises InputError."""
         return as_path(self.cache_dir or "~/.cache/spatialvla_jax", "the default of config key data.cache_dir")
 
+    @property
+    def local_cache(self) -> Path:
+        """Where copies of what lies in buckets are kept: `cache_folder`, the default where that is a URL."""
+        folder = self.cache_folder
+        return folder if isinstance(folder, Path) else DataConfig().local_cache
+
     @classmethod
     def from_config(cls, config: "Mapping[str, Any] | ConfigDict | DataConfig") -> "DataConfig":
         """Keys that are missing, None or "" have their defaults. Raises InputError for a key that does not exist."""

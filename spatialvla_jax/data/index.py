@@ -200,7 +200,7 @@ def find_source(
         "split": split,
         "spec": meaning(spec),
         "features": builder.info.features.to_json(),
-        "shards": [(s.file.name, s.size, s.modified, s.numbers.start, s.numbers.stop, s.listed) for s in shards],
+        "shards": [(s.file.name, s.size, s.version, s.numbers.start, s.numbers.stop, s.listed) for s in shards],
         "action_dim": action_dim,
     }
     return Source(name, spec, builder, shards, json.loads(json.dumps(made_from)))

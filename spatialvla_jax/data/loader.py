@@ -4,7 +4,6 @@ import functools
 import sys
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,7 +30,7 @@ from spatialvla_jax.text import Tokenizer, train_tokenizer
 from spatialvla_jax.utils.dataset_keys import find_key
 from spatialvla_jax.utils.distributed import ALONE, Processes
 from spatialvla_jax.utils.progress import shard_progress, warn
-from spatialvla_jax.utils.storage import is_url
+from spatialvla_jax.utils.storage import is_url, read_bytes, to_path
 from spatialvla_jax.utils.tables import text_table
 
 _STATISTICS_ROWS = ("q01", "q99", "min", "max", "mask")
@@ -349,7 +348,7 @@ class Loader:
         prompt = self.config.prompt
         if path := prompt.model:
             try:
-                return Tokenizer.from_bytes(Path(path).read_bytes())
+                return Tokenizer.from_bytes(read_bytes(to_path(path)))
             except (OSError, InputError) as error:
                 raise InputError(f"data.prompt.model {path} is not a usable SentencePiece model: {error}") from error
         instructions = {text for index in indexes for text in index.instructions}

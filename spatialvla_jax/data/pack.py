@@ -28,11 +28,12 @@ from spatialvla_jax.data.index import Index
 from spatialvla_jax.data.oxe import make_spec
 from spatialvla_jax.data.reader import Pixels, Samples, Split
 from spatialvla_jax.data.resolve_datasets import Entry
-from spatialvla_jax.data.rlds import enumerate_some, list_files
+from spatialvla_jax.data.rlds import enumerate_some
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.text import Tokenizer
-from spatialvla_jax.utils.atomic import disk_errors, replacing
+from spatialvla_jax.utils.atomic import disk_errors, parents_of, replacing
 from spatialvla_jax.utils.progress import warn
+from spatialvla_jax.utils.storage import cached_copy, is_dir, is_url, list_files, read_ranges, to_path
 
 MAGIC, VERSION, ALIGNMENT = b"SVLAPACK", 2, 4096  # version 1 is the same with a frame for every action
 _PREFIX = struct.Struct("<8sII32s")
@@ -76,7 +77,7 @@ def write_pack(
 
     Returns {"path", "bytes", "frames": {split: number}}. Raises InputError, also when the disk has not enough room.
     """
-    out = Path(out)
+    out = to_path(out)
     indexes = {split: loader.indexes(split) for split in splits}
     place = 0
 
@@ -111,11 +112,11 @@ def write_pack(
     text = json.dumps(header).encode()
     start = _data_start(len(text))
     size = start + place
-    with disk_errors(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        if (free := shutil.disk_usage(out.parent).free) < size:
-            raise InputError(f"{out} needs {size:,} bytes, but its disk has only {free:,} left")
-        with replacing(out) as temporary, open(temporary, "wb") as file:
+    with disk_errors(out), parents_of(out), replacing(out) as temporary:
+        if (free := shutil.disk_usage(temporary.parent).free) < size:
+            disk = f"the disk of {temporary.parent}" if is_url(out) else "its disk"
+            raise InputError(f"{out} needs {size:,} bytes, but {disk} has only {free:,} left")
+        with open(temporary, "wb") as file:
             file.truncate(size)
             file.write(_PREFIX.pack(MAGIC, VERSION, len(text), hashlib.sha256(text).digest()) + text)
             file.flush()
@@ -233,8 +234,8 @@ class Packed:
     """The frames of a file of `write_pack`. See `reader.Source`. Raises InputError for a file that is not one."""
 
     def __init__(self, config: DataConfig, image_size: int, depth: bool):
-        self._path = path = Path(config.packed)
-        self._memory, self._start, self._header = _open(path)
+        self._path = path = to_path(config.packed)
+        self._memory, self._start, self._header = _open(cached_copy(path, config.local_cache / "packed"))
         if self._header["image_size"] != image_size:
             raise InputError(
                 f"{path} holds images of {self._header['image_size']} px, but the model's are {image_size} px"
@@ -280,8 +281,8 @@ class Packed:
 
     def _warn_of_changes(self, name: str, made_from: Mapping[str, Any]) -> None:
         """Where the data that was packed is still there, and no longer what it was."""
-        if made_from and os.path.isdir(made_from["place"]):
-            files = list_files(Path(made_from["place"]))
+        if made_from and is_dir(to_path(made_from["place"])):
+            files = list_files(to_path(made_from["place"]))
             shards = made_from["shards"]
             if changed := [file for file, *stat, _, _, _ in shards if files.get(file) != tuple(stat)]:
                 warn(f"dataset {name!r} changed since it was packed in {self._path} ({enumerate_some(changed)})")
@@ -307,9 +308,12 @@ class Packed:
 
 def packed_digest(path: str | os.PathLike[str]) -> str:
     """SHA-256 of the header of a packed file: of all that it says of its data, less the pixels. Raises InputError."""
-    _open(Path(path))
-    with open(path, "rb") as file:
-        return _PREFIX.unpack(file.read(_PREFIX.size))[3].hex()
+    if isinstance(path := to_path(path), Path):
+        _open(path)
+    (prefix,) = read_ranges([(path, 0, _PREFIX.size)])
+    if isinstance(prefix, Exception):
+        raise prefix
+    return _PREFIX.unpack(prefix)[3].hex()
 
 
 def _open(path: Path) -> tuple[mmap.mmap, int, dict[str, Any]]:

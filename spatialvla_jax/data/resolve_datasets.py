@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from spatialvla_jax.data.config import DataConfig
@@ -11,6 +11,7 @@ from spatialvla_jax.data.oxe.spec import with_precomputed_depth
 from spatialvla_jax.data.rlds import find_versions
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.utils.schema import Field, check, check_all
+from spatialvla_jax.utils.storage import AnyPath, is_file, to_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,9 +87,14 @@ def _mixture(name: str, root: str) -> list[Entry]:
     if not root:
         raise InputError(f"data.mixture {name!r} needs data.root, the directory that holds its datasets")
     entries, missing = [], []
-    for dataset, weight in MIXTURES[name]:
-        spec = make_spec(dataset, CATALOGUE, dataset)
-        if path := newest_version(Path(root) / (spec.tfds_name or dataset)):
+    specs = [make_spec(dataset, CATALOGUE, dataset) for dataset, _ in MIXTURES[name]]
+    folders = [
+        to_path(root) / (spec.tfds_name or dataset) for spec, (dataset, _) in zip(specs, MIXTURES[name], strict=True)
+    ]
+    with ThreadPoolExecutor(len(folders)) as pool:  # a bucket answers after a while
+        paths = pool.map(newest_version, folders)
+    for (dataset, weight), spec, path in zip(MIXTURES[name], specs, paths, strict=True):
+        if path:
             entries.append(Entry(dataset, spec, str(path), weight))
         else:
             missing.append(spec.tfds_name or dataset)
@@ -100,9 +106,9 @@ def _mixture(name: str, root: str) -> list[Entry]:
     return entries
 
 
-def newest_version(path: Path) -> Path | None:
+def newest_version(path: AnyPath) -> AnyPath | None:
     """The newest of a dataset's version directories, or the path itself if it is one; None when there is none."""
-    if (path / "dataset_info.json").is_file():
+    if is_file(path / "dataset_info.json"):
         return path
     versions = find_versions(path)
     return path / versions[-1] if versions else None

@@ -6,7 +6,6 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import google_crc32c
@@ -22,6 +21,7 @@ from spatialvla_jax.data.tfrecord import masked_crc, read_example, read_records
 from spatialvla_jax.errors import Fault, InputError
 from spatialvla_jax.utils.camera import intrinsics_problem
 from spatialvla_jax.utils.progress import warn
+from spatialvla_jax.utils.storage import AnyPath, is_dir, is_file, is_url, list_files, list_names, read_bytes, to_path
 
 UNLABELED = "unlabeled"  # why an episode is left out that its spec says to leave out; no fault
 _ROUNDING = 1e-4  # that far outside [0, 1] a gripper may be
@@ -33,16 +33,18 @@ def open_rlds(path: str | os.PathLike[str]) -> Any:
 
     Raises InputError that says what is there instead when it is not such a directory.
     """
-    path = Path(path)
-    if path.is_file():
+    path = to_path(path)
+    if is_file(path):
         raise InputError(f"{path} is a file: name the dataset's version directory, such as {path.parent}")
-    if not (path / "dataset_info.json").is_file():
-        if path.is_dir():
+    if not is_file(path / "dataset_info.json"):
+        if is_dir(path):
             versions = find_versions(path)
             hint = f"it holds the versions {', '.join(versions)}" if versions else f"it holds {_listing(path)}"
             raise InputError(f"{path} is not a dataset's version directory (no dataset_info.json): {hint}")
         if versions := find_versions(path.parent):
             raise InputError(f"{path} does not exist: the versions there are {', '.join(versions)}")
+        if is_url(path):
+            raise InputError(f"{path} does not exist: {path.parent} holds {_listing(path.parent)}")
         nearest = next(parent for parent in path.absolute().parents if parent.is_dir())
         raise InputError(f"{path} does not exist: {nearest} holds {_listing(nearest)}")
     _check_info(path / "dataset_info.json")
@@ -62,27 +64,17 @@ def open_rlds(path: str | os.PathLike[str]) -> Any:
 class Shard(NamedTuple):
     """A file's part of a split."""
 
-    file: Path
+    file: AnyPath
     numbers: range  # of the part's episodes within the file
     listed: int  # episodes of the whole file, as dataset_info.json says
     size: int  # bytes
-    modified: int  # nanoseconds since 1970
+    version: int | str  # of the file's content; see `storage.list_files`
 
 
-def list_files(folder: Path) -> dict[str, tuple[int, int]]:
-    """The files in a folder, {name: (bytes, time of the last change in nanoseconds)}. Raises InputError."""
-    try:
-        with os.scandir(folder) as entries:
-            stats = {entry.name: entry.stat() for entry in entries if entry.is_file()}
-    except OSError as error:
-        raise InputError(f"{folder} cannot be listed: {error.strerror or error}") from error
-    return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
-
-
-def _check_info(path: Path) -> None:
+def _check_info(path: AnyPath) -> None:
     """Raises InputError where dataset_info.json lacks what names a dataset's files."""
     try:
-        info = json.loads(path.read_text("utf-8"))
+        info = json.loads(read_bytes(path))
     except (OSError, ValueError) as error:
         raise InputError(f"{path} is not readable JSON ({error}): copy or write the dataset again") from error
     splits = info.get("splits") if isinstance(info, dict) else None
@@ -111,7 +103,8 @@ def slice_shards(builder: Any, split: str) -> list[Shard]:
             f"The split {split!r} of {builder.data_dir} holds no episodes: dataset_info.json has no shardLengths for "
             "it, or the part is empty"
         )
-    files = list_files(Path(builder.data_dir))
+    folder = to_path(builder.data_dir)
+    files = list_files(folder)
     shards = (zip(info.filenames, info.shard_lengths, strict=True) for info in builder.info.splits.values())
     known = {name for own in shards for name, count in own if count}
     stems = tuple({piece.basename().partition(".tfrecord")[0] + ".tfrecord" for piece in pieces})
@@ -122,7 +115,7 @@ def slice_shards(builder: Any, split: str) -> list[Shard]:
             raise InputError(f"{piece.filename} is missing, a shard of the split {split!r}")
     return [
         Shard(
-            Path(piece.filename),
+            folder / piece.basename(),
             range(piece.skip, piece.skip + piece.take),
             piece.examples_in_shard,
             *files[piece.basename()],
@@ -134,7 +127,7 @@ def slice_shards(builder: Any, split: str) -> list[Shard]:
 def read_episodes(
     name: str,
     builder: Any,
-    file: Path,
+    file: AnyPath,
     numbers: range | int,
     spec: DatasetSpec,
     skip: Callable[[str, str], None] | None = None,
@@ -283,17 +276,15 @@ def _check_action(action: np.ndarray, steps: np.ndarray, action_dim: int, spec: 
 
 def version_of(path: str | os.PathLike[str]) -> str:
     """The version that a dataset's version directory is of, "" where its name is none."""
-    name = Path(path).name
+    name = os.fspath(path).rstrip("/").rpartition("/")[2]
     return name if _VERSION.fullmatch(name) else ""
 
 
-def find_versions(path: Path) -> list[str]:
+def find_versions(path: AnyPath) -> list[str]:
     """The version directories of a dataset, oldest first. Pre-releases ("2.0.0-rc1") come before every release. What
     TFDS has not finished ("1.0.0.incompleteX"), hidden directories and other names are no versions."""
-    if not path.is_dir():
-        return []
-    names = [child.name for child in path.iterdir() if (child / "dataset_info.json").is_file()]
-    return sorted(filter(_VERSION.fullmatch, names), key=_version_order)
+    names = [name for name in list_names(path) if _VERSION.fullmatch(name)]
+    return sorted((name for name in names if is_file(path / name / "dataset_info.json")), key=_version_order)
 
 
 def _version_order(name: str) -> tuple[bool, list[int], list[tuple[int, int, str]]]:
@@ -302,8 +293,8 @@ def _version_order(name: str) -> tuple[bool, list[int], list[tuple[int, int, str
     return not pre, [int(part) for part in numbers.split(".")], parts
 
 
-def _listing(path: Path) -> str:
-    return enumerate_some(sorted(child.name for child in path.iterdir())) or "nothing"
+def _listing(path: AnyPath) -> str:
+    return enumerate_some(list_names(path)) or "nothing"
 
 
 def enumerate_some(names: list[str]) -> str:

@@ -3,7 +3,6 @@
 import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from spatialvla_jax.actions.normalization import dimension_name, normalized_dime
 from spatialvla_jax.data.oxe.spec import DatasetSpec
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.utils.atomic import write_json
+from spatialvla_jax.utils.storage import read_bytes, to_path
 
 # A dimension that has one value in this share of the frames, but not in all, is scaled by its minimum and maximum: both
 # quantiles may be that value, and then every other one would become -1 or 1.
@@ -99,7 +99,7 @@ def save_statistics(path: str | os.PathLike[str], statistics: Mapping[str, Any])
 def load_statistics(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Reads {dataset name: statistics}; InputError names the file when it is missing or not of that layout."""
     try:
-        statistics = json.loads(Path(path).read_text())
+        statistics = json.loads(read_bytes(to_path(path)))
     except (OSError, ValueError) as error:
         raise InputError(f"{os.fspath(path)} is not a readable JSON file of dataset statistics: {error}") from error
     for name, entry in statistics.items() if isinstance(statistics, dict) else [("", None)]:

@@ -14,7 +14,8 @@ from collections.abc import Iterator
 import google_crc32c
 import numpy as np
 
-from spatialvla_jax.errors import Fault
+from spatialvla_jax.errors import Fault, InputError
+from spatialvla_jax.utils.storage import open_stream, to_path
 
 _HEADER, _FOOTER = struct.Struct("<QI"), struct.Struct("<I")
 RECORD_HEADER, RECORD_FOOTER = _HEADER.size, _FOOTER.size  # bytes around the data
@@ -28,8 +29,8 @@ def read_records(path: os.PathLike[str], skip: int = 0) -> Iterator[tuple[int, b
     record, nobody knows where the next one begins: that raises a Fault, as does a file that cannot be read.
     """
     try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
+        stream, size = open_stream(to_path(path))
+        with stream as file:
             offset = number = 0
             while offset < size:
                 header = file.read(_HEADER.size)
@@ -44,14 +45,22 @@ def read_records(path: os.PathLike[str], skip: int = 0) -> Iterator[tuple[int, b
                 if offset + length + _FOOTER.size > size:
                     raise Fault("truncated", "the record is truncated")
                 if number < skip:
-                    file.seek(length + _FOOTER.size, os.SEEK_CUR)
+                    if file.seekable():
+                        file.seek(length + _FOOTER.size, os.SEEK_CUR)
+                    else:
+                        file.read(length + _FOOTER.size)
                 else:
                     data, footer = file.read(length), file.read(_FOOTER.size)
                     yield offset, data, footer == _FOOTER.pack(masked_crc(data))
                 offset += length + _FOOTER.size
                 number += 1
-    except OSError as error:
-        raise Fault("unreadable file", f"the file cannot be read: {error.strerror}") from error
+    except Fault:
+        raise
+    except (OSError, InputError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise Fault("unreadable file", f"the file cannot be read: {reason}") from error
+    except EOFError as error:  # the object is another one than at the beginning
+        raise Fault("truncated", str(error)) from error
 
 
 def masked_crc(data: bytes) -> int:

@@ -1,7 +1,7 @@
 """HTML pages that need no other file: no script, style and pictures inside."""
 
 import base64
-from pathlib import Path
+import os
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -9,7 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from spatialvla_jax.utils.atomic import write_text
 
 
-def write_html(path: Path, template: str, **values: Any) -> None:
+def write_html(path: str | os.PathLike[str], template: str, **values: Any) -> None:
     """Writes a page of `templates/` by rename. Whatever text `values` hold stays text: it is escaped."""
     environment = Environment(
         loader=PackageLoader("spatialvla_jax.reports"),

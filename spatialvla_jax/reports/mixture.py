@@ -4,7 +4,6 @@ import io
 import math
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,8 @@ from spatialvla_jax.actions.normalization import normalize
 from spatialvla_jax.data.index import Index
 from spatialvla_jax.data.loader import Loader
 from spatialvla_jax.reports.html import data_uri, write_html
+from spatialvla_jax.utils.atomic import parents_of
+from spatialvla_jax.utils.storage import to_path
 
 IMAGE_SIZE = 192  # pixels a side: what the page's loader should decode to
 EPISODES = 4  # shown of each dataset, three frames each
@@ -50,7 +51,6 @@ def write_page(
     Frames are shown as `loader` decodes them (`IMAGE_SIZE` suits the page), compressed so that the page stays below
     5 MB up to some hundred datasets. `progress(datasets done, datasets)` is called meanwhile.
     """
-    path = Path(path)
     indexes, rows = loader.indexes(), loader.table()
     starts = np.cumsum([0, *(index.num_frames for index in indexes)])
     sections, total = [], 0.0
@@ -69,19 +69,19 @@ def write_page(
         sections.append(_section(index, row, statistics) | {"strips": strips, "plots": _plots(histograms, grid)})
     if progress:
         progress(len(indexes), len(indexes))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_html(
-        path,
-        "mixture.html",
-        title=f"{title}: training data",
-        rows=sections,
-        phases=len(rows[0]["shares"]),
-        top_share=max(max(row["shares"]) for row in rows),
-        epoch_length=loader.mixture.epoch_length,
-        levels=None if isinstance(grid, ActionGrid) else grid.vocab_size,
-        together=_plots(total / starts[-1], grid),
-        image_size=IMAGE_SIZE,
-    )
+    with parents_of(to_path(path)):
+        write_html(
+            path,
+            "mixture.html",
+            title=f"{title}: training data",
+            rows=sections,
+            phases=len(rows[0]["shares"]),
+            top_share=max(max(row["shares"]) for row in rows),
+            epoch_length=loader.mixture.epoch_length,
+            levels=None if isinstance(grid, ActionGrid) else grid.vocab_size,
+            together=_plots(total / starts[-1], grid),
+            image_size=IMAGE_SIZE,
+        )
 
 
 def _histograms(actions: Float[np.ndarray, "N A"], grid: ActionTokenizer) -> Float[np.ndarray, "A n"]:

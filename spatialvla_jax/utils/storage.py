@@ -7,23 +7,26 @@ Both go through fsspec, with gcsfs and s3fs; `storage_gcs` and `storage_s3` give
 import asyncio
 import concurrent.futures
 import contextlib
+import hashlib
 import importlib.util
+import io
 import os
 import random
 import re
+import shutil
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar, cast
 
 import fsspec
 from etils import epath
 from etils.epath import gpath
 
 from spatialvla_jax.errors import InputError, StorageError
-from spatialvla_jax.utils.progress import warn
+from spatialvla_jax.utils.progress import progress_bar, warn
 
 # TensorFlow's file system, which etils takes wherever TensorFlow is installed, knows neither emulators nor s3://. The
 # answer is kept from the first question on, which another library may have asked.
@@ -153,8 +156,7 @@ def size_and_version(path: AnyPath) -> tuple[int, int | str]:
         stat = os.stat(path)
         return stat.st_size, stat.st_mtime_ns
     with storage_errors(path):
-        entry = filesystem(path).info(str(path))
-    return entry["size"], _version(entry)
+        return filesystem(path).size_and_version(str(path))
 
 
 def read_bytes(path: AnyPath) -> bytes:
@@ -207,10 +209,9 @@ def _pread(path: str | os.PathLike[str], offset: int, length: int) -> bytes | OS
         return error
 
 
-def read_parts(path: AnyPath, part: int = PART, ahead: int = 2) -> Iterator[bytes]:
-    """A file from its beginning to its end, one request for every `part` bytes; `ahead` of them are under way while
-    the caller works."""
-    size, _ = size_and_version(path)
+def read_parts(path: AnyPath, size: int, part: int = PART, ahead: int = 2) -> Iterator[bytes]:
+    """A file of `size` bytes from its beginning to its end, one request for every `part` of them; `ahead` requests are
+    under way while the caller works."""
     with concurrent.futures.ThreadPoolExecutor(ahead) as pool:
         starts = range(0, size, part)
         waiting = [pool.submit(_read_range, path, start, min(part, size - start)) for start in starts[:ahead]]
@@ -219,6 +220,31 @@ def read_parts(path: AnyPath, part: int = PART, ahead: int = 2) -> Iterator[byte
             if number + ahead < len(starts):
                 start = starts[number + ahead]
                 waiting.append(pool.submit(_read_range, path, start, min(part, size - start)))
+
+
+class _Parts(io.RawIOBase):
+    def __init__(self, parts: Iterator[bytes]):
+        self._parts, self._left = parts, memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        self._left = self._left or memoryview(next(self._parts, b""))
+        count = min(len(buffer), len(self._left))
+        buffer[:count], self._left = self._left[:count], self._left[count:]
+        return count
+
+    def close(self) -> None:
+        self._parts.close()  # type: ignore  # a generator
+        super().close()
+
+
+def open_stream(path: AnyPath) -> tuple[BinaryIO, int]:
+    """A file to be read from its beginning on, and its size; an object cannot be sought in. Raises OSError for a local
+    file."""
+    size, _ = size_and_version(path)
+    return cast(BinaryIO, io.BufferedReader(_Parts(read_parts(path, size)))) if is_url(path) else open(path, "rb"), size
 
 
 def _read_range(path: AnyPath, offset: int, length: int) -> bytes:
@@ -255,6 +281,35 @@ def local_copy(folder: AnyPath) -> Iterator[Path]:
             target.parent.mkdir(parents=True, exist_ok=True)
             download(folder / name, target)
         yield Path(temporary)
+
+
+def cached_copy(path: AnyPath, folder: Path) -> Path:
+    """A local file with an object's content, for memory-mapping: kept in `folder`, made again when the object changes.
+    Says how large it is before the download. Raises InputError where the disk has no room for it."""
+    if isinstance(path, Path):
+        return path
+    size, version = size_and_version(path)
+    mine = f"{hashlib.sha256(str(path).encode()).hexdigest()[:16]}-"
+    target = folder / f"{mine}{re.sub('[^0-9A-Za-z]', '', str(version))}-{path.name}"
+    if target.exists():
+        return target
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if (free := shutil.disk_usage(folder).free) < size:
+            raise InputError(f"{path} has {size:,} bytes, and the disk of {folder} has only {free:,} left")
+        part = target.with_name(f".tmp-{os.getpid()}-{target.name}")
+        try:
+            with progress_bar(f"{path} ({size / 1e9:.2f} GB) to {folder}", "B") as progress:
+                download(path, part, lambda done, total: progress(done, total))
+            part.replace(target)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(f"{path} cannot be copied to {folder}: {error.strerror or error}") from error
+    for old in folder.glob(f"{mine}*"):  # copies of what the object was
+        if old != target:
+            old.unlink(missing_ok=True)
+    return target
 
 
 def put(path: AnyPath, data: bytes, only_if_new: bool = False) -> bool:

@@ -32,6 +32,11 @@ class GoogleStorage(GCSFileSystem):
         count(read=len(found[3]) if method == "GET" else 0)
         return found
 
+    def size_and_version(self, path: str) -> tuple[int, str]:
+        bucket, key, _ = self.split_path(path)
+        found: Any = self.call("GET", "b/{}/o/{}", bucket, key, json_out=True)
+        return int(found["size"]), found["generation"]
+
     def probe(self, bucket: str) -> None:
         """Raises FileNotFoundError when there is no such bucket."""
         self.call("GET", "b/{}/o", bucket, maxResults=1)

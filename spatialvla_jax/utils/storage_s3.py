@@ -45,6 +45,11 @@ class S3Storage(S3FileSystem):
         count(read=len(found))
         return found
 
+    def size_and_version(self, path: str) -> tuple[int, str]:
+        bucket, key, _ = self.split_path(path)
+        found: Any = self.call_s3("head_object", Bucket=bucket, Key=key)
+        return found["ContentLength"], found["ETag"].strip('"')
+
     def probe(self, bucket: str) -> None:
         """Raises FileNotFoundError when there is no such bucket."""
         self.call_s3("list_objects_v2", Bucket=bucket, MaxKeys=1)

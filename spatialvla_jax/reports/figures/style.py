@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -11,6 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from spatialvla_jax.utils.atomic import replacing
+from spatialvla_jax.utils.storage import to_path
 
 # Okabe-Ito: told apart with any colour vision and in grey print.
 BLUE, ORANGE, GREEN, RED, GREY, DARK = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#9A9A9A", "#222222"
@@ -59,5 +59,5 @@ def drawing(
         yield figure
         canvas = FigureCanvasAgg(figure)
         for form in ("png", "pdf") if pdf else ("png",):
-            with replacing(path if form == "png" else Path(path).with_suffix(".pdf")) as temporary:
+            with replacing(path if form == "png" else to_path(path).with_suffix(".pdf")) as temporary:
                 canvas.print_figure(temporary, format=form, dpi=150, facecolor="white", metadata=MADE_BY[form])
