@@ -172,7 +172,7 @@ def gcs(_gcs_server, monkeypatch: pytest.MonkeyPatch):
     What is tried again is tried at once."""
     from helpers.buckets import Bucket
 
-    monkeypatch.setattr("spatialvla_jax.utils.storage.FIRST_WAIT", 0.001)
+    monkeypatch.setattr("spatialvla_jax.utils.retries.FIRST_WAIT", 0.001)
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", _gcs_server.url)
     monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", _gcs_server.url)
     yield from Bucket.fresh("gs", _gcs_server)
@@ -183,7 +183,7 @@ def s3(_s3_server, monkeypatch: pytest.MonkeyPatch):
     """As `gcs`, of a server of S3."""
     from helpers.buckets import Bucket
 
-    monkeypatch.setattr("spatialvla_jax.utils.storage.FIRST_WAIT", 0.001)
+    monkeypatch.setattr("spatialvla_jax.utils.retries.FIRST_WAIT", 0.001)
     monkeypatch.setenv("AWS_ENDPOINT_URL", _s3_server.url)
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "testing")

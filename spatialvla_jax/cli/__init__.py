@@ -123,7 +123,8 @@ def runtime_error(error: Exception, *words: str) -> bool:
 
 
 def expand_paths(args: argparse.Namespace) -> None:
-    """Expands ~ where the shell did not, as in --out=~/grid.json. Raises InputError for a URL."""
+    """Makes paths of texts: ~ is expanded where the shell did not, as in --out=~/grid.json, and URLs are URLs. Raises
+    InputError."""
     for name, value in vars(args).items():
         if isinstance(value, Path):
             setattr(args, name, as_path(value, f"--{name.replace('_', '-')}"))

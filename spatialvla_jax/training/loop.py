@@ -34,7 +34,7 @@ from spatialvla_jax.training.sharding import BATCH, make_mesh
 from spatialvla_jax.training.spikes import Watch
 from spatialvla_jax.training.state import TrainState, abstract_state, init_state
 from spatialvla_jax.training.step import Jitted, jit_eval_step, jit_train_step, jit_update_norms
-from spatialvla_jax.utils import storage
+from spatialvla_jax.utils import retries
 from spatialvla_jax.utils.atomic import write_json
 from spatialvla_jax.utils.chips import peak
 from spatialvla_jax.utils.compilation_cache import share_compilations
@@ -326,7 +326,7 @@ class StepReport:
         self.run, self.log, self.goodput, self.watch = run, log, goodput, watch
         self.step, self.values = run.start, {}  # of the last report
         self.skipped_episodes, self.replaced_samples = run.loader.num_skipped(), 0
-        self.asked = storage.counts()  # until the last report
+        self.asked = retries.counts()  # until the last report
         model = run.setup.model.config
         self.tokens = model.prefix_length + model.num_action_tokens + 1
         self.flops = model_flops(run.setup, run.grid) if peak() else 0.0
@@ -343,7 +343,7 @@ class StepReport:
         counts = {"data/skipped": self.skipped_episodes, "data/replaced": replaced - self.replaced_samples}
         speed = rates(times["step/seconds"], self.run.setup.batch_size, self.tokens, self.flops)
         record = self.values | {"batch": fingerprint} | counts | self.watch.counts()
-        asked = storage.counts()
+        asked = retries.counts()
         asked_now = {f"storage/{key}": n - self.asked[key] for key, n in asked.items()} if asked["requests"] else {}
         times |= speed | {"save/seconds": seconds_of_save} | asked_now
         self.log.write(step, record, times | self.goodput.shares())

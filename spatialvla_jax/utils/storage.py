@@ -1,32 +1,28 @@
 """Paths that users write: local ones and the URLs of buckets; and reading and writing the objects in a bucket.
 
 A local path is a `pathlib.Path`. A URL (gs://, s3://) is an `etils.epath.Path`, the class that Orbax and TFDS use, too.
-Both go through fsspec, with gcsfs and s3fs; `storage_gcs` and `storage_s3` give these one policy of retries.
+Both go through fsspec, with gcsfs and s3fs; `storage_gcs` and `storage_s3` give these the tries of `retries`.
 """
 
-import asyncio
 import concurrent.futures
 import contextlib
 import hashlib
 import importlib.util
 import io
 import os
-import random
 import re
 import shutil
 import tempfile
-import time
-from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar, cast
+from typing import Any, BinaryIO, cast
 
 import fsspec
 from etils import epath
 from etils.epath import gpath
 
 from spatialvla_jax.errors import InputError, StorageError
-from spatialvla_jax.utils.progress import progress_bar, warn
+from spatialvla_jax.utils.progress import progress_bar
 
 # TensorFlow's file system, which etils takes wherever TensorFlow is installed, knows neither emulators nor s3://. The
 # answer is kept from the first question on, which another library may have asked.
@@ -34,12 +30,9 @@ os.environ["EPATH_USE_TF"] = "0"
 gpath._is_tf_installed.cache_clear()
 
 AnyPath = Path | epath.Path
-T = TypeVar("T")
 
-PATIENCE = 120.0  # seconds for which a request is tried again before the storage counts as out of order
 CONCURRENT = 64  # requests at once
 PART = 16 * 2**20  # bytes of a request in `download` and `read_parts`
-FIRST_WAIT, LONGEST_WAIT = 0.1, 10.0  # seconds between two tries
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")
 _LIBRARIES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}  # library and extra of a scheme
 _CREDENTIALS = {
@@ -50,8 +43,6 @@ _PERMISSIONS = {
     "gs": {"read": "storage.objects.get", "listed": "storage.objects.list", "written": "storage.objects.create"},
     "s3": {"read": "s3:GetObject", "listed": "s3:ListBucket", "written": "s3:PutObject"},
 }
-_jitter = random.Random()  # of its own: the process's random numbers stay as they are
-_counts: Counter[str] = Counter()
 
 for _scheme, _class in {"gs": "gcs.GoogleStorage", "gcs": "gcs.GoogleStorage", "s3": "s3.S3Storage"}.items():
     fsspec.register_implementation(_scheme, f"{__package__}.storage_{_class}", clobber=True)  # imported when used
@@ -94,12 +85,6 @@ def absolute(path: AnyPath) -> AnyPath:
 
 def resolved(path: AnyPath) -> AnyPath:
     return path.resolve() if isinstance(path, Path) else path
-
-
-def counts() -> dict[str, int]:
-    """What this process has asked of buckets: "requests", "retries" (those among them that had to be asked again) and
-    "bytes" (read)."""
-    return {key: _counts[key] for key in ("requests", "retries", "bytes")}
 
 
 def exists(path: AnyPath) -> bool:
@@ -446,35 +431,3 @@ def _name(entry: dict[str, Any]) -> str:
 
 def _version(entry: dict[str, Any]) -> str:
     return str(entry.get("generation") or entry["ETag"]).strip('"')
-
-
-async def retrying(
-    call: Callable[..., Awaitable[T]], transient: Callable[[Exception], str], what: str, *args: Any, **kwargs: Any
-) -> T:
-    """`await call(*args, **kwargs)`, again after throttling, a server's error, a reset or a time-out, with growing
-    waits. `transient` says what an error is in a few words, "" for one that another try does not mend.
-
-    Raises StorageError when `PATIENCE` is over. `what` names the object.
-    """
-    start, wait, told = time.monotonic(), FIRST_WAIT, False
-    while True:
-        try:
-            return await call(*args, **kwargs)
-        except Exception as error:
-            if not (reason := transient(error)):
-                raise
-            _counts["retries"] += 1
-            waited = time.monotonic() - start
-            if waited > PATIENCE:
-                raise StorageError(
-                    f"{what}: the storage failed for {waited:.0f} s, the last time with {reason}"
-                ) from error
-            if waited > LONGEST_WAIT and not told:
-                told = True
-                warn(f"{what}: {reason}; it is tried again for {PATIENCE:.0f} s")
-        await asyncio.sleep(wait * (0.5 + _jitter.random()))
-        wait = min(2 * wait, LONGEST_WAIT)
-
-
-def count(requests: int = 0, read: int = 0) -> None:
-    _counts.update(requests=requests, bytes=read)

@@ -1,4 +1,4 @@
-"""gs:// URLs: gcsfs with the retries of `storage`."""
+"""gs:// URLs: gcsfs with the tries of `retries`."""
 
 import asyncio
 import contextlib
@@ -12,7 +12,7 @@ from fsspec.asyn import sync
 from gcsfs.core import GCSFileSystem, initiate_upload
 from gcsfs.retry import is_retriable
 
-from spatialvla_jax.utils.storage import count, retrying
+from spatialvla_jax.utils.retries import count, retrying
 
 
 class GoogleStorage(GCSFileSystem):

@@ -1,11 +1,12 @@
-"""s3:// URLs: s3fs with the retries of `storage`."""
+"""s3:// URLs: s3fs with the tries of `retries`."""
 
 from typing import Any
 
 from botocore.exceptions import ClientError, ConnectionError, NoCredentialsError, PartialCredentialsError
 from s3fs.core import S3_RETRYABLE_ERRORS, S3FileSystem, _error_wrapper
 
-from spatialvla_jax.utils.storage import CONCURRENT, count, retrying
+from spatialvla_jax.utils.retries import count, retrying
+from spatialvla_jax.utils.storage import CONCURRENT
 
 _THROTTLED = {"SlowDown", "RequestTimeout", "RequestTimeTooSkewed", "Throttling", "ThrottlingException"}
 _NO_CREDENTIALS = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "401"}

@@ -10,7 +10,7 @@ import pytest
 from etils import epath
 
 from spatialvla_jax.errors import InputError, StorageError
-from spatialvla_jax.utils import atomic, storage
+from spatialvla_jax.utils import atomic, retries, storage
 from spatialvla_jax.utils.outputs import OutputFile, OutputFolder, has_keys
 
 DATA = bytes(range(256)) * 100
@@ -82,13 +82,13 @@ def test_ranges(bucket, tmp_path):
 def test_faults_are_mended_and_counted(bucket):
     path = storage.as_path(f"{bucket.url}/b.bin", "")
     storage.put(path, DATA)
-    before = storage.counts()
+    before = retries.counts()
     for fault in ({"status": 503, "every": 5}, {"status": 429, "every": 7}, {"cut": True, "every": 3}):
         bucket.proxy.add(**fault, pattern="GET")
     for start in range(20):
         assert storage.read_ranges([(path, start, 50)]) == [DATA[start : start + 50]]
     bucket.proxy.faults.clear()
-    after = storage.counts()
+    after = retries.counts()
     assert after["retries"] - before["retries"] == len(bucket.proxy.requests) - 21
     assert after["requests"] - before["requests"] == len(bucket.proxy.requests) - 1
     assert after["bytes"] - before["bytes"] == 20 * 50
@@ -97,7 +97,7 @@ def test_faults_are_mended_and_counted(bucket):
 def test_throttling_that_lasts(bucket, monkeypatch):
     path = storage.as_path(f"{bucket.url}/b.bin", "")
     storage.put(path, DATA)
-    monkeypatch.setattr(storage, "PATIENCE", 0.05)
+    monkeypatch.setattr(retries, "PATIENCE", 0.05)
     bucket.proxy.add(status=429, body="slow down")
     for call in (storage.read_bytes, storage.list_files, storage.exists, lambda path: storage.put(path, b"")):
         with pytest.raises(
@@ -170,11 +170,10 @@ def test_tensorflow_has_no_part_in_it(gcs):
 import tensorflow, tensorflow_datasets
 from etils import epath
 assert not epath.Path("/nowhere").exists()
-from spatialvla_jax.utils import atomic, storage
-from spatialvla_jax.utils.outputs import OutputFile, OutputFolder, has_keys
+from spatialvla_jax.utils import retries, storage
 path = storage.as_path("{gcs.url}/x", "")
 path.write_text("hello")
-assert path.read_text() == "hello" and storage.counts()["requests"] > 1
+assert path.read_text() == "hello" and retries.counts()["requests"] > 1
 """
     subprocess.run([sys.executable, "-c", code], check=True)
 
