@@ -30,8 +30,8 @@ from spatialvla_jax.training.goodput import Process, read_processes
 from spatialvla_jax.utils.atomic import write_json
 
 # Seconds, of the demo's configuration on two quiet cores.
-BUDGET = {"imports": 6.0, "index": 8.0, "restore": 2.0, "start": 4.0, "data": 3.0, "compile": 8.0, "step": 3.0}
-TOTAL = 30.0
+BUDGET = {"imports": 3.0, "index": 4.0, "restore": 1.5, "start": 2.0, "data": 1.0, "compile": 4.0, "step": 1.5}
+TOTAL = 14.0
 
 
 def main() -> None:

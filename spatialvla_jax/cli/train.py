@@ -79,6 +79,13 @@ def add_train(commands: Commands) -> None:
     p.add_argument(
         "--profile", type=step_range, metavar="FIRST:LAST", help="trace these steps to WORKDIR/profile; by default none"
     )
+    p.add_argument(
+        "--rehearse",
+        type=positive,
+        metavar="STEPS",
+        help="make so many steps, a save and a restart beside the workdir, say go or no-go, and leave nothing; "
+        "by default train",
+    )
     add_process_arguments(p)
 
 
@@ -90,6 +97,10 @@ def run_train(args: argparse.Namespace) -> None:
 
     config = load_config(args.config, args.overrides)
     join_processes(args)
+    if args.rehearse:
+        from spatialvla_jax.cli import rehearse
+
+        return rehearse.run(config, args.workdir, args.rehearse, process_age())
     try:
         result = train(
             config, args.workdir, wandb=args.wandb, profile=args.profile, age=process_age(), keep_compiled=True

@@ -88,14 +88,12 @@ class Goodput:
 
     def mark(self, step: int | None, *, keep: bool = False) -> None:
         """The state is that of `step` now, None while it is being made; `keep` where it was saved, or was loaded."""
-        if not is_writer():
-            return
         if not self.keeps:
             self.marks.pop()
         self.marks.append({"step": step, "seconds": self.clock.totals()})
         self.keeps = keep
         now = time.perf_counter()
-        if keep or now - self.written >= INTERVAL:
+        if is_writer() and (keep or now - self.written >= INTERVAL):
             self.path.parent.mkdir(exist_ok=True)
             write_json(self.path, self.process)
             self.written = now

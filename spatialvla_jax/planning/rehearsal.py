@@ -1,0 +1,194 @@
+"""A rehearsal: a few steps of a run, on the machines that will make it, beside what was planned; then go or no-go.
+
+What is rehearsed is the run's own loop, with its own program, in a folder of its own: steps, one save, an end, and a
+start from what was saved, whose state must have the same bits.
+"""
+
+import contextlib
+import math
+import resource
+import shutil
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jaxtyping import Array, UInt32
+from ml_collections import ConfigDict
+
+from spatialvla_jax.batch import Batch
+from spatialvla_jax.checkpoints.orbax import step_directory
+from spatialvla_jax.config import completed
+from spatialvla_jax.planning.tpu_plan import Topology, costs_of
+from spatialvla_jax.training.flops import model_flops
+from spatialvla_jax.training.goodput import STARTING, Clock, Goodput
+from spatialvla_jax.training.log_folder import LogFolder
+from spatialvla_jax.training.loop import Run, prepare, take_steps
+from spatialvla_jax.training.metrics import MetricsLog
+from spatialvla_jax.training.saving import quiet_storage
+from spatialvla_jax.training.state import TrainState, abstract_state
+from spatialvla_jax.training.step import jit_train_step
+from spatialvla_jax.utils.chips import CHIPS, peak
+from spatialvla_jax.utils.distributed import Preemption
+from spatialvla_jax.utils.signals import Terminated
+from spatialvla_jax.utils.storage import AnyPath, filesystem
+
+# What makes a no-go; docs/cloud.md gives the reasons.
+SLOWEST = 3.0  # times the planned step
+LONGEST_WAIT = 0.05  # of a step, for data
+FULLEST = 0.95  # of a device's memory
+
+Report = dict[str, Any]
+GENERATIONS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5p": "v5p",
+    "TPU v5": "v5p",
+    "TPU v6": "v6e",
+}
+
+
+def rehearse(config: ConfigDict, folder: AnyPath, steps: int, age: float = 0.0) -> Report:
+    """Makes `steps` steps of a run in `folder`, which is new, saves, and starts again from there. The process is `age`
+    seconds old. → what was measured and planned, the largest over all processes; `judge` looks at it.
+
+    Raises what `train` does, and Terminated after SIGTERM.
+    """
+    config = completed(config, {"train.log_every": str(steps)})
+    with Preemption() as preemption, quiet_storage(), contextlib.closing(LogFolder(folder)) as logs:
+        goodput = Goodput(logs, Clock(age))
+        with goodput.clock("start"):
+            run = prepare(config, folder, goodput)
+            log = MetricsLog(logs, run.start)
+        try:
+            step, state, metrics = take_steps(run, log, goodput, preemption, stop_after=steps)
+        finally:
+            run.checkpoints.close()
+            log.close()
+        if step < min(steps, run.setup.steps):
+            raise Terminated
+        saved = fingerprint(state)
+        del state  # there is no room for two
+        first, last = (defaultdict(float, goodput.marks[n]["seconds"]) for n in (1, -1))
+        again = prepare(config, folder, Goodput(logs, clock := Clock()))
+        restore_seconds = clock.totals()["total"]
+        restored = fingerprint(again.state)
+        again.checkpoints.close()
+    spent = {name: last[name] - first[name] for name in last}
+    apart = sum(spent.get(name, 0.0) for name in (*STARTING, "compile", "save", "eval"))
+    seconds = (spent["total"] - apart) / (step - 1)
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    measured = {
+        "step_seconds": seconds,
+        "data_wait": spent["data"] / (step - 1) / seconds,
+        "save_seconds": run.checkpoints.seconds,
+        "restore_seconds": restore_seconds,
+        "start_seconds": first["total"],
+        "memory": max(map(memory_used, jax.local_devices())),
+        "host_bytes": float(host),
+    }
+    every = np.asarray(multihost_utils.process_allgather(np.array([*measured.values()])))
+    largest = dict(zip(measured, every.reshape(-1, len(measured)).max(axis=0).tolist(), strict=True))
+    directory = step_directory(folder)
+    assert directory is not None
+    return {
+        **largest,
+        "steps": step,
+        "all_steps": run.setup.steps,
+        "devices": jax.device_count(),
+        "device_kind": jax.devices()[0].device_kind,
+        "planned": planned(run),
+        "loss": float(metrics["loss"]),
+        "skipped": int(metrics["skipped"]),
+        "checkpoint_bytes": size_of(directory),
+        "checkpoint_every": config.checkpoint.every,
+        "keep_last": config.checkpoint.keep_last,
+        "free_bytes": shutil.disk_usage(folder).free if isinstance(folder, Path) else math.inf,
+        "same_bits": saved == restored,
+    }
+
+
+def fingerprint(state: TrainState) -> list[int]:
+    """A number for every array of the state, which another bit or place of a bit changes; made where the arrays lie."""
+
+    def sum_of(x: Array) -> UInt32[Array, ""]:
+        if not jnp.issubdtype(x.dtype, jnp.integer):
+            x = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
+        place = jnp.zeros(x.shape, jnp.uint32)
+        for axis in range(x.ndim):
+            place = place * jnp.uint32(0x9E3779B1) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+        return (x.astype(jnp.uint32) * (2 * place + 1)).sum(dtype=jnp.uint32)
+
+    sums = jax.jit(lambda state: jnp.stack([sum_of(x) for x in jax.tree.leaves(state)]))(state)
+    return np.asarray(multihost_utils.process_allgather(sums, tiled=True)).ravel().tolist()
+
+
+def size_of(folder: AnyPath) -> int:
+    """Bytes of all files in a folder and below."""
+    if isinstance(folder, Path):
+        return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    return filesystem(folder).du(str(folder))
+
+
+def memory_used(device: Any) -> float:
+    """The most that was used of a device's memory, as a fraction; NaN where it does not say."""
+    memory = device.memory_stats() or {}
+    return memory["peak_bytes_in_use"] / memory["bytes_limit"] if memory.get("bytes_limit") else math.nan
+
+
+def planned(run: Run) -> dict[str, float]:
+    """Seconds that a step takes at least, {"roofline": of the compiled program} on a TPU, {"flops": of the model's
+    products at the device's peak} on a GPU; {} for a device of unknown peak."""
+    if not (rate := peak()):
+        return {}
+    setup, flops = run.setup, model_flops(run.setup, run.grid)
+    if (topology := topology_of(jax.devices())) is None:
+        return {"flops": flops * setup.batch_size / (jax.device_count() * rate)}
+    state, shardings = abstract_state(setup)
+    batch = Batch.abstract(setup.model.config, setup.batch_size, run.grid.action_dim)
+    program = jit_train_step(setup, shardings).lower(state, batch, run.grid, np.uint32(0)).compile()
+    return {"roofline": costs_of(program.as_text(), flops, setup.batch_size, topology)["step_seconds"]}
+
+
+def topology_of(devices: list[Any]) -> Topology | None:
+    """Of the TPU chips of a run; None for other devices."""
+    name = next((name for kind, name in GENERATIONS.items() if kind in devices[0].device_kind), None)
+    if name is None:
+        return None
+    sides = [len(set(side)) for side in zip(*(device.coords for device in devices), strict=True)]
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    return Topology(name, tuple(sides[: CHIPS[name].sides]), slices)
+
+
+def judge(report: Report) -> list[tuple[str, str, bool | None]]:
+    """What was looked at, in words, what was found, and whether that will do; None where nothing is known."""
+    step, save = report["step_seconds"], report["save_seconds"]
+    due = report["checkpoint_every"] * step
+    rows: list[tuple[str, str, bool | None]] = []
+    if report["planned"]:
+        ((kind, least),) = report["planned"].items()
+        words = f"{step:.3f} s, {step / least:.1f} × the {kind} bound of {least:.3f} s (at most {SLOWEST:g} ×)"
+        rows.append(("a step", words, step <= SLOWEST * least))
+    else:
+        rows.append(("a step", f"{step:.3f} s; the peak of a {report['device_kind']} device is unknown", None))
+    wait = report["data_wait"]
+    rows.append(("data", f"{wait:.1%} of a step waits for it (at most {LONGEST_WAIT:.0%})", wait <= LONGEST_WAIT))
+    known = not math.isnan(report["memory"])
+    words = f"{report['memory']:.1%} of a device's (at most {FULLEST:.0%})" if known else "unknown of a device's"
+    words += f", {report['host_bytes'] / 1e9:.1f} GB of the host's"
+    rows.append(("memory", words, report["memory"] <= FULLEST if known else None))
+    loss, skipped = report["loss"], report["skipped"]
+    rows.append(("loss", f"{loss:.4g}, {skipped} steps were not finite", math.isfinite(loss) and not skipped))
+    size, room = report["checkpoint_bytes"], report["free_bytes"]
+    rows.append(("a save", f"{save:.1f} s, {size / 1e9:.3f} GB; the next is due after {due:.1f} s", save <= due))
+    if room < math.inf:
+        count = report["keep_last"] + 1
+        words = f"{count} checkpoints take {size * count / 1e9:.2f} GB, and {room / 1e9:.1f} GB are free"
+        rows.append(("room", words, size * count <= room))
+    bits = "the same bits" if report["same_bits"] else "other bits than were saved"
+    rows.append(("a restart", f"{report['restore_seconds']:.1f} s, {bits}", report["same_bits"]))
+    return rows
