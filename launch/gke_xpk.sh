@@ -3,9 +3,9 @@
 #
 #   launch/gke_xpk.sh [--dry-run] CLUSTER TPU_TYPE SLICES IMAGE CONFIG WORKDIR [arguments of `spatialvla-jax train`]
 #
-# IMAGE holds the repository, installed, in its working directory; WORKDIR is on a file system that the cluster mounts in
-# every pod (`xpk storage attach … --auto-mount=true`). The job's name is $NAME, or made of WORKDIR. With
-# COMMAND=sweep in the environment it runs that command in the place of `train`.
+# IMAGE holds the repository, installed, in its working directory (see Dockerfile); WORKDIR is a bucket's URL (gs://…) or
+# on a file system that the cluster mounts in every pod (`xpk storage attach … --auto-mount=true`). The job's name is
+# $NAME, or made of WORKDIR. With COMMAND=sweep in the environment it runs that command in the place of `train`.
 set -euo pipefail
 
 dry_run=
@@ -16,7 +16,9 @@ cluster=$1 type=$2 slices=$3 image=$4 config=$5 workdir=$6; shift 6
 name=${NAME:-$(basename "$workdir" | tr '[:upper:]_.' '[:lower:]--')}
 printf -v train '%q ' spatialvla-jax "${COMMAND:-train}" --config "$config" --workdir "$workdir" --coordinator auto "$@"
 # After SIGTERM a run ends with 0, too; its last step is told by the file that it writes then.
-if [[ ${COMMAND:-train} == train ]]; then printf -v train '%s && test -e %q' "$train" "$workdir/finished"; fi
+code='import sys; from spatialvla_jax.utils import storage as s; exit(not s.exists(s.to_path(sys.argv[1]) / "finished"))'
+printf -v finished '%q ' python -c "$code" "$workdir"
+if [[ ${COMMAND:-train} == train ]]; then train="$train && $finished"; fi
 command=(xpk workload create --cluster "$cluster" --workload "$name" --tpu-type "$type" --num-slices "$slices"
   --docker-image "$image" --max-restarts 100 --termination-grace-period-seconds 300
   --command "$train")

@@ -1,27 +1,34 @@
 """The commands that `launch/` would run."""
 
+import json
 import os
+import re
 import shlex
 import subprocess
+import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 
-TRAIN = "train --config configs/pretrain.py --workdir '/mnt/my runs/A_1' --coordinator auto --config.train.steps=9"
-FINISHED = "test -e '/mnt/my runs/A_1/finished'"
-RUN = ("configs/pretrain.py", "/mnt/my runs/A_1")
+URL = "gs://bucket/my runs/A_1"
+CONFIG = "configs/pretrain.py"
+CHECK = (
+    'import sys; from spatialvla_jax.utils import storage as s; exit(not s.exists(s.to_path(sys.argv[1]) / "finished"))'
+)
 GOLDEN = {
     "tpu_vm.sh": (
         ("my-tpu", "us-west4-a"),
         "gcloud compute tpus tpu-vm ssh my-tpu --zone us-west4-a --worker all --command",
-        f"cd ~/spatialvla_jax && .venv/bin/spatialvla-jax {TRAIN} && {FINISHED}",
+        "cd ~/spatialvla_jax && .venv/bin/spatialvla-jax {train} && .venv/bin/python -c {check} {workdir}",
     ),
     "gke_xpk.sh": (
         ("pod", "v5litepod-256", "2", "image:1"),
         "xpk workload create --cluster pod --workload a-1 --tpu-type v5litepod-256 --num-slices 2"
         " --docker-image image:1 --max-restarts 100 --termination-grace-period-seconds 300 --command",
-        f"spatialvla-jax {TRAIN} && {FINISHED}",
+        "spatialvla-jax {train} && python -c {check} {workdir}",
     ),
-    "slurm.sbatch": ((), f"srun --kill-on-bad-exit=1 .venv/bin/spatialvla-jax {TRAIN}", None),
+    "slurm.sbatch": ((), "srun --kill-on-bad-exit=1 .venv/bin/spatialvla-jax {train}", None),
 }
 
 
@@ -30,14 +37,18 @@ def launch(name: str, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(["bash", f"launch/{name}", *arguments], env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.parametrize("workdir", [URL, "/mnt/my runs/A_1"])
 @pytest.mark.parametrize("name", GOLDEN)
-def test_dry_run_prints_the_command(name: str) -> None:
+def test_dry_run_prints_the_command(name: str, workdir: str) -> None:
     places, command, inner = GOLDEN[name]
-    done = launch(name, "--dry-run", *places, *RUN, "--config.train.steps=9")
+    quoted = shlex.quote(workdir)
+    train = f"train --config {CONFIG} --workdir {quoted} --coordinator auto --config.train.steps=9"
+    done = launch(name, "--dry-run", *places, CONFIG, workdir, "--config.train.steps=9")
     words = shlex.split(done.stdout)
     if inner is not None:  # a command line for another shell
-        assert shlex.split(words.pop()) == shlex.split(inner)
-    assert words == shlex.split(command) and done.returncode == 0 and done.stderr == ""
+        expected = inner.format(train=train, check=shlex.quote(CHECK), workdir=quoted)
+        assert shlex.split(words.pop()) == shlex.split(expected)
+    assert words == shlex.split(command.format(train=train)) and done.returncode == 0 and done.stderr == ""
 
 
 @pytest.mark.parametrize("name", GOLDEN)
@@ -56,6 +67,8 @@ def test_the_run_starts_again_until_it_ends(tmp_path) -> None:
         f"1) exit 134;;\n2) exit 0;;\n*) touch '{run}/finished';;\nesac\n"
     )
     (bin / "spatialvla-jax").chmod(0o755)
+    (bin / "python").write_text(f'#!/bin/bash\nexec {sys.executable} "$@"\n')
+    (bin / "python").chmod(0o755)
     (tmp_path / "gcloud").write_text(f'#!/bin/bash\nHOME={tmp_path} exec bash -c "${{@: -1}}"\n')
     (tmp_path / "sleep").write_text("#!/bin/bash\n")
     for name in ("gcloud", "sleep"):
@@ -70,4 +83,18 @@ def test_the_run_starts_again_until_it_ends(tmp_path) -> None:
     assert done.returncode == 0 and done.stderr.count("again in 30 s") == 2
     assert (tmp_path / "runs").read_text().count("x") == 3
     (tmp_path / "gcloud").write_text("#!/bin/bash\nexit 2\n")
-    assert subprocess.run(["bash", "launch/tpu_vm.sh", "tpu", "zone", *RUN], env=environment).returncode == 2
+    assert subprocess.run(["bash", "launch/tpu_vm.sh", "tpu", "zone", CONFIG, URL], env=environment).returncode == 2
+
+
+def test_the_image_is_built_from_what_there_is() -> None:
+    lines = [line for line in Path("Dockerfile").read_text().splitlines() if line and not line.startswith("#")]
+    words = [line.split(maxsplit=1) for line in lines]
+    assert [word for word, _ in words] == ["FROM", "ARG", "WORKDIR", "COPY", "RUN", "CMD"]
+    image, argument, _, _, install, command = (rest for _, rest in words)
+    project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
+    # A release of Python that the package supports, from the registry that the user's docker knows.
+    assert (version := re.fullmatch(r"python:3\.(\d+)-slim", image)) and int(version[1]) in (11, 12)
+    accelerator = argument.removeprefix("ACCELERATOR=")
+    extras = re.search(r"\[(.*)\]", install)[1].replace("$ACCELERATOR", accelerator).split(",")
+    assert {*extras, "cuda"} <= project["optional-dependencies"].keys()
+    assert json.loads(command)[0] in project["scripts"]
