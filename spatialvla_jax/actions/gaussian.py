@@ -8,6 +8,7 @@ from jaxtyping import Float
 from scipy.special import log_ndtr, ndtri_exp
 
 from spatialvla_jax.actions.grid import RANGES, VARIABLES, ActionGrid, to_spherical
+from spatialvla_jax.actions.normalization import in_parts, mean_and_std
 from spatialvla_jax.errors import InputError
 
 # (mu, sigma) of theta, phi, r, roll, pitch, yaw over the published pre-training mixture.
@@ -74,8 +75,8 @@ def fit_gaussians(actions: Float[np.ndarray, "*B A"]) -> Float[np.ndarray, "6 2"
     actions = np.asarray(actions, np.float32)
     if actions.ndim < 2 or actions.shape[-1] != 7 or not actions.size or not np.isfinite(actions).all():
         raise InputError(f"Gaussians are fitted to finite actions of shape [..., 7], not {actions.shape}.")
-    values = grid_variables(actions.reshape(-1, 7))
-    return np.stack([values.mean(0, dtype=np.float64), values.std(0, dtype=np.float64)], -1)
+    values = np.concatenate([grid_variables(part) for part in in_parts(actions.reshape(-1, 7))])
+    return np.stack(mean_and_std(values), -1)
 
 
 def grid_variables(actions: Float[np.ndarray, "*B 7"]) -> Float[np.ndarray, "*B 6"]:

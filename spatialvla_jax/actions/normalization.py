@@ -1,6 +1,6 @@
 """Actions between robot units and [-1, 1], by the quantiles of their dataset's statistics."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -27,6 +27,25 @@ def normalize(actions: Float[np.ndarray, "*B A"], statistics: Mapping[str, Any])
     low, high, mask, constant = _bounds(statistics)
     scaled = np.clip(2 * (actions - low) / (high - low + 1e-8) - 1, -1, 1)
     return np.where(mask, np.where(constant, 0.0, scaled), actions).astype(np.float32)
+
+
+def mean_and_std(values: Float[np.ndarray, "N D"]) -> tuple[Float[np.ndarray, " D"], Float[np.ndarray, " D"]]:
+    """Of each column, f64: `values.mean(0)` and `values.std(0)` in float64, in the memory of a part of the rows. For
+    D > 1 NumPy adds up row by row, too, so that the bits are the same."""
+
+    def total(parts: Iterator[np.ndarray]) -> np.ndarray:
+        sums = next(parts).sum(0, keepdims=True)
+        for part in parts:
+            sums = np.concatenate([sums, part]).sum(0, keepdims=True)
+        return sums[0]
+
+    mean = total(part.astype(np.float64) for part in in_parts(values)) / len(values)
+    return mean, np.sqrt(total(np.square(part - mean) for part in in_parts(values)) / len(values))
+
+
+def in_parts(values: np.ndarray, rows: int = 2**18) -> Iterator[np.ndarray]:
+    """An array's rows, so many at a time: what is computed of each row then takes little memory."""
+    return (values[first : first + rows] for first in range(0, len(values), rows))
 
 
 def unnormalize(actions: Float[np.ndarray, "*B A"], statistics: Mapping[str, Any]) -> Float[np.ndarray, "*B A"]:

@@ -23,13 +23,14 @@ from spatialvla_jax.actions import pool_gaussians
 from spatialvla_jax.actions.grid import VARIABLES
 from spatialvla_jax.data.config import DataConfig
 from spatialvla_jax.data.features import find_fields
-from spatialvla_jax.data.index import Index, Source, find_kept, find_source, make_index, read_shard
+from spatialvla_jax.data.index import Index, Source
+from spatialvla_jax.data.index_cache import complete_indexes, find_indexes, find_source, read_shard
 from spatialvla_jax.data.oxe.spec import DatasetSpec, meaning
 from spatialvla_jax.data.resolve_datasets import make_entries
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.utils.atomic import PREFIX, replacing, write_json
 from spatialvla_jax.utils.dataset_keys import find_key
-from spatialvla_jax.utils.storage import read_bytes, to_path
+from spatialvla_jax.utils.storage import AnyPath, is_url, list_names, read_bytes, remove, to_path
 from spatialvla_jax.utils.tables import text_table
 
 # Our name, Beam's name. Beam's own DirectRunner first tries to download another one, Prism.
@@ -50,13 +51,13 @@ class _Shard(NamedTuple):
     spec: DatasetSpec
     split: str
     number: int
-    out: Path
+    out: AnyPath
 
 
 def make_indexes(
     data: DataConfig,
     splits: Sequence[str],
-    folder: Path,
+    folder: AnyPath,
     runner: str = "DirectRunner",
     options: Sequence[str] = (),
     progress: Progress | None = None,
@@ -72,23 +73,29 @@ def make_indexes(
     sources = [find_source(entry.name, entry.path, entry.spec, split) for entry, split in wanted]
     parts = folder / f"{PREFIX}parts-{secrets.token_hex(4)}"
     shards: list[_Shard] = []
-    for (entry, split), source in zip(wanted, sources, strict=True):
+    kept = find_indexes(sources, folder)
+    for (entry, split), source, one in zip(wanted, sources, kept, strict=True):
         find_fields(source.name, source.builder, source.spec, source.made_from["action_dim"])
-        if find_kept(source, folder / source.folder) is None:
+        if one is None:
             for number in range(len(source.shards)):
                 out = parts / f"{source.folder}-{number}"
                 shards.append(_Shard(entry.name, str(entry.path), entry.spec, split, number, out))
 
     def read(source: Source, number: int) -> bytes:
-        return (parts / f"{source.folder}-{number}").read_bytes()
+        return read_bytes(parts / f"{source.folder}-{number}")
 
     try:
         if shards:
-            parts.mkdir(parents=True)
+            if not is_url(parts):
+                parts.mkdir(parents=True)
             _run(shards, runner, options, progress)
-        indexes = [make_index(source, folder, faults=data.faults, read=read) for source in sources]
+        indexes = complete_indexes(sources, kept, folder, faults=data.faults, read=read)
     finally:
-        shutil.rmtree(parts, ignore_errors=True)
+        if not is_url(parts):
+            shutil.rmtree(parts, ignore_errors=True)
+        else:
+            for name in list_names(parts):
+                remove(parts / name)
     for first in range(0, len(indexes), len(indexes) // len(splits)):
         own = indexes[first : first + len(indexes) // len(splits)]
         data.faults.check(sum((Counter(index.skipped) for index in own), Counter()), "episodes of a split")

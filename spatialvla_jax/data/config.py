@@ -8,6 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from spatialvla_jax.data.index import Faults
+from spatialvla_jax.data.index_cache import LOCAL_CACHE
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.utils.schema import Field, check
 from spatialvla_jax.utils.storage import AnyPath, as_path
@@ -51,7 +52,7 @@ class DataConfig:
     @property
     def cache_folder(self) -> AnyPath:
         """Where the indexes are kept. Raises InputError."""
-        return as_path(self.cache_dir or "~/.cache/spatialvla_jax", "the default of config key data.cache_dir")
+        return as_path(self.cache_dir or LOCAL_CACHE, "the default of config key data.cache_dir")
 
     @property
     def local_cache(self) -> Path:

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from spatialvla_jax.actions import DIMENSIONS, fit_gaussians
-from spatialvla_jax.actions.normalization import normalize
+from spatialvla_jax.actions.normalization import in_parts, normalize
 from spatialvla_jax.data.oxe.spec import DatasetSpec
 from spatialvla_jax.data.rlds import Shard, read_episodes
 from spatialvla_jax.data.statistics import action_statistics
@@ -164,5 +164,6 @@ def merge_parts(
     actions = np.memmap(folder / "action.bin", "<f4", "r").reshape(frames, -1)
     statistics = action_statistics(actions, episodes)
     fitted = actions.shape[1] == len(DIMENSIONS)
-    gaussians = fit_gaussians(normalize(actions, statistics["action"])).tolist() if fitted else None
+    normalized = [normalize(part, statistics["action"]) for part in in_parts(actions)] if fitted else []
+    gaussians = fit_gaussians(np.concatenate(normalized)).tolist() if fitted else None
     return about | {"statistics": statistics, "gaussians": gaussians}

@@ -27,7 +27,8 @@ from tqdm import tqdm
 from spatialvla_jax.data.bucket_speed import choose_ahead, choose_block, measure
 from spatialvla_jax.data.config import DataConfig
 from spatialvla_jax.data.images import decode_batches, decoder, tensorflow
-from spatialvla_jax.data.index import CHECKSUM_BYTES, Faults, Index, find_source, make_index
+from spatialvla_jax.data.index import CHECKSUM_BYTES, Faults, Index
+from spatialvla_jax.data.index_cache import find_source, load_indexes
 from spatialvla_jax.data.ranges import Blocks, Files, Place, Take
 from spatialvla_jax.data.resolve_datasets import Entry
 from spatialvla_jax.errors import Fault, InputError
@@ -121,15 +122,10 @@ class Rlds:
         self._block, self._ahead = 1, 0  # see `choose_block`
 
     def index(self, split: str) -> tuple[Index, ...]:
-        indexes = tuple(
-            make_index(
-                find_source(entry.name, entry.path, entry.spec, entry.split(split), self._action_dim),
-                *(self._cache_dir, self._progress, self._faults, self._processes),
-            )
-            for entry in self._entries
-        )
+        sources = [find_source(e.name, e.path, e.spec, e.split(split), self._action_dim) for e in self._entries]
+        indexes = load_indexes(sources, self._cache_dir, self._progress, self._faults, self._processes)
         self._faults.check(sum((Counter(i.skipped) for i in indexes), Counter()), f"episodes of the split {split!r}")
-        return indexes
+        return tuple(indexes)
 
     def choose_block(self, indexes: tuple[Index, ...]) -> int:
         config = self._config

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from spatialvla_jax.actions.normalization import dimension_name, normalized_dimensions
+from spatialvla_jax.actions.normalization import dimension_name, mean_and_std, normalized_dimensions
 from spatialvla_jax.data.oxe.spec import DatasetSpec
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.utils.atomic import write_json
@@ -25,15 +25,16 @@ def action_statistics(actions: Float[np.ndarray, "N A"], num_trajectories: int) 
     {"action": {"mean", "std", "max", "min", "q01", "q99", "mask"}, "num_transitions", "num_trajectories"}.
 
     Where dimensions are scaled by their whole range, "full_range" names them, and their q01 and q99 are its ends."""
+    mean, std = mean_and_std(actions)
     rows = {
-        "mean": actions.mean(axis=0, dtype=np.float64),
-        "std": actions.std(axis=0, dtype=np.float64),
+        "mean": mean,
+        "std": std,
         "max": actions.max(axis=0),
         "min": actions.min(axis=0),
     }
     mask = np.asarray(normalized_dimensions(width := actions.shape[1]))
     full = mask & np.asarray([_is_mostly_constant(column) for column in actions.T])
-    quantiles = np.quantile(actions, (0.01, 0.99), axis=0)
+    quantiles = np.stack([np.quantile(column, (0.01, 0.99)) for column in actions.T], axis=1)
     q01, q99 = np.where(full, np.stack([rows["min"], rows["max"]]), quantiles)
     entry: dict[str, Any] = {
         "action": {name: row.tolist() for name, row in {**rows, "q01": q01, "q99": q99, "mask": mask}.items()},

@@ -10,7 +10,7 @@ from spatialvla_jax.cli import main
 from spatialvla_jax.config import load_config
 from spatialvla_jax.data import DataConfig, beam, load_data, open_data
 from spatialvla_jax.data.beam import compute_stats, load_stats, make_indexes, named_gaussians, pooled, table
-from spatialvla_jax.data.index import find_source, read_shard
+from spatialvla_jax.data.index_cache import find_source, read_shard
 from spatialvla_jax.data.oxe import CATALOGUE
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.training.grid_fit import mixture_gaussians
@@ -71,7 +71,7 @@ def test_one_pass_in_any_order(data, stats, tmp_path, monkeypatch):
     own = config.cache_folder
     assert contents(folder) == contents(own) and len(contents(folder)) == 2 * 14
     loader = load_data(data | {"cache_dir": str(folder)}, image_size=32, progress=lambda *_: pytest.fail("read again"))
-    assert [index.directory for index in loader.indexes()] == [index.directory for index in indexes]
+    assert [index.directories for index in loader.indexes()] == [index.directories for index in indexes]
     assert make_indexes(config, ["train"], folder)[0].statistics == stats["statistics"]["toy0"] and len(reads) == 14
 
 

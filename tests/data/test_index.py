@@ -13,7 +13,7 @@ import tensorflow_datasets as tfds
 from helpers.indexes import load_index
 from helpers.toy_rlds import libero_features, make_episodes, make_rlds
 
-from spatialvla_jax.data.index import read_shard
+from spatialvla_jax.data.index_cache import read_shard
 from spatialvla_jax.data.oxe import CATALOGUE, DatasetSpec
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.utils.distributed import Processes
@@ -69,7 +69,7 @@ def test_is_made_once(rlds, tmp_path):
 
 def test_made_twice_at_once(rlds, tmp_path, monkeypatch):
     """Two processes may make the same index: one of them wins, and both read it."""
-    from spatialvla_jax.data import index as module
+    from spatialvla_jax.data import index_cache as module
 
     original = os.replace
 
@@ -266,7 +266,7 @@ def test_processes_divide_the_shards(rlds, tmp_path, common):
     for _ in range(2):
         for index, folder in together(2, load):
             assert files(folder) == files(tmp_path / "alone") and index.num_episodes == 7
-            assert index.directory and index.directory.parent == folder and len(list(folder.iterdir())) == 1
+            assert index.directories[0].parent == folder and len(list(folder.iterdir())) == 1
         assert sorted(read) == [0, 1, 2]
         shutil.rmtree(tmp_path / "0", ignore_errors=True)
 

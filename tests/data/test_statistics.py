@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from spatialvla_jax.actions import fit_gaussians, grid_variables
 from spatialvla_jax.actions.normalization import normalize, unnormalize
 from spatialvla_jax.data.oxe import DatasetSpec
 from spatialvla_jax.data.statistics import action_statistics, find_oddities, load_statistics, save_statistics
@@ -30,6 +31,20 @@ def test_statistics_by_hand():
     assert rows["mask"] == [True] * 6 + [False]
     assert (entry["num_transitions"], entry["num_trajectories"]) == (101, 3)
     assert set(rows) == {"mean", "std", "max", "min", "q01", "q99", "mask"}
+
+
+def test_sums_in_parts_have_the_bits_of_numpy():
+    """Statistics and Gaussians of more rows than are looked at together."""
+    actions = np.concatenate([some_actions(100_000, seed) for seed in range(3)])
+    entry = action_statistics(actions, 1)
+    rows = entry["action"]
+    assert rows["mean"] == actions.mean(0, dtype=np.float64).tolist()
+    assert rows["std"] == actions.std(0, dtype=np.float64).tolist()
+    assert [rows["q01"][:6], rows["q99"][:6]] == np.quantile(actions, (0.01, 0.99), axis=0)[:, :6].tolist()
+    normalized = normalize(actions, rows)
+    values = grid_variables(normalized)
+    expected = np.stack([values.mean(0, dtype=np.float64), values.std(0, dtype=np.float64)], -1)
+    np.testing.assert_array_equal(fit_gaussians(normalized), expected)
 
 
 def test_normalize_by_hand():

@@ -4,7 +4,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from spatialvla_jax.data.index import Faults, Index, find_source, make_index
+from spatialvla_jax.data.index import Faults, Index
+from spatialvla_jax.data.index_cache import find_source, load_indexes
 from spatialvla_jax.data.oxe import DatasetSpec
 
 
@@ -18,4 +19,6 @@ def load_index(
     faults: Faults | None = None,
     **options: Any,
 ) -> Index:
-    return make_index(find_source(name, path, spec, split), cache_dir, progress, faults or Faults(), **options)
+    source = find_source(name, path, spec, split)
+    (index,) = load_indexes([source], cache_dir, progress, faults or Faults(), **options)
+    return index

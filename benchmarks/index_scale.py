@@ -1,0 +1,278 @@
+"""The index of a mixture of the published one's size: how long a start takes, memory, draws a second, exact weights.
+
+    python benchmarks/index_scale.py --dir /tmp/index_scale [--latency 50] [--bandwidth 200] [--out index_scale.json]
+
+It makes the datasets' files (empty ones of the right number, no pixels) and, by the code of every run, their indexes
+with random actions and places, once. Then each of these in a process of its own, `--repeats` times:
+
+cold     seconds of `load_data`, after the imports, on a host without any index: it fetches all of them from a bucket,
+         which a server on loopback stands for (`--latency` ms a request, `--bandwidth` MB/s in all)
+warm     the same again on that host
+draws    samples a second of processor time: which dataset and frame, and where its bytes lie (`sample_frames` and
+         `Index.spans`), with the index's pages given back as the loader does; resident memory on the way
+weights  how often each dataset comes in whole blocks of the sequence, beside its weight
+
+It ends with one line of JSON.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+
+# Episodes and frames of each dataset: num_trajectories and num_transitions of the action statistics that are published
+# with the checkpoints of OpenVLA (openvla/openvla-7b, config.json) and, for RH20T, of the release (SpatialVLA,
+# processor_config.json). Those count every step of the training split.
+SIZES = {
+    "fractal20220817_data": (87_212, 3_786_400),
+    "kuka": (209_880, 2_455_879),
+    "bridge_orig": (60_064, 2_135_463),
+    "taco_play": (3_603, 237_798),
+    "jaco_play": (1_085, 77_965),
+    "berkeley_cable_routing": (1_647, 42_328),
+    "roboturk": (1_995, 187_507),
+    "viola": (150, 76_324),
+    "berkeley_autolab_ur5": (1_000, 97_939),
+    "toto": (1_003, 325_699),
+    "language_table": (442_226, 7_045_476),
+    "stanford_hydra_dataset_converted_externally_to_rlds": (570, 358_234),
+    "austin_buds_dataset_converted_externally_to_rlds": (50, 34_112),
+    "nyu_franka_play_dataset_converted_externally_to_rlds": (456, 44_875),
+    "furniture_bench_dataset_converted_externally_to_rlds": (5_100, 3_948_057),
+    "ucsd_kitchen_dataset_converted_externally_to_rlds": (150, 3_970),
+    "austin_sailor_dataset_converted_externally_to_rlds": (240, 353_094),
+    "austin_sirius_dataset_converted_externally_to_rlds": (559, 279_939),
+    "dlr_edan_shared_control_converted_externally_to_rlds": (104, 8_928),
+    "iamlab_cmu_pickup_insert_converted_externally_to_rlds": (631, 146_241),
+    "utaustin_mutex": (1_500, 361_883),
+    "berkeley_fanuc_manipulation": (415, 62_613),
+    "cmu_stretch": (135, 25_016),
+    "bc_z": (43_264, 6_015_535),
+    "fmb_dataset": (8_612, 1_137_459),
+    "dobbe": (5_208, 1_139_911),
+    "droid": (92_233, 27_044_326),
+    "rh20t_rlds": (104_392, 52_644_433),
+}
+INSTRUCTIONS = 127_605  # different ones at most: as many as language_table has
+FRAMES_A_SHARD, SHARDS = 5_000, 2_048
+BATCH, RELEASE_EVERY = 2_048, 1_024
+PHASES = ("cold", "warm", "draws", "weights")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dir", type=Path, default=Path("runs/index_scale"), help="of data and indexes, kept")
+    parser.add_argument("--scale", type=float, default=1.0, help="of the number of episodes and frames")
+    parser.add_argument("--latency", type=float, default=50, help="milliseconds a request")
+    parser.add_argument("--bandwidth", type=float, default=200, help="MB/s of the server")
+    parser.add_argument("--draws", type=int, default=10_000_000)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path, help="also write the JSON here")
+    parser.add_argument("--phase", choices=PHASES, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    args.dir = args.dir.absolute()
+    if args.phase:
+        print(json.dumps(globals()[args.phase](args)))
+        return
+    made = make(args)
+    from helpers.range_server import range_server
+
+    found: dict[str, list[dict[str, Any]]] = {phase: [] for phase in PHASES}
+    with range_server(args.dir / "buckets", latency_ms=args.latency, bandwidth_mb=args.bandwidth) as server:
+        environment = os.environ | server.environment | {"HOME": str(args.dir / "host")}
+        for _ in range(args.repeats):
+            subprocess.run(["rm", "-rf", args.dir / "host"], check=True)  # made by this program
+            for phase in PHASES:
+                before = server.counts()
+                command = [sys.executable, __file__, *sys.argv[1:], "--phase", phase]
+                done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+                result = json.loads(done.stdout.splitlines()[-1])
+                after = server.counts()
+                result |= {key: after[key] - before[key] for key in ("requests", "bytes_read", "cpu_seconds")}
+                found[phase].append(result)
+                print(phase, result, file=sys.stderr)
+    about = {"host": platform.node(), "cores": os.cpu_count(), "python": platform.python_version()}
+    about |= {"numpy": np.__version__, "latency_ms": args.latency, "bandwidth_mb": args.bandwidth}
+    text = json.dumps(about | made | found)
+    if args.out:
+        args.out.write_text(text + "\n")
+    print(text)
+
+
+# ---- the data
+
+
+def make(args: argparse.Namespace) -> dict[str, Any]:
+    """Datasets and indexes, where they are missing → what there is."""
+    from tqdm import tqdm
+
+    from spatialvla_jax.data.index_cache import find_source, load_indexes
+    from spatialvla_jax.data.oxe import DatasetSpec
+    from spatialvla_jax.utils.storage import as_path
+
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    arrays = 0
+    for number, (name, (episodes, frames)) in enumerate(tqdm(SIZES.items(), "indexes")):
+        episodes, frames = max(1, round(episodes * args.scale)), max(1, round(frames * args.scale))
+        folder = args.dir / "data" / name / "1.0.0"
+        lengths = 1 + np.random.default_rng(number).multinomial(frames - episodes, np.full(episodes, 1 / episodes))
+        write_dataset(folder, name, lengths)
+        source = find_source(name, folder, DatasetSpec(), "train")
+        read = partial(random_part, number=number, lengths=lengths)
+        (index,) = load_indexes([source], as_path(args.dir / "buckets" / "bucket" / "index", ""), read=read)
+        arrays += sum(array.nbytes for array in index.arrays.values())
+        total = sum(episodes for episodes, _ in SIZES.values()), sum(frames for _, frames in SIZES.values())
+    return {
+        "datasets": len(SIZES),
+        "episodes": total[0],
+        "frames": total[1],
+        "index_bytes": arrays,
+        "bytes_a_frame": arrays / total[1] / args.scale,
+        "make_seconds": time.monotonic() - start,
+        "make_peak_gb": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20,
+    }
+
+
+def write_dataset(folder: Path, name: str, lengths: np.ndarray) -> None:
+    """A dataset as TFDS lays it out, with empty files in the place of its shards."""
+    import tensorflow_datasets as tfds
+
+    if (folder / "dataset_info.json").exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    steps = {
+        "observation": {"image": tfds.features.Image(shape=(None, None, 3), encoding_format="jpeg")},
+        "action": tfds.features.Tensor(shape=(7,), dtype=np.float32),
+        "language_instruction": tfds.features.Text(),
+    }
+    tfds.features.FeaturesDict({"steps": tfds.features.Dataset(steps)}).save_config(str(folder))
+    count = min(SHARDS, len(lengths), -(-int(lengths.sum()) // FRAMES_A_SHARD))
+    shards = [len(part) for part in np.array_split(lengths, count)]
+    for number in range(count):
+        with open(folder / f"{name}-train.tfrecord-{number:05d}-of-{count:05d}", "wb") as file:
+            file.truncate(int(lengths.sum()) * 30_000 // count)
+    split = {"name": "train", "shardLengths": [str(n) for n in shards], "numBytes": "0"}
+    template = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+    info = {
+        "name": name,
+        "version": "1.0.0",
+        "fileFormat": "tfrecord",
+        "splits": [split | {"filepathTemplate": template}],
+    }
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+
+
+def random_part(source: Any, shard: int, *, number: int, lengths: np.ndarray) -> bytes:
+    """The part of a shard, as `read_shard` gives it of stored data."""
+    from spatialvla_jax.data.index_parts import Part
+
+    rng = np.random.default_rng((number, shard))
+    first = sum(len(one.numbers) for one in source.shards[:shard])
+    own = lengths[first : first + len(source.shards[shard].numbers)]
+    ends, frames = np.cumsum(own), int(own.sum())
+    sizes = rng.integers(15_000, 45_000, frames, np.uint32)
+    places = np.cumsum(sizes, dtype=np.int64) - sizes
+    starts = np.repeat(places[ends - own], own)
+    records = np.stack([places[ends - own], np.add.reduceat(sizes.astype(np.int64), ends - own), 0 * ends], 1)
+    words = rng.integers(0, min(INSTRUCTIONS, max(1, len(lengths) // 4)), len(own))
+    different, language = np.unique(words, return_inverse=True)
+    arrays = {
+        "action": rng.standard_normal((frames, 7), np.float32) / 10,
+        "image": np.stack([places - starts, sizes, rng.integers(0, 2**32, frames, np.uint32)], 1).astype(np.uint32),
+        "language": language.astype(np.int32),
+        "language_end": ends,
+        "step": -(ends - own),
+        "step_end": ends,
+        "episode_end": ends,
+        "episode_file": np.full(len(own), shard, np.int32),
+        "episode_number": np.asarray(source.shards[shard].numbers, np.int32),
+        "episode_record": records,
+    }
+    return Part(arrays, tuple(f"move the object {word} to place {word % 97}" for word in different)).to_bytes()
+
+
+# ---- the measurements, each in a process of its own
+
+
+def config(args: argparse.Namespace) -> dict[str, Any]:
+    from spatialvla_jax.data.oxe.mixtures import MIXTURES
+
+    names = dict(MIXTURES["oxe_spatial_vla_plus"])
+    entries = [
+        {"name": name, "path": str(args.dir / "data" / name / "1.0.0"), "spec": {}, "weight": names[name]}
+        for name in SIZES
+    ]
+    return {"datasets": entries, "cache_dir": "gs://bucket/index", "prompt": {"length": 64}}
+
+
+def load(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    start = time.monotonic()
+    from spatialvla_jax.data import load_data
+    from spatialvla_jax.data.images import tensorflow
+    from spatialvla_jax.text import train_tokenizer
+
+    tensorflow()
+    tokenizer = train_tokenizer({f"move the object {word} to place {word % 97}" for word in range(999)}, 256)
+    imported = time.monotonic()
+    loader = load_data(config(args), image_size=224, tokenizer=tokenizer)
+    result = {"seconds": time.monotonic() - imported, "imports_seconds": imported - start}
+    return loader, result | {"peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+
+
+def cold(args: argparse.Namespace) -> dict[str, Any]:
+    return load(args)[1]
+
+
+warm = cold
+
+
+def draws(args: argparse.Namespace) -> dict[str, Any]:
+    from spatialvla_jax.data.mixture import sample_frames
+
+    loader, _ = load(args)
+    indexes, resident = loader.indexes(), [resident_gb()]
+    started, checked = time.process_time(), 0
+    for first in range(0, args.draws, BATCH):
+        dataset, frame = sample_frames(loader.mixture, 0, np.arange(first, first + BATCH))
+        for number in np.unique(dataset):
+            checked += int(indexes[number].spans("image", frame[dataset == number])[:, 1].sum())
+        if first // RELEASE_EVERY != (first - BATCH) // RELEASE_EVERY:
+            for index in indexes:
+                index.release()
+        if first // (args.draws // 10) != (first - BATCH) // (args.draws // 10):
+            resident.append(resident_gb())
+    seconds = time.process_time() - started
+    return {"draws_per_cpu_second": args.draws / seconds, "resident_gb": resident, "memory_gb": loader.config.memory_gb}
+
+
+def weights(args: argparse.Namespace) -> dict[str, Any]:
+    from spatialvla_jax.data.mixture import BLOCK, sample_frames
+
+    loader, _ = load(args)
+    blocks = 16
+    dataset, _ = sample_frames(loader.mixture, 0, np.arange(blocks * BLOCK))
+    counts = np.bincount(dataset, minlength=len(loader.names))
+    assert (counts == blocks * np.asarray(loader.mixture.counts)).all(), "a block has other counts"
+    meant = np.asarray(loader.weights) * [index.num_frames for index in loader.indexes()]
+    error = np.abs(counts / counts.sum() - meant / meant.sum()).max()
+    return {"samples": blocks * BLOCK, "largest_error_of_a_share": error, "one_slot": 1 / BLOCK}
+
+
+def resident_gb() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**30
+
+
+if __name__ == "__main__":
+    main()
