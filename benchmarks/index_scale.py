@@ -99,7 +99,9 @@ def main() -> None:
                 done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
                 result = json.loads(done.stdout.splitlines()[-1])
                 after = server.counts()
-                result |= {key: after[key] - before[key] for key in ("requests", "bytes_read", "cpu_seconds")}
+                result |= {
+                    key: after.get(key, 0) - before.get(key, 0) for key in ("requests", "bytes_read", "cpu_seconds")
+                }
                 found[phase].append(result)
                 print(phase, result, file=sys.stderr)
     about = {"host": platform.node(), "cores": os.cpu_count(), "python": platform.python_version()}

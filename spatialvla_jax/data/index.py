@@ -156,7 +156,7 @@ class Source(NamedTuple):
     builder: Any  # of TFDS
     shards: Sequence[Shard]
     # What decides what is read, as JSON: "place", the dataset's full path; "split"; "spec", its `meaning`; "features",
-    # its types; "shards", each (name, bytes, modification time, first and end of its episodes that belong to the split,
+    # its types; "shards", each (name, bytes, version, first and end of its episodes that belong to the split,
     # episodes); "action_dim".
     made_from: dict[str, Any]
 
