@@ -17,6 +17,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import google_crc32c
@@ -122,7 +123,11 @@ class Rlds:
         self._block, self._ahead = 1, 0  # see `choose_block`
 
     def index(self, split: str) -> tuple[Index, ...]:
-        sources = [find_source(e.name, e.path, e.spec, e.split(split), self._action_dim) for e in self._entries]
+        tensorflow()  # not by several threads at once
+        with ThreadPoolExecutor(8) as pool:  # a bucket answers after a while
+            sources = list(
+                pool.map(lambda e: find_source(e.name, e.path, e.spec, e.split(split), self._action_dim), self._entries)
+            )
         indexes = load_indexes(sources, self._cache_dir, self._progress, self._faults, self._processes)
         self._faults.check(sum((Counter(i.skipped) for i in indexes), Counter()), f"episodes of the split {split!r}")
         return tuple(indexes)
