@@ -240,9 +240,12 @@ def _copy(source: Source, url: AnyPath, directory: Path) -> Kept | None:
     """Copies an index from a bucket; None for one that is damaged or is being replaced."""
 
     def write(work: Path) -> None:
-        for key in layout(source.spec, source.made_from["action_dim"]):
-            download(url / f"{key}.bin", work / f"{key}.bin")
-        (work / META).write_bytes(read_bytes(url / META))
+        try:
+            for key in layout(source.spec, source.made_from["action_dim"]):
+                download(url / f"{key}.bin", work / f"{key}.bin")
+            (work / META).write_bytes(read_bytes(url / META))
+        except InputError as error:
+            raise _Stale(str(error)) from error
 
     try:
         return _place(source, directory, write)

@@ -140,17 +140,18 @@ def permute(
     """
     sizes, keys = (np.broadcast_to(value, positions.shape) for value in (sizes, keys))
     half = np.maximum(1, (np.frexp(sizes - 1)[1] + 1) // 2).astype(np.uint64)  # frexp's exponent is the bit length
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    rounds = _mix(keys + np.arange(_ROUNDS, dtype=np.uint64).reshape(-1, *[1] * keys.ndim))
 
-    def shuffle(value: np.ndarray, half: np.ndarray, keys: np.ndarray) -> np.ndarray:
-        mask = (np.uint64(1) << half) - np.uint64(1)
+    def shuffle(value: np.ndarray, half: np.ndarray, mask: np.ndarray, rounds: np.ndarray) -> np.ndarray:
         left, right = value >> half, value & mask
-        for number in range(_ROUNDS):
-            left, right = right, left ^ (_mix(_mix(keys + np.uint64(number)) ^ right) & mask)
+        for key in rounds:
+            left, right = right, left ^ (_mix(key ^ right) & mask)
         return (left << half) | right
 
-    value = shuffle(positions.astype(np.uint64), half, keys)
+    value = shuffle(positions.astype(np.uint64), half, mask, rounds)
     while (outside := np.flatnonzero(value >= sizes)).size:
-        value[outside] = shuffle(value[outside], half[outside], keys[outside])
+        value[outside] = shuffle(value[outside], half[outside], mask[outside], rounds[:, outside])
     return value.astype(np.int64)
 
 
