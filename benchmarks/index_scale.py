@@ -8,8 +8,9 @@ with random actions and places, once. Then each of these in a process of its own
 cold     seconds of `load_data`, after the imports, on a host without any index: it fetches all of them from a bucket,
          which a server on loopback stands for (`--latency` ms a request, `--bandwidth` MB/s in all)
 warm     the same again on that host
-draws    samples a second of processor time: which dataset and frame, and where its bytes lie (`sample_frames` and
-         `Index.spans`), with the index's pages given back as the loader does; resident memory on the way
+draws    samples a second of processor time, in batches of 2,048 and of 16,384: which dataset and frame, and where its
+         bytes lie (`sample_frames` and `Index.spans`), with the index's pages given back as the loader does; resident
+         memory on the way
 weights  how often each dataset comes in whole blocks of the sequence, beside its weight
 
 It ends with one line of JSON.
@@ -66,7 +67,7 @@ SIZES = {
 }
 INSTRUCTIONS = 127_605  # different ones at most: as many as language_table has
 FRAMES_A_SHARD, SHARDS = 5_000, 2_048
-BATCH, RELEASE_EVERY = 2_048, 1_024
+BATCHES = (2_048, 16_384)  # of the published run, and of eight of its steps
 PHASES = ("cold", "warm", "draws", "weights")
 
 
@@ -243,19 +244,19 @@ def draws(args: argparse.Namespace) -> dict[str, Any]:
     from spatialvla_jax.data.mixture import sample_frames
 
     loader, _ = load(args)
-    indexes, resident = loader.indexes(), [resident_gb()]
-    started, checked = time.process_time(), 0
-    for first in range(0, args.draws, BATCH):
-        dataset, frame = sample_frames(loader.mixture, 0, np.arange(first, first + BATCH))
-        for number in np.unique(dataset):
-            checked += int(indexes[number].spans("image", frame[dataset == number])[:, 1].sum())
-        if first // RELEASE_EVERY != (first - BATCH) // RELEASE_EVERY:
+    indexes, resident, rates = loader.indexes(), [resident_gb()], {}
+    for batch in BATCHES:
+        started, checked = time.process_time(), 0
+        for first in range(0, args.draws, batch):
+            dataset, frame = sample_frames(loader.mixture, 0, np.arange(first, first + batch))
+            for number in np.unique(dataset):
+                checked += int(indexes[number].spans("image", frame[dataset == number])[:, 1].sum())
+            if first // (args.draws // 10) != (first - batch) // (args.draws // 10):
+                resident.append(resident_gb())
             for index in indexes:
                 index.release()
-        if first // (args.draws // 10) != (first - BATCH) // (args.draws // 10):
-            resident.append(resident_gb())
-    seconds = time.process_time() - started
-    return {"draws_per_cpu_second": args.draws / seconds, "resident_gb": resident, "memory_gb": loader.config.memory_gb}
+        rates[batch] = args.draws / (time.process_time() - started)
+    return {"draws_per_cpu_second": rates, "resident_gb": resident, "memory_gb": loader.config.memory_gb}
 
 
 def weights(args: argparse.Namespace) -> dict[str, Any]:

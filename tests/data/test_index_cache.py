@@ -52,6 +52,8 @@ def test_hosts_copy_the_index_of_a_bucket(bucket, rlds, tmp_path, monkeypatch, c
     storage.put(cache / folder / "action.bin", b"\0" * len(made["action.bin"]))
     assert on_a_host("three", tmp_path, monkeypatch, load)[1] == made
     assert "the checksum of action.bin is wrong" in capsys.readouterr().err
+    storage.remove(cache / folder / "image.bin")
+    assert on_a_host("cut", tmp_path, monkeypatch, load)[1] == made
     storage.remove(cache / folder / "meta.json")
     assert on_a_host("four", tmp_path, monkeypatch, load)[1] == made
     assert on_a_host("five", tmp_path, monkeypatch, lambda: load(unread))[1] == made
