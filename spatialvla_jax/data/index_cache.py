@@ -138,8 +138,8 @@ def complete_indexes(
     if is_url(cache_dir) and processes.index == 0:
         with ThreadPoolExecutor(_TOGETHER) as pool:
             stored = list(pool.map(lambda source: _read_meta(source, cache_dir / source.folder), sources))
-        for source, text in zip(sources, stored, strict=True):
-            if not text:
+        for source, one, text in zip(sources, kept, stored, strict=True):
+            if one is None or not text:  # it is new, or the bucket has none
                 upload_folder(local / source.folder, cache_dir / source.folder, META)
     return indexes
 
@@ -248,7 +248,9 @@ def _copy(source: Source, url: AnyPath, directory: Path) -> Kept | None:
             raise _Stale(str(error)) from error
 
     try:
-        return _place(source, directory, write)
+        kept = _place(source, directory, write)
+        _check_current(*kept)
+        return kept
     except _Stale as reason:
         warn(f"dataset {source.name!r} has an index in {url} that cannot be used: {reason}")
         return None
