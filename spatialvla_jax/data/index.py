@@ -53,7 +53,7 @@ FAIL = Faults()
 
 @dataclasses.dataclass(frozen=True)
 class Index:
-    """One split of one dataset: N frames of E episodes. Arrays are memory-mapped.
+    """One split of one dataset: N frames of E episodes. Arrays of frames are memory-mapped.
 
     A frame is a step with a picture, and every step is one but in a recording with pictures of some steps only
     (`record libero --every`). `action` has a row for every step; there, `action_row` i64[N] is that of each frame and

@@ -14,7 +14,7 @@ import os
 import secrets
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from spatialvla_jax.actions import DIMENSIONS
 from spatialvla_jax.data.index import CHECKSUM_BYTES, FAIL, META, Faults, Index, Source, digest
-from spatialvla_jax.data.index_parts import Part, layout, merge_parts, read_part
+from spatialvla_jax.data.index_parts import PER_FRAME, Part, layout, merge_parts, read_part
 from spatialvla_jax.data.oxe.spec import DatasetSpec, meaning
 from spatialvla_jax.data.rlds import enumerate_some, open_rlds, slice_shards
 from spatialvla_jax.errors import InputError
@@ -47,6 +47,7 @@ from spatialvla_jax.utils.storage import (
 LOCAL_CACHE = "~/.cache/spatialvla_jax"  # of indexes that are kept in a bucket, or without data.cache_dir
 VERSION = 4  # of the files and of what is in them; another one makes a new index
 _TOGETHER = 8  # indexes that are read or copied at the same time
+_HELD = 2**24  # bytes: arrays of episodes or runs are kept in memory up to this size, all others are mapped
 _SAMPLE = 16  # records of an index whose checksums are compared at each start
 
 Kept = tuple[Index, dict[str, Any]]  # an index and its meta.json
@@ -268,10 +269,14 @@ def _open(source: Source, directory: Path) -> Kept:
         arrays, maps = {}, []
         for key, (dtype, shape) in layout(source.spec, made_from["action_dim"]).items():
             with open(f"{key}.bin", "rb", opener=opener) as file:
-                if _checksum(iter(functools.partial(file.read, 1 << 22), b"")) != meta["checksums"][key]:
+                parts = iter(functools.partial(file.read, _HELD), b"")
+                data: bytes | mmap.mmap = next(parts, b"")
+                if functools.reduce(google_crc32c.extend, parts, google_crc32c.value(data)) != meta["checksums"][key]:
                     raise ValueError(f"the checksum of {file.name} is wrong")
-                maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-            arrays[key] = np.frombuffer(maps[-1], dtype).reshape(-1, *shape)
+                if key in PER_FRAME or file.tell() > _HELD:
+                    data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                    maps.append(data)
+            arrays[key] = np.frombuffer(data, dtype).reshape(-1, *shape)
         files, instructions = tuple(os.fspath(shard.file) for shard in source.shards), tuple(meta["instructions"])
         about = meta["statistics"], meta["read"], meta["skipped"]
         gaussians = meta["gaussians"]
@@ -293,10 +298,6 @@ def _check_meta(source: Source, text: str) -> dict[str, Any]:
     if meta["made_from"] != source.made_from:
         raise _Stale(_difference(meta["made_from"], source.made_from))
     return meta
-
-
-def _checksum(parts: Iterable[bytes]) -> int:
-    return functools.reduce(google_crc32c.extend, parts, 0)
 
 
 def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

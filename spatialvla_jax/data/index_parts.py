@@ -20,7 +20,7 @@ from spatialvla_jax.data.rlds import Shard, read_episodes
 from spatialvla_jax.data.statistics import action_statistics
 
 # A row for every frame. Spans are u32: offset behind `episode_record`'s, length, CRC-32C.
-_FRAMES: dict[str, tuple[str, tuple[int, ...]]] = {
+PER_FRAME: dict[str, tuple[str, tuple[int, ...]]] = {
     "action": ("<f4", (-1,)),  # as many as the dataset's actions have
     "image": ("<u4", (3,)),
     "depth": ("<u4", (3,)),
@@ -45,7 +45,7 @@ Rows = Mapping[str, tuple[str, tuple[int, ...]]]
 
 def layout(spec: DatasetSpec, action_dim: int) -> Rows:
     """Dtype and shape of a row of each array of a dataset's index."""
-    rows = _FRAMES | {"action": ("<f4", (action_dim,))} | _RUNS | _RUN_ENDS | _EPISODES
+    rows = PER_FRAME | {"action": ("<f4", (action_dim,))} | _RUNS | _RUN_ENDS | _EPISODES
     absent = {name for key in ("depth", "intrinsics") if not getattr(spec, key) for name in (key, f"{key}_end")}
     return {key: row for key, row in rows.items() if key not in absent}
 
@@ -92,7 +92,7 @@ def read_part(name: str, builder: Any, number: int, shard: Shard, spec: DatasetS
         if not (length := len(episode["step"])):
             continue
         record = episode.pop("record")
-        for key in _FRAMES.keys() & rows.keys() - {"action"}:
+        for key in PER_FRAME.keys() & rows.keys() - {"action"}:
             episode[key] = episode[key] - [record[0], 0, 0]
         episode["step"] = episode["step"] - np.arange(frames, frames + length)
         language = [instructions.setdefault(text, len(instructions)) for text in episode["language"]]
