@@ -67,6 +67,7 @@ SIZES = {
 }
 INSTRUCTIONS = 127_605  # different ones at most: as many as language_table has
 FRAMES_A_SHARD, SHARDS = 5_000, 2_048
+MOST_BYTES = 45_000  # of a stored image
 BATCHES = (2_048, 16_384)  # of the published run, and of eight of its steps
 PHASES = ("cold", "warm", "draws", "weights")
 
@@ -164,7 +165,7 @@ def write_dataset(folder: Path, name: str, lengths: np.ndarray) -> None:
     shards = [len(part) for part in np.array_split(lengths, count)]
     for number in range(count):
         with open(folder / f"{name}-train.tfrecord-{number:05d}-of-{count:05d}", "wb") as file:
-            file.truncate(int(lengths.sum()) * 30_000 // count)
+            file.truncate(2 * int(lengths.sum()) * MOST_BYTES // count)  # more than any one needs, and takes no room
     split = {"name": "train", "shardLengths": [str(n) for n in shards], "numBytes": "0"}
     template = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
     info = {
@@ -184,7 +185,7 @@ def random_part(source: Any, shard: int, *, number: int, lengths: np.ndarray) ->
     first = sum(len(one.numbers) for one in source.shards[:shard])
     own = lengths[first : first + len(source.shards[shard].numbers)]
     ends, frames = np.cumsum(own), int(own.sum())
-    sizes = rng.integers(15_000, 45_000, frames, np.uint32)
+    sizes = rng.integers(15_000, MOST_BYTES, frames, np.uint32)
     places = np.cumsum(sizes, dtype=np.int64) - sizes
     starts = np.repeat(places[ends - own], own)
     records = np.stack([places[ends - own], np.add.reduceat(sizes.astype(np.int64), ends - own), 0 * ends], 1)
