@@ -32,7 +32,11 @@ def run_report(run: AnyPath) -> dict[str, Any]:
         )
     if not is_file(run / CONFIG):
         raise InputError(f"{run} holds no {CONFIG}: expected the --workdir of a training run")
-    config, records = read_json(run / CONFIG), read_processes(run)
+    try:
+        steps = read_json(run / CONFIG)["train"]["steps"]
+    except (KeyError, TypeError):
+        raise InputError(f"{run / CONFIG} has no train.steps: expected the config of a training run") from None
+    records = read_processes(run)
     if not records:
         raise InputError(f"{run / FOLDER} holds no record: the run was made by a version that kept none")
     seconds = account(records)
@@ -46,7 +50,7 @@ def run_report(run: AnyPath) -> dict[str, Any]:
     return {
         "run": str(run),
         "step": last[-1] if last else 0,
-        "steps": config["train"]["steps"],
+        "steps": steps,
         "wall_seconds": wall,
         "goodput": seconds["steps"] / wall,
         "seconds": seconds,

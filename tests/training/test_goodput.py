@@ -149,6 +149,9 @@ def test_a_report_wants_a_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> 
         return sentence
 
     assert f"{tmp_path} holds no config.json: expected the --workdir" in refused()
+    for text in ("[1]", "{}"):
+        (tmp_path / "config.json").write_text(text)
+        assert f"{tmp_path / 'config.json'}" in refused()
     (tmp_path / "config.json").write_text('{"train": {"steps": 100}}')
     assert f"{tmp_path / 'goodput'} holds no record" in refused()
     (tmp_path / "sweep.json").write_text("{}")
