@@ -49,10 +49,12 @@ def main() -> None:
     args = parser.parse_args()
     proxy, stop = start_gcs()
     os.environ |= {"STORAGE_EMULATOR_HOST": proxy.url, "TENSORSTORE_GCS_HTTP_URL": proxy.url}
-    with tempfile.TemporaryDirectory() as folder:
-        (bucket,) = [*Bucket.fresh("gs", proxy)]
-        result = measure(bucket, Path(folder), args.kills, args.steps, random.Random(args.seed))
-    stop()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            (bucket,) = [*Bucket.fresh("gs", proxy)]
+            result = measure(bucket, Path(folder), args.kills, args.steps, random.Random(args.seed))
+    finally:
+        stop()
     write_json(args.out, result)
     print(json.dumps(result))
     print(f"wrote {args.out}")

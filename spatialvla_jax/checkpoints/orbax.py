@@ -322,4 +322,7 @@ def _first_line(error: BaseException) -> str:
     """Of what the error says, or the system's own words where tensorstore gives their number."""
     if system := re.search(r"os_error_code='(\d+)'", str(error)):
         return os.strerror(int(system[1]))
-    return str(error).strip().split("\n")[0][:200] or type(error).__name__
+    text = str(error).strip().split("\n")[0]
+    if re.search("(gs|s3)://", text):  # a bucket's reason stands at the end
+        text = text.rpartition(" in OCDBT database at ")[2]
+    return text[:200] or type(error).__name__

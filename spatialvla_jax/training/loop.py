@@ -1,5 +1,6 @@
 """The training run: data, state, steps, metrics, checkpoints; started again it goes on where it was."""
 
+import contextlib
 import json
 import sys
 import zlib
@@ -84,24 +85,20 @@ def train(
     """
     if wandb:
         check_wandb()
-    with Preemption() as preemption, quiet_storage():
-        folder = LogFolder(workdir)
+    with Preemption() as preemption, quiet_storage(), contextlib.closing(LogFolder(workdir)) as folder:
         goodput = Goodput(folder, Clock(age))
+        with goodput.clock("start"):
+            run = prepare(config, workdir, goodput)
+            log = MetricsLog(folder, run.start, wandb)
+        if keep_compiled and folder.local:
+            share_compilations(folder.path / COMPILED)
         try:
-            with goodput.clock("start"):
-                run = prepare(config, workdir, goodput)
-                log = MetricsLog(folder, run.start, wandb)
-            if keep_compiled and folder.local:
-                share_compilations(folder.path / COMPILED)
-            try:
-                step, state, metrics = take_steps(run, log, goodput, preemption, profile)
-            finally:
-                with goodput.clock("save"):
-                    run.checkpoints.close()
-                log.close()
-                goodput.close()
+            step, state, metrics = take_steps(run, log, goodput, preemption, profile)
         finally:
-            folder.close()
+            with goodput.clock("save"):
+                run.checkpoints.close()
+            log.close()
+            goodput.close()
     if step == run.setup.steps and is_writer():
         write_json(workdir / FINISHED, {"step": step})
     trainable, _ = split_frozen(state.params, run.setup.frozen)

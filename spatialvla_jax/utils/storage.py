@@ -96,7 +96,8 @@ def is_dir(path: AnyPath) -> bool:
 
 
 def is_file(path: AnyPath) -> bool:
-    return _type_of(path) == "file"
+    """False for a pipe, which would wait for its other end."""
+    return os.path.isfile(path) if isinstance(path, Path) else _type_of(path) == "file"
 
 
 def occupied(path: AnyPath) -> bool:

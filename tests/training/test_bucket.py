@@ -36,7 +36,7 @@ def saver(workdir, **options) -> Checkpoints:
 
 def save(checkpoints: Checkpoints, *steps: int) -> None:
     for step in steps:
-        checkpoints.save(state_of(step), step, lambda: None, last=True)
+        checkpoints.save(state_of(step), step, lambda: None, spikes={}, last=True)
 
 
 def restore(workdir) -> int:
