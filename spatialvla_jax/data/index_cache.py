@@ -71,7 +71,7 @@ def find_source(
         "shards": [(s.file.name, s.size, s.version, s.numbers.start, s.numbers.stop, s.listed) for s in shards],
         "action_dim": action_dim,
     }
-    return Source(name, spec, builder, shards, json.loads(json.dumps(made_from, sort_keys=True)))  # in one order in all processes
+    return Source(name, spec, builder, shards, json.loads(json.dumps(made_from, sort_keys=True)))
 
 
 def read_shard(source: Source, number: int) -> bytes:
