@@ -58,7 +58,8 @@ def open_directory(path: AnyPath) -> dict[str, LazyArray]:
         raise InputError(f"{path} holds {stale[0]} too, but {by}: remove what is out of date")
     if weight_map is None:
         return open_file(path / SINGLE)
-    absent = [f"{key} ({shard})" for key, shard in weight_map.items() if shard not in present]
+    lost = {shard for shard in shards if not is_file(path / shard)}
+    absent = [f"{key} ({shard})" for key, shard in weight_map.items() if shard in lost]
     check_names(path / INDEX, "in a shard that does not exist", absent)
     found = [(key, shard, tensor) for shard in shards for key, tensor in open_file(path / shard).items()]
     tensors = {key: tensor for key, _, tensor in found}
