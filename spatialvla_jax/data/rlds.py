@@ -18,7 +18,7 @@ from spatialvla_jax.data.images import stored_size, tensorflow
 from spatialvla_jax.data.oxe.operations import apply_operations
 from spatialvla_jax.data.oxe.spec import DatasetSpec, join_action, split_language
 from spatialvla_jax.data.tfrecord import masked_crc, read_example, read_records
-from spatialvla_jax.errors import Fault, InputError
+from spatialvla_jax.errors import Fault, InputError, StorageError
 from spatialvla_jax.utils.camera import intrinsics_problem
 from spatialvla_jax.utils.progress import warn
 from spatialvla_jax.utils.storage import AnyPath, is_dir, is_file, is_url, list_files, list_names, read_bytes, to_path
@@ -54,6 +54,8 @@ def open_rlds(path: str | os.PathLike[str]) -> Any:
     builder: Any
     try:
         builder = tfds.builder_from_directory(path)
+    except StorageError:
+        raise
     except Exception as error:  # TFDS raises whatever its parsers raise
         raise InputError(f"{path} is not a readable TFDS dataset: {' '.join(str(error).split())}") from error
     if builder.info.file_format.value != "tfrecord":

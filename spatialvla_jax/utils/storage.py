@@ -174,7 +174,9 @@ def read_ranges(
         else:
             ends = [offset + length for offset, length in zip(offsets, lengths, strict=True)]
             urls = [os.fspath(path) for path in paths]
-            parts = filesystem(urls[0]).cat_ranges(urls, list(offsets), ends, batch_size=concurrent, on_error="return")
+            with storage_errors(urls[0]):
+                fs = filesystem(urls[0])
+            parts = fs.cat_ranges(urls, list(offsets), ends, batch_size=concurrent, on_error="return")
         for number, part in zip(numbers, parts, strict=True):
             path, offset, length = ranges[number]
             ended = EOFError(f"{os.fspath(path)} ends before byte {offset + length}")
@@ -379,12 +381,13 @@ def explain(error: Exception, path: str | os.PathLike[str], done: str = "read") 
         return InputError(f"{url} cannot be {done}: the bucket is read-only{said}")
     if status == 403:
         return InputError(f"{url} cannot be {done}: the permission {_PERMISSIONS[scheme][done]} is missing{said}")
-    return StorageError(f"{url} cannot be {done}: {reason or type(error).__name__}")
+    kind = InputError if status == 400 else StorageError  # 400: a name that no bucket or object has
+    return kind(f"{url} cannot be {done}: {reason or type(error).__name__}")
 
 
 def status_of(error: Exception, path: str | os.PathLike[str]) -> tuple[int, str]:
     """The HTTP status that an error of a URL comes from, 0 if from none, and what the server says."""
-    return filesystem(path).status_of(error)
+    return fsspec.get_filesystem_class(os.fspath(path).partition(":")[0]).status_of(error)
 
 
 def missing_bucket(path: str | os.PathLike[str]) -> str:

@@ -56,7 +56,7 @@ class GoogleStorage(GCSFileSystem):
             return 401, str(error)
         if str(error).startswith("Forbidden: "):
             return 403, str(error).partition("\n")[2]
-        return 0, str(error)
+        return 400 if str(error).startswith("Bad Request: ") else 0, str(error)
 
 
 def _url(request: str) -> str:

@@ -2,7 +2,13 @@
 
 from typing import Any
 
-from botocore.exceptions import ClientError, ConnectionError, NoCredentialsError, PartialCredentialsError
+from botocore.exceptions import (
+    ClientError,
+    ConnectionError,
+    NoCredentialsError,
+    ParamValidationError,
+    PartialCredentialsError,
+)
 from s3fs.core import S3_RETRYABLE_ERRORS, S3FileSystem, _error_wrapper
 
 from spatialvla_jax.utils.retries import count, retrying
@@ -65,6 +71,8 @@ class S3Storage(S3FileSystem):
         """The HTTP status that an error comes from, 0 if from none, and what the server says."""
         if isinstance(error, NoCredentialsError | PartialCredentialsError):
             return 401, str(error)
+        if isinstance(error, ParamValidationError):
+            return 400, str(error)
         code, status, message = _answer(error)
         return 401 if code in _NO_CREDENTIALS else status, message
 

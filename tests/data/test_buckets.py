@@ -13,8 +13,8 @@ from spatialvla_jax.data.pack import packed_digest
 from spatialvla_jax.data.resolve_datasets import newest_version
 from spatialvla_jax.data.rlds import open_rlds, read_episodes, slice_shards
 from spatialvla_jax.data.statistics import load_statistics, save_statistics
-from spatialvla_jax.errors import Fault, InputError
-from spatialvla_jax.utils import storage
+from spatialvla_jax.errors import Fault, InputError, StorageError
+from spatialvla_jax.utils import retries, storage
 from spatialvla_jax.utils.atomic import write_json
 
 SPEC = make_spec("libero", CATALOGUE, "toy")
@@ -34,7 +34,7 @@ def read(path, split: str) -> list[dict[str, np.ndarray]]:
 def test_episodes_are_the_same(bucket, rlds: Path, monkeypatch):
     """In small parts, with faults of every kind."""
     url = bucket.upload(rlds, "toy/1.0.0")
-    monkeypatch.setattr(storage, "read_parts", functools.partial(storage.read_parts, part=20_000))
+    monkeypatch.setattr(storage, "read_parts", functools.partial(storage.read_parts, part=60_000))
     for fault in ({"status": 503, "every": 3}, {"status": 429, "every": 5}, {"cut": True, "every": 4}):
         bucket.proxy.add(**fault, pattern="GET")
     for split in ("train", "val", "train[3:]"):
@@ -42,6 +42,38 @@ def test_episodes_are_the_same(bucket, rlds: Path, monkeypatch):
             assert local.keys() == remote.keys()
             for key in local:
                 np.testing.assert_array_equal(local[key], remote[key])
+
+
+@pytest.mark.slow
+def test_batches_are_the_same(bucket, config_file: Path, rlds: Path, tmp_path):
+    """Of a run's loader, while every kind of fault is mended: nothing is left out or read twice."""
+    url = bucket.upload(rlds, "toy/1.0.0")
+    config = load_config(config_file)
+    local = open_data(config)
+    (entry,) = config.data.datasets
+    config.data.update(datasets=[entry | {"path": url}], cache_dir=str(tmp_path))
+    for fault in ({"status": 503, "every": 11}, {"status": 429, "every": 13}, {"cut": True, "every": 17}):
+        bucket.proxy.add(**fault, pattern="GET")
+    remote = open_data(config)
+    assert remote.statistics == local.statistics
+    for a, b in zip(local.epoch(8, "train"), remote.epoch(8, "train"), strict=True):
+        for name in ("image", "intrinsics", "depth", "prompt_ids", "actions", "action_mask", "sample_id"):
+            np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
+
+
+def test_throttling_is_no_fault_of_the_data(gcs, rlds: Path, monkeypatch):
+    url = gcs.upload(rlds, "toy/1.0.0")
+    monkeypatch.setattr(retries, "PATIENCE", 0.05)
+    builder, (shard, *_) = open_rlds(url), slice_shards(open_rlds(url), "train")
+    gcs.proxy.add(status=429)
+    for read_again in (
+        lambda: open_rlds(url),
+        lambda: slice_shards(builder, "train"),
+        lambda: list(read_episodes("toy", builder, shard.file, shard.numbers, SPEC, skip=print)),
+        lambda: load_statistics(f"{gcs.url}/stats.json"),
+    ):
+        with pytest.raises(StorageError, match=f"{gcs.url}.*: the storage failed for .* s, the last time with"):
+            read_again()
 
 
 def test_shards_have_their_versions(gcs, rlds: Path):

@@ -6,6 +6,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import fsspec
 import pytest
 from etils import epath
 
@@ -161,6 +162,30 @@ def test_sentences(bucket):
                 call(path)
             assert "\n" not in str(failed.value)
             bucket.proxy.faults.clear()
+
+
+def test_no_credentials(s3, monkeypatch):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("HOME", "/nowhere")
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    path = storage.as_path(f"{s3.url}/b.bin", "")
+    (error,) = storage.read_ranges([(path, 0, 1)])
+    sentence = f"{path} cannot be read: there are no valid credentials .*; use `aws configure`, or AWS_ACCESS_KEY_ID"
+    for call in (lambda: storage.read_bytes(path), lambda: storage.exists(path), lambda: raise_(error)):
+        with pytest.raises(InputError, match=sentence):
+            call()
+
+
+def raise_(error: Exception):
+    raise error
+
+
+@pytest.mark.parametrize("name", ["s3://Not a name!/x", "s3://b/x"])
+def test_names_that_no_bucket_has(s3, name):
+    with pytest.raises(InputError, match=name):
+        storage.read_bytes(storage.as_path(name, ""))
 
 
 @pytest.mark.slow
