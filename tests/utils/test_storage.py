@@ -63,6 +63,11 @@ def test_objects(bucket, tmp_path):
     storage.download(path, tmp_path / "copy")
     assert (tmp_path / "copy").read_bytes() == DATA[:-1] + b"x" == b"".join(storage.read_parts(path, len(DATA), 10_000))
     storage.upload(tmp_path / "copy", path.with_name("c"))
+    for data in (b"", b"\r", b"a\r\n", b"\n--==0==--\n"):  # what may look like a part of the request
+        storage.put(path, data)
+        (tmp_path / "copy").write_bytes(data)
+        storage.upload(tmp_path / "copy", path.with_name("c"))
+        assert storage.read_bytes(path) == storage.read_bytes(path.with_name("c")) == data
     storage.remove(path)
     storage.remove(path)
     assert sorted(storage.list_files(path.parent)) == ["c"]
