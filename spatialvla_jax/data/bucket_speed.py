@@ -30,13 +30,10 @@ def measure(files: Sequence[tuple[str, int]]) -> Speed:
     some = [files[n * len(files) // _PARALLEL] for n in range(_PARALLEL)]
     _timed([(some[0][0], 0, 1)])  # this one also makes the connection
     latency = statistics.median(_timed([(url, 0, 1)])[0] for url, _ in some[:_SMALL_READS])
-    bandwidth = 0.0
-    for most in (2**18, 2**20):  # the first also makes the connections
-        seconds, size = _timed([(url, 0, min(size, most)) for url, size in some])
-        bandwidth = max(bandwidth, size / max(seconds - latency, 1e-4))
-        if seconds > 1:
-            break
-    return Speed(latency, bandwidth)
+    seconds, size = _timed([(url, 0, min(size, 2**18)) for url, size in some])  # this also makes the connections
+    if seconds < 1:
+        seconds, size = _timed([(url, 0, min(size, 2**20)) for url, size in some])
+    return Speed(latency, size / max(seconds - latency, 1e-4))
 
 
 def _timed(ranges: Sequence[Range]) -> tuple[float, int]:

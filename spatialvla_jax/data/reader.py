@@ -181,7 +181,7 @@ class Rlds:
             # Each round has its own: a thread of the one before may still be reading.
             files = Files()
             store = Blocks(files, self._block, cache) if windows else files
-            reader = StepReader(split, samples, self._keys, files, store, self._faults, self._ahead)
+            reader = StepReader(split, samples, steps.stop, self._keys, files, store, self._faults, self._ahead)
             depth = "depth" in self._keys
             batches = decode_batches(reader.read, steps, batch_size, self._image_size, depth, self._workers, ready)
             for step in steps:
@@ -207,7 +207,7 @@ class Rlds:
         before, split = len(reader.split.broken), reader.split
         encoded = {key: np.empty(len(ids), object) for key in self._keys}
         units = np.empty(len(ids), np.float32)
-        alone = StepReader(split, reader.samples, self._keys, files := Files(), files, self._faults)
+        alone = StepReader(split, reader.samples, 0, self._keys, files := Files(), files, self._faults)
         unread = alone.fetch(alone.begin(ids), encoded, units)
         for row in np.setdiff1d(np.arange(len(ids)), unread).tolist():
             frame = [encoded[key][row] for key in self._keys]
@@ -250,6 +250,7 @@ class StepReader:
 
     split: Split
     samples: Samples
+    stop: int  # no step from this one on is read
     keys: tuple[str, ...]  # image[, depth]
     files: Files
     store: Files | Blocks  # `files`, or blocks of them
@@ -272,10 +273,10 @@ class StepReader:
     def _read(self, step: int) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
         """The frames i64[B] of a step and their encoded images (and depth maps with their units)."""
         begun = self.begun.pop(step, None) or self.begin(self.samples(step))
-        later = step + 1 + len(self.begun)
-        while sum(one.size for one in self.begun.values()) < self.ahead and later <= step + _FARTHEST:
+        for later in range(step + 1 + len(self.begun), min(step + 1 + _FARTHEST, self.stop)):
+            if sum(one.size for one in self.begun.values()) >= self.ahead:
+                break
             self.begun[later] = self.begin(self.samples(later))
-            later += 1
         ids, rows = np.array(begun.ids), np.arange(len(begun.ids))
         encoded, units = {key: np.empty(len(ids), object) for key in self.keys}, np.empty(len(ids), np.float32)
         for attempt in range(_ATTEMPTS):

@@ -29,7 +29,7 @@ from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 _CHUNK = 2**18  # bytes after which the bandwidth is looked at
-_BURST = 0.02  # seconds of bandwidth that an idle server has in hand
+_BURST = 0.005  # seconds of bandwidth that an idle server has in hand
 
 
 @dataclasses.dataclass
