@@ -341,6 +341,7 @@ def check_resumable(saved: dict[str, Any], config: ConfigDict, workdir: AnyPath)
             f"the run in {workdir} was begun by another version of this program, with {gone[0]} = "
             f"{before[gone[0]]!r}, a config key that does not exist: go on with that version, or use another workdir"
         )
+    now["data.read_block"] = now["data.read_block"] or before["data.read_block"]  # 0: what the run's first start chose
     free = lambda key: any(key == f or key.startswith(f"{f}.") for f in FREE_ON_RESUME)  # noqa: E731
     changed = [key for key in sorted(KEYS) if now[key] != before[key] and not free(key)]
     if changed:

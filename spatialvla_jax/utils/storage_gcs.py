@@ -36,9 +36,12 @@ class GoogleStorage(GCSFileSystem):
         count(read=len(found[3]) if method == "GET" else 0)
         return found
 
-    async def _pipe_file(self, path: str, data: Any, mode: str = "overwrite", **_: Any) -> None:
-        """One request whose body is the data. In gcsfs's, a multipart message, servers take a last byte "\\r" for a part
-        of the separator, and drop it."""
+    async def _pipe_file(self, path: str, data: Any, mode: str = "overwrite", **options: Any) -> None:
+        """One request whose body is the data. gcsfs sends a multipart message, where a server may take a carriage
+        return at the end of the data for a part of the separator. It is used for no data alone, which is no body."""
+        if not data:
+            await super()._pipe_file(path, data, mode=mode, **options)
+            return
         bucket, key, _generation = self.split_path(path)
         new = {"ifGenerationMatch": "0"} if mode == "create" else {}
         headers = {"Content-Type": "application/octet-stream"}

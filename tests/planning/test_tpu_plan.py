@@ -265,7 +265,7 @@ def test_a_program_that_compiles_may_still_be_too_large(monkeypatch: pytest.Monk
     memory = SimpleNamespace(**{f"{kind}_size_in_bytes": 10 * 2**30 for kind in sizes})
     compiled = SimpleNamespace(as_text=lambda: HLO, memory_analysis=lambda: memory)
     lowered = SimpleNamespace(as_text=lambda: "", compile=lambda: compiled)
-    step = SimpleNamespace(lower=lambda *_: lowered)
+    step = SimpleNamespace(trace=lambda *_: SimpleNamespace(lower=lambda: lowered))
     monkeypatch.setattr(topology_module, "jit_train_step", lambda *_: step)
     setup = setup_of(train={})
     report = compile_plan(setup, GRID, Plan((1, 4, 1), "dots", 16, 1), Topology("v5e", (2, 2)), tmp_path)

@@ -232,7 +232,7 @@ def test_a_fingerprint_tells_another_training_of_the_same_path_and_step(tmp_path
     step = tmp_path / "run/checkpoints/40"
     for name, data in {
         "params/d/0": b"\1" * 200_000,
-        "metadata/metadata": b"{}",
+        "metadata/metadata": b'{"step": 40}',
         "optimizer/0": b"\1",
         CONTENTS: b'{"item_handlers": {}}',
     }.items():

@@ -80,6 +80,7 @@ def test_what_was_cut_off_does_not_exist_and_what_is_damaged_is_kept_aside(gcs, 
     assert f"{folder}/4 is incomplete and was moved to {workdir}/incomplete_checkpoints/4" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("status", "body", "words"),
     [

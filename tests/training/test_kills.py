@@ -89,6 +89,7 @@ def test_killed_twenty_times(server: Server, packed_config: Path, tmp_path: Path
     assert_same(workdir, tmp_path / "undisturbed")
 
 
+@pytest.mark.slow
 def test_sigterm_and_then_a_full_disk(server: Server, packed_config: Path, undisturbed: Path, tmp_path: Path) -> None:
     """Asked to end, it saves its last step. Then no file can grow enough for a checkpoint: tried again four times, then
     one sentence, and what was saved stays."""

@@ -75,6 +75,7 @@ def undisturbed(packed_config: Path, tmp_path_factory: pytest.TempPathFactory) -
     return workdir
 
 
+@pytest.mark.slow
 def test_it_goes_back_and_on_with_the_batches_after_it(undisturbed: Path) -> None:
     records = read_metrics(undisturbed / "metrics.jsonl")
     assert [r["step"] for r in records] == [*range(1, 11)]

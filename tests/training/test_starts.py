@@ -7,11 +7,19 @@ from pathlib import Path
 
 import pytest
 from helpers.toy_rlds import make_episodes, make_rlds
+from ml_collections import ConfigDict
 
 from spatialvla_jax.checkpoints import read_checkpoint
 from spatialvla_jax.config import load_config, train_config_of
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.training.loop import prepare, train
+from spatialvla_jax.training import loop
+from spatialvla_jax.training.goodput import Clock, Goodput
+from spatialvla_jax.training.log_folder import LogFolder
+from spatialvla_jax.training.loop import train
+
+
+def prepare(config: ConfigDict, workdir: Path) -> loop.Run:
+    return loop.prepare(config, workdir, Goodput(LogFolder(workdir), Clock()))
 
 
 def start_of(workdir: Path, **overrides: object) -> int:
