@@ -7,8 +7,9 @@ Random weights, a 640×480 camera. Each variant goes through `Policy.infer_batch
 `plain` is `bfloat16` without the kernel of `inference/kernels.py`, `depth` is the model's dtype with depth given
 instead of estimated, `draft` has the result as a draft (speculation that always comes true: its bound), `free` chooses
 from the whole vocabulary. A variant that fails is reported and leaves the others be. `--torch` times the exported
-PyTorch model beside it, `--first-action` a new process from its start to its first action, with an empty and a filled
-cache of compiled programs. Prints the environment and the floors, ends with one line of JSON.
+PyTorch model beside it, by its loop and as a CUDA graph. `--first-action` times a new process from its start to its
+first action, with an empty and a filled cache of compiled programs. Prints the environment and the floors, ends with
+one line of JSON.
 """
 
 import argparse
@@ -193,6 +194,9 @@ def run_torch(config: SpatialVLAConfig, args: argparse.Namespace) -> dict[str, A
     torch.set_default_dtype(torch.float32)
     model = model.to(torch.bfloat16).eval()
     result: dict[str, Any] = {"torch": torch.__version__}
+    grid = gaussian_grid(PRETRAIN_GAUSSIANS)
+    ranges = torch.tensor([[config.action_offset + first, size] for first, size in grid.token_ranges])
+    expected: Any = None  # the loop's tokens
     length, S, rng = 24, config.img.image_size, np.random.default_rng(0)
     for size in args.batch_sizes:
         arrays = {
@@ -205,14 +209,25 @@ def run_torch(config: SpatialVLAConfig, args: argparse.Namespace) -> dict[str, A
             arrays["depth"] = rng.uniform(0.3, 3, (size, S, S)).astype(np.float32)
         batch = {k: x.to(device) for k, x in torch_inputs(config, arrays).items()}
 
-        def call(batch: dict[str, Any] = batch) -> None:
-            with torch.no_grad():
-                model.predict_action(dict(batch)).cpu()
+        batch["token_ranges"] = ranges
+        for name in ("loop", "graph") if device == "cuda" else ("loop",):
+            model._graphs = {"failed": True} if name == "loop" else {}
 
-        figures: dict[str, Any] = timed(call, max(args.repeats // 5, 3))
-        figures["chunks_per_second"] = round(1e3 * size / figures["median_ms"], 1)
-        print(f"{'PyTorch':10} batch {size:3}: " + ", ".join(f"{k} {v}" for k, v in figures.items()), flush=True)
-        result[str(size)] = figures
+            def call(batch: dict[str, Any] = batch) -> Any:
+                return model.predict_action(batch).cpu()
+
+            began = time.perf_counter()
+            tokens = call()
+            expected = tokens if name == "loop" else expected
+            figures: dict[str, Any] = {"first_s": round(time.perf_counter() - began, 1)}
+            figures |= timed(call, args.repeats if name == "graph" else max(args.repeats // 5, 3))
+            figures["chunks_per_second"] = round(1e3 * size / figures["median_ms"], 1)
+            figures["tokens_as_loop"] = round(float((tokens == expected).float().mean()), 3)
+            print(
+                f"{'PyTorch':10} {name:5} batch {size:3}: " + ", ".join(f"{k} {v}" for k, v in figures.items()),
+                flush=True,
+            )
+            result[f"{name} {size}"] = figures
     return result
 
 
@@ -233,7 +248,7 @@ def first_action(args: argparse.Namespace) -> dict[str, float]:
 def main() -> None:
     parser = Parser(prog="spatialvla-jax bench infer", description=__doc__)
     parser.add_argument("--preset", choices=PRESETS, default="tiny")
-    parser.add_argument("--variants", type=lambda s: s.split(","), default=["bfloat16"])
+    parser.add_argument("--variants", type=lambda s: s.split(",") if s else [], default=["bfloat16"])
     parser.add_argument("--batch-sizes", type=positives, default=[1, 32])
     parser.add_argument("--repeats", type=positive, default=50)
     parser.add_argument("--torch", action="store_true")

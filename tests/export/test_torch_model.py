@@ -60,6 +60,16 @@ with torch.no_grad():
         "intrinsic": x["intrinsic"],
     }
     results["greedy"] = model.predict_action(batch)
+    # What a GPU records as a graph, run here step by step.
+    package = type(model).__module__.rpartition(".")[0]
+    generation, ego3d = (sys.modules[f"{package}.{name}_spatialvla"] for name in ("generation", "ego3d"))
+    padded = generation.pad_prompt(batch)
+    assert padded["input_ids"].shape[1] % 32 == 0 and padded["input_ids"].shape[1] > longest
+    with ego3d.constant_position_bias(model.vision_zoe_model) as constants:
+        results["graph"], failed = generation.greedy_chunk(model, padded, None)
+    assert constants and not failed.any()
+    broken = {**padded, "intrinsic": padded["intrinsic"].clone().fill_(torch.nan)}
+    assert generation.greedy_chunk(model, broken, None)[1].all()
     model.save_pretrained(root + "/saved")
 
     probes = np.load(root + "/probes.npz")
@@ -72,6 +82,9 @@ with torch.no_grad():
             for key in ("pixel_values", "intrinsic", *(("depth",) if name == "dataset" else ())):
                 results[f"{name}_{i}_{key}"] = inputs[key][0]
             ids = model.predict_action(inputs)
+            ranges = inputs.pop("token_ranges").tolist()
+            again, failed = generation.greedy_chunk(model, generation.pad_prompt(inputs), ranges)
+            assert torch.equal(again, ids) and not failed.any()
             results[f"{name}_{i}"] = torch.from_numpy(processor.decode_actions(ids, unnorm_key="toy/1.0.0")["actions"])
 
 def see(**changes):
@@ -144,6 +157,7 @@ def test_golden_stages_and_tokens(results, golden):
         np.testing.assert_allclose(results[f"logits_{i}"], golden[f"prefill_logits_{i}"], **close)
     np.testing.assert_allclose(results["train_logits"], golden["train_logits"][:1], **close)
     np.testing.assert_array_equal(results["greedy"], stacked("greedy_ids"))
+    np.testing.assert_array_equal(results["graph"], results["greedy"])
 
 
 @pytest.mark.parametrize("name", ["dataset", "none"])

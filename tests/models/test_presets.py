@@ -25,7 +25,14 @@ def abstract_params(name: str, **changes) -> dict:
     return jax.eval_shape(lambda: init_params(SpatialVLA(preset(name, **changes)), 0))
 
 
-@pytest.mark.parametrize("name", [n for n in PRESETS if n.startswith("spatialvla-")])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name.endswith("-224") else pytest.mark.slow)
+        for name in PRESETS
+        if name.startswith("spatialvla-")
+    ],
+)
 def test_full_sizes_count_what_transformers_counts(name: str) -> None:
     params = abstract_params(name, depth_source="dataset")
     config = PRESETS[name]

@@ -106,6 +106,7 @@ def test_layers_of_the_published_widths():
     np.testing.assert_allclose(ours_depth, depth, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_routes_every_example_by_itself():
     """Both domains in one batch: each depth is what transformers, which sums the vote, gives that image alone."""
     hf = random_hf_model(TINY, seed=3)

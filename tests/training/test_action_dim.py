@@ -52,9 +52,8 @@ class JointGrid(ActionTokenizer):
         return jnp.concatenate([joints, ids[..., 7:] > len(self.levels)], -1)
 
 
-@pytest.mark.parametrize(
-    "grid", [pytest.param(linear_grid(16), marks=pytest.mark.slow), JointGrid(jnp.linspace(-1, 1, 16))], ids=["7", "8"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("grid", [linear_grid(16), JointGrid(jnp.linspace(-1, 1, 16))], ids=["7", "8"])
 def test_loader_step_and_policy_follow_the_tokenizer(grid: ActionTokenizer, tmp_path) -> None:
     A = grid.action_dim
     splits = {"train": make_episodes(4, action_dim=A), "val": make_episodes(2, seed=1, action_dim=A)}

@@ -52,6 +52,7 @@ def saved(workdir: Path) -> int:
     return int(step.name) if step else 0
 
 
+@pytest.mark.slow
 def test_killed_in_every_phase(server: Server, packed_config: Path, undisturbed: Path, tmp_path: Path) -> None:
     """SIGKILL in start-up, while the first step compiles, between two saves, during a save, after one, near the end."""
     workdir = tmp_path / "run"

@@ -1,4 +1,4 @@
-"""SpatialVLA in PyTorch. This file and its two neighbours, configuration and processor, travel with a checkpoint.
+"""SpatialVLA in PyTorch. This file and its neighbours, `*_spatialvla.py`, travel with a checkpoint.
 
 They need torch, transformers 5, sentencepiece and numpy, and nothing else. In the checkpoint's directory:
 
@@ -7,7 +7,7 @@ They need torch, transformers 5, sentencepiece and numpy, and nothing else. In t
     inputs = processor(images=image, text="put the bowl on the plate")
     actions = processor.decode_actions(model.predict_action(inputs))["actions"]  # f[T, 7] in robot units
 
-Axis letters: B batch, T query, S key, P image tokens, D width.
+Axis letters: B batch, T query, S key, P image tokens, D width, V vocabulary.
 """
 
 import hashlib
@@ -20,7 +20,6 @@ from transformers import (
     Gemma2ForCausalLM,
     GenerationConfig,
     GenerationMixin,
-    LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
     SiglipVisionModel,
@@ -30,11 +29,11 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration_spatialvla import SpatialVLAConfig
+from .ego3d_spatialvla import Ego3D, metric_depth, side_by_side
+from .generation_spatialvla import ActionTokens, check_ranges, run_graph
 
-EOS, IGNORED = 1, -100  # the token that ends a chunk; a label that counts for nothing
+IGNORED = -100  # a label that counts for nothing
 DEPTH_PAD = 31  # pixels mirrored around the image for ZoeDepth
-SUB_GRID = 2  # 3-D points along one side of a patch
-NUM_FREQUENCIES = 8
 # What transformers' `generate` has and a chunk of actions has no use for, or this model no place.
 NOT_GENERATED = (
     "assistant_model",
@@ -59,74 +58,6 @@ class Projector(nn.Module):
         return self.linear(x)
 
 
-class Ego3D(nn.Module):
-    """Depth f32[B, S, S] in metres and intrinsics f32[B, 3, 3] in pixels → position embedding [B, P, width]."""
-
-    def __init__(self, width: int, grid: int) -> None:
-        super().__init__()
-        self.grid = grid
-        numbers = SUB_GRID**2 * 3 * (1 + 2 * NUM_FREQUENCIES)
-        first, last = nn.Linear(numbers, width), nn.Linear(width, width)
-        self.position_embedding_head = nn.Sequential(first, nn.LayerNorm(width), nn.ReLU(), last)
-
-    def forward(self, depth: torch.Tensor, intrinsics: torch.Tensor) -> torch.Tensor:
-        encoding = frequency_encoding(back_project(depth, intrinsics, self.grid))
-        return self.position_embedding_head(encoding.to(next(self.parameters()).dtype))
-
-
-def back_project(depth: torch.Tensor, intrinsics: torch.Tensor, grid: int) -> torch.Tensor:
-    """Camera-frame points in metres at the centres of a 2×2 sub-grid in each patch: f32[B, P, 12]."""
-    n = grid * SUB_GRID
-    step = depth.shape[-1] // n
-    cells = F.avg_pool2d(depth.float()[:, None], step)[:, 0]
-    centre = torch.arange(n, dtype=torch.float32, device=depth.device) * step + step / 2
-    v, u = torch.meshgrid(centre, centre, indexing="ij")
-    inverse, singular = torch.linalg.inv_ex(intrinsics.float())
-    inverse = inverse.masked_fill(singular[:, None, None] != 0, torch.nan)  # of which there is no action
-    rays = inverse @ torch.stack([u, v, torch.ones_like(u)]).reshape(3, -1)
-    points = rays.reshape(-1, 3, n, n) * cells[:, None]
-    points = points.reshape(-1, 3, grid, SUB_GRID, grid, SUB_GRID).permute(0, 2, 4, 3, 5, 1)
-    return points.reshape(len(depth), grid**2, -1)
-
-
-def frequency_encoding(points: torch.Tensor) -> torch.Tensor:
-    """(p − [0, 0, 2]) / 2, then per number: itself, sin and cos at 2^0 … 2^7: f32[B, P, 204]."""
-    x = ((points - points.new_tensor([0.0, 0.0, 2.0]).repeat(SUB_GRID**2)) / 2)[..., None]
-    angle = x * 2.0 ** torch.arange(NUM_FREQUENCIES, device=x.device)
-    return torch.cat([x, angle.sin(), angle.cos()], -1).flatten(-2)
-
-
-class ActionTokens(LogitsProcessor):
-    """Lets token k of a chunk, counted from place `start`, be one of its kind, and `<eos>` alone follow the chunk.
-
-    `token_ranges` are (first id, count) of each token of an action; without them all tokens are allowed everywhere.
-    Raises ValueError for logits that are not numbers, of which no token could be chosen.
-    """
-
-    def __init__(self, token_ranges: Any, start: int, chunk: int) -> None:
-        ranges = None if token_ranges is None else torch.as_tensor(token_ranges, device="cpu")
-        if ranges is not None and (ranges.ndim != 2 or ranges.shape[1] != 2 or (ranges < torch.tensor([0, 1])).any()):
-            raise ValueError(f"token_ranges are (first id, count) of each token of an action, got {ranges.tolist()}")
-        self.ranges = None if ranges is None else ranges.tolist()
-        self.start, self.chunk = start, chunk
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        # All zeros: the mean square in a norm has overflowed.
-        failed = int((scores.isnan().any(-1) | (scores == 0).all(-1)).sum())
-        if failed:
-            raise ValueError(
-                f"the model's numbers for {failed} of {len(scores)} examples are NaN or infinite, so there is no "
-                "action: check the depth, the intrinsics and the weights"
-            )
-        if self.ranges is None:
-            return scores
-        step = input_ids.shape[1] - self.start
-        first, count = self.ranges[step % len(self.ranges)] if step < self.chunk else (EOS, 1)
-        allowed = torch.full_like(scores, -torch.inf)
-        allowed[:, first : first + count] = scores[:, first : first + count] if step < self.chunk else 0
-        return allowed
-
-
 class SpatialVLAForConditionalGeneration(PreTrainedModel, GenerationMixin):
     """SigLIP + Ego3D → Gemma 2 → action tokens. Image tokens, prompt and actions follow each other."""
 
@@ -142,6 +73,7 @@ class SpatialVLAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         config.text_config._attn_implementation = "eager"  # the others leave the soft cap out
         self._inspected: tuple[list[tuple[int, int]], bool] = [], True
+        self._graphs: dict[Any, Any] = {}
         vision = config.vision_config
         self.vision_tower = SiglipVisionModel(vision)
         self.multi_modal_projector = Projector(config)
@@ -183,9 +115,7 @@ class SpatialVLAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Z = self.config.vision_zoe_config.backbone_config.image_size
         padded = F.pad(pixel_values.float(), (DEPTH_PAD,) * 4, mode="reflect")
         images = F.interpolate(padded, (Z, Z), mode="bicubic", align_corners=True) * 2 - 1
-        # One image at a time: ZoeDepth sums its indoor/outdoor vote over a batch.
-        images = images.to(self.vision_zoe_model.dtype).split(1)
-        depth = torch.cat([self.vision_zoe_model(pixel_values=image).predicted_depth for image in images])
+        depth = metric_depth(self.vision_zoe_model, images.to(self.vision_zoe_model.dtype))
         depth = F.interpolate(depth.float()[:, None], padded.shape[-2:], mode="bicubic", align_corners=True)
         return depth[:, 0, DEPTH_PAD:-DEPTH_PAD, DEPTH_PAD:-DEPTH_PAD]
 
@@ -194,11 +124,14 @@ class SpatialVLAForConditionalGeneration(PreTrainedModel, GenerationMixin):
     ) -> torch.Tensor:
         """Tokens at the language model's width [B, P, D], divided by sqrt(D). `depth` f32[B, S, S] in metres is read by
         a model that takes it from its data alone; `intrinsic` f32[B, 3, 3] in pixels of the S×S image."""
-        pixels = (pixel_values.float() * 2 - 1).to(self.vision_tower.dtype)
-        tokens = self.vision_tower(pixel_values=pixels).last_hidden_state
         source = self.config.depth_source
+        pixels = (pixel_values.float() * 2 - 1).to(self.vision_tower.dtype)
+        tokens, depth = side_by_side(
+            lambda: self.vision_tower(pixel_values=pixels).last_hidden_state,
+            lambda: self.estimate_depth(pixel_values) if source == "zoedepth" else depth,
+            pixels.device,
+        )
         if source != "none":
-            depth = self.estimate_depth(pixel_values) if source == "zoedepth" else depth
             if intrinsic is None or depth is None:
                 needed = f"intrinsic{' and depth' if source == 'dataset' else ''}"
                 raise ValueError(f"this model needs {needed} with an image")
@@ -268,11 +201,13 @@ class SpatialVLAForConditionalGeneration(PreTrainedModel, GenerationMixin):
             if x is not None and x.shape != (B, past + T):
                 raise ValueError(f"{name} must have shape {[B, past + T]}, got {list(x.shape)}")
 
-        embeddings = self._embed(input_ids, pixel_values, intrinsic, depth, past)
+        if pixel_values is not None or not past:
+            self._check_images(input_ids, pixel_values, past)
+        embeddings = self.embed_inputs(input_ids, pixel_values, intrinsic, depth)
         positions = attention_mask.cumsum(1)  # from 1, as PaliGemma counts
         out = self.language_model.model(
             inputs_embeds=embeddings,
-            attention_mask=self._masks(attention_mask.bool(), positions, token_type_ids, T, embeddings.dtype),
+            attention_mask=self.attention_masks(attention_mask.bool(), positions, token_type_ids, T, embeddings.dtype),
             position_ids=positions[:, -T:],
             past_key_values=DynamicCache() if use_cache and past_key_values is None else past_key_values,
             use_cache=bool(use_cache or past_key_values is not None),
@@ -287,7 +222,7 @@ class SpatialVLAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORED)
         else:
-            sound = pixel_values is None or self._has_finite_weights()
+            sound = pixel_values is None or self.has_finite_weights()
             logits = logits.masked_fill(~scores.isfinite(), torch.nan) if sound else logits * torch.nan
         result = CausalLMOutputWithPast(
             loss=loss,
@@ -298,7 +233,7 @@ class SpatialVLAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         )
         return result if (self.config.return_dict if return_dict is None else return_dict) else result.to_tuple()
 
-    def _has_finite_weights(self) -> bool:
+    def has_finite_weights(self) -> bool:
         """Looks at them again only where any was written since. Most that are not finite reach the logits, but a ReLU,
         ZoeDepth's choice between its heads or the soft cap of attention may hide one."""
         weights = [x for x in self.parameters() if x.is_floating_point() and x.element_size() > 1 and not x.is_meta]
@@ -307,35 +242,39 @@ class SpatialVLAForConditionalGeneration(PreTrainedModel, GenerationMixin):
             self._inspected = versions, all(bool(x.isfinite().all()) for x in weights)
         return self._inspected[1]
 
-    def _embed(
+    def embed_inputs(
         self,
         input_ids: torch.Tensor,
-        pixel_values: torch.Tensor | None,
-        intrinsic: torch.Tensor | None,
-        depth: torch.Tensor | None,
-        past: int,
+        pixel_values: torch.Tensor | None = None,
+        intrinsic: torch.Tensor | None = None,
+        depth: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """What the language model starts from [B, T, D]; the image takes the places of its tokens."""
         embeddings = self.embed_input_ids(input_ids)
-        places = input_ids == self.config.image_token_index
         if pixel_values is not None:
-            vision, found = self.config.vision_config, places.sum(1)
-            count = (vision.image_size // vision.patch_size) ** 2
-            if len(pixel_values) != len(places) or (found != count).any():
-                raise ValueError(
-                    f"{len(places)} prompts need an image each and {count} image tokens, got {len(pixel_values)} "
-                    f"images and {found.tolist()} tokens"
-                )
             features = self.get_image_features(pixel_values, intrinsic, depth).to(embeddings.dtype)
+            places = input_ids == self.config.image_token_index
             embeddings = embeddings.masked_scatter(places[..., None], features)
-        elif not past and places.any():
-            raise ValueError("input_ids hold image tokens, and there are no pixel_values")
         if hasattr(self.language_model.model.embed_tokens, "embed_scale"):
             # transformers 5.0 scales all inputs of the language model, later versions only what they look up.
             embeddings = embeddings * self.config.text_config.hidden_size**0.5
         return embeddings
 
-    def _masks(
+    def _check_images(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None, past: int) -> None:
+        """Raises ValueError where images and their tokens do not match."""
+        found = (input_ids == self.config.image_token_index).sum(1).tolist()
+        if pixel_values is not None:
+            vision = self.config.vision_config
+            count = (vision.image_size // vision.patch_size) ** 2
+            if len(pixel_values) != len(found) or any(number != count for number in found):
+                raise ValueError(
+                    f"{len(found)} prompts need an image each and {count} image tokens, got {len(pixel_values)} "
+                    f"images and {found} tokens"
+                )
+        elif not past and any(found):
+            raise ValueError("input_ids hold image tokens, and there are no pixel_values")
+
+    def attention_masks(
         self, valid: torch.Tensor, positions: torch.Tensor, types: torch.Tensor | None, T: int, dtype: torch.dtype
     ) -> dict[str, torch.Tensor]:
         """What to add to the scores of the last T of S positions, in global and in local layers: [B, 1, T, S]."""
@@ -360,9 +299,14 @@ class SpatialVLAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         is the best of the whole vocabulary. Raises ValueError for a prompt padded on the right or with labels, and
         where the model's numbers are NaN or infinite.
         """
-        inputs = {name: x.to(self.device) for name, x in model_inputs.items()}
-        _check_prompt(inputs.get("input_ids"), inputs)
-        choose = ActionTokens(inputs.pop("token_ranges", None), 0, self.config.num_action_tokens)
+        _check_prompt(model_inputs.get("input_ids"), model_inputs)
+        given = {name: x for name, x in model_inputs.items() if name != "token_ranges"}
+        ranges = check_ranges(model_inputs.get("token_ranges"))
+        inputs = {name: x.to(self.device, non_blocking=True) for name, x in given.items()}
+        self._check_images(given["input_ids"], given.get("pixel_values"), 0)
+        if (tokens := run_graph(self, self._graphs, inputs, ranges)) is not None:
+            return tokens
+        choose = ActionTokens(ranges, 0, self.config.num_action_tokens)
         ids, cache = inputs["input_ids"], DynamicCache()
         mask = inputs.pop("attention_mask", torch.ones_like(ids))
         tokens = ids[:, :0]

@@ -31,6 +31,8 @@ OTHER_FILES = (
     "tokenizer_config.json",
     "camera_spatialvla.py",
     "configuration_spatialvla.py",
+    "ego3d_spatialvla.py",
+    "generation_spatialvla.py",
     "modeling_spatialvla.py",
     "processing_spatialvla.py",
 )
