@@ -32,9 +32,10 @@ import numpy as np
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
-# Episodes and frames of each dataset, about those of the statistics that are published with OpenVLA (openvla/openvla-7b,
-# config.json) and, for RH20T, with the release (SpatialVLA, processor_config.json). Those of fractal, bridge,
-# language_table and droid were compared with these files; the others were not, and only give the index its size.
+# Episodes and frames of each dataset, about those of the statistics that are published with OpenVLA
+# (openvla/openvla-7b, config.json) and, for RH20T, with the release (SpatialVLA, processor_config.json). Those of
+# fractal, bridge, language_table and droid were compared with these files; the others were not, and only give the
+# index its size.
 SIZES = {
     "fractal20220817_data": (87_212, 3_786_400),
     "kuka": (209_880, 2_455_879),
