@@ -123,7 +123,15 @@ def list_names(folder: AnyPath) -> list[str]:
     """The names of files and folders in a folder, sorted; none where it does not exist."""
     if not is_url(folder):
         return sorted(os.listdir(folder)) if os.path.isdir(folder) else []
-    return sorted({_name(entry) for entry in _listing(folder)} - {""}) if is_dir(folder) else []
+    with storage_errors(folder, "listed"):
+        try:  # one request: another process may remove the last file between two
+            entries = filesystem(folder).ls(str(folder), detail=True)
+        except FileNotFoundError:
+            if missing := missing_bucket(folder):
+                raise InputError(missing) from None
+            return []
+    own = str(folder).partition("://")[2].rstrip("/")  # of a file, the listing is the file
+    return sorted({_name(entry) for entry in entries if entry["name"].rstrip("/") != own} - {""})
 
 
 def list_tree(folder: AnyPath) -> dict[str, int]:
