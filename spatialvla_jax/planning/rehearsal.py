@@ -34,7 +34,7 @@ from spatialvla_jax.training.step import jit_train_step
 from spatialvla_jax.utils.chips import CHIPS, peak
 from spatialvla_jax.utils.distributed import Preemption
 from spatialvla_jax.utils.signals import Terminated
-from spatialvla_jax.utils.storage import AnyPath, filesystem
+from spatialvla_jax.utils.storage import AnyPath, list_tree
 
 # What makes a no-go; docs/cloud.md gives the reasons.
 SLOWEST = 3.0  # times the planned step
@@ -104,7 +104,7 @@ def rehearse(config: ConfigDict, folder: AnyPath, steps: int, age: float = 0.0) 
         "planned": planned(run),
         "loss": float(metrics["loss"]),
         "skipped": int(metrics["skipped"]),
-        "checkpoint_bytes": size_of(directory),
+        "checkpoint_bytes": sum(list_tree(directory).values()),
         "checkpoint_every": config.checkpoint.every,
         "keep_last": config.checkpoint.keep_last,
         "free_bytes": shutil.disk_usage(folder).free if isinstance(folder, Path) else math.inf,
@@ -125,13 +125,6 @@ def fingerprint(state: TrainState) -> list[int]:
 
     sums = jax.jit(lambda state: jnp.stack([sum_of(x) for x in jax.tree.leaves(state)]))(state)
     return np.asarray(multihost_utils.process_allgather(sums, tiled=True)).ravel().tolist()
-
-
-def size_of(folder: AnyPath) -> int:
-    """Bytes of all files in a folder and below."""
-    if isinstance(folder, Path):
-        return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    return filesystem(folder).du(str(folder))
 
 
 def memory_used(device: Any) -> float:

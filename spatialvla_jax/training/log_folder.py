@@ -46,9 +46,11 @@ class LogFolder:
 
     def _upload(self) -> None:
         for file in sorted(self.path.rglob("*")):
+            if file.name.startswith(PREFIX) or not file.is_file():  # being written, and soon gone
+                continue
             now = file.stat()
             state = now.st_size, now.st_mtime_ns
-            if file.is_file() and not file.name.startswith(PREFIX) and self.uploaded.get(file) != state:
+            if self.uploaded.get(file) != state:
                 upload(file, self.workdir / str(file.relative_to(self.path)))
                 self.uploaded[file] = state
 

@@ -19,6 +19,7 @@ from spatialvla_jax.models import SpatialVLA
 from spatialvla_jax.models.resize import resize_observation
 
 PROGRAM = """
+import copy
 import sys
 
 class Blocked:
@@ -70,6 +71,8 @@ with torch.no_grad():
     assert constants and not failed.any()
     broken = {**padded, "intrinsic": padded["intrinsic"].clone().fill_(torch.nan)}
     assert generation.greedy_chunk(model, broken, None)[1].all()
+    model._graphs["shapes"] = sys  # a graph cannot be copied, nor can this
+    assert not copy.deepcopy(model)._graphs
     model.save_pretrained(root + "/saved")
 
     probes = np.load(root + "/probes.npz")

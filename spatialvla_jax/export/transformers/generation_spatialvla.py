@@ -71,6 +71,13 @@ class ActionTokens(LogitsProcessor):
         return allowed
 
 
+class Graphs(dict[Any, Any]):
+    """A model's graphs. They belong to its memory: a copy of the model, in memory or in a file, has none."""
+
+    def __reduce__(self) -> Any:
+        return Graphs, ()
+
+
 class ChunkGraph:
     """`predict_action` of inputs of one shape, recorded once and replayed."""
 
@@ -200,20 +207,9 @@ def greedy_chunk(
         x = model.embed_inputs(tokens[-1])
 
 
-def decoder_layer(
-    layer: Any,
-    x: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    mask: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    places: torch.Tensor,
-) -> torch.Tensor:
-    """One of Gemma 2's layers as transformers has it, on x [B, T, D] at `places` i64[T] of `keys` and `values`
-    [B, K, S, H], into which it writes; `cos` and `sin` [B, 1, T, H], `mask` [B, 1, T, S] is added."""
-    y = attend(layer.self_attn, layer.input_layernorm(x), cos, sin, mask, keys, values, places)
-    x = x + layer.post_attention_layernorm(y)
+def decoder_layer(layer: Any, x: torch.Tensor, *places_and_cache: torch.Tensor) -> torch.Tensor:
+    """One of Gemma 2's layers as transformers has it, on x [B, T, D]; the rest is for `attend`."""
+    x = x + layer.post_attention_layernorm(attend(layer.self_attn, layer.input_layernorm(x), *places_and_cache))
     return x + layer.post_feedforward_layernorm(layer.mlp(layer.pre_feedforward_layernorm(x)))
 
 
@@ -227,6 +223,8 @@ def attend(
     values: torch.Tensor,
     places: torch.Tensor,
 ) -> torch.Tensor:
+    """Attention of x [B, T, D] at `places` i64[T] of `keys` and `values` [B, K, S, H], into which it writes; `cos` and
+    `sin` are [B, 1, T, H], `mask` [B, 1, T, S] is added."""
     B, T, _ = x.shape
     _, K, S, H = keys.shape
 

@@ -30,7 +30,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration_spatialvla import SpatialVLAConfig
 from .ego3d_spatialvla import Ego3D, metric_depth, side_by_side
-from .generation_spatialvla import ActionTokens, check_ranges, run_graph
+from .generation_spatialvla import ActionTokens, Graphs, check_ranges, run_graph
 
 IGNORED = -100  # a label that counts for nothing
 DEPTH_PAD = 31  # pixels mirrored around the image for ZoeDepth
@@ -73,7 +73,7 @@ class SpatialVLAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         config.text_config._attn_implementation = "eager"  # the others leave the soft cap out
         self._inspected: tuple[list[tuple[int, int]], bool] = [], True
-        self._graphs: dict[Any, Any] = {}
+        self._graphs = Graphs()
         vision = config.vision_config
         self.vision_tower = SiglipVisionModel(vision)
         self.multi_modal_projector = Projector(config)
