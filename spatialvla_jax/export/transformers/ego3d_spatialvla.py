@@ -102,8 +102,8 @@ def side_by_side(first: Callable[[], Any], second: Callable[[], Any], device: to
 
 @contextlib.contextmanager
 def constant_position_bias(zoe: Any) -> Iterator[list["Remembered"]]:
-    """Within it, BEiT's layers make their relative position bias once. It is the same for all images, and they look it
-    up by an index on the CPU. Gives the modules that keep it."""
+    """Inside this context, BEiT's layers compute their relative position bias once. It is the same for all images, and
+    they look it up by an index on the CPU. Yields the modules that keep it."""
     layers = [x for x in zoe.modules() if getattr(x, "relative_position_bias", None) is not None] if zoe else []
     made = [Remembered(layer.relative_position_bias) for layer in layers]
     try:
