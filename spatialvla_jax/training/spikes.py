@@ -68,8 +68,8 @@ class Watch:
         return None
 
     def restored(self, step: int, stored: dict[str, Any]) -> None:
-        """The run is back at `step`, whose checkpoint holds `stored`. Where the checkpoint of the step that was meant is
-        gone, `step` is an earlier one."""
+        """The run is back at `step`, whose checkpoint holds `stored`. Where the checkpoint of the step that was
+        meant is gone, `step` is an earlier one."""
         self.losses = stored.get("losses", [])
         last = self.spikes[-1]
         self.skipped += last["rewound_to"] - step
