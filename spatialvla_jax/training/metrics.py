@@ -3,12 +3,13 @@
 import contextlib
 import hashlib
 import importlib.util
+import io
 import json
 import socket
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import jax
 import numpy as np
@@ -99,13 +100,13 @@ class MetricsLog:
             self.wandb.finish()
 
 
-def _kept(path: Path, resume_step: int) -> BinaryIO:
+def _kept(path: Path, resume_step: int) -> io.FileIO:
     """The file opened to append to, without the records beyond `resume_step`; unbuffered, so that nothing is left over
     to fail again when it is closed."""
     if path.exists():
         kept = [r for r in read_metrics(path) if r["step"] <= resume_step]
         write_text(path, "".join(json.dumps(r) + "\n" for r in kept))
-    return path.open("ab", buffering=0)  # pyright: ignore[reportReturnType]
+    return path.open("ab", buffering=0)
 
 
 def check_wandb() -> None:

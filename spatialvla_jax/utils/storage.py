@@ -15,7 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 import fsspec
 from etils import epath
@@ -236,11 +236,11 @@ class _Parts(io.RawIOBase):
         super().close()
 
 
-def open_stream(path: AnyPath) -> tuple[BinaryIO, int]:
+def open_stream(path: AnyPath) -> tuple[io.BufferedReader, int]:
     """A file to be read from its beginning on, and its size; an object cannot be sought in. Raises OSError for a local
     file."""
     size, _ = size_and_version(path)
-    return cast(BinaryIO, io.BufferedReader(_Parts(read_parts(path, size)))) if is_url(path) else open(path, "rb"), size
+    return io.BufferedReader(_Parts(read_parts(path, size))) if is_url(path) else open(path, "rb"), size
 
 
 def _read_range(path: AnyPath, offset: int, length: int) -> bytes:
