@@ -1,5 +1,5 @@
-"""The exceptions whose sentence the command line prints: it exits with 2 for bad input, which no restart mends, and
-with 1 where one may."""
+"""Exceptions whose message the command line prints. Bad input exits with 2: the user must change something. The others
+exit with 1: the same command may succeed later."""
 
 from collections.abc import Sequence
 
@@ -9,16 +9,15 @@ class InputError(ValueError):
 
 
 class StorageError(RuntimeError):
-    """What has to be written cannot be: the message is one sentence naming the path and the reason."""
+    """A file or bucket cannot be read or written: the message is one sentence naming the path and the reason."""
 
 
 class FaultsError(RuntimeError):
-    """Faults are the rule in an evaluation, so that it has ended: the message is one sentence with the last reason."""
+    """An evaluation stopped because too many episodes failed: the message is one sentence with the last reason."""
 
 
 class NonFiniteError(InputError):
-    """The model's numbers for some observations of a batch are NaN or infinite, so they have no action. `finite` says
-    which ones have."""
+    """The model returned NaN or infinity for some observations of a batch. `finite` has one flag per observation."""
 
     def __init__(self, finite: Sequence[bool]):
         self.finite = finite
@@ -31,8 +30,8 @@ class NonFiniteError(InputError):
 
 
 class Fault(InputError):
-    """Bad data in one place of a dataset, which `data.faults` may leave out: `reason` is its kind in a word or two, by
-    which it is counted."""
+    """Bad data in one place of a dataset, which `data.faults` may skip. `reason` names its kind in a word or two;
+    faults are counted by it."""
 
     def __init__(self, reason: str, message: str):
         super().__init__(message)

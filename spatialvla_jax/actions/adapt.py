@@ -1,4 +1,4 @@
-"""Spatial embedding adaption: a table of one grid interpolated at the bin centres of another (paper III-B)."""
+"""Spatial embedding adaption: interpolate one grid's embedding table at another grid's bin centres (paper III-B)."""
 
 import functools
 
@@ -14,16 +14,15 @@ from spatialvla_jax.errors import InputError
 def adapt_embeddings(
     old_grid: ActionGrid, new_grid: ActionGrid, table: Float[Array | np.ndarray, "V_old D"]
 ) -> Float[Array, "V_new D"]:
-    """Rows of the new grid's ids, interpolated trilinearly from the old grid's (paper III-B); dtype kept.
+    """Embeddings f[V_new, D] of the new grid's ids, interpolated trilinearly from the old grid's table (paper III-B).
 
-    Over (theta, phi, r) for translation and (roll, pitch, yaw) for rotation; gripper rows are copied. The numbers of
-    bins may differ. A new centre between two old ones is a linear mixture of them. One beyond the outermost old centre
-    continues the last two linearly, so a table linear in the centres is reproduced exactly up to the borders and the
-    poles; this reaches less than one spacing far, as both centres lie in the range. phi is a circle: beyond its
-    outermost centres the neighbours are the first and the last bin, so there (and only there) a table linear in phi,
-    which jumps at the seam, is not reproduced. An axis of one bin is constant. Equal grids give the table exactly.
+    The axes are (theta, phi, r) for translation and (roll, pitch, yaw) for rotation. Gripper rows are copied, the dtype
+    is kept, and bin counts may differ. Between two old centres the interpolation is linear. Beyond the outermost old
+    centre it extrapolates from the last two, by less than one bin. A table linear in the centres is therefore
+    reproduced exactly. The exception is the seam of phi, where the first and last bins are neighbours and such a table
+    jumps. An axis of one bin is constant. Equal grids return the table exactly.
 
-    Raises InputError when the table has another number of rows than the old grid has ids.
+    Raises InputError when the table's row count differs from the old grid's vocabulary size.
     """
     if table.shape[0] != old_grid.vocab_size:
         raise InputError(f"The table to adapt has {table.shape[0]} rows, but its grid has {old_grid.vocab_size} ids.")
@@ -51,7 +50,7 @@ def _adapt(old_grid: ActionGrid, new_grid: ActionGrid, table: Float[Array, "V_ol
 def _neighbours(
     old: Float[Array, " old"], new: Float[Array, " new"], period: float | None
 ) -> tuple[Int[Array, "2 new"], Float[Array, "2 new"]]:
-    """The two old centres that each new centre is a mixture of, and their weights."""
+    """For each new centre, the indices of its two neighbouring old centres and their weights."""
     index = jnp.arange(len(old))
     if len(old) == 1:
         old, index = jnp.concatenate([old, old + 1]), jnp.zeros(2, int)
@@ -66,7 +65,7 @@ def _neighbours(
 def _corners(
     axes: list[tuple[Int[Array, "2 _"], Float[Array, "2 _"]]], num_bins: tuple[int, ...]
 ) -> tuple[Int[Array, "8 V_new"], Float[Array, "8 V_new"]]:
-    """Row numbers and weights of the eight old cells around each new one, new cells in the order of their ids."""
+    """Row numbers and weights of the eight old cells around each new cell, in the order of the new ids."""
     rows, weights = jnp.zeros((1, 1), int), jnp.ones((1, 1))
     for (index, weight), bins in zip(axes, num_bins, strict=True):
         rows = (rows[:, None, :, None] * bins + index[:, None, :]).reshape(2 * len(rows), -1)

@@ -1,4 +1,4 @@
-"""Grids from distributions: bins of equal probability under Gaussians (paper III-B), or of equal width."""
+"""Build action grids with bins of equal probability under fitted Gaussians (paper III-B), or of equal width."""
 
 from collections.abc import Sequence
 
@@ -21,8 +21,8 @@ PRETRAIN_GAUSSIANS = (
     (-0.004913600039079129, 0.39022979006490277),
 )
 
-# Bins of theta, phi, r, roll, pitch, yaw by vocabulary size. The paper names 4610 and 6166 without their factors; these
-# are ours: translation and rotation of about equal size, phi about twice as fine as theta, rotations alike.
+# Bins of theta, phi, r, roll, pitch, yaw by vocabulary size. The paper names 4610 and 6166 without their factors, so we
+# chose them: about as many translations as rotations, phi twice as fine as theta, equal rotation axes.
 PRESET_BINS = {
     1026: (8, 16, 4, 8, 8, 8),
     4610: (12, 24, 8, 12, 12, 16),
@@ -30,7 +30,7 @@ PRESET_BINS = {
     8194: (16, 32, 8, 16, 16, 16),
 }
 
-# Narrowest bin, as a part of its variable's range: float32 must tell edges, and centres from edges, apart.
+# Narrowest bin, as a fraction of its variable's range, so that float32 separates edges and centres.
 _MIN_WIDTH = 1e-5
 
 
@@ -43,11 +43,11 @@ def gaussian_grid(
 
     Args:
         stats: [6, 2] (mu, sigma) of theta, phi, r, roll, pitch, yaw, as `fit_gaussians` returns them.
-        num_bins: bins of the same six.
+            num_bins: bins of the same six variables.
         min_sigma: floor of sigma; 0.5 in pre-training, 0 in fine-tuning (reference implementation).
 
     Any finite mu and any sigma >= 0 gives increasing edges: no bin is narrower than 1e-5 of its range.
-    Raises InputError for statistics or bin counts of another shape, not finite, or negative.
+    Raises InputError for statistics or bin counts that have another shape, are not finite, or are negative.
     """
     stats = np.asarray(stats, np.float64)
     if stats.shape != (6, 2) or not np.isfinite(stats).all() or (stats[:, 1] < 0).any():
@@ -80,12 +80,14 @@ def fit_gaussians(actions: Float[np.ndarray, "*B A"]) -> Float[np.ndarray, "6 2"
 
 
 def grid_variables(actions: Float[np.ndarray, "*B 7"]) -> Float[np.ndarray, "*B 6"]:
-    """theta, phi, r, roll, pitch, yaw of normalised actions, f32, bounded to [-1, 1] first as in `encode`."""
+    """theta, phi, r, roll, pitch, yaw of normalised actions, f32. Actions are clipped to [-1, 1] first, as in
+    `encode`."""
     return np.concatenate([to_spherical(actions[..., :3]), actions[..., 3:6].clip(-1, 1)], -1)
 
 
 def pool_gaussians(gaussians: Sequence[Float[np.ndarray, "6 2"]], counts: Sequence[int]) -> Float[np.ndarray, "6 2"]:
-    """What `fit_gaussians` gives on several sets of actions together, from its result on each and their sizes."""
+    """Combine the f64[6, 2] results of `fit_gaussians` on several sets of actions into the fit of their union; `counts`
+    are the sets' sizes."""
     mu, sigma = np.moveaxis(np.asarray(gaussians, np.float64), -1, 0)
     mean = np.average(mu, axis=0, weights=counts)
     return np.stack([mean, np.sqrt(np.average(sigma**2 + (mu - mean) ** 2, axis=0, weights=counts))], -1)
@@ -93,8 +95,8 @@ def pool_gaussians(gaussians: Sequence[Float[np.ndarray, "6 2"]], counts: Sequen
 
 def _quantiles(mu: float, sigma: float, low: float, high: float, n: int) -> Float[np.ndarray, " n"]:
     """n + 1 edges of equal probability under N(mu, sigma) on [low, high], in float64."""
-    # Log probabilities of the lower tail keep their digits where probabilities round to 0 or 1, so a Gaussian that sits
-    # left of the range is mirrored first.
+    # Log probabilities of the lower tail keep their precision where probabilities round to 0 or 1, so mirror a Gaussian
+    # whose mean lies left of the range's middle.
     if mu < (low + high) / 2:
         return -_quantiles(-mu, sigma, -high, -low, n)[::-1]
     sigma = max(sigma, _MIN_WIDTH * (high - low))
@@ -102,7 +104,7 @@ def _quantiles(mu: float, sigma: float, low: float, high: float, n: int) -> Floa
     part = np.arange(1, n) / n
     inner = mu + sigma * ndtri_exp(np.logaddexp(log_low + np.log1p(-part), log_high + np.log(part)))
     edges = np.concatenate([[low], inner.clip(low, high), [high]])
-    # Push apart what fell together: from below, then from above.
+    # Push coinciding edges apart: first upwards, then downwards.
     gaps = _MIN_WIDTH * (high - low) * np.arange(n + 1)
     edges = np.maximum.accumulate(edges - gaps)
     edges = np.minimum.accumulate(np.minimum(edges, high - gaps[-1])[::-1])[::-1]

@@ -21,8 +21,8 @@ class ActionGrid(ActionTokenizer):
     """Bin edges of the six action variables, each f32[bins + 1] and strictly increasing.
 
     theta in [0, pi] from the z axis, phi in [-pi, pi] around it, r in [0, sqrt 3]; roll, pitch, yaw in [-1, 1].
-    A bin holds its lower edge, the last bin its upper edge too. An action is three ids: translation
-    (theta * bins_phi + phi) * bins_r + r, rotation likewise, gripper (closed, open), numbered one after another.
+    A bin includes its lower edge; the last bin also includes its upper edge. An action is three ids: translation (theta
+    * bins_phi + phi) * bins_r + r, then rotation likewise, then gripper (closed, open), in consecutive ranges.
     """
 
     theta: Float[Array, " n_theta"]
@@ -67,7 +67,7 @@ class ActionGrid(ActionTokenizer):
         return jnp.stack([translation, rotation_start + rotation, gripper_start + opened], -1)
 
     def decode(self, ids: Int[Array, "*B 3"]) -> Float[Array, "*B 7"]:
-        # Ids of another token's range are moved to the nearest of the right one, as greedy decoding may emit anything.
+        # Clip ids outside their token's range to the nearest valid id: greedy decoding may emit anything.
         translation, rotation, gripper = (
             jnp.clip(ids[..., i] - start, 0, size - 1) for i, (start, size) in enumerate(self.token_ranges)
         )
@@ -78,26 +78,26 @@ class ActionGrid(ActionTokenizer):
 
 
 def to_spherical(xyz: Any) -> Any:
-    """Cartesian values f32[*B, 3], bounded to [-1, 1], as (theta, phi, r), by the library (JAX or NumPy) that they are
-    arrays of. Angles that are undefined (origin, poles) are 0."""
+    """Cartesian f32[*B, 3], clipped to [-1, 1] → (theta, phi, r) f32[*B, 3], in the library of `xyz` (JAX or NumPy).
+    Undefined angles (at the origin and the poles) are 0."""
     xp = xyz.__array_namespace__()
     x, y, z = xp.moveaxis(xp.clip(xyz, -1, 1), -1, 0)
-    radius = xp.hypot(x, y)  # hypot and not a sum of squares: tiny actions keep their direction
+    radius = xp.hypot(x, y)  # not a sum of squares, which would underflow for tiny actions and lose their direction
     r = xp.hypot(radius, z)
-    # The zeros of both signs must agree: atan2(0, -0.0) is pi.
+    # Zeros of both signs must give the same angle, but atan2(0, -0.0) is pi.
     theta = xp.where(r == 0, 0, xp.atan2(radius, z))
     phi = xp.where(radius == 0, 0, xp.atan2(y, x))
     return xp.stack([theta, phi, r], -1)
 
 
 def bin_centers(edges: Float[Array | np.ndarray, " n"]) -> Float[Array, " bins"]:
-    """The middle of each bin, which is what it decodes to."""
+    """The middle of each bin, to which the bin decodes."""
     edges = jnp.asarray(edges)
     return (edges[:-1] + edges[1:]) / 2
 
 
 def _bin_of(edges: Float[Array, " n"], values: Float[Array, "*B"]) -> Int[Array, "*B"]:
-    # Counting the inner edges at or below a value beats a binary search at these sizes, and cannot leave the range.
+    # Counting inner edges at or below a value beats binary search at these sizes, and cannot leave the range.
     return jnp.sum(values[..., None] >= edges[1:-1], -1, dtype=jnp.int32)
 
 
@@ -107,7 +107,7 @@ def _ravel(index: list[Int[Array, "*B"]], shape: tuple[int, ...]) -> Int[Array, 
 
 
 def grid_to_dict(grid: ActionTokenizer) -> dict[str, Any]:
-    """The grid as plain lists for JSON; `grid_from_dict` gives every float32 back exactly."""
+    """The grid as plain lists for JSON; `grid_from_dict` restores every float32 exactly."""
     kind = {name for name, cls in _KINDS.items() if isinstance(grid, cls)}.pop()
     return {"kind": kind, **{name: np.asarray(edges).tolist() for name, edges in vars(grid).items()}}
 
@@ -115,8 +115,8 @@ def grid_to_dict(grid: ActionTokenizer) -> dict[str, Any]:
 def grid_from_dict(data: Any, where: str = "") -> ActionGrid | LinearGrid:
     """The inverse of `grid_to_dict`.
 
-    Raises InputError, in which `where` stands before a field's name, for an unknown kind and for edges that are
-    missing, not finite, not increasing (as float32) or outside of their variable's range.
+    Raises InputError for an unknown kind and for edges that are missing, not finite, not increasing (as float32) or
+    outside their variable's range. `where` prefixes the field's name in the message.
     """
     kind = check_stored(data, {"kind": Field("", "", choices=tuple(_KINDS))}, where)["kind"]
     spherical: dict[str, tuple[float, float]] = dict(zip(VARIABLES, RANGES, strict=True))

@@ -19,14 +19,14 @@ from spatialvla_jax.actions.grid import RANGES
 from spatialvla_jax.utils.atomic import disk_errors, write_json
 from spatialvla_jax.utils.tables import text_table
 
-_BLOCK = 2**16  # actions tokenized at once
+_BLOCK = 2**16  # actions per call of encode and decode
 
 PARTS = {"translation": slice(0, 3), "rotation": slice(3, 6), "gripper": slice(6, 7)}
 
 
 def sample_actions(grid: ActionGrid | LinearGrid, count: int = 100_000, seed: int = 0) -> Float[np.ndarray, "N 7"]:
-    """Actions that fall into every bin of each variable equally often, evenly within it: what a grid fitted to a
-    distribution takes that to be. f32, bounded to [-1, 1] as normalised actions are, the gripper 0 or 1."""
+    """Random actions f32[N, 7] that fall into every bin of each variable equally often, uniformly within it. This is
+    the distribution a fitted grid assumes. Clipped to [-1, 1]; the gripper is 0 or 1."""
     rng = np.random.default_rng(seed)
 
     def draw(edges: Any) -> np.ndarray:
@@ -40,8 +40,8 @@ def sample_actions(grid: ActionGrid | LinearGrid, count: int = 100_000, seed: in
 
 
 def sample_gaussians(gaussians: Any, count: int = 100_000, seed: int = 0) -> Float[np.ndarray, "N 7"]:
-    """Actions of six independent Gaussians [6, 2] (mu, sigma), cut at the ranges; else as `sample_actions`."""
-    from scipy.stats import truncnorm  # slow to import, and every run imports this file
+    """Like `sample_actions`, from six independent Gaussians [6, 2] (mu, sigma) truncated to the variables' ranges."""
+    from scipy.stats import truncnorm  # slow to import, and every run imports this module
 
     rng = np.random.default_rng(seed)
     variables = []
@@ -61,16 +61,16 @@ def _actions(moves: list[np.ndarray], rng: np.random.Generator) -> Float[np.ndar
 
 
 def quantisation_error(grid: ActionTokenizer, actions: Float[np.ndarray, "N 7"]) -> dict[str, dict[str, float]]:
-    """{"translation", "rotation", "gripper"} → {"mean", "max"} of the distance between the actions and what their
-    tokens decode to, in normalised units: Euclidean over (x, y, z) and over (roll, pitch, yaw)."""
-    apart: dict[str, list[np.ndarray]] = {part: [] for part in PARTS}
+    """Distance between the actions and their round trip through tokens: {"translation", "rotation", "gripper"} →
+    {"mean", "max"}, in normalised units. Euclidean over (x, y, z) and over (roll, pitch, yaw)."""
+    distances: dict[str, list[np.ndarray]] = {part: [] for part in PARTS}
     for start in range(0, len(actions), _BLOCK):
         block = actions[start : start + _BLOCK]
         difference = np.asarray(decode(grid, encode(grid, block)), np.float64) - block
         for part, columns in PARTS.items():
-            apart[part].append(np.linalg.norm(difference[:, columns], axis=1))
-    together = {part: np.concatenate(distances) for part, distances in apart.items()}
-    return {part: {"mean": float(d.mean()), "max": float(d.max())} for part, d in together.items()}
+            distances[part].append(np.linalg.norm(difference[:, columns], axis=1))
+    joined = {part: np.concatenate(blocks) for part, blocks in distances.items()}
+    return {part: {"mean": float(d.mean()), "max": float(d.max())} for part, d in joined.items()}
 
 
 def describe_grid(grid: ActionTokenizer) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def describe_grid(grid: ActionTokenizer) -> dict[str, Any]:
 
 
 def compare_grids(grids: Mapping[str, ActionTokenizer], actions: Float[np.ndarray, "N 7"]) -> list[dict[str, Any]]:
-    """One row a grid: its name, `describe_grid` and `quantisation_error` on the same actions."""
+    """One row per grid: its name, `describe_grid` and `quantisation_error` on the same actions."""
     return [
         {"grid": name} | describe_grid(grid) | {"error": quantisation_error(grid, actions)}
         for name, grid in grids.items()
@@ -89,7 +89,7 @@ def compare_grids(grids: Mapping[str, ActionTokenizer], actions: Float[np.ndarra
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows of `compare_grids` for a reader."""
+    """The rows of `compare_grids` as a text table."""
     header = ["grid", "kind", "bins", "tokens", "per action", *(f"{part} mean / max" for part in PARTS)]
     return text_table(
         [header]
@@ -108,6 +108,6 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def save_grid(path: str | Path, grid: ActionTokenizer) -> None:
-    """As JSON, by rename."""
+    """Write the grid as JSON, by rename. Raises StorageError if the path cannot be written."""
     with disk_errors(path):
         write_json(path, grid_to_dict(grid))

@@ -1,4 +1,4 @@
-"""The baseline tokenizer: every action dimension on its own evenly spaced levels (as in RT-2 and OpenVLA)."""
+"""The baseline tokenizer: each action dimension on the same evenly spaced levels (as in RT-2 and OpenVLA)."""
 
 import jax.numpy as jnp
 from flax import struct
@@ -10,7 +10,7 @@ from spatialvla_jax.errors import InputError
 
 @struct.dataclass
 class LinearGrid(ActionTokenizer):
-    """`levels` f32[bins] rises from -1 to 1 and serves all seven dimensions: 7 ids an action, one vocabulary."""
+    """`levels` f32[bins] rises from -1 to 1 and serves all seven dimensions: 7 ids per action from one vocabulary."""
 
     levels: Float[Array, " bins"]
 
@@ -27,8 +27,8 @@ class LinearGrid(ActionTokenizer):
         return ((0, self.levels.shape[-1]),) * self.action_dim
 
     def encode(self, actions: Float[Array, "*B 7"]) -> Int[Array, "*B 7"]:
-        # Rounds up to the next level, as the published baseline does: up to a whole step of error, not half.
-        # The values are bounded by the levels themselves, so that no id falls off the end.
+        # Rounds up to the next level, as the published baseline does, so the error is up to a whole step, not half.
+        # Clipping to the levels keeps every id in range.
         values = jnp.clip(actions.astype(jnp.float32), self.levels[0], self.levels[-1])
         return jnp.searchsorted(self.levels, values, side="left").astype(jnp.int32)
 
@@ -37,7 +37,7 @@ class LinearGrid(ActionTokenizer):
 
 
 def linear_grid(bins: int = 256) -> LinearGrid:
-    """`bins` levels from -1 to 1. Raises InputError below two, where there is no step to round to."""
+    """`bins` levels from -1 to 1. Raises InputError for fewer than two."""
     if bins < 2:
         raise InputError(f"A linear grid needs at least 2 bins, not {bins}.")
     return LinearGrid(jnp.linspace(-1, 1, bins, dtype=jnp.float32))

@@ -1,4 +1,4 @@
-"""What every action tokenizer offers; encoding and decoding with any of them."""
+"""The interface of action tokenizers, and `encode` and `decode` for any of them."""
 
 from typing import Protocol, runtime_checkable
 
@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-DIMENSIONS = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")  # of the catalogue's datasets and of both grids
+DIMENSIONS = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")  # of catalogue datasets and of both grids
 
 
 @runtime_checkable
 class ActionTokenizer(Protocol):
-    """Actions of A numbers as n tokens each and back. An instance is a pytree of arrays, an argument of jitted
-    functions; what is not an array follows from their shapes alone."""
+    """Maps actions of A numbers to n tokens each and back. An instance is a pytree of arrays, passed to jitted
+    functions; everything static follows from the arrays' shapes."""
 
     @property
     def dimensions(self) -> tuple[str, ...]:
@@ -21,7 +21,7 @@ class ActionTokenizer(Protocol):
 
     @property
     def token_ranges(self) -> tuple[tuple[int, int], ...]:
-        """(first id, number of ids) of each of an action's n tokens."""
+        """(first id, number of ids) for each of an action's n tokens."""
         ...
 
     @property
@@ -48,19 +48,19 @@ class ActionTokenizer(Protocol):
 
 @jax.jit
 def encode(grid: ActionTokenizer, actions: Float[Array, "*B A"]) -> Int[Array, "*B n"]:
-    """Normalised actions, such as [x, y, z, roll, pitch, yaw, gripper] → ids in [0, grid.vocab_size), i32.
+    """Normalised actions f[*B, A], such as [x, y, z, roll, pitch, yaw, gripper] → i32[*B, n] in [0, grid.vocab_size).
 
-    Values are bounded to [-1, 1] first, so every finite action has valid ids; NaN is the caller's to refuse.
-    The gripper is open from 0.5 on. The gradient with respect to the actions is zero.
+    Values are clipped to [-1, 1] first, so every finite action has valid ids; callers must reject NaN. A gripper of 0.5
+    or more is open. The gradient with respect to the actions is zero.
     """
     return grid.encode(jnp.asarray(actions))
 
 
 @jax.jit
 def decode(grid: ActionTokenizer, ids: Int[Array, "*B n"]) -> Float[Array, "*B A"]:
-    """Ids → the actions at the bins' centres, f32, x, y, z bounded to [-1, 1], gripper 0 closed or 1 open.
+    """Ids i32[*B, n] → f32[*B, A] actions at the bin centres: x, y, z clipped to [-1, 1], gripper 0 closed or 1 open.
 
-    An id outside its token's range decodes as the nearest id inside. Encoding the result gives the ids back wherever
-    the centre lies in the cube [-1, 1]^3; a centre outside, which takes r > 1, is moved and may change its bin.
+    An id outside its token's range decodes as the nearest valid id. Re-encoding gives the same ids if the centre lies
+    in the cube [-1, 1]^3. A centre outside, which needs r > 1, is clipped and may land in another bin.
     """
     return grid.decode(jnp.asarray(ids))

@@ -1,5 +1,5 @@
-"""Where activations live on the mesh. Without these pins the compiler may split their features instead of the batch,
-and then sums every layer's activations over all devices."""
+"""Sharding constraints on activations. Without them the compiler may shard features instead of the batch, and then
+all-reduce every layer's activations over all devices."""
 
 from math import prod
 from typing import Any
@@ -11,14 +11,15 @@ BATCH_AXES = ("data", "fsdp")
 
 
 def batch_splits(mesh: jax.sharding.AbstractMesh) -> int:
-    """Into how many parts the mesh's batch axes split."""
+    """The number of shards along the mesh's batch axes."""
     return prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def constrain_batch(x: Any, *extra: str) -> Any:
-    """Pin the first dimension of `x` to the mesh's batch axes, and to the `extra` ones if it divides; the rest whole.
+    """Shard the first dimension of `x` over the mesh's batch axes, and over `extra` axes if divisible; replicate the
+    rest.
 
-    Does nothing where the trace runs on no mesh (`training.sharding.on_mesh`) or the batch does not divide.
+    Does nothing outside a mesh (`training.sharding.on_mesh`) or if the batch does not divide.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:

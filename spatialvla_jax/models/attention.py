@@ -1,8 +1,8 @@
 """Attention and masks.
 
 Axis letters, used in every shape of this package: B batch, T query position, S key position, N heads, K key/value
-heads, H head dim, D width, F MLP width, L layers, V vocabulary, P patches of the image. Images are S×S; images of any
-size and maps of features are h×w, with C channels.
+heads, H head dim, D width, F MLP width, L layers, V vocabulary, P image patches. Model inputs are S×S images; images of
+any size and feature maps are h×w with C channels.
 """
 
 import jax
@@ -26,12 +26,13 @@ def attend(
 ) -> Float[Array, "B T N H"]:
     """Grouped-query attention with Gemma 2's tanh soft cap; the softmax is computed in float32.
 
-    In one kernel where `fused_attention.can_fuse`; there rows that see nothing give 0, elsewhere the mean of `v`.
+    Uses one fused kernel where `fused_attention.can_fuse`. Rows without a visible key give 0 there and the mean of `v`
+    elsewhere.
     """
     if softcap is not None and can_fuse(q, k, softcap):
         return attend_fused(q, k, v, mask, scale=scale, softcap=softcap)
     _, T, N, _ = q.shape
-    if T > 1 and jax.default_backend() == "gpu":  # one product a head: 0.9 against 1.2 ms on an H200; slower on a CPU
+    if T > 1 and jax.default_backend() == "gpu":  # one product per head: 0.9 ms, not 1.2, on an H200; slower on a CPU
         k, v = (jnp.repeat(x, N // x.shape[2], axis=2) for x in (k, v))
     q = rearrange(q, "B T (K G) H -> B T K G H", K=k.shape[2])
     logits = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32) * scale
@@ -48,9 +49,9 @@ def encoder_attention(
     v: Float[Array, "B S N H"],
     bias: Float[Array, "#B N T S"] | None = None,
 ) -> Float[Array, "B T N H"]:
-    """Attention of the vision models: every position sees all, scale H^-0.5, softmax in float32.
+    """Attention of the vision models: no mask, scale H^-0.5, softmax in float32.
 
-    cuDNN's fused kernel in bfloat16 on a GPU (half the time of XLA's at SigLIP's and BEiT's sizes), elsewhere XLA's.
+    Uses cuDNN's fused kernel for bfloat16 on a GPU (half the time of XLA's at SigLIP's and BEiT's sizes), else XLA's.
     """
     fused = q.dtype == jnp.bfloat16 and jax.default_backend() == "gpu"
     if fused and bias is not None:
@@ -59,7 +60,8 @@ def encoder_attention(
 
 
 def prefix_lm_mask(valid: Bool[Array, "B S"], prefix_length: int) -> Bool[Array, "B S S"]:
-    """The first `prefix_length` positions see each other both ways, the rest is causal; padding is never seen.
+    """The first `prefix_length` positions attend to each other in both directions, the rest causally; padding is
+    masked.
 
     `prefix_length` 0 gives a causal mask.
     """
@@ -75,11 +77,11 @@ def position_ids(valid: Bool[Array, "B S"]) -> Int[Array, "B S"]:
 
 
 def rotary_angles(positions: Int[Array, "B T"], head_dim: int, base: float = 10_000.0) -> Angles:
-    """Sines and cosines for `rotary`, once for all layers."""
+    """Sines and cosines f32[B, T, 1, head_dim / 2] for `rotary`, computed once for all layers."""
     half = head_dim // 2
     frequencies = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angle = positions[..., None, None] * frequencies
-    # The barrier keeps a compiler from computing them again in every kernel that reads them.
+    # The barrier stops the compiler from recomputing them in every kernel that reads them.
     return jax.lax.optimization_barrier((jnp.sin(angle), jnp.cos(angle)))
 
 

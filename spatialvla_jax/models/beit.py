@@ -1,5 +1,5 @@
-"""BEiT vision transformer (Bao et al. 2022) as ZoeDepth uses it: relative position bias in every layer, no absolute
-positions, a class token, layer scale, and the hidden states after each quarter of the layers as output.
+"""BEiT vision transformer (Bao et al. 2022) as ZoeDepth uses it: a class token, layer scale, and relative position bias
+in every layer instead of absolute positions. Returns the hidden states after each quarter of the layers.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ Grid = tuple[int, int]
 
 @dataclass(frozen=True)
 class BeitConfig:
-    """Defaults: BEiT-L/16 at 384 px. `image_size` is the pretrained one, which sizes the relative position tables."""
+    """Defaults: BEiT-L/16 at 384 px. `image_size` is that of pretraining, which sizes the relative position tables."""
 
     image_size: int = 384
     patch_size: int = 16
@@ -46,12 +46,12 @@ class BeitConfig:
         return self.image_size // self.patch_size
 
 
-HIDDEN = -1e9  # a bias that gives a key no weight
-TOKENS = 8  # their number becomes a multiple of it, which suits matrix units
+HIDDEN = -1e9  # attention bias of a masked key
+TOKENS = 8  # the token count is padded to a multiple of this, which suits matrix units
 
 
 def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The exact one by erf; `jax.nn.gelu` has it by erfc, which takes an H200 twice as long."""
+    """Exact GELU by erf; `jax.nn.gelu` uses erfc, which takes twice as long on an H200."""
     y = x.astype(jnp.float32)
     return (0.5 * y * (1 + jax.lax.erf(y * 2**-0.5))).astype(x.dtype)
 
@@ -59,11 +59,11 @@ def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
 def relative_position_bias(
     table: Float[Array, "R N"], pretrained: int, grid: Grid, padding: int = 0
 ) -> Float[Array, "N T T"]:
-    """Attention bias [head, query, key] of a class token followed by the row-major patches of `grid` = (h, w), and
-    `padding` tokens that nobody sees.
+    """Attention bias [head, query, key] for a class token, the row-major patches of `grid` = (h, w), and `padding`
+    masked tokens.
 
     `table` holds a row for each offset (dy, dx) between two patches of a `pretrained` x `pretrained` grid, then one
-    each for class → patch, patch → class and class → class. Another grid interpolates the offsets (MiDaS 3.1).
+    each for class → patch, patch → class and class → class. For other grids the offsets are interpolated (MiDaS 3.1).
     """
     (h, w), N = grid, table.shape[-1]
     offsets = table[:-3].reshape(1, 2 * pretrained - 1, 2 * pretrained - 1, N)
@@ -71,7 +71,7 @@ def relative_position_bias(
     if jax.default_backend() == "gpu":
         rows = jnp.concatenate([offsets.reshape(-1, N), table[-3:], jnp.full((1, N), HIDDEN), jnp.zeros((1, N))])
         return jnp.take(rows.T, _bias_rows(grid, padding), axis=1)
-    # TPUs are slow at gathers. Entry (query, key) is offsets[query - key]: a slice for every key.
+    # TPUs are slow at gathers. Entry (query, key) is offsets[query - key], so take one slice per key.
     rows = jnp.stack([offsets[h - 1 - k : 2 * h - 1 - k] for k in range(h)], axis=1)
     patches = jnp.stack([rows[:, :, w - 1 - k : 2 * w - 1 - k] for k in range(w)], axis=3)
     patches = rearrange(patches, "hq hk wq wk N -> N (hq wq) (hk wk)")
@@ -85,7 +85,8 @@ def relative_position_bias(
 
 
 def _bias_rows(grid: Grid, padding: int) -> np.ndarray:
-    """i32[T, T]: which row each (query, key) takes of the offsets, the table's last three, HIDDEN and zero."""
+    """i32[T, T]: the row for each (query, key) in the stack of offsets, the table's last three rows, HIDDEN and
+    zero."""
     h, w = grid
     y, x = (places.ravel() for places in np.indices(grid))
     offsets = (2 * h - 1) * (2 * w - 1)
@@ -140,7 +141,7 @@ class BeitLayer(nn.Module):
 
 
 class BeitStage(nn.Module):
-    """The layers up to one tap: returns its output twice, as the scan's carry and as what it collects."""
+    """The layers up to one tap. Returns its output twice: as the scan's carry and as its collected output."""
 
     config: BeitConfig
     grid: Grid
@@ -155,7 +156,7 @@ class BeitStage(nn.Module):
 
 
 class Beit(nn.Module):
-    """Image → hidden states at the taps. Layer parameters are stacked [taps, layers a tap, …]; `unroll` is as in
+    """Image → hidden states at the taps. Layer parameters are stacked [taps, layers per tap, …]; `unroll` is as in
     `gemma2.Gemma2`."""
 
     config: BeitConfig
@@ -179,7 +180,7 @@ class Beit(nn.Module):
         x = embedding(images)
         B, h, w, D = x.shape
         cls = self.param("cls_token", nn.initializers.zeros, (1, 1, D)).astype(self.dtype)
-        # Nothing sees the padding, and it is cut off at the end.
+        # Padding is masked in attention and cut off at the end.
         tokens = h * w + 1
         x = jnp.concatenate([jnp.broadcast_to(cls, (B, 1, D)), rearrange(x, "B h w D -> B (h w) D")], axis=1)
         x = jnp.pad(x, ((0, 0), (0, -tokens % TOKENS), (0, 0)))

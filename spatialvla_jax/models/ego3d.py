@@ -8,14 +8,14 @@ from jaxtyping import Array, Float
 
 from spatialvla_jax.models.linear import Dense
 
-SUB_GRID = 2  # points along one side of a patch
+SUB_GRID = 2  # points along each side of a patch
 NUM_FREQUENCIES = 8
 
 
 def back_project(depth: Float[Array, "B S S"], intrinsics: Float[Array, "B 3 3"], grid: int) -> Float[Array, "B P 12"]:
-    """Camera-frame points (metres) of the 2×2 sub-grid in each of the grid² patches, as (row, column, xyz) numbers.
+    """Camera-frame points (metres) of a 2×2 sub-grid in each of grid² patches; the 12 numbers are (row, column, xyz).
 
-    Depth (metres) is averaged over each cell of the sub-grid (area resize); rays go through the cells' centres.
+    Depth (metres) is averaged over each cell of the sub-grid (area resize); rays pass through the cells' centres.
     `intrinsics` are in pixels of the S×S image.
     """
     size = depth.shape[1]
@@ -26,7 +26,8 @@ def back_project(depth: Float[Array, "B S S"], intrinsics: Float[Array, "B 3 3"]
     cells = rearrange(depth.astype(jnp.float32), "B (y p) (x q) -> B y p x q", p=step, q=step).mean(axis=(2, 4))
     centre = jnp.arange(n, dtype=jnp.float32) * step + step / 2
     v, u = jnp.meshgrid(centre, centre, indexing="ij")
-    # The inverse of [[fx, s, cx], [0, fy, cy], [0, 0, 1]] written out: exact, and no linear solver on the device.
+    # The inverse of [[fx, s, cx], [0, fy, cy], [0, 0, 1]] in closed form: exact, and needs no linear solver on the
+    # device.
     fx, skew, cx = (intrinsics[:, 0, i, None, None] for i in range(3))
     fy, cy = (intrinsics[:, 1, i, None, None] for i in (1, 2))
     y = (v - cy) / fy
@@ -36,7 +37,7 @@ def back_project(depth: Float[Array, "B S S"], intrinsics: Float[Array, "B 3 3"]
 
 
 def frequency_encoding(points: Float[Array, "B P 12"]) -> Float[Array, "B P 204"]:
-    """(p − [0, 0, 2]) / 2, then per number: itself, sin and cos at 2^0 … 2^7."""
+    """(p − [0, 0, 2]) / 2; then for each number x: x, sin(2^k x) and cos(2^k x) for k = 0 … 7."""
     offset = jnp.tile(jnp.array([0.0, 0.0, 2.0]), SUB_GRID**2)
     x = ((points - offset) / 2)[..., None]
     angle = x * 2.0 ** jnp.arange(NUM_FREQUENCIES)

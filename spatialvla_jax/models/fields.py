@@ -1,5 +1,5 @@
-"""What a field of the model's configs may be, for configs that come from a file. Bounds keep out what no model has: a
-billion layers would only exhaust the memory that their names take."""
+"""Valid values of the model configs' fields, for configs read from a file. Upper bounds reject absurd sizes: a billion
+layers would exhaust memory on parameter names alone."""
 
 from dataclasses import is_dataclass
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -37,7 +37,7 @@ BY_NAME = {
 
 
 def field_of(config: type, name: str) -> Field:
-    """What the field `name` of this class of configs may be."""
+    """The schema of the field `name` of a config class."""
     hint = get_type_hints(config)[name]
     if get_origin(hint) is Literal:
         return Field("", "", choices=get_args(hint))
@@ -45,8 +45,8 @@ def field_of(config: type, name: str) -> Field:
 
 
 def config_from_dict(config: type[T], data: Any, where: str) -> T:
-    """A config with those nested in it, out of what `dataclasses.asdict` made of it. Raises InputError, in which
-    `where` stands before a field's name, for fields that are missing, unknown or out of range."""
+    """The inverse of `dataclasses.asdict`, nested configs included. Raises InputError for fields that are missing,
+    unknown or out of range; `where` prefixes the field's name in the message."""
     hints = get_type_hints(config)
     nested = {name: Field({}, "") for name, hint in hints.items() if is_dataclass(hint)}
     plain = {name: field_of(config, name) for name in hints if name not in nested}
@@ -58,7 +58,8 @@ def config_from_dict(config: type[T], data: Any, where: str) -> T:
 
 
 def build(config: type[T], values: dict[str, Any], where: str) -> T:
-    """Like `config(**values)`; `where` stands before what it finds wrong with values that do not go together."""
+    """Like `config(**values)`, but prefixes `where` to the InputError for values that are inconsistent with each
+    other."""
     try:
         return config(**values)
     except InputError as error:

@@ -1,13 +1,13 @@
 """Attention with a soft cap in one kernel, for training and prefill on NVIDIA GPUs (Pallas through Triton).
 
 XLA writes the logits, float32[B, N, T, S], to memory several times, and cuDNN has no tanh soft cap. Here, as in flash
-attention (Dao 2023), they live in registers alone. The cap makes it simpler: capped logits lie in [−cap, cap], so that
-exp needs no running maximum. With t = tanh(scale / cap · q·k):
+attention (Dao 2023), they stay in registers. The cap simplifies this: logits lie in [−cap, cap], so exp needs no
+running maximum. With t = tanh(scale / cap · q·k):
 
     p = exp(cap · t) where the mask is true, else 0;  z = 1 / Σ p;  out = z Σ p v
     dv = Σ z p dout;  ds = z p (dout·v − dout·out) (1 − t²);  dq = scale Σ ds k;  dk = scale Σ ds q
 
-Every sum is in one program and in a fixed order, no atomics: the same inputs give the same bits.
+Every sum stays in one program and in a fixed order, without atomics: the same inputs give the same bits.
 """
 
 import math
@@ -26,9 +26,9 @@ from jaxtyping import Array, Bool, Float
 
 from spatialvla_jax.models.activation_sharding import BATCH_AXES, batch_splits
 
-# What the forward kernel gives and the backward ones need; `models.remat` keeps them.
+# Outputs of the forward kernel that the backward kernels need; `models.remat` saves them.
 SAVED = ("fused_attention_out", "fused_attention_z")
-MAX_SOFTCAP = 80.0  # exp(80) and sums of it are finite in float32, exp(−80) is normal
+MAX_SOFTCAP = 80.0  # exp(80) and sums of it are finite in float32, and exp(−80) is a normal number
 
 
 def dot(a: Array, b: Array) -> Array:
@@ -37,7 +37,7 @@ def dot(a: Array, b: Array) -> Array:
 
 @dataclass(frozen=True)
 class Tile:
-    """Queries × keys that a program holds at once, and Triton's warps a program and stages of its pipeline."""
+    """Queries × keys per program, and Triton's number of warps and pipeline stages."""
 
     queries: int
     keys: int
@@ -47,7 +47,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Tiles:
-    """One for each kernel."""
+    """One tile per kernel."""
 
     forward: Tile
     dkv: Tile
@@ -55,16 +55,17 @@ class Tiles:
 
 
 def tiles_for(head_dim: int) -> Tiles:
-    """Such that several programs share a multiprocessor's 227 KB, and accumulators fit the registers (on an H100)."""
+    """Tiles for which several programs share a multiprocessor's 227 KB and accumulators fit in registers (on an
+    H100)."""
     if head_dim > 128:
         return Tiles(Tile(64, 32, 4, 2), Tile(64, 64, 8, 2), Tile(64, 32, 4, 1))
     return Tiles(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 32, 4, 3))
 
 
 def can_fuse(q: Array, k: Array, softcap: float) -> bool:
-    """Whether `attend` should use `attend_fused`: bfloat16 on a GPU, more than one query, shapes the kernels take.
+    """Whether `attend` should use `attend_fused`: bfloat16 on a GPU, more than one query, supported shapes.
 
-    On a mesh the batch must divide over its batch axes and no other axis may split anything.
+    On a mesh, the batch must be divisible by the batch axes, and all other axes must have size 1.
     """
     B, T, _, H = q.shape
     suits = q.dtype == k.dtype == jnp.bfloat16 and T > 1 and H in (16, 32, 64, 128, 256)
@@ -84,10 +85,11 @@ def attend_fused(
     tiles: Tiles | None = None,
     interpret: bool | None = None,
 ) -> Float[Array, "B T N H"]:
-    """`attention.attend` in one kernel, differentiable in q, k and v; rows that see nothing give 0, as do gradients.
+    """`attention.attend` in one kernel, differentiable in q, k and v. Rows without a visible key give 0, also in
+    gradients.
 
-    H is a power of two from 16, `softcap` at most MAX_SOFTCAP, T and S are any. Products are in q's dtype and summed in
-    float32. By default the kernels are interpreted where there is no GPU.
+    H is a power of two from 16, `softcap` at most MAX_SOFTCAP, T and S arbitrary. Products are in q's dtype, summed in
+    float32. By default the kernels run in interpreter mode where there is no GPU.
     """
     if interpret is None:
         interpret = jax.default_backend() != "gpu"
@@ -97,7 +99,7 @@ def attend_fused(
 
 @dataclass(frozen=True)
 class Call:
-    """All that is static."""
+    """The static arguments of a call."""
 
     scale: float
     softcap: float
@@ -124,7 +126,7 @@ fused.defvjp(forward, backward)
 
 
 def on_shards(run: Callable[..., Any]) -> Callable[..., Any]:
-    """On a mesh, every device runs its part of the batch: the compiler cannot split a kernel."""
+    """On a mesh, run on each device's shard of the batch: the compiler cannot partition a kernel."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return run
@@ -132,7 +134,8 @@ def on_shards(run: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def specs_by_queries(q: Array, k: Array) -> tuple[pl.BlockSpec, ...]:
-    """Of programs (block of queries, head, example): their queries, keys, mask, and one number for each query."""
+    """Block specs of queries, keys, mask and one number per query, for programs indexed (block of queries, head,
+    example)."""
     (_, T, N, H), (_, S, K, _) = q.shape, k.shape
     return (
         pl.BlockSpec((None, T, None, H), lambda t, n, b: (b, 0, n, 0)),
@@ -159,7 +162,7 @@ def run_forward(call: Call, q: Array, k: Array, v: Array, mask: Array) -> tuple[
 def run_backward(
     call: Call, q: Array, k: Array, v: Array, mask: Array, out: Array, z: Array, dout: Array
 ) -> tuple[Array, Array, Array]:
-    """(dq, dk, dv), each as q, k and v."""
+    """(dq, dk, dv), shaped like q, k and v."""
     along = jnp.einsum("btnh,btnh->bnt", dout, out, preferred_element_type=jnp.float32)
     inputs = (q, k, v, mask, z, along, dout)
     return run_dq(call, *inputs), *run_dkv(call, *inputs)
@@ -185,7 +188,7 @@ def run_dkv(
     S, K = k.shape[1:3]
     tile, G = call.tiles.dkv, N // K
     keys = pl.BlockSpec((None, S, None, H), lambda s, n, b: (b, 0, n, 0))
-    queries = pl.BlockSpec((None, T, G, H), lambda s, n, b: (b, 0, n, 0))  # of all heads that share the keys
+    queries = pl.BlockSpec((None, T, G, H), lambda s, n, b: (b, 0, n, 0))  # of all heads that share these keys
     rows = pl.BlockSpec((None, G, T), lambda s, n, b: (b, n, 0))
     whole = pl.BlockSpec((None, T, S), lambda s, n, b: (b, 0, 0))
     return pl.pallas_call(
@@ -204,7 +207,7 @@ def options(call: Call, tile: Tile, name: str) -> dict[str, Any]:
 
 
 def forward_kernel(call: Call, q_ref, k_ref, v_ref, mask_ref, out_ref, z_ref) -> None:
-    """One block of one head's queries."""
+    """Processes one block of queries of one head."""
     (T, H), S, tile = q_ref.shape, k_ref.shape[0], call.tiles.forward
     at = pl.program_id(0) * tile.queries
     q = load(q_ref, (at, tile.queries, T))
@@ -224,7 +227,7 @@ def forward_kernel(call: Call, q_ref, k_ref, v_ref, mask_ref, out_ref, z_ref) ->
 
 
 def dq_kernel(call: Call, q_ref, k_ref, v_ref, mask_ref, z_ref, along_ref, dout_ref, dq_ref) -> None:
-    """One block of one head's queries."""
+    """Processes one block of queries of one head."""
     (T, H), S, tile = q_ref.shape, k_ref.shape[0], call.tiles.dq
     block = (pl.program_id(0) * tile.queries, tile.queries, T)
     q, dout = load(q_ref, block), load(dout_ref, block)
@@ -242,9 +245,9 @@ def dq_kernel(call: Call, q_ref, k_ref, v_ref, mask_ref, z_ref, along_ref, dout_
 
 
 def dkv_kernel(call: Call, q_ref, k_ref, v_ref, mask_ref, z_ref, along_ref, dout_ref, dk_ref, dv_ref) -> None:
-    """One block of one head's keys, over all queries of the heads that share them.
+    """Processes one block of keys of one head, over all queries of the heads that share them.
 
-    Weights are keys × queries here, so that they enter the next product as they leave the last.
+    Weights are keys × queries here, so that products chain without a transpose.
     """
     (T, G, H), S, tile = q_ref.shape, k_ref.shape[0], call.tiles.dkv
     block = (pl.program_id(0) * tile.keys, tile.keys, S)
@@ -270,20 +273,21 @@ def dkv_kernel(call: Call, q_ref, k_ref, v_ref, mask_ref, z_ref, along_ref, dout
 
 
 def weights(call: Call, a: Array, b: Array, mask: Array) -> tuple[Array, Array]:
-    """(p, 1 − t²) of the rows of a and b, float32.
+    """(p, 1 − t²) for the rows of a and b, float32.
 
-    tanh by exp2, since libdevice's is slow: within 1e-7, so p within 1e-5 of itself at a cap of 50.
+    Computes tanh by exp2, as libdevice's tanh is slow. Error below 1e-7, so p has a relative error below 1e-5 at a cap
+    of 50.
     """
     rate = 2 * call.scale / call.softcap * math.log2(math.e)
     t = 1 - 2 / (1 + jnp.exp2(rate * dot(a, b.T)))
     return jnp.where(mask != 0, jnp.exp2(call.softcap * math.log2(math.e) * t), 0.0), 1 - t * t
 
 
-# An index of `load` and `store`: a block (start, size, length of the axis), or one place.
+# Each index of `load` and `store` is a block (start, size, length of the axis) or a single position.
 
 
 def load(ref, *index) -> Array:
-    """A block of `ref`, zeros beyond its end."""
+    """A block of `ref`, padded with zeros beyond the end."""
     inside = bounds(ref, index)
     return triton.load(ref.at[slices(index)], mask=inside, other=None if inside is None else 0)
 
@@ -297,7 +301,7 @@ def slices(index):
 
 
 def bounds(ref, index):
-    """Which elements of a block exist; None, and faster loads, where all blocks of an axis are whole."""
+    """Which elements of a block exist; None, which loads faster, where blocks divide the axes evenly."""
     spans = [i for i in index if isinstance(i, tuple)]
     rank = len(spans) + ref.ndim - len(index)
     inside = None

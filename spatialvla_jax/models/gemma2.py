@@ -43,7 +43,7 @@ class Gemma2Config:
                 f"Gemma 2's {self.num_heads} heads must be a multiple of its {self.num_kv_heads} key/value heads."
             )
         if self.head_dim % 2:
-            raise InputError(f"Gemma 2's head_dim {self.head_dim} must be even: rotary positions turn pairs.")
+            raise InputError(f"Gemma 2's head_dim {self.head_dim} must be even: rotary positions rotate pairs.")
 
 
 def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"]) -> Float[Array, "*B D"]:
@@ -60,7 +60,7 @@ class RMSNorm(nn.Module):
 
 
 class Einsum(nn.Module):
-    """One named weight `w` and an einsum with it."""
+    """A weight named `w` and an einsum with it."""
 
     shape: tuple[int, ...]
     fan_in_axes: tuple[int, ...]
@@ -136,9 +136,9 @@ class Embedder(nn.Module):
 
 
 class Gemma2(nn.Module):
-    """Embeddings in, hidden states out; `embed` and `logits` are its two ends.
+    """Embeddings in, hidden states out; `embed` and `logits` convert from ids and to vocabulary logits.
 
-    `remat` is one of `models.remat.POLICIES`; `unroll` compiles layer by layer instead of a loop over them.
+    `remat` is one of `models.remat.POLICIES`; `unroll` compiles each layer separately instead of a loop over them.
     """
 
     config: Gemma2Config
@@ -156,7 +156,7 @@ class Gemma2(nn.Module):
         self.lm_head = self.param("lm_head", nn.initializers.normal(cfg.width**-0.5), (cfg.vocab_size, cfg.width))
 
     def embed(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """Rows of the table, not yet multiplied by sqrt(width): `__call__` does that for every input."""
+        """Rows of the embedding table, not yet multiplied by sqrt(width): `__call__` scales every input."""
         return self.embedder(ids)
 
     def __call__(
@@ -165,9 +165,9 @@ class Gemma2(nn.Module):
         positions: Int[Array, "B T"],
         mask: Bool[Array, "B T T"],
     ) -> Float[Array, "B T D"]:
-        """Run all layers. Inputs are scaled by sqrt(width) here, hidden states come normalised.
+        """Run all layers. Inputs are scaled by sqrt(width) here; returned hidden states are normalised.
 
-        Every second layer, from the first, sees at most `sliding_window` positions back.
+        Every second layer, from the first, attends to the last `sliding_window` positions only.
         """
         cfg = self.config
         x = constrain_batch(embeddings.astype(self.dtype) * jnp.asarray(cfg.width**0.5, self.dtype))
@@ -179,15 +179,15 @@ class Gemma2(nn.Module):
         return self.final_norm(x)
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """Soft-capped logits in float32."""
+        """Soft-capped logits f32[B, T, V]."""
         out = unembed(hidden, self.lm_head.astype(self.dtype))
         return self.config.final_softcap * jnp.tanh(out / self.config.final_softcap)
 
 
 @jax.custom_vjp
 def unembed(hidden: Float[Array, "B T D"], head: Float[Array, "V D"]) -> Float[Array, "B T V"]:
-    """hidden headᵀ, in float32. Its gradients are products in the operands' dtype, as mixed precision has them: float32
-    gradients of a quarter of a million rows would cost twice the memory, and twice the bytes between devices."""
+    """hidden headᵀ, in float32. Gradients are computed in the operands' dtype, as usual in mixed precision: float32
+    gradients of a quarter of a million rows would double the memory and the bytes between devices."""
     return jnp.einsum("btd,vd->btv", hidden, head, preferred_element_type=jnp.float32)
 
 
@@ -205,7 +205,7 @@ unembed.defvjp(_unembed_forward, _unembed_backward)
 
 
 def fan_in_init(in_axes: tuple[int, ...]) -> nn.initializers.Initializer:
-    """Truncated normal with variance 1 / fan-in, the fan-in being the product of `in_axes`."""
+    """Truncated normal with variance 1 / fan-in; the fan-in is the product of the sizes of `in_axes`."""
 
     def init(key, shape, dtype=jnp.float32):
         fan_in = prod(shape[axis] for axis in in_axes)

@@ -1,6 +1,6 @@
-"""Linear layers as einsums, with low-rank adapters beside their weight where a run trains those alone.
+"""Linear layers as einsums, with optional low-rank adapters for LoRA training.
 
-An equation's letters are the axes of x, w and y, such as "btd,ndh->btnh". Along `c` a weight holds separate layers.
+An equation's letters are the axes of x, w and y, such as "btd,ndh->btnh". Axis `c` of a weight stacks separate layers.
 """
 
 from functools import partial
@@ -12,12 +12,12 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-BESIDE = "_adapter"  # the adapters {"a", "b"} of the weight "w" are its neighbour "w_adapter" (`lora.put_beside`)
+BESIDE = "_adapter"  # the adapters {"a", "b"} of the weight "w" are stored as "w_adapter" (`lora.put_beside`)
 Adapter = dict[str, Array]
 
 
 def adapter_of(module: nn.Module, weight: str) -> Adapter | None:
-    """What lies beside the module's parameter `weight`."""
+    """The adapter stored beside the module's parameter `weight`, if any."""
     name = weight + BESIDE
     return module.get_variable("params", name) if module.has_variable("params", name) else None
 
@@ -25,19 +25,20 @@ def adapter_of(module: nn.Module, weight: str) -> Adapter | None:
 def linear(
     equation: str, x: Float[Array, "..."], w: Float[Array, "..."], adapter: Adapter | None = None
 ) -> Float[Array, "..."]:
-    """The einsum of `x` and `w`. With an adapter, `w` is W + B A already and gets no gradient: a and b do."""
+    """The einsum of `x` and `w`. With an adapter, `w` already is W + B A, and gradients go to a and b instead of
+    `w`."""
     return jnp.einsum(equation, x, w) if adapter is None else adapted(equation, x, w, adapter["a"], adapter["b"])
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def adapted(equation: str, x: Array, w: Array, a: Array, b: Array) -> Array:
-    """Forward and to x one product with W + B A, as without adapters. The gradients of a and b are products of rank r:
-    by way of the sum they would take the whole gradient of W first, half as much work again."""
+    """One product with W + B A in the forward pass and for the gradient of x, as without adapters. Gradients of a and b
+    are products of rank r: deriving them from W's gradient would cost half as much work again."""
     return jnp.einsum(equation, x, w)
 
 
 def _forward(equation: str, x: Array, w: Array, a: Array, b: Array) -> tuple[Array, tuple[Array, ...]]:
-    # The einsum itself, which a policy of rematerialisation knows as a product.
+    # Keep the plain einsum here: remat policies recognise it as a matrix product.
     return jnp.einsum(equation, x, w), (x, w, a, b)
 
 
@@ -62,7 +63,7 @@ adapted.defvjp(_forward, _backward)
 
 
 class Dense(nn.Module):
-    """`nn.DenseGeneral` by its equation: a kernel of `shape` and a bias."""
+    """`nn.DenseGeneral` specified by an equation: a kernel of `shape` and a bias."""
 
     equation: str
     shape: tuple[int, ...]

@@ -1,9 +1,9 @@
-"""LoRA (Hu et al. 2021): low-rank changes of linear layers, as a tree of arrays beside the model's own parameters.
+"""LoRA (Hu et al. 2021): low-rank updates of linear layers, as a tree of arrays beside the model's own parameters.
 
 The adapters of the kernel "llm/layers/mlp/linear" are "lora/llm/layers/mlp/linear/a" and "…/b". W + scale · B A, with
-scale = alpha / rank, takes W's place before the model is applied: there is no second model. In training a and b lie
-beside it and get their gradients without W's (`linear.adapted`). A kernel of ours that holds several published layers
-has adapters of its own for each, such as those of every layer and of keys and values.
+scale = alpha / rank, replaces W before the model is applied, so there is no second model. In training, a and b are
+passed beside W and get their gradients without W's (`linear.adapted`). Where one of our kernels stacks several
+published layers, such as all depths or keys and values, each layer has its own adapters.
 """
 
 import re
@@ -21,9 +21,9 @@ from spatialvla_jax.models.linear import BESIDE
 
 ADAPTERS = "lora"
 
-# Kernels of linear layers: (path, their axes, those that the layer sums over). Along L and C they are separate layers.
-# These are what the published recipe adapts, every linear layer of Gemma 2, SigLIP, projector and Ego3D; its list of
-# names also meets one in ZoeDepth, which gets no gradient. The LM head is frozen there.
+# Kernels of linear layers: (path, axes, contracted axes). L and C stack separate layers. The published recipe adapts
+# exactly these: every linear layer of Gemma 2, SigLIP, projector and Ego3D. Its name patterns also match one layer in
+# ZoeDepth, which gets no gradient. It freezes the LM head.
 LINEAR: tuple[tuple[str, str, str], ...] = (
     ("llm/layers/attn/q_einsum/w", "LNDH", "D"),
     ("llm/layers/attn/kv_einsum/w", "LCKDH", "D"),
@@ -44,7 +44,7 @@ def is_linear(path: str) -> bool:
 
 
 def axes_of(path: str) -> tuple[str, str, str]:
-    """The axes of a linear layer's kernel, of its a and of its b: ("LNDH", "LrD", "LNHr")."""
+    """The axes of a linear layer's kernel, of its a and of its b, such as ("LNDH", "LrD", "LNHr")."""
     axes, inputs = next((axes, inputs) for pattern, axes, inputs in LINEAR if re.fullmatch(pattern, path))
     stack = "".join(x for x in axes if x in "LC")
     outputs = "".join(x for x in axes if x not in stack + inputs)
@@ -54,8 +54,8 @@ def axes_of(path: str) -> tuple[str, str, str]:
 def adapter_shapes(
     shapes: Mapping[str, tuple[int, ...]], rank: int, targets: Sequence[str]
 ) -> dict[str, tuple[int, ...]]:
-    """{"llm/layers/mlp/linear/a": shape, "…/b": shape, …} for the linear layers whose path a pattern of `targets`
-    matches from its start, out of the model's own {path: shape}. Raises InputError for a pattern that meets none."""
+    """{"llm/layers/mlp/linear/a": shape, "…/b": shape, …}, given the model's {path: shape}. Covers linear layers whose
+    path matches a pattern of `targets` from its start. Raises InputError for a pattern that matches none."""
     found: dict[str, tuple[int, ...]] = {}
     for pattern in targets:
         paths = [path for path in shapes if re.match(pattern, path) and is_linear(path)]
@@ -73,20 +73,20 @@ def adapter_shapes(
 def init_adapters(
     shapes: Mapping[str, tuple[int, ...]], rank: int, targets: Sequence[str], key: Array
 ) -> dict[str, Any]:
-    """Adapters f32 that change nothing yet: a normal with deviation 1 / rank, as in the release, and b zero."""
-    drawn = adapter_shapes(shapes, rank, targets)
-    keys = jax.random.split(key, len(drawn))
+    """Initial adapters, f32, that change nothing: a ~ normal with deviation 1 / rank, as in the release, and b = 0."""
+    adapters = adapter_shapes(shapes, rank, targets)
+    keys = jax.random.split(key, len(adapters))
     flat = {
         path: jax.random.normal(k, shape) / rank if path.endswith("/a") else jnp.zeros(shape)
-        for k, (path, shape) in zip(keys, drawn.items(), strict=True)
+        for k, (path, shape) in zip(keys, adapters.items(), strict=True)
     }
     return unflatten_dict(flat, sep="/")
 
 
 def merge_adapters(params: Mapping[str, Any], scale: float, dtype: Any = None) -> dict[str, Any]:
-    """`params` with "lora" in it → the model's own, W + scale · B A for every adapted W, in `dtype` or in W's own.
+    """`params` without "lora": every adapted W becomes W + scale · B A, in `dtype` or else W's own.
 
-    Without "lora" they come back as they are.
+    Without "lora" in `params`, returns them unchanged.
     """
     if ADAPTERS not in params:
         return dict(params)
@@ -101,7 +101,7 @@ def merge_adapters(params: Mapping[str, Any], scale: float, dtype: Any = None) -
 
 
 def put_beside(params: Mapping[str, Any], scale: float, dtype: Any = None) -> dict[str, Any]:
-    """`merge_adapters` for training: the sums get no gradient, and a and scale · b lie beside them, for
+    """`merge_adapters` for training: the sums get no gradient; a and scale · b are stored beside them for
     `models.linear`."""
     if ADAPTERS not in params:
         return dict(params)
@@ -114,11 +114,11 @@ def put_beside(params: Mapping[str, Any], scale: float, dtype: Any = None) -> di
 
 
 def product(path: str, a: Float[Any, "..."], b: Float[Any, "..."]) -> Float[Any, "..."]:
-    """B A in the shape of the kernel at `path`, by the library (JAX or NumPy) that a and b are arrays of."""
+    """B A in the shape of the kernel at `path`, in the library of a and b (JAX or NumPy)."""
     axes, a_axes, b_axes = (" ".join(letters) for letters in axes_of(path))
     stack, inputs = a_axes.split("r")
     outputs = b_axes.removeprefix(stack).removesuffix("r")
-    # Not one einsum: it may sum in another order, and would change the last bits of every adapted run.
+    # Not a single einsum: it may sum in another order and would change the last bits of every adapted run.
     change = rearrange(b, f"{b_axes} -> {stack} ({outputs}) r") @ rearrange(a, f"{a_axes} -> {stack} r ({inputs})")
     sizes = dict(zip((a_axes + " " + b_axes).split(), a.shape + b.shape, strict=True))
     return rearrange(change, f"{stack} ({outputs}) ({inputs}) -> {axes}", **{x: sizes[x] for x in axes.split()})

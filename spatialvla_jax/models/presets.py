@@ -1,4 +1,4 @@
-"""Named model sizes. `preset(name, **changes)` gives a config; any field can be changed by keyword."""
+"""Named model sizes: `preset(name, **changes)` returns a config with fields changed by keyword."""
 
 from dataclasses import replace
 
@@ -19,7 +19,7 @@ GEMMA2_9B = Gemma2Config(
 )
 
 PRESETS: dict[str, SpatialVLAConfig] = {
-    # Every part at its smallest, for tests.
+    # Every part at its minimum size, for tests.
     "nano": SpatialVLAConfig(
         img=SiglipConfig(image_size=56, width=32, depth=2, num_heads=4, mlp_dim=48),
         llm=Gemma2Config(
@@ -62,9 +62,9 @@ PRESETS: dict[str, SpatialVLAConfig] = {
 
 
 def preset(name: str, **changes) -> SpatialVLAConfig:
-    """The preset with fields of `SpatialVLAConfig` changed; the vocabulary follows the text and action tokens.
+    """The preset with fields of `SpatialVLAConfig` changed; `llm.vocab_size` follows the text and action tokens.
 
-    Raises InputError for a name, a field or a choice that does not exist.
+    Raises InputError for an unknown name or field, or an invalid choice.
     """
     if name not in PRESETS:
         raise InputError(f"model preset {name!r} does not exist; choose one of {', '.join(PRESETS)}")

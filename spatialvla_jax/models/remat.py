@@ -1,4 +1,4 @@
-"""Stacks of equal layers: the scan over them, and what its backward pass keeps or computes again."""
+"""Scans over identical layers, and which activations they save for the backward pass."""
 
 from typing import Any
 
@@ -11,10 +11,10 @@ POLICIES = ("none", "full", "dots")
 
 
 def rematerialise(block: type[nn.Module], policy: str, unroll: bool = False) -> type[nn.Module]:
-    """Wrap a scanned block: `none` keeps all activations, `full` only the block's input, `dots` matrix products too.
+    """Wrap a scanned block: `none` saves all activations, `full` only the block's input, `dots` matrix products too.
 
-    A fused attention counts as a matrix product. `unroll`: the scan will be; what is computed again must then be kept
-    apart from what was computed before, which the scan's loop does otherwise.
+    Fused attention counts as a matrix product. `unroll` says that the scan will be unrolled: recomputation must then be
+    protected from common-subexpression elimination, which a loop does by itself.
     """
     if policy == "none":
         return block
@@ -26,8 +26,8 @@ def rematerialise(block: type[nn.Module], policy: str, unroll: bool = False) -> 
 
 
 def scan_layers(block: type[nn.Module], length: int, unroll: bool = False, in_axes: Any = nn.broadcast):
-    """`length` blocks in a row, their parameters stacked on the first axis; `in_axes` are those of the arguments after
-    the carry. `unroll` compiles layer by layer instead of a loop over them."""
+    """`length` blocks in sequence, their parameters stacked on the first axis. `in_axes` applies to the arguments after
+    the carry. `unroll` compiles each layer separately instead of a loop over them."""
     return nn.scan(
         block,
         variable_axes={"params": 0},

@@ -1,8 +1,8 @@
 """PyTorch's resampling rules (`torch.nn.functional.interpolate`, `pad`) as pure functions on NHWC or NHW arrays.
 
-Resampling is linear and separable: each function builds one weight matrix per axis at trace time and applies both, as
-matrix products or, on a GPU, as sums of the few pixels that have weight, which the compiler fuses with what reads them.
-`resize_observation` is the exception: it follows the loader's rules, which are TensorFlow's.
+Resampling is linear and separable: each function builds one weight matrix per axis at trace time and applies both. They
+are applied as matrix products or, on a GPU, as sums of the few pixels with non-zero weight, which XLA fuses with their
+consumers. `resize_observation` is the exception: it follows the data loader's rules, which are TensorFlow's.
 """
 
 from functools import cache
@@ -38,14 +38,14 @@ def _separable(x, size: Size, weights):
     if jax.default_backend() == "gpu":
         return _by_taps(_by_taps(x, rows, 1), columns, 2)
     rows, columns = jnp.asarray(rows, x.dtype), jnp.asarray(columns, x.dtype)
-    # Accelerators round float32 products unless asked not to; pixels and metres must keep their digits.
+    # Accelerators round float32 operands of products by default; pixels and metres need full precision.
     highest = jax.lax.Precision.HIGHEST
     x = jnp.einsum("yh,bhw...->byw...", rows, x, precision=highest)
     return jnp.einsum("xw,byw...->byx...", columns, x, precision=highest)
 
 
 def _by_taps(x: Float[Array, "..."], matrix: np.ndarray, axis: int) -> Float[Array, "..."]:
-    """`matrix` [outputs, inputs] along `axis`, in float32: one gather for each of the columns that a row needs most."""
+    """Apply `matrix` [outputs, inputs] along `axis`, in float32: one gather for each non-zero tap of the widest row."""
     taps = (matrix != 0).sum(axis=1).max()
     order = np.argsort(matrix == 0, axis=1, kind="stable")[:, :taps]
     weights = np.take_along_axis(matrix, order, axis=1)
@@ -56,7 +56,7 @@ def _by_taps(x: Float[Array, "..."], matrix: np.ndarray, axis: int) -> Float[Arr
     return sum(parts[1:], parts[0]).astype(x.dtype)
 
 
-# Each matrix below is [outputs, inputs]. Source positions are rounded to float32 as PyTorch rounds them.
+# The matrices below are [outputs, inputs]. Source positions are rounded to float32 as in PyTorch.
 
 
 def _aligned_positions(n: int, m: int) -> np.ndarray:
@@ -64,7 +64,7 @@ def _aligned_positions(n: int, m: int) -> np.ndarray:
 
 
 def _from_taps(n: int, first: np.ndarray, taps: list[np.ndarray]) -> np.ndarray:
-    """Output i weighs input first[i] + k by taps[k][i]; an input beyond the border stands for the border's."""
+    """The matrix in which output i weighs input first[i] + k by taps[k][i]; out-of-range inputs repeat the border's."""
     matrix = np.zeros((len(first), n), np.float32)
     for k, weight in enumerate(taps):
         np.add.at(matrix, (np.arange(len(first)), np.clip(first + k, 0, n - 1)), weight)
@@ -103,8 +103,9 @@ def _linear(n: int, position: np.ndarray) -> np.ndarray:
 
 
 def resize_observation(image: Any, depth: Any, intrinsics: Any, *, size: int) -> dict[str, Any]:
-    """As the loader does, of one or a batch: Lanczos with antialiasing for the image, nearest for depth, intrinsics
-    scaled along."""
+    """Resize one observation or a batch as the data loader does: antialiased Lanczos for the image, nearest for depth,
+    intrinsics scaled accordingly. `image` is u8[*B, h, w, 3], `depth` f32[*B, h, w] or None, `intrinsics` f32[*B, 3,
+    3]."""
     *batch, h, w, _ = image.shape
     out = {"image": image}
     if (size, size) != (h, w):

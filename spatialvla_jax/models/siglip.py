@@ -1,4 +1,4 @@
-"""SigLIP vision transformer (Zhai et al. 2023) as PaliGemma uses it: no pooling, a linear head into the language model.
+"""SigLIP vision transformer (Zhai et al. 2023) as PaliGemma uses it: no pooling, a linear head to the LLM's width.
 
 Parameter names and layouts are big_vision's (`models/vit.py` with `scan=True`), so its checkpoints load unchanged.
 """
@@ -99,7 +99,7 @@ class Encoder(nn.Module):
 
 
 class Siglip(nn.Module):
-    """Image → patch tokens → (+ position embedding from outside) → language-model width.
+    """Image → patch tokens → (+ optional position embedding) → language-model width.
 
     `head_width` is the language model's width; `remat` and `unroll` are as in `gemma2.Gemma2`.
     """
@@ -114,7 +114,7 @@ class Siglip(nn.Module):
     def __call__(
         self, image: Float[Array, "B S S 3"], extra: Float[Array, "B P W"] | None = None
     ) -> tuple[Float[Array, "B P D"], Float[Array, "B P W"]]:
-        """`image` lies in [-1, 1]; `extra` (Ego3D) is added to the encoder's tokens before the head.
+        """`image` is in [-1, 1]; `extra` (Ego3D) is added to the encoder's tokens before the head.
 
         Returns (projected tokens, encoder tokens).
         """

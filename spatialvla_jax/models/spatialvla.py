@@ -1,8 +1,8 @@
 """SpatialVLA (arXiv 2501.15830): SigLIP + Ego3D → Gemma 2 → spatial action tokens.
 
-The sequence has fixed places: P image tokens, the prompt right-padded to its length, then the action tokens. Images and
-prompt see each other (prefix-LM), action tokens are causal. Token ids: text [0, text_vocab), `<image>` = text_vocab,
-action tokens from `action_offset` = text_vocab + 1.
+The sequence has a fixed layout: P image tokens, the prompt right-padded to its length, then the action tokens. Image
+and prompt attend to each other (prefix-LM); action tokens are causal. Token ids: text [0, text_vocab), `<image>` =
+text_vocab, action tokens from `action_offset` = text_vocab + 1.
 """
 
 from collections.abc import Callable, Mapping
@@ -26,8 +26,8 @@ from spatialvla_jax.models.zoedepth import DEPTH_PAD, ZoeDepth, ZoeDepthConfig, 
 from spatialvla_jax.utils.renames import MODEL_FIELDS
 
 PAD, EOS, BOS = 0, 1, 2
-MAX_PATCHES = 128  # along a side, of models that come from a file
-Params = dict[str, Any]  # as Flax nests them: arrays, or what stands for them
+MAX_PATCHES = 128  # along each side, for models read from a file
+Params = dict[str, Any]  # nested as in Flax; leaves are arrays or abstract stand-ins
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,8 @@ class SpatialVLAConfig:
     """Every size of the model. Defaults: `spatialvla-4b-224`.
 
     `depth_source` says where depth comes from: `zoedepth` (estimated inside the model), `dataset` (given with the
-    image) or `none` (no Ego3D). `mask` is `prefix` or `causal` (the release's training scripts). `dtype` is the
-    computation's. `remat` and `unroll` say how it is trained, see `models.remat`; the frozen depth model has its
-    own `unroll`.
+    image) or `none` (no Ego3D). `mask` is `prefix` or `causal` (the release's training scripts). `dtype` is that of
+    computations. `remat` and `unroll` affect training, see `models.remat`; the frozen depth model has its own `unroll`.
     """
 
     img: SiglipConfig = SiglipConfig()
@@ -60,7 +59,7 @@ class SpatialVLAConfig:
 
     @classmethod
     def from_dict(cls, data: Any, where: str = "") -> "SpatialVLAConfig":
-        """Raises InputError, in which `where` stands before a field's name, for what describes no model."""
+        """Raises InputError for an invalid config; `where` prefixes the field's name in the message."""
         if isinstance(data, Mapping):
             data = {MODEL_FIELDS.get(field, field): value for field, value in data.items()}
         config = config_from_dict(cls, data, where)
@@ -68,8 +67,8 @@ class SpatialVLAConfig:
         return config
 
     def check_sizes(self, name: Callable[[str], str]) -> None:
-        """Raises InputError for a field that does not go with those of the other parts; `name` makes its name in the
-        sentence of its path, such as "img.patch_size"."""
+        """Raises InputError for a field that is inconsistent with other parts. `name` maps a path such as
+        "img.patch_size" to the name used in the message."""
         img, beit, size = self.img, self.zoe.backbone, self.img.image_size
         vocabulary = self.action_offset + self.spatial_tokens
         counted = f"{self.text_vocab} text tokens, <image> and {self.spatial_tokens} action tokens"
@@ -101,7 +100,7 @@ class SpatialVLAConfig:
 
 
 class SpatialVLA(nn.Module):
-    """`__call__` gives training logits; `inference/generate.py` decodes with the same parameters."""
+    """`__call__` returns training logits; `inference/generate.py` decodes with the same parameters."""
 
     config: SpatialVLAConfig
 
@@ -125,11 +124,11 @@ class SpatialVLA(nn.Module):
     ) -> Float[Array, "B P D"]:
         """Image in [0, 1], depth in metres, intrinsics in pixels of the image → tokens at the language model's width.
 
-        `depth` is read by a model with `depth_source="dataset"` alone. The tokens are divided by sqrt(width), which the
-        language model multiplies back into all its inputs.
+        `depth` is used only with `depth_source="dataset"`. The tokens are divided by sqrt(width) because the language
+        model multiplies all its inputs by it.
         """
         if self.config.depth_source == "zoedepth":
-            # It is not split over `tensor`, so that axis takes a part of the batch too.
+            # ZoeDepth is not split over `tensor`, so that axis shards the batch too.
             images = constrain_batch(image, "tensor")
             depth = jax.lax.stop_gradient(estimate_depth(self.zoe, images, self.config.zoe.backbone.image_size))
             depth = constrain_batch(depth)
@@ -157,13 +156,14 @@ class SpatialVLA(nn.Module):
         depth: Float[Array, "B S S"] | None = None,
         intrinsics: Float[Array, "B 3 3"] | None = None,
     ) -> Float[Array, "B A+1 V"]:
-        """Logits of the A action tokens and `<eos>`, teacher-forced; `action_ids` count from the first action token."""
+        """Teacher-forced logits, f32, of the A action tokens and `<eos>`; `action_ids` count from the first action
+        token."""
         prefix, prefix_valid = self.embed_prefix(image, prompt_ids, prompt_mask, depth, intrinsics)
         actions = jnp.take(self.spatial_embedding, action_ids, axis=0).astype(prefix.dtype)
         embeddings = jnp.concatenate([prefix, actions], axis=1)
         valid = jnp.concatenate([prefix_valid, jnp.ones(action_ids.shape, bool)], axis=1)
-        both_ways = self.config.prefix_length if self.config.mask == "prefix" else 0
-        hidden = self.llm(embeddings, position_ids(valid), prefix_lm_mask(valid, both_ways))
+        bidirectional = self.config.prefix_length if self.config.mask == "prefix" else 0
+        hidden = self.llm(embeddings, position_ids(valid), prefix_lm_mask(valid, bidirectional))
         first = last_of_prompt(hidden[:, : prefix.shape[1]], prefix_valid)
         return self.llm.logits(jnp.concatenate([first, hidden[:, prefix.shape[1] :]], axis=1))
 

@@ -1,7 +1,7 @@
-"""ZoeDepth NK (Bhat et al. 2023): metric depth from one image, by an indoor (nyu) or an outdoor (kitti) head.
+"""ZoeDepth NK (Bhat et al. 2023): metric depth from one image, with an indoor (nyu) and an outdoor (kitti) head.
 
-Follows the released weights as transformers' `ZoeDepthForDepthEstimation` runs them, except that the nyu/kitti vote is
-taken for every example by itself and not summed over the batch (equal at batch size 1).
+Follows the released weights as transformers' `ZoeDepthForDepthEstimation` runs them, with one difference: the nyu/kitti
+vote is taken per example, not summed over the batch. Both agree at batch size 1.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,11 +24,11 @@ from spatialvla_jax.models.resize import reflect_pad, resize_bicubic, resize_bil
 
 DOMAINS = ("nyu", "kitti")
 
-# The released weights and code fix these, whatever the published config says (attractors 16, 8, 4, 1; alpha 1000).
+# Fixed by the released weights and code, although the published config differs (attractors 16, 8, 4, 1; alpha 1000).
 NUM_ATTRACTORS = 16
 ATTRACTOR_ALPHA = 300.0
 
-DEPTH_PAD = 31  # pixels mirrored around the image, whatever its size
+DEPTH_PAD = 31  # pixels mirrored around the image, regardless of its size
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,10 @@ def estimate_depth(
     images: Float[Array, "B S S 3"],
     input_size: int = 384,
 ) -> Float[Array, "B S S"]:
-    """Metric depth in metres of RGB images in [0, 1], by the depth path of the SpatialVLA release.
+    """Metric depth in metres of RGB images in [0, 1], following the depth path of the SpatialVLA release.
 
     Mirrors 31 px around the image, resizes to Z = `input_size`, normalises to [-1, 1], runs `zoedepth` (a bound
-    `ZoeDepth`), resizes back and crops the border.
+    `ZoeDepth`), resizes back and crops the border. Raises InputError for images of at most 31 px.
     """
     S = images.shape[1]
     if S <= DEPTH_PAD:
@@ -79,7 +79,7 @@ def estimate_depth(
 
 
 def zoedepth_input(images: Float[Array, "B S S 3"], input_size: int = 384) -> Float[Array, "B Z Z 3"]:
-    """RGB in [0, 1] → what ZoeDepth sees: mirrored border, resized, normalised with mean and std 0.5."""
+    """RGB in [0, 1] → ZoeDepth's input in [-1, 1]: border mirrored, resized, normalised with mean and std 0.5."""
     images = resize_bicubic(reflect_pad(images.astype(jnp.float32), DEPTH_PAD), (input_size, input_size))
     return (images - 0.5) / 0.5
 
@@ -92,8 +92,8 @@ class ZoeDepth(nn.Module):
 
     @nn.compact
     def __call__(self, images: Float[Array, "B h w 3"]) -> Float[Array, "B _ _"]:
-        """`images` lie in [-1, 1]; h and w are multiples of twice the patch size. Depth is f32 in metres, 16 pixels
-        along each side of a patch: as large as the image at the released patch size."""
+        """`images` are in [-1, 1]; h and w are multiples of twice the patch size. Returns f32 depth in metres, with 16
+        pixels along each side of a patch: the image's own size at the released patch size."""
         cfg = self.config
         grid = (images.shape[1] // cfg.backbone.patch_size, images.shape[2] // cfg.backbone.patch_size)
         taps = Beit(cfg.backbone, self.dtype, cfg.unroll, name="backbone")(images)
@@ -125,7 +125,7 @@ class Neck(nn.Module):
 
 
 class Reassemble(nn.Module):
-    """Tokens of tap `index` → feature map at 4, 2, 1 or 1/2 times the grid; the class token is projected into each."""
+    """Tokens of tap `index` → feature map at 4, 2, 1 or 1/2 times the grid; every patch gets the class token too."""
 
     config: ZoeDepthConfig
     index: int
@@ -147,7 +147,7 @@ class Reassemble(nn.Module):
 
 
 class Fusion(nn.Module):
-    """Adds a finer map to what was fused so far, refines it and doubles its resolution."""
+    """Adds a finer map to the fused map so far, refines it and doubles its resolution."""
 
     width: int
     dtype: DTypeLike
@@ -158,7 +158,7 @@ class Fusion(nn.Module):
         if fused is not None:
             x = fused + lateral(resize_bilinear(x, fused.shape[1:3], align_corners=False))
         elif self.is_initializing():
-            lateral(x)  # the coarsest layer has no use for this unit, but checkpoints carry its weights
+            lateral(x)  # creates weights that checkpoints hold but the coarsest level never uses
         x = Residual(self.width, self.dtype, name="residual2")(x)
         return _conv(self.width, 1, self.dtype, "projection")(_double(x))
 
@@ -174,7 +174,7 @@ class Residual(nn.Module):
 
 
 class RelativeHead(nn.Module):
-    """MiDaS's relative depth head; the metric head reads its last features only."""
+    """MiDaS's relative depth head; the metric head only reads its last features."""
 
     config: ZoeDepthConfig
     dtype: DTypeLike
@@ -187,10 +187,10 @@ class RelativeHead(nn.Module):
 
 
 class MetricHead(nn.Module):
-    """Metric bins: the domain's head sets bin centres and a log-binomial distribution over them for every pixel.
+    """Metric bins: the domain's head predicts bin centres and a log-binomial distribution over them for every pixel.
 
-    Both domains' heads run, as they are narrow 1x1 convolutions; their outputs are selected for each example before the
-    shared full-resolution part, which holds no weights and does most of the work.
+    Both domains' heads run, as they are narrow 1x1 convolutions. Their outputs are selected per example before the
+    shared full-resolution part, which has no weights and does most of the work.
     """
 
     config: ZoeDepthConfig
@@ -226,7 +226,7 @@ class MetricHead(nn.Module):
 
 
 class DomainHead(nn.Module):
-    """The weights of one domain: coarse bin centres, moved towards attractors at every level."""
+    """One domain's weights: coarse bin centres, moved towards attractors at every level."""
 
     config: ZoeDepthConfig
     dtype: DTypeLike
@@ -238,7 +238,7 @@ class DomainHead(nn.Module):
         levels: Sequence[Float[Array, "B _ _ E"]],
         pixels: Float[Array, "B h2 w2 _"],
     ) -> tuple[Float[Array, "B h8 w8 bins"], Float[Array, "B h2 w2 4"]]:
-        """Returns f32 (bin centres in metres at the finest level, the distribution's raw parameters at every pixel)."""
+        """Returns f32 (bin centres in metres at the finest level, raw distribution parameters for every pixel)."""
         cfg = self.config
         seed = PixelMlp(cfg.bin_embedding_dim // 2, cfg.num_bins, self.dtype, name="seed_bins")(bottleneck)
         centers = nn.softplus(seed.astype(jnp.float32))
@@ -264,7 +264,7 @@ def log_binomial(
         pair[..., :1] / jnp.sum(pair, -1, keepdims=True) for pair in jnp.split(nn.softplus(shape) + 1e-4, 2, axis=-1)
     )
     temperature = min_temperature + (max_temperature - min_temperature) * temperature
-    # log of the binomial coefficient by Stirling's formula, with the eps of the release
+    # log of the binomial coefficient by Stirling's formula, with the release's eps
     k, eps = np.arange(num_bins, dtype=np.float32), np.float32(1e-7)
     n = np.float32(num_bins - 1)
     coefficient = (n + eps) * np.log(n + eps) - (k + eps) * np.log(k + eps)
@@ -274,7 +274,7 @@ def log_binomial(
 
 
 class DomainClassifier(nn.Module):
-    """Scores nyu and kitti from the bottleneck. Always in float32: it is tiny, and its vote switches the whole head."""
+    """Scores nyu and kitti from the bottleneck. Always in float32: it is tiny, and its vote selects the whole head."""
 
     config: ZoeDepthConfig
 
