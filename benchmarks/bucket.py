@@ -29,7 +29,7 @@ from helpers.range_server import RangeServer, range_server
 from spatialvla_jax.cli.arguments import Parser, positive, state_defaults
 from spatialvla_jax.utils import retries
 
-# Of README.md's table by `compile`: hosts of four chips, and the samples/s that their roofline allows at most.
+# Of docs/guides/plan.md, by `compile`: hosts of four chips, and the samples/s that their roofline allows at most.
 PODS = {"v4-128": (16, 3_366), "v5p-128": (16, 5_619), "v5e-256": (64, 9_646), "v6e-256": (64, 35_677)}
 
 

@@ -5,7 +5,6 @@ entry should not read is random, and texts and images hold their own keys.
 """
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -419,10 +418,3 @@ def test_table():
         "| `maniskill_dataset_converted_externally_to_rlds` | Franka (simulated) | 30,213 | – | in the data | yes |"
         in lines
     )
-
-
-def test_readme_has_the_table():
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    begin, end = "<!-- datasets -->", "<!-- /datasets -->"
-    if begin in readme:
-        assert readme.split(begin)[1].split(end)[0].strip() == table()
