@@ -1,9 +1,8 @@
-"""What a model sees (`Observation`) and what it is trained on (`Batch`): the contract between the data, the model, the
-training step and the policy.
+"""`Observation` (the model's inputs) and `Batch` (with training targets): the contract of data, model, step and policy.
 
-Axis letters: B examples, H×W pixels (S×S from the loader), Q prompt tokens, T actions of a chunk, A dimensions of an
-action. Both are pytrees: NumPy arrays on the host, JAX arrays on a device, or any tree of the same structure, such as
-one of shapes or shardings.
+Axis letters: B examples, H×W pixels (S×S from the loader), Q prompt tokens, T actions per chunk, A dimensions of an
+action. Both are pytrees of NumPy arrays on the host or JAX arrays on a device. Trees of the same structure may also
+hold shapes or shardings.
 """
 
 from dataclasses import fields
@@ -17,7 +16,7 @@ from jaxtyping import Bool, Float32, Int32, Int64, UInt8
 
 from spatialvla_jax.models.spatialvla import SpatialVLAConfig
 
-# NumPy's on the host, JAX's on a device. Static checkers cannot tell which, so they see Any.
+# NumPy arrays on the host, JAX arrays on a device. Static checkers cannot know which, so they see Any.
 if TYPE_CHECKING:
     Array = Any
 else:
@@ -25,17 +24,17 @@ else:
 
 
 class Observation(struct.PyTreeNode, kw_only=True):
-    """What the model sees of B examples. The fields are keyword arguments of `SpatialVLA.__call__`."""
+    """The model's inputs for B examples. The fields are keyword arguments of `SpatialVLA.__call__`."""
 
     image: UInt8[Array, "B H W 3"] | Float32[Array, "B H W 3"]  # u8 as stored; the model takes f32 in [0, 1]
-    depth: Float32[Array, "B H W"] | None = None  # metres; for models that take it from the data
+    depth: Float32[Array, "B H W"] | None = None  # metres; only for depth_source="dataset"
     intrinsics: Float32[Array, "B 3 3"]  # pixels of the image
     prompt_ids: Int32[Array, "B Q"]
     prompt_mask: Bool[Array, "B Q"]  # False: padding
 
     @classmethod
     def abstract(cls, config: SpatialVLAConfig, batch_size: int) -> "Observation":
-        """Shapes and dtypes, as the loader gives them."""
+        """Shapes and dtypes as the loader returns them."""
         B, S, Q = batch_size, config.img.image_size, config.prompt_length
         return Observation(
             image=_shape(jnp.uint8, B, S, S, 3),
@@ -51,17 +50,17 @@ class Observation(struct.PyTreeNode, kw_only=True):
 
 
 class Batch(Observation, kw_only=True):
-    """B examples of a mixture, as the loader gives them and the training step takes them.
+    """B training examples from a mixture, as the loader returns them.
 
-    Past the episode's end the normalised movement is 0 and the gripper keeps its last value (as in OpenVLA and the
-    release), and `action_mask` is False.
+    Past the episode's end the normalised motion is 0, the gripper keeps its last value (as in OpenVLA and the release),
+    and `action_mask` is False.
     """
 
     actions: Float32[Array, "B T A"]  # normalised
     action_mask: Bool[Array, "B T"]
-    dataset_id: Int32[Array, " B"]  # place of the dataset in the mixture
-    valid: Bool[Array, " B"] | None = None  # of an epoch: False for rows that pad the last batch
-    sample_id: Int64[np.ndarray, " B"] | None = None  # frame among all frames of the split; stays on the host
+    dataset_id: Int32[Array, " B"]  # index of the dataset in the mixture
+    valid: Bool[Array, " B"] | None = None  # only in epochs: False for rows that pad the last batch
+    sample_id: Int64[np.ndarray, " B"] | None = None  # index among all frames of the split; stays on the host
 
     @classmethod
     def abstract(cls, config: SpatialVLAConfig, batch_size: int, action_dim: int) -> "Batch":
@@ -76,10 +75,10 @@ class Batch(Observation, kw_only=True):
 
 
 def example_inputs(config: SpatialVLAConfig) -> dict[str, Any]:
-    """Zeros of the model's input shapes for one example: the keyword arguments of `SpatialVLA.__call__`."""
-    seen = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), Observation.abstract(config, 1))
-    seen = seen.replace(image=seen.image.astype(jnp.float32))
-    return seen.model_inputs() | {"action_ids": jnp.zeros((1, config.num_action_tokens), jnp.int32)}
+    """Zeros in the model's input shapes for one example: keyword arguments of `SpatialVLA.__call__`."""
+    observation = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), Observation.abstract(config, 1))
+    observation = observation.replace(image=observation.image.astype(jnp.float32))
+    return observation.model_inputs() | {"action_ids": jnp.zeros((1, config.num_action_tokens), jnp.int32)}
 
 
 def _shape(dtype: Any, *shape: int) -> Any:

@@ -1,4 +1,4 @@
-"""Instructions as token ids: PaliGemma's SentencePiece model, or a small one trained from a dataset's instructions."""
+"""Instructions to token ids, with PaliGemma's SentencePiece model or one trained on a dataset's instructions."""
 
 import io
 from collections.abc import Iterable, Sequence
@@ -10,7 +10,7 @@ from jaxtyping import Bool, Int
 from spatialvla_jax.errors import InputError
 
 PAD, EOS, BOS, UNKNOWN = 0, 1, 2, 3
-# A small model is trained on these too, so that it can spell an instruction that it has not seen.
+# A small model is trained on these characters too, so that it can spell unseen instructions.
 _CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,'?!-"
 
 
@@ -48,9 +48,9 @@ class Tokenizer:
     def encode_prompt(
         self, instruction: str, *, template: str = "{instruction}", length: int
     ) -> tuple[Int[np.ndarray, " P"], Bool[np.ndarray, " P"]]:
-        """ids i32[P] = <bos> prompt "\\n", right-padded with 0, and the mask of what is not padding.
+        """ids i32[P] = <bos> prompt "\\n", right-padded with 0, and the mask bool[P], False for padding.
 
-        The prompt is the lower-cased instruction in the template. Raises InputError when it does not fit `length`.
+        The prompt is the lower-cased instruction in the template. Raises InputError when it exceeds `length` tokens.
         """
         ids, mask = self.encode_prompts([instruction], template=template, length=length)
         return ids[0], mask[0]
@@ -58,12 +58,12 @@ class Tokenizer:
     def encode_prompts(
         self, instructions: Sequence[str], *, template: str = "{instruction}", length: int
     ) -> tuple[Int[np.ndarray, "N P"], Bool[np.ndarray, "N P"]]:
-        """`encode_prompt` of many at once: a large mixture has some 100 000 instructions, and a run waits for them."""
+        """`encode_prompt` for many instructions: i32[N, P] and bool[N, P]. Large mixtures have over 100 000 of them."""
         prompts = [render(instruction, template) for instruction in instructions]
         ids = np.full((len(prompts), length), PAD, np.int32)
         mask = np.zeros(ids.shape, bool)
         encode = self._processor.EncodeAsIds
-        # A list is encoded by as many new threads as there are cores: dearer by far than one prompt.
+        # SentencePiece starts one thread per core for a list, which is much slower for a single prompt.
         for row, tokens in enumerate(encode(prompts) if len(prompts) > 1 else map(encode, prompts)):
             if len(tokens) + 2 > length:
                 shown = prompts[row] if len(prompts[row]) <= 80 else f"{prompts[row][:79]}…"
@@ -75,19 +75,19 @@ class Tokenizer:
         return ids, mask
 
     def decode(self, ids: Iterable[int | np.integer]) -> str:
-        """The text of token ids, without the special ones."""
+        """The text of token ids, without special tokens."""
         return self._processor.DecodeIds([int(i) for i in ids])
 
 
 def render(instruction: str, template: str) -> str:
-    """The instruction, stripped and lower-cased, in the template."""
+    """The instruction, stripped and lower-cased, in the template. Raises InputError for a bad template."""
     if wrong := template_problem(template):
         raise InputError(f"data.prompt.template is {template!r}: it {wrong}")
     return template.replace("{instruction}", instruction.strip().lower())
 
 
 def template_problem(template: str) -> str:
-    """What is wrong with a prompt's template, or ""."""
+    """What is wrong with a prompt template, or ""."""
     if "{instruction}" not in template:
         return "must contain {instruction}"
     surrogate = any("\ud800" <= character <= "\udfff" for character in template)
@@ -95,7 +95,8 @@ def template_problem(template: str) -> str:
 
 
 def train_tokenizer(instructions: Iterable[str], vocab_size: int, *, template: str = "{instruction}") -> Tokenizer:
-    """A small BPE model of at most `vocab_size` pieces; the same instructions give the same bytes."""
+    """A small BPE model of at most `vocab_size` pieces; the same instructions give the same bytes. Raises InputError if
+    the characters alone need more pieces."""
     prompts = sorted({render(instruction, template) for instruction in instructions})
     minimum = 6 + len(set("".join(prompts)) | set(_CHARACTERS))
     if vocab_size < minimum:

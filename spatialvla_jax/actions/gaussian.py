@@ -80,14 +80,12 @@ def fit_gaussians(actions: Float[np.ndarray, "*B A"]) -> Float[np.ndarray, "6 2"
 
 
 def grid_variables(actions: Float[np.ndarray, "*B 7"]) -> Float[np.ndarray, "*B 6"]:
-    """theta, phi, r, roll, pitch, yaw of normalised actions, f32. Actions are clipped to [-1, 1] first, as in
-    `encode`."""
+    """theta, phi, r, roll, pitch, yaw of normalised actions, f32, clipped to [-1, 1] first."""
     return np.concatenate([to_spherical(actions[..., :3]), actions[..., 3:6].clip(-1, 1)], -1)
 
 
 def pool_gaussians(gaussians: Sequence[Float[np.ndarray, "6 2"]], counts: Sequence[int]) -> Float[np.ndarray, "6 2"]:
-    """Combine the f64[6, 2] results of `fit_gaussians` on several sets of actions into the fit of their union; `counts`
-    are the sets' sizes."""
+    """Merge results of `fit_gaussians`, given the `counts` of actions, into the fit of all actions: f64[6, 2]."""
     mu, sigma = np.moveaxis(np.asarray(gaussians, np.float64), -1, 0)
     mean = np.average(mu, axis=0, weights=counts)
     return np.stack([mean, np.sqrt(np.average(sigma**2 + (mu - mean) ** 2, axis=0, weights=counts))], -1)

@@ -1,1 +1,1 @@
-"""Open loop on recorded frames (`open_loop`) and closed loop in simulators (`closed_loop`)."""
+"""Evaluation: open loop on recorded frames (`open_loop`), closed loop in simulators (`closed_loop`)."""

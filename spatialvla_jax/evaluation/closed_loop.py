@@ -1,8 +1,8 @@
-"""Rollouts: environments in processes of their own, served in batches by one policy, until each episode has a result.
+"""Rollouts: environments in separate processes share one policy, in batches, until each episode has a result.
 
-An episode's result depends on its fields and the policy alone, because the policy's batches are always padded to one
-size. An environment that crashes or hangs is recorded and restarted, and so is an episode for which the policy has no
-action. Results are appended to a file, one line an episode, so that the same call continues after an interruption.
+An episode's result depends only on its fields and the policy, because policy batches are always padded to one size. An
+episode restarts if its environment crashes or hangs, or if the policy has no action; each fault is recorded. Results
+are appended to a file, one line per episode, so the same call resumes after an interruption.
 """
 
 import contextlib
@@ -30,12 +30,12 @@ from spatialvla_jax.serving.client import Client
 from spatialvla_jax.utils.atomic import write_json
 from spatialvla_jax.utils.tables import text_table
 
-ATTEMPTS = 3  # of an episode whose environment or server fails; then it has failed
-PATIENCE = 10  # the run ends once there are so many more faults than episodes without: something is wrong with all
+ATTEMPTS = 3  # failed attempts after which an episode counts as failed
+PATIENCE = 10  # stop the run when faults exceed fault-free episodes by more than this: the cause is general
 
 
 class Episode(NamedTuple):
-    """One rollout. `number` counts within the task."""
+    """One rollout. `number` counts episodes within the task."""
 
     suite: str
     task: int
@@ -45,38 +45,37 @@ class Episode(NamedTuple):
 
 @runtime_checkable
 class Environment(Protocol):
-    """A simulator, in a process of its own."""
+    """A simulator, running in its own process."""
 
     def reset(self, episode: Episode) -> tuple[str, dict[str, Any]]:
-        """The instruction and the first observation: what `Policy.infer` takes, less the prompt."""
+        """The instruction and the first observation: the input of `Policy.infer` without the prompt."""
         ...
 
     def step(self, action: Float[np.ndarray, " A"], look: bool) -> tuple[dict[str, Any], bool]:
         """The observation after the action, and whether the task is done, which ends the episode. The observation may
-        be empty where `look` is False: rendering takes longer than physics."""
+        be empty if `look` is False: rendering takes longer than physics."""
         ...
 
 
-# Observations -> results with "actions" f32[T, A], as `Policy.infer_batch`. Added to the environment's keys are
-# "prompt" and "reset", true in an episode's first step. The second argument is each observation's worker number. An
-# InputError in the place of a result says why there is none.
+# Maps observations and their worker numbers to results with "actions" f32[T, A], like `Policy.infer_batch`.
+# Observations also have "prompt" and "reset", true in an episode's first step. An InputError replaces missing actions.
 Infer = Callable[[list[dict[str, Any]], list[int]], list[dict[str, Any] | InputError]]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a rollout depends on besides the policy and its episode. `max_steps` by suite."""
+    """The settings of a rollout. `max_steps` is per suite."""
 
     max_steps: dict[str, int]
     execute: str = "open_loop"  # see `action_chunking.executor`
     workers: int = 1
-    timeout: float = 300.0  # seconds without an answer after which an environment hangs
+    timeout: float = 300.0  # seconds without an answer after which an environment counts as hung
     film: bool = False  # observe every step, not only those where a chunk is due
-    action_dim: int = 7  # numbers of an action that the environment takes
+    action_dim: int = 7  # dimensions of the environment's actions
 
 
 class Rollout(NamedTuple):
-    """The result of an episode. `record` is plain data; `frames` are the images of its observations."""
+    """The result of an episode. `record` is plain data; `frames` are the observations' images."""
 
     episode: Episode
     record: dict[str, Any]
@@ -86,14 +85,14 @@ class Rollout(NamedTuple):
 def rollouts(
     environment: Callable[[], Environment], infer: Infer, episodes: Sequence[Episode], settings: Settings
 ) -> Iterator[Rollout]:
-    """Runs the episodes and yields each one as it ends.
+    """Run the episodes and yield each one as it ends.
 
     `environment` is called in every worker process (spawned, so it must pickle). A record has "success", "steps",
-    "instruction", "actions" (a checksum of all that were executed) and "faults": what went wrong with the environment
-    or the policy, and at which step: a crash, a hang, an observation that the policy or its server refuses, a reply
-    without finite actions. No fault leads to an action. The episode begins anew; after `ATTEMPTS` faults, or one where
-    the policy's numbers are not finite and would be so again, it has failed. Raises the environment's InputError, and
-    FaultsError when faults are the rule.
+    "instruction", "actions" (a checksum of all executed actions) and "faults" (reason and step of each). A fault is a
+    crash or hang of the environment, an observation that the policy or its server refuses, or a reply without finite
+    actions. After a fault no action is executed and the episode restarts. It fails after `ATTEMPTS` faults, or at once
+    if the policy's outputs are not finite, since they would be again. Raises the environment's InputError, and
+    FaultsError when too many episodes fail.
     """
     waiting, finished, faults = deque(episodes), 0, 0
     workers = [_Worker(environment, settings, i) for i in range(min(settings.workers, len(episodes)))]
@@ -129,7 +128,7 @@ def rollouts(
 
 
 class _Worker:
-    """One environment's process and the episode that it is in."""
+    """One environment's process and its current episode."""
 
     def __init__(self, environment: Callable[[], Environment], settings: Settings, number: int) -> None:
         self.environment, self.settings, self.number = environment, settings, number
@@ -146,17 +145,17 @@ class _Worker:
         self.steps, self.checksum, self.frames, self.instruction = 0, 0, [], ""
         self.executor.reset()
         if self.process is None:
-            # Fresh processes: the simulator's renderer and the policy's libraries do not get along in one.
+            # Fresh processes: the simulator's renderer conflicts with the policy's libraries in one process.
             context = multiprocessing.get_context("spawn")
-            self.connection, theirs = context.Pipe()
-            self.process = context.Process(target=_serve, args=(theirs, self.environment), daemon=True)
+            self.connection, child = context.Pipe()
+            self.process = context.Process(target=_serve, args=(child, self.environment), daemon=True)
             self.process.start()
-            theirs.close()
+            child.close()
         self._send(self.episode)
 
     def act(self, reply: dict[str, Any] | InputError | None) -> None:
-        """Sends the environment the next action: of the policy's reply where a chunk is due. A reply without actions is
-        a fault of the episode, which `listen` counts."""
+        """Send the next action to the environment, from the policy's reply if a chunk is due. A reply without actions
+        is a fault, which `listen` counts."""
         try:
             if isinstance(reply, InputError):
                 raise reply
@@ -171,12 +170,12 @@ class _Worker:
 
     def _send(self, message: Any) -> None:
         self.deadline = time.monotonic() + self.settings.timeout
-        with contextlib.suppress(OSError):  # it has died: `listen` sees that
+        with contextlib.suppress(OSError):  # the process died: `listen` handles it
             self.connection.send(message)
 
     def listen(self) -> Rollout | None:
-        """Reads the environment's answer if there is one; returns the episode if that ends it. Sets `observed` where
-        there is a new observation and `failed` where something went wrong."""
+        """Read the environment's answer, if any, and return the rollout if it ended. Sets `observed` if there is a new
+        observation, `failed` if there was a fault."""
         self.observed = self.failed = False
         if error := self.refused:
             self.refused = None
@@ -233,7 +232,7 @@ class _Worker:
         return Rollout(self.episode, record, self.frames)
 
     def stop(self, keep: bool = False) -> None:
-        """Ends the process, and the episode unless it is to be tried again."""
+        """End the process. Also end the episode, unless `keep`: then it will be retried."""
         if self.process is not None:
             self.process.kill()
             self.process.join()
@@ -244,7 +243,7 @@ class _Worker:
 
 
 def _serve(connection: Connection, make: Callable[[], Environment]) -> None:
-    """The worker process: episodes or (action, look) in, (instruction or None, observation, done) out."""
+    """The worker process. Receives episodes or (action, look); sends (instruction or None, observation, done)."""
     try:
         environment = make()
         while True:
@@ -254,7 +253,7 @@ def _serve(connection: Connection, make: Callable[[], Environment]) -> None:
             else:
                 connection.send((None, *environment.step(*message)))
     except (EOFError, ConnectionError, KeyboardInterrupt):
-        pass  # nobody listens any more
+        pass  # the parent is gone
     except InputError as error:
         connection.send(error)
     except Exception:
@@ -272,11 +271,11 @@ def evaluate(
     videos: int = 0,
     progress: Callable[[int, int], Any] | None = None,
 ) -> dict[str, Any]:
-    """Runs those of the episodes that `out` does not hold yet and returns the `summary` of all.
+    """Run the episodes that `out` does not hold yet and return the `summary` of all.
 
-    `out` gets settings.json, episodes.jsonl (one line an episode, synced to disk), result.json and in videos/ up to
-    `videos` successes and as many failures of every task. `policy` names what is evaluated. Raises InputError where
-    `out` holds results of another policy or other settings. `progress(finished, successes)` is called meanwhile.
+    Writes to `out`: settings.json, episodes.jsonl (one line per episode, synced to disk), result.json, and in videos/
+    up to `videos` successes and as many failures per task. `policy` names the policy. `progress(finished, successes)`
+    is called after each episode. Raises InputError if `out` holds results of another policy or other settings.
     """
     values = {"policy": policy, "execute": settings.execute, "max_steps": settings.max_steps}
     (out / "videos").mkdir(parents=True, exist_ok=True)
@@ -287,8 +286,8 @@ def evaluate(
 
     def report() -> None:
         if progress:
-            mine = [results[episode]["success"] for episode in episodes if episode in results]
-            progress(len(mine), sum(mine))
+            successes = [results[episode]["success"] for episode in episodes if episode in results]
+            progress(len(successes), sum(successes))
 
     report()
     settings, missing = replace(settings, film=videos > 0), [episode for episode in episodes if episode not in results]
@@ -311,7 +310,7 @@ def evaluate(
 
 
 def _resume(out: Path, values: dict[str, Any]) -> dict[Episode, dict[str, Any]]:
-    """The results in `out`, all of the same policy and settings."""
+    """The results in `out`. Raises InputError if they belong to another policy or other settings."""
     path, log = out / "settings.json", out / "episodes.jsonl"
     if path.exists() and (before := json.loads(path.read_text())) != values:
         key = next(key for key in values if before.get(key) != values[key])
@@ -323,7 +322,7 @@ def _resume(out: Path, values: dict[str, Any]) -> dict[Episode, dict[str, Any]]:
         return {}
     text = log.read_bytes()
     whole = text.rfind(b"\n") + 1
-    if whole < len(text):  # killed while it was writing
+    if whole < len(text):  # the process was killed while writing
         os.truncate(log, whole)
     results = {}
     for line in text[:whole].splitlines():
@@ -335,8 +334,8 @@ def _resume(out: Path, values: dict[str, Any]) -> dict[Episode, dict[str, Any]]:
 def summary(results: dict[Episode, dict[str, Any]]) -> dict[str, Any]:
     """{"success", "standard_error", "episodes", "faults", "suites": {suite: {the same, "tasks": {task: …}}}}.
 
-    The mean over all suites is that of the suites' means. With two seeds or more the standard error is that of the mean
-    over the seeds, as in the paper; with one it is that of a proportion, √(p(1 − p)/n).
+    The overall mean is the mean of the suites' means. With two or more seeds the standard error is that of the mean
+    over seeds, as in the paper; with one seed it is that of a proportion, √(p(1 − p)/n).
     """
 
     def rates(chosen: dict[Episode, dict[str, Any]]) -> dict[str, Any]:
@@ -352,13 +351,13 @@ def summary(results: dict[Episode, dict[str, Any]]) -> dict[str, Any]:
 
     suites = {}
     for suite in dict.fromkeys(episode.suite for episode in results):
-        own = {episode: record for episode, record in results.items() if episode.suite == suite}
+        in_suite = {episode: record for episode, record in results.items() if episode.suite == suite}
         tasks = {}
-        for task in sorted({episode.task for episode in own}):
-            of_task = {episode: record for episode, record in own.items() if episode.task == task}
+        for task in sorted({episode.task for episode in in_suite}):
+            of_task = {episode: record for episode, record in in_suite.items() if episode.task == task}
             instruction = next((r["instruction"] for r in of_task.values() if r["instruction"]), "")
             tasks[task] = rates(of_task) | {"instruction": instruction}
-        suites[suite] = rates(own) | {"tasks": tasks}
+        suites[suite] = rates(in_suite) | {"tasks": tasks}
     errors = [suite["standard_error"] for suite in suites.values()]
     return {
         "success": float(np.mean([suite["success"] for suite in suites.values()])),
@@ -371,7 +370,7 @@ def summary(results: dict[Episode, dict[str, Any]]) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The summary for a reader, as the paper's Table III: success ± standard error in percent."""
+    """The summary as text, like the paper's Table III: success ± standard error in percent."""
     rows = []
     for name, suite in result["suites"].items():
         rows.append((name, suite))
@@ -394,9 +393,9 @@ def table(result: dict[str, Any]) -> str:
 
 
 def padded(infer_batch: Callable[[list[dict]], list[dict]], size: int, **extra: Any) -> Infer:
-    """A policy in this process, always called with `size` observations: one compiled program, whose answer to an
-    observation does not depend on the rest of the batch. `extra` is added to each. Observations that the policy refuses
-    or for which its numbers are not finite get the InputError, and the others are asked again."""
+    """A policy in this process, always called with `size` observations: one compiled program, whose answer does not
+    depend on the rest of the batch. `extra` is added to each observation. Refused observations, and those with
+    non-finite outputs, get the InputError; the others are asked again."""
 
     def infer(observations: list[dict], workers: list[int]) -> list[dict | InputError]:
         full = [{key: value for key, value in one.items() if key != "reset"} | extra for one in observations]
@@ -410,7 +409,7 @@ def padded(infer_batch: Callable[[list[dict]], list[dict]], size: int, **extra: 
         except NonFiniteError as error:
             answered = iter(ask([one for one, finite in zip(full, error.finite, strict=False) if finite]))
             return [next(answered) if finite else error for finite in error.finite[: len(full)]]
-        except InputError as error:  # which does not say whose it is
+        except InputError as error:  # does not say which observation it refers to
             return [error] if len(full) == 1 else [ask([one])[0] for one in full]
 
     return infer
@@ -419,12 +418,12 @@ def padded(infer_batch: Callable[[list[dict]], list[dict]], size: int, **extra: 
 def served(
     address: str, token: str = "", *, keys: dict[str, str] | None = None, gripper_closes: bool = False, **extra: Any
 ) -> Infer:
-    """The policy at a server of openpi's protocol, asked over one connection a worker, in parallel.
+    """A policy server that speaks openpi's protocol, asked in parallel over one connection per worker.
 
-    `keys` maps the observations' keys to the server's, {"image": "observation/image", …}; these and the prompt are
-    sent, by default all but "state" unchanged. `gripper_closes`: the server's gripper is LIBERO's own, -1 open and 1
-    closed. `extra` is added to each observation. Where a server has no actions (see `Client`), the InputError is in
-    the place of the result. Raises InputError for a key that the environment does not give.
+    `keys` maps the observations' keys to the server's, {"image": "observation/image", …}. Only these and the prompt are
+    sent; by default everything except "state". `gripper_closes`: the server uses LIBERO's gripper, -1 open and 1
+    closed. `extra` is added to each observation. If a server returns no actions (see `Client`), the result is the
+    InputError. Raises InputError for a key that the environment does not provide.
     """
     clients: dict[int, Client] = {}
     threads = ThreadPoolExecutor(128, "client")

@@ -1,4 +1,4 @@
-"""Open-loop evaluation: what the policy would have done in each recorded frame, beside two baselines."""
+"""Open-loop evaluation: the policy's actions on recorded frames, compared with two baselines."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,12 +19,12 @@ from spatialvla_jax.utils.tables import text_table
 def predict(
     policy: Policy, frames: Batch, batch_size: int
 ) -> tuple[Int[np.ndarray, "L T n"], Float[np.ndarray, "L T A"]]:
-    """Greedy chunks for every frame of an episode: (ids, normalised actions); -1 and NaN for a frame without an action,
-    because the policy's numbers are not finite."""
+    """Greedy chunks for every frame of an episode: (ids, normalised actions). Frames for which the policy's outputs are
+    not finite get -1 and NaN."""
     length = len(frames.image)
     parts = []
     for start in range(0, length, batch_size):
-        rows = np.minimum(np.arange(start, start + batch_size), length - 1)  # padded: one compiled shape
+        rows = np.minimum(np.arange(start, start + batch_size), length - 1)  # padded, so that one shape is compiled
         parts.append(_predict(policy, jax.tree.map(lambda x, rows=rows: x[rows], frames)))
     ids, actions = (np.concatenate(p)[:length] for p in zip(*parts, strict=True))
     return ids, actions
@@ -39,10 +39,10 @@ def _predict(policy: Policy, batch: Batch) -> tuple[Int[np.ndarray, "B T n"], Fl
     shape = len(finite), cfg.action_chunk
     ids = np.full((*shape, cfg.tokens_per_action), -1, np.int32)
     actions = np.full((*shape, policy.processor.grid.action_dim), np.nan, np.float32)
-    if finite.any():  # again, with one of the others in the place of those
+    if finite.any():  # retry, replacing the failed rows with copies of a good one
         rows = np.where(finite, np.arange(len(finite)), np.argmax(finite))
-        again = policy.predict(jax.tree.map(lambda x: x[rows], batch))
-        ids[finite], actions[finite] = (x[finite] for x in again)
+        retried = policy.predict(jax.tree.map(lambda x: x[rows], batch))
+        ids[finite], actions[finite] = (x[finite] for x in retried)
     return ids, actions
 
 
@@ -51,11 +51,11 @@ def evaluate(
 ) -> dict[str, Any]:
     """Token accuracies and L1 of greedy chunks over every frame of a split; steps past an episode's end don't count.
 
-    Beside the policy stand two baselines: `mean`, the training split's mean action, and `repeat`, the action of the
-    step before held for the whole chunk (the mean action in an episode's first frame). `progress(frames)` is called
-    after each episode. L1 is a mean over all dimensions in normalised units; `*_per_dimension` gives that of each of
-    `dimensions`, `*_robot` in the robot's units. Frames without an action count as `faults` and nowhere else. Raises
-    InputError for a dataset that the policy does not know, and where no frame has an action.
+    Two baselines are evaluated with the policy: `mean` is the training split's mean action; `repeat` holds the previous
+    step's action for the whole chunk (the mean action in an episode's first frame). L1 is averaged over all dimensions
+    in normalised units. `*_per_dimension` gives it for each of `dimensions`, `*_robot` in the robot's units. Frames
+    without an action only count as `faults`. `progress(frames)` is called after each episode. Raises InputError for a
+    dataset unknown to the policy, and when no frame has an action.
     """
     grid = policy.processor.grid
     mean_action = loader.actions().mean(axis=0)
@@ -93,7 +93,7 @@ def evaluate(
             f"the policy has no action for any of the {frames} frames of split {split!r}: its numbers are NaN or "
             "infinite; check the checkpoint's weights, and the data's depth and intrinsics"
         )
-    true = np.asarray(encode(grid, np.concatenate(targets)))  # all at once: one shape to compile
+    true = np.asarray(encode(grid, np.concatenate(targets)))  # in one call, so that one shape is compiled
     hit = (np.concatenate(chosen) == true).mean(axis=0)
     per_dimension = {k: np.concatenate(v).mean(axis=0) for k, v in errors.items()}
     result: dict[str, Any] = {
@@ -115,7 +115,7 @@ def evaluate(
 
 
 def table(result: dict[str, Any]) -> str:
-    """The result as text: L1 per dimension, normalised and in robot units, for the policy and the baselines."""
+    """The result as text: L1 per dimension for policy and baselines, normalised and in robot units."""
     rows: list[tuple[str, ...]] = [("", *result["dimensions"], "all")]
     labels = {"l1": "policy", "l1_mean_baseline": "mean action", "l1_repeat_baseline": "last action"}
     for key, name in labels.items():

@@ -1,4 +1,4 @@
-"""Films of rollouts."""
+"""Videos of rollouts."""
 
 import importlib.util
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ FRAMES_PER_SECOND = 20
 
 
 def write_video(path: Path, frames: Sequence[np.ndarray]) -> Path:
-    """Writes frames u8[H, W, 3] as `path`.mp4 (H.264), or `path`.webp where PyAV is not installed; by rename."""
+    """Write frames u8[H, W, 3] as `path`.mp4 (H.264), or `path`.webp if PyAV is not installed; by rename."""
     if importlib.util.find_spec("av") is None:
         from PIL import Image
 
@@ -25,7 +25,7 @@ def write_video(path: Path, frames: Sequence[np.ndarray]) -> Path:
         import av
 
         target = path.with_name(f"{path.name}.mp4")
-        H, W = (side // 2 * 2 for side in frames[0].shape[:2])  # the format wants even sides
+        H, W = (side // 2 * 2 for side in frames[0].shape[:2])  # the format requires even sides
         with replacing(target) as temporary, av.open(str(temporary), "w") as container:
             stream: Any = container.add_stream("libx264", rate=FRAMES_PER_SECOND, options={"crf": "20"})
             stream.width, stream.height, stream.pix_fmt = W, H, "yuv420p"

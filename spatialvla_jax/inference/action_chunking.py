@@ -1,10 +1,10 @@
-"""From chunks of T actions to one action a step: open loop, receding horizon, ensembles of overlapping chunks.
+"""From chunks of T actions to one action per step: open loop, receding horizon, ensembles of overlapping chunks.
 
-    executor = ChunkExecutor(weigh=adaptive, every=1)   # one a client or environment
+    executor = ChunkExecutor(weigh=adaptive, every=1)   # one per client or environment
     while True:
         action = executor.step(policy.infer(observation)["actions"] if executor.due else None)
 
-Many environments share one policy call: those that are due form the batch.
+Many environments can share one policy call: batch those that are due.
 """
 
 import sys
@@ -16,20 +16,20 @@ from jaxtyping import Float, Int
 
 from spatialvla_jax.errors import InputError
 
-# Predictions of one action, oldest first -> their weights, of any sum above 0.
+# Maps predictions of one action, oldest first, to their weights, which need not sum to 1 but must sum to more than 0.
 Weigh = Callable[[Float[np.ndarray, "N A"]], Float[np.ndarray, " N"]]
 
 
 def newest(predictions: Float[np.ndarray, "N A"]) -> Float[np.ndarray, " N"]:
-    """The last prediction alone: no ensemble."""
+    """Weights only the last prediction: no ensemble."""
     return np.eye(len(predictions))[-1]
 
 
 def adaptive(predictions: Float[np.ndarray, "N A"], alpha: float = 0.1) -> Float[np.ndarray, " N"]:
-    """exp(alpha · cosine similarity with the newest prediction): what points elsewhere counts less.
+    """exp(alpha · cosine similarity with the newest prediction): predictions in other directions count less.
 
-    CogACT (Li et al. 2024, section 3.4), but the similarity is that of the motions: a gripper of 0 or 1 beside
-    motions of millimetres would decide it alone.
+    From CogACT (Li et al. 2024, section 3.4), but compares motions only: a gripper of 0 or 1 would dominate motions of
+    a few millimetres.
     """
     motion = predictions[:, :-1]
     norms = np.linalg.norm(motion, axis=1)
@@ -37,22 +37,22 @@ def adaptive(predictions: Float[np.ndarray, "N A"], alpha: float = 0.1) -> Float
 
 
 def recent(predictions: Float[np.ndarray, "N A"], rate: float = 0.8) -> Float[np.ndarray, " N"]:
-    """exp(-rate · age): how the release's own SimplerEnv evaluation weighs (its `action_ensemble_temp` of -0.8)."""
+    """exp(-rate · age), as in the release's SimplerEnv evaluation (its `action_ensemble_temp` of -0.8)."""
     return np.exp(-rate * np.arange(len(predictions))[::-1])
 
 
 def combine(
     predictions: Float[np.ndarray, "N A"] | Sequence[Float[np.ndarray, " A"]], weigh: Weigh
 ) -> Float[np.ndarray, " A"]:
-    """Predictions of one action, oldest first → the weighted mean of the motions and the gripper of the majority.
+    """Predictions of one action, oldest first → f32[A]: the weighted mean of the motions and the majority's gripper.
 
-    A mean would half open the gripper; the weighted median is a gripper that was predicted, closed on a tie, as in the
+    A mean would half-open the gripper. Its weighted median is one of the predicted values; ties close it, as in the
     release, which opens above a mean of one half.
     """
     stacked = np.asarray(predictions, np.float64)
     weights = weigh(stacked)
     weights = weights / weights.sum()
-    action = stacked[-1] + weights @ (stacked - stacked[-1])  # so that equal predictions stay what they are, exactly
+    action = stacked[-1] + weights @ (stacked - stacked[-1])  # exact if all predictions are equal
     order = np.argsort(stacked[:, -1], kind="stable")
     action[-1] = stacked[order[np.searchsorted(np.cumsum(weights[order]), 0.5 - 1e-9)], -1]
     return action.astype(np.float32)
@@ -61,8 +61,8 @@ def combine(
 def chunk_of(reply: Any, action_dim: int | None = None) -> Float[np.ndarray, "T A"]:
     """The actions f32[T, A] in a reply of `Policy.infer`, or of any policy server.
 
-    Raises InputError where `reply` is no dict with "actions", or they are not numbers of two axes, each of at least one
-    and the second of `action_dim` where given, or hold NaN or infinity as float32.
+    Raises InputError if `reply` is not a dict with "actions", or if these are not finite numbers of shape [T, A] with
+    T, A ≥ 1 and A = `action_dim` where given.
     """
     if not isinstance(reply, dict) or "actions" not in reply:
         got = (
@@ -87,7 +87,7 @@ def chunk_of(reply: Any, action_dim: int | None = None) -> Float[np.ndarray, "T 
 
 
 def shift(chunk: Int[np.ndarray, "T n"], steps: int) -> Int[np.ndarray, "T n"]:
-    """The draft of the chunk that is planned `steps` later: what is left of this one, its last action held."""
+    """A draft for the chunk planned `steps` later: the rest of this one, its last action repeated."""
     steps = min(steps, len(chunk))
     return np.concatenate([chunk[steps:], np.repeat(chunk[-1:], steps, axis=0)])
 
@@ -95,9 +95,9 @@ def shift(chunk: Int[np.ndarray, "T n"], steps: int) -> Int[np.ndarray, "T n"]:
 class ChunkExecutor:
     """Executes one client's chunks; `due` says whether the next step needs a new one.
 
-    A new chunk is due every `every` steps, by default when the last one is used up. `weigh` combines all chunks that
-    reach the step: ChunkExecutor() is the open loop, ChunkExecutor(every=k) the receding horizon,
-    ChunkExecutor(adaptive, 1) the adaptive ensemble.
+    A new chunk is due every `every` steps, by default when the current one is used up. `weigh` combines all chunks that
+    cover the step. ChunkExecutor() runs open loop, ChunkExecutor(every=k) a receding horizon, ChunkExecutor(adaptive,
+    1) the adaptive ensemble. Raises InputError for `every` < 1 and for a step without a chunk when one is due.
     """
 
     def __init__(self, weigh: Weigh = newest, every: int = sys.maxsize) -> None:
@@ -107,7 +107,7 @@ class ChunkExecutor:
         self.reset()
 
     def reset(self) -> None:
-        """Forget the episode."""
+        """Start a new episode: forget all chunks."""
         self._chunks: list[tuple[int, Float[np.ndarray, "T A"]]] = []  # (steps since, chunk), oldest first
 
     @property
@@ -115,7 +115,7 @@ class ChunkExecutor:
         return not self._chunks or self._chunks[-1][0] >= self.every
 
     def step(self, chunk: Float[np.ndarray, "T A"] | None = None) -> Float[np.ndarray, " A"]:
-        """The action of this step; `chunk` begins at it and is needed where `due`."""
+        """The action f32[A] of this step; `chunk` starts at this step and is required when `due`."""
         if chunk is not None:
             self._chunks.append((0, np.array(chunk)))
         if not self._chunks:
@@ -126,7 +126,8 @@ class ChunkExecutor:
 
 
 def executor(mode: str) -> ChunkExecutor:
-    """By name: `open_loop`, `receding:K` (a chunk every K steps), `adaptive` or `recent` (an ensemble each step)."""
+    """An executor by name: `open_loop`, `receding:K` (a chunk every K steps), `adaptive` or `recent` (an ensemble each
+    step). Raises InputError for other names."""
     kind, _, every = mode.partition(":")
     if mode == "open_loop":
         return ChunkExecutor()

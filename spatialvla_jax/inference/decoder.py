@@ -1,7 +1,7 @@
-"""Gemma 2 for generation: a list of layers, projections of one input in one product, a cache for each layer.
+"""Gemma 2 for generation: a list of layers, fused projections, and a key/value cache per layer.
 
-The mathematics are those of `models/gemma2.py`, which trains. `weights.to_decode_layout` lays its parameters out: every
-matrix is an array of its own, rows first, so that a step reads each weight once.
+Computes the same function as `models/gemma2.py`, which is used in training. `weights.to_decode_layout` converts its
+parameters: every matrix is an array of its own, stored by rows, so that a step reads each weight once.
 """
 
 from typing import NamedTuple
@@ -21,19 +21,19 @@ Cache = tuple[LayerCache, ...]
 
 
 class Quantized(NamedTuple):
-    """An int8 matrix with one scale a row: row r stands for values[r] · scale[r]."""
+    """An int8 matrix with one scale per row: row r represents values[r] · scale[r]."""
 
     values: Int[Array, "out in"]
     scale: Float[Array, " out"]
 
 
 Matrix = Float[Array, "out in"] | Quantized
-Scale = tuple[Float[Array, "_ D"], int]  # a norm's, as a row of a stack
+Scale = tuple[Float[Array, "_ D"], int]  # (stacked norm scales, row of this norm)
 
 
 class Layer(NamedTuple):
-    """The matrices of one layer, [outputs, inputs]: qkv has the heads of queries, keys and values one below the other,
-    gate_up both halves of the gated MLP."""
+    """The matrices of one layer, [outputs, inputs]. qkv stacks the heads of queries, keys and values; gate_up stacks
+    both halves of the gated MLP."""
 
     qkv: Matrix
     out: Matrix
@@ -42,7 +42,7 @@ class Layer(NamedTuple):
 
 
 class DecoderWeights(NamedTuple):
-    """Gemma 2's layers; `norms` has the stacked scales of each of their four norms by name."""
+    """Gemma 2's layers; `norms` maps each of the four norms of a layer to its scales, stacked over layers."""
 
     layers: list[Layer]
     norms: dict[str, Float[Array, "L D"]]
@@ -51,7 +51,7 @@ class DecoderWeights(NamedTuple):
 
 @jax.jit
 def quantize(matrix: Float[Array, "out in"]) -> Quantized:
-    """Symmetric int8, rounded to nearest: a row's largest magnitude is 127."""
+    """Symmetric int8, rounded to nearest; each row's largest magnitude maps to 127."""
     scale = jnp.maximum(jnp.max(jnp.abs(matrix.astype(jnp.float32)), axis=1), 1e-30) / 127
     return Quantized(jnp.round(matrix.astype(jnp.float32) / scale[:, None]).astype(jnp.int8), scale)
 
@@ -66,7 +66,7 @@ def linear(x: Float[Array, "*B in"], matrix: Matrix, dtype: DTypeLike | None = N
 
 
 def gated(x: Float[Array, "*B in"], matrix: Matrix) -> Float[Array, "*B _"]:
-    """GELU of the first half of x · matrixᵀ, times its second half."""
+    """GELU of the first half of x · matrixᵀ, times the second half."""
     values, scale = matrix if isinstance(matrix, Quantized) else (matrix, None)
     if kernels.can_multiply(x, values):
         return kernels.multiply(x, values, scale, gated=True)
@@ -77,7 +77,7 @@ def gated(x: Float[Array, "*B in"], matrix: Matrix) -> Float[Array, "*B _"]:
 def linear_and_add(
     y: Float[Array, "*B in"], matrix: Matrix, x: Float[Array, "*B D"], post: Scale, pre: Scale
 ) -> tuple[Float[Array, "*B D"], Float[Array, "*B D"]]:
-    """→ (x + the norm of y · matrixᵀ, that one's norm), as a block of a layer ends and the next begins."""
+    """→ (r, norm of r) with r = x + norm of y · matrixᵀ: the end of one sub-block and the start of the next."""
     values, scale = matrix if isinstance(matrix, Quantized) else (matrix, None)
     if kernels.can_multiply(y, values):
         return kernels.multiply_and_add(y, values, scale, x, post, pre)
@@ -93,7 +93,7 @@ def attend_and_write(
     cache: LayerCache | None,
     at: Int[Array, ""] | int,
 ) -> tuple[Float[Array, "B T N H"], LayerCache]:
-    """→ (attention's result, keys and values: the T new ones alone, or the cache with them written at `at`)."""
+    """→ (attention output, keys and values: only the T new ones, or the cache with them written at slot `at`)."""
     N, K = cfg.num_heads, cfg.num_kv_heads
     options = {"scale": cfg.query_pre_attn_scalar**-0.5, "softcap": cfg.attn_softcap}
     if cache is not None and kernels.can_attend(qkv, cache, cfg.attn_softcap):
@@ -115,8 +115,8 @@ def forward(
     cache: Cache | None = None,
     at: Int[Array, ""] | int = 0,
 ) -> tuple[Float[Array, "B T D"], Cache]:
-    """Hidden states after the final norm, and keys and values: of the T positions alone, or with a `cache` its S slots
-    with them written at `at`. `local_mask` is for the layers with a sliding window, every second from the first."""
+    """Hidden states after the final norm, and keys and values. Without a `cache` these cover the T positions; with one,
+    its S slots with the new ones written at `at`. `local_mask` is for layers 0, 2, …, which have a sliding window."""
     layers, norms, final_norm = weights
     x = embeddings * jnp.asarray(cfg.width**0.5, embeddings.dtype)
     angles = rotary_angles(positions, cfg.head_dim, cfg.rope_base)
@@ -138,7 +138,7 @@ def forward(
 def narrow(
     cfg: Gemma2Config, mask: Bool[Array, "B T S"], positions: Int[Array, "B T"], keys: Int[Array, "B S"]
 ) -> Bool[Array, "B T S"] | None:
-    """`mask` narrowed to the sliding window; None where the whole sequence fits into it."""
+    """`mask` restricted to the sliding window; None if the whole sequence fits into the window."""
     if mask.shape[-1] <= cfg.sliding_window:
         return None
     return mask & (positions[:, :, None] - keys[:, None, :] < cfg.sliding_window)

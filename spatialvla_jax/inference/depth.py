@@ -1,4 +1,4 @@
-"""ZoeDepth by itself: the depth that the training step of a model with `depth_source="zoedepth"` computes."""
+"""ZoeDepth on its own: computes the same depth as training with `depth_source="zoedepth"`."""
 
 import hashlib
 from collections.abc import Callable, Mapping
@@ -21,10 +21,10 @@ from spatialvla_jax.models.zoedepth import ZoeDepth, ZoeDepthConfig, estimate_de
 def depth_estimator(
     config: ZoeDepthConfig, arrays: Mapping[str, LazyArray], dtype: str
 ) -> tuple[Callable[[UInt8[np.ndarray, "B S S 3"]], Float[Array, "B S S"]], str]:
-    """A function from images u8[B,S,S,3] to depth f32[B,S,S] in metres, and a digest of the weights (hex).
+    """A function from images u8[B,S,S,3] to depth f32[B,S,S] in metres, and a hex digest of the weights.
 
-    It runs on all devices; B divides among them. `arrays` are named as `ZoeDepth`'s parameters ("backbone/…"), `dtype`
-    is that of the computation.
+    It runs on all devices, so B must divide by their number. `arrays` are named like `ZoeDepth`'s parameters
+    ("backbone/…"); `dtype` is that of the computation.
     """
     params = {path: array.read() for path, array in sorted(arrays.items())}
     digest = hashlib.sha256(b"".join(hashlib.sha256(x.tobytes()).digest() for x in params.values())).hexdigest()

@@ -1,9 +1,9 @@
-"""Greedy decoding of one action chunk: the prompt once, then as few passes over the weights as the result allows.
+"""Greedy decoding of one action chunk: the prompt in one pass, then as few passes over the weights as possible.
 
-One step decodes one action. With n = 3 tokens (translation t, rotation r, gripper g) and a gripper of two values, both
-grippers go into the cache, one beside the other:
+A step decodes one action. With n = 3 tokens (translation t, rotation r, gripper g) and a gripper of two values, both
+gripper values are put into the cache side by side:
 
-             prompt, actions before      slots of this action
+             prompt, past actions        slots of this action
     slot     0 …                base  │  base+0  base+1  base+2  base+3
     token    image  prompt  t r g g'  │    t       r       g       g'      g and g' see t and r, not each other
     position 1 …                      │    p      p+1     p+2     p+2
@@ -11,7 +11,7 @@ grippers go into the cache, one beside the other:
     pass 1   feeds t                  →  r
     pass 2   feeds r, g and g'        →  which gripper, and the next action's t after either
 
-The gripper that was not chosen stays in the cache, hidden from all that follows by `visible`.
+The gripper value that was not chosen stays in the cache; `visible` hides it from all later tokens.
 """
 
 from dataclasses import dataclass
@@ -35,11 +35,11 @@ TokenRanges = tuple[tuple[int, int], ...] | None
 
 
 class Generated(NamedTuple):
-    """What `generate` returns."""
+    """The result of `generate`."""
 
     tokens: Int[Array, "B A"]  # ids of the whole vocabulary
-    passes: Int[Array, ""]  # over the weights, after the prompt's
-    finite: Bool[Array, " B"]  # False: the tokens mean nothing, because the logits that chose them were not finite
+    passes: Int[Array, ""]  # over the weights, not counting the prompt's
+    finite: Bool[Array, " B"]  # False: the logits were not finite, so the tokens are meaningless
 
 
 def generate(
@@ -56,10 +56,10 @@ def generate(
 ) -> Generated:
     """The A action tokens of a chunk.
 
-    `weights` come from `prepare_weights`. `token_ranges` (a grid's: first id and number of each token kind of one
-    action) restricts every token to its kind, so that the result is always a valid action and `<eos>` is not waited
-    for; None takes the best of the whole vocabulary, as the release does. A `draft` of the chunk changes how many
-    passes it takes, never the tokens. Q is any length that holds the prompts.
+    `weights` come from `prepare_weights`. `token_ranges` (the grid's (first id, count) for each token of an action)
+    restricts each token to its kind, so the result is always a valid action and no `<eos>` is needed. None chooses from
+    the whole vocabulary, as the release does. A `draft` of the chunk only affects the number of passes, never the
+    tokens. Q may be any length that fits the prompts.
     """
     decoder = Decoder(model.config, weights, token_ranges)
     tokens = embed_image(model.config, weights, image, depth, intrinsics)
@@ -70,7 +70,7 @@ def generate(
 
 @dataclass(frozen=True)
 class Decoder:
-    """What every pass shares."""
+    """State shared by all passes."""
 
     cfg: SpatialVLAConfig
     weights: Weights
@@ -78,7 +78,7 @@ class Decoder:
 
     @property
     def grippers(self) -> tuple[int, ...]:
-        """The two values of an action's last token, both of which are fed at once; () where it has another number."""
+        """The two values of an action's last token, fed together; () if that token has another number of values."""
         if self.ranges is None or len(self.ranges) == 1 or self.ranges[-1][1] != 2:
             return ()
         closed = self.cfg.action_offset + self.ranges[-1][0]
@@ -88,7 +88,7 @@ class Decoder:
         return prefix_lm_mask(valid, prompt_slots if self.cfg.mask == "prefix" else 0)
 
     def embed(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """Action rows from the spatial table; any other token, which only a free choice may bring, from the text's."""
+        """Action tokens use the spatial table. Others (unconstrained decoding only) use the text table."""
         action, spatial = ids - self.cfg.action_offset, self.weights.spatial
         if self.ranges is not None:
             return jnp.take(spatial, action, axis=0, mode="clip")
@@ -105,22 +105,22 @@ class Decoder:
         cache: Cache | None = None,
         at: Int[Array, ""] | int = 0,
     ) -> tuple[Float[Array, "B T D"], Cache]:
-        """`decoder.forward`, with the mask of the layers that have a sliding window."""
+        """`decoder.forward` with the sliding-window mask added."""
         local = narrow(self.cfg.llm, mask, positions, key_positions)
         return forward(self.cfg.llm, self.weights.llm, embeddings, positions, mask, local, cache, at)
 
     def best(
         self, hidden: Float[Array, "B T D"], kinds: tuple[int, ...]
     ) -> tuple[Int[Array, "B T"], Bool[Array, " B"]]:
-        """→ (the best token at each of T places, of that place's kind; whether all logits of a row are finite).
+        """→ (best token i32[B, T], each restricted to its kind; bool[B], whether all of a row's logits are finite).
 
-        The soft cap keeps the order and is left out. It would also hide infinite logits, and argmax hides NaN.
+        Omits the soft cap, which does not change the order. It would also hide infinite logits, and argmax hides NaN.
         """
         scores = linear(hidden, self.weights.head, jnp.float32)
         if self.ranges is not None:
-            scores = scores[..., -self.cfg.spatial_tokens :]  # of a head with all rows, those of actions
-        # NaN and infinity in what is computed reach the logits, through the attention of later tokens and through the
-        # norms. The one exception is a norm whose mean square overflows: it gives zeros.
+            scores = scores[..., -self.cfg.spatial_tokens :]  # the head may have rows for the whole vocabulary
+        # NaN and infinity anywhere reach the logits through later tokens' attention and through norms. The one
+        # exception is a norm whose mean square overflows: it gives zeros.
         total = jnp.sum(jnp.abs(scores), axis=-1)
         finite = jnp.all(jnp.isfinite(total) & (total > 0), axis=1)
         if self.ranges is None:
@@ -133,18 +133,18 @@ class Decoder:
 
 
 class DecodeState(NamedTuple):
-    """Between two actions. S: slots of the prompt, of the whole chunk, and padding to the kernel's blocks."""
+    """State between two actions. S: slots of the prompt and the whole chunk, padded to the kernel's block size."""
 
     cache: Cache
-    visible: Bool[Array, "B S"]  # slots that later tokens see: no padding, and no gripper that was not chosen
+    visible: Bool[Array, "B S"]  # slots visible to later tokens: no padding, no rejected gripper value
     positions: Int[Array, "B S"]
-    token: Int[Array, " B"]  # the next action's first
-    finite: Bool[Array, " B"]  # the logits of all passes so far
+    token: Int[Array, " B"]  # first token of the next action
+    finite: Bool[Array, " B"]  # whether all logits so far are finite
 
 
 def _one_by_one(decoder: Decoder, prefix: Float[Array, "B P D"], valid: Bool[Array, "B P"]) -> Generated:
-    """A pass for each token, less one an action where the gripper has two values: the pass that decides between them
-    has both, and so does the pass after it. A chunk of 4 × 3 tokens takes 8 passes."""
+    """One pass per token. With a two-valued gripper, one fewer per action: its values are fed together before either is
+    chosen. A chunk of 4 × 3 tokens takes 8 passes."""
     cfg, P = decoder.cfg, valid.shape[1]
     n, branch = cfg.tokens_per_action, bool(decoder.grippers)
     slots = cfg.action_chunk * (n + branch)
@@ -171,7 +171,7 @@ def _one_by_one(decoder: Decoder, prefix: Float[Array, "B P D"], valid: Bool[Arr
 def _decode_action(
     decoder: Decoder, prompt_slots: int, prompt_length: Int[Array, " B"], state: DecodeState, step: Int[Array, ""]
 ) -> tuple[DecodeState, Int[Array, "B n"]]:
-    """The drawing above: → (the state after the action, its tokens)."""
+    """One step of the diagram above: → (the state after the action, its tokens)."""
     cache, visible, positions, token, finite = state
     B, n, grippers = len(token), decoder.cfg.tokens_per_action, decoder.grippers
     branch = bool(grippers)
@@ -186,9 +186,9 @@ def _decode_action(
             options = jnp.broadcast_to(jnp.array(grippers), (B, 2))
             feed, kinds = jnp.concatenate([feed, options], axis=1), (k + 1, 0, 0)
         T = feed.shape[1]
-        own = jnp.array([[1, 0, 0], [1, 1, 0], [1, 0, 1]], bool)[:T, :T]  # which of the new tokens each one sees
+        causal = jnp.array([[1, 0, 0], [1, 1, 0], [1, 0, 1]], bool)[:T, :T]  # which new tokens each one sees
         mask = jnp.repeat(visible[:, None], T, axis=1)
-        mask = jax.lax.dynamic_update_slice(mask, jnp.repeat(own[None], B, axis=0), (0, 0, base + k))
+        mask = jax.lax.dynamic_update_slice(mask, jnp.repeat(causal[None], B, axis=0), (0, 0, base + k))
         hidden, cache = decoder.forward(decoder.embed(feed), new[:, k : k + T], mask, positions, cache, base + k)
         best, sound = decoder.best(hidden, kinds)
         finite &= sound
@@ -203,22 +203,22 @@ def _decode_action(
 
 
 class DraftState(NamedTuple):
-    """Between two passes over all A tokens."""
+    """State between two passes over all A tokens."""
 
-    draft: Int[Array, "B A"]  # what the last pass was fed
-    tokens: Int[Array, "B A"]  # what it predicted
+    draft: Int[Array, "B A"]  # the last pass's input
+    tokens: Int[Array, "B A"]  # the last pass's prediction
     cache: Cache
     passes: Int[Array, ""]
-    finite: Bool[Array, " B"]  # the logits of the last pass
+    finite: Bool[Array, " B"]  # whether the last pass's logits are finite
 
 
 def _from_draft(
     decoder: Decoder, prefix: Float[Array, "B P D"], valid: Bool[Array, "B P"], draft: Int[Array, "B A"]
 ) -> Generated:
-    """All tokens in every pass (Jacobi decoding, Santilli et al. 2023): each is predicted from the draft's tokens
-    before it, and the predictions are the next draft. Each pass makes at least one more of them greedy decoding's, and
-    a draft that predicts itself is its result. The first draft rides along with the prompt. A - 1 passes are enough
-    for any; numbers that are not finite may need more, and get none."""
+    """Jacobi decoding (Santilli et al. 2023): every pass predicts each token from the draft's tokens before it, and the
+    predictions become the next draft. Each pass fixes at least one more token of the greedy result, and a draft that
+    predicts itself is that result. The first draft is fed with the prompt. At most A - 1 further passes are needed;
+    only non-finite numbers could need more, so the loop is bounded."""
     (B, P), A = valid.shape, decoder.cfg.num_action_tokens
     slots = jnp.concatenate([valid, jnp.ones((B, A - 1), bool)], axis=1)
     positions, mask = position_ids(slots), decoder.mask(slots, P)

@@ -1,11 +1,11 @@
-"""The kernels of a decode pass for NVIDIA GPUs, through Pallas and Triton.
+"""The kernels of a decode pass for NVIDIA GPUs, in Pallas and Triton.
 
-XLA needs several small kernels for the rotary embedding, the cache and the softmax of one to four tokens, as many for
-two norms and the sum between them, and does not read a matrix at the memory's full speed to multiply a few rows by it.
-`decoder.forward` takes `attend_cached` where `can_attend`, `multiply` and `multiply_and_add` where `can_multiply`, the
-plain formulas elsewhere. Outside a GPU they run in Pallas's interpreter.
+XLA launches several small kernels for the rotary embedding, cache and softmax of one to four tokens, and as many for
+two norms and the sum between them. It also multiplies a few rows by a matrix below the memory's full bandwidth.
+`decoder.forward` uses `attend_cached` where `can_attend`, and `multiply` and `multiply_and_add` where `can_multiply`;
+elsewhere it uses the plain formulas. Without a GPU the kernels run in Pallas's interpreter.
 
-Triton's arrays have powers of two for sizes: what is larger than an axis is masked, or clamped and not written.
+Triton's array sizes are powers of two: elements beyond an axis are masked, or clamped and not written.
 """
 
 import math
@@ -22,12 +22,12 @@ from jaxtyping import Array, Bool, Float, Int
 from spatialvla_jax.models.attention import Angles
 from spatialvla_jax.models.fused_attention import MAX_SOFTCAP, dot
 
-BLOCK = 32  # slots of the cache that are read at once; its length is a multiple
-PROGRAMS = 64  # a layer with fewer (batch, head) pairs than this spreads its cache over programs, too
+BLOCK = 32  # cache slots read at once; the cache's length is a multiple
+PROGRAMS = 64  # a layer with fewer (batch, head) pairs than this also splits its cache over programs
 
 
 def can_attend(qkv: Array, cache: tuple[Array, Array], softcap: float) -> bool:
-    """Whether decoding should use `attend_cached`: bfloat16 on a GPU, up to four tokens, shapes the kernel takes."""
+    """Whether decoding should use `attend_cached`: bfloat16 on a GPU, up to four tokens, supported shapes."""
     (_, T, _, H), S = qkv.shape, cache[0].shape[1]
     suits = qkv.dtype == jnp.bfloat16 and T <= 4 and H in (32, 64, 128, 256) and S % BLOCK == 0
     return suits and softcap <= MAX_SOFTCAP and jax.default_backend() == "gpu"
@@ -47,9 +47,9 @@ def attend_cached(
 ) -> tuple[Float[Array, "B T N H"], tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]]:
     """→ (`attend` of the rotated queries on the cache with the T new keys and values, that cache).
 
-    Rotary, attention and the update in one kernel, in place. The soft cap, at most MAX_SOFTCAP, bounds the logits, so
-    that the softmax needs no maximum. `splits` parts of the cache, by default as many as fill the GPU, are combined in
-    a second kernel. S is a multiple of `BLOCK`.
+    Rotary embedding, attention and the cache update are one in-place kernel. The soft cap, at most MAX_SOFTCAP, bounds
+    the logits, so the softmax needs no maximum. A second kernel combines `splits` parts of the cache, by default enough
+    to fill the GPU. S is a multiple of `BLOCK`.
     """
     (B, T, heads, H), (_, S, K, _) = qkv.shape, cache[0].shape
     N = heads - 2 * K
@@ -75,7 +75,7 @@ def attend_cached(
 def attend_kernel(
     scale: float, softcap: float, splits: int, qkv_ref, sin_ref, cos_ref, mask_ref, at_ref, k_ref, v_ref, *out_refs
 ) -> None:
-    """One split of the cache for one example's queries of one key head."""
+    """One split of the cache, for one example's queries that share one key head."""
     (_, T, heads, H), (_, S, K, _), dtype = qkv_ref.shape, k_ref.shape, qkv_ref.dtype
     N = heads - 2 * K
     G, half, blocks, rows = N // K, H // 2, S // BLOCK // splits, matrix_rows(T * N // K)
@@ -83,7 +83,7 @@ def attend_kernel(
     *result_refs, k_out, v_out = out_refs
     start = at_ref[0]
     row, column = jnp.arange(rows), jnp.arange(half)
-    token = jnp.minimum(row // G, T - 1)  # rows past the last repeat it and are not written
+    token = jnp.minimum(row // G, T - 1)  # rows past the end repeat the last and are not written
     query = head * G + row % G
     sin, cos = (ref[b, token[:, None], column[None]] for ref in (sin_ref, cos_ref))
     q1, q2 = (qkv_ref[b, token[:, None], query[:, None], column[None] + i] for i in (0, half))
@@ -95,7 +95,7 @@ def attend_kernel(
         slots = first + jnp.arange(BLOCK)
         k1, k2 = (k_ref[b, pl.ds(first, BLOCK), head, pl.ds(j, half)] for j in (0, half))
         logits = dot(q1, k1.T) + dot(q2, k2.T)
-        # The slots to be written now are read below, from `qkv`: another program may be writing them.
+        # Skip slots that are being written: another program may be writing them. They are read from `qkv` below.
         old = (slots < start) | (slots >= start + T)
         p = weigh(logits, mask_ref[b, token[:, None], slots[None]] & old[None], scale, softcap)
         v = v_ref[b, pl.ds(first, BLOCK), head, pl.ds(0, H)]
@@ -127,7 +127,7 @@ def attend_kernel(
 
 
 def combine_kernel(totals, partial_sums, y_ref) -> None:
-    """One query head of one token: the quotient of the sums over all splits."""
+    """One query head of one token: sums over all splits, then normalises."""
     (splits, _, K, _, H), N = partial_sums.shape, y_ref.shape[2]
     G = N // K
     b, t, n = pl.program_id(0), pl.program_id(1), pl.program_id(2)
@@ -141,12 +141,12 @@ def combine_kernel(totals, partial_sums, y_ref) -> None:
 
 
 def matrix_rows(rows: int) -> int:
-    """As many as a matrix unit takes, at least 16."""
+    """Rows padded to what a matrix unit takes, at least 16."""
     return max(16, pl.next_power_of_2(rows))
 
 
 def rotate(x1: Array, x2: Array, sin: Array, cos: Array) -> tuple[Array, Array]:
-    """`attention.rotary` of both halves."""
+    """`attention.rotary` on the two halves of a head."""
     y1, y2 = x1.astype(jnp.float32), x2.astype(jnp.float32)
     return (y1 * cos - y2 * sin).astype(x1.dtype), (y2 * cos + y1 * sin).astype(x1.dtype)
 
@@ -157,15 +157,15 @@ def weigh(logits: Array, visible: Array, scale: float, softcap: float) -> Array:
 
 
 def call_options(interpret: bool | None, warps: int, stages: int) -> dict[str, Any]:
-    """Of a `pallas_call`; by default kernels are interpreted where there is no GPU."""
+    """Options of `pallas_call`. By default kernels run in the interpreter where there is no GPU."""
     if interpret is None:
         interpret = jax.default_backend() != "gpu"
     return {"interpret": interpret, "compiler_params": plgpu.CompilerParams(num_warps=warps, num_stages=stages)}
 
 
 class Tile(NamedTuple):
-    """How `multiply` deals a matrix to programs: its rows and columns at once, parts of its columns, and Triton's
-    warps and stages of a program."""
+    """How `multiply` divides a matrix among programs: rows and columns per block, splits of the columns, and Triton's
+    warps and pipeline stages."""
 
     rows: int
     columns: int
@@ -174,11 +174,11 @@ class Tile(NamedTuple):
     stages: int = 4
 
 
-ROWS = 16  # of the other factor: what a matrix unit takes at least, and `multiply` at most
+ROWS = 16  # rows of x: the minimum of a matrix unit and the maximum of `multiply`
 
 
 def tile_of(outputs: int, inputs: int, itemsize: int = 2) -> Tile:
-    """Among the fastest that benchmarks/matvec.py tries on an H100, for a matrix [outputs, inputs]."""
+    """Among the fastest tiles in benchmarks/matvec.py on an H100, for a matrix [outputs, inputs]."""
     columns = 256 // itemsize
     if inputs > 4096:
         return Tile(32, columns, splits=2, warps=2, stages=5)
@@ -186,7 +186,7 @@ def tile_of(outputs: int, inputs: int, itemsize: int = 2) -> Tile:
 
 
 def can_multiply(x: Array, values: Array) -> bool:
-    """Whether a product should be `multiply`: a few rows in bfloat16 on a GPU, and a matrix that the tiles divide."""
+    """Whether to use `multiply`: a few rows in bfloat16 on a GPU, and a matrix that the tiles divide."""
     (outputs, inputs), rows = values.shape, math.prod(x.shape[:-1])
     suits = x.dtype == jnp.bfloat16 and values.dtype in (jnp.bfloat16, jnp.int8)
     suits &= rows <= ROWS and outputs % 64 == 0 and inputs % 256 == 0
@@ -203,9 +203,9 @@ def multiply(
     tile: Tile | None = None,
     interpret: bool | None = None,
 ) -> Float[Array, "*B _"]:
-    """x · matrixᵀ, its columns times `scale`, in `dtype`, by default that of x, for at most `ROWS` rows of x.
+    """x · matrixᵀ with output columns scaled by `scale`, in `dtype` (default: that of x), for at most `ROWS` rows of x.
 
-    With `gated`, the first half of the outputs goes through GELU and multiplies the second: [*B, out/2].
+    With `gated`, returns GELU of the first half of the outputs times the second half: [*B, out/2].
     """
     dtype = dtype or x.dtype
     y = _products(x, matrix, scale, gated, dtype, tile, interpret)
@@ -224,8 +224,8 @@ def multiply_and_add(
     tile: Tile | None = None,
     interpret: bool | None = None,
 ) -> tuple[Float[Array, "*B out"], Float[Array, "*B out"]]:
-    """→ (residual + rms_norm(`multiply`), rms_norm of that), the norms' scales given as a row of a stack: a slice of
-    it would be copied."""
+    """→ (r, rms_norm of r) with r = residual + rms_norm(`multiply`). Norm scales are given as (stack, row), because
+    slicing the stack would copy."""
     dtype, (*_, D) = residual.dtype, residual.shape
     parts = _products(x, matrix, scale, False, dtype, tile, interpret)
     new = jax.ShapeDtypeStruct((parts.shape[1], D), dtype)
@@ -239,7 +239,7 @@ def multiply_and_add(
 
 
 def norm_kernel(post: int, pre: int, parts_ref, x_ref, post_ref, pre_ref, sum_ref, y_ref) -> None:
-    """One row; `post` and `pre` are the norms' rows in their stacks."""
+    """One row. `post` and `pre` are the norms' rows in their stacks."""
     (parts, _, D), dtype = parts_ref.shape, sum_ref.dtype
     row, column = pl.program_id(0), jnp.arange(pl.next_power_of_2(D))
     exists = column < D
@@ -251,11 +251,11 @@ def norm_kernel(post: int, pre: int, parts_ref, x_ref, post_ref, pre_ref, sum_re
         y = y.astype(jnp.float32)
         return (y * jax.lax.rsqrt(jnp.sum(y * y) / D + 1e-6) * (1 + factor)).astype(dtype)
 
-    # All at once: none of them waits for a sum.
+    # Issue all loads first, so that none waits for a sum.
     y, *others = [load(parts_ref.at[part, row, column]) for part in range(parts)]
     x, factor, then = (load(ref.at[i, column]) for ref, i in ((x_ref, row), (post_ref, post), (pre_ref, pre)))
-    for more in others:
-        y += more
+    for other in others:
+        y += other
     total = (x + norm(y.astype(dtype), factor).astype(jnp.float32)).astype(dtype)
     plgpu.store(sum_ref.at[row, column], total, mask=exists)
     plgpu.store(y_ref.at[row, column], norm(total, then), mask=exists)
@@ -270,7 +270,7 @@ def _products(
     tile: Tile | None,
     interpret: bool | None,
 ) -> Float[Array, "splits R out"]:
-    """The products of `multiply` in parts, to be added; of `dtype` if there is but one, float32 otherwise."""
+    """The products of `multiply`, one summand per split; in `dtype` if there is one split, else float32."""
     x = x.reshape(-1, x.shape[-1])
     R, K = x.shape
     out = len(matrix) // (1 + gated)
@@ -286,8 +286,8 @@ def _products(
 
 
 def multiply_kernel(tile: Tile, gated: bool, x_ref, matrix_ref, *refs) -> None:
-    """All rows of x by one tile's rows and one split's columns of the matrix, and with `gated` by those of its second
-    half, too."""
+    """All rows of x times one tile's rows and one split's columns of the matrix; with `gated`, also times the matching
+    rows of the second half."""
     (*scale_ref, y_ref), (R, K), parts = refs, x_ref.shape, 1 + gated
     out, steps = matrix_ref.shape[0] // parts, K // tile.splits // tile.columns
     first, split = pl.program_id(0) * tile.rows, pl.program_id(1)
@@ -297,11 +297,11 @@ def multiply_kernel(tile: Tile, gated: bool, x_ref, matrix_ref, *refs) -> None:
     def step(i: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
         start = split * (K // tile.splits) + i * tile.columns
         mask = jnp.broadcast_to(exists, (ROWS, tile.columns))
-        some = plgpu.load(x_ref.at[row[:, None], start + column[None]], mask=mask, other=0.0)
+        block = plgpu.load(x_ref.at[row[:, None], start + column[None]], mask=mask, other=0.0)
         totals = []
         for part, total in enumerate(sums):
             weights = matrix_ref[pl.ds(part * out + first, tile.rows), pl.ds(start, tile.columns)]
-            totals.append(total + dot(some, weights.astype(some.dtype).T))
+            totals.append(total + dot(block, weights.astype(block.dtype).T))
         return tuple(totals)
 
     sums = jax.lax.fori_loop(0, steps, step, (jnp.zeros((ROWS, tile.rows), jnp.float32),) * parts)

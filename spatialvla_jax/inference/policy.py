@@ -1,4 +1,4 @@
-"""Images and words in, robot actions out."""
+"""The policy: images and instructions in, robot actions out."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -23,18 +23,18 @@ from spatialvla_jax.utils.camera import as_array, depth_problem, in_metres, intr
 from spatialvla_jax.utils.schema import shown
 from spatialvla_jax.utils.storage import AnyPath
 
-# Shapes are compiled once each: a batch takes the next larger of these sizes, a prompt the next multiple of 16.
+# Each shape compiles once. Batches are padded to the next of these sizes, prompts to the next multiple of 16.
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 PROMPT_STEP = 16
-LARGE = 2**14  # elements of an input that is sent to the device as it comes
+LARGE = 2**14  # inputs with at least this many elements are not cached on the device
 
 
 class Policy:
-    """Greedy policy over a model, its parameters and its processor; `Policy.load(path)` makes one from a checkpoint.
+    """Greedy policy from a model, its parameters and its processor; `Policy.load(path)` loads one from a checkpoint.
 
-    It keeps nothing from one call to the next. `constrained=False` lets every step choose from the whole vocabulary, as
-    the release does; `int8` keeps the language model's matrices in 8 bits; with `speculate`, an observation's "draft"
-    (the "action_ids" of a chunk that is likely) saves passes over the weights where it comes true.
+    Calls are independent: no state is kept between them. `constrained=False` chooses from the whole vocabulary, as the
+    release does. `int8` stores the language model's matrices in 8 bits. With `speculate`, an observation's "draft" (a
+    guess of the chunk's "action_ids") saves passes over the weights where it is right.
     """
 
     def __init__(
@@ -52,8 +52,8 @@ class Policy:
         self.weights = jax.device_put(prepare_weights(model, params, int8=int8, whole_vocabulary=not constrained))
         self._sound = bool(_all_finite(self.weights))
         self._grid = jax.device_put(processor.grid)
-        self._kept: dict[str, tuple[np.ndarray, jax.Array]] = {}
-        # The program itself writes its results to the host: one wait instead of a wait and a copy.
+        self._cache: dict[str, tuple[np.ndarray, jax.Array]] = {}
+        # The program writes its results to host memory: one wait instead of a wait and a copy.
         (device,) = self.weights.spatial.devices()
         host = jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host")
         self._act = jax.jit(lambda *args: act(model, constrained, *args), out_shardings=host)
@@ -68,9 +68,10 @@ class Policy:
         constrained: bool = True,
         speculate: bool = False,
     ) -> "Policy":
-        """From anything `load_pretrained` reads that carries a processor.
+        """Load any checkpoint that `load_pretrained` reads and that includes a processor.
 
-        `dtype` (float32 or bfloat16) takes the place of the model's own, `quantize` is "" or "int8". Raises InputError.
+        `dtype` (float32 or bfloat16) overrides the model's, `quantize` is "" or "int8". Raises InputError for other
+        values and for a checkpoint without processor.
         """
         from spatialvla_jax.checkpoints import load_pretrained
 
@@ -87,22 +88,23 @@ class Policy:
     def infer(self, observation: dict[str, Any]) -> dict[str, np.ndarray]:
         """One observation → {"actions": f32[T, A] in robot units, "action_ids": i32[T, tokens_per_action]}.
 
-        `observation` has "image" u8[H, W, 3] and "prompt" str; "intrinsics" f32[3, 3] in pixels of that image and
-        "unnorm_key" (a dataset's name) may be None or absent; "depth" f32[H, W] in metres, 0 where there is no reading,
-        is needed by a model that takes depth from its data, and holds counts of any dtype where "depth_unit" says how
-        many metres a count is; "draft" i32[T, tokens_per_action] is a guess of the result. Everything after the
-        tokenizer, resizing included, is one jitted call. Raises InputError naming what is missing, misshapen or makes
-        no sense as an image, a camera or depth, and NonFiniteError where the model's numbers are NaN or infinite: there
-        is never an action made of such.
+        `observation` has "image" u8[H, W, 3] and "prompt" str. Optional, or None: "intrinsics" f32[3, 3] in pixels of
+        that image; "unnorm_key", a dataset's name; "draft" i32[T, tokens_per_action], a guess of the action ids. Models
+        with `depth_source="dataset"` need "depth" f32[H, W] in metres, 0 where there is no reading; with "depth_unit"
+        (metres per count) it may have any numeric dtype. Everything after tokenization, resizing included, is one
+        jitted call.
+
+        Raises InputError naming a missing, misshapen or implausible input, and NonFiniteError when the model's outputs
+        are NaN or infinite: no action is returned then.
         """
         return self.infer_batch([observation])[0]
 
     def infer_batch(self, observations: Sequence[dict[str, Any]]) -> list[dict[str, np.ndarray]]:
-        """`infer` of each, in one call of the model for all whose images have one size and up to 32."""
+        """`infer` for each observation, in one model call per image size and up to 32 observations."""
         return self.act([self.prepare(observation) for observation in observations])
 
     def act(self, prepared: Sequence[dict[str, np.ndarray]]) -> list[dict[str, np.ndarray]]:
-        """What `infer` returns, for each of the arrays that `prepare` has made. Raises NonFiniteError."""
+        """The results of `infer` for observations converted by `prepare`. Raises NonFiniteError."""
         groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for i, one in enumerate(prepared):
             groups[one["image"].shape].append(i)
@@ -114,7 +116,7 @@ class Policy:
         return results
 
     def prepare(self, observation: dict[str, Any]) -> dict[str, np.ndarray]:
-        """An observation checked and tokenised: the arrays that `act` takes. Raises InputError."""
+        """Check and tokenize an observation: the arrays that `act` takes. Raises InputError."""
         if not isinstance(observation, dict):
             raise InputError(f"an observation must be a dict, got {type(observation).__name__}")
         image = as_array(observation.get("image"))
@@ -151,26 +153,25 @@ class Policy:
         return arrays
 
     def shape(self, prepared: dict[str, np.ndarray]) -> tuple[int, int, int]:
-        """Height and width of the image and padded length of the prompt: `act` compiles once for each of these and each
-        of BATCH_SIZES."""
+        """Image height and width, and padded prompt length. `act` compiles once per such shape and batch size in
+        BATCH_SIZES."""
         height, width, _ = prepared["image"].shape
         tokens, longest = int(prepared["prompt_mask"].sum()), len(prepared["prompt_mask"])
         return height, width, min(-(-tokens // PROMPT_STEP) * PROMPT_STEP, longest)
 
     def predict(self, seen: Observation) -> tuple[Int[np.ndarray, "B T n"], Float[np.ndarray, "B T A"]]:
-        """Observations as the loader gives them, such as a `Batch` → (action ids, normalised actions). Raises
-        NonFiniteError."""
+        """Loader-style observations, such as a `Batch` → (action ids, normalised actions). Raises NonFiniteError."""
         out = self.run(seen.model_inputs())
         _require_finite(np.asarray(out["finite"]))
         return np.asarray(out["action_ids"]), np.asarray(out["actions"])
 
     def run(self, inputs: dict[str, Any]) -> dict[str, jax.Array]:
-        """`act` of this module, jitted, on this policy's weights and grid."""
-        made = self._act(self.weights, self._grid, inputs)
-        return made if self._sound else made | {"finite": jnp.zeros(made["finite"].shape, bool)}
+        """The module's jitted `act` with this policy's weights and grid."""
+        result = self._act(self.weights, self._grid, inputs)
+        return result if self._sound else result | {"finite": jnp.zeros(result["finite"].shape, bool)}
 
     def intrinsics(self, observation: dict[str, Any], size: tuple[int, int]) -> np.ndarray:
-        """The observation's intrinsics, or those that the policy was trained with, in pixels of an image of `size`."""
+        """f32[3, 3] in pixels of an image of `size`: the observation's intrinsics, or those used in training."""
         if (given := observation.get("intrinsics")) is not None:
             if wrong := intrinsics_problem(given, size):
                 raise InputError(f"observation 'intrinsics' {wrong}")
@@ -179,27 +180,27 @@ class Policy:
         return relative * np.array([[size[1]], [size[0]], [1]], np.float32)
 
     def _run(self, inputs: list[dict[str, np.ndarray]]) -> list[dict[str, np.ndarray]]:
-        """At most 32 of one image size, padded with copies of the last to a compiled batch size."""
+        """Run at most 32 inputs of one image size, padded with copies of the last to a compiled batch size."""
         count, size = len(inputs), next(b for b in BATCH_SIZES if b >= len(inputs))
         batch = {k: _stacked([x[k] for x in (*inputs, *inputs[-1:] * (size - count))]) for k in inputs[0]}
         length = max(self.shape(x)[2] for x in inputs)
         batch |= {k: batch[k][:, :length] for k in ("prompt_ids", "prompt_mask")}
-        made = self.run({k: self._place(k, x) for k, x in batch.items()})
-        out = jax.device_get({k: made[k] for k in ("actions", "action_ids", "finite")})
+        result = self.run({k: self._place(k, x) for k, x in batch.items()})
+        out = jax.device_get({k: result[k] for k in ("actions", "action_ids", "finite")})
         return [{k: x[i] for k, x in out.items()} for i in range(count)]
 
     def _place(self, name: str, array: Any) -> Any:
         """Cache small inputs on the device: prompt, intrinsics and bounds rarely change between calls."""
         if not isinstance(array, np.ndarray) or array.size >= LARGE:
             return array
-        kept = self._kept.get(name)
-        if kept is None or not np.array_equal(kept[0], array):
-            copy = array.copy()  # the caller may write into its own
-            kept = self._kept[name] = (copy, jax.device_put(copy))
-        return kept[1]
+        cached = self._cache.get(name)
+        if cached is None or not np.array_equal(cached[0], array):
+            copy = array.copy()  # the caller may later write into `array`
+            cached = self._cache[name] = (copy, jax.device_put(copy))
+        return cached[1]
 
     def draft(self, draft: Any) -> np.ndarray:
-        """A guess i32[T, tokens_per_action] as `act` takes it; None is the middle of every range. Raises InputError."""
+        """The draft i32[T, tokens_per_action] for `act`; None gives the middle of every range. Raises InputError."""
         cfg = self.model.config
         shape = (cfg.action_chunk, cfg.tokens_per_action)
         ranges = self.processor.grid.token_ranges
@@ -216,13 +217,13 @@ class Policy:
 def act(
     model: SpatialVLA, constrained: bool, weights: Weights, grid: ActionTokenizer, inputs: dict[str, jax.Array]
 ) -> dict[str, jax.Array]:
-    """The jitted whole, of uint8 images [B, H, W, 3].
+    """The whole policy as one jitted function, from u8[B, H, W, 3] images to actions.
 
     → {"action_ids" [B, T, n], "actions" [B, T, A], "finite" [B], "passes" []}.
 
-    With `inputs["bounds"]` f32[B, 3, A] (low, high, which dimensions have them) actions are in robot units, without
-    normalised. An id that is no action, which an unconstrained choice can give, counts as the first. Where `finite` is
-    False, the ids and actions are to be refused: logits or actions are NaN or infinite.
+    With `inputs["bounds"]` f32[B, 3, A] (low, high, mask) actions are in robot units, otherwise normalised. An id that
+    is not an action, possible only in unconstrained decoding, decodes as the first action id. Where `finite` is False,
+    logits or actions are NaN or infinite and the result must not be used.
     """
     cfg = model.config
     draft = inputs.get("draft")
@@ -254,13 +255,13 @@ def _require_finite(finite: Bool[np.ndarray, " B"]) -> None:
 
 @jax.jit
 def _all_finite(weights: Weights) -> jax.Array:
-    """Whether every weight is finite, in one program. Most that are not reach the logits, but a ReLU, ZoeDepth's choice
-    between its heads or the soft cap of attention may hide one."""
+    """Whether every weight is finite. Most non-finite weights show in the logits, but a ReLU, ZoeDepth's choice of head
+    or the attention's soft cap may hide one."""
     return jnp.all(jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(weights)]))
 
 
 def _stacked(arrays: list[np.ndarray]) -> Any:
-    """[B, …]. Large arrays are put together on the device, so that they are copied there at once and not here first."""
+    """[B, …]. Large arrays are stacked on the device, which saves a copy on the host."""
     if len(arrays) == 1:
         return arrays[0][None]
     return np.stack(arrays) if arrays[0].size < LARGE else _stack(jax.device_put(arrays))

@@ -1,9 +1,8 @@
-"""Parameters in the layout that decoding reads fastest on a GPU; `models/` knows nothing of it.
+"""Parameters in the layout that decodes fastest on a GPU; `models/` is independent of it.
 
-Training stacks layers for a scan, and a GPU would copy a slice of the stack at every step. Here every large matrix is
-an array of its own. Norms, biases and other small arrays stay stacked: their slices are free, and a call costs a
-microsecond or two for each array that it is given. `prepare_weights` makes this layout; `decoder.forward` and
-`embed_image` run it.
+Training stacks layers for a scan, from which a GPU would copy a slice at every step. Here every large matrix is a
+separate array. Norms, biases and other small arrays stay stacked: slicing them is free, while each argument of a call
+costs a microsecond or two. `prepare_weights` creates this layout; `decoder.forward` and `embed_image` use it.
 """
 
 import math
@@ -20,13 +19,13 @@ from spatialvla_jax.inference.decoder import DecoderWeights, Layer, Matrix, Quan
 from spatialvla_jax.models import Params, SpatialVLA, SpatialVLAConfig
 from spatialvla_jax.models.beit import TOKENS, BeitConfig, relative_position_bias
 
-SLAB = 16_384  # rows of a table quantised at once
-LARGE = 2**16  # elements of one layer's array from which it is unstacked
-HIDDEN_MULTIPLE = 128  # SigLIP's hidden units are padded to a multiple: a GPU would pad the matrix at every call
+SLAB = 16_384  # table rows quantised at once
+LARGE = 2**16  # minimum elements per layer of an array that is unstacked
+HIDDEN_MULTIPLE = 128  # SigLIP's hidden units are padded to a multiple; otherwise the GPU pads at every call
 
 
 class Weights(NamedTuple):
-    """What `generate` takes. A: action tokens; `head` has the rows of all V tokens or of the A alone."""
+    """The weights for `generate`. A: action tokens; `head` has rows for all V tokens or only those A."""
 
     vision: Params  # parameters of img, ego3d and zoe; large layers in lists, see `restack_layers`
     llm: DecoderWeights
@@ -36,18 +35,18 @@ class Weights(NamedTuple):
 
 
 class OutputsFirst(NamedTuple):
-    """A convolution's kernel in the layout a GPU takes; it would transpose any other at every call."""
+    """A convolution kernel in the layout GPUs use; any other would be transposed at every call."""
 
     values: Float[Array, "D p q C"]
 
 
 def prepare_weights(model: SpatialVLA, params: Params, *, int8: bool = False, whole_vocabulary: bool = True) -> Weights:
-    """Parameters as `generate` takes them, in the model's dtype.
+    """Convert parameters for `generate`, in the model's dtype.
 
-    `int8` keeps the language model's matrices and tables in 8 bits; the vision and depth models stay as they are.
-    Without `whole_vocabulary` the LM head has its action rows alone, all that constrained decoding reads. NumPy arrays
-    are cast on the host layer by layer, and tables are quantised in slabs of rows, the largest first: the device never
-    holds much more than the result.
+    `int8` stores the language model's matrices and tables in 8 bits; vision and depth models are not quantised. Without
+    `whole_vocabulary` the LM head keeps only its action rows, all that constrained decoding needs. NumPy arrays are
+    cast on the host layer by layer. Tables are quantised in slabs of rows, the largest table first. The device
+    therefore never holds much more than the result.
     """
     cfg, dtype = model.config, jnp.dtype(model.config.dtype)
 
@@ -83,8 +82,8 @@ def prepare_weights(model: SpatialVLA, params: Params, *, int8: bool = False, wh
 def to_decode_layout(
     llm: dict[str, Any], place: Callable[[Any], Array], finish: Callable[[Array], Matrix]
 ) -> DecoderWeights:
-    """The parameters of `gemma2.Gemma2` as `decoder.forward` takes them. `place` moves an array to the device, `finish`
-    takes each matrix made of it there (`quantize`, or nothing to do); no more than one layer is held twice."""
+    """Convert `gemma2.Gemma2`'s parameters for `decoder.forward`. `place` moves an array to the device; `finish`
+    converts each matrix there (`quantize` or the identity). At most one layer is held twice."""
     stacked = llm["layers"]
     norms = {name: place(stacked[name]["scale"]) for name in stacked if name.endswith("_norm")}
     matrices = {name: stacked[name] for name in ("attn", "mlp")}
@@ -111,16 +110,16 @@ def embed_image(
     depth: Float[Array, "B S S"] | None,
     intrinsics: Float[Array, "B 3 3"] | None,
 ) -> Float[Array, "B P D"]:
-    """`SpatialVLA.embed_image` on these weights."""
+    """`SpatialVLA.embed_image` with these weights."""
     vision = jax.tree.map(restack_layers, weights.vision, is_leaf=lambda x: isinstance(x, list | OutputsFirst))
-    vision["spatial_embedding"] = weights.spatial  # declared by the model, though no image needs it
+    vision["spatial_embedding"] = weights.spatial  # the model declares it, though embedding an image does not use it
     img = replace(cfg.img, mlp_dim=cfg.img.mlp_dim + -cfg.img.mlp_dim % HIDDEN_MULTIPLE)
     unrolled: Any = SpatialVLA(replace(cfg, unroll=True, img=img, zoe=replace(cfg.zoe, unroll=True)))
     return unrolled.apply({"params": vision}, image, depth, intrinsics, method="embed_image")
 
 
 def unstack_layers(stack: Any, axes: int, place: Callable[[Any], Array]) -> Any:
-    """Nested lists over the `axes` leading axes, one array a layer; small arrays stay stacked."""
+    """Split the `axes` leading axes into nested lists, one array per layer; small arrays stay stacked."""
     if not axes or math.prod(stack.shape[axes:]) < LARGE:
         return place(stack)
     return [unstack_layers(stack[i], axes - 1, place) for i in range(len(stack))]
@@ -135,7 +134,7 @@ def restack_layers(stored: Any) -> Array:
 
 
 def _stacked_axes(path: tuple[Any, ...]) -> int:
-    """Over how many leading axes a parameter of the vision and depth models is stacked."""
+    """The number of leading axes over which a parameter of the vision or depth model is stacked."""
     names = [key.key for key in path]
     return 2 if "stages" in names else int("encoderblock" in names)
 
@@ -156,13 +155,13 @@ def _pad_hidden(mlp: dict[str, Any], spare: int) -> dict[str, Any]:
 
 
 def _outputs_first(kernel: Array) -> Array | OutputsFirst:
-    """A kernel of one pixel is a matrix, and stays as it is."""
+    """Convert a convolution kernel; a 1×1 kernel is a matrix and is returned unchanged."""
     convolution = kernel.ndim == 4 and kernel.shape[0] > 1
     return OutputsFirst(rearrange(kernel, "p q C D -> D p q C")) if convolution else kernel
 
 
 def fixed_bias(config: BeitConfig, table: Float[Array, "R N"]) -> Float[Array, "N T T"]:
-    """The bias of a layer on images of the pretrained size, which `BeitAttention` takes as its parameter "bias" in
-    place of the table: it is the same at every call, and takes longer to gather than to read."""
+    """The bias of a layer for images of the pretraining size, which `BeitAttention` accepts as its parameter "bias" in
+    place of the table. It never changes, and gathering it takes longer than reading it."""
     side = config.patches_per_side
     return relative_position_bias(table.astype(jnp.float32), side, (side, side), -(side**2 + 1) % TOKENS)

@@ -26,8 +26,7 @@ def attend(
 ) -> Float[Array, "B T N H"]:
     """Grouped-query attention with Gemma 2's tanh soft cap; the softmax is computed in float32.
 
-    Uses one fused kernel where `fused_attention.can_fuse`. Rows without a visible key give 0 there and the mean of `v`
-    elsewhere.
+    Fused where `fused_attention.can_fuse`. Rows without a visible key give 0 if fused, else the mean of `v`.
     """
     if softcap is not None and can_fuse(q, k, softcap):
         return attend_fused(q, k, v, mask, scale=scale, softcap=softcap)
@@ -60,8 +59,7 @@ def encoder_attention(
 
 
 def prefix_lm_mask(valid: Bool[Array, "B S"], prefix_length: int) -> Bool[Array, "B S S"]:
-    """The first `prefix_length` positions attend to each other in both directions, the rest causally; padding is
-    masked.
+    """The first `prefix_length` positions attend to each other, the rest causally; padding is masked.
 
     `prefix_length` 0 gives a causal mask.
     """

@@ -59,8 +59,7 @@ def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
 def relative_position_bias(
     table: Float[Array, "R N"], pretrained: int, grid: Grid, padding: int = 0
 ) -> Float[Array, "N T T"]:
-    """Attention bias [head, query, key] for a class token, the row-major patches of `grid` = (h, w), and `padding`
-    masked tokens.
+    """Attention bias [head, query, key] for class token, row-major patches of `grid` = (h, w), `padding` masked tokens.
 
     `table` holds a row for each offset (dy, dx) between two patches of a `pretrained` x `pretrained` grid, then one
     each for class → patch, patch → class and class → class. For other grids the offsets are interpolated (MiDaS 3.1).
@@ -85,8 +84,7 @@ def relative_position_bias(
 
 
 def _bias_rows(grid: Grid, padding: int) -> np.ndarray:
-    """i32[T, T]: the row for each (query, key) in the stack of offsets, the table's last three rows, HIDDEN and
-    zero."""
+    """i32[T, T]: the row for each (query, key) among the offsets, the table's last three, HIDDEN and zero."""
     h, w = grid
     y, x = (places.ravel() for places in np.indices(grid))
     offsets = (2 * h - 1) * (2 * w - 1)

@@ -26,8 +26,7 @@ def back_project(depth: Float[Array, "B S S"], intrinsics: Float[Array, "B 3 3"]
     cells = rearrange(depth.astype(jnp.float32), "B (y p) (x q) -> B y p x q", p=step, q=step).mean(axis=(2, 4))
     centre = jnp.arange(n, dtype=jnp.float32) * step + step / 2
     v, u = jnp.meshgrid(centre, centre, indexing="ij")
-    # The inverse of [[fx, s, cx], [0, fy, cy], [0, 0, 1]] in closed form: exact, and needs no linear solver on the
-    # device.
+    # The inverse of [[fx, s, cx], [0, fy, cy], [0, 0, 1]] in closed form: exact, and without a linear solver.
     fx, skew, cx = (intrinsics[:, 0, i, None, None] for i in range(3))
     fy, cy = (intrinsics[:, 1, i, None, None] for i in (1, 2))
     y = (v - cy) / fy

@@ -58,8 +58,7 @@ def config_from_dict(config: type[T], data: Any, where: str) -> T:
 
 
 def build(config: type[T], values: dict[str, Any], where: str) -> T:
-    """Like `config(**values)`, but prefixes `where` to the InputError for values that are inconsistent with each
-    other."""
+    """Like `config(**values)`, but prefixes `where` to the InputError for inconsistent values."""
     try:
         return config(**values)
     except InputError as error:

@@ -85,8 +85,7 @@ def attend_fused(
     tiles: Tiles | None = None,
     interpret: bool | None = None,
 ) -> Float[Array, "B T N H"]:
-    """`attention.attend` in one kernel, differentiable in q, k and v. Rows without a visible key give 0, also in
-    gradients.
+    """`attention.attend` in one kernel, differentiable in q, k and v. Rows without a visible key give 0.
 
     H is a power of two from 16, `softcap` at most MAX_SOFTCAP, T and S arbitrary. Products are in q's dtype, summed in
     float32. By default the kernels run in interpreter mode where there is no GPU.
@@ -134,8 +133,7 @@ def on_shards(run: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def specs_by_queries(q: Array, k: Array) -> tuple[pl.BlockSpec, ...]:
-    """Block specs of queries, keys, mask and one number per query, for programs indexed (block of queries, head,
-    example)."""
+    """Specs of queries, keys, mask and numbers per query, for programs (block of queries, head, example)."""
     (_, T, N, H), (_, S, K, _) = q.shape, k.shape
     return (
         pl.BlockSpec((None, T, None, H), lambda t, n, b: (b, 0, n, 0)),
@@ -275,8 +273,7 @@ def dkv_kernel(call: Call, q_ref, k_ref, v_ref, mask_ref, z_ref, along_ref, dout
 def weights(call: Call, a: Array, b: Array, mask: Array) -> tuple[Array, Array]:
     """(p, 1 − t²) for the rows of a and b, float32.
 
-    Computes tanh by exp2, as libdevice's tanh is slow. Error below 1e-7, so p has a relative error below 1e-5 at a cap
-    of 50.
+    Computes tanh by exp2, as libdevice's tanh is slow. Its error is below 1e-7, so p's is below 1e-5 at a cap of 50.
     """
     rate = 2 * call.scale / call.softcap * math.log2(math.e)
     t = 1 - 2 / (1 + jnp.exp2(rate * dot(a, b.T)))

@@ -25,8 +25,7 @@ def adapter_of(module: nn.Module, weight: str) -> Adapter | None:
 def linear(
     equation: str, x: Float[Array, "..."], w: Float[Array, "..."], adapter: Adapter | None = None
 ) -> Float[Array, "..."]:
-    """The einsum of `x` and `w`. With an adapter, `w` already is W + B A, and gradients go to a and b instead of
-    `w`."""
+    """The einsum of `x` and `w`. With an adapter, `w` is W + B A, and only a and b get gradients."""
     return jnp.einsum(equation, x, w) if adapter is None else adapted(equation, x, w, adapter["a"], adapter["b"])
 
 

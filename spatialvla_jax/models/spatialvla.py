@@ -156,8 +156,7 @@ class SpatialVLA(nn.Module):
         depth: Float[Array, "B S S"] | None = None,
         intrinsics: Float[Array, "B 3 3"] | None = None,
     ) -> Float[Array, "B A+1 V"]:
-        """Teacher-forced logits, f32, of the A action tokens and `<eos>`; `action_ids` count from the first action
-        token."""
+        """Teacher-forced logits, f32, of the A action tokens and `<eos>`; `action_ids` start at 0."""
         prefix, prefix_valid = self.embed_prefix(image, prompt_ids, prompt_mask, depth, intrinsics)
         actions = jnp.take(self.spatial_embedding, action_ids, axis=0).astype(prefix.dtype)
         embeddings = jnp.concatenate([prefix, actions], axis=1)

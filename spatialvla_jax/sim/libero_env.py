@@ -1,4 +1,4 @@
-"""LIBERO's four suites as environments for `closed_loop`: their own initial states, success predicate, step limits."""
+"""LIBERO's four suites as `closed_loop` environments, with its initial states, success test and limits."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,21 +12,21 @@ from spatialvla_jax.sim import scripted_expert as expert
 from spatialvla_jax.sim.libero import camera, check_simulator, frame, observe, proprioception, set_up_worker, simulate
 from spatialvla_jax.sim.record_libero import PLANS
 
-# Steps of an episode: OpenVLA's, from the longest demonstration of each suite, with which the published numbers were
-# made (LIBERO's own training scripts allow 600 for all).
+# Step limits from OpenVLA, based on each suite's longest demonstration; the published numbers use them. LIBERO's own
+# training scripts allow 600 for every suite.
 MAX_STEPS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520}
-NUM_TASKS = 10  # of each suite
-SETTLE_STEPS = 10  # without motion, before the first observation: objects fall into place; not counted
+NUM_TASKS = 10  # per suite
+SETTLE_STEPS = 10  # uncounted steps without motion before the first observation, while objects settle
 NO_MOTION = np.array([0, 0, 0, 0, 0, 0, -1], np.float32)
 
 
 class Libero:
-    """One simulated Franka (see `closed_loop.Environment`); an action is as in the dataset "libero": controller units
-    in [-1, 1], gripper 0 closed .. 1 open.
+    """A simulated Franka arm (see `closed_loop.Environment`). Actions are as in the dataset "libero": controller units
+    in [-1, 1], gripper 0 closed to 1 open.
 
     Observations have "image" u8[S, S, 3], "intrinsics" f32[3, 3] in its pixels, "state" f32[8] (see `proprioception`)
-    and, with `depth`, "depth" f32[S, S] metres. The datasets *_no_noops hold mirrored pictures (the upside-down ones of
-    the simulator turned by 180 degrees); `mirrored` gives such.
+    and, with `depth`, "depth" f32[S, S] in metres. The *_no_noops datasets hold mirrored images: the simulator's
+    upside-down ones rotated by 180 degrees. `mirrored` reproduces these.
     """
 
     def __init__(self, image_size: int, depth: bool = False, mirrored: bool = False) -> None:
@@ -44,7 +44,7 @@ class Libero:
         return self._look() if look else {}, bool(self.env.check_success())
 
     def _begin(self, episode: Episode, render: bool) -> str:
-        """Builds the scene anew, the fixtures placed by the seed, so that no episode depends on another."""
+        """Build a new scene with fixtures placed by the seed, so that episodes are independent."""
         if self.env is not None:
             self.env.close()
         self.env, task, states = simulate(episode.suite, episode.task, episode_seed(episode), render=render)
@@ -55,14 +55,14 @@ class Libero:
 
     def _look(self) -> dict[str, Any]:
         image, millimetres = frame(self.env, self.image_size)
-        if self.mirrored:  # the principal point is in the middle, so the intrinsics stay
+        if self.mirrored:  # the principal point is central, so the intrinsics are unchanged
             image, millimetres = np.ascontiguousarray(image[:, ::-1]), np.ascontiguousarray(millimetres[:, ::-1])
         observation = {"image": image, "intrinsics": self.intrinsics, "state": proprioception(self.state)}
         return observation | ({"depth": millimetres * np.float32(0.001)} if self.depth else {})
 
 
 class LiberoExpert(Libero):
-    """The same without pictures: observations have "expert" f32[7], what the scripted expert does in this state."""
+    """`Libero` without images: observations have "expert" f32[7], the scripted expert's action in this state."""
 
     def __init__(self) -> None:
         super().__init__(image_size=0)
@@ -82,7 +82,7 @@ class LiberoExpert(Libero):
 
 
 def episodes(suites: Sequence[str], per_task: int, seeds: Sequence[int], tasks: Sequence[int] | None) -> list[Episode]:
-    """What is to be run, tasks in turn. Raises InputError, also where the simulator is missing."""
+    """The episodes to run, cycling through tasks. Raises InputError for bad arguments or a missing simulator."""
     for suite in suites:
         if suite not in MAX_STEPS:
             raise InputError(f"unknown suite {suite!r}: choose from {', '.join(MAX_STEPS)}")
@@ -98,8 +98,8 @@ def episodes(suites: Sequence[str], per_task: int, seeds: Sequence[int], tasks: 
 
 
 def initial_state(episode: Episode, count: int) -> int:
-    """Which of the benchmark's `count` states of the task it starts from: in `count` episodes each one, in an order
-    that the seed gives."""
+    """Index of the episode's start among the benchmark's `count` initial states of the task. The seed gives the order;
+    `count` episodes use each state once."""
     order = np.random.default_rng((episode.seed, episode.task)).permutation(count)
     return int(order[episode.number % count])
 

@@ -1,4 +1,4 @@
-"""Recorded motions without their pictures: a file of arrays that `record_libero.render_motions` draws."""
+"""Recorded motions without images: a file of arrays that `record_libero.render_motions` renders."""
 
 import zipfile
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from spatialvla_jax.utils.atomic import disk_errors, replacing
 
 @dataclass(frozen=True)
 class Motion:
-    """One accepted episode without its pictures, which `render_motion` makes: what was done, and where all was."""
+    """One accepted episode without its images, which `render_motion` adds: actions and simulator states."""
 
     suite: str
     task_id: int
@@ -23,7 +23,7 @@ class Motion:
     seed: int  # of the scene
     init_state: int
     language: str
-    qpos: Float[np.ndarray, "T Q"]  # of the simulator, before each action
+    qpos: Float[np.ndarray, "T Q"]  # simulator state before each action
     state: Float[np.ndarray, "T 8"]
     action: Float[np.ndarray, "T 7"]
 
@@ -32,9 +32,9 @@ TEXTS, NUMBERS, ARRAYS = ("suite", "split", "language"), ("task_id", "seed", "in
 
 
 def save_motions(out: Path, motions: Sequence[Motion]) -> None:
-    """As NumPy's .npz, by rename: the episodes one after the other, and of each its length and its other fields.
+    """Write motions as NumPy's .npz, by rename: concatenated arrays, and each episode's lengths and other fields.
 
-    Raises InputError where the file cannot be written."""
+    Raises InputError if the file cannot be written."""
     columns: dict[str, Any] = {key: np.array([getattr(m, key) for m in motions]) for key in (*TEXTS, *NUMBERS)}
     columns["length"], columns["width"] = np.array([m.qpos.shape for m in motions]).reshape(-1, 2).T
     columns |= {key: np.concatenate([getattr(m, key).ravel() for m in motions]) for key in ARRAYS}
@@ -45,7 +45,7 @@ def save_motions(out: Path, motions: Sequence[Motion]) -> None:
 
 
 def load_motions(path: Path) -> list[Motion]:
-    """Raises InputError for a file that `save_motions` did not write."""
+    """Read the motions of a file. Raises InputError if `save_motions` did not write it."""
     try:
         with np.load(path, allow_pickle=False) as file:
             columns = {key: file[key] for key in (*Motion.__dataclass_fields__, "length", "width")}

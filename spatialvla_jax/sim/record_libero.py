@@ -27,20 +27,20 @@ from spatialvla_jax.sim.libero import camera, check_simulator, frame, observe, s
 from spatialvla_jax.sim.motions import Motion, load_motions, save_motions
 
 JPEG_QUALITY = 85
-TRAIN_STATES, VAL_STATES = range(0, 40), range(40, 50)  # of the benchmark's 50 initial states of a task
+TRAIN_STATES, VAL_STATES = range(0, 40), range(40, 50)  # of the benchmark's 50 initial states per task
 MAX_STEPS = 180
-NOISE_STEPS = 4  # a disturbance of the motion lasts so long
-SNAPS, SNAP_STEPS = 0.04, 10  # how often, with each of them, the fingers close before their time, and for how long
+NOISE_STEPS = 4  # duration of a disturbance of the motion
+SNAPS, SNAP_STEPS = 0.04, 10  # probability per disturbance that the fingers close too early, and for how many steps
 MAX_ATTEMPTS = 100
 
-# Objects are held on their upright axis; boxes lie with their narrow side along y. They are carried over the rim of the
-# basket, 14.6 cm above its origin, and let go of in it, the tallest 1 cm above its floor: the hand stays above the rim.
+# Objects are held along their vertical axis; boxes lie with their narrow side along y. They are carried over the
+# basket's rim, 14.6 cm above its origin, and released inside, the tallest 1 cm above its floor. The hand stays above.
 IN_BASKET = expert.Plan(np.deg2rad(90), radius=0.0, lift=0.08, carry=0.13, release=0.105, open_steps=16)
 
 PLANS = {
-    # How the rim is held in each task (degrees about the bowl, 0 along +x, 90 along +y), so that the open fingers and
-    # the arm miss the neighbours: ramekin, drawer walls, cabinet, cookie box. Far from the base the gripper leans
-    # forward, because the arm is nearly stretched there and the controller loses its accuracy.
+    # Where the rim is gripped in each task (degrees around the bowl, 0 along +x, 90 along +y), so that the open fingers
+    # and the arm avoid the ramekin, drawer walls, cabinet and cookie box. Far from the base the gripper leans forward,
+    # because the arm is almost fully extended there and the controller becomes inaccurate.
     "libero_spatial": (
         expert.Plan(np.deg2rad(-45)),  # between the plate and the ramekin
         expert.Plan(np.deg2rad(-45)),  # next to the ramekin
@@ -53,9 +53,9 @@ PLANS = {
         expert.Plan(np.deg2rad(180)),  # next to the plate
         expert.Plan(np.deg2rad(75), lean=0.3),  # on the wooden cabinet
     ),
-    # Above the fingers, 4 cm over the grip point, is the hand, 20 cm long: what is tall is held near its top, and where
-    # the hand would come down on a neighbour it is turned. So it is at cartons, whose roofs are hollow and open along
-    # y, where a finger was caught.
+    # The hand is 20 cm long and 4 cm above the grip point, so tall objects are held near the top. The grip is turned
+    # where the hand would hit a neighbouring object. It is also turned at cartons, whose roofs are hollow and open
+    # along y: a finger got caught there.
     "libero_object": (
         IN_BASKET._replace(height=0.015),  # alphabet soup, a can
         IN_BASKET._replace(height=0.005, angle=np.deg2rad(70)),  # cream cheese, flat, beside a can
@@ -73,7 +73,7 @@ PLANS = {
 
 @dataclass(frozen=True)
 class Job:
-    """One episode to record; what it becomes depends on these fields only."""
+    """One episode to record. The result depends only on these fields."""
 
     suite: str
     task_id: int
@@ -81,14 +81,14 @@ class Job:
     number: int  # within its split and task
     seed: int
     image_size: int
-    drawn: bool = False  # the initial state from the task's regions, as the benchmark drew its own; else one of those
+    drawn: bool = False  # draw a new initial state from the task's regions instead of using the benchmark's
     noise: float = 0.0  # see `record_libero`
     spread: float = 1.0
 
 
 @dataclass(frozen=True)
 class TaskReport:
-    """How the recording of one task went: episodes tried and kept (the rest was rejected), mean steps of those kept."""
+    """Statistics of one task's recording: attempts, accepted episodes, and mean steps of those accepted."""
 
     language: str
     tried: int
@@ -112,24 +112,25 @@ def record_libero(
     workers: int | None = None,
     progress: bool = True,
 ) -> tuple[Path, dict[int, TaskReport]]:
-    """Records `episodes` train and `val_episodes` val episodes, dealt in turn over `tasks` (all by default).
+    """Record `episodes` train and `val_episodes` val episodes, cycling through `tasks` (all by default).
 
-    The suffix of `out` chooses the format: none for RLDS, .pack for a packed file (without TensorFlow), .npz for the
-    motions alone (without a renderer), which `render_motions` draws later.
+    The suffix of `out` chooses the format: none for RLDS, .pack for a packed file (without TensorFlow), .npz for
+    motions only (without a renderer), which `render_motions` renders later.
 
-    Only episodes that the benchmark's own predicate accepts are kept; a rejected one is tried again with other noise.
-    Train and val start from different initial states of the benchmark or, if `drawn`, from new states of the same
-    regions, so that a policy trained on these has seen none of the benchmark's. `noise` disturbs the motion towards the
-    object and its place and records how the expert corrects it (DART, Laskey et al. 2017): a standard deviation in
-    units of the action. With noise the fingers also sometimes close too early, and open again. Every episode grips at
-    an angle of its own, which no picture before the grip shows; `spread` scales its range, and 0 makes the actions
-    follow from the pictures. A packed file may keep pictures of every `every`-th step, with the actions of all.
+    Only episodes that pass the benchmark's success test are kept; others are retried with other noise. Train and val
+    start from different initial states of the benchmark. With `drawn` they start from new states in the same regions,
+    so a policy trained on them has seen none of the benchmark's states.
 
-    The same arguments give the same episodes for any number of `workers` (processes; default one a core). Rendering
-    follows MUJOCO_GL, by default osmesa (CPU); egl spreads over the GPUs of CUDA_VISIBLE_DEVICES.
+    `noise` disturbs the motion towards the object and the goal and records the expert's corrections (DART, Laskey et
+    al. 2017): a standard deviation in action units. With noise the fingers sometimes close too early and reopen. Each
+    episode has a random grip angle, which images before the grip do not show; `spread` scales its range, and with 0 the
+    images determine the actions. A packed file may hold images of every `every`-th step only, with all actions.
 
-    Returns the version directory that `tfds.builder_from_directory` reads, or the file, and a report for each task id.
-    Raises InputError for bad arguments, an existing `out` and a missing simulator.
+    The same arguments give the same episodes for any number of `workers` (processes; default one per core). Rendering
+    follows MUJOCO_GL, by default osmesa (CPU); egl distributes over the GPUs in CUDA_VISIBLE_DEVICES.
+
+    Returns the version directory for `tfds.builder_from_directory`, or the file, and a report per task id. Raises
+    InputError for bad arguments, an existing `out` or a missing simulator.
     """
     for name, value in (("noise", noise), ("spread", spread)):
         if not value >= 0:
@@ -171,11 +172,10 @@ def render_motions(
     workers: int | None = None,
     progress: bool = True,
 ) -> Path:
-    """Makes the pictures of the motions that `record_libero` wrote, and of them the dataset that it makes otherwise.
-    Several files, recorded with different seeds, become one.
+    """Render the motions that `record_libero` wrote and write the dataset it would otherwise have written. Several
+    files, recorded with different seeds, become one dataset.
 
-    Each frame shows the positions of its step, where a recording in one go shows those of one physics step (2 ms)
-    before. Raises InputError.
+    Each frame shows the state of its step; direct recordings that of 2 ms (a physics step) earlier. Raises InputError.
     """
     check_simulator()
     _check_out(out, every)
@@ -225,7 +225,7 @@ def _pack(
 
 
 def deal(suite: str, tasks: Sequence[int], episodes: int, val_episodes: int, seed: int, image_size: int) -> list[Job]:
-    """The episodes to record: tasks in turn, first all of train, then val from the task where train stopped."""
+    """The episodes to record, cycling through tasks: first train, then val from the task where train stopped."""
     jobs = []
     counts: dict[tuple[str, int], int] = {}
     for i in range(episodes + val_episodes):
@@ -239,9 +239,9 @@ def deal(suite: str, tasks: Sequence[int], episodes: int, val_episodes: int, see
 def in_processes(
     function: Callable[[Any], Any], jobs: Sequence[Any], workers: int, progress: bool, doing: str = "recording"
 ) -> Iterator[Any]:
-    """Results of `function` over `jobs`, in their order, from `workers` fresh processes, with a progress bar.
+    """Results of `function` over `jobs`, in order, from `workers` fresh processes, with a progress bar.
 
-    Raises RuntimeError when a process dies instead of answering, as a crash of the renderer or lack of memory makes it.
+    Raises RuntimeError when a process dies, for example because the renderer crashes or memory runs out.
     """
     from tqdm import tqdm
 
@@ -252,20 +252,20 @@ def in_processes(
             yield from tqdm(pool.map(function, jobs), doing, len(jobs), unit="episode", disable=not progress)
         except BrokenProcessPool as error:
             raise RuntimeError(f"a {doing} process died (a crash, or out of memory: try fewer workers)") from error
-        except BaseException:  # stopped: nobody waits for the episodes that are under way
+        except BaseException:  # stopped: do not wait for unfinished episodes
             for process in multiprocessing.active_children():
                 process.kill()
             raise
 
 
 def start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes, and the first one ends the others
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent ends its workers
     set_up_worker()
 
 
 def record(job: Job, look: bool) -> tuple[dict | Motion, str, int, int]:
-    """Tries until the benchmark accepts an episode; → (the episode, see `rlds_writer.features`, or where nobody is to
-    `look` its motion; its instruction; the number of tries and of steps)."""
+    """Retry until the benchmark accepts an episode. Returns (the episode as in `rlds_writer.features`, or its motion if
+    not `look`; its instruction; the number of attempts; the number of steps)."""
     for attempt in range(MAX_ATTEMPTS):
         if recorded := _attempt(job, attempt, look):
             motion, scene = recorded
@@ -298,7 +298,7 @@ def _check(
 
 
 def _attempt(job: Job, attempt: int, look: bool) -> tuple[Motion, tuple] | None:
-    """One episode as its motion and the other arguments of `_episode`, or None where the expert fails."""
+    """One attempt at an episode: its motion and the other arguments of `_episode`, or None if the expert fails."""
     key = (job.seed, SPLITS.index(job.split), job.task_id, job.number, attempt)
     seed = int(np.random.SeedSequence(key).generate_state(1)[0])
     rng = np.random.default_rng(seed)
@@ -320,7 +320,7 @@ def _attempt(job: Job, attempt: int, look: bool) -> tuple[Motion, tuple] | None:
                 disturbance = np.append(job.noise * rng.standard_normal(6), 0).astype(np.float32)
                 if rng.uniform() < SNAPS:
                     snapped = len(rows) + SNAP_STEPS
-            if job.noise and progress.phase in ("reach", "carry"):  # not while the fingers close or the object stands
+            if job.noise and progress.phase in ("reach", "carry"):  # not while the fingers close or release
                 action = np.clip(action + disturbance, -1, 1)
                 if progress.phase == "reach" and len(rows) < snapped:
                     action[6] = expert.CLOSE
@@ -333,7 +333,7 @@ def _attempt(job: Job, attempt: int, look: bool) -> tuple[Motion, tuple] | None:
 
 
 def render_motion(motion: Motion, image_size: int, encoded: bool) -> dict:
-    """The episode of a motion, its pictures made now."""
+    """Render the images of a motion: its episode, as `_episode` returns it."""
     env, task, _ = simulate(motion.suite, motion.task_id, motion.seed)
     with closing(env):
         frames = []
@@ -345,7 +345,7 @@ def render_motion(motion: Motion, image_size: int, encoded: bool) -> dict:
 
 
 def _episode(motion: Motion, name: str, frames: list[tuple], view: tuple[np.ndarray, np.ndarray]) -> dict:
-    """What the writers take, see `rlds_writer.features`."""
+    """An episode in the writers' format, see `rlds_writer.features`."""
     steps, (intrinsics, extrinsics) = [], view
     for i, ((image, depth), state, action) in enumerate(zip(frames, motion.state, motion.action, strict=True)):
         last = i == len(frames) - 1

@@ -1,12 +1,12 @@
-"""A policy as SimplerEnv's runner calls it, with the conventions of the release's own evaluation there.
+"""A policy with the interface of SimplerEnv's runner, following the release's own evaluation there.
 
     model = SimplerPolicy(Policy.load(checkpoint).infer, "widowx_bridge")
     maniskill2_evaluator(model, args)                      # simpler_env.evaluation
-    env.step(model.act(image, env.get_language_instruction()))   # or one's own loop, as over ManiSkill 3
+    env.step(model.act(image, env.get_language_instruction()))   # or your own loop, such as for ManiSkill 3
 
-The conventions are those of simpler_env/policies/spatialvla in github.com/DelinQu/SimplerEnv-OpenVLA, which made the
-published numbers. They differ from SimplerEnv's for its own models in the ensemble's weights, in the ten steps of the
-sticky gripper (there 15) and in what a gripper change is measured against.
+The conventions are those of simpler_env/policies/spatialvla in github.com/DelinQu/SimplerEnv-OpenVLA, which produced
+the published numbers. They differ from SimplerEnv's own in three ways: the ensemble's weights, a sticky gripper of ten
+steps instead of 15, and the reference for gripper changes.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,18 +21,18 @@ from spatialvla_jax.errors import InputError
 from spatialvla_jax.inference.action_chunking import chunk_of, recent
 from spatialvla_jax.utils.camera import as_array, kind_of
 
-# The dataset whose units a robot's actions have, as the released checkpoints and our exports name it. Runs of ours name
-# it without the version, which is the same key.
+# The dataset whose units each robot uses, named as in the released checkpoints and our exports. Our runs omit the
+# version; both names are accepted.
 UNNORM_KEYS = {"widowx_bridge": "bridge_orig/1.0.0", "google_robot": "fractal20220817_data/0.1.0"}
 STICKY_STEPS = 10
 
 
 class SimplerPolicy:
-    """`infer` is `Policy.infer` or `Client.infer`; `setup` one of `UNNORM_KEYS`, as SimplerEnv names its robots.
+    """`infer` is `Policy.infer` or `Client.infer`; `setup` is one of `UNNORM_KEYS`, SimplerEnv's robot names.
 
-    Every step gets a chunk; what is executed is the mean of all chunks that reach the step, the newest counting most.
-    `action_scale` multiplies movement and rotation; the Google robot's gripper, which is told changes, goes on with
-    one for `sticky_steps`.
+    Requests a chunk at every step and executes the mean of all chunks that cover the step, with more weight on newer
+    ones. `action_scale` multiplies translation and rotation. The Google robot's gripper takes changes; each is repeated
+    for `sticky_steps`.
     """
 
     def __init__(
@@ -52,21 +52,21 @@ class SimplerPolicy:
         self.reset("")
 
     def reset(self, task_description: str | None) -> None:
-        """Begins an episode."""
+        """Start an episode."""
         self.task_description = task_description
         self._chunks: list[np.ndarray] = []  # newest first
-        self._reference: float | None = None  # the gripper that a change is measured against
+        self._reference: float | None = None  # the gripper value from which changes are measured
         self._sticky, self._left = 0.0, 0
 
     def step(
         self, image: UInt8[np.ndarray, "H W 3"], task_description: str | None = None, **_: Any
     ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """What SimplerEnv's runner calls at every step: (raw action, action for the simulator).
+        """Called by SimplerEnv's runner at every step: (raw action, action for the simulator).
 
-        Raw: "world_vector", "rotation_delta" (roll, pitch, yaw), "open_gripper" (0 closed .. 1 open). For the
-        simulator: "world_vector" in metres, "rot_axangle" in radians, "gripper" and "terminate_episode" (always 0).
-        Another task description than before begins an episode. Raises InputError where there is none, for what the
-        policy refuses, and for a reply that is no chunk f32[T, 7] of finite numbers: then there is no action.
+        Raw: "world_vector", "rotation_delta" (roll, pitch, yaw), "open_gripper" (0 closed to 1 open). For the
+        simulator: "world_vector" in metres, "rot_axangle" in radians, "gripper" and "terminate_episode" (always 0). A
+        new task description starts an episode. Raises InputError, without an action, if there is no task description,
+        if the policy refuses the input, or if the reply is not a finite chunk f32[T, 7].
         """
         if task_description is not None and task_description != self.task_description:
             self.reset(task_description)
@@ -88,12 +88,12 @@ class SimplerPolicy:
         return raw, action
 
     def act(self, image: UInt8[np.ndarray, "H W 3"], task_description: str | None = None) -> Float[np.ndarray, " 7"]:
-        """`step` as the one vector that SimplerEnv's environments take: movement, axis-angle, gripper."""
+        """`step` as the single vector that SimplerEnv's environments take: translation, axis-angle, gripper."""
         _, action = self.step(image, task_description)
         return np.concatenate([action["world_vector"], action["rot_axangle"], action["gripper"]]).astype(np.float32)
 
     def _gripper(self, opened: Float[np.ndarray, " 1"]) -> Float[np.ndarray, " 1"]:
-        """WidowX: 1 open, -1 closed. Google robot: the change, 1 closes and -1 opens; one above a half is repeated."""
+        """WidowX: 1 open, -1 closed. Google robot: the change, 1 closes and -1 opens; above 0.5 it repeats."""
         if self.setup == "widowx_bridge":
             return np.where(opened > 0.5, 1.0, -1.0)
         if self._reference is None:
@@ -106,7 +106,7 @@ class SimplerPolicy:
         return np.array([change])
 
     def visualize_epoch(self, raw_actions: Sequence[dict[str, Any]], images: Sequence[Any], save_path: str) -> None:
-        """What the runner calls at an episode's end: draws the raw actions over time. The images are in its video."""
+        """Called by the runner at an episode's end: plot the raw actions over time. Its video shows the images."""
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
@@ -120,13 +120,14 @@ class SimplerPolicy:
 
 
 def area_resize(image: Any, size: int) -> UInt8[np.ndarray, "S S 3"]:
-    """Every pixel the mean of the area that it covers, as OpenCV's INTER_AREA shrinks. Raises InputError."""
+    """Area-averaging resize, like OpenCV's INTER_AREA when shrinking. Raises InputError for anything but u8[H, W,
+    3]."""
     array = as_array(image)
     if array is None or array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] != 3 or not array.size:
         raise InputError(f"the image must be uint8[H, W, 3], got {kind_of(array)}")
 
     def shares(length: int) -> np.ndarray:
-        """[S, length]: how much of a new pixel each old one is."""
+        """[S, length]: the share of each old pixel in each new one."""
         edges = np.arange(size + 1)[:, None] * (length / size)
         covered = np.clip(edges - np.arange(length), 0, 1)
         return np.diff(covered, axis=0) * (size / length)

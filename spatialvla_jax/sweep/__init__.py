@@ -1,1 +1,1 @@
-"""Change one thing at a time: plan.py makes the trials, run.py runs them, report.py sums them up."""
+"""Controlled comparisons: plan.py defines the trials, run.py runs them, reports/sweep.py summarises them."""

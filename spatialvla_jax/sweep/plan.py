@@ -1,18 +1,18 @@
-"""What a sweep file means: one trial for every combination of its axes' values and seeds, checked before any runs.
+"""Sweep files: one trial for every combination of axis values and seeds, checked before any trial runs.
 
-All combinations with the first seed come before those with the next: a sweep that is cut short has the whole table, and
-processes beside each other compile different programs, which the other seeds' trials then find.
+All combinations with the first seed come before those with the next, so a sweep that is cut short still fills the
+table. Parallel processes then also compile different programs, which the other seeds' trials reuse.
 
-A sweep file has `get_sweep()`, which returns
+A sweep file defines `get_sweep()`, which returns
 
     {
         "base": "demo",                                # a config file by name or path, or a config
         "axes": {
             "model.depth_source": ["dataset", "none"],        # a config key and its values
-            "grid": {"coarse": {"grid.num_bins": (8, 16, 4, 8, 8, 8)}, "fine": {}},  # or values with names
+            "grid": {"coarse": {"grid.num_bins": (8, 16, 4, 8, 8, 8)}, "fine": {}},  # or named values
         },
         "seeds": [0, 1],
-        "keep_checkpoints": False,                     # True where it is left out
+        "keep_checkpoints": False,                     # default: True
     }
 """
 
@@ -55,15 +55,15 @@ from spatialvla_jax.utils.schema import Field, check
 SEED = KEYS["seed"]
 SWEEP = {
     "base": Field("", "a config file by name or path, or a config", kinds=(str, dict, ConfigDict)),
-    "axes": Field({}, "config keys with their values, or names with {name of a value: {config key: value}}"),
+    "axes": Field({}, "config keys with their values, or axis names with {value's name: {config key: value}}"),
     "seeds": Field([0], "of the trials", items=SEED, problem=lambda seeds: "" if seeds else "must have at least one"),
-    "keep_checkpoints": Field(True, "False: only results are kept"),
+    "keep_checkpoints": Field(True, "False: keep only results"),
 }
 
 
 @dataclass(frozen=True)
 class Trial:
-    """`name` is its directory's; `values` is {axis: name of its value}."""
+    """`name` is also the directory's name; `values` is {axis: name of its value}."""
 
     name: str
     values: dict[str, str]
@@ -72,14 +72,14 @@ class Trial:
 
     @property
     def digest(self) -> str:
-        """Of its config."""
+        """Hash of the config (16 hex digits)."""
         text = json.dumps(self.config.to_dict(), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """`axes` is {axis: names of its values}, in the file's order, which is also that of the report."""
+    """`axes` is {axis: names of its values}, in the order of the file and the report."""
 
     name: str
     axes: dict[str, tuple[str, ...]]
@@ -88,17 +88,17 @@ class Sweep:
     trials: tuple[Trial, ...]
 
     def select(self, pattern: str) -> tuple[Trial, ...]:
-        """The trials whose names match a shell pattern. Raises InputError for none."""
+        """The trials whose names match a shell pattern. Raises InputError if none does."""
         if chosen := tuple(trial for trial in self.trials if fnmatchcase(trial.name, pattern)):
             return chosen
         raise InputError(f"no trial of sweep {self.name} matches {pattern!r}; the first is {self.trials[0].name}")
 
 
 def load_sweep(path: str | Path, overrides: Mapping[str, str] | None = None, only: str = "*") -> Sweep:
-    """The sweep of a file, given as for `find_config`, the keys `overrides` of its base config changed first.
+    """Load a sweep by file (as for `find_config`), applying `overrides` to its base config first.
 
-    Raises InputError for whatever would make a trial fail that can be known without data; files are looked for where
-    a trial's name matches the shell pattern `only`.
+    Raises InputError for every problem that is detectable without data. Files are checked only for trials whose names
+    match the shell pattern `only`.
     """
     path = find_config(path)
     given = call_function(path, "get_sweep")
@@ -177,7 +177,7 @@ def _changed(base: ConfigDict, changes: list[tuple[str, str, Any]]) -> ConfigDic
 
 
 def _check(config: ConfigDict, changed: set[str]) -> None:
-    """Raises InputError for a config that can't be trained, and for a change that would do nothing."""
+    """Raises InputError for a config that can't be trained, and for changed keys that would have no effect."""
     grid, problem = config.grid, None
     if grid.kind == "linear" and "grid.num_bins" in changed:
         problem = "a linear grid has 256 bins a dimension, so grid.num_bins would change nothing"
@@ -195,12 +195,12 @@ def _check(config: ConfigDict, changed: set[str]) -> None:
 
 
 def _grid(config: ConfigDict) -> ActionTokenizer:
-    """Of the size that the config's will have, where that is known."""
+    """A grid of the size that the config will have, where that is known in advance."""
     return linear_grid() if config.grid.kind == "linear" else uniform_grid(config.grid.num_bins)
 
 
 def _check_files(config: ConfigDict) -> None:
-    """Raises InputError for a file that is missing, and for a grid that the checkpoint in `init` can't be taken to."""
+    """Raises InputError for a missing file, or if the checkpoint in `init` can't be adapted to the grid."""
     data, problem = config.data.to_dict(), None
     depth = config.model.depth_source == "dataset"
     entries = () if data["packed"] else make_entries(DataConfig.from_config(config.data), depth)
@@ -218,9 +218,9 @@ def _check_files(config: ConfigDict) -> None:
         return
     start = read_checkpoint(config.init)
     old = start.processor.grid if start.processor else None
-    # A grid that is fitted to the data may be the one that the checkpoint has, if its bins are as many.
-    as_many = isinstance(old, ActionGrid) and old.num_bins == tuple(config.grid.num_bins)
-    if not (as_many and config.grid.kind == "gaussian"):
+    # A grid fitted to the data may equal the checkpoint's if the bin counts agree.
+    same_bins = isinstance(old, ActionGrid) and old.num_bins == tuple(config.grid.num_bins)
+    if not (same_bins and config.grid.kind == "gaussian"):
         adapt_checkpoint(config.init, start, _grid(config), **config.adapt.to_dict())
 
 

@@ -1,11 +1,11 @@
-"""Run a sweep's trials: each is trained, evaluated and summed up in one file, once, whoever runs the sweep.
+"""Run a sweep's trials. Each is trained, evaluated and summarised in one file, once, however many processes run it.
 
 DIR/sweep.json                            the plan, for the report
 DIR/compiled/                             JAX's compilation cache: grids of equal size share one compilation
-DIR/trials/NAME/                          the run, as `train` leaves it
-DIR/trials/NAME/result.json               it is finished; or failed.json says why it is not
-DIR/trials/NAME/running                   it runs, or its process died
-DIR/trials/NAME/{grid.json,data.npz}      what the report draws
+DIR/trials/NAME/                          the run, as written by `train`
+DIR/trials/NAME/result.json               exists when finished; on failure failed.json gives the reason
+DIR/trials/NAME/running                   the trial is running, or its process died
+DIR/trials/NAME/{grid.json,data.npz}      data for the report's figures
 """
 
 import contextlib
@@ -50,7 +50,7 @@ from spatialvla_jax.utils.distributed import is_writer
 from spatialvla_jax.utils.shipped import shipped
 
 FINISHED, FAILED, STOPPED, ELSEWHERE = "finished", "failed", "stopped", "being run by another process"
-SHOWN = 4000  # actions of the data that are kept for the report's drawings
+SHOWN = 4000  # actions of the data that are kept for the report's figures
 
 
 def folder_of(workdir: Path, trial: Trial) -> Path:
@@ -58,12 +58,12 @@ def folder_of(workdir: Path, trial: Trial) -> Path:
 
 
 def prepare(sweep: Sweep, workdir: Path) -> None:
-    """Write the plan. Raises InputError for a trial that began under another config, or was made from other data."""
+    """Write the plan. Raises InputError for a trial that was started with another config or made from other data."""
     packed = functools.cache(packed_digest)
     for trial in sweep.trials:
         folder, path = folder_of(workdir, trial), trial.config.data.packed
         result = json.loads((folder / "result.json").read_text()) if (folder / "result.json").exists() else {}
-        # The checkpoints of a finished trial may be gone.
+        # A finished trial may have no checkpoints left.
         if begun := begun_config(folder, step_directory(folder)) or (result and read_json(folder / CONFIG)):
             config = with_model_of(trial.config, None, begun) if trial.config.init else trial.config
             check_resumable(begun, config, folder)
@@ -73,27 +73,27 @@ def prepare(sweep: Sweep, workdir: Path) -> None:
     trials = {trial.name: {"values": trial.values, "seed": trial.seed} for trial in sweep.trials}
     plan = {"name": sweep.name, "axes": sweep.axes, "seeds": sweep.seeds, "trials": trials}
     plan, path = json.loads(json.dumps(plan)), workdir / "sweep.json"
-    if not path.exists() or json.loads(path.read_text()) != plan:  # processes that start together find it written
+    if not path.exists() or json.loads(path.read_text()) != plan:  # another process may have written it
         write_json(path, plan)
 
 
 def run_here(sweep: Sweep, workdir: Path, trials: Sequence[Trial], say: Callable[[str], None]) -> dict[str, str]:
-    """One trial after another in this process → {name: outcome}. SIGTERM ends the trial with a checkpoint, and all.
+    """Run trials one after another in this process → {name: outcome}. SIGTERM checkpoints the trial and stops.
 
-    A trial that this process or another died of has failed, so that those after it are reached; like any that failed it
-    is tried again the next time. One alone is in nobody's way, and goes on at once; so does one of several processes,
-    which could not tell a mark of the time before from their first one's.
+    If a process died during a trial, the trial counts as failed so that later trials run; like all failed trials it is
+    retried the next time. A single trial blocks no others and is resumed at once. So are trials of multi-process runs,
+    where the mark of a dead process cannot be told from that of the first process of this run.
     """
     share_compilations(workdir / "compiled")
     outcomes = {}
     for number, trial in enumerate(trials, 1):
         folder = folder_of(workdir, trial)
         folder.mkdir(parents=True, exist_ok=True)
-        with claim(folder) as mine:
+        with claim(folder) as claimed:
             if (folder / "result.json").exists():
                 outcomes[trial.name] = FINISHED
                 continue
-            if not mine:
+            if not claimed:
                 outcomes[trial.name] = ELSEWHERE
                 continue
             died = (folder / "running").exists() and not (folder / "failed.json").exists()
@@ -113,15 +113,15 @@ def run_here(sweep: Sweep, workdir: Path, trials: Sequence[Trial], say: Callable
 
 
 def run_parallel(command: Sequence[str], workdir: Path, trials: Sequence[Trial], processes: int) -> dict[str, str]:
-    """`command --only NAME` for every trial, some at once → {name: outcome}; what they print goes to log.txt.
+    """Run `command --only NAME` for each trial, `processes` at once → {name: outcome}; output goes to log.txt.
 
-    GPUs are dealt to the processes; where there are fewer, several processes share the memory of one.
+    GPUs are divided among the processes. With fewer GPUs than processes, processes share a GPU's memory.
     """
     count = len(list(Path("/dev").glob("nvidia[0-9]*")))
     gpus = [g for g in os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",") if g]
     running: set[subprocess.Popen] = set()
     stopping = threading.Event()
-    places = list(range(processes))  # a free one for every thread
+    places = list(range(processes))  # one free slot per thread
 
     def run(trial: Trial) -> str:
         folder = folder_of(workdir, trial)
@@ -134,10 +134,10 @@ def run_parallel(command: Sequence[str], workdir: Path, trials: Sequence[Trial],
         place = places.pop()
         environment = dict(os.environ)
         if gpus:
-            mine = gpus[place::processes] or [gpus[place % len(gpus)]]
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
+            assigned = gpus[place::processes] or [gpus[place % len(gpus)]]
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(assigned)
         if 0 < len(gpus) < processes:
-            share = 0.75 / -(-processes // len(gpus))  # the rest is for contexts and graphs
+            share = 0.75 / -(-processes // len(gpus))  # leaves room for contexts and graphs
             environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{share:.3f}")
         with (folder / "log.txt").open("a") as log:
             process = subprocess.Popen([*command, "--only", trial.name], stdout=log, stderr=log, env=environment)
@@ -149,7 +149,7 @@ def run_parallel(command: Sequence[str], workdir: Path, trials: Sequence[Trial],
             return FINISHED
         if stopping.is_set():
             return STOPPED
-        if code and not (folder / "failed.json").exists():  # killed, out of memory: it had no time to say why
+        if code and not (folder / "failed.json").exists():  # killed or out of memory: it could not write one
             write_failure(folder, trial, f"its process ended with exit code {code}, see log.txt")
         return FAILED if (folder / "failed.json").exists() else STOPPED
 
@@ -174,7 +174,7 @@ def run_parallel(command: Sequence[str], workdir: Path, trials: Sequence[Trial],
 def launch(
     launcher: str, arguments: str, config: str, workdir: Path, trials: Sequence[Trial], flags: Sequence[str], dry: bool
 ) -> None:
-    """Start one job for every trial that is not finished; a dry run prints what the jobs would run."""
+    """Start one job per unfinished trial; a dry run prints the jobs. Raises InputError if one fails."""
     for trial in trials:
         if (folder_of(workdir, trial) / "result.json").exists():
             continue
@@ -186,9 +186,9 @@ def launch(
 def job_command(
     launcher: str, arguments: str, config: str, workdir: Path, trial: Trial, flags: Sequence[str], dry_run: bool
 ) -> tuple[list[str], dict[str, str]]:
-    """The script of `launch/` that runs one trial, with the environment that it needs beside the usual.
+    """The command that runs one trial with a script of `launch/`, and its additional environment variables.
 
-    `arguments` are sbatch's options, or the CLUSTER TPU_TYPE SLICES IMAGE of xpk; raises InputError for others.
+    `arguments` are sbatch's options, or CLUSTER TPU_TYPE SLICES IMAGE for xpk. Raises InputError for others.
     """
     places = [config, str(workdir), "--only", trial.name, *flags]
     dry = ["--dry-run"] if dry_run else []
@@ -206,7 +206,7 @@ def job_command(
 
 @contextlib.contextmanager
 def claim(folder: Path) -> Iterator[bool]:
-    """Whether the trial is ours until the end of the block; the system gives it free when the process dies."""
+    """Lock the trial for the duration of the block; yields success. The OS releases it if the process dies."""
     if not is_writer():
         yield True
         return
@@ -220,7 +220,7 @@ def claim(folder: Path) -> Iterator[bool]:
 
 
 def attempt(trial: Trial, folder: Path, keep_checkpoints: bool) -> str:
-    """Run a trial → its outcome. Whatever goes wrong is written to failed.json."""
+    """Run a trial → its outcome. Errors are written to failed.json."""
     if is_writer():
         (folder / "running").touch()
     (folder / "failed.json").unlink(missing_ok=True)
@@ -246,7 +246,7 @@ def write_failure(folder: Path, trial: Trial, reason: str, kind: str = "ProcessE
 
 
 def measure(trial: Trial, folder: Path, trained: dict[str, Any]) -> dict[str, Any]:
-    """What a finished training run is worth, as it stands in result.json; writes what the report draws."""
+    """Evaluate a finished training run: the content of result.json. Also writes the data for the report's figures."""
     began, config = time.monotonic(), train_config_of(folder)
     policy = Policy.load(folder)
     loader, grid = open_data(config, policy.processor.statistics, policy.processor.tokenizer), policy.processor.grid
@@ -270,7 +270,7 @@ def measure(trial: Trial, folder: Path, trained: dict[str, Any]) -> dict[str, An
         "grid": describe_grid(grid),
         "tokens_used": len(np.unique(np.asarray(encode(grid, actions)))),
         "loss": next(record["loss"] for record in reversed(records) if "loss" in record),
-        "step_seconds_median": float(np.median(seconds[1:] or seconds)),  # the first ones hold the compilation
+        "step_seconds_median": float(np.median(seconds[1:] or seconds)),  # the first record includes compilation
         "train_seconds": float(np.dot(seconds, np.diff([0, *(record["step"] for record in times)]))),
         "evaluation_seconds": time.monotonic() - began,
         "device": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
@@ -279,9 +279,9 @@ def measure(trial: Trial, folder: Path, trained: dict[str, Any]) -> dict[str, An
 
 
 def features_of(init: str, run: Path, actions: np.ndarray) -> dict[str, np.ndarray]:
-    """Rows of the spatial table over directions at the data's median r, of a run that started from a checkpoint, before
-    and after it and, if the grid is another, as adapted to it, before any training: {"before_theta" (edges),
-    "before_phi" (edges), "before_features" f32[n, m, D], "after_theta", …, "adapted_theta", …}."""
+    """Rows of the spatial embedding over directions, at the data's median r, for a run that started from a checkpoint:
+    before and after training, and, if the grid changed, after adaptation. Returns {"before_theta" (edges), "before_phi"
+    (edges), "before_features" f32[n, m, D], "after_theta", …, "adapted_theta", …}."""
     median, arrays, tables = np.median(np.linalg.norm(actions[:, :3], axis=1)), {}, {}
     for when, path in {"before": init, "after": run}.items() if init else ():
         checkpoint = read_checkpoint(path)
@@ -302,6 +302,6 @@ def features_of(init: str, run: Path, actions: np.ndarray) -> dict[str, np.ndarr
 
 
 def save_arrays(path: Path, **arrays: np.ndarray) -> None:
-    """As NumPy's .npz, by rename."""
+    """Write arrays as NumPy's .npz, by rename."""
     with replacing(path) as temporary:
         np.savez_compressed(temporary, **arrays)  # pyright: ignore[reportArgumentType]
