@@ -16,7 +16,7 @@ def batch_splits(mesh: jax.sharding.AbstractMesh) -> int:
 
 
 def constrain_batch(x: Any, *extra: str) -> Any:
-    """Shard the first dimension of `x` over the mesh's batch axes, and over `extra` axes if divisible; no other dimension.
+    """Shard the first dimension of `x` over the mesh's batch axes, and over `extra` if divisible; no other dimension.
 
     Does nothing outside a mesh (`training.sharding.on_mesh`) or if the batch does not divide.
     """
