@@ -1,7 +1,7 @@
-"""Image augmentation on the device, inside the jitted step: a random crop that moves the intrinsics, and colour jitter.
+"""Image augmentation on the device, inside the jitted step: colour jitter, and a random crop that moves the intrinsics.
 
-Ranges as published (FACTS of the release: crop of 90 % of the area, brightness 0.2, contrast and saturation 0.8–1.2,
-hue 0.05), in the order crop, brightness, contrast, saturation, hue.
+Ranges and order are the release's: crop (90 % of the area), brightness (0.2), contrast and saturation (0.8–1.2), then
+hue (0.05).
 """
 
 from dataclasses import dataclass
@@ -13,10 +13,10 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 @dataclass(frozen=True)
 class Augmentation:
-    """`crop_area` 1 and the others 0 switch a part off; `contrast` and `saturation` are half-widths around 1.
+    """Set `crop_area` to 1 and the others to 0 to disable them; `contrast` and `saturation` are half-widths around 1.
 
-    With `crop_area_max` above `crop_area` every example draws its own area from between the two. Up to 1, a policy from
-    scratch has seen whole images, which it is given later, at their own scale.
+    If `crop_area_max` exceeds `crop_area`, each example draws its own area between the two. A maximum of 1 lets a
+    policy trained from scratch see whole images at the scale it will meet at inference.
     """
 
     crop_area: float = 0.9
@@ -35,7 +35,7 @@ def augment(
     intrinsics: Float[Array, "B 3 3"],
     config: Augmentation,
 ) -> tuple[Float[Array, "B S S 3"], Float[Array, "B S S"] | None, Float[Array, "B 3 3"]]:
-    """A different draw per example. Image in [0, 1]; depth follows the crop, intrinsics too (unless switched off)."""
+    """Draw separately for each example. Image in [0, 1]; depth and (unless switched off) intrinsics follow the crop."""
     crop_key, colour_key = jax.random.split(key)
     B, size = image.shape[:2]
     if config.crop_area < 1:
@@ -69,7 +69,7 @@ def crop(
 def crop_intrinsics(
     intrinsics: Float[Array, "B 3 3"], offset: Float[Array, "B 2"], scale: Float[Array, " B"]
 ) -> Float[Array, "B 3 3"]:
-    """Intrinsics of the image that `crop` makes: pixel (u, v) goes to (u − column, v − row) · scale."""
+    """Intrinsics of the image returned by `crop`: pixel (u, v) moves to (u − column, v − row) · scale."""
     B = offset.shape[0]
     move = jnp.zeros((B, 3, 3)).at[:, 0, 0].set(scale).at[:, 1, 1].set(scale).at[:, 2, 2].set(1)
     move = move.at[:, 0, 2].set(-offset[:, 1] * scale).at[:, 1, 2].set(-offset[:, 0] * scale)
@@ -78,7 +78,7 @@ def crop_intrinsics(
 
 
 def colour_jitter(key: PRNGKeyArray, image: Float[Array, "S S 3"], config: Augmentation) -> Float[Array, "S S 3"]:
-    """`adjust_colours` of one image, each amount drawn evenly from the config's range."""
+    """`adjust_colours` of one image, with each amount drawn uniformly from the config's range."""
     widths = (config.brightness, config.contrast, config.saturation, config.hue)
     return adjust_colours(
         image,
@@ -93,12 +93,12 @@ def adjust_colours(
     saturation: Float[Array, ""],
     hue: Float[Array, ""],
 ) -> Float[Array, "S S 3"]:
-    """Brightness, contrast, saturation and hue in this order, as tf.image defines them. The result is clipped to [0, 1]
-    after each one, as in the release. Contrast and saturation are multiplied by 1 + the amount."""
+    """Brightness, contrast, saturation and hue, in this order, as defined by tf.image. The image is clipped to [0, 1]
+    after each, as in the release. Contrast and saturation are multiplied by 1 + the amount."""
     image = jnp.clip(image + brightness, 0, 1)
     mean = image.mean(axis=(0, 1), keepdims=True)
     image = jnp.clip((image - mean) * (1 + contrast) + mean, 0, 1)
-    # Saturation and hue act in HSV, where the result of neither leaves [0, 1].
+    # Saturation and hue act in HSV, where neither can leave [0, 1].
     h, s, v = rgb_to_hsv(image)
     return hsv_to_rgb((h + hue) % 1.0, jnp.clip(s * (1 + saturation), 0, 1), v)
 

@@ -1,4 +1,4 @@
-"""FLOPs that a training sample needs, counted over the products of the traced gradient."""
+"""FLOPs per training sample, counted from the matrix products in the traced gradient."""
 
 from collections.abc import Iterator
 from math import prod
@@ -19,14 +19,14 @@ from spatialvla_jax.training.step import loss_and_metrics, prepare
 
 
 def model_flops(setup: TrainSetup, grid: ActionTokenizer) -> float:
-    """FLOPs of one sample that the model itself needs: the forward pass, and the backward pass to every trainable
-    parameter, without augmentation, rematerialisation and optimizer. Counted over the products of `traced_gradient`.
+    """FLOPs that the model itself needs per sample: the forward pass and the backward pass to all trainable parameters,
+    without augmentation, rematerialisation and optimizer. Counted over the products of `traced_gradient`.
     """
     return product_flops(traced_gradient(setup, grid))
 
 
 def traced_gradient(setup: TrainSetup, grid: ActionTokenizer) -> Any:
-    """The jaxpr of one sample's gradient, of adapters with their sum with the weights made before."""
+    """The jaxpr of one sample's gradient; adapters are merged into the weights outside it."""
     setup, params = setup.with_remat("none"), abstract_params(setup)
     weights: dict[str, Any] = jax.eval_shape(lambda p: put_beside(p, setup.lora_scale), params)
     flat, learn = flatten_dict(weights, sep="/"), flatten_dict(split_frozen(params, setup.frozen)[0], sep="/")
@@ -46,12 +46,12 @@ def traced_gradient(setup: TrainSetup, grid: ActionTokenizer) -> Any:
 
 
 def product_flops(jaxpr: Any) -> float:
-    """Of the matrix products and convolutions in a jaxpr, a scan's body times its length; 2 a multiply-add."""
+    """FLOPs of a jaxpr's matrix products and convolutions. A scan counts its length times; a multiply-add counts 2."""
     return sum(flops for _, flops in products(jaxpr))
 
 
 def products(jaxpr: Any, path: str = "", times: int = 1) -> Iterator[tuple[str, float]]:
-    """(the operation's path, FLOPs) of each of them. A fused attention is a kernel and counts as none."""
+    """(the operation's path, FLOPs) of each product. Fused attention kernels count as 0."""
     for equation in jaxpr.eqns:
         name = f"{path}/{equation.source_info.name_stack}"
         operation = f"{name}/{equation.primitive.name}"

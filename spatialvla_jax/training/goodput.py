@@ -1,13 +1,13 @@
-"""Goodput: the share of a run's wall time, over all its restarts, that made steps which were kept.
+"""Goodput: the share of a run's wall time, restarts included, that produced steps which were kept.
 
-Every process of a run writes one small file, `WORKDIR/goodput/<when it began>.json`:
+Each process of a run writes one small file, `WORKDIR/goodput/<start time>.json`:
 
     {"began": seconds since 1970, "marks": [{"step": 40, "seconds": {"total": 61.5, "compile": 12.0, …}}, …]}
 
-A mark says what the process had spent since it began, by `Clock` name, when it had made `step`. Marks of saved steps
-stay; the others are replaced by the next one. The file is replaced whole, so that it needs no appending, which buckets
-don't know, and no more often than every `INTERVAL` seconds where nothing was saved: a killed process loses no more than
-these. `account` says where the time went, from all files.
+A mark records the time spent since the process started, by `Clock` name, when it had completed `step`. Marks of saved
+steps stay; others are replaced by the next. The file is always rewritten whole, because buckets cannot append. Between
+saves this happens at most every `INTERVAL` seconds, which is all that a killed process loses. `account` computes where
+the time went, from all files.
 """
 
 import contextlib
@@ -25,18 +25,18 @@ from spatialvla_jax.utils.distributed import is_writer
 from spatialvla_jax.utils.progress import warn
 from spatialvla_jax.utils.storage import AnyPath, list_names, read_text
 
-FOLDER = "goodput"  # of a run's directory
-INTERVAL = 10.0  # seconds between two writes
-STARTING = ("imports", "index", "restore", "start")  # names of the clock that count as `start`
+FOLDER = "goodput"  # in a run's directory
+INTERVAL = 10.0  # seconds between writes
+STARTING = ("imports", "index", "restore", "start")  # clock names that count as `start`
 CAUSES: tuple[str, ...] = ("steps", "start", "compile", "data", "save", "eval", "lost", "idle")
 
-Process = dict[str, Any]  # {"began", "marks"}, as in its file
-NOTHING: dict[str, Any] = {"step": None, "seconds": {"total": 0.0}}  # the mark with which every process begins
+Process = dict[str, Any]  # {"began", "marks"}, the content of its file
+NOTHING: dict[str, Any] = {"step": None, "seconds": {"total": 0.0}}  # every process's initial mark
 
 
 class Clock:
-    """What this process spent its time on, by name: `with clock("data"): …`. Time within an inner `with` counts there
-    alone. The process began `age` seconds ago, which it spent on imports."""
+    """Time spent by this process, by name: `with clock("data"): …`. Time in a nested `with` counts only there. The
+    process started `age` seconds ago and spent them on imports."""
 
     def __init__(self, age: float = 0.0) -> None:
         self.began = time.perf_counter() - age
@@ -55,12 +55,12 @@ class Clock:
             self.inner = outer + seconds
 
     def totals(self) -> dict[str, float]:
-        """Seconds by name, and "total" since the process began."""
+        """Seconds by name, and "total" since the process started."""
         return {"total": time.perf_counter() - self.began, **self.spent}
 
     def report(self, steps: int) -> dict[str, float]:
-        """Seconds a step, of the last `steps`: in all, waiting for data and for devices (which includes compiling, at
-        the first step), and stalled by saving. The start and validation do not count."""
+        """Seconds per step over the last `steps`: in total, waiting for data, waiting for devices (including
+        compilation at the first step), and stalled by saving. Start-up and validation do not count."""
         now, before = self.totals(), defaultdict(float, self.reported)
         spent = defaultdict(float, {name: seconds - before[name] for name, seconds in now.items()})
         self.reported = now
@@ -71,23 +71,22 @@ class Clock:
 
 
 class Goodput:
-    """This process's marks, beside those that earlier processes of the run left. Only the first of several
-    processes writes."""
+    """This process's marks, and those of the run's earlier processes. Only process 0 writes."""
 
     def __init__(self, folder: LogFolder, clock: Clock) -> None:
         self.folder, self.clock = folder, clock
         self.earlier = read_processes(folder.workdir) if is_writer() else []
         now = time.time()
-        # Earlier marks were made in the past: where they say otherwise, this machine's clock is behind theirs.
+        # If earlier marks appear to lie in the future, this machine's clock is behind.
         ends = [process["began"] + process["marks"][-1]["seconds"]["total"] for process in self.earlier]
         began = now + max(0.0, max(ends, default=now) - now) - clock.totals()["total"]
         name = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime(began))}-{secrets.token_hex(3)}.json"
         self.path, self.marks, self.written = folder.path / FOLDER / name, [], -INTERVAL
         self.process: Process = {"began": began, "marks": self.marks}
-        self.keeps = True  # whether the next mark leaves the last one in place
+        self.keeps = True  # whether the last mark stays when the next is added
 
     def mark(self, step: int | None, *, keep: bool = False) -> None:
-        """The state is that of `step` now, None while it is being made; `keep` where it was saved, or was loaded."""
+        """Record that `step` is complete (None while starting); `keep` the mark if that step was saved or restored."""
         if not self.keeps:
             self.marks.pop()
         self.marks.append({"step": step, "seconds": self.clock.totals()})
@@ -100,21 +99,20 @@ class Goodput:
             self.folder.upload_now_and_then()
 
     def close(self) -> None:
-        """The last mark, of a process that ends. Where it cannot be written, the run's own error says why."""
+        """Write the last mark when the process ends. If that fails, the run's own error gives the reason."""
         if self.marks:
             with contextlib.suppress(OSError):
                 self.mark(self.marks[-1]["step"], keep=True)
 
     def shares(self) -> dict[str, float]:
-        """{"goodput": of kept steps, "goodput/CAUSE": of each other cause}, of the wall time until the last mark."""
+        """{"goodput": share of kept steps, "goodput/CAUSE": other shares} of the wall time to the last mark."""
         seconds = account([*self.earlier, self.process])
         wall = sum(seconds.values())
         return {"goodput" if k == "steps" else f"goodput/{k}": v / wall for k, v in seconds.items()} if wall else {}
 
 
 def read_processes(workdir: AnyPath) -> list[Process]:
-    """What the processes of a run recorded, in the order in which they began. A file that holds no record is reported
-    and left out."""
+    """The records of a run's processes, ordered by start time. Invalid files are skipped with a warning."""
     names, processes = list_names(workdir / FOLDER), []
     for file in (workdir / FOLDER / name for name in names if name.endswith(".json")):
         text = read_text(file)
@@ -127,20 +125,19 @@ def read_processes(workdir: AnyPath) -> list[Process]:
                 raise ValueError
             processes.append(process)
         except (ValueError, TypeError, KeyError):
-            warn(f"{file} is damaged: expected what a training process recorded; its time counts as idle")
+            warn(f"{file} is damaged: expected the record of a training process; its time counts as idle")
     return sorted(processes, key=lambda process: process["began"])
 
 
 def account(processes: Sequence[Process]) -> dict[str, float]:
-    """Seconds by cause, which add up to the time from the beginning of the first of `processes` to the last one's last
-    mark.
+    """Seconds by cause. Their sum is the time from the start of the first of `processes` to the last one's last mark.
 
-    `steps` made steps that were kept. `lost` was spent, on whatever, on steps that a later process, or the same one
-    after a loss spike, made again. `idle` is time without a process. Where two overlap, the later one counts.
+    `steps` is time on steps that were kept. `lost` is all time on steps that were repeated by a later process, or by
+    the same one after a loss spike. `idle` is time without a process. If two overlap, the later one counts.
     """
     seconds = dict.fromkeys(CAUSES, 0.0)
-    bound = float("inf")  # steps beyond it were made again
-    later = None  # when the next process began
+    bound = float("inf")  # later steps were repeated
+    later = None  # start of the next process
     for process in sorted(processes, key=lambda process: -process["began"]):
         limit = None if later is None else later - process["began"]
         marks = [NOTHING, *_until(process["marks"], limit)]
@@ -154,7 +151,7 @@ def account(processes: Sequence[Process]) -> dict[str, float]:
                 starting, rest = starting + sum(rest.values()), {}
             elif last > first:
                 kept = min(max((bound - first) / (last - first), 0.0), 1.0)
-            else:  # nothing was made, or the way back
+            else:  # no progress, or a rewind
                 kept = float(first == last <= bound)
             seconds["start"] += starting
             seconds["compile"] += compiling
@@ -168,7 +165,7 @@ def account(processes: Sequence[Process]) -> dict[str, float]:
 
 
 def _causes(before: dict[str, float], after: dict[str, float]) -> tuple[float, float, dict[str, float]]:
-    """Seconds of starting, of compiling, and of the other causes between two marks; what none names made steps."""
+    """Seconds of starting, of compiling, and of other causes between two marks. Unattributed time counts as `steps`."""
     spent = {name: seconds - before.get(name, 0.0) for name, seconds in after.items() if name != "compute"}
     total = spent.pop("total")
     spent["steps"] = total - sum(spent.values())
@@ -177,7 +174,7 @@ def _causes(before: dict[str, float], after: dict[str, float]) -> tuple[float, f
 
 
 def _until(marks: Sequence[dict[str, Any]], limit: float | None) -> list[dict[str, Any]]:
-    """The marks up to `limit` seconds; the first one beyond it is moved there, with its share of what was spent."""
+    """The marks up to `limit` seconds. The first mark beyond is interpolated to the limit."""
     kept = [mark for mark in marks if limit is None or mark["seconds"]["total"] <= limit]
     if limit is not None and len(kept) < len(marks):
         after, before = marks[len(kept)], kept[-1] if kept else NOTHING

@@ -27,7 +27,7 @@ def make_grid(
     gaussians: Callable[[], Float[np.ndarray, "6 2"]],
     kept: ActionTokenizer | None = None,
 ) -> ActionTokenizer:
-    """The grid of a config's `grid` part; `gaussians` is called where the kind needs them, `kept` is that of the
+    """The action grid for a config's `grid` part. `gaussians` is called only if needed; `kept` is the grid of the
     checkpoint to start from. Raises InputError."""
     if config["kind"] == "linear":
         return linear_grid()
@@ -43,7 +43,7 @@ def make_grid(
 
 
 def fitted_datasets(names: Sequence[str], exclude: Sequence[str]) -> list[str]:
-    """The datasets that the grid is fitted to. Raises InputError when none is left."""
+    """The datasets that the grid is fitted to. Raises InputError if none is left."""
     if not (fitted := [name for name in names if find_key(name, exclude) is None]):
         raise InputError(
             f"grid.exclude names every dataset ({', '.join(names)}), so there is nothing to fit the grid to: "
@@ -53,7 +53,7 @@ def fitted_datasets(names: Sequence[str], exclude: Sequence[str]) -> list[str]:
 
 
 def fitted_actions(loader: Loader, exclude: Sequence[str]) -> Iterator[Float[np.ndarray, "N A"]]:
-    """The normalised actions that the grid is fitted to, one dataset of the training split after another."""
+    """The normalised actions that the grid is fitted to, one array per dataset of the training split."""
     fitted = fitted_datasets(loader.names, exclude)
     for index in loader.indexes():
         if index.name in fitted:
@@ -61,15 +61,15 @@ def fitted_actions(loader: Loader, exclude: Sequence[str]) -> Iterator[Float[np.
 
 
 def _gaussians(index: Index, statistics: Mapping[str, Any]) -> Float[np.ndarray, "6 2"]:
-    """`fit_gaussians` on a dataset's normalised actions; the index has them for its own statistics."""
+    """`fit_gaussians` on a dataset's normalised actions; cached in the index for the dataset's own statistics."""
     if index.gaussians is not None and statistics == index.statistics:
         return np.asarray(index.gaussians)
     return fit_gaussians(normalize(index.arrays["action"], statistics["action"]))
 
 
 def mixture_gaussians(config: Mapping[str, Any], loader: Loader) -> Float[np.ndarray, "6 2"]:
-    """(mu, sigma) of the six variables over a config's training split less `grid.exclude`, every frame counting the
-    same: from the file `data.statistics` if there is one, else from the data."""
+    """f64[6, 2] (mu, sigma) of the six variables over a config's training split without `grid.exclude`. All frames
+    count equally. Read from the file `data.statistics` if set, else computed from the data."""
     exclude = config["grid"]["exclude"]
     if path := config["data"].get("statistics"):
         return pooled(load_stats(path), fitted_datasets(loader.names, exclude))

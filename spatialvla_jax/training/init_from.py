@@ -1,4 +1,4 @@
-"""Where a run starts: random parameters, or a checkpoint with its tokenizer and grid, adapted as asked for."""
+"""Where a run starts: random parameters, or a checkpoint with its tokenizer and grid, adapted as configured."""
 
 import json
 import re
@@ -33,10 +33,9 @@ from spatialvla_jax.utils.storage import AnyPath, to_path
 
 
 def open_start(config: ConfigDict, step: AnyPath | None) -> tuple[Checkpoint | None, Processor | None]:
-    """→ (the SpatialVLA in `config.init`, the processor to go on with), each None where there is none or no need.
+    """→ (the SpatialVLA checkpoint in `config.init`, the processor to use); each is None if missing or not needed.
 
-    A run that goes on, from the directory `step`, has its own processor, and needs `init` only for what adapters are
-    added to.
+    A resumed run, from the directory `step`, uses its own processor. It needs `init` only as the base of its adapters.
     """
     if not config.init:
         return None, None
@@ -49,13 +48,13 @@ def open_start(config: ConfigDict, step: AnyPath | None) -> tuple[Checkpoint | N
 
 
 def with_model_of(config: ConfigDict, start: Checkpoint | None, begun: dict[str, Any]) -> ConfigDict:
-    """The config with the sizes, source of depth and mask of the model in `init`; of a run that goes on, those of the
-    config that it began with.
+    """The config with the preset, depth source and mask of the model in `init`, or for a resumed run (`begun` not
+    empty) of the config it started with.
 
-    Raises InputError where the config chooses sizes or a source of depth, other than by default, that differ.
+    Raises InputError if the config explicitly sets a different preset or depth source.
     """
     if begun:
-        model = default_config().model.to_dict() | begun["model"]  # a key that is younger than the run had its default
+        model = default_config().model.to_dict() | begun["model"]  # keys newer than the run have their defaults
     elif start is not None:
         model = {"preset": preset_of(config.init, start.config)}
         model |= {key: getattr(start.config, key) for key in ("depth_source", "mask")}
@@ -63,18 +62,18 @@ def with_model_of(config: ConfigDict, start: Checkpoint | None, begun: dict[str,
         return config
     config, default = config.copy_and_resolve_references(), default_config().model
     for key in ("preset", "depth_source", "mask"):
-        ours, theirs = config.model[key], model[key]
-        if ours == theirs:
+        value, stored = config.model[key], model[key]
+        if value == stored:
             continue
-        if ours == default[key]:
-            config.model[key] = theirs
+        if value == default[key]:
+            config.model[key] = stored
         elif key != "mask":
-            raise InputError(f"config key model.{key} is {ours!r}, and the model in {config.init} has {theirs!r}")
+            raise InputError(f"config key model.{key} is {value!r}, and the model in {config.init} has {stored!r}")
     return config
 
 
 def preset_of(path: str, config: SpatialVLAConfig) -> str:
-    """The name of a checkpoint's sizes. Raises InputError where they have none."""
+    """The preset name for a checkpoint's sizes. Raises InputError if no preset has them."""
     vocabulary = config.llm.vocab_size
     for name, sizes in PRESETS.items():
         same = (sizes.img, replace(sizes.llm, vocab_size=vocabulary)) == (config.img, config.llm)
@@ -84,7 +83,7 @@ def preset_of(path: str, config: SpatialVLAConfig) -> str:
 
 
 def make_processor(config: ConfigDict, loader: Loader, start: Processor | None = None) -> Processor:
-    """The grid fitted to the training split, or that of `start`, with the loader's tokenizer and statistics."""
+    """A grid fitted to the training split, or the grid of `start`, with the loader's tokenizer and statistics."""
     grid = make_grid(config.grid.to_dict(), lambda: mixture_gaussians(config.to_dict(), loader), start and start.grid)
     return Processor(
         tokenizer=loader.tokenizer,
@@ -99,12 +98,12 @@ def make_processor(config: ConfigDict, loader: Loader, start: Processor | None =
 def starting_params(
     config: ConfigDict, step: AnyPath | None, setup: TrainSetup, checkpoint: Checkpoint | None, grid: ActionTokenizer
 ) -> tuple[Params | None, dict[str, Any]]:
-    """→ (parameters, what the run's metadata says of them), from `config.init`, which is a PaliGemma or the
-    `checkpoint`, adapted to `grid`; no parameters where random ones or those of the run's own checkpoint, in the
-    directory `step`, do.
+    """→ (parameters, metadata about them) from `config.init`, a PaliGemma or the SpatialVLA `checkpoint`, adapted to
+    `grid`. The parameters are None if they will be random or restored from the run's own checkpoint in the directory
+    `step`.
 
-    They are in float32; where adapters are added, the frozen ones are in the dtype that they are stored in.
-    Raises InputError naming those that this model has otherwise.
+    They are float32, except that with adapters the frozen ones keep the dtype in which they are stored. Raises
+    InputError naming parameters whose shapes differ from this model's.
     """
     lora, model, adapt = setup.adapters, setup.model, config.adapt.to_dict()
     if not config.init or (step and lora is None):
@@ -132,14 +131,14 @@ def starting_params(
 
 
 def check_same(saved: dict[str, Any], now: dict[str, Any], loader: Loader, workdir: AnyPath) -> None:
-    """Raises InputError where a run's data, or what its adapters are added to, is not what it was."""
+    """Raises InputError if a run's data, or the base of its adapters, changed since the run started."""
     now = json.loads(json.dumps(now))
     for index in () if loader.config.statistics else loader.indexes():  # those of a file may be of other data
         if what := difference(saved["processor"]["statistics"][index.name], index.statistics):
             raise InputError(f"the data of {workdir} changed since its run began: in dataset {index.name!r}, {what}")
     processors = [
         about["processor"] | {"versions": {}} for about in (saved, now)
-    ]  # which earlier versions did not keep
+    ]  # earlier versions did not store "versions"
     if processors[0] != processors[1] or renamed(saved["model"], MODEL_FIELDS) != now["model"]:
         raise InputError(f"the data of {workdir} changed since its run began: grid, statistics or tokenizer differ")
     if saved.get("lora") != now.get("lora"):

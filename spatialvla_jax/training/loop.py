@@ -1,4 +1,4 @@
-"""The training run: data, state, steps, metrics, checkpoints; started again it goes on where it was."""
+"""The training run: data, state, steps, metrics, checkpoints. Rerun the same command to resume."""
 
 import contextlib
 import json
@@ -44,14 +44,14 @@ from spatialvla_jax.utils.progress import warn
 from spatialvla_jax.utils.renames import CONFIG_KEYS, renamed
 from spatialvla_jax.utils.storage import AnyPath, is_file, is_url, remove
 
-CONFIG = "config.json"  # of a run's directory
-COMPILED = "compiled"  # of a run's directory
-FINISHED = "finished"  # of a run's directory: the file that stands for its last step
+CONFIG = "config.json"  # in a run's directory
+COMPILED = "compiled"  # in a run's directory
+FINISHED = "finished"  # in a run's directory: marks that the last step is done
 
 
 @dataclass(frozen=True)
 class Run:
-    """What `prepare` makes of a config: all that the steps need. `state` is that after step `start`."""
+    """Everything the steps need, made from a config by `prepare`. `state` is the state after step `start`."""
 
     workdir: AnyPath
     setup: TrainSetup
@@ -61,7 +61,7 @@ class Run:
     state: TrainState
     shardings: TrainState
     start: int
-    spikes: dict[str, Any]  # what its checkpoint knows of loss spikes, see `Watch`
+    spikes: dict[str, Any]  # the checkpoint's record of loss spikes, see `Watch`
 
 
 def train(
@@ -73,15 +73,16 @@ def train(
     age: float = 0.0,
     keep_compiled: bool = False,
 ) -> dict[str, Any]:
-    """Train to `config.train.steps`, from the last checkpoint in `workdir` if there is one; after SIGTERM, to the end
-    of the step and a checkpoint of it.
+    """Train to `config.train.steps`, resuming from the last checkpoint in `workdir` if there is one. On SIGTERM, finish
+    the step, save a checkpoint and stop.
 
-    Metrics also go to the Weights & Biases project `wandb`; steps `profile`, first and last, are traced to
-    `workdir/profile`. The process is `age` seconds old and has done nothing else. Where `keep_compiled`, the compiled
-    programs are kept in `workdir/compiled` for the next start, unless the workdir is in a bucket. Returns {"step",
-    "params" and "trainable" (counts), "checkpoint" (directory), "metrics" (last logged)}. The same config and seed give
-    the same bits, however often the run was killed in between. From the last step on `workdir/finished` exists, which
-    tells those who start runs again that this one is done.
+    Metrics also go to the Weights & Biases project `wandb`. Steps `profile` (first, last) are traced to
+    `workdir/profile`. `age` is the process's age in seconds, spent on imports. `keep_compiled` caches compiled programs
+    in `workdir/compiled` for the next start, unless the workdir is in a bucket.
+
+    Returns {"step", "params" and "trainable" (counts), "checkpoint" (directory), "metrics" (last logged)}. The same
+    config and seed give the same bits, however often the run was killed. `workdir/finished` exists once the last step
+    is done, so launchers know not to restart the run.
     """
     if wandb:
         check_wandb()
@@ -108,8 +109,8 @@ def train(
 
 
 def prepare(config: ConfigDict, workdir: AnyPath, goodput: Goodput) -> Run:
-    """Data, grid, model and state of a run, new or where it stopped. Raises InputError, before the data is indexed
-    wherever the config alone is wrong."""
+    """Data, grid, model and state of a new or resumed run. Raises InputError; errors in the config alone are found
+    before the data is indexed."""
     if is_file(workdir):
         raise InputError(f"{workdir} is a file, and a run needs a directory")
     config = completed(config, {})
@@ -120,9 +121,9 @@ def prepare(config: ConfigDict, workdir: AnyPath, goodput: Goodput) -> Run:
     checkpoint, processor = open_start(config, before)
     if config.init:
         config = with_model_of(config, checkpoint, begun)
-    check_patterns(make_setup(config, uniform_grid((1,) * 6), mesh))  # of any grid: for its errors
+    check_patterns(make_setup(config, uniform_grid((1,) * 6), mesh))  # any grid works: this is only for its errors
     if begun:
-        if not config.data.read_block:  # what was chosen decides the order of the samples
+        if not config.data.read_block:  # the order of samples depends on the block chosen at the start
             config.data.read_block = begun["data"].get("read_block", 1)
         check_resumable(begun, config, workdir)
     if config.model.depth_source == "zoedepth" and not config.init and is_writer():
@@ -135,12 +136,12 @@ def prepare(config: ConfigDict, workdir: AnyPath, goodput: Goodput) -> Run:
             processes=all_processes(),
         )
     config.data.read_block = loader.mixture.block
-    if config.train.eval_every:  # what the first validation would find wrong is an error now
+    if config.train.eval_every:  # report now what the first validation would find wrong
         frames = loader.check_epoch(config.train.eval_split)
         for name, count in loader.shared_episodes(config.train.eval_split).items() if is_writer() else ():
             warn(
                 f"{count} episodes of dataset {name!r} are in data.split {config.data.split!r} and in train.eval_split "
-                f"{config.train.eval_split!r}: the validation ({frames} frames) sees what is trained on"
+                f"{config.train.eval_split!r}: the validation ({frames} frames) sees training data"
             )
     if is_writer():
         tqdm.write(loader.describe(), file=sys.stderr)
@@ -162,7 +163,7 @@ def prepare(config: ConfigDict, workdir: AnyPath, goodput: Goodput) -> Run:
     }
     if not is_url(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
-    if begun:  # else the directory is not a run's yet
+    if begun:  # otherwise the directory does not belong to a run yet
         goodput.mark(None)
     checkpoints = Checkpoints(
         workdir,
@@ -173,17 +174,17 @@ def prepare(config: ConfigDict, workdir: AnyPath, goodput: Goodput) -> Run:
         keep_regular=bool(setup.spikes.factor),
         left_out=setup.frozen if setup.adapters else (),
     )
-    # What a checkpoint replaces is not made: that would take a compilation and the memory of a second state.
+    # Don't initialise a state that a checkpoint will replace: it costs a compilation and the memory of a second state.
     resumes = checkpoints.latest() is not None and params is None
     state, shardings = abstract_state(setup) if resumes else init_state(setup, params)
     if checkpoints.latest():
         stored = checkpoints.restore_metadata()
         check_same(stored, metadata, loader, workdir)
         if (changes := describe_changes(stored.get("changes", 0))) and is_writer():
-            warn(f"an earlier version began the run in {workdir}; from now on this differs: {changes}")
+            warn(f"the run in {workdir} was started by an earlier version; from now on this differs: {changes}")
     with goodput.clock("restore"):
         start, state = checkpoints.restore(state, shardings)
-    if resumes and not start:  # none could be read
+    if resumes and not start:  # no checkpoint was readable
         state, shardings = init_state(setup, params)
     if is_writer():
         write_json(workdir / CONFIG, config.to_dict())
@@ -196,14 +197,14 @@ def prepare(config: ConfigDict, workdir: AnyPath, goodput: Goodput) -> Run:
 
 
 def begun_config(workdir: AnyPath, step: AnyPath | None) -> dict[str, Any]:
-    """The config of the run in `workdir`, from its newest checkpoint, the directory `step`, where `config.json` cannot
-    be read; empty where no checkpoint was written, for then a run with another config may begin."""
+    """The config of the run in `workdir`, read from `config.json` or else from its newest checkpoint, the directory
+    `step`. Empty if no checkpoint was written: then a run with another config may start here."""
     if step is None:
         return {}
     try:
         return renamed(read_json(workdir / CONFIG), CONFIG_KEYS)
     except InputError as error:
-        warn(f"{error}; the config in {step} is taken")
+        warn(f"{error}; using the config in {step}")
         return renamed(read_metadata(step)["train_config"], CONFIG_KEYS)
 
 
@@ -215,8 +216,8 @@ def take_steps(
     profile: tuple[int, int] | None = None,
     stop_after: int = 0,
 ) -> tuple[int, TrainState, dict[str, Any]]:
-    """→ (the last step, the state after it, the metrics that were logged last). It ends at `stop_after`, where that is
-    a step before the last one, as if it had been asked to."""
+    """→ (the last step, the state after it, the metrics logged last). Stops after step `stop_after` as if preempted, if
+    that comes before the last step."""
     setup, state, step, steps, clock = run.setup, run.state, run.start, run.setup.steps, goodput.clock
     assert setup.mesh is not None
     batch_sharding, replicated = NamedSharding(setup.mesh, BATCH), NamedSharding(setup.mesh, P())
@@ -250,7 +251,7 @@ def take_steps(
             with clock("compute"):
                 watch.waiting.append((step, metrics))
                 target = watch.look(leave=0 if first else 1)
-            if first:  # with the next one, the device has one to do while this process waits for the one before
+            if first:  # only after dispatching the next step, so that the device stays busy while this process waits
                 goodput.mark(step, keep=True)
                 first = False
             bar.update()
@@ -266,7 +267,7 @@ def take_steps(
                 tracing = False
             due, validated = run.checkpoints.due(step), step == steps
             validated |= bool(setup.eval_every) and step % setup.eval_every == 0
-            if target is None and (due or stop or validated):  # nothing of a spike is saved
+            if target is None and (due or stop or validated):  # never save a state after a spike
                 target = watch.look()
             if target is not None:
                 batches.close()
@@ -278,7 +279,7 @@ def take_steps(
                 bar.update(step - bar.n)
                 continue
             early = stop and step < steps
-            if early:  # a validation may take longer than what is left
+            if early:  # save first: validation may take longer than the time left
                 save(last=True)
             if setup.eval_every and validated:
                 with clock("eval"):
@@ -290,7 +291,7 @@ def take_steps(
 
 
 def batches_after(run: Run, number: int) -> Generator[Batch]:
-    """This process's rows of the batches that come after so many."""
+    """This process's rows of the batches after the first `number`."""
     batches = run.loader.batches(
         run.setup.batch_size,
         start_step=number,
@@ -303,8 +304,8 @@ def batches_after(run: Run, number: int) -> Generator[Batch]:
 
 
 def go_back(run: Run, state: TrainState, target: int, watch: Watch, log: MetricsLog) -> tuple[int, TrainState]:
-    """To the newest checkpoint up to step `target` → (its step, its state): nothing is left of the steps behind it but
-    the spike, and the batches that are left out."""
+    """Restore the newest checkpoint up to step `target` → (its step, its state). Of the later steps, only the record of
+    the spike and of its skipped batches remains."""
     run.checkpoints.remove_after(target)
     if run.checkpoints.latest() is None:
         raise StorageError(f"{run.workdir / FOLDER} holds no checkpoint up to step {target}, before the loss spike")
@@ -317,25 +318,25 @@ def go_back(run: Run, state: TrainState, target: int, watch: Watch, log: Metrics
 
 
 class StepReport:
-    """Writes the metrics of steps to the log, with where the time went since the report before."""
+    """Writes the metrics of steps to the log, and how the time since the previous report was spent."""
 
     def __init__(self, run: Run, log: MetricsLog, goodput: Goodput, watch: Watch) -> None:
         self.run, self.log, self.goodput, self.watch = run, log, goodput, watch
         self.step, self.values = run.start, {}  # of the last report
         self.skipped_episodes, self.replaced_samples = run.loader.num_skipped(), 0
-        self.asked = retries.counts()  # until the last report
+        self.asked = retries.counts()  # up to the last report
         model = run.setup.model.config
         self.tokens = model.prefix_length + model.num_action_tokens + 1
         self.flops = model_flops(run.setup, run.grid) if peak() else 0.0
 
     def write(self, step: int, metrics: dict[str, Any], sample_id: np.ndarray) -> dict[str, str]:
-        """→ what the progress bar shows."""
+        """Write a record; returns the values for the progress bar."""
         loader, seconds_of_save = self.run.loader, self.run.checkpoints.seconds
         self.values = scalars(metrics, loader.names)
         times = self.goodput.clock.report(step - self.step)
         self.goodput.mark(step)
         replaced = sum(loader.replaced().values())
-        # A fingerprint of which frames the step saw: two runs saw the same data if these agree.
+        # Fingerprint of the frames in the batch: two runs saw the same data if their fingerprints agree.
         fingerprint = f"{zlib.crc32(sample_id.tobytes()):08x}"
         counts = {"data/skipped": self.skipped_episodes, "data/replaced": replaced - self.replaced_samples}
         speed = rates(times["step/seconds"], self.run.setup.batch_size, self.tokens, self.flops)
@@ -352,7 +353,7 @@ class StepReport:
         }
 
     def go_back(self, step: int) -> None:
-        """The next report is of what follows `step`."""
+        """Start the next report after `step`."""
         self.goodput.clock.report(1)
         self.step = step
 
@@ -379,6 +380,6 @@ def validate(eval_step: Jitted, state: TrainState, run: Run, sharding: NamedShar
 
 
 def to_device(batch: Batch, sharding: NamedSharding) -> Batch:
-    """This host's rows of the global batch → global arrays."""
+    """Convert this host's rows of the global batch to global arrays."""
     rows = batch.replace(sample_id=None)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), rows)

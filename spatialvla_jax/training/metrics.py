@@ -1,4 +1,4 @@
-"""Metrics to a JSON-lines file, TensorBoard and Weights & Biases; what a step achieves."""
+"""Metrics logging to JSON lines, TensorBoard and Weights & Biases; throughput and MFU of a step."""
 
 import contextlib
 import hashlib
@@ -26,10 +26,11 @@ from spatialvla_jax.utils.storage import AnyPath, absolute, read_text
 
 
 class MetricsLog:
-    """Appends one JSON object a record to `metrics.jsonl`, its timings to `times.jsonl`, scalars to TensorBoard and,
-    given its project, to Weights & Biases. Only the run's first process writes. Raises StorageError where it cannot.
+    """Appends a JSON record per report to `metrics.jsonl`, its timings to `times.jsonl`, and scalars to TensorBoard
+    and, if a project is given, to Weights & Biases. Only the run's first process writes. Raises StorageError if a write
+    fails.
 
-    A resumed run drops what was logged beyond `resume_step`, so the file reads as if the run had never stopped.
+    A resumed run drops records after `resume_step`, so the files read as if the run had never stopped.
     """
 
     def __init__(self, folder: LogFolder, resume_step: int, wandb: str = "") -> None:
@@ -43,17 +44,17 @@ class MetricsLog:
         self.events = RecordWriter((folder.path / "tensorboard" / name).open("ab", buffering=0))
         with self._writing("tensorboard", resume_step):
             self._write_event(file_version="brain.Event:2")
-            # Whatever earlier files have of later steps is not shown.
+            # Hides what earlier files logged for later steps.
             self._write_event(step=resume_step + 1, session_log=SessionLog(status=SessionLog.START))
         if wandb:
             import wandb as client  # pyright: ignore[reportMissingImports]
 
             run = folder.workdir
-            same = hashlib.sha256(str(absolute(run)).encode()).hexdigest()[:16]  # a run that goes on is one run
+            same = hashlib.sha256(str(absolute(run)).encode()).hexdigest()[:16]  # a resumed run keeps its id
             self.wandb = client.init(project=wandb, name=run.name, id=same, resume="allow", dir=str(folder.path))
 
     def write(self, step: int, values: dict[str, Any], timings: dict[str, float] | None = None) -> None:
-        """`values` are JSON scalars. `timings` have a file of their own: the other is the same whenever the run is."""
+        """`values` are JSON scalars. `timings` go to a separate file, so that equal runs have equal metrics files."""
         if not is_writer():
             return
         timings = timings or {}
@@ -71,7 +72,7 @@ class MetricsLog:
         self.folder.upload_now_and_then()
 
     def go_back(self, step: int) -> None:
-        """Drops what was logged beyond `step`, from which the run goes on."""
+        """Drop what was logged after `step`, where the run resumes."""
         if not is_writer():
             return
         self.file.close()
@@ -101,8 +102,8 @@ class MetricsLog:
 
 
 def _kept(path: Path, resume_step: int) -> io.FileIO:
-    """The file opened to append to, without the records beyond `resume_step`; unbuffered, so that nothing is left over
-    to fail again when it is closed."""
+    """Open a file for appending, after dropping records beyond `resume_step`. Unbuffered, so that closing it has
+    nothing left to write that could fail."""
     if path.exists():
         kept = [r for r in read_metrics(path) if r["step"] <= resume_step]
         write_text(path, "".join(json.dumps(r) + "\n" for r in kept))
@@ -115,7 +116,7 @@ def check_wandb() -> None:
 
 
 def read_metrics(path: AnyPath) -> list[dict[str, Any]]:
-    """All whole records of a `metrics.jsonl`; a last line cut short by a kill is dropped."""
+    """All complete records of a `metrics.jsonl`; a last line truncated by a kill is dropped."""
     records = []
     for line in read_text(path).splitlines():
         try:
@@ -126,7 +127,7 @@ def read_metrics(path: AnyPath) -> list[dict[str, Any]]:
 
 
 def scalars(metrics: dict[str, Any], datasets: Sequence[str]) -> dict[str, float]:
-    """The step's metrics as numbers; "datasets" of `by_dataset` as loss/NAME and accuracy/NAME of those in it."""
+    """A step's metrics as numbers. "datasets" of `by_dataset` becomes loss/NAME and accuracy/NAME."""
     values = {k: np.asarray(v) for k, v in metrics.items()}
     named: dict[str, float] = {}
     for name, (count, loss, accuracy) in zip(datasets, values.pop("datasets").tolist(), strict=True):
@@ -136,11 +137,11 @@ def scalars(metrics: dict[str, Any], datasets: Sequence[str]) -> dict[str, float
 
 
 def rates(seconds: float, samples: int, tokens: int, flops: float) -> dict[str, float]:
-    """What a step of `seconds` over `samples` achieves, each of `tokens` positions and `flops` FLOPs.
+    """Throughput of a step of `seconds` over `samples`, each with `tokens` positions and `flops` FLOPs.
 
-    MFU = flops × samples / (seconds × devices × peak): FLOPs of the forward pass and the backward pass to trainable
-    parameters, without rematerialisation, augmentation and optimizer (`topology.model_flops`); 0 for devices of unknown
-    peak, where MFU is left out. Memory is that of this process's first device.
+    MFU = flops × samples / (seconds × devices × peak), with the FLOPs of the forward pass and the backward pass to
+    trainable parameters, without rematerialisation, augmentation and optimizer (`flops.model_flops`). It is omitted if
+    `flops` is 0, as for devices of unknown peak. Memory is that of this process's first device.
     """
     values = {"samples_per_second": samples / seconds, "tokens_per_second": samples * tokens / seconds}
     if flops:

@@ -1,4 +1,4 @@
-"""AdamW with linear warm-up and decay, clipping, freezing by path pattern, and averaged parameters."""
+"""AdamW with linear warm-up and decay, gradient clipping, freezing by path pattern, and a parameter average (EMA)."""
 
 import re
 from dataclasses import dataclass
@@ -16,8 +16,8 @@ from spatialvla_jax.models import Params
 
 @dataclass(frozen=True, kw_only=True)
 class AdamW:
-    """Hyperparameters, for a run of `steps` updates. `mu_dtype` is the first moment's. The second stays in float32: at
-    b2 = 0.999 it changes by a thousandth a step, less than bfloat16 resolves."""
+    """Hyperparameters for a run of `steps` updates. `mu_dtype` applies to the first moment. The second moment stays
+    float32: at b2 = 0.999 it changes by a thousandth per step, less than bfloat16 resolves."""
 
     steps: int
     learning_rate: float
@@ -28,11 +28,11 @@ class AdamW:
     weight_decay: float
     grad_clip_norm: float
     mu_dtype: str
-    ema: float  # decay of averaged parameters; 0: none
+    ema: float  # decay of the parameter average; 0: no average
 
 
 def learning_rate(adamw: AdamW) -> optax.Schedule:
-    """Linear from 0 to the peak over the warm-up, then linear to 0 at the last step."""
+    """Linear from 0 to the peak during warm-up, then linear to 0 at the last step."""
     warmup = max(1, round(adamw.warmup * adamw.steps))
     return optax.schedules.join_schedules(
         [
@@ -48,7 +48,7 @@ class EmaState(NamedTuple):
 
 
 def params_ema(decay: float) -> optax.GradientTransformation:
-    """Leaves the updates alone and keeps an exponential moving average of the parameters that they lead to."""
+    """Keeps an exponential moving average of the updated parameters; leaves the updates unchanged."""
 
     def update(updates: Any, state: EmaState, params: Any) -> tuple[Any, EmaState]:
         new: Any = optax.apply_updates(params, updates)
@@ -58,7 +58,7 @@ def params_ema(decay: float) -> optax.GradientTransformation:
 
 
 def make_optimizer(adamw: AdamW) -> optax.GradientTransformation:
-    """Global-norm clipping, then AdamW, on the trainable parameters; with `ema`, their average."""
+    """Global-norm clipping, then AdamW, on the trainable parameters; with `ema`, also their average."""
     return optax.chain(
         optax.clip_by_global_norm(adamw.grad_clip_norm),
         optax.adamw(
@@ -82,10 +82,10 @@ def update_if_finite(
     loss: Float[Array, ""],
     gradient_norm: Float[Array, ""],
 ) -> tuple[Params, optax.OptState]:
-    """→ (parameters, optimizer state) after an update, or as they were where loss or norm are not finite.
+    """→ (parameters, optimizer state) after an update, or unchanged if loss or gradient norm is not finite.
 
-    `optax.apply_if_finite` looks at gradients alone: it updates where only the loss is not finite, and where finite
-    gradients have a norm that overflows, which clips them to zero. After a number of bad steps it applies the next one.
+    `optax.apply_if_finite` is not enough. It only checks gradients, so it updates if just the loss is not finite, or if
+    the norm of finite gradients overflows, which clips them to zero. And after several bad steps it applies the next.
     """
     finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
     updates, new_state = optimizer.update(grads, opt_state, params)
@@ -98,15 +98,15 @@ def adam_state(opt_state: optax.OptState) -> optax.ScaleByAdamState:
 
 
 def num_updates(opt_state: optax.OptState) -> Int[Array, ""]:
-    """How often the parameters were updated: the steps so far less those that were skipped."""
+    """The number of updates: all steps so far except skipped ones."""
     return jnp.asarray(adam_state(opt_state).count)
 
 
 def update_norms(adamw: AdamW, params: Params, opt_state: optax.OptState) -> dict[str, Float[Array, ""]]:
-    """Norms of the last update, all and by part of the model, made again from the state that it left behind: a step
-    that need not report them does not write them either.
+    """Norms of the last update, in total and per part of the model, recomputed from the resulting state. Steps that
+    don't report them therefore don't compute them.
 
-    `params` are the trainable ones after that update, `opt_state` is of `make_optimizer`.
+    `params` are the trainable parameters after that update, `opt_state` belongs to `make_optimizer`.
     """
     adam = adam_state(opt_state)
     rate = learning_rate(adamw)(adam.count - 1)
@@ -121,15 +121,15 @@ def update_norms(adamw: AdamW, params: Params, opt_state: optax.OptState) -> dic
 
 
 def part_norms(tree: Params, name: str) -> dict[str, Float[Array, ""]]:
-    """{name: norm of the tree, name/part: that of each of its top-level parts}."""
+    """{name: norm of the tree, name/part: norm of each top-level part}."""
     parts = {part: optax.global_norm(value) for part, value in tree.items()}
     whole = jnp.sqrt(jnp.sum(jnp.stack([norm**2 for norm in parts.values()])))
     return {name: whole} | {f"{name}/{part}": norm for part, norm in parts.items()}
 
 
 def swap_ema(params: Params, opt_state: optax.OptState) -> tuple[Params, optax.OptState]:
-    """The averaged parameters in the place of the trained ones and these in theirs; its own inverse, and nothing where
-    no average is kept."""
+    """Swap trained and averaged parameters between `params` and `opt_state`. It is its own inverse, and does nothing if
+    there is no average."""
     ema = optax.tree_utils.tree_get(opt_state, "EmaState")
     if ema is None:
         return params, opt_state
@@ -141,9 +141,9 @@ def swap_ema(params: Params, opt_state: optax.OptState) -> tuple[Params, optax.O
 
 
 def split_frozen(params: Params, patterns: tuple[str, ...]) -> tuple[Params, Params]:
-    """→ (trainable, frozen): a parameter is frozen when a pattern matches the start of its path.
+    """→ (trainable, frozen): a parameter is frozen if a pattern matches the start of its path.
 
-    Raises InputError for a pattern that matches nothing, for it is surely a typing error.
+    Raises InputError for a pattern that matches nothing: it is probably a typo.
     """
     flat = flatten_dict(params, sep="/")
     frozen = {k for k in flat if any(re.match(p, k) for p in patterns)}

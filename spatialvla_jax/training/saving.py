@@ -1,10 +1,9 @@
-"""Checkpoints with Orbax: asynchronous, committed by a rename or, in a bucket, by a file that is written last; each one
-is enough to run the policy.
+"""Asynchronous checkpoints with Orbax, committed by a rename or, in a bucket, by a marker file that is written last.
+Each checkpoint suffices to run the policy.
 
-Layout: `<workdir>/checkpoints/<step>/{params, optimizer, metadata}`; `metadata` is JSON with the step, the model's
-sizes, the processor (grid, statistics, tokenizer) and the training config; of a run with adapters also where its frozen
-parameters are, which `params` leaves out. Where the optimizer keeps averaged
-parameters, `params` are these and `optimizer` holds the trained ones.
+Layout: `<workdir>/checkpoints/<step>/{params, optimizer, metadata}`. `metadata` is JSON with the step, the model's
+sizes, the processor (grid, statistics, tokenizer) and the training config. With adapters it also says where the frozen
+parameters are, which `params` then omits. With averaged parameters, `optimizer` holds the trained ones.
 """
 
 import contextlib
@@ -34,15 +33,15 @@ from spatialvla_jax.utils.progress import warn
 from spatialvla_jax.utils.storage import AnyPath, absolute, exists, filesystem, is_url, put, storage_errors
 
 FOLDER = "checkpoints"
-INCOMPLETE = "incomplete_checkpoints"  # beside it: those that a run found damaged
-# In the array store's errors: a file is missing, cut off or garbled.
+INCOMPLETE = "incomplete_checkpoints"  # in a run's directory: checkpoints that were found damaged
+# The array store's errors for missing, truncated or garbled files.
 DAMAGE = ("NOT_FOUND", "OUT_OF_RANGE", "DATA_LOSS", "FAILED_PRECONDITION", "was not found", "Error decoding")
 
 
 @dataclass(frozen=True)
 class Preservation(checkpoint_managers.PreservationPolicy):
-    """Keeps the last `keep_last` checkpoints, the last `keep_last` whose step divides by `every`, and all whose step
-    divides by `keep_every`."""
+    """Keeps the last `keep_last` checkpoints, the last `keep_last` with steps divisible by `every`, and all with steps
+    divisible by `keep_every`."""
 
     keep_last: int
     every: int
@@ -57,9 +56,8 @@ class Preservation(checkpoint_managers.PreservationPolicy):
 
 @contextlib.contextmanager
 def quiet_storage() -> Iterator[None]:
-    """While a run saves, nothing but the sentence that says why a save failed. Orbax logs the traceback of every error
-    that it raises, too. With several devices the array store prints an error for every write that ends after another
-    one failed."""
+    """Silence storage libraries, so that a failed save prints one sentence. Orbax also logs the traceback of every
+    error it raises. With several devices the array store prints an error for each later write too."""
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
     levels, hook = [logger.level for logger in loggers], sys.unraisablehook
 
@@ -79,12 +77,12 @@ def quiet_storage() -> Iterator[None]:
 
 
 class Checkpoints:
-    """Saves every `every` steps in the background, keeps the last `keep_last` and each `keep_every`-th; where
-    `keep_regular`, also the last `keep_last` of every `every` steps, whatever was saved in between.
+    """Saves every `every` steps in the background and keeps the last `keep_last` and each `keep_every`-th checkpoint.
+    With `keep_regular`, also keeps the last `keep_last` at multiples of `every`, whatever was saved in between.
 
-    A save that fails is tried again, with the state of that moment, after 1, 2, 4, … steps (the last of a run: seconds)
-    up to `RETRIES` times in a row; then StorageError says why. What was saved before is never touched. Over several
-    processes the first failure is the last: the others could not follow, and the job's restart is the second attempt.
+    A failed save is retried with the then current state after 1, 2, 4, … steps (a run's last save: seconds), up to
+    `RETRIES` times in a row; then StorageError gives the reason. Earlier checkpoints are never touched. Multi-process
+    runs do not retry: other hosts cannot join, so the launcher restarts the job.
     """
 
     RETRIES = 4
@@ -101,12 +99,12 @@ class Checkpoints:
         left_out: tuple[str, ...] = (),
     ):
         self.folder, self.metadata, self.every = absolute(workdir / FOLDER), metadata, every
-        self.left_out = left_out  # patterns of parameters that are neither saved nor restored, for they never change
+        self.left_out = left_out  # patterns of parameters that never change and are neither saved nor restored
         self.keep: dict[str, Any] = {"max_to_keep": keep_last, "keep_period": keep_every}
         if keep_regular:
             self.keep = {"preservation_policy": Preservation(keep_last, every, keep_every)}
         self.failures, self.retry_at, self.reason = 0, 0, ""
-        self.began, self.seconds = 0.0, 0.0  # of the save under way; how long the last one took
+        self.began, self.seconds = 0.0, 0.0  # start of the save in progress; duration of the last one
         if is_writer():
             self._tidy(workdir)
         if jax.process_count() > 1:
@@ -114,9 +112,9 @@ class Checkpoints:
         self.manager = self._open()
 
     def _tidy(self, workdir: AnyPath) -> None:
-        """Before Orbax looks at the steps: those that are newer than the newest complete one are set aside, but a save
-        into a bucket that was cut off is left for Orbax to remove. It would remove steps that were copied into a bucket
-        from a disk, too: they get their marker."""
+        """Repair the folder before Orbax reads it. Steps newer than the newest complete one are set aside, except
+        interrupted saves in a bucket, which Orbax removes. It would also remove steps copied from a disk to a bucket,
+        so these get the marker they lack."""
         complete = False
         for step in step_directories(workdir):
             lost = missing(step)
@@ -145,7 +143,7 @@ class Checkpoints:
         return self.manager.latest_step()
 
     def due(self, step: int) -> bool:
-        """Whether to save after `step`; looks after the save under way."""
+        """Whether to save after `step`. Also completes a finished background save."""
         if self.began and not self.manager.is_saving_in_progress():
             self._finish(step)
         return step % self.every == 0 or step == self.retry_at
@@ -159,9 +157,8 @@ class Checkpoints:
         spikes: dict[str, Any],
         last: bool = False,
     ) -> None:
-        """Start saving `state`, which is that after `step`; wait for it where it is the `last`. `upload_logs` puts in
-        place first what was logged until then, for the run to go on with. `spikes` is what the metadata say of loss
-        spikes, {} for nothing."""
+        """Start saving `state`, the state after `step`, and wait for it if it is the `last`. `upload_logs` is called
+        first, so that a resumed run finds its logs. `spikes` is the metadata's record of loss spikes, {} for none."""
         self.metadata = self.metadata | ({"spikes": spikes} if spikes else {})
         self._start(state, step, upload_logs)
         while last and not self._finish(step):
@@ -169,7 +166,7 @@ class Checkpoints:
             self._start(state, step, upload_logs)
 
     def _saved(self, state: TrainState) -> tuple[Any, Any]:
-        """Parameters and optimizer state as they are stored."""
+        """Parameters and optimizer state in the form that is stored."""
         return swap_ema(split_frozen(state.params, self.left_out)[0], state.opt_state)
 
     def _start(self, state: TrainState, step: int, upload_logs: Callable[[], None]) -> None:
@@ -188,7 +185,7 @@ class Checkpoints:
             self._failed(error, step)
 
     def _finish(self, step: int) -> bool:
-        """Wait for the save under way; returns whether it succeeded."""
+        """Wait for the save in progress; returns whether it succeeded."""
         if not self.began:
             return self.failures == 0
         try:
@@ -202,7 +199,7 @@ class Checkpoints:
 
     def _failed(self, error: Exception, step: int) -> None:
         self.began, self.retry_at = 0.0, step + 2**self.failures
-        if not self.failures:  # the following ones may only have stumbled over the remains of this one
+        if not self.failures:  # later failures may only be due to this one's remains
             self.reason = reason(error)
         self.failures += 1
         sentence = f"no checkpoint could be written to {self.folder} at step {step}: {self.reason}"
@@ -210,7 +207,7 @@ class Checkpoints:
             raise StorageError(sentence) from error
         with contextlib.suppress(Exception):
             self.manager.close()
-        # A fresh manager knows of finished checkpoints alone, and clears the remains away.
+        # A new manager only knows finished checkpoints, and removes the remains.
         self.manager = self._open()
         kept = "there is none yet" if self.latest() is None else f"the last good one is of step {self.latest()}"
         if self.failures > self.RETRIES:
@@ -218,24 +215,24 @@ class Checkpoints:
         tqdm.write(f"{sentence}; {kept}; trying again", file=sys.stderr)
 
     def remove_after(self, step: int) -> None:
-        """Removes the checkpoints of later steps, the newest first: whichever is left when the process is killed, it is
-        one of the run's."""
+        """Remove the checkpoints of later steps, newest first: if the process is killed meanwhile, the newest one left
+        still belongs to the run."""
         self._finish(step)
         for later in sorted(self.manager.all_steps(), reverse=True):
             if later > step:
                 self.manager.delete(later)
 
     def restore_metadata(self) -> dict[str, Any]:
-        """That of the newest checkpoint."""
+        """The metadata of the newest checkpoint."""
         args = ocp.args.Composite(metadata=ocp.args.JsonRestore())
         return self.manager.restore(self.latest(), args=args)["metadata"]
 
     def restore(self, state: TrainState, shardings: TrainState) -> tuple[int, TrainState]:
-        """→ (step, state) of the newest checkpoint whose files are all there, in the shapes and shardings given (which
-        may be another mesh's); (0, `state`) where there is none. Those with files missing or cut off are set aside.
+        """→ (step, state) of the newest intact checkpoint, in the given shapes and shardings, which may be for another
+        mesh; (0, `state`) if there is none. Checkpoints with missing or truncated files are set aside.
 
-        Raises InputError for a checkpoint that cannot be read for another reason, or by one process of several, as the
-        others would restore another step; StorageError where a bucket does not answer.
+        Raises InputError if a checkpoint cannot be read for another reason, or, in multi-process runs, for any reason,
+        since other processes would restore another step. Raises StorageError if a bucket does not answer.
         """
         while step := self.latest():
             try:
@@ -250,8 +247,8 @@ class Checkpoints:
         return 0, state
 
     def _set_aside(self, step: AnyPath, why: str) -> None:
-        """Move a checkpoint that cannot be restored out of the way of the run, which will write that step again. A
-        bucket copies it itself, and has all of it before the original goes."""
+        """Move a checkpoint that cannot be restored aside; the run will write that step again. A bucket copies the
+        files itself, and all of them before it removes the originals."""
         place = self.folder.parent / INCOMPLETE
         names = itertools.chain([step.name], (f"{step.name}-{n}" for n in itertools.count(2)))
         new = next(place / name for name in names if not exists(place / name))
@@ -275,8 +272,8 @@ class Checkpoints:
         return TrainState(at, merge(params, split_frozen(state.params, self.left_out)[1]), opt_state)
 
     def close(self) -> None:
-        """Wait for the save under way. Where it fails the run has ended early, and says by another error why. After a
-        failure over several processes nobody is waited for: the others are not told of it."""
+        """Wait for the save in progress. If it fails, the run has already ended with another error. After a failure in
+        a multi-process run, don't wait: the other processes don't know of it."""
         if self.failures and jax.process_count() > 1:
             return
         with contextlib.suppress(Exception):
@@ -284,13 +281,13 @@ class Checkpoints:
 
 
 def wait_unless_failed(*, key: str, timeout_ms: int) -> None:
-    """The barrier of a save's background threads. Orbax goes to its last one from the `finally` of a write that failed,
-    too, where it would wait for processes that wait for that write, and tell nobody of the failure meanwhile."""
+    """The barrier of a save's background threads. Orbax also enters its last barrier from the `finally` of a failed
+    write. It would then wait for processes that wait for that write, and report the failure to nobody."""
     if sys.exc_info()[1] is None:
         multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
 
 def reason(error: Exception) -> str:
-    """The system's own words in an error of the array store, or the error's first words."""
+    """The operating system's message within an error of the array store, or the start of the error's text."""
     text = " ".join(str(error).split())
     return next((words for number in errno.errorcode if (words := os.strerror(number)) in text), text[:300])

@@ -1,5 +1,5 @@
-"""What a config means, resolved once. The training loop, the pod plan, the sweeps' checks and the benchmarks take a
-`TrainSetup` from here; none of them reads the config again."""
+"""Resolves a config once. The training loop, pod planning, the sweeps' checks and the benchmarks all use `TrainSetup`;
+none of them reads the config again."""
 
 from dataclasses import dataclass, replace
 
@@ -29,7 +29,7 @@ class Adapters:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSetup:
-    """`frozen` are patterns of parameter paths. The fields from `steps` on are those of `config.train`."""
+    """`frozen` holds patterns of parameter paths. The fields from `steps` on are those of `config.train`."""
 
     preset: str  # the name of the model's sizes
     model: SpatialVLA
@@ -38,8 +38,8 @@ class TrainSetup:
     frozen: tuple[str, ...]
     adapters: Adapters | None
     augmentation: Augmentation | None
-    mesh: Mesh | None  # None: nothing is run, as when a sweep is checked for other machines
-    num_datasets: int  # of the mixture, for metrics by dataset; 0: none are made
+    mesh: Mesh | None  # None: nothing will run here, as when checking a sweep for other machines
+    num_datasets: int  # in the mixture, for metrics per dataset; 0: no such metrics
     seed: int
     steps: int
     batch_size: int
@@ -53,7 +53,7 @@ class TrainSetup:
 
     @property
     def lora_scale(self) -> float:
-        """What `merge_adapters` multiplies B A by."""
+        """The factor of B A in `merge_adapters`."""
         return self.adapters.alpha / self.adapters.rank if self.adapters else 0.0
 
     def with_remat(self, remat: str) -> "TrainSetup":
@@ -68,9 +68,9 @@ def make_setup(
     num_datasets: int = 0,
     text_vocab: int = 0,
 ) -> TrainSetup:
-    """The vocabulary is that of `grid` and of a tokenizer of `text_vocab` tokens.
+    """Resolve a config. The vocabulary follows `grid` and a tokenizer of `text_vocab` tokens.
 
-    Raises InputError for a value that does not exist, and for a batch that the mesh does not divide.
+    Raises InputError for an invalid value, and for a batch size that the mesh does not divide.
     """
     sizes, optimizer, train, augment = (config[part].to_dict() for part in ("model", "optimizer", "train", "augment"))
     name = sizes.pop("preset")
@@ -84,7 +84,7 @@ def make_setup(
             **sizes,
         )
     )
-    # Patterns of a part that this model does not have are left out.
+    # Drop patterns for parts that this model does not have.
     has_zoe, has_ego3d = model.config.depth_source == "zoedepth", model.config.depth_source != "none"
     frozen = tuple(p for p in optimizer.pop("frozen") if p != "zoe" or has_zoe)
     adapters = None
@@ -92,7 +92,7 @@ def make_setup(
         adapters = Adapters(
             config.lora.rank, config.lora.alpha, tuple(p for p in config.lora.targets if p != "ego3d" or has_ego3d)
         )
-        frozen = (r"(?!lora/|spatial_embedding$)", *frozen)  # whatever is no adapter and not the spatial table
+        frozen = (r"(?!lora/|spatial_embedding$)", *frozen)  # everything except adapters and the spatial table
     if mesh is not None:
         check_batch(train["batch_size"], train["grad_accum_steps"], mesh)
     adamw = AdamW(steps=train["steps"], **optimizer)
@@ -113,8 +113,8 @@ def make_setup(
 
 
 def check_patterns(setup: TrainSetup) -> None:
-    """Raises InputError for a pattern of frozen parameters or of adapters that matches nothing, and where everything is
-    frozen. It is about paths alone: a setup with any grid will do."""
+    """Raises InputError if a pattern of frozen parameters or adapters matches nothing, or if everything is frozen. Only
+    paths matter, so the setup may have any grid."""
     shapes = param_shapes(setup.model.config)
     adapters = adapter_shapes(shapes, setup.adapters.rank, setup.adapters.targets) if setup.adapters else {}
     trainable, _ = split_frozen(

@@ -1,6 +1,6 @@
-"""The device mesh and where every array lives on it: one table of parameter path patterns → PartitionSpec.
+"""The device mesh and how arrays are sharded over it: one table of parameter path patterns → PartitionSpec.
 
-Axes: `data` (replicas; only gradients cross it), `fsdp` (batch and parameters split), `tensor` (heads and MLP split).
+Axes: `data` (replicas; only gradients cross it), `fsdp` (splits batch and parameters), `tensor` (splits heads and MLP).
 """
 
 import re
@@ -24,9 +24,9 @@ from spatialvla_jax.models.lora import ADAPTERS, axes_of
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(BATCH_AXES)
 
-# First match wins; a path is "llm/layers/attn/q_einsum/w". Stacked layers lead with an unsplit L. What matches nothing
-# (norms, biases, the small Ego3D) is replicated. The vocabulary tables split over their width, because their number of
-# rows (265,347 published) is odd.
+# First match wins; a path is "llm/layers/attn/q_einsum/w". Stacked layers have a leading, unsplit L. Whatever matches
+# nothing (norms, biases, the small Ego3D) is replicated. The vocabulary tables are split over their width, because
+# their number of rows (265,347 in the release) is odd.
 RULES: tuple[tuple[str, P], ...] = (
     (r"llm/embedder/input_embedding|llm/lm_head|spatial_embedding", P(None, "fsdp")),
     (r"llm/layers/attn/q_einsum/w", P(None, "tensor", "fsdp", None)),
@@ -43,15 +43,15 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"zoe/backbone/.*/out/kernel", P(None, None, None, None, "fsdp")),
     (r"zoe/backbone/.*/mlp_(in|out)/kernel", P(None, None, "fsdp", None)),
 )
-# Looked up, not multiplied: rows cross the mesh, never the table, and gradients of rows add up in float32.
+# Tables for lookups, not products: only rows cross the mesh, and their gradients are summed in float32.
 LOOKED_UP = r"llm/embedder/input_embedding|spatial_embedding"
 OUTSIDE_SCANS = ("llm/lm_head", "img/head/kernel")
 
 
 def make_mesh(shape: dict[str, int], devices: Sequence[Any] | None = None) -> Mesh:
-    """Mesh over all devices; one axis may be −1, "whatever is left".
+    """Mesh over all devices; one axis may be −1, which takes the remaining devices.
 
-    Raises InputError when the axes do not multiply to the number of devices.
+    Raises InputError if the product of the axes is not the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     unknown = set(shape) - set(AXES)
@@ -68,8 +68,9 @@ def make_mesh(shape: dict[str, int], devices: Sequence[Any] | None = None) -> Me
 
 
 def arrange(devices: Sequence[Any], sizes: Sequence[int]) -> np.ndarray:
-    """The devices as an array of the mesh's shape. TPUs: neighbours in an axis are neighbours in the torus, and slices
-    differ in `data` alone, so that only gradients leave a slice. Raises InputError where `data` cannot hold the slices.
+    """The devices as an array of the mesh's shape. On TPUs, neighbours along an axis are neighbours in the torus, and
+    slices differ only along `data`, so that only gradients leave a slice. Raises InputError if `data` cannot hold the
+    slices.
     """
     slices = len({getattr(d, "slice_index", None) or 0 for d in devices})
     if devices[0].platform != "tpu" or len(devices) == 1:
@@ -85,7 +86,7 @@ def arrange(devices: Sequence[Any], sizes: Sequence[int]) -> np.ndarray:
 
 
 def check_batch(batch_size: int, grad_accum_steps: int, mesh: Mesh) -> None:
-    """Raises InputError unless the batch divides evenly over accumulation steps and the mesh's batch axes."""
+    """Raises InputError unless accumulation steps × the mesh's batch axes divide the batch."""
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch_size % (grad_accum_steps * parts):
         raise InputError(
@@ -95,14 +96,14 @@ def check_batch(batch_size: int, grad_accum_steps: int, mesh: Mesh) -> None:
 
 
 def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh | jax.sharding.AbstractMesh) -> P:
-    """The PartitionSpec of one parameter; a dimension that the mesh does not divide stays whole."""
+    """The PartitionSpec of one parameter. Dimensions that the mesh does not divide are not split."""
     if (spec := rule_of(path)) is None:
         return P()
     return P(*(a if a and d % mesh.shape[a] == 0 else None for a, d in zip(spec, shape, strict=True)))
 
 
 def rule_of(path: str) -> tuple[str | None, ...] | None:
-    """The axes that RULES has for a parameter. Adapters lie as their kernel does, so that B A is made in its shards."""
+    """A parameter's axes in RULES. Adapters are split like their kernel, so that B A is computed in its shards."""
     if path.startswith(f"{ADAPTERS}/"):
         kernel, _, name = path.removeprefix(f"{ADAPTERS}/").rpartition("/")
         axes, *parts = axes_of(kernel)
@@ -112,7 +113,7 @@ def rule_of(path: str) -> tuple[str | None, ...] | None:
 
 
 def on_mesh(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
-    """The function traced on the mesh, where `models.partition` and `cast_split` take effect."""
+    """Trace the function on the mesh, where `constrain_batch` and `cast_split` take effect."""
 
     @wraps(function)
     def wrapped(*args: Any) -> Any:
@@ -123,9 +124,9 @@ def on_mesh(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
 
 
 def cast_split(params: Params, dtype: DTypeLike) -> Params:
-    """The matrices that are split over `fsdp` in the computation's dtype, so that half the bytes are gathered.
+    """Cast matrices that are split over `fsdp` to the computation's dtype, which halves the bytes to gather.
 
-    Every other parameter stays as it is; on no mesh, or one without a split, all do.
+    All other parameters are unchanged, as is everything without a mesh or a split.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.shape["fsdp"] == 1:
@@ -136,7 +137,7 @@ def cast_split(params: Params, dtype: DTypeLike) -> Params:
         if "fsdp" not in spec or re.fullmatch(LOOKED_UP, path):
             return x
         x = jax.lax.with_sharding_constraint(x.astype(dtype), spec)
-        if path in OUTSIDE_SCANS:  # so that its gradient is summed and split, and not the batch gathered for it
+        if path in OUTSIDE_SCANS:  # so that its gradient is reduce-scattered, instead of gathering the batch
             x = jax.lax.with_sharding_constraint(x, P(*(None if axis == "fsdp" else axis for axis in spec)))
         return x
 
@@ -145,7 +146,7 @@ def cast_split(params: Params, dtype: DTypeLike) -> Params:
 
 
 def like_params(tree: Any, params: Params, mesh: Mesh) -> Any:
-    """Shardings for a tree that is, or holds copies of, the parameter tree, as a state does; the rest is replicated."""
+    """Shardings for the parameter tree or a tree with copies of it, such as a state; other leaves are replicated."""
     flat = flatten_dict(params, sep="/")
 
     def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:

@@ -1,7 +1,7 @@
-"""Loss spikes: a run goes back to a checkpoint before the spike, and on with the batches that come after it.
+"""Loss spikes: the run returns to a checkpoint before the spike and continues with the batches after it.
 
-Nothing here is random, and all that the next decision needs is in the checkpoints: a run that is killed at any moment,
-on its way back too, meets the same spikes again and ends in the same bits.
+Nothing here is random, and checkpoints hold all that decisions depend on. A run that is killed at any moment, even
+while going back, therefore meets the same spikes again and ends with the same bits.
 """
 
 import math
@@ -29,9 +29,9 @@ class SpikePolicy:
 
 @dataclass
 class Watch:
-    """Looks at the steps' metrics one step late, when the device has another one to do.
+    """Checks the steps' metrics one step late, so that the device always has work.
 
-    `skipped` batches were left out so far: step s takes batch s + skipped.
+    `skipped` batches were skipped so far: step s uses batch s + skipped.
     """
 
     policy: SpikePolicy
@@ -39,26 +39,26 @@ class Watch:
     max_skipped: int
     skipped: int = 0
     spikes: list[dict[str, Any]] = field(default_factory=list)  # {"step", "loss", "median", "rewound_to"}
-    losses: list[float] = field(default_factory=list)  # of the last steps
+    losses: list[float] = field(default_factory=list)  # of the most recent steps
     waiting: deque[tuple[int, Metrics]] = field(default_factory=deque)
 
     @classmethod
     def resumed(cls, policy: SpikePolicy, every: int, max_skipped: int, stored: dict[str, Any]) -> "Watch":
-        """`stored` is what `to_dict` gave for the checkpoint that the run goes on from, {} where there is none."""
+        """`stored` is the `to_dict` of the checkpoint that the run resumes from, {} without a checkpoint."""
         return cls(policy, every, max_skipped, **stored)
 
     def to_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps; {} for a run that never had a policy."""
+        """What a checkpoint stores; {} for a run that never had a policy."""
         kept = {"skipped": self.skipped, "spikes": self.spikes, "losses": self.losses}
         return kept if self.policy.factor or self.spikes else {}
 
     def counts(self) -> dict[str, int]:
-        """For the metrics."""
+        """The counts for the metrics log."""
         return {"spikes": len(self.spikes), "spikes/skipped_batches": self.skipped} if self.to_dict() else {}
 
     def look(self, *, leave: int = 0) -> int | None:
-        """Waits for the steps that were made, but for the last `leave`. → the step to go back to, where the loss of one
-        was a spike. Raises InputError where too many steps were skipped, or too many spikes were met."""
+        """Wait for the completed steps except the last `leave` and check their losses → the step to go back to if one
+        was a spike, else None. Raises InputError after too many skipped steps or spikes."""
         while len(self.waiting) > leave:
             step, metrics = self.waiting.popleft()
             check_skipped(metrics, step, self.max_skipped)
@@ -68,15 +68,14 @@ class Watch:
         return None
 
     def restored(self, step: int, stored: dict[str, Any]) -> None:
-        """The run is back at `step`, whose checkpoint holds `stored`. Where the checkpoint of the step that was
-        meant is gone, `step` is an earlier one."""
+        """The run is back at `step`, whose checkpoint holds `stored`. `step` is earlier if the target's is gone."""
         self.losses = stored.get("losses", [])
         last = self.spikes[-1]
         self.skipped += last["rewound_to"] - step
         self.spikes = [*self.spikes[:-1], last | {"rewound_to": step}]
 
     def describe(self) -> str:
-        """The last spike in a sentence."""
+        """A sentence about the last spike."""
         spike = self.spikes[-1]
         return (
             f"step {spike['step']}: the loss is {spike['loss']:.4g}, the median of {self.policy.window} steps before "
@@ -88,7 +87,7 @@ class Watch:
     def _spike(self, step: int, loss: float) -> int | None:
         policy, usual = self.policy, median(self.losses) if len(self.losses) == self.policy.window else math.inf
         target = (step - max(policy.rewind, 1)) // self.every * self.every
-        if not math.isfinite(loss):  # the step changed nothing
+        if not math.isfinite(loss):  # the step was skipped and changed nothing
             return None
         if loss <= policy.factor * usual or target < self.every:
             self.losses = [*self.losses, loss][-policy.window :]
@@ -105,7 +104,7 @@ class Watch:
 
 
 def check_skipped(metrics: Metrics, step: int, limit: int) -> None:
-    """Waits for the step that gives `metrics`; raises InputError once too many were skipped."""
+    """Wait for the step that computes `metrics`; raises InputError if more than `limit` steps were skipped."""
     skipped = int(metrics["skipped"])
     if skipped > limit:
         raise InputError(

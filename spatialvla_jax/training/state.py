@@ -1,4 +1,4 @@
-"""The whole state of training: what a checkpoint holds and the jitted step maps to its successor."""
+"""The complete training state: saved by checkpoints, and updated by the jitted step."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ from spatialvla_jax.training.sharding import like_params
 
 @struct.dataclass
 class TrainState:
-    """`opt_state` covers the trainable parameters only. Randomness is a function of the seed and `step`."""
+    """`opt_state` covers only the trainable parameters. Randomness is a function of the seed and `step`."""
 
     step: Int[Array, ""]
     params: Params
@@ -37,7 +37,7 @@ def init_params(model: SpatialVLA, seed: Integer[Array, ""] | int) -> Params:
 
 
 def abstract_params(setup: TrainSetup) -> Params:
-    """Shapes and dtypes of all parameters. What adapters are added to is taken to be stored as it is computed with."""
+    """Shapes and dtypes of all parameters. With adapters, frozen ones are assumed to be stored in the model's dtype."""
     params = jax.eval_shape(lambda: init_params(setup.model, 0))
     if setup.adapters is None:
         return params
@@ -56,20 +56,20 @@ def new_state(setup: TrainSetup, params: Params) -> TrainState:
 
 
 def abstract_state(setup: TrainSetup, params: Params | None = None) -> tuple[TrainState, TrainState]:
-    """→ (shapes and dtypes of the state, its shardings): nothing is allocated. Those of `params` where they are given,
-    as arrays or shapes."""
+    """→ (shapes and dtypes of the state, its shardings) without allocating it. Uses `params` if given, as arrays or
+    shapes."""
     assert setup.mesh is not None
     state = jax.eval_shape(lambda params: new_state(setup, params), params or abstract_params(setup))
     return state, like_params(state, state.params, setup.mesh)
 
 
 def init_state(setup: TrainSetup, params: Params | None = None) -> tuple[TrainState, TrainState]:
-    """→ (state on the mesh, its shardings). Parameters are random unless given; they are made in their shards."""
+    """→ (state on the mesh, its shardings). Parameters are random unless given, and are created in shards."""
     _, shardings = abstract_state(setup, params)
     if params is None:
         random = jax.jit(lambda seed: new_state(setup, init_params(setup.model, seed)), out_shardings=shardings)
         return random(np.uint32(setup.seed)), shardings
-    # Every process holds all of them and gives its devices their parts.
+    # Every process holds all parameters and gives each of its devices a part.
     parts = jax.tree.map(
         lambda x, s: jax.make_array_from_callback(x.shape, s, lambda i: x[i]), params, shardings.params
     )

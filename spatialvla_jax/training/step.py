@@ -1,6 +1,6 @@
-"""One training step and one validation step, as pure functions of state, batch and grid, and jitted on their mesh.
+"""The training and validation steps: pure functions of state, batch and grid, and jitted on their mesh.
 
-The training loop runs `jit_train_step`, `planning/tpu_plan.py` compiles it ahead of time: there is one.
+The training loop runs `jit_train_step`, and `planning/tpu_plan.py` compiles the same function ahead of time.
 """
 
 import logging
@@ -33,22 +33,23 @@ from spatialvla_jax.training.setup import TrainSetup
 from spatialvla_jax.training.sharding import BATCH, cast_split, on_mesh
 from spatialvla_jax.training.state import TrainState
 
-# Weights are gathered whole, as latency hiding can then do ahead of their use. By default the compiler sends large ones
+# Gather weights whole, which latency hiding can do before they are used. By default the compiler sends large ones
 # around the ring in parts, each followed by its part of the product.
 TPU_OPTIONS: dict[str, Any] = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000}
-# Don't zero a scan's stacked outputs, all of which the scan fills.
+# Don't zero a scan's stacked outputs: the scan overwrites all of them.
 GPU_OPTIONS: dict[str, Any] = {"xla_gpu_enable_dus_accumulator_zero_init_elimination": True}
 Metrics = dict[str, Float[Array, "..."]]  # scalars, and "datasets" f32[N,3]: see `by_dataset`
 logger = logging.getLogger(__name__)
-Jitted = Any  # what `jax.jit` returns: called, or lowered and compiled
+Jitted = Any  # the result of `jax.jit`: can be called, or lowered and compiled
 
 
 def make_train_step(setup: TrainSetup) -> Callable[..., tuple[TrainState, Metrics]]:
     """→ `step(state, batch, grid, seed) -> (state, metrics)`, to be jitted with the state donated.
 
-    `grad_accum_steps` splits the batch into that many microbatches whose gradients are averaged, which is the gradient
-    of the whole batch. Where its loss or its gradient is not finite, the step is counted (`skipped`, of the whole run)
-    and changes nothing else. Grid and seed are arguments, so that runs which differ in them share one compilation.
+    `grad_accum_steps` splits the batch into that many microbatches and averages their gradients, which gives the
+    gradient of the whole batch. If loss or gradient is not finite, the step is counted in `skipped` (over the whole
+    run) and changes nothing else. Grid and seed are arguments, so that runs that differ only in them share one
+    compilation.
     """
     model, optimizer, grad_accum_steps = setup.model, setup.optimizer, setup.grad_accum_steps
     schedule = learning_rate(setup.adamw)
@@ -71,7 +72,7 @@ def make_train_step(setup: TrainSetup) -> Callable[..., tuple[TrainState, Metric
         if grad_accum_steps == 1:
             (_, metrics), grads = gradient(trainable, inputs)
         else:
-            # [B] → [B/A, A] → [A, B/A]: every device splits its own rows, so nothing moves between devices.
+            # [B] → [B/A, A] → [A, B/A]: each device splits its own rows, so nothing moves between devices.
             micro = jax.tree.map(lambda x: x.reshape(-1, grad_accum_steps, *x.shape[1:]).swapaxes(0, 1), inputs)
 
             def add(total, part):
@@ -96,7 +97,7 @@ def make_train_step(setup: TrainSetup) -> Callable[..., tuple[TrainState, Metric
 
 
 def jit_train_step(setup: TrainSetup, shardings: TrainState) -> Jitted:
-    """→ jitted `step(state, batch, grid, seed) -> (state, metrics)`: the state in `shardings`, donated; batch split."""
+    """→ jitted `step(state, batch, grid, seed) -> (state, metrics)`; the state is donated, the batch split."""
     assert setup.mesh is not None
     replicated = NamedSharding(setup.mesh, P())
     return jax.jit(
@@ -109,8 +110,8 @@ def jit_train_step(setup: TrainSetup, shardings: TrainState) -> Jitted:
 
 
 def compiler_options(platform: str) -> dict[str, Any] | None:
-    """For the training step on `platform`. An option that this version of JAX does not know is left out on a GPU, where
-    it changes speed alone."""
+    """Compiler options for the training step on `platform`. On a GPU, options unknown to this version of JAX are
+    skipped: they only affect speed."""
     if platform == "tpu":
         return TPU_OPTIONS
     if platform != "gpu":
@@ -127,7 +128,7 @@ def compiler_options(platform: str) -> dict[str, Any] | None:
 
 
 def jit_eval_step(setup: TrainSetup, shardings: TrainState) -> Jitted:
-    """→ jitted `make_eval_step`, its batch split."""
+    """→ jitted `make_eval_step`, with the batch split."""
     assert setup.mesh is not None
     batch, replicated = NamedSharding(setup.mesh, BATCH), NamedSharding(setup.mesh, P())
     return jax.jit(
@@ -148,12 +149,12 @@ def jit_update_norms(setup: TrainSetup, shardings: TrainState) -> Jitted:
 
 
 def make_eval_step(setup: TrainSetup):
-    """→ `step(params, batch, grid) -> (metric sums over the batch's valid examples, their number)`."""
+    """→ `step(params, batch, grid) -> (sums of metrics over the batch's valid examples, their number)`."""
     model = setup.model
 
     def step(params: Params, batch: Batch, grid: ActionTokenizer):
         inputs = prepare(batch, None, None)
-        assert inputs.valid is not None, "the batch is not of an epoch"
+        assert inputs.valid is not None, "the batch does not belong to an epoch"
         params = cast_split(merge_adapters(params, setup.lora_scale, model.config.dtype), model.config.dtype)
         _, metrics = loss_and_metrics(model, params, inputs, grid)
         sums = {k: jnp.where(inputs.valid, v, 0).sum() for k, v in metrics.items()}
@@ -164,7 +165,7 @@ def make_eval_step(setup: TrainSetup):
 
 
 def prepare(batch: Batch, key: PRNGKeyArray | None, augmentation: Augmentation | None) -> Batch:
-    """uint8 images → [0, 1], augmented when asked."""
+    """Convert uint8 images to f32 in [0, 1], and augment them if asked."""
     image, depth, intrinsics = batch.image.astype(jnp.float32) / 255, batch.depth, batch.intrinsics
     if augmentation is not None:
         assert key is not None, "augmentation draws from a key"
@@ -175,7 +176,7 @@ def prepare(batch: Batch, key: PRNGKeyArray | None, augmentation: Augmentation |
 def by_dataset(
     metrics: dict[str, Float[Array, " B"]], dataset_id: Int[Array, " B"], num_datasets: int
 ) -> dict[str, Float[Array, "N 3"]]:
-    """{"datasets": examples, sum of loss and sum of accuracy of each dataset}; a dataset_id of −1 counts nowhere."""
+    """{"datasets": (examples, sum of loss, sum of accuracy) per dataset}; a dataset_id of −1 is not counted."""
     if not num_datasets:
         return {}
     columns = jnp.stack([jnp.ones_like(metrics["loss"]), metrics["loss"], metrics["accuracy"]], axis=1)
@@ -186,10 +187,10 @@ def by_dataset(
 def loss_and_metrics(
     model: SpatialVLA, params: Params, inputs: Batch, grid: ActionTokenizer
 ) -> tuple[Float[Array, " B"], dict[str, Float[Array, " B"]]]:
-    """Cross-entropy on the action tokens and `<eos>` (13 of a 4-step chunk), averaged per example; teacher-forced.
+    """Teacher-forced cross-entropy of action tokens and `<eos>` (13 for a 4-step chunk), averaged per example.
 
-    Accuracies and `l1` (decoded against true normalised actions, all dimensions) take the best token of the kind
-    that stands at each place, as the policy's constrained decoding does.
+    Accuracies and `l1` (between decoded and true normalised actions, all dimensions) use the best token of the kind
+    expected at each position, as in the policy's constrained decoding.
     """
     cfg = model.config
     B = inputs.actions.shape[0]
@@ -211,7 +212,7 @@ def loss_and_metrics(
 
 
 def constrained_argmax(logits: Float[Array, "B A V"], grid: ActionTokenizer, offset: int) -> Int[Array, "B A"]:
-    """Best token among those of its kind, counted from the first action token; A is whole actions."""
+    """The best token of each position's kind, counted from the first action token; A covers whole actions."""
     n = grid.tokens_per_action
     best = [
         logits[:, i::n, offset + start : offset + start + size].argmax(axis=-1) + start
