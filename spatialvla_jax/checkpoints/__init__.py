@@ -1,4 +1,4 @@
-"""Checkpoints in and out: our Orbax runs, the published Hugging Face layout, PaliGemma 2, big_vision, PEFT."""
+"""Read and write checkpoints: our Orbax runs, the published Hugging Face layout, PaliGemma 2, big_vision, PEFT."""
 
 from spatialvla_jax.checkpoints.big_vision import read_big_vision, write_big_vision
 from spatialvla_jax.checkpoints.huggingface import read_huggingface, write_huggingface

@@ -1,7 +1,7 @@
-"""big_vision's .npz checkpoints: one array a parameter, under "params/img/embedding/kernel" and so on.
+"""big_vision's .npz checkpoints: one array per parameter, named "params/img/embedding/kernel" and so on.
 
-Our names and layouts are big_vision's, so nothing is renamed. What it has no place for, our config and processor, lies
-in the same file as JSON under "spatialvla_jax". The archive has a CRC-32 of every member, which is verified on reading.
+Our names and layouts are big_vision's, so nothing is renamed. The format has no place for our config and processor:
+these are stored as JSON in the member "spatialvla_jax". Reading verifies the CRC-32 of each member.
 """
 
 import json
@@ -23,7 +23,7 @@ FLOATS = (np.dtype(np.float32), np.dtype(np.float16), BFLOAT16)
 
 
 def open_npz(path: AnyPath) -> dict[str, LazyArray]:
-    """The arrays of a file, without "params/", read when needed. Raises InputError for a file that is no .npz."""
+    """The arrays of a file, without the prefix "params/", read lazily. Raises InputError if the file is not a .npz."""
     try:
         with path.open("rb") as file, zipfile.ZipFile(file) as archive:
             arrays = dict(_open_member(path, archive, name) for name in archive.namelist() if name != f"{FACTS}.npy")
@@ -39,7 +39,7 @@ def _open_member(path: AnyPath, archive: zipfile.ZipFile, name: str) -> tuple[st
         version = np.lib.format.read_magic(member)
         header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = header(member)
-    dtype = BFLOAT16 if dtype == np.dtype("V2") else dtype  # numpy has no name for it
+    dtype = BFLOAT16 if dtype == np.dtype("V2") else dtype  # NumPy files cannot name bfloat16
     key = name.removesuffix(".npy")
 
     def read() -> np.ndarray:
@@ -53,7 +53,7 @@ def _open_member(path: AnyPath, archive: zipfile.ZipFile, name: str) -> tuple[st
 
 
 def read_big_vision(path: str | AnyPath) -> Checkpoint:
-    """A SpatialVLA that `write_big_vision` wrote. Raises InputError."""
+    """Read a SpatialVLA written by `write_big_vision`. Raises InputError."""
     path = to_path(path)
     arrays = open_npz(path)
     try:
@@ -70,7 +70,7 @@ def read_big_vision(path: str | AnyPath) -> Checkpoint:
 
 
 def write_big_vision(path: str | AnyPath, checkpoint: Checkpoint) -> None:
-    """Write a .npz file by rename, one array at a time. Raises InputError when it exists or cannot be written."""
+    """Write a .npz file by rename, one array at a time. Raises InputError if it exists or cannot be written."""
     path = to_path(path)
     check_arrays("checkpoint", checkpoint.arrays, param_shapes(checkpoint.config))
     if occupied(path):

@@ -1,9 +1,9 @@
 """The published directory layout: config.json, model.safetensors (or shards), and the processor's files.
 
-Fields that the published config has no place for (prompt length, source of depth, …) stand under "spatialvla_jax" in
-config.json, and processor.json holds our processor whole, so that what we write is read back unchanged. The release's
-own files are written beside them, and read where processor.json is missing. `auto_map` names the release's code files:
-`AutoModel` and `AutoProcessor` of transformers run whichever lie in the directory, the release's or those that
+Fields unknown to the published config (prompt length, depth source, …) are stored under "spatialvla_jax" in
+config.json, and processor.json holds our whole processor, so that checkpoints are read back unchanged. The release's
+own files are written beside them, and read if processor.json is missing. `auto_map` names the release's code files.
+`AutoModel` and `AutoProcessor` of transformers run the ones in the directory: the release's, or those that
 `export.convert.write_pytorch` puts there.
 """
 
@@ -50,11 +50,11 @@ ZOE_PREFIX = "vision_zoe_model."
 
 
 def read_huggingface(path: str | AnyPath, ignore: Sequence[str] = ()) -> Checkpoint:
-    """A published directory, single or sharded. Arrays are read when needed, in their own dtype.
+    """Read a published directory, single or sharded. Arrays are read lazily, in their stored dtype.
 
-    `ignore` lists key prefixes to leave out (("vision_zoe_model.",) makes a model with depth from the data). Raises
-    InputError for missing, unknown, misshapen or non-floating tensors, and for a config that they do not fit; reading
-    an array raises it for tensors that are not finite.
+    `ignore` lists key prefixes to skip; ("vision_zoe_model.",) gives a model that takes depth from the data. Raises
+    InputError for missing, unknown, misshapen or non-floating tensors, and if they do not fit the config. Reading an
+    array raises it for NaN or infinity.
     """
     path = to_path(path)
     config, processor = read_description(path)
@@ -65,13 +65,13 @@ def read_huggingface(path: str | AnyPath, ignore: Sequence[str] = ()) -> Checkpo
 
 
 def read_description(path: AnyPath) -> tuple[SpatialVLAConfig, Processor | None]:
-    """What a published directory says of its model and its processor, apart from its weights. Raises InputError."""
+    """The model config and processor of a published directory, without its weights. Raises InputError."""
     config = read_config(path / CONFIG)
     return read_processor(path, config, read_json(path / CONFIG).get(EXTRA, {}).get("action_chunk"))
 
 
 def open_zoedepth(path: AnyPath) -> tuple[ZoeDepthConfig, dict[str, LazyArray]]:
-    """A ZoeDepth's own Hugging Face directory: its sizes, and its arrays as our model names them ("zoe/…")."""
+    """The sizes and arrays ("zoe/…", as in our model) of a ZoeDepth's own Hugging Face directory. Raises InputError."""
     config = zoedepth_from_published(read_json(path / CONFIG), f"{path / CONFIG}: ")
     model = SpatialVLAConfig(zoe=config, depth_source="zoedepth")
     model.check_sizes(lambda field: f"{path / CONFIG}: " + NAMES[field].removeprefix("vision_zoe_config."))
@@ -80,8 +80,8 @@ def open_zoedepth(path: AnyPath) -> tuple[ZoeDepthConfig, dict[str, LazyArray]]:
 
 
 def open_published(path: AnyPath, prefix: str = "") -> dict[str, LazyArray]:
-    """The tensors of a directory under the names of `mapping`, each with `prefix`, whichever spelling it has them in;
-    without buffers. Raises InputError for a directory that has one under two spellings."""
+    """The tensors of a directory under the names in `mapping`, each with `prefix`; alternative spellings are
+    recognised, and buffers dropped. Raises InputError if one tensor occurs under two spellings."""
     stored = {key: x for key, x in safetensors.open_directory(path).items() if not is_buffer(key)}
     names = {key: prefix + published_name(key).removeprefix(prefix) for key in stored}
     repeated = {name for name, count in Counter(names.values()).items() if count > 1}
@@ -92,7 +92,7 @@ def open_published(path: AnyPath, prefix: str = "") -> dict[str, LazyArray]:
 def stacked_arrays(
     path: AnyPath, stored: Mapping[str, LazyArray], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, LazyArray]:
-    """Arrays of ours with these shapes out of published tensors, all of which must be used. Raises InputError."""
+    """Our arrays with these shapes, built from published tensors, all of which must be used. Raises InputError."""
     table = slots(shapes)
     wanted = {slot.key: slot for slot in table}
     check_names(path, "missing", wanted.keys() - stored.keys())
@@ -124,7 +124,7 @@ def _stacked(shape: tuple[int, ...], group: Sequence[Slot], stored: Mapping[str,
 
 
 def unstacked_tensors(arrays: Mapping[str, LazyArray], rules: Iterable[Rule] = SPATIALVLA) -> dict[str, LazyArray]:
-    """Published tensors out of arrays of ours. Read in this order, they read each array once and hold one at a time."""
+    """Published tensors from our arrays. Reading them in this order reads each array once and holds one at a time."""
     held: dict[str, np.ndarray] = {}
 
     def read(slot: Slot) -> np.ndarray:
@@ -146,9 +146,9 @@ def write_huggingface(
 ) -> None:
     """Write a directory in the published layout; it appears whole or not at all.
 
-    `files` is {file name: text} of what else to put in it: the Python files without which transformers does not load
-    it, and its card. Reads each array once and holds one at a time. Raises InputError when `path` exists or the arrays
-    do not fit the config.
+    `files` is {file name: text} of additional files: the model card, and the Python files that transformers needs to
+    load the model. Reads each array once and holds one at a time. Raises InputError if `path` exists or the arrays do
+    not fit the config.
     """
     check_arrays("checkpoint", checkpoint.arrays, param_shapes(checkpoint.config))
     tensors = unstacked_tensors(checkpoint.arrays)
@@ -161,7 +161,7 @@ def write_huggingface(
 
 
 def write_config(path: Path, config: SpatialVLAConfig, processor: Processor | None, dtypes: set[np.dtype]) -> None:
-    """config.json, which also says why the release's code does not act as this model does, where it does not."""
+    """Write config.json, which also lists the reasons why the release's code may act differently from this model."""
     data = config_to_published(config, dtypes)
     data[EXTRA][DIFFERENCES] = release_differences(config, processor)
     write_json(path / CONFIG, data)
@@ -173,6 +173,6 @@ def write_files(path: Path, files: Mapping[str, str] | None) -> None:
 
 
 def write_processor(path: Path, processor: Processor, config: SpatialVLAConfig) -> None:
-    """processor.json, and the files that the release's own processor reads."""
+    """Write processor.json and the files of the release's own processor."""
     write_json(path / PROCESSOR, processor.to_dict())
     write_release_files(path, processor, config)

@@ -1,4 +1,4 @@
-"""Recognising a checkpoint and loading it."""
+"""Recognise and load checkpoints of any format."""
 
 import hashlib
 import itertools
@@ -37,9 +37,9 @@ ENDS = 1 << 16  # bytes
 
 
 def read_checkpoint(path: str | AnyPath, zoedepth: str | AnyPath | None = None) -> Checkpoint:
-    """Recognise and open a checkpoint: an Orbax run of ours or one of its steps, a published directory, a .npz, or a
-    PaliGemma 2 (`start_from_paligemma`), to which alone `zoedepth` belongs. A run of adapters is read with its base, as
-    the model that both make."""
+    """Recognise and open a checkpoint: one of our Orbax runs or its steps, a published directory, a .npz, or a
+    PaliGemma 2 (`start_from_paligemma`), which alone may take a `zoedepth`. An adapter run is merged with its base.
+    Raises InputError for anything else."""
     path = as_path(path, "checkpoint")
     if not exists(path):
         raise InputError(f"{path} does not exist")
@@ -63,8 +63,8 @@ def read_checkpoint(path: str | AnyPath, zoedepth: str | AnyPath | None = None) 
 
 
 def fingerprint(path: str | AnyPath) -> str:
-    """A checkpoint as it is now: which file, or which step of which run, and 8 digits that another training of the same
-    changes. They are of the names, the sizes and both ends of its files, so that it takes no time."""
+    """Identify a checkpoint's current state: the path of the file or step, and 8 hex digits that change when it is
+    retrained. Fast, because it hashes only the names, sizes and both ends of the files."""
     path = step_directory(path) or to_path(path)
     parts = ("params", "metadata") if is_dir(path / "params") else (".",)
     if is_file(path):
@@ -86,16 +86,16 @@ def fingerprint(path: str | AnyPath) -> str:
 def load_pretrained(
     path: str | AnyPath, zoedepth: str | AnyPath | None = None
 ) -> tuple[SpatialVLA, dict[str, Any], Processor | None]:
-    """(model, params, processor) of anything that `read_checkpoint` reads.
+    """(model, params, processor) of any checkpoint that `read_checkpoint` reads.
 
-    The params are host numpy arrays in their stored dtypes; the processor is None where the checkpoint has none.
+    Params are NumPy arrays on the host in their stored dtypes. The processor is None if the checkpoint has none.
     """
     checkpoint = read_checkpoint(path, zoedepth)
     return SpatialVLA(checkpoint.config), checkpoint.params(), checkpoint.processor
 
 
 def read_zoedepth(path: str | AnyPath) -> tuple[ZoeDepthConfig, dict[str, LazyArray], int | None]:
-    """ZoeDepth's sizes, its arrays ("backbone/…") and the image size of the model around it, None where there is none.
+    """ZoeDepth's config, its arrays ("backbone/…") and the image size of the surrounding model (None if there is none).
 
     `path` is a ZoeDepth's own Hugging Face directory, or anything that `read_checkpoint` reads. Raises InputError for a
     checkpoint without a ZoeDepth.
@@ -113,7 +113,7 @@ def read_zoedepth(path: str | AnyPath) -> tuple[ZoeDepthConfig, dict[str, LazyAr
 
 
 def load_grid(path: str | AnyPath) -> ActionGrid | LinearGrid:
-    """The grid of a file of `save_grid`, or of a checkpoint of any format that carries one. Raises InputError."""
+    """The grid in a file written by `save_grid` or in a checkpoint of any format. Raises InputError."""
     path = to_path(path)
     if path.suffix == ".json" and is_file(path):
         try:

@@ -1,14 +1,14 @@
-"""Names and layouts of every parameter, ours and the published ones: one table, read both ways.
+"""Names and layouts of all parameters, ours and the published ones, in one table that serves both directions.
 
-Our tree stacks the layers of a transformer on the first axis and follows big_vision; the published checkpoints (Hugging
-Face) hold one tensor a layer. A `Rule` ties an array of ours to published keys:
+Our tree stacks a transformer's layers on the first axis and follows big_vision. The published checkpoints (Hugging
+Face) hold one tensor per layer. A `Rule` connects one of our arrays with published keys:
 
 - `layout` names the axes of one published tensor, published -> ours, as in "(N H) D -> N D H";
-- `{layer}` in a key runs over the axes of our array before those (one, or [stage, layer] row by row);
-- several keys lie behind each other on the axis before the layout's.
+- `{layer}` in a key runs over the preceding axes of our array: one, or [stage, layer] in row-major order;
+- several keys are stacked along the axis just before the layout's.
 
-Every layout only moves numbers, so a conversion and its inverse are bit-exact. `slots` works tensor by tensor: what it
-returns is enough to stream a checkpoint through in either direction.
+Layouts only move numbers, so a conversion and its inverse are bit-exact. `slots` describes single tensors, so that
+checkpoints can be streamed in either direction.
 """
 
 import re
@@ -30,7 +30,7 @@ from spatialvla_jax.models.spatialvla import SpatialVLA, SpatialVLAConfig
 VECTOR = "D -> D"
 TABLE = "V D -> V D"
 DENSE = "O I -> I O"
-CONV = "O I h w -> h w I O"  # and transposed convolutions, where O and I change names
+CONV = "O I h w -> h w I O"  # also transposed convolutions, with O and I swapped
 HEADS_IN, HEADS_BIAS, HEADS_OUT = "(N H) D -> D N H", "(N H) -> N H", "D (N H) -> N H D"
 
 
@@ -178,7 +178,7 @@ def _zoedepth_metric_head(ours: str, theirs: str) -> list[Rule]:
 
 
 def _convs(path: str, key: str, numbers: Sequence[int] = (1, 2)) -> list[Rule]:
-    """Ours are conv1, conv2, …; theirs have these numbers."""
+    """Our names are conv1, conv2, …; the published ones have these `numbers`."""
     named = enumerate(numbers, start=1)
     return [rule for i, theirs in named for rule in _dense(f"{path}/conv{i}", key.format(theirs), CONV)]
 
@@ -198,7 +198,7 @@ SPATIALVLA = (
 )
 
 
-# Other spellings of the keys above, in order: prefixes of transformers 5, or left out by it, and its BEiT in memory.
+# Alternative spellings, replaced in this order: prefixes that transformers 5 adds or drops, and its BEiT in memory.
 _BEIT_5 = r"(?<=backbone\.)beit\.layers\.(\d+)\."
 SPELLINGS = (
     (r"^model\.", ""),
@@ -216,12 +216,12 @@ SPELLINGS = (
     (_BEIT_5, r"encoder.layer.\1."),
     (r"(?<=backbone\.)beit\.", ""),
 )
-# What transformers computes from its config, and some of its versions save.
+# Buffers that transformers computes from its config, but some versions save.
 BUFFERS = ("position_ids", "inv_freq", "original_inv_freq", "relative_position_index", "k_idx", "k_minus_1")
 
 
 def published_name(key: str) -> str:
-    """A key as the rules have it, out of any of its spellings."""
+    """The spelling of a key used in the rules."""
     for pattern, name in SPELLINGS:
         key = re.sub(pattern, name, key)
     return key
@@ -233,7 +233,7 @@ def is_buffer(key: str) -> bool:
 
 @dataclass(frozen=True)
 class Slot:
-    """One published tensor `key` [shape] and its place in our tree: array `path`, `index` into its leading axes."""
+    """A published tensor `key` [shape] and its place in our tree: array `path`, `index` into its leading axes."""
 
     key: str
     shape: tuple[int, ...]
@@ -247,12 +247,12 @@ class Slot:
         part[...] = rearrange(tensor, self.layout, **axis_sizes(self.layout, part.shape))
 
     def to_published(self, array: np.ndarray) -> np.ndarray:
-        """The published tensor out of our array, contiguous; the inverse of `to_ours`."""
+        """The published tensor taken from our array, contiguous; the inverse of `to_ours`."""
         return np.ascontiguousarray(rearrange(array[self.index], reverse(self.layout)))
 
 
 def slots(shapes: Mapping[str, tuple[int, ...]], rules: Iterable[Rule] = SPATIALVLA) -> list[Slot]:
-    """All published tensors of a tree with these arrays, in its order. Raises KeyError for one without a rule."""
+    """All published tensors for arrays of these shapes, in their order. Raises KeyError for an array without a rule."""
     by_path = {rule.path: rule for rule in rules}
     return [slot for path, shape in shapes.items() for slot in _slots_of(by_path[path], shape)]
 
@@ -276,7 +276,7 @@ def _slots_of(rule: Rule, shape: tuple[int, ...]) -> Iterator[Slot]:
 
 @cache
 def param_shapes(config: SpatialVLAConfig) -> dict[str, tuple[int, ...]]:
-    """Our parameters as {"img/embedding/kernel": shape, …}, without making them."""
+    """Our parameters as {"img/embedding/kernel": shape, …}, without allocating them."""
 
     def init() -> Any:
         return SpatialVLA(config).init(jax.random.key(0), **example_inputs(config))["params"]
@@ -293,7 +293,7 @@ def unflatten(arrays: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_names(what: object, problem: str, names: Iterable[str]) -> None:
-    """Raises InputError with the first ten names and the count, unless there are none."""
+    """Raises InputError with the first ten names and their number, if there are any."""
     names = sorted(names)
     if names:
         first = ", ".join(map(shown, names[:10])) + (", …" if len(names) > 10 else "")
@@ -301,13 +301,13 @@ def check_names(what: object, problem: str, names: Iterable[str]) -> None:
 
 
 def shown(name: str) -> str:
-    """A name out of a file as it can stand in a sentence: on one line, and not too long."""
+    """A name from a file, made fit for a message: on one line and not too long."""
     name = name if name.isprintable() else ascii(name)
     return name if len(name) <= 200 else f"{name[:200]}…"
 
 
 def check_arrays(what: object, arrays: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises InputError where the arrays of our tree are not those of the config, or not of its shapes."""
+    """Raises InputError if arrays of our tree are missing, unknown, or shaped differently than the config says."""
     check_names(what, "missing for its config", shapes.keys() - arrays.keys())
     check_names(what, "not in its config", arrays.keys() - shapes.keys())
     wrong = [f"{p} {tuple(arrays[p].shape)} instead of {s}" for p, s in shapes.items() if tuple(arrays[p].shape) != s]
@@ -322,12 +322,12 @@ def axes_of_layout(layout: str) -> tuple[list[list[str]], list[str]]:
 
 
 def axis_sizes(layout: str, shape: tuple[int, ...]) -> dict[str, int]:
-    """The size of each named axis of a layout, by the shape on our side of it."""
+    """The size of each named axis of a layout, given the shape on our side."""
     _, axes = axes_of_layout(layout)
     return {axis: size for axis, size in zip(axes, shape, strict=True) if axis != "1"}
 
 
 def reverse(layout: str) -> str:
-    """ours -> published, of a layout published -> ours; its inverse, as it only moves numbers."""
+    """Reverse a layout, from published -> ours to ours -> published; possible because layouts only move numbers."""
     left, right = layout.split(" -> ")
     return f"{right} -> {left}"

@@ -1,9 +1,9 @@
-"""Our own runs: `<workdir>/checkpoints/<step>/{params, optimizer, metadata}`, by training or by a conversion.
+"""Our own runs: `<workdir>/checkpoints/<step>/{params, optimizer, metadata}`, written by training or conversion.
 
-On a disk a step appears by a rename. A bucket knows none: there a step exists once Orbax has noted in CONTENTS when it
-was committed, and has written MARKER, which it does last. The arrays lie in chunks, each with a CRC-32C that the array
-store verifies whenever it reads one: a restore on a pod checks the chunks that each host reads, a conversion all of
-`params`. The store's own index has checksums, too.
+On disk a step appears by a rename. Buckets have no rename: there a step is complete once Orbax has recorded the commit
+time in CONTENTS and then written MARKER, its last file. Arrays are stored in chunks, each with a CRC-32C that the array
+store verifies on reading. A restore on a pod thus checks the chunks that each host reads, a conversion all of `params`.
+The store's index has checksums too.
 """
 
 import contextlib
@@ -45,11 +45,11 @@ from spatialvla_jax.utils.storage import (
 )
 
 FOLDER = "checkpoints"
-CONTENTS = "_CHECKPOINT_METADATA"  # of a step: Orbax's list of what it consists of
+CONTENTS = "_CHECKPOINT_METADATA"  # in a step: Orbax's list of its items
 METADATA = "metadata/metadata"
-MARKER = "commit_success.txt"  # of a step in a bucket
-TRIES = {"max_retries": 8}  # of a request to a bucket, over two minutes
-CHUNK_BYTES = 64 * 2**20  # what is written, and read, at once
+MARKER = "commit_success.txt"  # in a step in a bucket
+TRIES = {"max_retries": 8}  # per request to a bucket, over two minutes
+CHUNK_BYTES = 64 * 2**20  # bytes written and read at once
 CODECS = (
     {"name": "bytes", "configuration": {"endian": "little"}},
     {"name": "zstd", "configuration": {"level": 1}},
@@ -58,7 +58,7 @@ CODECS = (
 
 
 class _ChecksummedArray(tensorstore_utils.ArrayWriteSpec):
-    """How Orbax writes an array, for which it has no setting: with CODECS where it is in zarr's third format."""
+    """Makes Orbax write zarr3 arrays with CODECS, for which it has no setting."""
 
     @property
     def json(self) -> dict[str, Any]:
@@ -69,7 +69,7 @@ class _ChecksummedArray(tensorstore_utils.ArrayWriteSpec):
 
 
 def _location(url: str) -> dict[str, Any]:
-    """Where the array store finds a folder in a bucket."""
+    """The array store's key-value store spec for a folder in a bucket."""
     scheme, _, place = url.partition("://")
     bucket, _, path = place.partition("/")
     if scheme == "gs":
@@ -77,7 +77,7 @@ def _location(url: str) -> dict[str, Any]:
     spec = {"driver": "s3", "bucket": bucket, "path": path, "s3_request_retries": TRIES}
     if endpoint := os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"):
         spec |= {"endpoint": endpoint, "aws_region": os.environ.get("AWS_DEFAULT_REGION", "us-east-1")}
-    if "AWS_ACCESS_KEY_ID" in os.environ:  # else the array store would print which files it looks for
+    if "AWS_ACCESS_KEY_ID" in os.environ:  # otherwise the array store prints which credential files it looks for
         spec |= {"aws_credentials": {"type": "environment"}}
     return spec
 
@@ -87,18 +87,18 @@ def _normalized(path: str) -> str:
 
 
 tensorstore_utils.ArrayWriteSpec = _ChecksummedArray
-# Orbax knows gs:// alone, though its paths and its array store know s3://, too.
+# Orbax only recognises gs://, although its paths and its array store support s3:// too.
 tensorstore_utils._use_gcs_driver, tensorstore_utils._normalize_path = is_url, _normalized
 gcs_utils.get_kvstore_for_gcs = _location
 
 
 def tree_handler(**options: Any) -> ocp.PyTreeCheckpointHandler:
-    """Orbax's handler for a tree of arrays: reads any, writes each chunk with a checksum."""
+    """Orbax's handler for a tree of arrays: reads any format, writes each chunk with a checksum."""
     return ocp.PyTreeCheckpointHandler(use_zarr3=True, **options)
 
 
 def step_directory(path: str | AnyPath) -> AnyPath | None:
-    """The newest complete step of a workdir, or `path` itself where it is a step; None where it is neither."""
+    """The newest complete step of a workdir, or `path` itself if it is a step; otherwise None."""
     path = to_path(path)
     if is_dir(path / "params") and is_dir(path / "metadata") and not (is_url(path) and missing(path)):
         return path
@@ -112,9 +112,8 @@ def step_directories(workdir: AnyPath) -> list[AnyPath]:
 
 
 def missing(step: AnyPath) -> str:
-    """The first file that a step's directory lacks, or has empty, cut off or garbled, as a copy that was interrupted
-    does; "" of a complete one. It is MARKER where a save into a bucket was cut off. An array's file that ends early is
-    found when it is read."""
+    """The first file of a step that is missing, empty, truncated or garbled, as after an interrupted copy; "" if the
+    step is complete. It is MARKER if a save to a bucket was interrupted. Truncated array files are found on reading."""
     contents = _json(step / CONTENTS)
     if contents and is_url(step) and not contents.get("commit_timestamp_nsecs"):
         return MARKER
@@ -125,7 +124,7 @@ def missing(step: AnyPath) -> str:
 
 
 def _missing_of_tree(tree: AnyPath) -> str:
-    """The same for a tree of arrays."""
+    """`missing` for a tree of arrays."""
     sizes = list_tree(tree)
     for name in ("_METADATA", *(name for name in sizes if name.startswith("array_metadatas/"))):
         if not _json(tree / name):
@@ -135,7 +134,7 @@ def _missing_of_tree(tree: AnyPath) -> str:
 
 
 def _json(file: AnyPath) -> dict[str, Any]:
-    """The JSON object that a file holds, empty where it holds none."""
+    """The JSON object in a file; empty if there is none."""
     try:
         found = json.loads(read_bytes(file)) if is_file(file) else None
     except InputError:
@@ -146,10 +145,10 @@ def _json(file: AnyPath) -> dict[str, Any]:
 
 
 def read_orbax(path: str | AnyPath) -> Checkpoint:
-    """A run of ours (its newest step) or one step of it, without the optimizer. Arrays are read when needed.
+    """Read one of our runs (its newest step) or one of its steps, without the optimizer. Arrays are read lazily.
 
-    Raises InputError when there is no finished step, its metadata are damaged or its parameters do not fit its config;
-    reading an array raises it when its files are damaged or it is not finite.
+    Raises InputError if there is no complete step, its metadata is damaged or its parameters do not fit its config.
+    Reading an array raises it if files are damaged or values not finite.
     """
     step = step_directory(path)
     if step is None:
@@ -163,24 +162,24 @@ def read_orbax(path: str | AnyPath) -> Checkpoint:
 
 
 def read_metadata(step: AnyPath) -> dict[str, Any]:
-    """What a step's directory says of itself. Raises InputError where it can't be read."""
+    """The metadata in a step's directory. Raises InputError if it can't be read."""
     return read_json(step / METADATA)
 
 
 def parse_metadata(step: AnyPath, metadata: dict[str, Any]) -> tuple[SpatialVLAConfig, Processor | None]:
-    """The model and processor in what `read_metadata` gave. Raises InputError where it describes none."""
+    """The model config and processor in a result of `read_metadata`. Raises InputError if it is invalid."""
     return parse_checkpoint(metadata, f"{step / METADATA}: ")
 
 
 def open_params(step: AnyPath) -> dict[str, LazyArray]:
-    """{path: array} of a step's parameters, read when needed. Raises InputError for damaged files."""
+    """{path: array} of a step's parameters, read lazily. Raises InputError for damaged files."""
     params = absolute(step / "params")
     if lost := _missing_of_tree(params):
         raise InputError(f"{params / lost} is missing or cut off")
-    # One cache of the store's index for all arrays: without, each is looked up anew.
+    # Share one cache of the store's index between all arrays; otherwise each array reads it again.
     context = tensorstore.Context({"cache_pool": {"total_bytes_limit": 2**27}})
 
-    # Straight from the array store: restoring array by array through Orbax takes 35 times as long.
+    # Read directly from the array store: restoring arrays one by one through Orbax takes 35 times as long.
     def lazy(path: str, info: Any, spec: dict[str, Any]) -> LazyArray:
         def read() -> np.ndarray:
             try:
@@ -189,7 +188,7 @@ def open_params(step: AnyPath) -> dict[str, LazyArray]:
                 for part in _parts(array.shape, store.chunk_layout.read_chunk.shape or ()):
                     array[part] = store[part].read().result()
                 return array
-            except Exception as error:  # the array store has an exception for each kind of damage
+            except Exception as error:  # the array store's exception depends on the kind of damage
                 raise unreadable(error, f"{params} cannot be read at {path}") from error
 
         return LazyArray(tuple(info.shape), np.dtype(info.dtype), read)
@@ -198,21 +197,21 @@ def open_params(step: AnyPath) -> dict[str, LazyArray]:
 
 
 def unreadable(error: BaseException, sentence: str) -> Exception:
-    """What to raise for an error of Orbax or its array store: a StorageError where a bucket gave up, which may pass."""
+    """The exception for an error of Orbax or its array store: StorageError, which may pass, if a bucket gave up."""
     cause = first_cause(error)
     passing = isinstance(cause, StorageError) or "retry attempts failed" in str(cause)
     return (StorageError if passing else InputError)(f"{sentence}: {_first_line(cause)}")
 
 
 def first_cause(error: BaseException) -> BaseException:
-    """The first of the errors that led to this one, or the last that has a sentence for the user."""
+    """The first in the chain of errors that led to this one, or the last with a message for the user."""
     while (cause := error.__cause__ or error.__context__) and not isinstance(error, InputError | StorageError):
         error = cause
     return error
 
 
 def _stored(params: AnyPath) -> Iterator[tuple[str, Any, dict[str, Any]]]:
-    """(path of the array, Orbax's facts about it, where tensorstore finds it) for every array."""
+    """(path of the array, Orbax's metadata about it, its tensorstore spec) for every array."""
     try:
         tree = ocp.PyTreeCheckpointHandler().metadata(epath.Path(params))
         infos = flatten(tree.tree)
@@ -223,14 +222,14 @@ def _stored(params: AnyPath) -> Iterator[tuple[str, Any, dict[str, Any]]]:
         spec = {"kvstore": {"driver": "ocdbt", "base": base, "path": f"{info.name}/"}}
         if tree.use_zarr3:
             yield path, info, spec | {"driver": "zarr3", "fill_missing_data_reads": False}
-        else:  # an earlier version left chunks of zeros out
+        else:  # written by an earlier version, which omitted chunks of zeros
             yield path, info, spec | {"driver": "zarr"}
 
 
 def write_orbax(path: str | AnyPath, checkpoint: Checkpoint) -> None:
     """Write a run with one step, 0, and no optimizer; it appears whole or not at all.
 
-    Holds one array at a time. Raises InputError when `path` exists or the arrays do not fit the config.
+    Holds one array at a time. Raises InputError if `path` exists or the arrays do not fit the config.
     """
     path = to_path(path)
     check_arrays("checkpoint", checkpoint.arrays, param_shapes(checkpoint.config))
@@ -243,7 +242,7 @@ def write_orbax(path: str | AnyPath, checkpoint: Checkpoint) -> None:
     marker = f"{FOLDER}/0/{MARKER}"
     with new_directory(path, marker) as folder:
         try:
-            # A signal must not leave Orbax's own threads writing. What they print is in the error that they raise.
+            # A signal must not leave Orbax's own threads writing. Their messages repeat the error that they raise.
             with _no_messages(), ThreadPoolExecutor(1) as thread:
                 thread.submit(_lay_out, (folder / FOLDER).absolute(), checkpoint.arrays, metadata).result()
             for name, _, spec in _stored((folder / FOLDER / "0" / "params").absolute()):
@@ -251,8 +250,8 @@ def write_orbax(path: str | AnyPath, checkpoint: Checkpoint) -> None:
             if is_url(path):
                 (folder / marker).touch()
         except InputError:
-            raise  # of an array that can't be read
-        except ValueError as error:  # what Orbax and tensorstore make of a full disk
+            raise  # an array cannot be read
+        except ValueError as error:  # Orbax and tensorstore raise it for a full disk
             raise InputError(f"{path} cannot be written: {_first_line(error)}") from error
 
 
@@ -269,7 +268,7 @@ def _no_messages() -> Iterator[None]:
 
 
 def _lay_out(folder: AnyPath, arrays: dict[str, LazyArray], metadata: dict[str, Any]) -> None:
-    """Orbax saves zeros, which take no room in memory or on disk: everything but the numbers."""
+    """Let Orbax save zeros, which need no space in memory or on disk: it writes everything but the values."""
     zeros = unflatten({name: np.broadcast_to(np.zeros((), array.dtype), array.shape) for name, array in arrays.items()})
     items = ocp.args.Composite(params=ocp.args.PyTreeSave(zeros), metadata=ocp.args.JsonSave(metadata))
     types = ocp.type_handlers
@@ -285,31 +284,31 @@ def _lay_out(folder: AnyPath, arrays: dict[str, LazyArray], metadata: dict[str, 
         with ocp.CheckpointManager(folder, options=options, item_handlers=handlers) as manager:
             manager.save(0, args=items)
     finally:
-        for thread in threading.enumerate():  # where one has failed, the others go on writing
+        for thread in threading.enumerate():  # if one has failed, the others keep writing
             if type(thread).__module__.startswith("orbax"):
                 thread.join()
 
 
 def _fill(spec: dict[str, Any], array: LazyArray) -> None:
-    """Write an array chunk by chunk: as the one chunk that Orbax makes of it, it would be held twice more, encoded."""
-    laid_out = tensorstore.open(spec, read=True).result().spec().to_json()
+    """Write an array chunk by chunk. Orbax would make one chunk of it and hold two more, encoded copies."""
+    written = tensorstore.open(spec, read=True).result().spec().to_json()
     chunk = _chunk_shape(array.shape, array.dtype.itemsize)
-    laid_out["metadata"]["chunk_grid"]["configuration"]["chunk_shape"] = chunk
-    laid_out["store_data_equal_to_fill_value"] = True
-    store = tensorstore.open(laid_out, create=True, delete_existing=True).result()
+    written["metadata"]["chunk_grid"]["configuration"]["chunk_shape"] = chunk
+    written["store_data_equal_to_fill_value"] = True
+    store = tensorstore.open(written, create=True, delete_existing=True).result()
     x = array.read()
     for part in _parts(x.shape, chunk):
         store[part].write(x[part]).result()
 
 
 def _parts(shape: Sequence[int], chunk: Sequence[int]) -> Iterator[tuple[slice, ...]]:
-    """The chunks of an array, one by one: tensorstore holds encoded whatever it is asked for at once."""
+    """The chunks of an array, one by one: tensorstore holds all that is requested at once in encoded form."""
     for index in np.ndindex(*(-(-n // m) for n, m in zip(shape, chunk, strict=True))):
         yield tuple(slice(i * m, min((i + 1) * m, n)) for i, m, n in zip(index, chunk, shape, strict=True))
 
 
 def _chunk_shape(shape: tuple[int, ...], itemsize: int) -> list[int]:
-    """Whole rows that lie behind each other, of CHUNK_BYTES at most: layers, or rows of a table."""
+    """Contiguous blocks of at most CHUNK_BYTES: whole layers, or rows of a table."""
     chunk = list(shape)
     for axis in range(len(shape)):
         if prod(chunk) * itemsize <= CHUNK_BYTES:
@@ -319,10 +318,10 @@ def _chunk_shape(shape: tuple[int, ...], itemsize: int) -> list[int]:
 
 
 def _first_line(error: BaseException) -> str:
-    """Of what the error says, or the system's own words where tensorstore gives their number."""
+    """The first line of an error's message, or the operating system's message if tensorstore gives its number."""
     if system := re.search(r"os_error_code='(\d+)'", str(error)):
         return os.strerror(int(system[1]))
     text = str(error).strip().split("\n")[0]
-    if re.search("(gs|s3)://", text):  # a bucket's reason stands at the end
+    if re.search("(gs|s3)://", text):  # a bucket's reason comes last
         text = text.rpartition(" in OCDBT database at ")[2]
     return text[:200] or type(error).__name__

@@ -1,4 +1,4 @@
-"""The start of pre-training: a SpatialVLA out of PaliGemma 2 and, for depth inside the model, ZoeDepth."""
+"""Start pre-training: a SpatialVLA from PaliGemma 2 and, for depth inside the model, ZoeDepth."""
 
 import zipfile
 from collections.abc import Callable
@@ -34,12 +34,12 @@ TABLE, HEAD = "llm/embedder/input_embedding", "llm/lm_head"
 
 
 def is_paligemma(path: AnyPath) -> bool:
-    """Whether `path` is a PaliGemma: a Hugging Face directory by its `model_type`, a .npz without our own facts."""
+    """Whether `path` is a PaliGemma: a Hugging Face directory with its `model_type`, or a .npz without our metadata."""
     if is_file(path):
         try:
             with path.open("rb") as file, zipfile.ZipFile(file) as archive:
                 return f"{FACTS}.npy" not in archive.namelist()
-        except Exception:  # of a damaged file: its reader says so
+        except Exception:  # a damaged file, which its reader will report
             return False
     return is_file(path / CONFIG) and read_json(path / CONFIG).get("model_type") == "paligemma"
 
@@ -49,12 +49,12 @@ def start_from_paligemma(
 ) -> Checkpoint:
     """A SpatialVLA ready for pre-training.
 
-    `paligemma` is a Hugging Face directory (names of transformers 4 or 5) or big_vision's .npz; `zoedepth` a Hugging
-    Face directory, and without one the model takes depth from its data. `changes` are fields of SpatialVLAConfig.
+    `paligemma` is a Hugging Face directory (names of transformers 4 or 5) or big_vision's .npz. `zoedepth` is a Hugging
+    Face directory; without it the model takes depth from its data. `changes` are fields of SpatialVLAConfig.
 
-    As in the release: the vocabulary gains `<image>` and the action tokens, all at the mean of the text rows; the LM
-    head is untied with the same rows; the spatial embedding starts as its action rows. Ego3D starts from `seed`.
-    Raises InputError for whatever does not fit.
+    As in the release, the vocabulary gains `<image>` and the action tokens, all initialised to the mean text row. The
+    LM head is untied and starts with the same rows; the spatial embedding starts as its action rows. Ego3D is
+    initialised from `seed`. Raises InputError for inconsistent inputs.
     """
     path = to_path(paligemma)
     img, llm, text_vocab, arrays = (_from_npz if path.suffix == ".npz" else _from_directory)(path)
@@ -69,7 +69,7 @@ def start_from_paligemma(
     text, dtype = arrays.pop(TABLE), arrays["img/head/kernel"].dtype
 
     def rows(first: int, count: int) -> Callable[[], np.ndarray]:
-        """Rows [first, first + count) of the grown table."""
+        """Rows [first, first + count) of the extended table."""
 
         def read() -> np.ndarray:
             table = text.read()[:text_vocab]
@@ -95,7 +95,7 @@ def _from_directory(path: AnyPath) -> tuple[SiglipConfig, Gemma2Config, int, dic
     kinds = {"vision_config": PART, "text_config": PART, "image_token_index": field_of(SpatialVLAConfig, "text_vocab")}
     values = check_stored(data, kinds, where)
     img = siglip_from_published(values["vision_config"], f"{where}vision_config.")
-    # Its prefix is seen both ways whether this says so or nothing.
+    # Its prefix is bidirectional whether or not the config says so.
     text = {k: v for k, v in values["text_config"].items() if (k, v) != ("use_bidirectional_attention", True)}
     llm, text_vocab = gemma2_from_published(text, f"{where}text_config."), values["image_token_index"]
     if text_vocab > llm.vocab_size:
@@ -124,7 +124,7 @@ def _from_npz(path: AnyPath) -> tuple[SiglipConfig, Gemma2Config, int, dict[str,
             num_heads=num_heads,
             num_kv_heads=arrays["llm/layers/attn/kv_einsum/w"].shape[2],
             head_dim=head_dim,
-            # Gemma 2 27B alone scales by width / heads (Gemma Team 2024, table 1).
+            # Only Gemma 2 27B scales by width / heads (Gemma Team 2024, table 1).
             query_pre_attn_scalar=width / num_heads if width == 4608 else head_dim,
         )
     except (KeyError, IndexError, ValueError) as error:
@@ -137,7 +137,7 @@ def _from_npz(path: AnyPath) -> tuple[SiglipConfig, Gemma2Config, int, dict[str,
 
 
 def _model(img: SiglipConfig, llm: Gemma2Config, text_vocab: int) -> SpatialVLAConfig:
-    """The parts in a model without depth, whose vocabulary has grown."""
+    """The parts in a model without depth, with the extended vocabulary."""
     config = SpatialVLAConfig(img=img, llm=llm, text_vocab=text_vocab, depth_source="none")
     return replace(config, llm=replace(llm, vocab_size=config.action_offset + config.spatial_tokens))
 

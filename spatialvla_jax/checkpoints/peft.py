@@ -1,7 +1,7 @@
-"""Runs that hold adapters alone: read as the whole model that they make of their base, or written for `peft`.
+"""Adapter runs, which store only adapters: read as the whole model merged with its base, or written for `peft`.
 
-Such a run's checkpoint has in `params` what was trained ("lora/…" and the spatial table). Its metadata has under "lora"
-rank and alpha, how the base was adapted to the run's grid, and where the base is, with digests of its grid and arrays.
+Such a run's `params` hold only trained arrays ("lora/…" and the spatial table). Its metadata stores under "lora" the
+rank and alpha, how the base was adapted to the run's grid, and the base's path with digests of its grid and arrays.
 """
 
 import hashlib
@@ -39,15 +39,15 @@ from spatialvla_jax.utils.storage import AnyPath, absolute, exists, is_file, res
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 SIGLIP, SIGLIP_5 = "vision_tower.vision_model.", "vision_tower."
 PEFT_PREFIX = "base_model.model."  # of every name in PEFT_WEIGHTS
-BASE = "base"  # a folder of the adapters' directory, where transformers cannot load the base that they were trained on
-SAMPLES = 64  # of each tensor, in a base's fingerprint
+BASE = "base"  # subfolder with the base's export, if transformers cannot load the base itself
+SAMPLES = 64  # per tensor, in a base's fingerprint
 NAME = Field("", "", problem=not_empty)
 LORA = {"rank": COUNT, "alpha": Field(1.0, "", above=0, high=1e6), "base": PART, "adapt": PART}  # in a run's metadata
 
 
 @dataclass(frozen=True)
 class AdapterRun:
-    """`base` as it was read, `adapted` on the run's grid; `trained` are the run's own arrays; `whole` is all of it."""
+    """`base` as read, and `adapted` to the run's grid; `trained`: the run's own arrays; `whole`: the merged model."""
 
     base_path: AnyPath
     base: Checkpoint
@@ -61,9 +61,9 @@ class AdapterRun:
 def refer(
     path: str | AnyPath, base: Checkpoint, digests: Mapping[str, str], before: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """What a run of adapters keeps of its `base`, which was read from `path` and whose arrays have these digests.
+    """An adapter run's metadata about its `base`, read from `path`, whose arrays have these digests.
 
-    A run of an earlier version keeps one digest of all, and goes on with it: `before` is what it kept.
+    Runs started by an earlier version keep storing one digest of everything; `before` is their metadata.
     """
     reference = {"path": str(absolute(step_directory(path) or to_path(path)))}
     if "digest" in (before or {}):
@@ -72,7 +72,7 @@ def refer(
 
 
 def _unchanged(what: str, base: Checkpoint, reference: Mapping[str, Any]) -> Checkpoint:
-    """`base`, where reading an array raises InputError if it is not the one that `reference` was made of."""
+    """`base`, checked against `reference`. Reading a changed array raises InputError."""
     error = InputError(f"{what}, which has changed since: they fit its old weights alone")
 
     def inspect(path: str, x: np.ndarray) -> None:
@@ -94,7 +94,7 @@ def _digest_of_grid(checkpoint: Checkpoint) -> "hashlib._Hash":
 
 
 def _digest_of_all(checkpoint: Checkpoint) -> str:
-    """A hash of the grid and every array, which it reads one at a time."""
+    """A hash of the grid and every array, read one at a time."""
     total = _digest_of_grid(checkpoint)
     for path, array in sorted(checkpoint.arrays.items()):
         total.update(f"{path} {array.shape} {array.dtype}".encode())
@@ -108,10 +108,10 @@ def is_adapter_run(path: str | AnyPath) -> bool:
 
 
 def read_adapters(path: str | AnyPath, read: Callable[[AnyPath], Checkpoint]) -> AdapterRun:
-    """A run of adapters (its newest step) or one step of it, with its base, which `read` opens.
+    """An adapter run (its newest step) or one of its steps, with its base, which `read` opens.
 
-    Raises InputError where the base is not there any more, has another grid or does not fit, and for damaged files;
-    reading an array raises it where the base has changed.
+    Raises InputError if the base is missing, has another grid or does not fit, and for damaged files. Reading an array
+    raises it if the base has changed.
     """
     step = step_directory(path)
     assert step is not None
@@ -135,7 +135,7 @@ def read_adapters(path: str | AnyPath, read: Callable[[AnyPath], Checkpoint]) ->
 
 
 def _facts(metadata: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """What the metadata say of the adapters. Raises InputError."""
+    """The metadata about adapters. Raises InputError."""
     facts = check_stored(check_stored(metadata, {"lora": PART}, where)["lora"], LORA, f"{where}lora.")
     reference = {"digest": NAME} if "digest" in facts["base"] else {"grid": NAME, "digests": Field({}, "", items=NAME)}
     base = check_stored(facts["base"], {"path": NAME, **reference}, f"{where}lora.base.")
@@ -148,7 +148,7 @@ def _facts(metadata: Mapping[str, Any], where: str) -> dict[str, Any]:
 def _trained_shapes(
     trained: Iterable[str], shapes: Mapping[str, tuple[int, ...]], rank: int
 ) -> dict[str, tuple[int, ...]]:
-    """The shapes of what was trained, by a model of these shapes: adapters in pairs, and arrays as they are."""
+    """Shapes of the trained arrays for a model with these shapes: adapters in pairs, other arrays as they are."""
     parts = (path.removeprefix(f"{ADAPTERS}/") for path in trained if path.startswith(f"{ADAPTERS}/"))
     kernels = sorted({f"{re.escape(part.rpartition('/')[0])}$" for part in parts})
     adapters = adapter_shapes(shapes, rank, kernels) if kernels else {}
@@ -157,7 +157,7 @@ def _trained_shapes(
 
 
 def _merged(path: str, array: LazyArray, trained: Mapping[str, LazyArray], scale: float) -> LazyArray:
-    """The array as trained: replaced, with its adapters added (in its own dtype), or as it is."""
+    """The array after training: replaced, merged with its adapters (in its own dtype), or unchanged."""
     if path in trained:
         return trained[path]
     if f"{ADAPTERS}/{path}/a" not in trained:
@@ -168,7 +168,7 @@ def _merged(path: str, array: LazyArray, trained: Mapping[str, LazyArray], scale
         a, b = (trained[f"{ADAPTERS}/{path}/{name}"].read() for name in "ab")
         merged = np.empty_like(w)
         layers = axes_of(path)[0].startswith("L")
-        for part in [slice(i, i + 1) for i in range(len(w))] if layers else [slice(None)]:  # in float32, so one a time
+        for part in [slice(i, i + 1) for i in range(len(w))] if layers else [slice(None)]:  # by layer: float32 is large
             merged[part] = w[part].astype(np.float32) + scale * product(path, a[part], b[part])
         return merged
 
@@ -176,14 +176,14 @@ def _merged(path: str, array: LazyArray, trained: Mapping[str, LazyArray], scale
 
 
 def in_float32(run: AdapterRun) -> Checkpoint:
-    """`run.whole` with its adapters added in float32, which is how `peft` acts on a base in float32."""
+    """`run.whole` with adapters merged in float32, as `peft` computes on a float32 base."""
     scale = run.alpha / run.rank
     wide = {path: array.astype(np.dtype(np.float32)) for path, array in run.adapted.arrays.items()}
     return replace(run.whole, arrays={path: _merged(path, x, run.trained, scale) for path, x in wide.items()})
 
 
 def base_export(path: str | AnyPath) -> str:
-    """Why transformers cannot load `path` as the base of adapters, or "" for an export of ours."""
+    """Why transformers cannot load `path` as the base of adapters; "" if it can, because it is one of our exports."""
     path = to_path(path)
     if not is_file(path / CONFIG) or not is_file(path / "modeling_spatialvla.py"):
         return f"{path} is no directory that convert --to pytorch has written"
@@ -191,8 +191,8 @@ def base_export(path: str | AnyPath) -> str:
 
 
 def fingerprint(tensors: Mapping[str, LazyArray]) -> str:
-    """A hash of evenly spaced values of each published tensor but ZoeDepth's. The exported model computes the same of
-    its parameters when adapters are put on it (`base_fingerprint` in export/transformers/modeling_spatialvla.py)."""
+    """A hash of evenly spaced values of each published tensor except ZoeDepth's. The exported model compares it with
+    its own parameters when adapters are loaded (`base_fingerprint` in export/transformers/modeling_spatialvla.py)."""
     total, found = hashlib.sha256(), {key.replace(SIGLIP, SIGLIP_5): x for key, x in tensors.items()}
     for name in sorted(name for name in found if not name.startswith("vision_zoe_model.")):
         values = found[name].read().reshape(-1)
@@ -204,16 +204,16 @@ def fingerprint(tensors: Mapping[str, LazyArray]) -> str:
 def write_peft(
     path: str | AnyPath, run: AdapterRun, code: Mapping[str, str] | None = None, base: str | AnyPath | None = None
 ) -> dict[str, str]:
-    """Write `run` as a directory of adapters for `base`, the PyTorch export of the run's base, with the run's own
-    processor and the Python files `code`; it appears whole or not at all. Returns {name: digest} of the tensors.
+    """Write `run` as a directory of adapters for `base`, the PyTorch export of the run's base, with the run's processor
+    and the Python files `code`. It appears whole or not at all. Returns {name: digest} of the tensors.
 
         model = AutoModel.from_pretrained(base, trust_remote_code=True)
         model = PeftModel.from_pretrained(model, path)
         processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
 
-    With `base` None, it is the run's base itself where transformers can load that, and otherwise an export of it that
-    is written to `path`/base. Raises InputError where the base has changed or `base` is not it, and where its
-    vocabulary was adapted too, for which `peft` has no place.
+    If `base` is None, uses the run's base itself if transformers can load it, or else writes an export of it to
+    `path`/base. Raises InputError if the base has changed or `base` does not match it. Also raises it if the vocabulary
+    was adapted too, which `peft` cannot store.
     """
     changed = [k for k, array in run.adapted.arrays.items() if k != EMBEDDING and array is not run.base.arrays[k]]
     if changed:
@@ -246,7 +246,7 @@ def write_peft(
         of_base = safetensors.open_directory(to_path(base or folder / BASE))
         if base is not None:
             of_base = _same_tensors(to_path(base), of_base, run)
-        # `auto_mapping` says how to load the base, and is the one place of the file where the fingerprint may stand.
+        # `auto_mapping` says how to load the base. It is the file's only field that may hold the fingerprint.
         loading = {"base_model_class": "AutoModel", "parent_library": "transformers"}
         about["auto_mapping"] = loading | {"base_fingerprint": fingerprint(of_base)}
         write_json(folder / PEFT_CONFIG, about)
@@ -259,7 +259,7 @@ def write_peft(
 
 
 def _same_tensors(path: AnyPath, tensors: Mapping[str, LazyArray], run: AdapterRun) -> dict[str, LazyArray]:
-    """The tensors of the run's base, where reading one raises InputError unless the export `path` has the same."""
+    """The tensors of the run's base. Reading one raises InputError unless the export at `path` has the same values."""
     expected = unstacked_tensors(run.base.arrays)
 
     def compare(key: str, x: np.ndarray) -> None:
@@ -274,8 +274,8 @@ def _same_tensors(path: AnyPath, tensors: Mapping[str, LazyArray], run: AdapterR
 def adapter_tensors(trained: Mapping[str, LazyArray]) -> dict[str, LazyArray]:
     """Our adapters under `peft`'s names: "….q_proj.lora_A.weight" f[rank, in] and "….lora_B.weight" f[out, rank].
 
-    SigLIP's are there twice, under its name in transformers 4 and, one level less, in 5: `peft` takes the one that the
-    model has and passes over the other.
+    SigLIP's are stored twice: under its name in transformers 4 and, with one level less, in 5. `peft` uses the one that
+    the model has and ignores the other.
     """
     adapters = {path: array for path, array in trained.items() if path.startswith(f"{ADAPTERS}/")}
     tensors = unstacked_tensors(adapters, adapter_rules())
@@ -283,13 +283,13 @@ def adapter_tensors(trained: Mapping[str, LazyArray]) -> dict[str, LazyArray]:
 
 
 def adapter_rules() -> list[Rule]:
-    """The rules of the kernels that can have adapters, for their a and b: "(N H) D -> N D H" is "r D -> r D" for a and
-    "(N H) r -> N H r" for b."""
+    """Rules for the a and b of kernels that can have adapters: "(N H) D -> N D H" becomes "r D -> r D" for a and "(N H)
+    r -> N H r" for b."""
     rules = []
     for rule in (rule for rule in SPATIALVLA if is_linear(rule.path)):
         (outputs, inputs), ours = axes_of_layout(rule.layout)
         for name, first, second, letter in (("a", ["r"], inputs, "A"), ("b", outputs, ["r"], "B")):
-            # Ours keep the kernel's order: a is rank and then what is summed over, b what comes out and then rank.
+            # Keep the kernel's axis order: a has rank, then the summed axes; b has the output axes, then rank.
             ordered = [x for x in ours if x in first + second]
             ordered = ["r", *ordered] if name == "a" else [*ordered, "r"]
             layout = f"({' '.join(first)}) ({' '.join(second)}) -> {' '.join(ordered)}"

@@ -1,6 +1,6 @@
-"""What a policy needs beside its weights: tokenizer, action grid, statistics, prompt template. Plain data, JSON-able.
+"""What a policy needs besides weights: tokenizer, action grid, statistics, prompt template. Plain, JSON-able data.
 
-A checkpoint holds `SpatialVLAConfig.to_dict()` and `Processor.to_dict()`, so that its directory alone runs the policy.
+A checkpoint stores `SpatialVLAConfig.to_dict()` and `Processor.to_dict()`, so its directory alone can run the policy.
 """
 
 import base64
@@ -17,7 +17,7 @@ from spatialvla_jax.utils.camera import intrinsics_problem
 from spatialvla_jax.utils.dataset_keys import find_key
 from spatialvla_jax.utils.schema import Field, check_stored, shown
 
-# Of an action, in any unit of a robot's. The ends of a published dataset go to 1e36, which its quantiles do not see.
+# Action values, in any robot's units. Extremes of one published dataset reach 1e36, which its quantiles do not show.
 QUANTILES, ENDS = (Field([], "", items=item) for item in (Field(0.0, "", low=-1e6, high=1e6), Field(0.0, "")))
 ROWS = {"q01": QUANTILES, "q99": QUANTILES, "min": ENDS, "max": ENDS}
 MASK = Field([], "", items=Field(True, ""))
@@ -27,7 +27,7 @@ RELATIVE = replace(MATRIX, problem=lambda matrix: intrinsics_problem(matrix, Non
 
 
 def not_empty(value: Any) -> str:
-    """For `Field.problem`."""
+    """Used as `Field.problem`."""
     return "" if value else "is empty"
 
 
@@ -41,16 +41,16 @@ FIELDS = {
     "prompt_template": Field("", "", problem=template_problem),
 }
 
-DEFAULT = "default"  # among the intrinsics: the camera of every dataset that has none there
+DEFAULT = "default"  # key in `intrinsics` for datasets without their own entry
 
 
 @dataclass(frozen=True)
 class Processor:
     """`statistics` maps an `unnorm_key` (dataset name) to its action statistics, in the release's layout.
 
-    `intrinsics` maps it to the camera's 3×3 matrix in units of the image (first row divided by its width, second by its
-    height), for observations that come without. Names are found in both spellings, NAME and NAME/VERSION. `versions`
-    maps names without a version to it, where it is known.
+    `intrinsics` maps it to the camera's 3×3 matrix relative to the image (first row divided by width, second by
+    height), for observations without intrinsics. Names are found in both spellings, NAME and NAME/VERSION. `versions`
+    maps names without version to their version, where known.
     """
 
     tokenizer: Tokenizer
@@ -61,7 +61,7 @@ class Processor:
     versions: dict[str, str] = field(default_factory=dict)
 
     def find_statistics(self, key: Any) -> dict[str, Any]:
-        """Those of the dataset `key`; None stands for the only dataset. Raises InputError that names the datasets."""
+        """The statistics of dataset `key`; None selects the only dataset. Raises InputError that lists the datasets."""
         known = self.statistics
         only = next(iter(known)) if key is None and len(known) == 1 else None
         found = find_key(key, known) if isinstance(key, str) else only
@@ -71,13 +71,13 @@ class Processor:
         return known[found]
 
     def find_intrinsics(self, key: str | None) -> list[list[float]]:
-        """Those of the dataset `key`. A missing or unknown key gets "default", as in the release, and the first where
-        there is no "default". Raises InputError where `key` may mean several."""
+        """The intrinsics of dataset `key`. A missing or unknown key gives "default", as in the release, or else the
+        first entry. Raises InputError if `key` is ambiguous."""
         known = self.intrinsics
         return known[(key and find_key(key, known)) or (DEFAULT if DEFAULT in known else next(iter(known)))]
 
     def with_published_names(self) -> "Processor":
-        """The same with every dataset called as the release does: NAME/VERSION, where the version is known."""
+        """A copy with dataset names as in the release: NAME/VERSION, where the version is known."""
         names = {name: f"{name}/{version}" for name, version in self.versions.items()}
         statistics, intrinsics = (
             {names.get(name, name): value for name, value in known.items()}
@@ -96,7 +96,7 @@ class Processor:
 
     @classmethod
     def from_dict(cls, data: Any, where: str = "") -> "Processor":
-        """Raises InputError, in which `where` stands before a field's name, for fields that are missing or invalid."""
+        """Raises InputError for missing or invalid fields; `where` prefixes the field's name in the message."""
         values = check_stored(data, FIELDS, where)
         values |= check_stored(data, {"versions": VERSIONS} if "versions" in data else {}, where)
         grid = grid_from_dict(values["grid"], f"{where}grid.")
@@ -122,8 +122,8 @@ def read_tokenizer(model: bytes, name: str) -> Tokenizer:
 
 
 def checked_statistics(statistics: Mapping[str, Any], width: int, name: str) -> dict[str, Any]:
-    """The statistics of datasets, `width` numbers a row; rows without the gripper, which is then left as it is, are
-    filled up. Raises InputError for quantiles that cannot be inverted."""
+    """Datasets' statistics with `width` numbers per row. Rows without the gripper, which is not normalised, are
+    completed. Raises InputError for quantiles that cannot be inverted."""
     return {key: _checked_dataset(one, width, f"{name}[{key!r}].") for key, one in statistics.items()}
 
 
@@ -148,8 +148,8 @@ def _checked_dataset(dataset: Any, width: int, where: str) -> dict[str, Any]:
 
 
 def parse_checkpoint(data: Any, where: str) -> tuple[SpatialVLAConfig, Processor | None]:
-    """The model and processor that our own formats store. Raises InputError, in which `where` stands before a field's
-    name, for what describes none, or two that do not agree."""
+    """The model config and processor in our own formats. Raises InputError if they are invalid or inconsistent; `where`
+    prefixes the field's name in the message."""
     optional = Field({}, "", kinds=(dict, type(None)))
     values = check_stored(data, {"model": Field({}, ""), "processor": optional}, where)
     config = SpatialVLAConfig.from_dict(values["model"], f"{where}model.")
@@ -161,7 +161,7 @@ def parse_checkpoint(data: Any, where: str) -> tuple[SpatialVLAConfig, Processor
 
 
 def check_agreement(config: SpatialVLAConfig, processor: Processor, where: str) -> None:
-    """Raises InputError where the processor's tokens are not those of the model."""
+    """Raises InputError if processor and model disagree about tokens."""
     grid, pieces = processor.grid, processor.tokenizer.vocab_size
     if grid.vocab_size != config.spatial_tokens:
         raise InputError(f"{where}the grid has {grid.vocab_size} tokens, and the model {config.spatial_tokens}")

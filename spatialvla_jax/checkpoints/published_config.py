@@ -1,7 +1,7 @@
-"""config.json of the published directories, read and written.
+"""Reads and writes config.json of published directories.
 
-Fields that it has no place for (prompt length, depth source, …) stand under "spatialvla_jax" in the same file. A field
-that decides what the model computes is honoured, or refused where our model has one value for it and the file another.
+Fields that it does not know (prompt length, depth source, …) are stored under "spatialvla_jax" in the same file. A
+field that affects what the model computes is honoured, or refused if our model supports only another value.
 """
 
 from collections.abc import Mapping
@@ -46,23 +46,23 @@ AUTO_MODEL = {
     "AutoModel": "modeling_spatialvla.SpatialVLAForConditionalGeneration",
 }
 
-# Fields of ours without a published one, stored under EXTRA.
+# Our fields without a published counterpart, stored under EXTRA.
 EXTRA = "spatialvla_jax"
 EXTRA_FIELDS = ("prompt_length", "action_chunk", "tokens_per_action", "depth_source", "mask", "dtype", "remat")
 
-DIFFERENCES = "release_differences"  # stands there too, and is not read back
+DIFFERENCES = "release_differences"  # also under EXTRA; not read back
 
 PART, NUM_TAPS = Field({}, ""), 4
 FOLLOWS = "does not agree with the fields that make it"
 
 
 def read_config(file: AnyPath) -> SpatialVLAConfig:
-    """Raises InputError for a file that is missing or describes no SpatialVLA that our model can be."""
+    """Raises InputError if the file is missing or does not describe a SpatialVLA that our model supports."""
     return config_from_published(read_json(file), f"{file}: ")
 
 
 def config_from_published(data: Any, where: str = "") -> SpatialVLAConfig:
-    """Raises InputError, in which `where` stands before a field's name, for what our model cannot be."""
+    """Raises InputError for unsupported values; `where` prefixes the field's name in the message."""
     check_fixed(data, SPATIALVLA_FIXED, where)
     sizes = {ours: NAMES[ours] for ours in ("text_vocab", "spatial_tokens")}
     kinds = {"vision_config": PART, "text_config": PART, "use_vision_zoe": Field(True, "")}
@@ -136,13 +136,13 @@ def _beit_from_published(data: Any, where: str) -> BeitConfig:
 
 
 def _taps(beit: BeitConfig) -> dict[str, list[Any]]:
-    """The layers whose outputs ZoeDepth takes, as published."""
+    """The layers whose outputs ZoeDepth uses, in published terms."""
     layers = [beit.depth // beit.num_taps * (i + 1) for i in range(beit.num_taps)]
     return {"out_features": [f"stage{layer}" for layer in layers], "out_indices": layers}
 
 
 def _bin_configurations(num_bins: int) -> list[dict[str, Any]]:
-    """The published depths of the domains. Bin centres are unbounded, so that they change nothing."""
+    """The published depth ranges of the domains. They have no effect, because bin centres are unbounded."""
     return [
         {"name": name, "n_bins": num_bins, "min_depth": 0.001, "max_depth": depth}
         for name, depth in zip(DOMAINS, (10.0, 80.0), strict=True)
@@ -150,7 +150,7 @@ def _bin_configurations(num_bins: int) -> list[dict[str, Any]]:
 
 
 def _extra_fields(data: Any, where: str) -> dict[str, Any]:
-    """Our own fields; those that a file leaves out are younger than it and have their defaults."""
+    """Our own fields; fields that an older file lacks have their defaults."""
     check_stored(data, {}, where)
     fields: dict[str, Any] = {MODEL_FIELDS.get(name) or name: x for name, x in data.items() if name != DIFFERENCES}
     for name in fields:
@@ -160,7 +160,7 @@ def _extra_fields(data: Any, where: str) -> dict[str, Any]:
 
 
 def _check_repeated(data: Mapping[str, Any], config: SpatialVLAConfig, where: str) -> None:
-    """Raises InputError for a field that follows from others and differs from what they give."""
+    """Raises InputError for a redundant field that contradicts the fields from which it follows."""
     tokens, width, vocabulary = config.img.num_tokens, config.llm.width, config.llm.vocab_size
     top = {"action_token_begin_idx": config.action_offset, "_vocab_size": vocabulary, "vocab_size": vocabulary}
     top |= {"projection_dim": width, "num_hidden_layers": config.llm.depth}
@@ -168,12 +168,12 @@ def _check_repeated(data: Mapping[str, Any], config: SpatialVLAConfig, where: st
     for part, repeated in (("", top), ("text_config", {"num_image_tokens": tokens}), ("vision_config", vision)):
         values: Fixed = {name: (value,) for name, value in repeated.items()}
         check_fixed(data[part] if part else data, values, f"{where}{part}{'.' * bool(part)}", FOLLOWS)
-    check_present(data, {"hidden_size": COUNT}, where)  # nothing reads it: it is 2048 in the published file
+    check_present(data, {"hidden_size": COUNT}, where)  # unused: it is 2048 in the published file
 
 
 def check_fixed(data: Any, supported: Fixed, where: str, must: str = "is not supported: it must be") -> None:
-    """Raises InputError for a field of an object from a file that has none of the supported values. It may be absent.
-    `where` is as in `check_stored`."""
+    """Raises InputError for a field of an object from a file with an unsupported value. Fields may be absent. `where`
+    is as in `check_stored`."""
     check_stored(data, {}, where)
     for name, values in supported.items():
         if name in data and not any(_same(data[name], value) for value in values):
@@ -185,12 +185,12 @@ def _same(value: Any, other: Any) -> bool:
 
 
 def check_present(data: Mapping[str, Any], fields: Mapping[str, Field], where: str) -> None:
-    """`check_stored` of those of the fields that are there."""
+    """`check_stored` for the fields that are present."""
     check_stored(data, {name: field for name, field in fields.items() if name in data}, where)
 
 
 def _ours(config: type, names: Mapping[str, str], data: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Our fields of this class of configs under their published names."""
+    """The fields of one of our config classes, read under their published names."""
     values = check_stored(data, {published: field_of(config, ours) for ours, published in names.items()}, where)
     return {ours: values[published] for ours, published in names.items()}
 
@@ -205,7 +205,7 @@ def _zoedepth_to_published(zoe: ZoeDepthConfig, weights: str) -> dict[str, Any]:
         "architectures": ["ZoeDepthForDepthEstimation"],
         "model_type": "zoedepth",
         **_published(zoe, ZOEDEPTH),
-        # The released code reads these two only in part; its weights have 16 attractors everywhere.
+        # The released code uses only part of these two; its weights have 16 attractors everywhere.
         "attractor_alpha": 1000,
         "num_attractors": [16, 8, 4, 1],
         "attractor_gamma": 2,
@@ -229,7 +229,7 @@ def _zoedepth_to_published(zoe: ZoeDepthConfig, weights: str) -> dict[str, Any]:
 
 def config_to_published(config: SpatialVLAConfig, dtypes: set[np.dtype]) -> dict[str, Any]:
     img, llm, scalar = config.img, config.llm, config.llm.query_pre_attn_scalar
-    # The release names one dtype for all weights; a mixture is loaded at the widest.
+    # The release has one dtype for all weights; mixed dtypes load as float32.
     weights = "bfloat16" if dtypes == {np.dtype(ml_dtypes.bfloat16)} else "float32"
     return {
         "architectures": ["SpatialVLAForConditionalGeneration"],

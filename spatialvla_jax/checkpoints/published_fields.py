@@ -1,7 +1,7 @@
-"""Fields of the published config.json: which of ours they are, their defaults, and those with one supported value.
+"""Fields of the published config.json: their counterparts in ours, their defaults, and those with one supported value.
 
-Every field that decides what the model computes is in one of these tables. Fields that none has, such as those of
-training and of text generation, are passed over.
+Every field that affects what the model computes is in one of these tables. Fields in none of them, such as those for
+training and text generation, are ignored.
 """
 
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 from spatialvla_jax.models.ego3d import NUM_FREQUENCIES, SUB_GRID
 from spatialvla_jax.models.spatialvla import BOS, EOS, PAD
 
-# Fields of ours → published ones, read and written alike.
+# Our fields → published ones, for reading and writing.
 ENCODER = {
     "width": "hidden_size",
     "depth": "num_hidden_layers",
@@ -47,7 +47,7 @@ PARTS = {
     "zoe": ("vision_zoe_config", ZOEDEPTH),
     "zoe.backbone": ("vision_zoe_config.backbone_config", VISION),
 }
-NAMES = {  # of our fields in a published config
+NAMES = {  # our fields' names in a published config
     **{
         f"{ours}.{field}": f"{theirs}.{name}"
         for ours, (theirs, names) in PARTS.items()
@@ -77,7 +77,7 @@ BEIT_LARGE = {
     **{"num_attention_heads": 16, "out_features": ["stage6", "stage12", "stage18", "stage24"]},
 }
 
-# Published fields of which our model has one value, the first of these. The others mean the same.
+# Published fields for which our model supports one value, the first listed. The other values mean the same.
 Fixed = dict[str, tuple[Any, ...]]
 TANH_GELU = ("gelu_pytorch_tanh",)
 SPATIALVLA_FIXED: Fixed = {
@@ -108,8 +108,8 @@ GEMMA2_FIXED: Fixed = {
     "use_bidirectional_attention": (None, False),
 }
 ROPE_FIXED: Fixed = {"rope_type": ("default",), "type": ("default",), "partial_rotary_factor": (1.0,)}
-# transformers' model reads nothing of the attractors' alpha and gamma, and of their numbers the length alone. Its
-# weights have 16 attractors everywhere and its code an alpha of 300.
+# transformers' model ignores the attractors' alpha and gamma, and uses only the length of their numbers. Its weights
+# have 16 attractors everywhere, and its code an alpha of 300.
 ZOEDEPTH_FIXED: Fixed = {
     "model_type": ("zoedepth",),
     **{"backbone": (None,), "use_pretrained_backbone": (False, None), "use_timm_backbone": (False, None)},
@@ -133,16 +133,16 @@ BEIT_FIXED: Fixed = {
     **{"use_absolute_position_embeddings": (False,), "use_mask_token": (False,)},
     **{"reshape_hidden_states": (False,), "add_fpn": (False,)},
 }
-# Of the image processor (preprocessor_config.json), whose work is the policy's here. Null is no conversion to RGB,
-# which the policy's images are anyway.
+# Fields of the image processor (preprocessor_config.json), whose work the policy does here. Null disables conversion to
+# RGB, which the policy's images are anyway.
 IMAGES_FIXED: Fixed = {
     "do_resize": (True,),
     "resample": (3,),  # bicubic
     "do_rescale": (True,),
     "rescale_factor": (1 / 255,),
-    "do_normalize": (False,),  # the model does it itself
+    "do_normalize": (False,),  # done by the model
     "do_convert_rgb": (None, True, False),
 }
-# Of the release's processor (processor_config.json).
+# Fields of the release's processor (processor_config.json).
 PROCESSOR_FIXED: Fixed = {"num_obs_steps": (1,), "obs_delta": (1,)}
 ACTIONS_FIXED: Fixed = {"use_spherical": (True,)}

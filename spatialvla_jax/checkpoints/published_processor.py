@@ -1,4 +1,4 @@
-"""The processor's files of a published directory, read: processor.json, which is ours, else those of the release."""
+"""Reads the processor's files in a published directory: processor.json, which is ours, or else the release's."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -36,10 +36,10 @@ CAMERA = {"intrinsic": MATRIX, "width": COUNT, "height": COUNT}
 def read_processor(
     path: AnyPath, config: SpatialVLAConfig, chunk: int | None
 ) -> tuple[SpatialVLAConfig, Processor | None]:
-    """→ (`config` with the processor's chunk size, the processor or None where the directory has neither file).
+    """→ (`config` with the processor's chunk size, the processor, or None if the directory has neither file).
 
-    `chunk` is the chunk size that config.json states, or None. Raises InputError for files that do not agree with each
-    other or with the model.
+    `chunk` is the chunk size in config.json, or None. Raises InputError for files that contradict each other or the
+    model.
     """
     processor = None
     if is_file(path / PROCESSOR):
@@ -62,7 +62,7 @@ def read_processor(
 
 
 def _chunk_size(data: dict[str, Any], stated: int | None, where: str) -> int:
-    """The chunk size, which is 1 in the release where nothing is said of it."""
+    """The chunk size; the release's default is 1."""
     default = {"action_chunk_size": 1 if stated is None else stated}
     field = {"action_chunk_size": field_of(SpatialVLAConfig, "action_chunk")}
     size = check_stored(default | data, field, where)["action_chunk_size"]
@@ -72,7 +72,7 @@ def _chunk_size(data: dict[str, Any], stated: int | None, where: str) -> int:
 
 
 def _release_parts(data: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Grid, statistics and intrinsics."""
+    """Grid, statistics and intrinsics from the release's file."""
     check_fixed(data, PROCESSOR_FIXED, where)
     check_present(data, {"min_sigma": Field(0.0, "", low=0), "action_config": PART}, where)
     cameras = Field({}, "", items=PART, problem=not_empty)
@@ -96,7 +96,7 @@ def _release_parts(data: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _check_actions(data: Mapping[str, Any], edges: Mapping[str, Any], grid: ActionTokenizer, where: str) -> None:
-    """What it repeats of the grid must be the grid's."""
+    """Raises InputError if `action_config` contradicts the grid."""
     check_fixed(data, ACTIONS_FIXED, where)
     bins = {group: ({f"{v}_bins": len(edges[v]) - 1 for v in names},) for group, names in VARIABLES.items()}
     counts: Fixed = {**bins, "gripper": (2,), "total": (grid.vocab_size,)}
@@ -104,7 +104,7 @@ def _check_actions(data: Mapping[str, Any], edges: Mapping[str, Any], grid: Acti
 
 
 def _relative(camera: Any, where: str) -> list[list[float]]:
-    """The camera's matrix in units of its image."""
+    """The camera matrix relative to its image's size."""
     matrix, width, height = check_stored(camera, CAMERA, where).values()
     if wrong := intrinsics_problem(matrix, (height, width)):
         raise InputError(f"{where}intrinsic {wrong}")
@@ -123,7 +123,7 @@ def _release_tokenizer(path: AnyPath) -> Any:
 
 
 def _check_same(ours: Processor, parts: Mapping[str, Any], where: str) -> None:
-    """Raises InputError where the release's file says something else than ours beside it."""
+    """Raises InputError if the release's file contradicts our processor.json beside it."""
     if grid_to_dict(ours.grid) != grid_to_dict(parts["grid"]):
         raise InputError(f"{where}bin_policy is not the grid of the {PROCESSOR} beside it")
     for name in ("statistics", "intrinsics"):
@@ -136,4 +136,4 @@ def _check_images(data: Any, config: SpatialVLAConfig, where: str) -> None:
     size = config.img.image_size
     given = {"size": ({"height": size, "width": size},), "image_seq_length": (config.img.num_tokens,)}
     check_fixed(data, IMAGES_FIXED | given, where)
-    check_stored(data, {"do_normalize": Field(False, "")}, where)  # by default it is true
+    check_stored(data, {"do_normalize": Field(False, "")}, where)  # required, because its default is true

@@ -1,4 +1,4 @@
-"""A checkpoint on another action grid: spatial embedding adaption (paper III-B), and the same for the LM head."""
+"""Move a checkpoint to another action grid: spatial embedding adaption (paper III-B), also for the LM head."""
 
 from dataclasses import replace
 
@@ -15,13 +15,14 @@ TABLE, HEAD, EMBEDDING = "llm/embedder/input_embedding", "llm/lm_head", "spatial
 def adapt_checkpoint(
     path: str | AnyPath, checkpoint: Checkpoint, grid: ActionTokenizer, *, embedding: bool, head: bool
 ) -> Checkpoint:
-    """`checkpoint`, read from `path`, for `grid`; as it is where that is the grid that it has.
+    """Adapt `checkpoint`, read from `path`, to `grid`. Returns it unchanged if it already has that grid.
 
-    `embedding` makes the spatial table from the old one by `adapt_embeddings`, `head` the action rows of the LM head;
-    text rows are copied. The release adapts the table alone, which moved bins of the same number allow; without `head`,
-    other numbers of bins are refused. Action rows of the text table, which nobody looks up, come along.
-    Raises InputError for a checkpoint without a grid, a 256-bin grid, and a new grid without `embedding`: its old table
-    would stand on centres that have moved.
+    `embedding` adapts the spatial table by `adapt_embeddings`, `head` the action rows of the LM head; text rows are
+    copied. The release adapts only the table, which suffices if bin counts are equal; without `head`, other bin counts
+    are refused. The text table's action rows, which are never looked up, are adapted too.
+
+    Raises InputError for a checkpoint without a grid, a linear grid, and a new grid without `embedding`: the old table
+    would then belong to centres that have moved.
     """
     if checkpoint.processor is None:
         if embedding or head:
@@ -44,7 +45,7 @@ def adapt_checkpoint(
         )
 
     def adapted(array: LazyArray, first: int) -> LazyArray:
-        """The rows from `first` on are those of the grid's ids."""
+        """Replace the rows from `first` on by those for the new grid's ids."""
 
         def read() -> np.ndarray:
             table = array.read()

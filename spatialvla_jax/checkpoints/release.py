@@ -1,5 +1,5 @@
-"""The published model's own code, "the release" (PyTorch, transformers 4.47): the files that its processor reads, and
-which models it does not run as they are."""
+"""The published model's own code, "the release" (PyTorch, transformers 4.47): its processor's files, and the models
+that it cannot run exactly."""
 
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,12 @@ from spatialvla_jax.utils.atomic import write_json
 
 RELEASE_PROCESSOR, IMAGES = "processor_config.json", "preprocessor_config.json"
 AUTO_PROCESSOR = {"AutoProcessor": "processing_spatialvla.SpatialVLAProcessor"}
-MAX_NEW_TOKENS = 256  # of its `predict_action`
+MAX_NEW_TOKENS = 256  # of the release's `predict_action`
 
 
 def release_differences(config: SpatialVLAConfig, processor: Processor | None) -> list[str]:
-    """Why the release's code does not act as this model does, a sentence for each reason; none where it does, given one
-    image of the model's size and a prompt rendered by `text.render`."""
+    """Reasons why the release's code acts differently from this model, one sentence each. Empty if it acts the same,
+    given one image of the model's size and a prompt rendered by `text.render`."""
     differences = []
     if config.depth_source == "dataset":
         differences.append("Depth comes with the image: the release's model has no input for it and leaves Ego3D out.")
@@ -40,7 +40,7 @@ def release_differences(config: SpatialVLAConfig, processor: Processor | None) -
 
 
 def write_release_files(path: Path, processor: Processor, config: SpatialVLAConfig) -> None:
-    """The files of the release's processor; that of a linear grid, which it has no place for, has none of its own."""
+    """Write the files of the release's processor, processor_config.json only for spherical grids."""
     write_tokenizer(path, processor.tokenizer.to_bytes(), config.text_vocab, config.spatial_tokens)
     images = {
         "auto_map": AUTO_PROCESSOR,
@@ -64,7 +64,7 @@ def _processor_config(processor: Processor, grid: ActionGrid, config: SpatialVLA
     edges = {name: np.asarray(getattr(grid, name), np.float64).tolist() for name in ActionGrid.__dataclass_fields__}
     groups = {"translation": ("theta", "phi", "r"), "rotation": ("roll", "pitch", "yaw")}
     bins = {group: {f"{name}_bins": len(edges[name]) - 1 for name in names} for group, names in groups.items()}
-    # Intrinsics relative to the image are those of an image of 1 x 1.
+    # Relative intrinsics are those of a 1 × 1 image.
     cameras = {name: {"height": 1, "width": 1, "intrinsic": k} for name, k in processor.intrinsics.items()}
     return {
         "action_chunk_size": config.action_chunk,

@@ -1,8 +1,8 @@
-"""The tokenizer's files as the release's processor reads them.
+"""The tokenizer's files in the form that the release's processor reads.
 
-That processor takes transformers' fast Gemma tokenizer and adds `<image>`, PaliGemma's location tokens and the action
-tokens, each behind the last token unless the tokenizer has it. For the published ids the tokenizer needs as many pieces
-as the model has text tokens, and behind them `<image>`, the action tokens, and the location tokens that are no pieces.
+That processor uses transformers' fast Gemma tokenizer and appends `<image>`, PaliGemma's location tokens and the action
+tokens, unless the tokenizer has them. To get the published ids, the tokenizer must have as many pieces as the model has
+text tokens, followed by `<image>`, the action tokens and those location tokens that are not pieces.
 """
 
 import json
@@ -17,19 +17,19 @@ from spatialvla_jax.utils.atomic import write_json, write_text
 
 TOKENIZER = "tokenizer.model"
 LOCATIONS = [*(f"<loc{i:04}>" for i in range(1024)), *(f"<seg{i:03}>" for i in range(128))]
-# Numbers that SentencePiece gives to types of pieces and to byte-pair encoding.
+# SentencePiece's numbers for piece types and for byte-pair encoding.
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 BPE = 2
 
 
 @dataclass(frozen=True)
 class SentencePieceModel:
-    """What a SentencePiece model says of itself; `pieces` are (text, score, type)."""
+    """The relevant content of a SentencePiece model; `pieces` are (text, score, type)."""
 
     pieces: list[tuple[str, float, int]]
     byte_fallback: bool
-    trims_spaces: bool  # takes away those at both ends, and all but one of several
-    problem: str  # why transformers' Gemma tokenizer does not split text as this model does
+    trims_spaces: bool  # removes leading and trailing spaces, and collapses repeated ones
+    problem: str  # why transformers' Gemma tokenizer splits text differently; "" if it doesn't
 
     @classmethod
     def parse(cls, model: bytes) -> "SentencePieceModel":
@@ -50,7 +50,7 @@ class SentencePieceModel:
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """(number, value) of the fields of a protobuf message: whole numbers, or the bytes of anything else."""
+    """(number, value) of a protobuf message's fields: integers, or bytes for all other types."""
     at = 0
 
     def varint() -> int:
@@ -73,15 +73,15 @@ def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
 
 
 def padded(model: bytes, size: int) -> bytes:
-    """The SentencePiece model with unused pieces up to `size`, which splits text as before."""
+    """The SentencePiece model padded with unused pieces to `size`; it splits text as before."""
     names = (b"<pad%d>" % i for i in range(len(SentencePieceModel.parse(model).pieces), size))
-    # A protobuf message may be continued: here by pieces, each with its name (field 1) and type (field 3).
+    # A protobuf message may be extended by appending: here pieces, each with a name (field 1) and type (field 3).
     return model + b"".join(b"\n%c\n%c%b\x18%c" % (len(name) + 4, len(name), name, UNUSED) for name in names)
 
 
 def write_tokenizer(path: Path, model: bytes, text_vocab: int, action_tokens: int) -> None:
-    """tokenizer.model, tokenizer.json and tokenizer_config.json, in which `<image>` has the id `text_vocab` and the
-    action tokens follow it. A model with a `problem` gets the first alone."""
+    """Write tokenizer.model, tokenizer.json and tokenizer_config.json. `<image>` has the id `text_vocab`, and the
+    action tokens follow. For a model with a `problem`, only tokenizer.model is written."""
     model = padded(model, text_vocab)
     (path / TOKENIZER).write_bytes(model)
     parsed = SentencePieceModel.parse(model)
@@ -94,20 +94,20 @@ def write_tokenizer(path: Path, model: bytes, text_vocab: int, action_tokens: in
 
 
 def fast_tokenizer(model: SentencePieceModel, action_tokens: int) -> dict[str, Any]:
-    """tokenizer.json: what transformers makes of the model, and the tokens that the release's processor looks for."""
+    """tokenizer.json: transformers' version of the model, and the tokens that the release's processor looks for."""
     vocabulary = {text: i for i, (text, _, _) in enumerate(model.pieces)}
-    # "\n" stays an ordinary piece: otherwise the spaces before it could not be taken away.
+    # "\n" stays an ordinary piece: otherwise spaces before it could not be removed.
     special = [
         (i, text, kind == CONTROL)
         for i, (text, _, kind) in enumerate(model.pieces)
         if kind in (CONTROL, USER_DEFINED) and text != "\n"
     ]
-    behind = [("<image>", True), *((f"<ACTION{i:05}>", True) for i in range(action_tokens))]
-    behind += [(text, False) for text in LOCATIONS if text not in vocabulary]
-    special += [(i, text, kind) for i, (text, kind) in enumerate(behind, len(vocabulary))]
+    appended = [("<image>", True), *((f"<ACTION{i:05}>", True) for i in range(action_tokens))]
+    appended += [(text, False) for text in LOCATIONS if text not in vocabulary]
+    special += [(i, text, kind) for i, (text, kind) in enumerate(appended, len(vocabulary))]
     options = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     spaces = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
-    # Those that follow another, begin the prompt, or end it: a prompt ends with a newline.
+    # Spaces after another space, at the start, or at the end of the prompt, which is its newline.
     trimmed = {"type": "Replace", "pattern": {"Regex": r"(?<= ) +|\A +|[ ▁]+(?=\n?\z)"}, "content": ""}
     return {
         "version": "1.0",
@@ -141,7 +141,7 @@ def fast_tokenizer(model: SentencePieceModel, action_tokens: int) -> dict[str, A
 
 
 def merges(model: SentencePieceModel) -> list[tuple[str, str]]:
-    """Every pair of pieces that makes a third, by that one's score; of one score, as transformers orders them."""
+    """All pairs of pieces that merge into a third, ordered by its score, and for equal scores as in transformers."""
     ids = {text: i for i, (text, _, kind) in enumerate(model.pieces) if kind in (NORMAL, USER_DEFINED)}
     found = [
         (-model.pieces[i][1], -cut, ids[text[:cut]], (text[:cut], text[cut:]))

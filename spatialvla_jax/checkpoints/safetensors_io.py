@@ -1,9 +1,9 @@
-"""Reading and writing safetensors directories (one file, or shards with an index), one tensor at a time.
+"""Reads and writes safetensors directories (one file, or shards with an index), one tensor at a time.
 
-The format: a little-endian u64 header length, a JSON header {key: {dtype, shape, data_offsets}}, then the bytes, which
-the tensors cover in order, without a gap. What the official library refuses is refused here too, and so are duplicate
-keys. Our own files have a checksum of every tensor in the header's "__metadata__", under "crc32c.<key>"; it is verified
-whenever the tensor is read.
+The format: a little-endian u64 header length, a JSON header {key: {dtype, shape, data_offsets}}, then the tensors'
+bytes, in order and without gaps. Whatever the official library refuses is refused here too, and so are duplicate keys.
+Our own files store a checksum per tensor in the header's "__metadata__", under "crc32c.<key>". It is verified on every
+read.
 """
 
 import json
@@ -26,8 +26,8 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 METADATA, CHECKSUM = "__metadata__", "crc32c."
 MAX_HEADER = 100_000_000  # bytes, as in the official library
-PART, CONCURRENT_PARTS = 16 * 2**20, 8  # bytes of a request to a bucket, and how many there are at once
-MAX_RANK, MAX_ELEMENTS = 32, 2**48  # numpy before 2.0 takes no more axes
+PART, CONCURRENT_PARTS = 16 * 2**20, 8  # bytes per request to a bucket, and requests at once
+MAX_RANK, MAX_ELEMENTS = 32, 2**48  # NumPy before 2.0 supports 32 axes
 DTYPES = {
     "F32": np.dtype(np.float32),
     "BF16": np.dtype(ml_dtypes.bfloat16),
@@ -39,14 +39,14 @@ DTYPES = {
     **{f"{kind.upper()}{8 * size}": np.dtype(f"{kind}{size}") for kind in "iu" for size in (1, 2, 4, 8)},
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-FLOATS = ("F32", "BF16", "F16")  # what weights may be; buffers beside them have any dtype
+FLOATS = ("F32", "BF16", "F16")  # dtypes of weights; buffers beside them may have any
 
 
 def open_directory(path: AnyPath) -> dict[str, LazyArray]:
     """All tensors of `model.safetensors`, or of the shards in `model.safetensors.index.json`; reads headers only.
 
-    Raises InputError for a directory without weights or with more than the index names, for an index that differs from
-    its shards in any key, and for damaged files (`open_file`).
+    Raises InputError for a directory without weights or with weights that the index does not name, for an index that
+    differs from its shards in any key, and for damaged files (`open_file`).
     """
     present = set(list_names(path))
     if not present & {SINGLE, INDEX}:
@@ -65,7 +65,7 @@ def open_directory(path: AnyPath) -> dict[str, LazyArray]:
     tensors = {key: tensor for key, _, tensor in found}
     check_names(path / INDEX, "named but in no shard", weight_map.keys() - tensors.keys())
     check_names(path / INDEX, "in a shard but not named", tensors.keys() - weight_map.keys())
-    # A key in two shards is, in one of them, where the index does not say.
+    # If two shards have the same key, one of them contradicts the index.
     wrong = [f"{key} ({shard} instead of {weight_map[key]})" for key, shard, _ in found if shard != weight_map[key]]
     check_names(path / INDEX, "in another shard than named", wrong)
     return tensors
@@ -84,9 +84,9 @@ def _weight_map(index: AnyPath) -> dict[str, str]:
 
 
 def open_file(file: AnyPath) -> dict[str, LazyArray]:
-    """The tensors of one file, read when needed. Reading one raises InputError where it is not what was written.
+    """The tensors of one file, read lazily. Reading one raises InputError if its checksum does not match.
 
-    Raises InputError for anything but a whole and consistent file.
+    Raises InputError unless the file is complete and consistent.
     """
     header, start, size = _read_header(file)
     metadata = header.pop(METADATA, None)
@@ -112,9 +112,9 @@ def open_file(file: AnyPath) -> dict[str, LazyArray]:
 
 
 def _read_header(file: AnyPath) -> tuple[dict[str, Any], int, int]:
-    """→ (the header, where the data begin, size of the file)"""
+    """→ (the header, offset of the data, size of the file)"""
     try:
-        if not is_file(file):  # opening a pipe would wait for its other end
+        if not is_file(file):  # opening a pipe would block
             raise InputError(f"{file} is not a file")
         size, _ = size_and_version(file)
         length = int.from_bytes(_bytes(file, 0, min(8, size)), "little")
@@ -125,7 +125,7 @@ def _read_header(file: AnyPath) -> tuple[dict[str, Any], int, int]:
         raise InputError(f"{file} cannot be read: {error.strerror}") from error
     try:
         header = json.loads(text.decode(), object_pairs_hook=unique, parse_int=_natural, parse_constant=_natural)
-        json.dumps(header, ensure_ascii=False).encode()  # fails for half a surrogate pair, which only JSON can spell
+        json.dumps(header, ensure_ascii=False).encode()  # fails for half a surrogate pair, which JSON can express
     except (ValueError, RecursionError) as error:
         raise InputError(f"{file} is not a safetensors file: in its header, {error}") from error
     if not isinstance(header, dict):
@@ -140,7 +140,7 @@ def _natural(text: str) -> int:
 
 
 def _parse(file: AnyPath, key: str, entry: Any) -> tuple[tuple[int, int], tuple[int, ...], np.dtype]:
-    """→ (data_offsets, shape, dtype) of one entry of a header. Raises InputError where they do not fit each other."""
+    """→ (data_offsets, shape, dtype) of one header entry. Raises InputError if they are inconsistent."""
     what = f"{file}: the entry of {shown(key)}"
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise InputError(f"{what} must have the fields dtype, shape and data_offsets")
@@ -150,7 +150,7 @@ def _parse(file: AnyPath, key: str, entry: Any) -> tuple[tuple[int, int], tuple[
     for field, numbers in (("shape", shape), ("data_offsets", offsets)):
         if not isinstance(numbers, list) or not all(type(n) is int for n in numbers) or len(numbers) > MAX_RANK:
             raise InputError(f"{what} must have a list of whole numbers, {MAX_RANK} at most, as its {field}")
-    if prod(n or 1 for n in shape) > MAX_ELEMENTS:  # numpy refuses that of an empty array, too
+    if prod(n or 1 for n in shape) > MAX_ELEMENTS:  # NumPy refuses such a shape even for an empty array
         raise InputError(f"{what} has a shape of more than {MAX_ELEMENTS} elements")
     if len(offsets) != 2 or offsets[1] - offsets[0] != prod(shape) * DTYPES[name].itemsize:
         raise InputError(f"{what} has data_offsets {offsets}, which do not span the bytes of {name} {shape}")
@@ -175,13 +175,13 @@ def _lazy(
 
 
 def _elements(file: AnyPath, dtype: np.dtype, count: int, offset: int) -> np.ndarray:
-    """Fewer than `count` where a local file ends before. Parts of an object are read at the same time."""
+    """May return fewer than `count` if a local file is too short. An object's parts are read concurrently."""
     if not is_url(file):
         return np.fromfile(file, dtype, count, offset=offset)
     whole = np.empty(count, dtype)
-    content, together = whole.view(np.uint8), PART * CONCURRENT_PARTS
-    for begin in range(0, content.size, together):
-        starts = range(begin, min(begin + together, content.size), PART)
+    content, block = whole.view(np.uint8), PART * CONCURRENT_PARTS
+    for begin in range(0, content.size, block):
+        starts = range(begin, min(begin + block, content.size), PART)
         parts = [(file, offset + start, min(PART, content.size - start)) for start in starts]
         for start, found in zip(starts, read_ranges(parts), strict=True):
             if isinstance(found, Exception):
@@ -198,7 +198,7 @@ def _bytes(file: AnyPath, offset: int, length: int) -> bytes:
 
 
 def write_directory(path: Path, tensors: Mapping[str, LazyArray], max_bytes: int) -> None:
-    """Write the tensors in this order, reading one at a time; more than `max_bytes` go to shards with an index."""
+    """Write the tensors in this order, reading one at a time; above `max_bytes` they are sharded, with an index."""
     shards: list[list[str]] = [[]]
     filled = 0
     for key, tensor in tensors.items():
@@ -219,7 +219,7 @@ def write_directory(path: Path, tensors: Mapping[str, LazyArray], max_bytes: int
 
 
 def write_file(file: Path, tensors: Mapping[str, LazyArray]) -> None:
-    """Write the tensors in this order, reading one at a time, with a checksum of each."""
+    """Write the tensors in this order, reading one at a time, with a checksum for each."""
     checksums = dict.fromkeys(tensors, "0" * 8)
     with file.open("wb") as f:
         f.write(_header(tensors, checksums))
@@ -229,8 +229,8 @@ def write_file(file: Path, tensors: Mapping[str, LazyArray]) -> None:
             x = np.ascontiguousarray(x)
             checksums[key] = crc32c(x)
             f.write(x.view(np.uint8).data)
-            del x  # or it would keep its array while the next is read
-        f.seek(0)  # the header again, which has its size already
+            del x  # otherwise the array stays in memory while the next is read
+        f.seek(0)  # overwrite the header, whose size is the same
         f.write(_header(tensors, checksums))
 
 

@@ -1,4 +1,4 @@
-"""What every format reads into and writes from: a config, arrays read when needed, and a processor."""
+"""The common form of all formats: a config, lazily read arrays, and a processor."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ from spatialvla_jax.utils.storage import AnyPath, read_text
 
 @dataclass(frozen=True)
 class LazyArray:
-    """One array that `read` brings into memory."""
+    """An array that `read` loads into memory."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -30,7 +30,7 @@ class LazyArray:
 
     @classmethod
     def of(cls, x: ArrayLike) -> "LazyArray":
-        """An array that is in memory already."""
+        """Wrap an array that is already in memory."""
         array = np.asarray(x)
         return cls(array.shape, array.dtype, lambda: array)
 
@@ -42,7 +42,7 @@ class LazyArray:
         return replace(self, dtype=dtype, read=read)
 
     def inspected(self, inspect: Callable[[np.ndarray], object]) -> "LazyArray":
-        """The same array, which is shown to `inspect` whenever it is read."""
+        """The same array, passed to `inspect` whenever it is read."""
 
         def read() -> np.ndarray:
             x = self.read()
@@ -58,7 +58,7 @@ class LazyArray:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """`arrays` maps "img/embedding/kernel" and so on."""
+    """`arrays` maps parameter paths such as "img/embedding/kernel" to arrays."""
 
     config: SpatialVLAConfig
     arrays: dict[str, LazyArray]
@@ -70,14 +70,14 @@ class Checkpoint:
         return cls(config, {path: LazyArray.of(x) for path, x in flatten(params).items()}, processor)
 
     def params(self) -> Params:
-        """All arrays in memory, as the nested tree that the model takes."""
+        """All arrays in memory, as the model's nested tree of parameters."""
         return unflatten({path: array.read() for path, array in self.arrays.items()})
 
 
 def finite(what: object, arrays: Mapping[str, LazyArray]) -> dict[str, LazyArray]:
-    """The same arrays; reading one with NaN or infinity raises InputError.
+    """The same arrays, but reading one with NaN or infinity raises InputError.
 
-    The sentence names every array that has any: only then are the others read for it, one at a time.
+    The message names all arrays with such values. To find them, the others are then read too, one at a time.
     """
 
     def inspect(x: np.ndarray) -> None:
@@ -88,7 +88,7 @@ def finite(what: object, arrays: Mapping[str, LazyArray]) -> dict[str, LazyArray
 
 
 def all_finite(x: np.ndarray) -> bool:
-    flat, block = x.reshape(-1), 2**24  # in blocks, as the answers take memory too
+    flat, block = x.reshape(-1), 2**24  # in blocks, because the boolean mask takes memory too
     return all(bool(np.isfinite(flat[i : i + block]).all()) for i in range(0, flat.size, block))
 
 
@@ -101,13 +101,13 @@ def digest(x: np.ndarray) -> str:
 
 def crc32c(x: np.ndarray) -> str:
     """The CRC-32C of every byte, as eight hexadecimal digits."""
-    # Typed as bytes, but any contiguous array of bytes will do, uncopied.
+    # Typed as bytes, but any contiguous byte array works without a copy.
     content: Any = np.ascontiguousarray(x).reshape(-1).view(np.uint8)
     return f"{google_crc32c.value(content):08x}"
 
 
 def recorded(arrays: Mapping[str, LazyArray]) -> tuple[dict[str, LazyArray], dict[str, str]]:
-    """→ (the same arrays, {path: digest} of those that have been read)."""
+    """→ (the same arrays, {path: digest} of those read so far)."""
     digests: dict[str, str] = {}
 
     def record(path: str, x: np.ndarray) -> None:
@@ -117,7 +117,7 @@ def recorded(arrays: Mapping[str, LazyArray]) -> tuple[dict[str, LazyArray], dic
 
 
 def read_json(file: AnyPath) -> dict[str, Any]:
-    """Raises InputError when the file is missing or does not hold a JSON object, or has a key twice."""
+    """Raises InputError if the file is missing, does not hold a JSON object, or has duplicate keys."""
     try:
         data = json.loads(read_text(file), object_pairs_hook=unique)
     except (OSError, ValueError, RecursionError) as error:
@@ -128,7 +128,7 @@ def read_json(file: AnyPath) -> dict[str, Any]:
 
 
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object out of its pairs, as `json` calls it. Raises ValueError for a key that is there twice."""
+    """Build a JSON object from its pairs, as `json`'s object_pairs_hook. Raises ValueError for duplicate keys."""
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = next(key for key, n in Counter(key for key, _ in pairs).items() if n > 1)
