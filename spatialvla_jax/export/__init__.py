@@ -1,1 +1,1 @@
-"""Conversion between checkpoint formats, and the proof that an export acts the same. PyTorch lives here."""
+"""Conversion between checkpoint formats, and verification that an export acts the same. All PyTorch code is here."""

@@ -6,7 +6,7 @@ from spatialvla_jax.checkpoints.release import release_differences
 from spatialvla_jax.checkpoints.types import Checkpoint
 
 DEPTH = {
-    "zoedepth": "estimated from the image by the ZoeDepth inside",
+    "zoedepth": "estimated from the image by the built-in ZoeDepth",
     "dataset": "given with the image, in metres",
     "none": "not used, so there is no Ego3D",
 }
@@ -52,14 +52,14 @@ actions = processor.decode_actions(model.predict_action(inputs), unnorm_key={key
 
 
 def model_card(checkpoint: Checkpoint) -> str:
-    """README.md of an export: what the model is, and how transformers and the release's code load it."""
+    """README.md of an export: facts about the model, and how to load it with transformers and the release's code."""
     config, processor = checkpoint.config, checkpoint.processor
     keys = list(processor.statistics) if processor else []
     facts = {
         "parameters": f"{sum(prod(x.shape) for x in checkpoint.arrays.values()):,}",
         "image": f"{config.img.image_size}×{config.img.image_size}",
         "depth": DEPTH[config.depth_source],
-        "attention": "causal" if config.mask == "causal" else "both ways in image and prompt, causal in actions",
+        "attention": "causal" if config.mask == "causal" else "bidirectional in image and prompt, causal in actions",
         "actions predicted at once": f"{config.action_chunk}, of {config.tokens_per_action} tokens each",
         "`unnorm_key`": ", ".join(f"`{key}`" for key in keys) or "none: there are no statistics of actions",
     }

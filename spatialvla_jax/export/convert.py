@@ -1,4 +1,4 @@
-"""Turning one checkpoint format into another."""
+"""Convert checkpoints from one format to another."""
 
 import time
 from dataclasses import replace
@@ -33,23 +33,23 @@ from spatialvla_jax.utils.atomic import kept_after, parents_of
 from spatialvla_jax.utils.storage import AnyPath, as_path, exists, occupied, resolved, to_path
 
 PEFT = "peft"
-VERIFIED = ("pytorch", PEFT)  # what can be run beside JAX
+VERIFIED = ("pytorch", PEFT)  # formats that can be run and compared with JAX
 DTYPES = ("float32", "bfloat16", "float16")
 
-# Larger exports are run beside JAX on request only: both sides compute in float32 on the host.
+# Larger exports are only compared with JAX on request: both sides compute in float32 on the host.
 VERIFIED_BY_DEFAULT = 500_000_000  # parameters
 
 
 def torch_code() -> dict[str, str]:
-    """{file name: text} of the PyTorch configuration, model and processor, which `auto_map` refers to, and of the rule
-    about cameras and depth that they share with this package."""
+    """{file name: text} of the PyTorch configuration, model and processor named in `auto_map`, and of the camera and
+    depth checks that they share with this package."""
     files = Path(__file__).with_name("transformers").glob("*_spatialvla.py")
     code = {file.name: file.read_text().replace(camera.__name__, ".camera_spatialvla") for file in sorted(files)}
     return code | {"camera_spatialvla.py": Path(camera.__file__).read_text()}
 
 
 def write_pytorch(path: str | AnyPath, checkpoint: Checkpoint) -> None:
-    """Write a published directory that transformers can load: `write_huggingface` with our PyTorch code and a card."""
+    """Write a published directory that transformers can load: `write_huggingface` plus our PyTorch code and a card."""
     write_huggingface(path, checkpoint, files=torch_code() | {"README.md": model_card(checkpoint)})
 
 
@@ -57,7 +57,7 @@ WRITERS = {"orbax": write_orbax, "pytorch": write_pytorch, "big_vision": write_b
 
 
 class Conversion(TypedDict):
-    """What `convert` did; `bit_exact` comes from reading the destination back."""
+    """The result of `convert`; `bit_exact` is determined by reading the destination back."""
 
     source: str
     destination: str
@@ -66,8 +66,8 @@ class Conversion(TypedDict):
     tensors: int
     bytes: int
     bit_exact: bool
-    verification: Verification | str  # what `verify` found, or the sentence that says why it was not run
-    release_differences: list[str]  # why the published model's own code does not act as what was written for PyTorch
+    verification: Verification | str  # the result of `verify`, or why it was not run
+    release_differences: list[str]  # how the published model's own code would act differently from a PyTorch export
     seconds: float
 
 
@@ -83,14 +83,13 @@ def convert(
 ) -> Conversion:
     """Convert checkpoint `src` into `dst`, a new directory (orbax, pytorch, peft) or .npz file (big_vision).
 
-    Weights are cast to `dtype` where one is given. A PaliGemma 2 becomes a SpatialVLA to pre-train, with the ZoeDepth
-    in the directory `zoedepth` where one is given. A run of adapters becomes a plain checkpoint by `merge`, or to
-    "peft" a directory of the adapters for `base`, an export of the run's base (`peft.write_peft`). `verify` runs a
-    PyTorch export beside JAX (`verify.verify`), adapters on their base; None does so up to VERIFIED_BY_DEFAULT
-    parameters and where PyTorch is installed.
+    `dtype` casts the weights. A PaliGemma 2 becomes a SpatialVLA for pre-training, with the ZoeDepth in directory
+    `zoedepth` if given. An adapter run becomes a plain checkpoint with `merge`. With to="peft" it becomes a directory
+    of adapters for `base`, an export of the run's base (`peft.write_peft`). `verify` compares a PyTorch export with JAX
+    (`verify.verify`), adapters on their base. None does so up to VERIFIED_BY_DEFAULT parameters, given PyTorch.
 
-    Every array is read once to be checked, hashed and written. Raises InputError, and `dst` is then untouched;
-    VerificationError, and `dst` is kept.
+    Every array is read once to be checked, hashed and written. Raises InputError, which leaves `dst` untouched, or
+    VerificationError, which keeps `dst`.
     """
     if to not in (*WRITERS, PEFT):
         raise InputError(f"cannot convert to {to!r}; choose one of {', '.join((*WRITERS, PEFT))}")
@@ -171,7 +170,7 @@ def _with_published_names(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _reads_back(path: str | AnyPath, written: Checkpoint, digests: dict[str, str]) -> bool:
-    """Whether config, processor and, by these digests, every byte at `path` are those that were written."""
+    """Whether the config, processor and (by these digests) every byte at `path` equal what was written."""
     read = read_checkpoint(path)
     processors = [c.processor and c.processor.to_dict() for c in (read, written)]
     return (
@@ -182,7 +181,7 @@ def _reads_back(path: str | AnyPath, written: Checkpoint, digests: dict[str, str
 
 
 def _why_not(to: str, parameters: int, verify: bool | None) -> str | None:
-    """The sentence that says why an export is not run beside JAX, or None where it is."""
+    """Why an export is not compared with JAX, as a message; None if it is."""
     if to not in VERIFIED:
         return f"{to} is JAX's own layout: its bytes were read back and compared"
     if verify is False:
@@ -199,7 +198,7 @@ def _can_verify(to: str) -> bool:
 
 
 def cast(checkpoint: Checkpoint, dtype: str | None) -> Checkpoint:
-    """The same checkpoint with its weights in `dtype`, one of DTYPES; unchanged for None."""
+    """The checkpoint with weights in `dtype`, one of DTYPES; unchanged for None. Raises InputError."""
     if dtype is None:
         return checkpoint
     if dtype not in DTYPES:

@@ -1,7 +1,7 @@
-"""Does an export act the same? Runs JAX and the exported PyTorch directory on fixed probes and compares every stage.
+"""Verify that an export acts the same: run JAX and the exported PyTorch directory on fixed probes, compare every stage.
 
-Both sides compute in float32, whatever the dtype of the weights: bfloat16 weights are exact in it, so that equal tokens
-are asked of every export. PyTorch runs on the CPU.
+Both sides compute in float32 whatever the dtype of the weights. bfloat16 weights are exact in float32, so every export
+must give equal tokens. PyTorch runs on the CPU.
 """
 
 import contextlib
@@ -28,8 +28,8 @@ from spatialvla_jax.models.zoedepth import estimate_depth
 from spatialvla_jax.utils.storage import AnyPath, local_copy, to_path
 
 INSTRUCTIONS = ("open the drawer", "put the bowl on the plate", "pick up the red block", "turn on the stove")
-# What float32 leaves is far below; what is above is another computation. Resized pixels lie on whole levels of 1/255,
-# which two sums in another order may round apart.
+# Far above float32 rounding errors, so a larger difference means a different computation. Resized pixels are whole
+# levels of 1/255, which sums in different orders may round differently.
 LIMITS = {"inputs": 1.5 / 255, "logits": 1e-2}
 MISSING = "PyTorch is not installed, so the export was not run beside JAX; pip install 'spatialvla-jax[torch]' adds it"
 
@@ -40,9 +40,8 @@ class Difference(TypedDict):
 
 
 class Verification(TypedDict):
-    """`differences` are by stage, of those that the model has: inputs (pixels as each side's processor makes them; what
-    follows starts from the same), depth, image_features, logits (of the first action token), actions (in robot units).
-    """
+    """`differences` are per stage, for stages that the model has: inputs (pixels from each side's processor; later
+    stages get equal inputs), depth, image_features, logits (first action token), actions (robot units)."""
 
     examples: int
     dtype: str
@@ -52,7 +51,7 @@ class Verification(TypedDict):
 
 
 class VerificationError(Exception):
-    """The export does not act as its source does; `result` is what `verify` would have returned."""
+    """The export does not act like its source; `result` is what `verify` would have returned."""
 
     def __init__(self, message: str, result: Verification) -> None:
         super().__init__(message)
@@ -65,10 +64,10 @@ def available() -> bool:
 
 
 def verify(checkpoint: Checkpoint, directory: str | AnyPath, adapters: str | AnyPath | None = None) -> Verification:
-    """Compare `checkpoint` in JAX with the PyTorch export `directory`, on which the directory `adapters` is loaded by
-    `peft` where there is one; needs the extra [torch].
+    """Compare `checkpoint` in JAX with the PyTorch export in `directory`, with the `adapters` in another directory
+    loaded by `peft` if given. Needs the extra [torch].
 
-    Raises VerificationError when a greedy token differs or a stage does by more than its limit.
+    Raises VerificationError if a greedy token differs or a stage exceeds its limit.
     """
     probes = make_probes(checkpoint.config.img.image_size)
     inputs = _inputs(checkpoint, probes)
@@ -99,7 +98,7 @@ def verify(checkpoint: Checkpoint, directory: str | AnyPath, adapters: str | Any
 
 
 def table(result: Verification) -> str:
-    """What `verify` found, for people to read."""
+    """The result of `verify` as text."""
     rows = [
         f"{name.replace('_', ' '):15} {d['max']:9.1e} {d['mean']:9.1e}" for name, d in result["differences"].items()
     ]
@@ -127,7 +126,7 @@ def make_probes(size: int) -> dict[str, np.ndarray]:
 
 
 def _inputs(checkpoint: Checkpoint, probes: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The JAX model's inputs; prompts are random tokens where there is no tokenizer."""
+    """The JAX model's inputs. Prompts are random tokens if there is no tokenizer."""
     config, N = checkpoint.config, len(INSTRUCTIONS)
     depths = probes["depth"] if config.depth_source == "dataset" else [None] * N
     examples = [
@@ -142,7 +141,7 @@ def _inputs(checkpoint: Checkpoint, probes: dict[str, np.ndarray]) -> dict[str, 
         ids = np.random.default_rng(1).integers(2, min(config.text_vocab, 50_000), mask.shape) * mask
     else:
         encode, template = checkpoint.processor.tokenizer.encode_prompt, checkpoint.processor.prompt_template
-        # As long as they are: a model with little room for its prompts has the same weights as one with more.
+        # Not limited by the model's prompt_length: the weights do not depend on it.
         encoded = [encode(text, template=template, length=1024) for text in INSTRUCTIONS]
         ids, mask = (np.stack(x) for x in zip(*encoded, strict=True))
         longest = mask.sum(1).max()
@@ -156,7 +155,7 @@ def _run_jax(checkpoint: Checkpoint, inputs: dict[str, np.ndarray]) -> dict[str,
     params = unflatten({path: array.read().astype(np.float32) for path, array in checkpoint.arrays.items()})
     ranges = None if processor is None else processor.grid.token_ranges
 
-    # Depth by itself: what follows takes it as given, and the large ZoeDepth is compiled once.
+    # Estimate depth separately: later stages take it as given, so the large ZoeDepth is compiled once.
     @jax.jit
     def estimate(params: Any, image: Any) -> Any:
         size = config.zoe.backbone.image_size
@@ -164,19 +163,19 @@ def _run_jax(checkpoint: Checkpoint, inputs: dict[str, np.ndarray]) -> dict[str,
 
     @jax.jit
     def run(params: Any, inputs: Any) -> dict[str, Any]:
-        apply: Any = partial(seeing.apply, {"params": params})
-        nothing = jnp.zeros((len(inputs["image"]), config.num_action_tokens), int)  # the first logits don't see it
+        apply: Any = partial(vla.apply, {"params": params})
+        nothing = jnp.zeros((len(inputs["image"]), config.num_action_tokens), int)  # not seen by the first logits
         return {
             "image_features": apply(inputs["image"], inputs.get("depth"), inputs["intrinsics"], method="embed_image"),
             "logits": apply(**inputs, action_ids=nothing)[:, 0],
-            "tokens": generate(seeing, prepare_weights(seeing, params), ranges, **inputs)[0],
+            "tokens": generate(vla, prepare_weights(vla, params), ranges, **inputs)[0],
         }
 
     out = {"inputs": inputs["image"]}
-    seeing = model
+    vla = model
     with jax.default_matmul_precision("highest"):
         if config.depth_source == "zoedepth":
-            seeing = SpatialVLA(replace(config, depth_source="dataset"))
+            vla = SpatialVLA(replace(config, depth_source="dataset"))
             out["depth"] = np.asarray(estimate(params, inputs["image"]))
             params = {name: part for name, part in params.items() if name != "zoe"}
             inputs = inputs | {"depth": out["depth"]}
@@ -195,7 +194,7 @@ def _run_torch(
     inputs: dict[str, np.ndarray],
     probes: dict[str, np.ndarray],
 ) -> dict[str, np.ndarray]:
-    """As a user runs the directory, its own code and, where there is one, its own processor."""
+    """Run the directory as a user would: with its own code and, if there is one, its own processor."""
     import torch
     from transformers import AutoModel, AutoProcessor
     from transformers.utils import logging
@@ -222,7 +221,7 @@ def _run_torch(
     with torch.no_grad():
         if checkpoint.config.depth_source == "zoedepth":
             out["depth"] = depth = model.estimate_depth(pixels)
-            model.estimate_depth = lambda _: depth  # of these pixels, once: most of the time goes into it
+            model.estimate_depth = lambda _: depth  # estimate once: it takes most of the time
         out["tokens"] = tokens = model.predict_action(batch)
         out |= {
             "image_features": model.get_image_features(pixels, batch["intrinsic"], batch.get("depth")),
@@ -236,7 +235,7 @@ def _run_torch(
 
 
 def torch_inputs(config: SpatialVLAConfig, inputs: dict[str, np.ndarray]) -> dict[str, Any]:
-    """What the PyTorch model takes, out of the JAX model's inputs: the image first, padding on the left."""
+    """The PyTorch model's inputs from those of the JAX model: image tokens first, padding on the left."""
     import torch
 
     padding = (~inputs["prompt_mask"]).sum(1)

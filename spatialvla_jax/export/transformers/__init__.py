@@ -1,2 +1,2 @@
-"""The PyTorch model and processor: files that are written into every export. Of this package they use `utils/camera.py`
-alone, which is written beside them."""
+"""The PyTorch model and processor: files that are written into every export. They only use `utils/camera.py` of this
+package, which is written beside them."""

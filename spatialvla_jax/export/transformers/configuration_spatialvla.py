@@ -9,7 +9,7 @@ DEFAULTS = {"tie_word_embeddings": False, "pad_token_id": 0, "eos_token_id": 1, 
 
 
 class SpatialVLAConfig(PretrainedConfig):
-    """The published fields; `spatialvla_jax` holds those that the published config has no place for."""
+    """The published fields; `spatialvla_jax` holds fields that the published config does not have."""
 
     model_type = "spatialvla"
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
@@ -49,7 +49,7 @@ class SpatialVLAConfig(PretrainedConfig):
 
     @property
     def prefix_lm(self) -> bool:
-        """Whether image and prompt see each other both ways; otherwise every token is causal."""
+        """Whether image and prompt attend to each other in both directions; otherwise attention is causal."""
         return self.spatialvla_jax.get("mask", "prefix") == "prefix"
 
     @property

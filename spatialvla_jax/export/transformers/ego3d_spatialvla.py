@@ -1,4 +1,4 @@
-"""Where the pixels are: metric depth by ZoeDepth, and Ego3D's encoding of each patch's 3-D points.
+"""Geometry: metric depth from ZoeDepth, and Ego3D's encoding of each patch's 3-D points.
 
 Axis letters: B batch, P image tokens, D width.
 """
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-SUB_GRID = 2  # 3-D points along one side of a patch
+SUB_GRID = 2  # 3-D points along each side of a patch
 NUM_FREQUENCIES = 8
 
 
@@ -39,7 +39,7 @@ def back_project(depth: torch.Tensor, intrinsics: torch.Tensor, grid: int) -> to
     centre = torch.arange(n, dtype=torch.float32, device=depth.device) * step + step / 2
     v, u = torch.meshgrid(centre, centre, indexing="ij")
     inverse, singular = torch.linalg.inv_ex(intrinsics.float())
-    inverse = inverse.masked_fill(singular[:, None, None] != 0, torch.nan)  # of which there is no action
+    inverse = inverse.masked_fill(singular[:, None, None] != 0, torch.nan)  # NaN is refused later
     rays = inverse @ torch.stack([u, v, torch.ones_like(u)]).reshape(3, -1)
     points = rays.reshape(-1, 3, n, n) * cells[:, None]
     points = points.reshape(-1, 3, grid, SUB_GRID, grid, SUB_GRID).permute(0, 2, 4, 3, 5, 1)
@@ -47,7 +47,7 @@ def back_project(depth: torch.Tensor, intrinsics: torch.Tensor, grid: int) -> to
 
 
 def frequency_encoding(points: torch.Tensor) -> torch.Tensor:
-    """(p − [0, 0, 2]) / 2, then per number: itself, sin and cos at 2^0 … 2^7: f32[B, P, 204]."""
+    """(p − [0, 0, 2]) / 2; then for each number x: x, sin(2^k x) and cos(2^k x) for k = 0 … 7. f32[B, P, 204]."""
     is_z = torch.arange(points.shape[-1], device=points.device) % 3 == 2
     x = ((points - 2.0 * is_z) / 2)[..., None]
     angle = x * 2.0 ** torch.arange(NUM_FREQUENCIES, device=x.device)
@@ -55,10 +55,10 @@ def frequency_encoding(points: torch.Tensor) -> torch.Tensor:
 
 
 def metric_depth(zoe: Any, images: torch.Tensor) -> torch.Tensor:
-    """ZoeDepth's depth [B, h, w] of images [B, 3, Z, Z], each by the head that the image itself votes for.
+    """ZoeDepth's depth [B, h, w] for images [B, 3, Z, Z], each from the head that the image itself votes for.
 
-    ZoeDepth sums the vote for indoors or outdoors over a batch, and looks at it on the CPU. Here both heads run, which
-    costs little beside the backbone.
+    ZoeDepth sums the vote for indoors or outdoors over a batch and reads it on the CPU. Here both heads run, which is
+    cheap compared with the backbone.
     """
     patch, (height, width) = zoe.config.backbone_config.patch_size, images.shape[-2:]
     maps = zoe.backbone.forward_with_filtered_kwargs(images).feature_maps
@@ -68,7 +68,7 @@ def metric_depth(zoe: Any, images: torch.Tensor) -> torch.Tensor:
     if not hasattr(head, "mlp_classifier"):  # one head
         return head(last, bottleneck, blocks, relative)[0][:, 0]
     heads = [copy.copy(head) for _ in head.bin_configurations]
-    for number, one in enumerate(heads):  # the modules are shared, but for the classifier
+    for number, one in enumerate(heads):  # all modules are shared except the classifier
         one._modules = {**head._modules, "mlp_classifier": Elected(head.mlp_classifier, number)}
     depths = [one(last, bottleneck, blocks, relative)[0][:, 0] for one in heads]
     votes = heads[0].mlp_classifier.votes.argmax(-1)
@@ -76,7 +76,7 @@ def metric_depth(zoe: Any, images: torch.Tensor) -> torch.Tensor:
 
 
 class Elected(nn.Module):
-    """Makes head `number` win the vote, on the CPU, and keeps the votes [B, 2]."""
+    """Makes head `number` win the vote without waiting for the device, and stores the real votes [B, 2]."""
 
     def __init__(self, classifier: nn.Module, number: int) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ class Elected(nn.Module):
 
 
 def side_by_side(first: Callable[[], Any], second: Callable[[], Any], device: torch.device) -> tuple[Any, Any]:
-    """What two functions give that do not need each other; on a GPU the second has a stream of its own."""
+    """Results of two independent functions; on a GPU the second runs in its own stream."""
     if device.type != "cuda":
         return first(), second()
     current, other = torch.cuda.current_stream(device), torch.cuda.Stream(device)
@@ -102,8 +102,8 @@ def side_by_side(first: Callable[[], Any], second: Callable[[], Any], device: to
 
 @contextlib.contextmanager
 def constant_position_bias(zoe: Any) -> Iterator[list["Remembered"]]:
-    """Inside this context, BEiT's layers compute their relative position bias once. It is the same for all images, and
-    they look it up by an index on the CPU. Yields the modules that keep it."""
+    """In this context, BEiT's layers compute their relative position bias only once. It is the same for all images, but
+    they index it on the CPU each time. Yields the modules that cache it."""
     layers = [x for x in zoe.modules() if getattr(x, "relative_position_bias", None) is not None] if zoe else []
     made = [Remembered(layer.relative_position_bias) for layer in layers]
     try:
@@ -116,7 +116,7 @@ def constant_position_bias(zoe: Any) -> Iterator[list["Remembered"]]:
 
 
 class Remembered(nn.Module):
-    """A module without inputs that change: what it gave at first, it gives again."""
+    """Caches the first output of a module whose output never changes."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()

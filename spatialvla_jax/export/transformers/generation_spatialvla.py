@@ -1,9 +1,9 @@
-"""How the model chooses the tokens of a chunk, and on a GPU the whole chunk as one CUDA graph.
+"""Chooses the tokens of a chunk. On a GPU, the whole chunk runs as one CUDA graph.
 
-A chunk at batch 1 is more than 20,000 small kernels, and PyTorch needs longer to launch them than the GPU to run them.
-A graph launches them all at once. Inside it Gemma's layers keep their keys and values in arrays of fixed size, are
-compiled by `torch.compile` where it works, and only the rows of the output layer that a token may be chosen from are
-multiplied. Nothing waits for the GPU between the tokens.
+A chunk at batch 1 takes more than 20,000 small kernels, and PyTorch takes longer to launch them than the GPU to run
+them. A graph launches them all at once. In it, Gemma's layers keep keys and values in arrays of fixed size and are
+compiled by `torch.compile` where that works. Only rows of the output layer that belong to allowed tokens are
+multiplied. Nothing waits for the GPU between tokens.
 
 Axis letters: B batch, T query, S key, N heads, K kv-heads, H head dim, D width.
 """
@@ -21,19 +21,19 @@ from transformers import LogitsProcessor
 from .ego3d_spatialvla import constant_position_bias
 
 EOS = 1  # the token that ends a chunk
-PROMPT_STEP = 32  # prompts are padded to a multiple of it: every length would be a graph of its own
-MAX_GRAPHS = 4  # that a model keeps; the oldest goes
+PROMPT_STEP = 32  # prompts are padded to a multiple, because each length needs its own graph
+MAX_GRAPHS = 4  # per model; the oldest is dropped
 NO_ACTION = (
     "the model's numbers for {} of {} examples are NaN or infinite, so there is no action: check the depth, the "
     "intrinsics and the weights"
 )
-# For one query a layer's products are sums over its weights, which run as fast as memory where their tiles are tuned.
+# With a single query, a layer's products are sums over its weights; tuned tiles read these at memory speed.
 TUNED: dict[str, Any] = {"combo_kernels": True, "coordinate_descent_tuning": True}
 GRAPH_INPUTS = {"input_ids", "attention_mask", "pixel_values", "intrinsic", "depth"}
 
 
 def check_ranges(token_ranges: Any) -> list[list[int]] | None:
-    """(first id, count) of each token of an action as a list; None where there are none. Raises ValueError."""
+    """(first id, count) for each token of an action, as a list; None for None. Raises ValueError."""
     if token_ranges is None:
         return None
     ranges = torch.as_tensor(token_ranges, device="cpu")
@@ -43,16 +43,16 @@ def check_ranges(token_ranges: Any) -> list[list[int]] | None:
 
 
 def check_scores(failed: torch.Tensor) -> None:
-    """Raises ValueError where any example has `failed` bool[B]: no token could be chosen."""
+    """Raises ValueError if any entry of `failed` bool[B] is set: no token could be chosen."""
     if count := int(failed.sum()):
         raise ValueError(NO_ACTION.format(count, len(failed)))
 
 
 class ActionTokens(LogitsProcessor):
-    """Lets token k of a chunk, counted from place `start`, be one of its kind, and `<eos>` alone follow the chunk.
+    """Restricts token k of a chunk, counted from position `start`, to its kind, and forces `<eos>` after the chunk.
 
-    `token_ranges` are (first id, count) of each token of an action; without them all tokens are allowed everywhere.
-    Raises ValueError for logits that are not numbers, of which no token could be chosen.
+    `token_ranges` gives (first id, count) for each token of an action; without it all tokens are allowed. Raises
+    ValueError for NaN logits, from which no token can be chosen.
     """
 
     def __init__(self, token_ranges: Any, start: int, chunk: int) -> None:
@@ -60,7 +60,7 @@ class ActionTokens(LogitsProcessor):
         self.start, self.chunk = start, chunk
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        # All zeros: the mean square in a norm has overflowed.
+        # All zeros mean that the mean square in a norm has overflowed.
         check_scores(scores.isnan().any(-1) | (scores == 0).all(-1))
         if self.ranges is None:
             return scores
@@ -72,25 +72,25 @@ class ActionTokens(LogitsProcessor):
 
 
 class Graphs(dict[Any, Any]):
-    """A model's graphs. They belong to its memory: a copy of the model, in memory or in a file, has none."""
+    """A model's graphs. They are tied to its memory, so copies and pickles of the model have none."""
 
     def __reduce__(self) -> Any:
         return Graphs, ()
 
 
 class ChunkGraph:
-    """`predict_action` of inputs of one shape, recorded once and replayed."""
+    """`predict_action` for inputs of one shape, recorded once and replayed."""
 
     def __init__(self, model: Any, inputs: Mapping[str, torch.Tensor], ranges: Any, layers: Any) -> None:
         self.inputs = {name: x.clone() for name, x in inputs.items()}
-        # The graph reads what it was recorded with: weights that the model drops, and constants, must live on.
+        # The graph reads the memory it was recorded with, so keep those weights and constants alive.
         self.weights = list(model.parameters())
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with constant_position_bias(getattr(model, "vision_zoe_model", None)) as self.constants:
-            # The compiler prints what it tries.
+            # The compiler prints its attempts.
             with torch.cuda.stream(stream), contextlib.redirect_stderr(io.StringIO()):
-                for _ in range(2):  # compiles, and lets libraries take their workspaces
+                for _ in range(2):  # compiles, and lets libraries allocate workspaces
                     greedy_chunk(model, self.inputs, ranges, *layers)
             torch.cuda.current_stream().wait_stream(stream)
             self.graph = torch.cuda.CUDAGraph()
@@ -114,10 +114,10 @@ class ChunkGraph:
 
 
 def run_graph(model: Any, graphs: dict[Any, Any], inputs: Mapping[str, torch.Tensor], ranges: Any) -> Any:
-    """The tokens i64[B, action tokens] by the graph for these shapes, which the first call records.
+    """The tokens i64[B, action tokens] from the graph for these shapes, which the first call records.
 
-    None where there can be no graph: without an NVIDIA GPU, with inputs that it does not know, with weights that are
-    not finite, or when recording fails, of which a warning tells once.
+    None if no graph can be used: without an NVIDIA GPU, with unknown inputs, with non-finite weights, or if recording
+    fails, which is warned about once.
     """
     if model.device.type != "cuda" or torch.version.hip or graphs.get("failed") or inputs.keys() - GRAPH_INPUTS:
         return None
@@ -125,7 +125,7 @@ def run_graph(model: Any, graphs: dict[Any, Any], inputs: Mapping[str, torch.Ten
     key = tuple((name, x.shape, x.dtype) for name, x in sorted(inputs.items())), str(ranges)
     graph = graphs.get(key)
     if graph is not None:
-        graph.start(inputs)  # the GPU works while the host looks at the weights
+        graph.start(inputs)  # the GPU works while the host checks the weights
     if graph is None or not graph.has_weights_of(model):
         graph = graphs[key] = record(model, inputs, ranges)
         if graph is None:
@@ -139,15 +139,15 @@ def run_graph(model: Any, graphs: dict[Any, Any], inputs: Mapping[str, torch.Ten
 
 
 def record(model: Any, inputs: Mapping[str, torch.Tensor], ranges: Any) -> ChunkGraph | None:
-    """The graph, with compiled layers where that works; None where none can be recorded. Warns of either failure."""
+    """The graph, with compiled layers if possible; None if recording fails. Warns about either failure."""
     reasons = []
     compiled = torch.compile(decoder_layer, dynamic=False), torch.compile(decoder_layer, dynamic=False, options=TUNED)
     for layers in (compiled, (decoder_layer, decoder_layer)):
         try:
             graph = ChunkGraph(model, inputs, ranges, layers)
-        except ValueError:  # the inputs are wrong, not the recording
+        except ValueError:  # bad inputs, not a failed recording
             raise
-        except Exception as error:  # whatever the compiler and CUDA raise: the plain loop needs neither
+        except Exception as error:  # the compiler and CUDA may raise anything; the plain loop needs neither
             reasons.append(f"{type(error).__name__}: {error}".splitlines()[0])
             continue
         if reasons:
@@ -158,7 +158,7 @@ def record(model: Any, inputs: Mapping[str, torch.Tensor], ranges: Any) -> Chunk
 
 
 def pad_prompt(inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The inputs with prompts padded on the left to the next multiple of PROMPT_STEP."""
+    """The inputs with prompts left-padded to the next multiple of PROMPT_STEP."""
     ids = inputs["input_ids"]
     mask = inputs.get("attention_mask", torch.ones_like(ids))
     missing = -ids.shape[1] % PROMPT_STEP
@@ -172,15 +172,15 @@ def greedy_chunk(
     layer_of_prompt: Callable[..., torch.Tensor] | None = None,
     layer_of_token: Callable[..., torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(tokens i64[B, action tokens], bool[B] which examples have none) without waiting for the device. The layers are
-    `decoder_layer`, or compiled ones."""
+    """(tokens i64[B, action tokens], bool[B] which examples failed) without waiting for the device. The layers are
+    `decoder_layer`, possibly compiled."""
     layer = layer_of_prompt or decoder_layer
     text, gemma, count = model.config.text_config, model.language_model.model, model.config.num_action_tokens
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     B, T = ids.shape
     x = model.embed_inputs(ids, *(inputs.get(name) for name in ("pixel_values", "intrinsic", "depth")))
     valid = F.pad(mask, (0, count - 1), value=1)
-    positions = valid.cumsum(1)  # from 1, as PaliGemma counts
+    positions = valid.cumsum(1)  # from 1, as in PaliGemma
     types = F.pad(torch.zeros_like(mask), (0, count - 1), value=1)
     masks = model.attention_masks(valid.bool(), positions, types, T + count - 1, x.dtype)
     shape = (B, text.num_key_value_heads, T + count - 1, text.head_dim)
@@ -208,7 +208,7 @@ def greedy_chunk(
 
 
 def decoder_layer(layer: Any, x: torch.Tensor, *places_and_cache: torch.Tensor) -> torch.Tensor:
-    """One of Gemma 2's layers as transformers has it, on x [B, T, D]; the rest is for `attend`."""
+    """One of transformers' Gemma 2 layers, applied to x [B, T, D]; other arguments are passed to `attend`."""
     x = x + layer.post_attention_layernorm(attend(layer.self_attn, layer.input_layernorm(x), *places_and_cache))
     return x + layer.post_feedforward_layernorm(layer.mlp(layer.pre_feedforward_layernorm(x)))
 
@@ -223,8 +223,8 @@ def attend(
     values: torch.Tensor,
     places: torch.Tensor,
 ) -> torch.Tensor:
-    """Attention of x [B, T, D] at `places` i64[T] of `keys` and `values` [B, K, S, H], into which it writes; `cos` and
-    `sin` are [B, 1, T, H], `mask` [B, 1, T, S] is added."""
+    """Attention of x [B, T, D], whose keys and values are written to `places` i64[T] of `keys` and `values` [B, K, S,
+    H]. `cos` and `sin` are [B, 1, T, H]; `mask` [B, 1, T, S] is added to the logits."""
     B, T, _ = x.shape
     _, K, S, H = keys.shape
 
@@ -237,8 +237,8 @@ def attend(
 
     keys.index_copy_(2, places, rotate(heads(attention.k_proj)))
     values.index_copy_(2, places, heads(attention.v_proj))
-    q = rotate(heads(attention.q_proj)).reshape(B, K, -1, H)  # the queries of a kv-head together
-    # Of one query, sums that the compiler fuses are faster than products of matrices.
+    q = rotate(heads(attention.q_proj)).reshape(B, K, -1, H)  # groups the queries of each kv-head
+    # For a single query, sums that the compiler fuses are faster than matrix products.
     products = q @ keys.transpose(2, 3) if T > 1 else weighted_sum(q[:, :, :, None], keys[:, :, None], -1)
     logits = products * attention.scaling
     if (cap := attention.attn_logit_softcapping) is not None:

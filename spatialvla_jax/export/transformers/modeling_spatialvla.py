@@ -1,6 +1,6 @@
-"""SpatialVLA in PyTorch. This file and its neighbours, `*_spatialvla.py`, travel with a checkpoint.
+"""SpatialVLA in PyTorch. This file and the other `*_spatialvla.py` files are shipped with a checkpoint.
 
-They need torch, transformers 5, sentencepiece and numpy, and nothing else. In the checkpoint's directory:
+They only need torch, transformers 5, sentencepiece and numpy. In the checkpoint's directory:
 
     model = AutoModel.from_pretrained(directory, trust_remote_code=True)
     processor = AutoProcessor.from_pretrained(directory, trust_remote_code=True)
@@ -32,9 +32,9 @@ from .configuration_spatialvla import SpatialVLAConfig
 from .ego3d_spatialvla import Ego3D, metric_depth, side_by_side
 from .generation_spatialvla import ActionTokens, Graphs, check_ranges, run_graph
 
-IGNORED = -100  # a label that counts for nothing
+IGNORED = -100  # label of positions without a loss
 DEPTH_PAD = 31  # pixels mirrored around the image for ZoeDepth
-# What transformers' `generate` has and a chunk of actions has no use for, or this model no place.
+# Options of transformers' `generate` that make no sense for action chunks or that this model does not support.
 NOT_GENERATED = (
     "assistant_model",
     "cache_implementation",
@@ -59,19 +59,19 @@ class Projector(nn.Module):
 
 
 class SpatialVLAForConditionalGeneration(PreTrainedModel, GenerationMixin):
-    """SigLIP + Ego3D → Gemma 2 → action tokens. Image tokens, prompt and actions follow each other."""
+    """SigLIP + Ego3D → Gemma 2 → action tokens. The sequence is image tokens, prompt, actions."""
 
     config_class = SpatialVLAConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
-    accepts_loss_kwargs = False  # for Trainer: the loss is a mean, whatever else is in the batch
+    accepts_loss_kwargs = False  # for Trainer: the loss is always a mean over this batch
     _supports_sdpa = True
     _no_split_modules: ClassVar[list[str]] = ["Gemma2DecoderLayer", "SiglipEncoderLayer", "ZoeDepthForDepthEstimation"]
 
     def __init__(self, config: SpatialVLAConfig) -> None:
         super().__init__(config)
-        config.text_config._attn_implementation = "eager"  # the others leave the soft cap out
+        config.text_config._attn_implementation = "eager"  # other implementations omit the soft cap
         self._inspected: tuple[list[tuple[int, int]], bool] = [], True
         self._graphs = Graphs()
         vision = config.vision_config
@@ -86,7 +86,7 @@ class SpatialVLAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """`peft` sets `peft_config` when it puts adapters on the model: those of another base are refused."""
+        """`peft` sets `peft_config` when it adds adapters. Adapters trained on another base are refused."""
         if name == "peft_config":
             for config in value.values():
                 expected = (getattr(config, "auto_mapping", None) or {}).get("base_fingerprint")
@@ -98,7 +98,7 @@ class SpatialVLAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         super().__setattr__(name, value)
 
     def get_input_embeddings(self) -> nn.Module:
-        """The text's; action tokens have theirs in `spatial_embed_tokens`."""
+        """The text embedding; action tokens use `spatial_embed_tokens`."""
         return self.language_model.model.embed_tokens
 
     def get_output_embeddings(self) -> nn.Module:
@@ -122,8 +122,8 @@ class SpatialVLAForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def get_image_features(
         self, pixel_values: torch.Tensor, intrinsic: torch.Tensor | None = None, depth: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Tokens at the language model's width [B, P, D], divided by sqrt(D). `depth` f32[B, S, S] in metres is read by
-        a model that takes it from its data alone; `intrinsic` f32[B, 3, 3] in pixels of the S×S image."""
+        """Tokens at the language model's width [B, P, D], divided by sqrt(D). `depth` f32[B, S, S] in metres is used
+        only with `depth_source` "dataset"; `intrinsic` f32[B, 3, 3] is in pixels of the S×S image."""
         source = self.config.depth_source
         pixels = (pixel_values.float() * 2 - 1).to(self.vision_tower.dtype)
         tokens, depth = side_by_side(
@@ -143,7 +143,7 @@ class SpatialVLAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return self.multi_modal_projector(tokens) / self.config.text_config.hidden_size**0.5
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Text rows from the language model's table, action rows from the spatial embedding: [B, T, D]."""
+        """Embeddings [B, T, D]: text rows from the language model's table, action rows from the spatial embedding."""
         action = input_ids - self.config.action_token_begin_idx
         text = F.embedding(input_ids, self.language_model.model.embed_tokens.weight)
         spatial = self.spatial_embed_tokens(action.clamp(min=0))
@@ -167,14 +167,14 @@ class SpatialVLAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         token_ranges: Any = None,
         **unsupported: Any,
     ) -> CausalLMOutputWithPast | tuple:
-        """Logits [B, T, V], or of the last `logits_to_keep` positions. With `labels` [B, T] also the mean cross-entropy
-        of those that are not −100, each predicted by the position before; without, logits that are infinite before
-        the soft cap are NaN, and all are where a weight is not finite.
+        """Logits [B, T, V], or those of the last `logits_to_keep` positions. With `labels` [B, T], also the mean
+        cross-entropy of labels that are not −100, each predicted at the position before. Without labels, logits that
+        are infinite before the soft cap become NaN; all do if a weight is not finite.
 
-        `attention_mask` [B, S] covers what lies in `past_key_values` and the T new tokens. `token_type_ids` [B, S] is 0
-        for image and prompt, which see each other both ways, and 1 for causal action tokens; by default tokens with a
-        label are causal, and so is what follows a prompt in `past_key_values`. `token_ranges` matters for generation
-        alone. Raises ValueError for arguments that are not supported, and where image and image tokens do not match.
+        `attention_mask` [B, S] covers `past_key_values` and the T new tokens. `token_type_ids` [B, S] is 0 for image
+        and prompt, which attend to each other in both directions, and 1 for causal action tokens. By default, tokens
+        with labels are causal, as are tokens after a prompt in `past_key_values`. `token_ranges` only matters for
+        generation. Raises ValueError for unsupported arguments, and if images and image tokens do not match.
         """
         if given := [name for name, value in unsupported.items() if value is not None]:
             raise ValueError(f"this model does not support {', '.join(given)}")
@@ -204,7 +204,7 @@ class SpatialVLAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if pixel_values is not None or not past:
             self._check_images(input_ids, pixel_values, past)
         embeddings = self.embed_inputs(input_ids, pixel_values, intrinsic, depth)
-        positions = attention_mask.cumsum(1)  # from 1, as PaliGemma counts
+        positions = attention_mask.cumsum(1)  # from 1, as in PaliGemma
         out = self.language_model.model(
             inputs_embeds=embeddings,
             attention_mask=self.attention_masks(attention_mask.bool(), positions, token_type_ids, T, embeddings.dtype),
@@ -234,8 +234,8 @@ class SpatialVLAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return result if (self.config.return_dict if return_dict is None else return_dict) else result.to_tuple()
 
     def has_finite_weights(self) -> bool:
-        """Looks at them again only where any was written since. Most that are not finite reach the logits, but a ReLU,
-        ZoeDepth's choice between its heads or the soft cap of attention may hide one."""
+        """Whether all weights are finite; checked again only after one was written. Most non-finite weights show in the
+        logits, but a ReLU, ZoeDepth's choice of head or the attention's soft cap may hide one."""
         weights = [x for x in self.parameters() if x.is_floating_point() and x.element_size() > 1 and not x.is_meta]
         versions = [(x.data_ptr(), 0 if x.is_inference() else x._version) for x in weights]
         if self._inspected[0] != versions:
@@ -249,19 +249,19 @@ class SpatialVLAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         intrinsic: torch.Tensor | None = None,
         depth: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """What the language model starts from [B, T, D]; the image takes the places of its tokens."""
+        """The language model's inputs [B, T, D], with image features in place of the image tokens."""
         embeddings = self.embed_input_ids(input_ids)
         if pixel_values is not None:
             features = self.get_image_features(pixel_values, intrinsic, depth).to(embeddings.dtype)
             places = input_ids == self.config.image_token_index
             embeddings = embeddings.masked_scatter(places[..., None], features)
         if hasattr(self.language_model.model.embed_tokens, "embed_scale"):
-            # transformers 5.0 scales all inputs of the language model, later versions only what they look up.
+            # transformers 5.0 scales all inputs of the language model, later versions only embedded tokens.
             embeddings = embeddings * self.config.text_config.hidden_size**0.5
         return embeddings
 
     def _check_images(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None, past: int) -> None:
-        """Raises ValueError where images and their tokens do not match."""
+        """Raises ValueError if images and their tokens do not match."""
         found = (input_ids == self.config.image_token_index).sum(1).tolist()
         if pixel_values is not None:
             vision = self.config.vision_config
@@ -277,7 +277,7 @@ class SpatialVLAForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def attention_masks(
         self, valid: torch.Tensor, positions: torch.Tensor, types: torch.Tensor | None, T: int, dtype: torch.dtype
     ) -> dict[str, torch.Tensor]:
-        """What to add to the scores of the last T of S positions, in global and in local layers: [B, 1, T, S]."""
+        """What to add to the scores of the last T of S positions, for global and for local layers: [B, 1, T, S]."""
         order = torch.arange(valid.shape[1], device=valid.device)
         visible = (order <= order[-T:, None]).expand(len(valid), -1, -1)
         if self.config.prefix_lm and types is not None:
@@ -293,11 +293,11 @@ class SpatialVLAForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def predict_action(self, model_inputs: Any) -> torch.Tensor:
-        """The processor's inputs → the token ids of one action chunk, greedily: i64[B, action tokens].
+        """The processor's inputs → token ids of one greedily decoded action chunk: i64[B, action tokens].
 
-        Every token is the best of its kind where the inputs hold `token_ranges` (the processor's do); without them it
-        is the best of the whole vocabulary. Raises ValueError for a prompt padded on the right or with labels, and
-        where the model's numbers are NaN or infinite.
+        If the inputs contain `token_ranges` (the processor's do), every token is the best of its kind, otherwise the
+        best of the whole vocabulary. Raises ValueError for prompts padded on the right, for labels, and if the model's
+        outputs are NaN or infinite.
         """
         _check_prompt(model_inputs.get("input_ids"), model_inputs)
         given = {name: x for name, x in model_inputs.items() if name != "token_ranges"}
@@ -327,10 +327,11 @@ class SpatialVLAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         token_ranges: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """transformers' `generate`: the prompt and a chunk i64[B, T + action tokens], or what `max_new_tokens` allows.
+        """transformers' `generate`: returns the prompt and a chunk i64[B, T + action tokens], or `max_new_tokens`.
 
-        With `token_ranges` (the processor gives them) every token is of its kind and `<eos>` follows the chunk, so that
-        greedy tokens are those of `predict_action`. Raises ValueError as that does, and for what is not supported.
+        With `token_ranges` (from the processor) every token has its kind and `<eos>` follows the chunk, so greedy
+        tokens equal those of `predict_action`. Raises ValueError as `predict_action` does, and for unsupported
+        arguments.
         """
         settings = generation_config or self.generation_config
         values = {name: kwargs.get(name, getattr(settings, name, None)) for name in NOT_GENERATED}
@@ -355,7 +356,7 @@ class SpatialVLAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         attention_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """The prompt with its image at first, then the one token that is new."""
+        """First the prompt with its image, then only the new token."""
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         outputs = ("logits_to_keep", "output_attentions", "output_hidden_states")
         names = outputs if past else (*outputs, "pixel_values", "intrinsic", "depth", "token_type_ids")
@@ -365,7 +366,7 @@ class SpatialVLAForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
 
 def base_fingerprint(model: nn.Module) -> str:
-    """A hash of 64 evenly spaced values of each parameter that is neither an adapter's nor ZoeDepth's."""
+    """A hash of 64 evenly spaced values of each parameter that belongs neither to an adapter nor to ZoeDepth."""
     found = {}
     for name, x in model.named_parameters():
         if ".lora_" not in name and ".modules_to_save." not in name and not name.startswith("vision_zoe_model."):
@@ -383,7 +384,7 @@ def base_fingerprint(model: nn.Module) -> str:
 def _check_labels(
     labels: torch.Tensor, input_ids: torch.Tensor, types: torch.Tensor | None, partial: bool
 ) -> torch.Tensor:
-    """→ token types. Raises ValueError for labels that give no loss, or one that means nothing."""
+    """→ token types. Raises ValueError for labels without a target or at positions that cannot have one."""
     if labels.shape != input_ids.shape or partial:
         raise ValueError("labels must have the shape of input_ids, and need the logits of all their places")
     counted = labels != IGNORED

@@ -1,4 +1,4 @@
-"""SpatialVLA's processor: image and sentence → inputs of the model; its token ids → actions in robot units."""
+"""SpatialVLA's processor: image and instruction → the model's inputs; token ids → actions in robot units."""
 
 import base64
 import json
@@ -17,11 +17,11 @@ from transformers.utils.hub import cached_file
 from spatialvla_jax.utils.camera import depth_problem, in_metres, intrinsics_problem, unit_problem
 
 PAD, EOS, BOS = 0, 1, 2
-IGNORED = -100  # a label that counts for nothing
+IGNORED = -100  # label of positions without a loss
 IMAGE = "<image>"
 VARIABLES = ("theta", "phi", "r", "roll", "pitch", "yaw")
 HUB = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
-# The processor's own files, which it is read from and `save_pretrained` writes; not every checkpoint has all.
+# Files that the processor reads and `save_pretrained` writes; not every checkpoint has all of them.
 CONFIG, DATA, RELEASE = "config.json", "processor.json", "processor_config.json"
 OTHER_FILES = (
     RELEASE,
@@ -36,12 +36,12 @@ OTHER_FILES = (
     "modeling_spatialvla.py",
     "processing_spatialvla.py",
 )
-# What transformers' image processors and tokenizers take and this one has one way to do.
+# Options of transformers' image processors and tokenizers for which this one supports a single value.
 FIXED = {
     "add_special_tokens": True,
     "do_center_crop": False,
     "do_convert_rgb": True,
-    "do_normalize": False,  # the model does
+    "do_normalize": False,  # done by the model
     "do_pad": False,
     "padding_side": "left",
     "return_attention_mask": True,
@@ -51,15 +51,15 @@ FIXED = {
 
 
 class Tokenizer(sentencepiece.SentencePieceProcessor):
-    """SentencePiece, with what transformers' Trainer asks a tokenizer for."""
+    """SentencePiece with the attributes that transformers' Trainer expects of a tokenizer."""
 
     pad_token_id, eos_token_id, bos_token_id = PAD, EOS, BOS
 
 
 class SpatialVLAProcessor(ProcessorMixin):
-    """Image and sentence → inputs of the model; its token ids → actions in robot units.
+    """Image and instruction → the model's inputs; token ids → actions in robot units.
 
-    `config` and `data` are the checkpoint's config.json and processor.json, `files` the paths of its files by name.
+    `config` and `data` are the checkpoint's config.json and processor.json; `files` maps names to the files' paths.
     """
 
     def __init__(self, config: dict[str, Any], data: dict[str, Any], files: dict[str, str]) -> None:
@@ -70,7 +70,7 @@ class SpatialVLAProcessor(ProcessorMixin):
         self.image_token_id = config["image_token_index"]
         self.action_offset = config["action_token_begin_idx"]
         self.action_chunk_size = extra.get("action_chunk", 4)
-        self.prompt_length = extra.get("prompt_length", 52)  # tokens, <bos> and the newline among them
+        self.prompt_length = extra.get("prompt_length", 52)  # tokens, including <bos> and the newline
         self.data, self.files = data, files
         self.statistics, self.prompt_template = data["statistics"], data["prompt_template"]
         self.intrinsics = {name: np.asarray(camera) for name, camera in data["intrinsics"].items()}
@@ -98,9 +98,9 @@ class SpatialVLAProcessor(ProcessorMixin):
         return cls(_read(found[CONFIG]), _read(found[DATA]), found)
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
-        """Write the files that `from_pretrained` reads, statistics and cameras as they are now. A config.json that is
-        there already, such as the model's, stays. Returns the paths."""
-        kwargs.pop("max_shard_size", None)  # `push_to_hub` gives it to models and processors alike
+        """Write the files that `from_pretrained` reads, with the current statistics and cameras. An existing
+        config.json, such as the model's, is kept. Returns the paths."""
+        kwargs.pop("max_shard_size", None)  # `push_to_hub` passes it to models and processors alike
         if unknown := [*(["push_to_hub"] if push_to_hub else []), *kwargs]:
             raise ValueError(f"{type(self).__name__}.save_pretrained does not support {', '.join(unknown)}")
         os.makedirs(save_directory, exist_ok=True)
@@ -109,8 +109,8 @@ class SpatialVLAProcessor(ProcessorMixin):
             if not os.path.exists(path) or (name != CONFIG and not os.path.samefile(self.files[name], path)):
                 shutil.copyfile(self.files[name], path)
         cameras = {name: camera.tolist() for name, camera in self.intrinsics.items()}
-        own = {"statistics": self.statistics, "intrinsics": cameras, "prompt_template": self.prompt_template}
-        _write(paths[DATA], self.data | own)
+        current = {"statistics": self.statistics, "intrinsics": cameras, "prompt_template": self.prompt_template}
+        _write(paths[DATA], self.data | current)
         if RELEASE in paths:
             relative = {name: {"height": 1, "width": 1, "intrinsic": k} for name, k in cameras.items()}
             released = {
@@ -133,13 +133,13 @@ class SpatialVLAProcessor(ProcessorMixin):
     ) -> BatchFeature:
         """One example or a list of them: an image for each `text`, which is the bare instruction.
 
-        An image is PIL or u8[H, W, 3], or [3, H, W]; with `do_rescale=False` it is floating point in [0, 1].
-        `intrinsics` [3, 3] are in pixels of the given image and default to those of the dataset `unnorm_key`; `depth`
-        [H, W] in metres, or in counts of `depth_unit` metres, is for a model that takes depth from its data.
-        `suffix_actions` f[T, 7], normalised, make training examples of it, with labels. Padding is on the left:
-        to the longest, or with `padding="max_length"` to `max_length` tokens beside the image's.
+        An image is PIL, u8[H, W, 3] or u8[3, H, W]; with `do_rescale=False` it is floating point in [0, 1].
+        `intrinsics` [3, 3] are in pixels of the given image and default to those of the dataset `unnorm_key`. `depth`
+        [H, W], in metres or in counts of `depth_unit` metres, is for models that take depth from their data. Normalised
+        `suffix_actions` f[T, 7] turn it into training examples with labels. Padding is on the left: to the longest, or
+        with `padding="max_length"` to `max_length` tokens besides the image's.
 
-        Raises ValueError for what makes no sense, is not supported, or does not fit in `prompt_length` tokens.
+        Raises ValueError for implausible or unsupported inputs, and for prompts longer than `prompt_length` tokens.
         """
         options = _options(kwargs)
         one = isinstance(text, str)
@@ -187,7 +187,7 @@ class SpatialVLAProcessor(ProcessorMixin):
     def pad(
         self, prompts: list[list[int]], targets: list[list[int]], padding: Any = True, max_length: int | None = None
     ) -> dict[str, torch.Tensor]:
-        """Token ids of prompts and what follows them, padded on the left; labels where anything follows."""
+        """Left-padded token ids of prompts and their targets; also labels if there is any target."""
         lengths = [len(prompt) + len(target) for prompt, target in zip(prompts, targets, strict=True)]
         longest = max(lengths)
         if max_length is not None and longest > self.image_seq_length + max_length:
@@ -217,7 +217,7 @@ class SpatialVLAProcessor(ProcessorMixin):
         return data
 
     def levels(self, image: Any, do_rescale: bool = True, do_resize: bool = True) -> np.ndarray:
-        """An image as u8[H, W, 3], or f32[H, W, 3] from 0 to 255 where it was given in [0, 1]."""
+        """An image as u8[H, W, 3], or as f32[H, W, 3] from 0 to 255 if it was given in [0, 1]."""
         x = _array(image.convert("RGB") if hasattr(image, "convert") else image)
         if x.ndim == 3 and x.shape[0] == 3 and x.shape[2] != 3:
             x = np.moveaxis(x, 0, -1)
@@ -233,7 +233,7 @@ class SpatialVLAProcessor(ProcessorMixin):
         return x if do_rescale else x.astype(np.float32) * 255
 
     def resize(self, image: np.ndarray) -> np.ndarray:
-        """[H, W, 3] from 0 to 255 → f32[3, S, S] in [0, 1]: antialiased Lanczos to whole levels, as in training."""
+        """[H, W, 3] from 0 to 255 → f32[3, S, S] in [0, 1]: antialiased Lanczos, rounded to levels, as in training."""
         rows, columns = (lanczos(n, self.image_size) for n in image.shape[:2])
         resized = np.einsum("yh,hwc,xw->cyx", rows, image.astype(np.float32), columns, optimize=True)
         return resized.round().clip(0, 255).astype(np.float32) / 255
@@ -250,7 +250,7 @@ class SpatialVLAProcessor(ProcessorMixin):
         return (matrix * np.array([[S / size[1]], [S / size[0]], [1.0]])).astype(np.float32)
 
     def find_camera(self, key: str | None) -> str:
-        """The name of the dataset's camera; a missing or unknown key gets "default", or else the first."""
+        """The name of the dataset's camera. A missing or unknown key gives "default", or else the first."""
         default = "default" if "default" in self.intrinsics else next(iter(self.intrinsics))
         return find_key(key, self.intrinsics) or default
 
@@ -264,7 +264,7 @@ class SpatialVLAProcessor(ProcessorMixin):
 
     @property
     def token_ranges(self) -> list[tuple[int, int]]:
-        """(first id, count) of each token of one action, counted from the first action token."""
+        """(first id, count) for each token of an action, counted from the first action token."""
         if "levels" in self.grid:
             return [(0, len(self.grid["levels"]))] * 7
         theta, phi, r, roll, pitch, yaw = self._bins()
@@ -274,10 +274,9 @@ class SpatialVLAProcessor(ProcessorMixin):
     def decode_actions(
         self, generation_outputs: Any, unnorm_key: str | list[str] | None = None
     ) -> dict[str, np.ndarray]:
-        """Token ids of one chunk [tokens] or [1, tokens] → {"actions": f64[T, 7] in robot units, "action_ids": their
-        token ids i64[T, tokens of an action]}; of several [B, tokens] → the same with B in front, and `unnorm_key` may
-        be a list. An `<eos>` may follow. The gripper is 0 closed … 1 open. Ids of another kind count as the nearest of
-        the right one."""
+        """Token ids of one chunk [tokens] or [1, tokens] → {"actions": f64[T, 7] in robot units, "action_ids": i64[T,
+        tokens of an action]}. For several, [B, tokens] → the same with a leading B, and `unnorm_key` may be a list. An
+        `<eos>` may follow. The gripper is 0 closed to 1 open. Ids of the wrong kind count as the nearest id."""
         ids = _array(generation_outputs)
         n = len(self.token_ranges)
         size = self.action_chunk_size * n
@@ -343,7 +342,7 @@ class SpatialVLAProcessor(ProcessorMixin):
         return [self.decode(ids) for ids in sequences]
 
     def from_grid(self, ids: np.ndarray) -> np.ndarray:
-        """Ids counted from the first action token, i[T, tokens] → normalised actions f32[T, 7] at the bins' middles."""
+        """Ids counted from the first action token, i[T, tokens] → normalised actions f32[T, 7] at the bin centres."""
         kinds = zip(ids.T, self.token_ranges, strict=True)
         ids = np.stack([np.clip(x - first, 0, size - 1) for x, (first, size) in kinds], -1)
         if "levels" in self.grid:
@@ -360,21 +359,21 @@ class SpatialVLAProcessor(ProcessorMixin):
 
 
 def _options(kwargs: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """transformers' keyword arguments → what `levels` ("images") and `pad` ("text") take. Raises ValueError for those
-    that mean nothing here or ask for another way."""
+    """transformers' keyword arguments → the arguments of `levels` ("images") and `pad` ("text"). Raises ValueError for
+    arguments that are unknown here or ask for unsupported behaviour."""
     groups = [kwargs.pop(name, None) or {} for name in ("common_kwargs", "images_kwargs", "text_kwargs")]
     given = {name: value for group in (*groups, kwargs) for name, value in group.items() if value is not None}
-    own = {"images": ("do_rescale", "do_resize"), "text": ("padding", "max_length")}
+    supported = {"images": ("do_rescale", "do_resize"), "text": ("padding", "max_length")}
     for name, value in given.items():
         if name in FIXED and value != FIXED[name]:
             raise ValueError(f"{name} is {value!r}: this processor supports {FIXED[name]!r} alone")
-        if name not in FIXED and not any(name in names for names in own.values()):
+        if name not in FIXED and not any(name in names for names in supported.values()):
             raise ValueError(f"this processor does not support {name}")
-    return {kind: {name: given[name] for name in names if name in given} for kind, names in own.items()}
+    return {kind: {name: given[name] for name in names if name in given} for kind, names in supported.items()}
 
 
 def _images(images: Any, count: int) -> list[Any]:
-    """One image for each sentence, which may be a list of its own."""
+    """One image for each sentence; an image may be wrapped in a list."""
     one = hasattr(images, "convert") or getattr(images, "ndim", None) == 3
     rows = [images] if one else list(images) if hasattr(images, "__len__") else []
     for row in rows:
@@ -386,7 +385,7 @@ def _images(images: Any, count: int) -> list[Any]:
 
 
 def _rows(name: str, value: Any, count: int, one: bool) -> list[Any]:
-    """What belongs to each of `count` sentences; None stands for nothing."""
+    """One row of `value` for each of `count` sentences; None becomes a row of None each."""
     rows = [value] * count if value is None else list(value) if hasattr(value, "__len__") and not one else [value]
     if len(rows) != count:
         raise ValueError(f"{name} has {len(rows)} rows for {count} sentences")
@@ -412,7 +411,7 @@ def _write(path: str, data: dict[str, Any]) -> None:
 
 
 def find_key(key: str | None, known: dict[str, Any]) -> str | None:
-    """The known name of the dataset `key`, whether spelled NAME or NAME/VERSION; None where there is none."""
+    """The known name of the dataset `key`, spelled NAME or NAME/VERSION; None if there is none."""
     if not isinstance(key, (str, type(None))):
         raise ValueError(f"unnorm_key must be a dataset's name, got {key!r:.80}")
     if key is None or key in known:
@@ -425,7 +424,7 @@ def find_key(key: str | None, known: dict[str, Any]) -> str | None:
 
 
 def lanczos(n: int, m: int) -> np.ndarray:
-    """Weights f32[m, n] that resize n samples to m: Lanczos with radius 3, widened where it shrinks."""
+    """Weights f32[m, n] that resize n samples to m: Lanczos with radius 3, widened when shrinking."""
     position = (np.arange(m) + 0.5) * n / m - 0.5
     x = (position[:, None] - np.arange(n)) / max(n / m, 1)
     weights = np.where(np.abs(x) <= 3, np.sinc(x) * np.sinc(x / 3), 0)
