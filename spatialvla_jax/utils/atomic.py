@@ -1,4 +1,4 @@
-"""Files and directories that appear whole or not at all."""
+"""Write files and directories so that they appear whole or not at all."""
 
 import json
 import os
@@ -15,23 +15,23 @@ from spatialvla_jax.errors import InputError
 from spatialvla_jax.utils.storage import AnyPath, filesystem, is_url, list_names, put, to_path, upload, upload_folder
 
 PREFIX = ".tmp-"
-_unfinished: set[AnyPath] = set()  # what this process is writing
+_unfinished: set[AnyPath] = set()  # paths that this process is writing
 
 
 @contextmanager
 def replacing(path: str | os.PathLike[str], marker: str = "") -> Iterator[Path]:
-    """A new path beside `path`, on which the caller makes a file or a directory: at the end it takes the place of
-    `path`, and after an error it is removed. It keeps the suffix, by which some writers choose a format.
+    """Yields a new path beside `path`, where the caller creates a file or directory. On success it replaces `path`;
+    after an error it is removed. It keeps the suffix, from which some writers infer the format.
 
-    For a URL, the new path is in the local folder of temporary files (TMPDIR), and is uploaded at the end. The file
-    `marker` of a directory is then the last: without it, there is no such directory for those who read it.
+    For a URL, the new path is in the local folder for temporary files (TMPDIR) and is uploaded on success. A
+    directory's file `marker` is uploaded last; readers treat a directory without it as missing.
     """
     if is_url(path):
         with _uploading(to_path(path), marker) as temporary:
             yield temporary
         return
     path = Path(path)
-    name = path.name if len(os.fsencode(path.name)) < 200 else path.suffix  # 255 bytes is the limit of most systems
+    name = path.name if len(os.fsencode(path.name)) < 200 else path.suffix  # most systems limit names to 255 bytes
     temporary = path.with_name(f"{PREFIX}{secrets.token_hex(4)}-{name}")
     _unfinished.add(temporary)
     try:
@@ -59,8 +59,8 @@ def _uploading(path: AnyPath, marker: str) -> Iterator[Path]:
 
 @contextmanager
 def kept_after(path: str | os.PathLike[str], *errors: type[Exception]) -> Iterator[None]:
-    """What this process has just made at `path` stays where the caller ends, or fails by one of `errors`. After
-    anything else that stops the caller, it is removed."""
+    """Keep what this process has just made at `path` if the block succeeds or fails with one of `errors`; remove it
+    after anything else that stops the block."""
     path = to_path(path)
     _unfinished.add(path)
     try:
@@ -75,21 +75,21 @@ def kept_after(path: str | os.PathLike[str], *errors: type[Exception]) -> Iterat
 
 
 def remove_unfinished() -> None:
-    """Removes what this process is writing, before it ends at once, or what a second signal kept from being removed."""
+    """Remove what this process is writing: before an immediate exit, or if a second signal prevented the removal."""
     for temporary in _unfinished:
         _remove(temporary)
 
 
 def _remove(temporary: AnyPath) -> None:
     if not isinstance(temporary, Path):
-        with suppress(Exception):  # the user is told what stopped the caller
+        with suppress(Exception):  # the user sees the original error
             filesystem(temporary).rm(str(temporary), recursive=True)
         return
     if not temporary.is_dir():
-        with suppress(OSError):  # none is there, or its name was refused
+        with suppress(OSError):  # it does not exist, or its name was refused
             temporary.unlink()
         return
-    for _ in range(50):  # a thread of the writer may still add files
+    for _ in range(50):  # one of the writer's threads may still add files
         shutil.rmtree(temporary, ignore_errors=True)
         if not temporary.exists():
             return
@@ -98,16 +98,16 @@ def _remove(temporary: AnyPath) -> None:
 
 @contextmanager
 def new_directory(path: AnyPath, marker: str = "") -> Iterator[Path]:
-    """A temporary directory that becomes `path` at the end, or nothing at all; see `replacing`.
+    """Yields a temporary directory that becomes `path` on success and is removed otherwise; see `replacing`.
 
-    Raises InputError when `path` exists, and for whatever the disk refuses.
+    Raises InputError if `path` exists, and for errors of the disk.
     """
     if names := is_url(path) and list_names(path):
         cut = "" if marker in names else f" without {marker}, so its upload was cut short: remove it or"
         raise InputError(f"{path} exists{cut or ';'} choose a new destination")
     if os.path.lexists(path):
         raise InputError(f"{path} exists; choose a new destination")
-    whole = kept_after(path) if is_url(path) else nullcontext()  # an upload may stop in between
+    whole = kept_after(path) if is_url(path) else nullcontext()  # an upload may stop halfway
     with disk_errors(path), parents_of(path), whole, replacing(path, marker) as temporary:
         temporary.mkdir()
         yield temporary
@@ -115,8 +115,7 @@ def new_directory(path: AnyPath, marker: str = "") -> Iterator[Path]:
 
 @contextmanager
 def parents_of(path: AnyPath) -> Iterator[None]:
-    """Makes the directories that `path` lies in; a bucket needs none. After an error it removes those that it made and
-    that are empty."""
+    """Create the parent directories of `path`; a bucket needs none. After an error, remove those created here."""
     if is_url(path):
         yield
         return
@@ -133,7 +132,7 @@ def parents_of(path: AnyPath) -> Iterator[None]:
 
 @contextmanager
 def disk_errors(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Raises InputError for whatever the disk refuses while `path` is written, or a file that it is made of is read."""
+    """Raise InputError for errors of the disk while `path` is written, or while files that it is made from are read."""
     try:
         yield
     except OSError as error:
@@ -154,6 +153,6 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Removes what killed processes were writing in `directory`, where only this process writes now."""
+    """Remove what killed processes left in `directory`. Call it only where no other process is writing."""
     for file in directory.glob(f"{PREFIX}*"):
         file.unlink()

@@ -1,7 +1,7 @@
-"""Whether a camera matrix or a depth map makes sense: one rule for observations, datasets and processors.
+"""Checks that a camera matrix or depth map is plausible, shared by observations, datasets and processors.
 
-Each function returns what is wrong as the end of a sentence that begins with the value's name, or "" for a valid value:
-`if wrong := intrinsics_problem(matrix, size): raise InputError(f"observation 'intrinsics' {wrong}")`.
+Each function returns "" for a valid value, otherwise the end of a sentence that begins with the value's name: `if wrong
+:= intrinsics_problem(matrix, size): raise InputError(f"observation 'intrinsics' {wrong}")`.
 
 Pixel coordinates are continuous: an image spans [0, width] × [0, height].
 """
@@ -11,23 +11,21 @@ from typing import Any
 
 import numpy as np
 
-# Degrees. Ego3D has a pinhole camera: 150° is beyond any lens without fisheye distortion. A lens of less than 1° is a
-# telescope. A matrix in other units than the image's, such as a focal length in millimetres, fails here.
+# Degrees. Ego3D assumes a pinhole camera: 150° exceeds any lens without fisheye distortion, and less than 1° is a
+# telescope. Matrices in the wrong units, such as a focal length in millimetres, fail here.
 FIELD_OF_VIEW = (1.0, 150.0)
-MAX_STRETCH = (
-    5.0  # of one focal length over the other: pixels are squares, unless an image was resized to another shape
-)
-MAX_SKEW = 0.01  # of the focal length; sensors have none
-# Metres. Robots' sensors see from millimetres to 65 m (16 bits of millimetres), ZoeDepth to 80 m; a simulator's sky is
-# farther away. Millimetres and counts that are taken for metres fail here.
+MAX_STRETCH = 5.0  # ratio of the focal lengths: pixels are square, unless an image was resized to another aspect ratio
+MAX_SKEW = 0.01  # relative to the focal length; sensors have none
+# Metres. Robots' sensors measure from millimetres to 65 m (16 bits of millimetres), ZoeDepth up to 80 m; a simulator's
+# sky is farther away. Millimetres or counts mistaken for metres fail here.
 NEAREST, FARTHEST_ON_AVERAGE, FARTHEST = 0.01, 100.0, 1000.0
 
 
 def intrinsics_problem(matrix: Any, size: tuple[int, ...] | None) -> str:
-    """What is wrong with a camera's matrix [3, 3] in pixels of an image of `size` (height, width), or "".
+    """What is wrong with a camera matrix [3, 3] in pixels of an image of `size` (height, width); "" if valid.
 
-    With `size` None the matrix is relative: in units of the image, its first row divided by the width and its second by
-    the height. The matrix is [[fx, skew, cx], [0, fy, cy], [0, 0, 1]].
+    With `size` None the matrix is relative to the image: its first row is divided by the width and its second by the
+    height. The matrix is [[fx, skew, cx], [0, fy, cy], [0, 0, 1]].
     """
     array = as_array(matrix)
     if array is None or array.shape != (3, 3):
@@ -72,10 +70,10 @@ def intrinsics_problem(matrix: Any, size: tuple[int, ...] | None) -> str:
 
 
 def depth_problem(depth: Any, size: tuple[int, ...], unit: Any = None) -> str:
-    """What is wrong with a depth map [H, W] of an image of `size` (height, width), or "". 0 means no reading.
+    """What is wrong with a depth map [H, W] of an image of `size` (height, width); "" if valid. 0 means no reading.
 
-    Without a `unit` it holds metres as floating-point numbers; with one (metres per count, see `unit_problem`) counts
-    of any dtype.
+    Without a `unit` it must hold floating-point metres. With one (metres per count, see `unit_problem`) it holds counts
+    of any numeric dtype.
     """
     array = as_array(depth)
     if array is None or array.shape != tuple(size):
@@ -86,7 +84,7 @@ def depth_problem(depth: Any, size: tuple[int, ...], unit: Any = None) -> str:
     if array.dtype.kind in "iu" and unit is None:
         return f"must be metres as floating-point numbers, got {array.dtype}: {hint}"
     scale = 1.0 if unit is None else float(unit)
-    low, high = float(array.min()) * scale, float(array.max()) * scale  # NaN where there is any
+    low, high = float(array.min()) * scale, float(array.max()) * scale  # NaN if any value is
     if not (math.isfinite(low) and math.isfinite(high)):
         count = int((~np.isfinite(array)).sum())
         are = "is" if count == 1 else "are"
@@ -105,7 +103,7 @@ def depth_problem(depth: Any, size: tuple[int, ...], unit: Any = None) -> str:
 
 
 def unit_problem(unit: Any) -> str:
-    """What is wrong with the unit of a depth map in metres per count, or ""."""
+    """What is wrong with a depth map's unit in metres per count; "" if valid."""
     array = as_array(unit)
     if array is None or array.ndim or array.dtype.kind not in "fiu":
         got = kind_of(array)
@@ -123,7 +121,7 @@ def in_metres(depth: Any, unit: Any = None) -> np.ndarray:
 
 
 def as_array(value: Any) -> np.ndarray | None:
-    """None stays None; what cannot be an array, such as lists of different lengths, is an empty one of objects."""
+    """The value as an array; None stays None. Ragged lists give an empty object array."""
     try:
         return None if value is None else np.asarray(value)
     except (TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""What accelerators can do at most, by the vendors' data sheets."""
+"""Peak rates of accelerators from the vendors' data sheets."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ import jax
 @dataclass(frozen=True)
 class Chip:
     """Peak bf16 FLOP/s, HBM bytes and bytes/s, bytes/s into one chip over all its ICI links and from the data-center
-    network, sides of the torus, largest slice in chips, TensorCores.
+    network, dimensions of the torus, largest slice in chips, TensorCores.
 
     Source: the vendor's page of each generation, cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e (ICI is half of the
     bidirectional figure; DCN a chip's share of its host's). v4's ICI: six links of 50 GB/s (arXiv 2304.01433).
@@ -36,7 +36,7 @@ def rates_of(name: str) -> tuple[float, float]:
     return CHIPS[name].peak, CHIPS[name].hbm_bandwidth
 
 
-# Dense bf16 FLOP/s and bytes/s of memory of one device, by what JAX's name of its kind has in it, first match.
+# Dense bf16 FLOP/s and memory bytes/s per device, for the first entry whose name is contained in JAX's device kind.
 PEAKS = (
     *(("TPU v4", *rates_of("v4")), ("TPU v5 lite", *rates_of("v5e")), ("TPU v5e", *rates_of("v5e"))),
     *(("TPU v5", *rates_of("v5p")), ("TPU v6", *rates_of("v6e"))),
@@ -45,10 +45,10 @@ PEAKS = (
 
 
 def peak() -> float | None:
-    """Peak FLOP/s of a device of this run, where the table has it."""
+    """Peak FLOP/s of this run's devices; None if unknown."""
     return next((flops for name, flops, _ in PEAKS if name in jax.devices()[0].device_kind), None)
 
 
 def memory_bandwidth() -> float | None:
-    """Bytes/s between a device of this run and its memory, where the table has it."""
+    """Memory bandwidth in bytes/s of this run's devices; None if unknown."""
     return next((rate for name, _, rate in PEAKS if name in jax.devices()[0].device_kind), None)

@@ -1,4 +1,4 @@
-"""Compiled programs kept on disk, for the next process that needs them."""
+"""JAX's persistent compilation cache."""
 
 from pathlib import Path
 
@@ -7,9 +7,8 @@ from jax.experimental.compilation_cache import compilation_cache
 
 
 def share_compilations(folder: Path) -> None:
-    """Whatever is compiled from now on is stored, and loaded where it was compiled before, by this process or another.
-    A directory that the user has set (JAX_COMPILATION_CACHE_DIR) stays."""
+    """Enable JAX's persistent compilation cache in `folder`; the user's JAX_COMPILATION_CACHE_DIR wins."""
     if not jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
         jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-        compilation_cache.reset_cache()  # it looks for its directory only once, and something may have been compiled
+        compilation_cache.reset_cache()  # JAX reads the setting only once, possibly before this call

@@ -1,4 +1,4 @@
-"""The two spellings of a dataset's name: NAME, and NAME/VERSION as the published checkpoints have it."""
+"""The two spellings of a dataset's name: NAME, and NAME/VERSION as in the published checkpoints."""
 
 from collections.abc import Collection
 
@@ -6,10 +6,10 @@ from spatialvla_jax.errors import InputError
 
 
 def find_key(key: str, known: Collection[str]) -> str | None:
-    """The one of the `known` names that means the dataset `key`: the same, or the same in the other spelling. None
-    where there is none. Raises InputError where several versions are known and `key` names none of them.
+    """The `known` name of the dataset `key`, in either spelling; None if there is none. Raises InputError if several
+    versions are known and `key` does not say which.
 
-    Another version of a dataset has other statistics, so "bridge_orig/2.0.0" is not "bridge_orig/1.0.0".
+    Versions have different statistics, so "bridge_orig/2.0.0" does not match "bridge_orig/1.0.0".
     """
     if key in known:
         return key

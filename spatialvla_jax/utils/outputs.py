@@ -1,4 +1,4 @@
-"""Checks of where a command is going to write, before it begins: it replaces and removes only what it has made."""
+"""Checks a command's outputs before it starts: it may replace and remove only what it has made itself."""
 
 import contextlib
 import json
@@ -12,17 +12,17 @@ from spatialvla_jax.errors import InputError, StorageError
 from spatialvla_jax.utils import storage
 from spatialvla_jax.utils.storage import AnyPath
 
-SUFFIXES = {".csv", ".html", ".json", ".jsonl", ".md", ".npz", ".pack", ".png", ".py"}  # of files, and of no folder
+SUFFIXES = {".csv", ".html", ".json", ".jsonl", ".md", ".npz", ".pack", ".png", ".py"}  # of files, never of folders
 
 
 @dataclass(frozen=True)
 class OutputFile:
-    """A file that is new, or is replaced where `made` says of its content that such a command wrote it."""
+    """A new file, or one that `made` recognises, by its content, as written by this command."""
 
     made: Callable[[bytes], bool] | None = None
 
     def check(self, path: AnyPath, option: str) -> None:
-        """Raises InputError, or StorageError for a bucket that cannot be asked or has no room."""
+        """Raises InputError, or StorageError for a bucket that does not answer or has no room."""
         with _named(option):
             _check_name(path, option)
             if storage.is_dir(path):
@@ -44,9 +44,8 @@ class OutputFile:
 
 @dataclass(frozen=True)
 class OutputFolder:
-    """A folder that is new, is empty, or was made by the command: then its JSON file `marker` has the key `key`, with
-    `value` where one is given. Where `names` are given, they are all that the command replaces, and other files may lie
-    beside them."""
+    """A folder that is new or empty, or that the command made: then its JSON file `marker` has the key `key`, with
+    `value` if given. If `names` are given, the command replaces only these, and other files may lie beside them."""
 
     marker: str = ""
     key: str = ""
@@ -54,7 +53,7 @@ class OutputFolder:
     names: tuple[str, ...] | None = None
 
     def check(self, path: AnyPath, option: str) -> None:
-        """Raises InputError, or StorageError for a bucket that cannot be asked or has no room."""
+        """Raises InputError, or StorageError for a bucket that does not answer or has no room."""
         with _named(option):
             _check_name(path, option)
             if path.suffix in SUFFIXES and not storage.is_dir(path):
@@ -74,7 +73,7 @@ class OutputFolder:
         except (OSError, TypeError):
             return False
         except ValueError:
-            return self.value is None  # cut short: who reads it says so
+            return self.value is None  # truncated: its reader will report it
 
     def _in_the_way(self, path: AnyPath) -> list[str]:
         if storage.is_url(path):
@@ -90,7 +89,7 @@ def begins_with(magic: bytes) -> Callable[[bytes], bool]:
 
 
 def has_keys(*keys: str) -> Callable[[bytes], bool]:
-    """Whether a content is a JSON object with all of `keys`."""
+    """A test whether content is a JSON object with all of `keys`."""
 
     def made(content: bytes) -> bool:
         try:
@@ -102,8 +101,7 @@ def has_keys(*keys: str) -> Callable[[bytes], bool]:
 
 
 def is_report(content: bytes) -> bool:
-    """Whether a content is a picture or page of ours: formats that say who made them, as reports/figures and
-    reports/templates do."""
+    """Whether content is one of our figures or pages. Both record who made them, see reports/figures."""
     marks = {b"\x89PNG": b"Software\0spatialvla_jax", b"%PDF": b"(spatialvla_jax)", b"<svg": b"spatialvla_jax"}
     marks[b"<!doctype html>"] = b'<meta name="generator" content="spatialvla_jax">'
     return any(
@@ -113,7 +111,7 @@ def is_report(content: bytes) -> bool:
 
 @contextlib.contextmanager
 def _named(option: str) -> Iterator[None]:
-    """What a bucket refuses begins with the option, too."""
+    """Prefix errors from a bucket with the option too."""
     try:
         yield
     except (InputError, StorageError) as error:
@@ -128,7 +126,7 @@ def _check_name(path: AnyPath, option: str) -> None:
     try:
         path.lstat()
     except (FileNotFoundError, NotADirectoryError):
-        pass  # it is new, or `_check_folder` says what stands in its way
+        pass  # it is new, or `_check_folder` reports what is wrong
     except OSError as error:
         raise InputError(f"{option} {path}: {error.strerror}") from None
     for part in (path, *path.parents):
@@ -137,7 +135,7 @@ def _check_name(path: AnyPath, option: str) -> None:
 
 
 def _check_folder(file: AnyPath, path: AnyPath, option: str, new: bool = False) -> None:
-    """That `file` can be made; with `new`, together with the folders that it lies in."""
+    """Check that `file` can be created; with `new`, together with its parent folders."""
     if not isinstance(file, Path):
         storage.check_writable(file)
         return

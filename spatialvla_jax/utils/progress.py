@@ -1,4 +1,4 @@
-"""Progress bars, and warnings that don't tear them."""
+"""Progress bars, and warnings that don't garble them."""
 
 import sys
 import threading
@@ -9,7 +9,7 @@ from typing import Protocol
 
 from tqdm import tqdm
 
-REMIND = 15.0  # seconds between two lines of a stage
+REMIND = 15.0  # seconds between messages about a running stage
 
 
 class Show(Protocol):
@@ -18,8 +18,8 @@ class Show(Protocol):
 
 @contextmanager
 def progress_bar(desc: str, unit: str) -> Iterator[Show]:
-    """A progress bar as the callback `show(done, total)` that our long functions take; a total of None is unknown.
-    `desc` is what stands before the bar, `note` what stands behind it."""
+    """A progress bar as the callback `show(done, total)` that our long functions accept; total may be None. `desc` is
+    shown before the bar, `note` after it."""
     with tqdm(desc=desc, unit=unit) as bar:
 
         def show(done: int, total: int | None, *, desc: str | None = None, note: str | None = None) -> None:
@@ -35,7 +35,7 @@ def progress_bar(desc: str, unit: str) -> Iterator[Show]:
 
 @contextmanager
 def timed_stage(name: str, say: Callable[[str], None]) -> Iterator[None]:
-    """Says how long the block took, and every `REMIND` seconds that it is still at work."""
+    """Report how long the block took and, every `REMIND` seconds, that it is still running."""
     began, ended = time.perf_counter(), threading.Event()
 
     def remind() -> None:
@@ -57,7 +57,7 @@ def warn(sentence: str) -> None:
 
 
 def shard_progress() -> Callable[[str, int, int], None]:
-    """A progress bar for each dataset that is indexed: (name, shards done, shards)."""
+    """A progress bar per dataset being indexed: callback (name, shards done, shards)."""
     bars: dict[str, tqdm] = {}
 
     def show(name: str, done: int, total: int) -> None:

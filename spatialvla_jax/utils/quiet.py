@@ -1,9 +1,9 @@
-"""Settings that keep libraries from printing messages of their own. Libraries read them when they are imported."""
+"""Settings that stop libraries from printing their own messages. Libraries read them on import."""
 
 import glob
 import os
 
-# Without a TPU, libtpu asks a metadata server what it runs on unless it is told, and prints that it got no answer.
+# Without a TPU, libtpu asks a metadata server for the hardware unless configured, and prints that there is no answer.
 NO_TPU = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
@@ -15,7 +15,7 @@ NO_TPU = {
 
 
 def quiet_libraries() -> None:
-    """To be called before JAX or TensorFlow is imported. Whatever the user has set stays."""
+    """Call before importing JAX or TensorFlow. The user's own settings win."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     if not glob.glob("/dev/accel*") and not glob.glob("/dev/vfio/*"):  # a TPU's devices
         quiet_libtpu()

@@ -13,9 +13,9 @@ MODEL_FIELDS = {"depth": "depth_source"}
 
 
 def renamed(tree: Mapping[Any, Any], table: Mapping[str, str], prefix: str = "") -> dict[Any, Any]:
-    """`tree` with its old keys under their new names; `table` maps dotted old keys to new ones of the same parent.
+    """`tree` with old keys renamed; `table` maps dotted old keys to new ones with the same parent.
 
-    Where both stand, the old one's value is taken: the new one's is the default that an old config file began with.
+    If both exist, the old key's value wins: the new key only holds the default that the old config file started from.
     """
     values = {k: renamed(v, table, f"{prefix}{k}.") if isinstance(v, Mapping) else v for k, v in tree.items()}
     old = {k: table[f"{prefix}{k}"].rpartition(".")[2] for k in values if f"{prefix}{k}" in table}

@@ -1,4 +1,4 @@
-"""How often a bucket is asked again, in one place for all libraries that ask; and how often that was."""
+"""The retry policy for buckets, shared by all libraries that access them, and counts of requests."""
 
 import asyncio
 import random
@@ -12,25 +12,24 @@ from spatialvla_jax.utils.progress import warn
 
 T = TypeVar("T")
 
-PATIENCE = 120.0  # seconds for which a request is tried again before the storage counts as out of order
-FIRST_WAIT, LONGEST_WAIT = 0.1, 10.0  # seconds between two tries
-_jitter = random.Random()  # of its own: the process's random numbers stay as they are
+PATIENCE = 120.0  # seconds for which a request is retried before the storage counts as failed
+FIRST_WAIT, LONGEST_WAIT = 0.1, 10.0  # seconds between attempts
+_jitter = random.Random()  # separate, so that the process's random numbers are unaffected
 _counts: Counter[str] = Counter()
 
 
 def counts() -> dict[str, int]:
-    """What this process has asked of buckets: "requests", "retries" (those among them that had to be asked again) and
-    "bytes" (read)."""
+    """This process's accesses to buckets: "requests", "retries" (requests that were repeated) and "bytes" (read)."""
     return {key: _counts[key] for key in ("requests", "retries", "bytes")}
 
 
 async def retrying(
     call: Callable[..., Awaitable[T]], transient: Callable[[Exception], str], what: str, *args: Any, **kwargs: Any
 ) -> T:
-    """`await call(*args, **kwargs)`, again after throttling, a server's error, a reset or a time-out, with growing
-    waits. `transient` says what an error is in a few words, "" for one that another try does not mend.
+    """`await call(*args, **kwargs)`, retried with growing waits after throttling, server errors, resets and time-outs.
+    `transient` describes such an error in a few words, or returns "" for one that a retry cannot fix.
 
-    Raises StorageError when `PATIENCE` is over. `what` names the object.
+    Raises StorageError after `PATIENCE` seconds. `what` names the object.
     """
     start, wait, told = time.monotonic(), FIRST_WAIT, False
     while True:

@@ -1,4 +1,4 @@
-"""What a value may be: `Field` says it once, for the check, for the text of the command line and for the reference."""
+"""Valid values: a `Field` describes them once, for checks, for the command line's help and for the reference."""
 
 import ast
 import contextlib
@@ -17,17 +17,17 @@ KINDS = {
     **{bool: "true or false", int: "a whole number", float: "a number", str: "a text"},
     **{tuple: "a sequence", list: "a list", dict: "a dict"},
 }
-LARGEST = {int: 2**31 - 1, float: 3.4e38}  # what 32 bits hold on the devices
+LARGEST = {int: 2**31 - 1, float: 3.4e38}  # limits of the devices' 32-bit types
 
 
 @dataclass(frozen=True)
 class Field:
-    """A value of the type of `default`, between `low` and `high` or one of `also`; `above` and `below` are bounds that
-    are not in the range themselves.
+    """A value of the type of `default`, between `low` and `high` (inclusive), above `above` and below `below`
+    (exclusive), or one of `also`.
 
-    `items` is what the elements of a sequence or the values of a dict are, `size` how many there must be. `problem`
-    says what is wrong with a value of the right type and range, or "". `kinds` is for a default that is None, which is
-    then valid, or for several types.
+    `items` describes the elements of a sequence or the values of a dict, `size` their number. `problem` returns what is
+    wrong with a value of the right type and range, or "". `kinds` gives several types, or the types of a field whose
+    default is None, which then is valid too.
     """
 
     default: Any
@@ -52,7 +52,7 @@ class Field:
         return " or ".join(word for kind, word in KINDS.items() if kind in self.types)
 
     def range(self) -> str:
-        """In words: "a whole number, at least 1"."""
+        """In words, such as "a whole number, at least 1"."""
         if self.choices:
             return " | ".join(self.choices)
         parts = [self.expected() + (f" of {self.size}" if self.size else "")]
@@ -63,14 +63,14 @@ class Field:
         return ", ".join(parts) + "".join(f", or {value!r}" for value in self.also)
 
     def describe(self) -> str:
-        """Type, range, unit and default, for people."""
+        """Type, range, unit and default, as text."""
         unit = f" ({self.unit})" if self.unit else ""
         return f"{self.range()}{unit}; default {self.default!r}"
 
 
 def check(value: Any, field: Field, name: str, *, hint: bool = True) -> Any:
-    """The value in the field's type: NumPy's scalars and arrays become Python's, and lists become tuples where a tuple
-    is meant. Raises InputError, which names the key and, with `hint`, the nearest valid value."""
+    """The value converted to the field's type: NumPy's scalars and arrays become Python's, and lists become tuples
+    where a tuple is expected. Raises InputError that names the key and, with `hint`, the nearest valid value."""
     value = _converted(value, field.types)
     if wrong := _wrong(value, field):
         raise InputError(f"{name}={shown(value)} {wrong}{_nearest(value, field) if hint else ''}")
@@ -86,7 +86,7 @@ def check(value: Any, field: Field, name: str, *, hint: bool = True) -> Any:
 
 
 def _converted(value: Any, kinds: tuple[type, ...]) -> Any:
-    """As one of the types, where that is exact."""
+    """Convert to one of the types, if that is exact."""
     value = value.tolist() if isinstance(value, np.ndarray | np.generic) else value
     value = list(value) if isinstance(value, range) else value
     if type(value) is int and float in kinds and int not in kinds and abs(value) < 2**53:
@@ -97,7 +97,7 @@ def _converted(value: Any, kinds: tuple[type, ...]) -> Any:
 
 
 def _wrong(value: Any, field: Field) -> str:
-    """What is wrong with its type or range, or ""."""
+    """What is wrong with the value's type or range, or ""."""
     if type(value) not in field.types:
         found = "None" if value is None else KINDS.get(type(value), f"of type {type(value).__name__}")
         return f"is {found}, and {field.expected()} is expected"
@@ -119,7 +119,7 @@ def _wrong(value: Any, field: Field) -> str:
 
 
 def _nearest(value: Any, field: Field) -> str:
-    """The end of the sentence: the nearest valid value where there is one, else the default if that is any help."""
+    """The end of a message: the nearest valid value if there is one, else the default if it helps."""
     kind, near = field.types[0], None
     with contextlib.suppress(InputError, IndexError, TypeError, ValueError, OverflowError):
         if field.choices:
@@ -140,7 +140,7 @@ def _nearest(value: Any, field: Field) -> str:
 
 
 def parse(text: str, field: Field) -> Any:
-    """What a text of the command line stands for; `check` tells whether it is valid."""
+    """The value of a text from the command line; it may be invalid, which `check` reports."""
     if field.types == (str,):
         return text
     for read in (int, float, lambda t: {"true": True, "false": False}[t.lower()], ast.literal_eval):
@@ -150,13 +150,13 @@ def parse(text: str, field: Field) -> Any:
 
 
 def nearest_name(name: str, known: Collection[str]) -> str:
-    """What to say about a name that does not exist: the nearest one, or all where they are few."""
+    """A hint for an unknown name: the nearest known one, or all if there are few."""
     near = difflib.get_close_matches(str(name), known, 1, 0.6 if len(known) <= 20 else 0.0)
     return f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
 
 
 def check_all(values: Mapping[str, Any], fields: Mapping[str, Field], name: str) -> dict[str, Any]:
-    """Every value of a mapping whose keys are those of `fields`. Raises InputError, for an unknown key too."""
+    """Check every value of a mapping with the keys of `fields`. Raises InputError, also for an unknown key."""
     for key in values:
         if key not in fields:
             raise InputError(f"{name} has no key {key!r}; {nearest_name(key, fields)}")
@@ -164,9 +164,9 @@ def check_all(values: Mapping[str, Any], fields: Mapping[str, Field], name: str)
 
 
 def check_stored(data: Any, fields: Mapping[str, Field], where: str) -> dict[str, Any]:
-    """The values of `fields` in an object that was read from a file; whatever else it holds is left alone.
+    """Check the values of `fields` in an object that was read from a file, and return them; other keys are ignored.
 
-    `where` stands before a field's name in an InputError: the file, and the fields around this one, each with its dot.
+    `where` prefixes a field's name in an InputError: the file and the enclosing fields, each with its dot.
     """
     if not isinstance(data, Mapping):
         raise InputError(f"{where.rstrip('.: ')} is {shown(data)}, and a dict is expected")
@@ -177,7 +177,7 @@ def check_stored(data: Any, fields: Mapping[str, Field], where: str) -> dict[str
 
 
 def shown(value: Any) -> str:
-    """A value as text on one line, of at most 80 characters."""
+    """A value as text on one line, at most 80 characters."""
     try:
         text = " ".join(repr(value).split())
     except ValueError:  # an integer of thousands of digits

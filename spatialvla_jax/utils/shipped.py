@@ -1,4 +1,4 @@
-"""What the project ships beside its code: `configs/`, `launch/` and the demo's episodes."""
+"""Files shipped besides the code: `configs/`, `launch/` and the demo's episodes."""
 
 from pathlib import Path
 
@@ -6,9 +6,9 @@ PACKAGE = Path(__file__).parents[1]
 
 
 def shipped(path: str) -> Path:
-    """Where such a file or folder is, for example `data/libero_spatial_demo`.
+    """The path of a shipped file or folder, such as `data/libero_spatial_demo`.
 
-    It lies at the top of the repository, and in the package of a wheel. The working directory comes first: in a clone
-    the path stays relative, and a run's config has no machine's path in it.
+    It is at the top of a repository, or inside a wheel's package. The working directory is tried first: in a clone the
+    path then stays relative, so that a run's config contains no machine-specific path.
     """
     return next((p for p in (Path(path), PACKAGE / path) if p.exists()), PACKAGE.parent / path)

@@ -1,4 +1,4 @@
-"""A command that is stopped by a signal ends with one line, wherever it is."""
+"""Ends a command that is stopped by a signal with one line of output, whatever it is doing."""
 
 import contextlib
 import os
@@ -10,8 +10,8 @@ from types import FrameType
 
 from spatialvla_jax.utils.atomic import remove_unfinished
 
-WORDS = {signal.SIGTERM: "terminated", signal.SIGINT: "interrupted"}  # the last line of a command that was stopped
-GRACE = 5.0  # seconds in which a stopped command may tidy up; a compilation does not look for signals for minutes
+WORDS = {signal.SIGTERM: "terminated", signal.SIGINT: "interrupted"}  # the last line of a stopped command
+GRACE = 5.0  # seconds for a stopped command to clean up; a compilation may ignore signals for minutes
 
 
 class Terminated(BaseException):
@@ -19,7 +19,7 @@ class Terminated(BaseException):
 
 
 def keep_handlers() -> None:
-    """Puts Python's handlers back in place, which libtpu replaces as it is loaded by one that prints its stack."""
+    """Reinstall Python's handlers: libtpu replaces them on loading with one that prints its stack."""
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.getsignal(number))
@@ -27,8 +27,9 @@ def keep_handlers() -> None:
 
 @contextlib.contextmanager
 def sigterm_raises(command: str) -> Iterator[None]:
-    """SIGTERM raises Terminated within. Where the main thread has not left in `GRACE` seconds, or has not seen a SIGINT
-    in that time, the process ends with `command` in its last line. Outside the main thread nothing changes."""
+    """In this block, SIGTERM raises Terminated. If the main thread does not leave the block within `GRACE` seconds, or
+    does not notice a SIGINT in that time, the process ends and prints `command`. Does nothing outside the main
+    thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -37,7 +38,9 @@ def sigterm_raises(command: str) -> Iterator[None]:
     os.set_blocking(write, False)
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if frame is not None and frame.f_code.co_name == "_xla_gc_callback":  # Python would only print the exception
+        if (
+            frame is not None and frame.f_code.co_name == "_xla_gc_callback"
+        ):  # Python would print the exception and go on
             threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
             return
         if number == signal.SIGTERM:
@@ -45,7 +48,7 @@ def sigterm_raises(command: str) -> Iterator[None]:
         seen.set()
         raise KeyboardInterrupt
 
-    # A shell's background jobs ignore SIGINT, and go on doing so.
+    # A shell's background jobs ignore SIGINT and must keep doing so.
     numbers = [signal.SIGTERM] + [signal.SIGINT] * (signal.getsignal(signal.SIGINT) is signal.default_int_handler)
     handlers = {number: signal.signal(number, handle) for number in numbers}
     wakeup = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
@@ -53,7 +56,7 @@ def sigterm_raises(command: str) -> Iterator[None]:
     def watch() -> None:
         while received := os.read(read, 64):
             for number, answered in ((signal.SIGTERM, ended), (signal.SIGINT, seen)):
-                # A run that trains has its own handler, and ends after its step.
+                # A training run has its own handler, and ends after its step.
                 if number in received and signal.getsignal(number) is handle and not answered.wait(GRACE):
                     remove_unfinished()
                     print(f"{command}: {WORDS[number]}", file=sys.stderr, flush=True)

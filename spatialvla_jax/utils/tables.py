@@ -1,11 +1,11 @@
-"""Tables of text."""
+"""Text tables."""
 
 from collections.abc import Sequence
 
 
 def text_table(rows: Sequence[Sequence[str]], align: str = "<") -> str:
-    """The rows with their columns aligned, two spaces apart: `align` is "<" or ">" for each column, and its last
-    character is for all further ones."""
+    """The rows with aligned columns, two spaces apart. `align` has "<" or ">" for each column; its last character
+    applies to all further ones."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     sides = align.ljust(len(widths), align[-1])
     return "\n".join(
