@@ -1,4 +1,4 @@
-"""RLDS datasets on disk -> batches of plain numpy arrays. TensorFlow is imported here alone, on first use."""
+"""RLDS datasets on disk → batches of plain NumPy arrays. TensorFlow is imported only in this package, on first use."""
 
 from spatialvla_jax.data.config import DataConfig
 from spatialvla_jax.data.loader import Episode, Loader, load_data, open_data

@@ -1,8 +1,8 @@
-"""Indexes and statistics of whole mixtures by Apache Beam.
+"""Builds indexes and statistics of whole mixtures with Apache Beam.
 
-One element of the pipeline is one shard: a worker reads its records once and writes its part of the index. Then the
-parts are merged and statistics computed by the code of a run that indexes its data itself, so that index, statistics
-and grid are the same, bit for bit, whichever runner and however many workers there are.
+Each element of the pipeline is one shard: a worker reads its records once and writes its part of the index. Then the
+parts are merged and statistics computed by the same code that a run uses for its own data. Index, statistics and grid
+are therefore bit-identical for any runner and any number of workers.
 """
 
 import functools
@@ -32,7 +32,7 @@ from spatialvla_jax.utils.dataset_keys import find_key
 from spatialvla_jax.utils.storage import AnyPath, is_url, list_names, read_bytes, remove, to_path
 from spatialvla_jax.utils.tables import text_table
 
-# Our name, Beam's name. Beam's own DirectRunner first tries to download another one, Prism.
+# Our name → Beam's name. Beam's own DirectRunner first tries to download another one, Prism.
 RUNNERS = {
     "DirectRunner": "apache_beam.runners.portability.fn_api_runner.FnApiRunner",
     "FlinkRunner": "FlinkRunner",
@@ -43,7 +43,7 @@ Progress = Callable[[int, int], None]
 
 
 class _Shard(NamedTuple):
-    """What a worker needs to read a part of an index."""
+    """What a worker needs to read its part of an index."""
 
     name: str
     path: str  # the dataset's version directory
@@ -61,12 +61,12 @@ def make_indexes(
     options: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> list[Index]:
-    """The index of each dataset of a config in these splits, one split after another. They are kept in `folder`,
-    a run's `data.cache_dir`; those that are not there yet are made.
+    """The index of each of the config's datasets for these splits, split by split. Missing ones are made and stored in
+    `folder`, a run's `data.cache_dir`.
 
-    `runner` is a key of `RUNNERS`, `options` its own arguments. All workers must reach `folder` and the data under the
-    same paths. `progress(shards done, shards)` is called by the DirectRunner only, as its workers are threads of this
-    process. Raises InputError for anything wrong with config or data, and by the limit of `data.faults`.
+    `runner` is a key of `RUNNERS`, `options` are its own arguments. All workers must reach `folder` and the data under
+    the same paths. `progress(shards done, shards)` is only called by the DirectRunner, whose workers are threads of
+    this process. Raises InputError for problems with config or data, and if the limit in `data.faults` is exceeded.
     """
     wanted = [(entry, entry.split(split)) for split in splits for entry in make_entries(data)]
     sources = [find_source(entry.name, entry.path, entry.spec, split) for entry, split in wanted]
@@ -102,7 +102,7 @@ def make_indexes(
 
 
 def _run(shards: list[_Shard], runner: str, options: Sequence[str], progress: Progress | None) -> None:
-    """Writes the parts of the shards."""
+    """Write the parts of the index for these shards."""
     beam = _beam()
     from apache_beam.options.pipeline_options import PipelineOptions
 
@@ -121,14 +121,14 @@ def _run(shards: list[_Shard], runner: str, options: Sequence[str], progress: Pr
         del _LISTENERS[run]
 
 
-# Called for every shard that this process has read, by the run's own folder: Beam copies what it hands to its workers,
-# so that a callback among their arguments would be another one.
+# Called after each shard read in this process; keys are the runs' temporary folders. Beam copies the arguments that it
+# passes to workers, so a callback among them would be a copy too.
 _LISTENERS: dict[str, Callable[[], None]] = {}
 
 
 def _write_part(shard: _Shard) -> None:
     source = _find_source(shard.name, shard.path, shard.spec, shard.split)
-    with replacing(shard.out) as temporary:  # a runner may read a shard twice at the same time
+    with replacing(shard.out) as temporary:  # a runner may read a shard twice concurrently
         temporary.write_bytes(read_shard(source, shard.number))
     _LISTENERS.get(shard.out.parent.name, lambda: None)()
 
@@ -138,7 +138,7 @@ _find_source = functools.lru_cache(maxsize=64)(find_source)
 
 def _beam() -> Any:
     try:
-        logging.disable(logging.WARNING)  # it warns of Google clients that nobody asked for
+        logging.disable(logging.WARNING)  # it warns about Google clients that are not needed here
         import apache_beam
     except ImportError as error:
         raise InputError("the pipeline needs Apache Beam: pip install 'spatialvla-jax[beam]'") from error
@@ -155,16 +155,16 @@ def compute_stats(
     options: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Write and return the statistics of the mixture that the config names:
+    """Write and return the statistics of the config's datasets:
 
-    split        that they are of
-    statistics   {dataset: as `action_statistics`}
-    gaussians    {dataset: {variable of the grid: [mu, sigma]}} of its normalised actions
-    mixture      {"datasets": those not in `exclude`, "gaussians": theirs pooled over all frames}, None without any
-    skipped      {dataset: {reason: episodes left out}}
+    split        the split that they describe
+    statistics   {dataset: see `action_statistics`}
+    gaussians    {dataset: {variable of the grid: [mu, sigma]}} of normalised actions
+    mixture      {"datasets": those not in `exclude`, "gaussians": pooled over all their frames}; None if there are none
+    skipped      {dataset: {reason: number of skipped episodes}}
     specs        {dataset: `meaning` of its spec}
 
-    They are those of the datasets' indexes, see `make_indexes` for the rest; the indexes stay in `data.cache_dir`.
+    Computed from the datasets' indexes, which stay in `data.cache_dir`. For arguments and errors see `make_indexes`.
     """
     indexes = make_indexes(data, [data.split], data.cache_folder, runner, options, progress)
     result: dict[str, Any] = {
@@ -186,8 +186,8 @@ def named_gaussians(gaussians: Float[np.ndarray, "6 2"]) -> dict[str, list[float
 
 
 def pooled(stats: Mapping[str, Any], names: Sequence[str]) -> Float[np.ndarray, "6 2"]:
-    """The Gaussians (mu, sigma) of some of the file's datasets together, every frame counting the same, which is what
-    `fit_gaussians` gives on all their normalised actions. Raises InputError for a dataset that it lacks."""
+    """f64[6, 2] (mu, sigma) of several of the file's datasets together, all frames counting equally: the result of
+    `fit_gaussians` on all their normalised actions. Raises InputError for an unknown dataset."""
     keys = {name: find_key(name, stats["gaussians"]) for name in names}
     if missing := [name for name, key in keys.items() if key is None]:
         raise InputError(f"The statistics know {', '.join(stats['gaussians'])}, but not the dataset {missing[0]!r}")
@@ -198,7 +198,7 @@ def pooled(stats: Mapping[str, Any], names: Sequence[str]) -> Float[np.ndarray, 
 
 
 def index_table(indexes: Sequence[Index]) -> str:
-    """What `make_indexes` has made or found, for a reader."""
+    """The indexes of `make_indexes` as a text table."""
     rows = [["dataset", "split", "episodes", "left out", "frames", "MB"]]
     for index in indexes:
         counts = f"{index.num_episodes:,}", f"{sum(index.skipped.values()):,}", f"{index.num_frames:,}"
@@ -208,7 +208,7 @@ def index_table(indexes: Sequence[Index]) -> str:
 
 
 def table(stats: Mapping[str, Any]) -> str:
-    """What `compute_stats` found, for a reader."""
+    """The result of `compute_stats` as text."""
     fitted = stats["mixture"]["datasets"] if stats["mixture"] else []
     rows = [["dataset", "episodes", "left out", "frames", "in the grid's fit"]]
     for name, entry in stats["statistics"].items():
@@ -223,7 +223,7 @@ def table(stats: Mapping[str, Any]) -> str:
 
 
 def load_stats(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """A file that `compute_stats` wrote. Raises InputError naming it when it is missing or something else."""
+    """Read a file that `compute_stats` wrote. Raises InputError naming it if it is missing or something else."""
     try:
         stats = json.loads(read_bytes(to_path(path)))
     except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""How a bucket is read best: its latency and bandwidth by a few reads at the start, and what follows from them."""
+"""Measures a bucket's latency and bandwidth with a few reads at the start, and derives how to read it."""
 
 import math
 import statistics
@@ -11,33 +11,33 @@ from spatialvla_jax.errors import StorageError
 from spatialvla_jax.utils.storage import read_ranges
 
 _SMALL_READS = 5
-_PARALLEL = 16  # requests that shall keep the line full together
-_LARGEST = 64  # frames of a block that is chosen
+_PARALLEL = 16  # concurrent requests that should saturate the connection
+_LARGEST = 64  # most frames in a block
 
 
 class Speed(NamedTuple):
-    latency: float  # seconds of a request for one byte
-    bandwidth: float  # bytes a second of several requests together
+    latency: float  # seconds for a one-byte request
+    bandwidth: float  # bytes per second over several concurrent requests
 
     @property
     def in_flight(self) -> float:
-        """Bytes that are on the way, at the full bandwidth, until the first of them arrives."""
+        """The bandwidth-delay product: bytes in flight at full bandwidth."""
         return self.latency * self.bandwidth
 
 
 def measure(files: Sequence[tuple[str, int]]) -> Speed:
-    """The speed of the bucket that has these files, (URL, bytes) each. Reads at most 20 MB. Raises StorageError."""
+    """Measure a bucket by these files, (URL, bytes) each. Reads at most 20 MB. Raises StorageError."""
     some = [files[n * len(files) // _PARALLEL] for n in range(_PARALLEL)]
-    _timed([(some[0][0], 0, 1)])  # this one also makes the connection
+    _timed([(some[0][0], 0, 1)])  # opens the connection
     latency = statistics.median(_timed([(url, 0, 1)])[0] for url, _ in some[:_SMALL_READS])
-    seconds, size = _timed([(url, 0, min(size, 2**18)) for url, size in some])  # this also makes the connections
+    seconds, size = _timed([(url, 0, min(size, 2**18)) for url, size in some])  # opens the other connections
     if seconds < 1:
         seconds, size = _timed([(url, 0, min(size, 2**20)) for url, size in some])
     return Speed(latency, size / max(seconds - latency, 1e-4))
 
 
 def _timed(ranges: Sequence[Range]) -> tuple[float, int]:
-    """How long it takes to read all at once, and how many bytes there were; those that are missing say so later."""
+    """Seconds to read all ranges concurrently, and their total bytes. Errors of single files are reported later."""
     start = time.perf_counter()
     parts = read_ranges(ranges)
     seconds = time.perf_counter() - start
@@ -48,12 +48,12 @@ def _timed(ranges: Sequence[Range]) -> tuple[float, int]:
 
 
 def choose_block(speed: Speed, frame: float) -> int:
-    """How many consecutive frames of `frame` bytes to read at once: a power of two, so many that `_PARALLEL` requests
-    fill the line."""
+    """How many consecutive frames of `frame` bytes to read at once: the power of two with which `_PARALLEL` requests
+    saturate the connection."""
     wanted = speed.in_flight / _PARALLEL / frame
     return min(_LARGEST, 2 ** max(0, round(math.log2(max(wanted, 1)))))
 
 
 def choose_ahead(speed: Speed, memory: float) -> int:
-    """Bytes to have under way: twice what hides the latency, within a sixteenth of the memory."""
+    """Bytes to read ahead: twice the bandwidth-delay product, at least 4 MiB, at most a sixteenth of the memory."""
     return int(min(max(2 * speed.in_flight, 2**22), memory / 16))

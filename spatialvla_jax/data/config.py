@@ -1,4 +1,4 @@
-"""The `data` part of a config, typed."""
+"""The `data` part of a config, as a typed dataclass."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -18,51 +18,51 @@ ENTRY = Field({}, "{name, spec, path, weight, splits}")
 
 @dataclass(frozen=True)
 class PromptConfig:
-    length: int = 52  # tokens, <bos> and newline included
+    length: int = 52  # tokens, including <bos> and newline
     template: str = "{instruction}"
-    model: str = ""  # path of a SentencePiece model; empty: one is trained on the instructions
-    vocab_size: int = 256  # of the trained one, at most
+    model: str = ""  # path of a SentencePiece model; empty: train one on the instructions
+    vocab_size: int = 256  # of the trained model, at most
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which data there is and how it is read. `from_config` makes it from a config's `data` part."""
+    """Which data to use and how to read it. `from_config` makes it from a config's `data` part."""
 
-    mixture: str = ""  # of the catalogue; `root` holds its datasets, each in the newest of its versions
+    mixture: str = ""  # a mixture of the catalogue; `root` holds its datasets, of which the newest versions are used
     root: str = ""
-    # Further ones: {"name", "path" (version directory), "spec" (catalogue name or fields), "weight" (1.0), "splits"
-    # ({split: what this dataset has in its place})}.
+    # More datasets: {"name", "path" (version directory), "spec" (catalogue name or fields), "weight" (1.0), "splits"
+    # ({split: this dataset's split to use instead})}.
     datasets: tuple[Mapping[str, Any], ...] = ()
-    # A file of `data pack`, in the place of mixture and datasets, with their tokenizer. It is read without TensorFlow.
+    # A file written by `data pack`, instead of mixture and datasets, with its own tokenizer; needs no TensorFlow.
     packed: str = ""
-    # {dataset: the fraction of the run's steps after which it gives no more samples}
+    # {dataset: the fraction of the run's steps after which it is dropped}
     drop: Mapping[str, float] = field(default_factory=dict)
-    split: str = "train"  # or a part of one, "train[:95%]"; what statistics, tokenizer and training batches are made of
-    precomputed_depth: bool = False  # the depth that `data depth` has stored instead of the datasets' own
-    statistics: str = ""  # a file of `spatialvla-jax stats`; empty: made from the data
+    split: str = "train"  # or part of one, "train[:95%]"; used for statistics, tokenizer and training batches
+    precomputed_depth: bool = False  # use the depth stored by `data depth` instead of the datasets' own
+    statistics: str = ""  # a file written by `spatialvla-jax stats`; empty: computed from the data
     balance: bool = True  # multiply weights by the datasets' frame counts
-    faults: Faults = field(default_factory=Faults)  # of a split's episodes and, while streaming, of a process's frames
+    faults: Faults = field(default_factory=Faults)  # limits per split and, while streaming, per process
     read_block: int = 0  # consecutive frames read at once, see mixture.py; 0: one on a disk, chosen for a bucket
-    shuffle_frames: int = 100_000  # shuffled together where `read_block` is above 1
-    memory_gb: float = 8.0  # of a process, for data: queues get shallower for it; too little is an error
-    cache_dir: str = ""  # of the indexes; empty: ~/.cache/spatialvla_jax
-    workers: int = 0  # threads that decode; 0: one a core
+    shuffle_frames: int = 100_000  # number of frames shuffled together if `read_block` is above 1
+    memory_gb: float = 8.0  # per process, for data: it bounds the queues; too little is an error
+    cache_dir: str = ""  # for indexes; empty: ~/.cache/spatialvla_jax
+    workers: int = 0  # decoding threads; 0: one per core
     prompt: PromptConfig = PromptConfig()
 
     @property
     def cache_folder(self) -> AnyPath:
-        """Where the indexes are kept. Raises InputError."""
+        """The folder of the indexes. Raises InputError."""
         return as_path(self.cache_dir or LOCAL_CACHE, "the default of config key data.cache_dir")
 
     @property
     def local_cache(self) -> Path:
-        """Where copies of what lies in buckets are kept: `cache_folder`, the default where that is a URL."""
+        """The local folder for copies of data from buckets: `cache_folder`, or its default if that is a URL."""
         folder = self.cache_folder
         return folder if isinstance(folder, Path) else DataConfig().local_cache
 
     @classmethod
     def from_config(cls, config: "Mapping[str, Any] | ConfigDict | DataConfig") -> "DataConfig":
-        """Keys that are missing, None or "" have their defaults. Raises InputError for a key that does not exist."""
+        """Missing keys, None and "" get their defaults. Raises InputError for an unknown key."""
         if isinstance(config, DataConfig):
             return config
         plain: Any = config
@@ -80,7 +80,7 @@ class DataConfig:
 
 
 def _expand(values: Mapping[str, Any], where: str, *keys: str) -> dict[str, Any]:
-    """`values` with ~ expanded in the paths `keys`. Raises InputError for a URL."""
+    """`values` with ~ expanded in the paths named by `keys`. Raises InputError for an invalid path."""
     paths = {key: values[key] for key in keys if isinstance(values.get(key), str | Path) and values[key]}
     return {**values, **{key: str(as_path(path, where + key)) for key, path in paths.items()}}
 

@@ -1,8 +1,8 @@
-"""Which kinds of features a step's keys may have, and their values in an episode's record.
+"""The kinds of features that a step's keys may have, and how to read their values from an episode's record.
 
-TFDS stores a key of L steps as one flat list of numbers or byte strings. Where steps have sequences, it also stores
-their lengths: `ragged_row_lengths_0` says how many items each step has, `ragged_row_lengths_1` how many each of those,
-and so on (tensorflow_datasets/core/example_serializer.py).
+TFDS stores a key of L steps as one flat list of numbers or byte strings. For sequences within steps it also stores
+lengths: `ragged_row_lengths_0` has the number of items in each step, `ragged_row_lengths_1` the number in each of those
+items, and so on (tensorflow_datasets/core/example_serializer.py).
 """
 
 from collections.abc import Iterator, Mapping
@@ -24,9 +24,9 @@ _TEXT = "text is expected: name another key as `language`, or give every episode
 class StoredFeature(NamedTuple):
     """How a key is stored."""
 
-    shape: tuple[int | None, ...]  # of a step's values
-    rank: int = 0  # how many of the first dimensions are sequences, whose lengths are stored
-    labels: tuple[str, ...] = ()  # names of the classes that the numbers stand for
+    shape: tuple[int | None, ...]  # of one step's values
+    rank: int = 0  # number of leading dimensions that are sequences with stored lengths
+    labels: tuple[str, ...] = ()  # class names, if the numbers are class labels
     spelled: bool = False  # the numbers are the bytes of a text
 
     @property
@@ -35,15 +35,15 @@ class StoredFeature(NamedTuple):
 
     @property
     def names(self) -> list[str]:
-        """Of the features of the record that hold it, after steps/KEY."""
+        """The suffixes, after steps/KEY, of the record's features that hold the key."""
         if not self.rank:
             return [""]
         return ["/ragged_flat_values", *(f"/ragged_row_lengths_{level}" for level in range(self.rank))]
 
 
 def find_fields(name: str, builder: Any, spec: DatasetSpec, action_dim: int) -> dict[str, StoredFeature]:
-    """How every key of a step that the spec reads is stored. Raises an InputError that names the key and its feature
-    when it is missing or of another kind, or when the action is not `action_dim` wide."""
+    """How each key that the spec reads is stored. Raises InputError naming the key and its feature if it is missing or
+    of an unexpected kind, or if the action is not `action_dim` wide."""
     dataset = f"Dataset {name!r} ({builder.data_dir})"
     steps: Any = dict(builder.info.features).get("steps")
     if not hasattr(getattr(steps, "feature", None), "keys"):
@@ -81,10 +81,10 @@ def find_fields(name: str, builder: Any, spec: DatasetSpec, action_dim: int) -> 
 
 
 def _field(feature: Any, stored: Any, expected: str) -> StoredFeature | None:
-    """How a feature is stored, or None if it is not of the kind that is `expected`."""
+    """How a feature is stored; None if it is not of the `expected` kind."""
     import tensorflow_datasets as tfds
 
-    if stored is None:  # a dict, or a tensor whose shape is stored, too
+    if stored is None:  # a dict, or a tensor that is stored with its shape
         return None
     leaf = feature
     while isinstance(leaf, tfds.features.Sequence):
@@ -116,7 +116,7 @@ def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _feature(features: Any, key: str) -> Any:
-    """The feature at the path `key`, or None. Names may hold slashes themselves ("future/xyz_residual")."""
+    """The feature at the path `key`, or None. Names may contain slashes themselves ("future/xyz_residual")."""
     if not hasattr(features, "keys"):
         return None
     for name in features:
@@ -128,9 +128,9 @@ def _feature(features: Any, key: str) -> Any:
 
 
 def read_numbers(features: Mapping[str, np.ndarray], key: str, field: StoredFeature, length: int) -> np.ndarray:
-    """The values of a key in `length` steps, [L, …]; byte strings are i64[L, 2], (offset, length) in the record.
+    """The values of a key in `length` steps, [L, …]; byte strings become i64[L, 2], (offset, length) in the record.
 
-    Raises a Fault where they are not as many as the field says, or not the same number in every step."""
+    Raises a Fault if their number differs from the field's shape or between steps."""
     values, counts = _values(features, key, field, length)
     if (other := np.flatnonzero(counts != counts[0])).size:
         raise Fault("shape", f"{key!r} has {counts[0]} values in step 0 and {counts[other[0]]} in step {other[0]}")
@@ -141,9 +141,9 @@ def read_numbers(features: Mapping[str, np.ndarray], key: str, field: StoredFeat
 def read_language(
     record: bytes, features: Mapping[str, np.ndarray], key: str, which: int | None, field: StoredFeature, length: int
 ) -> np.ndarray:
-    """The text of every step object[L], "" where it has none; of lists, the item `which` (None: the first)."""
+    """The text of every step as object[L], "" where a step has none; of lists, the item `which` (None: the first)."""
     values, counts = _values(features, key, field, length)
-    if field.spelled:  # ended by a zero
+    if field.spelled:  # zero-terminated
         texts = [_decode(bytes(row.tolist()).split(b"\0")[0]) for row in _bytes(values).reshape(length, -1)]
         return np.asarray(texts, object)
     which = which or 0
@@ -167,7 +167,7 @@ def _text(record: bytes, item: Any, labels: tuple[str, ...]) -> str:
         return _decode(record[item[0] : item[0] + item[1]])
     if item >= len(labels):
         raise Fault("no such label", f"the language instruction is the class {item} of {len(labels)}")
-    return labels[item] if item >= 0 else ""  # -1 stands for no label
+    return labels[item] if item >= 0 else ""  # -1 means no label
 
 
 def _decode(text: bytes) -> str:
@@ -180,7 +180,7 @@ def _decode(text: bytes) -> str:
 def _values(
     features: Mapping[str, np.ndarray], key: str, field: StoredFeature, length: int
 ) -> tuple[np.ndarray, Int[np.ndarray, " L"]]:
-    """All values of a key and how many each step has. Raises a Fault where they do not fit together."""
+    """All values of a key, and their number in each step. Raises a Fault if these are inconsistent."""
     empty = np.empty(0, np.int64)
     values, *levels = (features.get(f"steps/{key}{name}", empty) for name in field.names)
     each = int(np.prod([size for size in field.shape[field.rank :] if size is not None]))

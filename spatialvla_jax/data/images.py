@@ -1,7 +1,7 @@
-"""Decoding and resizing of stored images (TensorFlow, CPU) and the intrinsics arithmetic that goes with it (numpy).
+"""Decodes and resizes stored images (TensorFlow, CPU), and adjusts intrinsics accordingly (NumPy).
 
-Pixel coordinates are continuous: the image spans [0, W] x [0, H] and pixel i is centred at i + 0.5, so a resize to
-another size multiplies fx, cx by the width ratio and fy, cy by the height ratio and adds no offset.
+Pixel coordinates are continuous: the image spans [0, W] x [0, H] and pixel i is centred at i + 0.5. Resizing therefore
+multiplies fx, cx by the width ratio and fy, cy by the height ratio, without an offset.
 """
 
 import functools
@@ -16,7 +16,7 @@ from PIL import Image
 
 from spatialvla_jax.utils.malloc import limit_heaps
 
-# The one camera that the published release ships, for datasets whose camera is unknown; pixels of a 640x480 image.
+# The only camera that the release publishes, used for datasets with unknown cameras; pixels of a 640x480 image.
 DEFAULT_INTRINSICS = ((623.588, 0.0, 319.501), (0.0, 623.588, 239.545), (0.0, 0.0, 1.0))
 DEFAULT_INTRINSICS_SIZE = (480, 640)
 
@@ -26,7 +26,7 @@ def tensorflow() -> Any:
     """The TensorFlow module, imported on first use and kept off the accelerators, which belong to JAX."""
     limit_heaps()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # nothing here multiplies matrices; this silences its banner
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # silences its banner; no matrices are multiplied here
     import tensorflow as tf
 
     tf.config.set_visible_devices([], "GPU")
@@ -36,15 +36,15 @@ def tensorflow() -> Any:
 def scale_intrinsics(
     intrinsics: Float[np.ndarray, "*B 3 3"], old_size: Any, new_size: tuple[int, int]
 ) -> Float[np.ndarray, "*B 3 3"]:
-    """Intrinsics of the same view resized from `old_size` to `new_size`, both (height, width); `old_size` may be
-    an array [*B, 2] with one size an image."""
+    """Intrinsics f32[*B, 3, 3] after resizing the image from `old_size` to `new_size`, both (height, width). `old_size`
+    may be an array [*B, 2] with one size per image."""
     ratio = np.asarray(new_size, np.float64) / np.asarray(old_size, np.float64)
     scale = np.stack([ratio[..., 1], ratio[..., 0], np.ones_like(ratio[..., 0])], axis=-1)
     return (np.asarray(intrinsics) * scale[..., None]).astype(np.float32)
 
 
 def stored_size(encoded: bytes) -> tuple[int, int] | None:
-    """Height and width of an encoded image by its header; None where that cannot be read."""
+    """Height and width of an encoded image from its header; None if unreadable."""
     try:
         with Image.open(io.BytesIO(encoded)) as image:
             return image.height, image.width
@@ -53,9 +53,9 @@ def stored_size(encoded: bytes) -> tuple[int, int] | None:
 
 
 def decode_image(encoded: Any, size: int) -> tuple[Any, Any]:
-    """JPEG or PNG bytes (scalar string tensor) -> image u8[size,size,3] and stored (height, width) i32[2].
+    """JPEG or PNG bytes (scalar string tensor) → image u8[size,size,3] and stored (height, width) i32[2].
 
-    Plain antialiased Lanczos3 resize, non-square images included, as the released data pipeline does it.
+    Resizes with antialiased Lanczos3, ignoring the aspect ratio, as in the release's data pipeline.
     """
     tf = tensorflow()
     image = tf.io.decode_image(encoded, channels=3, expand_animations=False)
@@ -64,9 +64,9 @@ def decode_image(encoded: Any, size: int) -> tuple[Any, Any]:
 
 
 def decode_depth(encoded: Any, unit: Any, size: int) -> Any:
-    """16-bit PNG bytes -> depth f32[size,size] in metres; `unit` is metres per count, 0 means no reading.
+    """16-bit PNG bytes → depth f32[size,size] in metres. `unit` is metres per count; 0 means no reading.
 
-    Nearest neighbour: an average over an object's edge, or with a missing reading, is a surface that does not exist.
+    Uses nearest neighbour: averaging across edges or missing readings invents surfaces.
     """
     tf = tensorflow()
     depth = tf.io.decode_png(encoded, channels=1, dtype=tf.uint16)
@@ -76,7 +76,7 @@ def decode_depth(encoded: Any, unit: Any, size: int) -> Any:
 
 @functools.cache
 def decoder(size: int, depth: bool) -> Callable[..., dict[str, Any]]:
-    """The map function of the stream: (image bytes[, depth bytes, unit]) -> dict of tensors."""
+    """The stream's map function: (image bytes[, depth bytes, unit]) → dict of tensors."""
     tf = tensorflow()
 
     def decode(image: Any, depth_map: Any = None, unit: Any = None) -> dict[str, Any]:
@@ -101,9 +101,9 @@ def decode_batches(
 ) -> Iterator[dict[str, np.ndarray]]:
     """Decoded images of the batches `steps`, in order.
 
-    `read(step)` gives the encoded ones: image bytes object[B][, depth bytes object[B], metres per count f32[B]]. At
-    most `workers` images are being decoded, one encoded batch and `ready` decoded ones wait: nothing here tunes itself,
-    so memory stays put.
+    `read(step)` returns the encoded batch: image bytes object[B][, depth bytes object[B], metres per count f32[B]]. At
+    most `workers` images are decoded at once, and one encoded batch and `ready` decoded ones are queued. Nothing is
+    tuned automatically, so memory use stays constant.
     """
     tf = tensorflow()
     dtypes = (tf.string, tf.string, tf.float32) if depth else (tf.string,)

@@ -1,15 +1,15 @@
-"""Which frame is sample k of a mixture: a pure function of (seed, k), so resuming costs nothing and needs no state.
+"""Maps sample number k to a frame of the mixture: a pure function of (seed, k), so resuming needs no state.
 
-Samples come in blocks of `BLOCK` slots. In every block each dataset has the same number of slots (its share by largest
-remainder), in an order drawn anew for every block. Counting a dataset's slots gives its n-th draw, and a seeded
-permutation of the dataset's frames, another one each pass, gives the draw's frame: every frame comes exactly once a
-pass. Nothing is buffered and nothing depends on how many hosts read.
+Samples come in blocks of `BLOCK` slots. Every block has the same number of slots per dataset (its share by largest
+remainder), in an order drawn anew for each block. Counting a dataset's slots numbers its draws. A seeded permutation of
+the dataset's frames, different in each pass, maps draws to frames, so each frame comes exactly once per pass. Nothing
+is buffered, and nothing depends on the number of hosts.
 
-A permutation of single frames reads a local disk at random, which is what it does best. Spinning disks and remote
-storage want larger reads: then blocks of consecutive frames are permuted, and the frames within each window of some
-blocks (`permute_blocks`). What it costs: the window's compressed frames are kept in memory, frames farther apart than
-a window in the order of blocks never mix within a pass, and every host reads every block of which it has a frame: it
-pays for one or a few hosts; many hosts read few frames each, and are better off with single ones.
+Permuting single frames reads a local disk at random, which suits SSDs. Spinning disks and remote storage need larger
+reads: there blocks of consecutive frames are permuted, and frames are permuted within windows of some blocks
+(`permute_blocks`). This has three costs. The window's compressed frames are kept in memory. Frames farther apart than a
+window in the order of blocks never mix within a pass. And every host reads each block in which it has a frame, so it
+pays off with one or a few hosts; with many hosts single frames are better.
 """
 
 import functools
@@ -28,30 +28,30 @@ _STRIDE = 40503  # odd, far from any simple fraction of a block
 
 @dataclass(frozen=True)
 class Mixture:
-    """Datasets by number of frames, and how many of every `BLOCK` samples each one gives."""
+    """Datasets by number of frames, and how many of every `BLOCK` samples each contributes."""
 
     sizes: tuple[int, ...]
-    counts: tuple[int, ...]  # 0: the dataset is left out
+    counts: tuple[int, ...]  # 0: the dataset is dropped
     block: int = 1  # consecutive frames read at once
-    windows: tuple[int, ...] = ()  # blocks of each dataset that are shuffled together, where block > 1
+    windows: tuple[int, ...] = ()  # number of blocks of each dataset that are shuffled together, if block > 1
 
     @property
     def shares(self) -> tuple[float, ...]:
-        """Effective fraction of the samples that each dataset gives."""
+        """The fraction of samples from each dataset."""
         return tuple(count / BLOCK for count in self.counts)
 
     @property
     def epoch_length(self) -> int:
-        """Samples until every dataset of the mixture has been seen at least once in full."""
+        """Number of samples until every dataset in the mixture has been seen in full at least once."""
         return max(-(-size * BLOCK // count) for size, count in zip(self.sizes, self.counts, strict=True) if count)
 
     @property
     def window_frames(self) -> tuple[int, ...]:
-        """Frames of each dataset that are shuffled together, where block > 1."""
+        """Number of frames of each dataset that are shuffled together, if block > 1."""
         return tuple(min(size, window * self.block) for size, window in zip(self.sizes, self.windows, strict=True))
 
     def without(self, weights: tuple[float, ...], left_out: frozenset[int], *, balance: bool = True) -> "Mixture":
-        """The same mixture with the datasets of these numbers left out."""
+        """The same mixture with the datasets at these indices dropped."""
         kept = [number for number in range(len(self.sizes)) if number not in left_out]
         sizes, weights = tuple(self.sizes[n] for n in kept), tuple(weights[n] for n in kept)
         counts = dict(zip(kept, make_mixture(sizes, weights, balance=balance).counts, strict=True))
@@ -61,12 +61,12 @@ class Mixture:
 def make_mixture(
     sizes: tuple[int, ...], weights: tuple[float, ...], *, balance: bool = True, block: int = 1, shuffle: int = 100_000
 ) -> Mixture:
-    """Mixture of datasets with `sizes` frames; `balance` multiplies the weights by the sizes (as Octo and OpenVLA do).
+    """Mixture of datasets with `sizes` frames; `balance` multiplies the weights by the sizes (as in Octo and OpenVLA).
 
-    Where frames are read in blocks of more than one, about `shuffle` of them are shuffled together: each dataset's
-    share of that.
+    If frames are read in blocks of more than one, about `shuffle` of them are shuffled together, divided among the
+    datasets by their shares.
 
-    Raises InputError when there is no dataset or a weight is not a positive finite number.
+    Raises InputError if there is no dataset or a weight is not a positive finite number.
     """
     if not sizes:
         raise InputError("The mixture is empty: data.datasets must name at least one dataset")
@@ -77,7 +77,7 @@ def make_mixture(
     counts = np.floor(quota).astype(np.int64)
     left_over = BLOCK - len(sizes) - counts.sum()
     counts[np.argsort(counts - quota, kind="stable")[:left_over]] += 1
-    counts = tuple(int(count) + 1 for count in counts)  # + 1: no dataset is rounded away
+    counts = tuple(int(count) + 1 for count in counts)  # + 1, so that no dataset is rounded to 0
     windows = tuple(max(1, round(shuffle * count / BLOCK / block)) for count in counts) if block > 1 else ()
     return Mixture(tuple(sizes), counts, block, windows)
 
@@ -87,7 +87,7 @@ def sample_frames(
 ) -> tuple[Int[np.ndarray, " B"], Int[np.ndarray, " B"]]:
     """Dataset i64[B] and frame within it i64[B] of the samples with global numbers `samples` i64[B].
 
-    `drawn`: what earlier mixtures of the same datasets have drawn of each, so that its pass goes on.
+    `drawn`: how many frames earlier mixtures of the same datasets have drawn from each, so that passes continue.
     """
     blocks, slots = np.divmod(samples, BLOCK)
     dataset, nth = np.empty_like(samples), np.empty_like(samples)
@@ -106,22 +106,22 @@ def sample_frames(
 
 
 def count_draws(mixture: Mixture, seed: int, samples: int) -> Int[np.ndarray, " D"]:
-    """How many of the first `samples` samples each dataset gives."""
+    """The number of the first `samples` samples that come from each dataset, i64[D]."""
     blocks, slots = divmod(samples, BLOCK)
     order, _ = _block(mixture.counts, seed, blocks)
     return blocks * np.asarray(mixture.counts) + np.bincount(order[:slots], minlength=len(mixture.counts))
 
 
 def replacement_samples(samples: Int[np.ndarray, " B"], attempt: int) -> Int[np.ndarray, " B"]:
-    """The sample numbers that stand in for `samples`, whose frames cannot be read, at the `attempt`-th time: others of
-    the same block, so that nothing has to be computed anew."""
+    """Substitutes for `samples` whose frames cannot be read, for the `attempt`-th time. They come from the same block,
+    so that no other block has to be computed."""
     blocks, slots = np.divmod(samples, BLOCK)
     return blocks * BLOCK + (slots + attempt * _STRIDE) % BLOCK
 
 
 @functools.lru_cache(maxsize=4)
 def _block(counts: tuple[int, ...], seed: int, block: int) -> tuple[np.ndarray, np.ndarray]:
-    """Of one block: the dataset of every slot, and how many slots before it in the block have the same dataset."""
+    """For one block: each slot's dataset, and how many earlier slots of the block have the same dataset."""
     order = np.repeat(np.arange(len(counts)), counts)[permute(np.arange(BLOCK), BLOCK, _key(seed, 0, block))]
     by_dataset = np.argsort(order, kind="stable")
     rank = np.empty_like(order)
@@ -132,11 +132,11 @@ def _block(counts: tuple[int, ...], seed: int, block: int) -> tuple[np.ndarray, 
 def permute(
     positions: Int[np.ndarray, " B"], sizes: Int[np.ndarray, " B"] | int, keys: UInt64[np.ndarray, "#B"] | np.uint64
 ) -> Int[np.ndarray, " B"]:
-    """Where `positions` < `sizes` go in the random order of range(size) that each key stands for: a bijection for every
-    size and key, computed point by point without a table. `sizes` and `keys` broadcast against `positions`.
+    """The images of `positions` < `sizes` under the random permutation of range(size) that each key defines. It is a
+    bijection for every size and key, computed pointwise without a table. `sizes` and `keys` broadcast.
 
-    A Feistel network over the smallest even number of bits that holds the size, walked until it lands inside (Black and
-    Rogaway 2002, "Ciphers with arbitrary finite domains").
+    A Feistel network on the smallest even number of bits that covers the size, iterated until the result is in range
+    (Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
     """
     sizes, keys = (np.broadcast_to(value, positions.shape) for value in (sizes, keys))
     half = np.maximum(1, (np.frexp(sizes - 1)[1] + 1) // 2).astype(np.uint64)  # frexp's exponent is the bit length
@@ -162,8 +162,8 @@ def permute_blocks(
     block: int,
     windows: Int[np.ndarray, " B"] | int,
 ) -> Int[np.ndarray, " B"]:
-    """Like `permute`, but close positions go to close places: of the blocks of `block` consecutive places, in random
-    order, each `windows` in a row are shuffled together."""
+    """Like `permute`, but keeps neighbours close: blocks of `block` consecutive positions are permuted, then frames
+    within each window of `windows` successive blocks."""
     sizes, keys, windows = (np.broadcast_to(value, positions.shape) for value in (sizes, keys, windows))
     blocks = -(-sizes // block)
 
@@ -174,13 +174,13 @@ def permute_blocks(
         return permute(first + place // block, blocks, _key(keys, 0)) * block + place % block
 
     value = shuffle(positions, blocks, keys, windows)
-    while (outside := np.flatnonzero(value >= sizes)).size:  # the last block is not full
+    while (outside := np.flatnonzero(value >= sizes)).size:  # the last block may not be full
         value[outside] = shuffle(value[outside], blocks[outside], keys[outside], windows[outside])
     return value
 
 
 def _key(*parts: Any) -> UInt64[np.ndarray, " _"]:
-    """One number out of several, of which some may be arrays."""
+    """Combine several numbers, some of which may be arrays, into one key."""
     key = np.zeros(1, np.uint64)
     for part in parts:
         key = _mix((key ^ np.asarray(part).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15))
@@ -188,7 +188,7 @@ def _key(*parts: Any) -> UInt64[np.ndarray, " _"]:
 
 
 def _mix(value: np.ndarray) -> np.ndarray:
-    """Finaliser of SplitMix64 (Steele, Lea and Flood 2014): every input bit reaches every output bit."""
+    """Finaliser of SplitMix64 (Steele, Lea and Flood 2014): every input bit affects every output bit."""
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return value ^ (value >> np.uint64(31))

@@ -1,8 +1,8 @@
-"""A small data set as one memory-mapped file, which the loader reads without TensorFlow: bit for bit the same batches.
+"""A small dataset as one memory-mapped file, which the loader reads without TensorFlow into bit-identical batches.
 
-Layout: MAGIC, version u32, length of the header u32, its SHA-256, the header (JSON), then the arrays, each from a
-multiple of ALIGNMENT bytes on. Images are decoded and resized; depth maps are the stored counts, resized; intrinsics
-are pixels of the resized image. All numbers are little-endian.
+Layout: MAGIC, version u32, header length u32, header SHA-256, the header (JSON), then the arrays, each aligned to
+ALIGNMENT bytes. Images are decoded and resized. Depth maps are the stored counts, resized. Intrinsics are in pixels of
+the resized image. All numbers are little-endian.
 """
 
 import base64
@@ -35,14 +35,14 @@ from spatialvla_jax.utils.atomic import disk_errors, parents_of, replacing
 from spatialvla_jax.utils.progress import warn
 from spatialvla_jax.utils.storage import cached_copy, is_dir, is_url, list_files, read_ranges, to_path
 
-MAGIC, VERSION, ALIGNMENT = b"SVLAPACK", 2, 4096  # version 1 is the same with a frame for every action
+MAGIC, VERSION, ALIGNMENT = b"SVLAPACK", 2, 4096  # version 1 is the same, but has a frame for every action
 _PREFIX = struct.Struct("<8sII32s")
-_BATCH = 64  # frames that are in memory at a time while a file is written
-_NAMES = ("datasets", "mixture", "precomputed_depth")  # keys of the config's `data` part that a packed file stands for
+_BATCH = 64  # frames in memory while a file is written
+_NAMES = ("datasets", "mixture", "precomputed_depth")  # keys of the config's `data` part that a packed file replaces
 
 
 class Pictures(NamedTuple):
-    """What of a `Batch` goes into a packed file. Depth is in metres, or the counts u16[B, S, S] that are stored."""
+    """The parts of a `Batch` that a packed file stores. Depth is f32 metres, or u16[B, S, S] counts as stored."""
 
     image: UInt8[np.ndarray, "B S S 3"]
     depth: Float32[np.ndarray, "B S S"] | UInt16[np.ndarray, "B S S"] | None
@@ -54,7 +54,7 @@ class Pictures(NamedTuple):
 
 @runtime_checkable
 class Frames(Protocol):
-    """What of a `Loader` goes into a packed file; see there."""
+    """The parts of `Loader` that `write_pack` needs; see there."""
 
     config: DataConfig
     image_size: int
@@ -73,9 +73,9 @@ def write_pack(
     splits: Sequence[str],
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Writes these splits of the loader's data, by rename; `progress(frames done, frames)` is called meanwhile.
+    """Write these splits of the loader's data, by rename; `progress(frames done, frames)` is called meanwhile.
 
-    Returns {"path", "bytes", "frames": {split: number}}. Raises InputError, also when the disk has not enough room.
+    Returns {"path", "bytes", "frames": {split: number}}. Raises InputError, also if the disk is too full.
     """
     out = to_path(out)
     indexes = {split: loader.indexes(split) for split in splits}
@@ -107,7 +107,7 @@ def write_pack(
         "config": _named(loader.config),
         "tokenizer": base64.b64encode(loader.tokenizer.to_bytes()).decode(),
         "splits": {split: [layout(index) for index in own] for split, own in indexes.items()},
-        "bytes": place,  # of the arrays
+        "bytes": place,  # total size of the arrays
     }
     text = json.dumps(header).encode()
     start = _data_start(len(text))
@@ -134,7 +134,7 @@ def write_pack(
 
 
 def _arrays(index: Index, loader: Frames) -> dict[str, tuple[Any, tuple[int, ...]]]:
-    """Dtype and shape of the arrays of a packed file."""
+    """Dtypes and shapes of a packed file's arrays."""
     small: dict[str, tuple[Any, tuple[int, ...]]] = {key: (x.dtype, x.shape) for key, x in _small(index).items()}
     frame = (index.num_frames, loader.image_size, loader.image_size)
     first = {key: small[key] for key in ("action", "language", "step")}
@@ -145,7 +145,7 @@ def _arrays(index: Index, loader: Frames) -> dict[str, tuple[Any, tuple[int, ...
 
 
 def _small(index: Index) -> dict[str, np.ndarray]:
-    """What a packed file takes from the index as it is: a row for every frame, step or episode."""
+    """Arrays that a packed file copies from the index: one row per frame, step or episode."""
     kept = ("action", "episode_end", "episode_file", "episode_number", "action_row", "action_end")
     frames = np.arange(index.num_frames)
     arrays = {key: index.arrays[key] for key in kept if key in index.arrays}
@@ -167,7 +167,7 @@ def _write_pixels(
     indexes: Sequence[Index],
     places: Sequence[Mapping[str, Any]],
 ) -> Iterator[int]:
-    """Image, depth and intrinsics of every frame of a split; gives how many were written, batch by batch."""
+    """Write image, depth and intrinsics of every frame of a split; yields the number of frames written per batch."""
     starts = np.cumsum([0, *(index.num_frames for index in indexes)])
     written = 0
     batch: Any
@@ -185,7 +185,7 @@ def _write_pixels(
                 offset, dtype, shape = place[key]
                 stride = np.dtype(dtype).itemsize * prod(shape[1:])
                 value = np.ascontiguousarray(value, dtype)
-                # Consecutive frames at once.
+                # Write consecutive frames together.
                 for run in np.split(np.arange(len(frames)), np.flatnonzero(np.diff(frames) != 1) + 1):
                     if len(run):
                         _write(file, value[run[0] : run[-1] + 1], start + offset + int(frames[run[0]]) * stride)
@@ -197,7 +197,7 @@ def _write_pixels(
 
 
 def _counts(depth: np.ndarray, index: Index) -> np.ndarray:
-    """Depth in metres → u16 that gives exactly these metres back; what is u16 already are such counts."""
+    """Depth in metres → u16 counts that convert back to exactly these metres; u16 input already is counts."""
     if depth.dtype == np.uint16:
         return depth
     counts = np.rint(depth.astype(np.float64) / index.spec.depth_unit).astype(np.uint16)
@@ -222,7 +222,7 @@ def _data_start(header: int) -> int:
 
 
 def _named(data: DataConfig) -> dict[str, Any]:
-    """What of the config names the data, in plain JSON; where it lies is no matter."""
+    """The parts of the config that identify the data, as plain JSON; paths do not matter."""
     named = {key: value for key in _NAMES if (value := getattr(data, key))}
     if "datasets" in named:
         entries = [{key: value for key, value in entry.items() if key != "path"} for entry in named["datasets"]]
@@ -231,7 +231,7 @@ def _named(data: DataConfig) -> dict[str, Any]:
 
 
 class Packed:
-    """The frames of a file of `write_pack`. See `reader.Source`. Raises InputError for a file that is not one."""
+    """The frames of a file written by `write_pack`. See `reader.Source`. Raises InputError for other files."""
 
     def __init__(self, config: DataConfig, image_size: int, depth: bool):
         self._path = path = to_path(config.packed)
@@ -280,7 +280,7 @@ class Packed:
         return self._read_block
 
     def _warn_of_changes(self, name: str, made_from: Mapping[str, Any]) -> None:
-        """Where the data that was packed is still there, and no longer what it was."""
+        """Warn if the packed data still exists at its original place and has changed."""
         if made_from and is_dir(to_path(made_from["place"])):
             files = list_files(to_path(made_from["place"]))
             shards = made_from["shards"]
@@ -297,7 +297,7 @@ class Packed:
             depth = np.empty((batch_size, size, size), np.float32) if self._depth else None
             for row, (dataset, frame) in enumerate(zip(*split.locate(ids), strict=True)):
                 index = split.indexes[dataset]
-                image[row] = index.arrays["image"][frame]  # one copy; an array of frames would be gathered first
+                image[row] = index.arrays["image"][frame]  # one copy; indexing with an array would make another
                 if depth is not None:
                     _metres(index.arrays["depth"][frame], index, out=depth[row])
             yield Pixels(ids, image, np.full((batch_size, 2), size, np.int32), depth)
@@ -307,7 +307,7 @@ class Packed:
 
 
 def packed_digest(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of the header of a packed file: of all that it says of its data, less the pixels. Raises InputError."""
+    """SHA-256 of a packed file's header, which covers everything except the pixels. Raises InputError."""
     if isinstance(path := to_path(path), Path):
         _open(path)
     (prefix,) = read_ranges([(path, 0, _PREFIX.size)])
@@ -317,7 +317,7 @@ def packed_digest(path: str | os.PathLike[str]) -> str:
 
 
 def _open(path: Path) -> tuple[mmap.mmap, int, dict[str, Any]]:
-    """(the mapped file, where its arrays begin, its header)."""
+    """(the mapped file, offset of its arrays, its header)."""
     try:
         with open(path, "rb") as file:
             prefix = file.read(_PREFIX.size)

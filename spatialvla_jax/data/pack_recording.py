@@ -1,4 +1,4 @@
-"""Recorded episodes straight into a packed file, as `data pack` makes one of RLDS: no TensorFlow, no compression."""
+"""Writes recorded episodes directly to a packed file like that of `data pack`: no RLDS, TensorFlow or compression."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -16,14 +16,14 @@ from spatialvla_jax.data.statistics import action_statistics
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.text import train_tokenizer
 
-SPEC = "libero"  # the catalogue's entry for what `record` writes
+SPEC = "libero"  # the catalogue's spec for recorded episodes
 VOCABULARY = 256  # of the tokenizer, at most
 
-Known = tuple[str, str, Float[np.ndarray, "_ A"]]  # of an episode: split, instruction, actions
+Known = tuple[str, str, Float[np.ndarray, "_ A"]]  # an episode's split, instruction and actions
 
 
 def _index(known: Sequence[Known], instructions: Sequence[str], name: str, every: int) -> Index:
-    """All of a split's episodes but their pictures."""
+    """The index of a split's episodes: everything except their images."""
     steps = [len(actions) for *_, actions in known]
     seen = [np.arange(0, count, every, dtype=np.int32) for count in steps]
     lengths = [len(rows) for rows in seen]
@@ -32,7 +32,7 @@ def _index(known: Sequence[Known], instructions: Sequence[str], name: str, every
     episodes = np.arange(len(known), dtype=np.int32)
     arrays = {
         "action": np.concatenate(canonical).astype(np.float32),
-        "intrinsics": np.zeros((sum(lengths), 3, 3), np.float32),  # only their place: they come with the pictures
+        "intrinsics": np.zeros((sum(lengths), 3, 3), np.float32),  # placeholder: they come with the images
         "step": np.concatenate(seen),
         "language": np.repeat(numbers, lengths),
         "episode_end": np.cumsum(lengths),
@@ -47,7 +47,7 @@ def _index(known: Sequence[Known], instructions: Sequence[str], name: str, every
 
 
 class _Recording:
-    """The splits as `write_pack` reads them from a loader, an episode at a time."""
+    """The splits with the interface that `write_pack` needs, yielding one episode at a time."""
 
     def __init__(self, name: str, indexes: dict[str, Index], episodes: Iterator[dict], image_size: int) -> None:
         self.config = DataConfig(datasets=({"name": name, "spec": SPEC},))
@@ -69,7 +69,7 @@ class _Recording:
 
 
 def check_file(out: Path) -> None:
-    """Raises `InputError` when `out` exists already."""
+    """Raises InputError if `out` already exists."""
     if out.exists():
         raise InputError(f"{out} exists already: expected the name of a file that does not")
 
@@ -77,12 +77,12 @@ def check_file(out: Path) -> None:
 def write_packed(
     out: Path, known: Sequence[Known], episodes: Iterable[dict], *, name: str, image_size: int, every: int = 1
 ) -> dict[str, Any]:
-    """Writes the episodes as the dataset `name`, by rename; returns what `write_pack` does.
+    """Write the episodes as the dataset `name`, by rename; returns the result of `write_pack`.
 
-    What is `known` of each beforehand tells how large the file will be, so that the pictures go into their places as
-    they come, whole splits one after the other. An episode is as `writer.features` describes it, its images arrays of
-    `image_size`, which a model must then have; its steps are those with pictures, with `every` 3 each third from the
-    first on. Raises InputError, also when there is no room.
+    `known` describes the episodes in advance and determines the file's size, so images are written to their places as
+    they arrive, one whole split after another. Episodes are as in `rlds_writer.features`, with images as arrays of
+    `image_size`, which a model must match. They contain only steps with images: with `every` 3, each third step from
+    the first. Raises InputError, also if there is not enough room.
     """
     instructions = list(dict.fromkeys(language for _, language, _ in known))
     splits = list(dict.fromkeys(split for split, *_ in known))

@@ -1,5 +1,5 @@
-"""Byte ranges of stored frames: on a disk, which the system reads ahead by itself, or in a bucket, where the ranges of
-coming steps are under way at the same time, so that their latency is hidden."""
+"""Reads byte ranges of stored frames: from a disk, with read-ahead by the operating system, or from a bucket, where
+ranges for coming steps are requested concurrently to hide latency."""
 
 import contextlib
 import functools
@@ -18,13 +18,13 @@ from spatialvla_jax.errors import Fault, InputError, StorageError
 from spatialvla_jax.utils.storage import exists, is_url, read_ranges, to_path
 
 Range = tuple[str, int, int]  # path or URL, offset, length
-Take = Callable[[], bytes]  # waits for the bytes of a range; raises a Fault where they cannot be read
+Take = Callable[[], bytes]  # waits for a range's bytes; raises a Fault if they cannot be read
 
 
 class Place(NamedTuple):
     """Where one image or depth map of a batch is stored."""
 
-    row: int  # of the batch
+    row: int  # in the batch
     index: Index
     key: str  # "image" or "depth"
     frame: int
@@ -35,32 +35,32 @@ class Place(NamedTuple):
 
 
 class Files:
-    """Ranges of files. The most recently used local ones are kept open."""
+    """Reads ranges of files. Keeps the most recently used local files open."""
 
     def __init__(self, limit: int = 256):
         self._limit = limit
         self._open: OrderedDict[str, int] = OrderedDict()
 
     def begin(self, ranges: Sequence[Range]) -> tuple[list[Take], int]:
-        """Begins to read all of them; how many bytes are under way from a bucket.
+        """Start reading all ranges; also returns the number of bytes requested from a bucket.
 
-        The system is told of local ranges: it fetches all of them at once while the first is waited for."""
+        Local ranges are announced to the operating system, which then fetches all of them concurrently."""
         if any(is_url(path) for path, *_ in ranges):
             read = in_background(read_ranges, ranges)
             takes = [functools.partial(_of_many, read, number, path) for number, (path, *_) in enumerate(ranges)]
             return takes, sum(length for *_, length in ranges)
         if hasattr(os, "posix_fadvise"):  # Linux
             for path, offset, length in ranges:
-                with contextlib.suppress(OSError):  # reading it says what is wrong
+                with contextlib.suppress(OSError):  # reading it will report the error
                     os.posix_fadvise(self._descriptor(path), offset, length, os.POSIX_FADV_WILLNEED)
         return [functools.partial(self.read, *one) for one in ranges], 0
 
     def frames(self, places: Sequence[Place]) -> tuple[list[Take], int]:
-        """Begins to read the frames that lie there."""
+        """Start reading the frames at these places."""
         return self.begin([(place.path, place.offset, place.length) for place in places])
 
     def read(self, path: str, offset: int, length: int) -> bytes:
-        """A range of a local file."""
+        """Read a range of a local file."""
         try:
             data = os.pread(self._descriptor(path), length, offset)
         except OSError as error:
@@ -83,8 +83,8 @@ class Files:
 
 
 def _of_many(read: "Future[list[bytes | Exception]]", number: int, path: str) -> bytes:
-    """One of the ranges that are read together. What another try may mend is a StorageError, not a fault of the data:
-    frames that are left out for it would make the run another one."""
+    """Wait for one of several ranges read together. Errors that a retry may fix are raised as StorageError, not as
+    faults of the data: skipping frames for them would make the run irreproducible."""
     found = read.result()[number]
     if isinstance(found, bytes):
         return found
@@ -98,7 +98,7 @@ def _of_many(read: "Future[list[bytes | Exception]]", number: int, path: str) ->
 
 
 def in_background(call: Callable[..., Any], *arguments: Any) -> "Future[Any]":
-    """Runs a function in a thread that does not keep the process from ending."""
+    """Run a function in a daemon thread, which does not keep the process alive."""
     future: Future[Any] = Future()
 
     def run() -> None:
@@ -112,18 +112,17 @@ def in_background(call: Callable[..., Any], *arguments: Any) -> "Future[Any]":
 
 
 class Blocks:
-    """Frames of `files`, read in blocks of `block` consecutive ones. They lie in one ring of `capacity` bytes, a new
-    one in the place of the oldest: all of it is taken at once and nothing is freed, so that the resident set stays
-    flat."""
+    """Reads frames of `files` in blocks of `block` consecutive ones, stored in a ring buffer of `capacity` bytes. New
+    blocks overwrite the oldest. Memory is allocated once and never freed, so the resident set stays constant."""
 
     def __init__(self, files: Files, block: int, capacity: int):
         self._files, self._block, self._ring, self._end = files, block, _pages(capacity), 0
-        # Of each block, oldest first, a (path, offset, place in the ring, length) for every episode it has frames of.
+        # For each block, oldest first: (path, offset, position in the ring, length) for every episode that it overlaps.
         self._kept: OrderedDict[tuple[str, str, int], list[tuple[str, int, int, int]]] = OrderedDict()
         self._coming: dict[tuple[str, str, int], list[tuple[Range, Take]]] = {}
 
     def frames(self, places: Sequence[Place]) -> tuple[list[Take], int]:
-        """Begins to read those blocks of the frames that are not here yet."""
+        """Start reading the frames' blocks that are not in the buffer yet."""
         size = self._begin({self._name(place): place.index for place in places})
         return [functools.partial(self._take, place) for place in places], size
 
@@ -142,7 +141,7 @@ class Blocks:
     def _take(self, place: Place) -> bytes:
         name = self._name(place)
         if name not in self._kept:
-            if name not in self._coming:  # others have taken its place since it was asked for
+            if name not in self._coming:  # it was overwritten after it had been requested
                 self._begin({name: place.index})
             self._kept[name] = self._load([(one, take()) for one, take in self._coming.pop(name)])
         for held, start, at, size in self._kept[name]:
@@ -152,9 +151,9 @@ class Blocks:
         raise AssertionError(f"frame {place.frame} is not in its block")
 
     def _load(self, parts: list[tuple[Range, bytes]]) -> list[tuple[str, int, int, int]]:
-        """Puts a block into the ring."""
+        """Copy a block into the ring."""
         size = sum(len(data) for _, data in parts)
-        if size > len(self._ring):  # far above the mean: the ring grows
+        if size > len(self._ring):  # much larger than average: enlarge the ring
             self._kept.clear()
             self._ring, self._end = _pages(2 * size), 0
         if self._end + size > len(self._ring):
@@ -169,7 +168,7 @@ class Blocks:
         return places
 
     def _forget(self, first: int, stop: int) -> None:
-        """Drops the blocks that lie in the ring between `first` and `stop`: they are the oldest."""
+        """Drop the blocks between `first` and `stop` in the ring, which are the oldest."""
         while self._kept:
             oldest, parts = next(iter(self._kept.items()))
             if parts[0][2] >= stop or parts[-1][2] + parts[-1][3] <= first:
@@ -179,12 +178,12 @@ class Blocks:
     def _parts(self, index: Index, key: str, block: int) -> Iterator[Range]:
         frames = np.arange(block * self._block, min((block + 1) * self._block, index.num_frames))
         episodes, spans = index.episode(frames), index.spans(key, frames)
-        for episode in np.unique(episodes).tolist():  # an episode's images lie one after the other
+        for episode in np.unique(episodes).tolist():  # an episode's images are contiguous
             own = spans[episodes == episode]
             start, stop = int(own[0, 0]), int(own[-1, :2].sum())
             yield index.files[int(index.arrays["episode_file"][episode])], start, stop - start
 
 
 def _pages(size: int) -> mmap.mmap:
-    """So many bytes of memory, taken now where the system can (Linux)."""
+    """`size` bytes of memory, allocated immediately where the system supports it (Linux)."""
     return mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_POPULATE", 0))

@@ -1,4 +1,4 @@
-"""Which datasets a config's `data` part names: those of a mixture of the catalogue, and its own."""
+"""Resolves the datasets in a config's `data` part: those of a catalogue mixture, and the config's own."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -22,10 +22,10 @@ class Entry:
     spec: DatasetSpec
     path: str  # version directory
     weight: float = 1.0
-    splits: Mapping[str, str] = dataclasses.field(default_factory=dict)  # what this dataset has in a split's place
+    splits: Mapping[str, str] = dataclasses.field(default_factory=dict)  # {the mixture's split: this dataset's}
 
     def split(self, name: str) -> str:
-        """What stands for a split of the mixture."""
+        """This dataset's split for a split of the mixture."""
         return self.splits.get(name, name)
 
 
@@ -47,7 +47,7 @@ ENTRY = {
 
 def make_entries(config: DataConfig, depth: bool = False) -> tuple[Entry, ...]:
     """The datasets of `mixture` under `root`, then those of `datasets`; with `depth`, each must have depth. Raises
-    InputError for anything wrong with the config, and one that names all directories that a mixture lacks."""
+    InputError for problems in the config; if a mixture lacks directories, it lists all of them."""
     named = _mixture(config.mixture, config.root) if config.mixture else ()
     entries = (*named, *map(_entry, config.datasets))
     if config.precomputed_depth:
@@ -91,7 +91,7 @@ def _mixture(name: str, root: str) -> list[Entry]:
     folders = [
         to_path(root) / (spec.tfds_name or dataset) for spec, (dataset, _) in zip(specs, MIXTURES[name], strict=True)
     ]
-    with ThreadPoolExecutor(len(folders)) as pool:  # a bucket answers after a while
+    with ThreadPoolExecutor(len(folders)) as pool:  # hides a bucket's latency
         paths = pool.map(newest_version, folders)
     for (dataset, weight), spec, path in zip(MIXTURES[name], specs, paths, strict=True):
         if path:
@@ -107,7 +107,7 @@ def _mixture(name: str, root: str) -> list[Entry]:
 
 
 def newest_version(path: AnyPath) -> AnyPath | None:
-    """The newest of a dataset's version directories, or the path itself if it is one; None when there is none."""
+    """The newest of a dataset's version directories, or the path itself if it is one; None if there is none."""
     if is_file(path / "dataset_info.json"):
         return path
     versions = find_versions(path)

@@ -1,4 +1,4 @@
-"""RLDS datasets as TFDS writes them: which files hold a split, and their episodes in canonical form, images unread."""
+"""Reads RLDS datasets written by TFDS: the files of a split, and episodes in canonical form with images undecoded."""
 
 import itertools
 import json
@@ -23,15 +23,15 @@ from spatialvla_jax.utils.camera import intrinsics_problem
 from spatialvla_jax.utils.progress import warn
 from spatialvla_jax.utils.storage import AnyPath, is_dir, is_file, is_url, list_files, list_names, read_bytes, to_path
 
-UNLABELED = "unlabeled"  # why an episode is left out that its spec says to leave out; no fault
-_ROUNDING = 1e-4  # that far outside [0, 1] a gripper may be
+UNLABELED = "unlabeled"  # reason for skipping an episode without language where the spec allows it; not a fault
+_ROUNDING = 1e-4  # tolerance for grippers outside [0, 1]
 _VERSION = re.compile(r"\d+(\.\d+)*(-[0-9A-Za-z-]+(\.[0-9A-Za-z-]+)*)?")
 
 
 def open_rlds(path: str | os.PathLike[str]) -> Any:
-    """The TFDS builder of a dataset's version directory, such as ".../bridge/1.0.0".
+    """The TFDS builder for a dataset's version directory, such as ".../bridge/1.0.0".
 
-    Raises InputError that says what is there instead when it is not such a directory.
+    Raises InputError that says what was found if the path is not such a directory.
     """
     path = to_path(path)
     if is_file(path):
@@ -68,13 +68,13 @@ class Shard(NamedTuple):
 
     file: AnyPath
     numbers: range  # of the part's episodes within the file
-    listed: int  # episodes of the whole file, as dataset_info.json says
+    listed: int  # number of episodes in the whole file, from dataset_info.json
     size: int  # bytes
-    version: int | str  # of the file's content; see `storage.list_files`
+    version: int | str  # changes with the file's content; see `storage.list_files`
 
 
 def _check_info(path: AnyPath) -> None:
-    """Raises InputError where dataset_info.json lacks what names a dataset's files."""
+    """Raises InputError if dataset_info.json lacks what the names of the dataset's files depend on."""
     try:
         info = json.loads(read_bytes(path))
     except (OSError, ValueError) as error:
@@ -87,10 +87,10 @@ def _check_info(path: AnyPath) -> None:
 
 
 def slice_shards(builder: Any, split: str) -> list[Shard]:
-    """The shards that hold a split or a part of one, in order, as one listing of the folder shows them.
+    """The shards that hold a split or a part of one, in order, based on a single listing of the folder.
 
-    `split` is written as TFDS does: "train", "train[:95%]", "train[100:200]", "train+val". Parts are ranges of
-    episodes, whichever shards those lie in. Raises InputError naming the splits that exist, or a shard that does not.
+    `split` uses TFDS's syntax: "train", "train[:95%]", "train[100:200]", "train+val". Parts are ranges of episodes
+    across shards. Raises InputError that names the existing splits, or a missing shard.
     """
     try:
         pieces = builder.info.splits[split].file_instructions
@@ -136,21 +136,21 @@ def read_episodes(
     action_dim: int = len(DIMENSIONS),
     listed: int | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """The canonical episodes `numbers` of one shard (or so many from its first on), in order; L steps each:
+    """The canonical episodes `numbers` of one shard (an int: that many from the first), in order, with L steps each:
 
     action f32[L, A] · language object[L] of str · step i64[L] (number in the stored episode) · image i64[L, 3] (offset
-    and length of the encoded image in the file, and its CRC-32C) and, where the spec names them, depth i64[L, 3] alike,
-    intrinsics f32[L, 3, 3] and its further arrays · record i64[3] (offset, length and `masked_crc` of the record).
+    and length of the encoded image in the file, and its CRC-32C) · if the spec names them, depth i64[L, 3] in the same
+    form, intrinsics f32[L, 3, 3] and further arrays · record i64[3] (offset, length and `masked_crc` of the record).
 
-    Checks the records' checksums, and that a file read to its end holds no more than the `listed` episodes. For what is
-    wrong raises a Fault naming dataset, file, episode and step; or, with `skip`, calls it with (reason, that sentence)
-    for every episode lost and goes on. A lost episode has no steps, and neither has one without language if the spec
-    leaves those out (`UNLABELED`).
+    Verifies the records' checksums, and that a file read to its end holds no more than the `listed` episodes. Raises a
+    Fault naming dataset, file, episode and step for bad data. With `skip`, instead calls it with (reason, message) for
+    each lost episode and continues. A lost episode has no steps; neither has one without language if the spec skips
+    these (`UNLABELED`).
     """
     fields = find_fields(name, builder, spec, action_dim)
     numbers = range(numbers) if isinstance(numbers, int) else numbers
     records = read_records(file, skip=numbers.start)
-    lost: Fault | None = None  # the rest of the file
+    lost: Fault | None = None  # set if the rest of the file is lost
     for number in numbers:
         try:
             if lost:
@@ -185,7 +185,7 @@ def read_episodes(
         try:
             if next(records, None) is None:
                 return
-        except Fault:  # bytes that are no record: nobody knows what follows
+        except Fault:  # these bytes are not a record, so the next one cannot be found
             records = iter(())
         more = f"dataset_info.json lists {listed} episodes in the file, and this is one more"
         sentence = f"dataset {name!r}, file {file}, episode {number}: {more}"
@@ -246,9 +246,9 @@ def _spans(record: bytes, start: int, spans: np.ndarray) -> np.ndarray:
 
 
 def _check_cameras(cameras: np.ndarray, images: Iterator[bytes], spec: DatasetSpec) -> None:
-    """Raises a Fault that names the first step of an episode whose intrinsics [L, 3, 3] are no camera of its images.
+    """Raises a Fault naming the first step of an episode whose intrinsics [L, 3, 3] do not fit its images.
 
-    All images have the size of the first that can be read; one that does not decode is found when it is read.
+    Assumes that all images have the size of the first readable one; undecodable ones are found when they are read.
     """
     size = next(filter(None, map(stored_size, images)), None)
     _, steps = np.unique(cameras.reshape(len(cameras), -1), axis=0, return_index=True)  # nearly always one
@@ -258,7 +258,7 @@ def _check_cameras(cameras: np.ndarray, images: Iterator[bytes], spec: DatasetSp
 
 
 def _check_action(action: np.ndarray, steps: np.ndarray, action_dim: int, spec: DatasetSpec) -> None:
-    """Raises a Fault that names step, dimension and value where an episode's canonical action is none."""
+    """Raises a Fault naming step, dimension and value if an episode's canonical action is invalid."""
     after = f" after {', '.join(name for name, *_ in spec.operations)}" if spec.operations else ""
     if action.shape[1] != action_dim:
         raise Fault("shape", f"the action is {action.shape[1]} wide{after}; {action_dim} is expected")
@@ -277,14 +277,14 @@ def _check_action(action: np.ndarray, steps: np.ndarray, action_dim: int, spec: 
 
 
 def version_of(path: str | os.PathLike[str]) -> str:
-    """The version that a dataset's version directory is of, "" where its name is none."""
+    """The version of a dataset's version directory; "" if its name is not a version."""
     name = os.fspath(path).rstrip("/").rpartition("/")[2]
     return name if _VERSION.fullmatch(name) else ""
 
 
 def find_versions(path: AnyPath) -> list[str]:
-    """The version directories of a dataset, oldest first. Pre-releases ("2.0.0-rc1") come before every release. What
-    TFDS has not finished ("1.0.0.incompleteX"), hidden directories and other names are no versions."""
+    """The version directories of a dataset, oldest first. Pre-releases ("2.0.0-rc1") come before all releases.
+    Unfinished ones ("1.0.0.incompleteX"), hidden directories and other names are ignored."""
     names = [name for name in list_names(path) if _VERSION.fullmatch(name)]
     return sorted((name for name in names if is_file(path / name / "dataset_info.json")), key=_version_order)
 

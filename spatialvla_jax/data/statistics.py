@@ -1,4 +1,4 @@
-"""Action statistics, in the layout of the published release's dataset_statistics.json."""
+"""Action statistics in the layout of the release's dataset_statistics.json."""
 
 import json
 import os
@@ -14,17 +14,17 @@ from spatialvla_jax.errors import InputError
 from spatialvla_jax.utils.atomic import write_json
 from spatialvla_jax.utils.storage import read_bytes, to_path
 
-# A dimension that has one value in this share of the frames, but not in all, is scaled by its minimum and maximum: both
-# quantiles may be that value, and then every other one would become -1 or 1.
+# A dimension with one value in at least this share of the frames, but not in all, is scaled by its minimum and maximum.
+# Both quantiles might equal that value, and then all other values would become -1 or 1.
 _MOSTLY_CONSTANT = 0.98
-_SAME = 1e-6  # values that differ by less than this fraction of the dimension's range are the same
+_SAME = 1e-6  # values count as equal if they differ by less than this fraction of the dimension's range
 
 
 def action_statistics(actions: Float[np.ndarray, "N A"], num_trajectories: int) -> dict[str, Any]:
     """Statistics of one dataset's canonical actions:
     {"action": {"mean", "std", "max", "min", "q01", "q99", "mask"}, "num_transitions", "num_trajectories"}.
 
-    Where dimensions are scaled by their whole range, "full_range" names them, and their q01 and q99 are its ends."""
+    "full_range" names dimensions, if any, that are scaled by their whole range; their q01 and q99 are its ends."""
     mean, std = mean_and_std(actions)
     rows = {
         "mean": mean,
@@ -46,14 +46,14 @@ def action_statistics(actions: Float[np.ndarray, "N A"], num_trajectories: int) 
 
 
 def _is_mostly_constant(values: Float[np.ndarray, " N"]) -> bool:
-    """Whether a dimension has one value in nearly all frames, and not in all."""
+    """Whether a dimension has one value in nearly all, but not all, frames."""
     spread = float(values.max()) - float(values.min())
     same = np.abs(values - np.float64(np.median(values))) <= _SAME * spread
     return spread > 0 and int(same.sum()) >= _MOSTLY_CONSTANT * len(values)
 
 
 def find_oddities(name: str, statistics: Mapping[str, Any], spec: DatasetSpec) -> list[str]:
-    """A sentence on everything in a dataset's statistics that may be a mistake."""
+    """One sentence for each property of a dataset's statistics that may be a mistake."""
     found = []
     if names := statistics.get("full_range"):
         found.append(
@@ -70,8 +70,8 @@ def find_oddities(name: str, statistics: Mapping[str, Any], spec: DatasetSpec) -
 
 
 def check_spec(path: str, name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raises InputError where the statistics of a dataset in the file `path` were made from other actions. `before` is
-    the `meaning` of the spec that they were made with, `now` that of the dataset's spec."""
+    """Raises InputError if a dataset's statistics in the file `path` were computed from other actions. `before` is the
+    `meaning` of the spec that they were computed with, `now` that of the dataset's current spec."""
     for key in ("action", "operations"):
         if (old := before["fields"].get(key)) != (new := now["fields"][key]):
             raise InputError(
@@ -81,7 +81,7 @@ def check_spec(path: str, name: str, before: Mapping[str, Any], now: Mapping[str
 
 
 def difference(statistics: Mapping[str, Any], own: Mapping[str, Any]) -> str:
-    """How the statistics of a dataset differ from its data's `own`, "" if not."""
+    """How a dataset's `statistics` differ from those of its data, `own`; "" if they don't."""
     for key in ("num_trajectories", "num_transitions"):
         if (count := statistics.get(key)) != own[key]:
             return f"{key} is {count}, and here it is {own[key]}"
@@ -93,12 +93,12 @@ def difference(statistics: Mapping[str, Any], own: Mapping[str, Any]) -> str:
 
 
 def save_statistics(path: str | os.PathLike[str], statistics: Mapping[str, Any]) -> None:
-    """Writes {dataset name: statistics} as JSON, by rename."""
+    """Write {dataset name: statistics} as JSON, by rename."""
     write_json(path, statistics)
 
 
 def load_statistics(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Reads {dataset name: statistics}; InputError names the file when it is missing or not of that layout."""
+    """Read {dataset name: statistics}. Raises InputError naming the file if it is missing or has another layout."""
     try:
         statistics = json.loads(read_bytes(to_path(path)))
     except (OSError, ValueError) as error:

@@ -1,6 +1,6 @@
-"""TFRecord files, record by record, and where the values of a tf.train.Example lie inside its record; no TensorFlow.
+"""Reads TFRecord files record by record, and locates the values of a tf.train.Example in its record; no TensorFlow.
 
-A record is: its length u64, the length's checksum u32, the data, the data's checksum u32. An example, in the protobuf
+A record is: its length u64, the length's checksum u32, the data, the data's checksum u32. An example, in protobuf's
 wire format, is
 
 Example  {1: Features}        Features  {1: map entry {1: key, 2: Feature}}*
@@ -18,15 +18,15 @@ from spatialvla_jax.errors import Fault, InputError
 from spatialvla_jax.utils.storage import open_stream, to_path
 
 _HEADER, _FOOTER = struct.Struct("<QI"), struct.Struct("<I")
-RECORD_HEADER, RECORD_FOOTER = _HEADER.size, _FOOTER.size  # bytes around the data
+RECORD_HEADER, RECORD_FOOTER = _HEADER.size, _FOOTER.size  # bytes before and after the data
 
 
 def read_records(path: os.PathLike[str], skip: int = 0) -> Iterator[tuple[int, bytes, bool]]:
-    """The records of a file, without the first `skip`, each (offset of the data in the file, data, whether the data's
-    checksum holds: `masked_crc` of the data, a u32 right behind it).
+    """The records of a file after the first `skip`: (offset of the data in the file, data, whether the data's checksum
+    is correct). The checksum is `masked_crc` of the data, a u32 directly after it.
 
-    A wrong checksum of the data spoils one record; after a wrong one of the length, or when the file ends within a
-    record, nobody knows where the next one begins: that raises a Fault, as does a file that cannot be read.
+    A wrong checksum of the data affects one record. After a wrong checksum of the length, or if the file ends within a
+    record, the next record cannot be found: this raises a Fault, as does an unreadable file.
     """
     try:
         stream, size = open_stream(to_path(path))
@@ -59,19 +59,19 @@ def read_records(path: os.PathLike[str], skip: int = 0) -> Iterator[tuple[int, b
     except (OSError, InputError) as error:
         reason = getattr(error, "strerror", None) or error
         raise Fault("unreadable file", f"the file cannot be read: {reason}") from error
-    except EOFError as error:  # the object is another one than at the beginning
+    except EOFError as error:  # the object was replaced while reading
         raise Fault("truncated", str(error)) from error
 
 
 def masked_crc(data: bytes) -> int:
-    """The checksum that TFRecords hold: CRC-32C, rotated and offset."""
+    """The checksum used in TFRecords: CRC-32C, rotated and offset."""
     crc = google_crc32c.value(data)
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
 def read_example(record: bytes, keys: set[str]) -> dict[str, np.ndarray]:
-    """The features named in `keys` that the record has: numbers as f32[n] or i64[n], byte strings as i64[n, 2] of
-    (offset, length) in the record. Raises a Fault when the record is not a tf.train.Example."""
+    """The features in `keys` that the record has: numbers as f32[n] or i64[n], byte strings as i64[n, 2] of (offset,
+    length) in the record. Raises a Fault if the record is not a tf.train.Example."""
     found: dict[str, np.ndarray] = {}
     try:
         for _, features in _messages(record, 0, len(record)):
@@ -98,7 +98,7 @@ def _values(record: bytes, kind: int, start: int, stop: int) -> np.ndarray:
 
 
 def _messages(record: bytes, start: int, stop: int) -> Iterator[tuple[int, tuple[int, int]]]:
-    """(field number, (start, stop)) of the length-delimited fields of a message."""
+    """(field number, (start, stop)) of a message's length-delimited fields."""
     for number, wire, first, last in _fields(record, start, stop):
         if wire == 2:
             yield number, (first, last)
@@ -125,7 +125,7 @@ def _fields(record: bytes, start: int, stop: int) -> Iterator[tuple[int, int, in
 
 
 def _varint(record: bytes, at: int) -> tuple[int, int]:
-    """One base-128 number and the position after it."""
+    """Decode one base-128 number; also returns the position after it."""
     value = shift = 0
     while (byte := record[at]) & 0x80:
         value |= (byte & 0x7F) << shift
@@ -134,7 +134,7 @@ def _varint(record: bytes, at: int) -> tuple[int, int]:
 
 
 def _varints(record: bytes, start: int, stop: int) -> np.ndarray:
-    """A run of base-128 numbers as i64[n]."""
+    """Decode consecutive base-128 numbers as i64[n]."""
     data = np.frombuffer(record, np.uint8, stop - start, start)
     last = np.flatnonzero(data < 0x80)
     first = np.concatenate([[0], last[:-1] + 1]) if len(last) else last

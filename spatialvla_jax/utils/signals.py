@@ -38,9 +38,7 @@ def sigterm_raises(command: str) -> Iterator[None]:
     os.set_blocking(write, False)
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if (
-            frame is not None and frame.f_code.co_name == "_xla_gc_callback"
-        ):  # Python would print the exception and go on
+        if frame is not None and frame.f_code.co_name == "_xla_gc_callback":  # Python would only print the exception
             threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
             return
         if number == signal.SIGTERM:

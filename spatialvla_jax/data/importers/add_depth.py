@@ -1,4 +1,4 @@
-"""A copy of an RLDS dataset with a depth map added to every step; what was stored before stays, byte for byte."""
+"""Copies an RLDS dataset and adds a depth map to every step; existing data is preserved byte for byte."""
 
 import json
 import os
@@ -33,10 +33,10 @@ from spatialvla_jax.data.tfrecord import read_example, read_records
 from spatialvla_jax.errors import Fault, InputError
 from spatialvla_jax.utils.atomic import parents_of, remove_leftovers, replacing, write_json
 
-MAX_DEPTH = 65.535  # metres; what lies farther is stored as this
+MAX_DEPTH = 65.535  # metres; larger depths are clipped to this
 MANIFEST = "depth.json"
 
-# u8[B,S,S,3] → f32[B,S,S] in metres; may be an array that is still being computed
+# u8[B,S,S,3] → f32[B,S,S] in metres; may return an array that is still being computed.
 Estimator = Callable[[UInt8[np.ndarray, "B S S 3"]], Any]
 
 
@@ -54,17 +54,17 @@ def add_depth(
     workers: int | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Writes `out`/NAME/VERSION, named as `path` is: the dataset there with `depth_key(image)` in every step.
+    """Copy the dataset `path` to `out`/NAME/VERSION, with the same names, adding `depth_key(image)` to every step.
 
-    `estimate` sees every step's `image` as the model does, `image_size` pixels a side. Splits (all by default), shards
-    and all stored features are the source's. Shards appear one by one, by rename, and dataset_info.json last: until
-    then it is no dataset, and the same call goes on after the last whole shard. `made_with` (JSON) is written down, and
-    another may not go on; shards whose source has changed meanwhile are made again. `progress(name, episodes done,
-    episodes)` is called meanwhile.
+    `estimate` gets every step's `image` as the model does, with `image_size` pixels per side. Splits (all by default),
+    shards and all stored features are the source's. Shards appear one by one, by rename, and dataset_info.json last;
+    until then it is not a dataset, and the same call resumes after the last complete shard. `made_with` (JSON) is
+    recorded and must be the same on resuming. Shards whose source has changed since are made again. `progress(name,
+    episodes done, episodes)` is called meanwhile.
 
-    Returns {"dataset", "directory", "depth", "frames" (of this call), "clipped" (pixels of them beyond MAX_DEPTH),
-    "skipped" (a fault for each episode left out)}. Raises InputError. With `faults` "skip" a damaged episode is left
-    out, and the copy's metadata (metadata.json) counts and names it.
+    Returns {"dataset", "directory", "depth", "frames" (of this call), "clipped" (their pixels beyond MAX_DEPTH),
+    "skipped" (a fault for each skipped episode)}. Raises InputError. With `faults` "skip", damaged episodes are
+    skipped, and the copy's metadata (metadata.json) counts and names them.
     """
     builder = open_rlds(path)
     source = Path(builder.data_dir)
@@ -138,7 +138,7 @@ def _write_shard(
     faults: FaultPolicy,
     report: Callable[[int], None],
 ) -> tuple["_Maps", dict[int, Fault]]:
-    """Writes the shard `file` with depth. Returns its maps and the episodes that were left out."""
+    """Write the shard `file` with depth. Returns its maps and the skipped episodes."""
     lost: dict[int, Fault] = {}
     while True:
         episodes = _frames(file, count, image, lost, faults)
@@ -151,12 +151,12 @@ def _write_shard(
                         writer.write(record + _example(key, maps.take(number)))
                     report(number + 1)
             return maps, lost
-        except _Undecodable as fault:  # once more, without that episode
+        except _Undecodable as fault:  # write the shard again without that episode
             lost[fault.episode] = tolerate(fault, faults)
 
 
 class _Undecodable(Fault):
-    """An image of `episode`, the number of one in its file, does not decode."""
+    """An image of episode number `episode` in its file does not decode."""
 
     def __init__(self, episode: int, message: str):
         super().__init__(IMAGE, message)
@@ -164,7 +164,7 @@ class _Undecodable(Fault):
 
 
 class _Maps:
-    """The depth maps of one shard's frames as PNG, in order; decoding, `estimate` and encoding overlap."""
+    """The depth maps of one shard's frames as PNGs, in order. Decoding, `estimate` and encoding overlap."""
 
     def __init__(
         self,
@@ -181,7 +181,7 @@ class _Maps:
         self._pngs = self._stream()
 
     def take(self, episode: int) -> list[bytes]:
-        """The maps of the next episode, whose number is `episode`."""
+        """The maps of the next episode, which must have the number `episode`."""
         return [next(self._pngs) for _ in self._episodes[episode]]
 
     def _stream(self) -> Iterator[bytes]:
@@ -198,7 +198,7 @@ class _Maps:
             for number, batch in enumerate(batches):
                 stacked = np.stack([*images])
                 if number + 1 < len(batches):
-                    images = self._pool.map(decode, batches[number + 1])  # starts now
+                    images = self._pool.map(decode, batches[number + 1])  # starts decoding now
                 padding = np.repeat(stacked[-1:], self._batch_size - len(stacked), axis=0)
                 depth = self._estimate(np.concatenate([stacked, padding]))
                 if computing is not None:
@@ -235,7 +235,7 @@ def to_counts(metres: Float[np.ndarray, "*B"]) -> UInt16[np.ndarray, "*B"]:
 
 
 def _shards(builder: Any, split: str) -> list[tuple[Path, int]]:
-    """(file, episodes in it) of all shards of a split."""
+    """(file, number of episodes) for all shards of a split."""
     known = sorted(name for name in builder.info.splits if name != "all")
     if split not in known:
         raise InputError(f"{builder.data_dir} has no split {split!r}: it has {', '.join(known) or 'none'}")
@@ -248,8 +248,8 @@ def _shards(builder: Any, split: str) -> list[tuple[Path, int]]:
 
 
 def _frames(file: Path, count: int, image: str, lost: dict[int, Fault], faults: FaultPolicy) -> dict[int, np.ndarray]:
-    """For every episode that is not `lost`, offset and length of its encoded images in the file, i64[L, 2]. Damaged
-    ones become lost."""
+    """Offset and length of the encoded images in the file, i64[L, 2], for every episode not in `lost`. Damaged episodes
+    are added to `lost`."""
     key, none, episodes = f"steps/{image}", np.empty((0, 2), np.int64), {}
     records = read_records(file)
     for number in range(count):
@@ -270,14 +270,14 @@ def _frames(file: Path, count: int, image: str, lost: dict[int, Fault], faults: 
 
 
 def _example(key: str, values: list[bytes]) -> bytes:
-    """A serialised tf.train.Example of one feature. Behind another's bytes it is merged with that one when read."""
+    """A serialised tf.train.Example with one feature. Appended to another's bytes, it is merged on reading."""
     train = tensorflow().train
     feature = train.Feature(bytes_list=train.BytesList(value=values))
     return train.Example(features=train.Features(feature={f"steps/{key}": feature})).SerializeToString()
 
 
 def _features(builder: Any, image: str, key: str, size: int) -> dict[str, Any]:
-    """The content of features.json with the depth map in it."""
+    """The content of features.json with the depth map added."""
     import tensorflow_datasets as tfds
     from google.protobuf import json_format
 
@@ -307,8 +307,8 @@ def _finish(
     skipped: list[Fault],
     features: dict[str, Any],
 ) -> None:
-    """Everything beside the shards, which hold as many episodes as `kept` says; dataset_info.json, which makes it a
-    dataset, last."""
+    """Write everything except the shards, which hold `kept` episodes. dataset_info.json, which makes it a dataset,
+    comes last."""
     info = json.loads((source / "dataset_info.json").read_text())
     info["splits"] = [split for split in info["splits"] if split["name"] in shards]
     for split in info["splits"]:

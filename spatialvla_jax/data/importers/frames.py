@@ -1,4 +1,4 @@
-"""Camera frames of other formats as RLDS stores them: 8 bits, grey or RGB, as JPEG or PNG."""
+"""Converts camera frames from other formats to RLDS's: 8 bits, grey or RGB, as JPEG or PNG."""
 
 import io
 
@@ -8,31 +8,31 @@ from PIL import Image
 
 from spatialvla_jax.errors import Fault
 
-IMAGE = "image"  # the reason by which a bad frame is counted
+IMAGE = "image"  # the reason under which bad frames are counted
 _ALPHA = ("RGBA", "LA", "PA")
 
 
 def is_encoded(cell: object) -> bool:
-    """Whether it is the bytes of a JPEG or a PNG."""
+    """Whether the cell holds the bytes of a JPEG or PNG."""
     return isinstance(cell, bytes) and cell.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n"))
 
 
 def is_depth(data: bytes) -> bool:
-    """Whether a PNG is grey with 16 bits, as depth is stored."""
+    """Whether a PNG is 16-bit grey, the format of stored depth."""
     return data[24:26] == b"\x10\x00"
 
 
 def check_encoded(data: bytes) -> bytes:
-    """A JPEG or PNG as it is, or without its alpha channel. Raises Fault if it is neither, or damaged."""
+    """A JPEG or PNG, unchanged except for a removed alpha channel. Raises Fault if it is neither, or damaged."""
     if not is_encoded(data):
         raise Fault(IMAGE, f"{len(data)} bytes of an image are neither JPEG nor PNG")
     try:
         with Image.open(io.BytesIO(data)) as image:
             mode = image.mode
-            image.verify()  # the checksums of a PNG; a JPEG has none
+            image.verify()  # verifies a PNG's checksums; a JPEG has none
     except (OSError, SyntaxError, ValueError) as error:
         raise Fault(IMAGE, f"an image of {len(data)} bytes does not decode: {error}") from error
-    if data[0] == 0xFF and b"\xff\xd9" not in data:  # the end marker, which cannot occur within the pixels
+    if data[0] == 0xFF and b"\xff\xd9" not in data:  # the end marker, which cannot occur in the pixel data
         raise Fault(IMAGE, f"a JPEG of {len(data)} bytes is cut short")
     if mode in _ALPHA:
         with Image.open(io.BytesIO(data)) as image:
@@ -41,10 +41,10 @@ def check_encoded(data: bytes) -> bytes:
 
 
 def to_pixels(frames: Shaped[np.ndarray, " L *shape"]) -> UInt8[np.ndarray, "L H W C"]:
-    """Frames of C = 1 (grey) or 3 channels, from any order that `channels_last` knows.
+    """Frames with C = 1 (grey) or 3 channels, from any order that `channels_last` accepts.
 
-    Values are whole numbers in [0, 255] or floats in [0, 1], which are multiplied by 255 and rounded. A fourth channel
-    must be 255 everywhere (opaque) and is left out. Raises Fault for anything else.
+    Values are integers in [0, 255], or floats in [0, 1], which are multiplied by 255 and rounded. A fourth channel must
+    be 255 everywhere (opaque) and is dropped. Raises Fault for anything else.
     """
     shape, frames = list(frames.shape[1:]), channels_last(frames)
     if frames.dtype != np.uint8:
@@ -66,7 +66,7 @@ def to_pixels(frames: Shaped[np.ndarray, " L *shape"]) -> UInt8[np.ndarray, "L H
 
 
 def channels_last(frames: Shaped[np.ndarray, " L *shape"]) -> Shaped[np.ndarray, "L H W C"]:
-    """[L, H, W, C] from that, from [L, H, W] or from [L, C, H, W]. Raises Fault unless C is 1, 3 or 4."""
+    """[L, H, W, C] from [L, H, W, C], [L, H, W] or [L, C, H, W]. Raises Fault unless C is 1, 3 or 4."""
     shape = list(frames.shape[1:])
     if frames.ndim == 3:
         return frames[..., None]

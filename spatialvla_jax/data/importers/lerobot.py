@@ -42,13 +42,13 @@ MANIFEST = "conversion.json"
 
 @dataclasses.dataclass(frozen=True)
 class Converted:
-    """What a conversion has made."""
+    """The result of a conversion."""
 
     directory: Path
     source: LeRobot
-    splits: dict[str, tuple[Episode, ...]]  # those written
-    skipped: list[Fault]  # one for each episode that was left out
-    changed: int  # shards that an interrupted conversion had made of other data, and that were made again
+    splits: dict[str, tuple[Episode, ...]]  # the written episodes
+    skipped: list[Fault]  # one for each skipped episode
+    changed: int  # shards made again because their source had changed since an interrupted conversion
 
 
 def convert_lerobot(
@@ -61,19 +61,19 @@ def convert_lerobot(
     frames_per_shard: int = FRAMES_PER_SHARD,
     progress: Callable[[int, int], None] | None = None,
 ) -> Converted:
-    """Writes one camera of the LeRobot dataset `src` as the RLDS version directory `dst`/1.0.0.
+    """Write one camera of the LeRobot dataset `src` as the RLDS version directory `dst`/1.0.0.
 
-    Steps get observation/image, observation/state (f32, where the source has it), action (f32), language_instruction
-    (the row's task), is_first, is_last and is_terminal; episode_metadata/episode_index is the source's. Values are
-    not changed or judged: NaN stays NaN. `camera` is needed where there are several; `name` is the dataset's, by
-    default that of `dst`. `progress(episodes done, episodes)` is called meanwhile.
+    Steps have observation/image, observation/state (f32, if the source has it), action (f32), language_instruction (the
+    row's task), is_first, is_last and is_terminal; episode_metadata/episode_index is the source's. Values are copied
+    unchecked: NaN stays NaN. `camera` is required if there are several. `name` is the dataset's name, by default that
+    of `dst`. `progress(episodes done, episodes)` is called meanwhile.
 
     One episode is in memory at a time. Shards are whole episodes of at least `frames_per_shard` frames, each written by
-    rename: after an interruption the same call goes on with the shard where it stopped, and the files are those of an
-    uninterrupted one. Shards whose source has changed meanwhile are made again.
+    rename. After an interruption the same call resumes at the unfinished shard, and gives the same files as an
+    uninterrupted one. Shards whose source has changed since are made again.
 
-    Raises InputError for what is missing or does not fit, naming file and episode. With `faults` "skip" a faulty
-    episode is left out instead, and the dataset's metadata (metadata.json) counts and names it.
+    Raises InputError naming file and episode for missing or inconsistent data. With `faults` "skip", faulty episodes
+    are skipped instead, and the dataset's metadata (metadata.json) counts and names them.
     """
     source, out = open_lerobot(src, camera), Path(dst)
     name = name or out.absolute().name
@@ -112,7 +112,7 @@ def _convert(
     skipped: list[Fault],
     progress: Callable[[int, int], None] | None,
 ) -> Converted:
-    """`convert_lerobot` with its arguments checked. `before` has the shards that are finished."""
+    """`convert_lerobot` with checked arguments. `before` holds the shards that are already finished."""
     tf = tensorflow()
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core.splits import SplitDict
@@ -175,7 +175,7 @@ def _remove(directory: Path, names: Set[str]) -> None:
 
 
 def _shards(episodes: tuple[Episode, ...], frames_per_shard: int) -> list[list[Episode]]:
-    """Consecutive episodes, a new shard as soon as one has enough frames."""
+    """Consecutive episodes; a new shard starts as soon as one has enough frames."""
     shards: list[list[Episode]] = []
     frames = frames_per_shard
     for episode in episodes:
@@ -188,7 +188,7 @@ def _shards(episodes: tuple[Episode, ...], frames_per_shard: int) -> list[list[E
 
 
 def _state(source: LeRobot, episodes: list[Episode]) -> str:
-    """A digest of what a shard is made of: what the tables say of its episodes, and the state of their files."""
+    """A digest of a shard's source: the tables' rows about its episodes, and the state of their files."""
     tables = {key: value for key, value in vars(source).items() if key not in ("root", "splits", "unlisted")}
 
     def relative(value: Any) -> Any:
@@ -219,7 +219,7 @@ def _features(source: LeRobot) -> Any:
 
 
 def _serialize(features: Any, episode: dict[str, Any]) -> bytes:
-    """As TFDS does, but with the map's keys in one order: the same episode gives the same bytes."""
+    """Serialise like TFDS, but with sorted map keys, so that the same episode gives the same bytes."""
     from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
     example = ExampleSerializer(features.get_serialized_info()).get_tf_example(features.encode_example(episode))

@@ -1,8 +1,8 @@
 """Reads LeRobot datasets (v2.0, v2.1 and v3.0 on disk): their tables, and the frames of their videos.
 
-The formats are those that huggingface/lerobot writes (`lerobot_dataset.py`, `dataset_metadata.py` and
-`convert_dataset_v21_to_v30.py` there): v2 has one parquet file and one video a camera for every episode; v3 packs many
-episodes into each file and says in meta/episodes where in the video one begins and ends.
+The formats are those of huggingface/lerobot (`lerobot_dataset.py`, `dataset_metadata.py` and
+`convert_dataset_v21_to_v30.py`). v2 has one parquet file per episode, and one video per camera and episode. v3 packs
+many episodes into each file, and stores in meta/episodes where each begins and ends in the video.
 """
 
 import dataclasses
@@ -25,18 +25,18 @@ from spatialvla_jax.data.importers.frames import IMAGE, check_encoded, encode_pn
 from spatialvla_jax.errors import Fault, InputError
 
 CODEBASE_VERSIONS = ("v2.0", "v2.1", "v3.0")
-JPEG_QUALITY = 95  # of video frames; images inside the parquet files are kept byte for byte
+JPEG_QUALITY = 95  # for video frames; images in parquet files are copied byte for byte
 STATE = "observation.state"
-# What Python raises for data of another form than a table should have; InputError, a ValueError, is not meant.
+# What Python raises for malformed tables. InputError is a ValueError too, but is not meant here.
 _MALFORMED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
 
 
 @dataclasses.dataclass(frozen=True)
 class Episode:
-    """Where one episode lies."""
+    """Where one episode is stored."""
 
     number: int
-    length: int  # rows
+    length: int  # number of rows
     data: Path
     video: Path | None = None  # None: the images are in `data`
     start: float = 0.0  # seconds into the video
@@ -50,15 +50,15 @@ class LeRobot:
     root: Path
     camera: str
     fps: float
-    shapes: dict[str, tuple[int, ...]]  # of "action" and, if there, "observation.state"
-    names: str  # of the action's numbers, as the dataset gives them
+    shapes: dict[str, tuple[int, ...]]  # of "action" and, if present, "observation.state"
+    names: str  # names of the action's dimensions, as given by the dataset
     tasks: dict[int, str]
     splits: dict[str, tuple[Episode, ...]]
-    unlisted: tuple[int, ...]  # numbers of episodes that info.json counts and no table lists
+    unlisted: tuple[int, ...]  # numbers of episodes that info.json counts but no table lists
 
 
 def open_lerobot(src: str | os.PathLike[str], camera: str | None = None) -> LeRobot:
-    """The tables of a LeRobot dataset. Raises InputError when it is none, of another version or without `camera`."""
+    """The tables of a LeRobot dataset. Raises InputError if it is not one, has another version or lacks `camera`."""
     root = Path(src)
     try:
         return _open(root, camera)
@@ -128,7 +128,7 @@ def _open(root: Path, camera: str | None) -> LeRobot:
 
 
 def read_episode(source: LeRobot, episode: Episode) -> dict[str, Any]:
-    """One episode in the form that the written dataset's features describe. Raises Fault naming it and the file."""
+    """One episode in the form that the written dataset's features describe. Raises a Fault naming it and the file."""
     where = f"{source.root}, episode {episode.number}"
     try:
         return _read(source, episode)
@@ -175,8 +175,8 @@ def _read(source: LeRobot, episode: Episode) -> dict[str, Any]:
 
 
 def read_frames(episode: Episode, times: Float64[np.ndarray, " L"], tolerance: float) -> list[bytes]:
-    """The episode's frames as JPEG. Raises Fault unless the video has, between the episode's start and stop, one frame
-    for every time (seconds since the start), at that time up to `tolerance` seconds."""
+    """The episode's frames as JPEGs. Raises a Fault unless the video has, between the episode's start and stop, exactly
+    one frame for each of `times` (seconds from the start), within `tolerance` seconds."""
     av = _extra("av")
     path, frames, seen = episode.video, [], []
     if not (path and path.is_file()):
@@ -188,7 +188,7 @@ def read_frames(episode: Episode, times: Float64[np.ndarray, " L"], tolerance: f
                 raise Fault("video", f"{path} holds no video")
             stream.thread_type = "AUTO"
             if episode.start:
-                container.seek(int(episode.start / stream.time_base), stream=stream)  # the key frame before
+                container.seek(int(episode.start / stream.time_base), stream=stream)  # to the key frame before
             for frame in container.decode(stream):
                 if frame.time < episode.start - tolerance:
                     continue
@@ -214,8 +214,8 @@ def read_frames(episode: Episode, times: Float64[np.ndarray, " L"], tolerance: f
 
 
 def _rows(episode: Episode, columns: list[str], convert: dict[str, Callable[[Any], Any]]) -> dict[str, list[Any]]:
-    """The episode's rows of its parquet file, column by column, some with their cells converted. A few rows of the file
-    are in memory at a time, even where all its images are one row group."""
+    """The episode's rows of its parquet file, by column, with some columns' cells converted. Keeps only a few of the
+    file's rows in memory, even if all its images are in one row group."""
     pa, pq = _extra("pyarrow"), _extra("pyarrow.parquet")
     if not episode.data.is_file():
         raise Fault("no file", f"the file {episode.data} does not exist")
@@ -225,10 +225,10 @@ def _rows(episode: Episode, columns: list[str], convert: dict[str, Callable[[Any
             if missing := [key for key in [*columns, "episode_index"] if key not in file.schema_arrow.names]:
                 raise Fault("no column", f"{episode.data} has no column {missing[0]!r}")
             numbers = file.read(columns=["episode_index"]).column(0).to_numpy()
-            mine = np.flatnonzero(numbers == episode.number)
-            if len(mine) != episode.length:
-                raise Fault("row count", f"{episode.data} has {len(mine)} rows of it, meta/ says {episode.length}")
-            first, stop = int(mine[0]), int(mine[-1]) + 1
+            matching = np.flatnonzero(numbers == episode.number)
+            if len(matching) != episode.length:
+                raise Fault("row count", f"{episode.data} has {len(matching)} rows of it, meta/ says {episode.length}")
+            first, stop = int(matching[0]), int(matching[-1]) + 1
             if stop - first != episode.length:
                 raise Fault("row order", f"its rows in {episode.data} are not together")
             starts = np.cumsum([0, *(file.metadata.row_group(i).num_rows for i in range(file.num_row_groups))])
@@ -248,7 +248,7 @@ def _rows(episode: Episode, columns: list[str], convert: dict[str, Callable[[Any
 
 
 def _image(root: Path, cell: Any) -> bytes:
-    """A frame of a parquet file as JPEG or PNG: from its bytes, from the file that it names or from its pixels."""
+    """A frame from a parquet file as JPEG or PNG: from its bytes, from the file it names, or from its pixels."""
     if isinstance(cell, dict):
         data, path = cell.get("bytes"), cell.get("path")
         if data is None and path and not (root / path).is_file():
@@ -303,7 +303,7 @@ def _episodes_v3(root: Path, info: dict[str, Any], video_key: str | None) -> lis
 
 
 def _tasks(root: Path, version: str) -> dict[int, str]:
-    """The text is the column "task", or else the table's pandas index."""
+    """{task_index: text}. The text is the column "task", or else the table's pandas index."""
     file = root / "meta" / ("tasks.parquet" if version == "v3.0" else "tasks.jsonl")
     column = "task"
     if version == "v3.0":
@@ -321,8 +321,8 @@ def _tasks(root: Path, version: str) -> dict[int, str]:
 
 
 def _splits(file: Path, spans: dict[str, str], episodes: list[Episode]) -> dict[str, tuple[Episode, ...]]:
-    """The episodes of each split. Its span is of their numbers; or, where episodes were deleted and the spans then do
-    not fit, of their places in the order of the numbers. Without any splits all are "train"."""
+    """The episodes of each split. A split's span refers to episode numbers or, if episodes were deleted and it does not
+    fit, to their positions when ordered by number. Without splits, all episodes are "train"."""
     bounds = {}
     for split, span in spans.items():
         match = re.fullmatch(r"(\d+):(\d+)", str(span))
@@ -350,7 +350,7 @@ def _depth(feature: dict[str, Any]) -> bool:
 
 
 def _whole(row: dict[str, Any], key: str, file: Path, least: int = 0) -> int:
-    """A whole number of a table, which pandas may have made a float. Raises InputError."""
+    """An integer from a table, which pandas may have converted to float. Raises InputError."""
     value = row.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float) or not value >= least or value != value // 1:
         raise InputError(f"{file} has {key} {value!r}: a whole number of at least {least} is expected")
@@ -358,7 +358,7 @@ def _whole(row: dict[str, Any], key: str, file: Path, least: int = 0) -> int:
 
 
 def _path(root: Path, info: dict[str, Any], key: str, fields: dict[str, Any]) -> Path:
-    """The path that info.json gives as a template."""
+    """The path from a template in info.json."""
     try:
         return root / info[key].format(**fields)
     except (LookupError, ValueError, AttributeError) as error:
@@ -369,7 +369,7 @@ def _path(root: Path, info: dict[str, Any], key: str, fields: dict[str, Any]) ->
 
 
 def read_json(path: Path, lines: bool = False) -> Any:
-    """A file of one JSON value, or the list of those on its lines. Raises InputError."""
+    """The JSON value in a file, or with `lines` the list of values on its lines. Raises InputError."""
     try:
         text = path.read_text("utf-8")
         return [json.loads(line) for line in text.split("\n") if line.strip()] if lines else json.loads(text)
@@ -380,7 +380,7 @@ def read_json(path: Path, lines: bool = False) -> Any:
 
 
 def _table(path: Path, columns: list[str]) -> list[dict[str, Any]]:
-    """Rows of a small table, .jsonl or .parquet, that has at least `columns`. Raises InputError."""
+    """Rows of a small table, .jsonl or .parquet, with at least these `columns`. Raises InputError."""
     if path.suffix == ".jsonl":
         rows = read_json(path, lines=True)
         for number, row in enumerate(rows, 1):
@@ -404,7 +404,7 @@ def _schema(path: Path) -> Any:
 
 
 def _extra(module: str) -> Any:
-    """A module that the extra [lerobot] installs."""
+    """Import a module that the extra [lerobot] installs. Raises InputError."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Episodes to RLDS on disk, through TFDS, as `tfds.builder_from_directory` reads them; and what all importers share."""
+"""Writes episodes as RLDS with TFDS, readable by `tfds.builder_from_directory`; also code shared by all importers."""
 
 import json
 import os
@@ -11,16 +11,16 @@ from spatialvla_jax.errors import Fault, InputError
 from spatialvla_jax.utils.atomic import new_directory, write_json
 
 VERSION = "1.0.0"
-FaultPolicy = Literal["fail", "skip"]  # for a faulty episode, as in the config's data.faults
-FRAMING = 16  # bytes of length and checksums that a TFRecord adds to its record
+FaultPolicy = Literal["fail", "skip"]  # for faulty episodes, as in the config's data.faults
+FRAMING = 16  # bytes that TFRecord adds to each record for length and checksums
 SPLITS = ("train", "val")
 
 
 def features(image_size: int) -> Any:
-    """The `tfds.features.FeaturesDict` of one episode of `image_size` x `image_size` frames.
+    """The `tfds.features.FeaturesDict` of an episode with `image_size` x `image_size` frames.
 
-    Metres and radians in the world frame; depth is z-depth in millimetres, intrinsics are pixels of the stored image,
-    extrinsics are camera to world (x right, y down, z forward).
+    Metres and radians in the world frame. Depth is z-depth in millimetres, intrinsics are in pixels of the stored
+    image, extrinsics are camera to world (x right, y down, z forward).
     """
     import numpy as np
     import tensorflow_datasets as tfds
@@ -58,7 +58,7 @@ def features(image_size: int) -> Any:
 
 
 def check_out(out: Path) -> None:
-    """Raises `InputError` when the version directory under `out` exists already."""
+    """Raises InputError if the version directory under `out` already exists."""
     if (out / VERSION).exists():
         raise InputError(f"{out / VERSION} exists already: expected a directory that holds no dataset yet")
 
@@ -66,11 +66,10 @@ def check_out(out: Path) -> None:
 def write_episodes(
     out: Path, episodes: Iterable[tuple[str, dict]], *, image_size: int, episodes_per_shard: int, description: str
 ) -> Path:
-    """Writes (split, episode) pairs in their order and returns the version directory `out`/1.0.0.
+    """Write (split, episode) pairs in order and return the version directory `out`/1.0.0.
 
-    An episode is what `features` describes; its images may be encoded bytes, which are stored as they are. The
-    directory appears by rename when all is written: an error in `episodes` leaves no part of it behind. The dataset is
-    named after `out`.
+    Episodes are as in `features`; images may be encoded bytes, which are stored unchanged. The directory appears by
+    rename when everything is written; an error in `episodes` leaves nothing behind. The dataset is named after `out`.
     """
     import tensorflow_datasets as tfds
 
@@ -88,7 +87,7 @@ def write_episodes(
 def dataset_info(
     name: str, directory: Path, features: Any, description: str = "", skipped: Sequence[Fault] | None = None
 ) -> Any:
-    """The `tfds.core.DatasetInfo` of a dataset in `directory`, with `count_faults(skipped)` as its metadata."""
+    """The `tfds.core.DatasetInfo` of a dataset in `directory`, with `count_faults(skipped)` as metadata."""
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core.dataset_info import DatasetIdentity
 
@@ -99,21 +98,21 @@ def dataset_info(
 
 
 def tolerate(fault: Fault, policy: FaultPolicy) -> Fault:
-    """The fault of an episode that is left out. Raises it unless the policy is "skip"."""
+    """The fault of a skipped episode. Raises it unless the policy is "skip"."""
     if policy == "fail":
         raise Fault(fault.reason, f"{fault} (--faults skip leaves it out)")
     return fault
 
 
 def count_faults(skipped: Sequence[Fault]) -> dict[str, Any]:
-    """For a dataset's metadata: {"skipped": {reason: episodes left out}, "faults": [a sentence each]}."""
+    """Metadata of a dataset: {"skipped": {reason: number of episodes}, "faults": [one sentence each]}."""
     reasons = Counter(fault.reason for fault in skipped)
     return {"skipped": dict(sorted(reasons.items())), "faults": [str(fault) for fault in skipped]}
 
 
 def finished_shards(file: Path, options: Mapping[str, Any]) -> dict[str, Any]:
-    """What the interrupted conversion whose `save_shards` wrote `file` had done. Raises InputError if its options were
-    others than `options`."""
+    """The finished shards that an interrupted conversion recorded in `file` with `save_shards`. Raises InputError if it
+    had other `options`."""
     if not file.is_file():
         return {}
     try:
@@ -130,22 +129,22 @@ def finished_shards(file: Path, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def save_shards(file: Path, options: Mapping[str, Any], shards: Mapping[str, Any]) -> None:
-    """Writes down how far a conversion is: the `shard_note` of each finished shard, by its name."""
+    """Record a conversion's progress: the `shard_note` of each finished shard, by name."""
     write_json(file, {**options, "shards": shards})
 
 
 def shard_note(source: Any, lost: Mapping[int, Fault]) -> dict[str, Any]:
-    """What a shard was made of (JSON), and the episodes that were left out of it."""
+    """What a shard was made of (JSON), and the episodes skipped in it."""
     return {"source": source, "skipped": {str(number): [fault.reason, str(fault)] for number, fault in lost.items()}}
 
 
 def lost_of_finished(file: Path, note: Any, source: Any, policy: FaultPolicy) -> dict[int, Fault] | None:
-    """The episodes left out of a finished shard; None if it must be made, or made again, of `source`."""
+    """The episodes skipped in a finished shard; None if it must be made, or made again, from `source`."""
     if note is None or note["source"] != source or not file.is_file() or (note["skipped"] and policy == "fail"):
         return None
     return {int(number): Fault(*fault) for number, fault in note["skipped"].items()}
 
 
 def file_state(file: Path) -> list[int] | None:
-    """Size in bytes and modification time in nanoseconds, by which a change is noticed; None if there is no file."""
+    """Size in bytes and modification time in nanoseconds, to detect changes; None if there is no file."""
     return [file.stat().st_size, file.stat().st_mtime_ns] if file.is_file() else None

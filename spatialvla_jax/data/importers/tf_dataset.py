@@ -1,9 +1,9 @@
-"""Any `tf.data.Dataset` of trajectories, such as a dlimp pipeline makes, as an RLDS dataset on disk.
+"""Stores any `tf.data.Dataset` of trajectories, such as a dlimp pipeline's, as an RLDS dataset on disk.
 
-The pipeline runs once and its result is stored; then it is a dataset like any other, shuffled by arithmetic and resumed
-at once at any step. Streaming from the pipeline itself could not do that: a `tf.data.Dataset` has no random access, so
-a shuffle needs a buffer of frames in memory, and to go on where a run stopped it must be replayed from its start, or
-its iterator's state saved, buffer included, with every checkpoint. Storing costs the disk what the images take.
+The pipeline runs once and its result is stored. Afterwards it is a dataset like any other, shuffled arithmetically and
+resumed instantly at any step. Streaming from the pipeline could not do this, as a `tf.data.Dataset` has no random
+access. Shuffling would need a buffer of frames in memory. Resuming would need a replay from the start, or a saved
+iterator, buffer included, in every checkpoint. The price of storing is disk space for the images.
 """
 
 import importlib
@@ -32,11 +32,11 @@ from spatialvla_jax.errors import Fault, InputError
 from spatialvla_jax.utils.atomic import new_directory
 
 _EPISODES_PER_SHARD = 64
-_SMALLEST_FRAME = 8  # pixels a side, below which numbers other than uint8 are no frame but, say, a hand's joints
+_SMALLEST_FRAME = 8  # pixels per side; smaller arrays other than uint8 are not frames but, say, joint positions
 
 
 class PipelineError(InputError):
-    """The user's own code has raised `__cause__`."""
+    """The user's own code raised `__cause__`."""
 
 
 def write_rlds(
@@ -46,17 +46,17 @@ def write_rlds(
     faults: FaultPolicy = "fail",
     progress: Callable[[str, int, int | None], None] | None = None,
 ) -> tuple[Path, dict[str, str], list[Fault]]:
-    """Writes {split: dataset}. Returns the version directory `out`/1.0.0, what each key has become, and a fault for
-    each trajectory that was left out.
+    """Write {split: dataset}. Returns the version directory `out`/1.0.0, what each key was stored as, and a fault for
+    each skipped trajectory.
 
-    A dataset is a `tf.data.Dataset`, or any iterable, of trajectories: nested dicts of arrays [L, ...], one row a step.
-    Encoded images (JPEG, PNG) are stored as they are; frames as numbers, as `to_pixels` takes them, and depth,
-    u16[L,H,W] or u16[L,H,W,1], as PNG; other byte strings as text; other numbers as tensors. Keys are then named by
-    their path ("observation/image") in a dataset's spec.
+    A dataset is a `tf.data.Dataset`, or any iterable, of trajectories: nested dicts of arrays [L, ...], one row per
+    step. Encoded images (JPEG, PNG) are stored unchanged. Numeric frames, as accepted by `to_pixels`, and depth,
+    u16[L,H,W] or u16[L,H,W,1], become PNGs. Other byte strings become text, other numbers tensors. In a dataset's spec,
+    keys are then named by their path ("observation/image").
 
-    `progress(split, trajectories done, all or None where the dataset cannot tell)` is called meanwhile. The directory
-    appears by rename when all is written. Raises InputError, and PipelineError for what a dataset raises. With `faults`
-    "skip" a faulty trajectory is left out instead, and the dataset's metadata (metadata.json) counts and names it.
+    `progress(split, trajectories done, total or None if unknown)` is called meanwhile. The directory appears by rename
+    when everything is written. Raises InputError, and PipelineError for errors of a dataset. With `faults` "skip",
+    faulty trajectories are skipped instead, and the dataset's metadata (metadata.json) counts and names them.
     """
     tf = tensorflow()
     import tensorflow_datasets as tfds
@@ -67,7 +67,7 @@ def write_rlds(
     features: dict[str, Any] = {}
     skipped: list[Fault] = []
     info: Any = None
-    writer: Any = None  # made with the first trajectory, which decides how each key is stored
+    writer: Any = None  # made for the first trajectory, which decides how each key is stored
     try:
         with new_directory(out / VERSION) as directory:
             for split, dataset in splits.items():
@@ -101,9 +101,9 @@ def write_rlds(
 
 
 def trajectories_of(function: str) -> dict[str, Any]:
-    """What the function "module:name" returns: {split: dataset}, or a dataset, which is then the split "train".
+    """The result of the function "module:name": {split: dataset}, or a dataset, which becomes the split "train".
 
-    Raises InputError where there is no such function, and PipelineError for what the module or the function raises.
+    Raises InputError if there is no such function, and PipelineError for errors of the module or the function.
     """
     expected = f"{function!r} is not a function without arguments, written module:name"
     module, _, name = function.partition(":")
@@ -129,7 +129,7 @@ def trajectories_of(function: str) -> dict[str, Any]:
 
 
 def their_traceback(error: PipelineError) -> str:
-    """The traceback of what the user's code raised, without our frames and those of the import machinery."""
+    """The traceback of the user's error, without our frames and those of the import machinery."""
     cause, ours = error.__cause__ or error, Path(__file__).parents[2]
     frames = cause.__traceback__
     while frames and (Path(file := frames.tb_frame.f_code.co_filename).is_relative_to(ours) or "importlib" in file):
@@ -139,7 +139,7 @@ def their_traceback(error: PipelineError) -> str:
 
 @contextmanager
 def _theirs(what: str) -> Iterator[None]:
-    """Raises PipelineError from whatever is raised inside, where the user's code runs."""
+    """Convert errors of the user's code, which runs inside, to PipelineError."""
     try:
         yield
     except Exception as error:
@@ -147,7 +147,7 @@ def _theirs(what: str) -> Iterator[None]:
 
 
 def _first_line(error: Exception) -> str:
-    """Of the message, without TensorFlow's own notes."""
+    """The first line of an error's message, without TensorFlow's own notes."""
     return (re.sub(r"{{.*?}}", "", str(error)).strip().splitlines() or ["no message"])[0][:300]
 
 
@@ -184,8 +184,8 @@ def _length(dataset: Any, split: str) -> int | None:
 
 
 def _stored(trajectory: Any, features: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """A trajectory's arrays by path, as they are stored, and their TFDS features. Raises Fault unless these are
-    `features`, which are the first trajectory's, or still empty."""
+    """A trajectory's arrays by path, as they are stored, and their TFDS features. Raises a Fault unless these equal
+    `features`, which come from the first trajectory, or `features` is empty."""
     columns, found = _columns(trajectory), {}
     if features and (differing := columns.keys() ^ features.keys()):
         raise Fault("keys", f"it has not the keys of the first one: they differ in {sorted(differing)}")
@@ -200,7 +200,7 @@ def _stored(trajectory: Any, features: Mapping[str, Any]) -> tuple[dict[str, np.
 
 
 def _columns(trajectory: Any) -> dict[str, np.ndarray]:
-    """A trajectory's arrays by path. Raises Fault unless they have one row a step."""
+    """A trajectory's arrays by path. Raises a Fault unless each has one row per step."""
     if not isinstance(trajectory, Mapping):
         raise Fault("kind", f"it is {type(trajectory).__name__}: expected a dict of arrays with one row a step")
 
@@ -227,7 +227,7 @@ def _columns(trajectory: Any) -> dict[str, np.ndarray]:
 
 
 def _feature(column: np.ndarray) -> tuple[np.ndarray, Any]:
-    """A column as it is stored, and its TFDS feature. Raises Fault for what cannot be stored or read again."""
+    """A column as it is stored, and its TFDS feature. Raises a Fault if it cannot be stored or read again."""
     import tensorflow_datasets as tfds
 
     if column.dtype == object and not all(isinstance(cell, bytes | str) for cell in column.flat):
@@ -272,7 +272,7 @@ def _feature_of_strings(column: np.ndarray) -> tuple[np.ndarray, Any]:
 
 
 def _are_frames(column: np.ndarray) -> bool:
-    """Whether numbers are pixels: uint8 of at least two dimensions a step, and others that have the shape of frames."""
+    """Whether numbers are pixels: uint8 with at least two dimensions per step, or others shaped like frames."""
     if column.dtype == np.uint8 or column.dtype.kind not in "iuf" or column.ndim != 4:
         return column.dtype == np.uint8 and column.ndim > 2
     first, height, last = column.shape[1:]

@@ -1,4 +1,4 @@
-"""The catalogue of datasets: one declarative entry each, and the small vocabulary of operations they are written in."""
+"""The catalogue of datasets: one declarative entry each, written with a small vocabulary of operations."""
 
 from spatialvla_jax.data.oxe.catalogue import CATALOGUE
 from spatialvla_jax.data.oxe.mixtures import MIXTURES, NOT_IN_GRID_FIT

@@ -1,4 +1,4 @@
-"""One entry per dataset; the name is what a config's `spec` or a mixture says."""
+"""One entry per dataset, under the name used in a config's `spec` or a mixture."""
 
 from spatialvla_jax.data.oxe.open_x import OPEN_X
 from spatialvla_jax.data.oxe.published import PUBLISHED

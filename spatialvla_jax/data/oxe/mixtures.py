@@ -1,4 +1,4 @@
-"""Named mixtures: (dataset, weight) each; the weights are multiplied by the datasets' sizes when a run begins.
+"""Named mixtures: (dataset, weight) pairs; weights are multiplied by the datasets' sizes when a run starts.
 
 Names and weights are those of the release (SpatialVLA/SpatialVLA: data/oxe/mixtures.py).
 """
@@ -34,7 +34,7 @@ _SHARED: dict[str, float] = {
     "dobbe": 0.2,
     "droid": 0.06,
 }
-# Less of what lacks instructions or is of low quality, and RH20T.
+# Lower weights for data without instructions or of low quality; adds RH20T.
 _SPATIAL = _SHARED | {
     "kuka": 0.4,
     "toto": 0.5,
@@ -47,7 +47,7 @@ _LIBERO_SUITES = ("spatial", "object", "goal", "10")
 MIXTURES: dict[str, Mixture] = {
     "oxe_magic_soup_plus": tuple(_SHARED.items()),
     "oxe_spatial_vla_plus": tuple(_SPATIAL.items()),
-    # The last third of the published run: without DROID.
+    # For the last third of the published run: without DROID.
     "oxe_spatial_vla_plus_stage2": tuple(item for item in _SPATIAL.items() if item[0] != "droid"),
     "bridge": (("bridge_orig", 1.0),),
     "fractal": (("fractal20220817_data", 1.0),),
@@ -56,5 +56,5 @@ MIXTURES: dict[str, Mixture] = {
     "libero_all": tuple((f"libero_{suite}_no_noops", 1.0) for suite in _LIBERO_SUITES),
 }
 
-# Left out when the release fits the action grid's Gaussians (its OXE_EXCLUDE_MIXTURE): planar, or of poor quality.
+# Excluded when the release fits the action grid's Gaussians (its OXE_EXCLUDE_MIXTURE): planar, or of poor quality.
 NOT_IN_GRID_FIT = ("language_table", "berkeley_fanuc_manipulation", "cmu_stretch", "jaco_play")

@@ -1,17 +1,16 @@
-"""The other Open X-Embodiment datasets that the release configures; no published mixture holds them.
+"""The other Open X-Embodiment datasets that the release configures but no published mixture contains.
 
-Sources as in published.py, but here the dataset's documentation (tensorflow/datasets: docs/catalog/<name>.md) decides
-where the release contradicts it; the comments name such places.
+Sources as in published.py. Here, however, the dataset's documentation (tensorflow/datasets: docs/catalog/<name>.md)
+takes precedence over the release; comments mark such places.
 """
 
 from spatialvla_jax.data.oxe.published import CLOSED_IS_ONE, CLOSEDNESS, NATURAL
 from spatialvla_jax.data.oxe.spec import DatasetSpec
 
-# Configured by the release, which then refuses them: their actions are joint positions, and nothing stored says where
-# the hand is.
+# Configured but then rejected by the release: actions are joint positions, and the hand's pose is not stored.
 JOINTS_ONLY = ("berkeley_rpt_converted_externally_to_rlds", "roboset")
 
-# A wheeled robot: forward and sideways, no arm, no hand.
+# A wheeled robot: it moves forward and sideways, and has neither arm nor hand.
 _WHEELS = ("action", 0.0, 0.0, 0.0, 0.0, 0.0)
 
 OPEN_X: dict[str, DatasetSpec] = {
@@ -33,7 +32,7 @@ OPEN_X: dict[str, DatasetSpec] = {
         operations=CLOSED_IS_ONE,
         robot="Sawyer",
     ),
-    # One camera, on the hand; the release, which asks for an outer one, gets black images.
+    # Its only camera is on the hand. The release asks for an external one and gets black images.
     "nyu_door_opening_surprising_effectiveness": DatasetSpec(
         language=NATURAL,
         action=CLOSEDNESS,
@@ -41,7 +40,7 @@ OPEN_X: dict[str, DatasetSpec] = {
         robot="Hello Stretch",
         episodes=435,
     ),
-    # Documented as +1 closes, -1 opens, 0 leaves it; the release takes it as it is.
+    # Documented: +1 closes, -1 opens, 0 keeps the state. The release uses it unchanged.
     "columbia_cairlab_pusht_real": DatasetSpec(
         language=NATURAL,
         action=CLOSEDNESS,
@@ -56,8 +55,8 @@ OPEN_X: dict[str, DatasetSpec] = {
         episodes=3_000,
     ),
     "nyu_rot_dataset_converted_externally_to_rlds": DatasetSpec(robot="xArm", episodes=14),
-    # Documented: 1 is 0.1 m or an axis-angle of 0.1 rad; the gripper goes from -1, closed, to 1; depth is in 1/1024 m.
-    # The release takes the action as it is.
+    # Documented: 1 means 0.1 m or an axis-angle of 0.1 rad; the gripper goes from -1, closed, to 1; depth is in 1/1024
+    # m. The release uses the action unchanged.
     "maniskill_dataset_converted_externally_to_rlds": DatasetSpec(
         operations=(
             ("scale", 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 1.0),
@@ -83,16 +82,16 @@ OPEN_X: dict[str, DatasetSpec] = {
         action=("action[:7]",), robot="PR2", episodes=192
     ),
     "utokyo_xarm_pick_and_place_converted_externally_to_rlds": DatasetSpec(robot="xArm", episodes=92),
-    # Two arms: the right one.
+    # Two arms; uses the right one.
     "utokyo_xarm_bimanual_converted_externally_to_rlds": DatasetSpec(
         action=("action[7:]",), robot="xArm, two", episodes=64
     ),
-    # x, y, z, turn about z, gripper; the release puts the turn first among the three angles.
+    # x, y, z, rotation about z, gripper. The release uses the rotation as the first of the three angles.
     "robo_net": DatasetSpec(
         action=("action[:3]", 0.0, 0.0, "action[3:]"), robot="Sawyer, Baxter, Franka and others", episodes=82_775
     ),
-    # Joint actions, but the pose of the hand is stored: movement is from it (the order of its quaternion is not
-    # documented; x, y, z, w is assumed). One camera, on the hand.
+    # Actions are in joint space, so the motion is derived from the stored pose of the hand. The order of its quaternion
+    # is undocumented; x, y, z, w is assumed. The only camera is on the hand.
     "berkeley_mvp_converted_externally_to_rlds": DatasetSpec(
         image="observation/hand_image",
         action=(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, "observation/gripper"),
@@ -101,12 +100,12 @@ OPEN_X: dict[str, DatasetSpec] = {
         robot="xArm",
         episodes=480,
     ),
-    # Residuals of the pose, with axis-angle, then gains of the joints. Nothing is grasped.
+    # Residuals of the pose, with axis-angle, then joint gains. Nothing is grasped.
     "kaist_nonprehensile_converted_externally_to_rlds": DatasetSpec(
         action=("action[:6]", 0.0), operations=(("to_euler", "axis_angle"),), robot="Franka", episodes=201
     ),
-    # x, y, z, turn about z, gripper from 1, closed, to -1; the release puts the turn first among the three angles and
-    # leaves the gripper.
+    # x, y, z, rotation about z, gripper from 1, closed, to -1. The release uses the rotation as the first of the three
+    # angles and leaves the gripper unchanged.
     "stanford_mask_vit_converted_externally_to_rlds": DatasetSpec(
         action=("action[:3]", 0.0, 0.0, "action[3:]"),
         operations=(("gripper_range", 1.0, -1.0),),
@@ -129,8 +128,8 @@ OPEN_X: dict[str, DatasetSpec] = {
         episodes=192,
     ),
     "cmu_playing_with_food": DatasetSpec(operations=(("to_euler", "quaternion"),), robot="Franka", episodes=4_200),
-    # Change of position and quaternion, gripper, end of the episode; the release takes the last four numbers for
-    # rotation and gripper.
+    # Change of position and quaternion, gripper, end of the episode. The release uses the last four numbers as rotation
+    # and gripper.
     "cmu_play_fusion": DatasetSpec(
         action=("action[:8]",), operations=(("to_euler", "quaternion"),), robot="Franka", episodes=576
     ),

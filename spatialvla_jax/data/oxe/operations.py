@@ -1,9 +1,9 @@
-"""The operations that turn a dataset's own action into the canonical one: pure numpy functions, each with one meaning.
+"""Operations that convert a dataset's own action to the canonical one: pure NumPy functions, each with one meaning.
 
-An operation takes and returns an episode: a dict of arrays that share their first axis, the steps. "action" is
-f32[L, n]: movement (3), rotation (3, or as many as its representation has until `to_euler`), gripper last; the others
-(the frames' byte ranges, the keys in `DatasetSpec.arrays`, …) follow when steps are dropped. The rules are those of
-the release's data/oxe/transforms.py and data/utils/{data_utils,droid_utils}.py, which descend from Octo and OpenVLA.
+An operation takes and returns an episode: a dict of arrays whose first axis is the steps. "action" is f32[L, n]: motion
+(3), rotation (3, or as its representation requires until `to_euler`), gripper last. The other arrays (byte ranges of
+frames, keys in `DatasetSpec.arrays`, …) drop the same steps. The rules are those of the release's
+data/oxe/transforms.py and data/utils/{data_utils,droid_utils}.py, which derive from Octo and OpenVLA.
 """
 
 import ast
@@ -22,42 +22,42 @@ from spatialvla_jax.utils.schema import Field, check
 
 Episode = dict[str, np.ndarray]
 
-# How many numbers each representation of a rotation has. r6 is the first two rows of the matrix; matrix is row by row.
+# Numbers in each representation of a rotation. r6 is the first two rows of the matrix; matrix is in row-major order.
 ROTATIONS = {"euler": 3, "axis_angle": 3, "quaternion": 4, "quaternion_wxyz": 4, "r6": 6, "matrix": 9}
 
 
 def to_euler(episode: Episode, rotation: str) -> Episode:
-    """The action's rotation as roll, pitch, yaw (R = Rz Ry Rx) instead of one of `ROTATIONS`."""
+    """Converts the action's rotation from one of `ROTATIONS` to roll, pitch, yaw (R = Rz Ry Rx)."""
     action = episode["action"]
     euler = read_rotation(action[:, 3:-1], rotation).as_euler("xyz")
     return episode | {"action": np.concatenate([action[:, :3], euler, action[:, -1:]], axis=1, dtype=np.float32)}
 
 
 def scale(episode: Episode, *factors: float) -> Episode:
-    """The action times one factor a column."""
+    """Multiplies the action by one factor per column."""
     if len(factors) != episode["action"].shape[1]:
         raise InputError(f"'scale' has {len(factors)} factors for an action {episode['action'].shape[1]} wide")
     return episode | {"action": episode["action"] * np.asarray(factors, np.float32)}
 
 
 def clip_gripper(episode: Episode, low: float, high: float) -> Episode:
-    """The gripper clipped to [low, high]."""
+    """Clips the gripper to [low, high]."""
     return _with_gripper(episode, np.clip(episode["action"][:, -1], low, high))
 
 
 def invert_gripper(episode: Episode) -> Episode:
-    """1 - gripper."""
+    """Replaces the gripper by 1 - gripper."""
     return _with_gripper(episode, 1 - episode["action"][:, -1])
 
 
 def gripper_range(episode: Episode, closed: float, opened: float) -> Episode:
-    """A gripper that goes from `closed` to `opened`, as 0 to 1."""
+    """Maps a gripper that goes from `closed` to `opened` to 0 … 1."""
     return _with_gripper(episode, (episode["action"][:, -1] - closed) / (opened - closed))
 
 
 def binarize_gripper(episode: Episode) -> Episode:
-    """A continuous gripper as 0 or 1: above 0.95 is open, below 0.05 closed, and a value between becomes what is
-    reached after it; at the episode's end, where nothing is reached, the last action's own value."""
+    """Makes a continuous gripper 0 or 1: above 0.95 is open, below 0.05 closed. Values between become the next state
+    that is reached or, if none is, the last action's own value."""
     gripper = episode["action"][:, -1]
     reached = np.flatnonzero((gripper > 0.95) | (gripper < 0.05))
     after = np.searchsorted(reached, np.arange(len(gripper)))
@@ -66,8 +66,8 @@ def binarize_gripper(episode: Episode) -> Episode:
 
 
 def absolute_gripper(episode: Episode) -> Episode:
-    """A relative gripper (+1 closes, -1 opens, 0 leaves it) as 0 closed, 1 open. Before the first command it is the
-    opposite of that command; without any command it is open."""
+    """Converts a relative gripper (+1 closes, -1 opens, 0 keeps the state) to 0 closed, 1 open. Before the first
+    command it is the opposite of that command; without any command it is open."""
     relative = episode["action"][:, -1]
     command = np.where(relative < -0.1, 1.0, np.where(relative > 0.1, -1.0, 0.0))
     given = np.flatnonzero(command)
@@ -77,9 +77,9 @@ def absolute_gripper(episode: Episode) -> Episode:
 
 
 def relabel_from_state(episode: Episode, key: str, rotation: str = "euler") -> Episode:
-    """Movement = from this step's reached pose (the first numbers of `key`: position, rotation) to the next one's;
-    drops the last step. Positions and Euler angles are subtracted (Bridge's rule); another rotation becomes the
-    turn between both, seen from the robot's base."""
+    """Replaces the motion by the change from this step's reached pose (the first numbers of `key`: position, rotation)
+    to the next one's; drops the last step. Positions and Euler angles are subtracted (Bridge's rule). Other rotations
+    become the relative rotation in the frame of the robot's base."""
     pose, action = episode[key], episode["action"]
     if pose.ndim != 2 or pose.shape[1] < 3 + ROTATIONS[rotation]:
         numbers = 3 + ROTATIONS[rotation]
@@ -95,14 +95,14 @@ def relabel_from_state(episode: Episode, key: str, rotation: str = "euler") -> E
 
 
 def drop_first(episode: Episode) -> Episode:
-    """Without the first step (Bridge: its action is all zero)."""
+    """Drops the first step (Bridge: its action is all zeros)."""
     return {key: value[1:] for key, value in episode.items()}
 
 
 def drop_idle(episode: Episode, window: int, tolerance: float) -> Episode:
-    """Without the steps from which on `window` actions all leave the arm where it is (no part of the movement above
-    `tolerance`). Of every pause its last `window - 1` steps stay, so the movement in the next `window` actions of the
-    steps that stay is as before; so do the last ones of the episode, which has no such window after them."""
+    """Drops steps after which `window` actions, its own included, all keep the arm in place (no part of the motion
+    above `tolerance`). Of each pause the last `window - 1` steps remain, so the motion in the next `window` actions of
+    the remaining steps is unchanged. The last steps of the episode, which have fewer actions after them, remain too."""
     length = len(episode["action"])
     moving = np.any(np.abs(episode["action"][:, :6]) > tolerance, axis=1)
     moves = np.append(0, np.cumsum(moving))  # before each step
@@ -112,8 +112,8 @@ def drop_idle(episode: Episode, window: int, tolerance: float) -> Episode:
 
 
 def drop_noops(episode: Episode, threshold: float) -> Episode:
-    """Without the steps that neither move (norm of the movement below `threshold`) nor change the gripper, and without
-    all that do not move at the start (OpenVLA's rule for LIBERO)."""
+    """Drops steps that neither move (norm of the motion below `threshold`) nor change the gripper, and all steps before
+    the first motion (OpenVLA's rule for LIBERO)."""
     moving = np.linalg.norm(episode["action"][:, :6], axis=1) >= threshold
     gripper = episode["action"][:, -1]
     keep = moving | ((np.diff(gripper, prepend=gripper[:1]) != 0) & (np.cumsum(moving) > 0))
@@ -121,7 +121,7 @@ def drop_noops(episode: Episode, threshold: float) -> Episode:
 
 
 def read_rotation(values: np.ndarray, rotation: str) -> Rotation:
-    """Rotations from [L, n] of one of `ROTATIONS`. Raises a Fault for values that are none."""
+    """Rotations from [L, n] values in one of `ROTATIONS`. Raises a Fault for invalid values."""
     try:
         match rotation:
             case "euler":
@@ -144,7 +144,7 @@ def read_rotation(values: np.ndarray, rotation: str) -> Rotation:
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:
-    """Vectors of length 1, or 0 for those without a direction."""
+    """Vectors of length 1, or 0 for zero vectors."""
     length = np.linalg.norm(vectors, axis=1, keepdims=True)
     return vectors / np.where(length > 0, length, 1)
 
@@ -171,11 +171,11 @@ OPERATIONS: dict[str, Callable[..., Episode]] = {
 }
 
 
-LEAST = {"window": 1, "tolerance": 0, "threshold": 0}  # of the operations' arguments
+LEAST = {"window": 1, "tolerance": 0, "threshold": 0}  # minima of the operations' arguments
 
 
 def apply_operations(episode: Episode, operations: tuple[tuple[Any, ...], ...]) -> Episode:
-    """The episode after `operations`, each (name, *arguments). Numbers may become infinite or NaN."""
+    """Apply `operations`, each (name, *arguments), to the episode. Numbers may become infinite or NaN."""
     with np.errstate(all="ignore"):
         for name, *arguments in operations:
             episode = OPERATIONS[name](episode, *arguments)
@@ -183,8 +183,8 @@ def apply_operations(episode: Episode, operations: tuple[tuple[Any, ...], ...]) 
 
 
 def code_digest(operations: tuple[tuple[Any, ...], ...]) -> str:
-    """A digest of what `operations` do: of their code, and of the functions and constants of their module that it uses.
-    Comments, docstrings and layout make no difference."""
+    """A digest of the code of `operations` and of the module's functions and constants that it uses. Comments,
+    docstrings and layout do not affect it."""
     parts: dict[str, str] = {}
     todo: dict[str, Any] = {name: OPERATIONS[name] for name, *_ in operations}
     while todo:
@@ -207,8 +207,7 @@ def code_digest(operations: tuple[tuple[Any, ...], ...]) -> str:
 
 
 def check_operations(operations: tuple[tuple[Any, ...], ...], arrays: Collection[str]) -> None:
-    """Raises InputError for an operation that does not exist, that does not take these arguments, or that reads a key
-    other than those in `arrays`."""
+    """Raises InputError for an unknown operation, invalid arguments, or one that reads a key not in `arrays`."""
     for name, *arguments in operations:
         if name not in OPERATIONS:
             raise InputError(f"the operation {name!r} is unknown: known are {', '.join(sorted(OPERATIONS))}")
@@ -232,5 +231,5 @@ def check_operations(operations: tuple[tuple[Any, ...], ...], arrays: Collection
 
 
 def width_before(operations: tuple[tuple[Any, ...], ...], width: int) -> int:
-    """How wide the action must be for `operations` to make it `width` wide."""
+    """The width that an action must have for `operations` to make it `width` wide."""
     return width + sum(ROTATIONS[arguments[0]] - 3 for name, *arguments in operations if name == "to_euler")

@@ -1,23 +1,23 @@
-"""The 28 datasets that the published model is trained on: those of `oxe_spatial_vla_plus`.
+"""The 28 datasets on which the published model was trained: those of `oxe_spatial_vla_plus`.
 
-Image, action, gripper and frame filter are those of the release (SpatialVLA/SpatialVLA: data/oxe/configs.py,
-data/oxe/transforms.py, data/utils/droid_utils.py), also where a dataset's documentation says otherwise, because its
-statistics and weights were made with them; the comments name such places. Features and counts are those of the TFDS
-catalogue (tensorflow/datasets: docs/catalog/<name>.md) unless a comment says otherwise.
+Image, action, gripper and frame filter follow the release (SpatialVLA/SpatialVLA: data/oxe/configs.py,
+data/oxe/transforms.py, data/utils/droid_utils.py) even where a dataset's documentation differs, because the release's
+statistics and weights depend on them. Comments mark such places. Features and counts are from the TFDS catalogue
+(tensorflow/datasets: docs/catalog/<name>.md) unless a comment says otherwise.
 """
 
 from spatialvla_jax.data.oxe.spec import DatasetSpec
 
-# The layout of the datasets that were collected for RT-X.
+# The layout of datasets that were collected for RT-X.
 NATURAL = "observation/natural_language_instruction"
 CLOSEDNESS = ("action/world_vector", "action/rotation_delta", "action/gripper_closedness_action")
 
-# Grippers that say 1 for closed, some of them -1 for open.
+# Grippers with 1 for closed, some with -1 for open.
 CLOSED_IS_ONE = (("clip_gripper", 0.0, 1.0), ("invert_gripper",))
 BRIDGE = (("drop_first",), ("binarize_gripper",), ("relabel_from_state", "observation/state"))
 
 PUBLISHED: dict[str, DatasetSpec] = {
-    # Camera: simpler-env/SimplerEnv, the Google robot's overhead camera at 640x512; the release takes its default.
+    # Camera: simpler-env/SimplerEnv, the Google robot's overhead camera at 640x512; the release uses its default.
     "fractal20220817_data": DatasetSpec(
         language=NATURAL,
         action=CLOSEDNESS,
@@ -35,7 +35,7 @@ PUBLISHED: dict[str, DatasetSpec] = {
         robot="Kuka iiwa",
         episodes=580_392,
     ),
-    # BridgeData V2 from the project's own site (the features of today's TFDS `bridge`); its camera is the one that
+    # BridgeData V2 from the project's own site (with the features of today's TFDS `bridge`). Its camera is the one that
     # the release ships (scripts/intrinsics.json). Episodes: both splits, from OpenVLA's published statistics.
     "bridge_orig": DatasetSpec(
         image="observation/image_0",
@@ -45,7 +45,7 @@ PUBLISHED: dict[str, DatasetSpec] = {
         robot="WidowX",
         episodes=60_064,
     ),
-    # The documentation swaps open and closed in words; the release and CALVIN, whose format this is, agree: 1 is open.
+    # The documentation's words swap open and closed. The release and CALVIN, whose format this is, agree: 1 is open.
     "taco_play": DatasetSpec(
         image="observation/rgb_static",
         language=NATURAL,
@@ -99,7 +99,7 @@ PUBLISHED: dict[str, DatasetSpec] = {
         robot="Franka",
         episodes=902,
     ),
-    # A stick in the plane: the hand counts as open. The instruction is 512 byte values, padded with zeros.
+    # A stick moving in the plane; the hand counts as open. The instruction is 512 byte values, padded with zeros.
     "language_table": DatasetSpec(
         image="observation/rgb",
         language="observation/instruction",
@@ -113,7 +113,7 @@ PUBLISHED: dict[str, DatasetSpec] = {
     "austin_buds_dataset_converted_externally_to_rlds": DatasetSpec(
         operations=CLOSED_IS_ONE, robot="Franka", episodes=50
     ),
-    # 7 joint velocities come first; the end of the episode last.
+    # The action starts with 7 joint velocities and ends with the end of the episode.
     "nyu_franka_play_dataset_converted_externally_to_rlds": DatasetSpec(
         action=("action[7:14]",),
         operations=(("clip_gripper", 0.0, 1.0),),
@@ -125,7 +125,7 @@ PUBLISHED: dict[str, DatasetSpec] = {
         operations=(("to_euler", "quaternion"), *CLOSED_IS_ONE), robot="Franka", episodes=5_100
     ),
     # Position and orientation are documented as absolute, here and in iamlab_cmu_pickup_insert, cmu_stretch and
-    # dlr_edan_shared_control; the release takes them as they are.
+    # dlr_edan_shared_control; the release uses them unchanged.
     "ucsd_kitchen_dataset_converted_externally_to_rlds": DatasetSpec(
         action=("action[:7]",), robot="xArm", episodes=150
     ),
@@ -142,7 +142,7 @@ PUBLISHED: dict[str, DatasetSpec] = {
         operations=(("to_euler", "quaternion"),), robot="Franka", episodes=631
     ),
     "utaustin_mutex": DatasetSpec(operations=CLOSED_IS_ONE, robot="Franka", episodes=1_500),
-    # The action has no gripper: its state stands in, which the release inverts although it is called "open status".
+    # The action has no gripper, so its state is used; the release inverts it although it is called "open status".
     "berkeley_fanuc_manipulation": DatasetSpec(
         action=("action", "observation/state[6]"),
         operations=(("invert_gripper",),),
@@ -150,8 +150,8 @@ PUBLISHED: dict[str, DatasetSpec] = {
         episodes=415,
     ),
     "cmu_stretch": DatasetSpec(action=("action[:7]",), robot="Hello Stretch", episodes=135),
-    # The next ten actions are stored, the first one is used. The rotation is an axis-angle that the release takes for
-    # Euler angles: for turns as small as these, nearly the same.
+    # The next ten actions are stored, and the first is used. The rotation is an axis-angle that the release treats as
+    # Euler angles: for such small rotations they are nearly equal.
     "bc_z": DatasetSpec(
         language=NATURAL,
         action=(
@@ -172,9 +172,9 @@ PUBLISHED: dict[str, DatasetSpec] = {
     ),
     # The only camera is on the hand-held stick.
     "dobbe": DatasetSpec(image="observation/wrist_image", robot="Hello Stretch", episodes=5_208),
-    # The release looks through one of the two outer cameras, drawn for each pass over an episode, and leaves out frames
-    # whose next four actions all leave the arm where it is: 1e-5 after normalisation, about 7e-6 before. Features: the
-    # builder's printed description; episodes of version 1.0.0: OpenVLA's published statistics.
+    # The release uses one of the two external cameras, drawn for each pass over an episode. It drops frames whose next
+    # four actions all keep the arm in place: 1e-5 after normalisation, about 7e-6 before. Features: the builder's
+    # printed description. Episodes of version 1.0.0: OpenVLA's published statistics.
     "droid": DatasetSpec(
         image="observation/exterior_image_1_left",
         other_images=("observation/exterior_image_2_left",),
@@ -184,6 +184,6 @@ PUBLISHED: dict[str, DatasetSpec] = {
         episodes=92_233,
     ),
     # The release's own conversion is not public. Features: the RH20T authors' RLDS builder, whose tcp_base is the pose
-    # that the arm reaches next; the release takes it as it is.
+    # that the arm reaches next; the release uses it unchanged.
     "rh20t_rlds": DatasetSpec(action=("action/tcp_base", "action/gripper"), robot="Franka, UR5, Flexiv, Kuka"),
 }

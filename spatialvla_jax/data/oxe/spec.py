@@ -1,4 +1,4 @@
-"""What one dataset's entry says."""
+"""The specification of one dataset."""
 
 import dataclasses
 import json
@@ -17,49 +17,49 @@ from spatialvla_jax.errors import InputError
 from spatialvla_jax.utils.camera import intrinsics_problem
 from spatialvla_jax.utils.schema import Field, check, check_all, shown
 
-# Of depth that `data depth` has stored:
-DEPTH = "depth_zoe"  # stands beside the image: "observation/image" gets "observation/depth_zoe"
-DEPTH_UNIT = 0.001  # metres per count of the 16-bit PNG: at most 0.5 mm of rounding
+# For depth stored by `data depth`:
+DEPTH = "depth_zoe"  # a sibling of the image's key: "observation/image" gets "observation/depth_zoe"
+DEPTH_UNIT = 0.001  # metres per count of the 16-bit PNG: rounding errors are at most 0.5 mm
 
 
 @dataclasses.dataclass(frozen=True)
 class DatasetSpec:
-    """Where an RLDS dataset keeps what we need, and how its action becomes the canonical one.
+    """Where an RLDS dataset stores what we need, and how to convert its action to the canonical one.
 
-    Keys are paths within a step, such as "observation/image". The canonical action is f32[A]: movement (dx, dy, dz,
-    droll, dpitch, dyaw) and the gripper, 0 closed .. 1 open. It is joined from `action`: keys, columns of keys
-    ("state[6]", "action[:3]", "action[-1]") and constant columns (numbers); then come the `operations`, in order.
+    Keys are paths within a step, such as "observation/image". The canonical action is f32[A]: motion (dx, dy, dz,
+    droll, dpitch, dyaw) and gripper, 0 closed to 1 open. It is the concatenation of `action`: keys, columns of keys
+    ("state[6]", "action[:3]", "action[-1]") and constants (numbers), to which the `operations` are then applied.
     """
 
     image: str = "observation/image"
-    # More outer cameras: each episode has one of all, the one that its actions hash to; with depth, which is that of
-    # `image`, only `image`.
+    # More external cameras: each episode uses one of all, chosen by a hash of its actions. With depth, which belongs to
+    # `image`, only `image` is used.
     other_images: tuple[str, ...] = ()
-    # Text, the label of a class, or the bytes of a text as numbers, ended by a zero. Of a list the first item, or the
-    # one at an index: "instructions[1]".
+    # Text, a class label, or the bytes of a zero-terminated text as numbers. For a list, the first item, or the one at
+    # an index: "instructions[1]".
     language: str = "language_instruction"
-    instruction: str | None = None  # the same words for every episode, instead of `language`
+    instruction: str | None = None  # a fixed instruction for every episode, instead of `language`
     action: tuple[str | float, ...] = ("action",)
     operations: tuple[tuple[Any, ...], ...] = ()  # (name, *arguments) of oxe/operations.py
-    arrays: tuple[str, ...] = ()  # further numeric keys that the operations read
+    arrays: tuple[str, ...] = ()  # additional numeric keys that the operations read
     depth: str | None = None  # 16-bit PNG
     depth_unit: float = 0.001  # metres per count
     intrinsics: str | None = None  # f32[3, 3], pixels of the stored image
-    default_intrinsics: tuple[tuple[float, ...], ...] = DEFAULT_INTRINSICS  # where the data has none
-    default_intrinsics_size: tuple[int, int] = DEFAULT_INTRINSICS_SIZE  # height, width that these are pixels of
-    # Leave out and count episodes without language, as the release does in every dataset (data/dataset.py). Otherwise
-    # they are faults.
+    default_intrinsics: tuple[tuple[float, ...], ...] = DEFAULT_INTRINSICS  # if the data has none
+    default_intrinsics_size: tuple[int, int] = DEFAULT_INTRINSICS_SIZE  # (height, width) of the image they refer to
+    # Skip and count episodes without language, as the release does in every dataset (data/dataset.py). Otherwise they
+    # are faults.
     skip_unlabeled: bool = True
-    # Nothing below changes what is read; `meaning` names the fields above that don't either.
-    tfds_name: str | None = None  # directory, if not named as in the catalogue; may pin the version: name/1.0.0
+    # The fields below do not change what is read; `meaning` lists those above that don't either.
+    tfds_name: str | None = None  # directory, if not named as in the catalogue; may pin a version: name/1.0.0
     robot: str = ""
     episodes: int | None = None  # in the training split
-    known_camera: bool = False  # `default_intrinsics` are this camera's own
-    unread_depth: str | None = None  # a depth map that is stored in another form than `depth` can be
+    known_camera: bool = False  # `default_intrinsics` belong to this dataset's own camera
+    unread_depth: str | None = None  # a stored depth map in a form that `depth` does not support
 
 
 def meaning(spec: DatasetSpec) -> dict[str, Any]:
-    """What of a spec decides what is read, as JSON: its "fields", and a digest of the code of its "operations"."""
+    """The parts of a spec that decide what is read, as JSON: its "fields", and a digest of its "operations"' code."""
     unread = "tfds_name robot episodes known_camera unread_depth default_intrinsics default_intrinsics_size depth_unit"
     fields = {key: value for key, value in dataclasses.asdict(spec).items() if key not in unread.split()}
     return json.loads(json.dumps({"fields": fields, "operations": code_digest(spec.operations)}))
@@ -88,7 +88,7 @@ FIELDS = {
 
 
 def split_column(column: str) -> tuple[str, slice]:
-    """A part of `DatasetSpec.action`: its key and which columns of it. Raises InputError."""
+    """The key and columns of an item of `DatasetSpec.action`. Raises InputError."""
     match = re.fullmatch(r"([^\[\]]+)(?:\[(-?\d+)\]|\[(-?\d*):(-?\d*)\])?", column)
     if not match:
         raise InputError(f"the action's column {column!r} is not written like 'key', 'key[3]' or 'key[3:6]'")
@@ -99,7 +99,7 @@ def split_column(column: str) -> tuple[str, slice]:
 
 
 def split_language(language: str) -> tuple[str, int | None]:
-    """The key in `DatasetSpec.language`, and the index behind it, if there is one. Raises InputError."""
+    """The key in `DatasetSpec.language` and its index, if any. Raises InputError."""
     match = re.fullmatch(r"([^\[\]]+)(?:\[(-?\d+)\])?", language)
     if not match:
         raise InputError(f"the language {language!r} is not written like 'key' or 'key[1]'")
@@ -107,12 +107,12 @@ def split_language(language: str) -> tuple[str, int | None]:
 
 
 def action_keys(spec: DatasetSpec) -> list[str]:
-    """The keys that the action is joined from."""
+    """The keys from which the action is joined."""
     return [split_column(column)[0] for column in spec.action if isinstance(column, str)]
 
 
 def action_width(spec: DatasetSpec, shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """How wide `join_action` makes it, from the shape of one step of each key."""
+    """The width of the result of `join_action`, from each key's shape in one step."""
     width = 0
     for column in spec.action:
         key, columns = split_column(column) if isinstance(column, str) else ("", slice(1))
@@ -121,7 +121,7 @@ def action_width(spec: DatasetSpec, shapes: Mapping[str, tuple[int, ...]]) -> in
 
 
 def join_action(spec: DatasetSpec, steps: Mapping[str, np.ndarray], length: int) -> Float[np.ndarray, "L n"]:
-    """The action before any operation."""
+    """The action before the operations."""
     parts = []
     for column in spec.action:
         if isinstance(column, str):
@@ -133,7 +133,7 @@ def join_action(spec: DatasetSpec, steps: Mapping[str, np.ndarray], length: int)
 
 
 def make_spec(value: Any, catalogue: Mapping[str, DatasetSpec], name: str) -> DatasetSpec:
-    """The spec that a config names: a catalogue entry by name, or the fields of one. Raises InputError."""
+    """The spec given in a config: a catalogue entry's name, or the fields of a spec. Raises InputError."""
     where = f"data.datasets[{name!r}].spec"
     if isinstance(value, DatasetSpec):
         _check_camera(value, where)
@@ -156,7 +156,7 @@ def make_spec(value: Any, catalogue: Mapping[str, DatasetSpec], name: str) -> Da
 
 
 def _check_camera(spec: DatasetSpec, where: str) -> None:
-    """Raises InputError where the default intrinsics are no camera of images of their size."""
+    """Raises InputError if the default intrinsics do not fit images of their size."""
     if wrong := intrinsics_problem(spec.default_intrinsics, spec.default_intrinsics_size):
         raise InputError(
             f"{where}.default_intrinsics={shown(spec.default_intrinsics)} is no matrix of intrinsics: it {wrong}; "
@@ -170,10 +170,10 @@ def _frozen(value: Any) -> Any:
 
 
 def depth_key(image: str) -> str:
-    """The key of the depth of the image with key `image`."""
+    """The key of the depth for the image with key `image`."""
     return posixpath.join(posixpath.dirname(image), DEPTH)
 
 
 def with_precomputed_depth(spec: DatasetSpec) -> DatasetSpec:
-    """The spec with the depth that `add_depth` has stored in the place of the dataset's own."""
+    """The spec with the depth stored by `add_depth` instead of the dataset's own."""
     return dataclasses.replace(spec, depth=depth_key(spec.image), depth_unit=DEPTH_UNIT)

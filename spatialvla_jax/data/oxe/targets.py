@@ -1,7 +1,7 @@
-"""Datasets to fine-tune on: our own recordings, and those that the release and OpenVLA configure for it.
+"""Datasets for fine-tuning: our own recordings, and those that the release and OpenVLA configure for this.
 
-Sources as in published.py. Episodes of T-DROID: the comments in the release's data/oxe/configs.py; of LIBERO:
-OpenVLA's published statistics.
+Sources as in published.py. Episodes of T-DROID: comments in the release's data/oxe/configs.py; of LIBERO: OpenVLA's
+published statistics.
 """
 
 import math
@@ -10,7 +10,7 @@ from typing import Any
 from spatialvla_jax.data.oxe.published import BRIDGE, CLOSED_IS_ONE
 from spatialvla_jax.data.oxe.spec import DatasetSpec
 
-# LIBERO's agentview camera has MuJoCo's default field of view, 45 degrees from top to bottom; OpenVLA rendered 256x256.
+# LIBERO's agentview camera has MuJoCo's default vertical field of view, 45 degrees; OpenVLA rendered 256x256.
 _FOCAL = 128 / math.tan(math.radians(22.5))
 _LIBERO: dict[str, Any] = {
     "operations": CLOSED_IS_ONE,  # controller units in [-1, 1], gripper -1 open, +1 close
@@ -28,13 +28,13 @@ TARGETS: dict[str, DatasetSpec] = {
         operations=CLOSED_IS_ONE,
         robot="Franka (simulated)",
     ),
-    # LIBERO as OpenVLA published it in RLDS, replayed without the steps that do nothing; no depth and no camera.
+    # LIBERO as published by OpenVLA in RLDS, replayed without idle steps; it has neither depth nor intrinsics.
     "libero_no_noops": DatasetSpec(**_LIBERO),
     "libero_spatial_no_noops": DatasetSpec(**_LIBERO, episodes=432),
     "libero_object_no_noops": DatasetSpec(**_LIBERO, episodes=454),
     "libero_goal_no_noops": DatasetSpec(**_LIBERO, episodes=428),
     "libero_10_no_noops": DatasetSpec(**_LIBERO, episodes=379),
-    # BridgeData V2 from the project's own site under its first name.
+    # BridgeData V2 from the project's own site, under its first name.
     "bridge_dataset": DatasetSpec(
         image="observation/image_0",
         arrays=("observation/state",),
@@ -43,7 +43,7 @@ TARGETS: dict[str, DatasetSpec] = {
         robot="WidowX",
         episodes=60_064,
     ),
-    # DROID's robot in another lab; the other outer camera, and no frame filter.
+    # DROID's robot in another lab; uses the other external camera, and no frame filter.
     "droid_wipe": DatasetSpec(
         image="observation/exterior_image_2_left",
         action=("action_dict/cartesian_velocity", "action_dict/gripper_position"),
