@@ -1,5 +1,5 @@
-"""The parts of an index: what each shard of a split holds. Parts are read anywhere and merged in the shards' order, so
-that the index is the same, bit for bit, however many machines have read them."""
+"""The parts of an index, one per shard of a split. Parts can be read on any machine and are merged in the shards'
+order, so the index is bit-identical however many machines read them."""
 
 import io
 import json
@@ -19,16 +19,16 @@ from spatialvla_jax.data.oxe.spec import DatasetSpec
 from spatialvla_jax.data.rlds import Shard, read_episodes
 from spatialvla_jax.data.statistics import action_statistics
 
-# A row for every frame. Spans are u32: offset behind `episode_record`'s, length, CRC-32C.
+# One row per frame. Spans are u32: offset from `episode_record`'s, length, CRC-32C.
 PER_FRAME: dict[str, tuple[str, tuple[int, ...]]] = {
-    "action": ("<f4", (-1,)),  # as many as the dataset's actions have
+    "action": ("<f4", (-1,)),  # the dataset's number of action dimensions
     "image": ("<u4", (3,)),
     "depth": ("<u4", (3,)),
 }
-# A row for every run of frames that share the value; KEY_end i64 has the end of each run.
+# One row per run of frames with equal values; KEY_end i64 holds the end of each run.
 _RUNS: dict[str, tuple[str, tuple[int, ...]]] = {
     "language": ("<i4", ()),
-    "step": ("<i8", ()),  # less the number of the frame
+    "step": ("<i8", ()),  # minus the frame's number
     "intrinsics": ("<f4", (3, 3)),
 }
 _EPISODES: dict[str, tuple[str, tuple[int, ...]]] = {
@@ -44,20 +44,20 @@ Rows = Mapping[str, tuple[str, tuple[int, ...]]]
 
 
 def layout(spec: DatasetSpec, action_dim: int) -> Rows:
-    """Dtype and shape of a row of each array of a dataset's index."""
+    """Dtype and row shape of each array in a dataset's index."""
     rows = PER_FRAME | {"action": ("<f4", (action_dim,))} | _RUNS | _RUN_ENDS | _EPISODES
     absent = {name for key in ("depth", "intrinsics") if not getattr(spec, key) for name in (key, f"{key}_end")}
     return {key: row for key, row in rows.items() if key not in absent}
 
 
 class Part(NamedTuple):
-    """What one or more consecutive shards hold of a split. Frames count from the part's first one; files are numbered
-    as the split's shards are."""
+    """The content of one or more consecutive shards of a split. Frame numbers start at 0 in each part; file numbers are
+    positions among the split's shards."""
 
     arrays: Mapping[str, np.ndarray]  # see `layout`
     instructions: tuple[str, ...]
-    skipped: Mapping[str, int] = {}  # episodes left out, by reason
-    fault: str = ""  # a sentence on the first damaged episode
+    skipped: Mapping[str, int] = {}  # number of skipped episodes, by reason
+    fault: str = ""  # message about the first damaged episode
 
     def to_bytes(self) -> bytes:
         about = json.dumps([self.instructions, self.skipped, self.fault]).encode()
@@ -74,8 +74,8 @@ class Part(NamedTuple):
 
 
 def read_part(name: str, builder: Any, number: int, shard: Shard, spec: DatasetSpec, action_dim: int) -> Part:
-    """The part of the shard with this number. Its faults are counted, and the first one is told; what is wrong with the
-    whole dataset raises InputError."""
+    """Read the part of shard `number`. Counts its faults and keeps the first one's message. Raises InputError for
+    problems of the whole dataset."""
     skipped: Counter[str] = Counter()
     faults: list[str] = []
     instructions: dict[str, int] = {}
@@ -109,7 +109,7 @@ def read_part(name: str, builder: Any, number: int, shard: Shard, spec: DatasetS
 
 
 def _join_runs(values: np.ndarray, ends: Int64[np.ndarray, " R"]) -> tuple[np.ndarray, Int64[np.ndarray, " K"]]:
-    """Neighbouring runs of the same bits made one."""
+    """Merge neighbouring runs whose values have the same bits."""
     if not len(values):
         return values, ends
     bits = np.ascontiguousarray(values).reshape(len(values), -1).view(np.uint32)
@@ -120,11 +120,11 @@ def _join_runs(values: np.ndarray, ends: Int64[np.ndarray, " R"]) -> tuple[np.nd
 def merge_parts(
     parts: Iterable[Part], rows: Rows, folder: Path, check: Callable[[Part, Counter[str]], None]
 ) -> dict[str, Any]:
-    """Writes the arrays of an index, KEY.bin, to a folder. `parts` come in the shards' order; `check(part, skipped so
+    """Write the arrays of an index, KEY.bin, to a folder. `parts` come in the shards' order; `check(part, skipped so
     far)` is called for each.
 
-    Returns what meta.json says of them: "checksums" (CRC-32C of each file), "instructions", "statistics", "gaussians"
-    (as `fit_gaussians`; both None without any frame), "skipped", "fault".
+    Returns their entries in meta.json: "checksums" (CRC-32C of each file), "instructions", "statistics", "gaussians"
+    (as from `fit_gaussians`; both None if there are no frames), "skipped", "fault".
     """
     instructions: dict[str, int] = {}
     skipped: Counter[str] = Counter()

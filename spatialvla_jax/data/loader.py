@@ -1,4 +1,4 @@
-"""Batches of a mixture of RLDS datasets, in an order that is a pure function of the seed and the step."""
+"""Batches from a mixture of RLDS datasets, in an order that is a pure function of seed and step."""
 
 import functools
 import sys
@@ -34,7 +34,7 @@ from spatialvla_jax.utils.storage import is_url, read_bytes, to_path
 from spatialvla_jax.utils.tables import text_table
 
 _STATISTICS_ROWS = ("q01", "q99", "min", "max", "mask")
-_RELEASE_EVERY = 1024  # samples after which the touched pages of the indexes are given back
+_RELEASE_EVERY = 1024  # samples between releases of the indexes' touched pages
 
 
 def load_data(
@@ -49,12 +49,12 @@ def load_data(
     progress: Callable[[str, int, int], None] | None = None,
     processes: Processes = ALONE,
 ) -> "Loader":
-    """The loader that a config's `data` part describes, see `DataConfig`.
+    """The loader described by a config's `data` part, see `DataConfig`.
 
-    `statistics` ({name: …}) and `tokenizer` are those of a checkpoint; without them the statistics are those of the
-    file `data.statistics`, if it is set, and else both come from the data. The first call reads the datasets once and
-    caches an index, which several `processes` make together; `progress(name, shards done, shards)` is called meanwhile.
-    Raises InputError for anything wrong in the config or the data.
+    `statistics` ({name: …}) and `tokenizer` come from a checkpoint. Without them, statistics come from the file
+    `data.statistics` if set, and otherwise both come from the data. The first call reads the datasets once and caches
+    an index, which several `processes` build together; `progress(name, shards done, shards)` is called meanwhile.
+    Raises InputError for problems in the config or the data.
     """
     made = DataConfig.from_config(config)
     return Loader(made, image_size, action_chunk, action_dim, depth, statistics, tokenizer, progress, processes)
@@ -66,11 +66,11 @@ class Episode(NamedTuple):
     dataset: str
     instruction: str
     frames: Batch
-    previous_action: Float[np.ndarray, "L A"]  # normalised, of the step before each frame (its own at the first)
+    previous_action: Float[np.ndarray, "L A"]  # normalised, of the step before each frame (at the first: its own)
 
 
 class Loader:
-    """See `load_data`. Batches hold NumPy arrays; they have depth where it was asked for."""
+    """See `load_data`. Batches hold NumPy arrays, including depth if it was asked for."""
 
     def __init__(
         self,
@@ -119,7 +119,7 @@ class Loader:
             row: np.asarray([self.statistics[name]["action"][row] for name in self.names]) for row in _STATISTICS_ROWS
         }
         self.tokenizer = tokenizer or (packed and packed.tokenizer) or self._make_tokenizer(train)
-        self._split(self._train_split)  # all prompts fit, or it is an error now
+        self._split(self._train_split)  # report now if a prompt is too long
 
     def batches(
         self,
@@ -131,10 +131,10 @@ class Loader:
         process_count: int = 1,
         total_steps: int | None = None,
     ) -> Iterator[Batch]:
-        """Endless training batches from step `start_step` on: this process's rows of global batches of `batch_size`.
+        """Endless training batches from step `start_step`: this process's rows of global batches of `batch_size`.
 
-        Step s holds samples s * batch_size … of the mixture's endless sequence, whatever the number of processes.
-        `total_steps` is what the fractions of `data.drop` are of.
+        Step s holds samples s * batch_size … of the mixture's endless sequence, for any number of processes.
+        `total_steps` is the number to which the fractions in `data.drop` refer.
         """
         split = self._split(self._train_split)
         rows = _rows(batch_size, process_index, process_count)
@@ -159,8 +159,8 @@ class Loader:
         process_count: int = 1,
         frames: int | None = None,
     ) -> Iterator[Batch]:
-        """This process's rows of batches with every frame of a split once, in stored order, or with so many `frames`
-        evenly spaced among them. The last batch is padded; `valid` bool[B] tells which rows count."""
+        """This process's rows of batches with every frame of a split once, in stored order, or with only `frames` of
+        them, evenly spaced. The last batch is padded; `valid` bool[B] marks the rows that count."""
         data = self._split(split)
         rows = _rows(batch_size, process_index, process_count)
         total = int(data.starts[-1])
@@ -169,14 +169,14 @@ class Loader:
 
         def samples(step: int, attempt: int = 0) -> np.ndarray:
             ids = np.minimum(step * batch_size + rows, count - 1) * total // count
-            return (ids + attempt) % total  # in the place of one that cannot be read stands another, not valid
+            return (ids + attempt) % total  # an unreadable frame is replaced by another, which is not valid
 
         for step, batch in zip(steps, self._stream(data, samples, steps, len(rows)), strict=True):
             meant = (step * batch_size + rows < count) & (batch.sample_id == samples(step))
             yield batch.replace(valid=meant)
 
     def episodes(self, split: str) -> Iterator[Episode]:
-        """Every episode of a split, less those with frames that turn out unreadable, if the config allows it."""
+        """Every episode of a split. Episodes with unreadable frames are omitted, if the config allows it."""
         data = self._split(split)
         for number, index in enumerate(data.indexes):
             first = 0
@@ -192,12 +192,12 @@ class Loader:
                 first = end
 
     def indexes(self, split: str | None = None) -> tuple[Index, ...]:
-        """Every dataset's index of a split (the training split by default)."""
+        """Every dataset's index of a split (by default the training split)."""
         return self._index(split or self._train_split)
 
     def frames(self, samples: np.ndarray, split: str | None = None) -> Batch:
-        """One batch of chosen frames of a split (the training split by default), numbered i64[B] as in sample_id. In
-        the place of one that cannot be read stands a later one, if the config allows it."""
+        """One batch of chosen frames of a split (by default the training split), numbered i64[B] as in sample_id.
+        Unreadable frames are replaced by later ones, if the config allows it."""
         data = self._split(split or self._train_split)
 
         def later(_: int, attempt: int = 0) -> np.ndarray:
@@ -206,14 +206,14 @@ class Loader:
         return next(self._stream(data, later, range(1), len(samples)))
 
     def actions(self, split: str | None = None) -> Float[np.ndarray, "N A"]:
-        """Normalised actions of all steps of a split (the training split by default), for fitting a grid."""
+        """Normalised actions f32[N, A] of all steps of a split (by default the training split), for fitting a grid."""
         indexes = self._index(split or self._train_split)
         return np.concatenate([normalize(i.arrays["action"], self.statistics[i.name]["action"]) for i in indexes])
 
     @functools.cached_property
     def intrinsics(self) -> dict[str, list[list[float]]]:
-        """Every dataset's camera (its first training frame's) in units of the image: fx and cx over its width, fy and
-        cy over its height."""
+        """The camera of every dataset's first training frame, relative to the image: fx and cx divided by its width, fy
+        and cy by its height."""
         split = self._split(self._train_split)
         first = self.frames(split.starts[:-1]).intrinsics
         relative = scale_intrinsics(first, (self.image_size, self.image_size), (1, 1))
@@ -221,16 +221,16 @@ class Loader:
 
     @property
     def versions(self) -> dict[str, str]:
-        """The versions of the datasets in whose version directories they were read."""
+        """Versions of the datasets that were read from a version directory."""
         versions = {index.name: version_of(index.made_from.get("place", "")) for index in self.indexes()}
         return {name: version for name, version in versions.items() if version}
 
     def num_frames(self, split: str | None = None) -> int:
-        """Frames of a split (the training split by default)."""
+        """The number of frames in a split (by default the training split)."""
         return sum(index.num_frames for index in self._index(split or self._train_split))
 
     def check_epoch(self, split: str) -> int:
-        """→ the number of frames in a split. Raises InputError where `epoch` would: the split is missing or empty, or a
+        """→ the number of frames in a split. Raises InputError as `epoch` would: the split is missing or empty, or a
         prompt is too long."""
         self._split(split)
         if not (total := self.num_frames(split)):
@@ -238,9 +238,9 @@ class Loader:
         return total
 
     def table(self) -> list[dict[str, Any]]:
-        """The training mixture, one row a dataset: name, episodes read, used and skipped (by reason), frames, weight,
-        effective share of the samples in every phase, and passes over the dataset in one epoch of the first phase (=
-        `mixture.epoch_length` samples)."""
+        """The training mixture, one row per dataset: name, episodes read, used and skipped (by reason), frames, weight,
+        effective share of the samples in each phase, and passes over the dataset in one epoch (`mixture.epoch_length`
+        samples) of the first phase."""
         phases = [phase for _, phase in self._fractions()]
         return [
             {
@@ -271,18 +271,18 @@ class Loader:
         return f"{text_table(rows, '>')}\n{epoch}"
 
     def num_skipped(self, split: str | None = None) -> int:
-        """Episodes of a split (the training split by default) that were left out when it was indexed."""
+        """The number of a split's episodes (by default of the training split) that were skipped during indexing."""
         return sum(sum(index.skipped.values()) for index in self._index(split or self._train_split))
 
     def shared_episodes(self, split: str) -> dict[str, int]:
-        """How many episodes of a split are also in the training split, {dataset: number}, without those of none."""
+        """{dataset: how many episodes of a split are also in the training split}, without zeros."""
         files: dict[str, int] = {}
 
         def places(index: Index) -> np.ndarray:
             numbers = np.asarray([files.setdefault(file, len(files)) for file in index.files])
             return numbers[index.arrays["episode_file"]] * 2**32 + index.arrays["episode_number"]
 
-        def stored(split: str) -> dict[str, np.ndarray]:  # a recording has no files, and splits of its own
+        def stored(split: str) -> dict[str, np.ndarray]:  # recordings have no files, and splits are separate
             return {i.name: places(i) for i in self._index(split) if all(".tfrecord" in file for file in i.files)}
 
         trained = np.concatenate([np.empty(0, np.int64), *stored(self._train_split).values()])
@@ -290,12 +290,12 @@ class Loader:
         return {name: count for name, count in counts.items() if count}
 
     def replaced(self, split: str | None = None) -> dict[tuple[str, str], int]:
-        """Samples of a split (the training split by default) that this process drew anew since it began, because their
-        frames could not be read: {(dataset, reason): count}. Samples delivered + these = samples drawn."""
+        """Samples of a split (by default the training split) that this process has redrawn because their frames could
+        not be read: {(dataset, reason): count}. Samples delivered + these = samples drawn."""
         return dict(self._split(split or self._train_split).replaced)
 
     def _fractions(self) -> list[tuple[float, mixture.Mixture]]:
-        """The phases of a run: the fraction of its steps at which each begins, and its mixture."""
+        """The phases of a run: the fraction of its steps at which each starts, and its mixture."""
         phases = [(0.0, self.mixture)]
         for border in sorted(set(self.config.drop.values())):
             gone = frozenset(self.names.index(name) for name, until in self.config.drop.items() if until <= border)
@@ -305,7 +305,7 @@ class Loader:
     def _phases(
         self, batch_size: int, seed: int, total_steps: int | None
     ) -> list[tuple[int, mixture.Mixture, np.ndarray]]:
-        """The phases of a run: first step, mixture, and what was drawn of each dataset before."""
+        """The phases of a run: first step, mixture, and how many frames of each dataset were drawn before."""
         if self.config.drop and total_steps is None:
             raise InputError("data.drop needs to know how many steps the run has")
         phases: list[tuple[int, mixture.Mixture, np.ndarray]] = []
@@ -357,7 +357,7 @@ class Loader:
     def _stream(
         self, split: Split, samples: Samples, steps: range, batch_size: int, windows: tuple[int, ...] = ()
     ) -> Iterator[Batch]:
-        """Batches of the frames `samples(step)` i64[B] for every step, or of those that stand in for them."""
+        """Batches of the frames `samples(step)` i64[B] for every step, or of their replacements."""
         seen = 0
         for pixels in self._source.pixels(split, samples, steps, batch_size, windows):
             yield self._assemble(split, pixels)
@@ -368,7 +368,7 @@ class Loader:
                     index.release()
 
     def _assemble(self, split: Split, pixels: Pixels) -> Batch:
-        """Everything of a batch besides its pixels, from the indexes."""
+        """Assemble a batch from its pixels and the indexes."""
         check_depth(split, pixels)
         dataset, frames = split.locate(pixels.sample_id)
         rows, chunk, length = len(frames), self.action_chunk, self.config.prompt.length
@@ -403,7 +403,7 @@ class Loader:
 
 
 def _read_statistics(path: str, entries: Sequence[Entry]) -> dict[str, Any]:
-    """{dataset: its statistics} of a file of `stats`. Raises InputError when it was made with other specs."""
+    """{dataset: its statistics} from a file of `stats`. Raises InputError if it was made with other specs."""
     stats = load_stats(path)
     for entry in entries:
         if key := find_key(entry.name, specs := stats.get("specs", {})):
@@ -414,9 +414,9 @@ def _read_statistics(path: str, entries: Sequence[Entry]) -> dict[str, Any]:
 def chunk_actions(
     actions: np.ndarray, first: np.ndarray, ends: np.ndarray, chunk: int, statistics: Mapping[str, Any]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The normalised `chunk` actions from each of the rows `first` i64[B] on, f32[B,T,A], and the mask bool[B,T] of
-    those before the episode's end, the row `ends` i64[B]. Later ones are neutral: no movement (0 after normalisation),
-    gripper, the last dimension, as it was last."""
+    """The `chunk` normalised actions starting at each of the rows `first` i64[B]: f32[B,T,A], with a mask bool[B,T]
+    that is False past the episode's end, the row `ends` i64[B]. Actions past the end are neutral: no motion (0 after
+    normalisation), and the gripper (last dimension) keeps its last value."""
     positions = first[:, None] + np.arange(chunk)
     mask = positions < ends[:, None]
     chunks = normalize(actions[np.minimum(positions, ends[:, None] - 1)], statistics)
@@ -425,7 +425,7 @@ def chunk_actions(
 
 
 def _rows(batch_size: int, process_index: int, process_count: int) -> np.ndarray:
-    """Which rows of a global batch belong to a process."""
+    """The rows of a global batch that belong to a process. Raises InputError if it does not divide."""
     if batch_size % process_count:
         raise InputError(f"The batch size {batch_size} does not divide among {process_count} processes")
     return np.arange(batch_size).reshape(process_count, -1)[process_index]
@@ -437,7 +437,7 @@ def open_data(
     tokenizer: Tokenizer | None = None,
     processes: Processes = ALONE,
 ) -> Loader:
-    """The loader of a whole config. `statistics` and `tokenizer` of a checkpoint take the place of the data's own."""
+    """The loader for a whole config. A checkpoint's `statistics` and `tokenizer` override the data's own."""
     return load_data(
         config.data,
         image_size=preset(config.model.preset).img.image_size,

@@ -1,14 +1,14 @@
-"""From frame numbers to pixels: byte ranges of TFRecords, read, decoded and resized ahead of the batches.
+"""From frame numbers to pixels: reads, decodes and resizes byte ranges of TFRecords ahead of the batches.
 
-What makes the memory of loaders grow, and what this one does instead:
+Why loaders' memory often grows, and what this one does instead:
 
-- Readers that are open for every shard of every dataset, each with a prefetched episode or more: here some hundred file
-  descriptors at most, and ranges of single frames or blocks of frames.
-- Shuffle buffers of decoded images: here the shuffle is arithmetic on frame numbers. Blocks of frames (`read_block`)
-  are kept compressed, up to a fixed number of bytes.
-- Buffers whose depth tf.data tunes while it runs: here autotuning is off and depths follow from `memory_gb`.
-- The C library's own: freed images that fragment the heaps of many threads (`images.tensorflow` sees to that).
-- Pages of memory-mapped indexes that stay resident once touched: here they are given back every so many frames.
+- Readers are open for every shard of every dataset, each with one or more prefetched episodes. Here there are at most
+  a few hundred file descriptors, and ranges of single frames or blocks of frames.
+- Shuffle buffers hold decoded images. Here frame numbers are shuffled arithmetically; blocks of frames
+  (`read_block`) are kept compressed, within a fixed number of bytes.
+- tf.data tunes the depth of its buffers at run time. Here autotuning is off, and depths follow from `memory_gb`.
+- Freed images fragment the C library's heaps of many threads. `images.tensorflow` prevents this.
+- Pages of memory-mapped indexes stay resident once touched. Here they are released periodically.
 """
 
 import contextlib
@@ -37,72 +37,72 @@ from spatialvla_jax.utils.camera import FARTHEST_ON_AVERAGE, depth_problem
 from spatialvla_jax.utils.distributed import Processes
 from spatialvla_jax.utils.storage import is_url
 
-# i64[B]: the frames of a step; the second argument counts how often some of them had to be drawn again.
+# Returns a step's frames i64[B]; the second argument counts how often some of them had to be redrawn.
 Samples = Callable[..., np.ndarray]
 _ATTEMPTS = 100
-_FARTHEST = 64  # steps, at most, whose frames are asked for ahead
-_MOST_READY = 4  # more batches ahead than these help nobody
-# Bytes: TensorFlow's own, its threads' and the pages of the indexes; and of one image while it is decoded and resized.
+_FARTHEST = 64  # maximum number of steps whose frames are requested ahead
+_MOST_READY = 4  # maximum number of decoded batches; more do not help
+# Bytes used by TensorFlow, its threads and the indexes' pages; and by one image while it is decoded and resized.
 _RUNTIME, _WORKSPACE = 900 * 2**20, 32 * 2**20
-_SLACK = 1.2  # bytes of blocks that are kept, over the mean of those that are shuffled together
+_SLACK = 1.2  # capacity for blocks, relative to the mean size of those shuffled together
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """One split of every dataset, with each dataset's prompts: ids i32[instructions, P] and mask."""
+    """One split of every dataset, with each dataset's tokenized prompts: ids i32[instructions, P] and masks."""
 
     indexes: tuple[Index, ...]
     prompts: tuple[tuple[np.ndarray, np.ndarray], ...]
-    starts: np.ndarray  # i64[D + 1]: sample_id of every dataset's first frame, and the end
-    current: tuple[np.ndarray, ...]  # bool[E] of every dataset: whose record is known to be the one that was indexed
-    broken: dict[int, str] = dataclasses.field(default_factory=dict)  # why these frames cannot be read, as far as known
-    replaced: Counter[tuple[str, str]] = dataclasses.field(default_factory=Counter)  # draws of them, by dataset and why
+    starts: np.ndarray  # i64[D + 1]: sample_id of each dataset's first frame, and the total
+    current: tuple[np.ndarray, ...]  # per dataset bool[E]: episodes whose record is unchanged since indexing
+    broken: dict[int, str] = dataclasses.field(default_factory=dict)  # known unreadable frames, and why
+    replaced: Counter[tuple[str, str]] = dataclasses.field(default_factory=Counter)  # their draws by dataset, reason
 
     def locate(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Dataset and frame within it of the samples `ids`."""
+        """Dataset and frame within it for the samples `ids`."""
         dataset = np.searchsorted(self.starts, ids, side="right") - 1
         return dataset, ids - self.starts[dataset]
 
     def describe(self, sample_id: int) -> str:
-        """Names a frame in an error."""
+        """Describes a frame in an error message."""
         (dataset,), (frame,) = self.locate(np.asarray([sample_id]))
         return self.indexes[dataset].describe(int(frame))
 
 
 class Pixels(NamedTuple):
-    """What a batch takes from the stored images."""
+    """The parts of a batch that come from stored images."""
 
-    sample_id: Int64[np.ndarray, " B"]  # the frames that were read
+    sample_id: Int64[np.ndarray, " B"]  # the frames actually read
     image: UInt8[np.ndarray, "B S S 3"]
-    stored_size: Int32[np.ndarray, "B 2"]  # height and width that the index's intrinsics are pixels of
+    stored_size: Int32[np.ndarray, "B 2"]  # (height, width) to which the index's intrinsics refer
     depth: Float32[np.ndarray, "B S S"] | None = None  # metres
 
 
 @runtime_checkable
 class Source(Protocol):
-    """Where the loader's frames lie: in RLDS files (`Rlds`) or in one packed file (`pack.Packed`)."""
+    """Where the loader's frames are stored: in RLDS files (`Rlds`) or in one packed file (`pack.Packed`)."""
 
     def index(self, split: str) -> tuple[Index, ...]:
-        """The index of every dataset of the mixture."""
+        """The index of each of the mixture's datasets."""
         ...
 
     def choose_block(self, indexes: tuple[Index, ...]) -> int:
-        """How many consecutive frames are read at once: `data.read_block`, or what is best for where the frames lie."""
+        """The number of consecutive frames to read at once: `data.read_block`, or the best for the storage."""
         ...
 
     def pixels(
         self, split: Split, samples: Samples, steps: range, batch_size: int, windows: tuple[int, ...] = ()
     ) -> Iterator[Pixels]:
-        """Those of the frames `samples(step)` i64[B] for every step, with depth if asked for.
+        """Pixels of the frames `samples(step)` i64[B] for every step, with depth if asked for.
 
-        In the place of frames that turn out unreadable stand others, drawn by `samples(step, 1)` and so on. `windows`:
-        frames of each dataset that are shuffled together, if read in blocks.
+        Unreadable frames are replaced by others, drawn by `samples(step, 1)` and so on. `windows`: number of frames of
+        each dataset that are shuffled together, if read in blocks.
         """
         ...
 
 
 class Rlds:
-    """The frames of RLDS datasets, out of their TFRecords. See `Source`."""
+    """Reads the frames of RLDS datasets from their TFRecords. See `Source`."""
 
     def __init__(
         self,
@@ -123,8 +123,8 @@ class Rlds:
         self._block, self._ahead = 1, 0  # see `choose_block`
 
     def index(self, split: str) -> tuple[Index, ...]:
-        tensorflow()  # not by several threads at once
-        with ThreadPoolExecutor(8) as pool:  # a bucket answers after a while
+        tensorflow()  # import it before threads would do so concurrently
+        with ThreadPoolExecutor(8) as pool:  # hides a bucket's latency
             sources = list(
                 pool.map(lambda e: find_source(e.name, e.path, e.spec, e.split(split), self._action_dim), self._entries)
             )
@@ -178,7 +178,7 @@ class Rlds:
         budget = self._config.memory_gb
         ready, cache = plan_memory(encoded, decoded, batch_size, windows, self._workers, budget, self._ahead)
         while steps:
-            # Each round has its own: a thread of the one before may still be reading.
+            # Each round has its own, because a thread of the previous round may still be reading.
             files = Files()
             store = Blocks(files, self._block, cache) if windows else files
             reader = StepReader(split, samples, steps.stop, self._keys, files, store, self._faults, self._ahead)
@@ -192,7 +192,7 @@ class Rlds:
                         raise reader.failure[0] from None
                     if not self._find_broken(reader, reader.taken[step]):
                         raise
-                    steps = range(step, steps.stop)  # again from here, now that they are known
+                    steps = range(step, steps.stop)  # repeat from here, now that the broken frames are known
                     break
                 ids = reader.taken.pop(step)
                 if split.broken:
@@ -202,7 +202,7 @@ class Rlds:
                 return
 
     def _find_broken(self, reader: "StepReader", ids: np.ndarray) -> bool:
-        """Leaves out those frames among `ids` that cannot be read or decoded; whether there are any."""
+        """Exclude frames among `ids` that cannot be read or decoded; returns whether there are any."""
         tf = tensorflow()
         before, split = len(reader.split.broken), reader.split
         encoded = {key: np.empty(len(ids), object) for key in self._keys}
@@ -221,7 +221,7 @@ class Rlds:
         return len(split.broken) > before
 
     def _count_replaced(self, split: Split, samples: Samples, step: int, taken: np.ndarray) -> None:
-        """Counts the draws that came before those which were `taken`."""
+        """Count the failed draws that preceded the frames `taken`."""
         rows = np.arange(len(taken))
         for attempt in range(_ATTEMPTS):
             ids = samples(step, attempt)
@@ -236,33 +236,33 @@ class Begun(NamedTuple):
     """Frames that are being read."""
 
     ids: np.ndarray  # i64[B]
-    rows: np.ndarray  # those of the frames that are wanted
-    records: list[tuple[Index, int, np.ndarray, Take]]  # episodes whose records are to be checked; see `Split.current`
+    rows: np.ndarray  # rows of the wanted frames
+    records: list[tuple[Index, int, np.ndarray, Take]]  # episodes whose records must be checked; see `Split.current`
     places: list[Place]
-    takes: list[Take]  # the bytes of each place
-    size: int  # bytes under way from a bucket
+    takes: list[Take]  # return the bytes of each place
+    size: int  # bytes requested from a bucket
 
 
 @dataclasses.dataclass
 class StepReader:
-    """The encoded images of steps, in order. From a bucket, those of later steps are asked for while there are less
-    than `ahead` bytes under way."""
+    """Reads the encoded images of steps, in order. From a bucket, requests later steps while fewer than `ahead` bytes
+    are in flight."""
 
     split: Split
     samples: Samples
-    stop: int  # no step from this one on is read
+    stop: int  # first step that is not read
     keys: tuple[str, ...]  # image[, depth]
     files: Files
     store: Files | Blocks  # `files`, or blocks of them
     faults: Faults
     ahead: int = 0
-    taken: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)  # the frames i64[B] of steps that were read
+    taken: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)  # frames i64[B] of the steps read so far
     failure: list[Exception] = dataclasses.field(default_factory=list)
     begun: dict[int, Begun] = dataclasses.field(default_factory=dict)
 
     def read(self, step: Any) -> tuple[np.ndarray, ...]:
-        """What TensorFlow calls: the images of a step (and its depth maps with their units). TensorFlow would make an
-        exception of its own out of ours, so that goes to `failure`."""
+        """Called by TensorFlow: the images of a step (and its depth maps with their units). Errors are also stored in
+        `failure`, because TensorFlow converts exceptions to its own."""
         try:
             self.taken[int(step)], encoded = self._read(int(step))
         except Exception as error:
@@ -289,7 +289,7 @@ class StepReader:
         raise InputError(f"{_ATTEMPTS} draws in a row gave no readable frame (step {step})")
 
     def begin(self, ids: np.ndarray, rows: np.ndarray | None = None) -> Begun:
-        """Begins to read `rows` of the frames `ids`, all by default."""
+        """Start reading `rows` (default: all) of the frames `ids`."""
         split, rows = self.split, np.arange(len(ids)) if rows is None else rows
         broken = {row for row in rows.tolist() if ids[row] in split.broken} if split.broken else set()
         records: list[tuple[Index, int, np.ndarray]] = []
@@ -310,7 +310,7 @@ class StepReader:
         return Begun(ids, rows, begun, places, *self.store.frames(places))
 
     def fetch(self, begun: Begun, encoded: dict[str, np.ndarray], units: np.ndarray) -> np.ndarray:
-        """Fills rows of `encoded` and `units` with the frames that were begun; gives those rows whose frames cannot be
+        """Fill rows of `encoded` and `units` with the frames in `begun`; returns the rows whose frames cannot be
         read."""
         split, ids = self.split, begun.ids
         failed = {row for row in begun.rows.tolist() if ids[row] in split.broken} if split.broken else set()
@@ -331,11 +331,11 @@ class StepReader:
 
     @staticmethod
     def _check_records(begun: Begun) -> None:
-        """Compares the checksums of episodes' records with those in the index, and notes the episode. Raises InputError
-        where a file was rewritten and nothing else shows it."""
+        """Compare the checksums of episodes' records with the index, and mark the episodes as current. Raises
+        InputError if a file was rewritten, which nothing else may reveal."""
         for index, episode, current, take in begun.records:
             path, _, checksum = index.record(episode)
-            with contextlib.suppress(Fault):  # reading the frame says what is wrong
+            with contextlib.suppress(Fault):  # reading the frame will report the error
                 if take() != checksum:
                     index.forget()
                     raise InputError(
@@ -345,15 +345,15 @@ class StepReader:
                 current[episode] = True
 
     def leave_out(self, sample: int, reason: str, message: str) -> None:
-        """Notes a frame as broken, or raises."""
+        """Mark a frame as broken. Raises a Fault or InputError if the config does not allow it."""
         if self.faults.policy == "fail":
             raise Fault(reason, f"{self.split.describe(sample)}: {message}")
         self.split.broken[sample] = reason
-        self.faults.check(Counter(list(self.split.broken.values())), "frames")  # a copy: others add to it
+        self.faults.check(Counter(list(self.split.broken.values())), "frames")  # a copy: other threads may add to it
 
 
 def check_depth(split: Split, pixels: Pixels) -> None:
-    """Raises InputError that names a frame whose depth is too far to be metres: its spec has another `depth_unit`."""
+    """Raises InputError naming a frame whose depth is implausible in metres: its spec's `depth_unit` is wrong."""
     if pixels.depth is None:
         return
     for row in np.flatnonzero(pixels.depth.max(axis=(1, 2)) > FARTHEST_ON_AVERAGE).tolist():
@@ -370,16 +370,15 @@ def plan_memory(
     memory_gb: float,
     ahead: int = 0,
 ) -> tuple[int, int]:
-    """How many decoded batches may wait, and how many bytes of blocks are kept.
+    """The number of decoded batches in the queue, and the number of bytes for blocks.
 
-    `encoded`: the mean bytes f64[D] of a stored frame of each dataset; `decoded`: those of a decoded one; `ahead`:
-    bytes under way from a bucket, whose blocks shall not take the place of others that are still used. Raises
-    InputError when the budget holds no batch at all.
+    `encoded`: mean bytes f64[D] of a stored frame of each dataset; `decoded`: bytes of a decoded frame; `ahead`: bytes
+    in flight from a bucket, whose blocks must not overwrite blocks still in use. Raises InputError if no batch fits.
     """
     cache = int(_SLACK * np.sum(encoded * windows)) + ahead if windows else 0
     fixed = _RUNTIME + workers * _WORKSPACE + cache + ahead
     batch = batch_size * (decoded + int(encoded.max()))
-    # Besides those that wait: one is read, one decoded, one being put together, one with the caller.
+    # Besides the queue: one batch is being read, one decoded, one assembled, one used by the caller.
     ready = int((memory_gb * 2**30 - fixed) // batch) - 4
     if ready < 1:
         needed = (fixed + 5 * batch) / 2**30

@@ -1,7 +1,7 @@
-"""Paths that users write: local ones and the URLs of buckets; and reading and writing the objects in a bucket.
+"""Paths given by users, local or URLs of buckets, and access to files and objects.
 
-A local path is a `pathlib.Path`. A URL (gs://, s3://) is an `etils.epath.Path`, the class that Orbax and TFDS use, too.
-Both go through fsspec, with gcsfs and s3fs; `storage_gcs` and `storage_s3` give these the tries of `retries`.
+A local path is a `pathlib.Path`. A URL (gs://, s3://) is an `etils.epath.Path`, the class that Orbax and TFDS use too.
+Both go through fsspec, with gcsfs and s3fs; `storage_gcs` and `storage_s3` add the retry policy of `retries`.
 """
 
 import concurrent.futures
@@ -24,17 +24,17 @@ from etils.epath import gpath
 from spatialvla_jax.errors import InputError, StorageError
 from spatialvla_jax.utils.progress import progress_bar
 
-# TensorFlow's file system, which etils takes wherever TensorFlow is installed, knows neither emulators nor s3://. The
-# answer is kept from the first question on, which another library may have asked.
+# etils prefers TensorFlow's file system if TensorFlow is installed, but it supports neither emulators nor s3://. etils
+# caches the check, which another library may already have triggered.
 os.environ["EPATH_USE_TF"] = "0"
 gpath._is_tf_installed.cache_clear()
 
 AnyPath = Path | epath.Path
 
-CONCURRENT = 64  # requests at once
-PART = 16 * 2**20  # bytes of a request in `download` and `read_parts`
+CONCURRENT = 64  # concurrent requests
+PART = 16 * 2**20  # bytes per request in `download` and `read_parts`
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")
-_LIBRARIES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}  # library and extra of a scheme
+_LIBRARIES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}  # (library, our extra) for each scheme
 _CREDENTIALS = {
     "gs": "`gcloud auth application-default login`, or GOOGLE_APPLICATION_CREDENTIALS with the file of a key",
     "s3": "`aws configure`, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
@@ -49,9 +49,9 @@ for _scheme, _class in {"gs": "gcs.GoogleStorage", "gcs": "gcs.GoogleStorage", "
 
 
 def as_path(path: str | os.PathLike[str], what: str) -> AnyPath:
-    """The path that a user wrote: a local one with ~ expanded, or a URL of a bucket.
+    """The path given by a user: a local one with ~ expanded, or a bucket's URL.
 
-    `what` names the argument or key in an InputError: for a URL that cannot be read here, or a ~ of an unknown user."""
+    `what` names the argument or key in the InputError for an unsupported URL or a ~ of an unknown user."""
     text = os.fspath(path)
     if not (url := _URL.match(text)):
         try:
@@ -75,7 +75,7 @@ def is_url(path: str | os.PathLike[str]) -> bool:
 
 
 def to_path(path: str | os.PathLike[str]) -> AnyPath:
-    """The text of a path that `as_path` has made sure of, as a path again."""
+    """Convert text to a path, without the checks of `as_path`."""
     return epath.Path(path) if is_url(path) else Path(path)
 
 
@@ -96,18 +96,18 @@ def is_dir(path: AnyPath) -> bool:
 
 
 def is_file(path: AnyPath) -> bool:
-    """False for a pipe, which would wait for its other end."""
+    """Whether it is a regular file: False for a pipe, where opening would block."""
     return os.path.isfile(path) if isinstance(path, Path) else _type_of(path) == "file"
 
 
 def occupied(path: AnyPath) -> bool:
-    """Whether there is anything at a path, be it a link to nothing."""
+    """Whether anything exists at a path, even a broken link."""
     return exists(path) if is_url(path) else os.path.lexists(path)
 
 
 def list_files(folder: AnyPath) -> dict[str, tuple[int, int | str]]:
-    """The files in a folder, {name: (bytes, version)}. The version changes with the content: the time of the last
-    change in nanoseconds, or an object's generation or ETag. Raises InputError where there is no such folder."""
+    """The files in a folder, {name: (bytes, version)}. The version changes with the content: a modification time in
+    nanoseconds, or an object's generation or ETag. Raises InputError if the folder does not exist."""
     if not is_url(folder):
         try:
             with os.scandir(folder) as entries:
@@ -120,7 +120,7 @@ def list_files(folder: AnyPath) -> dict[str, tuple[int, int | str]]:
 
 
 def list_names(folder: AnyPath) -> list[str]:
-    """The names of files and folders in a folder, sorted; none where it does not exist."""
+    """The sorted names of files and folders in a folder; empty if it does not exist."""
     if not is_url(folder):
         return sorted(os.listdir(folder)) if os.path.isdir(folder) else []
     with storage_errors(folder, "listed"):
@@ -135,7 +135,7 @@ def list_names(folder: AnyPath) -> list[str]:
 
 
 def list_tree(folder: AnyPath) -> dict[str, int]:
-    """{name: bytes} of every file in a folder and in those within, such as "a/b.txt"; none where it does not exist."""
+    """{name: bytes} of all files in a folder and its subfolders, such as "a/b.txt"; empty if it does not exist."""
     if not isinstance(folder, epath.Path):
         return {str(file.relative_to(folder)): file.stat().st_size for file in folder.rglob("*") if file.is_file()}
     with storage_errors(folder, "listed"):
@@ -145,7 +145,7 @@ def list_tree(folder: AnyPath) -> dict[str, int]:
 
 
 def size_and_version(path: AnyPath) -> tuple[int, int | str]:
-    """Of a file, as `list_files` has them."""
+    """Size and version of a file, as in `list_files`."""
     if not is_url(path):
         stat = os.stat(path)
         return stat.st_size, stat.st_mtime_ns
@@ -154,7 +154,7 @@ def size_and_version(path: AnyPath) -> tuple[int, int | str]:
 
 
 def read_bytes(path: AnyPath) -> bytes:
-    """A whole file. Raises OSError for a local one."""
+    """Read a whole file. Raises OSError for a local one."""
     if not is_url(path):
         return Path(path).read_bytes()
     with storage_errors(path):
@@ -168,8 +168,8 @@ def read_text(path: AnyPath) -> str:
 def read_ranges(
     ranges: Sequence[tuple[str | os.PathLike[str], int, int]], concurrent: int = CONCURRENT
 ) -> list[bytes | Exception]:
-    """The bytes of each (path, offset, length), or what kept them from being read: an OSError of a local file, an
-    InputError or a StorageError with one sentence for an object, an EOFError where a file ends before."""
+    """The bytes of each (path, offset, length), or why they could not be read: OSError for a local file, InputError or
+    StorageError with a one-sentence message for an object, EOFError if a file is too short."""
     found: list[Any] = [None] * len(ranges)
     groups: dict[str, list[int]] = {}
     for number, (path, _, _) in enumerate(ranges):
@@ -206,8 +206,7 @@ def _pread(path: str | os.PathLike[str], offset: int, length: int) -> bytes | OS
 
 
 def read_parts(path: AnyPath, size: int, part: int = PART, ahead: int = 2) -> Iterator[bytes]:
-    """A file of `size` bytes from its beginning to its end, one request for every `part` of them; `ahead` requests are
-    under way while the caller works."""
+    """Read a file of `size` bytes from start to end, in requests of `part` bytes, `ahead` of them in flight."""
     with concurrent.futures.ThreadPoolExecutor(ahead) as pool:
         starts = range(0, size, part)
         waiting = [pool.submit(_read_range, path, start, min(part, size - start)) for start in starts[:ahead]]
@@ -237,7 +236,7 @@ class _Parts(io.RawIOBase):
 
 
 def open_stream(path: AnyPath) -> tuple[io.BufferedReader, int]:
-    """A file to be read from its beginning on, and its size; an object cannot be sought in. Raises OSError for a local
+    """A file opened for reading from its start, and its size. Objects are not seekable. Raises OSError for a local
     file."""
     size, _ = size_and_version(path)
     return io.BufferedReader(_Parts(read_parts(path, size))) if is_url(path) else open(path, "rb"), size
@@ -251,12 +250,12 @@ def _read_range(path: AnyPath, offset: int, length: int) -> bytes:
 
 
 def download(path: AnyPath, target: str | os.PathLike[str], progress: Callable[[int, int], None] | None = None) -> None:
-    """Copies an object to the local file `target`, in parts that are read at the same time."""
+    """Copy an object to the local file `target`, reading parts concurrently."""
     size, _ = size_and_version(path)
-    together = max(1, CONCURRENT // 8)
+    batch = max(1, CONCURRENT // 8)
     with open(target, "wb") as file:
-        for start in range(0, size, together * PART):
-            starts = range(start, min(start + together * PART, size), PART)
+        for start in range(0, size, batch * PART):
+            starts = range(start, min(start + batch * PART, size), PART)
             for part in read_ranges([(path, one, min(PART, size - one)) for one in starts]):
                 if isinstance(part, Exception):
                     raise part
@@ -267,7 +266,7 @@ def download(path: AnyPath, target: str | os.PathLike[str], progress: Callable[[
 
 @contextlib.contextmanager
 def local_copy(folder: AnyPath) -> Iterator[Path]:
-    """A folder on this disk: itself, or a copy of what a URL holds, while the caller needs it."""
+    """A local folder: the folder itself, or a temporary copy of a URL's content while the caller needs it."""
     if isinstance(folder, Path):
         yield folder
         return
@@ -280,13 +279,13 @@ def local_copy(folder: AnyPath) -> Iterator[Path]:
 
 
 def cached_copy(path: AnyPath, folder: Path) -> Path:
-    """A local file with an object's content, for memory-mapping: kept in `folder`, made again when the object changes.
-    Says how large it is before the download. Raises InputError where the disk has no room for it."""
+    """A local file with an object's content, for memory-mapping. It is kept in `folder` and made again when the object
+    changes. Prints its size before the download. Raises InputError if the disk has no room for it."""
     if isinstance(path, Path):
         return path
     size, version = size_and_version(path)
-    mine = f"{hashlib.sha256(str(path).encode()).hexdigest()[:16]}-"
-    target = folder / f"{mine}{re.sub('[^0-9A-Za-z]', '', str(version))}-{path.name}"
+    prefix = f"{hashlib.sha256(str(path).encode()).hexdigest()[:16]}-"
+    target = folder / f"{prefix}{re.sub('[^0-9A-Za-z]', '', str(version))}-{path.name}"
     if target.exists():
         return target
     try:
@@ -302,15 +301,15 @@ def cached_copy(path: AnyPath, folder: Path) -> Path:
             part.unlink(missing_ok=True)
     except OSError as error:
         raise InputError(f"{path} cannot be copied to {folder}: {error.strerror or error}") from error
-    for old in folder.glob(f"{mine}*"):  # copies of what the object was
+    for old in folder.glob(f"{prefix}*"):  # copies of earlier versions
         if old != target:
             old.unlink(missing_ok=True)
     return target
 
 
 def put(path: AnyPath, data: bytes, only_if_new: bool = False) -> bool:
-    """Writes an object in one request, or fails and leaves what was there. With `only_if_new`, an object that exists
-    stays: then the answer is whether it has this content, which it has, too, where only the first answer was lost."""
+    """Write an object in one request, or fail and leave the old one. With `only_if_new`, an existing object is kept;
+    returns whether it has this content, as it does if a first attempt succeeded but its response was lost."""
     with storage_errors(path, "written"):
         try:
             filesystem(path).pipe_file(str(path), data, mode="create" if only_if_new else "overwrite")
@@ -320,14 +319,14 @@ def put(path: AnyPath, data: bytes, only_if_new: bool = False) -> bool:
 
 
 def upload(source: str | os.PathLike[str], path: AnyPath) -> None:
-    """Writes a local file as an object, which appears whole at the end."""
+    """Write a local file as an object, which appears whole."""
     with storage_errors(path, "written"):
         filesystem(path).put_file(os.fspath(source), str(path))
 
 
 def upload_folder(source: Path, path: AnyPath, marker: str) -> None:
-    """Writes a local folder's files as objects below `path`, its file `marker` last: a folder without it does not
-    exist for those who read it. Of one that is replaced, the marker goes first, then what the new one does not have."""
+    """Upload a local folder's files below `path`, its file `marker` last: readers ignore a folder without it. Replacing
+    a folder removes its marker first, and files that the new one lacks before the new marker is written."""
     files = [file.relative_to(source).as_posix() for file in source.rglob("*") if file.is_file()]
     assert marker in files, f"{source} has no {marker}"
     old = []
@@ -343,14 +342,14 @@ def upload_folder(source: Path, path: AnyPath, marker: str) -> None:
 
 
 def check_writable(path: AnyPath) -> None:
-    """Raises InputError or StorageError where objects at this URL may not be made. Begins an upload and gives it up,
-    which leaves nothing and needs no other permission."""
+    """Raises InputError or StorageError if objects cannot be written at this URL. Starts and aborts an upload, which
+    leaves nothing behind and needs no other permission."""
     with storage_errors(path, "written"):
         filesystem(path).probe_write(str(path))
 
 
 def remove(path: AnyPath) -> None:
-    """Removes a file or an object; none there is fine."""
+    """Remove a file or an object if it exists."""
     if isinstance(path, Path):
         path.unlink(missing_ok=True)
         return
@@ -360,8 +359,8 @@ def remove(path: AnyPath) -> None:
 
 @contextlib.contextmanager
 def storage_errors(path: str | os.PathLike[str], done: str = "read") -> Iterator[None]:
-    """Raises an InputError or a StorageError, one sentence, for whatever goes wrong with a URL within. `done` is what
-    cannot be done: read, listed or written. Errors of local paths stay as they are."""
+    """Convert errors concerning a URL in this block to InputError or StorageError with a one-sentence message. `done`
+    is the attempted operation: read, listed or written. Errors of local paths pass unchanged."""
     try:
         yield
     except Exception as error:
@@ -371,7 +370,7 @@ def storage_errors(path: str | os.PathLike[str], done: str = "read") -> Iterator
 
 
 def explain(error: Exception, path: str | os.PathLike[str], done: str = "read") -> Exception:
-    """What an error of a bucket's library means for the user. What no user can mend is a StorageError."""
+    """An error of a bucket's library as an error for the user; StorageError if users cannot fix it."""
     if isinstance(error, InputError | StorageError) or not is_url(path):
         return error
     url = os.fspath(path)
@@ -389,35 +388,35 @@ def explain(error: Exception, path: str | os.PathLike[str], done: str = "read") 
         return InputError(f"{url} cannot be {done}: the bucket is read-only{said}")
     if status == 403:
         return InputError(f"{url} cannot be {done}: the permission {_PERMISSIONS[scheme][done]} is missing{said}")
-    kind = InputError if status == 400 else StorageError  # 400: a name that no bucket or object has
+    kind = InputError if status == 400 else StorageError  # 400: an invalid name
     return kind(f"{url} cannot be {done}: {reason or type(error).__name__}")
 
 
 def status_of(error: Exception, path: str | os.PathLike[str]) -> tuple[int, str]:
-    """The HTTP status that an error of a URL comes from, 0 if from none, and what the server says."""
+    """The HTTP status behind an error, 0 if there is none, and the server's message."""
     return fsspec.get_filesystem_class(os.fspath(path).partition(":")[0]).status_of(error)
 
 
 def missing_bucket(path: str | os.PathLike[str]) -> str:
-    """A sentence where the bucket of a URL does not exist, else ""."""
+    """An error message if the URL's bucket does not exist, else ""."""
     url = os.fspath(path)
     bucket = url.split("/")[2]
     try:
         filesystem(url).probe(bucket)
     except FileNotFoundError:
         return f"{url}: there is no bucket {bucket!r}"
-    except Exception:  # it exists, or something else is wrong, which the caller says
+    except Exception:  # it exists, or another error occurred, which the caller will report
         pass
     return ""
 
 
 def filesystem(path: str | os.PathLike[str]) -> Any:
-    """The fsspec file system of a URL."""
+    """The fsspec file system for a URL."""
     return fsspec.filesystem(os.fspath(path).partition(":")[0])
 
 
 def _type_of(path: AnyPath) -> str:
-    """ "file", "directory", or "" where there is nothing. Raises InputError for a bucket that does not exist."""
+    """ "file", "directory", or "" if nothing exists. Raises InputError for a missing bucket."""
     if not is_url(path):
         return "directory" if os.path.isdir(path) else "file" if os.path.exists(path) else ""
     with storage_errors(path):
@@ -435,7 +434,7 @@ def _listing(folder: AnyPath) -> list[dict[str, Any]]:
 
 
 def _name(entry: dict[str, Any]) -> str:
-    """ "" of the object that some tools make for a folder itself."""
+    """The entry's name; "" for the placeholder object that some tools create for a folder."""
     return (
         "" if entry["name"].endswith("/") and entry["type"] == "file" else entry["name"].rstrip("/").rpartition("/")[2]
     )

@@ -1,4 +1,4 @@
-"""gs:// URLs: gcsfs with the tries of `retries`."""
+"""gs:// URLs: gcsfs with the retry policy of `retries`."""
 
 import asyncio
 import contextlib
@@ -20,8 +20,8 @@ ONE_REQUEST = 5 * 2**20  # bytes; larger files are uploaded in parts
 
 
 class GoogleStorage(GCSFileSystem):
-    """Without gcsfs's own retries, which give up after seconds and count nothing, and without its cache of listings,
-    which does not see what other machines write."""
+    """Disables gcsfs's own retries, which give up after seconds and are not counted, and its cache of listings, which
+    misses what other machines write."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         timeout = ClientTimeout(total=None, sock_connect=10, sock_read=30)
@@ -37,8 +37,8 @@ class GoogleStorage(GCSFileSystem):
         return found
 
     async def _pipe_file(self, path: str, data: Any, mode: str = "overwrite", **options: Any) -> None:
-        """One request whose body is the data. gcsfs sends a multipart message, where a server may take a carriage
-        return at the end of the data for a part of the separator. It is used for no data alone, which is no body."""
+        """Send the data as the body of one request. gcsfs sends a multipart message, and a server may mistake a
+        trailing carriage return in the data for part of the separator. Only empty data, which is no body, uses it."""
         if not data:
             await super()._pipe_file(path, data, mode=mode, **options)
             return
@@ -60,18 +60,18 @@ class GoogleStorage(GCSFileSystem):
         return int(found["size"]), found["generation"]
 
     def probe(self, bucket: str) -> None:
-        """Raises FileNotFoundError when there is no such bucket."""
+        """Raises FileNotFoundError if the bucket does not exist."""
         self.call("GET", "b/{}/o", bucket, maxResults=1)
 
     def probe_write(self, path: str) -> None:
         bucket, key, _ = self.split_path(path)
         location = sync(self.loop, initiate_upload, self, bucket, key)
-        with contextlib.suppress(Exception):  # one that is not ended costs nothing, and ends by itself
+        with contextlib.suppress(Exception):  # an unfinished upload costs nothing and expires
             self.call("DELETE", location)
 
     @staticmethod
     def status_of(error: Exception) -> tuple[int, str]:
-        """The HTTP status that an error comes from, 0 if from none, and what the server says."""
+        """The HTTP status behind an error, 0 if there is none, and the server's message."""
         if code := getattr(error, "code", None):  # gcsfs's HttpError
             return int(code), str(error)
         if isinstance(error, google.auth.exceptions.GoogleAuthError):
@@ -82,7 +82,7 @@ class GoogleStorage(GCSFileSystem):
 
 
 def _url(request: str) -> str:
-    """The object, or at least the bucket, that a request is about."""
+    """The URL of the object, or at least the bucket, that a request concerns."""
     found = re.search(r"/b/([^/?]+)(?:/o/([^?]*))?", request)
     return unquote(f"gs://{found[1]}/{found[2] or ''}") if found else request
 

@@ -1,4 +1,4 @@
-"""s3:// URLs: s3fs with the tries of `retries`."""
+"""s3:// URLs: s3fs with the retry policy of `retries`."""
 
 from typing import Any
 
@@ -19,8 +19,8 @@ _NO_CREDENTIALS = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"
 
 
 class S3Storage(S3FileSystem):
-    """Without the retries of botocore and s3fs, which multiply and count nothing, and without the cache of listings,
-    which does not see what other machines write."""
+    """Disables the retries of botocore and s3fs, which multiply and are not counted, and the cache of listings, which
+    misses what other machines write."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         settings = {"retries": {"total_max_attempts": 1}, "max_pool_connections": CONCURRENT, "read_timeout": 30}
@@ -43,7 +43,7 @@ class S3Storage(S3FileSystem):
         bucket, key, _ = self.split_path(path)
         limits = {} if start is None and end is None else {"Range": await self._process_limits(path, start, end)}
 
-        async def once() -> bytes:  # the answer's end may be cut off, which `_call_s3` does not see
+        async def once() -> bytes:  # the response may be truncated, which `_call_s3` does not notice
             answer = await self._call_s3("get_object", Bucket=bucket, Key=key, **limits)
             async with answer["Body"] as body:
                 return await body.read()
@@ -58,7 +58,7 @@ class S3Storage(S3FileSystem):
         return found["ContentLength"], found["ETag"].strip('"')
 
     def probe(self, bucket: str) -> None:
-        """Raises FileNotFoundError when there is no such bucket."""
+        """Raises FileNotFoundError if the bucket does not exist."""
         self.call_s3("list_objects_v2", Bucket=bucket, MaxKeys=1)
 
     def probe_write(self, path: str) -> None:
@@ -68,7 +68,7 @@ class S3Storage(S3FileSystem):
 
     @staticmethod
     def status_of(error: Exception) -> tuple[int, str]:
-        """The HTTP status that an error comes from, 0 if from none, and what the server says."""
+        """The HTTP status behind an error, 0 if there is none, and the server's message."""
         if isinstance(error, NoCredentialsError | PartialCredentialsError):
             return 401, str(error)
         if isinstance(error, ParamValidationError):
@@ -87,7 +87,7 @@ def transient(error: Exception) -> str:
 
 
 def _answer(error: Exception) -> tuple[str, int, str]:
-    """Code, HTTP status and sentence of the server's answer, ("", 0, the error's text) where there was none."""
+    """Code, HTTP status and message of the server's response; ("", 0, the error's text) without a response."""
     cause = error if isinstance(error, ClientError) else error.__cause__
     if not isinstance(cause, ClientError):
         return "", 0, str(error)
