@@ -16,6 +16,7 @@ setup(
     package_data={
         "spatialvla_jax": ["py.typed"],
         "spatialvla_jax.reports": ["templates/*"],
+        "spatialvla_jax.serving": ["page.html"],
         "spatialvla_jax.launch": ["*.sh", "*.sbatch", "*.md"],
         "spatialvla_jax.data.libero_spatial_demo": ["*/*"],
     },

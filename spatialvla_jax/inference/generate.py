@@ -62,10 +62,49 @@ def generate(
     tokens. Q may be any length that fits the prompts.
     """
     decoder = Decoder(model.config, weights, token_ranges)
-    tokens = embed_image(model.config, weights, image, depth, intrinsics)
-    prefix = jnp.concatenate([tokens, _rows(weights.text, prompt_ids, tokens.dtype)], axis=1)
-    valid = jnp.concatenate([jnp.ones(tokens.shape[:2], bool), prompt_mask], axis=1)
+    prefix, valid = _prefix(decoder, image, prompt_ids, prompt_mask, depth, intrinsics)
     return _one_by_one(decoder, prefix, valid) if draft is None else _from_draft(decoder, prefix, valid, draft)
+
+
+def token_probabilities(
+    model: SpatialVLA,
+    weights: Weights,
+    token_ranges: TokenRanges,
+    image: Float[Array, "B S S 3"],
+    prompt_ids: Int[Array, "B Q"],
+    prompt_mask: Bool[Array, "B Q"],
+    tokens: Int[Array, "B A"],
+    *,
+    depth: Float[Array, "B S S"] | None = None,
+    intrinsics: Float[Array, "B 3 3"] | None = None,
+    top: int,
+) -> tuple[Int[Array, "B A {top}"], Float[Array, "B A {top}"]]:
+    """The `top` likeliest ids at each of the chunk's places and their probabilities f32, highest first, given the
+    `tokens` before each place: one pass over all of them. Arguments are as for `generate`, whose tokens these are.
+
+    The probabilities are shares among the ids that the place allows; one that allows fewer than `top` has zeros.
+    """
+    decoder = Decoder(model.config, weights, token_ranges)
+    prefix, valid = _prefix(decoder, image, prompt_ids, prompt_mask, depth, intrinsics)
+    hidden, *_ = _feed_all(decoder, prefix, valid, tokens)
+    scores, _ = decoder.scores(hidden, tuple(range(tokens.shape[1])))
+    cap = model.config.llm.final_softcap
+    found, ids = jax.lax.top_k(jax.nn.softmax(cap * jnp.tanh(scores / cap), where=jnp.isfinite(scores)), top)
+    return ids + (model.config.action_offset if token_ranges is not None else 0), found
+
+
+def _prefix(
+    decoder: "Decoder",
+    image: Float[Array, "B S S 3"],
+    prompt_ids: Int[Array, "B Q"],
+    prompt_mask: Bool[Array, "B Q"],
+    depth: Float[Array, "B S S"] | None,
+    intrinsics: Float[Array, "B 3 3"] | None,
+) -> tuple[Float[Array, "B P D"], Bool[Array, "B P"]]:
+    """Embeddings of image and prompt, and which of them are no padding."""
+    tokens = embed_image(decoder.cfg, decoder.weights, image, depth, intrinsics)
+    prefix = jnp.concatenate([tokens, _rows(decoder.weights.text, prompt_ids, tokens.dtype)], axis=1)
+    return prefix, jnp.concatenate([jnp.ones(tokens.shape[:2], bool), prompt_mask], axis=1)
 
 
 @dataclass(frozen=True)
@@ -109,12 +148,13 @@ class Decoder:
         local = narrow(self.cfg.llm, mask, positions, key_positions)
         return forward(self.cfg.llm, self.weights.llm, embeddings, positions, mask, local, cache, at)
 
-    def best(
+    def scores(
         self, hidden: Float[Array, "B T D"], kinds: tuple[int, ...]
-    ) -> tuple[Int[Array, "B T"], Bool[Array, " B"]]:
-        """→ (best token i32[B, T], each restricted to its kind; bool[B], whether all of a row's logits are finite).
+    ) -> tuple[Float[Array, "B T V"], Bool[Array, " B"]]:
+        """→ (logits of all tokens or of the action tokens alone, -inf where not of the place's kind; whether all logits
+        of a row are finite).
 
-        Omits the soft cap, which does not change the order. It would also hide infinite logits, and argmax hides NaN.
+        The soft cap is left out: it would hide infinite logits.
         """
         scores = linear(hidden, self.weights.head, jnp.float32)
         if self.ranges is not None:
@@ -124,12 +164,22 @@ class Decoder:
         total = jnp.sum(jnp.abs(scores), axis=-1)
         finite = jnp.all(jnp.isfinite(total) & (total > 0), axis=1)
         if self.ranges is None:
-            return jnp.argmax(scores, axis=-1).astype(jnp.int32), finite
+            return scores, finite
         ids = jnp.arange(self.cfg.spatial_tokens)
         spans = [self.ranges[kind % len(self.ranges)] for kind in kinds]
         allowed = jnp.stack([(ids >= start) & (ids < start + size) for start, size in spans])
-        best = jnp.argmax(jnp.where(allowed, scores, -jnp.inf), axis=-1).astype(jnp.int32)
-        return self.cfg.action_offset + best, finite
+        return jnp.where(allowed, scores, -jnp.inf), finite
+
+    def best(
+        self, hidden: Float[Array, "B T D"], kinds: tuple[int, ...]
+    ) -> tuple[Int[Array, "B T"], Bool[Array, " B"]]:
+        """→ (the best token at each of T places, of that place's kind; whether all logits of a row are finite).
+
+        argmax alone would hide NaN. The soft cap keeps the order.
+        """
+        scores, finite = self.scores(hidden, kinds)
+        best = jnp.argmax(scores, axis=-1).astype(jnp.int32)
+        return best if self.ranges is None else self.cfg.action_offset + best, finite
 
 
 class DecodeState(NamedTuple):
@@ -219,16 +269,12 @@ def _from_draft(
     predictions become the next draft. Each pass fixes at least one more token of the greedy result, and a draft that
     predicts itself is that result. The first draft is fed with the prompt. At most A - 1 further passes are needed;
     only non-finite numbers could need more, so the loop is bounded."""
-    (B, P), A = valid.shape, decoder.cfg.num_action_tokens
-    slots = jnp.concatenate([valid, jnp.ones((B, A - 1), bool)], axis=1)
-    positions, mask = position_ids(slots), decoder.mask(slots, P)
-    inputs = jnp.concatenate([prefix, decoder.embed(draft[:, :-1])], axis=1)
-    with jax.named_scope("prompt"):
-        hidden, cache = decoder.forward(inputs, positions, mask, positions)
-    first = last_of_prompt(hidden[:, :P], valid)
+    P, A = valid.shape[1], decoder.cfg.num_action_tokens
+    hidden, cache, positions, mask = _feed_all(decoder, prefix, valid, draft)
+    first = hidden[:, :1]
 
-    def predict(hidden: Float[Array, "B _ D"]) -> tuple[Int[Array, "B A"], Bool[Array, " B"]]:
-        return decoder.best(jnp.concatenate([first, hidden], axis=1), tuple(range(A)))
+    def predict(hidden: Float[Array, "B A D"]) -> tuple[Int[Array, "B A"], Bool[Array, " B"]]:
+        return decoder.best(hidden, tuple(range(A)))
 
     def settled(state: DraftState) -> Bool[Array, " B"]:
         return jnp.all(state.draft[:, :-1] == state.tokens[:, :-1], axis=1)
@@ -239,14 +285,29 @@ def _from_draft(
     def refine(state: DraftState) -> DraftState:
         embedded = decoder.embed(state.tokens[:, :-1])
         hidden, cache = decoder.forward(embedded, positions[:, P:], mask[:, P:], positions, state.cache, P)
-        tokens, finite = predict(hidden)
+        tokens, finite = predict(jnp.concatenate([first, hidden], axis=1))
         return DraftState(state.tokens, tokens, cache, state.passes + 1, finite)
 
-    tokens, finite = predict(hidden[:, P:])
+    tokens, finite = predict(hidden)
     state = DraftState(draft, tokens, cache, jnp.asarray(0), finite)
     with jax.named_scope("tokens"):
         state = jax.lax.while_loop(unfinished, refine, state)
     return Generated(state.tokens, state.passes, state.finite & settled(state))
+
+
+def _feed_all(
+    decoder: Decoder, prefix: Float[Array, "B P D"], valid: Bool[Array, "B P"], tokens: Int[Array, "B A"]
+) -> tuple[Float[Array, "B A D"], Cache, Int[Array, "B S"], Bool[Array, "B S S"]]:
+    """The prompt and all tokens of a chunk but the last, in one pass → (what predicts each token, the cache of S slots,
+    their positions, their mask)."""
+    (B, P), A = valid.shape, tokens.shape[1]
+    slots = jnp.concatenate([valid, jnp.ones((B, A - 1), bool)], axis=1)
+    positions, mask = position_ids(slots), decoder.mask(slots, P)
+    inputs = jnp.concatenate([prefix, decoder.embed(tokens[:, :-1])], axis=1)
+    with jax.named_scope("prompt"):
+        hidden, cache = decoder.forward(inputs, positions, mask, positions)
+    first = last_of_prompt(hidden[:, :P], valid)
+    return jnp.concatenate([first, hidden[:, P:]], axis=1), cache, positions, mask
 
 
 def _rows(table: Matrix, ids: Int[Array, "B T"], dtype: DTypeLike) -> Float[Array, "B T D"]:

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 from spatialvla_jax.inference.decoder import DecoderWeights, Layer, Matrix, Quantized, quantize
 from spatialvla_jax.models import Params, SpatialVLA, SpatialVLAConfig
 from spatialvla_jax.models.beit import TOKENS, BeitConfig, relative_position_bias
+from spatialvla_jax.models.zoedepth import estimate_depth
 
 SLAB = 16_384  # table rows quantised at once
 LARGE = 2**16  # minimum elements per layer of an array that is unstacked
@@ -111,11 +112,24 @@ def embed_image(
     intrinsics: Float[Array, "B 3 3"] | None,
 ) -> Float[Array, "B P D"]:
     """`SpatialVLA.embed_image` with these weights."""
+    model, variables = _vision_model(cfg, weights)
+    return model.apply(variables, image, depth, intrinsics, method="embed_image")
+
+
+def image_depth(cfg: SpatialVLAConfig, weights: Weights, image: Float[Array, "B S S 3"]) -> Float[Array, "B S S"]:
+    """The depth in metres that a model with `depth_source="zoedepth"` estimates of images in [0, 1]."""
+    model, variables = _vision_model(cfg, weights)
+    return model.apply(
+        variables, image, method=lambda model, image: estimate_depth(model.zoe, image, cfg.zoe.backbone.image_size)
+    )
+
+
+def _vision_model(cfg: SpatialVLAConfig, weights: Weights) -> tuple[Any, dict[str, Params]]:
+    """The model and its variables without the language model."""
     vision = jax.tree.map(restack_layers, weights.vision, is_leaf=lambda x: isinstance(x, list | OutputsFirst))
     vision["spatial_embedding"] = weights.spatial  # the model declares it, though embedding an image does not use it
     img = replace(cfg.img, mlp_dim=cfg.img.mlp_dim + -cfg.img.mlp_dim % HIDDEN_MULTIPLE)
-    unrolled: Any = SpatialVLA(replace(cfg, unroll=True, img=img, zoe=replace(cfg.zoe, unroll=True)))
-    return unrolled.apply({"params": vision}, image, depth, intrinsics, method="embed_image")
+    return SpatialVLA(replace(cfg, unroll=True, img=img, zoe=replace(cfg.zoe, unroll=True))), {"params": vision}
 
 
 def unstack_layers(stack: Any, axes: int, place: Callable[[Any], Array]) -> Any:

@@ -9,7 +9,7 @@ import numpy as np
 
 from spatialvla_jax.errors import InputError
 
-KEYS = ("image", "prompt", "intrinsics", "depth", "depth_unit", "unnorm_key", "reset")
+KEYS = ("image", "prompt", "intrinsics", "depth", "depth_unit", "unnorm_key", "reset", "explain")
 DTYPES = ("|b1", "|u1", "|i1", "<u2", "<i2", "<u4", "<i4", "<u8", "<i8", "<f2", "<f4", "<f8")
 
 
@@ -114,7 +114,7 @@ def check(observation: dict[Any, Any], limits: Limits) -> None:
     for key in observation:
         if key not in KEYS:
             raise InputError(f"observation key {key!r:.40} is not known; choose of {', '.join(KEYS)}")
-    for key, kind in (("prompt", str), ("unnorm_key", str), ("reset", bool)):
+    for key, kind in (("prompt", str), ("unnorm_key", str), ("reset", bool), ("explain", bool)):
         value = observation.get(key)
         if value is not None and not isinstance(value, kind):
             raise InputError(f"observation {key!r} must be a {kind.__name__}, got {type(value).__name__}")

@@ -2,8 +2,8 @@
 
 The server first sends its metadata. Then each binary message is one observation and each binary reply its actions, both
 msgpack with openpi's encoding of arrays. A text reply is one sentence about an error; the connection stays open. A
-message beyond the size limit, or no answer to a ping for 20 s, ends the connection. GET /healthz, /metadata (JSON) and
-/metrics (Prometheus) are on the same port.
+message beyond the size limit, or no answer to a ping for 20 s, ends the connection. GET /healthz, /metadata (JSON),
+/metrics (Prometheus) and a page for people, / (`page`), are on the same port.
 
 The port is open before the policy is loaded. Until an observation can be answered, /healthz answers 503 "compiling" and
 clients that have connected wait.
@@ -14,7 +14,6 @@ one loads and compiles it (`programs`).
 
 import asyncio
 import gc
-import hmac
 import json
 import logging
 import os
@@ -37,6 +36,7 @@ from websockets.http11 import Request, Response
 from spatialvla_jax.errors import InputError, NonFiniteError
 from spatialvla_jax.inference.action_chunking import ChunkExecutor, executor, shift
 from spatialvla_jax.serving.access import is_loopback
+from spatialvla_jax.serving.page import Page
 from spatialvla_jax.serving.protocol import KEYS, LIMITS, Limits, check, pack, room_for_images, unpack
 
 if TYPE_CHECKING:  # JAX takes seconds to import, and the port is opened before
@@ -155,11 +155,12 @@ class Server:
             raise InputError(f"host {host} can be reached from other machines: serving on it needs a token")
         self.load, self.host, self.port, self.token, self.limits = load, host, port, token, room_for_images(limits)
         self.execute, self.report, self.clients = execute, report, set[Client]()
-        self.busy, self.draining = 0, False
+        self.busy, self.explaining, self.draining = 0, 0, False
         Client(execute)  # raises now what it would raise for the first client
-        self.batcher = Batcher(self._call_policy, limits, lambda: min(len(self.clients), self.programs.largest))
+        self.batcher = Batcher(self._call_policy, limits, self._expected)
         self.metrics = Metrics(lambda: len(self.clients), self.batcher.waiting.qsize)
-        self.compiler, self._compiling = ThreadPoolExecutor(1, "compiler"), Future()
+        self.compiler, self._compiling = ThreadPoolExecutor(1, "compiler"), set[Future]()
+        self.page = Page(token)
         self.policy: Policy
         self.programs: Programs
         self._loaded = asyncio.Event()  # from then on there are these two
@@ -176,7 +177,6 @@ class Server:
                 max_queue=1,
                 close_timeout=5,
                 compression=None,
-                origins=[None],  # no web page may talk to it
             )
         except (OSError, OverflowError, UnicodeError) as error:
             raise InputError(f"the port {self.port} of host {self.host} cannot be opened: {_reason(error)}") from error
@@ -196,8 +196,11 @@ class Server:
         self.metadata = {
             "observation": list(KEYS),
             "image_sizes": limits.image_sizes,
+            "model_image_size": config.img.image_size,
             "needs_depth": config.depth_source == "dataset",
             "unnorm_keys": list(policy.processor.statistics),
+            "tokens": policy.processor.grid.kinds,
+            "dimensions": policy.processor.grid.dimensions,
             "action_chunk": config.action_chunk,
             "execute": self.execute,
             "limits": asdict(limits),
@@ -211,13 +214,15 @@ class Server:
             self.report(compiled)
 
     async def _in_compiler(self, call: Callable[..., Any], *arguments: Any) -> Any:
-        self._compiling = self.compiler.submit(call, *arguments)
-        return await asyncio.wrap_future(self._compiling)
+        future = self.compiler.submit(call, *arguments)
+        self._compiling.add(future)
+        future.add_done_callback(self._compiling.discard)
+        return await asyncio.wrap_future(future)
 
     @property
     def compiling(self) -> bool:
-        """Whether a thread is loading or compiling, which nothing can interrupt."""
-        return self._compiling.running()
+        """Whether a thread is loading, compiling or explaining, which nothing can interrupt."""
+        return any(future.running() for future in list(self._compiling))
 
     async def drain(self, seconds: float = 20) -> None:
         """Refuses new connections, answers pending requests for at most `seconds`, and closes all connections."""
@@ -236,6 +241,10 @@ class Server:
         self.batcher.thread.shutdown(wait=False)
         self.compiler.shutdown(wait=False)
 
+    def _expected(self) -> int:
+        """How many observations a batch waits for. Robots do not wait for people who read explanations."""
+        return min(len(self.clients) - self.explaining, self.programs.largest)
+
     def _call_policy(self, prepared: list[Arrays]) -> list[dict]:
         start = time.perf_counter()
         results = self.policy.act(prepared)
@@ -249,9 +258,9 @@ class Server:
             if self._loaded.is_set() and self.programs.compiled:
                 return connection.respond(HTTPStatus.OK, "OK\n")
             return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, "compiling\n")
-        given = ", ".join(request.headers.get_all("Authorization"))
-        if self.token and not hmac.compare_digest(given.encode(), f"Api-Key {self.token}".encode()):
-            return connection.respond(HTTPStatus.UNAUTHORIZED, "the header 'Authorization: Api-Key TOKEN' is needed\n")
+        admitted = self.page.admits(request)
+        if not admitted and (refused := self.page.refuse(connection, request)):
+            return refused
         if request.path == "/metrics":
             response = connection.respond(HTTPStatus.OK, prometheus.generate_latest(self.metrics.registry).decode())
             del response.headers["Content-Type"]
@@ -261,8 +270,10 @@ class Server:
             if not self._loaded.is_set():
                 return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, "loading\n")
             return connection.respond(HTTPStatus.OK, json.dumps(self.metadata) + "\n")
-        if request.path != "/":
+        if request.path != "/" and not admitted:
             return connection.respond(HTTPStatus.NOT_FOUND, "choose /, /healthz, /metadata or /metrics\n")
+        if "Upgrade" not in request.headers:
+            return self.page.respond(connection)
         if len(self.clients) >= self.limits.clients:
             return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, f"{len(self.clients)} clients are connected\n")
         return None
@@ -314,6 +325,8 @@ class Server:
             client.reset()
             if not observation:
                 return {"reset": True}
+        if observation.pop("explain", False):
+            return await self._explain(observation)
         # A chunk, and a guess of the next one, belong to what they were planned for. What counts is the text as it was
         # sent: who sends another one means another one, and planning anew is never wrong.
         planned = observation.get("prompt"), observation.get("unnorm_key")
@@ -322,23 +335,54 @@ class Server:
             client.planned = planned
         if client.draft is not None:
             observation["draft"] = client.draft
-        prepared = self.policy.prepare(observation)
-        size = prepared["image"].shape[:2]
-        if size not in self.limits.image_sizes:
-            known = " or ".join(f"{height}x{width}" for height, width in self.limits.image_sizes)
-            raise InputError(f"observation 'image' is {size[0]}x{size[1]}: this server is compiled for {known}")
+        prepared = self._prepare_observation(observation)
         if client.executor and not client.executor.due:
             return {"actions": client.executor.step()[None]}
-        await self.programs.wait_for(prepared)
-        result = await self.batcher.infer(prepared)
-        if not np.isfinite(result["actions"]).all():
-            raise NonFiniteError([False])
+        result = await self._infer(prepared)
         # A client that gets whole chunks is assumed to execute them to their end, as openpi's does.
         ids = result["action_ids"]
         client.draft = shift(ids, client.executor.every if client.executor else len(ids))
         if client.executor:
             result["actions"] = client.executor.step(result["actions"])[None]
         return result
+
+    def _prepare_observation(self, observation: dict[str, Any]) -> Arrays:
+        prepared = self.policy.prepare(observation)
+        size = prepared["image"].shape[:2]
+        if size not in self.limits.image_sizes:
+            known = " or ".join(f"{height}x{width}" for height, width in self.limits.image_sizes)
+            raise InputError(f"observation 'image' is {size[0]}x{size[1]}: this server is compiled for {known}")
+        return prepared
+
+    async def _infer(self, prepared: Arrays) -> dict[str, Any]:
+        await self.programs.wait_for(prepared)
+        result = await self.batcher.infer(prepared)
+        if not np.isfinite(result["actions"]).all():
+            raise NonFiniteError([False])
+        return result
+
+    async def _explain(self, observation: dict[str, Any]) -> dict[str, Any]:
+        """A whole chunk from the same batches, with what `explain` says of it and the latency of each part.
+
+        The explanation is computed in the compiler's thread: while its program is compiled, robots are answered.
+        """
+        from spatialvla_jax.inference.explain import explain
+
+        self.explaining += 1
+        try:
+            times = [time.perf_counter()]
+            prepared = self._prepare_observation(observation)
+            times.append(time.perf_counter())
+            result = await self._infer(prepared)
+            times.append(time.perf_counter())
+            result |= await self._in_compiler(explain, self.policy, prepared, result["action_ids"])
+            times.append(time.perf_counter())
+        finally:
+            self.explaining -= 1
+        prepare, answer, explained = (1000 * float(seconds) for seconds in np.diff(times))
+        timing = result["server_timing"]
+        parts = {"prepare_ms": prepare, "wait_ms": answer - timing["infer_ms"], "explain_ms": explained}
+        return result | {"server_timing": timing | parts}
 
 
 def _reason(error: Exception) -> str:

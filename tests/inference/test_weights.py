@@ -1,6 +1,9 @@
 """The layout for decoding: the same values, whatever is stored apart, padded or computed ahead."""
 
+from functools import partial
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.batches import random_inputs
@@ -9,8 +12,9 @@ from helpers.zoe_reference import TINY
 from spatialvla_jax.checkpoints.mapping import param_shapes, unflatten
 from spatialvla_jax.inference import weights as layout
 from spatialvla_jax.inference.decoder import quantize
-from spatialvla_jax.inference.weights import embed_image, prepare_weights
+from spatialvla_jax.inference.weights import embed_image, image_depth, prepare_weights
 from spatialvla_jax.models import SpatialVLA, preset
+from spatialvla_jax.models.zoedepth import ZoeDepth, estimate_depth
 
 
 def random_model(**changes) -> tuple[SpatialVLA, dict]:
@@ -28,6 +32,16 @@ def test_an_image_gives_the_tokens_of_the_model(large: int, monkeypatch) -> None
     expected = jax.jit(lambda p: model.apply({"params": p}, x.image, None, x.intrinsics, method="embed_image"))(params)
     got = jax.jit(lambda w: embed_image(model.config, w, x.image, None, x.intrinsics))(prepare_weights(model, params))
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.slow
+def test_the_depth_is_that_which_the_model_estimates() -> None:
+    model, params = random_model(depth_source="zoedepth", zoe=TINY)
+    image, size = random_inputs(model, 2).image, TINY.backbone.image_size
+    zoedepth = partial(ZoeDepth(TINY, jnp.float32).apply, {"params": params["zoe"]})
+    expected = jax.jit(lambda image: estimate_depth(zoedepth, image, size))(image)
+    got = jax.jit(lambda w: image_depth(model.config, w, image))(prepare_weights(model, params))
+    np.testing.assert_allclose(got, expected, rtol=1e-3)
 
 
 def test_a_call_makes_no_copy_of_the_stacked_layers(monkeypatch) -> None:

@@ -5,14 +5,10 @@ import signal
 import socket
 import threading
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -20,25 +16,23 @@ import msgpack
 import numpy as np
 import pytest
 import websockets.exceptions
-from helpers.batches import observation as random_observation
 from helpers.processes import free_port
+from helpers.serving import LIMITS, Stub, asks, client_of, eventually, get, observations, serving
 from openpi_client import msgpack_numpy
 from openpi_client.action_chunk_broker import ActionChunkBroker
 from openpi_client.websocket_client_policy import WebsocketClientPolicy
 from websockets.sync.client import connect
 
-from spatialvla_jax import Policy, load_pretrained
+from spatialvla_jax import Policy
 from spatialvla_jax.cli import main
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.inference.action_chunking import executor
-from spatialvla_jax.models import SpatialVLA
 from spatialvla_jax.serving.access import read_token
 from spatialvla_jax.serving.protocol import Limits, check, pack, room_for_images, unpack
 from spatialvla_jax.serving.server import Batcher, Server, run
 from spatialvla_jax.utils import compilation_cache as compiled
 
 ROOT = Path(__file__).parents[2]
-LIMITS = Limits(message_bytes=200_000, image_sizes=((48, 64),), clients=32, batch=2)
 
 
 def load_script(path: str) -> Any:
@@ -47,115 +41,6 @@ def load_script(path: str) -> Any:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-@contextmanager
-def serving(policy: Any, limits: Limits = LIMITS, compiled: bool = True, **options: Any) -> Iterator[Server]:
-    """A server of this process, in a thread of its own, as soon as everything is `compiled`."""
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever)
-    thread.start()
-    server = Server(policy if callable(policy) else lambda: policy, "127.0.0.1", 0, limits=limits, **options)
-    asyncio.run_coroutine_threadsafe(server.start(), loop).result()
-    if compiled:
-        eventually(server.prepared.done, 60)
-        server.prepared.result()
-    try:
-        yield server
-    finally:
-        asyncio.run_coroutine_threadsafe(server.drain(), loop).result()
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()
-
-
-def asks(prompt: str) -> dict[str, Any]:
-    """What the stub needs of an observation."""
-    return {"image": np.zeros((48, 64, 3), np.uint8), "prompt": prompt}
-
-
-class Stub(Policy):
-    """Answers with the prompt's number, and with `ids` where given; `slow` takes until `go`, `bad` fails whatever batch
-    it is in, `nan` gets such actions. It compiles `compiling(prompt, batch size)`."""
-
-    def __init__(
-        self, ids: np.ndarray | None = None, compiling: Callable[[str, int], Any] = lambda *_: None, steps: int = 1
-    ) -> None:
-        self.ids, self.compiling = ids, compiling
-        config = SimpleNamespace(
-            img=SimpleNamespace(image_size=8), depth_source="none", action_chunk=4, prompt_length=16 * steps
-        )
-
-        def encode_prompt(prompt: str, *, length: int, **_: Any) -> tuple[np.ndarray, np.ndarray]:
-            """A token for each word, and one more."""
-            return np.zeros(length, np.int32), np.arange(length) <= len(prompt.split())
-
-        tokenizer = SimpleNamespace(encode_prompt=encode_prompt)
-        self.model = SimpleNamespace(config=config)
-        self.processor = SimpleNamespace(statistics={"toy": {}}, tokenizer=tokenizer, prompt_template="")
-        self.go, self.batches = threading.Event(), []
-
-    def prepare(self, observation: dict) -> dict:
-        if "prompt" not in observation:
-            raise InputError("observation 'prompt' must be a string, got NoneType")
-        _, mask = self.processor.tokenizer.encode_prompt(observation["prompt"], length=self.model.config.prompt_length)
-        return observation | {"prompt_mask": mask}
-
-    def act(self, observations: list[dict]) -> list[dict]:
-        prompts = [o["prompt"] for o in observations]
-        if threading.current_thread().name.startswith("compiler"):
-            self.compiling(prompts[0], len(prompts))
-        self.batches.append(observations)
-        if "slow" in prompts:
-            assert self.go.wait(10)
-        if "bad" in prompts:
-            raise ZeroDivisionError
-        numbers = [float(prompt) if prompt.isdecimal() else np.nan if prompt == "nan" else 0.0 for prompt in prompts]
-        ids = [np.full((4, 3), np.nan_to_num(n), np.int32) if self.ids is None else self.ids for n in numbers]
-        return [{"actions": np.full((4, 7), n, np.float32), "action_ids": i} for n, i in zip(numbers, ids, strict=True)]
-
-
-@pytest.fixture(scope="module")
-def policy(trained: Path) -> Policy:
-    """The direct call; for prompts of up to 16 tokens, so that there is one length to compile."""
-    model, params, processor = load_pretrained(trained)
-    assert processor
-    return Policy(SpatialVLA(replace(model.config, prompt_length=16)), params, processor)
-
-
-@pytest.fixture(scope="module")
-def served(policy: Policy, trained: Path) -> Policy:
-    """The same, which takes guesses."""
-    return Policy(policy.model, load_pretrained(trained)[1], policy.processor, speculate=True)
-
-
-@pytest.fixture(scope="module")
-def server(served: Policy) -> Iterator[Server]:
-    with serving(served) as server:
-        yield server
-
-
-def observations(count: int, seed: int = 0) -> list[dict[str, Any]]:
-    return [random_observation(seed + i) for i in range(count)]
-
-
-def client_of(server: Server, token: str | None = None) -> WebsocketClientPolicy:
-    return WebsocketClientPolicy("127.0.0.1", server.port, token)
-
-
-def get(server: Server, path: str, **headers: str) -> tuple[int, str]:
-    request = urllib.request.Request(f"http://127.0.0.1:{server.port}{path}", headers=headers)
-    try:
-        with urllib.request.urlopen(request) as response:
-            return response.status, response.read().decode()
-    except urllib.error.HTTPError as error:
-        return error.code, error.read().decode()
-
-
-def eventually(condition: Any, seconds: float = 5) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 # --- with a trained policy ---------------------------------------------------------------------------------------
