@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo sweep test test-slow test-all lint lock clean
+.PHONY: demo sweep test test-slow test-all lint docs lock clean
 
 # The locked environment is a CPU's; without this the TPU compiler in it, which tests use, looks for TPUs and complains.
 demo sweep: export JAX_PLATFORMS ?= cpu
@@ -28,6 +28,12 @@ lint: .venv/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+	$(BIN)/codespell
+
+# The site, in site/; a warning or a link to nowhere is an error.
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: .venv/.installed
+	$(BIN)/mkdocs build --strict --quiet
 
 # Tests drive the server with it. It asks for NumPy 1, so it can't be in the lock, and runs with 2.
 OPENPI_CLIENT := openpi-client==0.1.2
@@ -42,10 +48,10 @@ OPENPI_CLIENT := openpi-client==0.1.2
 	touch $@
 
 lock:
-	$(BIN)/python -m pip install --upgrade --editable '.[torch,beam,lerobot,serve,gcs,s3,dev]'
+	$(BIN)/python -m pip install --upgrade --editable '.[torch,beam,lerobot,serve,gcs,s3,docs,dev]'
 	$(BIN)/python -m pip freeze --exclude-editable --exclude openpi-client > requirements.lock
 
 # What make has made: runs/ holds what users have trained.
 clean:
 	test ! -e .venv/.installed || rm -rf .venv
-	rm -rf build *.egg-info
+	rm -rf build site *.egg-info

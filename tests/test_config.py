@@ -194,6 +194,37 @@ def test_config_show_prints_values_ranges_and_meanings(capsys) -> None:
     assert "config key trian does not exist; did you mean " in capsys.readouterr().err
 
 
+def test_config_keys_lists_ranges_and_defaults(capsys) -> None:
+    assert main(["config", "keys", "lora.rank", "mesh"]) == 0
+    names = [line for line in capsys.readouterr().out.splitlines() if not line.startswith(" ")]
+    assert names == ["lora.rank", "mesh.data", "mesh.fsdp", "mesh.tensor"]
+
+
+def test_config_diff_compares_files_and_runs(tmp_path, capsys) -> None:
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    saved = completed(default_config(), {"train.steps": "7", "grid.num_bins": "(8, 16, 4, 8, 8, 8)"})
+    (run / "config.json").write_text(json.dumps(saved.to_dict()))
+    (tmp_path / "mine.py").write_text(
+        "from spatialvla_jax.config import default_config\n"
+        "def get_config():\n    config = default_config()\n    config.train.steps = 9\n    return config\n"
+    )
+    assert main(["config", "diff", str(tmp_path / "mine.py"), str(run)]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "grid.num_bins: [16, 32, 8, 16, 16, 16] → [8, 16, 4, 8, 8, 8]",
+        "train.steps: 9 → 7",
+        f"2 of {len(KEYS)} keys differ",
+    ]
+    assert main(["config", "diff", str(run), str(run / "checkpoints")]) == 0
+    assert capsys.readouterr().out == f"0 of {len(KEYS)} keys differ\n"
+    assert main(["config", "show", "train.steps", "--config", str(run)]) == 0
+    assert capsys.readouterr().out.startswith("train.steps = 7\n")
+    assert main(["config", "show", "--config", str(run), "--config.train.steps=8"]) == 2
+    assert "is a run" in capsys.readouterr().err
+    assert main(["config", "diff", "demo", str(tmp_path)]) == 2
+    assert "not in a training run's directory" in capsys.readouterr().err
+
+
 def test_a_run_with_a_value_that_is_no_longer_valid_is_read_but_not_resumed(tmp_path) -> None:
     saved = json.loads(json.dumps(default_config().to_dict()))
     saved["optimizer"]["clip"] = 0.0

@@ -1,0 +1,136 @@
+"""The pages say what is true of the repository: their links lead somewhere, their commands are understood."""
+
+import ast
+import importlib.util
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from spatialvla_jax import cli
+from spatialvla_jax.cli import make_parser
+from spatialvla_jax.config import KEYS, checked, find_config
+from spatialvla_jax.utils.schema import check, parse
+from spatialvla_jax.utils.shipped import shipped
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted(
+    path for pattern in ("*.md", "docs/**/*.md", "launch/*.md", ".github/**/*.md") for path in ROOT.glob(pattern)
+)
+by_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^[ \t]*```{language}\n(.*?)^[ \t]*```", page.read_text(), re.M | re.S)
+
+
+def commands(page: Path) -> Iterator[list[str]]:
+    """Every command of a page: those of its shell blocks, and what of its running text begins like one of ours."""
+    lines = [line for block in blocks(page, "bash") for line in block.replace("\\\n", " ").splitlines()]
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
+    for span in re.findall(r"`(spatialvla-jax [a-z][^`\n]*|python benchmarks/[^`\n]*)`", text):
+        lines.append(span if " -" in span else f"{span} --help")  # a name alone
+    for line in lines:
+        lexer = shlex.shlex(re.sub(r"\$\w+", "1", line), posix=True, punctuation_chars=";&|")
+        lexer.whitespace_split = True
+        words: list[str] = []
+        for word in [*lexer, ";"]:
+            if set(word) <= set(";&|"):
+                while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+                    words.pop(0)
+                if words:
+                    yield words
+                words = []
+            else:
+                words.append(word)
+
+
+def anchors(page: Path) -> set[str]:
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
+    headings = re.findall(r"^#+ (.*)$", text, re.M)
+    return {re.sub(r"[ -]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
+
+
+def pages_of_the_site(entry: object) -> Iterator[Path]:
+    if isinstance(entry, str):
+        yield ROOT / "docs" / entry
+    elif isinstance(entry, dict | list):
+        for below in entry.values() if isinstance(entry, dict) else entry:
+            yield from pages_of_the_site(below)
+
+
+SITE = set(pages_of_the_site(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]))
+
+
+@by_page
+def test_links_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith(("https://", "http://")):
+            continue
+        path, _, anchor = target.partition("#")
+        file = Path(os.path.normpath(page.parent / path)) if path else page
+        assert file.exists() or file in SITE, f"{page.name} links to {target}"
+        if anchor and file.exists():
+            assert anchor in anchors(file), f"{page.name} links to {target}; there are {sorted(anchors(file))}"
+
+
+@by_page
+def test_commands_are_understood(page: Path) -> None:
+    for program, *argv in commands(page):
+        if program == "spatialvla-jax" and "…" not in argv:
+            understand(argv)
+        elif program == "python" and argv[0].endswith(".py"):
+            source = (ROOT / argv[0]).read_text()
+            flags = [word.partition("=")[0] for word in argv[1:] if word.startswith("--") and word != "--help"]
+            assert all(f'"{flag}"' in source for flag in flags), argv
+        elif program == "make":
+            assert re.search(rf"^([\w-]+ )*{argv[0]}\b.*:", (ROOT / "Makefile").read_text(), re.M), argv
+        elif program == "pip":
+            project = (ROOT / "pyproject.toml").read_text()
+            for extra in re.findall(r"[\w.-]\[([\w,]+)\]", " ".join(argv)):
+                assert all(re.search(rf"^{name} = \[", project, re.M) for name in extra.split(",")), argv
+
+
+def understand(argv: list[str]) -> None:
+    """Parses a command and checks its config's name, keys and values; capitals stand for values of the reader's."""
+    try:
+        args, rest = make_parser().parse_known_args(argv[: argv.index("--")] if "--" in argv else argv)
+    except SystemExit as stopped:
+        assert stopped.code == 0, argv  # --help
+        return
+    config = getattr(args, "config", None)
+    if config and not config.endswith(".py") and not config.isupper():
+        assert find_config(config) == shipped(f"configs/{config}.py")
+    for key, value in cli.overrides_of(rest, allowed=hasattr(args, "config")).items():
+        if key.startswith("data.drop."):
+            check(parse(value, KEYS["data.drop"].items), KEYS["data.drop"].items, key)
+        elif not value.isupper():
+            checked({key: parse(value, KEYS[key])})
+
+
+@by_page
+def test_python_is_python(page: Path) -> None:
+    for block in blocks(page, "python"):
+        ast.parse(block)
+
+
+def test_readme_fits_on_a_few_screens() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("mkdocs"), reason="needs the extra [docs]")
+def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1", "PYTHONPATH": str(ROOT)}
+    build = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert build.returncode == 0, build.stdout + build.stderr
+    reference = (tmp_path / "site/reference/config/index.html").read_text()
+    assert all(f"<code>{key}</code>" in reference for key in KEYS)
