@@ -5,8 +5,9 @@
 It makes the datasets' files (empty ones of the right number, no pixels) and, by the code of every run, their indexes
 with random actions and places, once. Then each of these in a process of its own, `--repeats` times:
 
-cold     seconds of `load_data`, after the imports, on a host without any index: it fetches all of them from a bucket,
-         which a server on loopback stands for (`--latency` ms a request, `--bandwidth` MB/s in all)
+cold     seconds of `load_data`, after the imports, by the clock and of processor time, on a host without any index: it
+         fetches all of them from a bucket, which a server on loopback stands for (`--latency` ms a request,
+         `--bandwidth` MB/s in all)
 warm     the same again on that host
 draws    samples a second of processor time, in batches of 2,048 and of 16,384: which dataset and frame, and where its
          bytes lie (`sample_frames` and `Index.spans`), with the index's pages given back as the loader does; resident
@@ -102,9 +103,8 @@ def main() -> None:
                 done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
                 result = json.loads(done.stdout.splitlines()[-1])
                 after = server.counts()
-                result |= {
-                    key: after.get(key, 0) - before.get(key, 0) for key in ("requests", "bytes_read", "cpu_seconds")
-                }
+                for key in ("requests", "bytes_read", "cpu_seconds"):
+                    result[f"server_{key}"] = after.get(key, 0) - before.get(key, 0)
                 found[phase].append(result)
                 print(phase, result, file=sys.stderr)
     about = {"host": platform.node(), "cores": os.cpu_count(), "python": platform.python_version()}
@@ -126,7 +126,7 @@ def make(args: argparse.Namespace) -> dict[str, Any]:
     from spatialvla_jax.data.oxe import DatasetSpec
     from spatialvla_jax.utils.storage import as_path
 
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    before, start = peak_gb(), time.monotonic()
     arrays = 0
     for number, (name, (episodes, frames)) in enumerate(tqdm(SIZES.items(), "indexes")):
         episodes, frames = max(1, round(episodes * args.scale)), max(1, round(frames * args.scale))
@@ -145,7 +145,7 @@ def make(args: argparse.Namespace) -> dict[str, Any]:
         "index_bytes": arrays,
         "bytes_a_frame": arrays / total[1] / args.scale,
         "make_seconds": time.monotonic() - start,
-        "make_peak_gb": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20,
+        "make_peak_gb": peak_gb() - before,
     }
 
 
@@ -229,10 +229,10 @@ def load(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
 
     tensorflow()
     tokenizer = train_tokenizer({f"move the object {word} to place {word % 97}" for word in range(999)}, 256)
-    imported = time.monotonic()
+    imported, used = time.monotonic(), time.process_time()
     loader = load_data(config(args), image_size=224, tokenizer=tokenizer)
-    result = {"seconds": time.monotonic() - imported, "imports_seconds": imported - start}
-    return loader, result | {"peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+    result = {"seconds": time.monotonic() - imported, "processor_seconds": time.process_time() - used}
+    return loader, result | {"imports_seconds": imported - start, "peak_gb": peak_gb()}
 
 
 def cold(args: argparse.Namespace) -> dict[str, Any]:
@@ -272,6 +272,12 @@ def weights(args: argparse.Namespace) -> dict[str, Any]:
     meant = np.asarray(loader.weights) * [index.num_frames for index in loader.indexes()]
     error = np.abs(counts / counts.sum() - meant / meant.sum()).max()
     return {"samples": blocks * BLOCK, "largest_error_of_a_share": error, "one_slot": 1 / BLOCK}
+
+
+def peak_gb() -> float:
+    """Of this process's program; the resource usage of a new process begins with that of the one it was forked from."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 2**20
 
 
 def resident_gb() -> float:

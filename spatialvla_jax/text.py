@@ -1,6 +1,8 @@
 """Instructions to token ids, with PaliGemma's SentencePiece model or one trained on a dataset's instructions."""
 
+import functools
 import io
+import itertools
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -60,18 +62,20 @@ class Tokenizer:
     ) -> tuple[Int[np.ndarray, "N P"], Bool[np.ndarray, "N P"]]:
         """`encode_prompt` for many instructions: i32[N, P] and bool[N, P]. Large mixtures have over 100 000 of them."""
         prompts = [render(instruction, template) for instruction in instructions]
-        ids = np.full((len(prompts), length), PAD, np.int32)
-        mask = np.zeros(ids.shape, bool)
         encode = self._processor.EncodeAsIds
         # SentencePiece starts one thread per core for a list, which is much slower for a single prompt.
-        for row, tokens in enumerate(encode(prompts) if len(prompts) > 1 else map(encode, prompts)):
-            if len(tokens) + 2 > length:
-                shown = prompts[row] if len(prompts[row]) <= 80 else f"{prompts[row][:79]}…"
-                raise InputError(
-                    f"The prompt {shown!r} needs {len(tokens) + 2} tokens, more than the {length} of data.prompt.length"
-                )
-            ids[row, : len(tokens) + 2] = [BOS, *tokens, self._newline]
-            mask[row, : len(tokens) + 2] = True
+        tokens = encode(prompts) if len(prompts) > 1 else list(map(encode, prompts))
+        lengths = np.asarray([len(row) + 2 for row in tokens], np.int64)
+        if (long := np.flatnonzero(lengths > length)).size:
+            prompt = prompts[long[0]]
+            shown = prompt if len(prompt) <= 80 else f"{prompt[:79]}…"
+            raise InputError(
+                f"The prompt {shown!r} needs {lengths[long[0]]} tokens, more than the {length} of data.prompt.length"
+            )
+        mask = np.arange(length) < lengths[:, None]
+        ids = np.full(mask.shape, PAD, np.int32)
+        rows = ((BOS, *row, self._newline) for row in tokens)
+        ids[mask] = np.fromiter(itertools.chain.from_iterable(rows), np.int32, lengths.sum())
         return ids, mask
 
     def decode(self, ids: Iterable[int | np.integer]) -> str:
@@ -86,6 +90,7 @@ def render(instruction: str, template: str) -> str:
     return template.replace("{instruction}", instruction.strip().lower())
 
 
+@functools.lru_cache
 def template_problem(template: str) -> str:
     """What is wrong with a prompt template, or ""."""
     if "{instruction}" not in template:

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import mmap
+import os
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -69,6 +70,7 @@ class Index:
     skipped: Mapping[str, int]  # episodes left out, by reason
     arrays: Mapping[str, np.ndarray]
     maps: tuple[mmap.mmap, ...] = ()  # what the arrays look into
+    descriptors: Mapping[str, int] = dataclasses.field(default_factory=dict)  # of arrays' files, as long as their maps
     made_from: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # see `Source`
     gaussians: Any = None  # f64[6, 2] as `fit_gaussians` on the actions normalised by `statistics`, where it is known
     directories: tuple[AnyPath, ...] = ()  # where it is kept
@@ -88,9 +90,19 @@ class Index:
     def spans(self, key: str, frames: Any) -> Int64[np.ndarray, "*B 3"]:
         """Where each frame's image or depth map ("image", "depth") is stored: offset in its episode's file, length, and
         CRC-32C of these bytes."""
-        spans = self.arrays[key][frames].astype(np.int64)
+        spans = self._rows(key, frames).astype(np.int64)
         spans[..., 0] += self.arrays["episode_record"][self.episode(frames), 0]
         return spans
+
+    def _rows(self, key: str, frames: Any) -> np.ndarray:
+        """Rows of an array that has one for every frame. Frames are drawn from all over it: to read them from the file
+        takes less than half the time of mapping a page for each and giving it back."""
+        array = self.arrays[key]
+        if key not in self.descriptors:
+            return array[frames]
+        file, size = self.descriptors[key], array.strides[0]
+        rows = b"".join([os.pread(file, size, size * frame) for frame in np.ravel(frames).tolist()])
+        return np.frombuffer(rows, array.dtype).reshape(*np.shape(frames), *array.shape[1:])
 
     def mean_size(self, key: str) -> float:
         """Mean bytes of a stored image or depth map, from about a thousand of them."""

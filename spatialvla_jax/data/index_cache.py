@@ -14,6 +14,7 @@ import os
 import secrets
 import shutil
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -26,10 +27,10 @@ from tqdm import tqdm
 
 from spatialvla_jax.actions import DIMENSIONS
 from spatialvla_jax.data.index import CHECKSUM_BYTES, FAIL, META, Faults, Index, Source, digest
-from spatialvla_jax.data.index_parts import PER_FRAME, Part, layout, merge_parts, read_part
+from spatialvla_jax.data.index_parts import Part, layout, merge_parts, read_part
 from spatialvla_jax.data.oxe.spec import DatasetSpec, meaning
 from spatialvla_jax.data.rlds import enumerate_some, open_rlds, slice_shards
-from spatialvla_jax.errors import InputError
+from spatialvla_jax.errors import InputError, StorageError
 from spatialvla_jax.utils.atomic import PREFIX, disk_errors, replacing
 from spatialvla_jax.utils.distributed import ALONE, Processes
 from spatialvla_jax.utils.progress import warn
@@ -40,6 +41,7 @@ from spatialvla_jax.utils.storage import (
     is_url,
     list_files,
     read_bytes,
+    read_ranges,
     read_text,
     upload_folder,
 )
@@ -47,7 +49,11 @@ from spatialvla_jax.utils.storage import (
 LOCAL_CACHE = "~/.cache/spatialvla_jax"  # of indexes that are kept in a bucket, or without data.cache_dir
 VERSION = 4  # of the files and of what is in them; another one makes a new index
 _TOGETHER = 8  # indexes that are read or copied at the same time
-_HELD = 2**24  # bytes: arrays of episodes or runs are kept in memory up to this size, all others are mapped
+# Bytes up to which an array is kept in memory; larger ones are mapped. Every draw needs its place in a file.
+_HELD = {"action": 0, "image": 2**27, "depth": 2**27}
+_HELD_OTHERS = 2**24
+_PIECE = 2**20  # bytes that are read at a time for a checksum; the memory of larger ones is new each time
+_END = 64  # bytes at the end of meta.json, which hold its digest
 _SAMPLE = 16  # records of an index whose checksums are compared at each start
 
 Kept = tuple[Index, dict[str, Any]]  # an index and its meta.json
@@ -137,10 +143,11 @@ def complete_indexes(
         places = [directory / source.folder for directory in dict.fromkeys([local, cache_dir])]
         indexes.append(dataclasses.replace(index, directories=tuple(places)))
     if is_url(cache_dir) and processes.index == 0:
-        with ThreadPoolExecutor(_TOGETHER) as pool:
-            stored = list(pool.map(lambda source: _read_meta(source, cache_dir / source.folder), sources))
-        for source, one, text in zip(sources, kept, stored, strict=True):
-            if one is None or not text:  # it is new, or the bucket has none
+        same = _same_in_bucket(sources, local, cache_dir)
+        for source, one, stored in zip(sources, kept, same, strict=True):
+            if one is None or not (
+                stored or _read_meta(source, cache_dir / source.folder)
+            ):  # new, or the bucket's none
                 upload_folder(local / source.folder, cache_dir / source.folder, META)
     return indexes
 
@@ -224,6 +231,18 @@ def _read_meta(source: Source, url: AnyPath) -> str:
     return text
 
 
+def _same_in_bucket(sources: Sequence[Source], local: Path, cache_dir: AnyPath) -> list[bool]:
+    """Whether the bucket has the index that is kept here: whether meta.json ends with the same digest at the same
+    place, which takes one small request for each."""
+    metas = [(local / source.folder / META).read_bytes() for source in sources]
+    urls = [cache_dir / source.folder / META for source in sources]
+    ranges = [(url, len(meta) - _END, _END) for url, meta in zip(urls, metas, strict=True)]
+    ends = read_ranges(ranges)
+    if failed := [end for end in ends if isinstance(end, StorageError)]:
+        raise failed[0]
+    return [end == meta[-_END:] for end, meta in zip(ends, metas, strict=True)]
+
+
 def _announce(urls: Sequence[AnyPath], cache_dir: AnyPath, local: Path) -> None:
     """Says how large the indexes are that are about to be copied. Raises InputError where they have no room."""
     if not urls:
@@ -266,22 +285,24 @@ def _open(source: Source, directory: Path) -> Kept:
         opener = functools.partial(os.open, dir_fd=folder)
         with open(META, encoding="utf-8", opener=opener) as file:
             meta = _check_meta(source, file.read())
-        arrays, maps = {}, []
+        arrays, maps, descriptors = {}, [], {}
         for key, (dtype, shape) in layout(source.spec, made_from["action_dim"]).items():
-            with open(f"{key}.bin", "rb", opener=opener) as file:
-                parts = iter(functools.partial(file.read, _HELD), b"")
-                data: bytes | mmap.mmap = next(parts, b"")
-                if functools.reduce(google_crc32c.extend, parts, google_crc32c.value(data)) != meta["checksums"][key]:
+            with open(f"{key}.bin", "rb", buffering=0, opener=opener) as file:
+                mapped = os.fstat(file.fileno()).st_size > _HELD.get(key, _HELD_OTHERS)
+                data: bytes | mmap.mmap = b"" if mapped else file.readall()
+                pieces = iter(functools.partial(file.read, _PIECE), b"") if mapped else [data]
+                if functools.reduce(google_crc32c.extend, pieces, 0) != meta["checksums"][key]:
                     raise ValueError(f"the checksum of {file.name} is wrong")
-                if key in PER_FRAME or file.tell() > _HELD:
+                if mapped:
                     data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                    descriptors[key] = os.dup(file.fileno())
+                    weakref.finalize(data, os.close, descriptors[key])
                     maps.append(data)
             arrays[key] = np.frombuffer(data, dtype).reshape(-1, *shape)
         files, instructions = tuple(os.fspath(shard.file) for shard in source.shards), tuple(meta["instructions"])
         about = meta["statistics"], meta["read"], meta["skipped"]
-        gaussians = meta["gaussians"]
-        kept = Index(source.name, source.spec, files, instructions, *about, arrays, tuple(maps), made_from, gaussians)
-        return kept, meta
+        opened = arrays, tuple(maps), descriptors
+        return Index(source.name, source.spec, files, instructions, *about, *opened, made_from, meta["gaussians"]), meta
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise _Stale(f"its index {directory} is damaged ({error})") from error
     finally:

@@ -90,13 +90,19 @@ def sample_frames(
     `drawn`: how many frames earlier mixtures of the same datasets have drawn from each, so that passes continue.
     """
     blocks, slots = np.divmod(samples, BLOCK)
-    dataset, nth = np.empty_like(samples), np.empty_like(samples)
-    for block in np.unique(blocks):
+    dataset, frame = np.empty_like(samples), np.empty_like(samples)
+    before = tuple(np.broadcast_to(drawn, len(mixture.sizes)).tolist())
+    for block in np.unique(blocks).tolist():
         rows = blocks == block
-        order, rank = _block(mixture.counts, seed, int(block))
-        dataset[rows] = order[slots[rows]]
-        nth[rows] = rank[slots[rows]] + block * np.asarray(mixture.counts)[dataset[rows]]
-    nth += np.broadcast_to(drawn, len(mixture.sizes))[dataset]
+        dataset[rows], frame[rows] = (of_block[slots[rows]] for of_block in _draw_block(mixture, seed, block, before))
+    return dataset, frame
+
+
+@functools.lru_cache(maxsize=4)
+def _draw_block(mixture: Mixture, seed: int, block: int, drawn: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Dataset and frame of all samples of a block, which take half the time of one batch after another."""
+    dataset, nth = _block(mixture.counts, seed, block)
+    nth = nth + (block * np.asarray(mixture.counts) + drawn)[dataset]
     sizes = np.asarray(mixture.sizes)[dataset]
     epoch, position = np.divmod(nth, sizes)
     key = _key(seed, 1, dataset, epoch)

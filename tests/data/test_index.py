@@ -13,6 +13,7 @@ import tensorflow_datasets as tfds
 from helpers.indexes import load_index
 from helpers.toy_rlds import libero_features, make_episodes, make_rlds
 
+from spatialvla_jax.data import index_cache
 from spatialvla_jax.data.index_cache import read_shard
 from spatialvla_jax.data.oxe import CATALOGUE, DatasetSpec
 from spatialvla_jax.errors import InputError
@@ -299,3 +300,14 @@ def test_bytes_a_frame(tmp_path):
         given = [step["observation"]["intrinsics"] for episode in episodes for step in episode]
         np.testing.assert_array_equal(index.intrinsics(np.arange(120)), given)
         assert len(index.arrays["intrinsics"]) == 3
+
+
+def test_places_of_frames_from_the_file(rlds, tmp_path, monkeypatch):
+    """Arrays that are too large to be kept in memory give the same rows."""
+    index = load_index("toy", rlds, LIBERO, "train", tmp_path)
+    monkeypatch.setattr(index_cache, "_HELD", {})
+    monkeypatch.setattr(index_cache, "_HELD_OTHERS", 0)
+    mapped = load_index("toy", rlds, LIBERO, "train", tmp_path)
+    assert "image" in mapped.descriptors and "image" not in index.descriptors
+    for frames in (3, np.arange(index.num_frames), np.asarray([[5, 0], [2, 5]]), np.empty(0, int)):
+        np.testing.assert_array_equal(mapped.spans("image", frames), index.spans("image", frames), strict=True)

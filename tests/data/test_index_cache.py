@@ -47,6 +47,13 @@ def test_hosts_copy_the_index_of_a_bucket(bucket, rlds, tmp_path, monkeypatch, c
     del bucket.proxy.requests[:]
     assert on_a_host("two", tmp_path, monkeypatch, lambda: load(unread))[1] == made
     assert not [request.line for request in bucket.proxy.requests if ".bin" in request.line]
+    # a host that has an index puts it where the bucket has none, or another one
+    for meta in (None, made["meta.json"].replace(b'"fault": ""', b'"fault": 0')):
+        storage.remove(cache / folder / "meta.json") if meta is None else storage.put(
+            cache / folder / "meta.json", meta
+        )
+        on_a_host("two", tmp_path, monkeypatch, lambda: load(unread))
+        assert storage.read_bytes(cache / folder / "meta.json") == made["meta.json"]
     # damaged, then cut short: made again from the data, and put in its place
     storage.put(cache / folder / "action.bin", b"\0" * len(made["action.bin"]))
     assert on_a_host("three", tmp_path, monkeypatch, load)[1] == made
