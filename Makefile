@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo sweep test test-slow test-all lint docs lock clean
+.PHONY: demo sweep test test-slow test-all integrations lint docs lock clean
 
 # The locked environment is a CPU's; without this the TPU compiler in it, which tests use, looks for TPUs and complains.
 demo sweep: export JAX_PLATFORMS ?= cpu
@@ -22,6 +22,10 @@ test-slow: .venv/.installed
 	$(PYTEST) -m slow
 
 test-all: test test-slow
+
+# LeRobot's and vla-eval's released packages, each in an environment under build/: 10 GB, so it is not in test-all.
+integrations: .venv/.installed
+	$(BIN)/python integrations/check.py
 
 lint: .venv/.installed
 	$(BIN)/ruff check .
