@@ -53,10 +53,15 @@ NAME = Field("", "")
 KEYS: dict[str, Field] = {
     "seed": Field(0, "of the parameters, the order of the data and the augmentation", low=0, high=2**32 - 1),
     "init": Field(
-        "", "checkpoint to start from, in any format that load_pretrained reads; empty: random", problem=_path
+        "",
+        "checkpoint to start from, in any format that load_pretrained reads, or its id on the Hugging Face Hub; empty: "
+        "random",
+        problem=_path,
     ),
     "init_zoedepth": Field(
-        "", "directory of a ZoeDepth, where init is a PaliGemma 2 and model.depth_source is zoedepth", problem=_path
+        "",
+        "directory or Hub id of a ZoeDepth, where init is a PaliGemma 2 and model.depth_source is zoedepth",
+        problem=_path,
     ),
     # Paper III-B, where `init` carries an action grid and this config makes another one.
     "adapt.embedding": Field(False, "interpolate init's spatial table at the centres of the new grid's bins"),

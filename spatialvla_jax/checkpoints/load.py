@@ -9,6 +9,7 @@ import numpy as np
 
 from spatialvla_jax.actions import ActionGrid, LinearGrid, grid_from_dict
 from spatialvla_jax.checkpoints.big_vision import read_big_vision
+from spatialvla_jax.checkpoints.hub import find_checkpoint
 from spatialvla_jax.checkpoints.huggingface import open_zoedepth, read_huggingface
 from spatialvla_jax.checkpoints.orbax import missing, read_orbax, step_directories, step_directory
 from spatialvla_jax.checkpoints.paligemma import is_paligemma, start_from_paligemma
@@ -22,7 +23,6 @@ from spatialvla_jax.models.zoedepth import ZoeDepthConfig
 from spatialvla_jax.utils.progress import warn
 from spatialvla_jax.utils.storage import (
     AnyPath,
-    as_path,
     exists,
     is_dir,
     is_file,
@@ -30,7 +30,6 @@ from spatialvla_jax.utils.storage import (
     read_ranges,
     resolved,
     size_and_version,
-    to_path,
 )
 
 ENDS = 1 << 16  # bytes
@@ -39,10 +38,11 @@ ENDS = 1 << 16  # bytes
 def read_checkpoint(path: str | AnyPath, zoedepth: str | AnyPath | None = None) -> Checkpoint:
     """Recognise and open a checkpoint: one of our Orbax runs or its steps, a published directory, a .npz, or a
     PaliGemma 2 (`start_from_paligemma`), which alone may take a `zoedepth`. An adapter run is merged with its base.
-    Raises InputError for anything else."""
-    path = as_path(path, "checkpoint")
+    Each may be an id of the Hugging Face Hub (`hub.find_checkpoint`). Raises InputError for anything else."""
+    path, zoedepth = find_checkpoint(path), zoedepth and find_checkpoint(zoedepth, "ZoeDepth")
     if not exists(path):
-        raise InputError(f"{path} does not exist")
+        no_id = ", and is no id of the Hugging Face Hub, ORG/NAME or ORG/NAME@REVISION"
+        raise InputError(f"{path} does not exist{no_id if '/' in str(path) and not path.is_absolute() else ''}")
     if is_paligemma(path):
         return start_from_paligemma(path, zoedepth)
     if zoedepth is not None:
@@ -65,7 +65,8 @@ def read_checkpoint(path: str | AnyPath, zoedepth: str | AnyPath | None = None) 
 def fingerprint(path: str | AnyPath) -> str:
     """Identify a checkpoint's current state: the path of the file or step, and 8 hex digits that change when it is
     retrained. Fast, because it hashes only the names, sizes and both ends of the files."""
-    path = step_directory(path) or to_path(path)
+    path = find_checkpoint(path)
+    path = step_directory(path) or path
     parts = ("params", "metadata") if is_dir(path / "params") else (".",)
     if is_file(path):
         sizes = {path: size_and_version(path)[0]}
@@ -100,7 +101,7 @@ def read_zoedepth(path: str | AnyPath) -> tuple[ZoeDepthConfig, dict[str, LazyAr
     `path` is a ZoeDepth's own Hugging Face directory, or anything that `read_checkpoint` reads. Raises InputError for a
     checkpoint without a ZoeDepth.
     """
-    path = to_path(path)
+    path = find_checkpoint(path)
     if is_file(path / CONFIG) and read_json(path / CONFIG).get("model_type") == "zoedepth":
         (config, arrays), size = open_zoedepth(path), None
     else:
@@ -114,7 +115,7 @@ def read_zoedepth(path: str | AnyPath) -> tuple[ZoeDepthConfig, dict[str, LazyAr
 
 def load_grid(path: str | AnyPath) -> ActionGrid | LinearGrid:
     """The grid in a file written by `save_grid` or in a checkpoint of any format. Raises InputError."""
-    path = to_path(path)
+    path = find_checkpoint(path)
     if path.suffix == ".json" and is_file(path):
         try:
             return grid_from_dict(read_json(path))

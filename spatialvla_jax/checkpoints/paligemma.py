@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from spatialvla_jax.checkpoints.big_vision import FACTS, open_npz
+from spatialvla_jax.checkpoints.hub import find_checkpoint
 from spatialvla_jax.checkpoints.huggingface import open_published, open_zoedepth, stacked_arrays
 from spatialvla_jax.checkpoints.mapping import check_arrays, flatten, param_shapes
 from spatialvla_jax.checkpoints.published_config import (
@@ -28,7 +29,7 @@ from spatialvla_jax.models.gemma2 import Gemma2Config
 from spatialvla_jax.models.siglip import SiglipConfig
 from spatialvla_jax.models.spatialvla import SpatialVLAConfig
 from spatialvla_jax.utils.schema import check_stored
-from spatialvla_jax.utils.storage import AnyPath, is_file, to_path
+from spatialvla_jax.utils.storage import AnyPath, is_file
 
 TABLE, HEAD = "llm/embedder/input_embedding", "llm/lm_head"
 
@@ -49,18 +50,19 @@ def start_from_paligemma(
 ) -> Checkpoint:
     """A SpatialVLA ready for pre-training.
 
-    `paligemma` is a Hugging Face directory (names of transformers 4 or 5) or big_vision's .npz. `zoedepth` is a Hugging
-    Face directory; without it the model takes depth from its data. `changes` are fields of SpatialVLAConfig.
+    `paligemma` is a Hugging Face directory (names of transformers 4 or 5), its Hub id, or big_vision's .npz. `zoedepth`
+    is a Hugging Face directory or Hub id; without it the model takes depth from its data. `changes` are fields of
+    SpatialVLAConfig.
 
     As in the release, the vocabulary gains `<image>` and the action tokens, all initialised to the mean text row. The
     LM head is untied and starts with the same rows; the spatial embedding starts as its action rows. Ego3D is
     initialised from `seed`. Raises InputError for inconsistent inputs.
     """
-    path = to_path(paligemma)
+    path = find_checkpoint(paligemma)
     img, llm, text_vocab, arrays = (_from_npz if path.suffix == ".npz" else _from_directory)(path)
     config = replace(SpatialVLAConfig(img=img, llm=llm, text_vocab=text_vocab, depth_source="dataset"), **changes)
     if zoedepth is not None:
-        zoe, zoe_arrays = open_zoedepth(to_path(zoedepth))
+        zoe, zoe_arrays = open_zoedepth(find_checkpoint(zoedepth, "ZoeDepth"))
         arrays |= zoe_arrays
         config = replace(config, depth_source="zoedepth", zoe=zoe)
     config = replace(config, llm=replace(llm, vocab_size=config.action_offset + config.spatial_tokens))

@@ -16,6 +16,7 @@ import numpy as np
 
 from spatialvla_jax.actions import grid_to_dict
 from spatialvla_jax.checkpoints import safetensors_io as safetensors
+from spatialvla_jax.checkpoints.hub import find_checkpoint, is_hub_id
 from spatialvla_jax.checkpoints.huggingface import (
     unstacked_tensors,
     write_config,
@@ -65,7 +66,8 @@ def refer(
 
     Runs started by an earlier version keep storing one digest of everything; `before` is their metadata.
     """
-    reference = {"path": str(absolute(step_directory(path) or to_path(path)))}
+    local = str(absolute(step_directory(path) or to_path(path)))
+    reference = {"path": str(path) if is_hub_id(path) else local}  # an id names the commit, on any machine
     if "digest" in (before or {}):
         return reference | {"digest": _digest_of_all(base)}
     return reference | {"grid": _digest_of_grid(base).hexdigest(), "digests": dict(digests)}
@@ -118,7 +120,8 @@ def read_adapters(path: str | AnyPath, read: Callable[[AnyPath], Checkpoint]) ->
     metadata = read_metadata(step)
     config, processor = parse_metadata(step, metadata)
     facts = _facts(metadata, f"{step / METADATA}: ")
-    base_path, what = to_path(facts["base"]["path"]), f"{step} holds adapters of {facts['base']['path']}"
+    what = f"{step} holds adapters of {facts['base']['path']}"
+    base_path = find_checkpoint(facts["base"]["path"], "base")
     if not exists(base_path):
         raise InputError(f"{what}, which does not exist: put it, or a link to it, there")
     if resolved(step_directory(base_path) or base_path) == resolved(step):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from spatialvla_jax.checkpoints import safetensors_io as safetensors
 from spatialvla_jax.checkpoints.big_vision import write_big_vision
+from spatialvla_jax.checkpoints.hub import find_checkpoint
 from spatialvla_jax.checkpoints.huggingface import write_huggingface
 from spatialvla_jax.checkpoints.load import read_checkpoint
 from spatialvla_jax.checkpoints.orbax import write_orbax
@@ -93,7 +94,8 @@ def convert(
     """
     if to not in (*WRITERS, PEFT):
         raise InputError(f"cannot convert to {to!r}; choose one of {', '.join((*WRITERS, PEFT))}")
-    src, dst = as_path(src, "SRC"), as_path(dst, "DST")
+    src, dst = find_checkpoint(src, "SRC"), as_path(dst, "DST")
+    base = base and find_checkpoint(base, "--base")
     if occupied(dst):
         raise InputError(f"{dst} exists; choose a new destination")
     if resolved(src) in resolved(dst).parents:

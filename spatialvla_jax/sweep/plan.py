@@ -32,6 +32,7 @@ from ml_collections import ConfigDict
 
 from spatialvla_jax.actions import ActionGrid, ActionTokenizer, linear_grid, uniform_grid
 from spatialvla_jax.checkpoints import read_checkpoint
+from spatialvla_jax.checkpoints.hub import find_checkpoint
 from spatialvla_jax.checkpoints.paligemma import is_paligemma
 from spatialvla_jax.checkpoints.regrid import adapt_checkpoint
 from spatialvla_jax.config import (
@@ -51,6 +52,7 @@ from spatialvla_jax.errors import InputError
 from spatialvla_jax.training.setup import check_patterns, make_setup
 from spatialvla_jax.utils.renames import CONFIG_KEYS
 from spatialvla_jax.utils.schema import Field, check
+from spatialvla_jax.utils.storage import exists
 
 SEED = KEYS["seed"]
 SWEEP = {
@@ -204,7 +206,8 @@ def _check_files(config: ConfigDict) -> None:
     data, problem = config.data.to_dict(), None
     depth = config.model.depth_source == "dataset"
     entries = () if data["packed"] else make_entries(DataConfig.from_config(config.data), depth)
-    if config.init and not Path(config.init).exists():
+    init = config.init and find_checkpoint(config.init, "init")
+    if init and not exists(init):
         problem = f"init is {config.init}, which does not exist"
     elif data["packed"] and not Path(data["packed"]).is_file():
         problem = f"data.packed is {data['packed']}, which does not exist"
@@ -214,9 +217,9 @@ def _check_files(config: ConfigDict) -> None:
             problem += ": make it with `spatialvla-jax data depth`, or leave the trials that need it out with --only"
     if problem:
         raise InputError(problem)
-    if not config.init or config.grid.kind == "checkpoint" or is_paligemma(Path(config.init)):
+    if not config.init or config.grid.kind == "checkpoint" or is_paligemma(init):
         return
-    start = read_checkpoint(config.init)
+    start = read_checkpoint(init)
     old = start.processor.grid if start.processor else None
     # A grid fitted to the data may equal the checkpoint's if the bin counts agree.
     same_bins = isinstance(old, ActionGrid) and old.num_bins == tuple(config.grid.num_bins)

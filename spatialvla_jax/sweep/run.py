@@ -41,7 +41,7 @@ from spatialvla_jax.errors import InputError
 from spatialvla_jax.evaluation.open_loop import evaluate
 from spatialvla_jax.inference.policy import Policy
 from spatialvla_jax.sweep.plan import Sweep, Trial
-from spatialvla_jax.training.init_from import with_model_of
+from spatialvla_jax.training.init_from import pin_init, with_model_of
 from spatialvla_jax.training.loop import CONFIG, begun_config, train
 from spatialvla_jax.training.metrics import read_metrics
 from spatialvla_jax.utils.atomic import replacing, write_json
@@ -65,7 +65,7 @@ def prepare(sweep: Sweep, workdir: Path) -> None:
         result = json.loads((folder / "result.json").read_text()) if (folder / "result.json").exists() else {}
         # A finished trial may have no checkpoints left.
         if begun := begun_config(folder, step_directory(folder)) or (result and read_json(folder / CONFIG)):
-            config = with_model_of(trial.config, None, begun) if trial.config.init else trial.config
+            config = with_model_of(pin_init(trial.config, begun), None, begun) if trial.config.init else trial.config
             check_resumable(begun, config, folder)
         if "packed" in result and result["packed"] != (packed(path) if path else None):
             raise InputError(f"{folder} was made from other data than {path or 'data.datasets'}: use another workdir")

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from spatialvla_jax.actions import ActionTokenizer
 from spatialvla_jax.checkpoints import Checkpoint, read_checkpoint, start_from_paligemma
+from spatialvla_jax.checkpoints.hub import find_checkpoint, is_hub_id, parse_id, pinned
 from spatialvla_jax.checkpoints.mapping import check_arrays, param_shapes
 from spatialvla_jax.checkpoints.orbax import parse_metadata, read_metadata
 from spatialvla_jax.checkpoints.paligemma import is_paligemma
@@ -29,7 +30,7 @@ from spatialvla_jax.models.spatialvla import SpatialVLAConfig
 from spatialvla_jax.training.grid_fit import make_grid, mixture_gaussians
 from spatialvla_jax.training.setup import TrainSetup
 from spatialvla_jax.utils.renames import MODEL_FIELDS, renamed
-from spatialvla_jax.utils.storage import AnyPath, to_path
+from spatialvla_jax.utils.storage import AnyPath
 
 
 def open_start(config: ConfigDict, step: AnyPath | None) -> tuple[Checkpoint | None, Processor | None]:
@@ -40,11 +41,24 @@ def open_start(config: ConfigDict, step: AnyPath | None) -> tuple[Checkpoint | N
     if not config.init:
         return None, None
     checkpoint = None
-    if (step is None or config.lora.rank) and not is_paligemma(to_path(config.init)):
+    if (step is None or config.lora.rank) and not is_paligemma(find_checkpoint(config.init, "config key init")):
         checkpoint = read_checkpoint(config.init)
     if step is not None:
         return checkpoint, parse_metadata(step, read_metadata(step))[1]
     return checkpoint, checkpoint and checkpoint.processor
+
+
+def pin_init(config: ConfigDict, begun: dict[str, Any]) -> ConfigDict:
+    """The config whose `init` names a commit of the Hub and not a branch, so that the run has the same weights whenever
+    it is started: a run that goes on, which `begun` with a commit, keeps it."""
+    config = config.copy_and_resolve_references()
+    for key in ("init", "init_zoedepth") if config.model.depth_source == "zoedepth" else ("init",):
+        if config[key] and is_hub_id(config[key]):
+            id, revision = parse_id(config[key])
+            before = begun.get(key) or ""
+            keeps = before.startswith(f"{id}@") and not re.fullmatch("[0-9a-f]{40}", revision or "")
+            config[key] = before if keeps else pinned(config[key])
+    return config
 
 
 def with_model_of(config: ConfigDict, start: Checkpoint | None, begun: dict[str, Any]) -> ConfigDict:

@@ -25,7 +25,14 @@ from spatialvla_jax.errors import InputError, StorageError
 from spatialvla_jax.training.changes import CHANGES, describe_changes
 from spatialvla_jax.training.flops import model_flops
 from spatialvla_jax.training.goodput import Clock, Goodput
-from spatialvla_jax.training.init_from import check_same, make_processor, open_start, starting_params, with_model_of
+from spatialvla_jax.training.init_from import (
+    check_same,
+    make_processor,
+    open_start,
+    pin_init,
+    starting_params,
+    with_model_of,
+)
 from spatialvla_jax.training.log_folder import LogFolder
 from spatialvla_jax.training.metrics import MetricsLog, check_wandb, rates, scalars
 from spatialvla_jax.training.optimizer import split_frozen, swap_ema
@@ -118,6 +125,7 @@ def prepare(config: ConfigDict, workdir: AnyPath, goodput: Goodput) -> Run:
     mesh = make_mesh(config.mesh.to_dict())
     before = step_directory(workdir)
     begun = begun_config(workdir, before)
+    config = pin_init(config, begun)
     checkpoint, processor = open_start(config, before)
     if config.init:
         config = with_model_of(config, checkpoint, begun)
