@@ -27,6 +27,7 @@ from spatialvla_jax.errors import InputError
 from spatialvla_jax.evaluation import closed_loop
 from spatialvla_jax.reports.figures.style import BLUE, DARK, GREEN, ORANGE, drawing
 from spatialvla_jax.sim import libero_env as libero
+from spatialvla_jax.training.log_folder import LogFolder
 from spatialvla_jax.utils.progress import progress_bar
 
 BINS = {130: (4, 8, 2, 4, 4, 4), 386: (6, 12, 4, 4, 4, 6), **PRESET_BINS}  # two more below the published ones
@@ -132,7 +133,7 @@ def main() -> None:
                 closed_loop.padded(infer, args.workers),
                 episodes,
                 settings,
-                out,
+                LogFolder(out),
                 policy=f"expert through {name}, {args.config} {overrides}",
                 progress=lambda done, successes, show=show: show(done, len(episodes), note=f"{successes} successes"),
             )

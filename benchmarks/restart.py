@@ -89,17 +89,17 @@ def restart(command: list[str], workdir: Path) -> Process:
         process.send_signal(signal.SIGKILL)
         process.wait()
     (record,) = (p for p in read_processes(workdir) if p["began"] not in known)
-    record["marks"] = [{"step": None, "seconds": {"total": 0.0}}, *record["marks"]]
     record["spawned"] = max(0.0, record["began"] - began)
     return record
 
 
 def phases(record: Process) -> dict[str, float]:
     """Seconds by phase, until the first new step was made."""
-    made = next(m for before, m in itertools.pairwise(record["marks"]) if before["step"] is not None)["seconds"]
+    marks, spawned = record["marks"], record.get("spawned", 0.0)
+    made = next(mark for before, mark in itertools.pairwise(marks) if before["step"] is not None)["seconds"]
     found: dict[str, Any] = {name: made.get(name, 0.0) for name in BUDGET}
-    found["imports"] += record["spawned"]
-    total = made["total"] + record["spawned"]
+    found["imports"] += spawned
+    total = made["total"] + spawned
     found["step"] = total - sum(found.values())
     return found | {"total": total}
 

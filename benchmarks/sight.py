@@ -31,6 +31,7 @@ from spatialvla_jax.sim import libero_env as libero
 from spatialvla_jax.sim import scripted_expert as expert
 from spatialvla_jax.sim.libero import proprioception
 from spatialvla_jax.sim.motions import load_motions
+from spatialvla_jax.training.log_folder import LogFolder
 from spatialvla_jax.utils.progress import progress_bar
 
 SUITE, CHUNK, WIDTH = "libero_spatial", 4, 512
@@ -147,7 +148,7 @@ def main() -> None:
                 closed_loop.padded(infer, args.workers),
                 episodes,
                 settings,
-                args.out / text,
+                LogFolder(args.out / text),
                 policy=f"from state, {[str(path) for path in args.motions]}, {args.steps} steps, {text} m",
                 progress=lambda done, successes, show=show: show(done, len(episodes), note=f"{successes} successes"),
             )

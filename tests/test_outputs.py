@@ -71,6 +71,15 @@ def test_a_file_needs_its_folder(command: str, tmp_path: Path, capsys) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "out.npz"]
 
 
+@pytest.mark.parametrize("command", ["data show", "data pack", "stats", "grid fit", "grid show"])
+def test_a_slash_at_the_end_means_a_folder(command: str, tmp_path: Path, capsys) -> None:
+    for out in (f"{tmp_path}/new/", "gs://bucket/new/"):
+        with pytest.raises(SystemExit, match="2"):
+            main([*COMMANDS[command][0].split(), out])
+        assert f"argument --out: {out} is a folder: expected the name of a file" in capsys.readouterr().err
+    assert not contents(tmp_path)
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_names_that_no_output_can_have(command: str, tmp_path: Path, capsys) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")

@@ -22,7 +22,7 @@ COMMANDS = (
     "convert SRC DST --to orbax --zoedepth ZOEDEPTH",
     "convert SRC DST --to peft --base BASE",
     "evaluate --checkpoint CHECKPOINT --config toy.py",
-    "evaluate --checkpoint CHECKPOINT --out OUT",
+    "evaluate --checkpoint . --closed-loop libero_spatial --out OUT",
     "serve --checkpoint CHECKPOINT",
     "serve --checkpoint . --compile-cache CACHE",
     "serve --checkpoint . --token-file FILE",

@@ -47,7 +47,7 @@ def add_examples(parser: argparse.ArgumentParser, examples: Sequence[str]) -> No
 
 def add_output(parser: argparse.ArgumentParser, flag: str, output: OutputFile | OutputFolder, **options: Any) -> None:
     """An argument that names what the command writes: it is checked before the command begins."""
-    options.setdefault("type", path)
+    options.setdefault("type", file_path if isinstance(output, OutputFile) else path)
     action = parser.add_argument(flag, **options)
     option = flag if flag.startswith("-") else flag.upper()
     parser.set_defaults(outputs=(*parser.get_default("outputs"), (action.dest, option, output)))
@@ -124,6 +124,13 @@ def path(text: str) -> Path:
     if not text.strip() or "\0" in text:
         raise argparse.ArgumentTypeError(f"{text!r} is not a path")
     return Path(text)
+
+
+def file_path(text: str) -> Path:
+    """Not `DIR/`, of which `path` would make DIR."""
+    if text.endswith("/"):
+        raise argparse.ArgumentTypeError(f"{text} is a folder: expected the name of a file")
+    return path(text)
 
 
 def local_path(text: str) -> Path:

@@ -1,6 +1,7 @@
 """The command `evaluate`, on recorded episodes or in simulation."""
 
 import argparse
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -12,7 +13,6 @@ from spatialvla_jax.cli.arguments import (
     add_command,
     at_most,
     count,
-    local_path,
     path,
     positive,
     task_ids,
@@ -80,7 +80,7 @@ def add(commands: Commands) -> None:
         help="environments at once, a process each; by default one a core",
     )
     group.add_argument("--videos", type=count, default=0, help="of successes, and as many of failures, a task")
-    group.add_argument("--out", type=local_path, help="the same one again goes on; by default runs/closed_loop")
+    group.add_argument("--out", type=path, help="the same one again goes on; by default runs/closed_loop")
     p.set_defaults(closed_loop_options={action.dest: action.default for action in group._group_actions})
 
 
@@ -120,8 +120,10 @@ def run_closed_loop(args: argparse.Namespace) -> None:
     from spatialvla_jax.serving.access import read_token
     from spatialvla_jax.serving.client import Client
     from spatialvla_jax.sim import libero_env as libero
+    from spatialvla_jax.training.log_folder import LogFolder
     from spatialvla_jax.utils.dataset_keys import find_key
     from spatialvla_jax.utils.progress import progress_bar
+    from spatialvla_jax.utils.storage import list_names
 
     if (args.checkpoint is None) == (args.server is None):
         raise InputError("closed loop evaluates either --checkpoint or --server")
@@ -154,7 +156,7 @@ def run_closed_loop(args: argparse.Namespace) -> None:
             f"--unnorm-key {args.unnorm_key!r} is not a dataset of {name}: choose one of {', '.join(keys)}"
         )
     mirrored = (args.unnorm_key or "".join(keys[:1])).partition("/")[0].endswith("no_noops")
-    with progress_bar("closed loop", "episode") as show:
+    with progress_bar("closed loop", "episode") as show, contextlib.closing(LogFolder(args.out)) as folder:
 
         def progress(done: int, successes: int) -> None:
             show(done, len(episodes), note=f"{successes} successes")
@@ -164,13 +166,13 @@ def run_closed_loop(args: argparse.Namespace) -> None:
             infer,
             episodes,
             settings,
-            args.out,
+            folder,
             policy=f"{name}, {size} px" + (f", {args.unnorm_key}" if args.unnorm_key else ""),
             videos=args.videos,
             progress=progress,
         )
     print(closed_loop.table(result))
-    print(f"wrote {args.out}: result.json, episodes.jsonl and {len(list((args.out / 'videos').iterdir()))} videos")
+    print(f"wrote {args.out}: result.json, episodes.jsonl and {len(list_names(args.out / 'videos'))} videos")
     print(json.dumps(result))
 
 

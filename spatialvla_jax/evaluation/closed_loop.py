@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -27,6 +26,7 @@ from spatialvla_jax.errors import FaultsError, InputError, NonFiniteError
 from spatialvla_jax.evaluation.video import write_video
 from spatialvla_jax.inference.action_chunking import chunk_of, executor
 from spatialvla_jax.serving.client import Client
+from spatialvla_jax.training.log_folder import LogFolder
 from spatialvla_jax.utils.atomic import write_json
 from spatialvla_jax.utils.tables import text_table
 
@@ -265,21 +265,21 @@ def evaluate(
     infer: Infer,
     episodes: Sequence[Episode],
     settings: Settings,
-    out: Path,
+    folder: LogFolder,
     *,
     policy: str,
     videos: int = 0,
     progress: Callable[[int, int], Any] | None = None,
 ) -> dict[str, Any]:
-    """Run the episodes that `out` does not hold yet and return the `summary` of all.
+    """Run the episodes that `folder` does not hold yet and return the `summary` of all.
 
-    Writes to `out`: settings.json, episodes.jsonl (one line per episode, synced to disk), result.json, and in videos/
-    up to `videos` successes and as many failures per task. `policy` names the policy. `progress(finished, successes)`
-    is called after each episode. Raises InputError if `out` holds results of another policy or other settings.
+    Writes settings.json, episodes.jsonl (one line per episode, synced to disk), result.json, and in videos/ up to
+    `videos` successes and as many failures per task. `policy` names the policy. `progress(finished, successes)`
+    is called after each episode. Raises InputError if `folder` holds results of another policy or other settings.
     """
-    values = {"policy": policy, "execute": settings.execute, "max_steps": settings.max_steps}
+    values, out = {"policy": policy, "execute": settings.execute, "max_steps": settings.max_steps}, folder.path
     (out / "videos").mkdir(parents=True, exist_ok=True)
-    results = _resume(out, values)
+    results = _resume(folder, values)
     log, kept = out / "episodes.jsonl", Counter[tuple[str, int, bool]]()
     for episode, record in results.items():
         kept[episode.suite, episode.task, record["success"]] += "video" in record
@@ -302,21 +302,22 @@ def evaluate(
             file.write(json.dumps(episode._asdict() | record) + "\n")
             file.flush()
             os.fsync(file.fileno())
+        folder.upload_now_and_then()
         results[episode] = record
         report()
     result = summary({episode: results[episode] for episode in episodes})
     write_json(out / "result.json", result)
+    folder.upload()
     return result
 
 
-def _resume(out: Path, values: dict[str, Any]) -> dict[Episode, dict[str, Any]]:
-    """The results in `out`. Raises InputError if they belong to another policy or other settings."""
-    path, log = out / "settings.json", out / "episodes.jsonl"
+def _resume(folder: LogFolder, values: dict[str, Any]) -> dict[Episode, dict[str, Any]]:
+    """The results in `folder`. Raises InputError if they belong to another policy or other settings."""
+    path, log = folder.fetch("settings.json"), folder.fetch("episodes.jsonl")
     if path.exists() and (before := json.loads(path.read_text())) != values:
         key = next(key for key in values if before.get(key) != values[key])
-        raise InputError(
-            f"{out} holds results with {key} = {before.get(key)!r}, now it is {values[key]!r}: use another directory"
-        )
+        found = f"{folder.workdir} holds results with {key} = {before.get(key)!r}"
+        raise InputError(f"{found}, now it is {values[key]!r}: use another directory")
     write_json(path, values)
     if not log.exists():
         return {}

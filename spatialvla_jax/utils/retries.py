@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import sys
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
@@ -20,7 +21,22 @@ _counts: Counter[str] = Counter()
 
 def counts() -> dict[str, int]:
     """This process's accesses to buckets: "requests", "retries" (requests that were repeated) and "bytes" (read)."""
-    return {key: _counts[key] for key in ("requests", "retries", "bytes")}
+    found = _counts + _tensorstore_counts()
+    return {key: found[key] for key in ("requests", "retries", "bytes")}
+
+
+def _tensorstore_counts() -> Counter[str]:
+    """The same numbers for tensorstore, which reads and writes checkpoint arrays and has its own retries. It does not
+    count the objects that it lists and removes."""
+    found, tensorstore = Counter[str](), sys.modules.get("tensorstore")
+    for scheme in ("gcs", "s3") if tensorstore else ():
+        start = f"/tensorstore/kvstore/{scheme}/"
+        metrics = tensorstore.experimental_collect_matching_metrics(start)  # type: ignore
+        values = {metric["name"].removeprefix(start): metric["values"][0] for metric in metrics}
+        done = sum(values.get(f"{kind}_latency_ms", {"count": 0})["count"] for kind in ("read", "write"))
+        retries, read = (values.get(name, {"value": 0})["value"] for name in ("retries", "bytes_read"))
+        found.update(requests=done + retries, retries=retries, bytes=read)
+    return found
 
 
 async def retrying(

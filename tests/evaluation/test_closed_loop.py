@@ -1,10 +1,10 @@
 """Rollouts on a toy environment: a point that the policy moves to a goal which its picture shows. No simulator."""
 
+import contextlib
 import functools
 import json
 import threading
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,6 +19,9 @@ from spatialvla_jax.evaluation import closed_loop
 from spatialvla_jax.evaluation.closed_loop import Episode, Settings, evaluate, padded, rollouts, summary, table
 from spatialvla_jax.serving.protocol import pack, unpack
 from spatialvla_jax.sim import libero_env as libero
+from spatialvla_jax.training.log_folder import LogFolder
+from spatialvla_jax.utils import storage
+from spatialvla_jax.utils.storage import AnyPath
 
 MAX_STEPS = {"toy": 12}
 EPISODES = [Episode("toy", task, number, seed) for seed in (0, 1) for number in (0, 1) for task in (0, 1, 2)]
@@ -38,15 +41,17 @@ class Policy:
         return [{"actions": np.full((3, 7), e / 3, np.float32)} for e in error]
 
 
-def run(out: Path, policy: Policy | None = None, workers: int = 3, episodes=EPISODES, **options):
+def run(out: AnyPath, policy: Policy | None = None, workers: int = 3, episodes=EPISODES, **options):
     toy = {key: options.pop(key) for key in ("marks", "crash", "hang") if key in options}
     settings = Settings(MAX_STEPS, workers=workers, timeout=options.pop("timeout", 30))
     infer = padded((policy or Policy()).infer_batch, workers, unnorm_key="toy")
-    return evaluate(functools.partial(Point, **toy), infer, episodes, settings, out, policy="toy", **options)
+    environment = functools.partial(Point, **toy)
+    with contextlib.closing(LogFolder(out)) as folder:
+        return evaluate(environment, infer, episodes, settings, folder, policy="toy", **options)
 
 
-def lines(out: Path) -> dict[tuple, dict]:
-    records = [json.loads(line) for line in (out / "episodes.jsonl").read_text().splitlines()]
+def lines(out: AnyPath) -> dict[tuple, dict]:
+    records = [json.loads(line) for line in storage.read_text(out / "episodes.jsonl").splitlines()]
     return {(r["task"], r["number"], r["seed"]): r for r in records}
 
 
@@ -126,7 +131,31 @@ def test_it_goes_on_where_it_was_stopped(first, tmp_path):
     asked = len(policy.sizes)
     assert run(tmp_path, policy) == result and len(policy.sizes) == asked, "nothing is left to run"
     with pytest.raises(InputError, match="policy = 'toy', now it is 'another'"):
-        evaluate(Point, direct, EPISODES, Settings(MAX_STEPS), tmp_path, policy="another")
+        evaluate(Point, direct, EPISODES, Settings(MAX_STEPS), LogFolder(tmp_path), policy="another")
+
+
+@pytest.mark.slow
+def test_in_a_bucket_it_goes_on_from_what_was_uploaded(gcs, first):
+    """Stopped after five episodes, its process has time for a last upload; it may also find the bucket throttled."""
+
+    class Stopped(Exception):
+        pass
+
+    def stop(finished, _):
+        if finished == 5:
+            raise Stopped
+
+    out, policy = storage.as_path(f"{gcs.url}/results", "--out"), Policy()
+    with pytest.raises(Stopped):
+        run(out, progress=stop)
+    assert len(lines(out)) == 5 and storage.list_names(out) == ["episodes.jsonl", "settings.json"]
+    gcs.proxy.add(status=429, every=2)
+    assert run(out, policy, videos=1) == first[1]
+    assert lines(out).keys() == lines(first[0]).keys()
+    assert json.loads(storage.read_text(out / "result.json"))["success"] == first[1]["success"]
+    assert len(storage.list_names(out / "videos")) >= 1
+    with pytest.raises(InputError, match=rf"{out} holds results with policy = 'toy', now it is 'another'"):
+        evaluate(Point, direct, EPISODES, Settings(MAX_STEPS), LogFolder(out), policy="another")
 
 
 def test_a_crash_and_a_hang_are_recorded_and_the_episode_is_run_again(first, tmp_path, monkeypatch):
@@ -250,7 +279,9 @@ def test_an_evaluation_survives_a_server_that_fails_now_and_then(first, tmp_path
     with serve(talk, "127.0.0.1", 0) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"ws://127.0.0.1:{server.socket.getsockname()[1]}"
-        result = evaluate(Point, closed_loop.served(address), EPISODES, Settings(MAX_STEPS), tmp_path, policy="toy")
+        result = evaluate(
+            Point, closed_loop.served(address), EPISODES, Settings(MAX_STEPS), LogFolder(tmp_path), policy="toy"
+        )
         server.shutdown()
     records = lines(tmp_path)
     reasons = sorted(fault["reason"] for record in records.values() for fault in record["faults"])

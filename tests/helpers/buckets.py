@@ -196,6 +196,7 @@ def start_gcs() -> tuple[Proxy, Callable[[], None]]:
     """The emulator of Google Cloud Storage, in memory → its proxy, and what stops both."""
     from gcp_storage_emulator.server import create_server
 
+    logging.getLogger("gcp_storage_emulator").setLevel(logging.CRITICAL)  # it reports every object that is not there
     server = create_server("127.0.0.1", 0, in_memory=True)
     server.start()
     while server._api._httpd is None:

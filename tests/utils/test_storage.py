@@ -8,8 +8,10 @@ from pathlib import Path
 
 import fsspec
 import pytest
+import tensorstore
 from etils import epath
 
+from spatialvla_jax.checkpoints.orbax import TRIES, _location
 from spatialvla_jax.errors import InputError, StorageError
 from spatialvla_jax.utils import atomic, retries, storage
 from spatialvla_jax.utils.outputs import OutputFile, OutputFolder, has_keys
@@ -98,6 +100,19 @@ def test_faults_are_mended_and_counted(bucket):
     assert after["retries"] - before["retries"] == len(bucket.proxy.requests) - 21
     assert after["requests"] - before["requests"] == len(bucket.proxy.requests) - 1
     assert after["bytes"] - before["bytes"] == 20 * 50
+
+
+def test_the_tries_of_tensorstore_are_counted_too(bucket, monkeypatch):
+    """Those of a checkpoint's arrays."""
+    monkeypatch.setitem(TRIES, "initial_delay", "1ms")
+    store = tensorstore.KvStore.open(_location(f"{bucket.url}/arrays/")).result()
+    before, _ = retries.counts(), bucket.proxy.requests.clear()
+    bucket.proxy.add(status=503, count=2)
+    for number in range(3):
+        store.write(str(number), DATA).result()
+        assert store.read(str(number)).result().value == DATA
+    found = {key: count - before[key] for key, count in retries.counts().items()}
+    assert found == {"requests": len(bucket.proxy.requests), "retries": 2, "bytes": 3 * len(DATA)}
 
 
 def test_throttling_that_lasts(bucket, monkeypatch):
