@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo sweep test test-slow test-all integrations lint docs lock clean
+.PHONY: demo sweep test test-slow test-all integrations lint docs notebooks lock clean
 
 # The locked environment is a CPU's; without this the TPU compiler in it, which tests use, looks for TPUs and complains.
 demo sweep: export JAX_PLATFORMS ?= cpu
@@ -38,6 +38,10 @@ lint: .venv/.installed
 docs: export NO_MKDOCS_2_WARNING = 1
 docs: .venv/.installed
 	$(BIN)/mkdocs build --strict --quiet
+
+notebooks: export XLA_FLAGS = --xla_backend_optimization_level=0
+notebooks: .venv/.installed
+	$(BIN)/python notebooks/execute.py
 
 # Tests drive the server with it. It asks for NumPy 1, so it can't be in the lock, and runs with 2.
 OPENPI_CLIENT := openpi-client==0.1.2

@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+import posixpath
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 from spatialvla_jax.cli import make_parser
 from spatialvla_jax.config import FREE_ON_RESUME, KEYS
@@ -18,6 +20,10 @@ from spatialvla_jax.data.oxe.__main__ import table
 ROOT = Path(__file__).parents[1]
 
 
+# Pages that lie elsewhere in the repository, where their links are right, too.
+ELSEWHERE = {"launch.md": "launch/README.md", "contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
+
+
 @event_priority(100)  # before mkdocs-jupyter, which takes the notebooks over
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     pages = {
@@ -25,9 +31,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         "reference/commands.md": commands(),
         "reference/catalogue.md": catalogue(),
         "reference/data.md": specs(),
-        "launch.md": (ROOT / "launch/README.md").read_text(),
-        "contributing.md": (ROOT / "CONTRIBUTING.md").read_text(),
-        "changelog.md": (ROOT / "CHANGELOG.md").read_text(),
+        **{page: (ROOT / source).read_text() for page, source in ELSEWHERE.items()},
     }
     for path, text in pages.items():
         files.append(File.generated(config, path, content=text))
@@ -36,14 +40,22 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, page, **_) -> str:
-    """Links that are right in the repository, as they are in the site."""
-    if page.file.src_uri in ("launch.md", "contributing.md", "changelog.md"):
-        markdown = re.sub(r"\]\((?:\.\./)?docs/", "](", markdown)
-        markdown = re.sub(r"\[([^]]*)\]\(\.\./(?!docs/)[^)]*\)", r"\1", markdown)
-    return markdown.replace("](../../notebooks/", "](../notebooks/").replace(
-        "](../../launch/README.md", "](../launch.md"
-    )
+def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
+    """The page with links that are right in the repository made right in the site; files that are not in the site are
+    only named."""
+    here = page.file.src_uri
+    folder = posixpath.dirname(ELSEWHERE.get(here, f"docs/{here}"))
+    pages = {source: page for page, source in ELSEWHERE.items()}
+
+    def link(match: re.Match[str]) -> str:
+        label, target, anchor = match.groups()
+        file = posixpath.normpath(posixpath.join(folder, target))
+        if file.startswith(("docs/", "notebooks/")) or file in pages:
+            there = pages.get(file, file.removeprefix("docs/"))
+            return f"[{label}]({posixpath.relpath(there, posixpath.dirname(here))}{anchor or ''})"
+        return label if (ROOT / file).exists() else match[0]
+
+    return re.sub(r"\[([^]]*)\]\((?!https?:|#)([^)#\s]+)(#[^)\s]*)?\)", link, markdown)
 
 
 def config_keys() -> str:

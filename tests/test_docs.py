@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -36,11 +37,17 @@ def commands(page: Path) -> Iterator[list[str]]:
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
     for span in re.findall(r"`(spatialvla-jax [a-z][^`\n]*|python benchmarks/[^`\n]*)`", text):
         lines.append(span if " -" in span else f"{span} --help")  # a name alone
+    pending = ""
     for line in lines:
-        lexer = shlex.shlex(re.sub(r"\$\w+", "1", line), posix=True, punctuation_chars=";&|")
+        pending += re.sub(r"\$\w+", "1", line) + "\n"
+        lexer = shlex.shlex(pending, posix=True, punctuation_chars=";&|")
         lexer.whitespace_split = True
-        words: list[str] = []
-        for word in [*lexer, ";"]:
+        try:
+            read = [*lexer, ";"]
+        except ValueError:  # a quotation goes on
+            continue
+        pending, words = "", []
+        for word in read:
             if set(word) <= set(";&|"):
                 while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
                     words.pop(0)
@@ -49,6 +56,7 @@ def commands(page: Path) -> Iterator[list[str]]:
                 words = []
             else:
                 words.append(word)
+    assert not pending, pending
 
 
 def anchors(page: Path) -> set[str]:
@@ -86,7 +94,7 @@ def test_commands_are_understood(page: Path) -> None:
     for program, *argv in commands(page):
         if program == "spatialvla-jax" and "…" not in argv:
             understand(argv)
-        elif program == "python" and argv[0].endswith(".py"):
+        elif program == "python" and argv[0].startswith(("benchmarks/", "examples/")):
             source = (ROOT / argv[0]).read_text()
             flags = [word.partition("=")[0] for word in argv[1:] if word.startswith("--") and word != "--help"]
             assert all(f'"{flag}"' in source for flag in flags), argv
@@ -94,7 +102,7 @@ def test_commands_are_understood(page: Path) -> None:
             assert re.search(rf"^([\w-]+ )*{argv[0]}\b.*:", (ROOT / "Makefile").read_text(), re.M), argv
         elif program == "pip":
             project = (ROOT / "pyproject.toml").read_text()
-            for extra in re.findall(r"[\w.-]\[([\w,]+)\]", " ".join(argv)):
+            for extra in re.findall(r"(?:\.|spatialvla-jax)\[([\w,]+)\]", " ".join(argv)):
                 assert all(re.search(rf"^{name} = \[", project, re.M) for name in extra.split(",")), argv
 
 
@@ -123,6 +131,21 @@ def test_python_is_python(page: Path) -> None:
 
 def test_readme_fits_on_a_few_screens() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+def test_figures_are_those_of_the_files() -> None:
+    bucket, torch = (
+        json.loads((ROOT / f"benchmarks/results/{name}.json").read_text()) for name in ("bucket", "pytorch_h200")
+    )
+    page = (ROOT / "docs/results/data.md").read_text()
+    for name, stream in bucket["streams"].items():
+        low, high = stream["per_cpu_second_range"]
+        assert f"| {name} | {stream['per_cpu_second']:.0f} ({low:.0f} to {high:.0f}) |" in page
+    page = (ROOT / "docs/results/inference.md").read_text().replace("*", "")
+    first, later = (run["pytorch"] for run in torch["runs"])
+    row = [f"{x['median_ms']:.{digits}f} ms" for x, digits in ((first["loop 1"], 0), (first["graph 1"], 1))]
+    assert re.search(rf"\| batch 1 \| {row[0]} .* \| {row[1]} .* \| {later['graph 1']['median_ms']:.1f} ms", page)
+    assert all(f"{first[mode]['chunks_per_second']} chunks/s" in page for mode in ("loop 32", "graph 32"))
 
 
 @pytest.mark.slow
