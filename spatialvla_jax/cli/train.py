@@ -91,6 +91,7 @@ def add_train(commands: Commands) -> None:
 
 def run_train(args: argparse.Namespace) -> None:
     from spatialvla_jax.config import load_config
+    from spatialvla_jax.reports.validation import ValidationPictures
     from spatialvla_jax.training.loop import train
     from spatialvla_jax.utils.distributed import is_writer
     from spatialvla_jax.utils.process import process_age
@@ -101,9 +102,17 @@ def run_train(args: argparse.Namespace) -> None:
         from spatialvla_jax.cli import rehearse
 
         return rehearse.run(config, args.workdir, args.rehearse, process_age())
+    pictures = ValidationPictures()
     try:
         result = train(
-            config, args.workdir, wandb=args.wandb, profile=args.profile, age=process_age(), keep_compiled=True
+            config,
+            args.workdir,
+            wandb=args.wandb,
+            profile=args.profile,
+            age=process_age(),
+            keep_compiled=True,
+            on_start=pictures.start,
+            on_validation=pictures.draw,
         )
     except OSError as error:
         raise StorageError(f"{error.filename or args.workdir}: {error.strerror or error}") from error

@@ -4,7 +4,7 @@ import contextlib
 import json
 import sys
 import zlib
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from spatialvla_jax.checkpoints.types import read_json
 from spatialvla_jax.config import check_resumable, check_together, completed
 from spatialvla_jax.data import Loader, open_data
 from spatialvla_jax.errors import InputError, StorageError
+from spatialvla_jax.models import Params
 from spatialvla_jax.training.changes import CHANGES, describe_changes
 from spatialvla_jax.training.flops import model_flops
 from spatialvla_jax.training.goodput import Clock, Goodput
@@ -56,6 +57,9 @@ COMPILED = "compiled"  # in a run's directory
 FINISHED = "finished"  # in a run's directory: marks that the last step is done
 
 
+OnValidation = Callable[[int, Params], Mapping[str, bytes] | None]
+
+
 @dataclass(frozen=True)
 class Run:
     """Everything the steps need, made from a config by `prepare`. `state` is the state after step `start`."""
@@ -79,6 +83,8 @@ def train(
     profile: tuple[int, int] | None = None,
     age: float = 0.0,
     keep_compiled: bool = False,
+    on_start: Callable[[Run], Any] | None = None,
+    on_validation: OnValidation | None = None,
 ) -> dict[str, Any]:
     """Train to `config.train.steps`, resuming from the last checkpoint in `workdir` if there is one. On SIGTERM, finish
     the step, save a checkpoint and stop.
@@ -86,6 +92,10 @@ def train(
     Metrics also go to the Weights & Biases project `wandb`. Steps `profile` (first, last) are traced to
     `workdir/profile`. `age` is the process's age in seconds, spent on imports. `keep_compiled` caches compiled programs
     in `workdir/compiled` for the next start, unless the workdir is in a bucket.
+
+    `on_start(run)` is called before the first step, `on_validation(step, params)` after each validation, both in every
+    process. `params` are those that were validated, split over the mesh, and are freed by the next step. The pictures
+    that it returns, {name: PNG or GIF file}, go to TensorBoard and Weights & Biases.
 
     Returns {"step", "params" and "trainable" (counts), "checkpoint" (directory), "metrics" (last logged)}. The same
     config and seed give the same bits, however often the run was killed. `workdir/finished` exists once the last step
@@ -98,10 +108,12 @@ def train(
         with goodput.clock("start"):
             run = prepare(config, workdir, goodput)
             log = MetricsLog(folder, run.start, wandb)
+            if on_start is not None:
+                on_start(run)
         if keep_compiled and folder.local:
             share_compilations(folder.path / COMPILED)
         try:
-            step, state, metrics = take_steps(run, log, goodput, preemption, profile)
+            step, state, metrics = take_steps(run, log, goodput, preemption, profile, on_validation=on_validation)
         finally:
             with goodput.clock("save"):
                 run.checkpoints.close()
@@ -223,6 +235,7 @@ def take_steps(
     preemption: Preemption,
     profile: tuple[int, int] | None = None,
     stop_after: int = 0,
+    on_validation: OnValidation | None = None,
 ) -> tuple[int, TrainState, dict[str, Any]]:
     """→ (the last step, the state after it, the metrics logged last). Stops after step `stop_after` as if preempted, if
     that comes before the last step."""
@@ -291,8 +304,13 @@ def take_steps(
                 save(last=True)
             if setup.eval_every and validated:
                 with clock("eval"):
-                    values = validate(eval_step, state, run, batch_sharding)
+                    params, _ = swap_ema(state.params, state.opt_state)
+                    values = validate(eval_step, params, run, batch_sharding)
                 log.write(step, {f"val/{k}": v for k, v in values.items()})
+                if on_validation is not None:
+                    with clock("eval"):
+                        log.write_pictures(step, on_validation(step, params))
+                del params  # the next step takes their memory
             if step == steps or (due and not early):
                 save(last=stop)
     return step, state, report.values
@@ -366,10 +384,9 @@ class StepReport:
         self.step = step
 
 
-def validate(eval_step: Jitted, state: TrainState, run: Run, sharding: NamedSharding) -> dict[str, float]:
+def validate(eval_step: Jitted, params: Params, run: Run, sharding: NamedSharding) -> dict[str, float]:
     """Teacher-forced metrics averaged over the frames of the validation split."""
     setup = run.setup
-    params, _ = swap_ema(state.params, state.opt_state)
     totals: dict[str, Any] = {}
     count = 0.0
     batches = run.loader.epoch(

@@ -7,12 +7,13 @@ import io
 import json
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from PIL import Image
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
@@ -70,6 +71,27 @@ class MetricsLog:
         if self.wandb is not None:
             self.wandb.log(scalars, step=step)
         self.folder.upload_now_and_then()
+
+    def write_pictures(self, step: int, pictures: Mapping[str, bytes] | None) -> None:
+        """PNG and GIF files, by name, to TensorBoard and Weights & Biases."""
+        if not is_writer() or not pictures:
+            return
+        sizes = {name: Image.open(io.BytesIO(data)).size for name, data in pictures.items()}
+        images = {
+            name: Summary.Image(encoded_image_string=data, width=sizes[name][0], height=sizes[name][1], colorspace=3)
+            for name, data in pictures.items()
+        }
+        with self._writing("tensorboard", step):
+            summary = Summary(value=[Summary.Value(tag=name, image=image) for name, image in images.items()])
+            self._write_event(step=step, summary=summary)
+        if self.wandb is not None:
+            import wandb as client  # pyright: ignore[reportMissingImports]
+
+            films = {name: client.Video(io.BytesIO(x), format="gif") for name, x in pictures.items() if x[:3] == b"GIF"}
+            stills = {
+                name: client.Image(Image.open(io.BytesIO(x))) for name, x in pictures.items() if name not in films
+            }
+            self.wandb.log(stills | films, step=step)
 
     def go_back(self, step: int) -> None:
         """Drop what was logged after `step`, where the run resumes."""

@@ -164,6 +164,28 @@ def make_eval_step(setup: TrainSetup):
     return step
 
 
+def jit_predict_step(setup: TrainSetup, shardings: TrainState, shown: int) -> Jitted:
+    """→ jitted `predict(params, batch, grid)` → (predicted ids i32[B, T, n], actions f32[B, T, A], valid bool[B], the
+    first `shown` images), of an epoch's batch, whole on every process. Teacher-forced, as validation's metrics."""
+    assert setup.mesh is not None
+    model, replicated = setup.model, NamedSharding(setup.mesh, P())
+
+    def predict(params: Params, batch: Batch, grid: ActionTokenizer):
+        inputs = prepare(batch, None, None)
+        params = cast_split(merge_adapters(params, setup.lora_scale, model.config.dtype), model.config.dtype)
+        ids = encode(grid, inputs.actions)
+        flat = ids.reshape(len(ids), -1)
+        logits: Any = model.apply({"params": params}, **inputs.model_inputs(), action_ids=flat)
+        predicted = constrained_argmax(logits[:, :-1], grid, model.config.action_offset).reshape(ids.shape)
+        return predicted, batch.actions, batch.valid, batch.image[:shown]
+
+    return jax.jit(
+        on_mesh(predict, setup.mesh),
+        in_shardings=(shardings.params, NamedSharding(setup.mesh, BATCH), replicated),
+        out_shardings=replicated,
+    )
+
+
 def prepare(batch: Batch, key: PRNGKeyArray | None, augmentation: Augmentation | None) -> Batch:
     """Convert uint8 images to f32 in [0, 1], and augment them if asked."""
     image, depth, intrinsics = batch.image.astype(jnp.float32) / 255, batch.depth, batch.intrinsics

@@ -5,10 +5,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from spatialvla_jax.actions import ActionGrid, ActionTokenizer
+from spatialvla_jax.actions.grid import VARIABLES
 from spatialvla_jax.reports.figures.style import BLUE, DARK, GREEN, GREY, ORANGE, RED, Pathlike, drawing
 
 
@@ -66,6 +68,74 @@ def trajectories(path: Pathlike, episodes: Sequence[Mapping[str, Any]]) -> None:
             ),
         ]
         figure.legend(handles=marks, loc="lower center", ncols=len(marks) if len(episodes) > 1 else 4)
+
+
+def chunks(path: Pathlike, samples: Sequence[Mapping[str, Any]], dimensions: Sequence[str]) -> None:
+    """Predicted beside expert chunks under the image that they are for.
+
+    Each sample is {"image": u8[H, W, 3], "expert": f32[T, A], "predicted": f32[T, A]}, normalised, with A `dimensions`,
+    the last of them the gripper.
+    """
+    groups = {"translation": range(3), "rotation": range(3, len(dimensions) - 1), "gripper": [len(dimensions) - 1]}
+    with drawing(path, 2.6 * max(len(samples), 2), 6.6) as figure:
+        axes = figure.subplots(4, len(samples), squeeze=False, sharex="row", sharey="row")
+        for column, sample in enumerate(samples):
+            axes[0, column].imshow(sample["image"])
+            axes[0, column].set_axis_off()
+            steps = np.arange(1, len(sample["expert"]) + 1)
+            for row, (name, indices) in enumerate(groups.items(), 1):
+                for i, colour in zip(indices, (BLUE, ORANGE, GREEN, RED), strict=False):
+                    axes[row, column].plot(steps, sample["expert"][:, i], color=colour, label=dimensions[i])
+                    axes[row, column].plot(steps, sample["predicted"][:, i], "o:", color=colour, markersize=4)
+                axes[row, column].set(ylim=(-1.08, 1.08), xticks=steps, ylabel="" if column else name)
+                axes[row, column].grid()
+        for row in (1, 2):
+            axes[row, -1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
+        marks = [Line2D([], [], color=GREY, label="expert"), Line2D([], [], color=GREY, ls=":", marker="o", ms=4)]
+        marks[1].set_label("predicted, given the expert's tokens before it")
+        figure.legend(handles=marks, loc="outside lower center", ncols=2)
+
+
+def token_use(
+    path: Pathlike,
+    grid: ActionTokenizer,
+    expert: Int[np.ndarray, "N T n"],
+    predicted: Int[np.ndarray, "N T n"],
+) -> None:
+    """Which cells of the grid the expert's and the predicted tokens use: the share of each bin of each variable, and
+    how many of each token's ids occur."""
+    with drawing(path, 10.4, 4.6) as figure:
+        all_axes = figure.subplots(2, 4).ravel()
+        variables = _bins(grid, expert), _bins(grid, predicted)
+        for axes, (name, (values, count)) in zip(all_axes, variables[0].items(), strict=False):
+            guesses, _ = variables[1][name]
+            place = np.arange(count)
+            share = [np.bincount(x.ravel(), minlength=count) / x.size for x in (values, guesses)]
+            axes.bar(place, share[0], width=1, color="#BBBBBB", label="expert")
+            axes.step(place, share[1], where="mid", color=RED, linewidth=1.2, label="predicted")
+            axes.set(title=name, yticks=[], xlim=(-0.6, count - 0.4))
+            axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        used = [[len(np.unique(x[..., i])) for x in (expert, predicted)] for i in range(expert.shape[-1])]
+        rows = [
+            f"{kind}: {theirs} of {size}, predicted {ours}"
+            for kind, (theirs, ours), (_, size) in zip(grid.kinds, used, grid.token_ranges, strict=True)
+        ]
+        all_axes[-1].set_axis_off()
+        text = f"ids in use, {expert.shape[0] * expert.shape[1]} actions\n" + "\n".join(rows)
+        all_axes[-1].text(0, 1, text, va="top", fontsize=8)
+        figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+
+
+def _bins(grid: ActionTokenizer, ids: Int[np.ndarray, "N T n"]) -> dict[str, tuple[np.ndarray, int]]:
+    """{variable: (bins i[N, T], number of bins)}, in the order of the tokens."""
+    found, parts = {}, [ids[..., i] - start for i, (start, _) in enumerate(grid.token_ranges)]
+    if not isinstance(grid, ActionGrid):
+        return {name: (x, n) for name, x, (_, n) in zip(grid.dimensions, parts, grid.token_ranges, strict=True)}
+    for part, first in zip(parts, (0, 3), strict=False):
+        sizes = grid.num_bins[first : first + 3]
+        bins = np.unravel_index(part, sizes)
+        found |= dict(zip(VARIABLES[first : first + 3], zip(bins, sizes, strict=True), strict=True))
+    return found | {"gripper": (parts[2], 2)}
 
 
 def _curve(axes: Any, records: Sequence[Mapping[str, Any]], key: str, colour: str, label: str) -> None:
