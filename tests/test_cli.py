@@ -47,18 +47,18 @@ def config_for(config_file: Path, path: Path, folder: Path) -> Path:
     ("override", "message"),
     [
         ("train.step=3", "config key train.step does not exist; did you mean train.steps?"),
-        ("train.steps=many", "train.steps='many' is a text, and a whole number is expected"),
-        ("model.preset=huge", "model.preset='huge' is none of nano, tiny, small"),
-        ("model.remat=everything", "model.remat='everything' is none of none, full, dots; a valid value is 'dots'"),
-        ("model.dtype=float61", "model.dtype='float61' is none of float32, bfloat16"),
-        ("model.mask=prefixes", "model.mask='prefixes' is none of prefix, causal; the nearest valid value is 'prefix'"),
+        ("train.steps=many", "train.steps='many' is a string, but a whole number is expected"),
+        ("model.preset=huge", "model.preset='huge' is not one of nano, tiny, small"),
+        ("model.remat=everything", "model.remat='everything' is not one of none, full, dots; a valid value is 'dots'"),
+        ("model.dtype=float61", "model.dtype='float61' is not one of float32, bfloat16"),
+        ("model.mask=prefixes", "'prefixes' is not one of prefix, causal; the nearest valid value is 'prefix'"),
         (
             "model.depth_source=zeodepth",
-            "model.depth_source='zeodepth' is none of zoedepth, dataset, none; the nearest valid value is 'zoedepth'",
+            "'zeodepth' is not one of zoedepth, dataset, none; the nearest valid value is 'zoedepth'",
         ),
         ("mesh.tensor=3", "does not fit 8 devices"),
         ("train.batch_size=12", "train.batch_size 12 does not divide"),
-        ("grid.kind=cubic", "grid.kind='cubic' is none of gaussian, uniform, linear, checkpoint"),
+        ("grid.kind=cubic", "grid.kind='cubic' is not one of gaussian, uniform, linear, checkpoint"),
         ("optimizer.frozen=('lmm',)", "optimizer.frozen pattern 'lmm' matches no parameter"),
         ("optimizer.frozen=('.*',)", "optimizer.frozen leaves nothing to train"),
     ],
@@ -172,7 +172,7 @@ def test_a_workdir_that_cannot_be_made(config_file: Path, tmp_path: Path, capsys
 
 def test_other_urls_are_refused(config_file: Path, capsys) -> None:
     error = fails(capsys, "train", "--config", config_file, "--workdir", "ftp://host/run")
-    assert "--workdir ftp://host/run is no path that can be read here: expected a local one, or gs://BUCKET" in error
+    assert "--workdir ftp://host/run is not a supported path: expected a local one, or gs://BUCKET" in error
     assert not Path("ftp:").exists()
 
 

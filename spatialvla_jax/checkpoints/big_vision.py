@@ -30,7 +30,7 @@ def open_npz(path: AnyPath) -> dict[str, LazyArray]:
     except Exception as error:  # zipfile and numpy raise many kinds for a damaged file
         raise InputError(f"{path} is not a whole .npz file: {error}") from error
     wrong = [f"{name} ({array.dtype})" for name, array in arrays.items() if array.dtype not in FLOATS]
-    check_names(path, "of another dtype than float32, float16, bfloat16", wrong)
+    check_names(path, "with a dtype other than float32, float16, bfloat16", wrong)
     return finite(path, arrays)
 
 

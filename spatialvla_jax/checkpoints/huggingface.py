@@ -99,14 +99,14 @@ def stacked_arrays(
     check_names(path, "unknown", stored.keys() - wanted.keys())
     dtypes = {key: safetensors.NAMES[tensor.dtype] for key, tensor in stored.items()}
     other = [f"{key} ({dtype})" for key, dtype in dtypes.items() if dtype not in safetensors.FLOATS]
-    check_names(path, f"of another dtype than {', '.join(safetensors.FLOATS)}", other)
+    check_names(path, f"with a dtype other than {', '.join(safetensors.FLOATS)}", other)
     wrong = [f"{k} {t.shape} instead of {wanted[k].shape}" for k, t in stored.items() if t.shape != wanted[k].shape]
-    check_names(path, f"of another shape than {CONFIG} says", wrong)
+    check_names(path, f"with a shape other than {CONFIG} says", wrong)
     by_path: dict[str, list[Slot]] = {}
     for slot in table:
         by_path.setdefault(slot.path, []).append(slot)
     mixed = [s.key for group in by_path.values() for s in group if stored[s.key].dtype != stored[group[0].key].dtype]
-    check_names(path, "of another dtype than the same weight of the first layer", mixed)
+    check_names(path, "with a dtype other than that of the first layer", mixed)
     tensors = finite(path, stored)
     return {name: _stacked(shapes[name], group, tensors) for name, group in by_path.items()}
 

@@ -47,11 +47,11 @@ def read_checkpoint(path: str | AnyPath, zoedepth: str | AnyPath | None = None) 
         return start_from_paligemma(path, zoedepth)
     if zoedepth is not None:
         raise InputError(
-            f"{path} is no PaliGemma 2, so it takes no ZoeDepth from {zoedepth}: it has its own depth source"
+            f"{path} is not a PaliGemma 2, so it takes no ZoeDepth from {zoedepth}: it has its own depth source"
         )
     if (step := step_directory(path)) is not None:
         for newer in itertools.takewhile(lambda other: other != step, step_directories(path)):
-            warn(f"{newer} is incomplete, {missing(newer)} is missing or cut off: {step} is read instead")
+            warn(f"{newer} is incomplete, {missing(newer)} is missing or cut off: reading {step} instead")
         return read_adapters(step, read_checkpoint).whole if is_adapter_run(step) else read_orbax(step)
     if step_directories(path):
         return read_orbax(path)  # for its error
@@ -59,7 +59,7 @@ def read_checkpoint(path: str | AnyPath, zoedepth: str | AnyPath | None = None) 
         return read_huggingface(path)
     if is_file(path):
         return read_big_vision(path)
-    raise InputError(f"{path} is no checkpoint: neither a run with a finished step nor a directory with {CONFIG}")
+    raise InputError(f"{path} is not a checkpoint: neither a run with a finished step nor a directory with {CONFIG}")
 
 
 def fingerprint(path: str | AnyPath) -> str:

@@ -311,7 +311,7 @@ def check_arrays(what: object, arrays: Mapping[str, Any], shapes: Mapping[str, t
     check_names(what, "missing for its config", shapes.keys() - arrays.keys())
     check_names(what, "not in its config", arrays.keys() - shapes.keys())
     wrong = [f"{p} {tuple(arrays[p].shape)} instead of {s}" for p, s in shapes.items() if tuple(arrays[p].shape) != s]
-    check_names(what, "of another shape than its config says", wrong)
+    check_names(what, "with a shape other than its config says", wrong)
 
 
 def axes_of_layout(layout: str) -> tuple[list[list[str]], list[str]]:

@@ -130,7 +130,7 @@ def _from_npz(path: AnyPath) -> tuple[SiglipConfig, Gemma2Config, int, dict[str,
             query_pre_attn_scalar=width / num_heads if width == 4608 else head_dim,
         )
     except (KeyError, IndexError, ValueError) as error:
-        raise InputError(f"{path} is no PaliGemma 2 of big_vision: {error}") from error
+        raise InputError(f"{path} is not a PaliGemma 2 of big_vision: {error}") from error
     img = config_from_dict(SiglipConfig, asdict(img), f"{path}: img.")
     llm = config_from_dict(Gemma2Config, asdict(llm), f"{path}: llm.")
     _model(img, llm, text_vocab).check_sizes(lambda field: f"{path}: {field}")

@@ -75,7 +75,7 @@ def refer(
 
 def _unchanged(what: str, base: Checkpoint, reference: Mapping[str, Any]) -> Checkpoint:
     """`base`, checked against `reference`. Reading a changed array raises InputError."""
-    error = InputError(f"{what}, which has changed since: they fit its old weights alone")
+    error = InputError(f"{what}, which has changed since: they only fit its old weights")
 
     def inspect(path: str, x: np.ndarray) -> None:
         if digest(x) != reference["digests"].get(path):
@@ -189,7 +189,7 @@ def base_export(path: str | AnyPath) -> str:
     """Why transformers cannot load `path` as the base of adapters; "" if it can, because it is one of our exports."""
     path = to_path(path)
     if not is_file(path / CONFIG) or not is_file(path / "modeling_spatialvla.py"):
-        return f"{path} is no directory that convert --to pytorch has written"
+        return f"{path} is not a directory written by convert --to pytorch"
     return "" if EXTRA in read_json(path / CONFIG) else f"{path} holds the release's code, not that of an export"
 
 

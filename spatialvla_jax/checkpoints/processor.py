@@ -103,7 +103,7 @@ class Processor:
         try:
             model = base64.b64decode(values["tokenizer"], validate=True)
         except (binascii.Error, ValueError) as error:
-            raise InputError(f"{where}tokenizer={shown(values['tokenizer'])} is no base64: {error}") from error
+            raise InputError(f"{where}tokenizer={shown(values['tokenizer'])} is not base64: {error}") from error
         return cls(
             tokenizer=read_tokenizer(model, f"{where}tokenizer"),
             grid=grid,
@@ -135,7 +135,7 @@ def _checked_dataset(dataset: Any, width: int, where: str) -> dict[str, Any]:
     for name, row in rows.items():
         if len(row) != len(rows["q01"]) or len(row) not in (width - 1, width):
             expected = f"{width} (or {width - 1} in every row, without the gripper)"
-            raise InputError(f"{where}{name}={shown(row)} has {len(row)} elements, and {expected} are expected")
+            raise InputError(f"{where}{name}={shown(row)} has {len(row)} elements, but {expected} are expected")
     for low, high in (("q01", "q99"), ("min", "max")):
         for i, (a, b) in enumerate(zip(rows[low], rows[high], strict=True)):
             if a > b:

@@ -98,7 +98,7 @@ def gemma2_from_published(data: Any, where: str) -> Gemma2Config:
             raise InputError(f"{where}{name}.{unknown[0]} is not supported: positions are not scaled")
     bases = [part["rope_theta"] for part in (*ropes.values(), data) if "rope_theta" in part]
     if any(base != bases[0] for base in bases):
-        raise InputError(f"{where}rope_theta={shown(bases[-1])} is another in {' or '.join(ropes)}: {shown(bases[0])}")
+        raise InputError(f"{where}rope_theta={shown(bases[-1])} differs from {' or '.join(ropes)}: {shown(bases[0])}")
     given = data | ({"rope_theta": bases[0]} if bases else {})
     config = build(Gemma2Config, _ours(Gemma2Config, GEMMA2, GEMMA2_DEFAULTS | given, where), where)
     kinds = [("sliding_attention", "full_attention")[i % 2] for i in range(config.depth)]
@@ -131,7 +131,7 @@ def _beit_from_published(data: Any, where: str) -> BeitConfig:
     taps = _taps(config)
     check_fixed(data, {"out_features": (taps["out_features"], None), "out_indices": (taps["out_indices"], None)}, where)
     if all(data.get(name) is None for name in taps):
-        raise InputError(f"{where}out_features is missing, and {shown(taps['out_features'])} is expected")
+        raise InputError(f"{where}out_features is missing; {shown(taps['out_features'])} is expected")
     return config
 
 
@@ -155,7 +155,7 @@ def _extra_fields(data: Any, where: str) -> dict[str, Any]:
     fields: dict[str, Any] = {MODEL_FIELDS.get(name) or name: x for name, x in data.items() if name != DIFFERENCES}
     for name in fields:
         if name not in EXTRA_FIELDS:
-            raise InputError(f"{where}{name} is no field of the model; {nearest_name(name, EXTRA_FIELDS)}")
+            raise InputError(f"{where}{name} is not a field of the model; {nearest_name(name, EXTRA_FIELDS)}")
     return check_stored(fields, {name: field_of(SpatialVLAConfig, name) for name in fields}, where)
 
 

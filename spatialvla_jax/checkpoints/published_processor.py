@@ -125,7 +125,7 @@ def _release_tokenizer(path: AnyPath) -> Any:
 def _check_same(ours: Processor, parts: Mapping[str, Any], where: str) -> None:
     """Raises InputError if the release's file contradicts our processor.json beside it."""
     if grid_to_dict(ours.grid) != grid_to_dict(parts["grid"]):
-        raise InputError(f"{where}bin_policy is not the grid of the {PROCESSOR} beside it")
+        raise InputError(f"{where}bin_policy differs from the grid in the {PROCESSOR} beside it")
     for name in ("statistics", "intrinsics"):
         for key, value in getattr(ours, name).items():
             if parts[name].get(key, value) != value:

@@ -22,7 +22,7 @@ def release_differences(config: SpatialVLAConfig, processor: Processor | None) -
     given one image of the model's size and a prompt rendered by `text.render`."""
     differences = []
     if config.depth_source == "dataset":
-        differences.append("Depth comes with the image: the release's model has no input for it and leaves Ego3D out.")
+        differences.append("Depth comes with the image: the release's model has no input for it and omits Ego3D.")
     if config.mask == "causal":
         differences.append(
             "Attention is causal: in the release's model image and prompt see each other both ways, unless it runs "
@@ -33,7 +33,7 @@ def release_differences(config: SpatialVLAConfig, processor: Processor | None) -
             f"A chunk has {config.num_action_tokens} tokens: the release's model stops after {MAX_NEW_TOKENS}."
         )
     if processor is not None and not isinstance(processor.grid, ActionGrid):
-        differences.append("The action grid is linear: the release's processor decodes spherical ones alone.")
+        differences.append("The action grid is linear: the release's processor decodes only spherical ones.")
     if processor is not None and (problem := SentencePieceModel.parse(processor.tokenizer.to_bytes()).problem):
         differences.append(f"The tokenizer {problem}: the release's processor may split a prompt into other tokens.")
     return differences

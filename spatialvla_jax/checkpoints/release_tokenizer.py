@@ -43,9 +43,9 @@ class SentencePieceModel:
                 (trainer if number == 2 else normalizer).update(_fields(value))
         problem = ""
         if trainer.get(3) != BPE:
-            problem = "is no byte-pair encoding"
+            problem = "is not a byte-pair encoding"
         elif normalizer.get(2) or normalizer.get(3, True) or trainer.get(24):
-            problem = "normalises text or puts a space beside it"
+            problem = "normalises text or adds a space to it"
         return cls(pieces, bool(trainer.get(35)), bool(normalizer.get(4, True)), problem)
 
 

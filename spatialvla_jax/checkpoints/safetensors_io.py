@@ -79,7 +79,7 @@ def _weight_map(index: AnyPath) -> dict[str, str]:
     wrong = [
         key for key, name in weight_map.items() if not (isinstance(name, str) and name and Path(name).name == name)
     ]
-    check_names(index, "in a shard that is no file beside the index", wrong)
+    check_names(index, "in a shard that is not a file beside the index", wrong)
     return weight_map
 
 
@@ -135,7 +135,7 @@ def _read_header(file: AnyPath) -> tuple[dict[str, Any], int, int]:
 
 def _natural(text: str) -> int:
     if not text.isdecimal():
-        raise ValueError(f"{text} stands for a size")
+        raise ValueError(f"{text} is not a size")
     return int(text)
 
 
@@ -146,7 +146,7 @@ def _parse(file: AnyPath, key: str, entry: Any) -> tuple[tuple[int, int], tuple[
         raise InputError(f"{what} must have the fields dtype, shape and data_offsets")
     name, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(name, str) or name not in DTYPES:
-        raise InputError(f"{what} has a dtype that is none of {', '.join(DTYPES)}: {shown(str(name))}")
+        raise InputError(f"{what} has a dtype that is not one of {', '.join(DTYPES)}: {shown(str(name))}")
     for field, numbers in (("shape", shape), ("data_offsets", offsets)):
         if not isinstance(numbers, list) or not all(type(n) is int for n in numbers) or len(numbers) > MAX_RANK:
             raise InputError(f"{what} must have a list of whole numbers, {MAX_RANK} at most, as its {field}")

@@ -132,5 +132,5 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = next(key for key, n in Counter(key for key, _ in pairs).items() if n > 1)
-        raise ValueError(f"{twice[:200]!r} is there twice")
+        raise ValueError(f"{twice[:200]!r} occurs twice")
     return found

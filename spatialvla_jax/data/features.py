@@ -68,7 +68,7 @@ def find_fields(name: str, builder: Any, spec: DatasetSpec, action_dim: int) -> 
         key, which = split_language(spec.language)
         fields[key] = field(key, _TEXT)
         if which is not None and (fields[key].shape == () or fields[key].spelled):
-            raise InputError(f"{dataset} has one text as {key!r}, not a list of which {spec.language!r} could be one")
+            raise InputError(f"{dataset} has one text as {key!r}, not a list, which {spec.language!r} needs")
     shapes = {key: tuple(n for n in fields[key].shape if n is not None) for key in action_keys(spec)}
     if all(fields[key].is_known for key in shapes):
         width, expected = action_width(spec, shapes), width_before(spec.operations, action_dim)

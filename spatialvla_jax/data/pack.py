@@ -202,7 +202,7 @@ def _counts(depth: np.ndarray, index: Index) -> np.ndarray:
         return depth
     counts = np.rint(depth.astype(np.float64) / index.spec.depth_unit).astype(np.uint16)
     if not np.array_equal(_metres(counts, index), depth):
-        raise InputError(f"the depth of dataset {index.name!r} is no whole number of {index.spec.depth_unit} m")
+        raise InputError(f"the depth of dataset {index.name!r} is not a multiple of {index.spec.depth_unit} m")
     return counts
 
 
@@ -322,10 +322,10 @@ def _open(path: Path) -> tuple[mmap.mmap, int, dict[str, Any]]:
         with open(path, "rb") as file:
             prefix = file.read(_PREFIX.size)
             if len(prefix) < _PREFIX.size or not prefix.startswith(MAGIC):
-                raise InputError(f"{path} is not a packed data set")
+                raise InputError(f"{path} is not a packed dataset")
             _, version, length, digest = _PREFIX.unpack(prefix)
             if not 1 <= version <= VERSION:
-                raise InputError(f"{path} is a packed data set of version {version}; this program reads 1 to {VERSION}")
+                raise InputError(f"{path} is a packed dataset of version {version}; this program reads 1 to {VERSION}")
             text = file.read(length)
             if hashlib.sha256(text).digest() != digest:
                 raise InputError(f"{path} is damaged: the checksum of its header is wrong")

@@ -71,7 +71,7 @@ class _Recording:
 def check_file(out: Path) -> None:
     """Raises InputError if `out` already exists."""
     if out.exists():
-        raise InputError(f"{out} exists already: expected the name of a file that does not")
+        raise InputError(f"{out} already exists: expected the name of a new file")
 
 
 def write_packed(

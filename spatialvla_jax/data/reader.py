@@ -154,16 +154,16 @@ class Rlds:
             )
             window = _SLACK * stored * min(config.shuffle_frames, frames.sum())
             if self._processes.count > 1:
-                why = "for each of several hosts would have to read every block of which it has a frame"
+                why = "because each of several hosts would read every block in which it has a frame"
             elif _RUNTIME + self._workers * _WORKSPACE + window + 2 * self._ahead > 0.9 * config.memory_gb * 2**30:
-                why = "for data.memory_gb does not hold the blocks of data.shuffle_frames"
+                why = "because data.memory_gb cannot hold the blocks of data.shuffle_frames"
             else:
-                self._block, why = choose_block(speed, image), "which a run keeps when it is resumed"
+                self._block, why = choose_block(speed, image), "which is kept when the run is resumed"
         if self._processes.index:
             return self._block
         tqdm.write(
-            f"{sizes[0][0].rpartition('/')[0]}: {1e3 * speed.latency:.0f} ms a request and "
-            f"{speed.bandwidth / 1e6:.0f} MB/s, so up to {self._ahead / 1e6:.0f} MB are asked for ahead; "
+            f"{sizes[0][0].rpartition('/')[0]}: {1e3 * speed.latency:.0f} ms per request and "
+            f"{speed.bandwidth / 1e6:.0f} MB/s, so up to {self._ahead / 1e6:.0f} MB are read ahead; "
             f"data.read_block is {self._block}, {why}",
             file=sys.stderr,
         )
@@ -322,7 +322,7 @@ class StepReader:
                 encoded[place.key][place.row] = data = take()
                 units[place.row] = place.index.spec.depth_unit
                 if google_crc32c.value(data) != place.checksum:
-                    raise Fault("checksum", "its bytes are not those that were indexed")
+                    raise Fault("checksum", "its bytes have changed since they were indexed")
             except Fault as fault:
                 message = f"the {place.key} cannot be read any more: {fault}"
                 self.leave_out(int(ids[place.row]), fault.reason, message)

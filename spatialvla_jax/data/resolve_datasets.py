@@ -30,11 +30,11 @@ class Entry:
 
 
 def _name(text: str) -> str:
-    return "" if text and "/" not in text and "\0" not in text else "is no name: it is empty or has a slash"
+    return "" if text and "/" not in text and "\0" not in text else "is not a name: it is empty or has a slash"
 
 
 def _path(text: str) -> str:
-    return "is no path" if not text or "\0" in text else ""
+    return "is not a path" if not text or "\0" in text else ""
 
 
 ENTRY = {
@@ -64,7 +64,7 @@ def make_entries(config: DataConfig, depth: bool = False) -> tuple[Entry, ...]:
             raise InputError(f"data.drop names {name!r}, which is not in the mixture: that has {', '.join(names)}")
         check(until, Field(0.5, "", above=0, below=1, unit="fraction of the steps"), f"data.drop[{name!r}]")
     if len(config.drop) == len(names):
-        raise InputError("data.drop names every dataset: one at least must last to the end")
+        raise InputError("data.drop names every dataset: at least one must last to the end")
     return entries
 
 

@@ -254,7 +254,7 @@ def _check_cameras(cameras: np.ndarray, images: Iterator[bytes], spec: DatasetSp
     _, steps = np.unique(cameras.reshape(len(cameras), -1), axis=0, return_index=True)  # nearly always one
     for step in sorted(steps.tolist()) if size else ():
         if wrong := intrinsics_problem(cameras[step], size):
-            raise Fault("camera", f"step {step} has intrinsics that are no camera: {spec.intrinsics!r} {wrong}")
+            raise Fault("camera", f"step {step} has invalid intrinsics: {spec.intrinsics!r} {wrong}")
 
 
 def _check_action(action: np.ndarray, steps: np.ndarray, action_dim: int, spec: DatasetSpec) -> None:

@@ -107,7 +107,7 @@ def rollouts(
                 ended = worker.listen()
                 faults += worker.failed
                 if faults > finished + PATIENCE:
-                    raise FaultsError(f"episodes keep failing, the last one so: {worker.faults[-1]['reason']}")
+                    raise FaultsError(f"episodes keep failing; the last reason: {worker.faults[-1]['reason']}")
                 if ended is not None:
                     finished += not worker.failed
                     yield ended

@@ -124,5 +124,5 @@ def table(result: dict[str, Any]) -> str:
         rows.append((f"{name}, robot units", *(f"{v:.3f}" for v in result[f"{key}_per_dimension_robot"]), ""))
     text = text_table(rows, "<>")
     if result["faults"]:
-        text += f"\n{result['faults']} of {result['frames']} frames got no action (NaN or infinity) and are left out"
+        text += f"\n{result['faults']} of {result['frames']} frames got no action (NaN or infinity) and are excluded"
     return text

@@ -102,9 +102,9 @@ def convert(
         raise InputError(f"{dst} lies inside {src}: choose a destination outside of it")
     adapters = exists(src) and is_adapter_run(src)
     if not adapters and (merge or to == PEFT):
-        raise InputError(f"{src} holds no adapters {'to merge' if merge else 'for peft'}: it is no run with lora.rank")
+        raise InputError(f"{src} holds no adapters {'to merge' if merge else 'for peft'}: the run had no lora.rank")
     if adapters and merge == (to == PEFT):
-        raise InputError(f"{src} holds adapters: --merge gives a whole checkpoint, --to peft the adapters alone")
+        raise InputError(f"{src} holds adapters: --merge gives a whole checkpoint, --to peft only the adapters")
     if to == PEFT and dtype:
         raise InputError(f"{src} holds adapters, which are written as they were trained: leave --dtype out")
     if base is not None and to != PEFT:
@@ -191,7 +191,7 @@ def _why_not(to: str, parameters: int, verify: bool | None) -> str | None:
     if not _can_verify(to):
         return MISSING
     if verify is None and parameters > VERIFIED_BY_DEFAULT:
-        return f"{parameters:,} parameters are more than {VERIFIED_BY_DEFAULT:,}, so the export was not run beside JAX"
+        return f"{parameters:,} parameters are more than {VERIFIED_BY_DEFAULT:,}: the export was not compared with JAX"
     return None
 
 

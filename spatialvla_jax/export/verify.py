@@ -31,7 +31,7 @@ INSTRUCTIONS = ("open the drawer", "put the bowl on the plate", "pick up the red
 # Far above float32 rounding errors, so a larger difference means a different computation. Resized pixels are whole
 # levels of 1/255, which sums in different orders may round differently.
 LIMITS = {"inputs": 1.5 / 255, "logits": 1e-2}
-MISSING = "PyTorch is not installed, so the export was not run beside JAX; pip install 'spatialvla-jax[torch]' adds it"
+MISSING = "PyTorch is not installed, so the export was not compared with JAX: pip install 'spatialvla-jax[torch]'"
 
 
 class Difference(TypedDict):
@@ -93,7 +93,7 @@ def verify(checkpoint: Checkpoint, directory: str | AnyPath, adapters: str | Any
     wrong = [stage for stage, limit in LIMITS.items() if not differences[stage]["max"] <= limit]
     if result["tokens_equal"] < result["tokens"] or wrong:
         differing = f"{result['tokens'] - result['tokens_equal']} of {result['tokens']} greedy tokens"
-        raise VerificationError(f"{directory} does not act as its source: {differing} differ, {found}", result)
+        raise VerificationError(f"{directory} does not act like its source: {differing} differ, {found}", result)
     return result
 
 

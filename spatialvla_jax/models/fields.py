@@ -52,7 +52,7 @@ def config_from_dict(config: type[T], data: Any, where: str) -> T:
     plain = {name: field_of(config, name) for name in hints if name not in nested}
     values = check_stored(data, plain | nested, where)
     if unknown := sorted(map(str, data.keys() - hints.keys())):
-        raise InputError(f"{where}{unknown[0]} is no field of the model; {nearest_name(unknown[0], hints)}")
+        raise InputError(f"{where}{unknown[0]} is not a field of the model; {nearest_name(unknown[0], hints)}")
     parts = {name: config_from_dict(hints[name], values[name], f"{where}{name}.") for name in nested}
     return build(config, values | parts, where)
 

@@ -77,7 +77,7 @@ class SpatialVLAConfig:
         rules = (
             (img.patches_per_side > MAX_PATCHES, "img.patch_size", f"gives more than {MAX_PATCHES} patches a side"),
             (beit.patches_per_side > MAX_PATCHES, "zoe.backbone.patch_size", f"gives more than {MAX_PATCHES} a side"),
-            (not halves, "img.patch_size", f"is no multiple of {SUB_GRID}, the points of Ego3D along a patch"),
+            (not halves, "img.patch_size", f"is not a multiple of {SUB_GRID}, the points of Ego3D along a patch"),
             (border, "img.image_size", f"is not above {DEPTH_PAD}, the border that ZoeDepth mirrors"),
             (self.llm.vocab_size != vocabulary, "llm.vocab_size", f"is not {vocabulary}: {counted}"),
         )

@@ -50,7 +50,7 @@ def load_motions(path: Path) -> list[Motion]:
         with np.load(path, allow_pickle=False) as file:
             columns = {key: file[key] for key in (*Motion.__dataclass_fields__, "length", "width")}
     except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path} is no file of motions, as `record libero --out FILE.npz` writes them") from error
+        raise InputError(f"{path} is not a file of motions written by `record libero --out FILE.npz`") from error
     motions, place = [], dict.fromkeys(ARRAYS, 0)
     for i, (length, width) in enumerate(zip(columns["length"].tolist(), columns["width"].tolist(), strict=True)):
         fields: dict[str, Any] = {key: str(columns[key][i]) for key in TEXTS}

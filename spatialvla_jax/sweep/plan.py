@@ -114,7 +114,7 @@ def load_sweep(path: str | Path, overrides: Mapping[str, str] | None = None, onl
         for key in sorted({key for changes in values.values() for key in changes}):
             if key == "seed" or any(f"{other}.".startswith(f"{key}.") for other in overrides):
                 whose = f"axis {axis!r} of {path}" if key != "seed" else "the seeds"
-                raise InputError(f"config key {key} is set by {whose} and can't be set otherwise as well")
+                raise InputError(f"config key {key} is set by {whose} and can't also be set elsewhere")
 
     trials = []
     for names in itertools.product(*axes.values()):
@@ -160,7 +160,7 @@ def _values(path: Path, axis: str, values: Any) -> dict[str, dict[str, Any]]:
     if (key := CONFIG_KEYS.get(axis, axis)) not in KEYS:
         near = difflib.get_close_matches(axis, KEYS, 1, 0)[0]
         raise InputError(
-            f"axis {axis!r} of {path} is no config key ({near} is one), so its values must be a dict of named ones"
+            f"axis {axis!r} of {path} is not a config key ({near} is one), so its values must be a dict of named ones"
         )
     values = [check(value, KEYS[key], f"axis {axis!r} of {path}: {key}") for value in values]
     if len({str(value) for value in values}) < len(values):

@@ -37,7 +37,7 @@ def make_grid(
         return gaussian_grid(gaussians(), config["num_bins"], config["min_sigma"])
     if config["kind"] == "checkpoint":
         if kept is None:
-            raise InputError("config key grid.kind is 'checkpoint', and there is none here that carries a grid")
+            raise InputError("config key grid.kind is 'checkpoint', but no checkpoint with a grid is given")
         return kept
     raise InputError(f"config key grid.kind is {config['kind']!r}; choose gaussian, uniform, linear or checkpoint")
 

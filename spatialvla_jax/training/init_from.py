@@ -93,7 +93,7 @@ def preset_of(path: str, config: SpatialVLAConfig) -> str:
         same = (sizes.img, replace(sizes.llm, vocab_size=vocabulary)) == (config.img, config.llm)
         if same and (config.depth_source != "zoedepth" or sizes.zoe == config.zoe):
             return name
-    raise InputError(f"the model in {path} has the sizes of no preset; there are {', '.join(PRESETS)}")
+    raise InputError(f"the model in {path} matches no preset; there are {', '.join(PRESETS)}")
 
 
 def make_processor(config: ConfigDict, loader: Loader, start: Processor | None = None) -> Processor:
@@ -162,7 +162,7 @@ def check_same(saved: dict[str, Any], now: dict[str, Any], loader: Loader, workd
 def _paligemma(config: ConfigDict, model: SpatialVLA) -> Checkpoint:
     if config.lora.rank:
         raise InputError(
-            f"lora.rank={config.lora.rank} leaves the LM head as it is, and that of the PaliGemma {config.init} knows "
+            f"lora.rank={config.lora.rank} freezes the LM head, and that of the PaliGemma {config.init} has "
             "no action tokens: start from a SpatialVLA"
         )
     if model.config.depth_source == "zoedepth" and not config.init_zoedepth:

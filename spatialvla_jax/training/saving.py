@@ -209,7 +209,7 @@ class Checkpoints:
             self.manager.close()
         # A new manager only knows finished checkpoints, and removes the remains.
         self.manager = self._open()
-        kept = "there is none yet" if self.latest() is None else f"the last good one is of step {self.latest()}"
+        kept = "there is none yet" if self.latest() is None else f"the last good one is from step {self.latest()}"
         if self.failures > self.RETRIES:
             raise StorageError(f"{sentence}; {kept}") from error
         tqdm.write(f"{sentence}; {kept}; trying again", file=sys.stderr)

@@ -31,7 +31,7 @@ class OutputFile:
             if not storage.exists(path):
                 return
             if self.made is None:
-                raise InputError(f"{option} {path} exists already: expected the name of a new file")
+                raise InputError(f"{option} {path} already exists: expected the name of a new file")
             size, _ = storage.size_and_version(path)
             (content,) = storage.read_ranges([(path, 0, min(size, 2**26))])  # packed data may be larger than memory
             if isinstance(content, Exception):
@@ -147,4 +147,4 @@ def _check_folder(file: AnyPath, path: AnyPath, option: str, new: bool = False) 
     if not folder.is_dir():
         raise InputError(f"{option} {path}: {folder} is a file, where a folder is expected")
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise InputError(f"{option} {path}: {folder} may not be written")
+        raise InputError(f"{option} {path}: {folder} is not writable")

@@ -58,11 +58,11 @@ async def retrying(
             waited = time.monotonic() - start
             if waited > PATIENCE:
                 raise StorageError(
-                    f"{what}: the storage failed for {waited:.0f} s, the last time with {reason}"
+                    f"{what}: the storage failed for {waited:.0f} s, most recently with {reason}"
                 ) from error
             if waited > LONGEST_WAIT and not told:
                 told = True
-                warn(f"{what}: {reason}; it is tried again for {PATIENCE:.0f} s")
+                warn(f"{what}: {reason}; retrying for {PATIENCE:.0f} s")
         await asyncio.sleep(wait * (0.5 + _jitter.random()))
         wait = min(2 * wait, LONGEST_WAIT)
 

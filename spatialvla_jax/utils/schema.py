@@ -14,7 +14,7 @@ import numpy as np
 from spatialvla_jax.errors import InputError
 
 KINDS = {
-    **{bool: "true or false", int: "a whole number", float: "a number", str: "a text"},
+    **{bool: "true or false", int: "a whole number", float: "a number", str: "a string"},
     **{tuple: "a sequence", list: "a list", dict: "a dict"},
 }
 LARGEST = {int: 2**31 - 1, float: 3.4e38}  # limits of the devices' 32-bit types
@@ -75,7 +75,7 @@ def check(value: Any, field: Field, name: str, *, hint: bool = True) -> Any:
     if wrong := _wrong(value, field):
         raise InputError(f"{name}={shown(value)} {wrong}{_nearest(value, field) if hint else ''}")
     if field.size is not None and len(value) != field.size:
-        raise InputError(f"{name}={shown(value)} has {len(value)} elements, and {field.size} are expected")
+        raise InputError(f"{name}={shown(value)} has {len(value)} elements, but {field.size} are expected")
     if field.items:
         pairs = value.items() if isinstance(value, dict) else enumerate(value)
         items = {key: check(item, field.items, f"{name}[{key!r}]", hint=hint) for key, item in pairs}
@@ -100,9 +100,9 @@ def _wrong(value: Any, field: Field) -> str:
     """What is wrong with the value's type or range, or ""."""
     if type(value) not in field.types:
         found = "None" if value is None else KINDS.get(type(value), f"of type {type(value).__name__}")
-        return f"is {found}, and {field.expected()} is expected"
+        return f"is {found}, but {field.expected()} is expected"
     if field.choices and value not in field.choices:
-        return f"is none of {', '.join(field.choices)}"
+        return f"is not one of {', '.join(field.choices)}"
     if type(value) not in (int, float) or value in field.also:
         return ""
     if type(value) is float and not math.isfinite(value):
@@ -169,10 +169,10 @@ def check_stored(data: Any, fields: Mapping[str, Field], where: str) -> dict[str
     `where` prefixes a field's name in an InputError: the file and the enclosing fields, each with its dot.
     """
     if not isinstance(data, Mapping):
-        raise InputError(f"{where.rstrip('.: ')} is {shown(data)}, and a dict is expected")
+        raise InputError(f"{where.rstrip('.: ')} is {shown(data)}, but a dict is expected")
     for name in fields:
         if name not in data:
-            raise InputError(f"{where}{name} is missing, and {fields[name].range()} is expected")
+            raise InputError(f"{where}{name} is missing; {fields[name].range()} is expected")
     return {name: check(data[name], field, f"{where}{name}", hint=False) for name, field in fields.items()}
 
 

@@ -36,7 +36,7 @@ PART = 16 * 2**20  # bytes per request in `download` and `read_parts`
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")
 _LIBRARIES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}  # (library, our extra) for each scheme
 _CREDENTIALS = {
-    "gs": "`gcloud auth application-default login`, or GOOGLE_APPLICATION_CREDENTIALS with the file of a key",
+    "gs": "`gcloud auth application-default login`, or GOOGLE_APPLICATION_CREDENTIALS with a key file",
     "s3": "`aws configure`, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
 }
 _PERMISSIONS = {
@@ -61,7 +61,7 @@ def as_path(path: str | os.PathLike[str], what: str) -> AnyPath:
     scheme, rest = url[1].lower(), text[url.end() :]  # pathlib makes gs:/bucket of gs://bucket
     if scheme not in _LIBRARIES:
         known = " or ".join(f"{name}://BUCKET/…" for name in _LIBRARIES)
-        raise InputError(f"{what} {scheme}://{rest} is no path that can be read here: expected a local one, or {known}")
+        raise InputError(f"{what} {scheme}://{rest} is not a supported path: expected a local one, or {known}")
     if not rest.strip("/"):
         raise InputError(f"{what} {scheme}:// names no bucket: expected {scheme}://BUCKET/…")
     library, extra = _LIBRARIES[scheme]

@@ -60,8 +60,8 @@ def test_bad_files_are_named(checkpoint, tmp_path):
         ("damaged.npz", r"damaged\.npz cannot be read at params/"),
         ("other.npz", "holds no SpatialVLA"),
         ("cut.npz", r"cut\.npz cannot be read at spatialvla_jax: "),
-        ("list.npz", r"list\.npz: spatialvla_jax is \[\], and a dict is expected"),
-        ("ints.npz", r"1 tensor of another dtype than float32, float16, bfloat16: img/x \(int32\)"),
+        ("list.npz", r"list\.npz: spatialvla_jax is \[\], but a dict is expected"),
+        ("ints.npz", r"1 tensor with a dtype other than float32, float16, bfloat16: img/x \(int32\)"),
     ]:
         with pytest.raises(InputError, match=says):
             read_big_vision(tmp_path / name).params()

@@ -174,7 +174,7 @@ def is_same(a, b):
 
 def test_what_is_no_paligemma_is_named(tmp_path, golden):
     np.savez(tmp_path / "x.npz", a=np.zeros(2, np.float32))
-    with pytest.raises(InputError, match="is no PaliGemma 2 of big_vision"):
+    with pytest.raises(InputError, match="is not a PaliGemma 2 of big_vision"):
         start_from_paligemma(tmp_path / "x.npz")
     with pytest.raises(InputError, match=r"config\.json: model_type='spatialvla' is not supported: it must be 'palig"):
         start_from_paligemma(golden)
@@ -182,7 +182,7 @@ def test_what_is_no_paligemma_is_named(tmp_path, golden):
 
 CHANGES = {
     "PaliGemma 1": ({"text_config": {"model_type": "gemma"}}, "text_config.model_type='gemma' is not supported"),
-    "no text": ({"text_config": None}, "text_config=None is None, and a dict is expected"),
+    "no text": ({"text_config": None}, "text_config=None is None, but a dict is expected"),
     "image token": (
         {"image_token_index": TEXT_VOCAB + SPARE + 1},
         "image_token_index=41 is not in the vocabulary of 40",

@@ -69,7 +69,7 @@ def test_another_base_is_refused(adapted: Path, trained: Path, exported: Path, t
     model = AutoModel.from_pretrained(exported / "base", trust_remote_code=True, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="belong to another base"):
         model.load_adapter(str(exported / "adapters"))
-    with pytest.raises(InputError, match="is no directory that convert --to pytorch has written"):
+    with pytest.raises(InputError, match="is not a directory written by convert --to pytorch"):
         convert(adapted, tmp_path / "out", to="peft", base=trained)
     with pytest.raises(InputError, match="--base goes with --to peft"):
         convert(trained, tmp_path / "out", to="pytorch", base=exported / "base")
@@ -135,8 +135,8 @@ def test_a_base_that_has_changed_leaves_nothing(adapted: Path, tmp_path: Path, o
 
 
 DAMAGES = {
-    "null rank": ({"rank": None}, "lora.rank=None is None, and a whole number is expected"),
-    "another rank": ({"rank": 8}, r"of another shape than its config says: lora/"),
+    "null rank": ({"rank": None}, "lora.rank=None is None, but a whole number is expected"),
+    "another rank": ({"rank": 8}, r"with a shape other than its config says: lora/"),
     "alpha": ({"alpha": float("nan")}, "lora.alpha=nan is not a finite number"),
     "no base": ({"base": {}}, "lora.base.path is missing"),
     "no digests": ({"base": {"path": ".", "grid": "0"}}, "lora.base.digests is missing"),

@@ -49,5 +49,5 @@ def test_exports_have_the_published_names(processor: Processor) -> None:
     assert list(published.statistics) == ["toy/1.0.0", "mine"] and list(published.intrinsics) == ["toy/1.0.0"]
     assert published.find_statistics("toy") == known.find_statistics("toy")
     assert "versions" not in published.to_dict() and published.with_published_names() == published
-    with pytest.raises(InputError, match=r"versions\['toy'\]=1 is a whole number, and a text is expected"):
+    with pytest.raises(InputError, match=r"versions\['toy'\]=1 is a whole number, but a string is expected"):
         Processor.from_dict(known.to_dict() | {"versions": {"toy": 1}})

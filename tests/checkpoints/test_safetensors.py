@@ -237,7 +237,7 @@ def moved(path: Path) -> None:
     text(FIRST, f"sub/{FIRST}")(path)
 
 
-OUTSIDE = "in a shard that is no file beside the index: a"
+OUTSIDE = "in a shard that is not a file beside the index: a"
 DIRECTORIES = {
     "key in two shards": (tensors(SECOND, b=1, c=2, d=3), rf"b \({SECOND} instead of {FIRST}\)"),
     "key of another value in two shards": (tensors(SECOND, b=9, c=2, d=3), rf"b \({SECOND} instead of {FIRST}\)"),
@@ -246,7 +246,7 @@ DIRECTORIES = {
         lambda d: [(d / FIRST).rename(d / "x"), (d / SECOND).rename(d / FIRST), (d / "x").rename(d / SECOND)],
         "4 tensors in another shard than named",
     ),
-    "key named twice": (text('"weight_map": {', f'"weight_map": {{"a": "{SECOND}",'), "'a' is there twice"),
+    "key named twice": (text('"weight_map": {', f'"weight_map": {{"a": "{SECOND}",'), "'a' occurs twice"),
     "key not in the index": (tensors(SECOND, c=2, d=3, e=4), "1 tensor in a shard but not named: e"),
     "key in no shard": (index(e=FIRST), "1 tensor named but in no shard: e"),
     "shard missing": (lambda d: (d / SECOND).unlink(), rf"2 tensors in a shard that does not exist: c \({SECOND}\)"),
@@ -255,7 +255,7 @@ DIRECTORIES = {
     "shard of other case": (index(a=FIRST.upper()), "does not exist"),
     "parent": (index(a=f"../{FIRST}"), OUTSIDE),
     "absolute": (index(a=f"/{FIRST}"), OUTSIDE),
-    "subfolder": (moved, "in a shard that is no file beside the index: a, b"),
+    "subfolder": (moved, "in a shard that is not a file beside the index: a, b"),
     "dot": (index(a="."), OUTSIDE),
     "dots": (index(a=".."), "does not exist"),
     "no name": (index(a=""), OUTSIDE),

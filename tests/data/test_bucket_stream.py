@@ -100,7 +100,7 @@ CHANGES = {"deleted": Path.unlink, "cut": lambda file: file.write_bytes(b"short"
 SAID = {
     "deleted": "does not exist any more",
     "cut": "is shorter than it was",
-    "rewritten": "not those that were indexed",
+    "rewritten": "have changed since they were indexed",
 }
 SLOW = [pytest.param(change, block, marks=pytest.mark.slow) for change in CHANGES for block in (1, 5)][1:]
 
@@ -165,8 +165,8 @@ def test_blocks_are_chosen_and_said(configs, capfd, monkeypatch):
     monkeypatch.setattr("spatialvla_jax.data.reader.measure", lambda files: Speed(0.05, 2e6))
     assert load_data(configs["bucket"], image_size=SIZE).mixture.block > 1
     said = capfd.readouterr().err
-    assert "gs://data/0/toy/1.0.0: 50 ms a request and 2 MB/s" in said and "a run keeps when it is resumed" in said
+    assert "gs://data/0/toy/1.0.0: 50 ms per request and 2 MB/s" in said and "is kept when the run is resumed" in said
     assert load_data(configs["bucket"] | {"read_block": 3}, image_size=SIZE).mixture.block == 3
     assert load_data(configs["bucket"] | {"memory_gb": 1.0}, image_size=SIZE).mixture.block == 1
-    assert "data.memory_gb does not hold" in capfd.readouterr().err
+    assert "data.memory_gb cannot hold" in capfd.readouterr().err
     assert load_data(configs["disk"], image_size=SIZE).mixture.block == 1

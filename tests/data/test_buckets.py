@@ -72,7 +72,7 @@ def test_throttling_is_no_fault_of_the_data(gcs, rlds: Path, monkeypatch):
         lambda: list(read_episodes("toy", builder, shard.file, shard.numbers, SPEC, skip=print)),
         lambda: load_statistics(f"{gcs.url}/stats.json"),
     ):
-        with pytest.raises(StorageError, match=f"{gcs.url}.*: the storage failed for .* s, the last time with"):
+        with pytest.raises(StorageError, match=f"{gcs.url}.*: the storage failed for .* s, most recently with"):
             read_again()
 
 

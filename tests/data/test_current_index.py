@@ -215,7 +215,7 @@ def test_a_frame_that_only_its_checksum_shows(data, tmp_path):
     ]
     assert seen == [number for number in range(index.num_frames) if number != 5]
     assert loader.replaced()["toy0", "checksum"] >= 1
-    with pytest.raises(InputError, match=r"step \d: the image cannot be read any more: its bytes are not those"):
+    with pytest.raises(InputError, match=r"step \d: the image cannot be read any more: its bytes have changed"):
         list(load_data(config | {"faults": {}}, image_size=SIZE).epoch(8, "train"))
 
 
@@ -387,11 +387,11 @@ def test_home_folders(data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for change, sentence in {
         ("cache_dir", "~nobody-of-this-name/x"): r"data.cache_dir ~nobody-of-this-name/x cannot be expanded",
-        ("cache_dir", "ftp://host/cache"): r"data.cache_dir ftp://host/cache is no path that can be read",
-        ("statistics", "ftp://host/stats.json"): r"data.statistics ftp://host/stats.json is no path",
-        ("packed", "ftp://host/toy.pack"): r"data.packed ftp://host/toy.pack is no path",
-        ("datasets", "ftp://host/toy"): r"dataset 'toy0' in data.datasets: path ftp://host/toy is no path",
-        ("prompt", "https://host/t.model"): r"data.prompt.model https://host/t.model is no path",
+        ("cache_dir", "ftp://host/cache"): r"data.cache_dir ftp://host/cache is not a supported path",
+        ("statistics", "ftp://host/stats.json"): r"data.statistics ftp://host/stats.json is not a supported path",
+        ("packed", "ftp://host/toy.pack"): r"data.packed ftp://host/toy.pack is not a supported path",
+        ("datasets", "ftp://host/toy"): r"dataset 'toy0' in data.datasets: path ftp://host/toy is not a supported path",
+        ("prompt", "https://host/t.model"): r"data.prompt.model https://host/t.model is not a supported path",
     }.items():
         value = change[1]
         if change[0] == "datasets":

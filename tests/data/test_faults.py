@@ -67,12 +67,12 @@ DAMAGE = {
     "no camera": (
         damage_camera(0, np.zeros((3, 3))),
         "camera",
-        "step 0 has intrinsics that are no camera: 'observation/",
+        "step 0 has invalid intrinsics: 'observation/",
     ),
     "relative camera": (
         damage_camera(2, [[0.8, 0, 0.5], [0, 1, 0.5], [0, 0, 1]]),
         "camera",
-        "step 2 has intrinsics that are no camera: 'observation/intrinsics' looks relative to the image",
+        "step 2 has invalid intrinsics: 'observation/intrinsics' looks relative to the image",
     ),
     "camera of larger images": (
         damage_camera(1, [[500, 0, 310], [0, 480, 250], [0, 0, 1]]),

@@ -212,11 +212,11 @@ def test_specs_from_fields():
         ({"operations": [["scale", 1, float("inf")]]}, "factors of 'scale'=inf is not a finite number"),
         (
             {"operations": [["drop_noops", "1e-3"]]},
-            "threshold of 'drop_noops'='1e-3' is a text, and a number is expected",
+            "threshold of 'drop_noops'='1e-3' is a string, but a number is expected",
         ),
-        ({"operations": ["invert_gripper"]}, r"operations\[0\]='invert_gripper' is a text, and a sequence is expected"),
+        ({"operations": ["invert_gripper"]}, r"'invert_gripper' is a string, but a sequence is expected"),
         ({"default_intrinsics": ((0, 0, 0),) * 3}, r"\(fx, 0, cx\).* with fx and fy above 0 is expected"),
-        ({"default_intrinsics": ((9, 0, 4), (0, 9, 4), (0, 0, 2))}, r"is no matrix of intrinsics"),
+        ({"default_intrinsics": ((9, 0, 4), (0, 9, 4), (0, 0, 2))}, r"is not a matrix of intrinsics"),
         (
             {"default_intrinsics": ((1, 0, 0.5), (0, 1, 0.5), (0, 0, 1))},
             r"relative to the image .* by the width \(640\)",

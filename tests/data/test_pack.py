@@ -180,9 +180,9 @@ def damaged(file, tmp_path, change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda f: f.truncate(20), "is not a packed data set"),
-        (lambda f: f.write(b"\x89PNG\r\n\x1a\n"), "is not a packed data set"),
-        (lambda f: (f.seek(8), f.write(b"\x07")), "is a packed data set of version 7; this program reads 1"),
+        (lambda f: f.truncate(20), "is not a packed dataset"),
+        (lambda f: f.write(b"\x89PNG\r\n\x1a\n"), "is not a packed dataset"),
+        (lambda f: (f.seek(8), f.write(b"\x07")), "is a packed dataset of version 7; this program reads 1"),
         (lambda f: (f.seek(100), f.write(b"\0")), "is damaged: the checksum of its header is wrong"),
         (lambda f: f.truncate(200), "is damaged: the checksum of its header is wrong"),
         (lambda f: f.truncate(50_000), "is damaged: it has 50,000 bytes and should have"),

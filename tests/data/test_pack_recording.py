@@ -114,5 +114,5 @@ def test_a_file_that_the_pictures_need_is_named(tmp_path: Path) -> None:
 
 def test_a_file_that_exists_is_not_touched(tmp_path: Path) -> None:
     (tmp_path / "set.pack").touch()
-    with pytest.raises(InputError, match="exists already"):
+    with pytest.raises(InputError, match="already exists"):
         check_file(tmp_path / "set.pack")

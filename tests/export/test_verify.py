@@ -33,7 +33,7 @@ def test_convert_says_why_it_did_not_verify(run, tmp_path, monkeypatch):
     assert why("a", to="pytorch", verify=False) == "not asked for"
     assert "bytes were read back" in why("b.npz", to="big_vision", verify=True)
     monkeypatch.setattr("spatialvla_jax.export.convert.VERIFIED_BY_DEFAULT", 1000)
-    assert re.match(r"[\d,]+ parameters are more than 1,000, so", why("c", to="pytorch"))
+    assert re.match(r"[\d,]+ parameters are more than 1,000: the", why("c", to="pytorch"))
     monkeypatch.setattr("spatialvla_jax.export.convert.available", lambda: False)
     assert "pip install 'spatialvla-jax[torch]'" in why("d", to="pytorch")
     with pytest.raises(InputError, match="cannot be verified: PyTorch is not installed"):
@@ -56,7 +56,7 @@ def test_a_tampered_export_fails(checkpoint, tmp_path, keys):
     a, b = keys
     tensors[a], tensors[b] = (tensors[a][::-1].copy(),) * 2 if a == b else (tensors[b], tensors[a])
     save_file(tensors, tmp_path / "out" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(VerificationError, match=r"does not act as its source: \d+ of 36 greedy tokens") as raised:
+    with pytest.raises(VerificationError, match=r"does not act like its source: \d+ of 36 greedy tokens") as raised:
         verify(checkpoint, tmp_path / "out")
     found = raised.value.result
     assert found["tokens_equal"] < found["tokens"] or found["differences"]["logits"]["max"] > 1e-2

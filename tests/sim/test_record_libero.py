@@ -79,7 +79,7 @@ def test_an_existing_dataset_is_not_touched(tmp_path, monkeypatch):
     monkeypatch.setattr(libero.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setenv("MUJOCO_GL", "egl")
     (tmp_path / "1.0.0").mkdir()
-    with pytest.raises(InputError, match="exists already"):
+    with pytest.raises(InputError, match="already exists"):
         record_libero("libero_spatial", 1, tmp_path)
 
 

@@ -65,7 +65,7 @@ def test_ranges_are_lists(tmp_path: Path) -> None:
 
 LINEAR = {"linear": {"grid.kind": "linear"}}
 BAD_AXES = [
-    ({"grid.knd": ["gaussian"]}, "axis 'grid.knd' of .* is no config key .grid.kind is one"),
+    ({"grid.knd": ["gaussian"]}, "axis 'grid.knd' of .* is not a config key .grid.kind is one"),
     ({"a": {"b": {"grid.knd": "x"}}}, "trial a-b: config key .* did you mean grid.kind"),
     ({"grid.kind": []}, "axis 'grid.kind' of .* has no values"),
     ({"grid": {}}, "axis 'grid' of .* has no values"),
@@ -77,14 +77,14 @@ BAD_AXES = [
     ({"seed": [1, 2]}, "config key seed is set by the seeds"),
     (
         {"train.steps": ["many"]},
-        "train.steps='many' is a text, and a whole number is expected; a valid value is 120000",
+        "train.steps='many' is a string, but a whole number is expected; a valid value is 120000",
     ),
     (
         {"model.depth_source": ["zeodepth"]},
-        "axis .*: model.depth_source='zeodepth' is none of .*; the nearest valid value is 'zoedepth'",
+        "axis .*: model.depth_source='zeodepth' is not one of .*; the nearest valid value is 'zoedepth'",
     ),
-    ({"model.preset": ["tny"]}, "model.preset='tny' is none of .*; the nearest valid value is 'tiny'"),
-    ({"grid.num_bins": [(4, 4)]}, r"grid.num_bins=\(4, 4\) has 2 elements, and 6 are expected"),
+    ({"model.preset": ["tny"]}, "model.preset='tny' is not one of .*; the nearest valid value is 'tiny'"),
+    ({"grid.num_bins": [(4, 4)]}, r"grid.num_bins=\(4, 4\) has 2 elements, but 6 are expected"),
     ({"optimizer.ema": [0.5, 1.5]}, "optimizer.ema=1.5 is not below 1; a valid value is 0.0"),
     ({"grid.kind": ["uniform"], "grid": LINEAR}, "axes 'grid.kind' and 'grid' both set grid.kind"),
     (
@@ -119,14 +119,14 @@ BAD_AXES = [
     ),
     (
         {"train.steps": [10, "10"]},
-        "train.steps='10' is a text, and a whole number is expected; the nearest valid value is 10",
+        "train.steps='10' is a string, but a whole number is expected; the nearest valid value is 10",
     ),
     (
         {"train.accumulate": [1, 3]},
         "trial accumulate-3: train.batch_size=128 does not divide by .*; the nearest .* 129",
     ),
     ({"optimizer.learning_rate": [1e-3, -1]}, "learning_rate=-1.0 is below 0; the nearest valid value is 0.0"),
-    ({"a": {"b": {"train.steps": True}}}, "trial a-b: train.steps=True is true or false, and a whole number is"),
+    ({"a": {"b": {"train.steps": True}}}, "trial a-b: train.steps=True is true or false, but a whole number is"),
     ({"data.datasets": [[]]}, "The mixture is empty"),
     ({"data.datasets": [[{"name": "a", "spec": {}, "path": ".", "weight": -1}]]}, "weight=-1.0 is not above 0"),
     ({"data.datasets": [[{"name": "a", "spec": {}, "path": "."}]]}, "Dataset 'a' has no depth, which the config asks"),
@@ -136,13 +136,13 @@ BAD = [
     *(({"axes": axes}, sentence) for axes, sentence in BAD_AXES),
     ({"seeds": [0, 0]}, "two trials would be named kind-gaussian_seed-0"),
     ({"seeds": []}, r"seeds=\[\] must have at least one"),
-    ({"seeds": [0.5]}, r"seeds\[0\]=0.5 is a number, and a whole number is expected; the nearest valid value is 0"),
-    ({"seeds": 3}, r"seeds=3 is a whole number, and a list is expected; the nearest valid value is \[3\]"),
-    ({"seeds": ["0", "1"]}, r"seeds\[0\]='0' is a text, and a whole number is expected; the nearest valid value is 0"),
+    ({"seeds": [0.5]}, r"seeds\[0\]=0.5 is a number, but a whole number is expected; the nearest valid value is 0"),
+    ({"seeds": 3}, r"seeds=3 is a whole number, but a list is expected; the nearest valid value is \[3\]"),
+    ({"seeds": ["0", "1"]}, r"seeds\[0\]='0' is a string, but a whole .* expected; the nearest valid value is 0"),
     ({"seeds": [-1]}, r"seeds\[0\]=-1 is below 0; the nearest valid value is 0"),
-    ({"axes": ["train.steps"]}, r"axes=\['train.steps'\] is a list, and a dict is expected"),
-    ({"keep_checkpoints": "no"}, "keep_checkpoints='no' is a text, and true or false is expected"),
-    ({"base": 3}, "base=3 is a whole number, and a text or a dict is expected"),
+    ({"axes": ["train.steps"]}, r"axes=\['train.steps'\] is a list, but a dict is expected"),
+    ({"keep_checkpoints": "no"}, "keep_checkpoints='no' is a string, but true or false is expected"),
+    ({"base": 3}, "base=3 is a whole number, but a string or a dict is expected"),
     ({"base": "nowhere.py"}, "nowhere.py does not exist"),
     ({"steps": 3}, "must return a dict with the keys base, axes, seeds, keep_checkpoints"),
 ]

@@ -96,7 +96,7 @@ def test_a_base_that_is_not_the_same_is_refused(adapted: Path, tmp_path: Path) -
 
 def test_conversions_that_make_no_sense_are_refused(adapted: Path, trained: Path, tmp_path: Path, capsys) -> None:
     for source, options, sentence in (
-        (adapted, ("--to", "orbax"), "--merge gives a whole checkpoint, --to peft the adapters alone"),
+        (adapted, ("--to", "orbax"), "--merge gives a whole checkpoint, --to peft only the adapters"),
         (adapted, ("--to", "peft", "--merge"), "--merge gives a whole checkpoint"),
         (adapted, ("--to", "peft", "--dtype", "bfloat16"), "leave --dtype out"),
         (trained, ("--to", "peft"), "holds no adapters for peft"),

@@ -95,7 +95,7 @@ def test_a_save_that_fails_is_tried_again_and_then_one_sentence(gcs, monkeypatch
     save(checkpoints, 1)
     fault = gcs.proxy.add(status=status, body=body, pattern="^(POST|PUT) .*upload", count=1)
     save(checkpoints, 2)
-    assert checkpoints.latest() == 2 and "the last good one is of step 1; trying again" in capsys.readouterr().err
+    assert checkpoints.latest() == 2 and "the last good one is from step 1; trying again" in capsys.readouterr().err
     fault.count = None
     with pytest.raises(
         StorageError, match=f"no checkpoint could be written to {workdir}/checkpoints at step 3: .*{words}"

@@ -110,7 +110,7 @@ def test_sigterm_and_then_a_full_disk(server: Server, packed_config: Path, undis
     assert errors.count("; trying again") == 4
     (sentence,) = (line for line in errors.splitlines() if line.startswith("spatialvla-jax train: "))
     assert f"no checkpoint could be written to {workdir / 'checkpoints'} at step" in sentence
-    assert "File too large" in sentence and sentence.endswith(f"the last good one is of step {step}")
+    assert "File too large" in sentence and sentence.endswith(f"the last good one is from step {step}")
     finish(server, packed_config, workdir)
     assert_same(workdir, undisturbed)
 

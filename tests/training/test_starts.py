@@ -81,7 +81,7 @@ def test_a_run_goes_on_from_the_last_complete_checkpoint(run: Path, capsys: pyte
         (step / file).write_text(text)
         read_checkpoint(run)
         assert (
-            f"{step} is incomplete, {file} is missing or cut off: {run / 'checkpoints' / '3'} is read"
+            f"{step} is incomplete, {file} is missing or cut off: reading {run / 'checkpoints' / '3'}"
             in capsys.readouterr().err
         )
         (step / file).write_bytes(kept)

@@ -32,8 +32,8 @@ def test_paths_of_users(monkeypatch):
 @pytest.mark.parametrize(
     ("written", "sentence"),
     [
-        ("https://host/x", "--out https://host/x is no path that can be read here: expected a local one, or gs://"),
-        ("file:///x", "--out file://x is no path"),
+        ("https://host/x", "--out https://host/x is not a supported path: expected a local one, or gs://"),
+        ("file:///x", "--out file://x is not a supported path"),
         ("gs://", "--out gs:// names no bucket"),
         ("~nobody-of-this-name/x", "--out ~nobody-of-this-name/x cannot be expanded"),
     ],
@@ -122,7 +122,7 @@ def test_throttling_that_lasts(bucket, monkeypatch):
     bucket.proxy.add(status=429, body="slow down")
     for call in (storage.read_bytes, storage.list_files, storage.exists, lambda path: storage.put(path, b"")):
         with pytest.raises(
-            StorageError, match=rf"{bucket.url}.*: the storage failed for .* s, the last time with .*429"
+            StorageError, match=rf"{bucket.url}.*: the storage failed for .* s, most recently with .*429"
         ):
             call(path)
     bucket.proxy.faults.clear()
@@ -280,7 +280,7 @@ def test_outputs_are_checked_before(bucket):
     storage.put(path, b'{"yours": 1}')
     with pytest.raises(InputError, match=f"--out {path} exists and was not written by this command"):
         file.check(path, "--out")
-    with pytest.raises(InputError, match=f"--out {path} exists already"):
+    with pytest.raises(InputError, match=f"--out {path} already exists"):
         OutputFile().check(path, "--out")
     storage.put(path.parent / "run" / "weights", b"")
     with pytest.raises(InputError, match=f"--workdir {path.parent / 'run'} holds weights, which this command did not"):

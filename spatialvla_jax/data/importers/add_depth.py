@@ -84,7 +84,7 @@ def add_depth(
         "splits": splits,
     }
     if directory.is_dir() and not (directory / MANIFEST).is_file() and any(directory.glob("[!.]*")):
-        raise InputError(f"{directory} holds files that were not begun here (no {MANIFEST}); choose another --out")
+        raise InputError(f"{directory} holds files that were not made here (no {MANIFEST}); choose another --out")
     finished = finished_shards(directory / MANIFEST, made_with)
     total = sum(count for own in shards.values() for _, count in own)
     done = frames = clipped = 0
@@ -292,7 +292,7 @@ def _features(builder: Any, image: str, key: str, size: int) -> dict[str, Any]:
         parent, node = node, node.features_dict.features[part]
     siblings = parent.features_dict.features
     if DEPTH in siblings:
-        raise InputError(f"{builder.data_dir} has {key!r} already")
+        raise InputError(f"{builder.data_dir} already has {key!r}")
     doc = f"z-depth of {image} in millimetres, estimated by ZoeDepth; at most {MAX_DEPTH} m"
     depth = tfds.features.Image(shape=(size, size, 1), dtype=np.uint16, encoding_format="png", doc=doc)
     siblings[DEPTH].CopyFrom(depth.to_proto())

@@ -91,7 +91,7 @@ def convert_lerobot(
     before = finished_shards(work / MANIFEST, options)
     skipped = [
         tolerate(
-            Fault("not listed", f"{source.root}, episode {number}: info.json counts it, no table lists it"), faults
+            Fault("not listed", f"{source.root}, episode {number}: info.json counts it, but no table lists it"), faults
         )
         for number in source.unlisted
     ]

@@ -65,7 +65,7 @@ def open_lerobot(src: str | os.PathLike[str], camera: str | None = None) -> LeRo
     except InputError:
         raise
     except _MALFORMED as error:
-        raise InputError(f"{root / 'meta'} is not that of a LeRobot dataset: {error!r}") from error
+        raise InputError(f"{root / 'meta'} does not belong to a LeRobot dataset: {error!r}") from error
 
 
 def _open(root: Path, camera: str | None) -> LeRobot:
@@ -227,10 +227,10 @@ def _rows(episode: Episode, columns: list[str], convert: dict[str, Callable[[Any
             numbers = file.read(columns=["episode_index"]).column(0).to_numpy()
             matching = np.flatnonzero(numbers == episode.number)
             if len(matching) != episode.length:
-                raise Fault("row count", f"{episode.data} has {len(matching)} rows of it, meta/ says {episode.length}")
+                raise Fault("row count", f"{episode.data} has {len(matching)} of its rows, meta/ says {episode.length}")
             first, stop = int(matching[0]), int(matching[-1]) + 1
             if stop - first != episode.length:
-                raise Fault("row order", f"its rows in {episode.data} are not together")
+                raise Fault("row order", f"its rows in {episode.data} are not contiguous")
             starts = np.cumsum([0, *(file.metadata.row_group(i).num_rows for i in range(file.num_row_groups))])
             groups = [i for i in range(file.num_row_groups) if starts[i] < stop and starts[i + 1] > first]
             at = int(starts[groups[0]])
@@ -259,7 +259,7 @@ def _image(root: Path, cell: Any) -> bytes:
     if not isinstance(cell, bytes):
         return encode_png(to_pixels(np.asarray(cell)[None])[0])
     if is_depth(cell):
-        raise Fault(IMAGE, "an image has 16 bits and one channel: that is depth, and no camera's frame")
+        raise Fault(IMAGE, "an image has 16 bits and one channel: that is depth, not a camera frame")
     return check_encoded(cell)
 
 
@@ -314,7 +314,7 @@ def _tasks(root: Path, version: str) -> dict[int, str]:
     for row in _table(file, ["task_index", column]):
         number, text = _whole(row, "task_index", file), row[column]
         if not isinstance(text, str):
-            raise InputError(f"{file} has {text!r} as the {column} of task_index {number}: a text is expected")
+            raise InputError(f"{file} has {text!r} as the {column} of task_index {number}: a string is expected")
         if tasks.setdefault(number, text) != text:
             raise InputError(f"{file} has two tasks of task_index {number}: {tasks[number]!r} and {text!r}")
     return tasks

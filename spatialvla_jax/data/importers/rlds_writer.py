@@ -60,7 +60,7 @@ def features(image_size: int) -> Any:
 def check_out(out: Path) -> None:
     """Raises InputError if the version directory under `out` already exists."""
     if (out / VERSION).exists():
-        raise InputError(f"{out / VERSION} exists already: expected a directory that holds no dataset yet")
+        raise InputError(f"{out / VERSION} already exists: expected a directory without a dataset")
 
 
 def write_episodes(
@@ -122,8 +122,8 @@ def finished_shards(file: Path, options: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in json.loads(json.dumps(options)).items():
         if before.get(key) != value:
             raise InputError(
-                f"{file.parent} was begun with another {key}, {before.get(key)!r} and not {value!r}; delete it or "
-                "choose another place"
+                f"{file.parent} was started with {key} {before.get(key)!r}, not {value!r}; delete it or choose "
+                "another place"
             )
     return before.get("shards", {})
 

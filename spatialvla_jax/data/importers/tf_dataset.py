@@ -188,7 +188,7 @@ def _stored(trajectory: Any, features: Mapping[str, Any]) -> tuple[dict[str, np.
     `features`, which come from the first trajectory, or `features` is empty."""
     columns, found = _columns(trajectory), {}
     if features and (differing := columns.keys() ^ features.keys()):
-        raise Fault("keys", f"it has not the keys of the first one: they differ in {sorted(differing)}")
+        raise Fault("keys", f"its keys differ from those of the first one in {sorted(differing)}")
     for key, column in columns.items():
         try:
             columns[key], found[key] = _feature(column)
@@ -202,7 +202,7 @@ def _stored(trajectory: Any, features: Mapping[str, Any]) -> tuple[dict[str, np.
 def _columns(trajectory: Any) -> dict[str, np.ndarray]:
     """A trajectory's arrays by path. Raises a Fault unless each has one row per step."""
     if not isinstance(trajectory, Mapping):
-        raise Fault("kind", f"it is {type(trajectory).__name__}: expected a dict of arrays with one row a step")
+        raise Fault("kind", f"it is {type(trajectory).__name__}: expected a dict of arrays with one row per step")
 
     def walk(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, np.ndarray]]:
         for key, value in tree.items():
@@ -212,17 +212,17 @@ def _columns(trajectory: Any) -> dict[str, np.ndarray]:
             try:
                 yield f"{prefix}{key}", np.asarray(value)
             except (TypeError, ValueError) as error:
-                raise Fault("shape", f"{prefix}{key} is no array: {_first_line(error)}") from error
+                raise Fault("shape", f"{prefix}{key} is not an array: {_first_line(error)}") from error
 
     columns = dict(walk(trajectory, ""))
     lengths = {key: column.shape[:1] for key, column in columns.items()}
     if len(set(lengths.values())) != 1 or () in lengths.values():
         listed = ", ".join(f"{key} {columns[key].shape}" for key in columns)
-        raise Fault("shape", f"it must have one row a step in every array, but their shapes are {listed}")
+        raise Fault("shape", f"it must have one row per step in every array, but their shapes are {listed}")
     if (0,) in lengths.values():
         raise Fault("no steps", "it has no steps")
     if nested := [key for key in columns if any(other.startswith(f"{key}/") for other in columns)]:
-        raise Fault("keys", f"{nested[0]!r} is an array, and keys within it are, too")
+        raise Fault("keys", f"{nested[0]!r} is an array, but there are keys within it")
     return columns
 
 
@@ -236,11 +236,11 @@ def _feature(column: np.ndarray) -> tuple[np.ndarray, Any]:
         except ValueError as error:
             raise Fault("shape", f"rows have different shapes: {_first_line(error)}") from error
         if column.dtype.kind in "OSU":
-            raise Fault("dtype", "rows are Python objects: numbers, texts and encoded images are stored")
+            raise Fault("dtype", "rows are Python objects: expected numbers, texts or encoded images")
     if column.dtype.kind in "OSU":
         return _feature_of_strings(column)
     if column.dtype.kind not in "biuf":
-        raise Fault("dtype", f"{column.dtype} is not stored: numbers, texts and encoded images are")
+        raise Fault("dtype", f"{column.dtype} cannot be stored: expected numbers, texts or encoded images")
     if column.dtype == np.uint16 and column.ndim in (3, 4) and (depth := channels_last(column)).shape[3] == 1:
         return depth, _png(1, np.uint16)
     if _are_frames(column):

@@ -159,7 +159,7 @@ def _check_camera(spec: DatasetSpec, where: str) -> None:
     """Raises InputError if the default intrinsics do not fit images of their size."""
     if wrong := intrinsics_problem(spec.default_intrinsics, spec.default_intrinsics_size):
         raise InputError(
-            f"{where}.default_intrinsics={shown(spec.default_intrinsics)} is no matrix of intrinsics: it {wrong}; "
+            f"{where}.default_intrinsics={shown(spec.default_intrinsics)} is not a matrix of intrinsics: it {wrong}; "
             "((fx, 0, cx), (0, fy, cy), (0, 0, 1)) with fx and fy above 0 is expected, in pixels of an image of "
             f"default_intrinsics_size={spec.default_intrinsics_size}"
         )

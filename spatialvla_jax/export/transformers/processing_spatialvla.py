@@ -300,7 +300,7 @@ class SpatialVLAProcessor(ProcessorMixin):
         if unnorm_key is None and len(self.statistics) == 1:
             key = next(iter(self.statistics))
         if key is None:
-            raise ValueError(f"unnorm_key {unnorm_key!r} is none of {', '.join(self.statistics)}")
+            raise ValueError(f"unnorm_key {unnorm_key!r} is not one of {', '.join(self.statistics)}")
         actions = self.from_grid(ids - self.action_offset)
         rows = self.statistics[key]["action"]
         low, high = np.asarray(rows["q01"]), np.asarray(rows["q99"])
@@ -366,7 +366,7 @@ def _options(kwargs: dict[str, Any]) -> dict[str, dict[str, Any]]:
     supported = {"images": ("do_rescale", "do_resize"), "text": ("padding", "max_length")}
     for name, value in given.items():
         if name in FIXED and value != FIXED[name]:
-            raise ValueError(f"{name} is {value!r}: this processor supports {FIXED[name]!r} alone")
+            raise ValueError(f"{name} is {value!r}: this processor only supports {FIXED[name]!r}")
         if name not in FIXED and not any(name in names for names in supported.values()):
             raise ValueError(f"this processor does not support {name}")
     return {kind: {name: given[name] for name in names if name in given} for kind, names in supported.items()}

@@ -164,9 +164,7 @@ def test_goes_on_where_it_stopped(source, tmp_path):
     whole = sorted(directory.glob("toy*.tfrecord*"))
     assert len(whole) == 1 and not (directory / "dataset_info.json").exists()
     stamp = whole[0].stat().st_mtime_ns
-    with pytest.raises(
-        InputError, match=r"begun with another weights, 'a' and not 'b'; delete it or choose another place"
-    ):
+    with pytest.raises(InputError, match=r"started with weights 'a', not 'b'; delete it or choose another place"):
         copy(source, tmp_path / "a", batch_size=2, made_with={"weights": "b"})
     seen = []
     rest = copy(source, tmp_path / "a", batch_size=2, progress=lambda *done: seen.append(done))
@@ -228,14 +226,14 @@ def test_damaged_episodes_are_left_out_and_counted(tmp_path, damage):
 
 def test_a_directory_of_others_is_left_alone(source, tmp_path):
     shutil.copytree(source, tmp_path / "toy" / "1.0.0")
-    with pytest.raises(InputError, match="holds files that were not begun here"):
+    with pytest.raises(InputError, match="holds files that were not made here"):
         copy(source, tmp_path)
 
 
 def test_one_split(source, tmp_path):
     directory = copy(source, tmp_path, splits=("val",))["directory"]
     assert list(tfds.builder_from_directory(directory).info.splits) == ["val"]
-    with pytest.raises(InputError, match="begun with another splits"):
+    with pytest.raises(InputError, match=r"started with splits .*, not "):
         copy(source, tmp_path, splits=("train",))
     with pytest.raises(InputError, match="has no split 'test': it has train, val"):
         copy(source, tmp_path / "b", splits=("test",))
@@ -245,7 +243,7 @@ def test_bad_data(source, tmp_path):
     with pytest.raises(InputError, match="no key 'observation/wrist' in its steps"):
         copy(source, tmp_path / "a", image="observation/wrist")
     done = copy(source, tmp_path / "b")["directory"]
-    with pytest.raises(InputError, match=f"has '{KEY}' already"):
+    with pytest.raises(InputError, match=f"already has '{KEY}'"):
         copy(done, tmp_path / "c")
     with pytest.raises(InputError, match="is the dataset itself"):
         copy(source, source.parents[1])

@@ -124,7 +124,7 @@ def test_an_interrupted_conversion_goes_on(tmp_path, monkeypatch, version):
     with pytest.raises(KeyboardInterrupt):
         convert_lerobot(source, tmp_path / "resumed", camera=FRONT, name="toy", frames_per_shard=3)
     assert got == [0, 1] and not (tmp_path / "resumed" / "1.0.0").exists()
-    with pytest.raises(InputError, match="was begun with another camera"):
+    with pytest.raises(InputError, match="was started with camera"):
         convert_lerobot(source, tmp_path / "resumed", camera=WRIST, name="toy", frames_per_shard=3)
 
     got.clear()
@@ -144,7 +144,7 @@ def test_an_interrupted_conversion_goes_on(tmp_path, monkeypatch, version):
     assert reported[0] == (1, 4) and reported[-1] == (4, 4)
     assert files_of(resumed) == files_of(whole)
     assert [p.name for p in (tmp_path / "resumed").iterdir()] == ["1.0.0"]
-    with pytest.raises(InputError, match="exists already"):
+    with pytest.raises(InputError, match="already exists"):
         convert_lerobot(source, tmp_path / "resumed", camera=FRONT)
 
 
@@ -193,7 +193,7 @@ def video_of(source: Path, episode: int) -> Path:
         (lambda s: write_video(video_of(s, 0), [frame(FRONT, 0, 0)] * 4), "5 rows in .*, but 4 frames in"),
         (lambda s: write_video(video_of(s, 0), [frame(FRONT, 0, 0)] * 6), "5 rows in .*, but 6 frames in"),
         (later, "frame . of .* is at .* s, its row says .* s; at most 0.0250 s"),
-        (another_length, "episode 2: .* has 8 rows of it, meta/ says 9"),
+        (another_length, "episode 2: .* has 8 of its rows, meta/ says 9"),
         (lambda s: change_info(s, codebase_version="v1.6"), "codebase_version 'v1.6': v2.0, v2.1, v3.0 are read"),
         (lambda s: change_info(s, splits={"train": "0:3"}), "do not hold each of the 4 episodes once"),
         (lambda s: change_info(s, splits={"train": "most"}), "FIRST:END is expected"),
@@ -224,7 +224,7 @@ def test_rows_of_one_episode_must_be_together(tmp_path):
     source = make_lerobot(tmp_path / "source", "v3.0", video=False)
     file = source / "data/chunk-000/file-000.parquet"
     write_table(file, pq.read_table(file).take([0, 1, 2, 5, 6, 7, 3, 4]))
-    with pytest.raises(InputError, match=r"episode 0: its rows in .* are not together"):
+    with pytest.raises(InputError, match=r"episode 0: its rows in .* are not contiguous"):
         convert_lerobot(source, tmp_path / "mine", camera=FRONT)
 
 
@@ -285,7 +285,7 @@ def test_faulty_episodes_are_left_out_and_counted(tmp_path, capsys):
     change_info(source, total_episodes=5)
     argv = ["data", "lerobot", str(source), str(tmp_path / "mine"), "--camera", FRONT]
     assert main(argv) == 2
-    assert "episode 4: info.json counts it, no table lists it (--faults skip" in capsys.readouterr().err
+    assert "episode 4: info.json counts it, but no table lists it (--faults skip" in capsys.readouterr().err
     assert main([*argv, "--faults", "skip"]) == 0
     out = capsys.readouterr().out
     assert "episodes left out: 2 (1 not listed, 1 shape)" in out and "train: 2 episodes, 13 frames" in out

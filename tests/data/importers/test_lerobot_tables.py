@@ -56,7 +56,7 @@ def test_the_task_is_the_column_task_or_else_the_index(tmp_path, table):
     [
         (pa.table({"task_index": [0, 1]}), "has no column 'task': it has task_index"),
         (as_pandas({"task_index": [0], "name": ["a"]}, RANGE), "has no column 'task': it has task_index, name"),
-        (pa.table({"task_index": [0, 1], "task": [0, 1]}), "has 0 as the task of task_index 0: a text is expected"),
+        (pa.table({"task_index": [0, 1], "task": [0, 1]}), "has 0 as the task of task_index 0: a string is expected"),
         (pa.table({"task_index": [0, 0], "task": ["a", "b"]}), "two tasks of task_index 0: 'a' and 'b'"),
         (pa.table({"task_index": [0.5], "task": ["a"]}), "has task_index 0.5: a whole number"),
     ],

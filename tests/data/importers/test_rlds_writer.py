@@ -65,7 +65,7 @@ def test_what_is_written_is_read_back(tmp_path):
 def test_an_existing_dataset_is_kept(tmp_path):
     directory = write(tmp_path / "toy", [("train", episode(2, 0)[0])])
     before = {path.name: path.read_bytes() for path in directory.iterdir()}
-    with pytest.raises(InputError, match="exists already"):
+    with pytest.raises(InputError, match="already exists"):
         write(tmp_path / "toy", [("train", episode(3, 1)[0])])
     assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
 

@@ -87,10 +87,13 @@ def test_frames_come_back(tmp_path, kind, encoded):
     [
         ([], "no trajectories in 'train'"),
         ([1], "trajectory 0 of 'train': it is int: expected a dict"),
-        ([{"a": np.zeros(3), "b": {"c": np.zeros((2, 5))}}], r"one row a step .* a \(3,\), b/c \(2, 5\)"),
-        ([{"a": np.float32(1)}], r"one row a step .* a \(\)"),
+        ([{"a": np.zeros(3), "b": {"c": np.zeros((2, 5))}}], r"one row per step .* a \(3,\), b/c \(2, 5\)"),
+        ([{"a": np.float32(1)}], r"one row per step .* a \(\)"),
         ([{"a": np.zeros(0)}], "has no steps"),
-        ([{"a": np.zeros(2)}, {"a": np.zeros(2), "b": np.zeros(2)}], r"trajectory 1 .* differ in \['b'\]"),
+        (
+            [{"a": np.zeros(2)}, {"a": np.zeros(2), "b": np.zeros(2)}],
+            r"trajectory 1 .* differ from those of the first one in \['b'\]",
+        ),
         (
             [{"a": np.zeros((2, 3))}, {"a": np.zeros((2, 4))}],
             r"not like the first one: a is tensor float64\[4\], not tensor float64\[3\]",
@@ -115,7 +118,7 @@ def test_command(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert f"wrote {out / '1.0.0'}" in printed and "observation/image_primary: image uint8[?, ?, 3]" in printed
     assert main(["data", "import", "--from", "my_pipeline:make", "--out", str(out)]) == 2
-    assert "exists already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
     config = data_config(out / "1.0.0", cache_dir=tmp_path / "cache")
     config["datasets"][0]["spec"] = SPEC
     loader = load_data(config, image_size=SIZE)
@@ -162,11 +165,11 @@ def test_frames_as_numbers(tmp_path, change, kind):
         ({"image": lambda x: x[:, None]}, r"image: a frame has the shape \[1, 20, 24, 3\]"),
         ({"image": lambda x: [row.tobytes() for row in x]}, "image: a byte string is neither a JPEG, a PNG nor UTF-8"),
         ({"image": lambda x: [encode_image(row)[:-9] for row in x]}, "image: a JPEG of .* bytes is cut short"),
-        ({"action": [[1], [1, 2], [1]]}, "action is no array"),
+        ({"action": [[1], [1, 2], [1]]}, "action is not an array"),
         ({"action": np.asarray([[1], [1, 2], [1]], object)}, "action: rows have different shapes"),
         ({"action": np.full(3, None)}, "action: rows are Python objects"),
         ({"text": [["a", "b"]] * 3}, r"text: a step has strings of the shape \[2\]"),
-        ({"text/words": ["a"] * 3}, "'text' is an array, and keys within it are, too"),
+        ({"text/words": ["a"] * 3}, "'text' is an array, but there are keys within it"),
     ],
 )
 def test_a_faulty_trajectory_is_named_or_left_out(tmp_path, changes, message):
