@@ -33,25 +33,16 @@ import numpy as np
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
-# Episodes and frames of each dataset, about those of the statistics that are published with OpenVLA
-# (openvla/openvla-7b, config.json) and, for RH20T, with the release (SpatialVLA, processor_config.json). Those of
-# fractal, bridge, language_table and droid were compared with these files; the others were not, and only give the
-# index its size.
+# Episodes and frames of each dataset: of all its parts, as the statistics count that are published with OpenVLA
+# (openvla/openvla-7b, config.json) and, for RH20T, with the release (SpatialVLA, processor_config.json). What public
+# sources say of them:
 SIZES = {
+    # Both numbers are those of the table of `train` parts in bdaiinstitute/theia (src/theia/dataset/oxe/oxe_common.py);
+    # these datasets have no other part.
     "fractal20220817_data": (87_212, 3_786_400),
-    "kuka": (209_880, 2_455_879),
-    "bridge_orig": (60_064, 2_135_463),
-    "taco_play": (3_603, 237_798),
-    "jaco_play": (1_085, 77_965),
-    "berkeley_cable_routing": (1_647, 42_328),
-    "roboturk": (1_995, 187_507),
-    "viola": (150, 76_324),
-    "berkeley_autolab_ur5": (1_000, 97_939),
-    "toto": (1_003, 325_699),
     "language_table": (442_226, 7_045_476),
     "stanford_hydra_dataset_converted_externally_to_rlds": (570, 358_234),
     "austin_buds_dataset_converted_externally_to_rlds": (50, 34_112),
-    "nyu_franka_play_dataset_converted_externally_to_rlds": (456, 44_875),
     "furniture_bench_dataset_converted_externally_to_rlds": (5_100, 3_948_057),
     "ucsd_kitchen_dataset_converted_externally_to_rlds": (150, 3_970),
     "austin_sailor_dataset_converted_externally_to_rlds": (240, 353_094),
@@ -61,10 +52,28 @@ SIZES = {
     "utaustin_mutex": (1_500, 361_883),
     "berkeley_fanuc_manipulation": (415, 62_613),
     "cmu_stretch": (135, 25_016),
-    "bc_z": (43_264, 6_015_535),
-    "fmb_dataset": (8_612, 1_137_459),
-    "dobbe": (5_208, 1_139_911),
+    # Both numbers stand in copies of OpenVLA's statistics.
+    "bridge_orig": (60_064, 2_135_463),
     "droid": (92_233, 27_044_326),
+    # Episodes: the sum of the parts in the datasets' dataset_info.json, as felixmin/high-level-robot-planner lists them
+    # (docs/openx_local_dataset_inventory.md). Frames: theia's table has those of `train`, in the remark; no source was
+    # found for those of the other part, whose episodes are as long on average, within 22 %.
+    "taco_play": (3_603, 237_798),  # 213,972
+    "jaco_play": (1_085, 77_965),  # 70,127
+    "berkeley_cable_routing": (1_647, 42_328),  # 38,240
+    "roboturk": (1_995, 187_507),  # 168,423
+    "viola": (150, 76_324),  # 68,913
+    "berkeley_autolab_ur5": (1_000, 97_939),  # 87,783
+    "toto": (1_003, 325_699),  # 294,139
+    "nyu_franka_play_dataset_converted_externally_to_rlds": (456, 44_875),  # 34,448
+    "bc_z": (43_264, 6_015_535),  # 5,471,693
+    # Episodes: the same list, which has one less of fmb. No source was found for the frames.
+    "dobbe": (5_208, 1_139_911),
+    "fmb_dataset": (8_612, 1_137_459),
+    # Those of the 580,392 episodes (8,583,978 frames in theia's table) that succeeded. No source was found for how many
+    # these are.
+    "kuka": (209_880, 2_455_879),
+    # No source was found.
     "rh20t_rlds": (104_392, 52_644_433),
 }
 INSTRUCTIONS = 127_605  # different ones at most: as many as language_table has
@@ -101,7 +110,7 @@ def main() -> None:
                 before = server.counts()
                 command = [sys.executable, __file__, *sys.argv[1:], "--phase", phase]
                 done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-                result = json.loads(done.stdout.splitlines()[-1])
+                result = json.loads(done.stdout.splitlines()[-1]) | {"load": round(os.getloadavg()[0], 2)}
                 after = server.counts()
                 for key in ("requests", "bytes_read", "cpu_seconds"):
                     result[f"server_{key}"] = after.get(key, 0) - before.get(key, 0)
@@ -109,10 +118,9 @@ def main() -> None:
                 print(phase, result, file=sys.stderr)
     about = {"host": platform.node(), "cores": os.cpu_count(), "python": platform.python_version()}
     about |= {"numpy": np.__version__, "latency_ms": args.latency, "bandwidth_mb": args.bandwidth}
-    text = json.dumps(about | made | found)
     if args.out:
-        args.out.write_text(text + "\n")
-    print(text)
+        args.out.write_text(json.dumps(about | made | found, indent=2) + "\n")
+    print(json.dumps(about | made | found))
 
 
 # ---- the data

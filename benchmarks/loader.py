@@ -1,12 +1,13 @@
 """The data stream beside bare decoding and beside a buffered one: samples a second, memory, start-up, waits.
 
-    python benchmarks/loader.py [--parts speed memory start overlap] [--samples 300000] [--root runs/bench_loader]
+    python benchmarks/loader.py [--parts speed packed memory start overlap] [--samples 300000] [--out FILE.json]
 
 It makes 28 RLDS datasets with the names and weights of the published mixture (2.3 GB, once, in `--root`). Then
 
 speed    samples a second, in turns within one process: the ceiling, which decodes and resizes the same frames out of
          memory and does nothing else; the loader; and a buffered stream in the style of Octo, without and with its
          colour augmentation. Rates are by the wall and by the CPU second; the latter bear a busy machine.
+packed   samples a second out of one packed file of each dataset's first episode, whose frames are resized already
 memory   each stream in a process of its own: resident set over the run
 start    seconds from `load_data` to the first batch, at the first step and a million steps later, each in a new process
 overlap  how long a consumer waits whose step takes a little longer than decoding its batch; writes a trace
@@ -47,7 +48,7 @@ DEEP_STEP = 1_000_000
 
 def main() -> None:
     parser = Parser(prog="spatialvla-jax bench loader", description=__doc__)
-    parts = ("speed", "memory", "start", "overlap")
+    parts = ("speed", "packed", "memory", "start", "overlap")
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     parser.add_argument("--root", type=Path, default=Path("runs/bench_loader"), help="of the data, made where missing")
     parser.add_argument("--datasets", type=positive, default=28)
@@ -67,6 +68,7 @@ def main() -> None:
     parser.add_argument("--buffer", type=positive, default=1024, help="frames that the buffered stream shuffles")
     parser.add_argument("--overlap-steps", type=positive, default=60)
     parser.add_argument("--chip-rate", type=float, default=30.0, help="samples/s that one chip trains on")
+    parser.add_argument("--out", type=Path, help="also write the JSON here")
     state_defaults(parser)
     args = parser.parse_args()
 
@@ -92,8 +94,12 @@ def main() -> None:
         result["start"] = measure_start(data, args)
     if "speed" in args.parts:
         result["speed"] = measure_speed(data, args)
+    if "packed" in args.parts:
+        result["packed"] = measure_packed(data, args)
     if "overlap" in args.parts:
         result["overlap"] = measure_overlap(data, args)
+    if args.out:
+        args.out.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result))
 
 
@@ -366,6 +372,30 @@ def settle() -> None:
         before = time.process_time()
         time.sleep(0.25)
         used = (time.process_time() - before) / 0.25
+
+
+def measure_packed(data: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    from spatialvla_jax.data.pack import write_pack
+
+    file, split = args.root / f"{args.frames}x{args.copies}.pack", "train[:1]"
+    if not file.exists():
+        write_pack(load(data | {"split": split}), file, [split])
+    loader = load({"packed": str(file), "split": split, "prompt": data["prompt"]})
+    batches, steps, rates = loader.batches(args.batch_size), -(-10 * args.repeat_samples // args.batch_size), []
+    for _ in range(args.repeats + 1):
+        wall, cpu = time.perf_counter(), time.process_time()
+        for _ in range(steps):
+            next(batches)
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        rates.append((steps * args.batch_size / wall, steps * args.batch_size / cpu))
+    walls, cpus = zip(*rates[1:], strict=True)  # the first turn brings the file into the system's cache
+    print(f"packed: {statistics.median(walls):.0f} samples/s, {statistics.median(cpus):.0f} a CPU second")
+    return {
+        "frames": loader.num_frames(),
+        "samples_per_second": round(statistics.median(walls), 1),
+        "per_cpu_second": round(statistics.median(cpus), 1),
+        "per_cpu_second_range": [round(min(cpus), 1), round(max(cpus), 1)],
+    }
 
 
 # ---- memory

@@ -46,6 +46,8 @@ def test_bench_loader(tmp_path, capfd):
         needed = chips * 10 / speed["loader"]["per_core"]
         assert speed["cores_per_host"][str(chips)] == pytest.approx(needed, abs=0.1)
 
+    assert 100 <= result["packed"]["frames"] <= 120 and result["packed"]["per_cpu_second"] > 0
+
     overlap = result["overlap"]
     assert overlap["step_ms"] > overlap["decode_ms"] and overlap["wait_ms_median"] <= overlap["wait_ms_max"]
     events = json.loads(Path(overlap["trace"]).read_text())["traceEvents"]
