@@ -146,7 +146,7 @@ def test_pages_of_the_index_are_given_back(paths, cache_dir):
         index.release()
         for key, value in index.arrays.items():
             np.testing.assert_array_equal(value, before[key])
-    addresses = {f"{index.arrays['image'].ctypes.data:x}" for index in loader.indexes()}
+    addresses = {f"{index.arrays['action'].ctypes.data:x}" for index in loader.indexes()}
     for index in loader.indexes():
         index.release()
     with open("/proc/self/smaps") as file:
