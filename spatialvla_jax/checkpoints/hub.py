@@ -22,7 +22,7 @@ from tqdm import tqdm
 from spatialvla_jax.errors import InputError, StorageError
 from spatialvla_jax.utils.atomic import disk_errors
 from spatialvla_jax.utils.progress import warn
-from spatialvla_jax.utils.storage import AnyPath, as_path, exists, is_url
+from spatialvla_jax.utils.storage import AnyPath, as_path, exists, is_url, local_copy
 
 # Names for short of `fetch`.
 KNOWN = {
@@ -304,17 +304,20 @@ def check_push(id: str, private: bool) -> None:
         raise InputError(f"--push {id}: it exists and is public, and --private is asked for: choose a new name")
 
 
-def push(folder: Path, id: str, private: bool) -> str:
+def push_export(export: AnyPath, id: str, private: bool) -> str:
     """Uploads a folder as one commit of the new repository `id`, private or not → the commit. Raises InputError and
     StorageError; the repository then has no files."""
-    with hub_errors(id, writing=True):
-        from huggingface_hub import CommitOperationAdd, HfApi
+    try:
+        with local_copy(export) as folder, hub_errors(id, writing=True):
+            from huggingface_hub import CommitOperationAdd, HfApi
 
-        files = sorted(file for file in folder.rglob("*") if file.is_file())
-        operations = [CommitOperationAdd(file.relative_to(folder).as_posix(), file) for file in files]
-        api = HfApi()
-        api.create_repo(id, private=private, exist_ok=True)
-        return api.create_commit(id, operations, commit_message="Export of spatialvla_jax").oid
+            files = sorted(file for file in folder.rglob("*") if file.is_file())
+            operations = [CommitOperationAdd(file.relative_to(folder).as_posix(), file) for file in files]
+            api = HfApi()
+            api.create_repo(id, private=private, exist_ok=True)
+            return api.create_commit(id, operations, commit_message="Export of spatialvla_jax").oid
+    except (InputError, StorageError) as error:
+        raise type(error)(f"{error}; {export} is complete, `hf upload {id} {export}` uploads it") from error
 
 
 def _require_library(id: str) -> None:
@@ -356,13 +359,13 @@ def _explain(error: BaseException, id: str, revision: str | None, writing: bool)
         return InputError(f"{id} is gated: accept its licence on {page}, then {LOGIN}")
     if isinstance(error, errors.RevisionNotFoundError):
         return InputError(f"{id} has no revision {revision or 'main'!r}: expected a branch, a tag or a whole commit")
-    if status == 401 and "Invalid" in reason:
-        return InputError(f"{id}: the Hub does not accept the token ({reason}): {LOGIN}")
     if isinstance(error, errors.RepositoryNotFoundError):
         return InputError(
             f"{id} does not exist here, and the Hub has no such model, or it is private: check the name, or {LOGIN}"
         )
-    if status in (401, 403):
+    if status == 401:
+        return InputError(f"{id}: the Hub does not accept the token: {LOGIN}")
+    if status == 403:
         return InputError(f"{id} may not be {'written' if writing else 'read'} with this token ({reason}): {LOGIN}")
     if status in (409, 412):
         return InputError(f"{id} was changed by someone else meanwhile ({reason})")

@@ -205,10 +205,15 @@ def fingerprint(tensors: Mapping[str, LazyArray]) -> str:
 
 
 def write_peft(
-    path: str | AnyPath, run: AdapterRun, code: Mapping[str, str] | None = None, base: str | AnyPath | None = None
+    path: str | AnyPath,
+    run: AdapterRun,
+    files: Mapping[str, str] | None = None,
+    base: str | AnyPath | None = None,
+    base_files: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
     """Write `run` as a directory of adapters for `base`, the PyTorch export of the run's base, with the run's processor
-    and the Python files `code`. It appears whole or not at all. Returns {name: digest} of the tensors.
+    and `files` ({name: text}: the Python code and the card), and with `base_files` beside a base that it writes. It
+    appears whole or not at all. Returns {name: digest} of the tensors.
 
         model = AutoModel.from_pretrained(base, trust_remote_code=True)
         model = PeftModel.from_pretrained(model, path)
@@ -245,7 +250,7 @@ def write_peft(
     tensors, digests = recorded(adapters | {f"{PEFT_PREFIX}{name}.weight": table for name in full})
     with new_directory(to_path(path), PEFT_CONFIG) as folder:
         if base is None:
-            write_huggingface(folder / BASE, run.base, files=code)
+            write_huggingface(folder / BASE, run.base, files=base_files)
         of_base = safetensors.open_directory(to_path(base or folder / BASE))
         if base is not None:
             of_base = _same_tensors(to_path(base), of_base, run)
@@ -256,7 +261,7 @@ def write_peft(
         write_config(folder, run.whole.config, run.whole.processor, {x.dtype for x in tensors.values()})
         if run.whole.processor is not None:
             write_processor(folder, run.whole.processor, run.whole.config)
-        write_files(folder, code)
+        write_files(folder, files)
         safetensors.write_file(folder / PEFT_WEIGHTS, tensors)
     return digests
 

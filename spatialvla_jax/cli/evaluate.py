@@ -36,7 +36,11 @@ def add(commands: Commands) -> None:
             "--server ws://localhost:8000 --closed-loop libero_spatial --unnorm-key libero_spatial_no_noops",
         ),
     )
-    p.add_argument("--checkpoint", type=path, help="run directory, one of its steps, or an export; by default --server")
+    p.add_argument(
+        "--checkpoint",
+        type=path,
+        help="run directory, one of its steps, an export, or an id of the Hub; by default --server",
+    )
     p.add_argument("--config", help="names the data; by default the one that the run was trained with")
     p.add_argument("--split", default="val", help="of the data")
     p.add_argument("--batch-size", type=at_most(4096), default=32, help="frames of one call of the policy")

@@ -23,7 +23,9 @@ def add(commands: Commands) -> None:
         "serve a policy to robots by websocket, in openpi's protocol (extra [serve])",
         ("--checkpoint runs/demo/run", "--checkpoint export --host 0.0.0.0 --token-file token --dtype bfloat16"),
     )
-    p.add_argument("--checkpoint", type=path, required=True, help="run directory, one of its steps, or an export")
+    p.add_argument(
+        "--checkpoint", type=path, required=True, help="run directory, one of its steps, an export, or an id of the Hub"
+    )
     p.add_argument("--host", default="127.0.0.1", help="any other than this machine's own needs a token")
     p.add_argument("--port", type=port, default=8000, help="where clients connect")
     p.add_argument(

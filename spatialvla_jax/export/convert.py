@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from math import prod
 from pathlib import Path
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 
 from spatialvla_jax.checkpoints import safetensors_io as safetensors
 from spatialvla_jax.checkpoints.big_vision import write_big_vision
-from spatialvla_jax.checkpoints.hub import find_checkpoint
+from spatialvla_jax.checkpoints.hub import check_push, find_checkpoint, push_export
 from spatialvla_jax.checkpoints.huggingface import write_huggingface
 from spatialvla_jax.checkpoints.load import read_checkpoint
 from spatialvla_jax.checkpoints.orbax import write_orbax
@@ -26,7 +27,7 @@ from spatialvla_jax.checkpoints.peft import (
 from spatialvla_jax.checkpoints.release import release_differences
 from spatialvla_jax.checkpoints.types import Checkpoint, digest, finite, read_json, recorded
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.export.card import model_card
+from spatialvla_jax.export.card import Origin, export_files, origin_of
 from spatialvla_jax.export.verify import MISSING, Verification, VerificationError, available
 from spatialvla_jax.export.verify import verify as run_both
 from spatialvla_jax.utils import camera
@@ -49,9 +50,9 @@ def torch_code() -> dict[str, str]:
     return code | {"camera_spatialvla.py": Path(camera.__file__).read_text()}
 
 
-def write_pytorch(path: str | AnyPath, checkpoint: Checkpoint) -> None:
+def write_pytorch(path: str | AnyPath, checkpoint: Checkpoint, origin: Origin | None = None, name: str = ".") -> None:
     """Write a published directory that transformers can load: `write_huggingface` plus our PyTorch code and a card."""
-    write_huggingface(path, checkpoint, files=torch_code() | {"README.md": model_card(checkpoint)})
+    write_huggingface(path, checkpoint, files=torch_code() | export_files(checkpoint, origin, name=name))
 
 
 WRITERS = {"orbax": write_orbax, "pytorch": write_pytorch, "big_vision": write_big_vision}
@@ -69,6 +70,7 @@ class Conversion(TypedDict):
     bit_exact: bool
     verification: Verification | str  # the result of `verify`, or why it was not run
     release_differences: list[str]  # how the published model's own code would act differently from a PyTorch export
+    pushed: str  # ORG/NAME@COMMIT on the Hugging Face Hub, or ""
     seconds: float
 
 
@@ -81,6 +83,8 @@ def convert(
     zoedepth: str | AnyPath | None = None,
     merge: bool = False,
     base: str | AnyPath | None = None,
+    push: str = "",
+    private: bool = False,
 ) -> Conversion:
     """Convert checkpoint `src` into `dst`, a new directory (orbax, pytorch, peft) or .npz file (big_vision).
 
@@ -89,15 +93,20 @@ def convert(
     of adapters for `base`, an export of the run's base (`peft.write_peft`). `verify` compares a PyTorch export with JAX
     (`verify.verify`), adapters on their base. None does so up to VERIFIED_BY_DEFAULT parameters, given PyTorch.
 
-    Every array is read once to be checked, hashed and written. Raises InputError, which leaves `dst` untouched, or
-    VerificationError, which keeps `dst`.
+    Every array is read once to be checked, hashed and written. `push` is the id of a new repository on the Hugging Face
+    Hub, to which a PyTorch export is uploaded once it is verified. Raises InputError, which leaves `dst` untouched, or
+    VerificationError, which keeps `dst`; StorageError keeps it where the upload alone failed.
     """
     if to not in (*WRITERS, PEFT):
         raise InputError(f"cannot convert to {to!r}; choose one of {', '.join((*WRITERS, PEFT))}")
-    src, dst = find_checkpoint(src, "SRC"), as_path(dst, "DST")
-    base = base and find_checkpoint(base, "--base")
+    dst, named = as_path(dst, "DST"), src
     if occupied(dst):
         raise InputError(f"{dst} exists; choose a new destination")
+    if push:
+        if to != "pytorch":
+            raise InputError(f"--push {push} goes with --to pytorch, the format that is read from the Hub")
+        check_push(push, private)
+    src, base = find_checkpoint(src, "SRC"), base and find_checkpoint(base, "--base")
     if resolved(src) in resolved(dst).parents:
         raise InputError(f"{dst} lies inside {src}: choose a destination outside of it")
     adapters = exists(src) and is_adapter_run(src)
@@ -114,6 +123,7 @@ def convert(
     start = time.perf_counter()
     if to == PEFT:
         return _convert_to_peft(src, dst, base, verify, start)
+    origin = origin_of(named, src)
     checkpoint = cast(read_checkpoint(src, zoedepth), dtype)
     if to == "pytorch":
         checkpoint = _with_published_names(checkpoint)
@@ -121,10 +131,12 @@ def convert(
     parameters = sum(prod(x.shape) for x in arrays.values())
     skipped = _why_not(to, parameters, verify)
     with parents_of(to_path(dst)):
-        WRITERS[to](dst, replace(checkpoint, arrays=arrays))
+        write = partial(write_pytorch, origin=origin, name=push or ".") if to == "pytorch" else WRITERS[to]
+        write(dst, replace(checkpoint, arrays=arrays))
         with kept_after(dst, VerificationError):
             bit_exact = _reads_back(dst, checkpoint, digests)
             verification = run_both(checkpoint, dst) if skipped is None else skipped
+    pushed = f"{push}@{push_export(dst, push, private)}" if push and bit_exact else ""
     return {
         "source": str(src),
         "destination": str(dst),
@@ -135,6 +147,7 @@ def convert(
         "bit_exact": bit_exact,
         "verification": verification,
         "release_differences": release_differences(checkpoint.config, checkpoint.processor) if to == "pytorch" else [],
+        "pushed": pushed,
         "seconds": round(time.perf_counter() - start, 3),
     }
 
@@ -146,7 +159,8 @@ def _convert_to_peft(
     run = replace(run, base=_with_published_names(run.base), whole=_with_published_names(run.whole))
     skipped = _why_not(PEFT, sum(prod(x.shape) for x in run.whole.arrays.values()), verify)
     with parents_of(to_path(dst)):
-        digests = write_peft(dst, run, torch_code(), base)
+        files = torch_code() | export_files(run.whole, origin_of(src, to_path(src)), adapters=True)
+        digests = write_peft(dst, run, files, base, torch_code() | export_files(run.base))
         with kept_after(dst, VerificationError):
             stored = safetensors.open_file(to_path(dst) / PEFT_WEIGHTS)
             bit_exact = {name: digest(x.read()) for name, x in stored.items()} == digests
@@ -162,6 +176,7 @@ def _convert_to_peft(
         "bit_exact": bit_exact,
         "verification": verification,
         "release_differences": release_differences(run.whole.config, run.whole.processor),
+        "pushed": "",
         "seconds": round(time.perf_counter() - start, 3),
     }
 

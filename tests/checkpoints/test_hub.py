@@ -187,7 +187,7 @@ def test_a_token_opens_what_is_gated_or_private(server, export, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_reads")
     assert equal(read_checkpoint("org/gated"), read_checkpoint("org/private"))
     monkeypatch.setenv("HF_TOKEN", "hf_expired")
-    with pytest.raises(InputError, match=r"^org/private: the Hub does not accept the token .*hf auth login"):
+    with pytest.raises(InputError, match=r"^org/private: the Hub does not accept the token: `hf auth login`"):
         read_checkpoint("org/private")
 
 
