@@ -186,8 +186,8 @@ def _cached(root: Path, revision: str) -> Path | None:
 
 
 def download(repository: Repository, folder: Path) -> None:
-    """A repository's files as the new `folder`, which appears once they are all there; until then they are in a hidden
-    one beside it, from which the next call goes on. Raises InputError and StorageError."""
+    """Downloads a repository's files into the new `folder`. It appears once they are complete; until then they are in a
+    hidden folder beside it, from which the next call resumes. Raises InputError and StorageError."""
     part = folder.absolute().with_name(f".{folder.name}.{repository.commit[:12]}.part")
     _fetch_files(repository, {name: part / name for name in repository.files})
     with disk_errors(folder):

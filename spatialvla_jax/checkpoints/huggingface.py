@@ -1,8 +1,8 @@
 """The published directory layout: config.json, model.safetensors (or shards), and the processor's files.
 
 Fields unknown to the published config (prompt length, depth source, …) are stored under "spatialvla_jax" in
-config.json, and processor.json holds our whole processor, so that checkpoints are read back unchanged. The release's
-own files are written beside them, and read if processor.json is missing. `auto_map` names the release's code files.
+config.json. processor.json holds our whole processor, so that checkpoints are read back unchanged. The release's own
+files are written beside them, and read if processor.json is missing. `auto_map` names the release's code files.
 `AutoModel` and `AutoProcessor` of transformers run the ones in the directory: the release's, or those that
 `export.convert.write_pytorch` puts there.
 """

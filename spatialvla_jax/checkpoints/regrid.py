@@ -21,8 +21,8 @@ def adapt_checkpoint(
     copied. The release adapts only the table, which suffices if bin counts are equal; without `head`, other bin counts
     are refused. The text table's action rows, which are never looked up, are adapted too.
 
-    Raises InputError for a checkpoint without a grid, a linear grid, and a new grid without `embedding`: the old table
-    would then belong to centres that have moved.
+    Raises InputError for a checkpoint without a grid, for a linear grid, and for a new grid without `embedding`. The
+    old table would not fit its centres.
     """
     if checkpoint.processor is None:
         if embedding or head:

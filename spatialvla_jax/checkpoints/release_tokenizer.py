@@ -2,7 +2,7 @@
 
 That processor uses transformers' fast Gemma tokenizer and appends `<image>`, PaliGemma's location tokens and the action
 tokens, unless the tokenizer has them. To get the published ids, the tokenizer must have as many pieces as the model has
-text tokens, followed by `<image>`, the action tokens and those location tokens that are not pieces.
+text tokens. `<image>`, the action tokens and the location tokens that are not pieces follow them.
 """
 
 import json

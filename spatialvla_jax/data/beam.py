@@ -96,8 +96,8 @@ def make_indexes(
             for name in list_names(parts):
                 remove(parts / name)
     for first in range(0, len(indexes), len(indexes) // len(splits)):
-        own = indexes[first : first + len(indexes) // len(splits)]
-        data.faults.check(sum((Counter(index.skipped) for index in own), Counter()), "episodes of a split")
+        group = indexes[first : first + len(indexes) // len(splits)]
+        data.faults.check(sum((Counter(index.skipped) for index in group), Counter()), "episodes of a split")
     return indexes
 
 

@@ -54,10 +54,10 @@ def find_fields(name: str, builder: Any, spec: DatasetSpec, action_dim: int) -> 
         feature = _feature(features, key)
         if feature is None:
             raise InputError(f"{dataset} has no key {key!r} in its steps: they have {', '.join(stored)}")
-        made = _field(feature, stored.get(key), expected)
-        if made is None:
+        stored_feature = _field(feature, stored.get(key), expected)
+        if stored_feature is None:
             raise InputError(f"{dataset} has {key!r} as {' '.join(repr(feature).split())}; {expected}")
-        return made
+        return stored_feature
 
     fields = {key: field(key, _IMAGE) for key in (spec.image, *spec.other_images)}
     if spec.depth:

@@ -1,9 +1,8 @@
 """A dataset's sidecar index: every frame's place in the unmodified TFRecords, and the small arrays of all episodes.
 
-Made in one pass, kept in a cache directory, memory-mapped when used: host memory does not grow with the dataset.
-
-An index is a directory of meta.json and one file for each array of `index_parts.layout`. meta.json says what the index
-was made from (`Source`), and holds statistics and instructions.
+It is made in one pass over the data and kept in a cache directory. Its arrays of frames are memory-mapped, so that host
+memory does not grow with the dataset. An index is a directory of meta.json and one file per array of
+`index_parts.layout`. meta.json says what the index was made from (`Source`) and holds statistics and instructions.
 """
 
 import dataclasses
@@ -25,15 +24,15 @@ from spatialvla_jax.errors import InputError, StorageError
 from spatialvla_jax.utils.storage import AnyPath
 
 META = "meta.json"
-CHECKSUM_BYTES = 4  # of a record, right behind it
+CHECKSUM_BYTES = 4  # of the CRC that follows each record
 
 
 @dataclasses.dataclass(frozen=True)
 class Faults:
-    """What to do about bad data: `policy` "fail", or "skip" it, count it and go on up to `limit` times."""
+    """What to do about bad data: "fail", or "skip" it and count it. More than `limit` skipped is an error."""
 
     policy: str = "fail"
-    limit: float = 0  # whole, as is checked below
+    limit: float = 0  # a whole number, checked below
 
     def __post_init__(self) -> None:
         if self.policy not in ("fail", "skip") or not isinstance(self.limit, int) or self.limit < 0:
@@ -42,7 +41,7 @@ class Faults:
             )
 
     def check(self, counts: Mapping[str, int], what: str) -> None:
-        """Raises InputError when more was left out than the limit allows."""
+        """Raises InputError if more faults were skipped than the limit allows."""
         faults = {reason: count for reason, count in counts.items() if reason != UNLABELED}
         if (total := sum(faults.values())) > self.limit:
             listed = ", ".join(f"{count} {reason}" for reason, count in sorted(faults.items()))
@@ -56,9 +55,9 @@ FAIL = Faults()
 class Index:
     """One split of one dataset: N frames of E episodes. Arrays of frames are memory-mapped.
 
-    A frame is a step with a picture, and every step is one but in a recording with pictures of some steps only
-    (`record libero --every`). `action` has a row for every step; there, `action_row` i64[N] is that of each frame and
-    `action_end` i64[E] the end of each episode's.
+    A frame is a step with an image. Usually every step is a frame, but a recording may have images of some steps only
+    (`record libero --every`). `action` still has a row for every step; `action_row` i64[N] is then the row of each
+    frame, and `action_end` i64[E] the end of each episode's rows.
     """
 
     name: str
@@ -66,14 +65,14 @@ class Index:
     files: tuple[str, ...]
     instructions: tuple[str, ...]
     statistics: dict[str, Any]  # of this split, in the release's layout
-    num_read: int  # episodes that the split holds: those used and those skipped
-    skipped: Mapping[str, int]  # episodes left out, by reason
+    num_read: int  # episodes in the split, used and skipped
+    skipped: Mapping[str, int]  # skipped episodes, by reason
     arrays: Mapping[str, np.ndarray]
-    maps: tuple[mmap.mmap, ...] = ()  # what the arrays look into
-    descriptors: Mapping[str, int] = dataclasses.field(default_factory=dict)  # of arrays' files, as long as their maps
+    maps: tuple[mmap.mmap, ...] = ()  # memory of the mapped arrays
+    descriptors: Mapping[str, int] = dataclasses.field(default_factory=dict)  # of the mapped files; open as long
     made_from: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # see `Source`
-    gaussians: Any = None  # f64[6, 2] as `fit_gaussians` on the actions normalised by `statistics`, where it is known
-    directories: tuple[AnyPath, ...] = ()  # where it is kept
+    gaussians: Any = None  # f64[6, 2], `fit_gaussians` of the actions normalised by `statistics`, if known
+    directories: tuple[AnyPath, ...] = ()  # that hold this index
 
     @property
     def num_frames(self) -> int:
@@ -88,15 +87,15 @@ class Index:
         return np.searchsorted(self.arrays["episode_end"], frames, side="right")
 
     def spans(self, key: str, frames: Any) -> Int64[np.ndarray, "*B 3"]:
-        """Where each frame's image or depth map ("image", "depth") is stored: offset in its episode's file, length, and
-        CRC-32C of these bytes."""
+        """Where each frame's image or depth map (`key` "image" or "depth") is stored: its offset in the episode's file,
+        its length in bytes and its CRC-32C."""
         spans = self._rows(key, frames).astype(np.int64)
         spans[..., 0] += self.arrays["episode_record"][self.episode(frames), 0]
         return spans
 
     def _rows(self, key: str, frames: Any) -> np.ndarray:
-        """Rows of an array that has one for every frame. Frames are drawn from all over it: to read them from the file
-        takes less than half the time of mapping a page for each and giving it back."""
+        """The rows of these frames in a per-frame array. Frames are drawn at random. Reading their rows from the file
+        takes less than half the time of mapping a page for each and releasing it."""
         array = self.arrays[key]
         if key not in self.descriptors:
             return array[frames]
@@ -105,15 +104,15 @@ class Index:
         return np.frombuffer(rows, array.dtype).reshape(*np.shape(frames), *array.shape[1:])
 
     def mean_size(self, key: str) -> float:
-        """Mean bytes of a stored image or depth map, from about a thousand of them."""
+        """Mean size in bytes of a stored image or depth map, from about a thousand of them."""
         return float(self.arrays[key][:: max(1, self.num_frames // 1000), 1].mean())
 
     def language(self, frames: Any) -> np.ndarray | np.int32:
-        """Which of `instructions` each frame has, i32[...]."""
+        """Each frame's index into `instructions`, i32[...]."""
         return self._in_runs("language", frames)
 
     def intrinsics(self, frames: Any) -> Float32[np.ndarray, "*B 3 3"]:
-        """Each frame's, in pixels of its stored image; of a dataset that has them."""
+        """Each frame's intrinsics in pixels of its stored image. Raises KeyError if the dataset has none."""
         return self._in_runs("intrinsics", frames)
 
     def step(self, frames: Any) -> np.ndarray | np.int64:
@@ -122,20 +121,20 @@ class Index:
         return steps + frames if "step_end" in self.arrays else steps
 
     def _in_runs(self, key: str, frames: Any) -> Any:
-        """The values of an array that has a row for every run of frames or, in packed files, for every frame."""
+        """The values of an array with a row per run of frames or, in packed files, per frame."""
         if (ends := self.arrays.get(f"{key}_end")) is not None:
             frames = np.searchsorted(ends, frames, side="right")
         return self.arrays[key][frames]
 
     def action_rows(self, frames: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Where in `action` each frame's is, and where its episode's end, i64[...] both."""
+        """Each frame's row in `action`, and the end of its episode's rows, both i64[...]."""
         episode = self.episode(frames)
         if "action_row" in self.arrays:
             return self.arrays["action_row"][frames], self.arrays["action_end"][episode]
         return np.asarray(frames), self.arrays["episode_end"][episode]
 
     def release(self) -> None:
-        """Gives the touched pages back: they stay in the system's cache, not in this process's resident set."""
+        """Releases the touched pages: they stay in the page cache but leave this process's resident set."""
         for memory in self.maps:
             memory.madvise(mmap.MADV_DONTNEED)
 
@@ -148,33 +147,33 @@ class Index:
         )
 
     def record(self, episode: int) -> tuple[str, int, bytes]:
-        """File and offset of the checksum of an episode's record, and what it was when it was indexed."""
+        """The file and offset of the CRC of an episode's record, and its value when it was indexed."""
         offset, length, checksum = self.arrays["episode_record"][episode].tolist()
         file = self.files[self.arrays["episode_file"][episode]]
         return file, offset + length, checksum.to_bytes(CHECKSUM_BYTES, "little")
 
     def forget(self) -> None:
-        """Makes the next start index the data again."""
+        """Deletes meta.json, so that the next start indexes the data again."""
         for directory in self.directories:
             with suppress(OSError, InputError, StorageError):
                 (directory / META).unlink()
 
 
 class Source(NamedTuple):
-    """A split of a dataset, of which an index is made."""
+    """A split of a dataset to index."""
 
     name: str
     spec: DatasetSpec
     builder: Any  # of TFDS
     shards: Sequence[Shard]
-    # What decides what is read, as JSON: "place", the dataset's full path; "split"; "spec", its `meaning`; "features",
-    # its types; "shards", each (name, bytes, version, first and end of its episodes that belong to the split,
+    # Everything that the index depends on, as JSON: "place", the dataset's full path; "split"; "spec", its `meaning`;
+    # "features", its types; "shards", each (name, bytes, version, start and stop of the split's episodes in it,
     # episodes); "action_dim".
     made_from: dict[str, Any]
 
     @property
     def folder(self) -> str:
-        """The name of its index's directory."""
+        """The name of the index's directory."""
         made_from = self.made_from
         words = [re.sub("[^0-9A-Za-z]+", "_", word)[:80] for word in (self.name, made_from["split"])]
         identity = [self.name, made_from["place"], made_from["split"], made_from["spec"]["fields"]]

@@ -1,8 +1,8 @@
-"""Where indexes come from: the cache, a copy of the one in a bucket, or the data itself, which several processes read.
+"""Gets indexes from the local cache, from a bucket, or from the data itself, which several processes read together.
 
-Each start compares what an index was made from with what there is, and makes it again where anything differs, or where
-a part of it is missing or damaged. Content that changes on a disk while size and time stay the same is caught by
-checksums of records and frames: the index holds them, and the reader compares them.
+Each start compares the data with what an index was made from. It makes the index again if anything differs, or if any
+part of it is missing or damaged. Content may change on a disk without its size and time: the index therefore holds
+checksums of records and frames, and the reader compares them.
 """
 
 import dataclasses
@@ -46,17 +46,17 @@ from spatialvla_jax.utils.storage import (
     upload_folder,
 )
 
-LOCAL_CACHE = "~/.cache/spatialvla_jax"  # of indexes that are kept in a bucket, or without data.cache_dir
-VERSION = 4  # of the files and of what is in them; another one makes a new index
-_TOGETHER = 8  # indexes that are read or copied at the same time
-# Bytes up to which an array is kept in memory; larger ones are mapped. Every draw needs its place in a file.
+LOCAL_CACHE = "~/.cache/spatialvla_jax"  # for indexes in a bucket, or without data.cache_dir
+VERSION = 4  # of the files and their content; an index of another version is made again
+_TOGETHER = 8  # indexes that are read or copied at a time
+# Arrays up to these sizes in bytes are kept in memory, because every draw looks up places in them; larger are mapped.
 _HELD = {"action": 0, "image": 2**27, "depth": 2**27}
 _HELD_OTHERS = 2**24
-_PIECE = 2**20  # bytes that are read at a time for a checksum; the memory of larger ones is new each time
-_END = 64  # bytes at the end of meta.json, which hold its digest
+_PIECE = 2**20  # bytes read at a time for a checksum; larger pieces get new memory each time, which is slower
+_END = 64  # bytes at the end of meta.json that contain its digest
 _SAMPLE = 16  # records of an index whose checksums are compared at each start
 
-Kept = tuple[Index, dict[str, Any]]  # an index and its meta.json
+Kept = tuple[Index, dict[str, Any]]  # a cached index and its meta.json
 
 
 class _Stale(Exception):
@@ -81,7 +81,7 @@ def find_source(
 
 
 def read_shard(source: Source, number: int) -> bytes:
-    """The part of a shard, to be merged."""
+    """Indexes one shard; returns its `Part` as bytes."""
     action_dim = source.made_from["action_dim"]
     return read_part(source.name, source.builder, number, source.shards[number], source.spec, action_dim).to_bytes()
 
@@ -94,24 +94,23 @@ def load_indexes(
     processes: Processes = ALONE,
     read: Callable[[Source, int], bytes] = read_shard,
 ) -> list[Index]:
-    """The indexes of these splits, from the cache or made now. `progress(name, shards done, shards)` is called
-    meanwhile. Of a cache in a bucket this host keeps a copy, in `LOCAL_CACHE`.
+    """The indexes of these splits, from the cache or made now. Making one calls `progress(name, shards done, shards)`.
+    If the cache is in a bucket, this host keeps a copy in `LOCAL_CACHE`.
 
-    Several `processes` call this together: where one of them has no index, each reads its part of the shards (`read`),
-    or the first that has one gives it to the others; all end with the same index, each in its own cache or together in
-    one.
+    All `processes` call this together. If none has an index, each reads its share of the shards (`read`); otherwise
+    the first that has it sends it to the others. All end with the same index, in a shared cache or in one each.
 
-    What is indexed has been read in full and checked, except that images are not decoded yet. Raises InputError for a
-    cache that cannot be written and for anything wrong with the data; under the policy "skip" only when too much is.
+    Indexed data has been read in full and checked, but its images have not been decoded. Raises InputError for a cache
+    that cannot be written and for any fault in the data; under the policy "skip", only above `faults.limit`.
     """
     return complete_indexes(sources, find_indexes(sources, cache_dir), cache_dir, progress, faults, processes, read)
 
 
 def find_indexes(sources: Sequence[Source], cache_dir: AnyPath) -> list[Kept | None]:
-    """The indexes in the cache, those in a bucket copied to this host; None for what is missing, or of other data than
-    there is now."""
+    """The cached indexes, copied to this host if they are in a bucket. None for an index that is missing or was made
+    from different data."""
     local = _local(cache_dir)
-    with ThreadPoolExecutor(_TOGETHER) as pool:  # checksums let go of Python's lock
+    with ThreadPoolExecutor(_TOGETHER) as pool:  # checksums release the GIL
         kept = list(pool.map(lambda source: _find_kept(source, local / source.folder), sources))
         if not is_url(cache_dir):
             return kept
@@ -133,11 +132,11 @@ def complete_indexes(
     processes: Processes = ALONE,
     read: Callable[[Source, int], bytes] = read_shard,
 ) -> list[Index]:
-    """The indexes of which some are `kept`, see `load_indexes`; the first process puts into a bucket what it lacks."""
+    """Makes the indexes that are None in `kept`, see `load_indexes`. The first process uploads what a bucket lacks."""
     local, indexes = _local(cache_dir), []
     for source, one in zip(sources, kept, strict=True):
         index, meta = _complete(source, one, local / source.folder, progress, faults, processes, read)
-        # The policy is not in the key: without faults it makes no difference, and with them the index says so.
+        # `made_from` omits the policy, which matters only for data with faults; the index records those.
         if meta["fault"] and faults.policy == "fail":
             raise InputError(meta["fault"])
         places = [directory / source.folder for directory in dict.fromkeys([local, cache_dir])]
@@ -145,9 +144,7 @@ def complete_indexes(
     if is_url(cache_dir) and processes.index == 0:
         same = _same_in_bucket(sources, local, cache_dir)
         for source, one, stored in zip(sources, kept, same, strict=True):
-            if one is None or not (
-                stored or _read_meta(source, cache_dir / source.folder)
-            ):  # new, or the bucket's none
+            if one is None or not (stored or _read_meta(source, cache_dir / source.folder)):  # new, or not uploaded
                 upload_folder(local / source.folder, cache_dir / source.folder, META)
     return indexes
 
@@ -165,16 +162,16 @@ def _complete(
     processes: Processes,
     read: Callable[[Source, int], bytes],
 ) -> Kept:
-    """The index that this process has `kept`, or a new one, made by all of them."""
-    having = [number for number, has in enumerate(processes.gather(b"kept" if kept else b"")) if has]
-    if having:
-        parts = _share(kept if processes.index == having[0] else None, processes)
+    """The index that this process has `kept`, or a new one that all processes make together."""
+    holders = [number for number, has in enumerate(processes.gather(b"kept" if kept else b"")) if has]
+    if holders:
+        parts = _share(kept if processes.index == holders[0] else None, processes)
     else:
         parts = _read_parts(source, processes, progress, read)
     if not kept:
         return _place(source, directory, lambda work: _write(work, source, faults, parts))
-    if len(having) < processes.count:
-        for _ in parts:  # the others need them
+    if len(holders) < processes.count:
+        for _ in parts:  # gathered together: the others need them
             pass
     return kept
 
@@ -185,7 +182,7 @@ def _read_parts(
     progress: Callable[[str, int, int], None] | None,
     read: Callable[[Source, int], bytes],
 ) -> Iterator[Part]:
-    """The parts of all shards in order, of which this process reads every `processes.count`-th."""
+    """The parts of all shards in order. This process reads every `processes.count`-th and gathers the others."""
     count = len(source.shards)
     for first in range(0, count, processes.count):
         number = first + processes.index
@@ -197,7 +194,7 @@ def _read_parts(
 
 
 def _share(kept: Kept | None, processes: Processes) -> Iterator[Part]:
-    """The index that one process has `kept`, as a part."""
+    """Sends the index that one process has `kept` to all, as a single part."""
     data = b""
     if kept:
         index, meta = kept
@@ -206,7 +203,7 @@ def _share(kept: Kept | None, processes: Processes) -> Iterator[Part]:
 
 
 def _find_kept(source: Source, directory: Path) -> Kept | None:
-    """The index in a directory, if it is whole and that of the source as it is now; otherwise says why not."""
+    """The index in a directory if it is intact and up to date; otherwise warns why not and returns None."""
     try:
         kept = _open(source, directory)
         _check_current(*kept)
@@ -219,7 +216,7 @@ def _find_kept(source: Source, directory: Path) -> Kept | None:
 
 
 def _read_meta(source: Source, url: AnyPath) -> str:
-    """The meta.json of an index in a bucket, "" without one of the source as it is now."""
+    """The meta.json of an index in a bucket, or "" if it is missing or out of date."""
     if not is_file(url / META):
         return ""
     text = read_text(url / META)
@@ -232,8 +229,8 @@ def _read_meta(source: Source, url: AnyPath) -> str:
 
 
 def _same_in_bucket(sources: Sequence[Source], local: Path, cache_dir: AnyPath) -> list[bool]:
-    """Whether the bucket has the index that is kept here: whether meta.json ends with the same digest at the same
-    place, which takes one small request for each."""
+    """Whether the bucket holds the same indexes as this host. Compares the digests at the ends of the meta.json files,
+    which takes one small request for each."""
     metas = [(local / source.folder / META).read_bytes() for source in sources]
     urls = [cache_dir / source.folder / META for source in sources]
     ranges = [(url, len(meta) - _END, _END) for url, meta in zip(urls, metas, strict=True)]
@@ -244,7 +241,7 @@ def _same_in_bucket(sources: Sequence[Source], local: Path, cache_dir: AnyPath) 
 
 
 def _announce(urls: Sequence[AnyPath], cache_dir: AnyPath, local: Path) -> None:
-    """Says how large the indexes are that are about to be copied. Raises InputError where they have no room."""
+    """Prints the size of the indexes to copy. Raises InputError if the disk has too little room."""
     if not urls:
         return
     with ThreadPoolExecutor(_TOGETHER) as pool:
@@ -257,7 +254,7 @@ def _announce(urls: Sequence[AnyPath], cache_dir: AnyPath, local: Path) -> None:
 
 
 def _copy(source: Source, url: AnyPath, directory: Path) -> Kept | None:
-    """Copies an index from a bucket; None for one that is damaged or is being replaced."""
+    """Copies an index from a bucket; None if it is damaged or being replaced."""
 
     def write(work: Path) -> None:
         try:
@@ -277,10 +274,10 @@ def _copy(source: Source, url: AnyPath, directory: Path) -> Kept | None:
 
 
 def _open(source: Source, directory: Path) -> Kept:
-    """The index in a directory and its meta.json. Raises FileNotFoundError when there is none, _Stale for one that is
-    damaged or made from something else."""
+    """The index in a directory and its meta.json. Raises FileNotFoundError if there is none, and _Stale if it is
+    damaged or was made from different data."""
     made_from = source.made_from
-    folder = os.open(directory, os.O_RDONLY)  # stays this one when another process puts its own in its place
+    folder = os.open(directory, os.O_RDONLY)  # still this one after another process replaces it
     try:
         opener = functools.partial(os.open, dir_fd=folder)
         with open(META, encoding="utf-8", opener=opener) as file:
@@ -310,7 +307,7 @@ def _open(source: Source, directory: Path) -> Kept:
 
 
 def _check_meta(source: Source, text: str) -> dict[str, Any]:
-    """The content of meta.json. Raises _Stale for an index of another source, ValueError and the like for damage."""
+    """Parses meta.json. Raises _Stale for an index of different data, ValueError and the like for a damaged one."""
     meta = json.loads(text)
     if meta.get("version") != VERSION:
         raise _Stale("another version of this program made its index")
@@ -322,7 +319,7 @@ def _check_meta(source: Source, text: str) -> dict[str, Any]:
 
 
 def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Why an index that was made from one thing is not that of the other."""
+    """Describes the first difference between two `made_from`."""
     if before["spec"] != now["spec"]:
         return "the code of its operations changed"
     old, new = ({name: rest for name, *rest in source["shards"]} for source in (before, now))
@@ -332,20 +329,20 @@ def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 
 def _check_current(index: Index, meta: Mapping[str, Any]) -> None:
-    """Raises _Stale when some of the indexed records are others now, or some files could not be read."""
+    """Raises _Stale if any of `_SAMPLE` records has changed, or if a file could not be read when indexed."""
     if "unreadable file" in meta["skipped"]:
         raise _Stale("some of its files could not be read the last time")
-    if any(map(is_url, index.files)):  # an object's version, which is compared already, says it all
+    if any(map(is_url, index.files)):  # `made_from` has each object's version, which suffices
         return
     for episode in np.unique(np.linspace(0, index.num_episodes - 1, _SAMPLE).astype(int)).tolist():
         path, offset, checksum = index.record(episode)
-        with suppress(OSError), open(path, "rb", buffering=0) as file:  # one that cannot be read says so later
+        with suppress(OSError), open(path, "rb", buffering=0) as file:  # the reader reports an unreadable file
             if os.pread(file.fileno(), CHECKSUM_BYTES, offset) != checksum:
-                raise _Stale(f"{path} has the size and the time that it had, but other records")
+                raise _Stale(f"{path} has the same size and time as before, but different records")
 
 
 def _place(source: Source, directory: Path, write: Callable[[Path], None]) -> Kept:
-    """Puts an index that `write` makes in the place of the one that may be there, and opens it. Raises InputError."""
+    """Writes a new index with `write`, replaces any old one by it and opens it. Raises InputError if the disk fails."""
     opened, before = None, _inode(directory)
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
@@ -357,7 +354,7 @@ def _place(source: Source, directory: Path, write: Callable[[Path], None]) -> Ke
                 _remove(directory)
     except OSError as error:
         if opened and error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-            return opened  # another process has put one there meanwhile
+            return opened  # another process has just put one there
         raise InputError(
             f"the index of dataset {source.name!r} cannot be kept in {directory.parent} ({error.strerror or error}): "
             "set data.cache_dir to a folder that can be written and has room"
@@ -373,7 +370,7 @@ def _inode(path: Path) -> int | None:
 
 
 def _remove(directory: Path) -> None:
-    """Takes an index away in one step, so that others see all of it or nothing."""
+    """Removes an index in one step, so that other processes see all of it or nothing."""
     aside = directory.with_name(f"{PREFIX}{secrets.token_hex(4)}")
     with suppress(FileNotFoundError):
         directory.rename(aside)
@@ -384,7 +381,7 @@ def _remove(directory: Path) -> None:
 
 
 def _write(work: Path, source: Source, faults: Faults, parts: Iterator[Part]) -> None:
-    """Writes the files of an index to the directory `work`."""
+    """Writes the files of an index to the directory `work`. Raises InputError for too many faults."""
 
     def check(part: Part, skipped: Mapping[str, int]) -> None:
         if part.fault and faults.policy == "fail":

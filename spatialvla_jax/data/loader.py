@@ -56,8 +56,8 @@ def load_data(
     an index, which several `processes` build together; `progress(name, shards done, shards)` is called meanwhile.
     Raises InputError for problems in the config or the data.
     """
-    made = DataConfig.from_config(config)
-    return Loader(made, image_size, action_chunk, action_dim, depth, statistics, tokenizer, progress, processes)
+    parsed = DataConfig.from_config(config)
+    return Loader(parsed, image_size, action_chunk, action_dim, depth, statistics, tokenizer, progress, processes)
 
 
 class Episode(NamedTuple):
@@ -286,7 +286,7 @@ class Loader:
             return {i.name: places(i) for i in self._index(split) if all(".tfrecord" in file for file in i.files)}
 
         trained = np.concatenate([np.empty(0, np.int64), *stored(self._train_split).values()])
-        counts = {name: int(np.isin(own, trained).sum()) for name, own in stored(split).items()}
+        counts = {name: int(np.isin(listed, trained).sum()) for name, listed in stored(split).items()}
         return {name: count for name, count in counts.items() if count}
 
     def replaced(self, split: str | None = None) -> dict[tuple[str, str], int]:
@@ -377,18 +377,18 @@ class Loader:
         actions, action_mask = np.empty((rows, chunk, self.action_dim), np.float32), np.empty((rows, chunk), bool)
         new_size = (self.image_size, self.image_size)
         for number in np.unique(dataset):
-            own = dataset == number
-            index, frame = split.indexes[number], frames[own]
+            selected = dataset == number
+            index, frame = split.indexes[number], frames[selected]
             if index.spec.intrinsics:
-                intrinsics[own] = scale_intrinsics(index.intrinsics(frame), pixels.stored_size[own], new_size)
+                intrinsics[selected] = scale_intrinsics(index.intrinsics(frame), pixels.stored_size[selected], new_size)
             else:
                 default, old_size = np.asarray(index.spec.default_intrinsics), index.spec.default_intrinsics_size
-                intrinsics[own] = scale_intrinsics(default, old_size, new_size)
+                intrinsics[selected] = scale_intrinsics(default, old_size, new_size)
             for target, table in zip((prompt_ids, prompt_mask), split.prompts[number], strict=True):
-                target[own] = table[index.language(frame)]
+                target[selected] = table[index.language(frame)]
             bounds = {row: value[number] for row, value in self._bounds.items()}
             first, end = index.action_rows(frame)
-            actions[own], action_mask[own] = chunk_actions(index.arrays["action"], first, end, chunk, bounds)
+            actions[selected], action_mask[selected] = chunk_actions(index.arrays["action"], first, end, chunk, bounds)
         return Batch(
             image=pixels.image,
             depth=pixels.depth,

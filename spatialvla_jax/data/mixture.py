@@ -8,8 +8,8 @@ is buffered, and nothing depends on the number of hosts.
 Permuting single frames reads a local disk at random, which suits SSDs. Spinning disks and remote storage need larger
 reads: there blocks of consecutive frames are permuted, and frames are permuted within windows of some blocks
 (`permute_blocks`). This has three costs. The window's compressed frames are kept in memory. Frames farther apart than a
-window in the order of blocks never mix within a pass. And every host reads each block in which it has a frame, so it
-pays off with one or a few hosts; with many hosts single frames are better.
+window in the order of blocks never mix within a pass. Every host reads each block in which it has a frame. Blocks thus
+pay off with one or a few hosts; with many hosts single frames are better.
 """
 
 import functools

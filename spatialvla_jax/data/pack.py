@@ -106,7 +106,7 @@ def write_pack(
         ],
         "config": _named(loader.config),
         "tokenizer": base64.b64encode(loader.tokenizer.to_bytes()).decode(),
-        "splits": {split: [layout(index) for index in own] for split, own in indexes.items()},
+        "splits": {split: [layout(index) for index in group] for split, group in indexes.items()},
         "bytes": place,  # total size of the arrays
     }
     text = json.dumps(header).encode()
@@ -120,16 +120,16 @@ def write_pack(
             file.truncate(size)
             file.write(_PREFIX.pack(MAGIC, VERSION, len(text), hashlib.sha256(text).digest()) + text)
             file.flush()
-            total = sum(index.num_frames for own in indexes.values() for index in own)
+            total = sum(index.num_frames for group in indexes.values() for index in group)
             done = 0
-            for split, own in indexes.items():
+            for split, group in indexes.items():
                 places = [meta["arrays"] for meta in header["splits"][split]]
-                _write_small(file.fileno(), start, own, places)
-                for number in _write_pixels(file.fileno(), start, loader, split, own, places):
+                _write_small(file.fileno(), start, group, places)
+                for number in _write_pixels(file.fileno(), start, loader, split, group, places):
                     done += number
                     if progress:
                         progress(done, total)
-    frames = {split: sum(index.num_frames for index in own) for split, own in indexes.items()}
+    frames = {split: sum(index.num_frames for index in group) for split, group in indexes.items()}
     return {"path": str(out), "bytes": size, "frames": frames}
 
 
@@ -173,8 +173,8 @@ def _write_pixels(
     batch: Any
     for batch in loader.epoch(_BATCH, split):
         for number in np.unique(batch.dataset_id[batch.valid]).tolist():
-            own = batch.valid & (batch.dataset_id == number)
-            part: Any = jax.tree.map(lambda x, own=own: x[own], batch)
+            mask = batch.valid & (batch.dataset_id == number)
+            part: Any = jax.tree.map(lambda x, mask=mask: x[mask], batch)
             frames, index, place = part.sample_id - starts[number], indexes[number], places[number]
             rows: dict[str, np.ndarray] = {"image": part.image}
             if loader.depth:

@@ -25,15 +25,15 @@ Known = tuple[str, str, Float[np.ndarray, "_ A"]]  # an episode's split, instruc
 def _index(known: Sequence[Known], instructions: Sequence[str], name: str, every: int) -> Index:
     """The index of a split's episodes: everything except their images."""
     steps = [len(actions) for *_, actions in known]
-    seen = [np.arange(0, count, every, dtype=np.int32) for count in steps]
-    lengths = [len(rows) for rows in seen]
+    steps_with_images = [np.arange(0, count, every, dtype=np.int32) for count in steps]
+    lengths = [len(rows) for rows in steps_with_images]
     canonical = [apply_operations({"action": actions}, CATALOGUE[SPEC].operations)["action"] for *_, actions in known]
     numbers = np.array([instructions.index(language) for _, language, _ in known], np.int32)
     episodes = np.arange(len(known), dtype=np.int32)
     arrays = {
         "action": np.concatenate(canonical).astype(np.float32),
         "intrinsics": np.zeros((sum(lengths), 3, 3), np.float32),  # placeholder: they come with the images
-        "step": np.concatenate(seen),
+        "step": np.concatenate(steps_with_images),
         "language": np.repeat(numbers, lengths),
         "episode_end": np.cumsum(lengths),
         "episode_file": 0 * episodes,
@@ -61,8 +61,8 @@ class _Recording:
     def epoch(self, batch_size: int, split: str) -> Iterator[Pictures]:
         index, start = self._indexes[split], 0
         for end in index.arrays["episode_end"].tolist():
-            seen = [step["observation"] for step in next(self._episodes)["steps"]]
-            arrays = {key: np.stack([frame[key] for frame in seen]) for key in ("image", "intrinsics", "depth")}
+            frames = [step["observation"] for step in next(self._episodes)["steps"]]
+            arrays = {key: np.stack([frame[key] for frame in frames]) for key in ("image", "intrinsics", "depth")}
             ids = np.arange(start, end)
             yield Pictures(**arrays, sample_id=ids, dataset_id=0 * ids, valid=ids >= 0)
             start = end
@@ -79,7 +79,7 @@ def write_packed(
 ) -> dict[str, Any]:
     """Write the episodes as the dataset `name`, by rename; returns the result of `write_pack`.
 
-    `known` describes the episodes in advance and determines the file's size, so images are written to their places as
+    `known` describes the episodes in advance and determines the file's size. Images are then written to their places as
     they arrive, one whole split after another. Episodes are as in `rlds_writer.features`, with images as arrays of
     `image_size`, which a model must match. They contain only steps with images: with `every` 3, each third step from
     the first. Raises InputError, also if there is not enough room.

@@ -1,4 +1,4 @@
-"""Reads byte ranges of stored frames: from a disk, with read-ahead by the operating system, or from a bucket, where
+"""Reads byte ranges of stored frames from a disk or a bucket. On a disk the operating system reads ahead; in a bucket,
 ranges for coming steps are requested concurrently to hide latency."""
 
 import contextlib
@@ -179,8 +179,8 @@ class Blocks:
         frames = np.arange(block * self._block, min((block + 1) * self._block, index.num_frames))
         episodes, spans = index.episode(frames), index.spans(key, frames)
         for episode in np.unique(episodes).tolist():  # an episode's images are contiguous
-            own = spans[episodes == episode]
-            start, stop = int(own[0, 0]), int(own[-1, :2].sum())
+            part = spans[episodes == episode]
+            start, stop = int(part[0, 0]), int(part[-1, :2].sum())
             yield index.files[int(index.arrays["episode_file"][episode])], start, stop - start
 
 

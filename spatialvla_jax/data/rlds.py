@@ -108,7 +108,7 @@ def slice_shards(builder: Any, split: str) -> list[Shard]:
     folder = to_path(builder.data_dir)
     files = list_files(folder)
     shards = (zip(info.filenames, info.shard_lengths, strict=True) for info in builder.info.splits.values())
-    known = {name for own in shards for name, count in own if count}
+    known = {name for listed in shards for name, count in listed if count}
     stems = tuple({piece.basename().partition(".tfrecord")[0] + ".tfrecord" for piece in pieces})
     if extra := sorted(n for n, (size, _) in files.items() if n.startswith(stems) and size and n not in known):
         warn(f"{builder.data_dir}/dataset_info.json lists no episodes in {enumerate_some(extra)}, which is not read")

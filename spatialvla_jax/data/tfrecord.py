@@ -26,7 +26,7 @@ def read_records(path: os.PathLike[str], skip: int = 0) -> Iterator[tuple[int, b
     is correct). The checksum is `masked_crc` of the data, a u32 directly after it.
 
     A wrong checksum of the data affects one record. After a wrong checksum of the length, or if the file ends within a
-    record, the next record cannot be found: this raises a Fault, as does an unreadable file.
+    record, the next record cannot be found. This raises a Fault, as does an unreadable file.
     """
     try:
         stream, size = open_stream(to_path(path))

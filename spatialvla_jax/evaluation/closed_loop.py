@@ -336,7 +336,7 @@ def summary(results: dict[Episode, dict[str, Any]]) -> dict[str, Any]:
     """{"success", "standard_error", "episodes", "faults", "suites": {suite: {the same, "tasks": {task: …}}}}.
 
     The overall mean is the mean of the suites' means. With two or more seeds the standard error is that of the mean
-    over seeds, as in the paper; with one seed it is that of a proportion, √(p(1 − p)/n).
+    over seeds, as in the paper. With one seed it is that of a proportion, √(p(1 − p)/n).
     """
 
     def rates(chosen: dict[Episode, dict[str, Any]]) -> dict[str, Any]:

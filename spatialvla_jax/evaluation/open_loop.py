@@ -51,8 +51,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Token accuracies and L1 of greedy chunks over every frame of a split; steps past an episode's end don't count.
 
-    Two baselines are evaluated with the policy: `mean` is the training split's mean action; `repeat` holds the previous
-    step's action for the whole chunk (the mean action in an episode's first frame). L1 is averaged over all dimensions
+    Two baselines are evaluated with the policy. `mean` is the training split's mean action. `repeat` holds the previous
+    step's action for the whole chunk (in an episode's first frame, the mean action). L1 is averaged over all dimensions
     in normalised units. `*_per_dimension` gives it for each of `dimensions`, `*_robot` in the robot's units. Frames
     without an action only count as `faults`. `progress(frames)` is called after each episode. Raises InputError for a
     dataset unknown to the policy, and when no frame has an action.

@@ -37,8 +37,10 @@ def explain(
     length = policy.shape(prepared)[2]
     inputs = {key: x[None] for key, x in prepared.items() if key != "draft"}
     inputs |= {key: inputs[key][:, :length] for key in ("prompt_ids", "prompt_mask")}
-    made = _explain(policy.model, policy.constrained, policy.weights, policy.processor.grid, inputs, action_ids[None])
-    return {key: x[0] for key, x in jax.device_get(made).items()}
+    explained = _explain(
+        policy.model, policy.constrained, policy.weights, policy.processor.grid, inputs, action_ids[None]
+    )
+    return {key: x[0] for key, x in jax.device_get(explained).items()}
 
 
 @partial(jax.jit, static_argnums=(0, 1))

@@ -57,9 +57,9 @@ def generate(
     """The A action tokens of a chunk.
 
     `weights` come from `prepare_weights`. `token_ranges` (the grid's (first id, count) for each token of an action)
-    restricts each token to its kind, so the result is always a valid action and no `<eos>` is needed. None chooses from
-    the whole vocabulary, as the release does. A `draft` of the chunk only affects the number of passes, never the
-    tokens. Q may be any length that fits the prompts.
+    restricts each token to its kind. The result is therefore always a valid action, and no `<eos>` is needed. None
+    chooses from the whole vocabulary, as the release does. A `draft` of the chunk only affects the number of passes,
+    never the tokens. Q may be any length that fits the prompts.
     """
     decoder = Decoder(model.config, weights, token_ranges)
     prefix, valid = _prefix(decoder, image, prompt_ids, prompt_mask, depth, intrinsics)

@@ -1,9 +1,9 @@
 """The kernels of a decode pass for NVIDIA GPUs, in Pallas and Triton.
 
-XLA launches several small kernels for the rotary embedding, cache and softmax of one to four tokens, and as many for
-two norms and the sum between them. It also multiplies a few rows by a matrix below the memory's full bandwidth.
-`decoder.forward` uses `attend_cached` where `can_attend`, and `multiply` and `multiply_and_add` where `can_multiply`;
-elsewhere it uses the plain formulas. Without a GPU the kernels run in Pallas's interpreter.
+XLA launches several small kernels for the rotary embedding, cache and softmax of one to four tokens. It launches as
+many for two norms and the sum between them. It also multiplies a few rows by a matrix below the memory's full
+bandwidth. `decoder.forward` uses `attend_cached` where `can_attend`, and `multiply` and `multiply_and_add` where
+`can_multiply`; elsewhere it uses the plain formulas. Without a GPU the kernels run in Pallas's interpreter.
 
 Triton's array sizes are powers of two: elements beyond an axis are masked, or clamped and not written.
 """

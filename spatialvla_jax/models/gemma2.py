@@ -186,8 +186,8 @@ class Gemma2(nn.Module):
 
 @jax.custom_vjp
 def unembed(hidden: Float[Array, "B T D"], head: Float[Array, "V D"]) -> Float[Array, "B T V"]:
-    """hidden headᵀ, in float32. Gradients are computed in the operands' dtype, as usual in mixed precision: float32
-    gradients of a quarter of a million rows would double the memory and the bytes between devices."""
+    """hidden headᵀ, in float32. Gradients are computed in the operands' dtype, as usual in mixed precision. Float32
+    gradients of a quarter of a million rows would double the memory and the traffic between devices."""
     return jnp.einsum("btd,vd->btv", hidden, head, preferred_element_type=jnp.float32)
 
 

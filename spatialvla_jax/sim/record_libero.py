@@ -121,10 +121,10 @@ def record_libero(
     start from different initial states of the benchmark. With `drawn` they start from new states in the same regions,
     so a policy trained on them has seen none of the benchmark's states.
 
-    `noise` disturbs the motion towards the object and the goal and records the expert's corrections (DART, Laskey et
-    al. 2017): a standard deviation in action units. With noise the fingers sometimes close too early and reopen. Each
-    episode has a random grip angle, which images before the grip do not show; `spread` scales its range, and with 0 the
-    images determine the actions. A packed file may hold images of every `every`-th step only, with all actions.
+    `noise` disturbs the motion towards the object and the goal; the expert's corrections are recorded (DART, Laskey et
+    al. 2017). It is a standard deviation in action units. With noise the fingers sometimes close too early and reopen.
+    Each episode has a random grip angle, which images before the grip do not show. `spread` scales its range; with 0
+    the images determine the actions. A packed file may hold images of every `every`-th step only, with all actions.
 
     The same arguments give the same episodes for any number of `workers` (processes; default one per core). Rendering
     follows MUJOCO_GL, by default osmesa (CPU); egl distributes over the GPUs in CUDA_VISIBLE_DEVICES.
@@ -142,8 +142,8 @@ def record_libero(
     report: dict[int, list[tuple[str, int, int]]] = {task: [] for task in tasks}
 
     def results(look: bool) -> Iterator[tuple[str, Any]]:
-        made = in_processes(partial(record, look=look), jobs, workers or os.cpu_count() or 1, progress)
-        for job, (result, *row) in zip(jobs, made, strict=True):
+        recorded = in_processes(partial(record, look=look), jobs, workers or os.cpu_count() or 1, progress)
+        for job, (result, *row) in zip(jobs, recorded, strict=True):
             report[job.task_id].append(tuple(row))
             yield job.split, result
 

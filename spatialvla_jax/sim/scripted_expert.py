@@ -1,8 +1,8 @@
 """A scripted pick-and-place expert that reads the simulator's state. It grasps one object from above and releases it at
 its goal, such as a bowl on a plate or a bottle in a basket.
 
-Plain NumPy and pure functions: `act` maps (plan, progress, scene) to an action and the next progress, so all of its
-behaviour can be tested on hand-made states.
+Plain NumPy and pure functions: `act` maps (plan, progress, scene) to an action and the next progress. All of its
+behaviour can thus be tested on hand-made states.
 """
 
 from typing import NamedTuple

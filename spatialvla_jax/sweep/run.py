@@ -80,7 +80,7 @@ def prepare(sweep: Sweep, workdir: Path) -> None:
 def run_here(sweep: Sweep, workdir: Path, trials: Sequence[Trial], say: Callable[[str], None]) -> dict[str, str]:
     """Run trials one after another in this process → {name: outcome}. SIGTERM checkpoints the trial and stops.
 
-    If a process died during a trial, the trial counts as failed so that later trials run; like all failed trials it is
+    If a process died during a trial, the trial counts as failed so that later trials run. Like all failed trials it is
     retried the next time. A single trial blocks no others and is resumed at once. So are trials of multi-process runs,
     where the mark of a dead process cannot be told from that of the first process of this run.
     """

@@ -49,8 +49,8 @@ def open_start(config: ConfigDict, step: AnyPath | None) -> tuple[Checkpoint | N
 
 
 def pin_init(config: ConfigDict, begun: dict[str, Any]) -> ConfigDict:
-    """The config whose `init` names a commit of the Hub and not a branch, so that the run has the same weights whenever
-    it is started: a run that goes on, which `begun` with a commit, keeps it."""
+    """The config with a commit instead of a branch of the Hub in `init`, so that the run starts from the same weights
+    at any time. A resumed run (`begun` not empty) keeps its commit."""
     config = config.copy_and_resolve_references()
     for key in ("init", "init_zoedepth") if config.model.depth_source == "zoedepth" else ("init",):
         if config[key] and is_hub_id(config[key]):

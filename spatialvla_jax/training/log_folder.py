@@ -18,7 +18,7 @@ class LogFolder:
     """Where a process writes its logs and traces: the run's `workdir`.
 
     Objects in a bucket cannot be appended to. For a bucket, `path` is therefore a local folder whose changed files are
-    uploaded whole: by `upload` before each checkpoint, so that its metrics are complete, and periodically in between.
+    uploaded whole. `upload` does so before each checkpoint, so that its metrics are complete, and now and then.
     """
 
     def __init__(self, workdir: AnyPath) -> None:

@@ -27,7 +27,7 @@ from spatialvla_jax.utils.storage import AnyPath, absolute, read_text
 
 
 class MetricsLog:
-    """Appends a JSON record per report to `metrics.jsonl`, its timings to `times.jsonl`, and scalars to TensorBoard
+    """Appends a JSON record per report to `metrics.jsonl` and its timings to `times.jsonl`. Scalars go to TensorBoard
     and, if a project is given, to Weights & Biases. Only the run's first process writes. Raises StorageError if a write
     fails.
 

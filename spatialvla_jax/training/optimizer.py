@@ -84,8 +84,8 @@ def update_if_finite(
 ) -> tuple[Params, optax.OptState]:
     """→ (parameters, optimizer state) after an update, or unchanged if loss or gradient norm is not finite.
 
-    `optax.apply_if_finite` is not enough. It only checks gradients, so it updates if just the loss is not finite, or if
-    the norm of finite gradients overflows, which clips them to zero. And after several bad steps it applies the next.
+    `optax.apply_if_finite` is not enough. It only checks gradients, not the loss. If the norm of finite gradients
+    overflows, it applies the update that clipping has made zero. And after several bad steps it applies the next.
     """
     finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
     updates, new_state = optimizer.update(grads, opt_state, params)

@@ -80,8 +80,8 @@ class Checkpoints:
     """Saves every `every` steps in the background and keeps the last `keep_last` and each `keep_every`-th checkpoint.
     With `keep_regular`, also keeps the last `keep_last` at multiples of `every`, whatever was saved in between.
 
-    A failed save is retried with the then current state after 1, 2, 4, … steps (a run's last save: seconds), up to
-    `RETRIES` times in a row; then StorageError gives the reason. Earlier checkpoints are never touched. Multi-process
+    A failed save is retried with the then current state after 1, 2, 4, … steps (a run's last save: seconds). After
+    `RETRIES` failures in a row, StorageError gives the reason. Earlier checkpoints are never touched. Multi-process
     runs do not retry: other hosts cannot join, so the launcher restarts the job.
     """
 

@@ -211,8 +211,8 @@ def loss_and_metrics(
 ) -> tuple[Float[Array, " B"], dict[str, Float[Array, " B"]]]:
     """Teacher-forced cross-entropy of action tokens and `<eos>` (13 for a 4-step chunk), averaged per example.
 
-    Accuracies and `l1` (between decoded and true normalised actions, all dimensions) use the best token of the kind
-    expected at each position, as in the policy's constrained decoding.
+    Accuracies and `l1` (between decoded and true normalised actions, all dimensions) use the best token of each
+    position's kind, as the policy's constrained decoding does.
     """
     cfg = model.config
     B = inputs.actions.shape[0]

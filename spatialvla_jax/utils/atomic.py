@@ -119,13 +119,13 @@ def parents_of(path: AnyPath) -> Iterator[None]:
     if is_url(path):
         yield
         return
-    made = [parent for parent in path.absolute().parents if not parent.exists()]
+    missing = [parent for parent in path.absolute().parents if not parent.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield
     except BaseException:
         with suppress(OSError):
-            for parent in made:
+            for parent in missing:
                 parent.rmdir()
         raise
 

@@ -68,8 +68,8 @@ class OutputFolder:
         if not self.marker or not storage.is_file(path / self.marker):
             return False
         try:
-            made = json.loads(storage.read_bytes(path / self.marker))
-            return self.key in made and self.value in (None, made[self.key])
+            content = json.loads(storage.read_bytes(path / self.marker))
+            return self.key in content and self.value in (None, content[self.key])
         except (OSError, TypeError):
             return False
         except ValueError:

@@ -47,7 +47,7 @@ async def retrying(
 
     Raises StorageError after `PATIENCE` seconds. `what` names the object.
     """
-    start, wait, told = time.monotonic(), FIRST_WAIT, False
+    start, wait, warned = time.monotonic(), FIRST_WAIT, False
     while True:
         try:
             return await call(*args, **kwargs)
@@ -60,8 +60,8 @@ async def retrying(
                 raise StorageError(
                     f"{what}: the storage failed for {waited:.0f} s, most recently with {reason}"
                 ) from error
-            if waited > LONGEST_WAIT and not told:
-                told = True
+            if waited > LONGEST_WAIT and not warned:
+                warned = True
                 warn(f"{what}: {reason}; retrying for {PATIENCE:.0f} s")
         await asyncio.sleep(wait * (0.5 + _jitter.random()))
         wait = min(2 * wait, LONGEST_WAIT)

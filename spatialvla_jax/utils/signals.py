@@ -27,13 +27,12 @@ def keep_handlers() -> None:
 
 @contextlib.contextmanager
 def sigterm_raises(command: str) -> Iterator[None]:
-    """In this block, SIGTERM raises Terminated. If the main thread does not leave the block within `GRACE` seconds, or
-    does not notice a SIGINT in that time, the process ends and prints `command`. Does nothing outside the main
-    thread."""
+    """In this block, SIGTERM raises Terminated. The process prints `command` and ends if the main thread takes over
+    `GRACE` seconds to leave the block or to notice a SIGINT. Does nothing outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    ended, seen = threading.Event(), threading.Event()
+    ended, interrupted = threading.Event(), threading.Event()
     read, write = os.pipe()
     os.set_blocking(write, False)
 
@@ -43,7 +42,7 @@ def sigterm_raises(command: str) -> Iterator[None]:
             return
         if number == signal.SIGTERM:
             raise Terminated
-        seen.set()
+        interrupted.set()
         raise KeyboardInterrupt
 
     # A shell's background jobs ignore SIGINT and must keep doing so.
@@ -53,7 +52,7 @@ def sigterm_raises(command: str) -> Iterator[None]:
 
     def watch() -> None:
         while received := os.read(read, 64):
-            for number, answered in ((signal.SIGTERM, ended), (signal.SIGINT, seen)):
+            for number, answered in ((signal.SIGTERM, ended), (signal.SIGINT, interrupted)):
                 # A training run has its own handler, and ends after its step.
                 if number in received and signal.getsignal(number) is handle and not answered.wait(GRACE):
                     remove_unfinished()
@@ -66,7 +65,7 @@ def sigterm_raises(command: str) -> Iterator[None]:
         yield
     finally:
         ended.set()
-        seen.set()
+        interrupted.set()
         signal.set_wakeup_fd(wakeup)
         for number, handler in handlers.items():
             signal.signal(number, handler)

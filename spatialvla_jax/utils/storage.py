@@ -308,8 +308,8 @@ def cached_copy(path: AnyPath, folder: Path) -> Path:
 
 
 def put(path: AnyPath, data: bytes, only_if_new: bool = False) -> bool:
-    """Write an object in one request, or fail and leave the old one. With `only_if_new`, an existing object is kept;
-    returns whether it has this content, as it does if a first attempt succeeded but its response was lost."""
+    """Write an object in one request, or fail and leave the old one. With `only_if_new`, an existing object is kept.
+    Returns whether it has this content, as it does if a first attempt succeeded but its response was lost."""
     with storage_errors(path, "written"):
         try:
             filesystem(path).pipe_file(str(path), data, mode="create" if only_if_new else "overwrite")

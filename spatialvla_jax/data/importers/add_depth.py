@@ -57,8 +57,8 @@ def add_depth(
     """Copy the dataset `path` to `out`/NAME/VERSION, with the same names, adding `depth_key(image)` to every step.
 
     `estimate` gets every step's `image` as the model does, with `image_size` pixels per side. Splits (all by default),
-    shards and all stored features are the source's. Shards appear one by one, by rename, and dataset_info.json last;
-    until then it is not a dataset, and the same call resumes after the last complete shard. `made_with` (JSON) is
+    shards and all stored features are the source's. Shards appear one by one, by rename, and dataset_info.json last.
+    Until then it is not a dataset, and the same call resumes after the last complete shard. `made_with` (JSON) is
     recorded and must be the same on resuming. Shards whose source has changed since are made again. `progress(name,
     episodes done, episodes)` is called meanwhile.
 
@@ -86,7 +86,7 @@ def add_depth(
     if directory.is_dir() and not (directory / MANIFEST).is_file() and any(directory.glob("[!.]*")):
         raise InputError(f"{directory} holds files that were not made here (no {MANIFEST}); choose another --out")
     finished = finished_shards(directory / MANIFEST, made_with)
-    total = sum(count for own in shards.values() for _, count in own)
+    total = sum(count for listed in shards.values() for _, count in listed)
     done = frames = clipped = 0
     kept: dict[str, list[int]] = {split: [] for split in splits}
     skipped: list[Fault] = []
@@ -217,8 +217,8 @@ class _Maps:
 
     def _encode(self, batch: list[tuple[int, int]], depth: Any) -> Iterator[bytes]:
         metres = np.asarray(depth, np.float32)[: len(batch)]
-        for frame, own in zip(batch, metres, strict=True):
-            if not np.isfinite(own).all():
+        for frame, depth_map in zip(batch, metres, strict=True):
+            if not np.isfinite(depth_map).all():
                 raise InputError(f"{self._describe(frame)}: the depth model gives values that are not finite")
         counts = to_counts(metres)
         self.frames += len(batch)

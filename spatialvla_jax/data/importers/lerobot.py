@@ -152,12 +152,12 @@ def _convert(
         infos.append(
             tfds.core.SplitInfo(name=split, shard_lengths=lengths, num_bytes=num_bytes, filename_template=template)
         )
-    made = before.keys() | shards.keys() | {MANIFEST}
+    files = before.keys() | shards.keys() | {MANIFEST}
     if empty := [split for split, episodes in splits.items() if not episodes]:
         if len(empty) == len(splits):
-            _remove(work, made)
+            _remove(work, files)
         raise InputError(f"no episode of the split {empty[0]!r} is left; the first fault: {skipped[0]}")
-    _remove(work, made - shards.keys())
+    _remove(work, files - shards.keys())
     save_shards(work / MANIFEST, options, shards)
     kept = f"JPEG of quality {JPEG_QUALITY}" if _first(source).video else "images as stored there"
     description = f"LeRobot dataset {source.root.absolute().name}, camera {source.camera}: {kept}."

@@ -178,7 +178,7 @@ def read_frames(episode: Episode, times: Float64[np.ndarray, " L"], tolerance: f
     """The episode's frames as JPEGs. Raises a Fault unless the video has, between the episode's start and stop, exactly
     one frame for each of `times` (seconds from the start), within `tolerance` seconds."""
     av = _extra("av")
-    path, frames, seen = episode.video, [], []
+    path, frames, stamps = episode.video, [], []
     if not (path and path.is_file()):
         raise Fault("no file", f"the video {path} does not exist")
     try:
@@ -194,7 +194,7 @@ def read_frames(episode: Episode, times: Float64[np.ndarray, " L"], tolerance: f
                     continue
                 if frame.time >= episode.stop - tolerance:
                     break
-                seen.append(frame.time - episode.start)
+                stamps.append(frame.time - episode.start)
                 jpeg = io.BytesIO()
                 Image.fromarray(frame.to_ndarray(format="rgb24")).save(jpeg, "JPEG", quality=JPEG_QUALITY)
                 frames.append(jpeg.getvalue())
@@ -202,13 +202,13 @@ def read_frames(episode: Episode, times: Float64[np.ndarray, " L"], tolerance: f
         raise Fault("video", f"the video {path} does not decode after {len(frames)} frames: {error}") from error
     if len(frames) != len(times):
         raise Fault("frame count", f"{len(times)} rows in {episode.data}, but {len(frames)} frames in {path}")
-    late = np.abs(np.asarray(seen) - times)
+    late = np.abs(np.asarray(stamps) - times)
     if not (late <= tolerance).all():
         i = int(late.argmax())
         raise Fault(
             "timestamps",
-            f"frame {i} of {path} is at {seen[i]:.4f} s, its row says {times[i]:.4f} s; at most {tolerance:.4f} s, a "
-            "quarter of the frame period, may lie between",
+            f"frame {i} of {path} is at {stamps[i]:.4f} s, its row says {times[i]:.4f} s; they may differ by at most "
+            f"{tolerance:.4f} s, a quarter of the frame period",
         )
     return frames
 
@@ -337,7 +337,7 @@ def _splits(file: Path, spans: dict[str, str], episodes: list[Episode]) -> dict[
         }
         if all(inside.values()) and sorted(chain(*inside.values())) == list(numbers):
             by_number = dict(zip(numbers, episodes, strict=True))
-            return {split: tuple(by_number[number] for number in own) for split, own in inside.items()}
+            return {split: tuple(by_number[number] for number in chosen) for split, chosen in inside.items()}
     raise InputError(
         f"{file} has the splits {spans}, which do not hold each of the {len(episodes)} episodes once; without 'splits' "
         "all are in train"

@@ -124,8 +124,8 @@ def trajectories_of(function: str) -> dict[str, Any]:
     except (TypeError, ValueError) as error:
         raise InputError(f"{expected}: {error}") from error
     with _theirs(repr(function)):
-        made = make()
-    return dict(made) if isinstance(made, Mapping) else {"train": made}
+        splits = make()
+    return dict(splits) if isinstance(splits, Mapping) else {"train": splits}
 
 
 def their_traceback(error: PipelineError) -> str:

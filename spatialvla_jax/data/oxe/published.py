@@ -1,7 +1,7 @@
 """The 28 datasets on which the published model was trained: those of `oxe_spatial_vla_plus`.
 
 Image, action, gripper and frame filter follow the release (SpatialVLA/SpatialVLA: data/oxe/configs.py,
-data/oxe/transforms.py, data/utils/droid_utils.py) even where a dataset's documentation differs, because the release's
+data/oxe/transforms.py, data/utils/droid_utils.py) even where a dataset's documentation differs. The release's
 statistics and weights depend on them. Comments mark such places. Features and counts are from the TFDS catalogue
 (tensorflow/datasets: docs/catalog/<name>.md) unless a comment says otherwise.
 """
