@@ -69,7 +69,7 @@ class Index:
     skipped: Mapping[str, int]  # skipped episodes, by reason
     arrays: Mapping[str, np.ndarray]
     maps: tuple[mmap.mmap, ...] = ()  # memory of the mapped arrays
-    descriptors: Mapping[str, int] = dataclasses.field(default_factory=dict)  # of the mapped files; open as long
+    descriptors: Mapping[str, int] = dataclasses.field(default_factory=dict)  # of the mapped files
     made_from: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # see `Source`
     gaussians: Any = None  # f64[6, 2], `fit_gaussians` of the actions normalised by `statistics`, if known
     directories: tuple[AnyPath, ...] = ()  # that hold this index

@@ -69,7 +69,7 @@ class Shard(NamedTuple):
     file: AnyPath
     numbers: range  # of the part's episodes within the file
     listed: int  # number of episodes in the whole file, from dataset_info.json
-    size: int  # bytes
+    size: int  # of the file in bytes
     version: int | str  # changes with the file's content; see `storage.list_files`
 
 

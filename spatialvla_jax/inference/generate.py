@@ -158,7 +158,7 @@ class Decoder:
         """
         scores = linear(hidden, self.weights.head, jnp.float32)
         if self.ranges is not None:
-            scores = scores[..., -self.cfg.spatial_tokens :]  # the head may have rows for the whole vocabulary
+            scores = scores[..., -self.cfg.spatial_tokens :]  # without the scores of text tokens, if any
         # NaN and infinity anywhere reach the logits through later tokens' attention and through norms. The one
         # exception is a norm whose mean square overflows: it gives zeros.
         total = jnp.sum(jnp.abs(scores), axis=-1)

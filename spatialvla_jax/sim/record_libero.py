@@ -65,7 +65,7 @@ PLANS = {
         IN_BASKET._replace(height=0.015, angle=np.deg2rad(60)),  # tomato sauce, a can, beside a carton
         IN_BASKET._replace(height=0.005),  # butter, flat
         IN_BASKET._replace(height=0.030, angle=np.deg2rad(10)),  # milk, a carton
-        IN_BASKET._replace(height=0.005),  # chocolate pudding, flat
+        IN_BASKET._replace(height=0.005),  # chocolate pudding, a flat box
         IN_BASKET._replace(height=0.030, angle=np.deg2rad(10)),  # orange juice, a carton
     ),
 }

@@ -149,7 +149,7 @@ def run_parallel(command: Sequence[str], workdir: Path, trials: Sequence[Trial],
             return FINISHED
         if stopping.is_set():
             return STOPPED
-        if code and not (folder / "failed.json").exists():  # killed or out of memory: it could not write one
+        if code and not (folder / "failed.json").exists():  # killed or out of memory, so it wrote no reason
             write_failure(folder, trial, f"its process ended with exit code {code}, see log.txt")
         return FAILED if (folder / "failed.json").exists() else STOPPED
 

@@ -170,7 +170,7 @@ class Checkpoints:
         return swap_ema(split_frozen(state.params, self.left_out)[0], state.opt_state)
 
     def _start(self, state: TrainState, step: int, upload_logs: Callable[[], None]) -> None:
-        self._finish(step)  # only one at a time
+        self._finish(step)  # at most one save at a time
         self.began = time.perf_counter()
         params, opt_state = self._saved(state)
         items = ocp.args.Composite(
