@@ -32,6 +32,11 @@ from spatialvla_jax.training.sharding import make_mesh
 from spatialvla_jax.utils.atomic import write_json
 
 FIGURES = ("loss.png", "action_grid.png", "trajectories.png")
+NEXT = """
+What next:
+  - Read docs/guides/data.md and train on your own episodes: one entry in a config names them.
+  - Serve this policy: `spatialvla-jax serve --checkpoint {run}`. Its page shows what the policy sees and does.
+  - Compare grid resolutions: `spatialvla-jax sweep --config sweeps/grid_resolution --workdir runs/resolution`."""
 MADE = ("run", "undisturbed", "export", "compiled", "summary.json", *FIGURES)
 
 
@@ -100,8 +105,25 @@ def run(config_path: str, workdir: Path, overrides: dict[str, str]) -> dict[str,
     for key, value in summary.items():
         if key != "evaluation":
             print(f"{key:28} {value:.4f}" if isinstance(value, float) else f"{key:28} {value}")
+    print(f"\n{conclusion(result)}")
     print(f"\nwrote {workdir}/summary.json, loss.png, action_grid.png, trajectories.png, run/ and export/")
+    print(NEXT.format(run=run_dir))
     return summary
+
+
+def conclusion(result: dict[str, Any]) -> str:
+    """What the errors on the validation episodes show, in words."""
+    l1, mean, repeat = (result[key] for key in ("l1", "l1_mean_baseline", "l1_repeat_baseline"))
+    text = f"On unseen episodes the policy's L1 is {l1:.3f}"
+    if l1 >= mean:
+        return f"{text}, no better than predicting the mean action ({mean:.3f})."
+    text = f"{text}, {1 - l1 / mean:.0%} below predicting the mean action ({mean:.3f})"
+    if l1 < repeat:
+        return f"{text} and {1 - l1 / repeat:.0%} below holding the last action ({repeat:.3f})."
+    return (
+        f"{text}. Holding the last action is better ({repeat:.3f}): it knows the expert's last action, and the "
+        "expert moves smoothly. The policy sees one image, no history, and has trained for minutes."
+    )
 
 
 def make_room(workdir: Path) -> None:
