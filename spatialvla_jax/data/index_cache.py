@@ -142,9 +142,10 @@ def complete_indexes(
         places = [directory / source.folder for directory in dict.fromkeys([local, cache_dir])]
         indexes.append(dataclasses.replace(index, directories=tuple(places)))
     if is_url(cache_dir) and processes.index == 0:
-        same = _same_in_bucket(sources, local, cache_dir)
-        for source, one, stored in zip(sources, kept, same, strict=True):
-            if one is None or not (stored or _read_meta(source, cache_dir / source.folder)):  # new, or not uploaded
+        held = [source for source, one in zip(sources, kept, strict=True) if one]
+        same = {source.folder for source, yes in zip(held, _same_in_bucket(held, local, cache_dir), strict=True) if yes}
+        for source, one in zip(sources, kept, strict=True):
+            if not one or not (source.folder in same or _read_meta(source, cache_dir / source.folder)):  # not uploaded
                 upload_folder(local / source.folder, cache_dir / source.folder, META)
     return indexes
 
