@@ -231,6 +231,11 @@ def add_compile(commands: Commands) -> None:
     p.add_argument(
         "--search", action="store_true", help="rank meshes, remat policies, accumulation and smaller batches"
     )
+    p.add_argument(
+        "--machine-code",
+        action="store_true",
+        help="generate it, too, which takes minutes: memory is then what the executable states",
+    )
 
 
 def run_compile(args: argparse.Namespace) -> None:
@@ -239,7 +244,8 @@ def run_compile(args: argparse.Namespace) -> None:
 
     from spatialvla_jax.config import load_config
     from spatialvla_jax.data import DataConfig
-    from spatialvla_jax.planning.tpu_plan import compile_for, line, parse_topology, table
+    from spatialvla_jax.planning.topology import parse_topology
+    from spatialvla_jax.planning.tpu_plan import compile_for, line, table
     from spatialvla_jax.utils.atomic import disk_errors
 
     jax.config.update("jax_platforms", "cpu")  # there may be no TPU, and none is used
@@ -248,7 +254,8 @@ def run_compile(args: argparse.Namespace) -> None:
     cache = DataConfig.from_config(config.data).cache_folder / "compile"
     with disk_errors(cache):
         note = partial(tqdm.write, file=sys.stderr)
-        results = compile_for(config, topology, cache, searching=args.search, progress=note)
+        options = {"searching": args.search, "machine_code": args.machine_code}
+        results = compile_for(config, topology, cache, **options, progress=note)
     for plan, report in results:
         print(f"{plan}: {line(report)}")
     plan, best = results[0]

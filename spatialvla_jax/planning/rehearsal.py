@@ -22,7 +22,8 @@ from ml_collections import ConfigDict
 from spatialvla_jax.batch import Batch
 from spatialvla_jax.checkpoints.orbax import step_directory
 from spatialvla_jax.config import completed
-from spatialvla_jax.planning.tpu_plan import Topology, costs_of
+from spatialvla_jax.planning.topology import Topology
+from spatialvla_jax.planning.tpu_plan import costs_of
 from spatialvla_jax.training.flops import model_flops
 from spatialvla_jax.training.goodput import STARTING, Clock, Goodput
 from spatialvla_jax.training.log_folder import LogFolder

@@ -1,15 +1,15 @@
 """Ahead-of-time compilation of the training step for a TPU pod, by libtpu on any CPU machine (extra [tpu]).
 
 What is compiled is `training.step.jit_train_step`, the step that the training loop runs, with the shardings that it
-runs with. The compiler itself says whether the step fits the chip; advice on what would fit has been compiled, too.
+runs with. Whether the step fits the chip follows from the compiler's own buffers; advice on what would fit has been
+compiled, too.
 """
 
 import gzip
 import hashlib
 import importlib.metadata
-import importlib.util
 import json
-import re
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -19,7 +19,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import topologies
 from ml_collections import ConfigDict
 
 from spatialvla_jax.actions import PRETRAIN_GAUSSIANS, ActionTokenizer
@@ -27,6 +26,8 @@ from spatialvla_jax.batch import Batch
 from spatialvla_jax.data.oxe import MIXTURES
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.planning.hlo_cost import GB, read_program
+from spatialvla_jax.planning.topology import Topology
+from spatialvla_jax.planning.tpu_compiler import Progress, build, in_own_process, optimise, out_of_memory
 from spatialvla_jax.training.flops import model_flops
 from spatialvla_jax.training.grid_fit import make_grid
 from spatialvla_jax.training.setup import TrainSetup, make_setup
@@ -34,94 +35,14 @@ from spatialvla_jax.training.sharding import AXES, check_batch, make_mesh
 from spatialvla_jax.training.state import abstract_state
 from spatialvla_jax.training.step import jit_train_step
 from spatialvla_jax.utils.atomic import replacing, write_json
-from spatialvla_jax.utils.chips import CHIPS, Chip
 from spatialvla_jax.utils.progress import timed_stage
-from spatialvla_jax.utils.quiet import quiet_libtpu
-from spatialvla_jax.utils.signals import keep_handlers
 
-FLAT = ((2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))  # the slices of v5e and v6e from one host up
 MAX_ADVICE = 4  # suggestions compiled before giving up
 BATCH_PARTS = (1, 2, 4)  # of the config's batch, which a search tries
 REMAT = ("none", "dots", "full")  # from the most memory to the least
-FORMAT = 4  # of a report: another one leaves the cached ones alone
+FORMAT = 5  # of a report: another one leaves the cached ones alone
 
-Progress = Callable[[str], None]
 Report = dict[str, Any]  # of a compiled plan, as in its JSON file: see `compile_plan`
-
-
-@dataclass(frozen=True)
-class Topology:
-    """`slices` pods of `dims` chips of a generation; `str` gives "v5e:16x16" or "2 × v5e:16x16"."""
-
-    generation: str
-    dims: tuple[int, ...]
-    slices: int = 1
-
-    @property
-    def chip(self) -> Chip:
-        return CHIPS[self.generation]
-
-    @property
-    def chips(self) -> int:
-        return prod(self.dims) * self.slices
-
-    @property
-    def name(self) -> str:
-        return f"{self.generation}:{'x'.join(map(str, self.dims))}"
-
-    def __str__(self) -> str:
-        return self.name if self.slices == 1 else f"{self.slices} × {self.name}"
-
-    def devices(self) -> list[Any]:
-        """Devices to compile for, one a chip. Raises InputError where libtpu is not installed or refuses."""
-        if importlib.util.find_spec("libtpu") is None:
-            raise InputError(
-                "compiling for TPUs needs libtpu, which is not installed: pip install 'spatialvla-jax[tpu]'"
-            )
-        quiet_libtpu()
-        options: dict[str, Any] = {"num_slices": self.slices} if self.slices > 1 else {}
-        if self.chip.cores == 2:
-            options["chip_config_name"] = "megacore"  # both cores of a chip are one device
-        try:
-            return list(topologies.get_topology_desc(self.name, platform="tpu", **options).devices)
-        except Exception as error:
-            raise InputError(f"libtpu has no topology {self}: {str(error).splitlines()[0]}") from None
-        finally:
-            keep_handlers()
-
-
-def parse_topology(text: str, slices: int = 1) -> Topology:
-    """ "v5e:16x16" as it lies, or a product's name: "v5e-256" (256 chips), "v4-128" (128 TensorCores, 64 chips).
-
-    Raises InputError for one that does not exist.
-    """
-    found = re.fullmatch(r"(\w+)(?::(\d+(?:x\d+)*)|-(\d+))", text)
-    if not found or found[1] not in CHIPS:
-        raise InputError(f"topology {text!r} does not exist; write one of {', '.join(CHIPS)} and a shape, as v5e:16x16")
-    if slices < 1:
-        raise InputError(f"--slices must be at least 1, not {slices}")
-    generation, chip = found[1], CHIPS[found[1]]
-    shapes = FLAT if chip.sides == 2 else cubes(chip.largest)
-    dims = tuple(map(int, found[2].split("x"))) if found[2] else ()
-    count = prod(dims) if dims else int(found[3]) / chip.cores
-    # The one nearest to a cube or square is what a size alone gives.
-    fitting = [s for s in sorted(shapes, key=lambda s: max(s) - min(s)) if (s == dims if dims else prod(s) == count)]
-    if fitting:
-        return Topology(generation, fitting[0], slices)
-    near = min(shapes, key=lambda s: abs(np.log(prod(s) / max(1, count))))
-    kind = (
-        "2-D, from 2x2 to 16x16" if chip.sides == 2 else f"3-D, to {chip.largest} chips, its sides 2 or multiples of 4"
-    )
-    raise InputError(
-        f"topology {text} does not exist: {generation} is {kind}; the nearest is {Topology(generation, near).name}"
-    )
-
-
-def cubes(largest: int) -> list[tuple[int, ...]]:
-    """The slices of v4 and v5p: 2x2x1, then sides that are 2 or multiples of 4, shortest first."""
-    sides = [2, *range(4, 33, 4)]
-    shapes = [(a, b, c) for a in sides for b in sides for c in sides if a <= b <= c and a * b * c <= largest]
-    return [(2, 2, 1), *shapes]
 
 
 @dataclass(frozen=True)
@@ -159,10 +80,17 @@ def compile_plan(
     plan: Plan,
     topology: Topology,
     cache: Path,
+    folder: Path,
     progress: Progress = lambda _: None,
-) -> Report:
-    """Compile `setup` with the plan's changes → its report (see `table`), kept in `cache` under all that it depends on.
-    "used" are the bytes of a chip's HBM that it takes or would take."""
+    *,
+    machine_code: bool = False,
+) -> tuple[Report, str]:
+    """Compile `setup` with the plan's changes → its report (see `table`), and the optimised HLO where there is any.
+
+    "used" are the bytes of a chip's HBM that it takes or would take. A report is kept in `cache` under all that it
+    depends on; one that is there already comes without HLO. `folder` is an empty one for the compiler. With
+    `machine_code` the memory is what the executable states, which takes ten times as long.
+    """
     mesh = make_mesh(dict(zip(AXES, plan.mesh, strict=True)), topology.devices())
     check_batch(plan.batch_size, plan.grad_accum_steps, mesh)
     setup = replace(
@@ -175,11 +103,13 @@ def compile_plan(
     with timed_stage("lower", progress):
         lowered = traced.lower()
     versions = {"jax": jax.__version__, "libtpu": importlib.metadata.version("libtpu")}
-    key = hashlib.sha256(f"{topology} {plan} {versions} {FORMAT} {lowered.as_text()}".encode()).hexdigest()[:24]
+    key = hashlib.sha256(
+        f"{topology} {plan} {versions} {FORMAT} {machine_code} {lowered.as_text()}".encode()
+    ).hexdigest()[:24]
     kept = cache / f"{key}.json"
     if kept.exists():
         progress(f"  was compiled before: {kept}")
-        return json.loads(kept.read_text())
+        return json.loads(kept.read_text()), ""
 
     report: Report = {
         "topology": topology.name,
@@ -189,26 +119,22 @@ def compile_plan(
         "report": str(kept),
         "preset": setup.preset,
         "depth_source": setup.model.config.depth_source,
+        "machine_code": machine_code,
         **versions,
     }
     began = time.perf_counter()
     try:
         with timed_stage("compile", progress):
-            compiled = lowered.compile()
+            hlo, buffers = build(lowered) if machine_code else optimise(lowered, folder)
     except jax.errors.JaxRuntimeError as error:
         report |= {"fits": False} | out_of_memory(str(error)) | {"compile_seconds": time.perf_counter() - began}
-    else:
-        report["compile_seconds"] = time.perf_counter() - began
-        with timed_stage("analyse", progress):
-            hlo = compiled.as_text()
-            with replacing(cache / f"{key}.hlo.gz") as file:
-                file.write_bytes(gzip.compress(hlo.encode(), mtime=0))
-            params = held(state.params, shardings.params)
-            memory = memory_of(compiled.memory_analysis(), params, held(state.opt_state, shardings.opt_state))
-            report |= {"fits": memory["total"] <= topology.chip.hbm, "memory": memory, "used": memory["total"]}
-            report |= costs_of(hlo, model_flops(setup, grid), plan.batch_size, topology)
-    write_json(kept, report)
-    return report
+        return report, ""
+    report["compile_seconds"] = time.perf_counter() - began
+    with timed_stage("analyse", progress):
+        memory = memory_of(buffers, held(state.params, shardings.params), held(state.opt_state, shardings.opt_state))
+        report |= {"fits": memory["total"] <= topology.chip.hbm, "memory": memory, "used": memory["total"]}
+        report |= costs_of(hlo, model_flops(setup, grid), plan.batch_size, topology)
+    return report, hlo
 
 
 def costs_of(hlo: str, flops_of_sample: float, batch_size: int, topology: Topology) -> Report:
@@ -241,26 +167,12 @@ def held(shapes: Any, shardings: Any) -> int:
     return sum(jax.tree.leaves(sizes))
 
 
-def memory_of(analysis: Any, params: int, optimizer: int) -> dict[str, int]:
-    """Bytes of one chip by kind. The donated state's outputs lie where its inputs did and are not counted again."""
-    memory = {
-        "params": params,
-        "optimizer": optimizer,
-        "batch": max(0, analysis.argument_size_in_bytes - params - optimizer),
-        "temporaries": analysis.temp_size_in_bytes,
-        "outputs": max(0, analysis.output_size_in_bytes - analysis.alias_size_in_bytes),
-        "code": analysis.generated_code_size_in_bytes,
-    }
+def memory_of(buffers: dict[str, int], params: int, optimizer: int) -> dict[str, int]:
+    """Bytes of one chip by kind, from those of the program's buffers."""
+    others = dict(buffers)
+    batch = max(0, others.pop("arguments") - params - optimizer)
+    memory = {"params": params, "optimizer": optimizer, "batch": batch} | others
     return memory | {"total": sum(memory.values())}
-
-
-def out_of_memory(message: str) -> dict[str, float]:
-    """{"used", "hbm"} in bytes from the compiler's refusal; raises what is another error."""
-    found = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", message)
-    if not found:
-        raise RuntimeError(f"the TPU compiler failed: {message[:2000]}")
-    unit = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-    return {"used": float(found[1]) * unit[found[2]], "hbm": float(found[3]) * unit[found[4]]}
 
 
 def smaller(plan: Plan, slices: int) -> Iterator[Plan]:
@@ -332,7 +244,11 @@ def search(
                 if rows % grad_accum_steps or (best and grad_accum_steps >= best):
                     break
                 candidate = Plan(mesh, remat, batch_size, grad_accum_steps)
-                report = compile_(candidate)
+                try:
+                    report = compile_(candidate)
+                except InputError as error:
+                    progress(f"{candidate}: {error}")
+                    break
                 progress(f"{candidate}: {line(report)}")
                 if report["fits"]:
                     fitting.append((candidate, report))
@@ -403,8 +319,35 @@ def table(report: Report) -> str:
     return "\n".join(lines)
 
 
+def resolve(config: ConfigDict, topology: Topology) -> tuple[TrainSetup, ActionTokenizer]:
+    """What a config means on a pod. Raises InputError."""
+    grid = make_grid(config.grid.to_dict(), lambda: np.asarray(PRETRAIN_GAUSSIANS))
+    mesh = make_mesh(config.mesh.to_dict(), topology.devices())
+    num_datasets = len(MIXTURES.get(config.data.mixture, ())) + len(config.data.datasets)
+    return make_setup(config, grid, mesh, num_datasets=num_datasets), grid
+
+
+def compile_config(
+    config: ConfigDict,
+    plan: Plan,
+    topology: Topology,
+    cache: Path,
+    folder: Path,
+    machine_code: bool,
+    progress: Progress,
+) -> tuple[Report, str]:
+    setup, grid = resolve(config, topology)
+    return compile_plan(setup, grid, plan, topology, cache, folder, progress, machine_code=machine_code)
+
+
 def compile_for(
-    config: ConfigDict, topology: Topology, cache: Path, *, searching: bool = False, progress: Progress = lambda _: None
+    config: ConfigDict,
+    topology: Topology,
+    cache: Path,
+    *,
+    searching: bool = False,
+    machine_code: bool = False,
+    progress: Progress = lambda _: None,
 ) -> list[tuple[Plan, Report]]:
     """The config's plan compiled, or (`searching`) those that fit, fastest first.
 
@@ -412,12 +355,10 @@ def compile_for(
     do: they were compiled.
     """
     cache.mkdir(parents=True, exist_ok=True)
-    grid = make_grid(config.grid.to_dict(), lambda: np.asarray(PRETRAIN_GAUSSIANS))
-    mesh = make_mesh(config.mesh.to_dict(), topology.devices())
-    num_datasets = len(MIXTURES.get(config.data.mixture, ())) + len(config.data.datasets)
-    setup = make_setup(config, grid, mesh, num_datasets=num_datasets)
+    setup, _ = resolve(config, topology)
+    assert setup.mesh is not None
     plan = Plan(
-        tuple(mesh.shape[axis] for axis in AXES),  # pyright: ignore[reportArgumentType]
+        tuple(setup.mesh.shape[axis] for axis in AXES),  # pyright: ignore[reportArgumentType]
         setup.model.config.remat,
         setup.batch_size,
         setup.grad_accum_steps,
@@ -425,7 +366,16 @@ def compile_for(
 
     def compile_(plan: Plan) -> Report:
         progress(f"compiling {plan} for {topology}")
-        return compile_plan(setup, grid, plan, topology, cache, progress)
+        with tempfile.TemporaryDirectory() as folder:
+            arguments = (config, plan, topology, cache, Path(folder), machine_code)
+            report, hlo = in_own_process(compile_config, *arguments, progress=progress)
+        kept = Path(report["report"])
+        if not kept.exists():
+            if hlo:
+                with replacing(kept.with_suffix(".hlo.gz")) as file:
+                    file.write_bytes(gzip.compress(hlo.encode(), mtime=0))
+            write_json(kept, report)
+        return report
 
     if searching:
         fitting = search(plan, topology, compile_, progress)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.batches import GRID
+from helpers.own_process import die, refuse
 from helpers.setups import setup_of
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,18 +21,18 @@ from spatialvla_jax.actions import PRETRAIN_GAUSSIANS
 from spatialvla_jax.cli import main
 from spatialvla_jax.config import default_config, load_config
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.planning import tpu_plan as topology_module
+from spatialvla_jax.planning import topology as topology_module
+from spatialvla_jax.planning import tpu_plan
 from spatialvla_jax.planning.hlo_cost import read_program, replica_groups, valid_places
+from spatialvla_jax.planning.topology import Topology, parse_topology
+from spatialvla_jax.planning.tpu_compiler import buffers_of, in_own_process, out_of_memory
 from spatialvla_jax.planning.tpu_plan import (
     Plan,
-    Topology,
     advise,
     compile_for,
     compile_plan,
     line,
     meshes,
-    out_of_memory,
-    parse_topology,
     search,
     smaller,
 )
@@ -102,7 +103,7 @@ def test_a_nano_step_compiles_for_a_pod(config_file: Path, capsys: pytest.Captur
     arguments = ["compile", "--config", str(config_file), "--topology", "v5e:2x2"]
     assert main(arguments) == 0
     out, err = capsys.readouterr()
-    assert re.findall(r"^  (\w+): [\d.]+ s$", err, re.MULTILINE) == ["trace", "lower", "compile", "analyse"]
+    assert re.findall(r"^  (\w+): [\d.]+ s$", err, re.MULTILINE) == ["start", "trace", "lower", "compile", "analyse"]
     report = json.loads(out.splitlines()[-1])
     assert report["fits"] and report["mesh"] == [1, 4, 1]
     memory = report["memory"]
@@ -204,7 +205,7 @@ def test_advice_was_compiled_and_fits(limit: float) -> None:
     better, tried = advise(FULL, report, 1, compile_)
     assert better is not None and better in asked and compile_(better)["fits"]
     assert all(not compile_(plan)["fits"] for plan in tried)
-    assert len(tried) < topology_module.MAX_ADVICE
+    assert len(tried) < tpu_plan.MAX_ADVICE
 
 
 def test_out_of_memory_ends_with_the_advice(config_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -214,7 +215,11 @@ def test_out_of_memory_ends_with_the_advice(config_file: Path, monkeypatch: pyte
 
     def compiler(limit: float):
         compile_, _ = memory_model(limit)
-        monkeypatch.setattr(topology_module, "compile_plan", lambda setup, grid, plan, *_: compile_(plan))
+
+        def instead(function, config, plan, *_, progress):
+            return compile_(plan) | {"report": str(tmp_path / f"{limit} {plan}.json")}, ""
+
+        monkeypatch.setattr(tpu_plan, "in_own_process", instead)
 
     topology = Topology("v5e", (2, 4))
     compiler(40.0)
@@ -260,24 +265,54 @@ def test_search_ranks_what_fits(limit: float, batch_size: int) -> None:
 
 
 def test_a_program_that_compiles_may_still_be_too_large(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Its arguments and outputs are not the compiler's to refuse: the sum is ours."""
-    sizes = ("argument", "temp", "output", "alias", "generated_code")
-    memory = SimpleNamespace(**{f"{kind}_size_in_bytes": 10 * 2**30 for kind in sizes})
-    compiled = SimpleNamespace(as_text=lambda: HLO, memory_analysis=lambda: memory)
-    lowered = SimpleNamespace(as_text=lambda: "", compile=lambda: compiled)
+    """Memory that the compiler does not refuse may be more than the chip has: the sum is ours."""
+    buffers = {"arguments": 10 * 2**30, "temporaries": 15 * 2**30, "outputs": 5 * 2**30}
+    monkeypatch.setattr(tpu_plan, "optimise", lambda *_: (HLO, buffers))
+    lowered = SimpleNamespace(as_text=lambda: "")
     step = SimpleNamespace(trace=lambda *_: SimpleNamespace(lower=lambda: lowered))
-    monkeypatch.setattr(topology_module, "jit_train_step", lambda *_: step)
-    setup = setup_of(train={})
-    report = compile_plan(setup, GRID, Plan((1, 4, 1), "dots", 16, 1), Topology("v5e", (2, 2)), tmp_path)
-    assert not report["fits"] and report["used"] == report["memory"]["total"] == 30 * 2**30
+    monkeypatch.setattr(tpu_plan, "jit_train_step", lambda *_: step)
+    plan, topology = Plan((1, 4, 1), "dots", 16, 1), Topology("v5e", (2, 2))
+    report, hlo = compile_plan(setup_of(train={}), GRID, plan, topology, tmp_path, tmp_path)
+    assert hlo == HLO and not report["fits"]
+    assert report["used"] == report["memory"]["total"] == 30 * 2**30
     assert line(report) == "does not fit, 30.0 of 16.0 GiB"
 
 
+BUFFERS = """BufferAssignment:
+allocation 0: size 1024, parameter 0, shape |f32[256]| at ShapeIndex {}, maybe-live-out:
+ value: <1 p @0> (size=1024,offset=0): f32[256]{0}
+allocation 1: size 2048, parameter 1, shape |f32[512]| at ShapeIndex {}:
+allocation 2: size 300, output shape is |bf16[150]|, maybe-live-out:
+allocation 3: size 40, constant:
+allocation 4: size 5000, preallocated-temp:
+ value: <4 copy @0> (size=5000,offset=0): f32[1250]{0}
+allocation 5: size 113295360, color 1, preallocated-temp:
+allocation 6: size 4096, thread-local:
+"""
+
+
+def test_buffers_in_the_chips_memory_are_counted_once_and_by_kind() -> None:
+    """An output in the place of a donated argument is that argument; neither vector memory nor registers are HBM."""
+    assert buffers_of(BUFFERS) == {"arguments": 3072, "temporaries": 5040, "outputs": 300}
+
+
 def test_the_compilers_refusal_is_read() -> None:
-    message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 33.17G of 15.75G hbm. Exceeded"
-    assert out_of_memory(message) == {"used": 33.17 * 2**30, "hbm": 15.75 * 2**30}
-    with pytest.raises(RuntimeError, match="the TPU compiler failed: INTERNAL"):
+    early = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (33.17G) "
+    early += "exceeds available HBM (15.75G)."
+    late = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 33.17G of 15.75G hbm. Exceeded"
+    for message in (early, late):
+        assert out_of_memory(message) == {"used": 33.17 * 2**30, "hbm": 15.75 * 2**30}
+    with pytest.raises(InputError, match=r"libtpu cannot compile this plan.*: INTERNAL: something else"):
         out_of_memory("INTERNAL: something else")
+
+
+def test_a_process_that_compiles_answers_or_says_why_not() -> None:
+    said: list[str] = []
+    with pytest.raises(InputError, match=r"^no such mesh$"):
+        in_own_process(refuse, "no such mesh", progress=said.append)
+    assert said[0].startswith("  start: ") and said[1:] == ["looking"]
+    with pytest.raises(RuntimeError, match="died with exit code 3"):
+        in_own_process(die, 3, progress=said.append)
 
 
 HLO = """HloModule jit_step
