@@ -2,7 +2,7 @@
 model frozen; DROID leaves for the last third.
 
 The datasets lie in the directories DIR/<name>/<version>, as TFDS keeps them: --config.data.root=DIR. The published run
-is given as ten days on 64 A100, not as a number of steps: set `train.steps` to what you have.
+is given as ten days on 64 A100, not as a number of steps: docs/cloud.md estimates 225,000.
 """
 
 from spatialvla_jax.config import default_config
