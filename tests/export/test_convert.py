@@ -161,7 +161,7 @@ def test_bad_requests(checkpoint, tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     for arguments, says in [
         ((tmp_path / "none", tmp_path / "b", "orbax"), "none does not exist"),
-        ((tmp_path / "empty", tmp_path / "b", "orbax"), "is no checkpoint"),
+        ((tmp_path / "empty", tmp_path / "b", "orbax"), "is not a checkpoint"),
         ((tmp_path / "a", tmp_path / "b", "onnx"), "cannot convert to 'onnx'"),
         ((tmp_path / "a", tmp_path / "b", "orbax", "int8"), "dtype 'int8' is not one of"),
         ((tmp_path / "a", tmp_path / "empty", "orbax"), "empty exists"),

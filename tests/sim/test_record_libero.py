@@ -124,7 +124,7 @@ def test_motions_that_cannot_be_written_leave_what_is_there(tmp_path):
 def test_a_file_of_something_else_is_named(tmp_path, monkeypatch, content):
     monkeypatch.setattr(recorder, "check_simulator", lambda: None)
     (tmp_path / "set.npz").write_bytes(content)
-    with pytest.raises(InputError, match=r"set\.npz is no file of motions"):
+    with pytest.raises(InputError, match=r"set\.npz is not a file of motions"):
         render_motions([tmp_path / "set.npz"], tmp_path / "out.pack")
     assert not (tmp_path / "out.pack").exists()
 
