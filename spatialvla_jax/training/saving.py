@@ -30,7 +30,7 @@ from spatialvla_jax.training.optimizer import merge, split_frozen, swap_ema
 from spatialvla_jax.training.state import TrainState
 from spatialvla_jax.utils.distributed import is_writer
 from spatialvla_jax.utils.progress import warn
-from spatialvla_jax.utils.storage import AnyPath, absolute, exists, filesystem, is_url, put, storage_errors
+from spatialvla_jax.utils.storage import AnyPath, absolute, exists, explain, filesystem, is_url, put, storage_errors
 
 FOLDER = "checkpoints"
 INCOMPLETE = "incomplete_checkpoints"  # in a run's directory: checkpoints that were found damaged
@@ -200,7 +200,7 @@ class Checkpoints:
     def _failed(self, error: Exception, step: int) -> None:
         self.began, self.retry_at = 0.0, step + 2**self.failures
         if not self.failures:  # later failures may only be due to this one's remains
-            self.reason = reason(error)
+            self.reason = reason(error, self.folder)
         self.failures += 1
         sentence = f"no checkpoint could be written to {self.folder} at step {step}: {self.reason}"
         if jax.process_count() > 1:
@@ -287,7 +287,11 @@ def wait_unless_failed(*, key: str, timeout_ms: int) -> None:
         multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
 
-def reason(error: Exception) -> str:
-    """The operating system's message within an error of the array store, or the start of the error's text."""
+def reason(error: Exception, folder: AnyPath) -> str:
+    """Why `folder` could not be written: what the bucket answered, the operating system's message within an error of
+    the array store, or the start of the error's text."""
+    if is_url(folder):
+        sentence = str(explain(first_cause(error), folder, "written"))
+        return sentence.removeprefix(f"{folder} cannot be written").removeprefix(f"{folder}").removeprefix(": ")
     text = " ".join(str(error).split())
     return next((words for number in errno.errorcode if (words := os.strerror(number)) in text), text[:300])

@@ -394,6 +394,9 @@ def explain(error: Exception, path: str | os.PathLike[str], done: str = "read") 
 
 def status_of(error: Exception, path: str | os.PathLike[str]) -> tuple[int, str]:
     """The HTTP status behind an error, 0 if there is none, and the server's message."""
+    if code := re.search(r"\[http_response_code='(\d+)'\]", str(error)):  # from tensorstore
+        body = re.search(r"\[http_response_body='(.*?)'\]", str(error))
+        return int(code[1]), ", ".join(filter(None, (body and body[1].replace("\\", ""), code[1])))
     return fsspec.get_filesystem_class(os.fspath(path).partition(":")[0]).status_of(error)
 
 

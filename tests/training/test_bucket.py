@@ -1,5 +1,6 @@
 """A run's workdir at gs:// and s3://, against servers of the protocols."""
 
+import json
 import random
 import shutil
 import signal
@@ -14,7 +15,7 @@ from helpers.batches import assert_equal
 from helpers.processes import Run, Server, records
 
 from spatialvla_jax.checkpoints import load_pretrained
-from spatialvla_jax.checkpoints.orbax import MARKER, missing, open_params, step_directories, step_directory
+from spatialvla_jax.checkpoints.orbax import MARKER, TRIES, missing, open_params, step_directories, step_directory
 from spatialvla_jax.errors import InputError, StorageError
 from spatialvla_jax.export.convert import convert
 from spatialvla_jax.inference.policy import Policy
@@ -22,7 +23,7 @@ from spatialvla_jax.training.log_folder import LogFolder
 from spatialvla_jax.training.metrics import MetricsLog, read_metrics
 from spatialvla_jax.training.saving import Checkpoints
 from spatialvla_jax.training.state import TrainState
-from spatialvla_jax.utils import storage
+from spatialvla_jax.utils import retries, storage
 
 
 def state_of(step: int) -> TrainState:
@@ -80,29 +81,46 @@ def test_what_was_cut_off_does_not_exist_and_what_is_damaged_is_kept_aside(gcs, 
     assert f"{folder}/4 is incomplete and was moved to {workdir}/incomplete_checkpoints/4" in capsys.readouterr().err
 
 
+WRITES = "^(POST|PUT) "
+ARRAYS = f"{WRITES}.*(ocdbt|%2Fd%2F)"  # those of tensorstore alone
+LASTING = {
+    "permission": (403, "no create access", WRITES, "the permission (storage.objects.create|s3:PutObject) is missing"),
+    "full": (507, "InsufficientStorage", WRITES, "the bucket is full or a quota is used up"),
+    "quota": (403, "quota exceeded", WRITES, "the bucket is full or a quota is used up"),
+    "read-only": (403, "object is under a retention policy", "^(POST|PUT|DELETE) ", "the bucket is read-only"),
+    "full for arrays": (507, "InsufficientStorage", ARRAYS, "the bucket is full or a quota is used up"),
+    "throttled for arrays": (429, "slow down", ARRAYS, "429"),
+    "credentials for arrays": (401, "Unauthorized", ARRAYS, "there are no valid credentials"),
+    "throttled": (429, "slow down", "", "the storage failed for"),
+    "down": (503, "", "", "the storage failed for"),
+    "bucket removed": (404, "The specified bucket does not exist", "", "there is no bucket"),
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("status", "body", "words"),
-    [
-        (403, '{"error": {"message": "no storage.objects.create access"}}', "no storage.objects.create access"),
-        (507, "InsufficientStorage", "507"),
-    ],
-)
-def test_a_save_that_fails_is_tried_again_and_then_one_sentence(gcs, monkeypatch, capsys, status, body, words) -> None:
+@pytest.mark.parametrize("fault", LASTING)
+def test_a_save_that_fails_is_tried_again_and_then_one_sentence(gcs, monkeypatch, capsys, fault) -> None:
+    """Whatever lasts ends the run, and the last good checkpoint is there when it is over."""
+    status, body, pattern, words = LASTING[fault]
     workdir = storage.as_path(f"{gcs.url}/run", "--workdir")
     monkeypatch.setattr("spatialvla_jax.training.saving.time.sleep", lambda _: None)
+    monkeypatch.setattr(retries, "PATIENCE", 0.3)
+    for key, value in {"max_retries": 2, "initial_delay": "1ms"}.items():
+        monkeypatch.setitem(TRIES, key, value)
     checkpoints = saver(workdir)
     save(checkpoints, 1)
-    fault = gcs.proxy.add(status=status, body=body, pattern="^(POST|PUT) .*upload", count=1)
-    save(checkpoints, 2)
-    assert checkpoints.latest() == 2 and "the last good one is from step 1; trying again" in capsys.readouterr().err
-    fault.count = None
-    with pytest.raises(
-        StorageError, match=f"no checkpoint could be written to {workdir}/checkpoints at step 3: .*{words}"
-    ):
+    if pattern == WRITES:
+        gcs.proxy.add(status=status, body=body, pattern=f"{WRITES}.*upload", count=1)
+        save(checkpoints, 2)
+        assert checkpoints.latest() == 2 and "the last good one is from step 1; trying again" in capsys.readouterr().err
+    gcs.proxy.add(status=status, body=json.dumps({"error": {"message": body}}), pattern=pattern)
+    with pytest.raises(StorageError, match=words) as ended:
         save(checkpoints, 3)
+    assert str(ended.value).count(str(workdir)) <= 2 and "tensorstore_spec" not in str(ended.value)
+    assert "\n" not in str(ended.value) and len(str(ended.value)) < 400
+    checkpoints.close()
     gcs.proxy.faults.clear()
-    assert restore(workdir) == 2
+    assert restore(workdir) == (2 if pattern == WRITES else 1)
 
 
 def test_logs_outlive_a_kill_up_to_the_last_save(bucket) -> None:
