@@ -168,6 +168,19 @@ def test_with_zoedepth_inside(reference, tmp_path):
     assert all(np.array_equal(disk[path], x.read()) for path, x in arrays.items())
 
 
+@pytest.mark.slow
+def test_a_zoedepth_in_a_bucket(reference, gcs, tmp_path):
+    """As init and init_zoedepth of a run may be."""
+    random_hf_model(TINY, seed=1).save_pretrained(tmp_path / "zoe")
+    source = save(tmp_path / "pg", reference)
+    here = start_from_paligemma(source, tmp_path / "zoe")
+    there = start_from_paligemma(gcs.upload(source, "pg"), gcs.upload(tmp_path / "zoe", "zoe"))
+    assert here.config == there.config
+    jax.tree.map(np.testing.assert_array_equal, here.params(), there.params())
+    with pytest.raises(InputError, match=f"{gcs.url}/other"):
+        start_from_paligemma(source, f"{gcs.url}/other")
+
+
 def is_same(a, b):
     return a[0].config == b[0].config and all(jax.tree.leaves(jax.tree.map(np.array_equal, a[1], b[1])))
 

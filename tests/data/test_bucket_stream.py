@@ -1,9 +1,11 @@
 """The stream out of a bucket is that off a disk: order, pixels, resume, several hosts, faults and their counts."""
 
+import itertools
 import shutil
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers.batches import assert_equal
 from helpers.range_server import range_server
@@ -12,6 +14,7 @@ from helpers.toy_rlds import data_config, make_episodes, make_rlds
 
 from spatialvla_jax.data import load_data
 from spatialvla_jax.data.bucket_speed import Speed, choose_ahead, choose_block
+from spatialvla_jax.data.mixture import replacement_samples, sample_frames
 from spatialvla_jax.errors import InputError, StorageError
 from spatialvla_jax.utils import retries
 
@@ -96,6 +99,20 @@ def rewrite(file):
     file.write_bytes(bytes(file.stat().st_size))
 
 
+def draws(loader, count, seed, unreadable):
+    """→ (the first samples that can be read, how many are drawn for them)."""
+    starts, used, drawn = np.cumsum([0, *(index.num_frames for index in loader.indexes())]), [], 0
+    for number in range(count):
+        for attempt in itertools.count():
+            numbers = replacement_samples(np.array([number]), attempt)
+            (dataset,), (frame,) = sample_frames(loader.mixture, seed, numbers, np.zeros(len(starts) - 1, np.int64))
+            drawn += 1
+            if (sample := int(starts[dataset] + frame)) not in unreadable:
+                used.append(sample)
+                break
+    return used, drawn
+
+
 CHANGES = {"deleted": Path.unlink, "cut": lambda file: file.write_bytes(b"short"), "rewritten": rewrite}
 SAID = {
     "deleted": "does not exist any more",
@@ -119,6 +136,10 @@ def test_an_object_that_changes_under_a_run(configs, root, change, block):
         assert not read & {10, *range(36, 48)} and all(len(batch.image) == 8 for batch in batches)
         replaced = loaders["bucket"].replaced()
         assert replaced["toy1", "checksum" if change == "rewritten" else "unreadable file"] > 0
+        first = 34 if block == 5 and change != "rewritten" else 36  # a block that reaches into the file is lost whole
+        used, drawn = draws(loaders["bucket"], 64, 5, {10, *range(first, 48)})
+        assert np.concatenate([batch.sample_id for batch in batches]).tolist() == used
+        assert drawn == len(used) + sum(replaced.values())  # nothing is skipped without being counted
         if change != "rewritten":
             for one, other in zip(take(loaders["disk"].batches(8, seed=5), 8), batches, strict=True):
                 assert_equal(one, other)

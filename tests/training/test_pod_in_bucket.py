@@ -89,5 +89,4 @@ def test_a_loss_spike(server: Server, packed_config: Path, tmp_path: Path) -> No
     spikes = [read_metadata(step)["spikes"]["spikes"] for step in map(step_directory, (one, two)) if step]
     places = [[(spike["step"], spike["rewound_to"]) for spike in found] for found in spikes]
     assert places[0] == places[1] != []
-    assert [r["batch"] for r in records(one)] == [r["batch"] for r in records(two)]
     np.testing.assert_allclose(*([r["loss"] for r in records(run)] for run in (one, two)), atol=1e-5)
