@@ -186,34 +186,6 @@ def test_a_run_in_a_bucket_is_killed_and_ends_in_the_same_bits(
         assert_equal(Policy.load(place).infer(observation), expected)
 
 
-@pytest.mark.slow
-def test_a_shard_is_deleted_under_a_run(gcs, server: Server, config_file: Path, rlds: Path, tmp_path: Path) -> None:
-    """One sentence with the shard and exit code 2. When it is back, the same command ends in the bits of a run that
-    had it all along."""
-    data, workdir = gcs.upload(rlds, "toy/1.0.0"), storage.as_path(f"{gcs.url}/run", "--workdir")
-
-    def start(workdir, name: str) -> Run:
-        entry = {"name": "toy", "spec": "libero", "path": data}
-        keys = {"data.datasets": [entry], "data.cache_dir": tmp_path / "cache", "train.steps": 60}
-        keys |= {"data.memory_gb": 0.002, "data.read_block": 1}  # little is read ahead
-        flags = (f"--config.{key}={value}" for key, value in keys.items())
-        return server.train(config_file, workdir, *flags, errors=tmp_path / name)
-
-    assert start(tmp_path / "run", "undisturbed").wait(300) == 0, (tmp_path / "undisturbed").read_text()
-    run, shard = start(workdir, "deleted"), sorted(rlds.glob("*train*tfrecord*"))[0].name
-    assert run.until(lambda: step_directory(workdir) is not None, 300), run.errors.read_text()
-    storage.remove(storage.to_path(data) / shard)
-    assert run.wait(300) == 2, run.errors.read_text()
-    sentence = run.errors.read_text().splitlines()[-1]
-    assert sentence.startswith("spatialvla-jax train: ") and f"{data}/{shard}" in sentence
-    last = step_directory(workdir)
-    assert last is not None and 5 <= int(last.name) < 60
-    storage.upload(rlds / shard, storage.to_path(data) / shard)
-    assert start(workdir, "resumed").wait(300) == 0, (tmp_path / "resumed").read_text()
-    assert records(workdir) == records(tmp_path / "run")
-    assert_equal(load_pretrained(workdir)[1], load_pretrained(tmp_path / "run")[1])
-
-
 def test_a_workdir_that_cannot_be_used_is_one_sentence(gcs, s3) -> None:
     for url, words in ((f"{gcs.url}-other/run", "no bucket"), (f"{s3.url}-other/run", "no bucket")):
         with pytest.raises(InputError, match=words):
