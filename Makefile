@@ -56,7 +56,7 @@ OPENPI_CLIENT := openpi-client==0.1.2
 	touch $@
 
 lock:
-	$(BIN)/python -m pip install --upgrade --editable '.[torch,beam,lerobot,serve,gcs,s3,docs,dev]'
+	$(BIN)/python -m pip install --upgrade --editable '.[torch,beam,lerobot,serve,gcs,s3,view,docs,dev]'
 	$(BIN)/python -m pip freeze --exclude-editable --exclude openpi-client > requirements.lock
 
 # What make has made: runs/ holds what users have trained.

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import spatialvla_jax
-from spatialvla_jax.cli import bench, checkpoints, config, data, evaluate, grid, record, report, serve, train
+from spatialvla_jax.cli import bench, checkpoints, config, data, evaluate, grid, record, report, serve, train, view
 from spatialvla_jax.cli.arguments import Parser, check_outputs, state_defaults
 from spatialvla_jax.errors import FaultsError, InputError, StorageError
 from spatialvla_jax.utils.atomic import remove_unfinished
@@ -28,7 +28,7 @@ LOST = ("Gloo", "NCCL", "UNAVAILABLE", "DEADLINE_EXCEEDED", "heartbeat")
 
 GROUPS = {
     "train": (train, report, config),
-    "evaluate and serve": (evaluate, serve),
+    "evaluate and serve": (evaluate, serve, view),
     "checkpoints": (checkpoints,),
     "data": (data, grid, record),
     "measure": (bench,),

@@ -175,12 +175,12 @@ class Loader:
             meant = (step * batch_size + rows < count) & (batch.sample_id == samples(step))
             yield batch.replace(valid=meant)
 
-    def episodes(self, split: str) -> Iterator[Episode]:
+    def episodes(self, split: str, dataset: str = "", skip: int = 0) -> Iterator[Episode]:
         """Every episode of a split. Episodes with unreadable frames are omitted, if the config allows it."""
         data = self._split(split)
         for number, index in enumerate(data.indexes):
-            first = 0
-            for end in index.arrays["episode_end"].tolist():
+            ends = index.arrays["episode_end"].tolist() if dataset in ("", index.name) else []
+            for first, end in list(zip([0, *ends], ends, strict=False))[skip:]:
                 ids = data.starts[number] + np.arange(first, end)
                 batch = self.frames(ids, split)
                 if np.array_equal(np.asarray(batch.sample_id), ids):
@@ -189,7 +189,6 @@ class Loader:
                     before = index.arrays["action"][np.maximum(rows - 1, rows[0])]
                     previous = normalize(before, self.statistics[index.name]["action"])
                     yield Episode(index.name, instruction, batch, previous)
-                first = end
 
     def indexes(self, split: str | None = None) -> tuple[Index, ...]:
         """Every dataset's index of a split (by default the training split)."""

@@ -12,7 +12,18 @@ from spatialvla_jax.errors import InputError, StorageError
 from spatialvla_jax.utils import storage
 from spatialvla_jax.utils.storage import AnyPath
 
-SUFFIXES = {".csv", ".html", ".json", ".jsonl", ".md", ".npz", ".pack", ".png", ".py"}  # of files, never of folders
+SUFFIXES = {
+    ".csv",
+    ".html",
+    ".json",
+    ".jsonl",
+    ".md",
+    ".npz",
+    ".pack",
+    ".png",
+    ".py",
+    ".rrd",
+}  # of files, never of folders
 
 
 @dataclass(frozen=True)

@@ -112,7 +112,7 @@ def token_use(
             place = np.arange(count)
             share = [np.bincount(x.ravel(), minlength=count) / x.size for x in (values, guesses)]
             axes.bar(place, share[0], width=1, color="#BBBBBB", label="expert")
-            axes.step(place, share[1], where="mid", color=RED, linewidth=1.2, label="predicted")
+            axes.stairs(share[1], np.arange(count + 1) - 0.5, color=RED, linewidth=1.2, label="predicted")
             axes.set(title=name, yticks=[], xlim=(-0.6, count - 0.4))
             axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         used = [[len(np.unique(x[..., i])) for x in (expert, predicted)] for i in range(expert.shape[-1])]
