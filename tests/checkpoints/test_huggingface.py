@@ -204,15 +204,15 @@ DAMAGES = {  # {what is wrong: (damage to the directory, what the sentence must 
     "missing": (weights(lambda t: t.pop(TABLE)), r"1 tensor missing: spatial_embed_tokens\.weight"),
     "misshapen": (
         weights(lambda t: t.update({TABLE: np.zeros((130, 25), np.float32)})),
-        r"another shape .*spatial_embed_tokens\.weight \(130, 25\) instead of \(130, 24\)",
+        r"a shape other than .*spatial_embed_tokens\.weight \(130, 25\) instead of \(130, 24\)",
     ),
     "integer": (
         weights(lambda t: t.update({TABLE: np.zeros((130, 24), np.int32)})),
-        r"another dtype than F32, BF16, F16: spatial_embed_tokens\.weight \(I32\)",
+        r"a dtype other than F32, BF16, F16: spatial_embed_tokens\.weight \(I32\)",
     ),
     "mixed layers": (
         weights(lambda t: t.update({ONE: t[ONE].astype(np.float16)})),
-        r"another dtype .*layers\.2\.mlp\.down_proj",
+        r"a dtype other than .*layers\.2\.mlp\.down_proj",
     ),
     "not finite": (weights(not_finite), r"2 tensors not finite: language_model\.model\.norm\.weight, multi_modal"),
     "truncated": (cut(-100), r"cut short: \d+ bytes of \d+"),
