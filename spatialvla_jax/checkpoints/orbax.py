@@ -196,16 +196,18 @@ def open_params(step: AnyPath) -> dict[str, LazyArray]:
     return finite(step, {path: lazy(path, info, spec) for path, info, spec in _stored(params)})
 
 
-def unreadable(error: BaseException, sentence: str) -> Exception:
+def unreadable(error: Exception, sentence: str) -> Exception:
     """The exception for an error of Orbax or its array store: StorageError, which may pass, if a bucket gave up."""
     cause = first_cause(error)
     passing = isinstance(cause, StorageError) or "retry attempts failed" in str(cause)
     return (StorageError if passing else InputError)(f"{sentence}: {_first_line(cause)}")
 
 
-def first_cause(error: BaseException) -> BaseException:
+def first_cause(error: Exception) -> Exception:
     """The first in the chain of errors that led to this one, or the last with a message for the user."""
-    while (cause := error.__cause__ or error.__context__) and not isinstance(error, InputError | StorageError):
+    while not isinstance(error, InputError | StorageError):
+        if not isinstance(cause := error.__cause__ or error.__context__, Exception):
+            break
         error = cause
     return error
 
