@@ -43,6 +43,12 @@ COMMANDS = (
     "grid show grid.json --stats STATS --out out.png",
     "grid compare GRID",
     "grid compare grid.json --stats STATS",
+    "fetch me/policy --to TO",
+    "view data --config toy.py --out OUT",
+    "view policy --checkpoint CHECKPOINT",
+    "view policy --checkpoint . --out OUT",
+    "view rollout --checkpoint CHECKPOINT --suite libero_spatial",
+    "view rollout --checkpoint . --suite libero_spatial --out OUT",
     "record libero --render MOTIONS --out out",
     "record libero --episodes 1 --out OUT",
 )

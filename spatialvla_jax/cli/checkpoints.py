@@ -131,7 +131,9 @@ def run_fetch(args: argparse.Namespace) -> None:
 
 
 def announce(repository: "Repository", to: Path | None = None) -> None:
-    gate = f", gated: accept it on https://huggingface.co/{repository.id}" if repository.gated else ""
+    from huggingface_hub import constants
+
+    gate = f", gated: accept it on {constants.ENDPOINT}/{repository.id}" if repository.gated else ""
     print(
         f"{repository.id}@{repository.commit[:12]}: licence {repository.licence}{gate}; "
         f"{len(repository.files)} files, {repository.size / 1e9:.2f} GB, to {to or 'the cache of the Hub'}",

@@ -120,8 +120,8 @@ def run_rollout(args: argparse.Namespace) -> None:
 
     load_rerun()
     every = executor(args.execute).every
-    (episode, *_) = libero.episodes([args.suite], 1, [args.seed], [args.task])
     policy = Policy.load(args.checkpoint)
+    (episode, *_) = libero.episodes([args.suite], 1, [args.seed], [args.task])
     settings = closed_loop.Settings(libero.MAX_STEPS, args.execute)
     keys, config = list(policy.processor.statistics), policy.model.config
     environment = partial(

@@ -245,7 +245,7 @@ def _facts(checkpoint: Checkpoint, origin: Origin) -> dict[str, str]:
     config, processor = checkpoint.config, checkpoint.processor
     base = "not recorded"
     if origin.base_model:
-        base = f"[{origin.base_model}](https://huggingface.co/{origin.base_model}), `{origin.source or origin.init}`"
+        base = f"`{origin.source or origin.init}`"
     elif origin.init is not None:
         base = f"`{to_path(origin.init).name}`, a local checkpoint" if origin.init else "none: it began at random"
     facts = {

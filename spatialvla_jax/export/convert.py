@@ -2,7 +2,6 @@
 
 import time
 from dataclasses import replace
-from functools import partial
 from importlib.util import find_spec
 from math import prod
 from pathlib import Path
@@ -131,8 +130,8 @@ def convert(
     parameters = sum(prod(x.shape) for x in arrays.values())
     skipped = _why_not(to, parameters, verify)
     with parents_of(to_path(dst)):
-        write = partial(write_pytorch, origin=origin, name=push or ".") if to == "pytorch" else WRITERS[to]
-        write(dst, replace(checkpoint, arrays=arrays))
+        about = {"origin": origin, "name": push or "."} if to == "pytorch" else {}
+        WRITERS[to](dst, replace(checkpoint, arrays=arrays), **about)
         with kept_after(dst, VerificationError):
             bit_exact = _reads_back(dst, checkpoint, digests)
             verification = run_both(checkpoint, dst) if skipped is None else skipped

@@ -152,11 +152,11 @@ def test_what_the_release_cannot_run_is_said(checkpoint, processor, tmp_path):
     assert release_differences(full, processor) == release_differences(replace(full, depth_source="none"), None) == []
     assert release_differences(replace(full, action_chunk=16), processor) == []
     for config, with_processor, says in [
-        (replace(full, depth_source="dataset"), processor, "leaves Ego3D out"),
+        (replace(full, depth_source="dataset"), processor, "omits Ego3D"),
         (replace(full, mask="causal"), processor, "Attention is causal"),
         (replace(full, action_chunk=100), processor, "300 tokens"),
         (replace(full, tokens_per_action=7), replace(processor, grid=linear_grid()), "grid is linear"),
-        (full, replace(processor, tokenizer=unigram()), "no byte-pair encoding"),
+        (full, replace(processor, tokenizer=unigram()), "not a byte-pair encoding"),
     ]:
         (difference,) = release_differences(config, with_processor)
         assert says in difference

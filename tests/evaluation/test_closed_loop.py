@@ -251,7 +251,7 @@ def test_no_action_comes_of_a_reply_that_is_none(tmp_path, monkeypatch, reply, r
         assert not record["success"] and record["steps"] == 0 and len(record["faults"]) == attempts
         assert all(reason in fault["reason"] for fault in record["faults"])
     monkeypatch.setattr(closed_loop, "PATIENCE", 2)
-    with pytest.raises(FaultsError, match="episodes keep failing, the last one so"):
+    with pytest.raises(FaultsError, match="episodes keep failing; the last reason"):
         list(rollouts(make, lambda seen, _: [reply] * len(seen), episodes, settings))
 
 

@@ -131,5 +131,5 @@ def test_a_depth_model_without_weights_is_told(tmp_path: Path, capsys) -> None:
 
 def test_adapters_need_a_head_that_knows_actions(config_file: Path, tmp_path: Path) -> None:
     np.savez(tmp_path / "paligemma.npz", x=np.zeros(1))
-    with pytest.raises(InputError, match=r"lora.rank=8 leaves the LM head.*knows no action tokens"):
+    with pytest.raises(InputError, match=r"lora.rank=8 freezes the LM head.*has no action tokens"):
         start(config_file, tmp_path / "paligemma.npz", tmp_path / "new", lora__rank="8")
