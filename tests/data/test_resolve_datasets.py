@@ -168,8 +168,8 @@ def test_own_dataset_beside_a_mixture(root, mixtures, tmp_path, cache_dir):
 @pytest.mark.parametrize(
     ("train", "rest", "sizes"),
     [
-        ("train[:95%]", "train[95%:]", (19, 1)),
-        ("train[:7]", "train[7:]", (7, 13)),
+        pytest.param("train[:95%]", "train[95%:]", (19, 1), marks=pytest.mark.slow),
+        pytest.param("train[:7]", "train[7:]", (7, 13), marks=pytest.mark.slow),
         ("train[:-3]", "train[-3:]", (17, 3)),
     ],
 )

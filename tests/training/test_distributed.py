@@ -69,6 +69,7 @@ def test_two_processes_give_the_losses_of_one(
         np.testing.assert_allclose(losses(workdir, key), losses(alone, key), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_dead_process_ends_the_others(server: Server, packed_config: Path, tmp_path: Path) -> None:
     runs = start(server, packed_config, tmp_path / "run", 2, "--heartbeat", "10")
     assert runs[0].until(lambda: len(losses(tmp_path / "run")) >= 2), runs[0].errors.read_text()

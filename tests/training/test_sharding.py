@@ -43,6 +43,7 @@ def test_eight_devices_give_the_losses_of_one(one_device: list[float]) -> None:
     assert one_device[-1] < one_device[0]
 
 
+@pytest.mark.slow
 def test_accumulation_gives_the_losses_of_the_whole_batch(one_device: list[float]) -> None:
     np.testing.assert_allclose(losses({"data": 2}, 2, grad_accum_steps=4, steps=20), one_device, atol=1e-4)
 
