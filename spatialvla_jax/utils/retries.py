@@ -57,6 +57,8 @@ async def retrying(
             _counts["retries"] += 1
             waited = time.monotonic() - start
             if waited > PATIENCE:
+                if getattr(error, "code", None) == 401:  # credentials that stay refused are not the storage's failure
+                    raise
                 raise StorageError(
                     f"{what}: the storage failed for {waited:.0f} s, most recently with {reason}"
                 ) from error

@@ -184,6 +184,13 @@ def test_sentences(bucket):
             bucket.proxy.faults.clear()
 
 
+def test_credentials_that_stay_refused(gcs, monkeypatch):
+    monkeypatch.setattr(retries, "PATIENCE", 0.05)
+    gcs.proxy.add(status=401, body="expired", pattern="GET")
+    with pytest.raises(InputError, match=rf"{gcs.url}/a/b cannot be read: there are no valid credentials"):
+        storage.read_bytes(storage.to_path(f"{gcs.url}/a/b"))
+
+
 def test_no_credentials(s3, monkeypatch):
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
