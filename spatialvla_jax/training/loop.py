@@ -258,7 +258,9 @@ def take_steps(
             run.checkpoints.save(state, step, log.folder.upload, last=last, spikes=watch.to_dict())
         goodput.mark(step, keep=True)
 
-    with tqdm(total=steps, initial=step, unit="step", desc="train", dynamic_ncols=True, disable=not is_writer()) as bar:
+    with tqdm(
+        total=steps, initial=step, unit="step", desc="compile", dynamic_ncols=True, disable=not is_writer()
+    ) as bar:
         stop = preemption.asked
         while step < steps and not stop:
             step += 1
@@ -275,6 +277,8 @@ def take_steps(
             if first:  # only after dispatching the next step, so that the device stays busy while this process waits
                 goodput.mark(step, keep=True)
                 first = False
+                bar.set_description("train")
+                bar.unpause()  # so that compilation is not in the time that is left
             bar.update()
             preempted |= target is None and step < steps and preemption.reached(step + watch.skipped)
             stop = step in (steps, stop_after) or preempted
