@@ -63,7 +63,8 @@ def add_convert(commands: Commands) -> None:
         "--push",
         default="",
         metavar="ORG/NAME",
-        help="upload the verified PyTorch export to a new repository of the Hugging Face Hub; by default not",
+        help="upload the PyTorch export, once it passed its checks, to a new repository of the Hugging Face Hub; "
+        "by default not",
     )
     p.add_argument("--private", action="store_true", help="make that repository private")
 

@@ -93,8 +93,8 @@ def convert(
     (`verify.verify`), adapters on their base. None does so up to VERIFIED_BY_DEFAULT parameters, given PyTorch.
 
     Every array is read once to be checked, hashed and written. `push` is the id of a new repository on the Hugging Face
-    Hub, to which a PyTorch export is uploaded once it is verified. Raises InputError, which leaves `dst` untouched, or
-    VerificationError, which keeps `dst`; StorageError keeps it where the upload alone failed.
+    Hub, to which a PyTorch export is uploaded once it passed these checks. Raises InputError, which leaves `dst`
+    untouched, or VerificationError, which keeps `dst`. StorageError keeps it where only the upload failed.
     """
     if to not in (*WRITERS, PEFT):
         raise InputError(f"cannot convert to {to!r}; choose one of {', '.join((*WRITERS, PEFT))}")

@@ -28,7 +28,7 @@ from spatialvla_jax.inference.decoder import Cache, Matrix, Quantized, forward, 
 from spatialvla_jax.inference.kernels import BLOCK
 from spatialvla_jax.inference.weights import Weights, embed_image
 from spatialvla_jax.models import SpatialVLA, SpatialVLAConfig
-from spatialvla_jax.models.attention import position_ids, prefix_lm_mask
+from spatialvla_jax.models.attention import position_ids, prefix_lm_mask, soft_cap
 from spatialvla_jax.models.spatialvla import last_of_prompt
 
 TokenRanges = tuple[tuple[int, int], ...] | None
@@ -88,8 +88,8 @@ def token_probabilities(
     prefix, valid = _prefix(decoder, image, prompt_ids, prompt_mask, depth, intrinsics)
     hidden, *_ = _feed_all(decoder, prefix, valid, tokens)
     scores, _ = decoder.scores(hidden, tuple(range(tokens.shape[1])))
-    cap = model.config.llm.final_softcap
-    found, ids = jax.lax.top_k(jax.nn.softmax(cap * jnp.tanh(scores / cap), where=jnp.isfinite(scores)), top)
+    logits = soft_cap(scores, model.config.llm.final_softcap)
+    found, ids = jax.lax.top_k(jax.nn.softmax(logits, where=jnp.isfinite(scores)), top)
     return ids + (model.config.action_offset if token_ranges is not None else 0), found
 
 

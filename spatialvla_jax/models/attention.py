@@ -36,10 +36,15 @@ def attend(
     q = rearrange(q, "B T (K G) H -> B T K G H", K=k.shape[2])
     logits = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32) * scale
     if softcap is not None:
-        logits = softcap * jnp.tanh(logits / softcap)
+        logits = soft_cap(logits, softcap)
     logits = jnp.where(mask[:, None, None], logits, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
     return rearrange(jnp.einsum("bkgts,bskh->btkgh", weights, v), "B T K G H -> B T (K G) H")
+
+
+def soft_cap(logits: Float[Array, "..."], cap: float) -> Float[Array, "..."]:
+    """Gemma 2's cap: nearly the same where small, and within ± cap everywhere."""
+    return cap * jnp.tanh(logits / cap)
 
 
 def encoder_attention(

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.models.activation_sharding import constrain_batch
-from spatialvla_jax.models.attention import Angles, attend, rotary, rotary_angles
+from spatialvla_jax.models.attention import Angles, attend, rotary, rotary_angles, soft_cap
 from spatialvla_jax.models.linear import adapter_of, linear
 from spatialvla_jax.models.remat import rematerialise, scan_layers
 
@@ -181,7 +181,7 @@ class Gemma2(nn.Module):
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Soft-capped logits f32[B, T, V]."""
         out = unembed(hidden, self.lm_head.astype(self.dtype))
-        return self.config.final_softcap * jnp.tanh(out / self.config.final_softcap)
+        return soft_cap(out, self.config.final_softcap)
 
 
 @jax.custom_vjp

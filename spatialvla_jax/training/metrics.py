@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from PIL import Image
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
@@ -76,10 +75,12 @@ class MetricsLog:
         """PNG and GIF files, by name, to TensorBoard and Weights & Biases."""
         if not is_writer() or not pictures:
             return
-        sizes = {name: Image.open(io.BytesIO(data)).size for name, data in pictures.items()}
+        from PIL import Image
+
+        opened = {name: Image.open(io.BytesIO(data)) for name, data in pictures.items()}
         images = {
-            name: Summary.Image(encoded_image_string=data, width=sizes[name][0], height=sizes[name][1], colorspace=3)
-            for name, data in pictures.items()
+            name: Summary.Image(encoded_image_string=pictures[name], width=x.width, height=x.height, colorspace=3)
+            for name, x in opened.items()
         }
         with self._writing("tensorboard", step):
             summary = Summary(value=[Summary.Value(tag=name, image=image) for name, image in images.items()])
@@ -87,11 +88,11 @@ class MetricsLog:
         if self.wandb is not None:
             import wandb as client  # pyright: ignore[reportMissingImports]
 
-            films = {name: client.Video(io.BytesIO(x), format="gif") for name, x in pictures.items() if x[:3] == b"GIF"}
-            stills = {
-                name: client.Image(Image.open(io.BytesIO(x))) for name, x in pictures.items() if name not in films
+            logged = {
+                name: client.Video(io.BytesIO(pictures[name]), format="gif") if x.format == "GIF" else client.Image(x)
+                for name, x in opened.items()
             }
-            self.wandb.log(stills | films, step=step)
+            self.wandb.log(logged, step=step)
 
     def go_back(self, step: int) -> None:
         """Drop what was logged after `step`, where the run resumes."""

@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -294,6 +295,37 @@ allocation 6: size 4096, thread-local:
 def test_buffers_in_the_chips_memory_are_counted_once_and_by_kind() -> None:
     """An output in the place of a donated argument is that argument; neither vector memory nor registers are HBM."""
     assert buffers_of(BUFFERS) == {"arguments": 3072, "temporaries": 5040, "outputs": 300}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [65536, 720896])
+def test_the_executable_adds_the_heaps_fragmentation_to_its_size(rows: int) -> None:
+    """So the buffers are what a program needs. Fragmentation is the heap's size less what is live at its peak; the
+    rest of the difference is tens of kilobytes of constants."""
+    mesh = jax.sharding.Mesh(np.array(Topology("v5e", (2, 2)).devices()), ("fsdp",))
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
+    weights = [jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16, sharding=split)] * 8
+    inputs = jax.ShapeDtypeStruct((rows, 4096), jnp.bfloat16, sharding=split)
+
+    def step(weights, x):
+        def loss(weights):
+            h = x
+            for w in weights:
+                h = jnp.tanh(h @ w)
+            return (h.astype(jnp.float32) ** 2).sum()
+
+        value, gradients = jax.value_and_grad(loss)(weights)
+        return [w - 1e-3 * g.astype(w.dtype) for w, g in zip(weights, gradients, strict=True)], value
+
+    lowered = jax.jit(step, donate_argnums=0).lower(weights, inputs)
+    with tempfile.TemporaryDirectory() as folder:
+        dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        stated: Any = lowered.compile(compiler_options=dump).memory_analysis()
+        (file,) = Path(folder).glob("*-buffer-assignment.txt")
+        buffers = buffers_of(file.read_text())
+    fragmentation = sum(buffers.values()) - stated.peak_memory_in_bytes
+    assert fragmentation > 2e6
+    assert abs(stated.temp_size_in_bytes - buffers["temporaries"] - fragmentation) < 1e5
 
 
 def test_the_compilers_refusal_is_read() -> None:
