@@ -81,7 +81,7 @@ BAD_FLAGS = {
     "grid.num_bins=(4,4)": "has 2 elements, but 6 are expected",
     "grid.num_bins=8": "is a whole number, but a sequence is expected",
     "optimizer.frozen=zoe": "is a string, but a sequence is expected; the nearest valid value is ('zoe',)",
-    "optimizer.frozen=('(',)": "optimizer.frozen[0]='(' is no regular expression",
+    "optimizer.frozen=('(',)": "optimizer.frozen[0]='(' is not a regular expression",
     "data.prompt.template=do it": "must contain {instruction}",
     "data.drop={'a': 1.5}": "data.drop['a']=1.5 is not below 1 (fraction of the steps)",
     "train.eval_split=": "train.eval_split='' names no split",

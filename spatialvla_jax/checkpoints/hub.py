@@ -1,7 +1,7 @@
 """Checkpoints on the Hugging Face Hub: `org/name`, or `org/name@revision`, wherever a checkpoint is taken.
 
-Downloads go into the Hub's own cache, where transformers and `hf` find them, too. `huggingface_hub` is imported when it
-is needed. Its own downloads start anew after a break; `_download` goes on with the bytes that are there.
+Downloads go into the Hub's own cache, where transformers and `hf` find them too. `huggingface_hub` is imported only
+when needed. Its own downloads restart after an interruption; `_download` resumes from the bytes already on disk.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from spatialvla_jax.utils.atomic import disk_errors
 from spatialvla_jax.utils.progress import warn
 from spatialvla_jax.utils.storage import AnyPath, as_path, exists, is_url, local_copy
 
-# Names for short of `fetch`.
+# Short names for `fetch`.
 KNOWN = {
     "paligemma2-3b-pt-224": "google/paligemma2-3b-pt-224",
     "zoedepth-nyu-kitti": "Intel/zoedepth-nyu-kitti",
@@ -44,11 +44,11 @@ _sure: set[Path] = set()  # folders of commits that this process has found compl
 
 
 def find_checkpoint(path: str | os.PathLike[str], what: str = "checkpoint") -> AnyPath:
-    """Where the checkpoint is that a user names: the one place that tells local paths, URLs and ids of the Hub apart.
+    """The location of the checkpoint that a user names. Only this function tells local paths, URLs and Hub ids apart.
 
-    A local path of that name comes first. Of an id, the files are downloaded into the Hub's cache, or taken from there
-    where the Hub cannot be reached. A path that does not exist and is no id is returned as it is. Raises InputError and
-    StorageError, one sentence each.
+    An existing local path wins. The files of an id are downloaded into the Hub's cache, or read from there if the Hub
+    cannot be reached. A path that does not exist and is not an id is returned unchanged. Raises InputError or
+    StorageError, with one sentence.
     """
     path = as_path(path, what)
     return path if (named := _hub_id(path)) is None else snapshot(*named)
@@ -68,7 +68,7 @@ def pinned(path: str) -> str:
 def parse_id(text: str) -> tuple[str, str | None]:
     """`org/name@revision` → (org/name, revision or None). Raises InputError."""
     if not (match := _ID.fullmatch(text)) or re.search(r"--|\.\.|\.git$", match[1]) or len(match[1]) > 96:
-        raise InputError(f"{text!r} is no id of the Hugging Face Hub: expected ORG/NAME or ORG/NAME@REVISION")
+        raise InputError(f"{text!r} is not an id of the Hugging Face Hub: expected ORG/NAME or ORG/NAME@REVISION")
     return match[1], match[2]
 
 
@@ -220,8 +220,8 @@ def _fetch_files(repository: Repository, targets: Mapping[str, Path]) -> None:
 
 
 def _download(url: str, target: Path, size: int, digest: str, bar: tqdm) -> None:
-    """One file, which takes its name when it is whole and its digest right. What a broken download left beside it is
-    not asked for again."""
+    """Download one file. It gets its name once it is complete and its digest matches. An interrupted download resumes
+    from the partial file beside it."""
     from huggingface_hub.errors import HfHubHTTPError, HTTPError  # pyright: ignore[reportPrivateImportUsage]
 
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -293,7 +293,7 @@ def check_push(id: str, private: bool) -> None:
         if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
             raise InputError(f"--push {id}: the token may only read; one that may write is given by {LOGIN}")
         if id.partition("/")[0] not in names:
-            raise InputError(f"--push {id}: the token writes for {', '.join(names)} alone")
+            raise InputError(f"--push {id}: the token can write only for {', '.join(names)}")
         try:
             info = api.model_info(id)
         except RepositoryNotFoundError:
@@ -330,7 +330,7 @@ def _require_library(id: str) -> None:
 
 @contextmanager
 def hub_errors(id: str, revision: str | None = None, writing: bool = False) -> Iterator[None]:
-    """Raises an InputError or a StorageError, one sentence, for whatever the Hub says."""
+    """Convert the Hub's errors to InputError or StorageError with a one-sentence message."""
     _require_library(id)
     try:
         yield
@@ -375,7 +375,7 @@ def _explain(error: BaseException, id: str, revision: str | None, writing: bool)
         return StorageError(f"{id}: the Hub fails ({reason}); the same command may succeed later")
     if isinstance(error, HTTPError):
         return StorageError(
-            f"{id} is no folder here, and the Hub at {constants.ENDPOINT} cannot be reached to ask for it ({reason})"
+            f"{id} is not a folder here, and the Hub at {constants.ENDPOINT} cannot be reached to ask for it ({reason})"
         )
     if isinstance(error, json.JSONDecodeError):
         return StorageError(f"{id}: {constants.ENDPOINT} answers, but not as the Hub does")

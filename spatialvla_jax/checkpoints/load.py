@@ -41,7 +41,7 @@ def read_checkpoint(path: str | AnyPath, zoedepth: str | AnyPath | None = None) 
     Each may be an id of the Hugging Face Hub (`hub.find_checkpoint`). Raises InputError for anything else."""
     path, zoedepth = find_checkpoint(path), zoedepth and find_checkpoint(zoedepth, "ZoeDepth")
     if not exists(path):
-        no_id = ", and is no id of the Hugging Face Hub, ORG/NAME or ORG/NAME@REVISION"
+        no_id = ", and is not an id of the Hugging Face Hub, ORG/NAME or ORG/NAME@REVISION"
         raise InputError(f"{path} does not exist{no_id if '/' in str(path) and not path.is_absolute() else ''}")
     if is_paligemma(path):
         return start_from_paligemma(path, zoedepth)

@@ -103,7 +103,7 @@ def add_fetch(commands: Commands) -> None:
         commands,
         "fetch",
         run_fetch,
-        "download a checkpoint from the Hugging Face Hub; what broke goes on (extra [hub])",
+        "download a checkpoint from the Hugging Face Hub, or resume an interrupted download (extra [hub])",
         ("paligemma2-3b-pt-224", "zoedepth-nyu-kitti --to zoedepth", "spatialvla-4b-224-pt", "me/policy@v1"),
     )
     p.add_argument(

@@ -84,7 +84,9 @@ def add(commands: Commands) -> None:
         help="environments at once, a process each; by default one a core",
     )
     group.add_argument("--videos", type=count, default=0, help="of successes, and as many of failures, a task")
-    group.add_argument("--out", type=path, help="the same one again goes on; by default runs/closed_loop")
+    group.add_argument(
+        "--out", type=path, help="folder for results; the same one again resumes; by default runs/closed_loop"
+    )
     p.set_defaults(closed_loop_options={action.dest: action.default for action in group._group_actions})
 
 

@@ -234,7 +234,7 @@ def add_compile(commands: Commands) -> None:
     p.add_argument(
         "--machine-code",
         action="store_true",
-        help="generate it, too, which takes minutes: memory is then what the executable states",
+        help="also generate machine code, which takes minutes; memory is then what the executable states",
     )
 
 

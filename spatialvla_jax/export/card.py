@@ -113,7 +113,7 @@ vocabulary (here: from those of its kind).
 
 @dataclass(frozen=True)
 class Origin:
-    """What is known of where weights come from. `init` is a run's, None where there is no record of it."""
+    """The known provenance of weights. `init` is the run's, or None if it is not recorded."""
 
     init: str | None = None
     source: str = ""  # an id of the Hub that was converted
@@ -132,8 +132,8 @@ class Origin:
 
 
 def origin_of(source: str | AnyPath, path: AnyPath) -> Origin:
-    """What a checkpoint's run holds of its own history, and only that: `source` is what the user names, `path` where it
-    was found."""
+    """A checkpoint's provenance, from its run's own records only. `source` is what the user named, `path` where it was
+    found."""
     if is_hub_id(source):
         return Origin(source=str(source))
     if (step := step_directory(path)) is None:
@@ -147,7 +147,7 @@ def origin_of(source: str | AnyPath, path: AnyPath) -> Origin:
 
 
 def _validation(step: AnyPath) -> dict[str, str]:
-    """The last validation that a run had made when it wrote the checkpoint."""
+    """The run's last validation before it wrote the checkpoint."""
     log = step.parents[1] / "metrics.jsonl"
     lines = read_text(log).splitlines() if is_file(log) else []
     records = [json.loads(line) for line in lines if '"val/l1"' in line]

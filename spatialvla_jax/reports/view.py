@@ -22,7 +22,7 @@ from spatialvla_jax.evaluation.open_loop import predict
 from spatialvla_jax.inference.policy import Policy
 from spatialvla_jax.utils.atomic import replacing
 
-POINTS = 12_000  # of a cloud: every so many pixels are left out
+POINTS = 12_000  # in a cloud; pixels are subsampled to about this many
 COLOURS = {"expert": (60, 60, 60), "predicted": (213, 94, 0)}
 BATCH_SIZE = 32  # frames of one call of the policy
 ARC = 8  # points along each edge of a cell
@@ -67,8 +67,7 @@ def record_episode(stream: Any, episode: Episode, statistics: Mapping[str, Any],
     predicted = ids = None
     if policy is not None:
         ids, actions = predict(policy, frames, BATCH_SIZE)
-        own = policy.processor.find_statistics(episode.dataset)["action"]
-        predicted = unnormalize(actions, own)
+        predicted = unnormalize(actions, policy.processor.find_statistics(episode.dataset)["action"])
     _begin(stream, episode.instruction, *(COLOURS if policy is not None else ["expert"]))
     stream.log("robot/path", load_rerun().LineStrips3D([path], colors=[(180, 180, 180)]), static=True)
     for step in range(len(expert)):
@@ -82,10 +81,10 @@ def record_episode(stream: Any, episode: Episode, statistics: Mapping[str, Any],
 
 
 class RolloutRecorder:
-    """Stands between `closed_loop.rollouts` and its `infer`: records what the policy saw and did, for one environment.
+    """Wraps the `infer` of `closed_loop.rollouts` and records what the policy saw and did, for one environment.
 
-    It is asked where a chunk is due, which is after `every` actions of the one before (`ChunkExecutor.every`). A chunk
-    begins where these lead.
+    It is called when a chunk is due, after `every` actions of the previous one (`ChunkExecutor.every`). The path of a
+    chunk starts where those actions ended.
     """
 
     def __init__(self, stream: Any, infer: Infer, grid: ActionTokenizer, every: int) -> None:

@@ -1,9 +1,9 @@
 """The server's page for people, and who may talk to the server.
 
-A robot's client sends the token in a header. A browser asks its user for it (HTTP Basic, any user name) and cannot send
-headers with a websocket, so the page holds a ticket, made anew by every server, that opens one. Any other web page gets
-no ticket: a websocket with an Origin is refused without it. Without a token, the page goes only to a browser that calls
-this machine by a loopback name, or a stranger's host name that resolves to 127.0.0.1 would be let in.
+A robot's client sends the token in a header. A browser asks its user for it (HTTP Basic, any user name). It cannot send
+headers with a websocket, so the page contains a ticket, new for every server, that opens one. Other web pages have no
+ticket: a websocket with an Origin is refused without it. Without a token, the page is sent only to a browser that uses
+a loopback name. Otherwise a foreign host name that resolves to 127.0.0.1 would be admitted.
 """
 
 import base64
@@ -31,11 +31,11 @@ class Page:
         self.token, self.ticket = token, secrets.token_urlsafe(16)
 
     def admits(self, request: Request) -> bool:
-        """Whether it is a websocket of this page."""
+        """Whether the request opens a websocket from this page."""
         return "Upgrade" in request.headers and _same(request.path, f"/?ticket={self.ticket}")
 
     def refuse(self, connection: ServerConnection, request: Request) -> Response | None:
-        """The reply to any other request that may not be answered; None for one that may."""
+        """The refusal of any other request that is not allowed; None if it is allowed."""
         if self.token and not self._has_token(", ".join(request.headers.get_all("Authorization"))):
             text = "the header 'Authorization: Api-Key TOKEN' is needed; in a browser, the token is the password\n"
             response = connection.respond(HTTPStatus.UNAUTHORIZED, text)
@@ -72,5 +72,5 @@ class Page:
 
 
 def _same(one: str, two: str) -> bool:
-    """In a time that does not tell how much of it is the same."""
+    """Compare in constant time."""
     return hmac.compare_digest(one.encode(errors="surrogateescape"), two.encode())

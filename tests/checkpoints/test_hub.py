@@ -150,9 +150,9 @@ def test_damaged_bytes_are_not_kept(server, export):
             InputError,
             "org/llama holds a model of type 'llama': expected spatialvla, paligemma or",
         ),
-        "malformed": ("org/na--me", InputError, "org/na--me does not exist, and is no id of the Hugging Face Hub"),
-        "three": ("org/name/sub", InputError, "org/name/sub does not exist, and is no id of the Hugging Face Hub"),
-        "half": ("org/name@", InputError, "org/name@ does not exist, and is no id of the Hugging Face Hub"),
+        "malformed": ("org/na--me", InputError, "org/na--me does not exist, and is not an id of the Hugging Face Hub"),
+        "three": ("org/name/sub", InputError, "org/name/sub does not exist, and is not an id of the Hugging Face Hub"),
+        "half": ("org/name@", InputError, "org/name@ does not exist, and is not an id of the Hugging Face Hub"),
         "alone": ("name", InputError, "name does not exist"),
         "down": ("org/down", StorageError, r"org/down: the Hub fails \(.*\); the same command may succeed later"),
         "other": ("org/html", StorageError, "org/html: http.* answers, but not as the Hub does"),
@@ -176,7 +176,7 @@ def test_what_cannot_be_read_is_said_in_one_sentence(server, export, text, error
 def test_unreachable_and_not_in_the_cache(server):
     server.close()
     with pytest.raises(
-        StorageError, match=r"^org/name is no folder here, and the Hub at http\S+ cannot be reached to ask"
+        StorageError, match=r"^org/name is not a folder here, and the Hub at http\S+ cannot be reached to ask"
     ):
         read_checkpoint("org/name")
 

@@ -113,7 +113,12 @@ def test_push_makes_a_repository_that_loads_as_the_export(server, folder, tmp_pa
         ),
         "reads": (("--push", "me/policy"), "hf_reads", 2, "--push me/policy: the token may only read"),
         "expired": (("--push", "me/policy"), "hf_old", 2, "me/policy: the Hub does not accept the token"),
-        "others": (("--push", "them/policy"), "hf_writes", 2, "--push them/policy: the token writes for me, org alone"),
+        "others": (
+            ("--push", "them/policy"),
+            "hf_writes",
+            2,
+            "--push them/policy: the token can write only for me, org",
+        ),
         "exists": (
             ("--push", "org/name"),
             "hf_writes",
@@ -125,7 +130,7 @@ def test_push_makes_a_repository_that_loads_as_the_export(server, folder, tmp_pa
             ("--push", "policy"),
             "hf_writes",
             2,
-            "'policy' is no id of the Hugging Face Hub: expected ORG/NAME",
+            "'policy' is not an id of the Hugging Face Hub: expected ORG/NAME",
         ),
         "revision": (("--push", "me/policy@v1"), "hf_writes", 2, "--push me/policy@v1 names a revision"),
         "down": (("--push", "org/down"), "hf_writes", 1, "org/down: the Hub fails (status 503); the same command may"),
