@@ -3,8 +3,10 @@
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from spatialvla_jax.cli.arguments import (
     Commands,
@@ -17,6 +19,9 @@ from spatialvla_jax.cli.arguments import (
 )
 from spatialvla_jax.errors import InputError, StorageError
 from spatialvla_jax.utils.outputs import OutputFolder
+
+if TYPE_CHECKING:
+    from spatialvla_jax.reports.rollouts import ValidationRollouts
 
 DEMO = OutputFolder("demo.json", "made_by", "spatialvla-jax demo")
 RUN = OutputFolder(
@@ -80,6 +85,13 @@ def add_train(commands: Commands) -> None:
         "--profile", type=step_range, metavar="FIRST:LAST", help="trace these steps to WORKDIR/profile; by default none"
     )
     p.add_argument(
+        "--film",
+        type=suites_and_tasks,
+        metavar="SUITE:TASK,…",
+        help="after each validation, log a video of the policy in these tasks of LIBERO (extra [sim]), such as "
+        "libero_spatial:0,libero_goal:3; by default none",
+    )
+    p.add_argument(
         "--rehearse",
         type=positive,
         metavar="STEPS",
@@ -92,7 +104,7 @@ def add_train(commands: Commands) -> None:
 def run_train(args: argparse.Namespace) -> None:
     from spatialvla_jax.config import load_config
     from spatialvla_jax.reports.validation import ValidationPictures
-    from spatialvla_jax.training.loop import train
+    from spatialvla_jax.training.loop import Run, train
     from spatialvla_jax.utils.distributed import is_writer
     from spatialvla_jax.utils.process import process_age
 
@@ -102,7 +114,16 @@ def run_train(args: argparse.Namespace) -> None:
         from spatialvla_jax.cli import rehearse
 
         return rehearse.run(config, args.workdir, args.rehearse, process_age())
-    pictures = ValidationPictures()
+    pictures, rollouts = ValidationPictures(), open_rollouts(args.film or (), config)
+
+    def on_start(run: Run) -> None:
+        pictures.start(run)
+        if rollouts:
+            rollouts.start(run)
+
+    def on_validation(step: int, params: Any) -> dict[str, bytes]:
+        return pictures.draw(step, params) | (rollouts.film(step, params) if rollouts else {})
+
     try:
         result = train(
             config,
@@ -111,8 +132,8 @@ def run_train(args: argparse.Namespace) -> None:
             profile=args.profile,
             age=process_age(),
             keep_compiled=True,
-            on_start=pictures.start,
-            on_validation=pictures.draw,
+            on_start=on_start,
+            on_validation=on_validation,
         )
     except OSError as error:
         raise StorageError(f"{error.filename or args.workdir}: {error.strerror or error}") from error
@@ -122,6 +143,30 @@ def run_train(args: argparse.Namespace) -> None:
             f"trained {result['params']:,} parameters to step {result['step']}{again}; "
             f"checkpoints in {result['checkpoint']}"
         )
+
+
+def open_rollouts(tasks: Sequence[tuple[str, int]], config: Any) -> "ValidationRollouts | None":
+    """What --film asks for. Raises InputError before anything is written."""
+    if not tasks:
+        return None
+    import jax
+
+    from spatialvla_jax.reports.rollouts import ValidationRollouts
+    from spatialvla_jax.sim.libero_env import episodes
+
+    if not config.train.eval_every:
+        raise InputError("--film logs its videos after validations, and train.eval_every=0 makes none")
+    if jax.process_count() > 1:
+        raise InputError(f"--film is for a run in one process, and this one has {jax.process_count()}")
+    return ValidationRollouts([episode for suite, task in tasks for episode in episodes([suite], 1, [0], [task])])
+
+
+def suites_and_tasks(text: str) -> list[tuple[str, int]]:
+    """`libero_spatial:0,libero_goal:3` → [("libero_spatial", 0), ("libero_goal", 3)]."""
+    pairs = [part.partition(":") for part in text.split(",")]
+    if not all(suite and task.isdecimal() for suite, _, task in pairs):
+        raise argparse.ArgumentTypeError(f"{text!r} is not SUITE:TASK, such as libero_spatial:0,libero_goal:3")
+    return [(suite, int(task)) for suite, _, task in pairs]
 
 
 def step_range(text: str) -> tuple[int, int]:
