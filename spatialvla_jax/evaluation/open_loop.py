@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
-from spatialvla_jax.actions import encode
+from spatialvla_jax.actions import decode, encode
 from spatialvla_jax.actions.normalization import unnormalize
 from spatialvla_jax.batch import Batch
 from spatialvla_jax.data import Loader
@@ -53,7 +53,8 @@ def evaluate(
 
     Two baselines are evaluated with the policy. `mean` is the training split's mean action. `repeat` holds the previous
     step's action for the whole chunk (in an episode's first frame, the mean action). L1 is averaged over all dimensions
-    in normalised units. `*_per_dimension` gives it for each of `dimensions`, `*_robot` in the robot's units. Frames
+    in normalised units. `*_per_dimension` gives it for each of `dimensions`, `*_robot` in the robot's units.
+    `l1_quantisation` is the L1 that the grid alone leaves: of the recorded actions, encoded and decoded. Frames
     without an action only count as `faults`. `progress(frames)` is called after each episode. Raises InputError for a
     dataset unknown to the policy, and when no frame has an action.
     """
@@ -93,9 +94,11 @@ def evaluate(
             f"the policy has no action for any of the {frames} frames of split {split!r}: its numbers are NaN or "
             "infinite; check the checkpoint's weights, and the data's depth and intrinsics"
         )
-    true = np.asarray(encode(grid, np.concatenate(targets)))  # in one call, so that one shape is compiled
+    recorded = np.concatenate(targets)
+    true = np.asarray(encode(grid, recorded))  # in one call, so that one shape is compiled
     hit = (np.concatenate(chosen) == true).mean(axis=0)
     per_dimension = {k: np.concatenate(v).mean(axis=0) for k, v in errors.items()}
+    quantisation = np.abs(np.asarray(decode(grid, true)) - recorded).mean(axis=0)
     result: dict[str, Any] = {
         "split": split,
         "episodes": episodes,
@@ -111,6 +114,8 @@ def evaluate(
         result[label] = float(per_dimension[name].mean())
         result[f"{label}_per_dimension"] = [float(v) for v in per_dimension[name]]
         result[f"{label}_per_dimension_robot"] = [float(v) for v in per_dimension[f"{name}_robot"]]
+    result["l1_quantisation"] = float(quantisation.mean())
+    result["l1_quantisation_per_dimension"] = [float(v) for v in quantisation]
     return result
 
 

@@ -47,6 +47,7 @@ from spatialvla_jax.training.metrics import read_metrics
 from spatialvla_jax.utils.atomic import replacing, write_json
 from spatialvla_jax.utils.compilation_cache import share_compilations
 from spatialvla_jax.utils.distributed import is_writer
+from spatialvla_jax.utils.provenance import provenance
 from spatialvla_jax.utils.shipped import shipped
 
 FINISHED, FAILED, STOPPED, ELSEWHERE = "finished", "failed", "stopped", "being run by another process"
@@ -72,6 +73,7 @@ def prepare(sweep: Sweep, workdir: Path) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     trials = {trial.name: {"values": trial.values, "seed": trial.seed} for trial in sweep.trials}
     plan = {"name": sweep.name, "axes": sweep.axes, "seeds": sweep.seeds, "trials": trials}
+    plan |= {"reference": sweep.reference, "config": sweep.config, "overrides": sweep.overrides}
     plan, path = json.loads(json.dumps(plan)), workdir / "sweep.json"
     if not path.exists() or json.loads(path.read_text()) != plan:  # another process may have written it
         write_json(path, plan)
@@ -264,6 +266,8 @@ def measure(trial: Trial, folder: Path, trained: dict[str, Any]) -> dict[str, An
         "seed": trial.seed,
         "config_digest": trial.digest,
         "packed": packed_digest(config.data.packed) if config.data.packed else None,
+        "data": [index.name for index in loader.indexes()],
+        "train_frames": len(actions),
         "steps": trained["step"],
         "params": trained["params"],
         "trainable": trained["trainable"],
@@ -275,6 +279,7 @@ def measure(trial: Trial, folder: Path, trained: dict[str, Any]) -> dict[str, An
         "evaluation_seconds": time.monotonic() - began,
         "device": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
         "evaluation": evaluation,
+        "provenance": provenance(),
     }
 
 

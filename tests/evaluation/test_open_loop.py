@@ -40,6 +40,9 @@ def test_a_perfect_policy_and_both_baselines_by_hand(trained: Path, config_file:
     for name, values in errors.items():
         np.testing.assert_allclose(result[name], np.mean(values), rtol=1e-5)
         np.testing.assert_allclose(result[f"{name}_per_dimension"], np.mean(values, axis=0), rtol=1e-5)
+        if name == "l1":  # of this policy, all of it is the grid's
+            np.testing.assert_allclose(result["l1_quantisation"], np.mean(values), rtol=1e-5)
+            np.testing.assert_allclose(result["l1_quantisation_per_dimension"], np.mean(values, axis=0), rtol=1e-5)
     bounds = policy.processor.statistics["toy"]["action"]
     scale = np.append((np.array(bounds["q99"]) - np.array(bounds["q01"]))[:6] / 2, 1)
     robot = np.mean(errors["l1_mean_baseline"], axis=0) * scale

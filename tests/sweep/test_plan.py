@@ -58,6 +58,21 @@ def test_trials_are_all_combinations_of_values_and_seeds(tmp_path: Path) -> None
         sweep.select("x")
 
 
+def test_what_the_report_compares_with(tmp_path: Path) -> None:
+    """The first value of an axis, unless the file names another, by its name or as it stands in the axis."""
+    axes = {"grid": {"coarse": {"grid.num_bins": (8, 16, 4, 8, 8, 8)}, "fine": {}}, "train.steps": [4, 5]}
+    assert load_sweep(write(tmp_path, axes=axes)).reference == {"grid": "coarse", "train.steps": "4"}
+    sweep = load_sweep(write(tmp_path, axes=axes, reference={"train.steps": 5}), {"train.batch_size": "8"})
+    assert sweep.reference == {"grid": "coarse", "train.steps": "5"}
+    assert sweep.config == str(tmp_path / "mine.py") and sweep.overrides == {"train.batch_size": "8"}
+    for reference, known in (
+        ({"grid": "finer"}, "its values are coarse, fine"),
+        ({"grids": "fine"}, "the axes are grid"),
+    ):
+        with pytest.raises(InputError, match=f"mine.py: reference has .*, but {known}"):
+            load_sweep(write(tmp_path, axes=axes, reference=reference))
+
+
 def test_ranges_are_lists(tmp_path: Path) -> None:
     sweep = load_sweep(write(tmp_path, axes={"train.steps": range(4, 6)}, seeds=range(2)))
     assert [(trial.config.train.steps, trial.seed) for trial in sweep.trials] == [(4, 0), (5, 0), (4, 1), (5, 1)]
@@ -144,7 +159,7 @@ BAD = [
     ({"keep_checkpoints": "no"}, "keep_checkpoints='no' is a string, but true or false is expected"),
     ({"base": 3}, "base=3 is a whole number, but a string or a dict is expected"),
     ({"base": "nowhere.py"}, "nowhere.py does not exist"),
-    ({"steps": 3}, "must return a dict with the keys base, axes, seeds, keep_checkpoints"),
+    ({"steps": 3}, "must return a dict with the keys base, axes, seeds, reference, keep_checkpoints"),
 ]
 
 
