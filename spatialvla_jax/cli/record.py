@@ -54,6 +54,12 @@ def add(commands: Commands) -> None:
         "--spread", type=amount, default=1.0, help="factor on how much the grip varies unseen; 0: not at all"
     )
     p.add_argument("--every", type=positive, default=1, metavar="N", help="FILE.pack: pictures of each Nth step only")
+    p.add_argument(
+        "--jitter",
+        type=amount,
+        default=0.0,
+        help="how much camera, light and colours vary from one train episode to the next in pictures, up to 1",
+    )
     p.add_argument("--workers", type=positive, help="processes; by default one a core")
     p.add_argument("--seed", type=count, default=0, help="same seed, same episodes, for any number of workers")
 
@@ -64,6 +70,7 @@ def run_record(args: argparse.Namespace) -> None:
     (OutputFile() if args.out.suffix in (".npz", ".pack") else DATASET).check(args.out, "--out")
     if args.render:
         options = {"image_size": args.image_size, "every": args.every, "workers": args.workers}
+        options["jitter"] = args.jitter
         made = render_motions(args.render, args.out, **options)
         return print(f"wrote {made}")
     began = time.monotonic()
@@ -79,6 +86,7 @@ def run_record(args: argparse.Namespace) -> None:
         noise=args.noise,
         spread=args.spread,
         every=args.every,
+        jitter=args.jitter,
         workers=args.workers,
     )
     for task, report in reports.items():

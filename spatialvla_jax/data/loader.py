@@ -89,6 +89,7 @@ class Loader:
         self.names = tuple(entry.name for entry in entries)
         self.image_size, self.depth = image_size, depth
         self.action_chunk, self.action_dim = action_chunk, action_dim
+        self.extra: dict[str, tuple[int, ...]] = {}  # see `pack.Frames`
         from_file = statistics is None and bool(config.statistics)
         known = (_read_statistics(config.statistics, entries) if from_file else statistics) or {}
         given = {name: find_key(name, known) for name in self.names if known}

@@ -47,6 +47,7 @@ class Pictures(NamedTuple):
     image: UInt8[np.ndarray, "B S S 3"]
     depth: Float32[np.ndarray, "B S S"] | UInt16[np.ndarray, "B S S"] | None
     intrinsics: Float32[np.ndarray, "B 3 3"]
+    extra: dict[str, Float32[np.ndarray, "B ..."]]  # see `Frames`
     dataset_id: Int[np.ndarray, " B"]
     sample_id: Int[np.ndarray, " B"]
     valid: Bool[np.ndarray, " B"]
@@ -61,6 +62,11 @@ class Frames(Protocol):
     depth: bool
     weights: tuple[float, ...]
     tokenizer: Tokenizer
+
+    @property
+    def extra(self) -> Mapping[str, tuple[int, ...]]:
+        """Shapes of further f32 arrays with a row per frame, which `Pictures.extra` holds."""
+        ...
 
     def indexes(self, split: str) -> tuple[Index, ...]: ...
 
@@ -141,6 +147,7 @@ def _arrays(index: Index, loader: Frames) -> dict[str, tuple[Any, tuple[int, ...
     first["image"] = (np.uint8, (*frame, 3))
     if index.spec.intrinsics:
         first["intrinsics"] = (np.float32, (index.num_frames, 3, 3))
+    first |= {key: (np.float32, (index.num_frames, *shape)) for key, shape in loader.extra.items()}
     return first | small | ({"depth": (np.uint16, frame)} if loader.depth else {})
 
 
@@ -181,6 +188,8 @@ def _write_pixels(
                 rows["depth"] = _counts(part.depth, index)
             if index.spec.intrinsics:
                 rows["intrinsics"] = part.intrinsics
+            if loader.extra:
+                rows |= part.extra
             for key, value in rows.items():
                 offset, dtype, shape = place[key]
                 stride = np.dtype(dtype).itemsize * prod(shape[1:])

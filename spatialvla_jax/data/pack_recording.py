@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from jaxtyping import Float
@@ -49,6 +49,8 @@ def _index(known: Sequence[Known], instructions: Sequence[str], name: str, every
 class _Recording:
     """The splits with the interface that `write_pack` needs, yielding one episode at a time."""
 
+    extra: ClassVar = {"target": (3,), "extrinsics": (4, 4)}
+
     def __init__(self, name: str, indexes: dict[str, Index], episodes: Iterator[dict], image_size: int) -> None:
         self.config = DataConfig(datasets=({"name": name, "spec": SPEC},))
         self.image_size, self.depth, self.weights = image_size, True, (1.0,)
@@ -62,9 +64,11 @@ class _Recording:
         index, start = self._indexes[split], 0
         for end in index.arrays["episode_end"].tolist():
             frames = [step["observation"] for step in next(self._episodes)["steps"]]
-            arrays = {key: np.stack([frame[key] for frame in frames]) for key in ("image", "intrinsics", "depth")}
+            keys = ("image", "intrinsics", "depth", *self.extra)
+            arrays = {key: np.stack([frame[key] for frame in frames]) for key in keys}
+            extra = {key: arrays.pop(key) for key in self.extra}
             ids = np.arange(start, end)
-            yield Pictures(**arrays, sample_id=ids, dataset_id=0 * ids, valid=ids >= 0)
+            yield Pictures(**arrays, extra=extra, sample_id=ids, dataset_id=0 * ids, valid=ids >= 0)
             start = end
 
 
@@ -81,8 +85,10 @@ def write_packed(
 
     `known` describes the episodes in advance and determines the file's size. Images are then written to their places as
     they arrive, one whole split after another. Episodes are as in `rlds_writer.features`, with images as arrays of
-    `image_size`, which a model must match. They contain only steps with images: with `every` 3, each third step from
-    the first. Raises InputError, also if there is not enough room.
+    `image_size`, which a model must match. Observations also have "target" f32[3], the place of the task's object in
+    the camera's frame (metres; x right, y down, z forward), and the camera's "extrinsics" f32[4, 4]. Episodes contain
+    only steps with images: with `every` 3, each third step from the first. Raises InputError, also if there is not
+    enough room.
     """
     instructions = list(dict.fromkeys(language for _, language, _ in known))
     splits = list(dict.fromkeys(split for split, *_ in known))

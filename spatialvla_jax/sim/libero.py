@@ -144,6 +144,13 @@ def camera(env: Any, size: int) -> tuple[Float[np.ndarray, "3 3"], Float[np.ndar
     return intrinsics.astype(np.float32), get_camera_extrinsic_matrix(env.sim, CAMERA).astype(np.float32)
 
 
+def target_position(env: Any, extrinsics: Float[np.ndarray, "4 4"]) -> Float[np.ndarray, "3"]:
+    """Where the object to move is in the frame of a camera with these extrinsics, in metres, as Ego3D's points are."""
+    target, _ = env.obj_of_interest
+    position = env.sim.data.body_xpos[env.env.obj_body_id[target]]
+    return (extrinsics[:3, :3].T @ (position - extrinsics[:3, 3])).astype(np.float32)
+
+
 def frame(env: Any, size: int) -> tuple[UInt8[np.ndarray, "S S 3"], UInt16[np.ndarray, "S S"]]:
     """The upright image and its z-depth in millimetres; OpenGL's first row is the lowest."""
     from robosuite.utils.camera_utils import get_real_depth_map

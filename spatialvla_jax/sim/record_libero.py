@@ -17,13 +17,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 from PIL import Image
 
 from spatialvla_jax.data.importers.rlds_writer import SPLITS, check_out, write_episodes
 from spatialvla_jax.data.pack_recording import check_file, write_packed
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.sim import scripted_expert as expert
-from spatialvla_jax.sim.libero import camera, check_simulator, frame, observe, set_up_worker, simulate, start
+from spatialvla_jax.sim.jitter import check_jitter, jitter_scene
+from spatialvla_jax.sim.libero import (
+    CAMERA,
+    camera,
+    check_simulator,
+    frame,
+    observe,
+    set_up_worker,
+    simulate,
+    start,
+    target_position,
+)
 from spatialvla_jax.sim.motions import Motion, load_motions, save_motions
 
 JPEG_QUALITY = 85
@@ -84,6 +96,7 @@ class Job:
     drawn: bool = False  # draw a new initial state from the task's regions instead of using the benchmark's
     noise: float = 0.0  # see `record_libero`
     spread: float = 1.0
+    jitter: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -109,6 +122,7 @@ def record_libero(
     noise: float = 0.0,
     spread: float = 1.0,
     every: int = 1,
+    jitter: float = 0.0,
     workers: int | None = None,
     progress: bool = True,
 ) -> tuple[Path, dict[int, TaskReport]]:
@@ -125,6 +139,8 @@ def record_libero(
     al. 2017). It is a standard deviation in action units. With noise the fingers sometimes close too early and reopen.
     Each episode has a random grip angle, which images before the grip do not show. `spread` scales its range; with 0
     the images determine the actions. A packed file may hold images of every `every`-th step only, with all actions.
+    `jitter`, from 0 to 1, varies camera, light and colours of each train episode (see `sim/jitter.py`); motions and val
+    episodes stay the same.
 
     The same arguments give the same episodes for any number of `workers` (processes; default one per core). Rendering
     follows MUJOCO_GL, by default osmesa (CPU); egl distributes over the GPUs in CUDA_VISIBLE_DEVICES.
@@ -135,10 +151,12 @@ def record_libero(
     for name, value in (("noise", noise), ("spread", spread)):
         if not value >= 0:
             raise InputError(f"{name} is {value}: expected at least 0")
-    _check_out(out, every)
+    if jitter and out.suffix == ".npz":
+        raise InputError(f"jitter is {jitter}, and {out} will hold no pictures: expected 0, and jitter when rendering")
+    _check_out(out, every, jitter)
     tasks = _check(suite, episodes, val_episodes, tasks, image_size, workers)
     jobs = deal(suite, tasks, episodes, val_episodes, seed, image_size)
-    jobs = [replace(job, drawn=drawn, noise=noise, spread=spread) for job in jobs]
+    jobs = [replace(job, drawn=drawn, noise=noise, spread=spread, jitter=jitter) for job in jobs]
     report: dict[int, list[tuple[str, int, int]]] = {task: [] for task in tasks}
 
     def results(look: bool) -> Iterator[tuple[str, Any]]:
@@ -152,7 +170,7 @@ def record_libero(
         if out.suffix == ".npz":
             save_motions(out, motions)
         else:
-            _pack(out, motions, image_size, every, workers, progress)
+            _pack(out, motions, image_size, every, jitter, workers, progress)
     else:
         description = f"Scripted-expert demonstrations of {suite}, recorded with seed {seed}."
         out = _write(out, results(look=True), image_size, episodes, description)
@@ -169,16 +187,18 @@ def render_motions(
     *,
     image_size: int = 128,
     every: int = 1,
+    jitter: float = 0.0,
     workers: int | None = None,
     progress: bool = True,
 ) -> Path:
     """Render the motions that `record_libero` wrote and write the dataset it would otherwise have written. Several
     files, recorded with different seeds, become one dataset.
 
-    Each frame shows the state of its step; direct recordings that of 2 ms (a physics step) earlier. Raises InputError.
+    Each frame shows the state of its step; direct recordings that of 2 ms (a physics step) earlier. For `jitter` see
+    `record_libero`. Raises InputError.
     """
+    _check_out(out, every, jitter)
     check_simulator()
-    _check_out(out, every)
     episodes = sorted((motion for file in files for motion in load_motions(file)), key=lambda m: SPLITS.index(m.split))
     suites = sorted({motion.suite for motion in episodes})
     if len(suites) != 1:
@@ -186,15 +206,16 @@ def render_motions(
             f"{', '.join(map(str, files))} hold episodes of {' and '.join(suites) or 'nothing'}: expected one suite"
         )
     if out.suffix == ".pack":
-        _pack(out, episodes, image_size, every, workers, progress)
+        _pack(out, episodes, image_size, every, jitter, workers, progress)
         return out
-    rendered = _render(episodes, image_size, workers, progress, encoded=True)
+    rendered = _render(episodes, image_size, jitter, workers, progress, encoded=True)
     pairs = ((motion.split, episode) for motion, episode in zip(episodes, rendered, strict=True))
     trained = sum(motion.split == "train" for motion in episodes)
     return _write(out, pairs, image_size, trained, f"Scripted-expert demonstrations of {suites[0]}.")
 
 
-def _check_out(out: Path, every: int) -> None:
+def _check_out(out: Path, every: int, jitter: float) -> None:
+    check_jitter(jitter)
     if every < 1 or (every > 1 and out.suffix != ".pack"):
         raise InputError(f"every is {every}: expected 1 or, for pictures of some steps only, more and a FILE.pack")
     check_file(out) if out.suffix in (".pack", ".npz") else check_out(out)
@@ -206,21 +227,27 @@ def _write(out: Path, episodes: Iterator[tuple[str, Any]], size: int, trained: i
 
 
 def _render(
-    motions: Sequence[Motion], image_size: int, workers: int | None, progress: bool, encoded: bool
+    motions: Sequence[Motion], image_size: int, jitter: float, workers: int | None, progress: bool, encoded: bool
 ) -> Iterator[dict]:
-    render = partial(render_motion, image_size=image_size, encoded=encoded)
+    render = partial(render_motion, image_size=image_size, encoded=encoded, jitter=jitter)
     return in_processes(render, motions, workers or os.cpu_count() or 1, progress, "rendering")
 
 
 def _pack(
-    out: Path, motions: Sequence[Motion], image_size: int, every: int, workers: int | None, progress: bool
+    out: Path,
+    motions: Sequence[Motion],
+    image_size: int,
+    every: int,
+    jitter: float,
+    workers: int | None,
+    progress: bool,
 ) -> None:
     known = [(motion.split, motion.language, motion.action) for motion in motions]
     pictured = [
         replace(motion, **{key: getattr(motion, key)[::every] for key in ("qpos", "state", "action")})
         for motion in motions
     ]
-    rendered = _render(pictured, image_size, workers, progress, encoded=False)
+    rendered = _render(pictured, image_size, jitter, workers, progress, encoded=False)
     write_packed(out, known, rendered, name=motions[0].suite, image_size=image_size, every=every)
 
 
@@ -309,7 +336,8 @@ def _attempt(job: Job, attempt: int, look: bool) -> tuple[Motion, tuple] | None:
         scene, state = start(env, env.get_sim_state() if job.drawn else states[init_state], rng)
         plan = PLANS[job.suite][job.task_id]
         plan = plan._replace(angle=plan.angle + job.spread * plan.spread * rng.uniform(-1, 1))
-        view = camera(env, job.image_size)
+        if look:
+            _jitter(env, job.split, seed, job.jitter)
         rows, frames, progress, disturbance, snapped = [], [], expert.Progress(), np.zeros(7, np.float32), 0
         while progress.phase != "done" and len(rows) < MAX_STEPS:
             action, progress = expert.act(plan, progress, scene)
@@ -329,27 +357,33 @@ def _attempt(job: Job, attempt: int, look: bool) -> tuple[Motion, tuple] | None:
             return None
     arrays = map(np.stack, zip(*rows, strict=True))
     motion = Motion(job.suite, job.task_id, job.split, seed, init_state, task.language, *arrays)
-    return motion, (task.name, frames, view)
+    return motion, (task.name, frames)
 
 
-def render_motion(motion: Motion, image_size: int, encoded: bool) -> dict:
+def render_motion(motion: Motion, image_size: int, encoded: bool, jitter: float = 0.0) -> dict:
     """Render the images of a motion: its episode, as `_episode` returns it."""
     env, task, _ = simulate(motion.suite, motion.task_id, motion.seed)
     with closing(env):
         frames = []
+        _jitter(env, motion.split, motion.seed, jitter)
         for qpos in motion.qpos:
             env.sim.data.qpos[:] = qpos
             env.sim.forward()
             frames.append(_picture(env, image_size, encoded))
-        return _episode(motion, task.name, frames, camera(env, image_size))
+        return _episode(motion, task.name, frames)
 
 
-def _episode(motion: Motion, name: str, frames: list[tuple], view: tuple[np.ndarray, np.ndarray]) -> dict:
-    """An episode in the writers' format, see `rlds_writer.features`."""
-    steps, (intrinsics, extrinsics) = [], view
-    for i, ((image, depth), state, action) in enumerate(zip(frames, motion.state, motion.action, strict=True)):
+def _jitter(env: Any, split: str, seed: int, amount: float) -> None:
+    if amount and split == "train":
+        jitter_scene(env, CAMERA, seed, amount)
+
+
+def _episode(motion: Motion, name: str, frames: Sequence[tuple[dict, np.ndarray]]) -> dict:
+    """An episode in the writers' format, see `rlds_writer.features` and `write_packed`."""
+    steps, extrinsics = [], frames[0][1]
+    for i, ((seen, _), state, action) in enumerate(zip(frames, motion.state, motion.action, strict=True)):
         last = i == len(frames) - 1
-        observation = {"image": image, "depth": depth, "intrinsics": intrinsics, "state": state}
+        observation = seen | {"state": state}
         step = {"observation": observation, "action": action, "language_instruction": motion.language}
         step |= {"reward": float(last), "discount": 1.0, "is_first": i == 0, "is_last": last, "is_terminal": last}
         steps.append(step)
@@ -357,11 +391,17 @@ def _episode(motion: Motion, name: str, frames: list[tuple], view: tuple[np.ndar
     return {"steps": steps, "episode_metadata": metadata | {"success": True, "extrinsics": extrinsics}}
 
 
-def _picture(env: Any, size: int, encoded: bool) -> tuple[Any, Any]:
+def _picture(env: Any, size: int, encoded: bool) -> tuple[dict[str, Any], Float[np.ndarray, "4 4"]]:
+    """The camera's part of an observation, and its extrinsics. Unencoded, for a packed file, the observation also has
+    "extrinsics" and "target", the place of the object to move."""
     image, depth = frame(env, size)
+    intrinsics, extrinsics = camera(env, size)
     if not encoded:
-        return image, depth
-    return _encode(image, "JPEG", quality=JPEG_QUALITY, optimize=True), _encode(depth, "PNG", optimize=True)
+        seen = {"extrinsics": extrinsics, "target": target_position(env, extrinsics)}
+        return {"image": image, "depth": depth, "intrinsics": intrinsics} | seen, extrinsics
+    encoded_depth = _encode(depth, "PNG", optimize=True)
+    image = _encode(image, "JPEG", quality=JPEG_QUALITY, optimize=True)
+    return {"image": image, "depth": encoded_depth, "intrinsics": intrinsics}, extrinsics
 
 
 def _encode(image: np.ndarray, kind: str, **options: Any) -> bytes:

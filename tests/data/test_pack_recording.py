@@ -26,6 +26,8 @@ def episodes():
                         "image": rng.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8),
                         "depth": rng.integers(300, 5000, (SIZE, SIZE), dtype=np.uint16),
                         "intrinsics": np.array([[9, 0, 4], [0, 9, 4], [0, 0, 1]], np.float32) + number,
+                        "target": rng.uniform(-1, 1, 3).astype(np.float32),
+                        "extrinsics": np.eye(4, dtype=np.float32) + number,
                     },
                     "action": np.append(rng.uniform(-1, 1, 6), (-1, 1)[step % 2]).astype(np.float32),
                     "language_instruction": f"task {number % 2}",
@@ -79,6 +81,9 @@ def test_frames_come_back_as_they_were(loader) -> None:
         expected = np.stack([step["observation"][key] for step in recorded])
         np.testing.assert_array_equal(getattr(batch, key), expected)
         assert getattr(batch, key).dtype == dtype
+    for key in ("target", "extrinsics"):
+        expected = np.stack([step["observation"][key] for step in recorded])
+        np.testing.assert_array_equal(loader.indexes()[0].arrays[key], expected)
     metres = np.stack([step["observation"]["depth"] for step in recorded]) * np.float32(0.001)
     np.testing.assert_array_equal(batch.depth, metres)
 

@@ -2,6 +2,7 @@
 
 import io
 import os
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -31,6 +32,9 @@ from spatialvla_jax.sim.record_libero import deal, in_processes, record_libero, 
         ({"every": 0}, "every is 0: expected 1 or"),
         ({"every": 3}, "every is 3: expected 1 or, for pictures of some steps only, more and a FILE.pack"),
         ({"spread": -1.0}, "spread is -1.0"),
+        ({"jitter": -0.1}, r"jitter is -0.1: expected 0 \(none\) to 1"),
+        ({"jitter": 1.5}, "jitter is 1.5: expected"),
+        ({"jitter": float("nan")}, "jitter is nan: expected"),
     ],
 )
 def test_bad_input_is_one_sentence(tmp_path, arguments, sentence):
@@ -120,6 +124,14 @@ def test_motions_that_cannot_be_written_leave_what_is_there(tmp_path):
     assert os.listdir(tmp_path) == ["set.npz"]
 
 
+def test_motions_have_no_pictures_to_vary(tmp_path):
+    with pytest.raises(InputError, match=r"jitter is 0\.5, and .*set\.npz will hold no pictures"):
+        record_libero("libero_spatial", 1, tmp_path / "set.npz", jitter=0.5)
+    with pytest.raises(InputError, match=r"jitter is 2: expected 0 \(none\) to 1"):
+        render_motions([tmp_path / "set.npz"], tmp_path / "set.pack", jitter=2)
+    assert os.listdir(tmp_path) == []
+
+
 @pytest.mark.parametrize("content", [b"", b"PK no zip", b"numbers"])
 def test_a_file_of_something_else_is_named(tmp_path, monkeypatch, content):
     monkeypatch.setattr(recorder, "check_simulator", lambda: None)
@@ -194,6 +206,52 @@ def test_a_motion_rendered_later_is_the_episode():
         pictures = [np.asarray(Image.open(io.BytesIO(step["observation"]["image"])), int) for step in (one, other)]
         errors.append(np.abs(pictures[0] - pictures[1]).mean())
     assert np.mean(errors) < 1.5 and max(errors) < 3
+
+
+def call_each(functions):
+    return [function() for function in functions]
+
+
+def test_jitter_changes_the_view_and_says_how():
+    """Unprojected with the moved intrinsics and extrinsics, the lower half of the picture is still mostly the table,
+    and the target is where it was. Validation episodes stay the same."""
+    job = recorder.Job("libero_spatial", 2, "train", 0, 0, 64, drawn=True)
+    motion = in_a_process(partial(recorder.record, look=False), job)[0]
+    motion = replace(motion, **{key: getattr(motion, key)[:2] for key in ("qpos", "state", "action")})
+    wanted = [(motion, 0.0), (motion, 0.5), (motion, 1.0), (motion, 1.0), (replace(motion, split="val"), 1.0)]
+    made = in_a_process(
+        call_each,
+        [partial(recorder.render_motion, of, 128, encoded=False, jitter=amount) for of, amount in wanted],
+    )
+    none, some, most, again, val = ([step["observation"] for step in episode["steps"]] for episode in made)
+    for episode in (none, some, most):
+        for seen in episode:
+            depth = {"depth": seen["depth"][..., None], "intrinsics": seen["intrinsics"]}
+            height = unproject({"observation": depth}, seen["extrinsics"])[..., 2]
+            assert np.mean(np.abs(height[64:] - 0.90) < 0.01) > 0.5
+            world = seen["extrinsics"][:3, :3] @ seen["target"] + seen["extrinsics"][:3, 3]
+            np.testing.assert_allclose(world, motion.qpos[0, 9:12], atol=0.005)
+            u, v = (seen["intrinsics"] @ seen["target"])[:2] / seen["target"][2]
+            assert height[int(v), int(u)] > 0.91, "the bowl stands out of the table in its pixel"
+    for one, other in zip([*most, *none], [*again, *val], strict=True):
+        for key, value in one.items():
+            np.testing.assert_array_equal(value, other[key])
+    moved = [np.linalg.norm(episode[0]["target"] - none[0]["target"]) for episode in (some, most)]
+    assert 0.005 < moved[0] < moved[1] < 0.2 and (some[0]["intrinsics"] != none[0]["intrinsics"]).any()
+    assert np.abs(most[0]["image"].astype(int) - none[0]["image"]).mean() > 5
+
+
+@pytest.mark.slow
+def test_jitter_leaves_the_motion_as_it_is():
+    job = recorder.Job("libero_spatial", 2, "train", 0, 0, 32, drawn=True, noise=0.15)
+    jobs = [partial(recorder.record, replace(job, jitter=amount), look=True) for amount in (0.0, 1.0)]
+    plain, varied = in_a_process(call_each, jobs)
+    for one, other in zip(plain[0]["steps"], varied[0]["steps"], strict=True):
+        np.testing.assert_array_equal(one["action"], other["action"])
+        np.testing.assert_array_equal(one["observation"]["state"], other["observation"]["state"])
+        assert one["observation"]["image"] != other["observation"]["image"]
+    extrinsics = [episode["episode_metadata"]["extrinsics"] for episode, *_ in (plain, varied)]
+    assert 0.005 < np.linalg.norm((extrinsics[0] - extrinsics[1])[:3, 3]) < 0.1
 
 
 def check_lent_context(_) -> None:
