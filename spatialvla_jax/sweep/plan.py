@@ -12,7 +12,6 @@ A sweep file defines `get_sweep()`, which returns
             "grid": {"coarse": {"grid.num_bins": (8, 16, 4, 8, 8, 8)}, "fine": {}},  # or named values
         },
         "seeds": [0, 1],
-        "reference": {"grid": "fine"},                 # compared with; by default each axis's first value
         "keep_checkpoints": False,                     # default: True
     }
 """
@@ -60,7 +59,6 @@ SWEEP = {
     "base": Field("", "a config file by name or path, or a config", kinds=(str, dict, ConfigDict)),
     "axes": Field({}, "config keys with their values, or axis names with {value's name: {config key: value}}"),
     "seeds": Field([0], "of the trials", items=SEED, problem=lambda seeds: "" if seeds else "must have at least one"),
-    "reference": Field({}, "the value of each axis that the report compares the others with; default: the first"),
     "keep_checkpoints": Field(True, "False: keep only results"),
 }
 
@@ -83,15 +81,14 @@ class Trial:
 
 @dataclass(frozen=True)
 class Sweep:
-    """`axes` is {axis: names of its values}, in the order of the file and the report; `reference` is {axis: the value
-    that the report compares the others with}; `config` and `overrides` are what it was loaded with."""
+    """`axes` is {axis: names of its values}, in the order of the file and the report; `config` and `overrides` are what
+    it was loaded with."""
 
     name: str
     axes: dict[str, tuple[str, ...]]
     seeds: tuple[int, ...]
     keep_checkpoints: bool
     trials: tuple[Trial, ...]
-    reference: dict[str, str] = field(default_factory=dict)
     config: str = ""
     overrides: dict[str, str] = field(default_factory=dict)
 
@@ -140,13 +137,7 @@ def load_sweep(path: str | Path, overrides: Mapping[str, str] | None = None, onl
     trials.sort(key=lambda trial: seeds.index(trial.seed))
     _check_distinct(path, trials)
     keep, names = given.get("keep_checkpoints", True), {axis: tuple(values) for axis, values in axes.items()}
-    reference = {axis: values[0] for axis, values in names.items()}
-    reference |= {str(axis): str(value) for axis, value in given.get("reference", {}).items()}
-    for axis, value in reference.items():
-        if value not in names.get(axis, ()):
-            known = f"its values are {', '.join(names[axis])}" if axis in names else f"the axes are {', '.join(names)}"
-            raise InputError(f"{path}: reference has {axis!r}: {value!r}, but {known}")
-    return Sweep(path.stem, names, seeds, keep, tuple(trials), reference, asked, overrides)
+    return Sweep(path.stem, names, seeds, keep, tuple(trials), asked, overrides)
 
 
 def _base(path: Path, base: Any, overrides: Mapping[str, str]) -> ConfigDict:

@@ -73,7 +73,7 @@ def prepare(sweep: Sweep, workdir: Path) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     trials = {trial.name: {"values": trial.values, "seed": trial.seed} for trial in sweep.trials}
     plan = {"name": sweep.name, "axes": sweep.axes, "seeds": sweep.seeds, "trials": trials}
-    plan |= {"reference": sweep.reference, "config": sweep.config, "overrides": sweep.overrides}
+    plan |= {"config": sweep.config, "overrides": sweep.overrides}
     plan, path = json.loads(json.dumps(plan)), workdir / "sweep.json"
     if not path.exists() or json.loads(path.read_text()) != plan:  # another process may have written it
         write_json(path, plan)

@@ -41,6 +41,7 @@ def test_trials_are_all_combinations_of_values_and_seeds(tmp_path: Path) -> None
     path = write(tmp_path, axes={"grid": grids, "model.depth_source": ["dataset", "none"]}, seeds=[0, 7])
     sweep = load_sweep(path, {"train.steps": "12"})
     assert sweep.name == "mine" and sweep.keep_checkpoints
+    assert sweep.config == str(path) and sweep.overrides == {"train.steps": "12"}
     assert sweep.axes == {"grid": ("coarse one", "fine"), "model.depth_source": ("dataset", "none")}
     assert [trial.name for trial in sweep.trials] == [
         f"grid-{grid}_depth-source-{depth}_seed-{seed}"
@@ -56,21 +57,6 @@ def test_trials_are_all_combinations_of_values_and_seeds(tmp_path: Path) -> None
     assert [trial.seed for trial in sweep.select("*coarse*seed-7")] == [7, 7]
     with pytest.raises(InputError, match="no trial of sweep mine matches 'x'; the first is grid-coarse-one_depth"):
         sweep.select("x")
-
-
-def test_what_the_report_compares_with(tmp_path: Path) -> None:
-    """The first value of an axis, unless the file names another, by its name or as it stands in the axis."""
-    axes = {"grid": {"coarse": {"grid.num_bins": (8, 16, 4, 8, 8, 8)}, "fine": {}}, "train.steps": [4, 5]}
-    assert load_sweep(write(tmp_path, axes=axes)).reference == {"grid": "coarse", "train.steps": "4"}
-    sweep = load_sweep(write(tmp_path, axes=axes, reference={"train.steps": 5}), {"train.batch_size": "8"})
-    assert sweep.reference == {"grid": "coarse", "train.steps": "5"}
-    assert sweep.config == str(tmp_path / "mine.py") and sweep.overrides == {"train.batch_size": "8"}
-    for reference, known in (
-        ({"grid": "finer"}, "its values are coarse, fine"),
-        ({"grids": "fine"}, "the axes are grid"),
-    ):
-        with pytest.raises(InputError, match=f"mine.py: reference has .*, but {known}"):
-            load_sweep(write(tmp_path, axes=axes, reference=reference))
 
 
 def test_ranges_are_lists(tmp_path: Path) -> None:
@@ -159,7 +145,7 @@ BAD = [
     ({"keep_checkpoints": "no"}, "keep_checkpoints='no' is a string, but true or false is expected"),
     ({"base": 3}, "base=3 is a whole number, but a string or a dict is expected"),
     ({"base": "nowhere.py"}, "nowhere.py does not exist"),
-    ({"steps": 3}, "must return a dict with the keys base, axes, seeds, reference, keep_checkpoints"),
+    ({"steps": 3}, "must return a dict with the keys base, axes, seeds, keep_checkpoints"),
 ]
 
 

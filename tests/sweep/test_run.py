@@ -76,7 +76,7 @@ def test_a_sweep_from_end_to_end(swept: tuple[list[str], Path, int]) -> None:
     assert result["data"] == ["toy"] and result["train_frames"] > 0
     assert {"spatialvla_jax", "jax", "python"} <= result["provenance"]["versions"].keys()
     plan = json.loads((workdir / "sweep.json").read_text())
-    assert plan["overrides"] == {"train.steps": "2"} and plan["reference"] == {"grid": "broken"}
+    assert plan["overrides"] == {"train.steps": "2"} and plan["config"].endswith("grids.py")
     assert result["evaluation"]["episodes"] == 2 and 0 < result["step_seconds_median"] <= result["train_seconds"]
     assert not (folder / "checkpoints").exists()  # the sweep does not keep them
     failure = json.loads((workdir / "trials" / "grid-broken_seed-0" / "failed.json").read_text())

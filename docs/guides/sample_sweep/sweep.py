@@ -16,10 +16,9 @@ def get_sweep():
     return {
         "base": base,
         "axes": {
-            "resolution": {str(tokens): {"grid.num_bins": PRESET_BINS[tokens]} for tokens in (1026, 4610, 8194)},
+            "resolution": {str(tokens): {"grid.num_bins": PRESET_BINS[tokens]} for tokens in (8194, 4610, 1026)},
             "Ego3D": {"on": {"model.depth_source": "dataset"}, "off": {"model.depth_source": "none"}},
         },
         "seeds": [0, 1, 2],
-        "reference": {"resolution": "8194"},
         "keep_checkpoints": False,
     }
