@@ -117,7 +117,7 @@ def test_the_model_is_given_the_camera_s_intrinsics(policy, batch, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"unnorm_key": "bridge"}, "unnorm_key 'bridge' is none of libero"),
+        ({"unnorm_key": "bridge"}, "unnorm_key 'bridge' is not one of libero"),
         (
             {"camera": "left", "input_features": {FRONT: PolicyFeature(FeatureType.VISUAL, (3, 8, 8))}},
             f"one of {FRONT}",
