@@ -1,40 +1,42 @@
-"""A mixture as one self-contained HTML page for somebody who has never seen the data: no script, no external file."""
+"""A mixture as one self-contained HTML page for somebody who has never seen the data: no external file."""
 
-import io
 import math
 import os
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, UInt8
-from PIL import Image
+from jaxtyping import Float
 
 from spatialvla_jax.actions import DIMENSIONS, ActionGrid, ActionTokenizer, LinearGrid
 from spatialvla_jax.actions.grid import RANGES, to_spherical
 from spatialvla_jax.actions.normalization import normalize
 from spatialvla_jax.data.index import Index
 from spatialvla_jax.data.loader import Loader
-from spatialvla_jax.reports.html import data_uri, write_html
+from spatialvla_jax.reports.html import write_html
+from spatialvla_jax.reports.player import playable, shorten
 from spatialvla_jax.utils.atomic import parents_of
 from spatialvla_jax.utils.storage import to_path
 
 IMAGE_SIZE = 192  # pixels a side: what the page's loader should decode to
-EPISODES = 4  # shown of each dataset, three frames each
-IMAGE_BYTES = 3_000_000  # of all JPEGs together
+EPISODES = 4  # played of each dataset
+PLAYED = (4, 32)  # frames of an episode: at least, where there are many datasets, and at most
+PLAYED_BYTES = 7_000  # of a frame's picture and depth, by which the number of frames is chosen
+IMAGE_BYTES = 6_000_000  # of all pictures together
 FRAMES = 200_000  # of each dataset at most, evenly spaced, go into its histograms
 INSTRUCTIONS = 30  # listed of each dataset
 BARS = 64
 WIDTH, HEIGHT = 224, 72  # of a histogram
 
+UNIT = ("−1", "0", "1")  # left end, middle and right end of an axis
 SPHERICAL = (
-    ("θ", "tilt from the z axis", "0", "π"),
-    ("φ", "heading around the z axis", "−π", "π"),
-    ("r", "size of the movement", "0", "√3"),
+    ("θ", "tilt from the z axis", ("0", "π/2", "π")),
+    ("φ", "heading around the z axis", ("−π", "0", "π")),
+    ("r", "size of the movement", ("0", "√3/2", "√3")),
 )
-LINEAR = (("x", "movement", "−1", "1"), ("y", "movement", "−1", "1"), ("z", "movement", "−1", "1"))
-ANGLES = (("roll", "rotation", "−1", "1"), ("pitch", "rotation", "−1", "1"), ("yaw", "rotation", "−1", "1"))
-GRIPPER = ("gripper", "0 closed, 1 open", "0", "1")
+LINEAR = (("x", "movement", UNIT), ("y", "movement", UNIT), ("z", "movement", UNIT))
+ANGLES = (("roll", "rotation", UNIT), ("pitch", "rotation", UNIT), ("yaw", "rotation", UNIT))
+GRIPPER = ("gripper", "0 closed, 1 open", ("0", "½", "1"))
 
 
 def write_page(
@@ -48,12 +50,15 @@ def write_page(
 ) -> None:
     """Writes the page of the loader's training mixture, by rename. Same data, grid and seed: same bytes.
 
-    Frames are shown as `loader` decodes them (`IMAGE_SIZE` suits the page), compressed so that the page stays below
-    5 MB up to some hundred datasets. `progress(datasets done, datasets)` is called meanwhile.
+    Frames are shown as `loader` decodes them (`IMAGE_SIZE` suits the page). With more datasets, fewer frames of an
+    episode are shown, compressed so that the page stays below 10 MB up to some hundred datasets.
+    `progress(datasets done, datasets)` is called meanwhile.
     """
     indexes, rows = loader.indexes(), loader.table()
     starts = np.cumsum([0, *(index.num_frames for index in indexes)])
     sections, total = [], 0.0
+    count = int(np.clip(IMAGE_BYTES // (len(indexes) * EPISODES * PLAYED_BYTES), *PLAYED))
+    limit = IMAGE_BYTES // (len(indexes) * EPISODES * count * 2)  # a picture and its depth
     for number, (index, row) in enumerate(zip(indexes, rows, strict=True)):
         if progress:
             progress(number, len(indexes))
@@ -61,12 +66,12 @@ def write_page(
         statistics = loader.statistics[index.name]["action"]
         histograms = _histograms(normalize(index.arrays["action"][index.action_rows(frames)[0]], statistics), grid)
         total = total + index.num_frames * histograms
-        shown = _samples(index, np.random.default_rng([seed, number]))
-        images = loader.frames(starts[number] + np.concatenate(shown)).image
-        strips = np.split(images, np.cumsum([len(steps) for steps in shown])[:-1])
-        limit = IMAGE_BYTES // (len(indexes) * EPISODES * 3)
-        strips = [_strip(index, *pair, limit) for pair in zip(shown, strips, strict=True)]
-        sections.append(_section(index, row, statistics) | {"strips": strips, "plots": _plots(histograms, grid)})
+        episodes = []
+        for shown in _samples(index, np.random.default_rng([seed, number]), count):
+            batch = loader.frames(starts[number] + shown)
+            episodes.append(playable(index, shown, np.asarray(batch.image), np.asarray(batch.intrinsics), limit))
+        plots = _plots(histograms, grid, index.num_frames)
+        sections.append(_section(index, row, statistics) | {"played": episodes, "plots": plots})
     if progress:
         progress(len(indexes), len(indexes))
     with parents_of(to_path(path)):
@@ -79,8 +84,8 @@ def write_page(
             top_share=max(max(row["shares"]) for row in rows),
             epoch_length=loader.mixture.epoch_length,
             levels=None if isinstance(grid, ActionGrid) else grid.vocab_size,
-            together=_plots(total / starts[-1], grid),
-            image_size=IMAGE_SIZE,
+            together=_plots(total / starts[-1], grid, int(starts[-1])),
+            dimensions=DIMENSIONS,
         )
 
 
@@ -94,7 +99,7 @@ def _histograms(actions: Float[np.ndarray, "N A"], grid: ActionTokenizer) -> Flo
     return np.stack(counts) / len(actions)
 
 
-def _panels(grid: ActionTokenizer) -> list[tuple[tuple[str, str, str, str], np.ndarray, Any]]:
+def _panels(grid: ActionTokenizer) -> list[tuple[tuple[str, str, tuple[str, str, str]], np.ndarray, Any]]:
     """(labels, bin edges, range) of the seven panels."""
     if isinstance(grid, ActionGrid):
         names, edges, ranges = (*SPHERICAL, *ANGLES), [np.asarray(edges) for edges in grid.edges], RANGES
@@ -104,41 +109,16 @@ def _panels(grid: ActionTokenizer) -> list[tuple[tuple[str, str, str, str], np.n
     return [*zip(names, edges, ranges, strict=True), (GRIPPER, np.asarray([0, 0.5, 1]), (0.0, 1.0))]
 
 
-def _samples(index: Index, rng: np.random.Generator) -> list[np.ndarray]:
-    """First, middle and last frame of a few episodes, of different instructions where there are."""
+def _samples(index: Index, rng: np.random.Generator, count: int) -> list[np.ndarray]:
+    """Up to `count` frames of a few episodes, evenly spaced from first to last; of different instructions where there
+    are."""
     ends = index.arrays["episode_end"]
     chosen = rng.permutation(len(ends))[:1000]
     firsts = np.where(chosen > 0, ends[chosen - 1], 0)
     _, new = np.unique(index.language(firsts), return_index=True)
     order = [*sorted(new), *sorted(set(range(len(chosen))) - set(new))][:EPISODES]
     spans = [(firsts[i], ends[chosen[i]] - 1) for i in order]
-    return [np.unique([first, (first + last) // 2, last]) for first, last in spans]
-
-
-def _strip(index: Index, frames: np.ndarray, images: UInt8[np.ndarray, "n S S 3"], limit: int) -> dict[str, Any]:
-    episode = int(index.episode(frames[0]))
-    return {
-        "episode": episode,
-        "length": int(index.arrays["episode_end"][episode] - frames[0]),
-        "instruction": _words(index.instructions[index.language(frames[0])]),
-        "images": [
-            (frame - frames[0] + 1, data_uri("jpeg", _jpeg(image, limit)))
-            for frame, image in zip(frames.tolist(), images, strict=True)
-        ],
-    }
-
-
-def _jpeg(image: UInt8[np.ndarray, "H W 3"], limit: int) -> bytes:
-    """At most `limit` bytes, at the best quality that allows; if none does, of half the size."""
-    for quality in (85, 70, 55, 40, 25):
-        stream = io.BytesIO()
-        Image.fromarray(image).save(stream, "JPEG", quality=quality, optimize=True)
-        if stream.tell() <= limit:
-            break
-    else:
-        if len(image) > 16:
-            return _jpeg(np.asarray(Image.fromarray(image).reduce(2)), limit)
-    return stream.getvalue()
+    return [np.unique(np.linspace(first, last, count).round().astype(np.int64)) for first, last in spans]
 
 
 def _section(index: Index, row: dict[str, Any], statistics: Any) -> dict[str, Any]:
@@ -162,7 +142,7 @@ def _section(index: Index, row: dict[str, Any], statistics: Any) -> dict[str, An
             f"{row['shares'][0]:.1%} of the training samples",
         ),
         "num_instructions": len(counts),
-        "instructions": [(_words(index.instructions[i]), counts[i]) for i in listed],
+        "instructions": [(shorten(index.instructions[i]), counts[i]) for i in listed],
         "lengths": _lengths(np.diff(index.arrays["episode_end"], prepend=0)),
         "units": [*zip(DIMENSIONS, statistics["mask"], zip(*columns, strict=True), strict=True)],
     }
@@ -174,35 +154,44 @@ def _camera(index: Index) -> str:
     return "known" if index.spec.known_camera else "default"
 
 
-def _words(text: str) -> str:
-    return text if len(text) <= 200 else f"{text[:200]}…"
-
-
-def _plots(histograms: Float[np.ndarray, "A n"], grid: ActionTokenizer) -> list[dict[str, Any]]:
+def _plots(histograms: Float[np.ndarray, "A n"], grid: ActionTokenizer, frames: int) -> list[dict[str, Any]]:
+    """`frames` actions are in the histograms: the axis of shares begins below one of them."""
+    decades = max(1, math.ceil(math.log10(min(frames, FRAMES))))
     plots = []
-    for share, ((symbol, words, low, high), edges, bounds) in zip(histograms, _panels(grid), strict=True):
+    for share, ((symbol, words, ticks), edges, bounds) in zip(histograms, _panels(grid), strict=True):
         closed = share[: BARS // 2].sum()
         below = f"closed {closed:.0%}, open {1 - closed:.0%}" if symbol == "gripper" else f"{len(edges) - 1} bins"
         # 256 levels side by side are a grey sheet.
         lines = (edges[1:-1] - bounds[0]) / (bounds[1] - bounds[0]) if len(edges) < 100 else np.empty(0)
-        plots.append(_bars(share, lines, low, high) | {"symbol": symbol, "words": words, "below": below})
+        heights = 1 + np.log10(np.maximum(share, 10.0**-decades)) / decades
+        heights = np.where(share > 0, np.maximum(heights, 0.02), 0)  # one action shows, too
+        levels = [(1 - i / decades, f"{100 * 10.0**-i:g} %") for i in range(0, decades + 1, max(1, decades // 2))]
+        bars = _bars(heights, lines, ticks, levels)
+        plots.append(bars | {"symbol": symbol, "words": words, "below": below})
     return plots
 
 
-def _bars(share: Float[np.ndarray, " n"], lines: np.ndarray, low: str, high: str) -> dict[str, Any]:
-    """The paths of an SVG histogram; heights are square roots. `lines` are positions in [0, 1]."""
-    tops = HEIGHT - (HEIGHT - 4) * np.sqrt(share / max(share.max(), 1e-12))
-    outline = "".join(f"V{top:.1f}H{(i + 1) * WIDTH / len(share):.4g}" for i, top in enumerate(tops))
+def _bars(
+    heights: Float[np.ndarray, " n"], lines: np.ndarray, ticks: tuple[str, ...], levels: list[tuple[float, str]]
+) -> dict[str, Any]:
+    """The paths of an SVG histogram, whose `heights` are parts of the axis. `lines` are positions in [0, 1]; `ticks`
+    stand below, evenly spaced, and `levels`, heights with their names, to the left."""
+    tops = HEIGHT * (1 - heights)
+    outline = "".join(f"V{top:.1f}H{(i + 1) * WIDTH / len(heights):.4g}" for i, top in enumerate(tops))
     return {
         "outline": f"M0 {HEIGHT}{outline}V{HEIGHT}Z",
         "edges": "".join(f"M{x * WIDTH:.1f} 0V{HEIGHT}" for x in lines),
-        **{"low": low, "high": high, "width": WIDTH, "height": HEIGHT},
+        "ticks": [(i * WIDTH / (len(ticks) - 1), text) for i, text in enumerate(ticks)],
+        "levels": [(HEIGHT * (1 - height), text) for height, text in levels],
+        "width": WIDTH,
+        "height": HEIGHT,
     }
 
 
 def _lengths(lengths: np.ndarray) -> dict[str, Any]:
     longest = int(lengths.max())
     counts, _ = np.histogram(lengths, min(BARS // 2, longest), (0.5, longest + 0.5))
-    half = math.ceil(np.median(lengths))
+    half, most = math.ceil(np.median(lengths)), int(counts.max())
     caption = f"shortest {lengths.min():,}, half of them up to {half:,}, longest {longest:,} steps"
-    return _bars(counts / len(lengths), np.empty(0), "1", f"{longest:,} steps") | {"caption": caption}
+    levels = [(0.0, "0"), (1.0, f"{most:,}")]
+    return _bars(counts / most, np.empty(0), ("1", f"{longest:,} steps"), levels) | {"caption": caption}

@@ -1,31 +1,35 @@
-"""The page shows every dataset with its instructions and counts, is whole HTML, and the same for the same seed."""
+"""The page shows every dataset with its instructions and counts, plays episodes, is whole HTML, and the same for the
+same seed."""
 
 import base64
 import io
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.browser import browser
 from helpers.toy_rlds import data_config, make_episodes, make_rlds
 from PIL import Image
 
 from spatialvla_jax.actions import fit_gaussians, gaussian_grid, linear_grid
 from spatialvla_jax.cli import main
 from spatialvla_jax.data import Loader, load_data
-from spatialvla_jax.reports.mixture import EPISODES, IMAGE_SIZE, write_page
+from spatialvla_jax.data.stored import stored_depth, stored_state
+from spatialvla_jax.reports.mixture import EPISODES, IMAGE_SIZE, PLAYED, write_page
 
 HOSTILE = "<script>alert('x')</script> & \"quotes\" </figure>"
-VOID = {"meta", "img"}
+VOID = {"meta", "img", "input"}
 
 
 class Page(HTMLParser):
-    """Text, images and links of a page; fails on tags that do not match."""
+    """Text, links and played episodes of a page; fails on tags that do not match."""
 
     def __init__(self, path: Path):
         super().__init__()
-        self.open, self.texts, self.in_cells, self.tags, self.images, self.paths = [], [], [], [], [], []
+        self.open, self.texts, self.in_cells, self.tags, self.played, self.paths = [], [], [], [], [], []
         self.source = path.read_text("utf-8")
         self.feed(self.source)
         self.close()
@@ -37,8 +41,6 @@ class Page(HTMLParser):
         attributes = dict(attrs)
         assert len(attributes) == len(attrs)
         self.tags.append((tag, attributes))
-        if tag == "img":
-            self.images.append(base64.b64decode(str(attributes["src"]).removeprefix("data:image/jpeg;base64,")))
         if tag == "path":
             self.paths.append(attributes["d"])
         if tag not in VOID:
@@ -48,7 +50,9 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        if self.open[-1:] != ["style"]:
+        if self.open[-1:] == ["script"] and self.tags[-1] == ("script", {"type": "application/json"}):
+            self.played.append(json.loads(data))
+        elif self.open[-1:] not in (["style"], ["script"]):
             self.texts.append(data)
         if self.open[-1:] == ["td"]:
             self.in_cells.append(data)
@@ -103,27 +107,57 @@ def test_every_dataset_instruction_and_count_is_there(page: Page, loader: Loader
 
 
 def test_hostile_text_stays_text(page: Page) -> None:
-    assert not {"script", "i", "link"} & {tag for tag, _ in page.tags} and "<b>bold" not in page.source
+    assert not {"i", "link"} & {tag for tag, _ in page.tags} and "<b>bold" not in page.source
+    scripts = [attributes for tag, attributes in page.tags if tag == "script"]
+    assert scripts == [{"type": "application/json"}] * 2 + [{}]  # two datasets and the player
     assert page.source.count("alert('x')") == 0 and page.source.count("alert(&#39;x&#39;)") > 1
-    assert not re.search(r"(src|href)=(?!\"(data:image/jpeg;|#dataset-))|url\(|@import|http", page.source)
+    assert HOSTILE in [episode["instruction"] for episode in page.played[1]["episodes"]]
+    assert not re.search(r"(src|href)=(?!\"#dataset-)|url\(|@import|http", page.source)
 
 
-def test_images_are_the_frames(page: Page, loader: Loader) -> None:
-    """As many as there should be, in the order of their captions."""
-    lengths = [np.diff(index.arrays["episode_end"], prepend=0) for index in loader.indexes()]
-    shown = re.findall(r"episode (\d+): (?:all|first, middle and last) of (\d+) frames", page.text)
-    assert len(shown) == 2 * EPISODES
-    starts, images = np.cumsum([0, *map(sum, lengths)]), iter(page.images)
-    for number, (episode, length) in enumerate((int(a), int(b)) for a, b in shown):
-        own = lengths[number // EPISODES]
-        assert own[episode] == length
-        first = starts[number // EPISODES] + own[:episode].sum()
-        for step in sorted({0, (length - 1) // 2, length - 1}):
-            pixels = np.asarray(Image.open(io.BytesIO(next(images))), float)
-            expected = loader.frames(np.asarray([first + step])).image[0].astype(float)
-            assert pixels.shape == expected.shape
-            assert np.corrcoef(pixels.ravel(), expected.ravel())[0, 1] > 0.8  # noise, so no neighbour looks alike
-    assert next(images, None) is None
+def picture(source: str, kind: str) -> np.ndarray:
+    return np.asarray(
+        Image.open(io.BytesIO(base64.b64decode(source.removeprefix(f"data:image/{kind};base64,")))), float
+    )
+
+
+def test_played_episodes_are_those_stored(page: Page, loader: Loader) -> None:
+    """Pictures, depth, actions and state of the steps that they are said to be of."""
+    starts = np.cumsum([0, *(index.num_frames for index in loader.indexes())])
+    shown = re.findall(r"episode (\d+): “.*?” \((\d+) of (\d+) frames\)", page.text)
+    played = [episode for part in page.played for episode in part["episodes"]]
+    assert len(played) == len(shown) == 2 * EPISODES
+    total = [sum(int(row[i]) for row in shown) for i in (1, 2)]
+    assert f"8 episodes to play, with {total[0]} of their {total[1]} frames" in page.text
+    for number, (episode, told) in enumerate(zip(played, shown, strict=True)):
+        index = loader.indexes()[number // EPISODES]
+        first = int(np.append(0, index.arrays["episode_end"])[episode["episode"]])
+        assert told == (str(episode["episode"]), str(len(episode["images"])), str(episode["length"]))
+        assert episode["length"] == index.arrays["episode_end"][episode["episode"]] - first
+        assert episode["shown"][0] == 1 and episode["shown"][-1] == episode["length"] == episode["steps"][-1]
+        frames = first + np.asarray(episode["shown"]) - 1
+        batch = loader.frames(starts[number // EPISODES] + frames)
+        for source, image in zip(episode["images"], np.asarray(batch.image, float), strict=True):
+            pixels = picture(source, "jpeg")
+            assert np.corrcoef(pixels.ravel(), image.ravel())[0, 1] > 0.8  # noise, so no neighbour looks alike
+        camera = np.asarray(batch.intrinsics)[0, [0, 1, 0, 1], [0, 1, 2, 2]] / IMAGE_SIZE
+        np.testing.assert_allclose(episode["camera"], camera, rtol=1e-3)
+        steps = first + np.asarray(episode["steps"]) - 1
+        np.testing.assert_allclose(np.transpose(episode["action"]), index.arrays["action"][steps], rtol=1e-3)
+        name, state = stored_state(index, episode["episode"]) or ("", np.empty(0))
+        assert episode["state"]["name"] == name == "observation/state" and episode["state"]["size"] == 8
+        np.testing.assert_allclose(np.transpose(episode["state"]["values"]), state[index.step(steps)], rtol=1e-3)
+        if number < EPISODES:  # the second dataset has no depth
+            near, far = episode["depth"]["near"], episode["depth"]["far"]
+            for source, frame in zip(episode["depth"]["maps"], frames.tolist(), strict=True):
+                grey, depth = picture(source, "png"), stored_depth(index, frame)
+                assert depth is not None and grey.shape == (64, 64)
+                rows, columns = (((np.arange(64) + 0.5) * side / 64).astype(int) for side in depth.shape)
+                metres = near + (grey - 1) / 254 * (far - near)
+                expected = np.clip(depth[rows[:, None], columns], near, far)
+                assert np.abs(metres - expected)[grey > 0].max() < 1.01 * (far - near) / 254 / 2 + 1e-3
+        else:
+            assert episode["depth"] is None
 
 
 def test_histograms_lie_over_the_bins(page: Page, loader: Loader) -> None:
@@ -136,9 +170,13 @@ def test_histograms_lie_over_the_bins(page: Page, loader: Loader) -> None:
     np.testing.assert_allclose(positions, (np.asarray(grid.phi)[1:-1] + np.pi) / (2 * np.pi), atol=1e-3)
     # The gripper's histogram has bars at both ends only; the share of the closed one is written below.
     heights = [72 - float(y) for y in re.findall(r"V([\d.]+)H", outlines[6])]
+    # Log scale: from one action of all to 100 %.
+    decades = np.ceil(np.log10(len(loader.actions())))
     closed = (loader.actions()[:, 6] < 0.5).mean()
     assert {i for i, height in enumerate(heights) if height > 0} == {0, len(heights) - 1}
-    assert (heights[0] / heights[-1]) ** 2 == pytest.approx(closed / (1 - closed), rel=0.05)
+    for height, share in ((heights[0], closed), (heights[-1], 1 - closed)):
+        assert height == pytest.approx(72 * (1 + np.log10(share) / decades), abs=0.06)
+    assert "share on a log scale" in page.text and "100 %" in page.text
     assert f"closed {closed:.0%}, open {1 - closed:.0%}" in page.text
 
 
@@ -154,9 +192,40 @@ def test_size_is_bounded(loader: Loader, tmp_path: Path, monkeypatch: pytest.Mon
     """The toy images are noise, the worst there is for JPEG: still they keep to what 28 datasets leave for each."""
     from spatialvla_jax.reports import mixture as show
 
-    monkeypatch.setattr(show, "IMAGE_BYTES", 2 * 3_000_000 // 28)
+    monkeypatch.setattr(show, "IMAGE_BYTES", 2 * show.IMAGE_BYTES // 28)
     write_page(tmp_path / "page.html", loader, linear_grid(), title="toy")
-    assert (tmp_path / "page.html").stat().st_size * 28 / 2 < 5_000_000
+    assert (tmp_path / "page.html").stat().st_size * 28 / 2 < 10_000_000
+    monkeypatch.setattr(show, "IMAGE_BYTES", 10_000)
+    write_page(tmp_path / "small.html", loader, linear_grid(), title="toy")
+    played = [episode for part in Page(tmp_path / "small.html").played for episode in part["episodes"]]
+    assert max(len(episode["images"]) for episode in played) == PLAYED[0]
+
+
+@pytest.mark.slow
+def test_the_player_in_a_browser(page: Page, tmp_path: Path) -> None:
+    (tmp_path / "page.html").write_text(page.source)
+    with browser() as window:
+        window.open(f"file://{tmp_path}/page.html")
+        window.wait_for("[...document.querySelectorAll('.player')].every((one) => one.dataset.step === '1')")
+        assert window.evaluate("document.documentElement.scrollWidth <= innerWidth"), "nothing is cut off"
+        cut = "[...document.querySelectorAll('svg text')].filter((text) => { const [a, b] = [text, text.closest('svg')]"
+        cut += (
+            ".map((one) => one.getBoundingClientRect()); return a.left < b.left - 1 || a.right > b.right + 1 }).length"
+        )
+        assert window.evaluate(cut) == 0, "no number is cut off"
+        depth = "[...document.querySelectorAll('.player')].map((one) => one.querySelector('canvas').offsetWidth > 0)"
+        assert window.evaluate(depth) == [True, False]
+        for name in ("depth", "cloud"):
+            pixels = f"document.querySelector('.{name}').getContext('2d').getImageData(0, 0, 256, 256).data"
+            assert window.evaluate(f"new Set({pixels}).size") > 20, name
+        assert window.evaluate("document.querySelectorAll('.player .actions svg').length") == 2 * 7
+        assert window.evaluate("document.querySelectorAll('.player .states svg').length") == 2 * 8
+        last, first = page.played[0]["episodes"][-1], "document.querySelector('.player')"
+        window.evaluate(f"select = {first}.querySelector('select'); select.value = {EPISODES - 1}; select.onchange()")
+        window.evaluate(f"{first}.querySelector('button').click()")
+        window.wait_for(f"{first}.dataset.step === '{last['length']}'")
+        assert window.evaluate(f"{first}.querySelector('img').src") in last["images"]
+        assert not window.problems
 
 
 def test_command(config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -1,0 +1,107 @@
+"""Episodes that a page can play: pictures, depth, actions and state over time, as JSON inside the page."""
+
+import io
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from PIL import Image
+
+from spatialvla_jax.data.index import Index
+from spatialvla_jax.data.stored import stored_depth, stored_state
+from spatialvla_jax.reports.html import data_uri
+
+STEPS = 200  # of an episode at most, evenly spaced, are drawn over time
+STATES = 16  # numbers of the state that are drawn
+DEPTH_SIZE = 64  # pixels a side of a depth map
+LEVELS = 255  # of depth between near and far; level 0 is no reading
+
+
+def playable(
+    index: Index,
+    frames: np.ndarray,
+    images: UInt8[np.ndarray, "n S S 3"],
+    intrinsics: Float[np.ndarray, "n 3 3"],
+    limit: int,
+) -> dict[str, Any]:
+    """An episode of which these frames are pictured, in order, the first one included. Each picture has at most `limit`
+    bytes, `intrinsics` are in its pixels.
+
+    {"episode", "length", "instruction", "shown" (steps of the pictures, from 1 on), "images", "depth" ({"near", "far"}
+    in metres and "maps", or None), "camera" (fx, fy, cx, cy as parts of the image's side), "steps" (from 1 on) with the
+    values there of "action" [A][n] and "state" ({"name", "values" [d][n], "size"} or None), in the dataset's units}
+    """
+    first = int(frames[0])
+    episode = int(index.episode(first))
+    length = int(index.arrays["episode_end"][episode]) - first
+    steps = np.linspace(0, length - 1, min(length, STEPS)).round().astype(np.int64)
+    state = stored_state(index, episode)
+    camera = intrinsics[0][[0, 1, 0, 1], [0, 1, 2, 2]] / images.shape[1]
+    return {
+        "episode": episode,
+        "length": length,
+        "instruction": shorten(index.instructions[index.language(first)]),
+        "shown": (frames - first + 1).tolist(),
+        "images": [data_uri("jpeg", jpeg(image, limit)) for image in images],
+        "depth": depth_maps([stored_depth(index, frame) for frame in frames.tolist()], limit),
+        "camera": rounded(camera),
+        "steps": (steps + 1).tolist(),
+        "action": rounded(index.arrays["action"][index.action_rows(first + steps)[0]].T),
+        "state": state
+        and {
+            "name": state[0],
+            "values": rounded(state[1][index.step(first + steps)].T[:STATES]),
+            "size": state[1].shape[1],
+        },
+    }
+
+
+def shorten(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:200]}…"
+
+
+def rounded(values: np.ndarray) -> Any:
+    """The values as lists, to four digits; null where one is not finite."""
+    if values.ndim > 1:
+        return [rounded(row) for row in values]
+    return [float(f"{x:.4g}") if np.isfinite(x) else None for x in values.tolist()]
+
+
+def depth_maps(maps: list[Float[np.ndarray, "H W"] | None], limit: int) -> dict[str, Any] | None:
+    """Depth in metres as grey PNGs: level 1 is `near`, level 255 is `far`, the outermost 1 % lie at either end. None
+    where no map has a reading."""
+    readings = np.concatenate([depth[depth > 0] for depth in maps if depth is not None] or [np.empty(0)])
+    if not len(readings):
+        return None
+    near, far = np.percentile(readings, (1, 99)).tolist()
+    return {
+        "near": float(f"{near:.4g}"),
+        "far": float(f"{far:.4g}"),
+        "maps": [_grey(np.zeros((1, 1), np.float32) if depth is None else depth, near, far, limit) for depth in maps],
+    }
+
+
+def _grey(depth: Float[np.ndarray, "H W"], near: float, far: float, limit: int) -> str:
+    share = np.clip((depth - near) / max(far - near, 1e-6), 0, 1)
+    levels = np.where(depth > 0, 1 + np.rint((LEVELS - 1) * share), 0).astype(np.uint8)
+    size = DEPTH_SIZE
+    while True:
+        stream = io.BytesIO()
+        # No value between two neighbours: such points would float in the cloud.
+        Image.fromarray(levels).resize((size, size), Image.Resampling.NEAREST).save(stream, "PNG", optimize=True)
+        if stream.tell() <= limit or size <= 16:
+            return data_uri("png", stream.getvalue())
+        size //= 2
+
+
+def jpeg(image: UInt8[np.ndarray, "H W 3"], limit: int) -> bytes:
+    """At most `limit` bytes, at the best quality that allows; if none does, of half the size."""
+    for quality in (85, 70, 55, 40, 25):
+        stream = io.BytesIO()
+        Image.fromarray(image).save(stream, "JPEG", quality=quality, optimize=True)
+        if stream.tell() <= limit:
+            break
+    else:
+        if len(image) > 16:
+            return jpeg(np.asarray(Image.fromarray(image).reduce(2)), limit)
+    return stream.getvalue()
