@@ -86,6 +86,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the computation; by default the preset's")
     parser.add_argument("--remat", choices=POLICIES, default="none")
     parser.add_argument("--depth-source", choices=("zoedepth", "dataset", "none"), help="source of depth; the preset's")
+    parser.add_argument("--gather-once", action="store_true", help="train.gather_once")
     parser.add_argument("--unroll", action="store_true", help="layer by layer instead of a loop over them")
     parser.add_argument("--prompt-length", type=count, default=0, help="tokens; by default the config's")
     parser.add_argument(
@@ -129,6 +130,7 @@ def setup_on(devices: int, args: argparse.Namespace) -> TrainSetup:
         unroll=args.unroll,
     )
     config.train.batch_size, config.lora.rank = args.batch_size * devices, args.lora
+    config.train.gather_once = args.gather_once
     config.data.prompt.length = args.prompt_length or config.data.prompt.length
     config.optimizer.mu_dtype = args.mu_dtype
     mesh = make_mesh({"fsdp": -1}, jax.devices()[:devices])
@@ -205,6 +207,7 @@ def measure(devices: int, args: argparse.Namespace) -> dict[str, Any]:
         "state_bytes_per_device": {"predicted": predicted, "held": holds},
         "loss": round(float(metrics["loss"]), 4),
         "remat": args.remat,
+        "gather_once": args.gather_once,
         "unroll": args.unroll,
         "prompt_length": model.config.prompt_length,
         "mu_dtype": args.mu_dtype,

@@ -23,7 +23,12 @@ FREE_ON_RESUME = (
     *("checkpoint", "mesh", "train.max_skipped", "train.log_every", "train.eval_every", "train.eval_frames"),
     "train.spikes",  # for a run that met one; without a spike it changes nothing
     *("data.root", "data.packed", "data.cache_dir", "data.workers", "data.memory_gb", "data.faults"),
-    *("train.grad_accum_steps", "model.remat", "model.unroll"),  # how a step fits its devices, not what it computes
+    *(
+        "train.grad_accum_steps",
+        "train.gather_once",
+        "model.remat",
+        "model.unroll",
+    ),  # how a step fits its devices, not what it computes
 )
 
 
@@ -172,6 +177,9 @@ KEYS: dict[str, Field] = {
     "train.spikes.window": Field(100, "steps before, whose median loss it is", low=1, high=10_000, unit="steps"),
     "train.spikes.rewind": Field(0, "go back so far at least", low=0, unit="steps"),
     "train.spikes.limit": Field(10, "spikes, before the run ends with an error", low=0),
+    "train.gather_once": Field(
+        False, "gather matrices split over mesh.fsdp once a step and keep them: faster, 2 bytes a parameter more memory"
+    ),
     "train.log_every": Field(50, "between two records of the metrics", low=1, unit="steps"),
     "train.eval_every": Field(5_000, "between two validations; 0: none", low=0, unit="steps"),
     "train.eval_split": Field(

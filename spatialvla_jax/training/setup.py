@@ -44,6 +44,7 @@ class TrainSetup:
     steps: int
     batch_size: int
     grad_accum_steps: int
+    gather_once: bool
     max_skipped: int
     log_every: int
     eval_every: int

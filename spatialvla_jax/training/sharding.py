@@ -5,7 +5,7 @@ Axes: `data` (replicas; only gradients cross it), `fsdp` (splits batch and param
 
 import re
 from collections.abc import Callable, Sequence
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.models import Params
@@ -123,9 +124,10 @@ def on_mesh(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
     return wrapped
 
 
-def cast_split(params: Params, dtype: DTypeLike) -> Params:
+def cast_split(params: Params, dtype: DTypeLike, gather: bool = False) -> Params:
     """Cast matrices that are split over `fsdp` to the computation's dtype, which halves the bytes to gather.
 
+    By default a scan gathers each layer's matrices where they are used. With `gather`, all of them are gathered here.
     All other parameters are unchanged, as is everything without a mesh or a split.
     """
     mesh = jax.sharding.get_abstract_mesh()
@@ -137,12 +139,25 @@ def cast_split(params: Params, dtype: DTypeLike) -> Params:
         if "fsdp" not in spec or re.fullmatch(LOOKED_UP, path):
             return x
         x = jax.lax.with_sharding_constraint(x.astype(dtype), spec)
-        if path in OUTSIDE_SCANS:  # so that its gradient is reduce-scattered, instead of gathering the batch
-            x = jax.lax.with_sharding_constraint(x, P(*(None if axis == "fsdp" else axis for axis in spec)))
-        return x
+        # Outside scans always: the compiler would gather the batch instead of reduce-scattering the gradient.
+        whole = P(*(None if axis == "fsdp" else axis for axis in spec))
+        return gathered(x, spec, whole) if gather or path in OUTSIDE_SCANS else x
 
     flat: dict[str, Any] = flatten_dict(params, sep="/")
     return unflatten_dict({k: cast(k, v) for k, v in flat.items()}, sep="/")
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def gathered(x: Float[Array, "..."], split: P, whole: P) -> Float[Array, "..."]:
+    """`x`, which is sharded as `split`, sharded as `whole`. Its gradient is sharded as `split` again; the derivative of
+    a plain constraint would gather it."""
+    return jax.lax.with_sharding_constraint(x, whole)
+
+
+gathered.defvjp(
+    lambda x, split, whole: (gathered(x, split, whole), None),
+    lambda split, whole, _, gradient: (jax.lax.with_sharding_constraint(gradient, split),),
+)
 
 
 def like_params(tree: Any, params: Params, mesh: Mesh) -> Any:

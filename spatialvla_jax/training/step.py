@@ -63,7 +63,7 @@ def make_train_step(setup: TrainSetup) -> Callable[..., tuple[TrainState, Metric
 
         def loss_fn(trainable: Params, inputs: Batch) -> tuple[Float[Array, ""], Metrics]:
             params = put_beside(merge(trainable, fixed), setup.lora_scale, model.config.dtype)
-            params = cast_split(params, model.config.dtype)
+            params = cast_split(params, model.config.dtype, setup.gather_once)
             loss, metrics = loss_and_metrics(model, params, inputs, grid)
             means = {k: v.mean() for k, v in metrics.items()}
             return loss.mean(), means | by_dataset(metrics, inputs.dataset_id, setup.num_datasets)

@@ -18,10 +18,9 @@ from spatialvla_jax.training.state import init_params, init_state
 from spatialvla_jax.training.step import jit_train_step
 
 
-def losses(mesh_shape: dict[str, int], devices: int, *, grad_accum_steps: int = 1, steps: int = 20) -> list[float]:
+def losses(mesh_shape: dict[str, int], devices: int, *, steps: int = 20, **train: int) -> list[float]:
     mesh = make_mesh(mesh_shape, jax.devices()[:devices])
-    train = {"steps": steps, "grad_accum_steps": grad_accum_steps}
-    setup = setup_of(mesh, augment=True, train=train, learning_rate=1e-3)
+    setup = setup_of(mesh, augment=True, train={"steps": steps} | train, learning_rate=1e-3)
     model = setup.model
     state, shardings = init_state(setup)
     step, batch_sharding = jit_train_step(setup, shardings), NamedSharding(mesh, BATCH)
@@ -46,6 +45,12 @@ def test_eight_devices_give_the_losses_of_one(one_device: list[float]) -> None:
 @pytest.mark.slow
 def test_accumulation_gives_the_losses_of_the_whole_batch(one_device: list[float]) -> None:
     np.testing.assert_allclose(losses({"data": 2}, 2, grad_accum_steps=4, steps=20), one_device, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_gathering_once_gives_the_losses_of_one_device(one_device: list[float]) -> None:
+    once = losses({"fsdp": 2, "tensor": 2}, 4, gather_once=True, grad_accum_steps=2)
+    np.testing.assert_allclose(once, one_device, atol=1e-4)
 
 
 def test_full_size_parameters_are_split() -> None:
