@@ -345,8 +345,7 @@ def train_config_of(run: AnyPath) -> ConfigDict:
 def check_resumable(saved: dict[str, Any], config: ConfigDict, workdir: AnyPath) -> None:
     """Raises InputError when a run began under a config that computes something else."""
     now, defaults, began = (
-        flatten(json.loads(json.dumps(without_paths(tree))))
-        for tree in (config.to_dict(), default_config().to_dict(), renamed(saved, CONFIG_KEYS))
+        decisive(tree) for tree in (config.to_dict(), default_config().to_dict(), renamed(saved, CONFIG_KEYS))
     )
     before = defaults | began  # a key that is younger than the run had its default
     if gone := sorted(before.keys() - KEYS.keys()):
@@ -355,8 +354,7 @@ def check_resumable(saved: dict[str, Any], config: ConfigDict, workdir: AnyPath)
             f"{before[gone[0]]!r}, a config key that does not exist: go on with that version, or use another workdir"
         )
     now["data.read_block"] = now["data.read_block"] or before["data.read_block"]  # 0: what the run's first start chose
-    free = lambda key: any(key == f or key.startswith(f"{f}.") for f in FREE_ON_RESUME)  # noqa: E731
-    changed = [key for key in sorted(KEYS) if now[key] != before[key] and not free(key)]
+    changed = [key for key in sorted(now) if now[key] != before[key]]
     if changed:
         k = changed[0]
         remedy = "use its config or another workdir"
@@ -368,11 +366,14 @@ def check_resumable(saved: dict[str, Any], config: ConfigDict, workdir: AnyPath)
         raise InputError(f"{workdir} holds a run with {k} = {before[k]!r}, this config says {now[k]!r}{more}; {remedy}")
 
 
-def without_paths(config: dict[str, Any]) -> dict[str, Any]:
-    """A config whose datasets don't say where they lie: a run may go on where they were moved to."""
-    datasets = config["data"].get("datasets", ())
-    entries = [{k: v for k, v in entry.items() if k != "path"} for entry in datasets]
-    return config | {"data": config["data"] | {"datasets": entries}}
+def decisive(config: dict[str, Any]) -> dict[str, Any]:
+    """The dotted keys that decide what a run computes, with their values as JSON has them. Datasets don't say where
+    they lie: a run may go on where they were moved to."""
+    values = flatten(json.loads(json.dumps(config)))
+    datasets = values.get("data.datasets", ())
+    values["data.datasets"] = [{k: v for k, v in entry.items() if k != "path"} for entry in datasets]
+    free = tuple(f"{key}." for key in FREE_ON_RESUME)
+    return {key: value for key, value in values.items() if not f"{key}.".startswith(free)}
 
 
 def flatten(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:

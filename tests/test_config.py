@@ -18,7 +18,7 @@ from spatialvla_jax.config import (
 from spatialvla_jax.errors import InputError
 
 
-@pytest.mark.parametrize("name", ["demo", "pretrain", "finetune", "lora"])
+@pytest.mark.parametrize("name", ["demo", "pretrain", "finetune", "lora", "libero_spatial", "libero_mini"])
 def test_the_configs_here_load(name: str) -> None:
     assert load_config(f"configs/{name}.py", {"train.steps": "7"}).train.steps == 7
 

@@ -1,7 +1,6 @@
 """The command `evaluate`, on recorded episodes or in simulation."""
 
 import argparse
-import contextlib
 import json
 import os
 from pathlib import Path
@@ -117,8 +116,6 @@ def run_evaluate(args: argparse.Namespace) -> None:
 
 
 def run_closed_loop(args: argparse.Namespace) -> None:
-    from functools import partial
-
     from spatialvla_jax.checkpoints import fingerprint
     from spatialvla_jax.evaluation import closed_loop
     from spatialvla_jax.inference.action_chunking import executor
@@ -126,9 +123,7 @@ def run_closed_loop(args: argparse.Namespace) -> None:
     from spatialvla_jax.serving.access import read_token
     from spatialvla_jax.serving.client import Client
     from spatialvla_jax.sim import libero_env as libero
-    from spatialvla_jax.training.log_folder import LogFolder
     from spatialvla_jax.utils.dataset_keys import find_key
-    from spatialvla_jax.utils.progress import progress_bar
     from spatialvla_jax.utils.storage import list_names
 
     if (args.checkpoint is None) == (args.server is None):
@@ -161,22 +156,18 @@ def run_closed_loop(args: argparse.Namespace) -> None:
         raise InputError(
             f"--unnorm-key {args.unnorm_key!r} is not a dataset of {name}: choose one of {', '.join(keys)}"
         )
-    mirrored = (args.unnorm_key or "".join(keys[:1])).partition("/")[0].endswith("no_noops")
-    with progress_bar("closed loop", "episode") as show, contextlib.closing(LogFolder(args.out)) as folder:
-
-        def progress(done: int, successes: int) -> None:
-            show(done, len(episodes), note=f"{successes} successes")
-
-        result = closed_loop.evaluate(
-            partial(libero.Libero, size, depth, mirrored),
-            infer,
-            episodes,
-            settings,
-            folder,
-            policy=f"{name}, {size} px" + (f", {args.unnorm_key}" if args.unnorm_key else ""),
-            videos=args.videos,
-            progress=progress,
-        )
+    result = libero.evaluate(
+        infer,
+        episodes,
+        settings,
+        args.out,
+        policy=name,
+        image_size=size,
+        depth=depth,
+        keys=keys,
+        unnorm_key=args.unnorm_key,
+        videos=args.videos,
+    )
     print(closed_loop.table(result))
     print(f"wrote {args.out}: result.json, episodes.jsonl and {len(list_names(args.out / 'videos'))} videos")
     print(json.dumps(result))

@@ -195,6 +195,17 @@ def add_sweep(commands: Commands) -> None:
     add_output(p, "--workdir", SWEEP, type=local_path, help="of the sweep, new or stopped; no default")
     p.add_argument("--only", default="*", metavar="PATTERN", help="trials by name, such as '*_seed-0'")
     p.add_argument("--parallel", type=positive, default=1, metavar="N", help="trials at once, on this machine")
+    p.add_argument(
+        "--workers",
+        type=positive,
+        help="simulators at once for each trial's closed loop; by default the cores, divided by --parallel",
+    )
+    p.add_argument(
+        "--closed-loop",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="evaluate trials in simulation where the sweep asks for it (extra [sim])",
+    )
     p.add_argument("--launcher", choices=("local", "slurm", "xpk"), default="local", help="or a job for every trial")
     p.add_argument(
         "--launcher-args",
@@ -208,11 +219,14 @@ def add_sweep(commands: Commands) -> None:
 
 
 def run_sweep(args: argparse.Namespace) -> None:
+    import os
     from collections import Counter
+    from dataclasses import replace
 
     from tqdm import tqdm
 
     from spatialvla_jax.reports.sweep import write_report
+    from spatialvla_jax.sweep.measure import episodes_of
     from spatialvla_jax.sweep.plan import load_sweep
     from spatialvla_jax.sweep.run import FAILED, FINISHED, launch, prepare, run_here, run_parallel
     from spatialvla_jax.utils.distributed import is_writer
@@ -225,6 +239,16 @@ def run_sweep(args: argparse.Namespace) -> None:
     if args.dry_run and args.launcher == "local":
         print("\n".join(trial.name for trial in trials))
         return
+    if not args.closed_loop:
+        trials = tuple(replace(trial, closed_loop={}) for trial in trials)
+        flags.append("--no-closed-loop")
+    elif args.launcher == "local":
+        for trial in trials:
+            if trial.closed_loop:
+                episodes_of(trial)  # raises now what it would raise once the trial has been trained
+    workers = args.workers or max(1, (os.cpu_count() or 1) // args.parallel)
+    if args.workers or args.parallel > 1:
+        flags += ["--workers", str(workers)]
     if not args.dry_run:
         prepare(sweep, args.workdir)
     if args.launcher != "local":
@@ -235,7 +259,7 @@ def run_sweep(args: argparse.Namespace) -> None:
         command += ["--workdir", str(args.workdir), "--no-report"]
         outcomes = run_parallel(command, args.workdir, trials, args.parallel)
     else:
-        outcomes = run_here(sweep, args.workdir, trials, lambda s: tqdm.write(s, sys.stderr))
+        outcomes = run_here(sweep, args.workdir, trials, lambda s: tqdm.write(s, sys.stderr), workers)
     if is_writer() and args.report and FINISHED in outcomes.values():
         print(write_report(args.workdir))
     if is_writer():

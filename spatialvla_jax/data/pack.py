@@ -325,6 +325,11 @@ def packed_digest(path: str | os.PathLike[str]) -> str:
     return _PREFIX.unpack(prefix)[3].hex()
 
 
+def packed_names(path: Path) -> list[str]:
+    """The names of the datasets in a packed file. Raises InputError."""
+    return [entry["name"] for entry in _open(path)[2]["datasets"]]
+
+
 def _open(path: Path) -> tuple[mmap.mmap, int, dict[str, Any]]:
     """(the mapped file, offset of its arrays, its header)."""
     try:

@@ -1,16 +1,22 @@
 """LIBERO's four suites as `closed_loop` environments, with its initial states, success test and limits."""
 
+import contextlib
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
 from spatialvla_jax.errors import InputError
+from spatialvla_jax.evaluation import closed_loop
 from spatialvla_jax.evaluation.closed_loop import Episode
 from spatialvla_jax.sim import scripted_expert as expert
 from spatialvla_jax.sim.libero import camera, check_simulator, frame, observe, proprioception, set_up_worker, simulate
 from spatialvla_jax.sim.record_libero import PLANS
+from spatialvla_jax.training.log_folder import LogFolder
+from spatialvla_jax.utils.progress import progress_bar
+from spatialvla_jax.utils.storage import AnyPath
 
 # Step limits from OpenVLA, based on each suite's longest demonstration; the published numbers use them. LIBERO's own
 # training scripts allow 600 for every suite.
@@ -95,6 +101,35 @@ def episodes(suites: Sequence[str], per_task: int, seeds: Sequence[int], tasks: 
     check_simulator()
     numbers = range(per_task)
     return [Episode(suite, task, n, seed) for suite in suites for seed in seeds for n in numbers for task in tasks]
+
+
+def evaluate(
+    infer: closed_loop.Infer,
+    episodes: Sequence[Episode],
+    settings: closed_loop.Settings,
+    out: AnyPath,
+    *,
+    policy: str,
+    image_size: int,
+    depth: bool,
+    keys: Sequence[str],
+    unnorm_key: str | None = None,
+    videos: int = 0,
+) -> dict[str, Any]:
+    """`closed_loop.evaluate` with a progress bar, in images of `image_size` pixels a side, mirrored for datasets that
+    have them so: `unnorm_key`, by default the first of the policy's `keys`."""
+    mirrored = (unnorm_key or "".join(keys[:1])).partition("/")[0].endswith("no_noops")
+    with progress_bar("closed loop", "episode") as show, contextlib.closing(LogFolder(out)) as folder:
+        return closed_loop.evaluate(
+            partial(Libero, image_size, depth, mirrored),
+            infer,
+            episodes,
+            settings,
+            folder,
+            policy=f"{policy}, {image_size} px" + (f", {unnorm_key}" if unnorm_key else ""),
+            videos=videos,
+            progress=lambda done, successes: show(done, len(episodes), note=f"{successes} successes"),
+        )
 
 
 def initial_state(episode: Episode, count: int) -> int:

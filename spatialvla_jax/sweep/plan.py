@@ -1,7 +1,8 @@
-"""Sweep files: one trial for every combination of axis values and seeds, checked before any trial runs.
+"""Sweep files: their trials, checked before any of them runs.
 
-All combinations with the first seed come before those with the next, so a sweep that is cut short still fills the
-table. Parallel processes then also compile different programs, which the other seeds' trials reuse.
+There is a trial for every combination of axis values, or, around a `reference`, for every value of one axis at a time;
+and that for every seed. All trials with the first seed come before those with the next, so a sweep that is cut short
+still fills the table. Parallel processes then also compile different programs, which the other seeds' trials reuse.
 
 A sweep file defines `get_sweep()`, which returns
 
@@ -11,7 +12,9 @@ A sweep file defines `get_sweep()`, which returns
             "model.depth_source": ["dataset", "none"],        # a config key and its values
             "grid": {"coarse": {"grid.num_bins": (8, 16, 4, 8, 8, 8)}, "fine": {}},  # or named values
         },
+        "reference": {"model.depth_source": "dataset", "grid": "fine"},  # one axis at a time; default: all combinations
         "seeds": [0, 1],
+        "closed_loop": {"episodes": 7},                # also evaluate in simulation, see CLOSED_LOOP; default: not
         "keep_checkpoints": False,                     # default: True
     }
 """
@@ -21,7 +24,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -41,6 +44,7 @@ from spatialvla_jax.config import (
     check_together,
     checked,
     completed,
+    decisive,
     find_config,
     flatten,
     load_config,
@@ -58,34 +62,44 @@ SEED = KEYS["seed"]
 SWEEP = {
     "base": Field("", "a config file by name or path, or a config", kinds=(str, dict, ConfigDict)),
     "axes": Field({}, "config keys with their values, or axis names with {value's name: {config key: value}}"),
+    "reference": Field({}, "{axis: one of its values}: vary one axis at a time around these"),
     "seeds": Field([0], "of the trials", items=SEED, problem=lambda seeds: "" if seeds else "must have at least one"),
+    "closed_loop": Field({}, "evaluate each trial in simulation as well"),
     "keep_checkpoints": Field(True, "False: keep only results"),
+}
+CLOSED_LOOP = {
+    "suite": Field("", "of LIBERO; empty: the one that the trial's dataset is named after"),
+    "episodes": Field(50, "of each task and seed", low=1, high=1000),
+    "seeds": Field([], "of the episodes; empty: the trial's own", items=SEED),
+    "tasks": Field([], "ids; empty: all ten", items=Field(0, "", low=0, high=9)),
 }
 
 
 @dataclass(frozen=True)
 class Trial:
-    """`name` is also the directory's name; `values` is {axis: name of its value}."""
+    """`name` is also the directory's name; `values` is {axis: name of its value}. `closed_loop` has the keys of
+    CLOSED_LOOP, or is empty."""
 
     name: str
     values: dict[str, str]
     seed: int
     config: ConfigDict
+    closed_loop: dict[str, Any] = field(default_factory=dict)
 
     @property
     def digest(self) -> str:
-        """Hash of the config (16 hex digits)."""
-        text = json.dumps(self.config.to_dict(), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        """Hash of what the config computes (16 hex digits). It does not depend on where the data lies."""
+        return hashlib.sha256(json.dumps(decisive(self.config.to_dict()), sort_keys=True).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """`axes` is {axis: names of its values}, in the order of the file and the report; `config` and `overrides` are what
-    it was loaded with."""
+    """`axes` is {axis: names of its values}, in the order of the file and the report. `reference` is {axis: name}, or
+    empty if the axes are crossed. `config` and `overrides` are what it was loaded with."""
 
     name: str
     axes: dict[str, tuple[str, ...]]
+    reference: dict[str, str]
     seeds: tuple[int, ...]
     keep_checkpoints: bool
     trials: tuple[Trial, ...]
@@ -119,25 +133,60 @@ def load_sweep(path: str | Path, overrides: Mapping[str, str] | None = None, onl
                 whose = f"axis {axis!r} of {path}" if key != "seed" else "the seeds"
                 raise InputError(f"config key {key} is set by {whose} and can't also be set elsewhere")
 
+    reference = _reference(path, given.get("reference", {}), axes)
+    simulated = _closed_loop(path, given["closed_loop"]) if "closed_loop" in given else {}
     trials = []
-    for names in itertools.product(*axes.values()):
-        chosen = dict(zip(axes, names, strict=True))
+    for chosen in _combinations(axes, reference):
         changes = [(axis, key, value) for axis, name in chosen.items() for key, value in axes[axis][name].items()]
-        label = "_".join(f"{_slug(axis.rsplit('.')[-1])}-{_slug(name)}" for axis, name in chosen.items())
+        varied = {axis: name for axis, name in chosen.items() if reference.get(axis) != name}
+        label = "_".join(f"{_slug(axis.rsplit('.')[-1])}-{_slug(name)}" for axis, name in varied.items())
+        label = label or ("reference" if reference else "")
         named = [(seed, f"{label}_seed-{seed}".lstrip("_")) for seed in seeds]
         try:
             config = _changed(base, changes)
-            _check(config, {key for _, key, _ in changes})
+            _check(config, {key for axis, key, _ in changes if axis in varied})
             if any(fnmatchcase(name, only) for _, name in named):
                 _check_files(config)
         except InputError as error:
             raise InputError(f"{path}: trial {label or 'of the base'}: {error}") from None
         values = flatten(config.to_dict())
-        trials += [Trial(name, chosen, seed, make_config(values | {"seed": seed})) for seed, name in named]
+        for seed, name in named:
+            closed_loop = simulated and simulated | {"seeds": simulated["seeds"] or [seed]}
+            trials.append(Trial(name, chosen, seed, make_config(values | {"seed": seed}), closed_loop))
     trials.sort(key=lambda trial: seeds.index(trial.seed))
     _check_distinct(path, trials)
-    keep, names = given.get("keep_checkpoints", True), {axis: tuple(values) for axis, values in axes.items()}
-    return Sweep(path.stem, names, seeds, keep, tuple(trials), asked, overrides)
+    names = {axis: tuple(values) for axis, values in axes.items()}
+    keep = given.get("keep_checkpoints", True)
+    return Sweep(path.stem, names, reference, seeds, keep, tuple(trials), asked, overrides)
+
+
+def _reference(path: Path, given: dict[Any, Any], axes: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    reference = {str(axis): str(value) for axis, value in given.items()}
+    if unknown := [axis for axis in reference if axis not in axes]:
+        raise InputError(f"reference of {path} names {unknown[0]!r}, which is no axis: there are {', '.join(axes)}")
+    for axis, values in axes.items() if reference else ():
+        if (value := reference.get(axis)) not in values:
+            found = "has no value" if value is None else f"has {value!r}"
+            raise InputError(f"reference of {path} {found} for axis {axis!r}: choose one of {', '.join(values)}")
+    return {axis: reference[axis] for axis in axes if reference}
+
+
+def _combinations(axes: Mapping[str, Mapping[str, Any]], reference: dict[str, str]) -> Iterator[dict[str, str]]:
+    """{axis: value's name} of each trial: the reference and what differs from it in one axis, or all combinations."""
+    if not reference:
+        yield from (dict(zip(axes, names, strict=True)) for names in itertools.product(*axes.values()))
+        return
+    yield reference
+    yield from (reference | {axis: name} for axis in axes for name in axes[axis] if name != reference[axis])
+
+
+def _closed_loop(path: Path, given: dict[Any, Any]) -> dict[str, Any]:
+    if unknown := [key for key in given if key not in CLOSED_LOOP]:
+        raise InputError(f"closed_loop of {path} has no key {unknown[0]!r}: its keys are {', '.join(CLOSED_LOOP)}")
+    return {
+        key: check(given[key], field, f"{path}: closed_loop.{key}") if key in given else field.default
+        for key, field in CLOSED_LOOP.items()
+    }
 
 
 def _base(path: Path, base: Any, overrides: Mapping[str, str]) -> ConfigDict:
@@ -235,7 +284,8 @@ def _check_distinct(path: Path, trials: list[Trial]) -> None:
     for trial in trials:
         if trial.name in names:
             raise InputError(f"{path}: two trials would be named {trial.name}; rename values or seeds")
-        if (other := configs.setdefault(trial.digest, trial.name)) != trial.name:
+        config = json.dumps(trial.config.to_dict(), sort_keys=True)
+        if (other := configs.setdefault(config, trial.name)) != trial.name:
             raise InputError(f"{path}: trials {other} and {trial.name} have the same config")
         names.add(trial.name)
         if len(trial.name.encode()) > 200:

@@ -3,6 +3,7 @@
 DIR/sweep.json                            the plan, for the report
 DIR/compiled/                             JAX's compilation cache: grids of equal size share one compilation
 DIR/trials/NAME/                          the run, as written by `train`
+DIR/trials/NAME/closed_loop/              success in simulation, as written by `evaluate --closed-loop`
 DIR/trials/NAME/result.json               exists when finished; on failure failed.json gives the reason
 DIR/trials/NAME/running                   the trial is running, or its process died
 DIR/trials/NAME/{grid.json,data.npz}      data for the report's figures
@@ -18,7 +19,6 @@ import shutil
 import signal
 import subprocess
 import threading
-import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,41 +26,53 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from tqdm import tqdm
 
-from spatialvla_jax.actions import ActionGrid, adapt_embeddings, encode, grid_to_dict
-from spatialvla_jax.actions.io import describe_grid, save_grid
-from spatialvla_jax.checkpoints import read_checkpoint
+from spatialvla_jax.checkpoints.hub import find_checkpoint
 from spatialvla_jax.checkpoints.orbax import step_directory
 from spatialvla_jax.checkpoints.types import read_json
-from spatialvla_jax.config import check_resumable, train_config_of
-from spatialvla_jax.data import open_data
+from spatialvla_jax.config import check_resumable
 from spatialvla_jax.data.pack import packed_digest
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.evaluation.open_loop import evaluate
-from spatialvla_jax.inference.policy import Policy
+from spatialvla_jax.sim.libero_env import NUM_TASKS
+from spatialvla_jax.sweep.measure import measure, simulate, weights_digest
 from spatialvla_jax.sweep.plan import Sweep, Trial
 from spatialvla_jax.training.init_from import pin_init, with_model_of
 from spatialvla_jax.training.loop import CONFIG, begun_config, train
-from spatialvla_jax.training.metrics import read_metrics
-from spatialvla_jax.utils.atomic import replacing, write_json
+from spatialvla_jax.utils.atomic import write_json
 from spatialvla_jax.utils.compilation_cache import share_compilations
 from spatialvla_jax.utils.distributed import is_writer
-from spatialvla_jax.utils.provenance import provenance
+from spatialvla_jax.utils.progress import warn
 from spatialvla_jax.utils.shipped import shipped
+from spatialvla_jax.utils.storage import exists
 
 FINISHED, FAILED, STOPPED, ELSEWHERE = "finished", "failed", "stopped", "being run by another process"
-SHOWN = 4000  # actions of the data that are kept for the report's figures
 
 
 def folder_of(workdir: Path, trial: Trial) -> Path:
     return workdir / "trials" / trial.name
 
 
+def finished(folder: Path, trial: Trial) -> bool:
+    """Whether a trial has its result and, where the sweep asks for it, all episodes of its closed loop."""
+    path, wanted = folder / "closed_loop" / "result.json", trial.closed_loop
+    if not (folder / "result.json").exists() or (wanted and not path.exists()):
+        return False
+    if not wanted:
+        return True
+    done = read_json(path)
+    tasks = {int(task) for suite in done["suites"].values() for task in suite["tasks"]}
+    asked = set(wanted["tasks"] or range(NUM_TASKS))
+    count = len(asked) * len(wanted["seeds"]) * wanted["episodes"]
+    return (tasks, done["seeds"], done["episodes"]) == (asked, sorted(wanted["seeds"]), count)
+
+
 def prepare(sweep: Sweep, workdir: Path) -> None:
-    """Write the plan. Raises InputError for a trial that was started with another config or made from other data."""
-    packed = functools.cache(packed_digest)
+    """Write the plan. Raises InputError for a trial that was started with another config or made from other data.
+
+    Warns if finished trials started from other weights than `init` holds now: it may have been trained again."""
+    packed, weights = functools.cache(packed_digest), functools.cache(weights_digest)
+    others = []
     for trial in sweep.trials:
         folder, path = folder_of(workdir, trial), trial.config.data.packed
         result = json.loads((folder / "result.json").read_text()) if (folder / "result.json").exists() else {}
@@ -70,17 +82,31 @@ def prepare(sweep: Sweep, workdir: Path) -> None:
             check_resumable(begun, config, folder)
         if "packed" in result and result["packed"] != (packed(path) if path else None):
             raise InputError(f"{folder} was made from other data than {path or 'data.datasets'}: use another workdir")
+        init = find_checkpoint(trial.config.init, "init") if result.get("init") else None
+        if init and exists(init) and weights(init) != result["init"]:
+            others.append(f"{trial.name} from {trial.config.init}")
+    if others:
+        warn(f"{len(others)} finished trials started from weights that init no longer holds, such as {others[0]}")
     workdir.mkdir(parents=True, exist_ok=True)
     trials = {trial.name: {"values": trial.values, "seed": trial.seed} for trial in sweep.trials}
-    plan = {"name": sweep.name, "axes": sweep.axes, "seeds": sweep.seeds, "trials": trials}
+    plan = {
+        "name": sweep.name,
+        "axes": sweep.axes,
+        "reference": sweep.reference,
+        "seeds": sweep.seeds,
+        "trials": trials,
+    }
     plan |= {"config": sweep.config, "overrides": sweep.overrides}
     plan, path = json.loads(json.dumps(plan)), workdir / "sweep.json"
     if not path.exists() or json.loads(path.read_text()) != plan:  # another process may have written it
         write_json(path, plan)
 
 
-def run_here(sweep: Sweep, workdir: Path, trials: Sequence[Trial], say: Callable[[str], None]) -> dict[str, str]:
+def run_here(
+    sweep: Sweep, workdir: Path, trials: Sequence[Trial], say: Callable[[str], None], workers: int = 1
+) -> dict[str, str]:
     """Run trials one after another in this process → {name: outcome}. SIGTERM checkpoints the trial and stops.
+    Closed loops have `workers` simulators at once.
 
     If a process died during a trial, the trial counts as failed so that later trials run. Like all failed trials it is
     retried the next time. A single trial blocks no others and is resumed at once. So are trials of multi-process runs,
@@ -92,7 +118,7 @@ def run_here(sweep: Sweep, workdir: Path, trials: Sequence[Trial], say: Callable
         folder = folder_of(workdir, trial)
         folder.mkdir(parents=True, exist_ok=True)
         with claim(folder) as claimed:
-            if (folder / "result.json").exists():
+            if finished(folder, trial):
                 outcomes[trial.name] = FINISHED
                 continue
             if not claimed:
@@ -105,7 +131,7 @@ def run_here(sweep: Sweep, workdir: Path, trials: Sequence[Trial], say: Callable
                 outcome = FAILED
             else:
                 say(f"trial {number} of {len(trials)}: {trial.name}")
-                outcome = attempt(trial, folder, sweep.keep_checkpoints)
+                outcome = attempt(sweep, trial, folder, workers)
             outcomes[trial.name] = outcome
         if outcome == FAILED:
             say(f"{trial.name} failed: {json.loads((folder / 'failed.json').read_text())['reason']}")
@@ -127,7 +153,7 @@ def run_parallel(command: Sequence[str], workdir: Path, trials: Sequence[Trial],
 
     def run(trial: Trial) -> str:
         folder = folder_of(workdir, trial)
-        if (folder / "result.json").exists():
+        if finished(folder, trial):
             return FINISHED
         if stopping.is_set():
             return STOPPED
@@ -147,7 +173,7 @@ def run_parallel(command: Sequence[str], workdir: Path, trials: Sequence[Trial],
             code = process.wait()
             running.discard(process)
         places.append(place)
-        if (folder / "result.json").exists():
+        if finished(folder, trial):
             return FINISHED
         if stopping.is_set():
             return STOPPED
@@ -178,7 +204,7 @@ def launch(
 ) -> None:
     """Start one job per unfinished trial; a dry run prints the jobs. Raises InputError if one fails."""
     for trial in trials:
-        if (folder_of(workdir, trial) / "result.json").exists():
+        if finished(folder_of(workdir, trial), trial):
             continue
         command, environment = job_command(launcher, arguments, config, workdir, trial, flags, dry)
         if code := subprocess.run(command, env=os.environ | environment).returncode:
@@ -221,7 +247,7 @@ def claim(folder: Path) -> Iterator[bool]:
             yield True
 
 
-def attempt(trial: Trial, folder: Path, keep_checkpoints: bool) -> str:
+def attempt(sweep: Sweep, trial: Trial, folder: Path, workers: int) -> str:
     """Run a trial → its outcome. Errors are written to failed.json."""
     if is_writer():
         (folder / "running").touch()
@@ -231,13 +257,15 @@ def attempt(trial: Trial, folder: Path, keep_checkpoints: bool) -> str:
         if trained["step"] < trial.config.train.steps:
             return STOPPED
         if is_writer():
-            write_json(folder / "result.json", measure(trial, folder, trained))
+            if trial.closed_loop:
+                simulate(trial, folder, workers)
+            write_json(folder / "result.json", measure(trial, folder, trained, trial.seed == min(sweep.seeds)))
     except Exception as error:
         write_failure(folder, trial, str(error), type(error).__name__, traceback.format_exc())
         return FAILED
     finally:
         (folder / "running").unlink(missing_ok=True)
-    if is_writer() and not keep_checkpoints:
+    if is_writer() and not sweep.keep_checkpoints:
         shutil.rmtree(folder / "checkpoints")
     return FINISHED
 
@@ -245,68 +273,3 @@ def attempt(trial: Trial, folder: Path, keep_checkpoints: bool) -> str:
 def write_failure(folder: Path, trial: Trial, reason: str, kind: str = "ProcessError", trace: str = "") -> None:
     failure = {"trial": trial.name, "error": kind, "reason": " ".join(reason.split()), "traceback": trace}
     write_json(folder / "failed.json", failure)
-
-
-def measure(trial: Trial, folder: Path, trained: dict[str, Any]) -> dict[str, Any]:
-    """Evaluate a finished training run: the content of result.json. Also writes the data for the report's figures."""
-    began, config = time.monotonic(), train_config_of(folder)
-    policy = Policy.load(folder)
-    loader, grid = open_data(config, policy.processor.statistics, policy.processor.tokenizer), policy.processor.grid
-    actions = loader.actions()
-    with tqdm(total=loader.num_frames(config.train.eval_split), unit="frame", desc="evaluate") as bar:
-        evaluation = evaluate(policy, loader, config.train.eval_split, progress=bar.update)
-    records, times = (read_metrics(folder / f"{name}.jsonl") for name in ("metrics", "times"))
-    seconds = [record["step/seconds"] for record in times]
-    shown = np.random.default_rng(0).permutation(len(actions))[:SHOWN]
-    save_grid(folder / "grid.json", grid)
-    save_arrays(folder / "data.npz", actions=actions[shown], **features_of(config.init, folder, actions))
-    return {
-        "trial": trial.name,
-        "values": trial.values,
-        "seed": trial.seed,
-        "config_digest": trial.digest,
-        "packed": packed_digest(config.data.packed) if config.data.packed else None,
-        "data": [index.name for index in loader.indexes()],
-        "train_frames": len(actions),
-        "steps": trained["step"],
-        "params": trained["params"],
-        "trainable": trained["trainable"],
-        "grid": describe_grid(grid),
-        "tokens_used": len(np.unique(np.asarray(encode(grid, actions)))),
-        "loss": next(record["loss"] for record in reversed(records) if "loss" in record),
-        "step_seconds_median": float(np.median(seconds[1:] or seconds)),  # the first record includes compilation
-        "train_seconds": float(np.dot(seconds, np.diff([0, *(record["step"] for record in times)]))),
-        "evaluation_seconds": time.monotonic() - began,
-        "device": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
-        "evaluation": evaluation,
-        "provenance": provenance(),
-    }
-
-
-def features_of(init: str, run: Path, actions: np.ndarray) -> dict[str, np.ndarray]:
-    """Rows of the spatial embedding over directions, at the data's median r, for a run that started from a checkpoint:
-    before and after training, and, if the grid changed, after adaptation. Returns {"before_theta" (edges), "before_phi"
-    (edges), "before_features" f32[n, m, D], "after_theta", …, "adapted_theta", …}."""
-    median, arrays, tables = np.median(np.linalg.norm(actions[:, :3], axis=1)), {}, {}
-    for when, path in {"before": init, "after": run}.items() if init else ():
-        checkpoint = read_checkpoint(path)
-        grid = checkpoint.processor.grid if checkpoint.processor else None
-        if isinstance(grid, ActionGrid):
-            tables[when] = grid, np.asarray(checkpoint.arrays["spatial_embedding"].read(), np.float32)
-    if len(tables) == 2:
-        (old, table), (new, _) = tables.values()
-        if grid_to_dict(old) != grid_to_dict(new):
-            tables["adapted"] = new, np.asarray(adapt_embeddings(old, new, table))
-    for when, (grid, table) in tables.items():
-        bins = grid.num_bins[:3]
-        place = int(np.searchsorted(np.asarray(grid.r)[1:-1], median, side="right"))
-        rows = table[: np.prod(bins)].reshape(*bins, -1)[:, :, place]
-        values = {"theta": grid.theta, "phi": grid.phi, "features": rows}
-        arrays |= {f"{when}_{key}": np.asarray(value) for key, value in values.items()}
-    return arrays
-
-
-def save_arrays(path: Path, **arrays: np.ndarray) -> None:
-    """Write arrays as NumPy's .npz, by rename."""
-    with replacing(path) as temporary:
-        np.savez_compressed(temporary, **arrays)  # pyright: ignore[reportArgumentType]

@@ -107,7 +107,7 @@ def test_config_of_the_published_model(golden):
     assert config_from_published(published) == preset("spatialvla-4b-224")
 
 
-@pytest.mark.parametrize("name", ["tiny", "small", "spatialvla-4b-224"])
+@pytest.mark.parametrize("name", ["tiny", "mini", "small", "spatialvla-4b-224"])
 def test_config_round_trip(name):
     config = preset(name, mask="causal", prompt_length=17)
     assert config_from_published(json.loads(json.dumps(config_to_published(config, {np.dtype("f4")})))) == config

@@ -16,7 +16,7 @@ from spatialvla_jax.cli import main
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.reports.figures import grids, sweep
 from spatialvla_jax.reports.sweep import draw, write_report
-from spatialvla_jax.sweep.run import save_arrays
+from spatialvla_jax.sweep.measure import save_arrays
 
 AXES = {"grid": ["fine", "coarse", "<linear>"], "ego3d": ["on", "off"]}
 ACTIONS = np.random.default_rng(0).normal(0, 0.3, (300, 7)).clip(-1, 1).astype(np.float32)

@@ -59,6 +59,40 @@ def test_trials_are_all_combinations_of_values_and_seeds(tmp_path: Path) -> None
         sweep.select("x")
 
 
+def test_one_axis_at_a_time_around_a_reference(tmp_path: Path) -> None:
+    """The reference is one trial, not one of every axis; what it sets is no change of the others."""
+    grids = {"fine": {}, "coarse": {"grid.num_bins": (8, 16, 4, 8, 8, 8)}}
+    kinds = {"Gaussian": {}, "256 bins": {"grid.kind": "linear"}}
+    axes = {"resolution": grids, "kind": kinds, "model.action_chunk": [1, 4, 8]}
+    reference = {"model.action_chunk": 4, "kind": "Gaussian", "resolution": "fine"}
+    sweep = load_sweep(write(tmp_path, axes=axes, reference=reference))
+    names = ["reference", "resolution-coarse", "kind-256-bins", "action-chunk-1", "action-chunk-8"]
+    assert [trial.name for trial in sweep.trials] == [f"{name}_seed-{seed}" for seed in (0, 1) for name in names]
+    assert list(sweep.reference.items()) == [("resolution", "fine"), ("kind", "Gaussian"), ("model.action_chunk", "4")]
+    assert sweep.trials[0].values == sweep.reference
+    assert sweep.trials[4].values == sweep.reference | {"model.action_chunk": "8"}
+    assert [trial.config.model.action_chunk for trial in sweep.trials[:5]] == [4, 4, 4, 1, 8]
+    assert sweep.trials[2].config.grid.kind == "linear"
+
+
+def test_a_trials_digest_does_not_depend_on_where_the_data_lies(tmp_path: Path) -> None:
+    def digest(**changes: str) -> str:
+        return load_sweep(write(tmp_path), changes, only="none").trials[0].digest
+
+    elsewhere = {"data.packed": "elsewhere.pack", "data.cache_dir": "cache", "model.remat": "none"}
+    assert digest() == digest(**elsewhere) != digest(**{"train.steps": "7"})
+
+
+def test_episodes_are_those_of_the_trials_seed_unless_the_sweep_says_so(tmp_path: Path) -> None:
+    path = write(tmp_path, closed_loop={"episodes": 7})
+    assert [t.closed_loop for t in load_sweep(path).trials[::2]] == [
+        {"suite": "", "episodes": 7, "seeds": [seed], "tasks": []} for seed in (0, 1)
+    ]
+    given = {"suite": "libero_10", "episodes": 1, "seeds": [3, 4], "tasks": [2]}
+    assert [t.closed_loop for t in load_sweep(write(tmp_path, closed_loop=given)).trials] == [given] * 4
+    assert load_sweep(write(tmp_path)).trials[0].closed_loop == {}
+
+
 def test_ranges_are_lists(tmp_path: Path) -> None:
     sweep = load_sweep(write(tmp_path, axes={"train.steps": range(4, 6)}, seeds=range(2)))
     assert [(trial.config.train.steps, trial.seed) for trial in sweep.trials] == [(4, 0), (5, 0), (4, 1), (5, 1)]
@@ -143,9 +177,18 @@ BAD = [
     ({"seeds": [-1]}, r"seeds\[0\]=-1 is below 0; the nearest valid value is 0"),
     ({"axes": ["train.steps"]}, r"axes=\['train.steps'\] is a list, but a dict is expected"),
     ({"keep_checkpoints": "no"}, "keep_checkpoints='no' is a string, but true or false is expected"),
+    ({"reference": {"grid": "uniform"}}, "reference of .* names 'grid', which is no axis: there are grid.kind"),
+    ({"reference": {"grid.kind": "linear"}}, "has 'linear' for axis 'grid.kind': choose one of gaussian, uniform"),
+    (
+        {"axes": {"grid.kind": ["uniform"], "seed x": {"a": {}}}, "reference": {"grid.kind": "uniform"}},
+        "reference of .* has no value for axis 'seed x': choose one of a",
+    ),
+    ({"closed_loop": {"episode": 7}}, "closed_loop of .* has no key 'episode': its keys are suite, episodes, seeds"),
+    ({"closed_loop": {"episodes": 0}}, "closed_loop.episodes=0 is below 1; the nearest valid value is 1"),
+    ({"closed_loop": {"tasks": [10]}}, r"closed_loop.tasks\[0\]=10 is above 9; the nearest valid value is 9"),
     ({"base": 3}, "base=3 is a whole number, but a string or a dict is expected"),
     ({"base": "nowhere.py"}, "nowhere.py does not exist"),
-    ({"steps": 3}, "must return a dict with the keys base, axes, seeds, keep_checkpoints"),
+    ({"steps": 3}, "must return a dict with the keys base, axes, reference, seeds, closed_loop, keep_checkpoints"),
 ]
 
 
@@ -191,6 +234,8 @@ PROVIDED = {
     "adaption": 8,
     "libero_small": 36,
     "libero_adaption": 8,
+    "mini_ablations": 39,
+    "mini_adaption": 36,
 }
 
 
@@ -206,8 +251,10 @@ def test_provided_sweeps(name: str, tmp_path: Path, monkeypatch) -> None:
     pack = tmp_path / "any.pack"
     pack.touch()
     start_from(monkeypatch, gaussian_grid(PRETRAIN_GAUSSIANS))
-    start = {"init": str(tmp_path)} if name.endswith("adaption") else {}
-    sweep = load_sweep(f"configs/sweeps/{name}.py", {"data.packed": str(pack)} | start)
+    start = {"init": str(tmp_path)} if name in ("adaption", "libero_adaption") else {}
+    files = {} if name == "mini_adaption" else {"data.packed": str(pack)}  # whose axes name the files
+    only = "none" if name == "mini_adaption" else "*"
+    sweep = load_sweep(f"configs/sweeps/{name}.py", files | start, only)
     assert len(sweep.trials) == PROVIDED[name]
     if name == "grid_resolution":
         assert list(sweep.axes["resolution"]) == ["1026", "4610", "6166", "8194"]

@@ -5,6 +5,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,8 +20,10 @@ from spatialvla_jax.cli import main
 from spatialvla_jax.config import default_config, load_config
 from spatialvla_jax.data import load_data
 from spatialvla_jax.data.pack import packed_digest, write_pack
-from spatialvla_jax.sweep import run
+from spatialvla_jax.evaluation.closed_loop import Episode, summary
+from spatialvla_jax.sweep import measure, run
 from spatialvla_jax.sweep.plan import Sweep, Trial
+from spatialvla_jax.utils.atomic import write_json
 
 SWEEP = """
 def get_sweep():
@@ -77,10 +80,20 @@ def test_a_sweep_from_end_to_end(swept: tuple[list[str], Path, int]) -> None:
     assert {"spatialvla_jax", "jax", "python"} <= result["provenance"]["versions"].keys()
     plan = json.loads((workdir / "sweep.json").read_text())
     assert plan["overrides"] == {"train.steps": "2"} and plan["config"].endswith("grids.py")
+    assert plan["reference"] == {}
+    assert result["validation"] == [] and result["plateau"] is False  # the config has no validation
     assert result["evaluation"]["episodes"] == 2 and 0 < result["step_seconds_median"] <= result["train_seconds"]
     assert not (folder / "checkpoints").exists()  # the sweep does not keep them
     failure = json.loads((workdir / "trials" / "grid-broken_seed-0" / "failed.json").read_text())
     assert "nothing" in failure["reason"] and failure["error"] == "InputError" and "Traceback" in failure["traceback"]
+
+
+def test_a_plateau_is_a_last_quarter_without_gains() -> None:
+    falling = [[25, 0.9], [50, 0.5], [75, 0.4]]
+    assert measure.plateau([*falling, [90, 0.41], [100, 0.393]], 100)  # 1.75 % better
+    assert not measure.plateau([*falling, [90, 0.391], [100, 0.41]], 100)  # 2.25 % better
+    assert measure.plateau([*falling, [100, 0.7]], 100)  # it rises: there is nothing left to learn
+    assert not measure.plateau([[80, 0.4], [100, 0.4]], 100) and not measure.plateau([], 100)
 
 
 def test_grids_of_equal_size_share_one_compilation(swept: tuple[list[str], Path, int]) -> None:
@@ -129,15 +142,15 @@ def test_spatial_features_before_on_the_new_grid_and_after(tmp_path: Path, monke
         grid = new if Path(path).name == "run" else old
         return SimpleNamespace(processor=SimpleNamespace(grid=grid), arrays={"spatial_embedding": leaf})
 
-    monkeypatch.setattr(run, "read_checkpoint", read)
+    monkeypatch.setattr(measure, "read_checkpoint", read)
     actions = np.full((5, 7), 0.3, np.float32)  # 0.52 from the origin: the lower shell of two, the second of four
-    arrays = run.features_of("init", tmp_path / "run", actions)
+    arrays = measure.features_of("init", tmp_path / "run", actions)
     np.testing.assert_array_equal(arrays["before_features"], tables["init"][:64].reshape(4, 8, 2, 5)[:, :, 0])
     np.testing.assert_array_equal(arrays["after_features"], tables["run"][:72].reshape(3, 6, 4, 5)[:, :, 1])
     adapted = np.asarray(adapt_embeddings(old, new, tables["init"]))[:72].reshape(3, 6, 4, 5)[:, :, 1]
     np.testing.assert_array_equal(arrays["adapted_features"], adapted)
     assert arrays["adapted_phi"].shape == (7,)
-    assert not any(key.startswith("adapted") for key in run.features_of("init", tmp_path / "same", actions))
+    assert not any(key.startswith("adapted") for key in measure.features_of("init", tmp_path / "same", actions))
 
 
 def test_trials_of_other_data_are_not_mixed(
@@ -170,10 +183,10 @@ from spatialvla_jax.sweep import run
 from spatialvla_jax.sweep.plan import Sweep, Trial
 run.share_compilations = lambda folder: None
 run.train = lambda config, folder: os._exit(9) if folder.name == "a" else {"step": 10}
-run.measure = lambda trial, folder, trained: {}
+run.measure = lambda trial, folder, trained, drawn: {}
 config = SimpleNamespace(train=SimpleNamespace(steps=10))
 trials = tuple(Trial(name, {}, 0, config) for name in sys.argv[2])
-print(run.run_here(Sweep("mine", {}, (0,), True, trials), Path(sys.argv[1]), trials, lambda text: None))
+print(run.run_here(Sweep("mine", {}, {}, (0,), True, trials), Path(sys.argv[1]), trials, lambda text: None))
 """
 
 
@@ -195,13 +208,13 @@ def trials(*names: str) -> Sweep:
     config = default_config()
     config.train.steps = 10
     made = tuple(Trial(name, {"axis": name}, 0, config) for name in names)
-    return Sweep("mine", {"axis": names}, (0,), True, made)
+    return Sweep("mine", {"axis": names}, {}, (0,), True, made)
 
 
 def test_a_stopped_trial_ends_the_sweep_and_a_taken_one_is_left(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(run, "share_compilations", lambda folder: None)
     monkeypatch.setattr(run, "train", lambda config, folder: {"step": 4 if folder.name == "b" else 10})
-    monkeypatch.setattr(run, "measure", lambda trial, folder, trained: {"trial": trial.name})
+    monkeypatch.setattr(run, "measure", lambda trial, folder, trained, drawn: {"trial": trial.name})
     sweep = trials("a", "b", "c")
     assert run.run_here(sweep, tmp_path, sweep.trials, print) == {"a": run.FINISHED, "b": run.STOPPED}
     assert not (tmp_path / "trials" / "b" / "result.json").exists()
@@ -211,6 +224,38 @@ def test_a_stopped_trial_ends_the_sweep_and_a_taken_one_is_left(tmp_path: Path, 
         outcomes = run.run_here(sweep, tmp_path, sweep.trials, print)
         assert outcomes == {"a": run.FINISHED, "b": run.ELSEWHERE, "c": run.FINISHED}
     assert run.run_here(sweep, tmp_path, sweep.trials, print)["b"] == run.FINISHED
+
+
+def test_a_trial_is_finished_with_all_episodes_of_its_closed_loop(tmp_path: Path, monkeypatch) -> None:
+    """Whether they are missing, or the sweep asks for more than there were."""
+    calls = []
+
+    def simulate(trial: Trial, folder: Path, workers: int) -> None:
+        calls.append((trial.name, workers))
+        (folder / "closed_loop").mkdir(exist_ok=True)
+        asked = trial.closed_loop
+        episodes = [
+            Episode("toy", task, n, s) for task in asked["tasks"] for n in range(asked["episodes"]) for s in (0,)
+        ]
+        record = {"success": True, "faults": [], "instruction": "go"}
+        write_json(folder / "closed_loop" / "result.json", summary(dict.fromkeys(episodes, record)))
+
+    monkeypatch.setattr(run, "share_compilations", lambda folder: None)
+    monkeypatch.setattr(run, "train", lambda config, folder: {"step": 10})
+    monkeypatch.setattr(run, "measure", lambda trial, folder, trained, drawn: {"trial": trial.name})
+    monkeypatch.setattr(run, "simulate", simulate)
+    sweep = trials("a")
+
+    def go_on(**closed_loop) -> list[tuple[str, int]]:
+        calls.clear()
+        asked = [replace(trial, closed_loop=closed_loop) for trial in sweep.trials]
+        assert run.run_here(sweep, tmp_path, asked, print, workers=3) == {"a": run.FINISHED}
+        return list(calls)
+
+    assert go_on() == []
+    assert go_on(tasks=[0, 4], episodes=2, seeds=[0]) == [("a", 3)]
+    assert go_on(tasks=[0, 4], episodes=2, seeds=[0]) == [] == go_on()
+    assert go_on(tasks=[0, 4], episodes=3, seeds=[0]) == [("a", 3)]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,138 @@
+"""The result of a trial: open loop, closed loop, and the data for the report's figures."""
+
+import hashlib
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from spatialvla_jax.actions import ActionGrid, adapt_embeddings, encode, grid_to_dict
+from spatialvla_jax.actions.io import describe_grid, save_grid
+from spatialvla_jax.checkpoints import fingerprint, read_checkpoint
+from spatialvla_jax.config import train_config_of
+from spatialvla_jax.data import open_data
+from spatialvla_jax.data.pack import packed_digest, packed_names
+from spatialvla_jax.evaluation import closed_loop
+from spatialvla_jax.evaluation.open_loop import evaluate
+from spatialvla_jax.inference.policy import Policy
+from spatialvla_jax.sim import libero_env
+from spatialvla_jax.sweep.plan import Trial
+from spatialvla_jax.training.metrics import read_metrics
+from spatialvla_jax.utils.atomic import replacing
+from spatialvla_jax.utils.provenance import provenance
+from spatialvla_jax.utils.storage import AnyPath
+
+SHOWN = 4000  # actions of the data that are kept for the report's figures
+
+
+def measure(trial: Trial, folder: Path, trained: dict[str, Any], drawn: bool) -> dict[str, Any]:
+    """Evaluate a finished training run: the content of result.json. Also writes the data for the report's figures; the
+    spatial features, which are large, only if `drawn`."""
+    began, config = time.monotonic(), train_config_of(folder)
+    policy = Policy.load(folder)
+    loader, grid = open_data(config, policy.processor.statistics, policy.processor.tokenizer), policy.processor.grid
+    actions = loader.actions()
+    with tqdm(total=loader.num_frames(config.train.eval_split), unit="frame", desc="evaluate") as bar:
+        evaluation = evaluate(policy, loader, config.train.eval_split, progress=bar.update)
+    records, times = (read_metrics(folder / f"{name}.jsonl") for name in ("metrics", "times"))
+    seconds = [record["step/seconds"] for record in times]
+    curve = [[record["step"], record["val/l1"]] for record in records if "val/l1" in record]
+    shown = np.random.default_rng(0).permutation(len(actions))[:SHOWN]
+    save_grid(folder / "grid.json", grid)
+    features = features_of(config.init, folder, actions) if drawn else {}
+    save_arrays(folder / "data.npz", actions=actions[shown], **features)
+    return {
+        "trial": trial.name,
+        "values": trial.values,
+        "seed": trial.seed,
+        "config_digest": trial.digest,
+        "packed": packed_digest(config.data.packed) if config.data.packed else None,
+        "data": [index.name for index in loader.indexes()],
+        "train_frames": len(actions),
+        "init": weights_digest(config.init) if config.init else None,
+        "steps": trained["step"],
+        "params": trained["params"],
+        "trainable": trained["trainable"],
+        "grid": describe_grid(grid),
+        "tokens_used": len(np.unique(np.asarray(encode(grid, actions)))),
+        "loss": next(record["loss"] for record in reversed(records) if "loss" in record),
+        "validation": curve,
+        "plateau": plateau(curve, trained["step"]),
+        "step_seconds_median": float(np.median(seconds[1:] or seconds)),  # the first record includes compilation
+        "train_seconds": float(np.dot(seconds, np.diff([0, *(record["step"] for record in times)]))),
+        "evaluation_seconds": time.monotonic() - began,
+        "device": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
+        "evaluation": evaluation,
+        "provenance": provenance(),
+    }
+
+
+def plateau(curve: Sequence[Sequence[float]], steps: int) -> bool:
+    """Whether a falling curve of (step, value) gains less than 2 % over the last quarter of `steps`."""
+    before = [value for step, value in curve if step <= 0.75 * steps]
+    return bool(before) and min(value for _, value in curve) > 0.98 * min(before)
+
+
+def weights_digest(checkpoint: str | AnyPath) -> str:
+    """Hash of a checkpoint's parameters (16 hex digits)."""
+    digest = hashlib.sha256()
+    for path, array in sorted(read_checkpoint(checkpoint).arrays.items()):
+        digest.update(path.encode() + np.ascontiguousarray(array.read()).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def episodes_of(trial: Trial) -> list[closed_loop.Episode]:
+    """The episodes of a trial's closed loop. Raises InputError for an unknown suite or a missing simulator."""
+    data, wanted = trial.config.data, trial.closed_loop
+    names = packed_names(Path(data.packed)) if data.packed else [entry["name"] for entry in data.datasets]
+    suite = wanted["suite"] or (names or [data.mixture])[0]
+    return libero_env.episodes([suite], wanted["episodes"], wanted["seeds"], wanted["tasks"] or None)
+
+
+def simulate(trial: Trial, folder: Path, workers: int) -> None:
+    """Evaluate a trained trial in closed loop, `workers` simulators at once; resumes."""
+    episodes, policy = episodes_of(trial), Policy.load(folder)
+    workers = min(workers, len(episodes))
+    libero_env.evaluate(
+        closed_loop.padded(policy.infer_batch, workers),
+        episodes,
+        closed_loop.Settings(libero_env.MAX_STEPS, workers=workers),
+        folder / "closed_loop",
+        policy=fingerprint(folder),
+        image_size=policy.model.config.img.image_size,
+        depth=policy.model.config.depth_source == "dataset",
+        keys=list(policy.processor.statistics),
+    )
+
+
+def features_of(init: str, run: Path, actions: np.ndarray) -> dict[str, np.ndarray]:
+    """Rows of the spatial embedding over directions, at the data's median r, for a run that started from a checkpoint:
+    before and after training, and, if the grid changed, after adaptation. Returns {"before_theta" (edges), "before_phi"
+    (edges), "before_features" f32[n, m, D], "after_theta", …, "adapted_theta", …}."""
+    median, arrays, tables = np.median(np.linalg.norm(actions[:, :3], axis=1)), {}, {}
+    for when, path in {"before": init, "after": run}.items() if init else ():
+        checkpoint = read_checkpoint(path)
+        grid = checkpoint.processor.grid if checkpoint.processor else None
+        if isinstance(grid, ActionGrid):
+            tables[when] = grid, np.asarray(checkpoint.arrays["spatial_embedding"].read(), np.float32)
+    if len(tables) == 2:
+        (old, table), (new, _) = tables.values()
+        if grid_to_dict(old) != grid_to_dict(new):
+            tables["adapted"] = new, np.asarray(adapt_embeddings(old, new, table))
+    for when, (grid, table) in tables.items():
+        bins = grid.num_bins[:3]
+        place = int(np.searchsorted(np.asarray(grid.r)[1:-1], median, side="right"))
+        rows = table[: np.prod(bins)].reshape(*bins, -1)[:, :, place]
+        values = {"theta": grid.theta, "phi": grid.phi, "features": rows}
+        arrays |= {f"{when}_{key}": np.asarray(value) for key, value in values.items()}
+    return arrays
+
+
+def save_arrays(path: Path, **arrays: np.ndarray) -> None:
+    """Write arrays as NumPy's .npz, by rename."""
+    with replacing(path) as temporary:
+        np.savez_compressed(temporary, **arrays)  # pyright: ignore[reportArgumentType]
