@@ -86,9 +86,9 @@ class Loader:
     ):
         packed = Packed(config, image_size, depth) if config.packed else None
         entries = packed.entries if packed else make_entries(config, depth)
-        self.names = tuple(entry.name for entry in entries)
-        self.image_size, self.depth = image_size, depth
-        self.action_chunk, self.action_dim = action_chunk, action_dim
+        self.names = tuple(dict.fromkeys(entry.name for entry in entries))
+        self._dataset_ids = np.asarray([self.names.index(e.name) for e in entries], np.int32)  # packed parts share one
+        self.image_size, self.depth, self.action_chunk, self.action_dim = image_size, depth, action_chunk, action_dim
         self.extra: dict[str, tuple[int, ...]] = {}  # see `pack.Frames`
         from_file = statistics is None and bool(config.statistics)
         known = (_read_statistics(config.statistics, entries) if from_file else statistics) or {}
@@ -113,12 +113,11 @@ class Loader:
         for index in train if from_file else ():
             if what := difference(self.statistics[index.name], index.statistics):
                 warn(f"the statistics of dataset {index.name!r} in {config.statistics} are of other data: {what}")
-        for index in train:
+        for index in {index.name: index for index in train}.values():
             for sentence in find_oddities(index.name, self.statistics[index.name], index.spec):
                 warn(sentence)
-        self._bounds = {
-            row: np.asarray([self.statistics[name]["action"][row] for name in self.names]) for row in _STATISTICS_ROWS
-        }
+        actions = [self.statistics[entry.name]["action"] for entry in entries]
+        self._bounds = {row: np.asarray([values[row] for values in actions]) for row in _STATISTICS_ROWS}
         self.tokenizer = tokenizer or (packed and packed.tokenizer) or self._make_tokenizer(train)
         self._split(self._train_split)  # report now if a prompt is too long
 
@@ -215,7 +214,7 @@ class Loader:
         """The camera of every dataset's first training frame, relative to the image: fx and cx divided by its width, fy
         and cy by its height."""
         split = self._split(self._train_split)
-        first = self.frames(split.starts[:-1]).intrinsics
+        first = self.frames(split.starts[np.unique(self._dataset_ids, return_index=True)[1]]).intrinsics
         relative = scale_intrinsics(first, (self.image_size, self.image_size), (1, 1))
         return dict(zip(self.names, relative.tolist(), strict=True))
 
@@ -298,8 +297,9 @@ class Loader:
         """The phases of a run: the fraction of its steps at which each starts, and its mixture."""
         phases = [(0.0, self.mixture)]
         for border in sorted(set(self.config.drop.values())):
-            gone = frozenset(self.names.index(name) for name, until in self.config.drop.items() if until <= border)
-            phases.append((border, self.mixture.without(self.weights, gone, balance=self.config.balance)))
+            gone = {name for name, until in self.config.drop.items() if until <= border}
+            left = frozenset(n for n, dataset in enumerate(self._dataset_ids) if self.names[dataset] in gone)
+            phases.append((border, self.mixture.without(self.weights, left, balance=self.config.balance)))
         return phases
 
     def _phases(
@@ -309,7 +309,7 @@ class Loader:
         if self.config.drop and total_steps is None:
             raise InputError("data.drop needs to know how many steps the run has")
         phases: list[tuple[int, mixture.Mixture, np.ndarray]] = []
-        drawn = np.zeros(len(self.names), np.int64)
+        drawn = np.zeros(len(self.weights), np.int64)
         for fraction, datasets in self._fractions():
             first = round(fraction * (total_steps or 0))
             if phases:
@@ -397,7 +397,7 @@ class Loader:
             prompt_mask=prompt_mask,
             actions=actions,
             action_mask=action_mask,
-            dataset_id=dataset.astype(np.int32),
+            dataset_id=self._dataset_ids[dataset],
             sample_id=pixels.sample_id,
         )
 

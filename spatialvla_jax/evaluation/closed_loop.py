@@ -53,7 +53,8 @@ class Environment(Protocol):
 
     def step(self, action: Float[np.ndarray, " A"], look: bool) -> tuple[dict[str, Any], bool]:
         """The observation after the action, and whether the task is done, which ends the episode. The observation may
-        be empty if `look` is False: rendering takes longer than physics."""
+        be empty if `look` is False: rendering takes longer than physics. The last one may have "record", a dict that is
+        added to the episode's record."""
         ...
 
 
@@ -83,7 +84,10 @@ class Rollout(NamedTuple):
 
 
 def rollouts(
-    environment: Callable[[], Environment], infer: Infer, episodes: Sequence[Episode], settings: Settings
+    environment: Callable[[], Environment],
+    infer: Infer,
+    episodes: Sequence[Episode] | deque[Episode],
+    settings: Settings,
 ) -> Iterator[Rollout]:
     """Run the episodes and yield each one as it ends.
 
@@ -93,8 +97,10 @@ def rollouts(
     actions. After a fault no action is executed and the episode restarts. It fails after `ATTEMPTS` faults, or at once
     if the policy's outputs are not finite, since they would be again. Raises the environment's InputError, and
     FaultsError when too many episodes fail.
+
+    The caller may append episodes to `episodes`, if it is a deque, whenever a rollout is yielded.
     """
-    waiting, finished, faults = deque(episodes), 0, 0
+    waiting, finished, faults = episodes if isinstance(episodes, deque) else deque(episodes), 0, 0
     workers = [_Worker(environment, settings, i) for i in range(min(settings.workers, len(episodes)))]
     try:
         for worker in workers:
@@ -208,7 +214,7 @@ class _Worker:
         if "image" in observation:
             self.frames.append(observation["image"])
         if done or self.steps == self.settings.max_steps[self.episode.suite]:
-            return self._end(done)
+            return self._end(done, observation.get("record", {}))
         self.observed = True
         return None
 
@@ -220,7 +226,7 @@ class _Worker:
         self._start()
         return None
 
-    def _end(self, success: bool) -> Rollout:
+    def _end(self, success: bool, more: dict[str, Any] | None = None) -> Rollout:
         assert self.episode is not None
         record = {
             "instruction": self.instruction,
@@ -229,7 +235,7 @@ class _Worker:
             "actions": f"{self.checksum:08x}",
             "faults": self.faults,
         }
-        return Rollout(self.episode, record, self.frames)
+        return Rollout(self.episode, record | (more or {}), self.frames)
 
     def stop(self, keep: bool = False) -> None:
         """End the process. Also end the episode, unless `keep`: then it will be retried."""
@@ -396,11 +402,12 @@ def table(result: dict[str, Any]) -> str:
 def padded(infer_batch: Callable[[list[dict]], list[dict]], size: int, **extra: Any) -> Infer:
     """A policy in this process, always called with `size` observations: one compiled program, whose answer does not
     depend on the rest of the batch. `extra` is added to each observation. Refused observations, and those with
-    non-finite outputs, get the InputError; the others are asked again."""
+    non-finite outputs, get the InputError; the others are asked again. More observations than `size` take several
+    calls."""
 
     def infer(observations: list[dict], workers: list[int]) -> list[dict | InputError]:
         full = [{key: value for key, value in one.items() if key != "reset"} | extra for one in observations]
-        return ask(full)
+        return [result for start in range(0, len(full), size) for result in ask(full[start : start + size])]
 
     def ask(full: list[dict]) -> list[dict | InputError]:
         if not full:

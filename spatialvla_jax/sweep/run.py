@@ -71,7 +71,7 @@ def prepare(sweep: Sweep, workdir: Path) -> None:
     """Write the plan. Raises InputError for a trial that was started with another config or made from other data.
 
     Warns if finished trials started from other weights than `init` holds now: it may have been trained again."""
-    packed, weights = functools.cache(packed_digest), functools.cache(weights_digest)
+    weights = functools.cache(weights_digest)
     others = []
     for trial in sweep.trials:
         folder, path = folder_of(workdir, trial), trial.config.data.packed
@@ -80,7 +80,7 @@ def prepare(sweep: Sweep, workdir: Path) -> None:
         if begun := begun_config(folder, step_directory(folder)) or (result and read_json(folder / CONFIG)):
             config = with_model_of(pin_init(trial.config, begun), None, begun) if trial.config.init else trial.config
             check_resumable(begun, config, folder)
-        if "packed" in result and result["packed"] != (packed(path) if path else None):
+        if "packed" in result and result["packed"] != (packed_digest(path) if path else None):
             raise InputError(f"{folder} was made from other data than {path or 'data.datasets'}: use another workdir")
         init = find_checkpoint(trial.config.init, "init") if result.get("init") else None
         if init and exists(init) and weights(init) != result["init"]:

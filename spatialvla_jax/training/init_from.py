@@ -155,6 +155,8 @@ def check_same(saved: dict[str, Any], now: dict[str, Any], loader: Loader, workd
     ]  # earlier versions did not store "versions"
     if processors[0] != processors[1] or renamed(saved["model"], MODEL_FIELDS) != now["model"]:
         raise InputError(f"the data of {workdir} changed since its run began: grid, statistics or tokenizer differ")
+    if saved.get("packed") != now.get("packed"):
+        raise InputError(f"the data of {workdir} changed since its run began: the files of data.packed are others")
     if saved.get("lora") != now.get("lora"):
         raise InputError(f"{now['lora']['base']['path']} changed since the run in {workdir} began to adapt it")
 

@@ -21,6 +21,7 @@ from spatialvla_jax.checkpoints.orbax import read_metadata, step_directory
 from spatialvla_jax.checkpoints.types import read_json
 from spatialvla_jax.config import check_resumable, check_together, completed
 from spatialvla_jax.data import Loader, open_data
+from spatialvla_jax.data.pack import packed_digest
 from spatialvla_jax.errors import InputError, StorageError
 from spatialvla_jax.models import Params
 from spatialvla_jax.training.changes import CHANGES, describe_changes
@@ -181,6 +182,8 @@ def prepare(config: ConfigDict, workdir: AnyPath, goodput: Goodput) -> Run:
         "train_config": json.loads(json.dumps(config.to_dict())),
         "changes": len(CHANGES),
     }
+    if len(loader.config.packed_files) > 1:  # what `check_resumable` and the statistics do not tell
+        metadata["packed"] = packed_digest(loader.config.packed_files)
     if not is_url(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
     if begun:  # otherwise the directory does not belong to a run yet
