@@ -167,6 +167,13 @@ KEYS: dict[str, Field] = {
     "augment.saturation": Field(0.2, "largest change of the saturation, whose factor is around 1", low=0, high=1),
     "augment.hue": Field(0.05, "largest change of the hue", low=0, high=0.5, unit="turns of the colour wheel"),
     "augment.move_intrinsics": Field(True, "move the camera's intrinsics with the crop"),
+    "loss.soft_sigma": Field(
+        0.0,
+        "of Gaussian targets around the true cell, in training; 0: the true cell alone",
+        low=0,
+        high=8,
+        unit="cells",
+    ),
     "optimizer.learning_rate": Field(2e-5, "at its peak; then linear decay to 0", low=0),
     "optimizer.warmup": Field(0.005, "linear warm-up", low=0, high=1, unit="fraction of all steps"),
     "optimizer.b1": Field(0.9, "decay of AdamW's first moment", low=0, below=1),

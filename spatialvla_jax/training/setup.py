@@ -13,6 +13,7 @@ from spatialvla_jax.errors import InputError
 from spatialvla_jax.models import SpatialVLA, preset
 from spatialvla_jax.models.lora import adapter_shapes
 from spatialvla_jax.training.augment import Augmentation
+from spatialvla_jax.training.losses import Loss
 from spatialvla_jax.training.optimizer import AdamW, make_optimizer, split_frozen
 from spatialvla_jax.training.sharding import check_batch
 from spatialvla_jax.training.spikes import SpikePolicy
@@ -38,6 +39,7 @@ class TrainSetup:
     frozen: tuple[str, ...]
     adapters: Adapters | None
     augmentation: Augmentation | None
+    loss: Loss
     mesh: Mesh | None  # None: nothing will run here, as when checking a sweep for other machines
     num_datasets: int  # in the mixture, for metrics per dataset; 0: no such metrics
     seed: int
@@ -104,6 +106,7 @@ def make_setup(
         optimizer=make_optimizer(adamw),
         frozen=frozen,
         adapters=adapters,
+        loss=Loss(**config.loss.to_dict()),
         augmentation=Augmentation(**augment) if augment.pop("enabled") else None,
         mesh=mesh,
         num_datasets=num_datasets,

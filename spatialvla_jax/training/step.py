@@ -20,6 +20,7 @@ from spatialvla_jax.models import Params, SpatialVLA
 from spatialvla_jax.models.lora import merge_adapters, put_beside
 from spatialvla_jax.models.spatialvla import EOS
 from spatialvla_jax.training.augment import Augmentation, augment
+from spatialvla_jax.training.losses import PLAIN, Loss, soft_cross_entropy
 from spatialvla_jax.training.optimizer import (
     learning_rate,
     merge,
@@ -64,7 +65,7 @@ def make_train_step(setup: TrainSetup) -> Callable[..., tuple[TrainState, Metric
         def loss_fn(trainable: Params, inputs: Batch) -> tuple[Float[Array, ""], Metrics]:
             params = put_beside(merge(trainable, fixed), setup.lora_scale, model.config.dtype)
             params = cast_split(params, model.config.dtype, setup.gather_once)
-            loss, metrics = loss_and_metrics(model, params, inputs, grid)
+            loss, metrics = loss_and_metrics(model, params, inputs, grid, setup.loss)
             means = {k: v.mean() for k, v in metrics.items()}
             return loss.mean(), means | by_dataset(metrics, inputs.dataset_id, setup.num_datasets)
 
@@ -207,12 +208,13 @@ def by_dataset(
 
 
 def loss_and_metrics(
-    model: SpatialVLA, params: Params, inputs: Batch, grid: ActionTokenizer
+    model: SpatialVLA, params: Params, inputs: Batch, grid: ActionTokenizer, kind: Loss = PLAIN
 ) -> tuple[Float[Array, " B"], dict[str, Float[Array, " B"]]]:
     """Teacher-forced cross-entropy of action tokens and `<eos>` (13 for a 4-step chunk), averaged per example.
 
     Accuracies and `l1` (between decoded and true normalised actions, all dimensions) use the best token of each
-    position's kind, as the policy's constrained decoding does.
+    position's kind, as the policy's constrained decoding does. Validation leaves `kind` out, so that its losses compare
+    between runs.
     """
     cfg = model.config
     B = inputs.actions.shape[0]
@@ -220,7 +222,10 @@ def loss_and_metrics(
     logits: Any = model.apply({"params": params}, **inputs.model_inputs(), action_ids=ids.reshape(B, -1))
     eos = jnp.full((B, 1), EOS, jnp.int32)
     targets = jnp.concatenate([ids.reshape(B, -1) + cfg.action_offset, eos], axis=1)
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean(axis=1)
+    if kind.soft_sigma:
+        loss = soft_cross_entropy(logits, ids, grid, cfg.action_offset, kind.soft_sigma).mean(axis=1)
+    else:
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean(axis=1)
     predicted = constrained_argmax(logits[:, :-1], grid, cfg.action_offset).reshape(ids.shape)
     hit = (predicted == ids).astype(jnp.float32).mean(axis=1)
     kinds = grid.kinds
