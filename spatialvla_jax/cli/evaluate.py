@@ -90,12 +90,11 @@ def add(commands: Commands) -> None:
 
 
 def run_evaluate(args: argparse.Namespace) -> None:
-    from tqdm import tqdm
-
     from spatialvla_jax.config import load_config, train_config_of
     from spatialvla_jax.data import open_data
     from spatialvla_jax.evaluation.open_loop import evaluate, table
     from spatialvla_jax.inference.policy import Policy
+    from spatialvla_jax.utils.progress import Bar
 
     if args.closed_loop is not None:
         run_closed_loop(args)
@@ -109,7 +108,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
         raise InputError("--config.KEY=VALUE needs --config FILE")
     config = train_config_of(args.checkpoint) if args.config is None else load_config(args.config, args.overrides)
     loader = open_data(config, policy.processor.statistics, policy.processor.tokenizer)
-    with tqdm(total=loader.num_frames(args.split), unit="frame", desc="evaluate") as bar:
+    with Bar(total=loader.num_frames(args.split), unit="frame", desc="evaluate") as bar:
         result = evaluate(policy, loader, args.split, batch_size=args.batch_size, progress=bar.update)
     print(table(result))
     print(json.dumps(result))

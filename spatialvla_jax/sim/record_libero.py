@@ -36,7 +36,7 @@ from spatialvla_jax.sim.libero import (
     target_position,
 )
 from spatialvla_jax.sim.motions import Motion, load_motions, save_motions
-from spatialvla_jax.utils.progress import warn
+from spatialvla_jax.utils.progress import Bar, warn
 
 JPEG_QUALITY = 85
 MAX_CRASHES = 3  # of processes, one after another without an episode between them, after which recording stops
@@ -233,11 +233,9 @@ def in_processes(
     When a process dies, for example because the renderer crashes, the jobs without a result are run again. Raises
     RuntimeError when this happens `MAX_CRASHES` times without a result between them.
     """
-    from tqdm import tqdm
-
     # Fresh processes, never a fork: OSMesa crashes in a process that has loaded TensorFlow, as the writer does.
     context, done, crashes = multiprocessing.get_context("spawn"), 0, 0
-    with tqdm(total=len(jobs), desc=doing, unit="episode", disable=not progress) as bar:
+    with Bar(total=len(jobs), desc=doing, unit="episode", disable=not progress) as bar:
         while done < len(jobs):
             with ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker) as pool:
                 try:

@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from tqdm import tqdm
 
 from spatialvla_jax.evaluation.closed_loop import Environment, Episode, Infer, Settings, rollouts
 from spatialvla_jax.sim import scripted_expert as expert
 from spatialvla_jax.sim.attempt import MAX_ATTEMPTS, Job, Recorded, begin, perform
 from spatialvla_jax.sim.libero import camera, holds_object, observe
 from spatialvla_jax.sim.libero_env import Libero
+from spatialvla_jax.utils.progress import Bar
 
 POLICY_STEPS = 120  # at most; the expert alone needs about 75
 BATCH = 16  # observations of a policy call, whatever the number of workers: so its answers do not depend on that
@@ -72,7 +72,7 @@ def record_takeovers(
     waiting = deque(Episode(job.suite, job.task_id, number, 0) for number, job in enumerate(jobs))
     settings = Settings({job.suite: POLICY_STEPS + 1 for job in jobs}, workers=workers)
     counts, kept = [Counter[str]() for _ in jobs], {}
-    with tqdm(total=len(jobs), desc="recording", unit="episode", disable=not progress) as bar:
+    with Bar(total=len(jobs), desc="recording", unit="episode", disable=not progress) as bar:
         for episode, record, _ in rollouts(environment, infer, waiting, settings):
             count, job = counts[episode.number], jobs[episode.number]
             if motion := record.get("motion"):

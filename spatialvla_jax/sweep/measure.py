@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from spatialvla_jax.actions import ActionGrid, adapt_embeddings, encode, grid_to_dict
 from spatialvla_jax.actions.io import describe_grid, save_grid
@@ -23,6 +22,7 @@ from spatialvla_jax.sim import libero_env
 from spatialvla_jax.sweep.plan import Trial
 from spatialvla_jax.training.metrics import read_metrics
 from spatialvla_jax.utils.atomic import replacing
+from spatialvla_jax.utils.progress import Bar
 from spatialvla_jax.utils.provenance import provenance
 from spatialvla_jax.utils.storage import AnyPath
 
@@ -36,7 +36,7 @@ def measure(trial: Trial, folder: Path, trained: dict[str, Any], drawn: bool) ->
     policy = Policy.load(folder)
     loader, grid = open_data(config, policy.processor.statistics, policy.processor.tokenizer), policy.processor.grid
     actions = loader.actions()
-    with tqdm(total=loader.num_frames(config.train.eval_split), unit="frame", desc="evaluate") as bar:
+    with Bar(total=loader.num_frames(config.train.eval_split), unit="frame", desc="evaluate") as bar:
         evaluation = evaluate(policy, loader, config.train.eval_split, progress=bar.update)
     records, times = (read_metrics(folder / f"{name}.jsonl") for name in ("metrics", "times"))
     seconds = [record["step/seconds"] for record in times]

@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from tqdm import tqdm
 
 from spatialvla_jax.checkpoints.hub import find_checkpoint
 from spatialvla_jax.checkpoints.orbax import step_directory
@@ -42,7 +41,7 @@ from spatialvla_jax.training.loop import CONFIG, begun_config, train
 from spatialvla_jax.utils.atomic import write_json
 from spatialvla_jax.utils.compilation_cache import share_compilations
 from spatialvla_jax.utils.distributed import is_writer
-from spatialvla_jax.utils.progress import warn
+from spatialvla_jax.utils.progress import Bar, warn
 from spatialvla_jax.utils.shipped import shipped
 from spatialvla_jax.utils.storage import exists
 
@@ -190,7 +189,7 @@ def run_parallel(command: Sequence[str], workdir: Path, trials: Sequence[Trial],
     try:
         with ThreadPoolExecutor(processes) as pool:
             try:
-                outcomes = tqdm(pool.map(run, trials), total=len(trials), desc="sweep", unit="trial")
+                outcomes = Bar(pool.map(run, trials), total=len(trials), desc="sweep", unit="trial")
                 return dict(zip([trial.name for trial in trials], outcomes, strict=True))
             except KeyboardInterrupt:
                 stop()

@@ -49,7 +49,7 @@ from spatialvla_jax.utils.atomic import write_json
 from spatialvla_jax.utils.chips import peak
 from spatialvla_jax.utils.compilation_cache import share_compilations
 from spatialvla_jax.utils.distributed import Preemption, all_processes, is_writer
-from spatialvla_jax.utils.progress import warn
+from spatialvla_jax.utils.progress import Bar, warn
 from spatialvla_jax.utils.renames import CONFIG_KEYS, renamed
 from spatialvla_jax.utils.storage import AnyPath, is_file, is_url, remove
 
@@ -261,7 +261,7 @@ def take_steps(
             run.checkpoints.save(state, step, log.folder.upload, last=last, spikes=watch.to_dict())
         goodput.mark(step, keep=True)
 
-    with tqdm(
+    with Bar(
         total=steps, initial=step, unit="step", desc="compile", dynamic_ncols=True, disable=not is_writer()
     ) as bar:
         stop = preemption.asked
@@ -281,7 +281,6 @@ def take_steps(
                 goodput.mark(step, keep=True)
                 first = False
                 bar.set_description("train")
-                bar.unpause()  # so that compilation is not in the time that is left
             bar.update()
             preempted |= target is None and step < steps and preemption.reached(step + watch.skipped)
             stop = step in (steps, stop_after) or preempted
