@@ -150,7 +150,7 @@ def run_closed_loop(args: argparse.Namespace) -> None:
         policy.processor.find_statistics(args.unnorm_key)  # raises now what it would raise at every step
         keys, depth = list(policy.processor.statistics), policy.model.config.depth_source == "dataset"
         size = args.image_size or policy.model.config.img.image_size
-        infer = closed_loop.padded(policy.infer_batch, settings.workers, **extra)
+        infer = closed_loop.padded(policy.infer_batch, **extra)
     if args.unnorm_key is not None and keys and find_key(args.unnorm_key, keys) is None:
         raise InputError(
             f"--unnorm-key {args.unnorm_key!r} is not a dataset of {name}: choose one of {', '.join(keys)}"

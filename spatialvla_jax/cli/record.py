@@ -132,7 +132,8 @@ def load_policy(checkpoint: AnyPath, unnorm_key: str | None) -> Callable[..., An
     policy.processor.find_statistics(unnorm_key)
     mirrored = is_mirrored(unnorm_key or next(iter(statistics)))
     looks = model.action_chunk, model.img.image_size, model.depth_source == "dataset", mirrored
-    infer = padded(policy.infer_batch, takeover.BATCH, **({} if unnorm_key is None else {"unnorm_key": unnorm_key}))
+    extra: dict[str, Any] = {} if unnorm_key is None else {"unnorm_key": unnorm_key}
+    infer = padded(policy.infer_batch, **extra)
 
     def takeovers(jobs: Sequence[Any], workers: int, progress: bool) -> Iterator[Any]:
         environment = partial(takeover.Takeover, jobs, *looks)

@@ -1,6 +1,6 @@
 """Rollouts: environments in separate processes share one policy, in batches, until each episode has a result.
 
-An episode's result depends only on its fields and the policy, because policy batches are always padded to one size. An
+An episode's result depends only on its fields and the policy, because policy batches always have one size. An
 episode restarts if its environment crashes or hangs, or if the policy has no action; each fault is recorded. Results
 are appended to a file, one line per episode, so the same call resumes after an interruption.
 """
@@ -31,6 +31,7 @@ from spatialvla_jax.utils.atomic import write_json
 from spatialvla_jax.utils.tables import text_table
 
 ATTEMPTS = 3  # failed attempts after which an episode counts as failed
+BATCH = 16  # observations of each call of a policy in this process, however many workers there are
 PATIENCE = 10  # stop the run when faults exceed fault-free episodes by more than this: the cause is general
 
 
@@ -84,10 +85,7 @@ class Rollout(NamedTuple):
 
 
 def rollouts(
-    environment: Callable[[], Environment],
-    infer: Infer,
-    episodes: Sequence[Episode] | deque[Episode],
-    settings: Settings,
+    environment: Callable[[], Environment], infer: Infer, episodes: Sequence[Episode], settings: Settings
 ) -> Iterator[Rollout]:
     """Run the episodes and yield each one as it ends.
 
@@ -96,9 +94,7 @@ def rollouts(
     crash or hang of the environment, an observation that the policy or its server refuses, or a reply without finite
     actions. After a fault no action is executed and the episode restarts. It fails after `ATTEMPTS` faults, or at once
     if the policy's outputs are not finite, since they would be again. Raises the environment's InputError, and
-    FaultsError when too many episodes fail.
-
-    The caller may append episodes to `episodes`, if it is a deque, whenever a rollout is yielded.
+    FaultsError when too many episodes fail. If `episodes` is a deque, the caller may append to it after each rollout.
     """
     waiting, finished, faults = episodes if isinstance(episodes, deque) else deque(episodes), 0, 0
     workers = [_Worker(environment, settings, i) for i in range(min(settings.workers, len(episodes)))]
@@ -399,11 +395,10 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def padded(infer_batch: Callable[[list[dict]], list[dict]], size: int, **extra: Any) -> Infer:
-    """A policy in this process, always called with `size` observations: one compiled program, whose answer does not
-    depend on the rest of the batch. `extra` is added to each observation. Refused observations, and those with
-    non-finite outputs, get the InputError; the others are asked again. More observations than `size` take several
-    calls."""
+def padded(infer_batch: Callable[[list[dict]], list[dict]], size: int = BATCH, **extra: Any) -> Infer:
+    """A policy in this process, always called with `size` observations: one compiled program, whose answer depends
+    neither on the rest of the batch nor on the number of workers. `extra` is added to each observation. Refused
+    observations, and those with non-finite outputs, get the InputError; the others are asked again."""
 
     def infer(observations: list[dict], workers: list[int]) -> list[dict | InputError]:
         full = [{key: value for key, value in one.items() if key != "reset"} | extra for one in observations]

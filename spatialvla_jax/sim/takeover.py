@@ -21,7 +21,6 @@ from spatialvla_jax.sim.libero_env import Libero
 from spatialvla_jax.utils.progress import Bar
 
 POLICY_STEPS = 120  # at most; the expert alone needs about 75
-BATCH = 16  # observations of a policy call, whatever the number of workers: so its answers do not depend on that
 
 
 class Takeover(Libero):

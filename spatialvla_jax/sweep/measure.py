@@ -13,7 +13,7 @@ from spatialvla_jax.actions import ActionGrid, adapt_embeddings, encode, grid_to
 from spatialvla_jax.actions.io import describe_grid, save_grid
 from spatialvla_jax.checkpoints import fingerprint, read_checkpoint
 from spatialvla_jax.config import train_config_of
-from spatialvla_jax.data import open_data
+from spatialvla_jax.data import DataConfig, open_data
 from spatialvla_jax.data.pack import packed_digest, packed_names
 from spatialvla_jax.evaluation import closed_loop
 from spatialvla_jax.evaluation.open_loop import evaluate
@@ -88,7 +88,8 @@ def weights_digest(checkpoint: str | AnyPath) -> str:
 def episodes_of(trial: Trial) -> list[closed_loop.Episode]:
     """The episodes of a trial's closed loop. Raises InputError for an unknown suite or a missing simulator."""
     data, wanted = trial.config.data, trial.closed_loop
-    names = packed_names(Path(data.packed)) if data.packed else [entry["name"] for entry in data.datasets]
+    names = [name for path in DataConfig.from_config(data).packed_files for name in packed_names(Path(path))]
+    names = names or [entry["name"] for entry in data.datasets]
     suite = wanted["suite"] or (names or [data.mixture])[0]
     return libero_env.episodes([suite], wanted["episodes"], wanted["seeds"], wanted["tasks"] or None)
 
@@ -98,7 +99,7 @@ def simulate(trial: Trial, folder: Path, workers: int) -> None:
     episodes, policy = episodes_of(trial), Policy.load(folder)
     workers = min(workers, len(episodes))
     libero_env.evaluate(
-        closed_loop.padded(policy.infer_batch, workers),
+        closed_loop.padded(policy.infer_batch),
         episodes,
         closed_loop.Settings(libero_env.MAX_STEPS, workers=workers),
         folder / "closed_loop",

@@ -33,7 +33,7 @@ def rows(result):
 
 
 def test_each_episode_is_there_once_whatever_dies_or_is_not_kept(tmp_path):
-    infer = padded(bright, takeover.BATCH)
+    infer = padded(bright)
     recorded = list(record_takeovers(partial(Handover, tmp_path), infer, JOBS, 3, progress=False))
     assert (tmp_path / "died").exists()
     assert [r.language for r in recorded] == [f"task {number % 4}" for number in range(7)]
