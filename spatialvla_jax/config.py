@@ -174,6 +174,13 @@ KEYS: dict[str, Field] = {
         high=8,
         unit="cells",
     ),
+    "loss.target": Field(
+        "none",
+        "in training, also learn where the task's object is: in the picture (sides of the image) or in the camera's "
+        "frame; needs packed recordings",
+        choices=("none", "pixels", "metres"),
+    ),
+    "loss.target_weight": Field(1.0, "of its mean absolute error, beside the cross-entropy", above=0),
     "optimizer.learning_rate": Field(2e-5, "at its peak; then linear decay to 0", low=0),
     "optimizer.warmup": Field(0.005, "linear warm-up", low=0, high=1, unit="fraction of all steps"),
     "optimizer.b1": Field(0.9, "decay of AdamW's first moment", low=0, below=1),
@@ -307,6 +314,16 @@ def check_together(config: ConfigDict) -> None:
         )
     if 0 < areas[1] < areas[0]:
         raise InputError(f"augment.crop_area_max={areas[1]} is below augment.crop_area={areas[0]}; 0 draws no areas")
+    if (
+        config.loss.target == "pixels"
+        and config.augment.enabled
+        and areas[0] < 1
+        and not config.augment.move_intrinsics
+    ):
+        raise InputError(
+            "loss.target=pixels needs the intrinsics, which augment.move_intrinsics=False leaves wrong after a crop: "
+            "use loss.target=metres or augment.crop_area=1"
+        )
     if (sizes := config.mesh.to_dict()) and [*sizes.values()].count(-1) > 1:
         raise InputError(f"mesh={sizes} leaves more than one size open; only one may be -1")
     theta, phi, r, *rotation = config.grid.num_bins

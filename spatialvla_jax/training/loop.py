@@ -155,6 +155,7 @@ def prepare(config: ConfigDict, workdir: AnyPath, goodput: Goodput) -> Run:
             statistics=read_metadata(before)["processor"]["statistics"] if before else None,
             tokenizer=None if processor is None or config.data.prompt.model else processor.tokenizer,
             processes=all_processes(),
+            target=config.loss.target != "none",
         )
     config.data.read_block = loader.mixture.block
     if config.train.eval_every:  # report now what the first validation would find wrong

@@ -9,14 +9,24 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from spatialvla_jax.actions import ActionTokenizer
-from spatialvla_jax.models.spatialvla import EOS
+from spatialvla_jax.models import Params, SpatialVLAConfig
+from spatialvla_jax.models.spatialvla import EOS, TARGET_HEAD
 
 
 @dataclass(frozen=True)
 class Loss:
-    """`soft_sigma`: standard deviation, in cells, of the targets around the true cell; 0 for the true cell alone."""
+    """`soft_sigma`: standard deviation, in cells, of the targets around the true cell; 0 for the true cell alone.
+
+    `target`: also learn where the task's object is, in "pixels" or "metres" (see `target_error`), or "none".
+    """
 
     soft_sigma: float = 0.0
+    target: str = "none"
+    target_weight: float = 1.0
+
+    @property
+    def has_target(self) -> bool:
+        return self.target != "none"
 
 
 PLAIN = Loss()
@@ -77,3 +87,29 @@ def cell_coordinates(grid: ActionTokenizer) -> tuple[Float[np.ndarray, "3 n V"],
             places[axis, kind, start : start + size] = index if axes else FAR * index
         rings[: len(axes), kind] = [bins if ring else np.inf for bins, ring in axes]
     return places, rings
+
+
+def new_head(loss: Loss, config: SpatialVLAConfig) -> Params:
+    """{TARGET_HEAD: zeros} if the loss needs it: the only parameters that a policy does not have."""
+    size = {"none": 0, "pixels": 2, "metres": 3}[loss.target]
+    return {TARGET_HEAD: {"kernel": jnp.zeros((config.llm.width, size)), "bias": jnp.zeros(size)}} if size else {}
+
+
+def target_error(
+    loss: Loss,
+    head: Params,
+    state: Float[Array, "B D"],
+    target: Float[Array, "B 3"],
+    intrinsics: Float[Array, "B 3 3"],
+    image_size: int,
+) -> Float[Array, " B"]:
+    """Mean absolute error of a linear map from the language model's `state` after the prompt to the place of the task's
+    object: metres in the camera's frame, as Ego3D's points are, or sides of the image from its upper left corner.
+
+    `intrinsics` are those of the image after its crop. The object may lie outside the image.
+    """
+    if loss.target == "pixels":
+        # Written as a sum: a matrix product would run in reduced precision on accelerators.
+        target = (intrinsics[:, :2] * (target / target[:, 2:])[:, None]).sum(axis=-1) / image_size
+    guess = (state.astype(jnp.float32)[:, :, None] * head["kernel"]).sum(axis=1) + head["bias"]
+    return jnp.abs(guess - target).mean(axis=1)
