@@ -33,7 +33,12 @@ RUN = OutputFolder(
     ),
 )
 SWEEP = OutputFolder(
-    "sweep.json", "trials", names=("compiled", "figures", "report.html", "table.csv", "table.md", "trials")
+    "sweep.json",
+    "trials",
+    names=(
+        *("compiled", "figures", "report.html", "report.json"),
+        *("table.csv", "table.md", "table.tex", "trials"),
+    ),
 )
 
 

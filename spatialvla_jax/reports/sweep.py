@@ -1,255 +1,325 @@
-"""A sweep's results as one HTML page without external files, and as table.csv and table.md."""
+"""A sweep's results as one HTML page without external files, and as report.json, table.csv, table.md and table.tex."""
 
+import base64
 import csv
 import io
-import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from math import prod
+import shlex
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from spatialvla_jax.actions import DIMENSIONS, ActionGrid
-from spatialvla_jax.checkpoints.load import load_grid
-from spatialvla_jax.errors import InputError
+from spatialvla_jax.actions import ActionGrid
+from spatialvla_jax.reports.comparisons import (
+    PAIRED,
+    baselines,
+    combinations,
+    conclusions,
+    cover,
+    differences,
+    facets,
+    summary,
+    words,
+)
 from spatialvla_jax.reports.figures import grids, sweep
-from spatialvla_jax.reports.html import data_uri, write_html
-from spatialvla_jax.training.metrics import read_metrics
-from spatialvla_jax.utils.atomic import write_text
+from spatialvla_jax.reports.html import data_uri, svg_uri, write_html
+from spatialvla_jax.reports.tables import Table, latex, markdown
+from spatialvla_jax.reports.trials import (
+    L1,
+    PER_DIMENSION,
+    PLATEAU,
+    SUCCESS,
+    UNITS,
+    Quantity,
+    Results,
+    Trial,
+    read_sweep,
+)
+from spatialvla_jax.utils.atomic import write_json, write_text
 
 GRIDS_A_FIGURE = 4
-CURVES_A_PLOT = 8
-BASELINES = {"mean action": "l1_mean_baseline", "last action held": "l1_repeat_baseline"}
-NOT_COMPARABLE = """Cross-entropies of vocabularies of different sizes can't be compared; L1 (teacher-forced, unseen
-episodes) can."""
-GRIDS = """From the top: directions of the translations on the unit sphere; translations in the ball, cut open;
-rotations in the cube."""
+POINTS = 1200  # actions that the page draws into each grid
 FEATURES = """Rows of the spatial embedding table over a slice of constant r through the median movement: three
 principal components, common to all panels, as red, green and blue."""
-
-# What a trial is measured by: name → (heading, decimals, value of result.json).
-MEASURES: dict[str, tuple[str, int, Callable[[dict[str, Any]], float]]] = {
-    "l1": ("L1", 4, lambda r: r["evaluation"]["l1"]),
-    "token_accuracy": ("tokens right", 3, lambda r: r["evaluation"]["token_accuracy"]),
-    "accuracy_translation": ("translation", 3, lambda r: r["evaluation"]["token_accuracy_translation"]),
-    "accuracy_rotation": ("rotation", 3, lambda r: r["evaluation"]["token_accuracy_rotation"]),
-    "accuracy_gripper": ("gripper", 3, lambda r: r["evaluation"]["token_accuracy_gripper"]),
-    "tokens_used": ("tokens used", 0, lambda r: r["tokens_used"]),
-    "tokens": ("of", 0, lambda r: r["grid"]["vocab_size"]),
-    "step_ms": ("ms a step", 1, lambda r: 1000 * r["step_seconds_median"]),
-    "params": ("parameters", 0, lambda r: r["params"]),
-    "trainable": ("trained", 0, lambda r: r["trainable"]),
-}
-PER_DIMENSION = {
-    f"l1_{name}": (name, 4, lambda r, i=i: r["evaluation"]["l1_per_dimension"][i]) for i, name in enumerate(DIMENSIONS)
-}
+SEEDS = "Mean ± standard error over n seeds."
+OF_SUCCESS = " Success has a 95 % interval, from a bootstrap over seeds and their episodes."
+LOSSES = " Losses of vocabularies of different sizes can't be compared."
 
 
 def write_report(workdir: Path) -> str:
-    """Writes report.html, table.csv, table.md and figures/ into a sweep's directory from the trials that are finished
-    so far, each file by rename; returns what it wrote in words. Raises InputError where none is or one lacks files."""
-    if not (workdir / "sweep.json").is_file():
-        raise InputError(f"{workdir} holds no sweep: it has no sweep.json")
-    plan = json.loads((workdir / "sweep.json").read_text())
-    results, failures = [], []
-    for name in plan["trials"]:
-        folder = workdir / "trials" / name
-        if (folder / "result.json").exists():
-            results.append(json.loads((folder / "result.json").read_text()) | {"folder": folder})
-            for file in ("metrics.jsonl", "grid.json", "data.npz"):
-                if not (folder / file).exists():
-                    raise InputError(f"{folder} is finished, but its {file} is not there, which the report draws")
-        elif (folder / "failed.json").exists():
-            failures.append(json.loads((folder / "failed.json").read_text()))
-    if not results:
-        why = f", and {len(failures)} failed: {failures[0]['reason']}" if failures else ""
-        raise InputError(f"no trial in {workdir} is finished{why}")
-    measures = MEASURES | speeds(results)
-    rows = table_rows(plan, results, measures | PER_DIMENSION)
+    """Writes report.html, report.json, table.csv, table.md, table.tex and figures/ into a sweep's directory from the
+    trials that are finished so far, each file by rename; returns what it wrote in words. Raises InputError where none
+    is or one lacks files."""
+    results = read_sweep(workdir)
+    tables, said, made = tables_of(results), conclusions(results), provenance(results)
     (workdir / "figures").mkdir(exist_ok=True)
-    drawn = draw(workdir / "figures", plan, results)
-    write_text(workdir / "table.csv", csv_text(plan, rows, measures | PER_DIMENSION))
-    tables = [cells(plan, rows, part) for part in (measures, PER_DIMENSION)]
-    write_text(workdir / "table.md", "\n".join(markdown(*table) for table in tables))
+    drawn = draw(workdir / "figures", results)
+    write_text(workdir / "table.csv", csv_text(results))
+    write_text(workdir / "table.md", markdown_text(results, tables, said, made))
+    write_text(workdir / "table.tex", latex_text(results, tables, made))
+    write_json(workdir / "report.json", as_json(results, said, made))
     write_html(
         workdir / "report.html",
         "sweep.html",
-        title=plan["name"],
-        plan=plan,
-        finished=len(results),
-        steps=", ".join(f"{n:,}" for n in sorted({r["steps"] for r in results})),
-        devices=", ".join(dict.fromkeys(r["device"] for r in results)),
-        evaluation=results[0]["evaluation"],
+        title=results.plan["name"],
+        results=results,
+        said=said,
         tables=tables,
-        figures=[(title, caption, data_uri("png", path.read_bytes())) for title, caption, path in drawn],
-        failures=failures,
+        figures=[(title, caption, _picture(path)) for title, caption, path in drawn],
+        grids=viewer_data(results),
+        columns=[quantity for quantity in results.quantities if quantity.table == L1.table],
+        provenance=made,
     )
-    return f"wrote {workdir}/report.html, table.csv and table.md: {len(results)} of {len(plan['trials'])} trials"
+    finished = f"{len(results.trials)} of {len(results.plan['trials'])} trials"
+    return f"wrote {workdir}/report.html, report.json, table.csv, table.md and table.tex: {finished}"
 
 
-def speeds(results: list[dict[str, Any]]) -> dict[str, tuple[str, int, Callable[[dict[str, Any]], float]]]:
-    """Measures: the first validation at which a trial was as good as all became: by L1; for as many tokens, by loss."""
-    measures = {}
-    for name in ("l1", "loss"):
-        curves = [[(r["step"], r[f"val/{name}"]) for r in records(result) if f"val/{name}" in r] for result in results]
-        if not all(curves) or (name == "loss" and len({r["grid"]["vocab_size"] for r in results}) > 1):
-            continue
-        target = max(min(value for _, value in curve) for curve in curves)
-        steps = {r["folder"]: next(s for s, v in c if v <= target) for r, c in zip(results, curves, strict=True)}
-        heading = f"steps to val. {name.replace('l1', 'L1')} {target:.3f}"
-        measures[f"steps_to_{name}"] = (heading, 0, lambda r, steps=steps: steps[r["folder"]])
-    return measures
+def provenance(results: Results) -> dict[str, str]:
+    """What the trials come from, in words. They may be of several machines and versions: all are named."""
+    plan, of_trials = results.plan, [trial.result for trial in results.trials]
+    made = [result.get("provenance", {}) for result in of_trials]
+    versions = [", ".join(f"{name} {version}" for name, version in m.get("versions", {}).items()) for m in made]
+    dates = sorted(m["date"] for m in made if "date" in m)
+    overrides = [f"--config.{key}={value}" for key, value in plan.get("overrides", {}).items()]
+    command = ["spatialvla-jax", "sweep", "--config", plan.get("config", ""), "--workdir", "DIR", *overrides]
+
+    def distinct(values: list[str]) -> str:
+        counts = {value: values.count(value) for value in dict.fromkeys(values) if value}
+        several = len(counts) > 1 or sum(counts.values()) < len(values)
+        return "; ".join(f"{v} ({n} trials)" if several else v for v, n in counts.items()) or "not recorded"
+
+    def data(result: dict[str, Any]) -> str:
+        evaluation, names = result["evaluation"], ", ".join(result.get("data", []))
+        frames = f", {result['train_frames']:,} frames to train on" if "train_frames" in result else ""
+        packed = f" (packed, SHA-256 {result['packed'][:16]}…)" if result.get("packed") else ""
+        unseen = (
+            f"{evaluation['frames']:,} frames of {evaluation['episodes']:,} episodes of split {evaluation['split']}"
+        )
+        return f"{names or 'data set not recorded'}{packed}{frames}, evaluated on {unseen}"
+
+    return {
+        "command": shlex.join(command) if plan.get("config") else "not recorded",
+        "commit": distinct([m.get("commit", "") for m in made]),
+        "versions": distinct(versions),
+        "devices": distinct([str(result.get("device", "")) for result in of_trials]),
+        "data": distinct([data(result) for result in of_trials]),
+        "trained": (f"{dates[0]} to {dates[-1]}" if len(dates) > 1 else "".join(dates)) or "not recorded",
+        "seeds": ", ".join(map(str, plan["seeds"])),
+        "reference": words(plan["reference"]) or "none",
+    }
 
 
-def records(result: dict[str, Any]) -> list[dict[str, Any]]:
-    return read_metrics(result["folder"] / "metrics.jsonl")
+def tables_of(results: Results) -> list[Table]:
+    """For every group of quantities a row for each combination of factors, and the baselines last; then the paired
+    differences."""
+    axes = ["factor", "value"] if results.one_axis else list(results.plan["axes"]) or ["trials"]
+    tables = []
+    for title in dict.fromkeys(quantity.table for quantity in results.quantities):
+        shown = [quantity for quantity in results.quantities if quantity.table == title]
+        header = [(axis, "") for axis in axes] + [("n", "seeds")]
+        for quantity in shown:
+            # The title of the group says it already: of "open-loop L1, yaw" the dimension is left.
+            name, unit = (quantity.name, quantity.unit) if title != PER_DIMENSION else (quantity.short, "")
+            header += [(name, unit)] + ([("episodes", "")] if quantity == SUCCESS else [])
+        lines = []
+        for values, trials, planned in combinations(results):
+            n = f"{len(trials)}" if len(trials) == planned else f"{len(trials)} of {planned}"
+            if results.one_axis:
+                differing = [pair for pair in values.items() if pair not in results.plan["reference"].items()]
+                line = [*(differing[0] if differing else ("reference", "")), n]
+            else:
+                line = [*(values.values() or ["all"]), n]
+            for quantity in shown:
+                line += cell(quantity, trials)
+            lines.append(line)
+        for name, numbers in baselines(results):
+            if any(quantity.key in numbers for quantity in shown):
+                line = [name, *[""] * len(axes)]
+                for quantity in shown:
+                    line += [f"{numbers[quantity.key]:.{quantity.decimals}f}" if quantity.key in numbers else ""]
+                    line += [""] if quantity == SUCCESS else []
+                lines.append(line)
+        unit = f" Unit: {UNITS}." if title == PER_DIMENSION else ""
+        if results.one_axis:
+            unit += f" The reference is {words(results.plan['reference'])}; a row differs from it in one factor."
+        caption = SEEDS + unit + OF_SUCCESS * (SUCCESS in shown) + LOSSES * (title == "Training")
+        tables.append(Table(title, caption, header, lines, len(axes)))
+    return [*tables, *paired_table(results)]
 
 
-def table_rows(plan: dict[str, Any], results: list[dict[str, Any]], measures: dict[str, Any]) -> list[dict[str, Any]]:
-    """One row for every combination of values, in the plan's order: {"values", "seeds", measure: (mean, standard error
-    or None)}. The baselines come last; they have errors only, and depend on the data alone."""
-    rows = []
-    for values in _distinct(trial["values"] for trial in plan["trials"].values()):
-        group = [result for result in results if result["values"] == values]
-        if group:
-            numbers = {k: mean_error([get(r) for r in group]) for k, (_, _, get) in measures.items()}
-            rows.append({"values": list(values.values()), "seeds": len(group), **numbers})
-    for name, key in BASELINES.items():
-        errors = np.mean([[r["evaluation"][key], *r["evaluation"][f"{key}_per_dimension"]] for r in results], axis=0)
-        known = {k: (float(e), None) for k, e in zip(("l1", *PER_DIMENSION), errors, strict=True)}
-        rows.append({"values": [name] + [""] * (len(plan["axes"]) - 1), "seeds": None, **known})
-    return rows
+def cell(quantity: Quantity, trials: list[Trial]) -> list[str]:
+    """What a table says of a quantity of a combination's trials."""
+    found, digits = summary(quantity, trials), quantity.decimals
+    count = f" (n = {found['n']})" if found and found["n"] < len(trials) else ""
+    if not found:
+        return ["–", "–"] if quantity == SUCCESS else ["–"]
+    if quantity == PLATEAU:
+        return [f"{found['reached']} of {found['n']}"]
+    mean = f"{found['mean']:,.{digits}f}"
+    if quantity == SUCCESS:
+        low, high = found["interval"]
+        return [f"{mean} [{low:.{digits}f}, {high:.{digits}f}]{count}", f"{found['episodes']:,}"]
+    # What is the same for every seed, such as the number of parameters, has no error worth showing.
+    error = f"{found['standard_error'] or 0:,.{digits}f}"
+    return [f"{mean} ± {error}{count}" if error.strip("0.") else f"{mean}{count}"]
 
 
-def mean_error(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and its standard error; None for a single value."""
-    error = float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
-    return float(np.mean(values)), error
+def paired_table(results: Results) -> list[Table]:
+    """The differences from the reference, of success, too, where there is; none if nothing can be compared."""
+    rows: dict[tuple[str, str], dict[str, list[str]]] = {}
+    for quantity in (L1, SUCCESS):
+        for found in differences(results, quantity):
+            digits = quantity.decimals
+            interval = f"[{found.interval[0]:+.{digits}f}, {found.interval[1]:+.{digits}f}]" if found.interval else "–"
+            cells = [str(len(found.pairs)), f"{found.mean:+.{digits}f}", interval, found.conclusion(quantity)]
+            cells = [text.replace("-", "−") for text in cells]
+            row = rows.setdefault((found.axis, found.place), {})
+            row["names"], row[quantity.name] = [found.axis, found.against, words(found.others)], cells
+    shown = [quantity for quantity in (L1, SUCCESS) if any(quantity.name in row for row in rows.values())]
+    others = [] if all(not row["names"][2] for row in rows.values()) else [("other factors", "")]
+    header = [("factor", ""), ("difference", ""), *others]
+    for quantity in shown:
+        unit = quantity.unit.replace("%", "points")
+        header += [("n", "pairs"), (f"Δ {quantity.name}", unit), ("95 % interval", unit), ("conclusion", "")]
+    names = len(header) - 4 * len(shown)
+    lines = [row["names"][:names] + [c for q in shown for c in row.get(q.name, ["–"] * 4)] for row in rows.values()]
+    return [Table("Paired differences", PAIRED, header, lines, names)] if rows else []
 
 
-def cells(
-    plan: dict[str, Any], rows: list[dict[str, Any]], measures: dict[str, Any]
-) -> tuple[list[str], list[list[str]]]:
-    """(header, rows) for a reader: mean ± standard error."""
-    header = [*plan["axes"], "seeds", *(heading for heading, _, _ in measures.values())]
-    lines = []
-    for row in rows:
-        line = [*row["values"], "" if row["seeds"] is None else str(row["seeds"])]
-        for key, (_, decimals, _) in measures.items():
-            mean, error = row.get(key, (None, None))
-            text = "" if mean is None else f"{mean:,.{decimals}f}"
-            # What is the same for every seed, such as the number of parameters, has no error worth showing.
-            line.append(f"{text} ± {error:,.{decimals}f}" if error else text)
-        lines.append(line)
-    return header, lines
-
-
-def csv_text(plan: dict[str, Any], rows: list[dict[str, Any]], keys: Mapping[str, Any]) -> str:
-    """Every measure and its standard error, in full digits."""
+def csv_text(results: Results) -> str:
+    """Every quantity and its standard error, or interval, in full digits."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow([*plan["axes"], "seeds", *(column for key in keys for column in (key, f"{key}_se"))])
-    for row in rows:
-        writer.writerow([*row["values"], row["seeds"], *(n for key in keys for n in row.get(key, (None, None)))])
+    axes = list(results.plan["axes"]) or ["trials"]
+    header = [*axes, "n"]
+    for quantity in results.quantities:
+        ends = {PLATEAU: ("", "_n"), SUCCESS: ("", "_low", "_high", "_episodes")}.get(quantity, ("", "_se"))
+        header += [f"{quantity.key}{end}" for end in ends]
+    writer.writerow(header)
+    for values, trials, _ in combinations(results):
+        line: list[Any] = [*(values.values() or ["all"]), len(trials)]
+        for quantity in results.quantities:
+            found = summary(quantity, trials)
+            if quantity == PLATEAU:
+                line += [found.get("reached"), found.get("n")]
+            elif quantity == SUCCESS:
+                line += [found.get("mean"), *found.get("interval", (None, None)), found.get("episodes")]
+            else:
+                line += [found.get("mean"), found.get("standard_error")]
+        writer.writerow(line)
+    for name, numbers in baselines(results):
+        writer.writerow([name, *[""] * (len(axes) - 1), *(numbers.get(key) for key in header[len(axes) :])])
     return out.getvalue()
 
 
-def markdown(header: list[str], lines: list[list[str]]) -> str:
-    rows = [header, ["---"] * len(header), *lines]
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+def markdown_text(results: Results, tables: list[Table], said: list[str], made: dict[str, str]) -> str:
+    parts = [f"# {results.plan['name']}", "\n".join(f"- {sentence}" for sentence in said)]
+    parts += [f"## {table.title}\n\n{table.caption}\n\n{markdown(table)}" for table in tables]
+    meanings = [f"- **{q.name}**{f' ({q.unit})' if q.unit else ''}: {q.meaning}" for q in results.quantities]
+    parts += ["## Quantities\n\n" + "\n".join(meanings)]
+    parts += ["## Provenance\n\n" + "\n".join(f"- {key}: `{value}`" for key, value in made.items())]
+    return "\n\n".join(part.rstrip() for part in parts) + "\n"
 
 
-def draw(folder: Path, plan: dict[str, Any], results: list[dict[str, Any]]) -> list[tuple[str, str, Path]]:
+def latex_text(results: Results, tables: list[Table], made: dict[str, str]) -> str:
+    name = results.plan["name"]
+    head = [r"% \usepackage{booktabs,graphicx}"] + [
+        f"% {key}: {' '.join(value.split())}" for key, value in made.items()
+    ]
+    label = "".join(c if c.isalnum() else "-" for c in name)
+    floats = [latex(t, f"{label}-{t.title.split()[0].lower()}-{i}") for i, t in enumerate(tables, 1)]
+    return "\n".join(head) + "\n\n" + "\n".join(floats)
+
+
+def as_json(results: Results, said: list[str], made: dict[str, str]) -> dict[str, Any]:
+    """All numbers of the report in full digits, each under the one name that it has."""
+    return {
+        "sweep": results.plan["name"],
+        "provenance": made,
+        "conclusions": said,
+        "quantities": {q.key: {"name": q.name, "unit": q.unit, "meaning": q.meaning} for q in results.quantities},
+        "combinations": [
+            {"values": values, "n": len(trials), "planned": planned}
+            | {quantity.key: summary(quantity, trials) for quantity in results.quantities}
+            for values, trials, planned in combinations(results)
+        ],
+        "baselines": dict(baselines(results)),
+        "differences": {
+            quantity.key: [d._asdict() | {"conclusion": d.conclusion(quantity)} for d in differences(results, quantity)]
+            for quantity in (L1, SUCCESS)
+        },
+        "trials": [
+            {"name": trial.name, "values": trial.values, "seed": trial.seed, "episodes": trial.episodes}
+            | trial.numbers
+            | {"provenance": trial.result.get("provenance", {})}
+            for trial in results.trials
+        ],
+        "failed": results.failed,
+        "missing": results.missing,
+    }
+
+
+def draw(folder: Path, results: Results) -> list[tuple[str, str, Path]]:
     """→ (title, caption, picture) of every figure."""
-    axes = comparable(plan, results)
-
-    def get(groups: dict[str, list[list[Any]]], value: Callable[[dict[str, Any]], Any]) -> dict[str, list[list[Any]]]:
-        return {name: [[value(r) for r in seeds] for seeds in parts] for name, parts in groups.items()}
-
-    def over(*names: str) -> str:
-        """What the means of these axes' values are over."""
-        if len(plan["axes"]) == 1:
-            return "over seeds."
-        shares = []
-        for axis in names:
-            planned = prod(len(values) for other, values in plan["axes"].items() if other != axis)
-            shared = len(next(iter(axes[axis].values()))) if axis in axes else 0
-            shares.append(f"{shared} of {planned} for {axis}")
-        return (
-            f"over seeds and those combinations of the other axes that all values have ({', '.join(shares)}); the "
-            "error is that by seeds."
-        )
-
-    drawn = []
-    if axes:
-        path = folder / "effects.png"
-        base = {name: np.mean([r["evaluation"][key] for r in results]).item() for name, key in BASELINES.items()}
-        sweep.effects(path, {axis: get(g, lambda r: r["evaluation"]["l1"]) for axis, g in axes.items()}, base)
-        caption = "L1 of greedy chunks on unseen episodes, normalised units: trials, mean and standard error"
-        drawn.append(("Error", f"{caption} {over(*plan['axes'])} The lines across need no training.", path))
-    if prod(map(len, plan["axes"].values())) <= CURVES_A_PLOT:
-        whole = {
-            ", ".join(v.values()): [[r for r in results if r["values"] == v]]
-            for v in _distinct(r["values"] for r in results)
-        }
-        curves, means = {", ".join(plan["axes"]): whole}, "over seeds."
-    else:
-        curves, means = axes, over(*plan["axes"])
-    if curves:
-        path = folder / "curves.png"
-        sweep.learning_curves(path, {axis: get(groups, records) for axis, groups in curves.items()})
-        drawn.append(("Learning curves", f"Mean and, as a band, standard error {means} {NOT_COMPARABLE}", path))
-    base = {k: np.mean([r["evaluation"][f"{v}_per_dimension"] for r in results], 0) for k, v in BASELINES.items()}
-    for axis, groups in axes.items():
-        path = folder / f"dimensions-{axis}.png"
-        sweep.dimension_errors(path, get(groups, lambda r: r["evaluation"]["l1_per_dimension"]), base)
-        drawn.append((f"Errors per dimension by {axis}", f"L1, mean and standard error {over(axis)}", path))
-    return drawn + draw_grids(folder, plan, results) + draw_features(folder, results)
+    compared, rows, drawn = facets(results), cover(results), []
+    measured = [quantity for quantity in (L1, SUCCESS) if quantity in results.quantities]
+    if compared:
+        sweep.effects(path := folder / "effects.svg", compared, measured)
+        caption = "Every trial is a point, the mean over seeds a dash; the other factors are colours and markers. "
+        caption += "Dashed and dotted lines need no training; grey ones are what the grid alone leaves."
+        drawn.append(("Results by factor", caption, path))
+    if paired := {q: found for q in measured if (found := differences(results, q))}:
+        sweep.forest(path := folder / "differences.svg", paired)
+        drawn.append(("Paired differences", f"{PAIRED} Blue ones exclude 0.", path))
+    sweep.learning_curves(path := folder / "curves.svg", rows)
+    caption = "A thin line for every trial, a thick one for the mean over seeds; the training loss is a running mean."
+    drawn.append(("Learning curves", caption + LOSSES, path))
+    sweep.dimension_errors(path := folder / "dimensions.svg", rows)
+    caption = "Open-loop L1: bars are means over seeds, points are trials, lines need no training."
+    drawn.append(("Errors per dimension of the action", caption, path))
+    draw_grids(folder, results)
+    return drawn + draw_features(folder, results)
 
 
-def comparable(plan: dict[str, Any], results: list[dict[str, Any]]) -> dict[str, dict[str, list[list[Any]]]]:
-    """{axis: {value: [combination of the other axes' values][seed] of results}}. Values that have results share their
-    combinations: what only some of them have, because a trial failed or is to come, would tell in their means as if it
-    were due to the value. An axis whose values share none is left out."""
-    axes = {}
-    for axis, names in plan["axes"].items():
-        found: dict[str, dict[tuple[str, ...], list[Any]]] = {name: {} for name in names}
-        for result in results:
-            others = tuple(value for other, value in result["values"].items() if other != axis)
-            found[result["values"][axis]].setdefault(others, []).append(result)
-        found = {name: parts for name, parts in found.items() if parts}
-        shared = [others for others in next(iter(found.values())) if all(others in parts for parts in found.values())]
-        if shared:
-            axes[axis] = {name: [parts[others] for others in shared] for name, parts in found.items()}
-    return axes
+def distinct_grids(results: Results) -> list[tuple[str, ActionGrid, Trial]]:
+    """(label, grid, first trial that has it) of every grid; labels are of those axes on which the grids differ."""
+    first: dict[str, tuple[Trial, ActionGrid]] = {}
+    for trial in results.trials:
+        if isinstance(grid := trial.grid, ActionGrid):
+            first.setdefault((trial.folder / "grid.json").read_text(), (trial, grid))
+    found = list(first.values())
+    axes = [a for a in results.plan["axes"] if len({trial.values[a] for trial, _ in found}) > 1 or len(found) == 1]
+    return [(", ".join(trial.values[axis] for axis in axes), grid, trial) for trial, grid in found]
 
 
-def draw_grids(folder: Path, plan: dict[str, Any], results: list[dict[str, Any]]) -> list[tuple[str, str, Path]]:
-    """Every grid once, under the values of the first trial that has it, of those axes on which the grids differ."""
-    first: dict[str, tuple[dict[str, Any], ActionGrid]] = {}
-    for result in results:
-        grid = load_grid(result["folder"] / "grid.json")
-        if isinstance(grid, ActionGrid):
-            first.setdefault((result["folder"] / "grid.json").read_text(), (result, grid))
-    shown = list(first.values())
-    differing = [axis for axis in plan["axes"] if len({r["values"][axis] for r, _ in shown}) > 1 or len(shown) == 1]
-    drawn = []
-    for start in range(0, len(shown), GRIDS_A_FIGURE):
-        some, path = shown[start : start + GRIDS_A_FIGURE], folder / f"grids-{start // GRIDS_A_FIGURE + 1}.png"
-        labels = [", ".join(r["values"][axis] for axis in differing) for r, _ in some]
-        grids.action_grids(path, labels, [g for _, g in some], [_arrays(r)["actions"] for r, _ in some])
-        drawn.append(("Action grids", GRIDS, path))
-    return drawn
+def draw_grids(folder: Path, results: Results) -> None:
+    """Every grid once, for print; the page has them as drawings that can be turned."""
+    found = distinct_grids(results)
+    for number, start in enumerate(range(0, len(found), GRIDS_A_FIGURE), 1):
+        labels, shown, trials = zip(*found[start : start + GRIDS_A_FIGURE], strict=True)
+        grids.action_grids(folder / f"grids-{number}.png", labels, shown, [t.arrays["actions"] for t in trials])
 
 
-def draw_features(folder: Path, results: list[dict[str, Any]]) -> list[tuple[str, str, Path]]:
+def viewer_data(results: Results) -> dict[str, Any]:
+    """What grids.js draws: the edges of every variable, and some actions as base64 of int16[N, 6], 1 being 32767."""
+    points, found = list[str](), []
+    for label, grid, trial in distinct_grids(results):
+        some = np.round(32767 * trial.arrays["actions"][:POINTS, :6].clip(-1, 1)).astype("<i2")
+        text = base64.b64encode(some.tobytes()).decode()
+        points += [] if text in points else [text]
+        edges = [np.asarray(edges, np.float64).round(5).tolist() for edges in grid.edges]
+        label = f"{label}: {grid.vocab_size:,} tokens" if label else f"{grid.vocab_size:,} tokens"
+        found.append({"label": label, "edges": edges, "points": points.index(text)})
+    return {"points": points, "grids": found}
+
+
+def draw_features(folder: Path, results: Results) -> list[tuple[str, str, Path]]:
     """The spatial tables of trials that started from a checkpoint, of one seed: before, on the new grid, after."""
     panels: dict[str, Any] = {}
-    for result in results:
-        arrays, values = _arrays(result), ", ".join(map(" ".join, result["values"].items()))
+    for trial in results.trials:
+        arrays, values = trial.arrays, ", ".join(map(" ".join, trial.values.items()))
         for when, label in {"before": "pre-trained", "adapted": "adapted, not trained", "after": values}.items():
-            if f"{when}_features" in arrays and result["seed"] == min(r["seed"] for r in results):
+            if f"{when}_features" in arrays and trial.seed == min(t.seed for t in results.trials):
                 panel = [arrays[f"{when}_{k}"] for k in ("theta", "phi", "features")]
                 other = when == "adapted" and label in panels and not np.array_equal(panels[label][2], panel[2])
                 panels.setdefault(f"{label}: {values}" if other else label, panel)
@@ -259,10 +329,5 @@ def draw_features(folder: Path, results: list[dict[str, Any]]) -> list[tuple[str
     return [("Spatial features", FEATURES, folder / "features.png")]
 
 
-def _arrays(result: dict[str, Any]) -> dict[str, np.ndarray]:
-    with np.load(result["folder"] / "data.npz", allow_pickle=False) as file:
-        return dict(file)
-
-
-def _distinct(values: Iterable[dict[str, str]]) -> list[dict[str, str]]:
-    return [dict(items) for items in dict.fromkeys(tuple(v.items()) for v in values)]
+def _picture(path: Path) -> str:
+    return svg_uri(path.read_text()) if path.suffix == ".svg" else data_uri("png", path.read_bytes())

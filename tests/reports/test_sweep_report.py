@@ -1,21 +1,24 @@
-"""The report's numbers by hand, and a page that needs nothing else."""
+"""The report's numbers by hand, sentences that follow by rule, and a page that needs nothing else."""
 
 import csv
 import json
 import re
-from contextlib import nullcontext
+import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
+from helpers.browser import browser
 
 from spatialvla_jax.actions import fit_gaussians, gaussian_grid, linear_grid, uniform_grid
 from spatialvla_jax.actions.io import save_grid
 from spatialvla_jax.cli import main
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.reports.figures import grids, sweep
-from spatialvla_jax.reports.sweep import draw, write_report
+from spatialvla_jax.reports import comparisons, sweep
+from spatialvla_jax.reports.sweep import write_report
+from spatialvla_jax.reports.tables import Table, escaped, latex, markdown
+from spatialvla_jax.reports.trials import GAIN, L1, SUCCESS, Results, last_gain, read_sweep
 from spatialvla_jax.sweep.measure import save_arrays
 
 AXES = {"grid": ["fine", "coarse", "<linear>"], "ego3d": ["on", "off"]}
@@ -26,173 +29,353 @@ GRIDS = {
     "coarse": uniform_grid((2, 4, 2, 2, 2, 2)),
     "<linear>": linear_grid(),
 }
+SAMPLE = Path(__file__).parents[2] / "docs/guides/sample_sweep"
 
 
 def error_of(grid: str, ego3d: str, seed: int) -> float:
-    return 0.1 * (1 + AXES["grid"].index(grid)) + 0.01 * (ego3d == "off") + 0.02 * seed
+    """The coarse grid is worse by 0.1 for every seed; what Ego3D is worth differs in sign between them."""
+    return 0.1 * (1 + AXES["grid"].index(grid)) + 0.01 * (ego3d == "off") * (seed - 1) + 0.02 * seed
 
 
-@pytest.fixture(scope="module")
-def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sweep of 3 × 2 × 2 trials, one of which failed and one is not there yet."""
-    workdir = tmp_path_factory.mktemp("report")
-    trials = {}
-    for grid in AXES["grid"]:
-        for ego3d in AXES["ego3d"]:
-            for seed in (0, 1):
-                name = f"{grid.strip('<>')}_{ego3d}_{seed}"
-                trials[name] = {"values": {"grid": grid, "ego3d": ego3d}, "seed": seed}
-                folder = workdir / "trials" / name
-                folder.mkdir(parents=True)
-                if name == "linear_off_0":
-                    (folder / "failed.json").write_text(json.dumps({"trial": name, "reason": "no <memory>"}))
-                elif name != "linear_off_1":
-                    write_trial(folder, GRIDS[grid], error_of(grid, ego3d, seed), trials[name])
-    plan = {"name": "mine", "axes": AXES, "seeds": [0, 1], "trials": trials}
+def write_sweep(workdir: Path, trials: dict[str, dict], axes: dict[str, list[str]], **plan) -> None:
+    workdir.mkdir(exist_ok=True)
+    seeds = sorted({trial["seed"] for trial in trials.values()})
+    plan = {"name": "my_sweep", "axes": axes, "seeds": seeds, "trials": trials} | plan
     (workdir / "sweep.json").write_text(json.dumps(plan))
-    return workdir
 
 
-def write_trial(folder: Path, grid, error: float, trial: dict) -> None:
+def write_trial(workdir: Path, name: str, trial: dict, error: float, grid: str = "coarse", **evaluation) -> Path:
+    folder = workdir / "trials" / name
+    folder.mkdir(parents=True)
     accuracies = {f"token_accuracy{kind}": error / 2 for kind in ("", "_translation", "_rotation", "_gripper")}
-    evaluation = {"split": "val", "episodes": 2, "frames": 30, **accuracies}
+    evaluation = {"split": "val", "episodes": 2, "frames": 30, "l1_quantisation": 0.01, **accuracies, **evaluation}
     for key, value in {"l1": error, "l1_mean_baseline": 0.5, "l1_repeat_baseline": 0.25}.items():
-        evaluation |= {key: value, f"{key}_per_dimension": [value + i / 100 for i in range(7)]}
+        value = evaluation.setdefault(key, value)
+        evaluation[f"{key}_per_dimension"] = [value + i / 100 for i in range(7)]
     result = {**trial, "steps": 4, "params": 1_234_567, "trainable": 1000, "tokens_used": 17, "evaluation": evaluation}
-    result |= {"step_seconds_median": error, "grid": {"vocab_size": grid.vocab_size}, "device": "1 × toy"}
+    result |= {"step_seconds_median": error, "grid": {"vocab_size": GRIDS[grid].vocab_size}, "device": "1 × toy"}
     (folder / "result.json").write_text(json.dumps(result))
     records = [{"step": step, "loss": 5 / step} for step in (1, 2, 3, 4)]
     records += [{"step": 2, "val/l1": error + 0.1, "val/loss": 2.0}, {"step": 4, "val/l1": error, "val/loss": 1.0}]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    save_grid(folder / "grid.json", grid)
-    features = {}
-    if trial["values"] == {"grid": "fine", "ego3d": "on"}:
-        edges = {"theta": np.linspace(0, np.pi, 5), "phi": np.linspace(-np.pi, np.pi, 9)}
-        slices = edges | {"features": np.random.default_rng(0).normal(size=(4, 8, 6))}
-        features = {f"{w}_{key}": value for w in ("before", "adapted", "after") for key, value in slices.items()}
-    save_arrays(folder / "data.npz", actions=ACTIONS, **features)
+    save_grid(folder / "grid.json", GRIDS[grid])
+    save_arrays(folder / "data.npz", actions=ACTIONS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sweep of 3 × 2 × 3 trials, one of which failed and two are not there yet; one was simulated."""
+    workdir, trials = tmp_path_factory.mktemp("report"), {}
+    for grid in AXES["grid"]:
+        for ego3d in AXES["ego3d"]:
+            for seed in (0, 1, 2):
+                name = f"{grid.strip('<>')}_{ego3d}_{seed}"
+                trials[name] = {"values": {"grid": grid, "ego3d": ego3d}, "seed": seed}
+                if name == "linear_off_0":
+                    (workdir / "trials" / name).mkdir()
+                    failure = {"trial": name, "reason": "no <memory>"}
+                    (workdir / "trials" / name / "failed.json").write_text(json.dumps(failure))
+                elif not name.startswith("linear_off"):
+                    write_trial(workdir, name, trials[name], error_of(grid, ego3d, seed), grid)
+    folder = workdir / "trials" / "fine_on_0"
+    slices = {"theta": np.linspace(0, np.pi, 5), "phi": np.linspace(-np.pi, np.pi, 9), "features": np.ones((4, 8, 6))}
+    slices = {f"{when}_{key}": value for key, value in slices.items() for when in ("before", "adapted", "after")}
+    save_arrays(folder / "data.npz", actions=ACTIONS, **slices)
+    (folder / "closed_loop").mkdir()
+    (folder / "closed_loop" / "result.json").write_text('{"success": 0.8, "standard_error": 0.1, "episodes": 50}')
+    result = json.loads((folder / "result.json").read_text())
+    made = {"commit": "abcdef", "versions": {"jax": "1.2"}, "date": "2026-01-02T03:04:05+00:00"}
+    result |= {"data": ["toy"], "train_frames": 1000, "packed": "f" * 64, "provenance": made}
+    (folder / "result.json").write_text(json.dumps(result))
+    write_sweep(workdir, trials, AXES, config="sweeps/mine", overrides={"train.steps": "4"})
+    return workdir
 
 
 def test_tables_and_page(workdir: Path, capsys) -> None:
     assert main(["sweep", "report", str(workdir)]) == 0
-    assert "10 of 12 trials" in capsys.readouterr().out
+    assert "15 of 18 trials" in capsys.readouterr().out
     with (workdir / "table.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [(row["grid"], row["ego3d"]) for row in rows] == [
         *(("fine", "on"), ("fine", "off"), ("coarse", "on"), ("coarse", "off"), ("<linear>", "on")),
         *(("mean action", ""), ("last action held", "")),
     ]
-    errors = [error_of("coarse", "off", seed) for seed in (0, 1)]
-    row = rows[3]
-    assert float(row["l1"]) == pytest.approx(np.mean(errors)) and row["seeds"] == "2"
-    assert float(row["l1_se"]) == pytest.approx(np.std(errors, ddof=1) / np.sqrt(2))
-    assert float(row["l1_yaw"]) == pytest.approx(np.mean(errors) + 0.05)
-    assert (float(row["tokens_used"]), float(row["tokens"]), float(row["params"])) == (17, 26, 1_234_567)
-    assert float(row["step_ms"]) == pytest.approx(1000 * np.mean(errors)) and float(rows[5]["l1"]) == 0.5
+    errors, row = [error_of("coarse", "off", seed) for seed in (0, 1, 2)], rows[3]
+    assert float(row["open_loop_l1"]) == pytest.approx(np.mean(errors)) and row["n"] == "3"
+    assert float(row["open_loop_l1_se"]) == pytest.approx(np.std(errors, ddof=1) / np.sqrt(3))
+    assert float(row["open_loop_l1_yaw"]) == pytest.approx(np.mean(errors) + 0.05)
+    assert (float(row["tokens_used"]), float(row["vocabulary"]), float(row["parameters"])) == (17, 26, 1_234_567)
+    assert float(row["step_time"]) == pytest.approx(1000 * np.mean(errors)) and float(rows[5]["open_loop_l1"]) == 0.5
+    assert (row["plateau_reached"], row["plateau_reached_n"], row["success"]) == ("0", "3", "")
+    assert (rows[0]["success"], rows[0]["success_episodes"]) == ("80.0", "50")
 
-    # The worst trial becomes as good as 0.32, which one of the coarse grid is after two steps and one after four.
-    assert [float(row["steps_to_l1"]) for row in rows[:5]] == [2, 2, 2, 3, 4] and "steps_to_loss" not in rows[0]
+    # The worst trial becomes as good as 0.34, which one of the coarse grid is after four steps, the others after two.
+    assert [float(row["steps_to_teacher_forced_l1_0.340"]) for row in rows[:5]] == pytest.approx([2, 2, 2, 8 / 3, 4])
 
-    table = (workdir / "table.md").read_text().splitlines()
-    assert table[5].startswith("| coarse | off | 2 | 0.2200 ± 0.0100 | 0.110 ± 0.005 |") and "1,234,567" in table[5]
-    assert table[7].startswith("| mean action |  |  | 0.5000 |  |")
+    lines = (workdir / "table.md").read_text().splitlines()
+    assert "| coarse | off | 3 | 0.2200 ± 0.0173 | 0.0100 | 0.2200 ± 0.0173 | – | – | 0 of 3 |" in lines
+    assert any(
+        line.startswith("| fine | on | 3 | 0.1200 ± 0.0115 | 0.0100 ") and "(n = 1) | 50 |" in line for line in lines
+    )
+    assert "| mean action |  |  | 0.5000 |  |  |  |  |  |" in lines
+
+    report = json.loads((workdir / "report.json").read_text())
+    assert report["combinations"][3]["open_loop_l1"]["mean"] == pytest.approx(np.mean(errors))
+    assert report["failed"] == {"linear_off_0": "no <memory>"} and report["missing"] == ["linear_off_1", "linear_off_2"]
+    assert report["provenance"]["command"] == (
+        "spatialvla-jax sweep --config sweeps/mine --workdir DIR --config.train.steps=4"
+    )
+    assert report["provenance"]["commit"] == "abcdef (1 trials)"
+    assert report["quantities"].keys() >= {"open_loop_l1", "teacher_forced_l1", "validation_loss", "success"}
+    header = set(rows[0])
+    assert all(key in header for key in report["quantities"])  # one name everywhere
+    names = [quantity["name"] for quantity in report["quantities"].values()]
 
     page = (workdir / "report.html").read_text()
-    sources = re.findall(r'(?:src|href)="([^"]{0,30})', page)
-    assert sources and all(source.startswith("data:image/png;base64,") for source in sources)
-    assert "http" not in re.sub(r'src="[^"]*"', "", page)
-    assert "0.2200 ± 0.0100" in page and "no &lt;memory&gt;" in page and "<linear>" not in page
-    names = {"effects", "curves", "dimensions-grid", "dimensions-ego3d", "grids-1", "features"}
-    assert len(sources) == len(names)
-    files = [path.name for path in (workdir / "figures").iterdir()]
-    assert sorted(files) == sorted(f"{name}.{form}" for name in names for form in ("png", "pdf"))
-    assert "all values have (1 of 2 for grid, 2 of 3 for ego3d); the error" in page
-    assert "all values have (2 of 3 for ego3d); the error" in page
-
-
-def drawn(workdir: Path, monkeypatch, tmp_path: Path, plan: dict) -> dict[str, dict]:
-    """{name of a figure: what it is given to draw}."""
-    given = {}
-    for name in ("effects", "learning_curves", "dimension_errors", "action_grids", "feature_maps"):
-        module = grids if name == "action_grids" else sweep
-        monkeypatch.setattr(module, name, lambda path, data, *rest, name=name: given.setdefault(name, data))
-    folders = {name: workdir / "trials" / name for name in plan["trials"]}
-    results = [
-        json.loads((folder / "result.json").read_text()) | {"folder": folder}
-        for name, folder in folders.items()
-        if (folder / "result.json").exists()
-    ]
-    captions = {path.stem: caption for _, caption, path in draw(tmp_path, plan, results)}
-    return given | {"captions": captions}
-
-
-def test_values_are_compared_over_the_combinations_that_all_have(workdir: Path, monkeypatch, tmp_path: Path) -> None:
-    """Both trials of the linear grid without Ego3D are missing, so grids are compared with it and the effect of Ego3D
-    on the two others: 0.01, where means over whatever there is would have the worst grid weigh on one side."""
-    plan = json.loads((workdir / "sweep.json").read_text())
-    given = drawn(workdir, monkeypatch, tmp_path, plan)
-    grids = {g: [[pytest.approx(error_of(g, "on", seed)) for seed in (0, 1)]] for g in AXES["grid"]}
-    ego3d = {
-        e: [[pytest.approx(error_of(g, e, seed)) for seed in (0, 1)] for g in ("fine", "coarse")] for e in AXES["ego3d"]
+    assert all(f"<dt>{name}" in page for name in names)
+    sources = re.findall(r'(?:src|href)="([^"]{0,40})', page)
+    pictures = [source for source in sources if source.startswith("data:image/")]
+    assert len(pictures) == 5 and set(sources) - set(pictures) == {
+        f"trials/{trial['name']}/result.json" for trial in report["trials"]
     }
-    assert given["effects"] == {"grid": grids, "ego3d": ego3d}
-    means = {value: np.mean(errors) for value, errors in given["effects"]["ego3d"].items()}
-    assert means["off"] - means["on"] == pytest.approx(0.01)
-
-    # Two grids, each with another value of Ego3D, have nothing to be compared on, and curves are drawn all the same.
-    plan["trials"] = {name: plan["trials"][name] for name in ("fine_on_0", "coarse_off_0")}
-    given = drawn(workdir, monkeypatch, tmp_path, plan)
-    assert given.keys() == {"learning_curves", "action_grids", "feature_maps", "captions"}
-    assert list(given["learning_curves"]["grid, ego3d"]) == ["fine, on", "coarse, off"]
+    assert "http" not in re.sub(r'src="[^"]*"', "", page).replace("http%3A//www.w3.org", "")
+    assert "0.2200 ± 0.0173" in page and "no &lt;memory&gt;" in page and "<linear>" not in page
+    files = {path.name for path in (workdir / "figures").iterdir()}
+    vector = {
+        f"{name}.{form}" for name in ("effects", "differences", "curves", "dimensions") for form in ("svg", "pdf")
+    }
+    assert files == vector | {f"{name}.{form}" for name in ("grids-1", "features") for form in ("png", "pdf")}
 
 
-def test_a_few_combinations_have_a_learning_curve_each(workdir: Path, monkeypatch, tmp_path: Path) -> None:
-    plan = json.loads((workdir / "sweep.json").read_text())
-    given = drawn(workdir, monkeypatch, tmp_path, plan)
-    (curves,) = given["learning_curves"].values()
-    assert list(curves) == ["fine, on", "fine, off", "coarse, on", "coarse, off", "<linear>, on"]
-    assert [r["val/l1"] for r in curves["coarse, off"][0][1] if "val/l1" in r][-1] == error_of("coarse", "off", 1)
-    assert given["captions"]["curves"].startswith("Mean and, as a band, standard error over seeds. Cross")
-    plan["axes"]["ego3d"] = ["on", "off", "a third"]  # that makes nine
-    given = drawn(workdir, monkeypatch, tmp_path, plan)
-    assert {axis: list(values) for axis, values in given["learning_curves"].items()} == AXES
-    assert "1 of 3 for grid" in given["captions"]["curves"]
+def test_differences_are_paired_and_never_averaged_over_the_other_factor(workdir: Path) -> None:
+    found = {difference.label: difference for difference in comparisons.differences(read_sweep(workdir), L1)}
+    assert [*found] == [
+        *("coarse − fine (ego3d on, n = 3)", "<linear> − fine (ego3d on, n = 3)", "coarse − fine (ego3d off, n = 3)"),
+        *("off − on (grid fine, n = 3)", "off − on (grid coarse, n = 3)"),
+    ]
+    coarse, ego3d = found["coarse − fine (ego3d off, n = 3)"], found["off − on (grid coarse, n = 3)"]
+    assert coarse.pairs == pytest.approx([0.1] * 3) and coarse.interval == pytest.approx((0.1, 0.1))
+    assert coarse.conclusion(L1) == "worse"
+    assert ego3d.pairs == pytest.approx([-0.01, 0, 0.01]) and ego3d.mean == pytest.approx(0)
+    assert ego3d.interval == pytest.approx((-0.01, 0.01)) and ego3d.conclusion(L1) == "includes 0"
+    assert not comparisons.differences(read_sweep(workdir), SUCCESS)
 
 
-def test_a_sweep_of_seeds_alone(workdir: Path, tmp_path: Path) -> None:
+def test_what_is_said_follows_by_rule(workdir: Path, tmp_path: Path) -> None:
+    said = " ".join(comparisons.conclusions(read_sweep(workdir)))
+    assert "11 of 15 trials are better than holding the last action by open-loop L1." in said
+    assert "grid, open-loop L1: worse, and the intervals exclude 0: coarse − fine (ego3d on, n = 3);" in said
+    assert (
+        "ego3d, open-loop L1: the intervals of off − on (grid fine, n = 3); off − on (grid coarse, n = 3) include 0, "
+        "so nothing can be concluded about them." in said
+    )
+    assert (
+        "0 of 15 trials have reached their plateau." in said and "covers the true median in only 75 % of cases" in said
+    )
+    assert "1 of 18 trials failed: linear_off_0. 2 of 18 trials not finished: linear_off_1, linear_off_2." in said
+
+    trials = {f"a_{seed}": {"values": {"grid": "a"}, "seed": seed} for seed in (0, 1)}
+    trials |= {"b_0": {"values": {"grid": "b"}, "seed": 0}}
+    for name, trial in trials.items():
+        write_trial(tmp_path, name, trial, 0.4)
+    write_sweep(tmp_path, trials, {"grid": ["a", "b"]})
+    said = " ".join(comparisons.conclusions(read_sweep(tmp_path)))
+    assert (
+        "No trial is better than holding the last action: the lowest open-loop L1 is 0.400 (grid a, seed 0), " in said
+    )
+    assert "holding the last action has 0.250. Nothing can be concluded" in said
+    assert "grid, open-loop L1: fewer than 3 pairs of trials prove nothing: b − a (n = 1)." in said
+
+
+def test_one_axis_at_a_time_around_a_reference(tmp_path: Path, monkeypatch) -> None:
+    """Rows and differences name the one factor that differs. Chunks of another length have other baselines."""
+    reference, trials = {"grid": "fine", "chunk": "4"}, {}
+    axes = {"grid": ["fine", "coarse"], "chunk": ["1", "4"]}
+    for seed in (0, 1, 2):
+        for values, held in (
+            (reference, 0.25),
+            (reference | {"grid": "coarse"}, 0.25),
+            (reference | {"chunk": "1"}, 0.1),
+        ):
+            name = "-".join(values.values()) + f"_{seed}"
+            trials[name] = {"values": values, "seed": seed}
+            error = 0.2 + 0.01 * seed + 0.05 * (values["grid"] == "coarse")
+            folder = write_trial(tmp_path, name, trials[name], error, l1_repeat_baseline=held)
+            (folder / "closed_loop").mkdir()
+            success = {"success": 1.0 if values == reference else 0.0, "episodes": 40}
+            (folder / "closed_loop" / "result.json").write_text(json.dumps(success))
+    write_sweep(tmp_path, trials, axes, reference=reference)
+    results = read_sweep(tmp_path)
+    assert results.one_axis
+    found = {(d.axis, d.label): d for d in comparisons.differences(results, L1)}
+    assert {label: d.conclusion(L1) for (_, label), d in found.items()} == {
+        "coarse − fine (n = 3)": "worse",
+        "1 − 4 (n = 3)": "not comparable",
+    }
+    coarse, one = comparisons.differences(results, SUCCESS)
+    assert coarse.mean == one.mean == -100 and coarse.conclusion(SUCCESS) == "worse"
+    low, high = coarse.interval
+    assert -100 < low < high < -92  # 0 and 40 of 40 solved are rates that chance may still move
+    assert [name for name, _ in comparisons.baselines(results)] == [
+        *("mean action (chunk 4)", "mean action (chunk 1)", "last action held (chunk 4)", "last action held (chunk 1)")
+    ]
+    monkeypatch.setattr(sweep, "draw", lambda *_: [])
+    lines = _report(tmp_path)
+    assert "| reference |  | 3 | 0.2100" in lines and "| grid | coarse | 3 | 0.2600" in lines
+    assert "a row differs from it in one factor" in lines and "| other factors |" not in lines
+
+
+def test_a_plateau_is_a_last_quarter_without_gains() -> None:
+    falling = [(25, 0.9), (50, 0.5), (75, 0.4)]
+    assert last_gain([*falling, (90, 0.41), (100, 0.39)], 100) == pytest.approx(2.5)
+    assert last_gain([*falling, (100, 0.7)], 100) == 0
+    assert last_gain(falling, 100) is None and last_gain([(80, 0.4), (100, 0.4)], 100) is None
+
+
+def test_intervals_by_hand() -> None:
+    """Of two values, the mean is either of them in a quarter of all draws, so the interval is their range."""
+    assert comparisons.bootstrap(np.array([1.0, 3.0])) == (1, 3)
+    many = np.random.default_rng(1).normal(5, 1, 400)
+    low, high = comparisons.bootstrap(many)
+    assert low == pytest.approx(many.mean() - 1.96 * many.std() / 20, abs=0.01) and high - low == pytest.approx(
+        2 * 1.96 * many.std() / 20, rel=0.05
+    )
+    assert comparisons.bootstrap(many) == (low, high)
+
+
+def test_tables_in_latex_and_markdown() -> None:
+    table = Table("T", "50 % of a_b & c", [("name", ""), ("L1", "normalised units")], [["[x] → {y}", "−1 ± 2"]], 1)
+    text = latex(table, "x")
+    assert r"{[}x{]} $\to$ \{y\} & $-$1 $\pm$ 2 \\" in text and r"\caption{50 \% of a\_b \& c}" in text
+    assert r"name & \shortstack{L1\\(normalised units)} \\" in text and escaped("字") == "U+5B57"
+    assert text.count(r"\begin{") == text.count(r"\end{") == 2
+    bare = re.sub(r"\\[{}]", "", text)
+    assert bare.count("{") == bare.count("}")
+    assert markdown(table).splitlines()[1:] == ["| --- | --: |", "| [x] → {y} | −1 ± 2 |"]
+    assert "a\\|b" in markdown(table._replace(lines=[["a|b", ""]]))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("pdflatex"), reason="needs LaTeX")
+def test_the_tables_compile_and_fit_the_column(workdir: Path, tmp_path: Path) -> None:
+    write_report(workdir)
+    for source in (workdir, SAMPLE):
+        shutil.copy(source / "table.tex", tmp_path)
+        (tmp_path / "paper.tex").write_text(
+            r"\documentclass[twocolumn]{article}\usepackage{booktabs,graphicx}\begin{document}\input{table}\end{document}"
+        )
+        command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "paper.tex"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0 and "Overfull \\hbox" not in done.stdout, done.stdout
+
+
+def test_the_sample_report_is_whole() -> None:
+    """It is small, and its files say the same."""
+    assert (SAMPLE / "report.html").stat().st_size <= 500_000
+    report, page = json.loads((SAMPLE / "report.json").read_text()), (SAMPLE / "report.html").read_text()
+    lines, tex = (SAMPLE / "table.md").read_text(), (SAMPLE / "table.tex").read_text()
+    for row in report["combinations"]:
+        cell = "{mean:.4f} ± {standard_error:.4f}".format(**row["open_loop_l1"])
+        assert cell in lines and cell in page and cell.replace("±", r"$\pm$") in tex
+    for trial in report["trials"]:
+        result = json.loads((SAMPLE / "trials" / trial["name"] / "result.json").read_text())
+        assert result["evaluation"]["l1"] == trial["open_loop_l1"] and f"trials/{trial['name']}/result.json" in page
+
+
+@pytest.mark.slow
+def test_the_page_in_a_browser() -> None:
+    """Nothing is cut off at 1280 pixels, and the grids turn."""
+    with browser(1280, 1000) as page:
+        page.open((SAMPLE / "report.html").as_uri())
+        page.wait_for("document.readyState == 'complete'")
+        assert page.evaluate("document.documentElement.scrollWidth") <= 1280
+        picture = "document.querySelector('canvas').toDataURL()"
+        before = page.evaluate(picture)
+        key = "new KeyboardEvent('keydown', {key: 'ArrowLeft'})"
+        page.evaluate(f"document.querySelector('canvas').dispatchEvent({key})")
+        page.wait_for(f"{picture} != {json.dumps(before)}")
+        page.evaluate("document.querySelector('select').selectedIndex = 1")
+        page.evaluate("document.querySelector('select').dispatchEvent(new Event('change'))")
+        assert page.evaluate("document.querySelectorAll('canvas').length") == 6 and not page.problems
+
+
+def test_a_sweep_of_seeds_alone(tmp_path: Path) -> None:
     """It has no axis, and a report."""
-    plan = {"name": "mine", "axes": {}, "seeds": [0], "trials": {"only": {"values": {}, "seed": 0}}}
-    (tmp_path / "sweep.json").write_text(json.dumps(plan))
-    (tmp_path / "trials" / "only").mkdir(parents=True)
-    write_trial(tmp_path / "trials" / "only", GRIDS["coarse"], 0.1, plan["trials"]["only"])
+    trials = {"only": {"values": {}, "seed": 0}}
+    write_sweep(tmp_path, trials, {})
+    write_trial(tmp_path, "only", trials["only"], 0.1)
     assert "1 of 1 trials" in write_report(tmp_path)
-    assert {path.stem for path in (tmp_path / "figures").iterdir()} == {"curves", "grids-1"}
+    assert {path.stem for path in (tmp_path / "figures").iterdir()} == {"curves", "dimensions", "grids-1"}
+    assert "| all | 1 | 0.1000 |" in (tmp_path / "table.md").read_text()
 
 
-def test_the_error_of_a_mean_over_combinations_is_that_by_seeds(monkeypatch, tmp_path: Path) -> None:
-    """Of two combinations far from each other, each of three seeds; none is drawn where one has a single seed."""
-    figure = Figure()
-    monkeypatch.setattr(sweep, "drawing", lambda *_, **__: nullcontext(figure))
-    errors = {"a": [[1.0, 2.0, 3.0], [11.0, 12.0, 13.0]], "b": [[1.0], [2.0, 3.0]]}
-    sweep.effects(tmp_path, {"axis": errors}, {"mean action": 5.0, "last action held": 6.0})
-    three, single = figure.axes[0].containers
-    (bar,) = three.lines[2][0].get_segments()
-    np.testing.assert_allclose(bar[:, 1], 7 + np.array([-1, 1]) * np.sqrt(2 * (1 / 3)) / 2)
-    assert three.lines[0].get_ydata() == 7 and three.has_yerr and not single.has_yerr
+def test_an_older_sweep_has_a_report(tmp_path: Path, monkeypatch) -> None:
+    """Its results say neither what made them nor what quantisation leaves, and nothing was validated."""
+    monkeypatch.setattr(sweep, "draw", lambda *_: [])
+    trials = {name: {"values": {"grid": name}, "seed": 0} for name in ("a", "b")}
+    write_sweep(tmp_path, trials, {"grid": ["a", "b"]})
+    for name, trial in trials.items():
+        folder = write_trial(tmp_path, name, trial, 0.1)
+        result = json.loads((folder / "result.json").read_text())
+        del result["evaluation"]["l1_quantisation"]
+        (folder / "result.json").write_text(json.dumps(result))
+        (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0}\n')
+    results = read_sweep(tmp_path)
+    assert not {"quantisation L1", "teacher-forced L1", GAIN.name} & {quantity.name for quantity in results.quantities}
+    assert isinstance(results, Results) and "commit: `not recorded`" in _report(tmp_path)
+
+
+def _report(workdir: Path) -> str:
+    write_report(workdir)
+    return (workdir / "table.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "sentence"),
+    [
+        ("result.json", "{", r"result\.json cannot be read as JSON"),
+        (
+            "result.json",
+            "{}",
+            r"result\.json is of .*None.*, but sweep\.json plans .*'grid': 'a'.* with seed 0: was it copied",
+        ),
+        (
+            "result.json",
+            '{"values": {"grid": "a"}, "seed": 0}',
+            r"result\.json has no 'evaluation': it is not a trial's",
+        ),
+        (
+            "closed_loop/result.json",
+            '{"success": 2, "episodes": 10}',
+            r"closed_loop/result\.json has success 2 of 10 episodes",
+        ),
+        ("closed_loop/result.json", "[]", r"closed_loop/result\.json must hold a JSON object"),
+        ("metrics.jsonl", None, r"a_0 is finished, but its metrics\.jsonl is not there, which the report draws"),
+        ("data.npz", "x", r"data\.npz .*"),
+        ("grid.json", "{}", r"grid\.json"),
+        ("../../sweep.json", '{"name": "x"}', r"sweep\.json has no good 'axes': it is not the plan of a sweep"),
+    ],
+)
+def test_damaged_files_are_named(file: str, text: str | None, sentence: str, tmp_path: Path) -> None:
+    trials = {"a_0": {"values": {"grid": "a"}, "seed": 0}}
+    write_sweep(tmp_path, trials, {"grid": ["a", "b"]})
+    folder = write_trial(tmp_path, "a_0", trials["a_0"], 0.1)
+    (folder / "closed_loop").mkdir()
+    (folder / file).unlink() if text is None else (folder / file).write_text(text)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(InputError, match=sentence):
+        write_report(tmp_path)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_what_can_not_be_reported(workdir: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"holds no sweep: it has no sweep\.json"):
         write_report(tmp_path)
-    plan = json.loads((workdir / "sweep.json").read_text())
-    plan["trials"] = {"linear_off_0": plan["trials"]["linear_off_0"]}
-    (tmp_path / "sweep.json").write_text(json.dumps(plan))
+    trials = {"linear_off_0": {"values": {"grid": "<linear>", "ego3d": "off"}, "seed": 0}}
+    write_sweep(tmp_path, trials, AXES)
     with pytest.raises(InputError, match=r"no trial in .* is finished$"):
         write_report(tmp_path)
-    (tmp_path / "trials" / "linear_off_0").mkdir(parents=True)
-    (tmp_path / "trials" / "linear_off_0" / "failed.json").write_text('{"reason": "no memory"}')
-    with pytest.raises(InputError, match=r"no trial in .* is finished, and 1 failed: no memory"):
-        write_report(tmp_path)
-    (tmp_path / "trials" / "linear_off_0" / "result.json").write_text("{}")
-    with pytest.raises(InputError, match=r"linear_off_0 is finished, but its metrics\.jsonl is not there, which the"):
+    shutil.copytree(workdir / "trials" / "linear_off_0", tmp_path / "trials" / "linear_off_0")
+    with pytest.raises(InputError, match=r"no trial in .* is finished, and 1 failed: no <memory>"):
         write_report(tmp_path)

@@ -72,7 +72,7 @@ def action_grids(
     """Grids beside each other over normalised actions, as in the paper's Fig. 3: a column each, with the pictures of
     `action_grid` from top to bottom."""
     width, style = max(2, len(grids)) * 3.1, {"axes.titlesize": 8.5, "font.size": 7.5}
-    with drawing(path, width, 9.6, pdf=True, layout=None, style=style) as figure:
+    with drawing(path, width, 9.6, forms=("png", "pdf"), layout=None, style=style) as figure:
         figure.subplots_adjust(left=0, right=0.98, bottom=0.01, top=0.92, wspace=0.04, hspace=0.1)
         solids = figure.subplots(3, len(grids), squeeze=False, subplot_kw={"projection": "3d"})
         for column, label, grid, values in zip(solids.T, labels, grids, actions, strict=True):

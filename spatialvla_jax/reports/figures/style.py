@@ -1,7 +1,7 @@
 """Colours, fonts and the writing of all figures."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,9 +35,15 @@ STYLE: dict[Any, Any] = {
     "grid.color": "#E4E4E4",
     "grid.linewidth": 0.6,
     "pdf.fonttype": 42,  # journals refuse the default, Type 3
+    "svg.hashsalt": "spatialvla_jax",  # names of its parts that are the same every time
 }
 
-MADE_BY: dict[str, Any] = {"png": {"Software": "spatialvla_jax"}, "pdf": {"Creator": "spatialvla_jax"}}
+# Without dates, so that equal data give equal files.
+MADE_BY: dict[str, Any] = {
+    "png": {"Software": "spatialvla_jax"},
+    "pdf": {"Creator": "spatialvla_jax", "CreationDate": None},
+    "svg": {"Creator": "spatialvla_jax", "Date": None},
+}
 
 Pathlike = str | os.PathLike[str]
 
@@ -48,16 +54,16 @@ def drawing(
     width: float,
     height: float,
     *,
-    pdf: bool = False,
+    forms: Sequence[str] = ("png",),
     layout: str | None = "constrained",
     style: dict[Any, Any] | None = None,
 ) -> Iterator[Figure]:
-    """A figure of `width` × `height` inches, written to `path` when the block ends, and with `pdf` beside it as PDF;
-    `style` are changes of `STYLE`."""
+    """A figure of `width` × `height` inches, written when the block ends: to `path` in every one of `forms`, each with
+    its own suffix. `style` are changes of `STYLE`."""
     with matplotlib.rc_context(STYLE | (style or {})):
         figure = Figure(figsize=(width, height), layout=layout)  # pyright: ignore[reportArgumentType]
         yield figure
         canvas = FigureCanvasAgg(figure)
-        for form in ("png", "pdf") if pdf else ("png",):
-            with replacing(path if form == "png" else to_path(path).with_suffix(".pdf")) as temporary:
+        for form in forms:
+            with replacing(path if form == "png" else to_path(path).with_suffix(f".{form}")) as temporary:
                 canvas.print_figure(temporary, format=form, dpi=150, facecolor="white", metadata=MADE_BY[form])

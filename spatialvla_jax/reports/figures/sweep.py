@@ -1,81 +1,187 @@
-"""A sweep: effects of its axes, learning curves, errors by dimension, feature maps. Also written as PDF."""
+"""A sweep: every trial by its factors, differences from a reference, learning curves, errors by dimension, features.
+
+Factors are never averaged over: the one along an axis is in the ticks or the colours, the others are in colour and
+marker, or have a row of their own. Open points are trials that have not reached their plateau. Also written as PDF.
+"""
 
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.lines import Line2D
 
 from spatialvla_jax.actions import DIMENSIONS
-from spatialvla_jax.reports.figures.style import DARK, SERIES, Pathlike, drawing
+from spatialvla_jax.reports.comparisons import Difference, Facet, summary, words
+from spatialvla_jax.reports.figures.style import DARK, GREY, SERIES, Pathlike, drawing
+from spatialvla_jax.reports.trials import (
+    L1,
+    QUANTISATION,
+    SUCCESS,
+    TEACHER_FORCED,
+    TRAINING_LOSS,
+    Quantity,
+    Trial,
+    of_dimension,
+)
+
+MARKERS = "osD^vP*"
+FORMS = ("svg", "pdf")
+ACROSS: dict[str, dict[str, Any]] = {
+    "mean action": {"color": DARK, "linewidth": 1.1, "linestyle": "--"},
+    "last action held": {"color": DARK, "linewidth": 1.1, "linestyle": ":"},
+    QUANTISATION.name: {"color": GREY, "linewidth": 2},
+}
+LONG = 100  # points of a curve that are drawn
 
 
 def effects(
-    path: Pathlike, groups: Mapping[str, Mapping[str, Sequence[Sequence[float]]]], baselines: Mapping[str, float]
+    path: Pathlike,
+    facets: Sequence[Facet],
+    quantities: Sequence[Quantity],
 ) -> None:
-    """One panel for every axis of a sweep, {axis: {value: errors}}: the trials as points, their mean with its standard
-    error, and `baselines` as lines across. Errors are [combination with the other axes' values][seed]."""
-    widths = [max(2.4, 0.75 * len(values)) for values in groups.values()]
-    with drawing(path, max(4.6, sum(widths) + 1.6), 3.6, pdf=True) as figure:
-        panels = figure.subplots(1, len(widths), sharey=True, squeeze=False, width_ratios=widths)[0]
-        for axes, (axis, values) in zip(panels, groups.items(), strict=True):
-            for i, (colour, errors) in enumerate(zip(_colours(values), values.values(), strict=True)):
-                trials = np.concatenate([np.asarray(e) for e in errors])
-                spread = np.linspace(-0.16, 0.16, len(trials)) if len(trials) > 1 else np.zeros(1)
-                axes.plot(i + spread, trials, "o", color=colour, markersize=3.5, alpha=0.45, markeredgewidth=0)
-                mean, error = _mean_error(errors)
-                axes.errorbar(i, mean, error, fmt="_", color=colour, markersize=17, markeredgewidth=2, capsize=4)
-            for (name, error), style in zip(baselines.items(), ("--", ":"), strict=True):
-                axes.axhline(error, color=DARK, linewidth=1, linestyle=style, label=name)
-            axes.set(xlabel=axis, xlim=(-0.6, len(values) - 0.4))
-            longest = max(map(len, values))
-            axes.set_xticks(
-                range(len(values)), values, rotation=30 if longest > 7 else 0, ha="right" if longest > 7 else "center"
-            )
-            axes.grid(axis="y")
-        panels[0].set_ylabel("L1, unseen episodes")
-        panels[0].set_ylim(bottom=0)
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
+    """A row for every axis, a column for every quantity: each trial is a point, with the mean over seeds as a dash, and
+    the interval of success as a line. Lines across the open-loop L1 are each trial's baselines, and the error that
+    quantisation alone leaves."""
+    rows = list(dict.fromkeys(facet.axis for facet in facets))
+    with drawing(path, 5.6 * len(quantities) + 2.4, 3.1 * len(rows), forms=FORMS) as figure:
+        for axis, panels in zip(rows, figure.subplots(len(rows), len(quantities), squeeze=False), strict=True):
+            mine = [facet for facet in facets if facet.axis == axis]
+            values = list(dict.fromkeys(value for facet in mine for value in facet.groups))
+            for axes, quantity in zip(panels, quantities, strict=True):
+                for number, facet in enumerate(mine):
+                    _points(axes, quantity, facet, values, number, len(mine))
+                axes.set(xlabel=axis, ylabel=quantity.label, xlim=(-0.6, len(values) - 0.4))
+                counts = [sorted({len(facet.groups[v]) for facet in mine if v in facet.groups}) for v in values]
+                ticks = [f"{v}\nn = {' or '.join(map(str, n))}" for v, n in zip(values, counts, strict=True)]
+                slanted = max(map(len, values)) > 46 / len(values)
+                axes.set_xticks(
+                    range(len(values)), ticks, rotation=25 if slanted else 0, ha="right" if slanted else "center"
+                )
+                axes.set_ylim(bottom=0, top=105 if quantity.unit == "%" else None)
+                axes.grid(axis="y")
+            handles, labels = panels[0].get_legend_handles_labels()
+            if any(trial.plateau is False for facet in mine for trials in facet.groups.values() for trial in trials):
+                handles.append(Line2D([], [], marker="o", color=GREY, markerfacecolor="white", linestyle=""))
+                labels.append("plateau not reached")
+            panels[-1].legend(handles, labels, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
-def learning_curves(path: Pathlike, groups: Mapping[str, Mapping[str, Sequence[Sequence[Any]]]]) -> None:
-    """One row for every axis of a sweep, {axis: {value: [combination][seed] of records as of `loss_curve`}}: training
-    loss (a running mean over a twentieth of the run) and validation L1, the mean in a band of one standard error."""
-    with drawing(path, 10.4, 3.4 * len(groups), pdf=True) as figure:
-        for (axis, values), (left, right) in zip(
-            groups.items(), figure.subplots(len(groups), 2, squeeze=False), strict=True
-        ):
-            for colour, (value, trials) in zip(_colours(values), values.items(), strict=True):
+def _points(axes: Any, quantity: Quantity, facet: Facet, values: Sequence[str], number: int, count: int) -> None:
+    """The trials of a facet at the places of their values, and their means, joined by a line."""
+    colour, marker = SERIES[number % len(SERIES)], MARKERS[number % len(MARKERS)]
+    offset, means = (number - (count - 1) / 2) * 0.8 / count, dict[float, float]()
+    for value, trials in facet.groups.items():
+        place = values.index(value) + offset
+        numbers = [(trial.numbers[quantity.key], trial.plateau) for trial in trials if quantity.key in trial.numbers]
+        for i, (y, plateau) in enumerate(numbers):
+            x = place + (i - (len(numbers) - 1) / 2) * min(0.09, 0.5 / count / len(numbers))
+            face = "white" if plateau is False else colour
+            axes.plot(x, y, marker, color=colour, markerfacecolor=face, markersize=4.5, markeredgewidth=1)
+        if numbers:
+            means[place] = float(np.mean([y for y, _ in numbers]))
+        if quantity == SUCCESS and numbers:
+            axes.plot((place, place), summary(SUCCESS, trials)["interval"], color=colour, linewidth=1.2)
+        if quantity == L1:
+            known = {name: numbers[L1.key] for name, numbers in trials[0].baselines.items()}
+            floor = trials[0].numbers.get(QUANTISATION.key)
+            known |= {} if floor is None else {QUANTISATION.name: floor}
+            for name, y in known.items():
+                label = name if number == 0 and value == next(iter(facet.groups)) else None
+                axes.hlines(y, place - 0.4 / count, place + 0.4 / count, label=label, **ACROSS[name])
+    axes.plot(*zip(*sorted(means.items()), strict=True), color=colour, linewidth=0.7, alpha=0.6)
+    axes.plot([*means], [*means.values()], "_", color=colour, markersize=13, markeredgewidth=2)
+    if facet.others:
+        axes.plot([], [], marker, color=colour, markersize=4.5, label=words(facet.others))
+
+
+def forest(path: Pathlike, columns: Mapping[Quantity, Sequence[Difference]]) -> None:
+    """Differences from the reference, a line each: every pair of trials as a point, their mean and its interval."""
+    rows = list(dict.fromkeys(d.axis for found in columns.values() for d in found))
+    labels = {
+        axis: dict.fromkeys(d.place for found in columns.values() for d in found if d.axis == axis) for axis in rows
+    }
+    heights = [len(labels[axis]) + 1 for axis in rows]
+    with drawing(path, 3 + 4.6 * len(columns), 0.27 * sum(heights) + 0.7 * len(rows), forms=FORMS) as figure:
+        panels = figure.subplots(len(rows), len(columns), squeeze=False, height_ratios=heights)
+        for axis, line in zip(rows, panels, strict=True):
+            places = {label: i for i, label in enumerate(labels[axis])}
+            for axes, (quantity, found) in zip(line, columns.items(), strict=True):
+                for difference in (d for d in found if d.axis == axis):
+                    y, known = places[difference.place], difference.interval
+                    colour = GREY if difference.conclusion(quantity) not in ("better", "worse") else SERIES[0]
+                    axes.plot(difference.pairs, np.full(len(difference.pairs), y), "o", color=GREY, markersize=3)
+                    if known:
+                        axes.plot(known, (y, y), color=colour, linewidth=1.6)
+                    axes.plot(difference.mean, y, "D", color=colour, markersize=5)
+                    count = f"n = {len(difference.pairs)}"
+                    axes.annotate(count, (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=7)
+                axes.axvline(0, color=DARK, linewidth=0.8)
+                axes.set_yticks([*places.values()], [*places] if axes is line[0] else [])
+                axes.set_ylim(len(places) - 0.5, -0.5)
+                better = "smaller" if quantity == L1 else "larger"
+                axes.set_title(f"{axis}, {better} is better", loc="left", fontsize=9)
+                axes.set_xlabel(f"difference of {quantity.name} ({quantity.unit.replace('%', 'points')})")
+                axes.grid(axis="x")
+
+
+def learning_curves(path: Pathlike, facets: Sequence[Facet]) -> None:
+    """A row for every facet: training loss (a running mean over a twentieth of the run) and teacher-forced L1, a thin
+    line for every trial and a thick one for the mean over seeds."""
+    with drawing(path, 10.4, 2.9 * len(facets), forms=FORMS) as figure:
+        for facet, (left, right) in zip(facets, figure.subplots(len(facets), 2, squeeze=False), strict=True):
+            for i, (value, trials) in enumerate(facet.groups.items()):
                 for axes, key in ((left, "loss"), (right, "val/l1")):
-                    _band(axes, trials, key, colour, value)
-            left.set(xlabel="step", ylabel="cross-entropy per token (nats)", title="Training loss")
-            right.set(xlabel="step", ylabel="L1, normalised units", title="Validation L1, teacher-forced")
+                    _curves(axes, [trial.curve(key) for trial in trials], SERIES[i % len(SERIES)], key)
+                left.plot([], [], color=SERIES[i % len(SERIES)], label=f"{value} (n = {len(trials)})")
+            left.set(xlabel="training step", ylabel=TRAINING_LOSS.label)
+            right.set(xlabel="training step", ylabel=TEACHER_FORCED.label)
             for axes in (left, right):
                 axes.grid()
                 axes.set_xlim(left=0)
-            shown = left.get_legend_handles_labels()  # there may be no validation
-            right.legend(*shown, title=axis, loc="center left", bbox_to_anchor=(1, 0.5))
+            title = "\n".join((facet.axis, *([f"at {words(facet.others)}"] if facet.others else [])))
+            right.legend(*left.get_legend_handles_labels(), title=title, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
-def dimension_errors(
-    path: Pathlike, groups: Mapping[str, Sequence[Sequence[Any]]], baselines: Mapping[str, Sequence[float] | np.ndarray]
-) -> None:
-    """Bars of L1 per dimension (x … gripper) for each value of an axis, {value: [combination][seed] of an error each}:
-    the mean and its standard error; `baselines`, likewise, as marks over the bars."""
-    with drawing(path, 10.4, 3.4, pdf=True) as figure:
-        axes, width = figure.subplots(), 0.8 / len(groups)
-        places = np.arange(len(DIMENSIONS))
-        for i, (colour, (value, errors)) in enumerate(zip(_colours(groups), groups.items(), strict=True)):
-            mean, error = _mean_error(errors)
-            where = places + (i - (len(groups) - 1) / 2) * width
-            axes.bar(where, mean, 0.92 * width, color=colour, label=value)
-            axes.errorbar(where, mean, error, fmt="none", ecolor=DARK, elinewidth=0.9)
-        for (name, error), style in zip(baselines.items(), ("--", ":"), strict=True):
-            axes.hlines(error, places - 0.44, places + 0.44, color=DARK, linewidth=1.1, linestyle=style, label=name)
-        axes.set_xticks(places, DIMENSIONS)
-        axes.set_ylabel("L1, unseen episodes")
-        axes.grid(axis="y")
-        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+def _curves(axes: Any, curves: Sequence[Sequence[tuple[int, float]]], colour: str, key: str) -> None:
+    steps = sorted(set.intersection(*(set(step for step, _ in curve) for curve in curves)))
+    if not steps:
+        return
+    width = 1 if key.startswith("val/") else max(1, len(steps) // 20)
+    pad, shown = (width // 2, (width - 1) // 2), slice(None, None, -(-len(steps) // LONG))
+    drawn = []
+    for curve in curves:
+        values = [dict(curve)[step] for step in steps]
+        drawn.append(np.convolve(np.pad(values, pad, "edge"), np.full(width, 1 / width), "valid")[shown])
+        if len(curves) > 1:
+            axes.plot(steps[shown], drawn[-1], color=colour, linewidth=0.6, alpha=0.5)
+    style = "-o" if key.startswith("val/") else "-"
+    axes.plot(steps[shown], np.mean(drawn, axis=0), style, color=colour, markersize=2.5, linewidth=1.6)
+
+
+def dimension_errors(path: Pathlike, facets: Sequence[Facet]) -> None:
+    """A row for every facet: bars of the mean open-loop L1 of each dimension of the action, with every trial as a
+    point and the baselines as marks over the bars."""
+    with drawing(path, 10.4, 2.7 * len(facets), forms=FORMS) as figure:
+        for facet, (axes,) in zip(facets, figure.subplots(len(facets), 1, squeeze=False), strict=True):
+            first: Trial = next(iter(facet.groups.values()))[0]
+            names = first.result["evaluation"].get("dimensions", DIMENSIONS)
+            keys, places = [of_dimension(name).key for name in names], np.arange(len(names))
+            width = 0.8 / len(facet.groups)
+            for i, (value, trials) in enumerate(facet.groups.items()):
+                errors = np.array([[trial.numbers[key] for key in keys] for trial in trials])
+                where, colour = places + (i - (len(facet.groups) - 1) / 2) * width, SERIES[i % len(SERIES)]
+                axes.bar(where, errors.mean(0), 0.9 * width, color=colour, label=f"{value} (n = {len(trials)})")
+                if len(trials) > 1:
+                    axes.plot(np.tile(where, len(trials)), errors.ravel(), "o", color=DARK, markersize=1.8)
+                for name, numbers in trials[0].baselines.items():
+                    errors, label = [numbers[key] for key in keys], None if i else name
+                    axes.hlines(errors, where - width / 2, where + width / 2, label=label, **ACROSS[name])
+            axes.set_xticks(places, names)
+            axes.set(xlabel="dimension of the action", ylabel=L1.label.replace(" (", "\n("))
+            axes.grid(axis="y")
+            title = "\n".join((facet.axis, *([f"at {words(facet.others)}"] if facet.others else [])))
+            axes.legend(title=title, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def feature_maps(path: Pathlike, panels: Mapping[str, Sequence[np.ndarray]]) -> None:
@@ -88,7 +194,7 @@ def feature_maps(path: Pathlike, panels: Mapping[str, Sequence[np.ndarray]]) -> 
     colours = np.clip((components - low) / np.maximum(high - low, 1e-12), 0, 1)
     columns = min(len(panels), 3)
     lines = -(-len(panels) // columns)
-    with drawing(path, 4.2 * columns, 2.7 * lines, pdf=True) as figure:
+    with drawing(path, 4.2 * columns, 2.7 * lines, forms=("png", "pdf")) as figure:
         for i, (title, (theta, phi, f)) in enumerate(panels.items()):
             axes = figure.add_subplot(lines, columns, i + 1)
             mine, colours = np.split(colours, [f.shape[0] * f.shape[1]])
@@ -98,35 +204,3 @@ def feature_maps(path: Pathlike, panels: Mapping[str, Sequence[np.ndarray]]) -> 
             axes.set_yticks((0, np.pi / 2, np.pi), ("0", "π/2", "π"))
             axes.set(xlabel="φ", ylabel="θ")
             axes.invert_yaxis()  # the z axis points up
-
-
-def _colours(values: Any) -> list[str]:
-    return [SERIES[i % len(SERIES)] for i in range(len(values))]
-
-
-def _mean_error(combinations: Sequence[Any]) -> tuple[np.ndarray | np.float64, np.ndarray | np.float64 | None]:
-    """Mean over combinations of axes' values, each [seeds, ...], and its standard error by seeds alone: combinations
-    are chosen, not drawn. None where one has a single seed."""
-    parts = [np.asarray(values, np.float64) for values in combinations]
-    mean = np.mean([values.mean(0) for values in parts], axis=0)
-    if min(map(len, parts)) < 2:
-        return mean, None
-    return mean, np.sqrt(np.sum([values.var(0, ddof=1) / len(values) for values in parts], axis=0)) / len(parts)
-
-
-def _band(axes: Any, combinations: Sequence[Sequence[Any]], key: str, colour: str, label: str) -> None:
-    curves = [[{r["step"]: r[key] for r in records if key in r} for records in seeds] for seeds in combinations]
-    steps = sorted(set.intersection(*(set(curve) for seeds in curves for curve in seeds)))
-    if not steps:
-        return
-    width = 1 if key.startswith("val/") else max(1, len(steps) // 20)
-    pad = (width // 2, (width - 1) // 2)
-
-    def smooth(curve: Mapping[int, float]) -> np.ndarray:
-        return np.convolve(np.pad([curve[step] for step in steps], pad, "edge"), np.full(width, 1 / width), "valid")
-
-    mean, error = _mean_error([[smooth(curve) for curve in seeds] for seeds in curves])
-    style = "-o" if key.startswith("val/") else "-"
-    axes.plot(steps, mean, style, color=colour, markersize=3, linewidth=1.5, label=label)
-    if error is not None:
-        axes.fill_between(steps, mean - error, mean + error, color=colour, alpha=0.18, linewidth=0)

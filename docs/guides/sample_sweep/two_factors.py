@@ -1,6 +1,6 @@
 """Two factors and three seeds with the smallest model on the committed episodes: the sample report beside this file.
 
-spatialvla-jax sweep --config docs/guides/sample_sweep/sweep.py --workdir runs/sample_sweep
+spatialvla-jax sweep --config docs/guides/sample_sweep/two_factors.py --workdir runs/sample_sweep
 """
 
 from spatialvla_jax.actions import PRESET_BINS

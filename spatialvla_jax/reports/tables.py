@@ -1,0 +1,65 @@
+"""Tables for a page, for Markdown and for LaTeX."""
+
+from typing import NamedTuple
+
+LATEX = str.maketrans(
+    {
+        **{character: f"\\{character}" for character in "&%$#_{}"},
+        **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"},
+        **{"[": "{[}", "]": "{]}"},  # after the end of a row, a bracket would be an argument
+        **{"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"},
+        **{"±": r"$\pm$", "−": "$-$", "×": r"$\times$", "→": r"$\to$", "≤": r"$\le$", "≥": r"$\ge$"},
+        **{"–": "--", "…": r"\dots{}", "Δ": r"$\Delta$", "θ": r"$\theta$", "φ": r"$\phi$"},
+    }
+)
+
+
+class Table(NamedTuple):
+    """`header` has (name, unit) of every column; the first `names` columns are words, the others numbers."""
+
+    title: str
+    caption: str
+    header: list[tuple[str, str]]
+    lines: list[list[str]]
+    names: int
+
+
+def markdown(table: Table) -> str:
+    header = [f"{name} ({unit})" if unit else name for name, unit in table.header]
+    sides = ["---"] * table.names + ["--:"] * (len(header) - table.names)
+    rows = [[cell.replace("|", "\\|") for cell in row] for row in (header, sides, *table.lines)]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def escaped(text: str) -> str:
+    """Text for LaTeX; a character that its default fonts lack becomes its code."""
+    return "".join(c if ord(c) < 0x180 or ord(c) in LATEX else f"U+{ord(c):04X}" for c in text).translate(LATEX)
+
+
+def latex(table: Table, label: str) -> str:
+    """A floating table of booktabs, scaled down if it is wider than the column."""
+
+    def name(text: str, unit: str) -> str:
+        return f"\\shortstack{{{escaped(text)}\\\\({escaped(unit)})}}" if unit else escaped(text)
+
+    rows = [" & ".join(name(*column) for column in table.header)]
+    rows += [" & ".join(map(escaped, line)) for line in table.lines]
+    head, *body = [f"{row} \\\\" for row in rows]
+    return "\n".join(
+        (
+            r"\begin{table}",
+            r"\centering",
+            f"\\caption{{{escaped(table.caption)}}}",
+            f"\\label{{tab:{label}}}",
+            r"\resizebox{\ifdim\width>\columnwidth\columnwidth\else\width\fi}{!}{%",
+            f"\\begin{{tabular}}{{{'l' * table.names}{'r' * (len(table.header) - table.names)}}}",
+            r"\toprule",
+            head,
+            r"\midrule",
+            *body,
+            r"\bottomrule",
+            r"\end{tabular}}",
+            r"\end{table}",
+            "",
+        )
+    )
