@@ -1,12 +1,21 @@
-"""The whole way to success rates: record demonstrations, train on them, evaluate in the simulator.
+"""The whole way to success rates, from nothing but this repository and the simulator.
 
-    python benchmarks/closed_loop.py --workdir runs/libero_spatial [--minutes 9] [--config.train.steps=4000 …]
+    MUJOCO_GL=egl python benchmarks/closed_loop.py --workdir runs/libero_spatial --setting reduced [--minutes 9]
+    MUJOCO_GL=egl python benchmarks/closed_loop.py --workdir runs/libero_spatial --setting full
 
-Motions that `record libero --out FILE.npz` recorded (no renderer needed) are rendered with --motions FILE.npz ….
-What is done is not done again: after a stop, or after --minutes, the same command goes on. MUJOCO_GL=egl renders on a
-GPU. The model comes in three variants, one thing changed at a time: `full`, `no_ego3d` (no depth encoding) and
-`grid_1026` (a coarser action grid). Training starts from states drawn out of the tasks' regions, evaluation from the
-benchmark's own. Ends with a table and one line of JSON.
+    record    motions of the scripted expert, in files of 300 episodes; no renderer is needed
+    render    a packed file of each
+    train     on all of them
+    DAgger    `record --policy`: what the expert does from where this policy led; rendered and added, `--weight` times
+    train on  from the policy's weights, on all files together
+    evaluate  on the benchmark's own initial states, of which the recordings have none
+
+What is done is not done again: after a stop, or after --minutes, the same command goes on. It may go on on another
+machine with nothing but the folders motions/ and results/ of the workdir, whose files are a few MB each: pictures are
+then drawn and weights trained anew. --rounds 0 evaluates the policy before DAgger. The model comes in three variants,
+one thing changed at a time: `full`, `no_ego3d` (no depth encoding) and `grid_1026` (a coarser action grid). Arguments
+such as --config.train.batch_size=128 go to every training. Writes results.json: success, environment, and the seconds
+of each stage over all calls.
 """
 
 import argparse
@@ -16,36 +25,30 @@ import sys
 import time
 from pathlib import Path
 
+from spatialvla_jax.training.loop import FINISHED
+from spatialvla_jax.utils.atomic import write_json
+from spatialvla_jax.utils.provenance import provenance
+
 VARIANTS = {
     "full": [],
     "no_ego3d": ["--config.model.depth_source=none"],
     "grid_1026": ["--config.grid.num_bins=(8,16,4,8,8,8)"],
 }
+# Episodes to record, also in each round of DAgger; steps of the first training and of each that goes on; episodes of
+# evaluation, a task and seed.
+SETTINGS = {
+    "full": {"record": 3000, "added": 1000, "steps": 17_000, "more_steps": 8_000, "episodes": 50, "seeds": "0,1,2"},
+    "reduced": {"record": 600, "added": 200, "steps": 4_000, "more_steps": 2_000, "episodes": 10, "seeds": "0"},
+}
+PART = 300  # episodes of a file of motions: about two minutes on 16 cores, 3 MB
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", type=Path, required=True)
-    parser.add_argument("--config", default="libero_spatial")
-    parser.add_argument("--suite", default="libero_spatial")
-    parser.add_argument("--tasks", help="ids, e.g. 0,5; by default all ten")
-    parser.add_argument("--variants", default="full", help=f"of {','.join(VARIANTS)}")
-    parser.add_argument("--record", type=int, default=3000, metavar="EPISODES", help="in all, for training")
-    parser.add_argument("--every", type=int, default=3, help="of how many steps one has a picture")
-    parser.add_argument("--noise", type=float, default=0.2, help="of the motion while recording")
-    parser.add_argument("--spread", type=float, default=0.0, help="of the unseen choice of the grip, see `record`")
-    parser.add_argument("--motions", type=Path, nargs="+", default=[], help="to render, instead of recording")
-    parser.add_argument("--episodes", type=int, default=20, help="of evaluation, a task and seed")
-    parser.add_argument("--seeds", default="0")
-    parser.add_argument("--execute", default="open_loop")
-    parser.add_argument("--image-size", type=int, default=224, help="the preset's")
-    parser.add_argument("--workers", type=int, default=16)
-    parser.add_argument("--videos", type=int, default=0)
-    parser.add_argument("--minutes", type=float, default=1e6, help="after which it stops, to be called again")
-    args, overrides = parser.parse_known_args()
+    args, overrides = parse()
+    workdir, motions, results = args.workdir, args.workdir / "motions", args.workdir / "results"
     end = time.monotonic() + 60 * args.minutes
 
-    def call(*command: object) -> None:
+    def call(stage: str, *command: object) -> None:
         """A command of spatialvla-jax, ended when the time is up; what it has done until then is kept."""
         start = time.monotonic()
         process = subprocess.Popen([sys.executable, "-m", "spatialvla_jax.cli", *map(str, command)])
@@ -55,44 +58,100 @@ def main() -> None:
             process.terminate()  # training saves and ends
             process.wait()
             code = 1
-        seconds[f"{command[0]} {command[-1]}"] = time.monotonic() - start
+        seconds[stage] = seconds.get(stage, 0.0) + time.monotonic() - start
+        write_json(workdir / "seconds.json", seconds)
         if code or time.monotonic() > end:
-            sys.exit(f"stopped in {command[0]} ({seconds}): the same command goes on" if code < 2 else code)
+            sys.exit(f"stopped in {stage} ({seconds}): the same command goes on" if code < 2 else code)
 
-    seconds: dict[str, float] = {}
-    pack = args.workdir / f"{args.suite}.pack"
+    def record(stage: str, episodes: int, seed: int, *options: object) -> list[Path]:
+        """Files of motions. The first has validation episodes too, unless a policy acts."""
+        files = [motions / f"{stage}-{number:02}.npz" for number in range(-(-episodes // PART))]
+        for number, file in enumerate(files):
+            size, val = min(PART, episodes - number * PART), 0 if number or options else max(1, episodes // 25)
+            amount = ["--episodes", size, "--val-episodes", val, "--seed", seed + number]
+            if not file.exists():
+                how = ["--initial-states", "drawn", "--noise", args.noise, "--spread", args.spread, *tasks, *workers]
+                call(f"record {stage}", "record", "libero", *suite, *amount, *how, *options, "--out", file)
+        return files
+
+    def render(stage: str, files: list[Path]) -> list[Path]:
+        packs = [workdir / "pictures" / f"{file.stem}.pack" for file in files]
+        for file, pack in zip(files, packs, strict=True):
+            if not pack.exists():
+                how = ["--every", args.every, "--jitter", args.jitter, *size, *workers]
+                call(f"render {stage}", "record", "libero", "--render", file, *how, "--out", pack)
+        return packs
+
+    def train(run: Path, packs: dict[str, float], steps: int, *options: object) -> None:
+        if not (run / FINISHED).exists():
+            data = [f"--config.data.packed={packs}", f"--config.train.steps={steps}"]
+            call(f"train {run.name}", "train", "--config", args.config, "--workdir", run, *data, *options, *overrides)
+
+    seconds = json.loads(file.read_text()) if (file := workdir / "seconds.json").exists() else {}
+    suite, size, workers = ["--suite", args.suite], ["--image-size", args.image_size], ["--workers", args.workers]
     tasks = ["--tasks", args.tasks] if args.tasks else []
-    size = ["--image-size", args.image_size, "--workers", args.workers]
-    if not pack.exists():
-        amount = ["--episodes", args.record, "--val-episodes", max(1, args.record // 25)]
-        options = [
-            *amount,
-            "--suite",
-            args.suite,
-            "--initial-states",
-            "drawn",
-            "--noise",
-            args.noise,
-            "--spread",
-            args.spread,
-            *tasks,
-        ]
-        if args.motions:
-            options = ["--render", *args.motions]
-        call("record", "libero", *options, *size, "--every", args.every, "--out", pack)
-    results = {}
-    for name in args.variants.split(","):
-        run = args.workdir / name
-        options = ["--config", args.config, f"--config.data.packed={pack}", *VARIANTS[name], *overrides]
-        call("train", *options, "--workdir", run)
-        protocol = ["--episodes", args.episodes, "--seeds", args.seeds, "--execute", args.execute]
-        out = run / f"closed_loop_{args.execute.replace(':', '_')}"
-        which = ["--closed-loop", args.suite, "--checkpoint", run, "--videos", args.videos]
-        call("evaluate", *which, *protocol, *size, *tasks, "--out", out)
-        results[name] = json.loads((out / "result.json").read_text())
-    for name, result in results.items():
-        print(f"{name:12} {100 * result['success']:5.1f} ± {100 * result['standard_error']:.1f} %")
-    print(json.dumps({"results": results, "seconds": seconds}))
+    expected = (len(args.tasks.split(",")) if args.tasks else 10) * args.episodes * len(args.seeds.split(","))
+    found = {}
+    for variant in args.variants.split(","):
+        out = results / f"{variant}-{args.rounds}-{args.execute.replace(':', '_')}" / "result.json"
+        if not out.exists() or json.loads(out.read_text())["episodes"] != expected:
+            files = record("first", args.record, 0)
+            packs = {str(pack): 1.0 for pack in render("first", files)}
+            run = workdir / f"{variant}-0"
+            train(run, packs, args.steps, *VARIANTS[variant])
+            for number in range(1, args.rounds + 1):
+                stage = f"{variant}-{number}"
+                files = record(stage, args.added, 1000 * number, "--policy", run)
+                packs |= {str(pack): args.weight for pack in render(stage, files)}
+                start = [f"--config.init={run}", "--config.grid.kind=checkpoint"]
+                start.append(f"--config.optimizer.learning_rate={args.more_learning_rate}")
+                run = workdir / stage
+                train(run, packs, args.more_steps, *VARIANTS[variant], *start)
+            protocol = ["--episodes", args.episodes, "--seeds", args.seeds, "--execute", args.execute, *tasks]
+            which = ["--closed-loop", args.suite, "--checkpoint", run, "--videos", args.videos]
+            call(f"evaluate {run.name}", "evaluate", *which, *protocol, *size, *workers, "--out", out.parent)
+        found[variant] = json.loads(out.read_text())
+    arguments = {key: str(value) for key, value in vars(args).items()} | {"overrides": overrides}
+    result = {"results": found, "seconds": seconds, "arguments": arguments} | provenance()
+    write_json(workdir / "results.json", result)
+    for name, of_variant in found.items():
+        print(f"{name:12} {100 * of_variant['success']:5.1f} ± {100 * of_variant['standard_error']:.1f} %")
+    print(json.dumps(result))
+
+
+def parse() -> tuple[argparse.Namespace, list[str]]:
+    """The arguments, with the setting's in place of those that are not given, and the config's overrides."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", type=Path, required=True)
+    parser.add_argument(
+        "--setting", choices=tuple(SETTINGS), default="full", help="; ".join(map(str, SETTINGS.items()))
+    )
+    parser.add_argument("--record", type=int, metavar="EPISODES", help="in all, for training; by default the setting's")
+    parser.add_argument("--added", type=int, metavar="EPISODES", help="of a round of DAgger; by default the setting's")
+    parser.add_argument("--steps", type=int, help="of the first training; by default the setting's")
+    parser.add_argument("--more-steps", type=int, help="of each training that goes on; by default the setting's")
+    parser.add_argument("--episodes", type=int, help="of evaluation, a task and seed; by default the setting's")
+    parser.add_argument("--seeds", help="of evaluation, e.g. 0,1,2; by default the setting's")
+    parser.add_argument("--rounds", type=int, default=1, help="of DAgger")
+    parser.add_argument("--weight", type=float, default=2.0, help="of frames added by DAgger")
+    parser.add_argument("--more-learning-rate", type=float, default=2e-4, help="of each training that goes on")
+    parser.add_argument("--config", default="libero_spatial")
+    parser.add_argument("--suite", default="libero_spatial")
+    parser.add_argument("--tasks", help="ids, e.g. 0,5; by default all ten")
+    parser.add_argument("--variants", default="full", help=f"of {','.join(VARIANTS)}")
+    parser.add_argument("--every", type=int, default=3, help="of how many steps one has a picture")
+    parser.add_argument("--noise", type=float, default=0.2, help="of the motion while recording")
+    parser.add_argument("--spread", type=float, default=0.0, help="of the unseen choice of the grip, see `record`")
+    parser.add_argument("--jitter", type=float, default=0.0, help="of camera, light and colours, see `record`")
+    parser.add_argument("--execute", default="open_loop")
+    parser.add_argument("--image-size", type=int, default=224, help="the preset's")
+    parser.add_argument("--workers", type=int, default=16)
+    parser.add_argument("--videos", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=1e6, help="after which it stops, to be called again")
+    args, overrides = parser.parse_known_args()
+    for key, value in SETTINGS[args.setting].items():
+        setattr(args, key, value if getattr(args, key) is None else getattr(args, key))
+    return args, overrides
 
 
 if __name__ == "__main__":

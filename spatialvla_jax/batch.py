@@ -58,18 +58,20 @@ class Batch(Observation, kw_only=True):
 
     actions: Float32[Array, "B T A"]  # normalised
     action_mask: Bool[Array, "B T"]
+    target: Float32[Array, "B 3"] | None = None  # the task's object in the camera's frame, metres; see `loss.target`
     dataset_id: Int32[Array, " B"]  # index of the dataset in the mixture
     valid: Bool[Array, " B"] | None = None  # only in epochs: False for rows that pad the last batch
     sample_id: Int64[np.ndarray, " B"] | None = None  # index among all frames of the split; stays on the host
 
     @classmethod
-    def abstract(cls, config: SpatialVLAConfig, batch_size: int, action_dim: int) -> "Batch":
+    def abstract(cls, config: SpatialVLAConfig, batch_size: int, action_dim: int, target: bool = False) -> "Batch":
         """Shapes and dtypes of a training batch on the device."""
         B, T = batch_size, config.action_chunk
         return Batch(
             **Observation.abstract(config, B).model_inputs(),
             actions=_shape(jnp.float32, B, T, action_dim),
             action_mask=_shape(jnp.bool_, B, T),
+            target=_shape(jnp.float32, B, 3) if target else None,
             dataset_id=_shape(jnp.int32, B),
         )
 

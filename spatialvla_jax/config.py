@@ -22,7 +22,7 @@ from spatialvla_jax.utils.storage import AnyPath, absolute, as_path, is_dir, is_
 FREE_ON_RESUME = (
     *("checkpoint", "mesh", "train.max_skipped", "train.log_every", "train.eval_every", "train.eval_frames"),
     "train.spikes",  # for a run that met one; without a spike it changes nothing
-    *("data.root", "data.packed", "data.cache_dir", "data.workers", "data.memory_gb", "data.faults"),
+    *("data.root", "data.cache_dir", "data.workers", "data.memory_gb", "data.faults"),
     *(
         "train.grad_accum_steps",
         "train.gather_once",
@@ -50,6 +50,19 @@ def _json(value: Any) -> str:
 
 def _path(text: str) -> str:
     return "has a NUL character" if "\0" in text else ""
+
+
+def _packed(value: Any) -> str:
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        return "cannot be read as a dict: {'FILE': weight, 'FILE': weight} is expected"
+    for path, weight in value.items() if isinstance(value, dict) else [(value, 1.0)]:
+        if not isinstance(path, str) or (not path and isinstance(value, dict)):
+            return "has a key that names no file: {FILE: weight} is expected"
+        if wrong := _path(path):
+            return wrong
+        if type(weight) not in (int, float) or not 0 < weight < math.inf:
+            return f"gives {path} the weight {shown(weight)}, which must be a number above 0"
+    return "" if value or isinstance(value, str) else "names no file"
 
 
 PATTERN = Field("", "", problem=_pattern)
@@ -94,7 +107,13 @@ KEYS: dict[str, Field] = {
     "data.datasets": Field(
         [], "further datasets: {name, spec, path, weight, splits}", items=Field({}, "", problem=_json)
     ),
-    "data.packed": Field("", "a file of `data pack` that takes the place of the datasets", problem=_path),
+    "data.packed": Field(
+        "",
+        "a file of `data pack` or `record` that takes the place of the datasets; or several with the weights of their "
+        "frames, {FILE: weight}: the first one's statistics and tokenizer hold for all",
+        problem=_packed,
+        kinds=(str, dict),
+    ),
     "data.drop": Field(
         {},
         "{dataset: the part of the run after which it gives no more samples}",
@@ -148,6 +167,20 @@ KEYS: dict[str, Field] = {
     "augment.saturation": Field(0.2, "largest change of the saturation, whose factor is around 1", low=0, high=1),
     "augment.hue": Field(0.05, "largest change of the hue", low=0, high=0.5, unit="turns of the colour wheel"),
     "augment.move_intrinsics": Field(True, "move the camera's intrinsics with the crop"),
+    "loss.soft_sigma": Field(
+        0.0,
+        "of Gaussian targets around the true cell, in training; 0: the true cell alone",
+        low=0,
+        high=8,
+        unit="cells",
+    ),
+    "loss.target": Field(
+        "none",
+        "in training, also learn where the task's object is: in the picture (sides of the image) or in the camera's "
+        "frame; needs packed recordings",
+        choices=("none", "pixels", "metres"),
+    ),
+    "loss.target_weight": Field(1.0, "of its mean absolute error, beside the cross-entropy", above=0),
     "optimizer.learning_rate": Field(2e-5, "at its peak; then linear decay to 0", low=0),
     "optimizer.warmup": Field(0.005, "linear warm-up", low=0, high=1, unit="fraction of all steps"),
     "optimizer.b1": Field(0.9, "decay of AdamW's first moment", low=0, below=1),
@@ -281,6 +314,16 @@ def check_together(config: ConfigDict) -> None:
         )
     if 0 < areas[1] < areas[0]:
         raise InputError(f"augment.crop_area_max={areas[1]} is below augment.crop_area={areas[0]}; 0 draws no areas")
+    if (
+        config.loss.target == "pixels"
+        and config.augment.enabled
+        and areas[0] < 1
+        and not config.augment.move_intrinsics
+    ):
+        raise InputError(
+            "loss.target=pixels needs the intrinsics, which augment.move_intrinsics=False leaves wrong after a crop: "
+            "use loss.target=metres or augment.crop_area=1"
+        )
     if (sizes := config.mesh.to_dict()) and [*sizes.values()].count(-1) > 1:
         raise InputError(f"mesh={sizes} leaves more than one size open; only one may be -1")
     theta, phi, r, *rotation = config.grid.num_bins
@@ -353,6 +396,7 @@ def check_resumable(saved: dict[str, Any], config: ConfigDict, workdir: AnyPath)
             f"the run in {workdir} was begun by another version of this program, with {gone[0]} = "
             f"{before[gone[0]]!r}, a config key that does not exist: go on with that version, or use another workdir"
         )
+    now["data.packed"], before["data.packed"] = now.get("data.packed", ""), before.get("data.packed", "")
     now["data.read_block"] = now["data.read_block"] or before["data.read_block"]  # 0: what the run's first start chose
     changed = [key for key in sorted(now) if now[key] != before[key]]
     if changed:
@@ -368,8 +412,10 @@ def check_resumable(saved: dict[str, Any], config: ConfigDict, workdir: AnyPath)
 
 def decisive(config: dict[str, Any]) -> dict[str, Any]:
     """The dotted keys that decide what a run computes, with their values as JSON has them. Datasets don't say where
-    they lie: a run may go on where they were moved to."""
+    they lie: a run may go on where they were moved to. Of several packed files the weights are left."""
     values = flatten(json.loads(json.dumps(config)))
+    if isinstance(packed := values.pop("data.packed", ""), dict) and len(packed) > 1:
+        values["data.packed"] = {f"file {n}": weight for n, weight in enumerate(packed.values(), 1)}
     datasets = values.get("data.datasets", ())
     values["data.datasets"] = [{k: v for k, v in entry.items() if k != "path"} for entry in datasets]
     free = tuple(f"{key}." for key in FREE_ON_RESUME)

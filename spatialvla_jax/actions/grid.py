@@ -56,6 +56,11 @@ class ActionGrid(ActionTokenizer):
         translations, rotations = theta * phi * r, roll * pitch * yaw
         return (0, translations), (translations, rotations), (translations + rotations, 2)
 
+    @property
+    def axes(self) -> tuple[tuple[tuple[int, bool], ...], ...]:
+        theta, phi, r, *rotation = self.num_bins
+        return ((theta, False), (phi, True), (r, False)), tuple((bins, False) for bins in rotation), ()
+
     def encode(self, actions: Float[Array, "*B 7"]) -> Int[Array, "*B 3"]:
         actions = actions.astype(jnp.float32)
         values = jnp.concatenate([to_spherical(actions[..., :3]), actions[..., 3:6]], -1)

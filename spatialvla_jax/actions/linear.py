@@ -26,6 +26,10 @@ class LinearGrid(ActionTokenizer):
     def token_ranges(self) -> tuple[tuple[int, int], ...]:
         return ((0, self.levels.shape[-1]),) * self.action_dim
 
+    @property
+    def axes(self) -> tuple[tuple[tuple[int, bool], ...], ...]:
+        return *(((self.levels.shape[-1], False),),) * 6, ()  # the gripper is only open or closed
+
     def encode(self, actions: Float[Array, "*B 7"]) -> Int[Array, "*B 7"]:
         # Rounds up to the next level, as the published baseline does, so the error is up to a whole step, not half.
         # Clipping to the levels keeps every id in range.

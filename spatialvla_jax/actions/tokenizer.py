@@ -29,6 +29,12 @@ class ActionTokenizer(Protocol):
         """What each of the n tokens encodes. Accuracies are reported for each kind."""
         ...
 
+    @property
+    def axes(self) -> tuple[tuple[tuple[int, bool], ...], ...]:
+        """How the ids of each of the n tokens lie in space: (cells, whether the last is next to the first) along each
+        axis, the last axis varying fastest; () for ids without neighbours."""
+        return ((),) * len(self.token_ranges)
+
     def encode(self, actions: Float[Array, "*B A"]) -> Int[Array, "*B n"]: ...
 
     def decode(self, ids: Int[Array, "*B n"]) -> Float[Array, "*B A"]: ...

@@ -17,11 +17,9 @@ from fnmatch import fnmatch
 from importlib.util import find_spec
 from pathlib import Path
 
-from tqdm import tqdm
-
 from spatialvla_jax.errors import InputError, StorageError
 from spatialvla_jax.utils.atomic import disk_errors
-from spatialvla_jax.utils.progress import warn
+from spatialvla_jax.utils.progress import Bar, warn
 from spatialvla_jax.utils.storage import AnyPath, as_path, exists, is_url, local_copy
 
 # Short names for `fetch`.
@@ -213,13 +211,13 @@ def _fetch_files(repository: Repository, targets: Mapping[str, Path]) -> None:
 
         if repository.gated:
             HfApi().auth_check(repository.id)
-        with tqdm(total=size, desc=repository.id, unit="B", unit_scale=True) as bar:
+        with Bar(total=size, desc=repository.id, unit="B", unit_scale=True) as bar:
             for name, target in sorted(missing.items(), key=lambda item: repository.files[item[0]][0]):
                 url = hf_hub_url(repository.id, name, revision=repository.commit)
                 _download(url, target, *repository.files[name], bar)
 
 
-def _download(url: str, target: Path, size: int, digest: str, bar: tqdm) -> None:
+def _download(url: str, target: Path, size: int, digest: str, bar: Bar) -> None:
     """Download one file. It gets its name once it is complete and its digest matches. An interrupted download resumes
     from the partial file beside it."""
     from huggingface_hub.errors import HfHubHTTPError, HTTPError  # pyright: ignore[reportPrivateImportUsage]
@@ -250,7 +248,7 @@ def _size(file: Path) -> int:
     return file.stat().st_size if file.exists() else 0
 
 
-def _read_on(url: str, part: Path, have: int, bar: tqdm) -> None:
+def _read_on(url: str, part: Path, have: int, bar: Bar) -> None:
     from huggingface_hub import constants
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
 

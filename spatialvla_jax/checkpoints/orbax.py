@@ -30,7 +30,7 @@ from spatialvla_jax.checkpoints.mapping import check_arrays, flatten, param_shap
 from spatialvla_jax.checkpoints.processor import Processor, parse_checkpoint
 from spatialvla_jax.checkpoints.types import Checkpoint, LazyArray, finite, read_json
 from spatialvla_jax.errors import InputError, StorageError
-from spatialvla_jax.models.spatialvla import SpatialVLAConfig
+from spatialvla_jax.models.spatialvla import TARGET_HEAD, SpatialVLAConfig
 from spatialvla_jax.utils.atomic import new_directory
 from spatialvla_jax.utils.storage import (
     AnyPath,
@@ -172,7 +172,8 @@ def parse_metadata(step: AnyPath, metadata: dict[str, Any]) -> tuple[SpatialVLAC
 
 
 def open_params(step: AnyPath) -> dict[str, LazyArray]:
-    """{path: array} of a step's parameters, read lazily. Raises InputError for damaged files."""
+    """{path: array} of a step's parameters, read lazily, without the head that only training needs. Raises InputError
+    for damaged files."""
     params = absolute(step / "params")
     if lost := _missing_of_tree(params):
         raise InputError(f"{params / lost} is missing or cut off")
@@ -193,7 +194,8 @@ def open_params(step: AnyPath) -> dict[str, LazyArray]:
 
         return LazyArray(tuple(info.shape), np.dtype(info.dtype), read)
 
-    return finite(step, {path: lazy(path, info, spec) for path, info, spec in _stored(params)})
+    stored = (found for found in _stored(params) if not found[0].startswith(f"{TARGET_HEAD}/"))
+    return finite(step, {path: lazy(path, info, spec) for path, info, spec in stored})
 
 
 def unreadable(error: Exception, sentence: str) -> Exception:

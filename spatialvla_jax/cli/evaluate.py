@@ -90,12 +90,11 @@ def add(commands: Commands) -> None:
 
 
 def run_evaluate(args: argparse.Namespace) -> None:
-    from tqdm import tqdm
-
     from spatialvla_jax.config import load_config, train_config_of
     from spatialvla_jax.data import open_data
     from spatialvla_jax.evaluation.open_loop import evaluate, table
     from spatialvla_jax.inference.policy import Policy
+    from spatialvla_jax.utils.progress import Bar
 
     if args.closed_loop is not None:
         run_closed_loop(args)
@@ -109,7 +108,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
         raise InputError("--config.KEY=VALUE needs --config FILE")
     config = train_config_of(args.checkpoint) if args.config is None else load_config(args.config, args.overrides)
     loader = open_data(config, policy.processor.statistics, policy.processor.tokenizer)
-    with tqdm(total=loader.num_frames(args.split), unit="frame", desc="evaluate") as bar:
+    with Bar(total=loader.num_frames(args.split), unit="frame", desc="evaluate") as bar:
         result = evaluate(policy, loader, args.split, batch_size=args.batch_size, progress=bar.update)
     print(table(result))
     print(json.dumps(result))
@@ -151,7 +150,7 @@ def run_closed_loop(args: argparse.Namespace) -> None:
         policy.processor.find_statistics(args.unnorm_key)  # raises now what it would raise at every step
         keys, depth = list(policy.processor.statistics), policy.model.config.depth_source == "dataset"
         size = args.image_size or policy.model.config.img.image_size
-        infer = closed_loop.padded(policy.infer_batch, settings.workers, **extra)
+        infer = closed_loop.padded(policy.infer_batch, **extra)
     if args.unnorm_key is not None and keys and find_key(args.unnorm_key, keys) is None:
         raise InputError(
             f"--unnorm-key {args.unnorm_key!r} is not a dataset of {name}: choose one of {', '.join(keys)}"

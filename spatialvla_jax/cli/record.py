@@ -2,10 +2,15 @@
 
 import argparse
 import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
 
-from spatialvla_jax.cli.arguments import Commands, add_command, amount, count, local_path, positive, task_ids
+from spatialvla_jax.cli.arguments import Commands, add_command, amount, count, local_path, path, positive, task_ids
 from spatialvla_jax.cli.data import DATASET
+from spatialvla_jax.errors import InputError
 from spatialvla_jax.utils.outputs import OutputFile
+from spatialvla_jax.utils.storage import AnyPath
 
 
 def add(commands: Commands) -> None:
@@ -18,6 +23,7 @@ def add(commands: Commands) -> None:
             "libero --episodes 100 --val-episodes 20 --out data/libero_spatial",
             "libero --episodes 1000 --out motions.npz",
             "libero --render motions.npz --image-size 224 --out libero.pack",
+            "libero --policy runs/libero --episodes 500 --initial-states drawn --out corrections.npz",
         ),
     )
     p.add_argument("simulator", choices=("libero",))
@@ -60,6 +66,14 @@ def add(commands: Commands) -> None:
         default=0.0,
         help="how much camera, light and colours vary from one train episode to the next in pictures, up to 1",
     )
+    p.add_argument(
+        "--policy",
+        type=path,
+        metavar="RUN",
+        help="acts for the first part of each episode; then the expert takes over and is recorded; by default the "
+        "expert acts alone",
+    )
+    p.add_argument("--unnorm-key", help="the dataset whose action units --policy uses; by default its only one")
     p.add_argument("--workers", type=positive, help="processes; by default one a core")
     p.add_argument("--seed", type=count, default=0, help="same seed, same episodes, for any number of workers")
 
@@ -67,6 +81,10 @@ def add(commands: Commands) -> None:
 def run_record(args: argparse.Namespace) -> None:
     from spatialvla_jax.sim.record_libero import record_libero, render_motions
 
+    if args.policy is None and args.unnorm_key is not None:
+        raise InputError("--unnorm-key needs --policy")
+    if args.policy is not None and args.render:
+        raise InputError("--policy needs --episodes: --render makes pictures of motions that were recorded before")
     (OutputFile() if args.out.suffix in (".npz", ".pack") else DATASET).check(args.out, "--out")
     if args.render:
         options = {"image_size": args.image_size, "every": args.every, "workers": args.workers}
@@ -88,12 +106,37 @@ def run_record(args: argparse.Namespace) -> None:
         every=args.every,
         jitter=args.jitter,
         workers=args.workers,
+        takeovers=None if args.policy is None else load_policy(args.policy, args.unnorm_key),
     )
     for task, report in reports.items():
         print(
-            f"task {task}: {report.kept} kept, {report.tried - report.kept} rejected by the benchmark, "
-            f"{report.mean_steps:.0f} steps a kept episode: {report.language}"
+            f"task {task}: {report.kept} kept, {report.failed} rejected by the benchmark, "
+            + (f"{report.solved} finished by the policy, " if args.policy is not None else "")
+            + f"{report.mean_steps:.0f} steps a kept episode: {report.language}"
         )
     rate = 60 * sum(report.kept for report in reports.values()) / (time.monotonic() - began)
     print(f"{rate:.1f} episodes a minute")
     print(f"wrote {directory}")
+
+
+def load_policy(checkpoint: AnyPath, unnorm_key: str | None) -> Callable[..., Any]:
+    """The `takeovers` of `record_libero` for a policy, which sees what it does in `evaluate --closed-loop`. Raises
+    InputError."""
+    from spatialvla_jax.evaluation.closed_loop import padded
+    from spatialvla_jax.inference.policy import Policy
+    from spatialvla_jax.sim import takeover
+    from spatialvla_jax.sim.libero_env import is_mirrored
+
+    policy = Policy.load(checkpoint)
+    statistics, model = policy.processor.statistics, policy.model.config
+    policy.processor.find_statistics(unnorm_key)
+    mirrored = is_mirrored(unnorm_key or next(iter(statistics)))
+    looks = model.action_chunk, model.img.image_size, model.depth_source == "dataset", mirrored
+    extra: dict[str, Any] = {} if unnorm_key is None else {"unnorm_key": unnorm_key}
+    infer = padded(policy.infer_batch, **extra)
+
+    def takeovers(jobs: Sequence[Any], workers: int, progress: bool) -> Iterator[Any]:
+        environment = partial(takeover.Takeover, jobs, *looks)
+        return takeover.record_takeovers(environment, infer, jobs, min(workers, len(jobs)), progress)
+
+    return takeovers

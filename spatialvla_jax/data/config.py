@@ -33,8 +33,9 @@ class DataConfig:
     # More datasets: {"name", "path" (version directory), "spec" (catalogue name or fields), "weight" (1.0), "splits"
     # ({split: this dataset's split to use instead})}.
     datasets: tuple[Mapping[str, Any], ...] = ()
-    # A file written by `data pack`, instead of mixture and datasets, with its own tokenizer; needs no TensorFlow.
-    packed: str = ""
+    # A file written by `data pack`, instead of mixture and datasets, with its own tokenizer; needs no TensorFlow. Or
+    # several, {file: weight}.
+    packed: str | Mapping[str, float] = ""
     # {dataset: the fraction of the run's steps after which it is dropped}
     drop: Mapping[str, float] = field(default_factory=dict)
     split: str = "train"  # or part of one, "train[:95%]"; used for statistics, tokenizer and training batches
@@ -48,6 +49,13 @@ class DataConfig:
     cache_dir: str = ""  # for indexes; empty: ~/.cache/spatialvla_jax
     workers: int = 0  # decoding threads; 0: one per core
     prompt: PromptConfig = PromptConfig()
+
+    @property
+    def packed_files(self) -> dict[str, float]:
+        """{packed file: factor on the weights of its datasets}, in the order in which they are given."""
+        if isinstance(self.packed, str):
+            return {self.packed: 1.0} if self.packed else {}
+        return dict(self.packed)
 
     @property
     def cache_folder(self) -> AnyPath:
@@ -69,6 +77,8 @@ class DataConfig:
         plain = plain.to_dict() if isinstance(plain, ConfigDict) else plain
         given = {key: value for key, value in plain.items() if value not in (None, "")}
         given = _expand(given, "config key data.", "root", "packed", "statistics", "cache_dir")
+        if isinstance(packed := given.get("packed"), Mapping):
+            given["packed"] = {str(as_path(path, "config key data.packed")): packed[path] for path in packed}
         entries = [check(entry, ENTRY, "an entry of data.datasets") for entry in given.get("datasets", ())]
         given["datasets"] = tuple(
             _expand(entry, f"dataset {entry.get('name')!r} in data.datasets: ", "path") for entry in entries

@@ -64,7 +64,7 @@ class Index:
     spec: DatasetSpec
     files: tuple[str, ...]
     instructions: tuple[str, ...]
-    statistics: dict[str, Any]  # of this split, in the release's layout
+    statistics: dict[str, Any]  # of this split, in the release's layout; see also `pack.Packed`
     num_read: int  # episodes in the split, used and skipped
     skipped: Mapping[str, int]  # skipped episodes, by reason
     arrays: Mapping[str, np.ndarray]
@@ -76,7 +76,7 @@ class Index:
 
     @property
     def num_frames(self) -> int:
-        return int(self.arrays["episode_end"][-1])
+        return int(self.arrays["episode_end"][-1]) if self.num_episodes else 0
 
     @property
     def num_episodes(self) -> int:

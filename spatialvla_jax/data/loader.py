@@ -15,6 +15,7 @@ from spatialvla_jax.actions.normalization import normalize
 from spatialvla_jax.batch import Batch
 from spatialvla_jax.data import mixture
 from spatialvla_jax.data.beam import load_stats
+from spatialvla_jax.data.chunks import chunk_actions
 from spatialvla_jax.data.config import DataConfig
 from spatialvla_jax.data.images import scale_intrinsics
 from spatialvla_jax.data.index import Index
@@ -44,6 +45,7 @@ def load_data(
     action_chunk: int = 4,
     action_dim: int = len(DIMENSIONS),
     depth: bool = False,
+    target: bool = False,
     statistics: Mapping[str, Any] | None = None,
     tokenizer: Tokenizer | None = None,
     progress: Callable[[str, int, int], None] | None = None,
@@ -54,10 +56,13 @@ def load_data(
     `statistics` ({name: …}) and `tokenizer` come from a checkpoint. Without them, statistics come from the file
     `data.statistics` if set, and otherwise both come from the data. The first call reads the datasets once and caches
     an index, which several `processes` build together; `progress(name, shards done, shards)` is called meanwhile.
+    `target` asks for `Batch.target`, which recordings in packed files have.
     Raises InputError for problems in the config or the data.
     """
     parsed = DataConfig.from_config(config)
-    return Loader(parsed, image_size, action_chunk, action_dim, depth, statistics, tokenizer, progress, processes)
+    return Loader(
+        parsed, image_size, action_chunk, action_dim, depth, target, statistics, tokenizer, progress, processes
+    )
 
 
 class Episode(NamedTuple):
@@ -79,6 +84,7 @@ class Loader:
         action_chunk: int,
         action_dim: int,
         depth: bool,
+        target: bool,
         statistics: Mapping[str, Any] | None,
         tokenizer: Tokenizer | None,
         progress: Callable[[str, int, int], None] | None,
@@ -86,9 +92,10 @@ class Loader:
     ):
         packed = Packed(config, image_size, depth) if config.packed else None
         entries = packed.entries if packed else make_entries(config, depth)
-        self.names = tuple(entry.name for entry in entries)
-        self.image_size, self.depth = image_size, depth
-        self.action_chunk, self.action_dim = action_chunk, action_dim
+        self.names = tuple(dict.fromkeys(entry.name for entry in entries))
+        self._dataset_ids = np.asarray([self.names.index(e.name) for e in entries], np.int32)  # packed parts share one
+        self.image_size, self.depth, self.action_chunk, self.action_dim = image_size, depth, action_chunk, action_dim
+        self._target, self._paths = target, [entry.path for entry in entries]
         self.extra: dict[str, tuple[int, ...]] = {}  # see `pack.Frames`
         from_file = statistics is None and bool(config.statistics)
         known = (_read_statistics(config.statistics, entries) if from_file else statistics) or {}
@@ -113,12 +120,11 @@ class Loader:
         for index in train if from_file else ():
             if what := difference(self.statistics[index.name], index.statistics):
                 warn(f"the statistics of dataset {index.name!r} in {config.statistics} are of other data: {what}")
-        for index in train:
+        for index in {index.name: index for index in train}.values():
             for sentence in find_oddities(index.name, self.statistics[index.name], index.spec):
                 warn(sentence)
-        self._bounds = {
-            row: np.asarray([self.statistics[name]["action"][row] for name in self.names]) for row in _STATISTICS_ROWS
-        }
+        actions = [self.statistics[entry.name]["action"] for entry in entries]
+        self._bounds = {row: np.asarray([values[row] for values in actions]) for row in _STATISTICS_ROWS}
         self.tokenizer = tokenizer or (packed and packed.tokenizer) or self._make_tokenizer(train)
         self._split(self._train_split)  # report now if a prompt is too long
 
@@ -138,7 +144,7 @@ class Loader:
         `total_steps` is the number to which the fractions in `data.drop` refer.
         """
         split = self._split(self._train_split)
-        rows = _rows(batch_size, process_index, process_count)
+        rows = mixture.process_rows(batch_size, process_index, process_count)
         phases = self._phases(batch_size, seed, total_steps)
         firsts = [first for first, *_ in phases]
 
@@ -163,7 +169,7 @@ class Loader:
         """This process's rows of batches with every frame of a split once, in stored order, or with only `frames` of
         them, evenly spaced. The last batch is padded; `valid` bool[B] marks the rows that count."""
         data = self._split(split)
-        rows = _rows(batch_size, process_index, process_count)
+        rows = mixture.process_rows(batch_size, process_index, process_count)
         total = int(data.starts[-1])
         count = min(frames or total, total)
         steps = range(-(-count // batch_size))
@@ -215,7 +221,7 @@ class Loader:
         """The camera of every dataset's first training frame, relative to the image: fx and cx divided by its width, fy
         and cy by its height."""
         split = self._split(self._train_split)
-        first = self.frames(split.starts[:-1]).intrinsics
+        first = self.frames(split.starts[np.unique(self._dataset_ids, return_index=True)[1]]).intrinsics
         relative = scale_intrinsics(first, (self.image_size, self.image_size), (1, 1))
         return dict(zip(self.names, relative.tolist(), strict=True))
 
@@ -298,8 +304,9 @@ class Loader:
         """The phases of a run: the fraction of its steps at which each starts, and its mixture."""
         phases = [(0.0, self.mixture)]
         for border in sorted(set(self.config.drop.values())):
-            gone = frozenset(self.names.index(name) for name, until in self.config.drop.items() if until <= border)
-            phases.append((border, self.mixture.without(self.weights, gone, balance=self.config.balance)))
+            gone = {name for name, until in self.config.drop.items() if until <= border}
+            left = frozenset(n for n, dataset in enumerate(self._dataset_ids) if self.names[dataset] in gone)
+            phases.append((border, self.mixture.without(self.weights, left, balance=self.config.balance)))
         return phases
 
     def _phases(
@@ -309,7 +316,7 @@ class Loader:
         if self.config.drop and total_steps is None:
             raise InputError("data.drop needs to know how many steps the run has")
         phases: list[tuple[int, mixture.Mixture, np.ndarray]] = []
-        drawn = np.zeros(len(self.names), np.int64)
+        drawn = np.zeros(len(self.weights), np.int64)
         for fraction, datasets in self._fractions():
             first = round(fraction * (total_steps or 0))
             if phases:
@@ -321,7 +328,12 @@ class Loader:
     def _index(self, split: str) -> tuple[Index, ...]:
         if split not in self._indexes:
             self._indexes[split] = indexes = self._source.index(split)
-            for index in indexes:
+            for path, index in zip(self._paths, indexes, strict=True):
+                if self._target and "target" not in index.arrays:
+                    raise InputError(
+                        f"{path} does not say where the task's object is, which loss.target needs: expected a packed "
+                        "file of `record libero` with this version"
+                    )
                 if (width := index.arrays["action"].shape[1]) != self.action_dim:
                     raise InputError(
                         f"Dataset {index.name!r} has an action {width} wide; {self.action_dim} is expected"
@@ -375,6 +387,7 @@ class Loader:
         intrinsics = np.empty((rows, 3, 3), np.float32)
         prompt_ids, prompt_mask = np.empty((rows, length), np.int32), np.empty((rows, length), bool)
         actions, action_mask = np.empty((rows, chunk, self.action_dim), np.float32), np.empty((rows, chunk), bool)
+        target = np.empty((rows, 3), np.float32) if self._target else None
         new_size = (self.image_size, self.image_size)
         for number in np.unique(dataset):
             selected = dataset == number
@@ -384,8 +397,10 @@ class Loader:
             else:
                 default, old_size = np.asarray(index.spec.default_intrinsics), index.spec.default_intrinsics_size
                 intrinsics[selected] = scale_intrinsics(default, old_size, new_size)
-            for target, table in zip((prompt_ids, prompt_mask), split.prompts[number], strict=True):
-                target[selected] = table[index.language(frame)]
+            for column, table in zip((prompt_ids, prompt_mask), split.prompts[number], strict=True):
+                column[selected] = table[index.language(frame)]
+            if target is not None:
+                target[selected] = index.arrays["target"][frame]
             bounds = {row: value[number] for row, value in self._bounds.items()}
             first, end = index.action_rows(frame)
             actions[selected], action_mask[selected] = chunk_actions(index.arrays["action"], first, end, chunk, bounds)
@@ -397,7 +412,8 @@ class Loader:
             prompt_mask=prompt_mask,
             actions=actions,
             action_mask=action_mask,
-            dataset_id=dataset.astype(np.int32),
+            target=target,
+            dataset_id=self._dataset_ids[dataset],
             sample_id=pixels.sample_id,
         )
 
@@ -411,38 +427,21 @@ def _read_statistics(path: str, entries: Sequence[Entry]) -> dict[str, Any]:
     return stats["statistics"]
 
 
-def chunk_actions(
-    actions: np.ndarray, first: np.ndarray, ends: np.ndarray, chunk: int, statistics: Mapping[str, Any]
-) -> tuple[np.ndarray, np.ndarray]:
-    """The `chunk` normalised actions starting at each of the rows `first` i64[B]: f32[B,T,A], with a mask bool[B,T]
-    that is False past the episode's end, the row `ends` i64[B]. Actions past the end are neutral: no motion (0 after
-    normalisation), and the gripper (last dimension) keeps its last value."""
-    positions = first[:, None] + np.arange(chunk)
-    mask = positions < ends[:, None]
-    chunks = normalize(actions[np.minimum(positions, ends[:, None] - 1)], statistics)
-    chunks[..., :-1] *= mask[..., None]
-    return chunks, mask
-
-
-def _rows(batch_size: int, process_index: int, process_count: int) -> np.ndarray:
-    """The rows of a global batch that belong to a process. Raises InputError if it does not divide."""
-    if batch_size % process_count:
-        raise InputError(f"The batch size {batch_size} does not divide among {process_count} processes")
-    return np.arange(batch_size).reshape(process_count, -1)[process_index]
-
-
 def open_data(
     config: ConfigDict,
     statistics: Mapping[str, Any] | None = None,
     tokenizer: Tokenizer | None = None,
     processes: Processes = ALONE,
+    target: bool = False,
 ) -> Loader:
-    """The loader for a whole config. A checkpoint's `statistics` and `tokenizer` override the data's own."""
+    """The loader for a whole config. A checkpoint's `statistics` and `tokenizer` override the data's own. For `target`
+    see `load_data`."""
     return load_data(
         config.data,
         image_size=preset(config.model.preset).img.image_size,
         action_chunk=config.model.action_chunk,
         depth=config.model.depth_source == "dataset",
+        target=target,
         statistics=statistics,
         tokenizer=tokenizer,
         progress=shard_progress(),

@@ -198,3 +198,10 @@ def _mix(value: np.ndarray) -> np.ndarray:
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return value ^ (value >> np.uint64(31))
+
+
+def process_rows(batch_size: int, process_index: int, process_count: int) -> np.ndarray:
+    """The rows of a global batch that belong to a process. Raises InputError if it does not divide."""
+    if batch_size % process_count:
+        raise InputError(f"The batch size {batch_size} does not divide among {process_count} processes")
+    return np.arange(batch_size).reshape(process_count, -1)[process_index]

@@ -27,8 +27,9 @@ from spatialvla_jax.data.config import DataConfig
 from spatialvla_jax.data.index import Index
 from spatialvla_jax.data.oxe import make_spec
 from spatialvla_jax.data.reader import Pixels, Samples, Split
-from spatialvla_jax.data.resolve_datasets import Entry
+from spatialvla_jax.data.resolve_datasets import Entry, check_drop
 from spatialvla_jax.data.rlds import enumerate_some
+from spatialvla_jax.data.statistics import exceeding
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.text import Tokenizer
 from spatialvla_jax.utils.atomic import disk_errors, parents_of, replacing
@@ -179,8 +180,9 @@ def _write_pixels(
     written = 0
     batch: Any
     for batch in loader.epoch(_BATCH, split):
-        for number in np.unique(batch.dataset_id[batch.valid]).tolist():
-            mask = batch.valid & (batch.dataset_id == number)
+        owner = np.searchsorted(starts, batch.sample_id, side="right") - 1
+        for number in np.unique(owner[batch.valid]).tolist():
+            mask = batch.valid & (owner == number)
             part: Any = jax.tree.map(lambda x, mask=mask: x[mask], batch)
             frames, index, place = part.sample_id - starts[number], indexes[number], places[number]
             rows: dict[str, np.ndarray] = {"image": part.image}
@@ -240,66 +242,52 @@ def _named(data: DataConfig) -> dict[str, Any]:
 
 
 class Packed:
-    """The frames of a file written by `write_pack`. See `reader.Source`. Raises InputError for other files."""
+    """The frames of the files in `data.packed`. See `reader.Source`. Raises InputError for files that `write_pack` did
+    not write, and for files that do not go together.
+
+    A dataset's weight in the mixture is its own times its file's. A dataset that is in several files has the statistics
+    of the first of them, so that adding a file does not change what a model's actions mean. The tokenizer is the first
+    file's, too.
+    """
 
     def __init__(self, config: DataConfig, image_size: int, depth: bool):
-        self._path = path = to_path(config.packed)
-        self._memory, self._start, self._header = _open(cached_copy(path, config.local_cache / "packed"))
-        if self._header["image_size"] != image_size:
-            raise InputError(
-                f"{path} holds images of {self._header['image_size']} px, but the model's are {image_size} px"
-            )
-        if depth and not self._header["depth"]:
-            raise InputError(f"{path} holds no depth, which the config asks for")
-        for key, value in _named(config).items():
-            if value != self._header["config"].get(key):
+        self._image_size, self._depth, self._read_block = image_size, depth, config.read_block or 1
+        self._files = [_File(path, weight, config, image_size, depth) for path, weight in config.packed_files.items()]
+        self._train_split, self.tokenizer = config.split, self._files[0].tokenizer
+        self.entries = tuple(entry for file in self._files for entry in file.entries)
+        first: dict[str, Entry] = {}
+        check_drop(config.drop, list(dict.fromkeys(entry.name for entry in self.entries)))
+        for entry in self.entries:
+            if (before := first.setdefault(entry.name, entry)).spec != entry.spec:
+                specs = dataclasses.asdict(before.spec), dataclasses.asdict(entry.spec)
+                key = next(key for key, value in specs[0].items() if value != specs[1][key])
                 raise InputError(
-                    f"config key data.{key} names other data than {path} holds: leave it empty or pack again"
+                    f"{before.path} and {entry.path} both hold the dataset {entry.name!r}, with {key} "
+                    f"{specs[0][key]!r} and {specs[1][key]!r}: one dataset has one spec"
                 )
-        self._depth, self._read_block = depth, config.read_block or 1
-        self.tokenizer = Tokenizer.from_bytes(base64.b64decode(self._header["tokenizer"]))
-        self.entries = tuple(
-            Entry(entry["name"], make_spec(entry["spec"], {}, entry["name"]), str(path), entry["weight"])
-            for entry in self._header["datasets"]
-        )
 
     def index(self, split: str) -> tuple[Index, ...]:
-        splits = self._header["splits"]
-        if split not in splits:
-            raise InputError(f"{self._path} has no split {split!r}: it has {', '.join(splits)}")
-        for entry, meta in zip(self.entries, splits[split], strict=True):
-            self._warn_of_changes(entry.name, meta.get("made_from") or {})
-        return tuple(
-            Index(
-                entry.name,
-                entry.spec,
-                tuple(meta["files"]),
-                tuple(meta["instructions"]),
-                meta["statistics"],
-                meta["num_read"],
-                meta["skipped"],
-                {key: self._array(*place) for key, place in meta["arrays"].items()},
-                (self._memory,),
-                meta.get("made_from", {}),
-            )
-            for entry, meta in zip(self.entries, splits[split], strict=True)
-        )
+        """A file may lack a split of another file, except the training split."""
+        lacking = [file.describe_lack(split) for file in self._files if split not in file.splits]
+        if lacking and (split == self._train_split or len(lacking) == len(self._files)):
+            raise InputError("; ".join(lacking))
+        indexes, first = [index for file in self._files for index in file.index(split)], {}
+        for entry, index in zip(self.entries, indexes, strict=True):
+            before, statistics = first.setdefault(index.name, (entry, index.statistics))
+            if split == self._train_split and (beyond := exceeding(statistics, index.statistics)):
+                warn(
+                    f"dataset {index.name!r} has the statistics of {before.path}, but the {beyond} of its actions in "
+                    f"{entry.path} reach more than half of that range beyond it, and will be cut off"
+                )
+        return tuple(dataclasses.replace(index, statistics=first[index.name][1]) for index in indexes)
 
     def choose_block(self, indexes: tuple[Index, ...]) -> int:
         return self._read_block
 
-    def _warn_of_changes(self, name: str, made_from: Mapping[str, Any]) -> None:
-        """Warn if the packed data still exists at its original place and has changed."""
-        if made_from and is_dir(to_path(made_from["place"])):
-            files = list_files(to_path(made_from["place"]))
-            shards = made_from["shards"]
-            if changed := [file for file, *stat, _, _, _ in shards if files.get(file) != tuple(stat)]:
-                warn(f"dataset {name!r} changed since it was packed in {self._path} ({enumerate_some(changed)})")
-
     def pixels(
         self, split: Split, samples: Samples, steps: range, batch_size: int, windows: tuple[int, ...] = ()
     ) -> Iterator[Pixels]:
-        size = self._header["image_size"]
+        size = self._image_size
         for step in steps:
             ids = samples(step)
             image = np.empty((batch_size, size, size, 3), np.uint8)
@@ -311,13 +299,71 @@ class Packed:
                     _metres(index.arrays["depth"][frame], index, out=depth[row])
             yield Pixels(ids, image, np.full((batch_size, 2), size, np.int32), depth)
 
+
+class _File:
+    """One packed file, whose datasets' weights are multiplied by `weight`."""
+
+    def __init__(self, name: str, weight: float, config: DataConfig, image_size: int, depth: bool):
+        self._path = path = to_path(name)
+        self._memory, self._start, header = _open(cached_copy(path, config.local_cache / "packed"))
+        if header["image_size"] != image_size:
+            raise InputError(f"{path} holds images of {header['image_size']} px, but the model's are {image_size} px")
+        if depth and not header["depth"]:
+            raise InputError(f"{path} holds no depth, which the config asks for")
+        for key, value in _named(config).items():
+            if value != header["config"].get(key):
+                raise InputError(
+                    f"config key data.{key} names other data than {path} holds: leave it empty or pack again"
+                )
+        self.splits = header["splits"]
+        self.tokenizer = Tokenizer.from_bytes(base64.b64decode(header["tokenizer"]))
+        self.entries = tuple(
+            Entry(entry["name"], make_spec(entry["spec"], {}, entry["name"]), str(path), weight * entry["weight"])
+            for entry in header["datasets"]
+        )
+
+    def describe_lack(self, split: str) -> str:
+        return f"{self._path} has no split {split!r}: it has {', '.join(self.splits)}"
+
+    def index(self, split: str) -> Iterator[Index]:
+        """The index of each dataset, without frames if the file lacks the split."""
+        rows = slice(None if split in self.splits else 0)
+        for entry, meta in zip(self.entries, self.splits.get(split) or next(iter(self.splits.values())), strict=True):
+            if split in self.splits:
+                self._warn_of_changes(entry.name, meta.get("made_from") or {})
+            yield Index(
+                entry.name,
+                entry.spec,
+                tuple(meta["files"]),
+                tuple(meta["instructions"]),
+                meta["statistics"],
+                meta["num_read"] if split in self.splits else 0,
+                meta["skipped"] if split in self.splits else {},
+                {key: self._array(*place)[rows] for key, place in meta["arrays"].items()},
+                (self._memory,),
+                meta.get("made_from", {}),
+            )
+
+    def _warn_of_changes(self, name: str, made_from: Mapping[str, Any]) -> None:
+        """Warn if the packed data still exists at its original place and has changed."""
+        if made_from and is_dir(to_path(made_from["place"])):
+            files = list_files(to_path(made_from["place"]))
+            shards = made_from["shards"]
+            if changed := [file for file, *stat, _, _, _ in shards if files.get(file) != tuple(stat)]:
+                warn(f"dataset {name!r} changed since it was packed in {self._path} ({enumerate_some(changed)})")
+
     def _array(self, offset: int, dtype: str, shape: list[int]) -> np.ndarray:
         return np.frombuffer(self._memory, dtype, prod(shape), self._start + offset).reshape(shape)
 
 
-def packed_digest(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a packed file's header, which covers everything except the pixels. Raises InputError."""
-    if isinstance(path := to_path(path), Path):
+def packed_digest(packed: str | os.PathLike[str] | Mapping[str, float]) -> str:
+    """SHA-256 of a packed file's header, which covers everything except the pixels; of several files with weights, as
+    in `data.packed`, that of their digests and weights. Raises InputError."""
+    if isinstance(packed, Mapping):
+        parts = [[packed_digest(path), weight] for path, weight in packed.items()]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    path = to_path(packed)
+    if isinstance(path, Path):
         _open(path)
     (prefix,) = read_ranges([(path, 0, _PREFIX.size)])
     if isinstance(prefix, Exception):

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -49,11 +49,10 @@ def _index(known: Sequence[Known], instructions: Sequence[str], name: str, every
 class _Recording:
     """The splits with the interface that `write_pack` needs, yielding one episode at a time."""
 
-    extra: ClassVar = {"target": (3,), "extrinsics": (4, 4)}
-
     def __init__(self, name: str, indexes: dict[str, Index], episodes: Iterator[dict], image_size: int) -> None:
         self.config = DataConfig(datasets=({"name": name, "spec": SPEC},))
         self.image_size, self.depth, self.weights = image_size, True, (1.0,)
+        self.extra: dict[str, tuple[int, ...]] = {"target": (3,), "extrinsics": (4, 4)}
         self.tokenizer = train_tokenizer(next(iter(indexes.values())).instructions, VOCABULARY)
         self._indexes, self._episodes = indexes, episodes
 

@@ -1,7 +1,7 @@
 """Resolves the datasets in a config's `data` part: those of a catalogue mixture, and the config's own."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -59,13 +59,18 @@ def make_entries(config: DataConfig, depth: bool = False) -> tuple[Entry, ...]:
         raise InputError("The mixture is empty: data.mixture or data.datasets must name at least one dataset")
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise InputError(f"data.datasets and data.mixture have a name twice: {', '.join(twice)}")
-    for name, until in config.drop.items():
+    check_drop(config.drop, names)
+    return entries
+
+
+def check_drop(drop: Mapping[str, float], names: Sequence[str]) -> None:
+    """Raises InputError if `data.drop` names other datasets than `names`, or all of them, or has a wrong fraction."""
+    for name, until in drop.items():
         if name not in names:
             raise InputError(f"data.drop names {name!r}, which is not in the mixture: that has {', '.join(names)}")
         check(until, Field(0.5, "", above=0, below=1, unit="fraction of the steps"), f"data.drop[{name!r}]")
-    if len(config.drop) == len(names):
+    if len(drop) == len(names):
         raise InputError("data.drop names every dataset: at least one must last to the end")
-    return entries
 
 
 def _entry(values: Mapping[str, Any]) -> Entry:

@@ -92,6 +92,18 @@ def difference(statistics: Mapping[str, Any], own: Mapping[str, Any]) -> str:
     return ""
 
 
+def exceeding(statistics: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """The dimensions in which `other` actions reach beyond the range of q01 to q99 by more than half of it; "" if they
+    don't."""
+    low, high, mask, low_other, high_other = (
+        np.asarray(values["action"][row])
+        for values, row in [(statistics, row) for row in ("q01", "q99", "mask")] + [(other, "q01"), (other, "q99")]
+    )
+    margin = (high - low) / 2
+    beyond = mask & ((low_other < low - margin) | (high_other > high + margin))
+    return " and ".join(dimension_name(number, len(mask)) for number in np.flatnonzero(beyond).tolist())
+
+
 def save_statistics(path: str | os.PathLike[str], statistics: Mapping[str, Any]) -> None:
     """Write {dataset name: statistics} as JSON, by rename."""
     write_json(path, statistics)

@@ -1,6 +1,6 @@
 """Rollouts: environments in separate processes share one policy, in batches, until each episode has a result.
 
-An episode's result depends only on its fields and the policy, because policy batches are always padded to one size. An
+An episode's result depends only on its fields and the policy, because policy batches always have one size. An
 episode restarts if its environment crashes or hangs, or if the policy has no action; each fault is recorded. Results
 are appended to a file, one line per episode, so the same call resumes after an interruption.
 """
@@ -31,6 +31,7 @@ from spatialvla_jax.utils.atomic import write_json
 from spatialvla_jax.utils.tables import text_table
 
 ATTEMPTS = 3  # failed attempts after which an episode counts as failed
+BATCH = 16  # observations of each call of a policy in this process, however many workers there are
 PATIENCE = 10  # stop the run when faults exceed fault-free episodes by more than this: the cause is general
 
 
@@ -53,7 +54,8 @@ class Environment(Protocol):
 
     def step(self, action: Float[np.ndarray, " A"], look: bool) -> tuple[dict[str, Any], bool]:
         """The observation after the action, and whether the task is done, which ends the episode. The observation may
-        be empty if `look` is False: rendering takes longer than physics."""
+        be empty if `look` is False: rendering takes longer than physics. The last one may have "record", a dict that is
+        added to the episode's record."""
         ...
 
 
@@ -92,9 +94,9 @@ def rollouts(
     crash or hang of the environment, an observation that the policy or its server refuses, or a reply without finite
     actions. After a fault no action is executed and the episode restarts. It fails after `ATTEMPTS` faults, or at once
     if the policy's outputs are not finite, since they would be again. Raises the environment's InputError, and
-    FaultsError when too many episodes fail.
+    FaultsError when too many episodes fail. If `episodes` is a deque, the caller may append to it after each rollout.
     """
-    waiting, finished, faults = deque(episodes), 0, 0
+    waiting, finished, faults = episodes if isinstance(episodes, deque) else deque(episodes), 0, 0
     workers = [_Worker(environment, settings, i) for i in range(min(settings.workers, len(episodes)))]
     try:
         for worker in workers:
@@ -208,7 +210,7 @@ class _Worker:
         if "image" in observation:
             self.frames.append(observation["image"])
         if done or self.steps == self.settings.max_steps[self.episode.suite]:
-            return self._end(done)
+            return self._end(done, observation.get("record", {}))
         self.observed = True
         return None
 
@@ -220,7 +222,7 @@ class _Worker:
         self._start()
         return None
 
-    def _end(self, success: bool) -> Rollout:
+    def _end(self, success: bool, more: dict[str, Any] | None = None) -> Rollout:
         assert self.episode is not None
         record = {
             "instruction": self.instruction,
@@ -229,7 +231,7 @@ class _Worker:
             "actions": f"{self.checksum:08x}",
             "faults": self.faults,
         }
-        return Rollout(self.episode, record, self.frames)
+        return Rollout(self.episode, record | (more or {}), self.frames)
 
     def stop(self, keep: bool = False) -> None:
         """End the process. Also end the episode, unless `keep`: then it will be retried."""
@@ -393,14 +395,14 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def padded(infer_batch: Callable[[list[dict]], list[dict]], size: int, **extra: Any) -> Infer:
-    """A policy in this process, always called with `size` observations: one compiled program, whose answer does not
-    depend on the rest of the batch. `extra` is added to each observation. Refused observations, and those with
-    non-finite outputs, get the InputError; the others are asked again."""
+def padded(infer_batch: Callable[[list[dict]], list[dict]], size: int = BATCH, **extra: Any) -> Infer:
+    """A policy in this process, always called with `size` observations: one compiled program, whose answer depends
+    neither on the rest of the batch nor on the number of workers. `extra` is added to each observation. Refused
+    observations, and those with non-finite outputs, get the InputError; the others are asked again."""
 
     def infer(observations: list[dict], workers: list[int]) -> list[dict | InputError]:
         full = [{key: value for key, value in one.items() if key != "reset"} | extra for one in observations]
-        return ask(full)
+        return [result for start in range(0, len(full), size) for result in ask(full[start : start + size])]
 
     def ask(full: list[dict]) -> list[dict | InputError]:
         if not full:

@@ -26,6 +26,7 @@ from spatialvla_jax.models.zoedepth import DEPTH_PAD, ZoeDepth, ZoeDepthConfig, 
 from spatialvla_jax.utils.renames import MODEL_FIELDS
 
 PAD, EOS, BOS = 0, 1, 2
+TARGET_HEAD = "target_head"  # beside the model's parameters in runs with `loss.target`, for training alone
 MAX_PATCHES = 128  # along each side, for models read from a file
 Params = dict[str, Any]  # nested as in Flax; leaves are arrays or abstract stand-ins
 
@@ -164,6 +165,7 @@ class SpatialVLA(nn.Module):
         bidirectional = self.config.prefix_length if self.config.mask == "prefix" else 0
         hidden = self.llm(embeddings, position_ids(valid), prefix_lm_mask(valid, bidirectional))
         first = last_of_prompt(hidden[:, : prefix.shape[1]], prefix_valid)
+        self.sow("intermediates", "after_prompt", first[:, 0])  # for auxiliary losses; kept only if asked for
         return self.llm.logits(jnp.concatenate([first, hidden[:, prefix.shape[1] :]], axis=1))
 
 

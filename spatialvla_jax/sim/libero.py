@@ -127,6 +127,12 @@ def observe(env: Any, observation: dict) -> tuple[expert.Scene, Float[np.ndarray
     return scene, proprioception(observation)
 
 
+def holds_object(env: Any) -> bool:
+    """Whether both fingers touch the object to move."""
+    target, _ = env.obj_of_interest
+    return bool(env.env._check_grasp(env.robots[0].gripper, env.env.objects_dict[target]))
+
+
 def proprioception(observation: dict) -> Float[np.ndarray, "8"]:
     """Position (metres) and axis-angle of the hand, and both finger positions, as in LIBERO's demonstrations."""
     from robosuite.utils.transform_utils import quat2axisangle

@@ -12,8 +12,8 @@ from spatialvla_jax.errors import InputError
 from spatialvla_jax.evaluation import closed_loop
 from spatialvla_jax.evaluation.closed_loop import Episode
 from spatialvla_jax.sim import scripted_expert as expert
+from spatialvla_jax.sim.attempt import PLANS
 from spatialvla_jax.sim.libero import camera, check_simulator, frame, observe, proprioception, set_up_worker, simulate
-from spatialvla_jax.sim.record_libero import PLANS
 from spatialvla_jax.training.log_folder import LogFolder
 from spatialvla_jax.utils.progress import progress_bar
 from spatialvla_jax.utils.storage import AnyPath
@@ -118,7 +118,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """`closed_loop.evaluate` with a progress bar, in images of `image_size` pixels a side, mirrored for datasets that
     have them so: `unnorm_key`, by default the first of the policy's `keys`."""
-    mirrored = (unnorm_key or "".join(keys[:1])).partition("/")[0].endswith("no_noops")
+    mirrored = is_mirrored(unnorm_key or "".join(keys[:1]))
     with progress_bar("closed loop", "episode") as show, contextlib.closing(LogFolder(out)) as folder:
         return closed_loop.evaluate(
             partial(Libero, image_size, depth, mirrored),
@@ -130,6 +130,11 @@ def evaluate(
             videos=videos,
             progress=lambda done, successes: show(done, len(episodes), note=f"{successes} successes"),
         )
+
+
+def is_mirrored(dataset: str) -> bool:
+    """Whether a dataset's images are mirrored, see `Libero`."""
+    return dataset.partition("/")[0].endswith("no_noops")
 
 
 def initial_state(episode: Episode, count: int) -> int:

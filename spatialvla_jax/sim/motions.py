@@ -26,9 +26,14 @@ class Motion:
     qpos: Float[np.ndarray, "T Q"]  # simulator state before each action
     state: Float[np.ndarray, "T 8"]
     action: Float[np.ndarray, "T 7"]
+    policy_steps: int = 0  # of a policy, not recorded, after which the expert took over
+    failed: int = 0  # attempts before this one that the benchmark rejected
+    solved: int = 0  # attempts before this one that the policy finished itself
 
 
-TEXTS, NUMBERS, ARRAYS = ("suite", "split", "language"), ("task_id", "seed", "init_state"), ("qpos", "state", "action")
+TEXTS, ARRAYS = ("suite", "split", "language"), ("qpos", "state", "action")
+COUNTS = ("policy_steps", "failed", "solved")  # 0 in files of earlier versions, which lack them
+NUMBERS = ("task_id", "seed", "init_state", *COUNTS)
 
 
 def save_motions(out: Path, motions: Sequence[Motion]) -> None:
@@ -48,9 +53,14 @@ def load_motions(path: Path) -> list[Motion]:
     """Read the motions of a file. Raises InputError if `save_motions` did not write it."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            columns = {key: file[key] for key in (*Motion.__dataclass_fields__, "length", "width")}
+            columns = {
+                key: file[key]
+                for key in (*TEXTS, *ARRAYS, *NUMBERS, "length", "width")
+                if key in file or key not in COUNTS
+            }
     except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise InputError(f"{path} is not a file of motions written by `record libero --out FILE.npz`") from error
+    columns |= {key: np.zeros(len(columns["length"]), int) for key in COUNTS if key not in columns}
     motions, place = [], dict.fromkeys(ARRAYS, 0)
     for i, (length, width) in enumerate(zip(columns["length"].tolist(), columns["width"].tolist(), strict=True)):
         fields: dict[str, Any] = {key: str(columns[key][i]) for key in TEXTS}

@@ -24,89 +24,34 @@ from spatialvla_jax.data.importers.rlds_writer import SPLITS, check_out, write_e
 from spatialvla_jax.data.pack_recording import check_file, write_packed
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.sim import scripted_expert as expert
+from spatialvla_jax.sim.attempt import MAX_ATTEMPTS, PLANS, Job, Recorded, begin, perform
 from spatialvla_jax.sim.jitter import check_jitter, jitter_scene
 from spatialvla_jax.sim.libero import (
     CAMERA,
     camera,
     check_simulator,
     frame,
-    observe,
     set_up_worker,
     simulate,
-    start,
     target_position,
 )
 from spatialvla_jax.sim.motions import Motion, load_motions, save_motions
+from spatialvla_jax.utils.progress import Bar, warn
 
 JPEG_QUALITY = 85
-TRAIN_STATES, VAL_STATES = range(0, 40), range(40, 50)  # of the benchmark's 50 initial states per task
-MAX_STEPS = 180
-NOISE_STEPS = 4  # duration of a disturbance of the motion
-SNAPS, SNAP_STEPS = 0.04, 10  # probability per disturbance that the fingers close too early, and for how many steps
-MAX_ATTEMPTS = 100
-
-# Objects are held along their vertical axis; boxes lie with their narrow side along y. They are carried over the
-# basket's rim, 14.6 cm above its origin, and released inside, the tallest 1 cm above its floor. The hand stays above.
-IN_BASKET = expert.Plan(np.deg2rad(90), radius=0.0, lift=0.08, carry=0.13, release=0.105, open_steps=16)
-
-PLANS = {
-    # Where the rim is gripped in each task (degrees around the bowl, 0 along +x, 90 along +y), so that the open fingers
-    # and the arm avoid the ramekin, drawer walls, cabinet and cookie box. Far from the base the gripper leans forward,
-    # because the arm is almost fully extended there and the controller becomes inaccurate.
-    "libero_spatial": (
-        expert.Plan(np.deg2rad(-45)),  # between the plate and the ramekin
-        expert.Plan(np.deg2rad(-45)),  # next to the ramekin
-        expert.Plan(np.deg2rad(115)),  # table center
-        expert.Plan(np.deg2rad(110), lean=0.2),  # on the cookie box
-        expert.Plan(np.deg2rad(122), spread=0.03, radius=0.04, lift=0.09, lean=0.2),  # in the top drawer
-        expert.Plan(np.deg2rad(180)),  # on the ramekin
-        expert.Plan(np.deg2rad(90), lean=0.4),  # next to the cookie box
-        expert.Plan(np.deg2rad(60)),  # on the stove
-        expert.Plan(np.deg2rad(180)),  # next to the plate
-        expert.Plan(np.deg2rad(75), lean=0.3),  # on the wooden cabinet
-    ),
-    # The hand is 20 cm long and 4 cm above the grip point, so tall objects are held near the top. The grip is turned
-    # where the hand would hit a neighbouring object. It is also turned at cartons, whose roofs are hollow and open
-    # along y: a finger got caught there.
-    "libero_object": (
-        IN_BASKET._replace(height=0.015),  # alphabet soup, a can
-        IN_BASKET._replace(height=0.005, angle=np.deg2rad(70)),  # cream cheese, flat, beside a can
-        IN_BASKET._replace(height=0.045),  # salad dressing, a bottle
-        IN_BASKET._replace(height=0.030),  # bbq sauce, a bottle
-        IN_BASKET._replace(height=0.045),  # ketchup, a bottle
-        IN_BASKET._replace(height=0.015, angle=np.deg2rad(60)),  # tomato sauce, a can, beside a carton
-        IN_BASKET._replace(height=0.005),  # butter, flat
-        IN_BASKET._replace(height=0.030, angle=np.deg2rad(10)),  # milk, a carton
-        IN_BASKET._replace(height=0.005),  # chocolate pudding, a flat box
-        IN_BASKET._replace(height=0.030, angle=np.deg2rad(10)),  # orange juice, a carton
-    ),
-}
-
-
-@dataclass(frozen=True)
-class Job:
-    """One episode to record. The result depends only on these fields."""
-
-    suite: str
-    task_id: int
-    split: str
-    number: int  # within its split and task
-    seed: int
-    image_size: int
-    drawn: bool = False  # draw a new initial state from the task's regions instead of using the benchmark's
-    noise: float = 0.0  # see `record_libero`
-    spread: float = 1.0
-    jitter: float = 0.0
+MAX_CRASHES = 3  # of processes, one after another without an episode between them, after which recording stops
 
 
 @dataclass(frozen=True)
 class TaskReport:
-    """Statistics of one task's recording: attempts, accepted episodes, and mean steps of those accepted."""
+    """Statistics of one task's recording: accepted episodes and their mean steps, and the attempts that were not kept,
+    as in `Recorded`."""
 
     language: str
-    tried: int
     kept: int
     mean_steps: float
+    failed: int
+    solved: int
 
 
 def record_libero(
@@ -125,6 +70,7 @@ def record_libero(
     jitter: float = 0.0,
     workers: int | None = None,
     progress: bool = True,
+    takeovers: Callable[[Sequence[Job], int, bool], Iterator[Recorded]] | None = None,
 ) -> tuple[Path, dict[int, TaskReport]]:
     """Record `episodes` train and `val_episodes` val episodes, cycling through `tasks` (all by default).
 
@@ -141,6 +87,7 @@ def record_libero(
     the images determine the actions. A packed file may hold images of every `every`-th step only, with all actions.
     `jitter`, from 0 to 1, varies camera, light and colours of each train episode (see `sim/jitter.py`); motions and val
     episodes stay the same.
+    `takeovers` records the jobs with a policy that acts first, see `sim/takeover.py`.
 
     The same arguments give the same episodes for any number of `workers` (processes; default one per core). Rendering
     follows MUJOCO_GL, by default osmesa (CPU); egl distributes over the GPUs in CUDA_VISIBLE_DEVICES.
@@ -157,28 +104,30 @@ def record_libero(
     tasks = _check(suite, episodes, val_episodes, tasks, image_size, workers)
     jobs = deal(suite, tasks, episodes, val_episodes, seed, image_size)
     jobs = [replace(job, drawn=drawn, noise=noise, spread=spread, jitter=jitter) for job in jobs]
-    report: dict[int, list[tuple[str, int, int]]] = {task: [] for task in tasks}
+    report: dict[int, list[Recorded]] = {task: [] for task in tasks}
 
     def results(look: bool) -> Iterator[tuple[str, Any]]:
-        recorded = in_processes(partial(record, look=look), jobs, workers or os.cpu_count() or 1, progress)
-        for job, (result, *row) in zip(jobs, recorded, strict=True):
-            report[job.task_id].append(tuple(row))
-            yield job.split, result
+        alone, count = partial(record, look=look), workers or os.cpu_count() or 1
+        recorded = takeovers(jobs, count, progress) if takeovers else in_processes(alone, jobs, count, progress)
+        for job, result in zip(jobs, recorded, strict=True):
+            report[job.task_id].append(result._replace(episode=None))
+            yield job.split, result.episode
 
-    if out.suffix in (".npz", ".pack"):
+    if takeovers or out.suffix in (".npz", ".pack"):
         motions = [motion for _, motion in results(look=False)]
         if out.suffix == ".npz":
             save_motions(out, motions)
         else:
-            _pack(out, motions, image_size, every, jitter, workers, progress)
+            out = _write_motions(out, motions, image_size, every, jitter, workers, progress)
     else:
         description = f"Scripted-expert demonstrations of {suite}, recorded with seed {seed}."
         out = _write(out, results(look=True), image_size, episodes, description)
-    return out, {
-        task: TaskReport(rows[0][0], sum(r[1] for r in rows), len(rows), float(np.mean([r[2] for r in rows])))
-        for task, rows in report.items()
-        if rows
-    }
+    return out, {task: _summary(rows) for task, rows in report.items() if rows}
+
+
+def _summary(rows: Sequence[Recorded]) -> TaskReport:
+    counts = (sum(getattr(row, key) for row in rows) for key in ("failed", "solved"))
+    return TaskReport(rows[0].language, len(rows), float(np.mean([row.steps for row in rows])), *counts)
 
 
 def render_motions(
@@ -205,13 +154,7 @@ def render_motions(
         raise InputError(
             f"{', '.join(map(str, files))} hold episodes of {' and '.join(suites) or 'nothing'}: expected one suite"
         )
-    if out.suffix == ".pack":
-        _pack(out, episodes, image_size, every, jitter, workers, progress)
-        return out
-    rendered = _render(episodes, image_size, jitter, workers, progress, encoded=True)
-    pairs = ((motion.split, episode) for motion, episode in zip(episodes, rendered, strict=True))
-    trained = sum(motion.split == "train" for motion in episodes)
-    return _write(out, pairs, image_size, trained, f"Scripted-expert demonstrations of {suites[0]}.")
+    return _write_motions(out, episodes, image_size, every, jitter, workers, progress)
 
 
 def _check_out(out: Path, every: int, jitter: float) -> None:
@@ -219,6 +162,25 @@ def _check_out(out: Path, every: int, jitter: float) -> None:
     if every < 1 or (every > 1 and out.suffix != ".pack"):
         raise InputError(f"every is {every}: expected 1 or, for pictures of some steps only, more and a FILE.pack")
     check_file(out) if out.suffix in (".pack", ".npz") else check_out(out)
+
+
+def _write_motions(
+    out: Path,
+    motions: Sequence[Motion],
+    image_size: int,
+    every: int,
+    jitter: float,
+    workers: int | None,
+    progress: bool,
+) -> Path:
+    """Render motions and write them, a packed file or RLDS."""
+    if out.suffix == ".pack":
+        _pack(out, motions, image_size, every, jitter, workers, progress)
+        return out
+    rendered = _render(motions, image_size, jitter, workers, progress, encoded=True)
+    pairs = ((motion.split, episode) for motion, episode in zip(motions, rendered, strict=True))
+    trained = sum(motion.split == "train" for motion in motions)
+    return _write(out, pairs, image_size, trained, f"Scripted-expert demonstrations of {motions[0].suite}.")
 
 
 def _write(out: Path, episodes: Iterator[tuple[str, Any]], size: int, trained: int, description: str) -> Path:
@@ -268,21 +230,29 @@ def in_processes(
 ) -> Iterator[Any]:
     """Results of `function` over `jobs`, in order, from `workers` fresh processes, with a progress bar.
 
-    Raises RuntimeError when a process dies, for example because the renderer crashes or memory runs out.
+    When a process dies, for example because the renderer crashes, the jobs without a result are run again. Raises
+    RuntimeError when this happens `MAX_CRASHES` times without a result between them.
     """
-    from tqdm import tqdm
-
     # Fresh processes, never a fork: OSMesa crashes in a process that has loaded TensorFlow, as the writer does.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker) as pool:
-        try:
-            yield from tqdm(pool.map(function, jobs), doing, len(jobs), unit="episode", disable=not progress)
-        except BrokenProcessPool as error:
-            raise RuntimeError(f"a {doing} process died (a crash, or out of memory: try fewer workers)") from error
-        except BaseException:  # stopped: do not wait for unfinished episodes
-            for process in multiprocessing.active_children():
-                process.kill()
-            raise
+    context, done, crashes = multiprocessing.get_context("spawn"), 0, 0
+    with Bar(total=len(jobs), desc=doing, unit="episode", disable=not progress) as bar:
+        while done < len(jobs):
+            with ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker) as pool:
+                try:
+                    for result in pool.map(function, jobs[done:]):
+                        done, crashes = done + 1, 0
+                        bar.update()
+                        yield result
+                except BrokenProcessPool as error:
+                    crashes += 1
+                    if crashes == MAX_CRASHES:
+                        hint = "a crash, or out of memory: try fewer workers"
+                        raise RuntimeError(f"a {doing} process died {crashes} times in a row ({hint})") from error
+                    warn(f"a {doing} process died: the episodes that it and the others were working on are run again")
+                except BaseException:  # stopped: do not wait for unfinished episodes
+                    for process in multiprocessing.active_children():
+                        process.kill()
+                    raise
 
 
 def start_worker() -> None:
@@ -290,14 +260,13 @@ def start_worker() -> None:
     set_up_worker()
 
 
-def record(job: Job, look: bool) -> tuple[dict | Motion, str, int, int]:
-    """Retry until the benchmark accepts an episode. Returns (the episode as in `rlds_writer.features`, or its motion if
-    not `look`; its instruction; the number of attempts; the number of steps)."""
+def record(job: Job, look: bool) -> Recorded:
+    """Retry until the benchmark accepts an episode; it is recorded as its motion if not `look`."""
     for attempt in range(MAX_ATTEMPTS):
         if recorded := _attempt(job, attempt, look):
             motion, scene = recorded
-            result = _episode(motion, *scene) if look else motion
-            return result, motion.language, attempt + 1, len(motion.action)
+            motion = replace(motion, failed=attempt)
+            return Recorded(_episode(motion, *scene) if look else motion, motion.language, len(motion.action), attempt)
     raise RuntimeError(f"{job.suite} task {job.task_id}: the expert failed {MAX_ATTEMPTS} times in a row ({job})")
 
 
@@ -326,38 +295,13 @@ def _check(
 
 def _attempt(job: Job, attempt: int, look: bool) -> tuple[Motion, tuple] | None:
     """One attempt at an episode: its motion and the other arguments of `_episode`, or None if the expert fails."""
-    key = (job.seed, SPLITS.index(job.split), job.task_id, job.number, attempt)
-    seed = int(np.random.SeedSequence(key).generate_state(1)[0])
-    rng = np.random.default_rng(seed)
-    env, task, states = simulate(job.suite, job.task_id, seed, render=look)
-    with closing(env):
-        numbers = TRAIN_STATES if job.split == "train" else VAL_STATES
-        init_state = -1 if job.drawn else numbers[(job.number + attempt) % len(numbers)]
-        scene, state = start(env, env.get_sim_state() if job.drawn else states[init_state], rng)
-        plan = PLANS[job.suite][job.task_id]
-        plan = plan._replace(angle=plan.angle + job.spread * plan.spread * rng.uniform(-1, 1))
+    start = begin(job, attempt, render=look)
+    with closing(start.env):
         if look:
-            _jitter(env, job.split, seed, job.jitter)
-        rows, frames, progress, disturbance, snapped = [], [], expert.Progress(), np.zeros(7, np.float32), 0
-        while progress.phase != "done" and len(rows) < MAX_STEPS:
-            action, progress = expert.act(plan, progress, scene)
-            if look:
-                frames.append(_picture(env, job.image_size, encoded=True))
-            rows.append((np.array(env.sim.data.qpos, np.float32), state, action))
-            if job.noise and (len(rows) - 1) % NOISE_STEPS == 0:
-                disturbance = np.append(job.noise * rng.standard_normal(6), 0).astype(np.float32)
-                if rng.uniform() < SNAPS:
-                    snapped = len(rows) + SNAP_STEPS
-            if job.noise and progress.phase in ("reach", "carry"):  # not while the fingers close or release
-                action = np.clip(action + disturbance, -1, 1)
-                if progress.phase == "reach" and len(rows) < snapped:
-                    action[6] = expert.CLOSE
-            scene, state = observe(env, env.step(action)[0])
-        if progress.phase != "done" or not env.check_success():
-            return None
-    arrays = map(np.stack, zip(*rows, strict=True))
-    motion = Motion(job.suite, job.task_id, job.split, seed, init_state, task.language, *arrays)
-    return motion, (task.name, frames)
+            _jitter(start.env, job.split, start.seed, job.jitter)
+        picture = partial(_picture, start.env, job.image_size, encoded=True) if look else lambda: None
+        performed = perform(start, job, expert.Progress(), picture)
+        return performed and (performed[0], (start.task.name, performed[1]))
 
 
 def render_motion(motion: Motion, image_size: int, encoded: bool, jitter: float = 0.0) -> dict:

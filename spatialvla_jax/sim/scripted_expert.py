@@ -45,15 +45,30 @@ class Plan(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """Phase, its age in steps and its anchor (metres): the grip point in "close", else the hand's initial position."""
+    """Phase, its age in steps and its anchor (metres): the grip point in "close", else the hand's initial position.
+    Episodes begin with "reach"; "clear" comes before it only after `take_over`."""
 
     phase: str = "reach"
     age: int = 0
     anchor: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
 
-PHASES = ("reach", "close", "lift", "carry", "open", "done")
+PHASES = ("clear", "reach", "close", "lift", "carry", "open", "done")
 CLOSE_STEPS = 9  # the fingers need about nine control steps from fully open
+CLEAR_STEPS = 20  # after which the hand moves on even if something keeps it from rising
+
+
+def take_over(plan: Plan, scene: Scene, held: bool) -> tuple[Plan, Progress]:
+    """Plan and progress for an episode that something else began and left in any state.
+
+    An object that is `held` between the fingers is lifted and carried as it is held. Otherwise the hand first opens and
+    rises, so that it neither drags an object along nor pushes one over on its way.
+    """
+    if not held:
+        return plan, Progress("clear")
+    axis, up, offset = scene.eef_mat[:, 1], upright(scene.object_mat), scene.eef_pos - scene.object_pos
+    grip = {"angle": float(np.arctan2(axis[1], axis[0])), "radius": float(offset @ axis), "height": float(offset @ up)}
+    return plan._replace(**grip), Progress("lift", 0, tuple(scene.eef_pos.tolist()))
 
 
 def grip_pose(plan: Plan, scene: Scene) -> tuple[Float[np.ndarray, "3"], Float[np.ndarray, "3 3"]]:
@@ -120,7 +135,11 @@ def act(plan: Plan, progress: Progress, scene: Scene) -> tuple[Float[np.ndarray,
     if phase in ("lift", "carry") and np.linalg.norm(position - scene.eef_pos) > LOST:
         phase, age = "reach", 0
     next_anchor = scene.eef_pos
-    if phase == "reach":
+    if phase == "clear":
+        rise = position[2] + plan.hover - scene.eef_pos[2]
+        action = move(scene, np.array([0, 0, max(rise, 0.0)]), scene.eef_mat, OPEN)
+        finished = rise < 0.02 or age + 1 >= CLEAR_STEPS
+    elif phase == "reach":
         offset, finished = _reach(plan, scene, position, mat)
         action = move(scene, offset, mat, OPEN)
         next_anchor = position  # fixed: closing fingers push the object, and the hand must not follow it

@@ -8,13 +8,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from spatialvla_jax.actions import ActionGrid, adapt_embeddings, encode, grid_to_dict
 from spatialvla_jax.actions.io import describe_grid, save_grid
 from spatialvla_jax.checkpoints import fingerprint, read_checkpoint
 from spatialvla_jax.config import train_config_of
-from spatialvla_jax.data import open_data
+from spatialvla_jax.data import DataConfig, open_data
 from spatialvla_jax.data.pack import packed_digest, packed_names
 from spatialvla_jax.evaluation import closed_loop
 from spatialvla_jax.evaluation.open_loop import evaluate
@@ -23,6 +22,7 @@ from spatialvla_jax.sim import libero_env
 from spatialvla_jax.sweep.plan import Trial
 from spatialvla_jax.training.metrics import read_metrics
 from spatialvla_jax.utils.atomic import replacing
+from spatialvla_jax.utils.progress import Bar
 from spatialvla_jax.utils.provenance import provenance
 from spatialvla_jax.utils.storage import AnyPath
 
@@ -36,7 +36,7 @@ def measure(trial: Trial, folder: Path, trained: dict[str, Any], drawn: bool) ->
     policy = Policy.load(folder)
     loader, grid = open_data(config, policy.processor.statistics, policy.processor.tokenizer), policy.processor.grid
     actions = loader.actions()
-    with tqdm(total=loader.num_frames(config.train.eval_split), unit="frame", desc="evaluate") as bar:
+    with Bar(total=loader.num_frames(config.train.eval_split), unit="frame", desc="evaluate") as bar:
         evaluation = evaluate(policy, loader, config.train.eval_split, progress=bar.update)
     records, times = (read_metrics(folder / f"{name}.jsonl") for name in ("metrics", "times"))
     seconds = [record["step/seconds"] for record in times]
@@ -88,7 +88,8 @@ def weights_digest(checkpoint: str | AnyPath) -> str:
 def episodes_of(trial: Trial) -> list[closed_loop.Episode]:
     """The episodes of a trial's closed loop. Raises InputError for an unknown suite or a missing simulator."""
     data, wanted = trial.config.data, trial.closed_loop
-    names = packed_names(Path(data.packed)) if data.packed else [entry["name"] for entry in data.datasets]
+    names = [name for path in DataConfig.from_config(data).packed_files for name in packed_names(Path(path))]
+    names = names or [entry["name"] for entry in data.datasets]
     suite = wanted["suite"] or (names or [data.mixture])[0]
     return libero_env.episodes([suite], wanted["episodes"], wanted["seeds"], wanted["tasks"] or None)
 
@@ -98,7 +99,7 @@ def simulate(trial: Trial, folder: Path, workers: int) -> None:
     episodes, policy = episodes_of(trial), Policy.load(folder)
     workers = min(workers, len(episodes))
     libero_env.evaluate(
-        closed_loop.padded(policy.infer_batch, workers),
+        closed_loop.padded(policy.infer_batch),
         episodes,
         closed_loop.Settings(libero_env.MAX_STEPS, workers=workers),
         folder / "closed_loop",

@@ -261,8 +261,8 @@ def _check_files(config: ConfigDict) -> None:
     init = config.init and find_checkpoint(config.init, "init")
     if init and not exists(init):
         problem = f"init is {config.init}, which does not exist"
-    elif data["packed"] and not Path(data["packed"]).is_file():
-        problem = f"data.packed is {data['packed']}, which does not exist"
+    elif lacking := [path for path in DataConfig.from_config(config.data).packed_files if not Path(path).is_file()]:
+        problem = f"data.packed names {lacking[0]}, which does not exist"
     elif missing := [entry.path for entry in entries if not Path(entry.path).exists()]:
         problem = f"data.datasets has {missing[0]}, which does not exist"
         if data["precomputed_depth"]:

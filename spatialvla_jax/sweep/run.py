@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from tqdm import tqdm
 
 from spatialvla_jax.checkpoints.hub import find_checkpoint
 from spatialvla_jax.checkpoints.orbax import step_directory
@@ -42,7 +41,7 @@ from spatialvla_jax.training.loop import CONFIG, begun_config, train
 from spatialvla_jax.utils.atomic import write_json
 from spatialvla_jax.utils.compilation_cache import share_compilations
 from spatialvla_jax.utils.distributed import is_writer
-from spatialvla_jax.utils.progress import warn
+from spatialvla_jax.utils.progress import Bar, warn
 from spatialvla_jax.utils.shipped import shipped
 from spatialvla_jax.utils.storage import exists
 
@@ -71,7 +70,7 @@ def prepare(sweep: Sweep, workdir: Path) -> None:
     """Write the plan. Raises InputError for a trial that was started with another config or made from other data.
 
     Warns if finished trials started from other weights than `init` holds now: it may have been trained again."""
-    packed, weights = functools.cache(packed_digest), functools.cache(weights_digest)
+    weights = functools.cache(weights_digest)
     others = []
     for trial in sweep.trials:
         folder, path = folder_of(workdir, trial), trial.config.data.packed
@@ -80,7 +79,7 @@ def prepare(sweep: Sweep, workdir: Path) -> None:
         if begun := begun_config(folder, step_directory(folder)) or (result and read_json(folder / CONFIG)):
             config = with_model_of(pin_init(trial.config, begun), None, begun) if trial.config.init else trial.config
             check_resumable(begun, config, folder)
-        if "packed" in result and result["packed"] != (packed(path) if path else None):
+        if "packed" in result and result["packed"] != (packed_digest(path) if path else None):
             raise InputError(f"{folder} was made from other data than {path or 'data.datasets'}: use another workdir")
         init = find_checkpoint(trial.config.init, "init") if result.get("init") else None
         if init and exists(init) and weights(init) != result["init"]:
@@ -190,7 +189,7 @@ def run_parallel(command: Sequence[str], workdir: Path, trials: Sequence[Trial],
     try:
         with ThreadPoolExecutor(processes) as pool:
             try:
-                outcomes = tqdm(pool.map(run, trials), total=len(trials), desc="sweep", unit="trial")
+                outcomes = Bar(pool.map(run, trials), total=len(trials), desc="sweep", unit="trial")
                 return dict(zip([trial.name for trial in trials], outcomes, strict=True))
             except KeyboardInterrupt:
                 stop()

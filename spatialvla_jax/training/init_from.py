@@ -28,6 +28,7 @@ from spatialvla_jax.models import PRESETS, Params, SpatialVLA
 from spatialvla_jax.models.lora import ADAPTERS, init_adapters
 from spatialvla_jax.models.spatialvla import SpatialVLAConfig
 from spatialvla_jax.training.grid_fit import make_grid, mixture_gaussians
+from spatialvla_jax.training.losses import new_head
 from spatialvla_jax.training.setup import TrainSetup
 from spatialvla_jax.utils.renames import MODEL_FIELDS, renamed
 from spatialvla_jax.utils.storage import AnyPath
@@ -135,6 +136,7 @@ def starting_params(
         return leaf.read() if any(re.match(p, path) for p in frozen) else leaf.read().astype(np.float32)
 
     params = unflatten_dict({path: read(path, leaf) for path, leaf in start.arrays.items()}, sep="/")
+    params |= jax.tree.map(np.asarray, new_head(setup.loss, model.config))
     if checkpoint is None or lora is None:
         return params, {}
     adapters = init_adapters(shapes, lora.rank, lora.targets, jax.random.key(setup.seed))
@@ -155,6 +157,8 @@ def check_same(saved: dict[str, Any], now: dict[str, Any], loader: Loader, workd
     ]  # earlier versions did not store "versions"
     if processors[0] != processors[1] or renamed(saved["model"], MODEL_FIELDS) != now["model"]:
         raise InputError(f"the data of {workdir} changed since its run began: grid, statistics or tokenizer differ")
+    if saved.get("packed") != now.get("packed"):
+        raise InputError(f"the data of {workdir} changed since its run began: the files of data.packed are others")
     if saved.get("lora") != now.get("lora"):
         raise InputError(f"{now['lora']['base']['path']} changed since the run in {workdir} began to adapt it")
 

@@ -21,6 +21,7 @@ from spatialvla_jax.checkpoints.orbax import read_metadata, step_directory
 from spatialvla_jax.checkpoints.types import read_json
 from spatialvla_jax.config import check_resumable, check_together, completed
 from spatialvla_jax.data import Loader, open_data
+from spatialvla_jax.data.pack import packed_digest
 from spatialvla_jax.errors import InputError, StorageError
 from spatialvla_jax.models import Params
 from spatialvla_jax.training.changes import CHANGES, describe_changes
@@ -48,7 +49,7 @@ from spatialvla_jax.utils.atomic import write_json
 from spatialvla_jax.utils.chips import peak
 from spatialvla_jax.utils.compilation_cache import share_compilations
 from spatialvla_jax.utils.distributed import Preemption, all_processes, is_writer
-from spatialvla_jax.utils.progress import warn
+from spatialvla_jax.utils.progress import Bar, warn
 from spatialvla_jax.utils.renames import CONFIG_KEYS, renamed
 from spatialvla_jax.utils.storage import AnyPath, is_file, is_url, remove
 
@@ -154,6 +155,7 @@ def prepare(config: ConfigDict, workdir: AnyPath, goodput: Goodput) -> Run:
             statistics=read_metadata(before)["processor"]["statistics"] if before else None,
             tokenizer=None if processor is None or config.data.prompt.model else processor.tokenizer,
             processes=all_processes(),
+            target=config.loss.target != "none",
         )
     config.data.read_block = loader.mixture.block
     if config.train.eval_every:  # report now what the first validation would find wrong
@@ -181,6 +183,8 @@ def prepare(config: ConfigDict, workdir: AnyPath, goodput: Goodput) -> Run:
         "train_config": json.loads(json.dumps(config.to_dict())),
         "changes": len(CHANGES),
     }
+    if len(loader.config.packed_files) > 1:  # what `check_resumable` and the statistics do not tell
+        metadata["packed"] = packed_digest(loader.config.packed_files)
     if not is_url(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
     if begun:  # otherwise the directory does not belong to a run yet
@@ -258,7 +262,7 @@ def take_steps(
             run.checkpoints.save(state, step, log.folder.upload, last=last, spikes=watch.to_dict())
         goodput.mark(step, keep=True)
 
-    with tqdm(
+    with Bar(
         total=steps, initial=step, unit="step", desc="compile", dynamic_ncols=True, disable=not is_writer()
     ) as bar:
         stop = preemption.asked
@@ -278,7 +282,6 @@ def take_steps(
                 goodput.mark(step, keep=True)
                 first = False
                 bar.set_description("train")
-                bar.unpause()  # so that compilation is not in the time that is left
             bar.update()
             preempted |= target is None and step < steps and preemption.reached(step + watch.skipped)
             stop = step in (steps, stop_after) or preempted

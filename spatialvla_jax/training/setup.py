@@ -12,7 +12,9 @@ from spatialvla_jax.checkpoints.mapping import param_shapes, unflatten
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.models import SpatialVLA, preset
 from spatialvla_jax.models.lora import adapter_shapes
+from spatialvla_jax.models.spatialvla import TARGET_HEAD
 from spatialvla_jax.training.augment import Augmentation
+from spatialvla_jax.training.losses import Loss
 from spatialvla_jax.training.optimizer import AdamW, make_optimizer, split_frozen
 from spatialvla_jax.training.sharding import check_batch
 from spatialvla_jax.training.spikes import SpikePolicy
@@ -38,6 +40,7 @@ class TrainSetup:
     frozen: tuple[str, ...]
     adapters: Adapters | None
     augmentation: Augmentation | None
+    loss: Loss
     mesh: Mesh | None  # None: nothing will run here, as when checking a sweep for other machines
     num_datasets: int  # in the mixture, for metrics per dataset; 0: no such metrics
     seed: int
@@ -93,7 +96,7 @@ def make_setup(
         adapters = Adapters(
             config.lora.rank, config.lora.alpha, tuple(p for p in config.lora.targets if p != "ego3d" or has_ego3d)
         )
-        frozen = (r"(?!lora/|spatial_embedding$)", *frozen)  # everything except adapters and the spatial table
+        frozen = (rf"(?!lora/|{TARGET_HEAD}/|spatial_embedding$)", *frozen)  # all but what trains
     if mesh is not None:
         check_batch(train["batch_size"], train["grad_accum_steps"], mesh)
     adamw = AdamW(steps=train["steps"], **optimizer)
@@ -104,6 +107,7 @@ def make_setup(
         optimizer=make_optimizer(adamw),
         frozen=frozen,
         adapters=adapters,
+        loss=Loss(**config.loss.to_dict()),
         augmentation=Augmentation(**augment) if augment.pop("enabled") else None,
         mesh=mesh,
         num_datasets=num_datasets,

@@ -13,6 +13,7 @@ from jaxtyping import Array, Int, Integer
 from spatialvla_jax.batch import example_inputs
 from spatialvla_jax.models import Params, SpatialVLA
 from spatialvla_jax.models.lora import ADAPTERS, init_adapters
+from spatialvla_jax.training.losses import new_head
 from spatialvla_jax.training.optimizer import merge, split_frozen
 from spatialvla_jax.training.setup import TrainSetup
 from spatialvla_jax.training.sharding import like_params
@@ -38,7 +39,7 @@ def init_params(model: SpatialVLA, seed: Integer[Array, ""] | int) -> Params:
 
 def abstract_params(setup: TrainSetup) -> Params:
     """Shapes and dtypes of all parameters. With adapters, frozen ones are assumed to be stored in the model's dtype."""
-    params = jax.eval_shape(lambda: init_params(setup.model, 0))
+    params = jax.eval_shape(lambda: init_params(setup.model, 0) | new_head(setup.loss, setup.model.config))
     if setup.adapters is None:
         return params
     flat: dict[str, Any] = flatten_dict(params, sep="/")
@@ -67,7 +68,8 @@ def init_state(setup: TrainSetup, params: Params | None = None) -> tuple[TrainSt
     """→ (state on the mesh, its shardings). Parameters are random unless given, and are created in shards."""
     _, shardings = abstract_state(setup, params)
     if params is None:
-        random = jax.jit(lambda seed: new_state(setup, init_params(setup.model, seed)), out_shardings=shardings)
+        head = new_head(setup.loss, setup.model.config)
+        random = jax.jit(lambda seed: new_state(setup, init_params(setup.model, seed) | head), out_shardings=shardings)
         return random(np.uint32(setup.seed)), shardings
     # Every process holds all parameters and gives each of its devices a part.
     parts = jax.tree.map(

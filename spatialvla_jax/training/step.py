@@ -5,6 +5,7 @@ The training loop runs `jit_train_step`, and `planning/tpu_plan.py` compiles the
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -18,8 +19,9 @@ from spatialvla_jax.actions import ActionTokenizer, decode, encode
 from spatialvla_jax.batch import Batch
 from spatialvla_jax.models import Params, SpatialVLA
 from spatialvla_jax.models.lora import merge_adapters, put_beside
-from spatialvla_jax.models.spatialvla import EOS
+from spatialvla_jax.models.spatialvla import EOS, TARGET_HEAD
 from spatialvla_jax.training.augment import Augmentation, augment
+from spatialvla_jax.training.losses import PLAIN, Loss, soft_cross_entropy, target_error
 from spatialvla_jax.training.optimizer import (
     learning_rate,
     merge,
@@ -64,7 +66,7 @@ def make_train_step(setup: TrainSetup) -> Callable[..., tuple[TrainState, Metric
         def loss_fn(trainable: Params, inputs: Batch) -> tuple[Float[Array, ""], Metrics]:
             params = put_beside(merge(trainable, fixed), setup.lora_scale, model.config.dtype)
             params = cast_split(params, model.config.dtype, setup.gather_once)
-            loss, metrics = loss_and_metrics(model, params, inputs, grid)
+            loss, metrics = loss_and_metrics(model, params, inputs, grid, setup.loss)
             means = {k: v.mean() for k, v in metrics.items()}
             return loss.mean(), means | by_dataset(metrics, inputs.dataset_id, setup.num_datasets)
 
@@ -150,13 +152,13 @@ def jit_update_norms(setup: TrainSetup, shardings: TrainState) -> Jitted:
 
 def make_eval_step(setup: TrainSetup):
     """→ `step(params, batch, grid) -> (sums of metrics over the batch's valid examples, their number)`."""
-    model = setup.model
+    model, loss = setup.model, replace(setup.loss, soft_sigma=0.0)  # validation losses compare between runs
 
     def step(params: Params, batch: Batch, grid: ActionTokenizer):
         inputs = prepare(batch, None, None)
         assert inputs.valid is not None, "the batch does not belong to an epoch"
         params = cast_split(merge_adapters(params, setup.lora_scale, model.config.dtype), model.config.dtype)
-        _, metrics = loss_and_metrics(model, params, inputs, grid)
+        _, metrics = loss_and_metrics(model, params, inputs, grid, loss)
         sums = {k: jnp.where(inputs.valid, v, 0).sum() for k, v in metrics.items()}
         dataset_id = jnp.where(inputs.valid, inputs.dataset_id, -1)
         return sums | by_dataset(metrics, dataset_id, setup.num_datasets), inputs.valid.sum()
@@ -207,9 +209,10 @@ def by_dataset(
 
 
 def loss_and_metrics(
-    model: SpatialVLA, params: Params, inputs: Batch, grid: ActionTokenizer
+    model: SpatialVLA, params: Params, inputs: Batch, grid: ActionTokenizer, terms: Loss = PLAIN
 ) -> tuple[Float[Array, " B"], dict[str, Float[Array, " B"]]]:
-    """Teacher-forced cross-entropy of action tokens and `<eos>` (13 for a 4-step chunk), averaged per example.
+    """→ (loss, metrics). The metric `loss` is the teacher-forced cross-entropy of action tokens and `<eos>` (13 for a
+    4-step chunk), averaged per example. The loss may add the metric `target_error`, see `Loss`.
 
     Accuracies and `l1` (between decoded and true normalised actions, all dimensions) use the best token of each
     position's kind, as the policy's constrained decoding does.
@@ -217,10 +220,19 @@ def loss_and_metrics(
     cfg = model.config
     B = inputs.actions.shape[0]
     ids = encode(grid, inputs.actions)  # [B, T, tokens_per_action]
-    logits: Any = model.apply({"params": params}, **inputs.model_inputs(), action_ids=ids.reshape(B, -1))
+    arguments = inputs.model_inputs() | {"action_ids": ids.reshape(B, -1)}
+    logits: Any
+    kept: Any = {}
+    if terms.has_target:
+        logits, kept = model.apply({"params": params}, **arguments, mutable=["intermediates"])
+    else:
+        logits = model.apply({"params": params}, **arguments)
     eos = jnp.full((B, 1), EOS, jnp.int32)
     targets = jnp.concatenate([ids.reshape(B, -1) + cfg.action_offset, eos], axis=1)
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean(axis=1)
+    if terms.soft_sigma:
+        loss = soft_cross_entropy(logits, ids, grid, cfg.action_offset, terms.soft_sigma).mean(axis=1)
+    else:
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean(axis=1)
     predicted = constrained_argmax(logits[:, :-1], grid, cfg.action_offset).reshape(ids.shape)
     hit = (predicted == ids).astype(jnp.float32).mean(axis=1)
     kinds = grid.kinds
@@ -230,6 +242,12 @@ def loss_and_metrics(
         metrics[f"accuracy/{kind}"] = hit[:, places].mean(axis=1)
     metrics["accuracy"] = hit.mean(axis=1)
     metrics["l1"] = jnp.abs(decode(grid, predicted) - inputs.actions).mean(axis=(1, 2))
+    if terms.has_target:
+        assert inputs.target is not None, "the loader was not asked for the target"
+        (state,) = kept["intermediates"]["after_prompt"]
+        head, size = params[TARGET_HEAD], inputs.image.shape[1]
+        error = metrics["target_error"] = target_error(terms, head, state, inputs.target, inputs.intrinsics, size)
+        loss = loss + terms.target_weight * error
     return loss, metrics
 
 

@@ -5,11 +5,39 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 from tqdm import tqdm
 
 REMIND = 15.0  # seconds between messages about a running stage
+SETTLED = (2, 5.0)  # updates and seconds after the first update, from which on the remaining time is shown
+
+
+class Bar(tqdm):
+    """A progress bar that shows the remaining time once it means something. The first update is left out of the
+    estimate, because it contains what happens once: compilation, opening files, work that an earlier run did."""
+
+    _first: tuple[float, float] | None = None  # position and time after the first update
+    _later = 0  # updates since then
+
+    def update(self, n: float | None = 1) -> bool | None:
+        shown = super().update(n)
+        if self._first is None:
+            self._first = (self.n, time.monotonic())
+        else:
+            self._later += 1
+        return shown
+
+    @property
+    def format_dict(self) -> dict[str, Any]:
+        values = dict(super().format_dict)
+        if not values["total"]:
+            return values
+        begun, since = self._first or (self.n, time.monotonic())
+        seconds = time.monotonic() - since
+        if self._later < SETTLED[0] or seconds < SETTLED[1] or self.n <= begun:
+            return values | {"bar_format": "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"}
+        return values | {"rate": (self.n - begun) / seconds}
 
 
 class Show(Protocol):
@@ -20,7 +48,7 @@ class Show(Protocol):
 def progress_bar(desc: str, unit: str) -> Iterator[Show]:
     """A progress bar as the callback `show(done, total)` that our long functions accept; total may be None. `desc` is
     shown before the bar, `note` after it."""
-    with tqdm(desc=desc, unit=unit) as bar:
+    with Bar(desc=desc, unit=unit) as bar:
 
         def show(done: int, total: int | None, *, desc: str | None = None, note: str | None = None) -> None:
             if desc is not None:
@@ -58,11 +86,11 @@ def warn(sentence: str) -> None:
 
 def shard_progress() -> Callable[[str, int, int], None]:
     """A progress bar per dataset being indexed: callback (name, shards done, shards)."""
-    bars: dict[str, tqdm] = {}
+    bars: dict[str, Bar] = {}
 
     def show(name: str, done: int, total: int) -> None:
         if name not in bars:
-            bars[name] = tqdm(total=total, desc=f"indexing {name}", unit="shard", leave=False)
+            bars[name] = Bar(total=total, desc=f"indexing {name}", unit="shard", leave=False)
         bars[name].update(done - bars[name].n)
         if done == total:
             bars.pop(name).close()

@@ -141,7 +141,7 @@ def _nearest(value: Any, field: Field) -> str:
 
 def parse(text: str, field: Field) -> Any:
     """The value of a text from the command line; it may be invalid, which `check` reports."""
-    if field.types == (str,):
+    if field.types == (str,) or (field.types == (str, dict) and not text.lstrip().startswith("{")):
         return text
     for read in (int, float, lambda t: {"true": True, "false": False}[t.lower()], ast.literal_eval):
         with contextlib.suppress(ValueError, KeyError, SyntaxError, TypeError, MemoryError, RecursionError):

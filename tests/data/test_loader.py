@@ -15,8 +15,8 @@ from ml_collections import ConfigDict
 
 from spatialvla_jax.actions.normalization import normalize
 from spatialvla_jax.data import load_data
+from spatialvla_jax.data.chunks import chunk_actions
 from spatialvla_jax.data.images import decode_image
-from spatialvla_jax.data.loader import chunk_actions
 from spatialvla_jax.data.oxe import CATALOGUE
 from spatialvla_jax.errors import InputError
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spatialvla_jax.sim import scripted_expert as expert
-from spatialvla_jax.sim.record_libero import PLANS
+from spatialvla_jax.sim.attempt import PLANS
 from spatialvla_jax.sim.scripted_expert import Plan, Progress, Scene, act
 
 HOME = np.array([-0.2, 0.0, 1.17])

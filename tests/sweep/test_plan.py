@@ -165,7 +165,7 @@ BAD_AXES = [
     ({"data.datasets": [[]]}, "The mixture is empty"),
     ({"data.datasets": [[{"name": "a", "spec": {}, "path": ".", "weight": -1}]]}, "weight=-1.0 is not above 0"),
     ({"data.datasets": [[{"name": "a", "spec": {}, "path": "."}]]}, "Dataset 'a' has no depth, which the config asks"),
-    ({"data.packed": ["x.pack"]}, "data.packed is x.pack, which does not exist"),
+    ({"data.packed": ["x.pack"]}, "data.packed names x.pack, which does not exist"),
 ]
 BAD = [
     *(({"axes": axes}, sentence) for axes, sentence in BAD_AXES),

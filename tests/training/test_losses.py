@@ -1,0 +1,160 @@
+"""What a config may add to the loss."""
+
+import shutil
+from itertools import product
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.batches import GRID
+
+from spatialvla_jax.actions import ActionTokenizer, encode, linear_grid, uniform_grid
+from spatialvla_jax.checkpoints import read_checkpoint
+from spatialvla_jax.checkpoints.mapping import param_shapes
+from spatialvla_jax.config import check_together, default_config
+from spatialvla_jax.data.pack_recording import write_packed
+from spatialvla_jax.errors import InputError
+from spatialvla_jax.export.convert import convert
+from spatialvla_jax.inference.policy import Policy
+from spatialvla_jax.training.augment import crop_intrinsics
+from spatialvla_jax.training.loop import train
+from spatialvla_jax.training.losses import Loss, soft_cross_entropy, target_error
+from spatialvla_jax.training.metrics import read_metrics
+
+OFFSET = 5
+
+
+def cells_of(grid: ActionTokenizer) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(indices of each cell along the axes, numbers of cells, 0 for axes that do not close) of each token."""
+    if len(grid.token_ranges) == 7:
+        return [(np.arange(grid.vocab_size)[:, None], np.zeros(1))] * 6
+    theta, phi, r, *rotation = grid.num_bins
+    grids = [np.array(list(product(*map(range, bins)))) for bins in ((theta, phi, r), rotation)]
+    return list(zip(grids, (np.array([0, phi, 0]), np.zeros(3)), strict=True))
+
+
+def dense_targets(grid: ActionTokenizer, ids: np.ndarray, sigma: float) -> np.ndarray:
+    """f64[B, A + 1, V], every weight written out."""
+    flat, n = ids.reshape(len(ids), -1), len(grid.token_ranges)
+    targets = np.zeros((len(ids), flat.shape[1] + 1, OFFSET + grid.vocab_size))
+    targets[:, -1, 1] = 1
+    for row, place in np.ndindex(flat.shape):
+        start, size = grid.token_ranges[place % n]
+        true = flat[row, place] - start
+        if place % n == n - 1:
+            weights = np.eye(size)[true]
+        else:
+            cells, rings = cells_of(grid)[place % n]
+            distance = np.abs(cells - cells[true])
+            distance = np.where(rings > 0, np.minimum(distance, rings - distance), distance)
+            weights = np.exp(-(distance**2).sum(axis=1) / (2 * sigma**2))
+        targets[row, place, OFFSET + start : OFFSET + start + size] = weights / weights.sum()
+    return targets
+
+
+@pytest.mark.parametrize(
+    ("grid", "sigma"),
+    [(GRID, 1.5), (uniform_grid((2, 5, 1, 3, 2, 4)), 0.4), (linear_grid(9), 1.0)],
+    ids=["spatial", "uneven", "linear"],
+)
+def test_soft_targets_are_gaussians_over_neighbouring_cells(grid, sigma) -> None:
+    """Loss and gradient against targets written out in float64."""
+    rng = np.random.default_rng(0)
+    ids = np.asarray(encode(grid, rng.uniform(-1, 1, (3, 2, 7)).astype(np.float32)))
+    shape = (3, ids[0].size + 1, OFFSET + grid.vocab_size)
+    logits = rng.normal(0, 3, shape).astype(np.float32)
+    total = lambda x: soft_cross_entropy(x, jnp.asarray(ids), grid, OFFSET, sigma).sum()  # noqa: E731
+    loss, gradient = jax.jit(jax.value_and_grad(total))(logits)
+    z = logits.astype(np.float64)
+    log_p = z - z.max(axis=-1, keepdims=True)
+    log_p -= np.log(np.exp(log_p).sum(axis=-1, keepdims=True))
+    targets = dense_targets(grid, ids, sigma)
+    np.testing.assert_allclose(loss, -(targets * log_p).sum(), rtol=1e-5)
+    np.testing.assert_allclose(gradient, np.exp(log_p) - targets, atol=2e-6)
+
+
+def test_the_target_is_learned_in_metres_or_where_it_is_in_the_cropped_picture() -> None:
+    """The error by hand, of a head whose guess is its bias; a crop moves the pixel and not the metres."""
+    rng = np.random.default_rng(0)
+    state = rng.normal(size=(4, 8)).astype(np.float32)
+    target = (rng.uniform(-0.3, 0.3, (4, 3)) + np.eye(3)[2]).astype(np.float32)
+    intrinsics = np.tile(np.array([[60, 0, 28], [0, 50, 30], [0, 0, 1]], np.float32), (4, 1, 1))
+    offset, scale = np.array([[3.0, 5.0]] * 4, np.float32), np.full(4, 1.25, np.float32)
+    cropped = np.asarray(crop_intrinsics(jnp.asarray(intrinsics), jnp.asarray(offset), jnp.asarray(scale)))
+    x, y, z = target.astype(np.float64).T
+    u, v = (60 * x / z + 28 - 5) * 1.25 / 56, (50 * y / z + 30 - 3) * 1.25 / 56
+    for kind, expected in (("metres", np.stack([x, y, z], axis=1)), ("pixels", np.stack([u, v], axis=1))):
+        bias = np.arange(expected.shape[1], dtype=np.float32)
+        head = {"kernel": jnp.full((8, len(bias)), 0.5), "bias": jnp.asarray(bias)}
+        error = target_error(Loss(target=kind), head, state, jnp.asarray(target), jnp.asarray(cropped), 56)
+        guess = 0.5 * state.sum(axis=1, keepdims=True) + bias
+        np.testing.assert_allclose(error, np.abs(guess - expected).mean(axis=1), rtol=1e-5)
+
+
+def test_pixels_need_intrinsics_that_follow_the_crop() -> None:
+    config = default_config()
+    config.loss.target, config.augment.move_intrinsics = "pixels", False
+    with pytest.raises(InputError, match=r"^loss\.target=pixels needs the intrinsics"):
+        check_together(config)
+    config.augment.crop_area = 1.0
+    check_together(config)
+
+
+@pytest.fixture(scope="module")
+def recording(tmp_path_factory) -> Path:
+    """Episodes whose target can be read off the picture: grey is its depth."""
+    rng, out = np.random.default_rng(0), tmp_path_factory.mktemp("recording") / "set.pack"
+
+    def episode(length: int) -> dict:
+        targets = (rng.uniform(-0.2, 0.2, (length, 3)) + np.eye(3)[2]).astype(np.float32)
+        seen = [
+            {
+                "image": np.full((56, 56, 3), 255 * (target[2] - 0.7) / 0.6, np.uint8),
+                "depth": np.full((56, 56), 1000, np.uint16),
+                "intrinsics": np.array([[60, 0, 28], [0, 60, 28], [0, 0, 1]], np.float32),
+                "target": target,
+                "extrinsics": np.eye(4, dtype=np.float32),
+            }
+            for target in targets
+        ]
+        return {"steps": [{"observation": observation} for observation in seen]}
+
+    known = [(split, "reach", rng.uniform(-1, 1, (12, 7)).astype(np.float32)) for split in ("train",) * 4 + ("val",)]
+    write_packed(out, known, map(episode, [12] * 5), name="toy", image_size=56)
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_run_learns_the_target_and_its_policy_does_not_have_the_head(recording, trained, tmp_path, lora) -> None:
+    config = default_config()
+    config.model.update(preset="nano", depth_source="dataset", dtype="float32", remat="none")
+    config.data.packed, config.data.prompt.length = str(recording), 32
+    config.train.update(steps=30, batch_size=16, log_every=1, eval_every=30)
+    config.checkpoint.update(every=10, keep_last=4)
+    config.grid.num_bins, config.optimizer.learning_rate = (4, 4, 2, 4, 4, 4), 1e-2
+    config.loss.target, config.loss.target_weight = "metres", 10.0
+    if lora:
+        config.init, config.lora.rank, config.grid.kind = str(trained), 4, "checkpoint"
+    workdir = tmp_path / "run"
+    made = train(config, workdir)
+    records = read_metrics(workdir / "metrics.jsonl")
+    errors = [record["target_error"] for record in records if "target_error" in record]
+    assert errors[0] > 0.3 and errors[-1] < 0.15 and records[-1]["val/target_error"] < 0.15
+
+    policy = read_checkpoint(workdir)
+    names = set(policy.arrays)
+    assert names == set(param_shapes(policy.config)), "the head is not the policy's"
+    if not lora:
+        assert made["params"] == 3 * (32 + 1) + sum(x.size for x in jax.tree.leaves(policy.params()))
+    Policy.load(workdir)
+    convert(workdir, tmp_path / "export", "pytorch", merge=lora)
+    assert set(read_checkpoint(tmp_path / "export").arrays) == names
+
+    shutil.copytree(workdir / "checkpoints" / "10", tmp_path / "again" / "checkpoints" / "10")
+    shutil.copy(workdir / "config.json", tmp_path / "again")
+    train(config, tmp_path / "again")
+    last = read_metrics(tmp_path / "again" / "metrics.jsonl")[-1]
+    assert last == records[-1], "a resumed run has the head's values again"
