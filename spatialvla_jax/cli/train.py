@@ -220,7 +220,9 @@ def add_sweep(commands: Commands) -> None:
     p.add_argument("--dry-run", action="store_true", help="check the sweep and print its trials or jobs")
     p.add_argument("--report", action=argparse.BooleanOptionalAction, default=True, help="write it at the end")
     add_process_arguments(p)
-    add_sweep_report(p.add_subparsers(metavar="report"))
+    below = p.add_subparsers(metavar="report|collect")
+    add_sweep_report(below)
+    add_sweep_collect(below)
 
 
 def run_sweep(args: argparse.Namespace) -> None:
@@ -289,6 +291,27 @@ def run_sweep_report(args: argparse.Namespace) -> None:
     from spatialvla_jax.reports.sweep import write_report
 
     print(write_report(args.dir))
+
+
+def add_sweep_collect(commands: Commands) -> None:
+    p = add_command(
+        commands,
+        "collect",
+        run_sweep_collect,
+        "copy the results of finished trials, without weights; the sweep goes on from them",
+        ("runs/ablations --out results/ablations", "machine1/ablations machine2/ablations --out runs/ablations"),
+    )
+    p.add_argument("dirs", type=local_path, nargs="+", metavar="DIR", help="workdirs of one sweep, or collected before")
+    add_output(
+        p, "--out", SWEEP, type=local_path, required=True, help="new, or a workdir of the sweep, which is filled"
+    )
+
+
+def run_sweep_collect(args: argparse.Namespace) -> None:
+    from spatialvla_jax.sweep.collect import collect
+
+    counts = collect(args.dirs, args.out)
+    print(f"copied {counts['copied']} trials to {args.out}: {counts['finished']} of {counts['trials']} are finished")
 
 
 def add_compile(commands: Commands) -> None:

@@ -31,6 +31,7 @@ from spatialvla_jax.checkpoints.hub import find_checkpoint
 from spatialvla_jax.checkpoints.orbax import step_directory
 from spatialvla_jax.checkpoints.types import read_json
 from spatialvla_jax.config import check_resumable
+from spatialvla_jax.data import DataConfig
 from spatialvla_jax.data.pack import packed_digest
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.sim.libero_env import NUM_TASKS
@@ -43,7 +44,7 @@ from spatialvla_jax.utils.compilation_cache import share_compilations
 from spatialvla_jax.utils.distributed import is_writer
 from spatialvla_jax.utils.progress import Bar, warn
 from spatialvla_jax.utils.shipped import shipped
-from spatialvla_jax.utils.storage import exists
+from spatialvla_jax.utils.storage import exists, to_path
 
 FINISHED, FAILED, STOPPED, ELSEWHERE = "finished", "failed", "stopped", "being run by another process"
 
@@ -69,7 +70,8 @@ def finished(folder: Path, trial: Trial) -> bool:
 def prepare(sweep: Sweep, workdir: Path) -> None:
     """Write the plan. Raises InputError for a trial that was started with another config or made from other data.
 
-    Warns if finished trials started from other weights than `init` holds now: it may have been trained again."""
+    Warns if finished trials started from other weights than `init` holds now: it may have been trained again.
+    """
     weights = functools.cache(weights_digest)
     others = []
     for trial in sweep.trials:
@@ -79,7 +81,9 @@ def prepare(sweep: Sweep, workdir: Path) -> None:
         if begun := begun_config(folder, step_directory(folder)) or (result and read_json(folder / CONFIG)):
             config = with_model_of(pin_init(trial.config, begun), None, begun) if trial.config.init else trial.config
             check_resumable(begun, config, folder)
-        if "packed" in result and result["packed"] != (packed_digest(path) if path else None):
+        # The data of a trial that ran on another machine need not be here.
+        here = all(exists(to_path(file)) for file in DataConfig.from_config(trial.config.data).packed_files)
+        if here and "packed" in result and result["packed"] != (packed_digest(path) if path else None):
             raise InputError(f"{folder} was made from other data than {path or 'data.datasets'}: use another workdir")
         init = find_checkpoint(trial.config.init, "init") if result.get("init") else None
         if init and exists(init) and weights(init) != result["init"]:
@@ -94,8 +98,9 @@ def prepare(sweep: Sweep, workdir: Path) -> None:
         "reference": sweep.reference,
         "seeds": sweep.seeds,
         "trials": trials,
+        "config": sweep.config,
+        "overrides": sweep.overrides,
     }
-    plan |= {"config": sweep.config, "overrides": sweep.overrides}
     plan, path = json.loads(json.dumps(plan)), workdir / "sweep.json"
     if not path.exists() or json.loads(path.read_text()) != plan:  # another process may have written it
         write_json(path, plan)

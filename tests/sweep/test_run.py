@@ -191,6 +191,58 @@ def test_trials_of_other_data_are_not_mixed(
         assert message.count("\n") == 1
 
 
+def test_finished_trials_come_from_elsewhere_as_small_files(
+    swept: tuple[list[str], Path, int], tmp_path: Path, monkeypatch, capsys
+) -> None:
+    """They are not run again, and refused under another config. What is there already stays."""
+    command, workdir, _ = swept
+    two, parts = ["grid-gaussian_seed-0", "grid-uniform_seed-1"], [tmp_path / "a", tmp_path / "b"]
+    for part, name in zip(parts, two, strict=True):
+        shutil.copytree(workdir / "trials" / name, part / "trials" / name)
+        shutil.copy(workdir / "sweep.json", part)
+    (parts[0] / "trials" / two[0] / "result.json").chmod(0o444)
+    out = tmp_path / "out"
+    assert main(["sweep", "collect", *map(str, parts), "--out", str(out)]) == 0
+    assert f"copied 2 trials to {out}: 2 of 6 are finished" in capsys.readouterr().out
+    names = {"config.json", "metrics.jsonl", "times.jsonl", "grid.json", "data.npz", "result.json", "lock"}
+    assert {path.name for path in out.glob("trials/*/*")} == names
+    before = {path: path.stat().st_mtime_ns for path in out.glob("trials/*/*.json*")}
+    assert main(["sweep", "collect", str(workdir), "--out", str(out)]) == 0
+    assert f"copied 0 trials to {out}: 2 of 6 are finished" in capsys.readouterr().out
+
+    monkeypatch.setattr(run, "train", lambda config, folder: pytest.fail("it is finished"))
+    monkeypatch.setattr(run, "share_compilations", lambda folder: None)
+    here = [*command[: command.index("--workdir")], "--workdir", str(out), "--no-report", "--config.train.steps=2"]
+    for name in two:
+        assert main([*here, "--only", name]) == 0
+        assert "1 trial: 1 finished" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert main([*here[:-1], "--config.train.steps=3", "--only", two[0]]) == 2
+    assert "holds a run with train.steps = 2, this config says 3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"trials/grid-uniform_seed-1/result.json": '{"config_digest": "0"}'}, "config_digest differs in their"),
+        ({"trials/grid-uniform_seed-1/data.npz": None}, "is finished, but its data.npz is not there"),
+        ({"sweep.json": '{"name": "other", "trials": {}}'}, "hold different sweeps: their name differ"),
+        ({"sweep.json": None}, "holds no sweep: it has no sweep.json"),
+        ({"trials/grid-uniform_seed-1/result.json": "{"}, "cannot be read as JSON"),
+    ],
+)
+def test_results_that_do_not_belong_together_are_not_collected(
+    change: dict[str, str | None], sentence: str, swept: tuple[list[str], Path, int], tmp_path: Path, capsys
+) -> None:
+    other, out = tmp_path / "other", tmp_path / "out"
+    shutil.copytree(swept[1], other, ignore=shutil.ignore_patterns("compiled", "checkpoints"))
+    for name, text in change.items():
+        (other / name).unlink() if text is None else (other / name).write_text(text)
+    assert main(["sweep", "collect", str(swept[1]), str(other), "--out", str(out)]) == 2
+    message = capsys.readouterr().err
+    assert sentence in message and message.count("\n") == 1 and not out.exists()
+
+
 DIES = """
 import os, sys
 from pathlib import Path

@@ -1,0 +1,83 @@
+"""Finished trials as small files, without weights, so that a sweep can go on where others of its trials have run."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from spatialvla_jax.checkpoints.types import read_json
+from spatialvla_jax.errors import InputError
+from spatialvla_jax.sweep.run import claim
+from spatialvla_jax.utils.atomic import replacing, write_json
+
+RESULT = "result.json"  # copied last, because it marks a trial as finished
+FILES = ("config.json", "metrics.jsonl", "times.jsonl", "grid.json", "data.npz")
+CLOSED_LOOP = ("closed_loop/settings.json", "closed_loop/episodes.jsonl", "closed_loop/result.json")
+PLAN = ("name", "axes", "reference", "seeds", "trials")  # of sweep.json; the others tell how it was run
+SAME = ("config_digest", "packed")  # of results of the same trial
+
+
+def collect(sources: Sequence[Path], workdir: Path) -> dict[str, int]:
+    """Copy the results of all trials that are finished in the workdirs `sources` of one sweep to `workdir`, which may
+    hold trials of it. Trials that are finished there stay as they are.
+
+    Returns {"trials" (of the sweep), "finished", "copied"}. Raises InputError, before anything is copied, for other
+    sweeps, for results of one trial that are of another config or of other data, and for a missing file.
+    """
+    plans = {
+        place: _plan(place) for place in dict.fromkeys((workdir, *sources)) if place in sources or _is_sweep(place)
+    }
+    (first, plan), *others = plans.items()
+    for place, other in others:
+        if key := next((key for key in PLAN if other.get(key, {}) != plan.get(key, {})), None):
+            raise InputError(f"{place} and {first} hold different sweeps: their {key} differ in sweep.json")
+    chosen: dict[str, Path] = {}
+    for name in plan["trials"]:
+        found = [place / "trials" / name for place in plans if (place / "trials" / name / RESULT).is_file()]
+        for folder in found:
+            _check(folder, found[0])
+        chosen |= {name: found[0]} if found else {}
+    if not chosen:
+        raise InputError(f"no trial in {', '.join(map(str, sources))} is finished")
+    new = {name: folder for name, folder in chosen.items() if folder.parents[1] != workdir}
+    workdir.mkdir(parents=True, exist_ok=True)
+    if not _is_sweep(workdir):
+        write_json(workdir / "sweep.json", plan)
+    return {
+        "trials": len(plan["trials"]),
+        "finished": len(chosen),
+        "copied": sum(_copy(new[n], workdir, n) for n in new),
+    }
+
+
+def _is_sweep(place: Path) -> bool:
+    return (place / "sweep.json").is_file()
+
+
+def _plan(place: Path) -> dict[str, Any]:
+    if not _is_sweep(place):
+        raise InputError(f"{place} holds no sweep: it has no sweep.json")
+    return read_json(place / "sweep.json")
+
+
+def _check(folder: Path, other: Path) -> None:
+    result, first = read_json(folder / RESULT), read_json(other / RESULT)
+    for key in SAME:
+        if result.get(key) != first.get(key):
+            raise InputError(f"{folder} and {other} are not the same trial: {key} differs in their {RESULT}")
+    for name in (*FILES, *(CLOSED_LOOP if (folder / "closed_loop" / RESULT).exists() else ())):
+        if not (folder / name).is_file():
+            raise InputError(f"{folder} is finished, but its {name} is not there")
+
+
+def _copy(folder: Path, workdir: Path, name: str) -> bool:
+    """Copy a trial's small files, unless another process is running the trial there."""
+    target = workdir / "trials" / name
+    target.mkdir(parents=True, exist_ok=True)
+    with claim(target) as claimed:
+        for file in (*FILES, *CLOSED_LOOP, RESULT) if claimed else ():
+            if (folder / file).exists():
+                (target / file).parent.mkdir(exist_ok=True)
+                with replacing(target / file) as temporary:
+                    shutil.copyfile(folder / file, temporary)
+    return claimed
