@@ -9,9 +9,9 @@ whose initial states the recording leaves out.
 A random crop moves the camera, which only Ego3D's intrinsics can tell. So both crops stand beside each other: the fixed
 one is the whole image, for which moved and unmoved intrinsics are the same.
 
-Estimated, not measured, for an H200 with 16 cores: 12 GFLOP a sample and 64 samples a step make 180 PFLOP of all
-6,000 × 39 steps. At the 220 TFLOP/s of the preset `small` that is 14 minutes. The 2,730 episodes take 40 minutes, at 14
-core-seconds each.
+Estimated, not measured, for an H200 with 16 cores: 12.4 GFLOP a sample, counted by `model_flops`, make 190 PFLOP of 39
+trials of 6,000 steps of 64: 15 minutes at the 200 TFLOP/s of the preset `small`, and up to twice that if smaller
+products are slower. The 2,730 episodes take 40 minutes at 14 core-seconds each. A trial that is stopped goes on.
 """
 
 from spatialvla_jax.actions import PRESET_BINS

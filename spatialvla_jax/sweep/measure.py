@@ -72,9 +72,10 @@ def measure(trial: Trial, folder: Path, trained: dict[str, Any], drawn: bool) ->
 
 
 def plateau(curve: Sequence[Sequence[float]], steps: int) -> bool:
-    """Whether a falling curve of (step, value) gains less than 2 % over the last quarter of `steps`."""
-    before = [value for step, value in curve if step <= 0.75 * steps]
-    return bool(before) and min(value for _, value in curve) > 0.98 * min(before)
+    """Whether a curve of (step, value) fell and gained less than 2 % over the last quarter of `steps`. One that never
+    falls below its first value says that nothing has been learned, not that there is nothing left to learn."""
+    before, best = [value for step, value in curve if step <= 0.75 * steps], min((v for _, v in curve), default=0.0)
+    return bool(before) and 0.98 * min(before) < best < before[0]
 
 
 def weights_digest(checkpoint: str | AnyPath) -> str:

@@ -53,6 +53,7 @@ from spatialvla_jax.config import (
 from spatialvla_jax.data import DataConfig
 from spatialvla_jax.data.resolve_datasets import make_entries
 from spatialvla_jax.errors import InputError
+from spatialvla_jax.sim.libero_env import MAX_STEPS, NUM_TASKS
 from spatialvla_jax.training.setup import check_patterns, make_setup
 from spatialvla_jax.utils.renames import CONFIG_KEYS
 from spatialvla_jax.utils.schema import Field, check
@@ -67,11 +68,21 @@ SWEEP = {
     "closed_loop": Field({}, "evaluate each trial in simulation as well"),
     "keep_checkpoints": Field(True, "False: keep only results"),
 }
+
+
+def _suite(name: str) -> str:
+    return "" if name in ("", *MAX_STEPS) else f"is not a suite: there are {', '.join(MAX_STEPS)}"
+
+
+def _distinct(values: list[int]) -> str:
+    return "" if len({*values}) == len(values) else "has a value twice"
+
+
 CLOSED_LOOP = {
-    "suite": Field("", "of LIBERO; empty: the one that the trial's dataset is named after"),
+    "suite": Field("", "of LIBERO; empty: the one that the trial's dataset is named after", problem=_suite),
     "episodes": Field(50, "of each task and seed", low=1, high=1000),
-    "seeds": Field([], "of the episodes; empty: the trial's own", items=SEED),
-    "tasks": Field([], "ids; empty: all ten", items=Field(0, "", low=0, high=9)),
+    "seeds": Field([], "of the episodes; empty: the trial's own", items=SEED, problem=_distinct),
+    "tasks": Field([], "ids; empty: all", items=Field(0, "", low=0, high=NUM_TASKS - 1), problem=_distinct),
 }
 
 

@@ -184,6 +184,8 @@ BAD = [
         "reference of .* has no value for axis 'seed x': choose one of a",
     ),
     ({"closed_loop": {"episode": 7}}, "closed_loop of .* has no key 'episode': its keys are suite, episodes, seeds"),
+    ({"closed_loop": {"suite": "libero"}}, "closed_loop.suite='libero' is not a suite: there are libero_spatial, libe"),
+    ({"closed_loop": {"seeds": [1, 1]}}, r"closed_loop.seeds=\[1, 1\] has a value twice"),
     ({"closed_loop": {"episodes": 0}}, "closed_loop.episodes=0 is below 1; the nearest valid value is 1"),
     ({"closed_loop": {"tasks": [10]}}, r"closed_loop.tasks\[0\]=10 is above 9; the nearest valid value is 9"),
     ({"base": 3}, "base=3 is a whole number, but a string or a dict is expected"),

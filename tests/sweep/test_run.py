@@ -93,6 +93,7 @@ def test_a_plateau_is_a_last_quarter_without_gains() -> None:
     assert measure.plateau([*falling, [90, 0.41], [100, 0.393]], 100)  # 1.75 % better
     assert not measure.plateau([*falling, [90, 0.391], [100, 0.41]], 100)  # 2.25 % better
     assert measure.plateau([*falling, [100, 0.7]], 100)  # it rises: there is nothing left to learn
+    assert not measure.plateau([[25, 0.5], [75, 0.52], [100, 0.51]], 100)  # nothing was learned
     assert not measure.plateau([[80, 0.4], [100, 0.4]], 100) and not measure.plateau([], 100)
 
 
