@@ -91,6 +91,9 @@ KEYS: dict[str, Field] = {
     "lora.alpha": Field(32.0, "the change of a kernel is alpha / rank · B A", above=0),
     "lora.targets": Field(("llm", "img", "ego3d"), "patterns of the adapted kernels' paths", items=PATTERN),
     "model.preset": Field("spatialvla-4b-224", "sizes of the model", choices=tuple(PRESETS)),
+    "model.image_size": Field(
+        0, "a side of the images, a multiple of the patch's 14; 0: the preset's", low=0, high=1792, unit="pixels"
+    ),
     "model.depth_source": Field(
         "zoedepth", "where Ego3D's depth comes from; none: no Ego3D", choices=CHOICES["depth_source"]
     ),

@@ -46,7 +46,9 @@ def run_show(args: argparse.Namespace) -> None:
     from spatialvla_jax.utils.progress import progress_bar, shard_progress
 
     config: Any = load_config(args.config, args.overrides)
-    size = preset(config.model.preset).img.image_size if config.data.get("packed") else IMAGE_SIZE
+    size = (
+        preset(config.model.preset, config.model.image_size).img.image_size if config.data.get("packed") else IMAGE_SIZE
+    )
     loader = load_data(config.data, image_size=size, progress=shard_progress())
     grid = make_processor(config, loader).grid
     with progress_bar("show", "dataset") as progress:
@@ -207,7 +209,7 @@ def run_depth(args: argparse.Namespace) -> None:
         config = load_config(args.config, args.overrides)
         entries = make_entries(DataConfig.from_config(config.data))
         datasets = [(Path(entry.path), entry.spec) for entry in entries]
-        size = size or preset(config.model.preset).img.image_size
+        size = size or preset(config.model.preset, config.model.image_size).img.image_size
     zoedepth, arrays, native_size = read_zoedepth(args.checkpoint)
     if not (size := size or native_size):
         raise InputError(
@@ -264,7 +266,7 @@ def run_pack(args: argparse.Namespace) -> None:
     config = load_config(args.config, args.overrides)
     loader = load_data(
         config.data,
-        image_size=args.image_size or preset(config.model.preset).img.image_size,
+        image_size=args.image_size or preset(config.model.preset, config.model.image_size).img.image_size,
         action_chunk=config.model.action_chunk,
         depth=config.model.depth_source == "dataset",
         progress=shard_progress(),

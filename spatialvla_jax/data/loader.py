@@ -438,7 +438,7 @@ def open_data(
     see `load_data`."""
     return load_data(
         config.data,
-        image_size=preset(config.model.preset).img.image_size,
+        image_size=preset(config.model.preset, config.model.image_size).img.image_size,
         action_chunk=config.model.action_chunk,
         depth=config.model.depth_source == "dataset",
         target=target,

@@ -72,10 +72,11 @@ PRESETS: dict[str, SpatialVLAConfig] = {
 }
 
 
-def preset(name: str, **changes) -> SpatialVLAConfig:
-    """The preset with fields of `SpatialVLAConfig` changed; `llm.vocab_size` follows the text and action tokens.
+def preset(name: str, image_size: int = 0, **changes) -> SpatialVLAConfig:
+    """The preset with images of `image_size` pixels a side (0: its own) and fields of `SpatialVLAConfig` changed;
+    `llm.vocab_size` follows the text and action tokens.
 
-    Raises InputError for an unknown name or field, or an invalid choice.
+    Raises InputError for an unknown name or field, an invalid choice or an image that patches do not cover.
     """
     if name not in PRESETS:
         raise InputError(f"model preset {name!r} does not exist; choose one of {', '.join(PRESETS)}")
@@ -89,5 +90,9 @@ def preset(name: str, **changes) -> SpatialVLAConfig:
         if (value := changes.get(field, choices[0])) not in choices:
             raise InputError(f"model.{field} is {value!r}; choose {', '.join(choices[:-1])} or {choices[-1]}")
     config = replace(base, **changes)
+    if image_size % (patch := config.img.patch_size):
+        raise InputError(f"model.image_size={image_size} is not a multiple of {patch}, the pixels of a patch's side")
+    if image_size:
+        config = replace(config, img=replace(config.img, image_size=image_size))
     vocabulary = config.action_offset + config.spatial_tokens
     return replace(config, llm=replace(config.llm, vocab_size=vocabulary))

@@ -63,20 +63,20 @@ def pin_init(config: ConfigDict, begun: dict[str, Any]) -> ConfigDict:
 
 
 def with_model_of(config: ConfigDict, start: Checkpoint | None, begun: dict[str, Any]) -> ConfigDict:
-    """The config with the preset, depth source and mask of the model in `init`, or for a resumed run (`begun` not
-    empty) of the config it started with.
+    """The config with the preset, image size, depth source and mask of the model in `init`, or for a resumed run
+    (`begun` not empty) of the config it started with.
 
-    Raises InputError if the config explicitly sets a different preset or depth source.
+    Raises InputError if the config explicitly sets another of these, except the mask.
     """
     if begun:
         model = default_config().model.to_dict() | begun["model"]  # keys newer than the run have their defaults
     elif start is not None:
-        model = {"preset": preset_of(config.init, start.config)}
+        model = {"preset": preset_of(config.init, start.config), "image_size": start.config.img.image_size}
         model |= {key: getattr(start.config, key) for key in ("depth_source", "mask")}
     else:
         return config
     config, default = config.copy_and_resolve_references(), default_config().model
-    for key in ("preset", "depth_source", "mask"):
+    for key in ("preset", "image_size", "depth_source", "mask"):
         value, stored = config.model[key], model[key]
         if value == stored:
             continue
@@ -88,9 +88,10 @@ def with_model_of(config: ConfigDict, start: Checkpoint | None, begun: dict[str,
 
 
 def preset_of(path: str, config: SpatialVLAConfig) -> str:
-    """The preset name for a checkpoint's sizes. Raises InputError if no preset has them."""
-    vocabulary = config.llm.vocab_size
-    for name, sizes in PRESETS.items():
+    """The preset name for a checkpoint's sizes, the image's aside. Raises InputError if no preset has them."""
+    vocabulary, image_size = config.llm.vocab_size, config.img.image_size
+    for name, sizes in sorted(PRESETS.items(), key=lambda item: item[1].img.image_size != image_size):
+        sizes = replace(sizes, img=replace(sizes.img, image_size=image_size))
         same = (sizes.img, replace(sizes.llm, vocab_size=vocabulary)) == (config.img, config.llm)
         if same and (config.depth_source != "zoedepth" or sizes.zoe == config.zoe):
             return name

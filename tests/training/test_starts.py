@@ -129,10 +129,11 @@ def test_the_model_is_that_of_init(config_file: Path, trained: Path, tmp_path: P
     assert train_config_of_file(tmp_path / "run")["preset"] == "nano"
     for key, value, has in (
         ("preset", "tiny", "nano"),
+        ("image_size", 84, 56),
         ("depth_source", "none", prepared.setup.model.config.depth_source),
     ):
-        other = load_config(tmp_path / "plain.py", overrides | {f"model.{key}": value})
-        with pytest.raises(InputError, match=f"model.{key} is '{value}', and the model in {trained} has '{has}'"):
+        other = load_config(tmp_path / "plain.py", overrides | {f"model.{key}": str(value)})
+        with pytest.raises(InputError, match=f"model.{key} is {value!r}, and the model in {trained} has {has!r}"):
             prepare(other, tmp_path / "other")
 
 
