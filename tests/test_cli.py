@@ -48,7 +48,7 @@ def config_for(config_file: Path, path: Path, folder: Path) -> Path:
     [
         ("train.step=3", "config key train.step does not exist; did you mean train.steps?"),
         ("train.steps=many", "train.steps='many' is a string, but a whole number is expected"),
-        ("model.preset=huge", "model.preset='huge' is not one of nano, tiny, small"),
+        ("model.preset=huge", "model.preset='huge' is not one of nano, tiny, mini, small"),
         ("model.remat=everything", "model.remat='everything' is not one of none, full, dots; a valid value is 'dots'"),
         ("model.dtype=float61", "model.dtype='float61' is not one of float32, bfloat16"),
         ("model.mask=prefixes", "'prefixes' is not one of prefix, causal; the nearest valid value is 'prefix'"),
