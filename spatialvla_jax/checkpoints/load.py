@@ -37,8 +37,8 @@ ENDS = 1 << 16  # bytes
 
 def read_checkpoint(path: str | AnyPath, zoedepth: str | AnyPath | None = None) -> Checkpoint:
     """Recognise and open a checkpoint: one of our Orbax runs or its steps, a published directory, a .npz, or a
-    PaliGemma 2 (`start_from_paligemma`), which alone may take a `zoedepth`. An adapter run is merged with its base.
-    Each may be an id of the Hugging Face Hub (`hub.find_checkpoint`). Raises InputError for anything else."""
+    PaliGemma 2 (`start_from_paligemma`). Only a PaliGemma 2 may take a `zoedepth`. An adapter run is merged with its
+    base. Each may be an id of the Hugging Face Hub (`hub.find_checkpoint`). Raises InputError for anything else."""
     path, zoedepth = find_checkpoint(path), zoedepth and find_checkpoint(zoedepth, "ZoeDepth")
     if not exists(path):
         no_id = ", and is not an id of the Hugging Face Hub, ORG/NAME or ORG/NAME@REVISION"

@@ -1,7 +1,8 @@
 """Adapter runs, which store only adapters: read as the whole model merged with its base, or written for `peft`.
 
-Such a run's `params` hold only trained arrays ("lora/…" and the spatial table). Its metadata stores under "lora" the
-rank and alpha, how the base was adapted to the run's grid, and the base's path with digests of its grid and arrays.
+Such a run's `params` hold only trained arrays ("lora/…" and the spatial table). Under "lora", its metadata stores the
+rank and alpha, and how the base was adapted to the run's grid. It also stores the base's path, with digests of its grid
+and arrays.
 """
 
 import hashlib
@@ -211,9 +212,9 @@ def write_peft(
     base: str | AnyPath | None = None,
     base_files: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
-    """Write `run` as a directory of adapters for `base`, the PyTorch export of the run's base, with the run's processor
-    and `files` ({name: text}: the Python code and the card), and with `base_files` beside a base that it writes. It
-    appears whole or not at all. Returns {name: digest} of the tensors.
+    """Write `run` as a directory of adapters for `base`, the PyTorch export of the run's base. The directory also gets
+    the run's processor and `files` ({name: text}: the Python code and the card); a base that is written gets
+    `base_files`. It appears whole or not at all. Returns {name: digest} of the tensors.
 
         model = AutoModel.from_pretrained(base, trust_remote_code=True)
         model = PeftModel.from_pretrained(model, path)

@@ -87,8 +87,8 @@ class Index:
         return np.searchsorted(self.arrays["episode_end"], frames, side="right")
 
     def spans(self, key: str, frames: Any) -> Int64[np.ndarray, "*B 3"]:
-        """Where each frame's image or depth map (`key` "image" or "depth") is stored: its offset in the episode's file,
-        its length in bytes and its CRC-32C."""
+        """Where each frame's image or depth map (`key` "image" or "depth") is stored: offset in the episode's file,
+        length in bytes, CRC-32C."""
         spans = self._rows(key, frames).astype(np.int64)
         spans[..., 0] += self.arrays["episode_record"][self.episode(frames), 0]
         return spans

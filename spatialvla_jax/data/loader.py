@@ -244,9 +244,9 @@ class Loader:
         return total
 
     def table(self) -> list[dict[str, Any]]:
-        """The training mixture, one row per dataset: name, episodes read, used and skipped (by reason), frames, weight,
-        effective share of the samples in each phase, and passes over the dataset in one epoch (`mixture.epoch_length`
-        samples) of the first phase."""
+        """The training mixture, one row per dataset: name, episodes read, used and skipped (by reason), frames and
+        weight. "shares" are its effective shares of the samples in each phase. "passes" counts passes over the dataset
+        in one epoch (`mixture.epoch_length` samples) of the first phase."""
         phases = [phase for _, phase in self._fractions()]
         return [
             {

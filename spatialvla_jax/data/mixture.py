@@ -141,8 +141,8 @@ def permute(
     """The images of `positions` < `sizes` under the random permutation of range(size) that each key defines. It is a
     bijection for every size and key, computed pointwise without a table. `sizes` and `keys` broadcast.
 
-    A Feistel network on the smallest even number of bits that covers the size, iterated until the result is in range
-    (Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
+    A Feistel network on the smallest even number of bits that covers the size. It is iterated until the result is in
+    range (Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
     """
     sizes, keys = (np.broadcast_to(value, positions.shape) for value in (sizes, keys))
     half = np.maximum(1, (np.frexp(sizes - 1)[1] + 1) // 2).astype(np.uint64)  # frexp's exponent is the bit length

@@ -198,7 +198,7 @@ def export_files(
 
 
 def model_card(checkpoint: Checkpoint, origin: Origin | None = None, name: str = ".", adapters: bool = False) -> str:
-    """README.md of an export: facts about the model, what its run measured, and how to load it in JAX, with
+    """README.md of an export. It has facts about the model, what its run measured, and how to load it in JAX, with
     transformers and with the release's code.
 
     `name` is the id on the Hub, or "." for the folder that the card is in. An export of `adapters` has the weights of

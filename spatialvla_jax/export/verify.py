@@ -40,8 +40,9 @@ class Difference(TypedDict):
 
 
 class Verification(TypedDict):
-    """`differences` are per stage, for stages that the model has: inputs (pixels from each side's processor; later
-    stages get equal inputs), depth, image_features, logits (first action token), actions (robot units)."""
+    """`differences` are per stage, for stages that the model has: inputs, depth, image_features, logits (first action
+    token), actions (robot units). Inputs are the pixels from each side's own processor; later stages get equal
+    inputs."""
 
     examples: int
     dtype: str

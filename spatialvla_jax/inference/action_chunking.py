@@ -62,7 +62,7 @@ def chunk_of(reply: Any, action_dim: int | None = None) -> Float[np.ndarray, "T 
     """The actions f32[T, A] in a reply of `Policy.infer`, or of any policy server.
 
     Raises InputError if `reply` is not a dict with "actions", or if these are not finite numbers of shape [T, A] with
-    T, A ≥ 1 and A = `action_dim` where given.
+    T, A ≥ 1. If `action_dim` is given, A must equal it.
     """
     if not isinstance(reply, dict) or "actions" not in reply:
         got = (

@@ -79,8 +79,8 @@ def token_probabilities(
     intrinsics: Float[Array, "B 3 3"] | None = None,
     top: int,
 ) -> tuple[Int[Array, "B A {top}"], Float[Array, "B A {top}"]]:
-    """The `top` likeliest ids at each of the chunk's places and their probabilities f32, highest first, given the
-    `tokens` before each place: one pass over all of them. Arguments are as for `generate`, whose tokens these are.
+    """The `top` likeliest ids at each of the chunk's places and their probabilities f32, highest first. Each place sees
+    the `tokens` before it; all are computed in one pass. Arguments are as for `generate`, whose tokens these are.
 
     The probabilities are shares among the ids that the place allows; one that allows fewer than `top` has zeros.
     """

@@ -90,9 +90,9 @@ class Policy:
 
         `observation` has "image" u8[H, W, 3] and "prompt" str. Optional, or None: "intrinsics" f32[3, 3] in pixels of
         that image; "unnorm_key", a dataset's name; "draft" i32[T, tokens_per_action], a guess of the action ids. Models
-        with `depth_source="dataset"` need "depth" f32[H, W] in metres, 0 where there is no reading; with "depth_unit"
-        (metres per count) it may have any numeric dtype. Everything after tokenization, resizing included, is one
-        jitted call.
+        with `depth_source="dataset"` need "depth" f32[H, W] in metres, 0 where there is no reading. If "depth_unit"
+        (metres per count) is given, depth may have any numeric dtype. Everything after tokenization, resizing included,
+        is one jitted call.
 
         Raises InputError naming a missing, misshapen or implausible input, and NonFiniteError when the model's outputs
         are NaN or infinite: no action is returned then.

@@ -61,8 +61,8 @@ def relative_position_bias(
 ) -> Float[Array, "N T T"]:
     """Attention bias [head, query, key] for class token, row-major patches of `grid` = (h, w), `padding` masked tokens.
 
-    `table` holds a row for each offset (dy, dx) between two patches of a `pretrained` x `pretrained` grid, then one
-    each for class → patch, patch → class and class → class. For other grids the offsets are interpolated (MiDaS 3.1).
+    `table` holds a row for each offset (dy, dx) between two patches of a `pretrained` x `pretrained` grid. Three rows
+    follow: class → patch, patch → class and class → class. For other grids the offsets are interpolated (MiDaS 3.1).
     """
     (h, w), N = grid, table.shape[-1]
     offsets = table[:-3].reshape(1, 2 * pretrained - 1, 2 * pretrained - 1, N)

@@ -66,8 +66,8 @@ def estimate_depth(
 ) -> Float[Array, "B S S"]:
     """Metric depth in metres of RGB images in [0, 1], following the depth path of the SpatialVLA release.
 
-    Mirrors 31 px around the image, resizes to Z = `input_size`, normalises to [-1, 1], runs `zoedepth` (a bound
-    `ZoeDepth`), resizes back and crops the border. Raises InputError for images of at most 31 px.
+    Mirrors 31 px around the image, resizes it to Z = `input_size` and normalises it to [-1, 1]. Then runs `zoedepth` (a
+    bound `ZoeDepth`), resizes back and crops the border. Raises InputError for images of at most 31 px.
     """
     S = images.shape[1]
     if S <= DEPTH_PAD:

@@ -1,7 +1,7 @@
 """What a compiled TPU program costs, read from its optimised HLO text: FLOPs, HBM traffic and collectives of one chip.
 
-XLA's own `cost_analysis` counts the body of a loop once; here it counts as often as the loop runs it (scanned layers,
-accumulation), from the bound in each loop's condition.
+XLA's own `cost_analysis` counts the body of a loop once. Here it counts as often as the loop runs (scanned layers,
+accumulation), by the bound in the loop's condition.
 
     compute seconds    = hardware FLOPs of a chip (with rematerialisation; at least the model's) / peak FLOP/s
     HBM seconds        = bytes that its instructions read from and write to HBM / HBM bandwidth

@@ -1,7 +1,7 @@
 """A rehearsal: a few steps of a run, on the machines that will make it, beside what was planned; then go or no-go.
 
-What is rehearsed is the run's own loop, with its own program, in a folder of its own: steps, one save, an end, and a
-start from what was saved, whose state must have the same bits.
+A rehearsal is the run's own loop and program, in a separate folder. It takes some steps, saves, ends, and starts again
+from what was saved; that state must have the same bits.
 """
 
 import contextlib

@@ -1,8 +1,8 @@
 """libtpu's compiler, up to where the program and its memory are settled.
 
 After that the compiler generates machine code. This takes nine tenths of the time and changes neither the instructions
-of the optimised program nor its buffers. libtpu has no option to skip it, but writes both to a folder before it starts
-(`xla_dump_to`). So compilation runs in a separate process, which is ended once they are written.
+of the optimised program nor its buffers. libtpu has no option to skip it. But it writes both to a folder before it
+starts (`xla_dump_to`). So compilation runs in a separate process, which is ended once they are written.
 """
 
 import multiprocessing

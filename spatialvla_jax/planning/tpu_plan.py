@@ -176,8 +176,8 @@ def memory_of(buffers: dict[str, int], params: int, optimizer: int) -> dict[str,
 
 
 def smaller(plan: Plan, slices: int) -> Iterator[Plan]:
-    """Plans that need less memory than `plan`, those first that cost the least time: the same work split further, more
-    rematerialisation, both, at last a smaller batch."""
+    """Plans that need less memory than `plan`, cheapest in time first: the same work split further, more
+    rematerialisation, both, and finally a smaller batch."""
     data, fsdp, tensor = plan.mesh
     if data > slices:  # parameters and optimizer split over more chips: the same speed
         yield replace(plan, mesh=(slices, fsdp * data // slices, tensor))
@@ -225,12 +225,12 @@ def shrinks(plan: Plan, other: Plan) -> float:
 def search(
     plan: Plan, topology: Topology, compile_: Callable[[Plan], Report], progress: Progress
 ) -> list[tuple[Plan, Report]]:
-    """Meshes, remat policies and accumulation for the plan's batch, its half and its quarter → those that fit, the most
-    samples a second by the roofline first.
+    """Tries meshes, remat policies and accumulation for the plan's batch, half of it and a quarter. Returns those that
+    fit, fastest by the roofline first.
 
-    For each mesh, batch and policy, accumulation grows until the step fits; a policy that keeps less is left out where
-    one that keeps more fits in as few parts, as it would do the same products and more. So are smaller batches where a
-    larger one fits whole without rematerialisation: each step gathers the same parameters for fewer samples.
+    For each mesh, batch and policy, accumulation grows until the step fits. If a policy that keeps more fits in as few
+    parts, policies that keep less are skipped: they would only add products. So are smaller batches where a larger one
+    fits whole without rematerialisation: each step gathers the same parameters for fewer samples.
     """
     fitting: list[tuple[Plan, Report]] = []
     whole: set[tuple[int, int, int]] = set()

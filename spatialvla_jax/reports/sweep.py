@@ -47,9 +47,9 @@ LOSSES = " Losses of vocabularies of different sizes can't be compared."
 
 
 def write_report(workdir: Path) -> str:
-    """Writes report.html, report.json, table.csv, table.md, table.tex and figures/ into a sweep's directory from the
-    trials that are finished so far, each file by rename; returns what it wrote in words. Raises InputError where none
-    is or one lacks files."""
+    """Writes report.html, report.json, table.csv, table.md, table.tex and figures/ into a sweep's directory, each file
+    by rename, from the trials that are finished so far. Returns a sentence that says what it wrote. Raises InputError
+    if no trial is finished, or if one lacks files."""
     results = read_sweep(workdir)
     tables, said, made = tables_of(results), conclusions(results), provenance(results)
     (workdir / "figures").mkdir(exist_ok=True)

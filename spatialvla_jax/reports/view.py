@@ -59,8 +59,8 @@ def recording(out: Path | None) -> Iterator[Any]:
 
 
 def record_episode(stream: Any, episode: Episode, statistics: Mapping[str, Any], policy: Policy | None = None) -> None:
-    """An episode as the loader gives it; with a `policy`, also what it predicts in each frame and the cells of its grid
-    that it chose. `statistics` are the dataset's."""
+    """Records an episode as the loader gives it. With a `policy`, also records what it predicts in each frame and the
+    cells of its grid that it chose. `statistics` are the dataset's."""
     frames = episode.frames
     expert = unnormalize(np.asarray(frames.actions), statistics["action"])
     path = _path(np.zeros(3), expert[:, 0])
@@ -181,8 +181,8 @@ def _log_cell(stream: Any, grid: ActionTokenizer, ids: Int[np.ndarray, " n"]) ->
 
 
 def cell_edges(grid: ActionTokenizer, ids: Int[np.ndarray, " n"]) -> list[Float[np.ndarray, "points 3"]]:
-    """The twelve edges of a translation's cell, of one action's ids, in normalised units: part of a spherical shell, or
-    a box of the linear grid."""
+    """The twelve edges of the translation's cell that one action's ids name, in normalised units. The cell is part of a
+    spherical shell, or a box of the linear grid."""
     if isinstance(grid, ActionGrid):
         start, size = grid.token_ranges[0]
         bins = np.unravel_index(np.clip(ids[0] - start, 0, size - 1), grid.num_bins[:3])

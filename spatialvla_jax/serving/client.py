@@ -81,10 +81,11 @@ class Client:
     """A policy at `address` (ws://host:port), behind a server of openpi's protocol; `metadata` is what the server says
     about it.
 
-    Raises InputError, with the address, where there is no server, where it has not replied after `timeout` seconds or
-    has closed the connection, with its message for an observation that it refuses, and for a reply that is no map in
-    openpi's encoding or whose "actions" `chunk_of` refuses. It may be called again after any of them. For the first
-    `wait` seconds the server may still be starting: its port may be closed, and its replies may take as long.
+    Raises InputError with the address if there is no server, if it does not reply within `timeout` seconds, or if it
+    closes the connection. If the server refuses an observation, the error has its message. A reply that is not a map in
+    openpi's encoding, or whose "actions" `chunk_of` refuses, raises it too. It may be called again after any of them.
+    For the first `wait` seconds the server may still be starting: its port may be closed, and its replies may take as
+    long.
     """
 
     def __init__(self, address: str, token: str = "", timeout: float = 60.0, wait: float = 0.0) -> None:

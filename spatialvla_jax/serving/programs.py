@@ -1,5 +1,5 @@
-"""The programs of a served policy: one for each size of image, padded prompt and size of batch, compiled in the order
-in which they are asked for."""
+"""The compiled programs of a served policy: one for each image size, padded prompt length and batch size. They are
+compiled in the order in which they are asked for."""
 
 import asyncio
 from bisect import bisect_left

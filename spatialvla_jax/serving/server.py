@@ -8,7 +8,7 @@ message beyond the size limit, or no answer to a ping for 20 s, ends the connect
 The port is open before the policy is loaded. Until an observation can be answered, /healthz answers 503 "compiling" and
 clients that have connected wait.
 
-Asyncio reads and writes; one thread calls the policy on the observations that arrived since its last call, and another
+Asyncio reads and writes. One thread calls the policy on the observations that arrived since its last call, and another
 one loads and compiles it (`programs`).
 """
 
@@ -134,10 +134,10 @@ class Client:
 class Server:
     """`start` opens the port, then loads and compiles; `drain` answers the requests in flight and stops.
 
-    With `execute` "chunk" it replies with whole chunks f32[T, 7]; with a mode of `executor` it replies with one action
-    f32[1, 7] a request and calls the policy only where a chunk is due. `report` gets a sentence for each program that
-    is compiled, and one when clients can be answered. Raises InputError where `host` is reachable from other machines
-    and there is no token.
+    With `execute` "chunk" it replies with whole chunks f32[T, 7]. With a mode of `executor` it replies to each request
+    with one action f32[1, 7], and calls the policy only when a chunk is due. `report` gets a sentence for each program
+    that is compiled, and one when clients can be answered. Raises InputError where `host` is reachable from other
+    machines and there is no token.
     """
 
     def __init__(

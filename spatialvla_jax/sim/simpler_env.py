@@ -65,8 +65,8 @@ class SimplerPolicy:
 
         Raw: "world_vector", "rotation_delta" (roll, pitch, yaw), "open_gripper" (0 closed to 1 open). For the
         simulator: "world_vector" in metres, "rot_axangle" in radians, "gripper" and "terminate_episode" (always 0). A
-        new task description starts an episode. Raises InputError, without an action, if there is no task description,
-        if the policy refuses the input, or if the reply is not a finite chunk f32[T, 7].
+        new task description starts an episode. Raises InputError if there is no task description, if the policy refuses
+        the input, or if the reply is not a finite chunk f32[T, 7]. Then no action is executed.
         """
         if task_description is not None and task_description != self.task_description:
             self.reset(task_description)

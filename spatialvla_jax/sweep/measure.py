@@ -112,9 +112,9 @@ def simulate(trial: Trial, folder: Path, workers: int) -> None:
 
 
 def features_of(init: str, run: Path, actions: np.ndarray) -> dict[str, np.ndarray]:
-    """Rows of the spatial embedding over directions, at the data's median r, for a run that started from a checkpoint:
-    before and after training, and, if the grid changed, after adaptation. Returns {"before_theta" (edges), "before_phi"
-    (edges), "before_features" f32[n, m, D], "after_theta", …, "adapted_theta", …}."""
+    """Rows of the spatial embedding over directions, at the data's median r, for a run that started from a checkpoint.
+    They are taken before and after training and, if the grid changed, after adaptation. Returns {"before_theta"
+    (edges), "before_phi" (edges), "before_features" f32[n, m, D], "after_theta", …, "adapted_theta", …}."""
     median, arrays, tables = np.median(np.linalg.norm(actions[:, :3], axis=1)), {}, {}
     for when, path in {"before": init, "after": run}.items() if init else ():
         checkpoint = read_checkpoint(path)

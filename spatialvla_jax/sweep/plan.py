@@ -1,8 +1,9 @@
 """Sweep files: their trials, checked before any of them runs.
 
-There is a trial for every combination of axis values, or, around a `reference`, for every value of one axis at a time;
-and that for every seed. All trials with the first seed come before those with the next, so a sweep that is cut short
-still fills the table. Parallel processes then also compile different programs, which the other seeds' trials reuse.
+There is a trial for every combination of axis values or, around a `reference`, for every value of one axis at a time.
+Each is run with every seed. All trials with the first seed come before those with the next, so a sweep that is cut
+short still fills the table. Parallel processes then also compile different programs, which the other seeds' trials
+reuse.
 
 A sweep file defines `get_sweep()`, which returns
 

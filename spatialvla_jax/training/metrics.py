@@ -162,9 +162,9 @@ def scalars(metrics: dict[str, Any], datasets: Sequence[str]) -> dict[str, float
 def rates(seconds: float, samples: int, tokens: int, flops: float) -> dict[str, float]:
     """Throughput of a step of `seconds` over `samples`, each with `tokens` positions and `flops` FLOPs.
 
-    MFU = flops × samples / (seconds × devices × peak), with the FLOPs of the forward pass and the backward pass to
-    trainable parameters, without rematerialisation, augmentation and optimizer (`flops.model_flops`). It is omitted if
-    `flops` is 0, as for devices of unknown peak. Memory is that of this process's first device.
+    MFU = flops × samples / (seconds × devices × peak). The FLOPs are those of the forward pass and of the backward pass
+    to trainable parameters, without rematerialisation, augmentation and optimizer (`flops.model_flops`). It is omitted
+    if `flops` is 0, as for devices of unknown peak. Memory is that of this process's first device.
     """
     values = {"samples_per_second": samples / seconds, "tokens_per_second": samples * tokens / seconds}
     if flops:

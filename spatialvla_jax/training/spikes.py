@@ -57,8 +57,8 @@ class Watch:
         return {"spikes": len(self.spikes), "spikes/skipped_batches": self.skipped} if self.to_dict() else {}
 
     def look(self, *, leave: int = 0) -> int | None:
-        """Wait for the completed steps except the last `leave` and check their losses → the step to go back to if one
-        was a spike, else None. Raises InputError after too many skipped steps or spikes."""
+        """Wait for the completed steps except the last `leave` and check their losses. Returns the step to go back to
+        if one was a spike, else None. Raises InputError after too many skipped steps or spikes."""
         while len(self.waiting) > leave:
             step, metrics = self.waiting.popleft()
             check_skipped(metrics, step, self.max_skipped)

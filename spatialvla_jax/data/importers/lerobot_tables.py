@@ -175,8 +175,8 @@ def _read(source: LeRobot, episode: Episode) -> dict[str, Any]:
 
 
 def read_frames(episode: Episode, times: Float64[np.ndarray, " L"], tolerance: float) -> list[bytes]:
-    """The episode's frames as JPEGs. Raises a Fault unless the video has, between the episode's start and stop, exactly
-    one frame for each of `times` (seconds from the start), within `tolerance` seconds."""
+    """The episode's frames as JPEGs. `times` are seconds from the episode's start. Raises a Fault unless the video has
+    exactly one frame for each of them between start and stop, within `tolerance` seconds."""
     av = _extra("av")
     path, frames, stamps = episode.video, [], []
     if not (path and path.is_file()):

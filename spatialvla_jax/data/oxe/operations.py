@@ -77,9 +77,9 @@ def absolute_gripper(episode: Episode) -> Episode:
 
 
 def relabel_from_state(episode: Episode, key: str, rotation: str = "euler") -> Episode:
-    """Replaces the motion by the change from this step's reached pose (the first numbers of `key`: position, rotation)
-    to the next one's; drops the last step. Positions and Euler angles are subtracted (Bridge's rule). Other rotations
-    become the relative rotation in the frame of the robot's base."""
+    """Replaces the motion by the change from this step's reached pose to the next one's, and drops the last step. The
+    pose is the first numbers of `key`: position, then rotation. Positions and Euler angles are subtracted (Bridge's
+    rule). Other rotations become the relative rotation in the frame of the robot's base."""
     pose, action = episode[key], episode["action"]
     if pose.ndim != 2 or pose.shape[1] < 3 + ROTATIONS[rotation]:
         numbers = 3 + ROTATIONS[rotation]
@@ -112,8 +112,8 @@ def drop_idle(episode: Episode, window: int, tolerance: float) -> Episode:
 
 
 def drop_noops(episode: Episode, threshold: float) -> Episode:
-    """Drops steps that neither move (norm of the motion below `threshold`) nor change the gripper, and all steps before
-    the first motion (OpenVLA's rule for LIBERO)."""
+    """Drops steps that neither move (norm of the motion below `threshold`) nor change the gripper. Also drops all steps
+    before the first motion. This is OpenVLA's rule for LIBERO."""
     moving = np.linalg.norm(episode["action"][:, :6], axis=1) >= threshold
     gripper = episode["action"][:, -1]
     keep = moving | ((np.diff(gripper, prepend=gripper[:1]) != 0) & (np.cumsum(moving) > 0))

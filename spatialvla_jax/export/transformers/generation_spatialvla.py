@@ -117,7 +117,7 @@ def run_graph(model: Any, graphs: dict[Any, Any], inputs: Mapping[str, torch.Ten
     """The tokens i64[B, action tokens] from the graph for these shapes, which the first call records.
 
     None if no graph can be used: without an NVIDIA GPU, with unknown inputs, with non-finite weights, or if recording
-    fails, which is warned about once.
+    fails. A failure is warned about once.
     """
     if model.device.type != "cuda" or torch.version.hip or graphs.get("failed") or inputs.keys() - GRAPH_INPUTS:
         return None

@@ -16,9 +16,9 @@ def action_grid(
 ) -> None:
     """A grid over the data that it is for, as in the paper's Fig. 3.
 
-    Left, in 3-D: the translations' directions with the (theta, phi) cells on the unit sphere, and the translations
-    themselves with the cells cut by the planes z = 0 and y = 0. Right, per variable: the data, the Gaussian fitted to
-    it and the bin edges. `actions` f32[N, A] are normalised; `source` says in the legend what they are. Without `fit`
+    Above, in 3-D: the translations' directions, with the (theta, phi) cells on the unit sphere; the translations, with
+    the cells cut by the planes z = 0 and y = 0; the rotations. Below, per variable: the data, the Gaussian fitted to it
+    and the bin edges. `actions` f32[N, A] are normalised; `source` says in the legend what they are. Without `fit`
     there is no Gaussian: to samples of the grid itself, it would not be the one that the grid was made of.
     """
     actions = np.asarray(actions, np.float32).reshape(-1, grid.action_dim)

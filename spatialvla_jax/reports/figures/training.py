@@ -102,8 +102,8 @@ def token_use(
     expert: Int[np.ndarray, "N T n"],
     predicted: Int[np.ndarray, "N T n"],
 ) -> None:
-    """Which cells of the grid the expert's and the predicted tokens use: the share of each bin of each variable, and
-    how many of each token's ids occur."""
+    """Which cells of the grid the expert's and the predicted tokens use. It shows the share of each bin of each
+    variable, and how many of each token's ids occur."""
     with drawing(path, 10.4, 4.6) as figure:
         all_axes = figure.subplots(2, 4).ravel()
         variables = _bins(grid, expert), _bins(grid, predicted)
