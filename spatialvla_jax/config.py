@@ -69,7 +69,9 @@ PATTERN = Field("", "", problem=_pattern)
 NAME = Field("", "")
 # Every key there is, with the recipe as published; the files in `configs/` change what they need.
 KEYS: dict[str, Field] = {
-    "seed": Field(0, "of the parameters, the order of the data and the augmentation", low=0, high=2**32 - 1),
+    "seed": Field(
+        0, "random seed of the parameters, the order of the data and the augmentation", low=0, high=2**32 - 1
+    ),
     "init": Field(
         "",
         "checkpoint to start from, in any format that load_pretrained reads, or its id on the Hugging Face Hub; empty: "
@@ -86,10 +88,12 @@ KEYS: dict[str, Field] = {
     "adapt.head": Field(False, "interpolate the action rows of init's LM head too"),
     # Published: rank 32, alpha 32, all linear layers.
     "lora.rank": Field(
-        0, "of adapters that train with the spatial table, instead of all weights but optimizer.frozen; 0: none", low=0
+        0, "rank of the adapters; only they and the spatial table are then trained; 0: no adapters", low=0
     ),
     "lora.alpha": Field(32.0, "the change of a kernel is alpha / rank · B A", above=0),
-    "lora.targets": Field(("llm", "img", "ego3d"), "patterns of the adapted kernels' paths", items=PATTERN),
+    "lora.targets": Field(
+        ("llm", "img", "ego3d"), "regular expressions for the paths of the adapted kernels", items=PATTERN
+    ),
     "model.preset": Field("spatialvla-4b-224", "sizes of the model", choices=tuple(PRESETS)),
     "model.image_size": Field(
         0, "a side of the images, a multiple of the patch's 14; 0: the preset's", low=0, high=1792, unit="pixels"
@@ -100,13 +104,13 @@ KEYS: dict[str, Field] = {
     "model.mask": Field(
         "prefix", "attention in image and prompt; causal: as in the release's training scripts", choices=CHOICES["mask"]
     ),
-    "model.dtype": Field("bfloat16", "of the computation; parameters are float32", choices=CHOICES["dtype"]),
-    "model.remat": Field("dots", "what the backward pass computes again to save memory", choices=CHOICES["remat"]),
+    "model.dtype": Field("bfloat16", "dtype of the computation; parameters are float32", choices=CHOICES["dtype"]),
+    "model.remat": Field("dots", "what the backward pass recomputes to save memory", choices=CHOICES["remat"]),
     # A loop copies what the backward pass needs, but compiles one layer instead of all.
-    "model.unroll": Field(False, "compile layer by layer, not a loop over them: faster steps, a slower start"),
+    "model.unroll": Field(False, "unroll the layers instead of looping over them: faster steps, slower compilation"),
     "model.action_chunk": Field(4, "actions predicted at once", low=1, high=1000),
     "data.mixture": Field("", "mixture of the catalogue, such as oxe_spatial_vla_plus"),
-    "data.root": Field("", "directory of the mixture's datasets", problem=_path),
+    "data.root": Field("", "directory that holds the mixture's datasets", problem=_path),
     "data.datasets": Field(
         [], "further datasets: {name, spec, path, weight, splits}", items=Field({}, "", problem=_json)
     ),
@@ -119,60 +123,69 @@ KEYS: dict[str, Field] = {
     ),
     "data.drop": Field(
         {},
-        "{dataset: the part of the run after which it gives no more samples}",
+        "{dataset: the part of the run after which it is no longer sampled}",
         items=Field(0.5, "", above=0, below=1, unit="fraction of the steps"),
     ),
     "data.split": Field("train", "training split, or a part of it: train[:95%]"),
-    "data.precomputed_depth": Field(False, "take the depth of `data depth` instead of the datasets' own"),
-    "data.statistics": Field("", "a file of `spatialvla-jax stats`; empty: made when a run begins", problem=_path),
+    "data.precomputed_depth": Field(False, "use the depth that `data depth` stored, not the datasets' own"),
+    "data.statistics": Field("", "a file of `spatialvla-jax stats`; empty: computed when a run begins", problem=_path),
     "data.balance": Field(True, "multiply weights by the sizes of the datasets, as published"),
-    "data.faults.policy": Field("fail", "skip: leave out damaged data and count it", choices=("fail", "skip")),
-    "data.faults.limit": Field(100, "how much data may be left out", low=0),
+    "data.faults.policy": Field(
+        "fail", "what to do with damaged data; skip: leave it out and count it", choices=("fail", "skip")
+    ),
+    "data.faults.limit": Field(100, "how many faults may be skipped before the run fails", low=0),
     "data.read_block": Field(
-        0, "frames read at once, more for spinning disks; 0: one, or what a bucket's latency and bandwidth want", low=0
+        0,
+        "consecutive frames read at once, more for spinning disks; 0: one, or in a bucket what its latency and "
+        "bandwidth call for",
+        low=0,
     ),
     "data.shuffle_frames": Field(100_000, "frames shuffled together where read_block > 1", low=1),
-    "data.memory_gb": Field(8.0, "what a process may hold of data", above=0, unit="GB"),
-    "data.cache_dir": Field("", "of the dataset indexes; empty: ~/.cache/spatialvla_jax", problem=_path),
-    "data.workers": Field(0, "decoding threads; 0: one a core", low=0, high=4096),
+    "data.memory_gb": Field(8.0, "memory that a process may use for data", above=0, unit="GB"),
+    "data.cache_dir": Field("", "directory of the dataset indexes; empty: ~/.cache/spatialvla_jax", problem=_path),
+    "data.workers": Field(0, "decoding threads; 0: one per core", low=0, high=4096),
     # The length is that of a GPU-friendly 320 tokens in all, with image and actions.
-    "data.prompt.length": Field(52, "of the prompt, <bos> and newline included", low=2, high=8192, unit="tokens"),
+    "data.prompt.length": Field(
+        52, "padded length of the prompt, including <bos> and newline", low=2, high=8192, unit="tokens"
+    ),
     "data.prompt.template": Field(
         "{instruction}",
-        "what the model is asked",
+        "prompt of the model",
         problem=lambda text: "" if "{instruction}" in text else "must contain {instruction}",
     ),
     "data.prompt.model": Field(
         "", "PaliGemma's SentencePiece file; empty: a small one trained on the instructions", problem=_path
     ),
-    "data.prompt.vocab_size": Field(256, "of the small tokenizer, at most", low=1, high=1_000_000),
+    "data.prompt.vocab_size": Field(256, "largest vocabulary of the small tokenizer", low=1, high=1_000_000),
     "grid.kind": Field(
         "gaussian",
-        "linear: 256 bins a dimension, 7 tokens an action; checkpoint: that of init",
+        "linear: 256 bins per dimension, 7 tokens per action; checkpoint: the grid of init",
         choices=("gaussian", "uniform", "linear", "checkpoint"),
     ),
     "grid.num_bins": Field(
         (16, 32, 8, 16, 16, 16), "bins of theta, phi, r, roll, pitch, yaw", size=6, items=Field(1, "", low=1, high=4096)
     ),
-    "grid.min_sigma": Field(0.5, "least standard deviation of the Gaussians", low=0, unit="normalised action"),
+    "grid.min_sigma": Field(0.5, "smallest standard deviation that a Gaussian gets", low=0, unit="normalised action"),
     "grid.exclude": Field(
         ("language_table", "berkeley_fanuc_manipulation", "cmu_stretch", "jaco_play"),
-        "datasets that the Gaussians are not fitted to, as published",
+        "datasets left out when the Gaussians are fitted, as published",
         items=NAME,
     ),
     "augment.enabled": Field(True, "crop and colour jitter"),
-    "augment.crop_area": Field(0.9, "of the random crop; 1: none", above=0, high=1, unit="fraction of the image"),
+    "augment.crop_area": Field(
+        0.9, "area of the random crop; 1: no crop", above=0, high=1, unit="fraction of the image"
+    ),
     "augment.crop_area_max": Field(
-        0.0, "above crop_area: each example's area is drawn from between the two", low=0, high=1
+        0.0, "if above crop_area, each example's area is drawn between the two", low=0, high=1
     ),
     "augment.brightness": Field(0.2, "largest change of the brightness", low=0, high=1),
-    "augment.contrast": Field(0.2, "largest change of the contrast, whose factor is around 1", low=0, high=1),
-    "augment.saturation": Field(0.2, "largest change of the saturation, whose factor is around 1", low=0, high=1),
+    "augment.contrast": Field(0.2, "largest change of the contrast's factor from 1", low=0, high=1),
+    "augment.saturation": Field(0.2, "largest change of the saturation's factor from 1", low=0, high=1),
     "augment.hue": Field(0.05, "largest change of the hue", low=0, high=0.5, unit="turns of the colour wheel"),
     "augment.move_intrinsics": Field(True, "move the camera's intrinsics with the crop"),
     "loss.soft_sigma": Field(
         0.0,
-        "of Gaussian targets around the true cell, in training; 0: the true cell alone",
+        "width of Gaussian targets around the true cell, in training; 0: the true cell alone",
         low=0,
         high=8,
         unit="cells",
@@ -184,52 +197,54 @@ KEYS: dict[str, Field] = {
         choices=("none", "pixels", "metres"),
     ),
     "loss.target_weight": Field(1.0, "of its mean absolute error, beside the cross-entropy", above=0),
-    "optimizer.learning_rate": Field(2e-5, "at its peak; then linear decay to 0", low=0),
+    "optimizer.learning_rate": Field(2e-5, "peak of the rate, which then decays linearly to 0", low=0),
     "optimizer.warmup": Field(0.005, "linear warm-up", low=0, high=1, unit="fraction of all steps"),
     "optimizer.b1": Field(0.9, "decay of AdamW's first moment", low=0, below=1),
     "optimizer.b2": Field(0.999, "decay of AdamW's second moment", low=0, below=1),
-    "optimizer.eps": Field(1e-8, "of AdamW, against division by zero", low=1e-20),
-    "optimizer.weight_decay": Field(0.0, "of AdamW", low=0, high=1),
+    "optimizer.eps": Field(1e-8, "AdamW's epsilon, against division by zero", low=1e-20),
+    "optimizer.weight_decay": Field(0.0, "AdamW's weight decay", low=0, high=1),
     "optimizer.grad_clip_norm": Field(
         1.0, "largest norm of the gradient", above=0, unit="0 would freeze the model; 1e9 clips nothing"
     ),
-    "optimizer.mu_dtype": Field("float32", "of AdamW's first moment", choices=("float32", "bfloat16")),
+    "optimizer.mu_dtype": Field("float32", "dtype of AdamW's first moment", choices=("float32", "bfloat16")),
     "optimizer.ema": Field(
-        0.0, "decay of averaged parameters, which are then validated and kept for use; 0: none", low=0, below=1
+        0.0, "decay of the averaged parameters, which are then validated and exported; 0: none", low=0, below=1
     ),
-    "optimizer.frozen": Field(("llm/embedder", "zoe"), "patterns of the paths of frozen parameters", items=PATTERN),
-    "train.steps": Field(120_000, "of the whole run", low=1),
-    "train.batch_size": Field(128, "of all devices together", low=1, unit="examples"),
-    "train.grad_accum_steps": Field(1, "parts of a batch, computed one after another", low=1),
+    "optimizer.frozen": Field(
+        ("llm/embedder", "zoe"), "regular expressions for the paths of frozen parameters", items=PATTERN
+    ),
+    "train.steps": Field(120_000, "steps of the whole run", low=1),
+    "train.batch_size": Field(128, "of all devices together, per step", low=1, unit="examples"),
+    "train.grad_accum_steps": Field(1, "parts of a batch that are computed one after another", low=1),
     "train.max_skipped": Field(
-        100, "steps whose loss or gradient is not finite, before the run ends with an error", low=0
+        100, "steps with a non-finite loss or gradient that are skipped before the run fails", low=0
     ),
     "train.spikes.factor": Field(
         0.0,
-        "a loss of so many medians is a spike: back to a checkpoint, and on with later batches; 0: off",
+        "a loss above this many medians is a spike: return to a checkpoint and go on with later batches; 0: off",
         also=(0,),
         above=1,
     ),
-    "train.spikes.window": Field(100, "steps before, whose median loss it is", low=1, high=10_000, unit="steps"),
-    "train.spikes.rewind": Field(0, "go back so far at least", low=0, unit="steps"),
-    "train.spikes.limit": Field(10, "spikes, before the run ends with an error", low=0),
+    "train.spikes.window": Field(100, "preceding steps whose median loss is taken", low=1, high=10_000, unit="steps"),
+    "train.spikes.rewind": Field(0, "smallest distance to go back", low=0, unit="steps"),
+    "train.spikes.limit": Field(10, "spikes after which the run fails", low=0),
     "train.gather_once": Field(
         False, "gather matrices split over mesh.fsdp once a step and keep them: faster, 2 bytes a parameter more memory"
     ),
-    "train.log_every": Field(50, "between two records of the metrics", low=1, unit="steps"),
-    "train.eval_every": Field(5_000, "between two validations; 0: none", low=0, unit="steps"),
+    "train.log_every": Field(50, "interval between records of the metrics", low=1, unit="steps"),
+    "train.eval_every": Field(5_000, "interval between validations; 0: none", low=0, unit="steps"),
     "train.eval_split": Field(
         "val", "validation split, or a part of one", problem=lambda text: "" if text else "names no split"
     ),
     "train.eval_frames": Field(0, "validated frames, evenly spaced; 0: all", low=0),
-    "checkpoint.every": Field(5_000, "between two checkpoints", low=1, unit="steps"),
+    "checkpoint.every": Field(5_000, "interval between checkpoints", low=1, unit="steps"),
     "checkpoint.keep_last": Field(2, "how many of the newest checkpoints are kept", low=1),
-    "checkpoint.keep_every": Field(0, "keep those of every so many steps for good; 0: none", low=0, unit="steps"),
-    "mesh.data": Field(1, "replicas; -1: the devices that are left", low=1, also=(-1,), unit="devices"),
+    "checkpoint.keep_every": Field(0, "also keep a checkpoint for good at this interval; 0: none", low=0, unit="steps"),
+    "mesh.data": Field(1, "replicas; -1: all remaining devices", low=1, also=(-1,), unit="devices"),
     "mesh.fsdp": Field(
-        -1, "devices that split batch and parameters; -1: those left", low=1, also=(-1,), unit="devices"
+        -1, "devices that split batch and parameters; -1: all that remain", low=1, also=(-1,), unit="devices"
     ),
-    "mesh.tensor": Field(1, "devices that split heads and MLP; -1: those left", low=1, also=(-1,), unit="devices"),
+    "mesh.tensor": Field(1, "devices that split heads and MLP; -1: all that remain", low=1, also=(-1,), unit="devices"),
 }
 MAX_TOKENS = 1_000_000  # of a grid: rows of a table in the model
 GROUPS = {key[:n] for key in KEYS for n, char in enumerate(key) if char == "."}

@@ -185,7 +185,7 @@ def test_config_show_prints_values_ranges_and_meanings(capsys) -> None:
         "    linear warm-up",
         "    a number, at least 0, at most 1 (fraction of all steps); default 0.005",
         "mesh.fsdp = 2",
-        "    devices that split batch and parameters; -1: those left",
+        "    devices that split batch and parameters; -1: all that remain",
         "    a whole number, at least 1, or -1 (devices); default -1",
     ]
     assert main(["config", "show"]) == 0
