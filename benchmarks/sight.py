@@ -1,4 +1,6 @@
-"""How precisely a policy has to see: behaviour cloning from the simulator's state instead of pictures.
+"""How precisely a policy has to see, and how precisely one does.
+
+**Has to:** behaviour cloning from the simulator's state instead of pictures.
 
     spatialvla-jax record libero --episodes 1400 --val-episodes 100 --initial-states drawn --noise 0.2 --spread 0 \\
         --out runs/motions.npz
@@ -9,6 +11,18 @@ and which task it is, and is evaluated closed loop on LIBERO-Spatial as a policy
 camera would help. Then the same network believes the bowl to be elsewhere, by a normal offset of so many metres along
 each axis that stays for an episode: the success that is left is what a policy of that precision can have. Ends with a
 table and one line of JSON; the same command goes on after an interruption.
+
+**Does:** the place of the object to move, read off a trained policy.
+
+    python benchmarks/sight.py --run RUN --packed spatial.pack [--frames 4000]
+
+Linear maps (ridge regression) are fitted on train frames, from the frozen policy to the object's place, and tested on
+validation frames: from the language model's state after the prompt, off which the first action token is read, and from
+the image tokens in 4×4 regions. Beside them stands who knows the instruction alone. Errors are in centimetres, along
+the camera's axes and along the robot's, for all frames and for those before the fingers first close: afterwards the
+hand shows the place. A map that fails does not prove that the policy is blind, since the policy is not linear; compare
+runs by the same data and frames. Then the error of the chunk's translation in open loop: the sum of its commands, of
+which a unit is 5 cm, for the policy, for what its grid alone leaves, and for the mean action.
 """
 
 import argparse
@@ -16,6 +30,7 @@ import itertools
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +41,29 @@ import optax
 from jaxtyping import Float
 from tqdm import tqdm
 
+from spatialvla_jax.actions import decode, encode
+from spatialvla_jax.actions.normalization import unnormalize
+from spatialvla_jax.batch import Batch
+from spatialvla_jax.checkpoints import load_pretrained
+from spatialvla_jax.config import train_config_of
+from spatialvla_jax.data import Loader, open_data
 from spatialvla_jax.evaluation import closed_loop
+from spatialvla_jax.inference.policy import Policy
 from spatialvla_jax.sim import libero_env as libero
 from spatialvla_jax.sim import scripted_expert as expert
 from spatialvla_jax.sim.libero import proprioception
 from spatialvla_jax.sim.motions import load_motions
 from spatialvla_jax.training.log_folder import LogFolder
+from spatialvla_jax.training.step import prepare
+from spatialvla_jax.utils.atomic import write_json
 from spatialvla_jax.utils.progress import progress_bar
+from spatialvla_jax.utils.provenance import provenance
+from spatialvla_jax.utils.tables import text_table
 
 SUITE, CHUNK, WIDTH = "libero_spatial", 4, 512
 OBJECTS = slice(9, 44)  # of the simulator's coordinates: after arm and fingers, five objects' positions and quaternions
 TAKEN = slice(9, 12)  # the position of the bowl that every task of the suite is about
+REGIONS, STRENGTHS = 4, 10.0 ** np.arange(-1, 7)  # along a side of the picture; of the ridge, tried in turn
 
 
 class WithState(libero.Libero):
@@ -107,17 +134,158 @@ def fit(inputs: np.ndarray, targets: np.ndarray, steps: int, batch: int = 256, s
     return params
 
 
+@dataclass(frozen=True)
+class Seen:
+    """Frames of a split: what a policy makes of them, where the object is, and what there is to compare with."""
+
+    features: dict[str, Float[np.ndarray, "N F"]]
+    target: Float[np.ndarray, "N 3"]  # metres in the camera's frame
+    to_robot: Float[np.ndarray, "N 3 3"]  # turns the camera's axes to the robot's
+    instruction: np.ndarray
+    episode: np.ndarray
+    before_grasp: np.ndarray
+    commands: dict[str, Float[np.ndarray, "N 3"]]  # summed over a chunk, in cm: "true", of the policy and others
+
+
+def look(policy: Policy, params: Any, loader: Loader, split: str, frames: int, batch_size: int) -> Seen:
+    """`frames` evenly spaced frames of a split, or all."""
+    (index,) = loader.indexes(split)
+    total = index.num_frames
+    ids = np.arange(min(frames, total)) * total // min(frames, total)
+    statistics = policy.processor.find_statistics(index.name)["action"]
+    grid, mean = policy.processor.grid, loader.actions().mean(axis=0)
+    extract = jax.jit(lambda params, batch: tokens_of(policy.model, params, batch))
+    features: dict[str, list[np.ndarray]] = {}
+    commands: dict[str, list[np.ndarray]] = {}
+    for start in tqdm(range(0, len(ids), batch_size), desc=split, mininterval=5):
+        rows = np.minimum(np.arange(start, start + batch_size), len(ids) - 1)  # padded, so that one shape is compiled
+        batch = loader.frames(ids[rows], split).replace(sample_id=None)
+        for name, values in jax.device_get(extract(params, batch)).items():
+            features.setdefault(name, []).append(values)
+        chunks = {"true": batch.actions, "policy": policy.predict(batch)[1], "grid alone": None, "mean action": mean}
+        chunks["grid alone"] = np.asarray(decode(grid, encode(grid, batch.actions)))
+        for name, actions in chunks.items():
+            moves = unnormalize(np.broadcast_to(actions, batch.actions.shape), statistics)[..., :3]
+            total_move = 100 * expert.METRES_PER_UNIT * (moves * batch.action_mask[..., None]).sum(axis=1)
+            commands.setdefault(name, []).append(total_move)
+    first, end = index.action_rows(ids)
+    closed = np.append(np.flatnonzero(index.arrays["action"][:, 6] < 0.5), len(index.arrays["action"]))
+    episode = np.asarray(index.episode(ids))
+    began = first - index.step(ids)
+    join = lambda parts: {name: np.concatenate(rows)[: len(ids)] for name, rows in parts.items()}  # noqa: E731
+    return Seen(
+        join(features),
+        index.arrays["target"][ids],
+        index.arrays["extrinsics"][ids, :3, :3],
+        np.asarray(index.language(ids)),
+        episode,
+        first < np.minimum(closed[np.searchsorted(closed, began)], end),
+        join(commands),
+    )
+
+
+def tokens_of(model: Any, params: Any, batch: Batch) -> dict[str, Float[jax.Array, "B F"]]:
+    inputs, cfg = prepare(batch, None, None), model.config
+    seen = inputs.model_inputs() | {"action_ids": jnp.zeros((len(batch.image), cfg.num_action_tokens), jnp.int32)}
+    _, kept = model.apply({"params": params}, **seen, mutable=["intermediates"])
+    side = cfg.img.patches_per_side
+    tokens = model.apply({"params": params}, inputs.image, inputs.depth, inputs.intrinsics, method="embed_image")
+    mean = np.zeros((REGIONS, side), np.float32)  # of the patches in each region
+    for row, patches in enumerate(np.array_split(np.arange(side), REGIONS)):
+        mean[row, patches] = 1 / len(patches)
+    tokens = tokens.astype(jnp.float32).reshape(len(tokens), side, side, -1)
+    regions = jnp.einsum("ri,sj,bijd->brsd", mean, mean, tokens).reshape(len(tokens), -1)
+    (state,) = kept["intermediates"]["after_prompt"]
+    return {"state after the prompt": state.astype(jnp.float32), "image tokens": regions}
+
+
+def ridge(x: np.ndarray, y: np.ndarray, seen: np.ndarray) -> np.ndarray:
+    """The predictions f64[N, 3] for `seen` of the linear map from x to y. The strength that does best on the last fifth
+    of x, which are other episodes, is taken for a fit on all."""
+    mean, std = x.mean(0), x.std(0) + 1e-6
+    x, seen = ((rows.astype(np.float64) - mean) / std for rows in (x, seen))
+    gram, across, middle = x @ x.T, seen @ x.T, y.mean(axis=0)
+
+    def solve(rows: slice, strength: float) -> np.ndarray:
+        kernel = gram[rows, rows]
+        return np.linalg.solve(kernel + strength * np.eye(len(kernel)), y[rows] - middle)
+
+    fitted, tested = slice(0, 4 * len(x) // 5), slice(4 * len(x) // 5, len(x))
+    errors = [
+        np.abs(gram[tested, fitted] @ solve(fitted, strength) + middle - y[tested]).mean() for strength in STRENGTHS
+    ]
+    return across @ solve(slice(None), STRENGTHS[int(np.argmin(errors))]) + middle
+
+
+def of_one_instruction(train: Seen, val: Seen) -> np.ndarray:
+    """The mean place in train frames with the same instruction, or in all if there are none."""
+    means = {number: train.target[train.instruction == number].mean(axis=0) for number in np.unique(train.instruction)}
+    return np.stack([means.get(number, train.target.mean(axis=0)) for number in val.instruction])
+
+
+def in_cm(error: Float[np.ndarray, "N 3"], seen: Seen, frames: np.ndarray, turned: bool) -> dict[str, Any]:
+    """Mean absolute errors along the axes and the mean distance, with its standard error over episodes."""
+    error, episodes = error[frames], seen.episode[frames]
+    distance = np.linalg.norm(error, axis=1)
+    means = [distance[episodes == episode].mean() for episode in np.unique(episodes)]
+    row = {"axes": np.abs(error).mean(axis=0).tolist(), "distance": float(distance.mean())}
+    if turned:
+        row["robot"] = np.abs(np.einsum("nij,nj->ni", seen.to_robot[frames], error)).mean(axis=0).tolist()
+    return row | {"standard_error": float(np.std(means) / len(means) ** 0.5), "frames": len(error)}
+
+
+def measure_run(args: argparse.Namespace) -> None:
+    config = train_config_of(args.run)
+    config.data.packed = str(args.packed)
+    model, params, processor = load_pretrained(args.run)
+    assert processor is not None, "a run has its grid and tokenizer"
+    loader = open_data(config, processor.statistics, processor.tokenizer, target=True)
+    policy, params = Policy(model, params, processor), jax.device_put(params)
+    train, val = (look(policy, params, loader, split, args.frames, args.batch_size) for split in ("train", "val"))
+    guesses = {name: ridge(x, train.target, val.features[name]) for name, x in train.features.items()}
+    guesses["instruction alone"] = of_one_instruction(train, val)
+    subsets = {"before the grasp": val.before_grasp, "all": np.ones(len(val.target), bool)}
+    result: dict[str, Any] = {"run": str(args.run), "packed": str(args.packed), "trained_on": len(train.target)}
+    rows = [["error (cm)", "frames", "right", "down", "forward", "x", "y", "z", "distance"]]
+    for subset, frames in subsets.items():
+        for name, guess in guesses.items():
+            row = result[f"{name}, {subset}"] = in_cm(100 * (guess - val.target), val, frames, turned=True)
+            numbers = [*row["axes"], *row["robot"]]
+            distance = f"{row['distance']:.2f} ± {row['standard_error']:.2f}"
+            rows.append([f"{name}, {subset}", str(row["frames"]), *(f"{n:.2f}" for n in numbers), distance])
+        for name in ("policy", "grid alone", "mean action"):
+            error = val.commands[name] - val.commands["true"]
+            row = result[f"translation of a chunk, {name}, {subset}"] = in_cm(error, val, frames, turned=False)
+            distance = f"{row['distance']:.2f} ± {row['standard_error']:.2f}"
+            numbers = ["", "", "", *(f"{n:.2f}" for n in row["axes"]), distance]
+            rows.append([f"chunk of {name}, {subset}", str(row["frames"]), *numbers])
+    print(text_table(rows, "<>"))
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_json(args.out / "sight.json", result | provenance())
+    print(json.dumps(result))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--motions", type=Path, nargs="+", required=True)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--motions", type=Path, nargs="+")
+    what.add_argument("--run", type=Path, help="a trained policy")
+    parser.add_argument("--packed", type=Path, help="with --run: recordings of its image size")
+    parser.add_argument("--frames", type=int, default=4000, help="with --run: of train and of val, at most")
+    parser.add_argument("--batch-size", type=int, default=32, help="with --run")
     parser.add_argument("--out", type=Path, default=Path("runs/sight"))
     parser.add_argument("--offsets", default="0,0.01,0.02,0.04", help="metres, standard deviation along each axis")
-    parser.add_argument("--steps", type=int, default=12_000, help="of training")
+    parser.add_argument("--steps", type=int, default=12_000, help="of training from motions")
     parser.add_argument("--episodes", type=int, default=10, help="a task")
     parser.add_argument("--execute", default="open_loop")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     args = parser.parse_args()
+    if args.run and not args.packed:
+        parser.error("--run needs --packed")
+    measure_run(args) if args.run else imitate_from_state(args)
 
+
+def imitate_from_state(args: argparse.Namespace) -> None:
     inputs, targets = examples(args.motions, "train")
     mean, std = inputs.mean(0), inputs.std(0) + 1e-2
     params = fit((inputs - mean) / std, targets, args.steps)

@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from helpers.environments import STEP, Reach, coordinates, state
+from helpers.recordings import write_recording
 
 from spatialvla_jax.sim import libero_env as libero
 from spatialvla_jax.sim.motions import Motion, save_motions
@@ -45,3 +47,30 @@ def test_who_sees_the_bowl_elsewhere_goes_elsewhere(monkeypatch, capfd, tmp_path
     assert found["val_l1"] < 0.7 * found["val_l1_median_action"]
     assert found["success"]["0"]["success"] == 1 and found["success"]["0"]["episodes"] == 4
     assert found["success"]["0.1"]["success"] == 0
+
+
+def test_ridge_regression_finds_a_linear_map_and_nothing_in_noise() -> None:
+    rng = np.random.default_rng(0)
+    x, seen, w = rng.normal(size=(200, 30)), rng.normal(size=(50, 30)), rng.normal(size=(30, 3))
+    np.testing.assert_allclose(SCRIPT["ridge"](x, x @ w + 5, seen), seen @ w + 5, atol=0.05)
+    noise = rng.normal(size=(200, 3))
+    assert np.abs(SCRIPT["ridge"](x, noise + 5, seen) - 5).mean() < 0.4
+
+
+@pytest.mark.slow
+def test_what_a_policy_sees_is_read_off_it(trained: Path, monkeypatch, capfd, tmp_path: Path) -> None:
+    """Off pictures that show the depth of the target alone: the camera's forward axis, which is the robot's x."""
+    arguments = ["--run", trained, "--packed", write_recording(tmp_path / "set.pack", 12), "--out", tmp_path / "out"]
+    monkeypatch.setattr(sys, "argv", ["sight.py", *map(str, arguments)])
+    SCRIPT["main"]()
+    found = json.loads(capfd.readouterr().out.splitlines()[-1])
+    written = json.loads((tmp_path / "out" / "sight.json").read_text())
+    assert {key: written[key] for key in found} == found and "versions" in written
+    for name in ("state after the prompt", "image tokens"):
+        seen, blind = found[f"{name}, all"], found["instruction alone, all"]
+        assert seen["axes"][2] < 0.3 * blind["axes"][2] and seen["axes"][0] > 0.5 * blind["axes"][0]
+        np.testing.assert_allclose(seen["robot"], np.roll(seen["axes"], 1))
+    assert found["image tokens, all"]["frames"] == 12 and found["image tokens, before the grasp"]["frames"] == 8
+    chunk = {name: found[f"translation of a chunk, {name}, all"] for name in ("policy", "grid alone", "mean action")}
+    assert 0 < chunk["grid alone"]["distance"] < chunk["mean action"]["distance"] < 40, "four steps of 5 cm at most"
+    assert chunk["policy"]["distance"] > chunk["grid alone"]["distance"]

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.batches import GRID
+from helpers.recordings import write_recording
 
 from spatialvla_jax.actions import ActionTokenizer, encode, linear_grid, uniform_grid
 from spatialvla_jax.checkpoints import read_checkpoint
 from spatialvla_jax.checkpoints.mapping import param_shapes
 from spatialvla_jax.config import check_together, default_config
-from spatialvla_jax.data.pack_recording import write_packed
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.export.convert import convert
 from spatialvla_jax.inference.policy import Policy
@@ -104,26 +104,7 @@ def test_pixels_need_intrinsics_that_follow_the_crop() -> None:
 
 @pytest.fixture(scope="module")
 def recording(tmp_path_factory) -> Path:
-    """Episodes whose target can be read off the picture: grey is its depth."""
-    rng, out = np.random.default_rng(0), tmp_path_factory.mktemp("recording") / "set.pack"
-
-    def episode(length: int) -> dict:
-        targets = (rng.uniform(-0.2, 0.2, (length, 3)) + np.eye(3)[2]).astype(np.float32)
-        seen = [
-            {
-                "image": np.full((56, 56, 3), 255 * (target[2] - 0.7) / 0.6, np.uint8),
-                "depth": np.full((56, 56), 1000, np.uint16),
-                "intrinsics": np.array([[60, 0, 28], [0, 60, 28], [0, 0, 1]], np.float32),
-                "target": target,
-                "extrinsics": np.eye(4, dtype=np.float32),
-            }
-            for target in targets
-        ]
-        return {"steps": [{"observation": observation} for observation in seen]}
-
-    known = [(split, "reach", rng.uniform(-1, 1, (12, 7)).astype(np.float32)) for split in ("train",) * 4 + ("val",)]
-    write_packed(out, known, map(episode, [12] * 5), name="toy", image_size=56)
-    return out
+    return write_recording(tmp_path_factory.mktemp("recording") / "set.pack")
 
 
 @pytest.mark.slow

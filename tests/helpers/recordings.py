@@ -1,0 +1,35 @@
+"""A packed recording of the toy dataset."""
+
+from pathlib import Path
+
+import numpy as np
+
+from spatialvla_jax.data.pack_recording import write_packed
+
+
+def write_recording(out: Path, episodes: int = 4) -> Path:
+    """As `record libero` writes them: this many train episodes and one val, of 12 steps at 56 px. The target's depth
+    can be read off the picture, which is as grey, and nothing else of it; the fingers close at step 8."""
+    rng = np.random.default_rng(0)
+
+    def episode(length: int) -> dict:
+        targets = (rng.uniform(-0.2, 0.2, (length, 3)) + np.eye(3)[2]).astype(np.float32)
+        seen = [
+            {
+                "image": np.full((56, 56, 3), 255 * (target[2] - 0.7) / 0.6, np.uint8),
+                "depth": np.full((56, 56), 1000, np.uint16),
+                "intrinsics": np.array([[60, 0, 28], [0, 60, 28], [0, 0, 1]], np.float32),
+                "target": target,
+                "extrinsics": np.eye(4, dtype=np.float32)[[2, 0, 1, 3]],
+            }
+            for target in targets
+        ]
+        return {"steps": [{"observation": observation} for observation in seen]}
+
+    def actions() -> np.ndarray:
+        gripper = np.where(np.arange(12) < 8, -1, 1)
+        return np.concatenate([rng.uniform(-1, 1, (12, 6)), gripper[:, None]], axis=1).astype(np.float32)
+
+    known = [(split, "reach", actions()) for split in ("train",) * episodes + ("val",)]
+    write_packed(out, known, map(episode, [12] * len(known)), name="toy", image_size=56)
+    return out
