@@ -24,12 +24,17 @@ def playable(
     intrinsics: Float[np.ndarray, "n 3 3"],
     limit: int,
 ) -> dict[str, Any]:
-    """An episode of which these frames are pictured, in order, the first one included. Each picture has at most `limit`
-    bytes, `intrinsics` are in its pixels.
+    """An episode as JSON. These `frames` are pictured, in order, the first one included. Each picture has at most
+    `limit` bytes; `intrinsics` are in its pixels.
 
-    {"episode", "length", "instruction", "shown" (steps of the pictures, from 1 on), "images", "depth" ({"near", "far"}
-    in metres and "maps", or None), "camera" (fx, fy, cx, cy as parts of the image's side), "steps" (from 1 on) with the
-    values there of "action" [A][n] and "state" ({"name", "values" [d][n], "size"} or None), in the dataset's units}
+    "episode", "length", "instruction"
+    "shown"   steps of the pictures, from 1 on
+    "images"  data URIs
+    "depth"   {"near" and "far" in metres, "maps" as data URIs}, or None
+    "camera"  fx, fy, cx, cy as parts of the image's side
+    "steps"   n steps, from 1 on, at which these are given, in the dataset's units:
+    "action"  [A][n]
+    "state"   {"name", "values" [d][n], "size" of the whole state}, or None
     """
     first = int(frames[0])
     episode = int(index.episode(first))

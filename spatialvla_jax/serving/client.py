@@ -44,7 +44,7 @@ class Agent:
         self.action_dim, self.instruction, self.planned = action_dim, "", None
 
     def reset(self, instruction: Any) -> None:
-        """Begins an episode. Raises InputError for an instruction that is no text or has no words."""
+        """Begins an episode. Raises InputError if the instruction is not a str or has no words."""
         self.executor.reset()
         self.instruction, self.first = "", True
         if not isinstance(instruction, str) or not instruction.strip():
@@ -128,9 +128,9 @@ class Client:
                 if not isinstance(error, ConnectionRefusedError) or time.monotonic() >= self.started:
                     raise InputError(f"there is no policy server at {self.address}: {error}") from error
                 time.sleep(0.2)
-        # websockets sends without a time limit, and a server that no longer reads would stop the robot for ever.
+        # websockets sends without a time limit, and a server that no longer reads would stop the robot forever.
         patience = struct.pack("ll", math.ceil(max(1.0, self.timeout)), 0)
-        with suppress(OSError):  # the server has closed already, as the first reply will tell
+        with suppress(OSError):  # the server has closed already, and reading the first reply reports it
             self.connection.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, patience)
         try:
             return self._receive()

@@ -46,7 +46,7 @@ class Page:
         host = ", ".join(request.headers.get_all("Host")).rpartition("@")[2]
         name = host[1 : host.find("]")] if host.startswith("[") else host.partition(":")[0]
         if request.path == "/" and "Upgrade" not in request.headers and not (self.token or is_loopback(name)):
-            return connection.respond(HTTPStatus.FORBIDDEN, "without a token, the page is at http://localhost alone\n")
+            return connection.respond(HTTPStatus.FORBIDDEN, "without a token, the page is only at http://localhost\n")
         return None
 
     def respond(self, connection: ServerConnection) -> Response:

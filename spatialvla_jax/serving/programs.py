@@ -17,16 +17,16 @@ Arrays = dict[str, np.ndarray]  # of `Policy.prepare`
 
 
 class Programs:
-    """First come the programs for a single observation, so that every observation can be answered, and of these the one
-    that most requests wait for. Then come larger and larger batches; `largest` is the size up to which they are ready.
-    """
+    """Programs for a single observation are compiled first, so that every observation can be answered; among them, the
+    one that most requests wait for. Then come larger and larger batches; `largest` is the size up to which they are
+    ready."""
 
     def __init__(self, policy: Policy, limits: Limits) -> None:
         self.examples = {policy.shape(one): one for one in _examples(policy, limits.image_sizes)}
         self.batches = BATCH_SIZES[: bisect_left(BATCH_SIZES, limits.batch) + 1]
         self.total, self.compiled, self.largest = len(self.examples) * len(self.batches), 0, 1
         self.policy, self.waiting = policy, Counter[tuple[int, int, int]]()
-        self.ready = {shape: asyncio.Event() for shape in self.examples}  # to be answered one by one
+        self.ready = {shape: asyncio.Event() for shape in self.examples}  # set once single observations can be answered
 
     async def compile(self, run: Callable[..., Awaitable]) -> AsyncIterator[str]:
         """Compiles all of them by `run(function, argument)`; yields a sentence for each. Raises what the policy raises

@@ -63,8 +63,8 @@ def unpack(message: bytes | str) -> dict[Any, Any]:
 
 
 def unpack_reply(message: bytes | str) -> dict[Any, Any]:
-    """`unpack` for a server's replies and metadata, which may be larger: what another server says of itself is its own
-    affair."""
+    """`unpack` for a server's replies and metadata, which may be larger. Metadata of other servers may
+    hold anything."""
     return _unpack(message, "a reply", 10_000, strict_map_key=False)
 
 
@@ -95,17 +95,17 @@ def _unpack(message: bytes | str, what: str, most: int, **limits: int) -> dict[A
         return np.frombuffer(data, dtype).reshape(shape)
 
     if isinstance(message, str):
-        raise InputError(f"{what} is a binary msgpack message, got text: {message:.200}")
+        raise InputError(f"{what} must be a binary msgpack message, got text: {message:.200}")
     try:
         value = msgpack.unpackb(message, object_hook=decode, list_hook=seen, max_ext_len=0, **limits)
     except InputError:
         raise
     except (ValueError, TypeError) as error:
         raise InputError(
-            f"{what} is a msgpack map in openpi's encoding, this is none: {str(error) or type(error).__name__}"
+            f"{what} must be a msgpack map in openpi's encoding: {str(error) or type(error).__name__}"
         ) from None
     if not isinstance(value, dict):
-        raise InputError(f"{what} is a map, got {type(value).__name__}")
+        raise InputError(f"{what} must be a map, got {type(value).__name__}")
     return value
 
 
@@ -113,7 +113,7 @@ def check(observation: dict[Any, Any], limits: Limits) -> None:
     """Raises InputError for unknown keys, wrong types and a prompt that is too long."""
     for key in observation:
         if key not in KEYS:
-            raise InputError(f"observation key {key!r:.40} is not known; choose of {', '.join(KEYS)}")
+            raise InputError(f"observation key {key!r:.40} is not known; choose one of {', '.join(KEYS)}")
     for key, kind in (("prompt", str), ("unnorm_key", str), ("reset", bool), ("explain", bool)):
         value = observation.get(key)
         if value is not None and not isinstance(value, kind):
@@ -123,4 +123,4 @@ def check(observation: dict[Any, Any], limits: Limits) -> None:
         if value is not None and not isinstance(value, np.ndarray):
             raise InputError(f"observation {key!r} must be an array, got {type(value).__name__}")
     if len(observation.get("prompt") or "") > limits.prompt_characters:
-        raise InputError(f"observation 'prompt' may have {limits.prompt_characters} characters")
+        raise InputError(f"observation 'prompt' may have at most {limits.prompt_characters} characters")

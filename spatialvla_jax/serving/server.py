@@ -156,14 +156,14 @@ class Server:
         self.load, self.host, self.port, self.token, self.limits = load, host, port, token, room_for_images(limits)
         self.execute, self.report, self.clients = execute, report, set[Client]()
         self.busy, self.explaining, self.draining = 0, 0, False
-        Client(execute)  # raises now what it would raise for the first client
+        Client(execute)  # raise errors now, not for the first client
         self.batcher = Batcher(self._call_policy, limits, self._expected)
         self.metrics = Metrics(lambda: len(self.clients), self.batcher.waiting.qsize)
         self.compiler, self._compiling = ThreadPoolExecutor(1, "compiler"), set[Future]()
         self.page = Page(token)
         self.policy: Policy
         self.programs: Programs
-        self._loaded = asyncio.Event()  # from then on there are these two
+        self._loaded = asyncio.Event()  # `policy` and `programs` exist
 
     async def start(self) -> None:
         """Opens the port. Raises InputError where that cannot be; `prepared` is the task that does the rest."""
@@ -233,7 +233,7 @@ class Server:
         while self.busy and time.monotonic() < deadline:
             await asyncio.sleep(0.01)
         await asyncio.gather(*(connection.close(1001) for connection in self._listener.connections))
-        with suppress(TimeoutError):  # where the policy never came back
+        with suppress(TimeoutError):  # the policy did not return in time
             async with asyncio.timeout(5):
                 await self._listener.wait_closed()
         self._worker.cancel()
@@ -327,8 +327,8 @@ class Server:
                 return {"reset": True}
         if observation.pop("explain", False):
             return await self._explain(observation)
-        # A chunk, and a guess of the next one, belong to what they were planned for. What counts is the text as it was
-        # sent: who sends another one means another one, and planning anew is never wrong.
+        # A chunk and the guess of the next one are valid only for the prompt and unnorm_key they were planned for.
+        # Texts are compared as they were sent: another spelling only causes a new plan, which is never wrong.
         planned = observation.get("prompt"), observation.get("unnorm_key")
         if planned != client.planned:
             client.reset()
@@ -388,7 +388,7 @@ class Server:
 def _reason(error: Exception) -> str:
     """Why a port cannot be opened, in a few words."""
     if isinstance(error, OSError) and not isinstance(error, socket.gaierror) and error.errno:
-        return os.strerror(error.errno)  # asyncio's own sentence names the address once more
+        return os.strerror(error.errno)  # asyncio's own sentence repeats the address
     return str(getattr(error, "strerror", error))
 
 
@@ -402,7 +402,7 @@ async def run(server: Server, ready: Callable[[], None] = lambda: None) -> None:
         if not task.cancelled() and task.exception():
             stop.set()
         gc.collect()
-        gc.freeze()  # spares the collector the objects that compiling left, in the middle of requests
+        gc.freeze()  # so that the collector does not scan compilation's objects during requests
 
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
