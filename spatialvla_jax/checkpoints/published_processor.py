@@ -136,4 +136,4 @@ def _check_images(data: Any, config: SpatialVLAConfig, where: str) -> None:
     size = config.img.image_size
     given = {"size": ({"height": size, "width": size},), "image_seq_length": (config.img.num_tokens,)}
     check_fixed(data, IMAGES_FIXED | given, where)
-    check_stored(data, {"do_normalize": Field(False, "")}, where)  # required, because its default is true
+    check_stored(data, {"do_normalize": Field(False, "")}, where)  # must be given: transformers' default is true

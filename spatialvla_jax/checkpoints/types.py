@@ -36,7 +36,7 @@ class LazyArray:
 
     def astype(self, dtype: np.dtype) -> "LazyArray":
         def read() -> np.ndarray:
-            with np.errstate(over="ignore"):  # to infinity, which `finite` reports by name
+            with np.errstate(over="ignore"):  # what is too large becomes infinite; `finite` reports it
                 return self.read().astype(dtype)
 
         return replace(self, dtype=dtype, read=read)

@@ -145,7 +145,8 @@ def complete_indexes(
         held = [source for source, one in zip(sources, kept, strict=True) if one]
         same = {source.folder for source, yes in zip(held, _same_in_bucket(held, local, cache_dir), strict=True) if yes}
         for source, one in zip(sources, kept, strict=True):
-            if not one or not (source.folder in same or _read_meta(source, cache_dir / source.folder)):  # not uploaded
+            # A new index, or one that the bucket does not hold as it is here.
+            if not one or not (source.folder in same or _read_meta(source, cache_dir / source.folder)):
                 upload_folder(local / source.folder, cache_dir / source.folder, META)
     return indexes
 

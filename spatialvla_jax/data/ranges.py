@@ -49,7 +49,7 @@ class Files:
             read = in_background(read_ranges, ranges)
             takes = [functools.partial(_of_many, read, number, path) for number, (path, *_) in enumerate(ranges)]
             return takes, sum(length for *_, length in ranges)
-        if hasattr(os, "posix_fadvise"):  # Linux
+        if hasattr(os, "posix_fadvise"):  # not on macOS
             for path, offset, length in ranges:
                 with contextlib.suppress(OSError):  # reading it will report the error
                     os.posix_fadvise(self._descriptor(path), offset, length, os.POSIX_FADV_WILLNEED)

@@ -211,7 +211,7 @@ def _run_torch(
         batch = torch_inputs(checkpoint.config, inputs)
     else:
         processor = AutoProcessor.from_pretrained(adapters or directory, trust_remote_code=True)
-        processor.prompt_length = 1024  # as in `_inputs`
+        processor.prompt_length = 1024  # prompts of any length, as in `_inputs`
         depth = probes["depth"] if "depth" in inputs else None
         batch = processor(
             images=list(probes["image"]), text=list(INSTRUCTIONS), intrinsics=probes["intrinsics"], depth=depth

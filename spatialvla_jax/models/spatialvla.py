@@ -129,7 +129,7 @@ class SpatialVLA(nn.Module):
         model multiplies all its inputs by it.
         """
         if self.config.depth_source == "zoedepth":
-            # ZoeDepth is not split over `tensor`, so that axis shards the batch too.
+            # No weight of ZoeDepth is split over the mesh axis `tensor`, so its devices share the batch instead.
             images = constrain_batch(image, "tensor")
             depth = jax.lax.stop_gradient(estimate_depth(self.zoe, images, self.config.zoe.backbone.image_size))
             depth = constrain_batch(depth)

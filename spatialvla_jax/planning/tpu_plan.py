@@ -179,7 +179,7 @@ def smaller(plan: Plan, slices: int) -> Iterator[Plan]:
     """Plans that need less memory than `plan`, cheapest in time first: the same work split further, more
     rematerialisation, both, and finally a smaller batch."""
     data, fsdp, tensor = plan.mesh
-    if data > slices:  # parameters and optimizer split over more chips: the same speed
+    if data > slices:  # split parameters and optimizer over more chips, which costs no time
         yield replace(plan, mesh=(slices, fsdp * data // slices, tensor))
     rows = plan.batch_size // (data * fsdp)
     for remat in REMAT[REMAT.index(plan.remat) :]:

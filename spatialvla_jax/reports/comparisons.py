@@ -21,7 +21,7 @@ PAIRED = (
 )
 ENOUGH = 6  # pairs: the range of n covers their median with a probability of 1 - 2^(1 - n), and no interval is wider
 
-# Of one and of several differences, by their conclusion.
+# {conclusion: (the sentence about one difference, the sentence about several)}; {} are their names.
 VERDICTS = {
     "includes 0": (
         "the interval of {} includes 0, so nothing can be concluded about it.",

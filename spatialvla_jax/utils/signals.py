@@ -37,7 +37,8 @@ def sigterm_raises(command: str) -> Iterator[None]:
     os.set_blocking(write, False)
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if frame is not None and frame.f_code.co_name == "_xla_gc_callback":  # Python would only print the exception
+        # Python prints and drops an exception that is raised within this callback: send the signal again, after it.
+        if frame is not None and frame.f_code.co_name == "_xla_gc_callback":
             threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
             return
         if number == signal.SIGTERM:

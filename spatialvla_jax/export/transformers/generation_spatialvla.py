@@ -27,7 +27,7 @@ NO_ACTION = (
     "the model's numbers for {} of {} examples are NaN or infinite, so there is no action: check the depth, the "
     "intrinsics and the weights"
 )
-# With a single query, a layer's products are sums over its weights; tuned tiles read these at memory speed.
+# With a single query a layer's time is that of reading its weights; tuned tiles read them at memory bandwidth.
 TUNED: dict[str, Any] = {"combo_kernels": True, "coordinate_descent_tuning": True}
 GRAPH_INPUTS = {"input_ids", "attention_mask", "pixel_values", "intrinsic", "depth"}
 
