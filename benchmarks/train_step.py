@@ -5,7 +5,8 @@
 Everything the training loop jits is in it: augmentation, encoding, forward, backward, clipping, AdamW. Prints the
 environment, then each repeat and the median; ends with a line of JSON for each number of devices. Compilation and the
 first steps don't count. With several numbers of devices, each takes the same batch a device and shards the state over
-all of its devices (FSDP); efficiency is samples a second a device over those of the first number.
+all of its devices (FSDP); efficiency is samples a second a device over those of the first number. `--gather layer,once`
+compares gathering weights in each layer with gathering them once a step.
 
 The floor of a step is its model FLOPs (`training.flops.model_flops`: forward, and backward to what is trained) at the
 peak of the devices, MFU that floor in parts of the step; the state's bytes are those that its shardings predict for a
@@ -86,7 +87,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the computation; by default the preset's")
     parser.add_argument("--remat", choices=POLICIES, default="none")
     parser.add_argument("--depth-source", choices=("zoedepth", "dataset", "none"), help="source of depth; the preset's")
-    parser.add_argument("--gather-once", action="store_true", help="train.gather_once")
+    parser.add_argument(
+        "--gather",
+        type=lambda s: s.split(","),
+        default=["layer"],
+        metavar="layer,once",
+        help="when weights split over several devices are gathered (`once`: train.gather_once); both are compared",
+    )
     parser.add_argument("--unroll", action="store_true", help="layer by layer instead of a loop over them")
     parser.add_argument("--prompt-length", type=count, default=0, help="tokens; by default the config's")
     parser.add_argument(
@@ -119,7 +126,7 @@ def floors_of(setup: TrainSetup, grid: ActionTokenizer, shapes: TrainState, shar
     return dict(floors) | {"optimizer": 1e3 * moved / bandwidth}
 
 
-def setup_on(devices: int, args: argparse.Namespace) -> TrainSetup:
+def setup_on(devices: int, args: argparse.Namespace, gather_once: bool = False) -> TrainSetup:
     config = default_config()
     default = preset(args.preset)
     config.model.update(
@@ -130,18 +137,19 @@ def setup_on(devices: int, args: argparse.Namespace) -> TrainSetup:
         unroll=args.unroll,
     )
     config.train.batch_size, config.lora.rank = args.batch_size * devices, args.lora
-    config.train.gather_once = args.gather_once
+    config.train.gather_once = gather_once
     config.data.prompt.length = args.prompt_length or config.data.prompt.length
     config.optimizer.mu_dtype = args.mu_dtype
     mesh = make_mesh({"fsdp": -1}, jax.devices()[:devices])
     return make_setup(config, gaussian_grid(PRETRAIN_GAUSSIANS), mesh)
 
 
-def measure(devices: int, args: argparse.Namespace) -> dict[str, Any]:
+def measure(devices: int, args: argparse.Namespace, gather_once: bool) -> dict[str, Any]:
     """Compile and time the step on the first `devices` devices; → the record that is printed."""
-    grid, setup = gaussian_grid(PRETRAIN_GAUSSIANS), setup_on(devices, args)
+    grid, setup = gaussian_grid(PRETRAIN_GAUSSIANS), setup_on(devices, args, gather_once)
     model, batch_size = setup.model, setup.batch_size
-    print(f"\n{devices} device{'s' * (devices > 1)}, batch {batch_size}")
+    how = ", weights gathered once a step" if gather_once else ""
+    print(f"\n{devices} device{'s' * (devices > 1)}, batch {batch_size}{how}")
     state, shardings = init_state(setup, start_from(setup))
     params = sum(x.size for x in jax.tree.leaves(state.params))
     shapes, _ = abstract_state(setup)
@@ -207,7 +215,7 @@ def measure(devices: int, args: argparse.Namespace) -> dict[str, Any]:
         "state_bytes_per_device": {"predicted": predicted, "held": holds},
         "loss": round(float(metrics["loss"]), 4),
         "remat": args.remat,
-        "gather_once": args.gather_once,
+        "gather_once": gather_once,
         "unroll": args.unroll,
         "prompt_length": model.config.prompt_length,
         "mu_dtype": args.mu_dtype,
@@ -220,16 +228,17 @@ def main() -> None:
     kind = jax.devices()[0].device_kind
     print(f"Python {platform.python_version()}, JAX {jax.__version__}, {jax.device_count()} × {kind}")
     counts = [int(n) for n in args.devices.split(",")] if args.devices else [jax.device_count()]
-    records = [measure(count, args) for count in counts]
+    # One device has nothing to gather.
+    records = [measure(n, args, how == "once") for n in counts for how in (args.gather if n > 1 else ["layer"])]
     if len(records) > 1:
-        print("\ndevices  batch  ms a step  samples/s  efficiency  compile s  memory GB")
+        print("\ndevices  gather  batch  ms a step  samples/s  efficiency  compile s  memory GB")
         per_device = records[0]["samples_per_second"] / counts[0]
         for record in records:
             record["efficiency"] = round(record["samples_per_second"] / record["devices"] / per_device, 4)
             print(
-                f"{record['devices']:7} {record['batch_size']:6} {record['step_ms']:10.1f} "
-                f"{record['samples_per_second']:10.1f} {record['efficiency']:11.1%} {record['compile_seconds']:10.1f} "
-                f"{record['memory_gb']:10.1f}"
+                f"{record['devices']:7} {'once' if record['gather_once'] else 'layer':>7} {record['batch_size']:6} "
+                f"{record['step_ms']:10.1f} {record['samples_per_second']:10.1f} {record['efficiency']:11.1%} "
+                f"{record['compile_seconds']:10.1f} {record['memory_gb']:10.1f}"
             )
     for record in records:
         print(json.dumps(record))

@@ -24,7 +24,7 @@ from spatialvla_jax.config import default_config
 from spatialvla_jax.data import Loader
 from spatialvla_jax.data.statistics import difference
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.models import PRESETS, Params, SpatialVLA
+from spatialvla_jax.models import PRESETS, Params
 from spatialvla_jax.models.lora import ADAPTERS, init_adapters
 from spatialvla_jax.models.spatialvla import SpatialVLAConfig
 from spatialvla_jax.training.grid_fit import make_grid, mixture_gaussians
@@ -112,25 +112,25 @@ def make_processor(config: ConfigDict, loader: Loader, start: Processor | None =
 
 
 def starting_params(
-    config: ConfigDict, step: AnyPath | None, setup: TrainSetup, checkpoint: Checkpoint | None, grid: ActionTokenizer
+    setup: TrainSetup, step: AnyPath | None, checkpoint: Checkpoint | None, grid: ActionTokenizer
 ) -> tuple[Params | None, dict[str, Any]]:
-    """→ (parameters, metadata about them) from `config.init`, a PaliGemma or the SpatialVLA `checkpoint`, adapted to
+    """→ (parameters, metadata about them) from `setup.init`, a PaliGemma or the SpatialVLA `checkpoint`, adapted to
     `grid`. The parameters are None if they will be random or restored from the run's own checkpoint in the directory
     `step`.
 
     They are float32, except that with adapters the frozen ones keep the dtype in which they are stored. Raises
     InputError naming parameters whose shapes differ from this model's.
     """
-    lora, model, adapt = setup.adapters, setup.model, config.adapt.to_dict()
-    if not config.init or (step and lora is None):
+    lora, model = setup.adapters, setup.model
+    if not setup.init or (step and lora is None):
         return None, {}
     shapes = param_shapes(model.config)
     digests: dict[str, str] = {}
     if checkpoint is not None and lora:
         arrays, digests = recorded(checkpoint.arrays)
         checkpoint = replace(checkpoint, arrays=arrays)
-    start = (checkpoint and adapt_checkpoint(config.init, checkpoint, grid, **adapt)) or _paligemma(config, model)
-    check_arrays(config.init, start.arrays, shapes)
+    start = (checkpoint and adapt_checkpoint(setup.init, checkpoint, grid, **setup.adapt)) or _paligemma(setup)
+    check_arrays(setup.init, start.arrays, shapes)
     frozen = setup.frozen if lora else ()
 
     def read(path: str, leaf: LazyArray) -> np.ndarray:
@@ -142,8 +142,8 @@ def starting_params(
         return params, {}
     adapters = init_adapters(shapes, lora.rank, lora.targets, jax.random.key(setup.seed))
     before = read_metadata(step).get("lora", {}).get("base") if step else None
-    base = refer(config.init, checkpoint, digests, before)
-    about = {"rank": lora.rank, "alpha": lora.alpha, "adapt": adapt, "base": base}
+    base = refer(setup.init, checkpoint, digests, before)
+    about = {"rank": lora.rank, "alpha": lora.alpha, "adapt": dict(setup.adapt), "base": base}
     return params | {ADAPTERS: jax.tree.map(np.asarray, adapters)}, {"lora": about}
 
 
@@ -164,14 +164,15 @@ def check_same(saved: dict[str, Any], now: dict[str, Any], loader: Loader, workd
         raise InputError(f"{now['lora']['base']['path']} changed since the run in {workdir} began to adapt it")
 
 
-def _paligemma(config: ConfigDict, model: SpatialVLA) -> Checkpoint:
-    if config.lora.rank:
+def _paligemma(setup: TrainSetup) -> Checkpoint:
+    init, model = setup.init, setup.model.config
+    if setup.adapters:
         raise InputError(
-            f"lora.rank={config.lora.rank} freezes the LM head, and that of the PaliGemma {config.init} has "
+            f"lora.rank={setup.adapters.rank} freezes the LM head, and that of the PaliGemma {init} has "
             "no action tokens: start from a SpatialVLA"
         )
-    if model.config.depth_source == "zoedepth" and not config.init_zoedepth:
-        raise InputError(f"config key init is the PaliGemma {config.init}: init_zoedepth must name a ZoeDepth for it")
-    sizes = {k: getattr(model.config, k) for k in ("spatial_tokens", "tokens_per_action", "depth_source")}
-    zoedepth = config.init_zoedepth if model.config.depth_source == "zoedepth" else None
-    return start_from_paligemma(config.init, zoedepth, seed=config.seed, **sizes)
+    zoedepth = setup.init_zoedepth if model.depth_source == "zoedepth" else None
+    if zoedepth == "":
+        raise InputError(f"config key init is the PaliGemma {init}: init_zoedepth must name a ZoeDepth for it")
+    sizes = {k: getattr(model, k) for k in ("spatial_tokens", "tokens_per_action", "depth_source")}
+    return start_from_paligemma(init, zoedepth, seed=setup.seed, **sizes)

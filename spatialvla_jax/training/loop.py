@@ -176,7 +176,7 @@ def prepare(config: ConfigDict, workdir: AnyPath, goodput: Goodput) -> Run:
         num_datasets=len(loader.names),
         text_vocab=processor.tokenizer.vocab_size,
     )
-    params, origin = starting_params(config, before, setup, checkpoint, processor.grid)
+    params, origin = starting_params(setup, before, checkpoint, processor.grid)
     metadata = origin | {
         "model": setup.model.config.to_dict(),
         "processor": processor.to_dict(),

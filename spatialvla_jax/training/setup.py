@@ -38,6 +38,9 @@ class TrainSetup:
     adamw: AdamW
     optimizer: optax.GradientTransformation
     frozen: tuple[str, ...]
+    init: str  # the checkpoint that it starts from; "": random parameters
+    init_zoedepth: str  # the depth model beside a PaliGemma
+    adapt: dict[str, bool]  # keywords of `adapt_checkpoint`
     adapters: Adapters | None
     augmentation: Augmentation | None
     loss: Loss
@@ -106,6 +109,9 @@ def make_setup(
         adamw=adamw,
         optimizer=make_optimizer(adamw),
         frozen=frozen,
+        init=config.init,
+        init_zoedepth=config.init_zoedepth,
+        adapt=config.adapt.to_dict(),
         adapters=adapters,
         loss=Loss(**config.loss.to_dict()),
         augmentation=Augmentation(**augment) if augment.pop("enabled") else None,

@@ -31,7 +31,7 @@ def start(config_file: Path, init: Path, workdir: Path, **overrides: str):
     loader = open_data(config, tokenizer=before and before.tokenizer)
     processor = make_processor(config, loader, before)
     setup = make_setup(config, processor.grid, text_vocab=processor.tokenizer.vocab_size)
-    params, _ = starting_params(config, step_directory(workdir), setup, source, processor.grid)
+    params, _ = starting_params(setup, step_directory(workdir), source, processor.grid)
     return processor, params and flatten(params)
 
 
