@@ -87,9 +87,10 @@ def prepare(sweep: Sweep, workdir: Path) -> None:
             raise InputError(f"{folder} was made from other data than {path or 'data.datasets'}: use another workdir")
         init = find_checkpoint(trial.config.init, "init") if result.get("init") else None
         if init and exists(init) and weights(init) != result["init"]:
-            others.append(f"{trial.name} from {trial.config.init}")
+            others.append(f"{trial.name}, from {trial.config.init}")
     if others:
-        warn(f"{len(others)} finished trials started from weights that init no longer holds, such as {others[0]}")
+        trials = f"{len(others)} finished trial{'s' * (len(others) > 1)}"
+        warn(f"{trials} started from weights that init no longer holds: {others[0]}{'; …' * (len(others) > 1)}")
     workdir.mkdir(parents=True, exist_ok=True)
     trials = {trial.name: {"values": trial.values, "seed": trial.seed} for trial in sweep.trials}
     plan = {

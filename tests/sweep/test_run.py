@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from helpers.environments import Counter
 from helpers.toy_rlds import make_episodes, make_rlds
 from jax.experimental.compilation_cache import compilation_cache
 
@@ -20,7 +21,9 @@ from spatialvla_jax.cli import main
 from spatialvla_jax.config import default_config, load_config
 from spatialvla_jax.data import load_data
 from spatialvla_jax.data.pack import packed_digest, write_pack
+from spatialvla_jax.errors import InputError
 from spatialvla_jax.evaluation.closed_loop import Episode, summary
+from spatialvla_jax.sim import libero_env
 from spatialvla_jax.sweep import measure, run
 from spatialvla_jax.sweep.plan import Sweep, Trial
 from spatialvla_jax.utils.atomic import write_json
@@ -244,6 +247,22 @@ def test_results_that_do_not_belong_together_are_not_collected(
     assert sentence in message and message.count("\n") == 1 and not out.exists()
 
 
+def test_weights_that_init_no_longer_holds_are_told(trained: Path, tmp_path: Path, capsys) -> None:
+    """Finished trials that started from them stay: what they started from may be trained again on each machine."""
+    sweep = trials("a")
+    folder, config = tmp_path / "trials" / "a", sweep.trials[0].config
+    config.init = str(trained)
+    folder.mkdir(parents=True)
+    write_json(folder / "config.json", config.to_dict())
+    write_json(folder / "result.json", {"init": measure.weights_digest(trained)})
+    run.prepare(sweep, tmp_path)
+    assert capsys.readouterr().err == ""
+    write_json(folder / "result.json", {"init": "0" * 16})
+    run.prepare(sweep, tmp_path)
+    told = f"1 finished trial started from weights that init no longer holds: a, from {trained}"
+    assert told in capsys.readouterr().err
+
+
 DIES = """
 import os, sys
 from pathlib import Path
@@ -325,6 +344,33 @@ def test_a_trial_is_finished_with_all_episodes_of_its_closed_loop(tmp_path: Path
     assert go_on(tasks=[0, 4], episodes=2, seeds=[0]) == [("a", 3)]
     assert go_on(tasks=[0, 4], episodes=2, seeds=[0]) == [] == go_on()
     assert go_on(tasks=[0, 4], episodes=3, seeds=[0]) == [("a", 3)]
+
+
+def test_a_trials_closed_loop_is_on_the_suite_of_its_data(packed_config: Path, tmp_path: Path, monkeypatch) -> None:
+    config = SimpleNamespace(img=SimpleNamespace(image_size=8), depth_source="none")
+    policy = SimpleNamespace(
+        model=SimpleNamespace(config=config),
+        processor=SimpleNamespace(statistics={"libero_object": {}}),
+        infer_batch=lambda batch: [{"actions": np.zeros((4, 7), np.float32)} for _ in batch],
+    )
+    monkeypatch.setattr(measure, "Policy", SimpleNamespace(load=lambda folder: policy))
+    monkeypatch.setattr(measure, "fingerprint", str)
+    monkeypatch.setattr(libero_env, "Libero", Counter)
+    monkeypatch.setattr(libero_env, "check_simulator", lambda: None)
+    monkeypatch.setitem(libero_env.MAX_STEPS, "libero_object", 3)
+    (trial,) = trials("a").trials
+    trial.config.data.datasets = [{"name": "libero_object"}]
+    trial = replace(trial, closed_loop={"suite": "", "episodes": 1, "seeds": [5], "tasks": [0, 1]})
+    measure.simulate(trial, tmp_path, workers=1)
+    result = json.loads((tmp_path / "closed_loop" / "result.json").read_text())
+    assert list(result["suites"]) == ["libero_object"] and result["seeds"] == [5]
+    assert result["episodes"] == 2 and result["success"] == 0.5
+    write_json(tmp_path / "result.json", {})
+    assert run.finished(tmp_path, trial)
+    assert not run.finished(tmp_path, replace(trial, closed_loop=trial.closed_loop | {"seeds": [6]}))
+    trial.config.data.packed = load_config(packed_config).data.packed
+    with pytest.raises(InputError, match="unknown suite 'toy': choose from libero_spatial"):
+        measure.episodes_of(trial)
 
 
 @pytest.mark.parametrize(
