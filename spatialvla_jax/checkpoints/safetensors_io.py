@@ -45,8 +45,8 @@ FLOATS = ("F32", "BF16", "F16")  # dtypes of weights; buffers beside them may ha
 def open_directory(path: AnyPath) -> dict[str, LazyArray]:
     """All tensors of `model.safetensors`, or of the shards in `model.safetensors.index.json`; reads headers only.
 
-    Raises InputError if the directory has no weights or has weights that the index does not name, and if the index
-    differs from its shards in any key. Damaged files raise it too (`open_file`).
+    Raises InputError if the directory has no weights, or weights that the index does not name. The index and its shards
+    must agree in every key. Damaged files raise it too (`open_file`).
     """
     present = set(list_names(path))
     if not present & {SINGLE, INDEX}:

@@ -396,9 +396,9 @@ def table(result: dict[str, Any]) -> str:
 
 
 def padded(infer_batch: Callable[[list[dict]], list[dict]], size: int = BATCH, **extra: Any) -> Infer:
-    """A policy in this process, always called with `size` observations: one compiled program, whose answer depends
-    neither on the rest of the batch nor on the number of workers. `extra` is added to each observation. Refused
-    observations, and those with non-finite outputs, get the InputError; the others are asked again."""
+    """A policy in this process, always called with `size` observations. So there is one compiled program, and its
+    answer depends neither on the rest of the batch nor on the number of workers. `extra` is added to each observation.
+    Refused observations, and those with non-finite outputs, get the InputError; the others are asked again."""
 
     def infer(observations: list[dict], workers: list[int]) -> list[dict | InputError]:
         full = [{key: value for key, value in one.items() if key != "reset"} | extra for one in observations]

@@ -42,8 +42,8 @@ VERIFIED_BY_DEFAULT = 500_000_000  # parameters
 
 
 def torch_code() -> dict[str, str]:
-    """{file name: text} of the PyTorch code: configuration, model and processor, as named in `auto_map`, and the camera
-    and depth checks that they share with this package."""
+    """{file name: text} of the PyTorch code: configuration, model and processor, as named in `auto_map`. The camera and
+    depth checks, which they share with this package, come along."""
     files = Path(__file__).with_name("transformers").glob("*_spatialvla.py")
     code = {file.name: file.read_text().replace(camera.__name__, ".camera_spatialvla") for file in sorted(files)}
     return code | {"camera_spatialvla.py": Path(camera.__file__).read_text()}

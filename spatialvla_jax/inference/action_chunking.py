@@ -61,8 +61,8 @@ def combine(
 def chunk_of(reply: Any, action_dim: int | None = None) -> Float[np.ndarray, "T A"]:
     """The actions f32[T, A] in a reply of `Policy.infer`, or of any policy server.
 
-    Raises InputError if `reply` is not a dict with "actions", or if these are not finite numbers of shape [T, A] with
-    T, A ≥ 1. If `action_dim` is given, A must equal it.
+    Raises InputError unless `reply` is a dict whose "actions" are finite numbers of shape [T, A] with T, A ≥ 1. If
+    `action_dim` is given, A must equal it.
     """
     if not isinstance(reply, dict) or "actions" not in reply:
         got = (

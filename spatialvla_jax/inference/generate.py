@@ -298,8 +298,8 @@ def _from_draft(
 def _feed_all(
     decoder: Decoder, prefix: Float[Array, "B P D"], valid: Bool[Array, "B P"], tokens: Int[Array, "B A"]
 ) -> tuple[Float[Array, "B A D"], Cache, Int[Array, "B S"], Bool[Array, "B S S"]]:
-    """The prompt and all tokens of a chunk but the last, in one pass → (what predicts each token, the cache of S slots,
-    their positions, their mask)."""
+    """One pass over the prompt and all tokens of a chunk but the last. Returns what predicts each token, and the cache
+    of S slots with their positions and mask."""
     (B, P), A = valid.shape, tokens.shape[1]
     slots = jnp.concatenate([valid, jnp.ones((B, A - 1), bool)], axis=1)
     positions, mask = position_ids(slots), decoder.mask(slots, P)

@@ -135,8 +135,8 @@ def memory_used(device: Any) -> float:
 
 
 def planned(run: Run) -> dict[str, float]:
-    """Seconds that a step takes at least, {"roofline": of the compiled program} on a TPU, {"flops": of the model's
-    products at the device's peak} on a GPU; {} for a device of unknown peak."""
+    """Lower bounds of a step's seconds: on a TPU {"roofline": that of the compiled program}, on a GPU {"flops": that of
+    the model's products at the device's peak}; {} for a device of unknown peak."""
     if not (rate := peak()):
         return {}
     setup, flops = run.setup, model_flops(run.setup, run.grid)

@@ -74,8 +74,8 @@ def record_libero(
 ) -> tuple[Path, dict[int, TaskReport]]:
     """Record `episodes` train and `val_episodes` val episodes, cycling through `tasks` (all by default).
 
-    The suffix of `out` chooses the format: none for RLDS, .pack for a packed file (without TensorFlow), .npz for
-    motions only (without a renderer), which `render_motions` renders later.
+    The suffix of `out` chooses the format: none for RLDS, .pack for a packed file (needs no TensorFlow), .npz for
+    motions only (needs no renderer). `render_motions` renders motions later.
 
     Only episodes that pass the benchmark's success test are kept; others are retried with other noise. Train and val
     start from different initial states of the benchmark. With `drawn` they start from new states in the same regions,

@@ -5,8 +5,8 @@
     env.step(model.act(image, env.get_language_instruction()))   # or your own loop, such as for ManiSkill 3
 
 The conventions are those of simpler_env/policies/spatialvla in github.com/DelinQu/SimplerEnv-OpenVLA, which produced
-the published numbers. They differ from SimplerEnv's own in three ways: the ensemble's weights, a sticky gripper of ten
-steps instead of 15, and the reference for gripper changes.
+the published numbers. They differ from SimplerEnv's own in three ways: the ensemble's weights, the reference for
+gripper changes, and a sticky gripper of ten steps, not 15.
 """
 
 from collections.abc import Callable, Sequence

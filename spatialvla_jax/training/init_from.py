@@ -50,8 +50,8 @@ def open_start(config: ConfigDict, step: AnyPath | None) -> tuple[Checkpoint | N
 
 
 def pin_init(config: ConfigDict, begun: dict[str, Any]) -> ConfigDict:
-    """The config with a commit instead of a branch of the Hub in `init`, so that the run starts from the same weights
-    at any time. A resumed run (`begun` not empty) keeps its commit."""
+    """The config with the Hub's branch in `init` replaced by its commit, so that the run always starts from the same
+    weights. A resumed run (`begun` not empty) keeps its commit."""
     config = config.copy_and_resolve_references()
     for key in ("init", "init_zoedepth") if config.model.depth_source == "zoedepth" else ("init",):
         if config[key] and is_hub_id(config[key]):
@@ -63,8 +63,8 @@ def pin_init(config: ConfigDict, begun: dict[str, Any]) -> ConfigDict:
 
 
 def with_model_of(config: ConfigDict, start: Checkpoint | None, begun: dict[str, Any]) -> ConfigDict:
-    """The config with the preset, image size, depth source and mask of the model in `init`, or for a resumed run
-    (`begun` not empty) of the config it started with.
+    """The config with the preset, image size, depth source and mask of the model in `init`. A resumed run (`begun` not
+    empty) takes them from the config it started with.
 
     Raises InputError if the config explicitly sets another of these, except the mask.
     """

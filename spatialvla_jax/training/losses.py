@@ -76,8 +76,9 @@ def soft_cross_entropy(
 
 
 def cell_coordinates(grid: ActionTokenizer) -> tuple[Float[np.ndarray, "3 n V"], Float[np.ndarray, "3 n"]]:
-    """For each kind of token, where every id lies along up to three axes, in cells, and the cells around each ring
-    (infinite for other axes). Ids of other kinds, and ids without neighbours, are far away."""
+    """For each kind of token: where every id lies along up to three axes, in cells, and how many cells go around each
+    axis. That number is infinite for axes that are not rings. Ids of other kinds, and ids without neighbours, are far
+    away."""
     n = len(grid.token_ranges)
     places, rings = np.zeros((3, n, grid.vocab_size), np.float32), np.full((3, n), np.inf, np.float32)
     places[0] = -FAR

@@ -288,8 +288,8 @@ def wait_unless_failed(*, key: str, timeout_ms: int) -> None:
 
 
 def reason(error: Exception, folder: AnyPath) -> str:
-    """Why `folder` could not be written: the bucket's answer, the operating system's message inside an error of the
-    array store, or the start of the error's text."""
+    """Why `folder` could not be written: the bucket's answer, or the operating system's message inside an error of the
+    array store. Otherwise the start of the error's text."""
     if is_url(folder):
         sentence = str(explain(first_cause(error), folder, "written"))
         return sentence.removeprefix(f"{folder} cannot be written").removeprefix(f"{folder}").removeprefix(": ")

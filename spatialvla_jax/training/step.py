@@ -167,8 +167,9 @@ def make_eval_step(setup: TrainSetup):
 
 
 def jit_predict_step(setup: TrainSetup, shardings: TrainState, shown: int) -> Jitted:
-    """→ jitted `predict(params, batch, grid)` → (predicted ids i32[B, T, n], actions f32[B, T, A], valid bool[B], the
-    first `shown` images), of an epoch's batch, whole on every process. Teacher-forced, as validation's metrics."""
+    """Jit `predict(params, batch, grid)` for an epoch's batch → (predicted ids i32[B, T, n], actions f32[B, T, A],
+    valid bool[B], the first `shown` images). Every process gets the whole result. Teacher-forced, as validation's
+    metrics."""
     assert setup.mesh is not None
     model, replicated = setup.model, NamedSharding(setup.mesh, P())
 

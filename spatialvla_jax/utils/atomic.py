@@ -59,8 +59,8 @@ def _uploading(path: AnyPath, marker: str) -> Iterator[Path]:
 
 @contextmanager
 def kept_after(path: str | os.PathLike[str], *errors: type[Exception]) -> Iterator[None]:
-    """Keep what this process has just made at `path` if the block succeeds or fails with one of `errors`; remove it
-    after anything else that stops the block."""
+    """Keep what this process has just made at `path` if the block succeeds or fails with one of `errors`. Remove it if
+    anything else stops the block."""
     path = to_path(path)
     _unfinished.add(path)
     try:

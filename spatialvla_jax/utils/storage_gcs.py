@@ -37,7 +37,7 @@ class GoogleStorage(GCSFileSystem):
         return found
 
     async def _pipe_file(self, path: str, data: Any, mode: str = "overwrite", **options: Any) -> None:
-        """Send the data as the body of one request. gcsfs sends a multipart message; there, a server may mistake a
+        """Send the data as the body of one request. gcsfs sends a multipart message. There, a server may mistake a
         trailing carriage return in the data for part of the separator. Only empty data, which is no body, uses it."""
         if not data:
             await super()._pipe_file(path, data, mode=mode, **options)
