@@ -45,8 +45,8 @@ class Plan(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """Phase, its age in steps and its anchor (metres): the grip point in "close", else the hand's initial position.
-    Episodes begin with "reach"; "clear" comes before it only after `take_over`."""
+    """Phase, its age in steps and its anchor (metres): the grip point in "close", where to go in "clear", else the
+    hand's initial position. Episodes begin with "reach"; "clear" comes before it only after `take_over`."""
 
     phase: str = "reach"
     age: int = 0
@@ -55,20 +55,27 @@ class Progress(NamedTuple):
 
 PHASES = ("clear", "reach", "close", "lift", "carry", "open", "done")
 CLOSE_STEPS = 9  # the fingers need about nine control steps from fully open
-CLEAR_STEPS = 20  # after which the hand moves on even if something keeps it from rising
+CLEAR_STEPS = 20  # after which the hand moves on even if something keeps it from where it should go first
 
 
-def take_over(plan: Plan, scene: Scene, held: bool) -> tuple[Plan, Progress]:
-    """Plan and progress for an episode that something else began and left in any state.
+def take_over(plan: Plan, began: Scene, scene: Scene, held: bool) -> tuple[Plan, Progress]:
+    """Plan and progress for an episode that `began` with one scene and that something else led to another.
 
     An object that is `held` between the fingers is lifted and carried as it is held. Otherwise the hand first opens and
-    rises, so that it neither drags an object along nor pushes one over on its way.
+    rises, so that it neither drags an object along nor pushes one over on its way. An object to be held by its vertical
+    axis is gripped across that axis if it has fallen over.
     """
-    if not held:
-        return plan, Progress("clear")
-    axis, up, offset = scene.eef_mat[:, 1], upright(scene.object_mat), scene.eef_pos - scene.object_pos
-    grip = {"angle": float(np.arctan2(axis[1], axis[0])), "radius": float(offset @ axis), "height": float(offset @ up)}
-    return plan._replace(**grip), Progress("lift", 0, tuple(scene.eef_pos.tolist()))
+    up, hand = upright(scene.object_mat), scene.eef_pos
+    if held:
+        axis, offset = scene.eef_mat[:, 1], hand - scene.object_pos
+        grip = {"angle": float(np.arctan2(axis[1], axis[0])), "radius": float(offset @ axis)}
+        return plan._replace(**grip, height=float(offset @ up)), Progress("lift", 0, tuple(hand.tolist()))
+    stood = scene.object_mat @ began.object_mat.T @ upright(began.object_mat)  # the axis that pointed up, now
+    if plan.radius == 0 and abs(stood[2]) < 0.5:
+        across = float(np.arctan2(stood[1], stood[0]) + np.pi / 2)
+        # Released from higher up, so that the hand stays above a basket's rim.
+        plan = plan._replace(angle=across, height=0.0, release=plan.release + plan.height)
+    return plan, Progress("clear", 0, (*hand[:2].tolist(), float(grip_pose(plan, scene)[0][2] + plan.hover)))
 
 
 def grip_pose(plan: Plan, scene: Scene) -> tuple[Float[np.ndarray, "3"], Float[np.ndarray, "3 3"]]:
@@ -136,9 +143,9 @@ def act(plan: Plan, progress: Progress, scene: Scene) -> tuple[Float[np.ndarray,
         phase, age = "reach", 0
     next_anchor = scene.eef_pos
     if phase == "clear":
-        rise = position[2] + plan.hover - scene.eef_pos[2]
-        action = move(scene, np.array([0, 0, max(rise, 0.0)]), scene.eef_mat, OPEN)
-        finished = rise < 0.02 or age + 1 >= CLEAR_STEPS
+        offset = np.maximum(np.array(anchor) - scene.eef_pos, [-1, -1, 0])
+        action = move(scene, offset, scene.eef_mat, OPEN)
+        finished = bool(np.linalg.norm(offset) < 0.03) or age + 1 >= CLEAR_STEPS
     elif phase == "reach":
         offset, finished = _reach(plan, scene, position, mat)
         action = move(scene, offset, mat, OPEN)

@@ -10,6 +10,7 @@ from spatialvla_jax.sim.attempt import PLANS
 from spatialvla_jax.sim.scripted_expert import Plan, Progress, Scene, act
 
 HOME = np.array([-0.2, 0.0, 1.17])
+BEGIN = Progress()
 angles = st.floats(-np.pi, np.pi)
 
 
@@ -18,9 +19,11 @@ def scene(eef_pos=HOME, eef_mat=None, taken=(-0.07, 0.02, 0.9), place=(0.06, 0.2
     return Scene(np.array(eef_pos), eef_mat, np.array(taken), np.eye(3), np.array(place))
 
 
-def run(plan: Plan, start: Scene, max_steps: int = 200) -> tuple[list[np.ndarray], list[str], list[Scene]]:
+def run(
+    plan: Plan, start: Scene, max_steps: int = 200, progress: Progress = BEGIN
+) -> tuple[list[np.ndarray], list[str], list[Scene]]:
     """A world where 30% of the commanded offset happens in a step and the object follows the closed gripper."""
-    now, progress, actions, phases, scenes = start, Progress(), [], [], [start]
+    now, actions, phases, scenes = start, [], [], [start]
     while progress.phase != "done" and len(actions) < max_steps:
         action, progress = act(plan, progress, now)
         actions.append(action)
@@ -135,3 +138,46 @@ def test_the_grip_point_follows_a_tilted_bowl():
     plan, level = Plan(np.pi / 2), scene()
     up, _ = expert.grip_pose(plan, level._replace(object_mat=tilt))
     np.testing.assert_allclose(tilt.T @ (up - level.object_pos), [0, plan.radius, plan.height], atol=1e-9)
+
+
+def test_it_takes_over_a_hand_that_is_low_and_closed():
+    """The hand opens and rises beside the bowl before it moves to it."""
+    low = scene(eef_pos=(-0.02, 0.1, 0.91))
+    plan, progress = expert.take_over(Plan(0.6), scene(), low, held=False)
+    actions, phases, scenes = run(plan, low, progress=progress)
+    assert list(dict.fromkeys(phases)) == ["clear", "reach", "close", "lift", "carry", "open", "done"]
+    clear = phases.index("reach")
+    assert scenes[clear].eef_pos[2] > expert.grip_pose(plan, low)[0][2] + 0.05
+    np.testing.assert_allclose(
+        [now.eef_pos[:2] for now in scenes[:clear]], np.tile(low.eef_pos[:2], (clear, 1)), atol=1e-6
+    )
+    assert {action[6] for action in actions[:clear]} == {expert.OPEN}
+    assert np.linalg.norm((scenes[-1].object_pos - low.place_pos)[:2]) < 0.03
+
+
+@pytest.mark.parametrize("turn", [-2.0, 0.4, 1.5])
+def test_it_carries_on_what_the_hand_holds(turn):
+    """Wherever along the rim the bowl is held, the hand neither lets go nor turns before the plate."""
+    bowl, mat = np.array([0.0, 0.05, 1.0]), expert.down_facing(turn)
+    held = scene(eef_pos=bowl + 0.05 * mat[:, 1] + [0, 0, 0.02], eef_mat=mat, taken=bowl)
+    plan, progress = expert.take_over(Plan(-0.8), scene(), held, held=True)
+    actions, phases, scenes = run(plan, held, progress=progress)
+    assert list(dict.fromkeys(phases)) == ["lift", "carry", "open", "done"]
+    carried = phases.index("open")
+    assert {action[6] for action in actions[:carried]} == {expert.CLOSE}
+    for now in scenes[:carried]:
+        assert np.linalg.norm(expert.rotation_vector(now.eef_mat @ mat.T)) < 0.02
+    assert np.linalg.norm((scenes[-1].object_pos - held.place_pos)[:2]) < 0.03
+
+
+def test_a_bottle_that_has_fallen_over_is_gripped_across():
+    standing = scene()._replace(object_mat=expert.rotation_matrix(np.array([np.pi / 2, 0.0, 0.0])))  # its y points up
+    lying = scene()._replace(object_mat=expert.rotation_matrix(np.array([0.0, 0.0, 0.5 - np.pi / 2])))  # now at 0.5 rad
+    ketchup = PLANS["libero_object"][4]
+    plan, _ = expert.take_over(ketchup, standing, lying, held=False)
+    position, mat = expert.grip_pose(plan, lying)
+    assert plan.release == ketchup.release + ketchup.height, "the hand keeps its height above the rim"
+    np.testing.assert_allclose(position, lying.object_pos, atol=1e-9)
+    assert mat[:, 1] @ [np.cos(0.5), np.sin(0.5), 0] == pytest.approx(0, abs=1e-9)
+    plan, _ = expert.take_over(ketchup, standing, standing, held=False)
+    assert plan == ketchup
