@@ -47,6 +47,8 @@ def main() -> None:
     args, overrides = parse()
     workdir, motions, results = args.workdir, args.workdir / "motions", args.workdir / "results"
     end = time.monotonic() + 60 * args.minutes
+    for folder in (motions, results, workdir / "pictures"):
+        folder.mkdir(parents=True, exist_ok=True)
 
     def call(stage: str, *command: object) -> None:
         """A command of spatialvla-jax, ended when the time is up; what it has done until then is kept."""

@@ -26,11 +26,7 @@ def bench(monkeypatch, tmp_path):
                 called.append(self.text)
                 if stop not in self.text:
                     out = Path(argv[argv.index("--out" if "--out" in argv else "--workdir") + 1])
-                    if argv[3] == "record":
-                        out.parent.mkdir(exist_ok=True)
-                        out.touch()
-                    else:
-                        out.mkdir(parents=True, exist_ok=True)
+                    out.touch() if argv[3] == "record" else out.mkdir(exist_ok=True)
                     if argv[3] == "train":
                         (out / "finished").touch()
                     if argv[3] == "evaluate":
