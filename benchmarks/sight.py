@@ -21,8 +21,8 @@ validation frames: from the language model's state after the prompt, off which t
 the image tokens in 4×4 regions. Beside them stands who knows the instruction alone. Errors are in centimetres, along
 the camera's axes and along the robot's, for all frames and for those before the fingers first close: afterwards the
 hand shows the place. A map that fails does not prove that the policy is blind, since the policy is not linear; compare
-runs by the same data and frames. Then the error of the chunk's translation in open loop: the sum of its commands, of
-which a unit is 5 cm, for the policy, for what its grid alone leaves, and for the mean action.
+runs by the same file and frames, rendered without jitter. Then the error of the chunk's translation in open loop: the
+sum of its commands, of which a unit is 5 cm, for the policy, for what its grid alone leaves, and for the mean action.
 """
 
 import argparse

@@ -185,9 +185,10 @@ KEYS: dict[str, Field] = {
     "augment.move_intrinsics": Field(True, "move the camera's intrinsics with the crop"),
     "loss.soft_sigma": Field(
         0.0,
-        "width of Gaussian targets around the true cell, in training; 0: the true cell alone",
-        low=0,
+        "of Gaussian targets around the true cell, in training; 0: the true cell alone",
+        low=0.1,
         high=8,
+        also=(0,),
         unit="cells",
     ),
     "loss.target": Field(

@@ -55,7 +55,8 @@ def soft_cross_entropy(
         weights = jnp.exp(-0.5 / sigma**2 * squared)
         return (weights / weights.sum(axis=-1, keepdims=True)).reshape(len(ids), -1, grid.vocab_size)
 
-    # The gradient is written out so that it is changed in place; JAX would pad the targets to the whole vocabulary.
+    # The gradient is written out as one sum. JAX would store the targets for it, and add one array of the vocabulary's
+    # size after another.
     @jax.custom_vjp
     def loss(logits: Float[Array, "B L V"], ids: Int[Array, "B T n"]) -> Float[Array, "B L"]:
         return forward(logits, ids)[0]
@@ -67,7 +68,7 @@ def soft_cross_entropy(
 
     def backward(kept: Any, g: Any) -> Any:
         logits, ids, log_z = kept
-        eos = (np.arange(L)[:, None] == L - 1) & (np.arange(V) == EOS)
+        eos = (jnp.arange(L)[:, None] == L - 1) & (jnp.arange(V) == EOS)
         others = ((0, 0), (0, 1), (offset, V - offset - grid.vocab_size))
         return (jnp.exp(logits - log_z[..., None]) - jnp.pad(targets(ids), others) - eos) * g[..., None], None
 

@@ -7,9 +7,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from helpers.batches import GRID
 from helpers.recordings import write_recording
+from jax.sharding import SingleDeviceSharding
 
 from spatialvla_jax.actions import ActionTokenizer, encode, linear_grid, uniform_grid
 from spatialvla_jax.checkpoints import read_checkpoint
@@ -18,6 +20,7 @@ from spatialvla_jax.config import check_together, default_config
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.export.convert import convert
 from spatialvla_jax.inference.policy import Policy
+from spatialvla_jax.planning.topology import parse_topology
 from spatialvla_jax.training.augment import crop_intrinsics
 from spatialvla_jax.training.loop import train
 from spatialvla_jax.training.losses import Loss, soft_cross_entropy, target_error
@@ -75,6 +78,33 @@ def test_soft_targets_are_gaussians_over_neighbouring_cells(grid, sigma) -> None
     np.testing.assert_allclose(gradient, np.exp(log_p) - targets, atol=2e-6)
 
 
+@pytest.mark.slow
+def test_soft_targets_take_no_more_memory_than_the_plain_loss() -> None:
+    """Compiled for a TPU, with the full vocabulary, loss and gradient need one array of the logits' size."""
+    (device, *_), V, offset = parse_topology("v5e:2x2").devices(), 257_153 + 8194, 257_153
+    grid = uniform_grid()
+
+    def shape(dtype, *dims: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(dims, dtype, sharding=SingleDeviceSharding(device))
+
+    def plain(logits, ids):
+        targets = jnp.append(ids.reshape(len(ids), -1) + offset, jnp.ones((len(ids), 1), int), axis=1)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
+
+    def soft(logits, ids):
+        return soft_cross_entropy(logits, ids, grid, offset, 1.0).mean()
+
+    def memory(loss) -> float:
+        def through(x, w, ids):
+            return loss(x @ w, ids)
+
+        arguments = shape(jnp.float32, 4, 13, 64), shape(jnp.float32, 64, V), shape(jnp.int32, 4, 4, 3)
+        program = jax.jit(jax.grad(through, argnums=(0, 1))).lower(*arguments).compile()
+        return program.memory_analysis().temp_size_in_bytes / (4 * 13 * V * 4)
+
+    assert memory(soft) < 1.05 * memory(plain)
+
+
 def test_the_target_is_learned_in_metres_or_where_it_is_in_the_cropped_picture() -> None:
     """The error by hand, of a head whose guess is its bias; a crop moves the pixel and not the metres."""
     rng = np.random.default_rng(0)
@@ -117,6 +147,7 @@ def test_a_run_learns_the_target_and_its_policy_does_not_have_the_head(recording
     config.checkpoint.update(every=10, keep_last=4)
     config.grid.num_bins, config.optimizer.learning_rate = (4, 4, 2, 4, 4, 4), 1e-2
     config.loss.target, config.loss.target_weight = "metres", 10.0
+    config.loss.soft_sigma = 0.0 if lora else 0.5
     if lora:
         config.init, config.lora.rank, config.grid.kind = str(trained), 4, "checkpoint"
     workdir = tmp_path / "run"
