@@ -25,9 +25,9 @@ import sys
 import time
 from pathlib import Path
 
+from spatialvla_jax.sweep.provenance import provenance
 from spatialvla_jax.training.loop import FINISHED
 from spatialvla_jax.utils.atomic import write_json
-from spatialvla_jax.utils.provenance import provenance
 
 VARIANTS = {
     "full": [],

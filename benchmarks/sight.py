@@ -53,11 +53,11 @@ from spatialvla_jax.sim import libero_env as libero
 from spatialvla_jax.sim import scripted_expert as expert
 from spatialvla_jax.sim.libero import proprioception
 from spatialvla_jax.sim.motions import load_motions
+from spatialvla_jax.sweep.provenance import provenance
 from spatialvla_jax.training.log_folder import LogFolder
 from spatialvla_jax.training.step import prepare
 from spatialvla_jax.utils.atomic import write_json
 from spatialvla_jax.utils.progress import progress_bar
-from spatialvla_jax.utils.provenance import provenance
 from spatialvla_jax.utils.tables import text_table
 
 SUITE, CHUNK, WIDTH = "libero_spatial", 4, 512

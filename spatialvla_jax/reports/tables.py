@@ -13,6 +13,8 @@ LATEX = str.maketrans(
     }
 )
 
+COLUMN = 66  # characters of the table's font that a column holds at three quarters of the size
+
 
 class Table(NamedTuple):
     """`header` has (name, unit) of every column; the first `names` columns are words, the others numbers."""
@@ -37,21 +39,26 @@ def escaped(text: str) -> str:
 
 
 def latex(table: Table, label: str) -> str:
-    """A floating table of booktabs, scaled down if it is wider than the column."""
+    """A floating table of booktabs. A wide one spans both columns of a page that has two; what is wider still is scaled
+    down to fit."""
 
     def name(text: str, unit: str) -> str:
         return f"\\shortstack{{{escaped(text)}\\\\({escaped(unit)})}}" if unit else escaped(text)
 
+    columns = zip(*table.lines, strict=True)
+    widths = [max(len(n), len(u), *map(len, c)) for (n, u), c in zip(table.header, columns, strict=True)]
+    kind = "table*" if sum(widths) + 2 * len(widths) > COLUMN else "table"
     rows = [" & ".join(name(*column) for column in table.header)]
     rows += [" & ".join(map(escaped, line)) for line in table.lines]
     head, *body = [f"{row} \\\\" for row in rows]
     return "\n".join(
         (
-            r"\begin{table}",
+            f"\\begin{{{kind}}}",
             r"\centering",
-            f"\\caption{{{escaped(table.caption)}}}",
+            f"\\caption{{{escaped(f'{table.title}. {table.caption}')}}}",
             f"\\label{{tab:{label}}}",
-            r"\resizebox{\ifdim\width>\columnwidth\columnwidth\else\width\fi}{!}{%",
+            r"\smallskip",
+            r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
             f"\\begin{{tabular}}{{{'l' * table.names}{'r' * (len(table.header) - table.names)}}}",
             r"\toprule",
             head,
@@ -59,7 +66,7 @@ def latex(table: Table, label: str) -> str:
             *body,
             r"\bottomrule",
             r"\end{tabular}}",
-            r"\end{table}",
+            f"\\end{{{kind}}}",
             "",
         )
     )

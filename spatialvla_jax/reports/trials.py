@@ -1,7 +1,6 @@
 """A sweep's trials and what is measured of them, read from the small files that each leaves in its folder: result.json,
 metrics.jsonl, grid.json, data.npz, and closed_loop/result.json where it was evaluated in simulation."""
 
-import math
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,11 +13,10 @@ from spatialvla_jax.actions import DIMENSIONS, ActionTokenizer
 from spatialvla_jax.checkpoints.load import load_grid
 from spatialvla_jax.checkpoints.types import read_json
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.training.metrics import read_metrics
+from spatialvla_jax.training.metrics import PLATEAU_GAIN, last_gain, plateau, read_metrics
 
 UNITS = "normalised units"
 PER_DIMENSION = "Open-loop L1 per dimension"
-PLATEAU_GAIN = 2.0  # percent
 BASELINES = {"mean action": "l1_mean_baseline", "last action held": "l1_repeat_baseline"}
 
 
@@ -71,7 +69,7 @@ PLATEAU = Quantity(
     "plateau reached",
     "trials",
     0,
-    f"trials whose best teacher-forced L1 fell by less than {PLATEAU_GAIN:g} % over the last quarter of the training",
+    f"trials whose best teacher-forced L1 fell, but by less than {PLATEAU_GAIN:g} % over the last quarter of training",
     "Results",
 )
 GAIN = Quantity(
@@ -240,8 +238,9 @@ def read_trial(folder: Path, values: dict[str, str], seed: int) -> Trial:
     for quantity, key in {TEACHER_FORCED: "val/l1", LOSS: "val/loss"}.items():
         if found := [record[key] for record in records if key in record]:
             numbers[quantity.key] = found[-1]
-    gain = last_gain([(record["step"], record["val/l1"]) for record in records if "val/l1" in record], steps)
-    numbers |= {} if gain is None else {GAIN.key: gain, PLATEAU.key: float(gain < PLATEAU_GAIN)}
+    curve = [(record["step"], record["val/l1"]) for record in records if "val/l1" in record]
+    if (gain := last_gain(curve, steps)) is not None:
+        numbers |= {GAIN.key: gain, PLATEAU.key: float(bool(plateau(curve, steps)))}
     success, episodes = read_closed_loop(folder / "closed_loop" / "result.json")
     numbers |= {SUCCESS.key: success} if episodes else {}
     known = (folder.name, folder, values, seed, numbers, episodes, baselines, tuple(records), result)
@@ -278,13 +277,3 @@ def read_closed_loop(path: Path) -> tuple[float, int]:
             f"{path} has success {success!r} of {episodes!r} episodes: expected a share of 1 or more episodes"
         )
     return 100 * success, episodes
-
-
-def last_gain(curve: list[tuple[int, float]], steps: int) -> float | None:
-    """By how many percent the best value of a curve fell over the last quarter of `steps`. None without a validation
-    in that quarter or before it."""
-    before = [value for step, value in curve if step <= 0.75 * steps]
-    after = [value for step, value in curve if step > 0.75 * steps]
-    if not before or not after or not math.isfinite(min(before)) or min(before) <= 0:
-        return None
-    return 100 * max(0.0, 1 - min(after) / min(before))

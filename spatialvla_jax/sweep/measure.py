@@ -2,7 +2,6 @@
 
 import hashlib
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,10 @@ from spatialvla_jax.evaluation.open_loop import evaluate
 from spatialvla_jax.inference.policy import Policy
 from spatialvla_jax.sim import libero_env
 from spatialvla_jax.sweep.plan import Trial
-from spatialvla_jax.training.metrics import read_metrics
+from spatialvla_jax.sweep.provenance import provenance
+from spatialvla_jax.training.metrics import plateau, read_metrics
 from spatialvla_jax.utils.atomic import replacing
 from spatialvla_jax.utils.progress import Bar
-from spatialvla_jax.utils.provenance import provenance
 from spatialvla_jax.utils.storage import AnyPath
 
 SHOWN = 4000  # actions of the data that are kept for the report's figures
@@ -69,13 +68,6 @@ def measure(trial: Trial, folder: Path, trained: dict[str, Any], drawn: bool) ->
         "evaluation": evaluation,
         "provenance": provenance(),
     }
-
-
-def plateau(curve: Sequence[Sequence[float]], steps: int) -> bool:
-    """Whether a curve of (step, value) fell and gained less than 2 % over the last quarter of `steps`. One that never
-    falls below its first value says that nothing has been learned, not that there is nothing left to learn."""
-    before, best = [value for step, value in curve if step <= 0.75 * steps], min((v for _, v in curve), default=0.0)
-    return bool(before) and 0.98 * min(before) < best < before[0]
 
 
 def weights_digest(checkpoint: str | AnyPath) -> str:

@@ -24,6 +24,8 @@ from spatialvla_jax.utils.chips import peak
 from spatialvla_jax.utils.distributed import is_writer
 from spatialvla_jax.utils.storage import AnyPath, absolute, read_text
 
+PLATEAU_GAIN = 2.0  # percent; a training whose last quarter gained less is at its plateau
+
 
 class MetricsLog:
     """Appends a JSON record per report to `metrics.jsonl` and its timings to `times.jsonl`. Scalars go to TensorBoard
@@ -147,6 +149,21 @@ def read_metrics(path: AnyPath) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return records
+
+
+def last_gain(curve: Sequence[Sequence[float]], steps: int) -> float | None:
+    """By how many percent the best value of a curve of (step, value) fell over the last quarter of `steps`. None
+    without a value in that quarter or before it."""
+    before = [value for step, value in curve if step <= 0.75 * steps]
+    after = [value for step, value in curve if step > 0.75 * steps]
+    return 100 * max(0.0, 1 - min(after) / min(before)) if before and after and min(before) > 0 else None
+
+
+def plateau(curve: Sequence[Sequence[float]], steps: int) -> bool | None:
+    """Whether a curve fell, but by less than `PLATEAU_GAIN` over the last quarter of `steps`; None as of `last_gain`.
+    A curve that never falls below its first value says that nothing was learned, not that nothing is left to learn."""
+    gain = last_gain(curve, steps)
+    return None if gain is None else gain < PLATEAU_GAIN and min(value for _, value in curve) < curve[0][1]
 
 
 def scalars(metrics: dict[str, Any], datasets: Sequence[str]) -> dict[str, float]:

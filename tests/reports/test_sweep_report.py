@@ -18,8 +18,9 @@ from spatialvla_jax.errors import InputError
 from spatialvla_jax.reports import comparisons, sweep
 from spatialvla_jax.reports.sweep import write_report
 from spatialvla_jax.reports.tables import Table, escaped, latex, markdown
-from spatialvla_jax.reports.trials import GAIN, L1, SUCCESS, Results, last_gain, read_sweep
+from spatialvla_jax.reports.trials import GAIN, L1, SUCCESS, Results, read_sweep
 from spatialvla_jax.sweep.measure import save_arrays
+from spatialvla_jax.training.metrics import last_gain, plateau
 
 AXES = {"grid": ["fine", "coarse", "<linear>"], "ego3d": ["on", "off"]}
 ACTIONS = np.random.default_rng(0).normal(0, 0.3, (300, 7)).clip(-1, 1).astype(np.float32)
@@ -228,9 +229,11 @@ def test_one_axis_at_a_time_around_a_reference(tmp_path: Path, monkeypatch) -> N
 
 def test_a_plateau_is_a_last_quarter_without_gains() -> None:
     falling = [(25, 0.9), (50, 0.5), (75, 0.4)]
-    assert last_gain([*falling, (90, 0.41), (100, 0.39)], 100) == pytest.approx(2.5)
-    assert last_gain([*falling, (100, 0.7)], 100) == 0
-    assert last_gain(falling, 100) is None and last_gain([(80, 0.4), (100, 0.4)], 100) is None
+    for last, gain, reached in ([(90, 0.41), (100, 0.393)], 1.75, True), ([(90, 0.391), (100, 0.41)], 2.25, False):
+        assert last_gain([*falling, *last], 100) == pytest.approx(gain) and plateau([*falling, *last], 100) is reached
+    assert plateau([*falling, (100, 0.7)], 100)  # it rises: there is nothing left to learn
+    assert plateau([(25, 0.5), (75, 0.52), (100, 0.51)], 100) is False  # nothing was learned
+    assert plateau(falling, 100) is None and plateau([(80, 0.4), (100, 0.4)], 100) is None and plateau([], 100) is None
 
 
 def test_intervals_by_hand() -> None:
@@ -247,9 +250,10 @@ def test_intervals_by_hand() -> None:
 def test_tables_in_latex_and_markdown() -> None:
     table = Table("T", "50 % of a_b & c", [("name", ""), ("L1", "normalised units")], [["[x] → {y}", "−1 ± 2"]], 1)
     text = latex(table, "x")
-    assert r"{[}x{]} $\to$ \{y\} & $-$1 $\pm$ 2 \\" in text and r"\caption{50 \% of a\_b \& c}" in text
+    assert r"{[}x{]} $\to$ \{y\} & $-$1 $\pm$ 2 \\" in text and r"\caption{T. 50 \% of a\_b \& c}" in text
     assert r"name & \shortstack{L1\\(normalised units)} \\" in text and escaped("字") == "U+5B57"
     assert text.count(r"\begin{") == text.count(r"\end{") == 2
+    assert r"\begin{table}" in text and r"\begin{table*}" in latex(table._replace(lines=[["a" * 60, ""]]), "x")
     bare = re.sub(r"\\[{}]", "", text)
     assert bare.count("{") == bare.count("}")
     assert markdown(table).splitlines()[1:] == ["| --- | --: |", "| [x] → {y} | −1 ± 2 |"]

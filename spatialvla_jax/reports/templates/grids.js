@@ -4,7 +4,7 @@
   const data = JSON.parse(document.getElementById("grid-data").textContent);
   const root = document.getElementById("grids");
   const view = { azimuth: -58 * Math.PI / 180, elevation: 22 * Math.PI / 180 };
-  const SHELLS = ["#440154", "#414487", "#2a788e", "#22a884", "#7ad151", "#c9c22b"];
+  const SHELLS = ["#8a5fbf", "#5468b0", "#2a788e", "#22a884", "#7ad151", "#c9c22b"];
   const panels = [];
 
   const points = data.points.map((text) => {

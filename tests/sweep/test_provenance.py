@@ -3,7 +3,7 @@
 import subprocess
 from pathlib import Path
 
-from spatialvla_jax.utils.provenance import commit, provenance
+from spatialvla_jax.sweep.provenance import commit, provenance
 
 
 def test_commit(tmp_path: Path) -> None:
