@@ -3,13 +3,13 @@
     python benchmarks/infer.py [--preset tiny] [--variants plain,bfloat16,int8] [--batch-sizes 1,32] [--repeats 50]
         [--torch] [--first-action] [--trace]
 
-Random weights, a 640×480 camera. Each variant goes through `Policy.infer_batch`, tokenizer and transfers included:
-`plain` is `bfloat16` without the kernel of `inference/kernels.py`, `depth` is the model's dtype with depth given
-instead of estimated, `draft` has the result as a draft (speculation that always comes true: its bound), `free` chooses
-from the whole vocabulary. A variant that fails is reported and leaves the others be. `--torch` times the exported
-PyTorch model beside it, by its loop and as a CUDA graph. `--first-action` times a new process from its start to its
-first action, with an empty and a filled cache of compiled programs. Prints the environment and the floors, ends with
-one line of JSON.
+Random weights, a 640×480 camera. Each variant goes through `Policy.infer_batch`, tokenizer and transfers included;
+`program_ms` is its jitted program alone, with inputs on the device. `plain` is `bfloat16` without the kernel of
+`inference/kernels.py`, `depth` is the model's dtype with depth given instead of estimated, `draft` has the result as a
+draft (speculation that always comes true: its bound), `free` chooses from the whole vocabulary. A variant that fails is
+reported and leaves the others be. `--torch` times the exported PyTorch model beside it, by its loop and as a CUDA
+graph. `--first-action` times a new process from its start to its first action, with an empty and a filled cache of
+compiled programs. Prints the environment and the floors, ends with one line of JSON.
 """
 
 import argparse
@@ -158,10 +158,14 @@ def run(config: SpatialVLAConfig, name: str, args: argparse.Namespace) -> dict[s
         figures |= timed(lambda batch=batch: policy.infer_batch(batch), args.repeats)
         figures["chunks_per_second"] = round(1e3 * size / figures["median_ms"], 1)
         figures["peak_gb"] = round((device.memory_stats() or {}).get("peak_bytes_in_use", 0) / 1e9, 2)
+        inputs = [policy.prepare(seen) for seen in batch]
+        arrays = {k: np.stack([x[k] for x in inputs]) for k in inputs[0]}
+        length = max(policy.shape(x)[2] for x in inputs)  # as `Policy` cuts it: the same program
+        arrays = jax.device_put(arrays | {k: arrays[k][:, :length] for k in ("prompt_ids", "prompt_mask")})
+        alone = timed(lambda policy=policy, arrays=arrays: jax.block_until_ready(policy.run(arrays)), args.repeats)
+        figures["program_ms"] = alone["median_ms"]
         print(f"{name:10} batch {size:3}: " + ", ".join(f"{k} {v}" for k, v in figures.items()), flush=True)
         if args.trace:
-            inputs = [policy.prepare(seen) for seen in batch]
-            arrays = jax.device_put({k: np.stack([x[k] for x in inputs]) for k in inputs[0]})
             compiled = policy._act.lower(policy.weights, policy._grid, arrays).compile()
             text, parts = trace(
                 lambda arrays=arrays, compiled=compiled: compiled(policy.weights, policy._grid, arrays),
@@ -257,6 +261,8 @@ def main() -> None:
     parser.add_argument("--trace", action="store_true", help="also print where the time goes, from a profiler trace")
     state_defaults(parser)
     args = parser.parse_args()
+    if args.trace:  # a recorded graph's kernels don't say what they belong to
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_enable_command_buffer="
     config = replace(preset(args.preset), dtype="bfloat16")
     if args.only_first:
         make_policy(config).infer(observations(1, config.depth_source == "dataset")[0])

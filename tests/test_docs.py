@@ -146,6 +146,10 @@ def test_figures_are_those_of_the_files() -> None:
     row = [f"{x['median_ms']:.{digits}f} ms" for x, digits in ((first["loop 1"], 0), (first["graph 1"], 1))]
     assert re.search(rf"\| batch 1 \| {row[0]} .* \| {row[1]} .* \| {later['graph 1']['median_ms']:.1f} ms", page)
     assert all(f"{first[mode]['chunks_per_second']} chunks/s" in page for mode in ("loop 32", "graph 32"))
+    infer = json.loads((ROOT / "benchmarks/results/infer_h200.json").read_text())
+    for variant in ("bfloat16 1", "draft 1", "int8 1", "bfloat16 32"):
+        low, high = infer[variant]["range_ms"]
+        assert f"{infer[variant]['median_ms']:.1f} ms ({low:.1f} to {high:.1f})" in page
     page = (ROOT / "docs/results/training.md").read_text().replace("*", "")
     for run in json.loads((ROOT / "benchmarks/results/two_gpus_h200.json").read_text())["runs"]:
         (low, high), rate = run["step_ms_range"], run["samples_per_second"]
