@@ -13,7 +13,8 @@ class StorageError(RuntimeError):
 
 
 class FaultsError(RuntimeError):
-    """An evaluation stopped because too many episodes failed: the message is one sentence with the last reason."""
+    """An evaluation or a recording stopped because too many episodes failed: the message is one sentence with the last
+    reason."""
 
 
 class NonFiniteError(InputError):

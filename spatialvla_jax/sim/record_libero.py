@@ -22,7 +22,7 @@ from PIL import Image
 
 from spatialvla_jax.data.importers.rlds_writer import SPLITS, check_out, write_episodes
 from spatialvla_jax.data.pack_recording import check_file, write_packed
-from spatialvla_jax.errors import InputError
+from spatialvla_jax.errors import FaultsError, InputError
 from spatialvla_jax.sim import scripted_expert as expert
 from spatialvla_jax.sim.attempt import MAX_ATTEMPTS, PLANS, Job, Recorded, begin, perform
 from spatialvla_jax.sim.jitter import check_jitter, jitter_scene
@@ -231,7 +231,7 @@ def in_processes(
     """Results of `function` over `jobs`, in order, from `workers` fresh processes, with a progress bar.
 
     When a process dies, for example because the renderer crashes, the jobs without a result are run again. Raises
-    RuntimeError when this happens `MAX_CRASHES` times without a result between them.
+    FaultsError when this happens `MAX_CRASHES` times without a result between them.
     """
     # Fresh processes, never a fork: OSMesa crashes in a process that has loaded TensorFlow, as the writer does.
     context, done, crashes = multiprocessing.get_context("spawn"), 0, 0
@@ -247,7 +247,7 @@ def in_processes(
                     crashes += 1
                     if crashes == MAX_CRASHES:
                         hint = "a crash, or out of memory: try fewer workers"
-                        raise RuntimeError(f"a {doing} process died {crashes} times in a row ({hint})") from error
+                        raise FaultsError(f"a {doing} process died {crashes} times in a row ({hint})") from error
                     warn(f"a {doing} process died: the episodes that it and the others were working on are run again")
                 except BaseException:  # stopped: do not wait for unfinished episodes
                     for process in multiprocessing.active_children():
@@ -267,7 +267,7 @@ def record(job: Job, look: bool) -> Recorded:
             motion, scene = recorded
             motion = replace(motion, failed=attempt)
             return Recorded(_episode(motion, *scene) if look else motion, motion.language, len(motion.action), attempt)
-    raise RuntimeError(f"{job.suite} task {job.task_id}: the expert failed {MAX_ATTEMPTS} times in a row ({job})")
+    raise FaultsError(f"{job.suite} task {job.task_id}: the expert failed {MAX_ATTEMPTS} times in a row ({job})")
 
 
 def _check(

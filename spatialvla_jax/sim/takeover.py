@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from spatialvla_jax.errors import FaultsError
 from spatialvla_jax.evaluation.closed_loop import Environment, Episode, Infer, Settings, rollouts
 from spatialvla_jax.sim import scripted_expert as expert
 from spatialvla_jax.sim.attempt import MAX_ATTEMPTS, Job, Recorded, begin, perform
@@ -65,7 +66,7 @@ def record_takeovers(
     """The recorded episode of every job, in order. `environment` makes a `Takeover` in each of the `workers`
     processes.
 
-    The results do not depend on the number of workers if those of `infer` do not. Raises RuntimeError if no attempt at
+    The results do not depend on the number of workers if those of `infer` do not. Raises FaultsError if no attempt at
     an episode succeeds, and see `rollouts`.
     """
     waiting = deque(Episode(job.suite, job.task_id, number, 0) for number, job in enumerate(jobs))
@@ -81,7 +82,7 @@ def record_takeovers(
             # After three faults there is no outcome. That another attempt takes the place is as good, but is counted.
             count["solved" if record.get("outcome") == "solved" else "failed"] += 1
             if (attempt := episode.seed + 1) == MAX_ATTEMPTS:
-                raise RuntimeError(f"{job.suite} task {job.task_id}: {attempt} attempts failed in a row ({job})")
+                raise FaultsError(f"{job.suite} task {job.task_id}: {attempt} attempts failed in a row ({job})")
             waiting.append(episode._replace(seed=attempt))
     for number in range(len(jobs)):
         motion = kept[number]

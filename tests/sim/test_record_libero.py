@@ -12,7 +12,7 @@ from helpers.environments import double
 from helpers.record_geometry import unproject
 from PIL import Image
 
-from spatialvla_jax.errors import InputError
+from spatialvla_jax.errors import FaultsError, InputError
 from spatialvla_jax.sim import attempt, libero
 from spatialvla_jax.sim import record_libero as recorder
 from spatialvla_jax.sim.motions import Motion, load_motions, save_motions
@@ -152,7 +152,7 @@ def test_results_keep_the_order_of_the_jobs_and_a_dead_worker_s_are_run_again(tm
 
 def test_workers_that_keep_dying_are_one_error(monkeypatch):
     monkeypatch.setattr(recorder, "MAX_CRASHES", 2)
-    with pytest.raises(RuntimeError, match="a recording process died 2 times in a row"):
+    with pytest.raises(FaultsError, match="a recording process died 2 times in a row"):
         list(in_processes(os._exit, [1, 1], workers=1, progress=False))
 
 

@@ -45,12 +45,18 @@ def test_each_episode_is_there_once_whatever_dies_or_is_not_kept(tmp_path):
     assert rows(alone) == rows(recorded), "whatever the number of workers"
 
 
-def test_a_policy_without_actions_ends_the_recording(tmp_path, monkeypatch):
+def test_a_policy_without_actions_ends_the_recording(tmp_path):
     def refuse(observations, workers):
         return [NonFiniteError([False]) for _ in observations]
 
     with pytest.raises(FaultsError, match="episodes keep failing"):
         list(record_takeovers(partial(Handover, tmp_path), refuse, JOBS[:1], 1, progress=False))
+
+
+def test_an_episode_that_never_succeeds_ends_the_recording(tmp_path, monkeypatch):
+    monkeypatch.setattr(takeover, "MAX_ATTEMPTS", 2)
+    with pytest.raises(FaultsError, match="toy task 0: 2 attempts failed in a row"):
+        list(record_takeovers(partial(Handover, tmp_path), padded(bright), JOBS[:1], 1, progress=False))
 
 
 @pytest.mark.parametrize(
