@@ -203,7 +203,7 @@ def add_sweep(commands: Commands) -> None:
     p.add_argument(
         "--workers",
         type=positive,
-        help="simulators at once for each trial's closed loop; by default the cores, divided by --parallel",
+        help="simulators at once for each trial's closed loop; by default the cores divided by --parallel, rounded up",
     )
     p.add_argument(
         "--closed-loop",
@@ -253,7 +253,7 @@ def run_sweep(args: argparse.Namespace) -> None:
         for trial in trials:
             if trial.closed_loop:
                 episodes_of(trial)  # raises now what it would raise once the trial has been trained
-    workers = args.workers or max(1, (os.cpu_count() or 1) // args.parallel)
+    workers = args.workers or -(-(os.cpu_count() or 1) // args.parallel)
     if args.workers or args.parallel > 1:
         flags += ["--workers", str(workers)]
     if not args.dry_run:
