@@ -3,6 +3,7 @@
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,10 +11,12 @@ from helpers.environments import Handover
 
 from spatialvla_jax.cli import main
 from spatialvla_jax.errors import FaultsError, NonFiniteError
-from spatialvla_jax.evaluation.closed_loop import padded
+from spatialvla_jax.evaluation.closed_loop import Episode, padded
+from spatialvla_jax.sim import libero_env, takeover
 from spatialvla_jax.sim import record_libero as recorder
-from spatialvla_jax.sim import takeover
-from spatialvla_jax.sim.motions import load_motions
+from spatialvla_jax.sim import scripted_expert as expert
+from spatialvla_jax.sim.attempt import Start
+from spatialvla_jax.sim.motions import Motion, load_motions
 from spatialvla_jax.sim.record_libero import deal
 from spatialvla_jax.sim.takeover import Takeover, record_takeovers
 
@@ -57,6 +60,60 @@ def test_an_episode_that_never_succeeds_ends_the_recording(tmp_path, monkeypatch
     monkeypatch.setattr(takeover, "MAX_ATTEMPTS", 2)
     with pytest.raises(FaultsError, match="toy task 0: 2 attempts failed in a row"):
         list(record_takeovers(partial(Handover, tmp_path), padded(bright), JOBS[:1], 1, progress=False))
+
+
+@pytest.mark.parametrize(("succeeds", "outcome"), [(0, "solved"), (999, "kept"), (999, "failed")])
+def test_the_expert_takes_over_between_two_chunks(monkeypatch, succeeds, outcome):
+    """On a stand-in for the simulator, which succeeds after so many actions. There is no picture at the end."""
+    actions, given = [], []
+
+    def step(action):
+        actions.append(action)
+        return {}, 0.0, False, {}
+
+    env = SimpleNamespace(
+        env=SimpleNamespace(_get_observations=dict), step=step, check_success=lambda: len(actions) > succeeds
+    )
+    scene = expert.Scene(np.zeros(3), np.eye(3), np.ones(3), np.eye(3), np.zeros(3))
+    state, task = np.zeros(8, np.float32), SimpleNamespace(language="take it")
+    plan = expert.Plan(0.0)
+    start = Start(env, task, 5, -1, np.random.default_rng(2), plan, scene, state)
+    arrays = (np.zeros((6, width), np.float32) for width in (9, 8, 7))
+    motion = Motion("toy", 0, "train", 5, -1, "take it", *arrays)
+
+    def perform(start, job, progress):
+        given.append((start.plan, progress))
+        return None if outcome == "failed" else (motion, [])
+
+    for name, value in {
+        "begin": lambda job, attempt, render: start,
+        "perform": perform,
+        "observe": lambda env, observation: (scene, state),
+        "holds_object": lambda env: True,
+        "camera": lambda env, size: (np.eye(3, dtype=np.float32), np.eye(4)),
+    }.items():
+        monkeypatch.setattr(takeover, name, value)
+    for name, value in {
+        "set_up_worker": lambda: None,
+        "frame": lambda env, size: (np.zeros((size, size, 3), np.uint8), np.ones((size, size), np.uint16)),
+        "proprioception": lambda observation: state,
+    }.items():
+        monkeypatch.setattr(libero_env, name, value)
+    environment = Takeover(JOBS, chunk=5, image_size=4, depth=True, mirrored=False)
+    instruction, observation = environment.reset(Episode("toy", 0, 0, 0))
+    assert instruction == "take it" and set(observation) == {"image", "intrinsics", "state", "depth"}
+    done = False
+    while not done:
+        last, done = environment.step(np.zeros(7, np.float32), look=True)
+        assert done or "image" in last
+    assert set(last) == {"record"} and last["record"]["outcome"] == outcome
+    if outcome == "solved":
+        assert len(actions) == 1 and not given
+    else:
+        assert len(actions) % 5 == 0 and 0 < len(actions) <= takeover.POLICY_STEPS
+        assert given == [expert.take_over(plan, scene, scene, True)]
+    if outcome == "kept":
+        assert last["record"]["motion"] == replace(motion, policy_steps=len(actions))
 
 
 @pytest.mark.parametrize(
