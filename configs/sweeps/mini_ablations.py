@@ -11,7 +11,8 @@ one is the whole image, for which moved and unmoved intrinsics are the same.
 
 Estimated, not measured, for an H200 with 16 cores: 12.4 GFLOP a sample, counted by `model_flops`, make 190 PFLOP of 39
 trials of 6,000 steps of 64: 15 minutes at the 200 TFLOP/s of the preset `small`, and up to twice that if smaller
-products are slower. The 2,730 episodes take 40 minutes at 14 core-seconds each. A trial that is stopped goes on.
+products are slower. A trial needs about 4 GB (`spatialvla-jax compile`, for a TPU). The 2,730 episodes take 40 minutes
+at 14 core-seconds each.
 """
 
 from spatialvla_jax.actions import PRESET_BINS
