@@ -1,8 +1,9 @@
 """A sweep's trials and what is measured of them, read from the small files that each leaves in its folder: result.json,
 metrics.jsonl, grid.json, data.npz, and closed_loop/result.json where it was evaluated in simulation."""
 
+import math
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -148,7 +149,7 @@ class Trial:
         return ", ".join((*(f"{axis} {value}" for axis, value in self.values.items()), f"seed {self.seed}"))
 
     def curve(self, key: str) -> list[tuple[int, float]]:
-        return [(record["step"], record[key]) for record in self.records if key in record]
+        return curve_of(self.records, key)
 
 
 class Results(NamedTuple):
@@ -173,6 +174,11 @@ def read_sweep(workdir: Path) -> Results:
     if wrong := [key for key, kind in kinds.items() if not isinstance(plan.get(key), kind)]:
         raise InputError(f"{workdir / 'sweep.json'} has no good {wrong[0]!r}: it is not the plan of a sweep")
     plan["reference"] = {axis: values[0] for axis, values in plan["axes"].items()} | plan["reference"]
+    for name, planned in {**plan["trials"], "reference": {"values": plan["reference"], "seed": 0}}.items():
+        values, axes = planned.get("values", {}), plan["axes"]
+        whole = values.keys() == axes.keys() and all(values[axis] in names for axis, names in axes.items())
+        if not whole or "seed" not in planned:
+            raise InputError(f"{workdir / 'sweep.json'}: {name} must have a seed and one of each axis's values")
     for name, planned in plan["trials"].items():
         folder = workdir / "trials" / name
         if (folder / "result.json").exists():
@@ -222,11 +228,13 @@ def read_trial(folder: Path, values: dict[str, str], seed: int) -> Trial:
     for quantity, get in _RESULT.items():
         try:
             numbers[quantity.key] = float(get(result))
+            if not math.isfinite(numbers[quantity.key]):
+                raise ValueError
         except KeyError as error:
             if quantity == L1:
                 raise InputError(f"{path} has no {error}: it is not a trial's result") from None
         except (TypeError, ValueError):
-            raise InputError(f"{path} has no number for {quantity.name}") from None
+            raise InputError(f"{path} has no finite number for {quantity.name}") from None
     try:
         evaluation = result["evaluation"]
         numbers |= errors_of(evaluation, "l1")
@@ -236,15 +244,20 @@ def read_trial(folder: Path, values: dict[str, str], seed: int) -> Trial:
         raise InputError(f"{path} is not a whole result of a trial: {type(error).__name__} {error}") from None
     records, arrays = _read(folder / "metrics.jsonl", read_metrics), _read(folder / "data.npz", _arrays)
     for quantity, key in {TEACHER_FORCED: "val/l1", LOSS: "val/loss"}.items():
-        if found := [record[key] for record in records if key in record]:
-            numbers[quantity.key] = found[-1]
-    curve = [(record["step"], record["val/l1"]) for record in records if "val/l1" in record]
+        if found := curve_of(records, key):
+            numbers[quantity.key] = found[-1][1]
+    curve = curve_of(records, "val/l1")
     if (gain := last_gain(curve, steps)) is not None:
         numbers |= {GAIN.key: gain, PLATEAU.key: float(bool(plateau(curve, steps)))}
     success, episodes = read_closed_loop(folder / "closed_loop" / "result.json")
     numbers |= {SUCCESS.key: success} if episodes else {}
     known = (folder.name, folder, values, seed, numbers, episodes, baselines, tuple(records), result)
     return Trial(*known, load_grid(folder / "grid.json"), arrays)
+
+
+def curve_of(records: Iterable[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
+    """(step, value) of every finite value."""
+    return [(record["step"], record[key]) for record in records if key in record and math.isfinite(record[key])]
 
 
 def _read(path: Path, read: Callable[[Path], Any]) -> Any:

@@ -30,6 +30,7 @@ GRIDS = {
     "coarse": uniform_grid((2, 4, 2, 2, 2, 2)),
     "<linear>": linear_grid(),
 }
+PLAN = '{"name": "x", "axes": {"grid": ["a", "b"]}, "seeds": [0], "trials": {"a_0": {%s}}}'
 SAMPLE = Path(__file__).parents[2] / "docs/guides/sample_sweep"
 
 
@@ -358,6 +359,16 @@ def _report(workdir: Path) -> str:
         ("metrics.jsonl", None, r"a_0 is finished, but its metrics\.jsonl is not there, which the report draws"),
         ("data.npz", "x", r"data\.npz .*"),
         ("grid.json", "{}", r"grid\.json"),
+        (
+            "../../sweep.json",
+            PLAN % '"values": {"grid": "c"}, "seed": 0',
+            "sweep.json: a_0 must have a seed and one of each",
+        ),
+        (
+            "../../sweep.json",
+            PLAN % '"values": {"grid": "a"}',
+            "sweep.json: a_0 must have a seed and one of each axis's",
+        ),
         ("../../sweep.json", '{"name": "x"}', r"sweep\.json has no good 'axes': it is not the plan of a sweep"),
     ],
 )
