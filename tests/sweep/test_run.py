@@ -124,22 +124,6 @@ def test_a_trial_is_not_run_again(swept: tuple[list[str], Path, int], monkeypatc
     assert "grid-gaussian_seed-0 holds a run with train.steps = 2, this config says 3; use its config" in message
 
 
-def test_finished_trials_travel_as_small_files(
-    swept: tuple[list[str], Path, int], tmp_path: Path, monkeypatch, capsys
-) -> None:
-    """Another machine takes them as finished, and reports on them."""
-    monkeypatch.setattr(run, "train", lambda *_: pytest.fail("it was trained again"))
-    monkeypatch.setattr(run, "share_compilations", lambda folder: None)
-    name = "grid-gaussian_seed-0"
-    (tmp_path / "trials" / name).mkdir(parents=True)
-    shutil.copy(swept[1] / "sweep.json", tmp_path)
-    for file in ("config.json", "result.json", "metrics.jsonl", "grid.json", "data.npz"):
-        shutil.copy(swept[1] / "trials" / name / file, tmp_path / "trials" / name)
-    command = [*swept[0][:-2], str(tmp_path), swept[0][-1], "--only", name]
-    assert main(command) == 0 and "1 of 6 trials\n1 trial: 1 finished" in capsys.readouterr().out
-    assert json.loads((tmp_path / "report.json").read_text())["trials"][0]["name"] == name
-
-
 def test_spatial_features_before_on_the_new_grid_and_after(tmp_path: Path, monkeypatch) -> None:
     """The middle one is the adapted table, before any training; with the grid as it was there is none."""
     old, new = uniform_grid((4, 8, 2, 1, 1, 1)), uniform_grid((3, 6, 4, 1, 1, 1))
