@@ -27,7 +27,7 @@ VERDICTS = {
         "the interval of {} includes 0, so nothing can be concluded about it.",
         "the intervals of {} include 0, so nothing can be concluded about them.",
     ),
-    "not comparable": ("of other episodes or another length of chunk, so not comparable: {}.",) * 2,
+    "not comparable": ("of other episodes, or errors over another length of chunk, so not comparable: {}.",) * 2,
     "too few pairs": (f"fewer than {FEWEST} pairs of trials prove nothing: {{}}.",) * 2,
     "better": ("better, and the interval excludes 0: {}.", "better, and the intervals exclude 0: {}."),
     "worse": ("worse, and the interval excludes 0: {}.", "worse, and the intervals exclude 0: {}."),
@@ -37,7 +37,8 @@ VERDICTS = {
 class Difference(NamedTuple):
     """`value` minus `reference` of an axis; `others` are the values of the other axes, empty where all axes but one are
     always at the reference. `pairs` are the seeds' differences. The interval of their mean is None for a single pair of
-    trials without episodes. Open-loop errors are `comparable` if they are of the same episodes and length of chunk."""
+    trials without episodes. Errors are `comparable` if they are of the same episodes and length of chunk, success if it
+    is of the same suites."""
 
     axis: str
     value: str
@@ -173,7 +174,10 @@ def differences(results: Results, quantity: Quantity) -> list[Difference]:
                 interval = bootstrap(np.stack([success_draws(one) - success_draws(other) for one, other in pairs]))
             elif len(pairs) > 1:
                 interval = bootstrap(values)
-            same = quantity != L1 or all(one.baseline_key == other.baseline_key for one, other in pairs)
+            if quantity == SUCCESS:
+                same = all(one.suites == other.suites for one, other in pairs)
+            else:
+                same = all(one.baseline_key == other.baseline_key for one, other in pairs)
             pairs = tuple(map(float, values))
             found.append(Difference(axis, value, reference, others, pairs, float(values.mean()), interval, same))
     return found

@@ -119,7 +119,7 @@ def of_dimension(name: str) -> Quantity:
 @dataclass(frozen=True)
 class Trial:
     """A finished trial. `numbers` has what is known of it by `Quantity.key`, `baselines` the same of each baseline;
-    `episodes` is the number of closed-loop episodes, 0 where there are none."""
+    `episodes` is the number of closed-loop episodes, 0 where there are none, `suites` whose they are."""
 
     name: str
     folder: Path
@@ -127,6 +127,7 @@ class Trial:
     seed: int
     numbers: dict[str, float]
     episodes: int
+    suites: tuple[str, ...]
     baselines: dict[str, dict[str, float]]
     records: tuple[dict[str, Any], ...]
     result: dict[str, Any]
@@ -249,9 +250,9 @@ def read_trial(folder: Path, values: dict[str, str], seed: int) -> Trial:
     curve = curve_of(records, "val/l1")
     if (gain := last_gain(curve, steps)) is not None:
         numbers |= {GAIN.key: gain, PLATEAU.key: float(bool(plateau(curve, steps)))}
-    success, episodes = read_closed_loop(folder / "closed_loop" / "result.json")
+    success, episodes, suites = read_closed_loop(folder / "closed_loop" / "result.json")
     numbers |= {SUCCESS.key: success} if episodes else {}
-    known = (folder.name, folder, values, seed, numbers, episodes, baselines, tuple(records), result)
+    known = (folder.name, folder, values, seed, numbers, episodes, suites, baselines, tuple(records), result)
     return Trial(*known, load_grid(folder / "grid.json"), arrays)
 
 
@@ -279,14 +280,14 @@ def errors_of(evaluation: Mapping[str, Any], key: str) -> dict[str, float]:
     return {L1.key: float(evaluation[key])} | {of_dimension(name).key: float(error) for name, error in errors}
 
 
-def read_closed_loop(path: Path) -> tuple[float, int]:
-    """(success in percent, episodes) of what `evaluate --closed-loop` wrote; (0, 0) where it is not there."""
+def read_closed_loop(path: Path) -> tuple[float, int, tuple[str, ...]]:
+    """(success in percent, episodes, suites) of what `evaluate --closed-loop` wrote; (0, 0, ()) where there is none."""
     if not path.exists():
-        return 0.0, 0
+        return 0.0, 0, ()
     result = read_json(path)
     success, episodes = result.get("success"), result.get("episodes")
     if not isinstance(success, int | float) or not 0 <= success <= 1 or not isinstance(episodes, int) or episodes < 1:
         raise InputError(
             f"{path} has success {success!r} of {episodes!r} episodes: expected a share of 1 or more episodes"
         )
-    return 100 * success, episodes
+    return 100 * success, episodes, tuple(sorted(result.get("suites", ())))
