@@ -10,12 +10,12 @@
     train on  from the policy's weights, on all files together
     evaluate  on the benchmark's own initial states, of which the recordings have none
 
-What is done is not done again: after a stop, or after --minutes, the same command goes on. It may go on on another
-machine with nothing but the folders motions/ and results/ of the workdir, whose files are a few MB each: pictures are
-then drawn and weights trained anew. --rounds 0 evaluates the policy before DAgger. The model comes in three variants,
-one thing changed at a time: `full`, `no_ego3d` (no depth encoding) and `grid_1026` (a coarser action grid). Arguments
-such as --config.train.batch_size=128 go to every training. Writes results.json: success, environment, and the seconds
-of each stage over all calls.
+Rerun the same command to resume after a stop or after --minutes. Another machine can resume with only the folders
+motions/ and results/ of the workdir, whose files are a few MB each: pictures are then drawn and weights trained anew.
+--rounds 0 evaluates the policy before DAgger. The model comes in three variants, one thing changed at a time: `full`,
+`no_ego3d` (no depth encoding) and `grid_1026` (a coarser action grid). Arguments such as
+--config.train.batch_size=128 go to every training. Writes results.json: success, environment, and the seconds of each
+stage over all calls.
 """
 
 import argparse
@@ -63,7 +63,7 @@ def main() -> None:
         seconds[stage] = seconds.get(stage, 0.0) + time.monotonic() - start
         write_json(workdir / "seconds.json", seconds)
         if code or time.monotonic() > end:
-            sys.exit(f"stopped in {stage} ({seconds}): the same command goes on" if code < 2 else code)
+            sys.exit(f"stopped in {stage} ({seconds}): rerun the same command to resume" if code < 2 else code)
 
     def record(stage: str, episodes: int, seed: int, *options: object) -> list[Path]:
         """Files of motions. The first has validation episodes too, unless a policy acts."""

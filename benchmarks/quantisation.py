@@ -5,8 +5,8 @@
 At every step the expert looks at the simulator's state, its action is normalised with the statistics of the config's
 data, encoded, decoded, taken back to robot units and executed. No model, no camera. Beside the grids, fitted to that
 data, stand the 256 levels a dimension of the linear tokenizer, normalisation alone (its clipping also changes actions)
-and the expert itself. Writes a picture and results.json, anew after each of them; the same command goes on after an
-interruption, and with more grids or episodes. Ends with one line of JSON.
+and the expert itself. Rewrites a picture and results.json after each of them. Rerun the same command to resume after an
+interruption, or with more grids or episodes. Ends with one line of JSON.
 """
 
 import argparse

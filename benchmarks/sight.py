@@ -10,7 +10,7 @@ A small network learns chunks of four actions from where the hand and the object
 and which task it is, and is evaluated closed loop on LIBERO-Spatial as a policy with a camera is. What it fails at, no
 camera would help. Then the same network believes the bowl to be elsewhere, by a normal offset of so many metres along
 each axis that stays for an episode: the success that is left is what a policy of that precision can have. Ends with a
-table and one line of JSON; the same command goes on after an interruption.
+table and one line of JSON. Rerun the same command to resume after an interruption.
 
 **Does:** the place of the object to move, read off a trained policy.
 

@@ -72,7 +72,7 @@ def add_train(commands: Commands) -> None:
         commands,
         "train",
         run_train,
-        "train a model; a run that was stopped goes on by itself",
+        "train a model, or resume a run that was stopped",
         (
             "--config demo --workdir runs/mine",
             "--config finetune --workdir runs/tuned --config.init=export --config.train.steps=10000",
@@ -143,7 +143,8 @@ def run_train(args: argparse.Namespace) -> None:
     except OSError as error:
         raise StorageError(f"{error.filename or args.workdir}: {error.strerror or error}") from error
     if is_writer():
-        again = "" if result["step"] == config.train.steps else f" of {config.train.steps}, the same command goes on"
+        left = result["step"] < config.train.steps
+        again = f" of {config.train.steps}: rerun the same command to resume" if left else ""
         print(
             f"trained {result['params']:,} parameters to step {result['step']}{again}; "
             f"checkpoints in {result['checkpoint']}"
@@ -272,8 +273,8 @@ def run_sweep(args: argparse.Namespace) -> None:
     if is_writer():
         counts = Counter(outcomes.values())
         told = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
-        left = len(trials) - counts[FINISHED]
-        print(f"{len(trials)} trial{'s' * (len(trials) > 1)}: {told}{'; the same command goes on' if left else ''}")
+        again = "; rerun the same command to resume" if counts[FINISHED] < len(trials) else ""
+        print(f"{len(trials)} trial{'s' * (len(trials) > 1)}: {told}{again}")
         if counts[FAILED]:
             failed = [name for name, outcome in outcomes.items() if outcome == FAILED]
             print(f"spatialvla-jax sweep: {len(failed)} failed: {', '.join(failed)}", file=sys.stderr)

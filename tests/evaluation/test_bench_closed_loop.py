@@ -48,7 +48,7 @@ def bench(monkeypatch, tmp_path):
         if stop == "nothing":
             SCRIPT["main"]()
         else:
-            with pytest.raises(SystemExit, match="the same command goes on"):
+            with pytest.raises(SystemExit, match="rerun the same command to resume"):
                 SCRIPT["main"]()
         return called
 

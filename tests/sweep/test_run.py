@@ -116,7 +116,7 @@ def test_a_trial_is_not_run_again(swept: tuple[list[str], Path, int], monkeypatc
         before
     ) == 2
     told = capsys.readouterr()
-    assert "2 trials: 1 failed, 1 finished; the same command goes on" in told.out
+    assert "2 trials: 1 failed, 1 finished; rerun the same command to resume" in told.out
     assert "grid-broken_seed-0 failed: out of memory" in told.err and "1 failed: grid-broken_seed-0" in told.err
 
     assert main([*command[:-1], "--config.train.steps=3"]) == 2  # nor under another config

@@ -101,7 +101,7 @@ def test_sigterm_and_then_a_full_disk(server: Server, packed_config: Path, undis
     assert run.wait(30) == 0
     step = saved(workdir)
     assert 7 <= step == last_step(workdir) < STEPS
-    assert f"to step {step} of {STEPS}, the same command goes on" in run.errors.read_text()
+    assert f"to step {step} of {STEPS}: rerun the same command to resume" in run.errors.read_text()
     assert not (workdir / "finished").exists()
 
     run = start(server, packed_config, workdir, file_limit=150_000)
@@ -122,5 +122,5 @@ def test_sigterm_before_the_first_step(server: Server, packed_config: Path, tmp_
     assert run.until(workdir.exists)
     run.send(signal.SIGTERM)
     assert run.wait() == 0
-    assert f"to step 0 of {STEPS}, the same command goes on" in run.errors.read_text()
+    assert f"to step 0 of {STEPS}: rerun the same command to resume" in run.errors.read_text()
     assert not records(workdir) and step_directory(workdir) is None and not (workdir / "finished").exists()
