@@ -15,6 +15,8 @@ COMMANDS = (
     "train --config toy.py --workdir WORKDIR",
     "sweep --config sweeps/grid_resolution --workdir WORKDIR",
     "sweep report DIR",
+    "sweep collect DIR --out out",
+    "sweep collect dir --out OUT",
     "report RUN",
     "report . --out OUT",
     "convert SRC dst --to orbax",

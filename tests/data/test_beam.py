@@ -196,8 +196,9 @@ def test_a_run_takes_what_the_command_wrote(config_file, tmp_path, capsys, monke
 def test_bad_command(config_file, tmp_path, capsys):
     assert main(["stats", "--config", str(tmp_path / "none.py"), "--out", "s.json"]) == 2
     assert main(["train", "--config", str(config_file), "--workdir", str(tmp_path), "--", "--flink_master=x"]) == 2
-    names = "demo, finetune, libero_spatial, lora, pretrain, sweeps/adaption, sweeps/ego3d, sweeps/embedding, "
-    names += "sweeps/grid_distribution, sweeps/grid_resolution, sweeps/libero_adaption, sweeps/libero_small"
+    names = "demo, finetune, libero_mini, libero_spatial, lora, pretrain, sweeps/adaption, sweeps/ego3d, "
+    names += "sweeps/embedding, sweeps/grid_distribution, sweeps/grid_resolution, sweeps/libero_adaption, "
+    names += "sweeps/libero_small, sweeps/mini_ablations, sweeps/mini_adaption"
     assert capsys.readouterr().err.splitlines() == [
         f"spatialvla-jax stats: config file {tmp_path / 'none.py'} does not exist; the configs with a name are {names}",
         "spatialvla-jax train: only the commands stats and data index take arguments after --",
