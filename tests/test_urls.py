@@ -53,6 +53,7 @@ COMMANDS = (
     "view rollout --checkpoint . --suite libero_spatial --out OUT",
     "record libero --render MOTIONS --out out",
     "record libero --episodes 1 --out OUT",
+    "record libero --policy POLICY --episodes 1 --out out",
 )
 # Of ZoeDepth's weights, which are read after those of a PaliGemma 2; `convert --zoedepth` names the same.
 LATER = {"init_zoedepth"}
