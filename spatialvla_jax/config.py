@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.models.presets import CHOICES, PRESETS
 from spatialvla_jax.utils.renames import CONFIG_KEYS, renamed
-from spatialvla_jax.utils.schema import Field, check, nearest_name, parse, shown
+from spatialvla_jax.utils.schema import LARGEST, Field, check, nearest_name, parse, shown
 from spatialvla_jax.utils.shipped import shipped
 from spatialvla_jax.utils.storage import AnyPath, absolute, as_path, is_dir, is_file, is_url, read_text
 
@@ -60,8 +60,8 @@ def _packed(value: Any) -> str:
             return "has a key that names no file: {FILE: weight} is expected"
         if wrong := _path(path):
             return wrong
-        if type(weight) not in (int, float) or not 0 < weight < math.inf:
-            return f"gives {path} the weight {shown(weight)}, which must be a number above 0"
+        if type(weight) not in (int, float) or not 0 < weight <= LARGEST[float]:
+            return f"gives {path} the weight {shown(weight)}, which must be a number above 0, at most {LARGEST[float]}"
     return "" if value or isinstance(value, str) else "names no file"
 
 

@@ -78,7 +78,13 @@ class DataConfig:
         given = {key: value for key, value in plain.items() if value not in (None, "")}
         given = _expand(given, "config key data.", "root", "packed", "statistics", "cache_dir")
         if isinstance(packed := given.get("packed"), Mapping):
-            given["packed"] = {str(as_path(path, "config key data.packed")): packed[path] for path in packed}
+            paths = {path: as_path(path, "config key data.packed") for path in packed}
+            places: dict[Any, str] = {}
+            for path, place in paths.items():
+                place = place.resolve() if isinstance(place, Path) else place
+                if (other := places.setdefault(place, path)) != path:
+                    raise InputError(f"config key data.packed names one file twice, as {other} and {path}")
+            given["packed"] = {str(place): packed[path] for path, place in paths.items()}
         entries = [check(entry, ENTRY, "an entry of data.datasets") for entry in given.get("datasets", ())]
         given["datasets"] = tuple(
             _expand(entry, f"dataset {entry.get('name')!r} in data.datasets: ", "path") for entry in entries

@@ -360,7 +360,7 @@ def packed_digest(packed: str | os.PathLike[str] | Mapping[str, float]) -> str:
     """SHA-256 of a packed file's header, which covers everything except the pixels; of several files with weights, as
     in `data.packed`, that of their digests and weights. Raises InputError."""
     if isinstance(packed, Mapping):
-        parts = [[packed_digest(path), weight] for path, weight in packed.items()]
+        parts = [[packed_digest(path), float(weight)] for path, weight in packed.items()]  # 1 and 1.0 are one weight
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     path = to_path(packed)
     if isinstance(path, Path):

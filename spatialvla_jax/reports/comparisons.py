@@ -195,7 +195,9 @@ def baselines(results: Results) -> list[tuple[str, dict[str, float]]]:
             common = set.intersection(*(set(trial.values.items()) for trial in trials))
             others = {item for trial in results.trials if trial.baseline_key != key for item in trial.values.items()}
             where = {axis: value for axis, value in trials[0].values.items() if (axis, value) in common - others}
-            found.append((f"{name} ({words(where)})" if len(apart) > 1 else name, trials[0].baselines[name]))
+            # Trials may differ in what no axis tells: then the first one's name does.
+            whose = words(where) or f"{trials[0].name}{', …' * (len(trials) > 1)}"
+            found.append((f"{name} ({whose})" if len(apart) > 1 else name, trials[0].baselines[name]))
     return found
 
 

@@ -23,7 +23,7 @@ from spatialvla_jax.reports.comparisons import (
 )
 from spatialvla_jax.reports.figures import grids, sweep
 from spatialvla_jax.reports.html import data_uri, svg_uri, write_html
-from spatialvla_jax.reports.tables import Table, latex, markdown
+from spatialvla_jax.reports.tables import Table, latex, markdown, plain
 from spatialvla_jax.reports.trials import (
     L1,
     PER_DIMENSION,
@@ -213,8 +213,8 @@ def csv_text(results: Results) -> str:
 
 
 def markdown_text(results: Results, tables: list[Table], said: list[str], made: dict[str, str]) -> str:
-    parts = [f"# {results.plan['name']}", "\n".join(f"- {sentence}" for sentence in said)]
-    parts += [f"## {table.title}\n\n{table.caption}\n\n{markdown(table)}" for table in tables]
+    parts = [f"# {plain(results.plan['name'])}", "\n".join(f"- {plain(sentence)}" for sentence in said)]
+    parts += [f"## {table.title}\n\n{plain(table.caption)}\n\n{markdown(table)}" for table in tables]
     meanings = [f"- **{q.name}**{f' ({q.unit})' if q.unit else ''}: {q.meaning}" for q in results.quantities]
     parts += ["## Quantities\n\n" + "\n".join(meanings)]
     parts += ["## Provenance\n\n" + "\n".join(f"- {key}: `{value}`" for key, value in made.items())]

@@ -1,5 +1,6 @@
 """Tables for a page, for Markdown and for LaTeX."""
 
+import re
 from typing import NamedTuple
 
 LATEX = str.maketrans(
@@ -12,6 +13,9 @@ LATEX = str.maketrans(
         **{"–": "--", "…": r"\dots{}", "Δ": r"$\Delta$", "θ": r"$\theta$", "φ": r"$\phi$"},
     }
 )
+
+# What Markdown would not show as it is. An underscore within a word, and brackets without a link, it does.
+MARKDOWN = re.compile(r"[\\`*<|~$]|(?<!\w)_|_(?!\w)|&(?=#?\w+;)|\](?=[(\[])")
 
 COLUMN = 66  # characters of the table's font that a column holds at three quarters of the size
 
@@ -29,8 +33,13 @@ class Table(NamedTuple):
 def markdown(table: Table) -> str:
     header = [f"{name} ({unit})" if unit else name for name, unit in table.header]
     sides = ["---"] * table.names + ["--:"] * (len(header) - table.names)
-    rows = [[cell.replace("|", "\\|") for cell in row] for row in (header, sides, *table.lines)]
+    rows = [[*map(plain, row)] for row in (header, sides, *table.lines)]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def plain(text: str) -> str:
+    """Text that Markdown shows as it is."""
+    return MARKDOWN.sub(r"\\\g<0>", text)
 
 
 def escaped(text: str) -> str:

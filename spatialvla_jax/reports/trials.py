@@ -17,6 +17,9 @@ from spatialvla_jax.errors import InputError
 from spatialvla_jax.training.metrics import PLATEAU_GAIN, last_gain, plateau, read_metrics
 
 UNITS = "normalised units"
+# What a result records of its making, where it is not older.
+RECORDED = {"data": list, "train_frames": int, "packed": str | None, "provenance": dict}
+MADE = {"commit": str, "versions": dict, "date": str}
 PER_DIMENSION = "Open-loop L1 per dimension"
 BASELINES = {"mean action": "l1_mean_baseline", "last action held": "l1_repeat_baseline"}
 
@@ -169,15 +172,23 @@ def read_sweep(workdir: Path) -> Results:
     """Raises InputError if `workdir` holds no sweep, none of its trials is finished, or a file is damaged."""
     if not (workdir / "sweep.json").is_file():
         raise InputError(f"{workdir} holds no sweep: it has no sweep.json")
-    plan, trials, failed, missing = read_json(workdir / "sweep.json"), list[Trial](), dict[str, str](), list[str]()
-    plan.setdefault("reference", {})
-    kinds = {"name": str, "axes": dict, "seeds": list, "trials": dict, "reference": dict}
-    if wrong := [key for key, kind in kinds.items() if not isinstance(plan.get(key), kind)]:
+    trials, failed, missing = list[Trial](), dict[str, str](), list[str]()
+    plan = {"reference": {}, "config": "", "overrides": {}} | read_json(workdir / "sweep.json")
+    kinds = {"name": str, "axes": dict, "seeds": list, "trials": dict}
+    kinds |= {"reference": dict, "config": str, "overrides": dict}
+    wrong = [key for key, kind in kinds.items() if not isinstance(plan.get(key), kind)]
+    for key, kind in ({} if wrong else {"axes": list, "trials": dict}).items():
+        wrong += [key] if not all(value and isinstance(value, kind) for value in plan[key].values()) else []
+    if wrong:
         raise InputError(f"{workdir / 'sweep.json'} has no good {wrong[0]!r}: it is not the plan of a sweep")
     plan["reference"] = {axis: values[0] for axis, values in plan["axes"].items()} | plan["reference"]
     for name, planned in {**plan["trials"], "reference": {"values": plan["reference"], "seed": 0}}.items():
         values, axes = planned.get("values", {}), plan["axes"]
-        whole = values.keys() == axes.keys() and all(values[axis] in names for axis, names in axes.items())
+        whole = (
+            isinstance(values, dict)
+            and values.keys() == axes.keys()
+            and all(values[axis] in names for axis, names in axes.items())
+        )
         if not whole or "seed" not in planned:
             raise InputError(f"{workdir / 'sweep.json'}: {name} must have a seed and one of each axis's values")
     for name, planned in plan["trials"].items():
@@ -241,9 +252,13 @@ def read_trial(folder: Path, values: dict[str, str], seed: int) -> Trial:
         numbers |= errors_of(evaluation, "l1")
         baselines = {name: errors_of(evaluation, key) for name, key in BASELINES.items()}
         steps = int(result["steps"])
+        _check_kinds(evaluation, {"split": str, "frames": int, "episodes": int})
+        made = {"provenance": {}} | result
+        _check_kinds({"data": [], "train_frames": 0, "packed": None} | made, RECORDED)
+        _check_kinds({"commit": "", "versions": {}, "date": ""} | made["provenance"], MADE)
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise InputError(f"{path} is not a whole result of a trial: {type(error).__name__} {error}") from None
-    records, arrays = _read(folder / "metrics.jsonl", read_metrics), _read(folder / "data.npz", _arrays)
+    records, arrays = _read(folder / "metrics.jsonl", _records), _read(folder / "data.npz", _arrays)
     for quantity, key in {TEACHER_FORCED: "val/l1", LOSS: "val/loss"}.items():
         if found := curve_of(records, key):
             numbers[quantity.key] = found[-1][1]
@@ -268,6 +283,23 @@ def _read(path: Path, read: Callable[[Path], Any]) -> Any:
         raise InputError(f"{path} is damaged: {error}") from None
 
 
+def _check_kinds(values: Mapping[str, Any], kinds: Mapping[str, Any]) -> None:
+    for key, kind in kinds.items():
+        if not isinstance(values[key], kind):
+            raise TypeError(f"{key} is {values[key]!r}")
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    records = read_metrics(path)
+    for number, record in enumerate(records, 1):
+        for key in ("step", "loss", "val/loss", "val/l1"):
+            if not isinstance(record, dict) or not isinstance(
+                record.get(key, 0 if key != "step" else None), int | float
+            ):
+                raise ValueError(f"line {number} has no number for {key}")
+    return records
+
+
 def _arrays(path: Path) -> dict[str, np.ndarray]:
     with np.load(path, allow_pickle=False) as file:
         return {"actions": file["actions"]} | dict(file)
@@ -277,7 +309,10 @@ def errors_of(evaluation: Mapping[str, Any], key: str) -> dict[str, float]:
     """{key of L1: over all dimensions, key of L1 of a dimension: …} of what the open loop measured under `key`."""
     names = evaluation.get("dimensions", DIMENSIONS)
     errors = zip(names, evaluation[f"{key}_per_dimension"], strict=True)
-    return {L1.key: float(evaluation[key])} | {of_dimension(name).key: float(error) for name, error in errors}
+    found = {L1.key: float(evaluation[key])} | {of_dimension(name).key: float(error) for name, error in errors}
+    if wrong := next((name for name, error in found.items() if not math.isfinite(error)), None):
+        raise ValueError(f"{key} has {found[wrong]} for {wrong}")
+    return found
 
 
 def read_closed_loop(path: Path) -> tuple[float, int, tuple[str, ...]]:
@@ -285,9 +320,11 @@ def read_closed_loop(path: Path) -> tuple[float, int, tuple[str, ...]]:
     if not path.exists():
         return 0.0, 0, ()
     result = read_json(path)
-    success, episodes = result.get("success"), result.get("episodes")
+    success, episodes, suites = result.get("success"), result.get("episodes"), result.get("suites", {})
+    if not isinstance(suites, dict):
+        raise InputError(f"{path} has suites {suites!r}: expected a dict")
     if not isinstance(success, int | float) or not 0 <= success <= 1 or not isinstance(episodes, int) or episodes < 1:
         raise InputError(
             f"{path} has success {success!r} of {episodes!r} episodes: expected a share of 1 or more episodes"
         )
-    return 100 * success, episodes, tuple(sorted(result.get("suites", ())))
+    return 100 * success, episodes, tuple(sorted(suites))

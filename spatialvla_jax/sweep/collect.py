@@ -19,11 +19,14 @@ SAME = ("config_digest", "packed")  # of results of the same trial
 
 def collect(sources: Sequence[Path], workdir: Path) -> dict[str, int]:
     """Copy the results of all trials that are finished in the workdirs `sources` of one sweep to `workdir`, which may
-    hold trials of it. Trials that are finished there stay as they are.
+    hold trials of it. Trials that are finished there stay as they are, except that those with a closed loop replace
+    those without.
 
     Returns {"trials" (of the sweep), "finished", "copied"}. Raises InputError, before anything is copied, for other
     sweeps, for results of one trial that are of another config or of other data, and for a missing file.
     """
+    if workdir.is_dir() and any(workdir.iterdir()) and not _is_sweep(workdir):
+        raise InputError(f"{workdir} is not empty and holds no sweep: it has no sweep.json")
     plans = {
         place: _plan(place) for place in dict.fromkeys((workdir, *sources)) if place in sources or _is_sweep(place)
     }
@@ -36,7 +39,10 @@ def collect(sources: Sequence[Path], workdir: Path) -> dict[str, int]:
         found = [place / "trials" / name for place in plans if (place / "trials" / name / RESULT).is_file()]
         for folder in found:
             _check(folder, found[0])
-        chosen |= {name: found[0]} if found else {}
+        simulated = [folder for folder in found if (folder / CLOSED_LOOP[-1]).is_file()]
+        for folder in simulated:
+            _check_episodes(folder, simulated[0])
+        chosen |= {name: (simulated or found)[0]} if found else {}
     if not chosen:
         raise InputError(f"no trial in {', '.join(map(str, sources))} is finished")
     new = {name: folder for name, folder in chosen.items() if folder.parents[1] != workdir}
@@ -57,7 +63,13 @@ def _is_sweep(place: Path) -> bool:
 def _plan(place: Path) -> dict[str, Any]:
     if not _is_sweep(place):
         raise InputError(f"{place} holds no sweep: it has no sweep.json")
-    return read_json(place / "sweep.json")
+    plan = read_json(place / "sweep.json")
+    trials = plan.get("trials")
+    if not isinstance(trials, dict) or not all(
+        isinstance(t, dict) and {"values", "seed"} <= {*t} for t in trials.values()
+    ):
+        raise InputError(f"{place / 'sweep.json'} has no good 'trials': it is not the plan of a sweep")
+    return plan
 
 
 def _check(folder: Path, other: Path) -> None:
@@ -68,6 +80,15 @@ def _check(folder: Path, other: Path) -> None:
     for name in (*FILES, *(CLOSED_LOOP if (folder / "closed_loop" / RESULT).exists() else ())):
         if not (folder / name).is_file():
             raise InputError(f"{folder} is finished, but its {name} is not there")
+
+
+def _check_episodes(folder: Path, other: Path) -> None:
+    result, first = read_json(folder / CLOSED_LOOP[-1]), read_json(other / CLOSED_LOOP[-1])
+    for key in ("episodes", "seeds"):
+        if result.get(key) != first.get(key):
+            raise InputError(
+                f"{folder} and {other} have closed loops of different {key}: {result.get(key)} and {first.get(key)}"
+            )
 
 
 def _copy(folder: Path, workdir: Path, name: str) -> bool:

@@ -1,6 +1,7 @@
 """The result of a trial: open loop, closed loop, and the data for the report's figures."""
 
 import hashlib
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,8 @@ def measure(trial: Trial, folder: Path, trained: dict[str, Any], drawn: bool) ->
         "trainable": trained["trainable"],
         "grid": describe_grid(grid),
         "tokens_used": len(np.unique(np.asarray(encode(grid, actions)))),
-        "loss": next(record["loss"] for record in reversed(records) if "loss" in record),
+        # A step whose loss was not finite was skipped.
+        "loss": next((r["loss"] for r in reversed(records) if math.isfinite(r.get("loss", math.nan))), math.nan),
         "validation": curve,
         "plateau": plateau(curve, trained["step"]),
         "step_seconds_median": float(np.median(seconds[1:] or seconds)),  # the first record includes compilation

@@ -138,7 +138,7 @@ def load_sweep(path: str | Path, overrides: Mapping[str, str] | None = None, onl
     given = {name: check(value, SWEEP[name], f"{path}: {name}") for name, value in given.items()}
     overrides = {CONFIG_KEYS.get(key, key): text for key, text in (overrides or {}).items()}
     base, seeds = _base(path, given["base"], overrides), tuple(given["seeds"])
-    axes = {str(axis): _values(path, str(axis), values) for axis, values in given["axes"].items()}
+    axes = _named(f"axes of {path}", {key: _values(path, str(key), values) for key, values in given["axes"].items()})
     for axis, values in axes.items():
         for key in sorted({key for changes in values.values() for key in changes}):
             if key == "seed" or any(f"{other}.".startswith(f"{key}.") for other in overrides):
@@ -218,8 +218,8 @@ def _values(path: Path, axis: str, values: Any) -> dict[str, dict[str, Any]]:
         if bad := [name for name, changes in values.items() if not isinstance(changes, dict)]:
             raise InputError(f"value {bad[0]!r} of axis {axis!r} of {path} must be a dict of config keys")
         return {
-            str(name): {CONFIG_KEYS.get(str(k), str(k)): v for k, v in changes.items()}
-            for name, changes in values.items()
+            name: _named(f"value {name!r} of axis {axis!r} of {path}", changes, CONFIG_KEYS)
+            for name, changes in _named(f"axis {axis!r} of {path}", values).items()
         }
     if (key := CONFIG_KEYS.get(axis, axis)) not in KEYS:
         near = difflib.get_close_matches(axis, KEYS, 1, 0)[0]
@@ -229,7 +229,17 @@ def _values(path: Path, axis: str, values: Any) -> dict[str, dict[str, Any]]:
     values = [check(value, KEYS[key], f"axis {axis!r} of {path}: {key}") for value in values]
     if len({str(value) for value in values}) < len(values):
         raise InputError(f"axis {axis!r} of {path} has a value twice: {values}")
-    return {str(value): {key: value} for value in values}
+    return _named(f"axis {axis!r} of {path}", {str(value): {key: value} for value in values})
+
+
+def _named(where: str, given: Mapping[Any, Any], renames: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """`given` with its names as text, which the report must be able to show. Raises InputError."""
+    named = {(renames or {}).get(str(name), str(name)): value for name, value in given.items()}
+    if len(named) < len(given):
+        raise InputError(f"{where} has a name twice: {', '.join(map(repr, given))}")
+    if unseen := next((name for name in named if not name.isprintable()), None):
+        raise InputError(f"{where} has {unseen!r}: a name is one line of characters that can be printed")
+    return named
 
 
 def _changed(base: ConfigDict, changes: list[tuple[str, str, Any]]) -> ConfigDict:

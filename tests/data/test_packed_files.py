@@ -1,6 +1,7 @@
 """Several packed files as one training set: `data.packed = {FILE: weight}`."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -92,6 +93,7 @@ def test_one_file_with_a_weight_is_the_file(files):
     for one, other in zip(*(take(load(p).batches(4), 3) for p in (str(files[0]), {str(files[0]): 7.0})), strict=True):
         assert_equal(one, other)
     assert packed_digest({str(files[0]): 7.0}) != packed_digest(files[0])
+    assert packed_digest({str(files[0]): 7.0}) == packed_digest({str(files[0]): 7})
 
 
 def test_what_was_packed_from_several_is_several(files, tmp_path):
@@ -131,6 +133,14 @@ def test_files_that_do_not_go_together(files, tmp_path, monkeypatch, capsys):
         load({first: 1.0, other: 1.0})
 
 
+def test_a_file_is_not_named_twice(files, tmp_path):
+    link, first = tmp_path / "link.pack", str(files[0])
+    link.symlink_to(first)
+    for other in (str(link), f"{files[0].parent}/./first.pack", os.path.relpath(first)):
+        with pytest.raises(InputError, match=r"data.packed names one file twice, as .*first.pack and "):
+            load({first: 1.0, other: 2.0})
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -141,6 +151,7 @@ def test_files_that_do_not_go_together(files, tmp_path, monkeypatch, capsys):
         ("{'a.pack': True}", "gives a.pack the weight True"),
         ("{'a.pack': 'many'}", "gives a.pack the weight 'many'"),
         ("{'a.pack': 1e999}", "gives a.pack the weight inf"),
+        ("{'a.pack': 1e308}", "gives a.pack the weight 1e\\+308, which must be a number above 0, at most 3.4e\\+38"),
         ("{'a.pack': {}}", r"gives a.pack the weight \{\}"),
         ("{'a.pack', 'b.pack'}", "is of type set, but a string or a dict is expected"),
         ("{'a.pack'", "cannot be read as a dict"),

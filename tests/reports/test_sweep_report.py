@@ -17,6 +17,7 @@ from spatialvla_jax.actions.io import save_grid
 from spatialvla_jax.cli import main
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.reports import comparisons, sweep
+from spatialvla_jax.reports.figures import sweep as figures
 from spatialvla_jax.reports.sweep import write_report
 from spatialvla_jax.reports.tables import Table, escaped, latex, markdown
 from spatialvla_jax.reports.trials import GAIN, L1, SUCCESS, Results, read_sweep
@@ -374,6 +375,9 @@ def _report(workdir: Path) -> str:
             PLAN % '"values": {"grid": "a"}',
             "sweep.json: a_0 must have a seed and one of each axis's",
         ),
+        ("metrics.jsonl", '{"step": 1, "loss": null}', r"metrics\.jsonl is damaged: line 1 has no number for loss"),
+        ("metrics.jsonl", '{"loss": 1.0}', r"metrics\.jsonl is damaged: line 1 has no number for step"),
+        ("../../sweep.json", PLAN.replace('["a", "b"]', "[]") % '"seed": 0', r"sweep\.json has no good 'axes'"),
         ("../../sweep.json", '{"name": "x"}', r"sweep\.json has no good 'axes': it is not the plan of a sweep"),
     ],
 )
@@ -387,6 +391,51 @@ def test_damaged_files_are_named(file: str, text: str | None, sentence: str, tmp
     with pytest.raises(InputError, match=sentence):
         write_report(tmp_path)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"evaluation": {"l1_per_dimension": [float("nan")] * 7}}, "ValueError l1 has nan for open_loop_l1_x"),
+        ({"evaluation": {"l1_mean_baseline": float("inf")}}, "ValueError l1_mean_baseline has inf for open_loop_l1"),
+        ({"evaluation": {"frames": "x"}}, "TypeError frames is 'x'"),
+        ({"provenance": None}, "TypeError provenance is None"),
+        ({"provenance": {"versions": []}}, "TypeError versions is \\[\\]"),
+    ],
+)
+def test_results_that_are_not_whole(change: dict, sentence: str, tmp_path: Path) -> None:
+    trials = {"a_0": {"values": {"grid": "a"}, "seed": 0}}
+    write_sweep(tmp_path, trials, {"grid": ["a", "b"]})
+    path = write_trial(tmp_path, "a_0", trials["a_0"], 0.1) / "result.json"
+    result = json.loads(path.read_text())
+    path.write_text(json.dumps(result | change | {"evaluation": result["evaluation"] | change.get("evaluation", {})}))
+    with pytest.raises(InputError, match=f"result.json is not a whole result of a trial: {sentence}"):
+        read_sweep(tmp_path)
+
+
+def test_names_are_shown_as_they_are(tmp_path: Path) -> None:
+    """Dollar signs are no mathematics, "_" leaves no value out of a legend, and nothing is markup."""
+    axes = {r"$\frac": [r"$\foo$", "_b", "<i>*c*"]}
+    trials = {f"t{i}": {"values": {r"$\frac": value}, "seed": 0} for i, value in enumerate(axes[r"$\frac"])}
+    for name, trial in trials.items():
+        write_trial(tmp_path, name, trial, 0.1)
+    write_sweep(tmp_path, trials, axes)
+    results, path = read_sweep(tmp_path), tmp_path / "drawn.svg"
+    figures.learning_curves(path, comparisons.cover(results))
+    shown = re.findall(r"<!-- (.*?) -->", path.read_text())
+    assert {r"$\frac", r"$\foo$ (n = 1)", " _b (n = 1)"} <= set(shown)
+    lines = sweep.markdown_text(results, sweep.tables_of(results), comparisons.conclusions(results), {}).splitlines()
+    assert any(line.startswith(r"| \<i>\*c\* | 1 |") for line in lines)
+    assert any(r"\<i>\*c\* − \$\\foo\$ (n = 1)" in line for line in lines if line.startswith("- "))
+
+
+def test_baselines_that_no_axis_tells_apart_have_names(tmp_path: Path) -> None:
+    trials = {f"a_{seed}": {"values": {"grid": "a"}, "seed": seed} for seed in (0, 1, 2)}
+    for name, trial in trials.items():
+        write_trial(tmp_path, name, trial, 0.1, l1_mean_baseline=0.5 + 0.1 * (trial["seed"] > 0))
+    write_sweep(tmp_path, trials, {"grid": ["a"]})
+    names = [name for name, _ in comparisons.baselines(read_sweep(tmp_path))]
+    assert names[:2] == ["mean action (a_0)", "mean action (a_1, …)"]
 
 
 def test_what_can_not_be_reported(workdir: Path, tmp_path: Path) -> None:

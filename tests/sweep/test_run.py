@@ -24,7 +24,7 @@ from spatialvla_jax.data.pack import packed_digest, write_pack
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.evaluation.closed_loop import Episode, summary
 from spatialvla_jax.sim import libero_env
-from spatialvla_jax.sweep import measure, run
+from spatialvla_jax.sweep import collect, measure, run
 from spatialvla_jax.sweep.plan import Sweep, Trial
 from spatialvla_jax.utils.atomic import write_json
 
@@ -206,6 +206,7 @@ def test_finished_trials_come_from_elsewhere_as_small_files(
         ({"trials/grid-uniform_seed-1/result.json": '{"config_digest": "0"}'}, "config_digest differs in their"),
         ({"trials/grid-uniform_seed-1/data.npz": None}, "is finished, but its data.npz is not there"),
         ({"sweep.json": '{"name": "other", "trials": {}}'}, "hold different sweeps: their name differ"),
+        ({"sweep.json": '{"trials": {"a": 1}}'}, "has no good 'trials': it is not the plan of a sweep"),
         ({"sweep.json": None}, "holds no sweep: it has no sweep.json"),
         ({"trials/grid-uniform_seed-1/result.json": "{"}, "cannot be read as JSON"),
     ],
@@ -220,6 +221,24 @@ def test_results_that_do_not_belong_together_are_not_collected(
     assert main(["sweep", "collect", str(swept[1]), str(other), "--out", str(out)]) == 2
     message = capsys.readouterr().err
     assert sentence in message and message.count("\n") == 1 and not out.exists()
+
+
+def test_a_trial_with_its_closed_loop_is_collected(tmp_path: Path) -> None:
+    """It replaces the same one without. Other episodes are not the same trial, and other files' folders stay."""
+    places = [tmp_path / name for name in ("without", "with", "longer")]
+    for place, episodes in zip(places, (0, 10, 20), strict=True):
+        trial = place / "trials" / "a"
+        (trial / "closed_loop").mkdir(parents=True)
+        write_json(place / "sweep.json", {"name": "s", "trials": {"a": {"values": {}, "seed": 0}}})
+        for name in (*collect.FILES, *(collect.CLOSED_LOOP if episodes else ()), "result.json"):
+            write_json(trial / name, {"episodes": episodes, "seeds": [0]} if "closed" in name else {})
+    assert collect.collect(places[:2], places[0])["copied"] == 1
+    assert json.loads((places[0] / "trials/a/closed_loop/result.json").read_text())["episodes"] == 10
+    assert collect.collect(places[:2], places[0])["copied"] == 0
+    with pytest.raises(InputError, match=r"longer/trials/a and .* have closed loops of different episodes: 20 and 10"):
+        collect.collect(places, tmp_path / "new")
+    with pytest.raises(InputError, match="is not empty and holds no sweep"):
+        collect.collect(places[:2], places[0] / "trials" / "a")
 
 
 def test_weights_that_init_no_longer_holds_are_told(trained: Path, tmp_path: Path, capsys) -> None:

@@ -8,7 +8,7 @@ from jaxtyping import Float
 
 from spatialvla_jax.actions import DIMENSIONS, ActionGrid, LinearGrid, fit_gaussians, grid_variables
 from spatialvla_jax.actions.grid import RANGES
-from spatialvla_jax.reports.figures.style import BLUE, DARK, GREY, RED, Pathlike, drawing
+from spatialvla_jax.reports.figures.style import BLUE, DARK, GREY, RED, Pathlike, drawing, fitted
 
 
 def action_grid(
@@ -82,7 +82,7 @@ def action_grids(
             _sphere(column[0], edges, variables)
             _ball(column[1], edges, shown[:, :3], variables)
             _box(column[2], edges, variables[:, 3:])
-            bins = grid.num_bins
+            bins, label = grid.num_bins, fitted(label).replace("$", r"\$")  # not mathematics
             column[0].set_title(f"{label}\n{grid.vocab_size:,} tokens\n$\\theta$, $\\phi$: {bins[0]} × {bins[1]}")
             column[1].set_title(f"$r$: {bins[2]}")
             column[2].set_title(f"roll, pitch, yaw: {' × '.join(map(str, bins[3:]))}")

@@ -1,6 +1,7 @@
 """Colours, fonts and the writing of all figures."""
 
 import os
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -46,6 +47,13 @@ MADE_BY: dict[str, Any] = {
 }
 
 Pathlike = str | os.PathLike[str]
+
+
+def fitted(text: str) -> str:
+    """A name of any length in lines that leave room for the axes. A space goes before "_", as matplotlib leaves labels
+    that begin with it out of legends."""
+    text = textwrap.fill(text, 48)
+    return f" {text}" if text.startswith("_") else text
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 
 from spatialvla_jax.actions import DIMENSIONS
 from spatialvla_jax.reports.comparisons import Difference, Facet, summary, words
-from spatialvla_jax.reports.figures.style import DARK, GREY, SERIES, Pathlike, drawing
+from spatialvla_jax.reports.figures.style import DARK, GREY, SERIES, Pathlike, drawing, fitted
 from spatialvla_jax.reports.trials import (
     L1,
     QUANTISATION,
@@ -27,6 +27,7 @@ from spatialvla_jax.reports.trials import (
 
 MARKERS = "osD^vP*"
 FORMS = ("svg", "pdf")
+PLAIN = {"text.parse_math": False}  # a name may have dollar signs
 ACROSS: dict[str, dict[str, Any]] = {
     "mean action": {"color": DARK, "linewidth": 1.1, "linestyle": "--"},
     "last action held": {"color": DARK, "linewidth": 1.1, "linestyle": ":"},
@@ -44,16 +45,17 @@ def effects(
     the interval of success as a line. Lines across the open-loop L1 are each trial's baselines, and the error that
     quantisation alone leaves."""
     rows = list(dict.fromkeys(facet.axis for facet in facets))
-    with drawing(path, 5.6 * len(quantities) + 2.4, 3.1 * len(rows), forms=FORMS) as figure:
+    lines = max(fitted(value).count("\n") for facet in facets for value in facet.groups)
+    with drawing(path, 5.6 * len(quantities) + 2.4, (3.1 + lines) * len(rows), forms=FORMS, style=PLAIN) as figure:
         for axis, panels in zip(rows, figure.subplots(len(rows), len(quantities), squeeze=False), strict=True):
             mine = [facet for facet in facets if facet.axis == axis]
             values = list(dict.fromkeys(value for facet in mine for value in facet.groups))
             for axes, quantity in zip(panels, quantities, strict=True):
                 for number, facet in enumerate(mine):
                     _points(axes, quantity, facet, values, number, len(mine))
-                axes.set(xlabel=axis, ylabel=quantity.label, xlim=(-0.6, len(values) - 0.4))
+                axes.set(xlabel=fitted(axis), ylabel=quantity.label, xlim=(-0.6, len(values) - 0.4))
                 counts = [sorted({len(facet.groups[v]) for facet in mine if v in facet.groups}) for v in values]
-                ticks = [f"{v}\nn = {' or '.join(map(str, n))}" for v, n in zip(values, counts, strict=True)]
+                ticks = [f"{fitted(v)}\nn = {' or '.join(map(str, n))}" for v, n in zip(values, counts, strict=True)]
                 slanted = max(map(len, values)) > 46 / len(values)
                 axes.set_xticks(
                     range(len(values)), ticks, rotation=25 if slanted else 0, ha="right" if slanted else "center"
@@ -92,7 +94,7 @@ def _points(axes: Any, quantity: Quantity, facet: Facet, values: Sequence[str], 
     axes.plot(*zip(*sorted(means.items()), strict=True), color=colour, linewidth=0.7, alpha=0.6)
     axes.plot([*means], [*means.values()], "_", color=colour, markersize=13, markeredgewidth=2)
     if facet.others:
-        axes.plot([], [], marker, color=colour, markersize=4.5, label=words(facet.others))
+        axes.plot([], [], marker, color=colour, markersize=4.5, label=fitted(words(facet.others)))
 
 
 def forest(path: Pathlike, columns: Mapping[Quantity, Sequence[Difference]]) -> None:
@@ -101,8 +103,10 @@ def forest(path: Pathlike, columns: Mapping[Quantity, Sequence[Difference]]) -> 
     labels = {
         axis: dict.fromkeys(d.place for found in columns.values() for d in found if d.axis == axis) for axis in rows
     }
-    heights = [len(labels[axis]) + 1 for axis in rows]
-    with drawing(path, 3 + 4.6 * len(columns), 0.27 * sum(heights) + 0.7 * len(rows), forms=FORMS) as figure:
+    heights = [sum(fitted(label).count("\n") + 1 for label in labels[axis]) + 1 for axis in rows]
+    with drawing(
+        path, 3 + 4.6 * len(columns), 0.27 * sum(heights) + 0.7 * len(rows), forms=FORMS, style=PLAIN
+    ) as figure:
         panels = figure.subplots(len(rows), len(columns), squeeze=False, height_ratios=heights)
         for axis, line in zip(rows, panels, strict=True):
             places = {label: i for i, label in enumerate(labels[axis])}
@@ -117,10 +121,10 @@ def forest(path: Pathlike, columns: Mapping[Quantity, Sequence[Difference]]) -> 
                     count = f"n = {len(difference.pairs)}"
                     axes.annotate(count, (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=7)
                 axes.axvline(0, color=DARK, linewidth=0.8)
-                axes.set_yticks([*places.values()], [*places] if axes is line[0] else [])
+                axes.set_yticks([*places.values()], [*map(fitted, places)] if axes is line[0] else [])
                 axes.set_ylim(len(places) - 0.5, -0.5)
                 better = "smaller" if quantity == L1 else "larger"
-                axes.set_title(f"{axis}, {better} is better", loc="left", fontsize=9)
+                axes.set_title(fitted(f"{axis}, {better} is better"), loc="left", fontsize=9)
                 axes.set_xlabel(f"difference of {quantity.name} ({quantity.unit.replace('%', 'points')})")
                 axes.grid(axis="x")
 
@@ -128,18 +132,18 @@ def forest(path: Pathlike, columns: Mapping[Quantity, Sequence[Difference]]) -> 
 def learning_curves(path: Pathlike, facets: Sequence[Facet]) -> None:
     """A row for every facet: training loss (a running mean over a twentieth of the run) and teacher-forced L1, a thin
     line for every trial and a thick one for the mean over seeds."""
-    with drawing(path, 10.4, 2.9 * len(facets), forms=FORMS) as figure:
+    with drawing(path, 10.4, 2.9 * len(facets), forms=FORMS, style=PLAIN) as figure:
         for facet, (left, right) in zip(facets, figure.subplots(len(facets), 2, squeeze=False), strict=True):
             for i, (value, trials) in enumerate(facet.groups.items()):
                 for axes, key in ((left, "loss"), (right, "val/l1")):
                     _curves(axes, [trial.curve(key) for trial in trials], SERIES[i % len(SERIES)], key)
-                left.plot([], [], color=SERIES[i % len(SERIES)], label=f"{value} (n = {len(trials)})")
+                left.plot([], [], color=SERIES[i % len(SERIES)], label=fitted(f"{value} (n = {len(trials)})"))
             left.set(xlabel="training step", ylabel=TRAINING_LOSS.label)
             right.set(xlabel="training step", ylabel=TEACHER_FORCED.label)
             for axes in (left, right):
                 axes.grid()
                 axes.set_xlim(left=0)
-            title = "\n".join((facet.axis, *([f"at {words(facet.others)}"] if facet.others else [])))
+            title = "\n".join(map(fitted, (facet.axis, *([f"at {words(facet.others)}"] if facet.others else []))))
             right.legend(*left.get_legend_handles_labels(), title=title, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
@@ -162,7 +166,7 @@ def _curves(axes: Any, curves: Sequence[Sequence[tuple[int, float]]], colour: st
 def dimension_errors(path: Pathlike, facets: Sequence[Facet]) -> None:
     """A row for every facet: bars of the mean open-loop L1 of each dimension of the action, with every trial as a
     point and the baselines as marks over the bars."""
-    with drawing(path, 10.4, 2.7 * len(facets), forms=FORMS) as figure:
+    with drawing(path, 10.4, 2.7 * len(facets), forms=FORMS, style=PLAIN) as figure:
         for facet, (axes,) in zip(facets, figure.subplots(len(facets), 1, squeeze=False), strict=True):
             first: Trial = next(iter(facet.groups.values()))[0]
             names = first.result["evaluation"].get("dimensions", DIMENSIONS)
@@ -171,7 +175,7 @@ def dimension_errors(path: Pathlike, facets: Sequence[Facet]) -> None:
             for i, (value, trials) in enumerate(facet.groups.items()):
                 errors = np.array([[trial.numbers[key] for key in keys] for trial in trials])
                 where, colour = places + (i - (len(facet.groups) - 1) / 2) * width, SERIES[i % len(SERIES)]
-                axes.bar(where, errors.mean(0), 0.9 * width, color=colour, label=f"{value} (n = {len(trials)})")
+                axes.bar(where, errors.mean(0), 0.9 * width, color=colour, label=fitted(f"{value} (n = {len(trials)})"))
                 if len(trials) > 1:
                     axes.plot(np.tile(where, len(trials)), errors.ravel(), "o", color=DARK, markersize=1.8)
                 for name, numbers in trials[0].baselines.items():
@@ -180,7 +184,7 @@ def dimension_errors(path: Pathlike, facets: Sequence[Facet]) -> None:
             axes.set_xticks(places, names)
             axes.set(xlabel="dimension of the action", ylabel=L1.label.replace(" (", "\n("))
             axes.grid(axis="y")
-            title = "\n".join((facet.axis, *([f"at {words(facet.others)}"] if facet.others else [])))
+            title = "\n".join(map(fitted, (facet.axis, *([f"at {words(facet.others)}"] if facet.others else []))))
             axes.legend(title=title, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
@@ -194,7 +198,7 @@ def feature_maps(path: Pathlike, panels: Mapping[str, Sequence[np.ndarray]]) -> 
     colours = np.clip((components - low) / np.maximum(high - low, 1e-12), 0, 1)
     columns = min(len(panels), 3)
     lines = -(-len(panels) // columns)
-    with drawing(path, 4.2 * columns, 2.7 * lines, forms=("png", "pdf")) as figure:
+    with drawing(path, 4.2 * columns, 2.7 * lines, forms=("png", "pdf"), style=PLAIN) as figure:
         for i, (title, (theta, phi, f)) in enumerate(panels.items()):
             axes = figure.add_subplot(lines, columns, i + 1)
             mine, colours = np.split(colours, [f.shape[0] * f.shape[1]])
