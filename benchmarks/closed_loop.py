@@ -12,6 +12,7 @@
 
 Rerun the same command to resume after a stop or after --minutes. Another machine can resume with only the folders
 motions/ and results/ of the workdir, whose files are a few MB each: pictures are then drawn and weights trained anew.
+Arguments that change what is recorded or trained need a workdir of their own.
 --rounds 0 evaluates the policy before DAgger. The model comes in three variants, one thing changed at a time: `full`,
 `no_ego3d` (no depth encoding) and `grid_1026` (a coarser action grid). Arguments such as
 --config.train.batch_size=128 go to every training. Writes results.json: success, environment, and the seconds of each
@@ -40,6 +41,8 @@ SETTINGS = {
     "full": {"record": 3000, "added": 1000, "steps": 17_000, "more_steps": 8_000, "episodes": 50, "seeds": "0,1,2"},
     "reduced": {"record": 600, "added": 200, "steps": 4_000, "more_steps": 2_000, "episodes": 10, "seeds": "0"},
 }
+# Arguments that may differ between two calls: which policies to evaluate, how, and where it runs.
+FREE = ("workdir", "setting", "variants", "rounds", "execute", "episodes", "seeds", "workers", "videos", "minutes")
 PART = 300  # episodes of a file of motions: about two minutes on 16 cores, 3 MB
 
 
@@ -49,6 +52,7 @@ def main() -> None:
     end = time.monotonic() + 60 * args.minutes
     for folder in (motions, results, workdir / "pictures"):
         folder.mkdir(parents=True, exist_ok=True)
+    check_same(results / "arguments.json", args, overrides)
 
     def call(stage: str, *command: object) -> None:
         """A command of spatialvla-jax, ended when the time is up; what it has done until then is kept."""
@@ -119,6 +123,17 @@ def main() -> None:
     for name, of_variant in found.items():
         print(f"{name:12} {100 * of_variant['success']:5.1f} ± {100 * of_variant['standard_error']:.1f} %")
     print(json.dumps(result))
+
+
+def check_same(file: Path, args: argparse.Namespace, overrides: list[str]) -> None:
+    """Ends where an earlier call began with other arguments, whose motions and weights would pass for these."""
+    now = {f"--{k.replace('_', '-')}": str(v) for k, v in vars(args).items() if k not in FREE}
+    now["overrides"] = " ".join(overrides)
+    before = json.loads(file.read_text()) if file.exists() else now
+    if changed := [key for key in now if now[key] != before.get(key)]:
+        key = changed[0]
+        sys.exit(f"{file.parents[1]} was begun with {key} {before.get(key)!r}, not {now[key]!r}: use another --workdir")
+    write_json(file, now)
 
 
 def parse() -> tuple[argparse.Namespace, list[str]]:

@@ -11,7 +11,7 @@ from spatialvla_jax.data.index import Faults
 from spatialvla_jax.data.index_cache import LOCAL_CACHE
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.utils.schema import Field, check
-from spatialvla_jax.utils.storage import AnyPath, as_path
+from spatialvla_jax.utils.storage import AnyPath, as_path, resolved
 
 ENTRY = Field({}, "{name, spec, path, weight, splits}")
 
@@ -81,8 +81,7 @@ class DataConfig:
             paths = {path: as_path(path, "config key data.packed") for path in packed}
             places: dict[Any, str] = {}
             for path, place in paths.items():
-                place = place.resolve() if isinstance(place, Path) else place
-                if (other := places.setdefault(place, path)) != path:
+                if (other := places.setdefault(resolved(place), path)) != path:
                     raise InputError(f"config key data.packed names one file twice, as {other} and {path}")
             given["packed"] = {str(place): packed[path] for path, place in paths.items()}
         entries = [check(entry, ENTRY, "an entry of data.datasets") for entry in given.get("datasets", ())]

@@ -371,9 +371,10 @@ def packed_digest(packed: str | os.PathLike[str] | Mapping[str, float]) -> str:
     return _PREFIX.unpack(prefix)[3].hex()
 
 
-def packed_names(path: Path) -> list[str]:
-    """The names of the datasets in a packed file. Raises InputError."""
-    return [entry["name"] for entry in _open(path)[2]["datasets"]]
+def packed_names(config: DataConfig) -> list[str]:
+    """The names of the datasets in the packed files of `config`. Raises InputError or StorageError."""
+    files = (cached_copy(to_path(path), config.local_cache / "packed") for path in config.packed_files)
+    return [entry["name"] for file in files for entry in _open(file)[2]["datasets"]]
 
 
 def _open(path: Path) -> tuple[mmap.mmap, int, dict[str, Any]]:

@@ -83,8 +83,7 @@ def weights_digest(checkpoint: str | AnyPath) -> str:
 def episodes_of(trial: Trial) -> list[closed_loop.Episode]:
     """The episodes of a trial's closed loop. Raises InputError for an unknown suite or a missing simulator."""
     data, wanted = trial.config.data, trial.closed_loop
-    names = [name for path in DataConfig.from_config(data).packed_files for name in packed_names(Path(path))]
-    names = names or [entry["name"] for entry in data.datasets]
+    names = packed_names(DataConfig.from_config(data)) or [entry["name"] for entry in data.datasets]
     suite = wanted["suite"] or (names or [data.mixture])[0]
     return libero_env.episodes([suite], wanted["episodes"], wanted["seeds"], wanted["tasks"] or None)
 

@@ -58,7 +58,7 @@ from spatialvla_jax.sim.libero_env import MAX_STEPS, NUM_TASKS
 from spatialvla_jax.training.setup import check_patterns, make_setup
 from spatialvla_jax.utils.renames import CONFIG_KEYS
 from spatialvla_jax.utils.schema import Field, check
-from spatialvla_jax.utils.storage import exists
+from spatialvla_jax.utils.storage import exists, is_file, to_path
 
 SEED = KEYS["seed"]
 SWEEP = {
@@ -283,7 +283,7 @@ def _check_files(config: ConfigDict) -> None:
     init = config.init and find_checkpoint(config.init, "init")
     if init and not exists(init):
         problem = f"init is {config.init}, which does not exist"
-    elif lacking := [path for path in DataConfig.from_config(config.data).packed_files if not Path(path).is_file()]:
+    elif lacking := [path for path in DataConfig.from_config(config.data).packed_files if not is_file(to_path(path))]:
         problem = f"data.packed names {lacking[0]}, which does not exist"
     elif missing := [entry.path for entry in entries if not Path(entry.path).exists()]:
         problem = f"data.datasets has {missing[0]}, which does not exist"

@@ -80,7 +80,12 @@ def test_the_stages_in_their_order(bench, tmp_path, capsys):
     result = json.loads((tmp_path / "results.json").read_text())
     assert result["results"]["full"]["success"] == 0.9 and set(result) > {"seconds", "commit", "versions", "arguments"}
     assert "90.0 ± 2.0 %" in capsys.readouterr().out
-    assert bench() == [], "all is done"
+    assert bench("--config.train.batch_size=9") == [], "all is done"
+    for other in ((), ("--config.train.batch_size=9", "--noise", 0.5)):
+        with pytest.raises(
+            SystemExit, match=r"was begun with (overrides '--config|--noise '0.2', not '0.5': use another)"
+        ):
+            bench(*other)
 
 
 @pytest.mark.parametrize("stop", ["first-01.npz", "first-00.pack", "--workdir full-0", "--policy", "--closed-loop"])

@@ -209,6 +209,16 @@ def test_bad_sweeps_are_refused(changes: dict, sentence: str, tmp_path: Path) ->
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
+def test_packed_files_may_lie_in_a_bucket(gcs, tmp_path: Path) -> None:
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "packed" / "there.pack").write_text("of no interest here")
+    url = gcs.upload(tmp_path / "packed", "packed") + "/there.pack"
+    assert load_sweep(write(tmp_path), {"data.packed": url}).trials[0].config.data.packed == url
+    with pytest.raises(InputError, match=r"data.packed names gs://.*/other.pack, which does not exist"):
+        load_sweep(write(tmp_path), {"data.packed": str({url: 1.0, url.replace("there", "other"): 1.0})})
+
+
 def test_numpy_values_are_python_values(tmp_path: Path) -> None:
     path = write(tmp_path)
     changes = '"axes": {"optimizer.learning_rate": np.logspace(-4, -3, 2), "lora.alpha": [np.float32(0.5)]}, '
