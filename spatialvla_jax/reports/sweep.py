@@ -226,7 +226,7 @@ def latex_text(results: Results, tables: list[Table], made: dict[str, str]) -> s
     head = [r"% \usepackage{booktabs,graphicx}"] + [
         f"% {key}: {' '.join(value.split())}" for key, value in made.items()
     ]
-    label = "".join(c if c.isalnum() else "-" for c in name)
+    label = "".join(c if c.isascii() and c.isalnum() else "-" for c in name)
     floats = [latex(t, f"{label}-{t.title.split()[0].lower()}-{i}") for i, t in enumerate(tables, 1)]
     return "\n".join(head) + "\n\n" + "\n".join(floats)
 

@@ -1,6 +1,7 @@
 """Tables for a page, for Markdown and for LaTeX."""
 
 import re
+import unicodedata
 from typing import NamedTuple
 
 LATEX = str.maketrans(
@@ -11,8 +12,12 @@ LATEX = str.maketrans(
         **{"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"},
         **{"±": r"$\pm$", "−": "$-$", "×": r"$\times$", "→": r"$\to$", "≤": r"$\le$", "≥": r"$\ge$"},
         **{"–": "--", "…": r"\dots{}", "Δ": r"$\Delta$", "θ": r"$\theta$", "φ": r"$\phi$"},
+        **{"°": r"$^\circ$", "µ": r"$\mu$", "²": "$^2$", "³": "$^3$", "·": r"$\cdot$"},
     }
 )
+# What LaTeX's default fonts have beyond ASCII: letters with these accents, and these.
+ACCENTS = frozenset("\u0300\u0301\u0302\u0303\u0304\u0306\u0307\u0308\u030a\u030b\u030c\u0327")
+LETTERS = frozenset("ßæÆøØœŒłŁ§¶©£¡¿")
 
 # What Markdown would not show as it is. An underscore within a word, and brackets without a link, it does.
 MARKDOWN = re.compile(r"[\\`*<|~$]|(?<!\w)_|_(?!\w)|&(?=#?\w+;)|\](?=[(\[])")
@@ -44,7 +49,16 @@ def plain(text: str) -> str:
 
 def escaped(text: str) -> str:
     """Text for LaTeX; a character that its default fonts lack becomes its code."""
-    return "".join(c if ord(c) < 0x180 or ord(c) in LATEX else f"U+{ord(c):04X}" for c in text).translate(LATEX)
+
+    def has(c: str) -> bool:
+        letter, *accents = unicodedata.normalize("NFD", c)
+        return (
+            ord(c) in LATEX
+            or c in LETTERS
+            or (letter.isascii() and letter.isprintable() and ACCENTS.issuperset(accents))
+        )
+
+    return "".join(c if has(c) else f"U+{ord(c):04X}" for c in text).translate(LATEX)
 
 
 def latex(table: Table, label: str) -> str:

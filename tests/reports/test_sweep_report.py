@@ -259,6 +259,7 @@ def test_tables_in_latex_and_markdown() -> None:
     text = latex(table, "x")
     assert r"{[}x{]} $\to$ \{y\} & $-$1 $\pm$ 2 \\" in text and r"\caption{T. 50 \% of a\_b \& c}" in text
     assert r"name & \shortstack{L1\\(normalised units)} \\" in text and escaped("字") == "U+5B57"
+    assert escaped("é ř ß 5°") == r"é ř ß 5$^\circ$" and escaped("ą Ħ") == "U+0105 U+0126", "as OT1 has no ogonek"
     assert text.count(r"\begin{") == text.count(r"\end{") == 2
     assert r"\begin{table}" in text and r"\begin{table*}" in latex(table._replace(lines=[["a" * 60, ""]]), "x")
     bare = re.sub(r"\\[{}]", "", text)
