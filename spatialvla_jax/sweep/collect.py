@@ -25,7 +25,8 @@ def collect(sources: Sequence[Path], workdir: Path) -> dict[str, int]:
     Returns {"trials" (of the sweep), "finished", "copied"}. Raises InputError, before anything is copied, for other
     sweeps, for results of one trial that are of another config or of other data, and for a missing file.
     """
-    if workdir.is_dir() and any(workdir.iterdir()) and not _is_sweep(workdir):
+    others = [path for path in workdir.iterdir() if path.name != "compiled"] if workdir.is_dir() else []
+    if others and not _is_sweep(workdir):
         raise InputError(f"{workdir} is not empty and holds no sweep: it has no sweep.json")
     plans = {
         place: _plan(place) for place in dict.fromkeys((workdir, *sources)) if place in sources or _is_sweep(place)

@@ -173,14 +173,22 @@ def load_sweep(path: str | Path, overrides: Mapping[str, str] | None = None, onl
 
 
 def _reference(path: Path, given: dict[Any, Any], axes: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    reference = {str(axis): str(value) for axis, value in given.items()}
+    reference = {str(axis): _name_of(value, axes.get(str(axis), {})) for axis, value in given.items()}
     if unknown := [axis for axis in reference if axis not in axes]:
-        raise InputError(f"reference of {path} names {unknown[0]!r}, which is no axis: there are {', '.join(axes)}")
+        there = f"there are {', '.join(axes)}" if axes else "there is none"
+        raise InputError(f"reference of {path} names {unknown[0]!r}, which is no axis: {there}")
     for axis, values in axes.items() if reference else ():
         if (value := reference.get(axis)) not in values:
             found = "has no value" if value is None else f"has {value!r}"
             raise InputError(f"reference of {path} {found} for axis {axis!r}: choose one of {', '.join(values)}")
     return {axis: reference[axis] for axis in axes if reference}
+
+
+def _name_of(value: Any, values: Mapping[str, Mapping[str, Any]]) -> str:
+    """The name of an axis's value that is given by name or, as in a list of values, as itself: 1 for 1.0."""
+    value = tuple(value) if isinstance(value, list) else value
+    same = (name for name, changes in values.items() if [*changes.values()] == [value])
+    return str(value) if str(value) in values else next(same, str(value))
 
 
 def _combinations(axes: Mapping[str, Mapping[str, Any]], reference: dict[str, str]) -> Iterator[dict[str, str]]:
@@ -259,6 +267,10 @@ def _check(config: ConfigDict, changed: set[str]) -> None:
         problem = "a linear grid has 256 bins a dimension, so grid.num_bins would change nothing"
     elif grid.kind == "checkpoint" and (config.adapt.embedding or "grid.num_bins" in changed):
         problem = "grid.kind=checkpoint keeps the grid of init, so neither adapt.embedding nor grid.num_bins fits it"
+    elif config.loss.target == "none" and "loss.target_weight" in changed:
+        problem = "loss.target=none has no weight, so loss.target_weight would change nothing"
+    elif config.loss.target != "none" and not config.data.packed:
+        problem = f"loss.target={config.loss.target} needs packed recordings, and data.packed is empty"
     elif config.model.depth_source == "zoedepth" and not config.init:
         problem = (
             "model.depth_source=zoedepth takes the depth model of init, and init is empty: its depth would be random"

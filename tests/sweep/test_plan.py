@@ -74,6 +74,13 @@ def test_one_axis_at_a_time_around_a_reference(tmp_path: Path) -> None:
     assert [trial.config.model.action_chunk for trial in sweep.trials[:5]] == [4, 4, 4, 1, 8]
     assert sweep.trials[2].config.grid.kind == "linear"
 
+    axes = {"optimizer.learning_rate": [0.5, 1], "grid.num_bins": [(4, 4, 2, 4, 4, 4), (2, 4, 2, 4, 4, 4)]}
+    reference = {"optimizer.learning_rate": 1, "grid.num_bins": [2, 4, 2, 4, 4, 4]}  # values are named 1.0 and (2, …)
+    assert load_sweep(write(tmp_path, axes=axes, reference=reference)).reference == {
+        "optimizer.learning_rate": "1.0",
+        "grid.num_bins": "(2, 4, 2, 4, 4, 4)",
+    }
+
 
 def test_a_trials_digest_does_not_depend_on_where_the_data_lies(tmp_path: Path) -> None:
     def digest(**changes: str) -> str:
@@ -105,6 +112,8 @@ BAD_AXES = [
     ({"grid.kind": []}, "axis 'grid.kind' of .* has no values"),
     ({"grid": {}}, "axis 'grid' of .* has no values"),
     ({"grid.kind": "uniform"}, "must be a list of values or a dict"),
+    ({"loss.target_weight": [1.0, 2.0]}, "loss.target=none has no weight, so loss.target_weight would change nothing"),
+    ({"loss.target": ["none", "metres"]}, "trial target-metres: loss.target=metres needs packed recordings"),
     ({"grid": {1: {}, "1": {}}}, "axis 'grid' of .* has a name twice: 1, '1'"),
     (
         {"grid": {"a": {"train.grad_accum_steps": 2, "train.accumulate": 4}}},
@@ -186,6 +195,7 @@ BAD = [
     ({"axes": ["train.steps"]}, r"axes=\['train.steps'\] is a list, but a dict is expected"),
     ({"keep_checkpoints": "no"}, "keep_checkpoints='no' is a string, but true or false is expected"),
     ({"reference": {"grid": "uniform"}}, "reference of .* names 'grid', which is no axis: there are grid.kind"),
+    ({"axes": {}, "reference": {"grid": "uniform"}}, "reference of .* names 'grid', which is no axis: there is none"),
     ({"reference": {"grid.kind": "linear"}}, "has 'linear' for axis 'grid.kind': choose one of gaussian, uniform"),
     (
         {"axes": {"grid.kind": ["uniform"], "seed x": {"a": {}}}, "reference": {"grid.kind": "uniform"}},
