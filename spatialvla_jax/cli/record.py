@@ -130,6 +130,11 @@ def load_policy(checkpoint: AnyPath, unnorm_key: str | None) -> Callable[..., An
     policy = Policy.load(checkpoint)
     statistics, model = policy.processor.statistics, policy.model.config
     policy.processor.find_statistics(unnorm_key)
+    if model.action_chunk > takeover.POLICY_STEPS:
+        raise InputError(
+            f"--policy {checkpoint} predicts {model.action_chunk} actions at once, which are executed whole before the "
+            f"expert takes over: expected {takeover.POLICY_STEPS} at most"
+        )
     mirrored = is_mirrored(unnorm_key or next(iter(statistics)))
     looks = model.action_chunk, model.img.image_size, model.depth_source == "dataset", mirrored
     extra: dict[str, Any] = {} if unnorm_key is None else {"unnorm_key": unnorm_key}

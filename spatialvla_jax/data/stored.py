@@ -21,8 +21,8 @@ STATES = tuple(
 
 
 def stored_depth(index: Index, frame: int) -> Float[np.ndarray, "H W"] | None:
-    """A frame's depth in metres, 0 where there is no reading; None where none is stored or it is not a picture. Raises
-    InputError, StorageError or OSError where the file cannot be read."""
+    """A frame's depth in metres, 0 where there is no reading; None where none is stored or it is not a grey picture.
+    Raises InputError, StorageError or OSError where the file cannot be read."""
     if "depth" not in index.arrays:
         return None
     if index.arrays["depth"].ndim == 3:  # a packed file
@@ -33,7 +33,7 @@ def stored_depth(index: Index, frame: int) -> Float[np.ndarray, "H W"] | None:
         counts = np.asarray(Image.open(io.BytesIO(data)))
     except OSError:
         return None
-    return counts.reshape(counts.shape[:2]).astype(np.float32) * np.float32(index.spec.depth_unit)
+    return counts.astype(np.float32) * np.float32(index.spec.depth_unit) if counts.ndim == 2 else None
 
 
 def stored_state(index: Index, episode: int) -> tuple[str, Float[np.ndarray, "L n"]] | None:

@@ -75,7 +75,9 @@ def rounded(values: np.ndarray) -> Any:
 def depth_maps(maps: list[Float[np.ndarray, "H W"] | None], limit: int) -> dict[str, Any] | None:
     """Depth in metres as grey PNGs: level 1 is `near`, level 255 is `far`, the outermost 1 % lie at either end. None
     where no map has a reading."""
-    readings = np.concatenate([depth[depth > 0] for depth in maps if depth is not None] or [np.empty(0)])
+    readings = np.concatenate(
+        [depth[(depth > 0) & (depth < np.inf)] for depth in maps if depth is not None] or [np.empty(0)]
+    )
     if not len(readings):
         return None
     near, far = np.percentile(readings, (1, 99)).tolist()

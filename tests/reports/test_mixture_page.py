@@ -19,6 +19,7 @@ from spatialvla_jax.cli import main
 from spatialvla_jax.data import Loader, load_data
 from spatialvla_jax.data.stored import stored_depth, stored_state
 from spatialvla_jax.reports.mixture import EPISODES, IMAGE_SIZE, PLAYED, write_page
+from spatialvla_jax.reports.player import depth_maps
 
 HOSTILE = "<script>alert('x')</script> & \"quotes\" </figure>"
 VOID = {"meta", "img", "input"}
@@ -158,6 +159,14 @@ def test_played_episodes_are_those_stored(page: Page, loader: Loader) -> None:
                 assert np.abs(metres - expected)[grey > 0].max() < 1.01 * (far - near) / 254 / 2 + 1e-3
         else:
             assert episode["depth"] is None
+
+
+def test_depth_without_end_is_as_far_as_the_farthest_reading() -> None:
+    depth = np.array([[1, 2], [np.inf, 0]], np.float32)
+    found = depth_maps([depth, np.full((2, 2), np.nan, np.float32)], 1000)
+    assert found is not None and (found["near"], found["far"]) == (1.01, 1.99)
+    grey, nothing = (picture(source, "png") for source in found["maps"])
+    assert grey[0, 0] == 1 and grey[0, -1] == grey[-1, 0] == 255 and grey[-1, -1] == 0 and not nothing.any()
 
 
 def test_histograms_lie_over_the_bins(page: Page, loader: Loader) -> None:

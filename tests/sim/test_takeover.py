@@ -10,8 +10,10 @@ import pytest
 from helpers.environments import Handover
 
 from spatialvla_jax.cli import main
-from spatialvla_jax.errors import FaultsError, NonFiniteError
+from spatialvla_jax.cli.record import load_policy
+from spatialvla_jax.errors import FaultsError, InputError, NonFiniteError
 from spatialvla_jax.evaluation.closed_loop import Episode, padded
+from spatialvla_jax.inference.policy import Policy
 from spatialvla_jax.sim import libero_env, takeover
 from spatialvla_jax.sim import record_libero as recorder
 from spatialvla_jax.sim import scripted_expert as expert
@@ -33,6 +35,15 @@ def rows(result):
     return [
         (r.language, r.steps, r.failed, r.solved, r.episode.qpos[0, 0], r.episode.action[:, 0].tolist()) for r in result
     ]
+
+
+def test_a_chunk_must_fit_before_the_expert_takes_over(monkeypatch):
+    """Longer ones would never be finished, and every attempt would pass for a failure of the expert."""
+    model = SimpleNamespace(config=SimpleNamespace(action_chunk=121))
+    processor = SimpleNamespace(statistics={"toy": {}}, find_statistics=lambda key: {})
+    monkeypatch.setattr(Policy, "load", lambda path: SimpleNamespace(processor=processor, model=model))
+    with pytest.raises(InputError, match=r"--policy run predicts 121 actions at once, .* expected 120 at most"):
+        load_policy(Path("run"), None)
 
 
 def test_each_episode_is_there_once_whatever_dies_or_is_not_kept(tmp_path):
