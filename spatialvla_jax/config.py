@@ -431,8 +431,12 @@ def check_resumable(saved: dict[str, Any], config: ConfigDict, workdir: AnyPath)
 
 def decisive(config: dict[str, Any]) -> dict[str, Any]:
     """The dotted keys that decide what a run computes, with their values as JSON has them. Datasets don't say where
-    they lie: a run may go on where they were moved to. Of several packed files the weights are left."""
+    they lie: a run may go on where they were moved to. Of several packed files the weights are left. The preset's own
+    image size is 0."""
     values = flatten(json.loads(json.dumps(config)))
+    sizes = PRESETS.get(values.get("model.preset", ""))
+    if sizes and values.get("model.image_size") == sizes.img.image_size:
+        values["model.image_size"] = 0
     if isinstance(packed := values.pop("data.packed", ""), dict) and len(packed) > 1:
         values["data.packed"] = {f"file {n}": weight for n, weight in enumerate(packed.values(), 1)}
     datasets = values.get("data.datasets", ())

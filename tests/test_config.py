@@ -236,6 +236,16 @@ def test_a_run_with_a_value_that_is_no_longer_valid_is_read_but_not_resumed(tmp_
         check_resumable(saved, default_config(), tmp_path)
 
 
+def test_the_presets_own_image_size_is_no_other(tmp_path) -> None:
+    saved, config = json.loads(json.dumps(default_config().to_dict())), default_config()
+    config.model.image_size = 224
+    check_resumable(saved, config, tmp_path)
+    check_resumable(json.loads(json.dumps(config.to_dict())), default_config(), tmp_path)
+    config.model.image_size = 448
+    with pytest.raises(InputError, match=r"a run with model.image_size = 0, this config says 448"):
+        check_resumable(saved, config, tmp_path)
+
+
 def test_only_what_is_not_computed_may_change(tmp_path) -> None:
     config = default_config()
     saved = json.loads(json.dumps(config.to_dict()))
