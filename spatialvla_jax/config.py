@@ -333,12 +333,8 @@ def check_together(config: ConfigDict) -> None:
         )
     if 0 < areas[1] < areas[0]:
         raise InputError(f"augment.crop_area_max={areas[1]} is below augment.crop_area={areas[0]}; 0 draws no areas")
-    if (
-        config.loss.target == "pixels"
-        and config.augment.enabled
-        and areas[0] < 1
-        and not config.augment.move_intrinsics
-    ):
+    stale = config.augment.enabled and areas[0] < 1 and not config.augment.move_intrinsics
+    if config.loss.target == "pixels" and stale:
         raise InputError(
             "loss.target=pixels needs the intrinsics, which augment.move_intrinsics=False leaves wrong after a crop: "
             "use loss.target=metres or augment.crop_area=1"
