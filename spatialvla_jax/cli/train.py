@@ -299,7 +299,7 @@ def add_sweep_collect(commands: Commands) -> None:
         commands,
         "collect",
         run_sweep_collect,
-        "copy the results of finished trials, without weights; the sweep goes on from them",
+        "copy the results of finished trials, without weights, so that the sweep can resume elsewhere",
         ("runs/ablations --out results/ablations", "machine1/ablations machine2/ablations --out runs/ablations"),
     )
     p.add_argument("dirs", type=local_path, nargs="+", metavar="DIR", help="workdirs of one sweep, or collected before")

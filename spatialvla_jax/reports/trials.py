@@ -292,10 +292,9 @@ def _check_kinds(values: Mapping[str, Any], kinds: Mapping[str, Any]) -> None:
 def _records(path: Path) -> list[dict[str, Any]]:
     records = read_metrics(path)
     for number, record in enumerate(records, 1):
+        numbers = {"loss": 0, "val/loss": 0, "val/l1": 0} | record if isinstance(record, dict) else {}
         for key in ("step", "loss", "val/loss", "val/l1"):
-            if not isinstance(record, dict) or not isinstance(
-                record.get(key, 0 if key != "step" else None), int | float
-            ):
+            if not isinstance(numbers.get(key), int | float):
                 raise ValueError(f"line {number} has no number for {key}")
     return records
 

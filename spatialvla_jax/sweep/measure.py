@@ -1,6 +1,7 @@
 """The result of a trial: open loop, closed loop, and the data for the report's figures."""
 
 import hashlib
+import json
 import math
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 from spatialvla_jax.actions import ActionGrid, adapt_embeddings, encode, grid_to_dict
 from spatialvla_jax.actions.io import describe_grid, save_grid
 from spatialvla_jax.checkpoints import fingerprint, read_checkpoint
+from spatialvla_jax.checkpoints.types import digest
 from spatialvla_jax.config import train_config_of
 from spatialvla_jax.data import DataConfig, open_data
 from spatialvla_jax.data.pack import packed_digest, packed_names
@@ -74,10 +76,8 @@ def measure(trial: Trial, folder: Path, trained: dict[str, Any], drawn: bool) ->
 
 def weights_digest(checkpoint: str | AnyPath) -> str:
     """Hash of a checkpoint's parameters (16 hex digits)."""
-    digest = hashlib.sha256()
-    for path, array in sorted(read_checkpoint(checkpoint).arrays.items()):
-        digest.update(path.encode() + np.ascontiguousarray(array.read()).tobytes())
-    return digest.hexdigest()[:16]
+    parts = [(path, digest(array.read())) for path, array in sorted(read_checkpoint(checkpoint).arrays.items())]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 def episodes_of(trial: Trial) -> list[closed_loop.Episode]:

@@ -82,8 +82,9 @@ def prepare(sweep: Sweep, workdir: Path) -> None:
             config = with_model_of(pin_init(trial.config, begun), None, begun) if trial.config.init else trial.config
             check_resumable(begun, config, folder)
         # The data of a trial that ran on another machine need not be here.
-        here = all(exists(to_path(file)) for file in DataConfig.from_config(trial.config.data).packed_files)
-        if here and "packed" in result and result["packed"] != (packed_digest(path) if path else None):
+        files = DataConfig.from_config(trial.config.data).packed_files if "packed" in result else ()
+        here = "packed" in result and all(exists(to_path(file)) for file in files)
+        if here and result["packed"] != (packed_digest(path) if path else None):
             raise InputError(f"{folder} was made from other data than {path or 'data.datasets'}: use another workdir")
         init = find_checkpoint(trial.config.init, "init") if result.get("init") else None
         if init and exists(init) and weights(init) != result["init"]:
