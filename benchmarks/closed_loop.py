@@ -13,8 +13,9 @@
 Rerun the same command to resume after a stop or after --minutes. Another machine can resume with only the folders
 motions/ and results/ of the workdir, whose files are a few MB each: pictures are then drawn and weights trained anew.
 Arguments that change what is recorded or trained need a workdir of their own.
---rounds 0 evaluates the policy before DAgger. The model comes in three variants, one thing changed at a time: `full`,
-`no_ego3d` (no depth encoding) and `grid_1026` (a coarser action grid). Arguments such as
+--rounds 0 evaluates the policy before DAgger. The model comes in four variants: `full`, `no_ego3d` (no
+depth encoding), `rgb` (the same with whole images: without intrinsics, a random crop hides how far things are) and
+`grid_1026` (a coarser action grid). Arguments such as
 --config.train.batch_size=128 go to every training. Writes results.json: success, environment, and the seconds of each
 stage over all calls.
 """
@@ -33,6 +34,7 @@ from spatialvla_jax.utils.atomic import write_json
 VARIANTS = {
     "full": [],
     "no_ego3d": ["--config.model.depth_source=none"],
+    "rgb": ["--config.model.depth_source=none", "--config.augment.crop_area=1.0", "--config.augment.crop_area_max=0.0"],
     "grid_1026": ["--config.grid.num_bins=(8,16,4,8,8,8)"],
 }
 # Episodes to record, also in each round of DAgger; steps of the first training and of each that goes on; episodes of
