@@ -12,7 +12,7 @@ import argparse
 import numpy as np
 
 from spatialvla_jax.serving.client import Agent, Client
-from spatialvla_jax.sim.libero import camera, frame, set_up_worker, simulate
+from spatialvla_jax.sim.libero import camera, frame, set_up_worker, simulate, step
 
 STEPS, SIZE = 220, 128
 
@@ -32,7 +32,7 @@ class Robot:
         return {"image": image, "depth": millimetres / np.float32(1000), "intrinsics": self.intrinsics}
 
     def act(self, action: np.ndarray) -> None:
-        self.env.step(np.append(action[:6], -1.0 if action[6] > 0.5 else 1.0))
+        step(self.env, np.append(action[:6], -1.0 if action[6] > 0.5 else 1.0))
 
 
 if __name__ == "__main__":

@@ -114,7 +114,7 @@ def rollouts(
                     finished += not worker.failed
                     yield ended
                     if waiting:
-                        worker.begin(waiting.popleft())
+                        worker.begin(_following(ended.episode, waiting))
                     else:
                         worker.stop()
                 elif worker.observed:
@@ -127,6 +127,13 @@ def rollouts(
     finally:
         for worker in workers:
             worker.stop()
+
+
+def _following(episode: Episode, waiting: deque[Episode]) -> Episode:
+    """The next one for a worker: of the task it has just run, if any, since much of that scene is still loaded."""
+    following = next((one for one in waiting if one[:2] == episode[:2]), waiting[0])
+    waiting.remove(following)
+    return following
 
 
 class _Worker:

@@ -9,7 +9,7 @@ from jaxtyping import Float
 
 from spatialvla_jax.data.importers.rlds_writer import SPLITS
 from spatialvla_jax.sim import scripted_expert as expert
-from spatialvla_jax.sim.libero import observe, simulate, start
+from spatialvla_jax.sim.libero import observe, simulate, start, step
 from spatialvla_jax.sim.motions import Motion
 
 TRAIN_STATES, VAL_STATES = range(0, 40), range(40, 50)  # of the benchmark's 50 initial states per task
@@ -128,7 +128,7 @@ def perform(
             action = np.clip(action + disturbance, -1, 1)
             if progress.phase == "reach" and len(rows) < snapped:
                 action[6] = expert.CLOSE
-        scene, state = observe(env, env.step(action)[0])
+        scene, state = observe(env, step(env, action))
     if progress.phase != "done" or not env.check_success():
         return None
     qpos, states, actions = map(np.stack, zip(*rows, strict=True))

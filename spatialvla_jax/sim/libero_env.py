@@ -13,7 +13,16 @@ from spatialvla_jax.evaluation import closed_loop
 from spatialvla_jax.evaluation.closed_loop import Episode
 from spatialvla_jax.sim import scripted_expert as expert
 from spatialvla_jax.sim.attempt import PLANS
-from spatialvla_jax.sim.libero import camera, check_simulator, frame, observe, proprioception, set_up_worker, simulate
+from spatialvla_jax.sim.libero import (
+    camera,
+    check_simulator,
+    frame,
+    observe,
+    proprioception,
+    set_up_worker,
+    simulate,
+    step,
+)
 from spatialvla_jax.training.log_folder import LogFolder
 from spatialvla_jax.utils.progress import progress_bar
 from spatialvla_jax.utils.storage import AnyPath
@@ -46,7 +55,7 @@ class Libero:
         return instruction, self._look()
 
     def step(self, action: Float[np.ndarray, " 7"], look: bool) -> tuple[dict[str, Any], bool]:
-        self.state = self.env.step(np.append(action[:6], -1.0 if action[6] > 0.5 else 1.0))[0]
+        self.state = step(self.env, np.append(action[:6], -1.0 if action[6] > 0.5 else 1.0))
         return self._look() if look else {}, bool(self.env.check_success())
 
     def _begin(self, episode: Episode, render: bool) -> str:
@@ -56,7 +65,7 @@ class Libero:
         self.env, task, states = simulate(episode.suite, episode.task, episode_seed(episode), render=render)
         self.env.set_init_state(states[initial_state(episode, len(states))])
         for _ in range(SETTLE_STEPS):
-            self.state = self.env.step(NO_MOTION)[0]
+            self.state = step(self.env, NO_MOTION)
         return task.language
 
     def _look(self) -> dict[str, Any]:

@@ -39,7 +39,7 @@ class Simulator:
 
     def step(self, action):
         self.actions.append(action)
-        return {"count": len(self.actions)}, 0.0, False, {}
+        return {"count": len(self.actions)}
 
     def check_success(self):
         return np.sum([action[6] > 0 for action in self.actions]) >= 2
@@ -64,6 +64,7 @@ def stand_in(patch=setattr) -> list[Simulator]:
 
     patch(libero, "set_up_worker", lambda: None)
     patch(libero, "simulate", simulate)
+    patch(libero, "step", Simulator.step)
     patch(libero, "camera", lambda env, size: (INTRINSICS, np.eye(4)))
     patch(libero, "frame", picture)
     patch(libero, "proprioception", lambda state: np.full(8, state["count"], np.float32))
@@ -296,4 +297,29 @@ def check_the_simulator(suite: str) -> str:
     assert not done and later["state"][2] < observation["state"][2], "the hand has gone down"
     assert env.env is not None
     env.env.close()
+    ours, theirs = moved(suite, simulator.step), moved(suite, robosuite_step)
+    for (qpos, qvel, seen), (their_qpos, their_qvel, their_seen) in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(np.append(qpos, qvel), np.append(their_qpos, their_qvel))
+        assert len(seen) < len(their_seen)
+        for key in {key for key in seen if not key.endswith("-state")}:
+            np.testing.assert_array_equal(seen[key], their_seen[key], err_msg=key)
     return suite
+
+
+def moved(suite: str, step) -> list:
+    """Positions, velocities and observations after each of some random actions."""
+    env, _, states = simulator.simulate(suite, 0, seed=1, render=False)
+    if step is robosuite_step:
+        for sensor in env.env._observables.values():
+            sensor.set_enabled(True)
+    env.set_init_state(states[0])
+    rows = []
+    for action in np.random.default_rng(0).uniform(-1, 1, (30, 7)):
+        seen = step(env, action)
+        rows.append((env.sim.data.qpos.copy(), env.sim.data.qvel.copy(), seen))
+    env.close()
+    return rows
+
+
+def robosuite_step(env, action) -> dict:
+    return env.step(action)[0]

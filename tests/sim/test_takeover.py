@@ -78,13 +78,7 @@ def test_the_expert_takes_over_between_two_chunks(monkeypatch, succeeds, outcome
     """On a stand-in for the simulator, which succeeds after so many actions. There is no picture at the end."""
     actions, given = [], []
 
-    def step(action):
-        actions.append(action)
-        return {}, 0.0, False, {}
-
-    env = SimpleNamespace(
-        env=SimpleNamespace(_get_observations=dict), step=step, check_success=lambda: len(actions) > succeeds
-    )
+    env = SimpleNamespace(env=SimpleNamespace(_get_observations=dict), check_success=lambda: len(actions) > succeeds)
     scene = expert.Scene(np.zeros(3), np.eye(3), np.ones(3), np.eye(3), np.zeros(3))
     state, task = np.zeros(8, np.float32), SimpleNamespace(language="take it")
     plan = expert.Plan(0.0)
@@ -106,6 +100,7 @@ def test_the_expert_takes_over_between_two_chunks(monkeypatch, succeeds, outcome
         monkeypatch.setattr(takeover, name, value)
     for name, value in {
         "set_up_worker": lambda: None,
+        "step": lambda env, action: actions.append(action) or {},
         "frame": lambda env, size: (np.zeros((size, size, 3), np.uint8), np.ones((size, size), np.uint16)),
         "proprioception": lambda observation: state,
     }.items():
