@@ -39,6 +39,7 @@ from spatialvla_jax.utils.storage import cached_copy, is_dir, is_url, list_files
 MAGIC, VERSION, ALIGNMENT = b"SVLAPACK", 2, 4096  # version 1 is the same, but has a frame for every action
 _PREFIX = struct.Struct("<8sII32s")
 _BATCH = 64  # frames in memory while a file is written
+RECORDED: dict[str, tuple[int, ...]] = {"target": (3,), "extrinsics": (4, 4)}  # shapes of what only recordings have
 _NAMES = ("datasets", "mixture", "precomputed_depth")  # keys of the config's `data` part that a packed file replaces
 
 
@@ -156,7 +157,7 @@ def _small(index: Index) -> dict[str, np.ndarray]:
     """Arrays that a packed file copies from the index: one row per frame, step or episode."""
     kept = ("action", "episode_end", "episode_file", "episode_number", "action_row", "action_end")
     frames = np.arange(index.num_frames)
-    arrays = {key: index.arrays[key] for key in kept if key in index.arrays}
+    arrays = {key: index.arrays[key] for key in (*kept, *RECORDED) if key in index.arrays}
     return arrays | {"language": index.language(frames), "step": index.step(frames).astype(np.int32)}
 
 

@@ -11,7 +11,7 @@ from spatialvla_jax.data.config import DataConfig
 from spatialvla_jax.data.index import Index
 from spatialvla_jax.data.oxe import CATALOGUE
 from spatialvla_jax.data.oxe.operations import apply_operations
-from spatialvla_jax.data.pack import Pictures, write_pack
+from spatialvla_jax.data.pack import RECORDED, Pictures, write_pack
 from spatialvla_jax.data.statistics import action_statistics
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.text import train_tokenizer
@@ -52,7 +52,7 @@ class _Recording:
     def __init__(self, name: str, indexes: dict[str, Index], episodes: Iterator[dict], image_size: int) -> None:
         self.config = DataConfig(datasets=({"name": name, "spec": SPEC},))
         self.image_size, self.depth, self.weights = image_size, True, (1.0,)
-        self.extra: dict[str, tuple[int, ...]] = {"target": (3,), "extrinsics": (4, 4)}
+        self.extra = RECORDED
         self.tokenizer = train_tokenizer(next(iter(indexes.values())).instructions, VOCABULARY)
         self._indexes, self._episodes = indexes, episodes
 

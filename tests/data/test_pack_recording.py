@@ -9,7 +9,7 @@ from helpers.batches import assert_equal
 
 from spatialvla_jax.actions.normalization import normalize
 from spatialvla_jax.config import default_config
-from spatialvla_jax.data import load_data
+from spatialvla_jax.data import load_data, pack
 from spatialvla_jax.data.pack import write_pack
 from spatialvla_jax.data.pack_recording import check_file, write_packed
 from spatialvla_jax.errors import InputError
@@ -107,18 +107,31 @@ def test_splits_instructions_and_prompts(loader) -> None:
     assert "task 1" in loader.tokenizer.decode(ids[1][loader.frames(np.array([5])).prompt_mask[0]])
 
 
-def test_the_target_comes_if_asked_for(loader, tmp_path: Path) -> None:
+def test_the_target_comes_if_asked_for(loader, tmp_path: Path, monkeypatch) -> None:
     frames = np.array([7, 2, 11])
     assert loader.frames(frames).target is None
     asked = load_data(loader.config, image_size=SIZE, action_chunk=2, depth=True, target=True)
     recorded = [step for split, episode in episodes() if split == "train" for step in episode["steps"]]
     expected = np.stack([recorded[frame]["observation"]["target"] for frame in frames])
     np.testing.assert_array_equal(asked.frames(frames).target, expected, strict=True)
+    monkeypatch.setattr(pack, "RECORDED", {})
     write_pack(loader, tmp_path / "old.pack", ("train",))  # like the files of earlier versions, without it
     old = {"packed": str(tmp_path / "old.pack")}
     load_data(old, image_size=SIZE, depth=True)
     with pytest.raises(InputError, match=r"^\S+old\.pack does not say where the task's object is, which loss\.target"):
         load_data(old, image_size=SIZE, depth=True, target=True)
+
+
+def test_what_is_packed_again_keeps_the_target_and_the_camera(loader, tmp_path: Path) -> None:
+    write_pack(loader, tmp_path / "again.pack", tuple(LENGTHS))
+    again = load_data({"packed": str(tmp_path / "again.pack")}, image_size=SIZE, depth=True, target=True)
+    for split in LENGTHS:
+        recorded = [step["observation"] for of, episode in episodes() if of == split for step in episode["steps"]]
+        (index,) = again.indexes(split)
+        for key in ("target", "extrinsics"):
+            np.testing.assert_array_equal(index.arrays[key], np.stack([seen[key] for seen in recorded]), strict=True)
+        (batch,) = again.epoch(len(recorded), split)
+        np.testing.assert_array_equal(batch.target, index.arrays["target"], strict=True)
 
 
 def test_a_file_that_the_pictures_need_is_named(tmp_path: Path) -> None:
