@@ -1,5 +1,6 @@
 """The policy: images and instructions in, robot actions out."""
 
+import functools
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,7 +18,7 @@ from spatialvla_jax.checkpoints.processor import Processor
 from spatialvla_jax.errors import InputError, NonFiniteError
 from spatialvla_jax.inference.generate import generate
 from spatialvla_jax.inference.weights import Weights, prepare_weights
-from spatialvla_jax.models import Params, SpatialVLA
+from spatialvla_jax.models import Params, SpatialVLA, SpatialVLAConfig
 from spatialvla_jax.models.resize import resize_observation
 from spatialvla_jax.utils.camera import as_array, depth_problem, in_metres, intrinsics_problem, kind_of, unit_problem
 from spatialvla_jax.utils.schema import shown
@@ -56,7 +57,7 @@ class Policy:
         # The program writes its results to host memory: one wait instead of a wait and a copy.
         (device,) = self.weights.spatial.devices()
         host = jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host")
-        self._act = jax.jit(lambda *args: act(model, constrained, *args), out_shardings=host)
+        self._act = _jit_act(model.config, constrained, host)
 
     @classmethod
     def load(
@@ -246,6 +247,12 @@ def act(
         actions = to_range(actions, low, high, mask > 0)
     finite &= jnp.all(jnp.isfinite(actions), axis=(1, 2))
     return {"action_ids": ids, "actions": actions, "finite": finite, "passes": passes}
+
+
+@functools.lru_cache(maxsize=8)
+def _jit_act(config: SpatialVLAConfig, constrained: bool, out: jax.sharding.SingleDeviceSharding) -> Any:
+    """`act`, shared by all policies of one config: a run that is filmed makes one at each validation."""
+    return jax.jit(functools.partial(act, SpatialVLA(config), constrained), out_shardings=out)
 
 
 def _require_finite(finite: Bool[np.ndarray, " B"]) -> None:

@@ -159,6 +159,19 @@ def test_damaged_weights_are_no_action(policy: Policy, observation: dict, config
         policy.predict(next(batch))
 
 
+def test_a_policy_of_the_model_s_next_weights_compiles_nothing(
+    policy: Policy, observation: dict, trained: Path
+) -> None:
+    """As after each validation of a run that is filmed."""
+    model, params, processor = load_pretrained(trained)
+    assert processor
+    before, programs = policy.infer(observation), policy._act._cache_size()
+    other = Policy(model, jax.tree.map(lambda x: -x, params), processor)
+    assert (other.infer(observation)["action_ids"] != before["action_ids"]).any()
+    assert other._act is policy._act and policy._act._cache_size() == programs
+    assert Policy(model, params, processor, constrained=False)._act is not policy._act
+
+
 def test_one_damaged_weight_is_no_action(trained: Path, observation: dict) -> None:
     """Even where a ReLU keeps it from the logits."""
     model, params, processor = load_pretrained(trained)
