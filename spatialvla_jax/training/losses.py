@@ -1,5 +1,6 @@
 """The parts of the training loss that a config may add to the plain cross-entropy."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,13 +106,17 @@ def target_error(
     intrinsics: Float[Array, "B 3 3"],
     image_size: int,
 ) -> Float[Array, " B"]:
-    """Mean absolute error of a linear map from the language model's `state` after the prompt to the place of the task's
-    object: metres in the camera's frame, as Ego3D's points are, or sides of the image from its upper left corner.
+    """Mean absolute error of a linear map to where the task's object is: metres in the camera's frame, as Ego3D's
+    points are, or sides of the image from its upper left corner. The map reads the language model's `state` after the
+    prompt, divided by sqrt(D).
 
     `intrinsics` are those of the image after its crop. The object may lie outside the image.
     """
     if loss.target == "pixels":
         # Written as a sum: a matrix product would run in reduced precision on accelerators.
         target = (intrinsics[:, :2] * (target / target[:, 2:])[:, None]).sum(axis=-1) / image_size
-    guess = (state.astype(jnp.float32)[:, :, None] * head["kernel"]).sum(axis=1) + head["bias"]
+    # The state comes from an RMS norm and is about sqrt(D) long, and so would be the kernel's gradient: it alone would
+    # decide how much `grad_clip_norm` leaves of all other gradients.
+    features = state.astype(jnp.float32) / math.sqrt(state.shape[1])
+    guess = (features[:, :, None] * head["kernel"]).sum(axis=1) + head["bias"]
     return jnp.abs(guess - target).mean(axis=1)

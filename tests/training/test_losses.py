@@ -119,8 +119,20 @@ def test_the_target_is_learned_in_metres_or_where_it_is_in_the_cropped_picture()
         bias = np.arange(expected.shape[1], dtype=np.float32)
         head = {"kernel": jnp.full((8, len(bias)), 0.5), "bias": jnp.asarray(bias)}
         error = target_error(Loss(target=kind), head, state, jnp.asarray(target), jnp.asarray(cropped), 56)
-        guess = 0.5 * state.sum(axis=1, keepdims=True) + bias
+        guess = 0.5 * state.sum(axis=1, keepdims=True) / np.sqrt(8) + bias
         np.testing.assert_allclose(error, np.abs(guess - expected).mean(axis=1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("width", [16, 4096])
+def test_the_gradient_of_the_head_does_not_grow_with_the_model(width: int) -> None:
+    """By hand: a third of the features, with the sign of the error, for each of three coordinates."""
+    state = np.random.default_rng(width).normal(size=(1, width)).astype(np.float32)
+    state /= np.sqrt(np.mean(state**2))
+    head = {"kernel": jnp.zeros((width, 3)), "bias": jnp.zeros(3)}
+    arguments = jnp.asarray(state), jnp.ones((1, 3)), jnp.eye(3)[None], 56
+    slope = jax.grad(lambda head: target_error(Loss(target="metres"), head, *arguments)[0])(head)
+    assert jnp.linalg.norm(slope["kernel"]) == pytest.approx(np.sqrt(3) / 3, rel=1e-5)
+    assert jnp.linalg.norm(slope["bias"]) == pytest.approx(np.sqrt(3) / 3, rel=1e-5)
 
 
 def test_pixels_need_intrinsics_that_follow_the_crop() -> None:
