@@ -155,6 +155,10 @@ def test_figures_are_those_of_the_files() -> None:
         (low, high), rate = run["step_ms_range"], run["samples_per_second"]
         assert f"| {run['step_ms']:.1f} ms ({low:.1f} to {high:.1f}) | {rate:.1f} |" in page
         assert run["devices"] == 1 or f"| {run['efficiency']:.1%}".replace("%", " %") in page
+    for run in json.loads((ROOT / "benchmarks/results/two_gpus_layout_h200.json").read_text())["runs"]:
+        low, high = run["step_ms_range"]
+        efficiency = "" if run["devices"] == 1 else f"{run['efficiency']:.1%} ".replace("%", " %")
+        assert f"| {run['step_ms']:.1f} ms ({low:.1f} to {high:.1f}) | {efficiency}|" in page
 
 
 @pytest.mark.slow

@@ -53,6 +53,19 @@ def test_gathering_once_gives_the_losses_of_one_device(one_device: list[float]) 
     np.testing.assert_allclose(once, one_device, atol=1e-4)
 
 
+def test_the_heads_gradient_is_row_major_on_gpus() -> None:
+    """Without replicas, and without gathering it for that."""
+    head = jax.ShapeDtypeStruct((6, 8), jnp.float32)
+
+    def lowered(platform: str, **shape: int) -> str:
+        mesh = make_mesh(shape)
+        loss = on_mesh(lambda p: cast_split({"llm": {"lm_head": p}}, jnp.bfloat16)["llm"]["lm_head"].sum(), mesh)
+        return jax.jit(jax.grad(loss)).trace(head).lower(lowering_platforms=(platform,)).as_text()
+
+    assert lowered("cuda", fsdp=8).count("LayoutConstraint") == 1
+    assert "LayoutConstraint" not in lowered("tpu", fsdp=8) + lowered("cuda", data=2, fsdp=4)
+
+
 def test_full_size_parameters_are_split() -> None:
     """On fsdp 4 × tensor 2, all but the norms and biases of the published model lie on one device by an eighth."""
     model = SpatialVLA(preset("spatialvla-4b-224", depth_source="dataset"))
