@@ -1,7 +1,8 @@
 """The whole way to success rates, from nothing but this repository and the simulator.
 
     MUJOCO_GL=egl python benchmarks/closed_loop.py --workdir runs/libero_spatial --setting reduced [--minutes 9]
-    MUJOCO_GL=egl python benchmarks/closed_loop.py --workdir runs/libero_spatial --setting full
+    MUJOCO_GL=egl python benchmarks/closed_loop.py --workdir runs/libero_spatial --setting full \\
+        [--variants full,rgb --gpus 0,1]
 
     record    motions of the scripted expert, in files of 300 episodes; no renderer is needed
     render    a packed file of each
@@ -15,17 +16,23 @@ motions/ and results/ of the workdir, whose files are a few MB each: pictures ar
 Arguments that change what is recorded or trained need a workdir of their own.
 --rounds 0 evaluates the policy before DAgger. The model comes in four variants: `full`, `no_ego3d` (no
 depth encoding), `rgb` (the same with whole images: without intrinsics, a random crop hides how far things are) and
-`grid_1026` (a coarser action grid). Arguments such as
+`grid_1026` (a coarser action grid). Several share the first recording; with --gpus they run side by side, each on a GPU
+of its own with its share of the --workers. Arguments such as
 --config.train.batch_size=128 go to every training. Writes results.json: success, environment, and the seconds of each
 stage over all calls.
 """
 
 import argparse
 import json
+import os
+import queue
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 from spatialvla_jax.sweep.provenance import provenance
 from spatialvla_jax.training.loop import FINISHED
@@ -44,8 +51,16 @@ SETTINGS = {
     "reduced": {"record": 600, "added": 200, "steps": 4_000, "more_steps": 2_000, "episodes": 10, "seeds": "0"},
 }
 # Arguments that may differ between two calls: which policies to evaluate, how, and where it runs.
-FREE = ("workdir", "setting", "variants", "rounds", "execute", "episodes", "seeds", "workers", "videos", "minutes")
+FREE = ("workdir", "setting", "variants", "rounds", "execute", "episodes", "seeds")
+FREE += ("workers", "gpus", "videos", "minutes")
 PART = 300  # episodes of a file of motions: about two minutes on 16 cores, 3 MB
+
+
+class Share(NamedTuple):
+    """What a stage may use of the machine: numbers of GPUs (None: all of them) and processes."""
+
+    gpus: str | None
+    workers: int
 
 
 def main() -> None:
@@ -56,69 +71,91 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
     check_same(results / "arguments.json", args, overrides)
 
-    def call(stage: str, *command: object) -> None:
+    def call(stage: str, share: Share, *command: object) -> None:
         """A command of spatialvla-jax, ended when the time is up; what it has done until then is kept."""
+        if stopped:  # beside this variant
+            sys.exit(stopped[0])
         start = time.monotonic()
-        process = subprocess.Popen([sys.executable, "-m", "spatialvla_jax.cli", *map(str, command)])
+        environment = os.environ | ({"CUDA_VISIBLE_DEVICES": share.gpus} if share.gpus else {})
+        process = subprocess.Popen([sys.executable, "-m", "spatialvla_jax.cli", *map(str, command)], env=environment)
         try:
             code = process.wait(max(1.0, end - start))
         except subprocess.TimeoutExpired:
             process.terminate()  # training saves and ends
             process.wait()
             code = 1
-        seconds[stage] = seconds.get(stage, 0.0) + time.monotonic() - start
-        write_json(workdir / "seconds.json", seconds)
+        with lock:
+            seconds[stage] = seconds.get(stage, 0.0) + time.monotonic() - start
+            write_json(workdir / "seconds.json", seconds)
         if code or time.monotonic() > end:
-            sys.exit(f"stopped in {stage} ({seconds}): rerun the same command to resume" if code < 2 else code)
+            stopped.append(f"stopped in {stage} ({seconds}): rerun the same command to resume" if code < 2 else code)
+            sys.exit(stopped[0])
 
-    def record(stage: str, episodes: int, seed: int, *options: object) -> list[Path]:
+    def record(stage: str, share: Share, episodes: int, seed: int, *options: object) -> list[Path]:
         """Files of motions. The first has validation episodes too, unless a policy acts."""
         files = [motions / f"{stage}-{number:02}.npz" for number in range(-(-episodes // PART))]
         for number, file in enumerate(files):
             size, val = min(PART, episodes - number * PART), 0 if number or options else max(1, episodes // 25)
             amount = ["--episodes", size, "--val-episodes", val, "--seed", seed + number]
             if not file.exists():
-                how = ["--initial-states", "drawn", "--noise", args.noise, "--spread", args.spread, *tasks, *workers]
-                call(f"record {stage}", "record", "libero", *suite, *amount, *how, *options, "--out", file)
+                how = ["--initial-states", "drawn", "--noise", args.noise, "--spread", args.spread, *tasks]
+                how += ["--workers", share.workers, *options]
+                call(f"record {stage}", share, "record", "libero", *suite, *amount, *how, "--out", file)
         return files
 
-    def render(stage: str, files: list[Path]) -> list[Path]:
+    def render(stage: str, share: Share, files: list[Path]) -> list[Path]:
         packs = [workdir / "pictures" / f"{file.stem}.pack" for file in files]
         for file, pack in zip(files, packs, strict=True):
             if not pack.exists():
-                how = ["--every", args.every, "--jitter", args.jitter, *size, *workers]
-                call(f"render {stage}", "record", "libero", "--render", file, *how, "--out", pack)
+                how = ["--every", args.every, "--jitter", args.jitter, *size, "--workers", share.workers]
+                call(f"render {stage}", share, "record", "libero", "--render", file, *how, "--out", pack)
         return packs
 
-    def train(run: Path, packs: dict[str, float], steps: int, *options: object) -> None:
+    def train(run: Path, share: Share, packs: dict[str, float], steps: int, *options: object) -> None:
         if not (run / FINISHED).exists():
             data = [f"--config.data.packed={packs}", f"--config.train.steps={steps}"]
-            call(f"train {run.name}", "train", "--config", args.config, "--workdir", run, *data, *options, *overrides)
+            command = ["train", "--config", args.config, "--workdir", run, *data, *options, *overrides]
+            call(f"train {run.name}", share, *command)
 
-    seconds = json.loads(file.read_text()) if (file := workdir / "seconds.json").exists() else {}
-    suite, size, workers = ["--suite", args.suite], ["--image-size", args.image_size], ["--workers", args.workers]
-    tasks = ["--tasks", args.tasks] if args.tasks else []
-    expected = (len(args.tasks.split(",")) if args.tasks else 10) * args.episodes * len(args.seeds.split(","))
-    found = {}
-    for variant in args.variants.split(","):
-        out = results / f"{variant}-{args.rounds}-{args.execute.replace(':', '_')}" / "result.json"
-        if not out.exists() or json.loads(out.read_text())["episodes"] != expected:
-            files = record("first", args.record, 0)
-            packs = {str(pack): 1.0 for pack in render("first", files)}
+    def from_recording(variant: str, packs: dict[str, float]) -> None:
+        """All stages after the first recording."""
+        share = free.get()
+        try:
             run = workdir / f"{variant}-0"
-            train(run, packs, args.steps, *VARIANTS[variant])
+            train(run, share, packs, args.steps, *VARIANTS[variant])
             for number in range(1, args.rounds + 1):
                 stage = f"{variant}-{number}"
-                files = record(stage, args.added, 1000 * number, "--policy", run)
-                packs |= {str(pack): args.weight for pack in render(stage, files)}
+                files = record(stage, share, args.added, 1000 * number, "--policy", run)
+                packs = packs | {str(pack): args.weight for pack in render(stage, share, files)}
                 start = [f"--config.init={run}", "--config.grid.kind=checkpoint"]
                 start.append(f"--config.optimizer.learning_rate={args.more_learning_rate}")
                 run = workdir / stage
-                train(run, packs, args.more_steps, *VARIANTS[variant], *start)
+                train(run, share, packs, args.more_steps, *VARIANTS[variant], *start)
             protocol = ["--episodes", args.episodes, "--seeds", args.seeds, "--execute", args.execute, *tasks]
             which = ["--closed-loop", args.suite, "--checkpoint", run, "--videos", args.videos]
-            call(f"evaluate {run.name}", "evaluate", *which, *protocol, *size, *workers, "--out", out.parent)
-        found[variant] = json.loads(out.read_text())
+            command = ["evaluate", *which, *protocol, *size, "--workers", share.workers, "--out", out(variant).parent]
+            call(f"evaluate {run.name}", share, *command)
+        finally:
+            free.put(share)
+
+    def out(variant: str) -> Path:
+        return results / f"{variant}-{args.rounds}-{args.execute.replace(':', '_')}" / "result.json"
+
+    seconds = json.loads(file.read_text()) if (file := workdir / "seconds.json").exists() else {}
+    suite, size = ["--suite", args.suite], ["--image-size", args.image_size]
+    tasks = ["--tasks", args.tasks] if args.tasks else []
+    expected = (len(args.tasks.split(",")) if args.tasks else 10) * args.episodes * len(args.seeds.split(","))
+    variants, gpus = args.variants.split(","), args.gpus.split(",") if args.gpus else [None]
+    lock, whole, stopped = threading.Lock(), Share(args.gpus, args.workers), []
+    free: queue.SimpleQueue[Share] = queue.SimpleQueue()
+    for gpu in gpus:
+        free.put(Share(gpu, max(1, args.workers // len(gpus))))
+    done = [v for v in variants if out(v).exists() and json.loads(out(v).read_text())["episodes"] == expected]
+    if missing := [variant for variant in variants if variant not in done]:
+        packs = {str(pack): 1.0 for pack in render("first", whole, record("first", whole, args.record, 0))}
+        with ThreadPoolExecutor(len(gpus)) as pool:
+            list(pool.map(from_recording, missing, [packs] * len(missing)))
+    found = {variant: json.loads(out(variant).read_text()) for variant in variants}
     arguments = {key: str(value) for key, value in vars(args).items()} | {"overrides": overrides}
     result = {"results": found, "seconds": seconds, "arguments": arguments} | provenance()
     write_json(workdir / "results.json", result)
@@ -165,6 +202,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--execute", default="open_loop")
     parser.add_argument("--image-size", type=int, default=224, help="the preset's")
     parser.add_argument("--workers", type=int, default=16)
+    parser.add_argument("--gpus", help="numbers, e.g. 0,1: as many variants run side by side; by default one at a time")
     parser.add_argument("--videos", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=1e6, help="after which it stops, to be called again")
     args, overrides = parser.parse_known_args()

@@ -14,16 +14,23 @@ SCRIPT = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks/closed_loop.
 
 
 @pytest.fixture
-def bench(monkeypatch, tmp_path):
+def gpus() -> dict[str, str | None]:
+    """Of each command that `bench` called."""
+    return {}
+
+
+@pytest.fixture
+def bench(monkeypatch, tmp_path, gpus):
     """Runs the script; returns the commands that it called, up to one that contains `stop`."""
 
     def run(*arguments: object, stop: str = "nothing") -> list[str]:
         called: list[str] = []
 
         class Command:
-            def __init__(self, argv):
+            def __init__(self, argv, env):
                 self.text = " ".join(argv[3:]).replace(f"{tmp_path}/", "")
                 called.append(self.text)
+                gpus[self.text] = env.get("CUDA_VISIBLE_DEVICES")
                 if stop not in self.text:
                     out = Path(argv[argv.index("--out" if "--out" in argv else "--workdir") + 1])
                     out.touch() if argv[3] == "record" else out.mkdir(exist_ok=True)
@@ -111,3 +118,20 @@ def test_without_a_round_and_with_another_variant(bench):
     third = bench("--variants", "full,no_ego3d")
     assert kinds(third) == ["train", "record", "render", "train", "evaluate"], "the first recording serves both"
     assert "--config.model.depth_source=none" in third[0] and "--config.model.depth_source=none" in third[3]
+
+
+def test_variants_side_by_side_have_a_gpu_each(bench, gpus):
+    called = bench("--variants", "full,rgb", "--gpus", "2,3", "--workers", 9)
+    assert kinds(called[:4]) == WHOLE[:4] and all(gpus[text] == "2,3" and "--workers 9" in text for text in called[:4])
+    taken = {}
+    for variant in ("full", "rgb"):
+        own = [text for text in called[4:] if f"{variant}-" in text]
+        assert kinds(own) == WHOLE[4:] and sum("--workers 4" in text for text in own) == 3
+        (taken[variant],) = {gpus[text] for text in own}
+    assert set(taken.values()) == {"2", "3"} and len(called) == 14
+
+
+def test_a_stop_ends_the_variants_beside_it_and_those_after(bench):
+    called = bench("--variants", "full,rgb", stop="--workdir full-0")
+    assert kinds(called) == ["record", "record", "render", "render", "train"]
+    assert len(bench("--variants", "full,rgb")) == 10
