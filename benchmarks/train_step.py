@@ -6,7 +6,8 @@ Everything the training loop jits is in it: augmentation, encoding, forward, bac
 environment, then each repeat and the median; ends with a line of JSON for each number of devices. Compilation and the
 first steps don't count. With several numbers of devices, each takes the same batch a device and shards the state over
 all of its devices (FSDP); efficiency is samples a second a device over those of the first number. `--gather layer,once`
-compares gathering weights in each layer with gathering them once a step.
+compares gathering weights in each layer with gathering them once a step. Each `--xla NAME=VALUE,…` compares with the
+same programs compiled with these options. All programs are compiled first, side by side.
 
 The floor of a step is its model FLOPs (`training.flops.model_flops`: forward, and backward to what is trained) at the
 peak of the devices, MFU that floor in parts of the step; the state's bytes are those that its shardings predict for a
@@ -23,7 +24,9 @@ import platform
 import statistics
 import time
 from collections import defaultdict
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import jax
@@ -94,6 +97,14 @@ def parse() -> argparse.Namespace:
         metavar="layer,once",
         help="when weights split over several devices are gathered (`once`: train.gather_once); both are compared",
     )
+    parser.add_argument(
+        "--xla",
+        type=xla_options,
+        action="append",
+        default=[{}],
+        metavar="NAME=VALUE,…",
+        help="also compile with these options of XLA's compiler; can be repeated",
+    )
     parser.add_argument("--unroll", action="store_true", help="layer by layer instead of a loop over them")
     parser.add_argument("--prompt-length", type=count, default=0, help="tokens; by default the config's")
     parser.add_argument(
@@ -106,6 +117,19 @@ def parse() -> argparse.Namespace:
     if args.trace:  # a recorded graph's kernels don't say what they belong to; without graphs a step takes 1 % longer
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_enable_command_buffer="
     return args
+
+
+def xla_options(text: str) -> dict[str, Any]:
+    """Options of XLA's compiler, of which Booleans and numbers are JSON."""
+    options: dict[str, Any] = {name: value for name, _, value in (part.partition("=") for part in text.split(","))}
+    for name, value in options.items():
+        with suppress(json.JSONDecodeError):
+            options[name] = json.loads(value)
+    try:
+        jax.jit(lambda: 0).lower().compile(compiler_options=options)
+    except jax.errors.JaxRuntimeError as error:
+        raise argparse.ArgumentTypeError(str(error).splitlines()[0]) from None
+    return options
 
 
 def floors_of(setup: TrainSetup, grid: ActionTokenizer, shapes: TrainState, shardings: TrainState) -> dict[str, float]:
@@ -144,12 +168,42 @@ def setup_on(devices: int, args: argparse.Namespace, gather_once: bool = False) 
     return make_setup(config, gaussian_grid(PRETRAIN_GAUSSIANS), mesh)
 
 
-def measure(devices: int, args: argparse.Namespace, gather_once: bool) -> dict[str, Any]:
-    """Compile and time the step on the first `devices` devices; → the record that is printed."""
-    grid, setup = gaussian_grid(PRETRAIN_GAUSSIANS), setup_on(devices, args, gather_once)
-    model, batch_size = setup.model, setup.batch_size
-    how = ", weights gathered once a step" if gather_once else ""
-    print(f"\n{devices} device{'s' * (devices > 1)}, batch {batch_size}{how}")
+class Program(NamedTuple):
+    """A step to measure."""
+
+    devices: int
+    gather_once: bool
+    options: dict[str, Any]  # of XLA's compiler
+
+    def __str__(self) -> str:
+        how = ", weights gathered once a step" if self.gather_once else ""
+        options = "".join(f", {name}={value}" for name, value in self.options.items())
+        return f"{self.devices} device{'s' * (self.devices > 1)}{how}{options}"
+
+
+def lower(program: Program, args: argparse.Namespace) -> tuple[TrainSetup, Batch, Any]:
+    """→ setup, batch on its devices, lowered step."""
+    grid, setup = gaussian_grid(PRETRAIN_GAUSSIANS), setup_on(program.devices, args, program.gather_once)
+    assert setup.mesh is not None
+    batch = random_batch(setup.model.config, setup.batch_size, grid.action_dim)
+    batch = jax.device_put(batch, NamedSharding(setup.mesh, BATCH))
+    shapes, shardings = abstract_state(setup, start_from(setup))
+    return setup, batch, jit_train_step(setup, shardings).lower(shapes, batch, grid, np.uint32(0))
+
+
+def compile_step(program: Program, lowered: Any) -> tuple[Any, float]:
+    """→ compiled step, seconds."""
+    began = time.perf_counter()
+    return lowered.compile(compiler_options=program.options), time.perf_counter() - began
+
+
+def measure(
+    program: Program, args: argparse.Namespace, setup: TrainSetup, batch: Batch, compiled: Any, compile_seconds: float
+) -> dict[str, Any]:
+    """Time the step; → the record that is printed."""
+    devices, gather_once, options = program
+    grid, model, batch_size = gaussian_grid(PRETRAIN_GAUSSIANS), setup.model, setup.batch_size
+    print(f"\n{program}, batch {batch_size}")
     state, shardings = init_state(setup, start_from(setup))
     params = sum(x.size for x in jax.tree.leaves(state.params))
     shapes, _ = abstract_state(setup)
@@ -161,10 +215,6 @@ def measure(devices: int, args: argparse.Namespace, gather_once: bool) -> dict[s
     for name, size in holds.items():
         print(f"{name}: {size / 1e9:.3f} GB on a device, {predicted[name] / 1e9:.3f} GB predicted")
     seed = np.uint32(0)
-    batch = jax.device_put(random_batch(model.config, batch_size, grid.action_dim), NamedSharding(setup.mesh, BATCH))
-    began = time.perf_counter()
-    compiled = jit_train_step(setup, shardings).lower(state, batch, grid, seed).compile()
-    compile_seconds = time.perf_counter() - began
 
     for _ in range(3):
         state, metrics = compiled(state, batch, grid, seed)
@@ -216,6 +266,7 @@ def measure(devices: int, args: argparse.Namespace, gather_once: bool) -> dict[s
         "loss": round(float(metrics["loss"]), 4),
         "remat": args.remat,
         "gather_once": gather_once,
+        "xla": options,
         "unroll": args.unroll,
         "prompt_length": model.config.prompt_length,
         "mu_dtype": args.mu_dtype,
@@ -229,16 +280,27 @@ def main() -> None:
     print(f"Python {platform.python_version()}, JAX {jax.__version__}, {jax.device_count()} × {kind}")
     counts = [int(n) for n in args.devices.split(",")] if args.devices else [jax.device_count()]
     # One device has nothing to gather.
-    records = [measure(n, args, how == "once") for n in counts for how in (args.gather if n > 1 else ["layer"])]
+    programs = [
+        Program(n, how == "once", options)
+        for options in args.xla
+        for n in counts
+        for how in (args.gather if n > 1 else ["layer"])
+    ]
+    lowered = [lower(program, args) for program in programs]
+    with ThreadPoolExecutor(len(programs)) as pool:
+        compiled = list(pool.map(compile_step, programs, [step for *_, step in lowered]))
+    records = [
+        measure(program, args, setup, batch, *step)
+        for program, (setup, batch, _), step in zip(programs, lowered, compiled, strict=True)
+    ]
     if len(records) > 1:
-        print("\ndevices  gather  batch  ms a step  samples/s  efficiency  compile s  memory GB")
+        print("\n  ms a step  samples/s  efficiency  compile s  memory GB")
         per_device = records[0]["samples_per_second"] / counts[0]
-        for record in records:
+        for program, record in zip(programs, records, strict=True):
             record["efficiency"] = round(record["samples_per_second"] / record["devices"] / per_device, 4)
             print(
-                f"{record['devices']:7} {'once' if record['gather_once'] else 'layer':>7} {record['batch_size']:6} "
-                f"{record['step_ms']:10.1f} {record['samples_per_second']:10.1f} {record['efficiency']:11.1%} "
-                f"{record['compile_seconds']:10.1f} {record['memory_gb']:10.1f}"
+                f"{record['step_ms']:11.1f} {record['samples_per_second']:10.1f} {record['efficiency']:11.1%} "
+                f"{record['compile_seconds']:10.1f} {record['memory_gb']:10.1f}  {program}"
             )
     for record in records:
         print(json.dumps(record))
