@@ -27,7 +27,9 @@ from spatialvla_jax.errors import InputError
 from spatialvla_jax.evaluation import closed_loop
 from spatialvla_jax.reports.figures.style import BLUE, DARK, GREEN, ORANGE, drawing
 from spatialvla_jax.sim import libero_env as libero
+from spatialvla_jax.sweep.provenance import provenance
 from spatialvla_jax.training.log_folder import LogFolder
+from spatialvla_jax.utils.atomic import write_json
 from spatialvla_jax.utils.progress import progress_bar
 
 BINS = {130: (4, 8, 2, 4, 4, 4), 386: (6, 12, 4, 4, 4, 6), **PRESET_BINS}  # two more below the published ones
@@ -67,22 +69,22 @@ def tokenizers(config_file: str, overrides: dict[str, str], only: str | None) ->
     return {name: known[name] for name in asked or known}
 
 
-def report(out: Path, results: dict[str, dict]) -> None:
+def report(out: Path, results: dict[str, dict], arguments: dict[str, str]) -> None:
     """results.json and the picture, in which a grid stands by its number of tokens."""
 
     def tokens(name: str) -> str:
         bins = parse_bins(name)
         return str(np.prod(bins[:3]) + np.prod(bins[3:]) + 2) if bins else name
 
-    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    write_json(out / "results.json", {"results": results, "arguments": arguments} | provenance())
     rows = {tokens(name): row | {"steps": row["steps"] or float("nan")} for name, row in results.items()}
-    draw(out / "quantisation.png", rows)
+    draw(out / "quantisation.svg", rows)
 
 
 def draw(path: Path, results: dict[str, dict]) -> None:
     """Success of a policy whose actions go through grids, {name: {"success", "standard_error", "steps"}}, the names
     numbers of tokens, and of others ("expert", "linear 256", …) as lines across; beside it the steps of a success."""
-    with drawing(path, 9.4, 3.4) as figure:
+    with drawing(path, 9.4, 3.4, forms=["svg"]) as figure:
         left, right = figure.subplots(1, 2)
         grids = {int(name): row for name, row in results.items() if name.isdigit()}
         sizes = sorted(grids)
@@ -120,6 +122,7 @@ def main() -> None:
 
     episodes = libero.episodes([args.suite], args.episodes, [int(seed) for seed in args.seeds.split(",")], None)
     settings = closed_loop.Settings(libero.MAX_STEPS, workers=args.workers)
+    arguments = {key: str(value) for key, value in vars(args).items() if key != "out"} | overrides
     results = {}
     for name, through in tokenizers(args.config, overrides, args.only).items():
 
@@ -143,12 +146,12 @@ def main() -> None:
         results[name]["steps"] = float(np.mean(steps)) if steps else None
         results[name]["tasks"] = [task["success"] for task in result["suites"][args.suite]["tasks"].values()]
         print(f"{name}: {100 * results[name]['success']:.1f} % of {results[name]['episodes']}", flush=True)
-        report(args.out, results)
+        report(args.out, results, arguments)
     print(f"{'actions through':16}  success (%)   steps")
     for name, row in results.items():
         rate = f"{100 * row['success']:5.1f} ± {100 * row['standard_error']:.1f}"
         print(f"{name:16}  {rate:>12}  {row['steps'] or float('nan'):6.1f}")
-    print(f"wrote {args.out / 'quantisation.png'} and {args.out / 'results.json'}")
+    print(f"wrote {args.out / 'quantisation.svg'} and {args.out / 'results.json'}")
     print(json.dumps(results))
 
 
