@@ -105,6 +105,9 @@ def episodes(suites: Sequence[str], per_task: int, seeds: Sequence[int], tasks: 
     for task in tasks:
         if task not in range(NUM_TASKS):
             raise InputError(f"unknown task {task}: expected 0 to {NUM_TASKS - 1}")
+    for name, values in (("suites", suites), ("seeds", seeds), ("tasks", tasks)):
+        if len({*values}) < len(values):
+            raise InputError(f"{name} are {','.join(map(str, values))}: expected each once")
     if per_task < 1 or not tasks or not seeds or not suites:
         raise InputError(f"{per_task} episodes of {len(tasks)} tasks with {len(seeds)} seeds: expected at least one")
     check_simulator()
