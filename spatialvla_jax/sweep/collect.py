@@ -84,8 +84,11 @@ def _check(folder: Path, other: Path) -> None:
 
 
 def _check_episodes(folder: Path, other: Path) -> None:
-    result, first = read_json(folder / CLOSED_LOOP[-1]), read_json(other / CLOSED_LOOP[-1])
-    for key in ("episodes", "seeds"):
+    result, first = (
+        one | {"tasks": ", ".join(f"{suite} {' '.join(of['tasks'])}" for suite, of in one["suites"].items())}
+        for one in (read_json(place / CLOSED_LOOP[-1]) for place in (folder, other))
+    )
+    for key in ("episodes", "seeds", "tasks"):
         if result.get(key) != first.get(key):
             raise InputError(
                 f"{folder} and {other} have closed loops of different {key}: {result.get(key)} and {first.get(key)}"

@@ -64,6 +64,8 @@ def finished(folder: Path, trial: Trial) -> bool:
     tasks = {int(task) for suite in done["suites"].values() for task in suite["tasks"]}
     asked = set(wanted["tasks"] or range(NUM_TASKS))
     count = len(asked) * len(wanted["seeds"]) * wanted["episodes"]
+    if wanted["suite"] and [*done["suites"]] != [wanted["suite"]]:
+        return False
     return (tasks, done["seeds"], done["episodes"]) == (asked, sorted(wanted["seeds"]), count)
 
 

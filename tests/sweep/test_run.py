@@ -231,12 +231,18 @@ def test_a_trial_with_its_closed_loop_is_collected(tmp_path: Path) -> None:
         (trial / "closed_loop").mkdir(parents=True)
         write_json(place / "sweep.json", {"name": "s", "trials": {"a": {"values": {}, "seed": 0}}})
         for name in (*collect.FILES, *(collect.CLOSED_LOOP if episodes else ()), "result.json"):
-            write_json(trial / name, {"episodes": episodes, "seeds": [0]} if "closed" in name else {})
+            suites = {"suites": {"libero_spatial": {"tasks": {"0": {}}}}}
+            write_json(trial / name, {"episodes": episodes, "seeds": [0]} | suites if "closed" in name else {})
     assert collect.collect(places[:2], places[0])["copied"] == 1
     assert json.loads((places[0] / "trials/a/closed_loop/result.json").read_text())["episodes"] == 10
     assert collect.collect(places[:2], places[0])["copied"] == 0
     with pytest.raises(InputError, match=r"longer/trials/a and .* have closed loops of different episodes: 20 and 10"):
         collect.collect(places, tmp_path / "new")
+    for suites in ({"libero_spatial": {"tasks": {"7": {}}}}, {"libero_goal": {"tasks": {"0": {}}}}):
+        result = {"episodes": 10, "seeds": [0], "suites": suites}
+        write_json(places[2] / "trials" / "a" / collect.CLOSED_LOOP[-1], result)
+        with pytest.raises(InputError, match=r"have closed loops of different tasks: libero_.* and libero_spatial 0"):
+            collect.collect(places, tmp_path / "new")
     with pytest.raises(InputError, match="is not empty and holds no sweep"):
         collect.collect(places[:2], places[0] / "trials" / "a")
 
@@ -330,7 +336,7 @@ def test_a_trial_is_finished_with_all_episodes_of_its_closed_loop(tmp_path: Path
 
     def go_on(**closed_loop) -> list[tuple[str, int]]:
         calls.clear()
-        asked = [replace(trial, closed_loop=closed_loop) for trial in sweep.trials]
+        asked = [replace(trial, closed_loop=closed_loop and {"suite": ""} | closed_loop) for trial in sweep.trials]
         assert run.run_here(sweep, tmp_path, asked, print, workers=3) == {"a": run.FINISHED}
         return list(calls)
 
@@ -361,7 +367,8 @@ def test_a_trials_closed_loop_is_on_the_suite_of_its_data(packed_config: Path, t
     assert result["episodes"] == 2 and result["success"] == 0.5
     write_json(tmp_path / "result.json", {})
     assert run.finished(tmp_path, trial)
-    assert not run.finished(tmp_path, replace(trial, closed_loop=trial.closed_loop | {"seeds": [6]}))
+    for other in ({"seeds": [6]}, {"suite": "libero_goal"}):
+        assert not run.finished(tmp_path, replace(trial, closed_loop=trial.closed_loop | other))
     trial.config.data.packed = load_config(packed_config).data.packed
     with pytest.raises(InputError, match="unknown suite 'toy': choose from libero_spatial"):
         measure.episodes_of(trial)
