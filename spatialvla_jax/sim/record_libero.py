@@ -7,6 +7,7 @@ import io
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -257,7 +258,15 @@ def in_processes(
 
 def start_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent ends its workers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     set_up_worker()
+
+
+def _end_with_parent() -> None:
+    """A parent that was killed ends nothing, and its workers would wait for jobs for good."""
+    if parent := multiprocessing.parent_process():
+        parent.join()
+        os._exit(1)
 
 
 def record(job: Job, look: bool) -> Recorded:

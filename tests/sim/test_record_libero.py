@@ -2,6 +2,7 @@
 
 import io
 import os
+import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
@@ -149,6 +150,22 @@ def test_results_keep_the_order_of_the_jobs_and_a_dead_worker_s_are_run_again(tm
     assert "a recording process died: the episodes that it and the others were" in " ".join(
         capsys.readouterr().err.split()
     )
+
+
+def test_workers_of_a_killed_process_end(tmp_path):
+    """Killed, it cannot end them: they find out."""
+    script = tmp_path / "script.py"
+    script.write_text("""
+from helpers.environments import never
+from spatialvla_jax.sim.record_libero import in_processes
+if __name__ == "__main__":
+    list(in_processes(never, [0], 1, False))
+""")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, env=environment) as process:
+        assert process.stdout.readline() == b"begun\n"
+        process.kill()
+        process.communicate(timeout=30)  # until their common output has ended
 
 
 def test_workers_that_keep_dying_are_one_error(monkeypatch):
