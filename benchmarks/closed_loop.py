@@ -26,6 +26,7 @@ import argparse
 import json
 import os
 import queue
+import shutil
 import subprocess
 import sys
 import threading
@@ -34,6 +35,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+from spatialvla_jax.checkpoints import fingerprint
+from spatialvla_jax.cli import overrides_of
+from spatialvla_jax.cli.arguments import task_ids
+from spatialvla_jax.config import load_config
+from spatialvla_jax.errors import InputError
+from spatialvla_jax.inference.action_chunking import executor
+from spatialvla_jax.models.presets import preset
 from spatialvla_jax.sweep.provenance import provenance
 from spatialvla_jax.training.loop import FINISHED
 from spatialvla_jax.utils.atomic import write_json
@@ -47,8 +55,8 @@ VARIANTS = {
 # Episodes to record, also in each round of DAgger; steps of the first training and of each that goes on; episodes of
 # evaluation, a task and seed.
 SETTINGS = {
-    "full": {"record": 3000, "added": 1000, "steps": 17_000, "more_steps": 8_000, "episodes": 50, "seeds": "0,1,2"},
-    "reduced": {"record": 600, "added": 200, "steps": 4_000, "more_steps": 2_000, "episodes": 10, "seeds": "0"},
+    "full": {"record": 3000, "added": 1000, "steps": 17_000, "more_steps": 8_000, "episodes": 50, "seeds": [0, 1, 2]},
+    "reduced": {"record": 600, "added": 200, "steps": 4_000, "more_steps": 2_000, "episodes": 10, "seeds": [0]},
 }
 # Arguments that may differ between two calls: which policies to evaluate, how, and where it runs.
 FREE = ("workdir", "setting", "variants", "rounds", "execute", "episodes", "seeds")
@@ -131,7 +139,12 @@ def main() -> None:
                 start.append(f"--config.optimizer.learning_rate={args.more_learning_rate}")
                 run = workdir / stage
                 train(run, share, packs, args.more_steps, *VARIANTS[variant], *start)
-            protocol = ["--episodes", args.episodes, "--seeds", args.seeds, "--execute", args.execute, *tasks]
+            began = out(variant).with_name("settings.json")
+            if began.exists() and not json.loads(began.read_text())["policy"].startswith(f"{fingerprint(run)}, "):
+                print(f"{began.parent} is of other weights than {run}: evaluated anew", file=sys.stderr)
+                shutil.rmtree(began.parent)
+            seeds = ",".join(map(str, args.seeds))
+            protocol = ["--episodes", args.episodes, "--seeds", seeds, "--execute", args.execute, *tasks]
             which = ["--closed-loop", args.suite, "--checkpoint", run, "--videos", args.videos]
             command = ["evaluate", *which, *protocol, *size, "--workers", share.workers, "--out", out(variant).parent]
             call(f"evaluate {run.name}", share, *command)
@@ -141,17 +154,20 @@ def main() -> None:
     def out(variant: str) -> Path:
         return results / f"{variant}-{args.rounds}-{args.execute.replace(':', '_')}" / "result.json"
 
+    def is_done(variant: str) -> bool:
+        episodes = (len(args.tasks.split(",")) if args.tasks else 10) * args.episodes * len(args.seeds)
+        done = json.loads(out(variant).read_text()) if out(variant).exists() else {}
+        return (done.get("episodes"), done.get("seeds")) == (episodes, sorted(args.seeds))
+
     seconds = json.loads(file.read_text()) if (file := workdir / "seconds.json").exists() else {}
     suite, size = ["--suite", args.suite], ["--image-size", args.image_size]
     tasks = ["--tasks", args.tasks] if args.tasks else []
-    expected = (len(args.tasks.split(",")) if args.tasks else 10) * args.episodes * len(args.seeds.split(","))
     variants, gpus = args.variants.split(","), args.gpus.split(",") if args.gpus else [None]
     lock, whole, stopped = threading.Lock(), Share(args.gpus, args.workers), []
     free: queue.SimpleQueue[Share] = queue.SimpleQueue()
     for gpu in gpus:
         free.put(Share(gpu, max(1, args.workers // len(gpus))))
-    done = [v for v in variants if out(v).exists() and json.loads(out(v).read_text())["episodes"] == expected]
-    if missing := [variant for variant in variants if variant not in done]:
+    if missing := [variant for variant in variants if not is_done(variant)]:
         packs = {str(pack): 1.0 for pack in render("first", whole, record("first", whole, args.record, 0))}
         with ThreadPoolExecutor(len(gpus)) as pool:
             list(pool.map(from_recording, missing, [packs] * len(missing)))
@@ -187,7 +203,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--steps", type=int, help="of the first training; by default the setting's")
     parser.add_argument("--more-steps", type=int, help="of each training that goes on; by default the setting's")
     parser.add_argument("--episodes", type=int, help="of evaluation, a task and seed; by default the setting's")
-    parser.add_argument("--seeds", help="of evaluation, e.g. 0,1,2; by default the setting's")
+    parser.add_argument("--seeds", type=task_ids, help="of evaluation, e.g. 0,1,2; by default the setting's")
     parser.add_argument("--rounds", type=int, default=1, help="of DAgger")
     parser.add_argument("--weight", type=float, default=2.0, help="of frames added by DAgger")
     parser.add_argument("--more-learning-rate", type=float, default=2e-4, help="of each training that goes on")
@@ -208,6 +224,18 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     args, overrides = parser.parse_known_args()
     for key, value in SETTINGS[args.setting].items():
         setattr(args, key, value if getattr(args, key) is None else getattr(args, key))
+    try:  # now, not after hours of recording
+        executor(args.execute)
+        variants = args.variants.split(",")
+        for variant in variants:
+            if variant not in VARIANTS or variants.count(variant) > 1:
+                raise InputError(f"--variants has {variant!r}: expected some of {','.join(VARIANTS)}, each once")
+            model = load_config(args.config, overrides_of([*VARIANTS[variant], *overrides], allowed=True)).model
+            size = preset(model.preset, model.image_size).img.image_size
+            if size != args.image_size:
+                raise InputError(f"--image-size is {args.image_size}, and {args.config} needs pictures of {size}")
+    except InputError as error:
+        parser.error(str(error))
     return args, overrides
 
 

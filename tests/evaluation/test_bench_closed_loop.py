@@ -37,8 +37,13 @@ def bench(monkeypatch, tmp_path, gpus):
                     if argv[3] == "train":
                         (out / "finished").touch()
                     if argv[3] == "evaluate":
-                        result = {"success": 0.9, "standard_error": 0.02, "episodes": 20}
+                        protocol = {
+                            "episodes": 20,
+                            "seeds": sorted(map(int, argv[argv.index("--seeds") + 1].split(","))),
+                        }
+                        result = {"success": 0.9, "standard_error": 0.02} | protocol
                         (out / "result.json").write_text(json.dumps(result))
+                        (out / "settings.json").write_text('{"policy": "weights (1), 224 px"}')
 
             def wait(self, timeout=None):
                 if stop in self.text and timeout is not None:
@@ -48,6 +53,7 @@ def bench(monkeypatch, tmp_path, gpus):
             def terminate(self):
                 pass
 
+        monkeypatch.setitem(SCRIPT["main"].__globals__, "fingerprint", lambda run: "weights (1)")
         stand_in = SimpleNamespace(Popen=Command, TimeoutExpired=subprocess.TimeoutExpired)
         monkeypatch.setitem(SCRIPT["main"].__globals__, "subprocess", stand_in)
         few = ["--setting", "reduced", "--tasks", "3,5", "--record", 400, "--added", 50]
@@ -110,6 +116,41 @@ def test_on_another_machine_motions_and_results_are_enough(bench, tmp_path):
         if folder.is_dir() and folder.name != "results":
             shutil.rmtree(folder)
     assert bench() == [] and kinds(bench("--episodes", 20)) == WHOLE, "another protocol is another result"
+
+
+def test_other_seeds_are_another_result_though_as_many(bench):
+    bench("--seeds", "0")
+    assert kinds(bench("--seeds", "1")) == ["evaluate"] and bench("--seeds", "1") == []
+
+
+def test_episodes_of_weights_that_are_gone_do_not_stop_the_evaluation_of_new_ones(bench, tmp_path):
+    bench(stop="--closed-loop")
+    begun = tmp_path / "results" / "full-1-open_loop"
+    begun.mkdir()
+    for weights, kept in (("weights (1)", True), ("weights (2)", False)):
+        (begun / "settings.json").write_text(json.dumps({"policy": f"{weights}, 224 px"}))
+        (begun / "episodes.jsonl").touch()
+        bench(stop="--closed-loop")
+        assert (begun / "episodes.jsonl").exists() == kept
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--minuts", 9], "argument '--minuts' is not known"),
+        (["--variants", "full,coarse"], "--variants has 'coarse': expected some of full,no_ego3d"),
+        (["--variants", "full,full"], "--variants has 'full': expected some of full,no_ego3d,rgb,grid_1026, each once"),
+        (["--config", "nothing"], "nothing"),
+        (["--config.train.stepz=3"], "train.stepz"),
+        (["--image-size", 56], "--image-size is 56, and libero_spatial needs pictures of 224"),
+        (["--execute", "sometimes"], "sometimes"),
+        (["--seeds", "a"], "--seeds"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_recorded(bench, tmp_path, capsys, arguments, sentence):
+    with pytest.raises(SystemExit) as ended:
+        bench(*arguments)
+    assert ended.value.code == 2 and sentence in capsys.readouterr().err.splitlines()[-1] and not [*tmp_path.iterdir()]
 
 
 def test_without_a_round_and_with_another_variant(bench):
