@@ -13,7 +13,7 @@ import time
 import traceback
 import zlib
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
@@ -321,11 +321,11 @@ def evaluate(
 
 
 def _resume(folder: LogFolder, values: dict[str, Any]) -> dict[Episode, dict[str, Any]]:
-    """The results in `folder`. Raises InputError if they belong to another policy or other settings."""
+    """The results in `folder`. Raises InputError if they are damaged, or belong to another policy or other settings."""
     path, log = folder.fetch("settings.json"), folder.fetch("episodes.jsonl")
-    if path.exists() and (before := json.loads(path.read_text())) != values:
-        key = next(key for key in values if before.get(key) != values[key])
-        found = f"{folder.workdir} holds results with {key} = {before.get(key)!r}"
+    before = _record(path.read_bytes(), f"{folder.workdir / 'settings.json'}", values) if path.exists() else values
+    if key := next((key for key in values if before[key] != values[key]), None):
+        found = f"{folder.workdir} holds results with {key} = {before[key]!r}"
         raise InputError(f"{found}, now it is {values[key]!r}: use another directory")
     write_json(path, values)
     if not log.exists():
@@ -335,10 +335,18 @@ def _resume(folder: LogFolder, values: dict[str, Any]) -> dict[Episode, dict[str
     if whole < len(text):  # the process was killed while writing
         os.truncate(log, whole)
     results = {}
-    for line in text[:whole].splitlines():
-        record = json.loads(line)
+    for number, line in enumerate(text[:whole].splitlines(), 1):
+        record = _record(line, f"line {number} of {folder.workdir / 'episodes.jsonl'}", (*Episode._fields, "success"))
         results[Episode(*(record.pop(key) for key in Episode._fields))] = record
     return results
+
+
+def _record(text: bytes, source: str, keys: Iterable[str]) -> dict[str, Any]:
+    with contextlib.suppress(ValueError):
+        record = json.loads(text)
+        if isinstance(record, dict) and not {*keys} - {*record}:
+            return record
+    raise InputError(f"{source} is damaged: expected a JSON object with {', '.join(keys)}")
 
 
 def summary(results: dict[Episode, dict[str, Any]]) -> dict[str, Any]:

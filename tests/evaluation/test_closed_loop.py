@@ -132,6 +132,14 @@ def test_it_goes_on_where_it_was_stopped(first, tmp_path):
     assert run(tmp_path, policy) == result and len(policy.sizes) == asked, "nothing is left to run"
     with pytest.raises(InputError, match="policy = 'toy', now it is 'another'"):
         evaluate(Point, direct, EPISODES, Settings(MAX_STEPS), LogFolder(tmp_path), policy="another")
+    whole = (tmp_path / "episodes.jsonl").read_text()
+    (tmp_path / "episodes.jsonl").write_text(f'{whole}{{"suite": \n')
+    with pytest.raises(InputError, match=r"line 13 of .*/episodes.jsonl is damaged: expected a JSON object with suite"):
+        run(tmp_path, policy)
+    for damaged in ('{"policy": ', '{"policy": "toy"}'):
+        (tmp_path / "settings.json").write_text(damaged)
+        with pytest.raises(InputError, match=r"/settings.json is damaged: expected a JSON object with policy, execute"):
+            run(tmp_path, policy)
 
 
 @pytest.mark.slow
