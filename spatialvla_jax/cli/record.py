@@ -76,15 +76,19 @@ def add(commands: Commands) -> None:
     p.add_argument("--unnorm-key", help="the dataset whose action units --policy uses; by default its only one")
     p.add_argument("--workers", type=positive, help="processes; by default one a core")
     p.add_argument("--seed", type=count, default=0, help="same seed, same episodes, for any number of workers")
+    recorded = ("suite", "val_episodes", "tasks", "initial_states", "noise", "spread", "policy", "unnorm_key", "seed")
+    p.set_defaults(recorded={name: p.get_default(name) for name in recorded})
 
 
 def run_record(args: argparse.Namespace) -> None:
     from spatialvla_jax.sim.record_libero import record_libero, render_motions
 
+    given = (name for name, default in args.recorded.items() if getattr(args, name) != default)
+    if args.render and (name := next(given, None)):
+        option = f"--{name.replace('_', '-')}"
+        raise InputError(f"{option} needs --episodes: --render makes pictures of motions that were recorded before")
     if args.policy is None and args.unnorm_key is not None:
         raise InputError("--unnorm-key needs --policy")
-    if args.policy is not None and args.render:
-        raise InputError("--policy needs --episodes: --render makes pictures of motions that were recorded before")
     (OutputFile() if args.out.suffix in (".npz", ".pack") else DATASET).check(args.out, "--out")
     if args.render:
         options = {"image_size": args.image_size, "every": args.every, "workers": args.workers}

@@ -127,6 +127,8 @@ def test_the_expert_takes_over_between_two_chunks(monkeypatch, succeeds, outcome
     [
         (["--episodes", "1", "--unnorm-key", "libero"], "--unnorm-key needs --policy"),
         (["--render", "x.npz", "--policy", "run"], "--policy needs --episodes"),
+        (["--render", "x.npz", "--suite", "libero_object"], "--suite needs --episodes"),
+        (["--render", "x.npz", "--val-episodes", "1"], "--val-episodes needs --episodes"),
         (["--episodes", "1", "--policy", "nowhere"], "nowhere"),
     ],
 )
