@@ -86,6 +86,7 @@ def add(commands: Commands) -> None:
     group.add_argument(
         "--out", type=path, help="folder for results; the same one again resumes; by default runs/closed_loop"
     )
+    p.set_defaults(open_loop_options={name: p.get_default(name) for name in ("config", "split", "batch_size")})
     p.set_defaults(closed_loop_options={action.dest: action.default for action in group._group_actions})
 
 
@@ -97,6 +98,10 @@ def run_evaluate(args: argparse.Namespace) -> None:
     from spatialvla_jax.utils.progress import Bar
 
     if args.closed_loop is not None:
+        if given := [name for name, default in args.open_loop_options.items() if getattr(args, name) != default]:
+            raise InputError(f"--{given[0].replace('_', '-')} is for the open loop, and --closed-loop was given")
+        if args.overrides:
+            raise InputError("--config.KEY=VALUE is for the open loop, and --closed-loop was given")
         run_closed_loop(args)
         return
     if given := [name for name, default in args.closed_loop_options.items() if getattr(args, name) != default]:

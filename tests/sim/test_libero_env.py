@@ -221,6 +221,8 @@ def test_the_gripper_of_a_server(monkeypatch):
     [
         (["--checkpoint", "x", "--observation-keys", "image=a"], "are for a --server"),
         (["--server", "ws://x", "--unconstrained"], "a server is started with it"),
+        (["--checkpoint", "x", "--split", "train"], "--split is for the open loop, and --closed-loop was given"),
+        (["--checkpoint", "x", "--config.train.steps=1"], "--config.KEY=VALUE is for the open loop"),
         (["--checkpoint", "x", "--seeds", "0,1,0"], "seeds are 0,1,0: expected each once"),
         (["--checkpoint", "x", "--tasks", "3,3"], "tasks are 3,3: expected each once"),
     ],
