@@ -1,6 +1,5 @@
 """Recorded motions without images: a file of arrays that `record_libero.render_motions` renders."""
 
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,8 +57,12 @@ def load_motions(path: Path) -> list[Motion]:
                 for key in (*TEXTS, *ARRAYS, *NUMBERS, "length", "width")
                 if key in file or key not in COUNTS
             }
-    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        return _motions(columns)
+    except Exception as error:  # NumPy and zipfile raise many kinds for damaged files
         raise InputError(f"{path} is not a file of motions written by `record libero --out FILE.npz`") from error
+
+
+def _motions(columns: dict[str, Any]) -> list[Motion]:
     columns |= {key: np.zeros(len(columns["length"]), int) for key in COUNTS if key not in columns}
     motions, place = [], dict.fromkeys(ARRAYS, 0)
     for i, (length, width) in enumerate(zip(columns["length"].tolist(), columns["width"].tolist(), strict=True)):

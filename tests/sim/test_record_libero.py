@@ -1,5 +1,6 @@
 """Recording: bad input, dealing, crashes, and one real episode where the simulator is installed."""
 
+import contextlib
 import io
 import os
 import subprocess
@@ -133,6 +134,15 @@ def test_motions_have_no_pictures_to_vary(tmp_path):
     with pytest.raises(InputError, match=r"jitter is 2: expected 0 \(none\) to 1"):
         render_motions([tmp_path / "set.npz"], tmp_path / "set.pack", jitter=2)
     assert os.listdir(tmp_path) == []
+
+
+def test_a_damaged_file_of_motions_is_named(tmp_path):
+    save_motions(tmp_path / "set.npz", [motion(5, 48, 1)])
+    whole = (tmp_path / "set.npz").read_bytes()
+    for place in range(0, len(whole), 7):  # some of them are inside of compressed data
+        (tmp_path / "set.npz").write_bytes(whole[:place] + bytes(16) + whole[place + 16 :])
+        with contextlib.suppress(InputError):
+            load_motions(tmp_path / "set.npz")
 
 
 @pytest.mark.parametrize("content", [b"", b"PK no zip", b"numbers"])
