@@ -27,6 +27,7 @@ import json
 import os
 import queue
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -86,18 +87,27 @@ def main() -> None:
         start = time.monotonic()
         environment = os.environ | ({"CUDA_VISIBLE_DEVICES": share.gpus} if share.gpus else {})
         process = subprocess.Popen([sys.executable, "-m", "spatialvla_jax.cli", *map(str, command)], env=environment)
+        running.append(process)
         try:
             code = process.wait(max(1.0, end - start))
         except subprocess.TimeoutExpired:
             process.terminate()  # training saves and ends
             process.wait()
             code = 1
+        running.remove(process)
         with lock:
             seconds[stage] = seconds.get(stage, 0.0) + time.monotonic() - start
             write_json(workdir / "seconds.json", seconds)
-        if code or time.monotonic() > end:
+        if not stopped and (code or time.monotonic() > end):
             stopped.append(f"stopped in {stage} ({seconds}): rerun the same command to resume" if code < 2 else code)
+        if stopped:
             sys.exit(stopped[0])
+
+    def stop(*_: object) -> None:
+        """Its commands would go on without it, and the same command again would run them a second time beside."""
+        stopped.append("stopped by SIGTERM: rerun the same command to resume")
+        for process in list(running):
+            process.terminate()
 
     def record(stage: str, share: Share, episodes: int, seed: int, *options: object) -> list[Path]:
         """Files of motions. The first has validation episodes too, unless a policy acts."""
@@ -163,7 +173,8 @@ def main() -> None:
     suite, size = ["--suite", args.suite], ["--image-size", args.image_size]
     tasks = ["--tasks", args.tasks] if args.tasks else []
     variants, gpus = args.variants.split(","), args.gpus.split(",") if args.gpus else [None]
-    lock, whole, stopped = threading.Lock(), Share(args.gpus, args.workers), []
+    lock, whole, stopped, running = threading.Lock(), Share(args.gpus, args.workers), [], []
+    signal.signal(signal.SIGTERM, stop)
     free: queue.SimpleQueue[Share] = queue.SimpleQueue()
     for gpu in gpus:
         free.put(Share(gpu, max(1, args.workers // len(gpus))))

@@ -1,10 +1,13 @@
 """`benchmarks/closed_loop.py`: its stages, what a stop keeps, what another machine needs. Commands are stood in for."""
 
 import json
+import os
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +26,7 @@ def gpus() -> dict[str, str | None]:
 def bench(monkeypatch, tmp_path, gpus):
     """Runs the script; returns the commands that it called, up to one that contains `stop`."""
 
-    def run(*arguments: object, stop: str = "nothing") -> list[str]:
+    def run(*arguments: object, stop: str = "nothing", ended: threading.Event | None = None) -> list[str]:
         called: list[str] = []
 
         class Command:
@@ -46,12 +49,17 @@ def bench(monkeypatch, tmp_path, gpus):
                         (out / "settings.json").write_text('{"policy": "weights (1), 224 px"}')
 
             def wait(self, timeout=None):
+                if stop in self.text and ended:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    assert ended.wait(10)
+                    return 143
                 if stop in self.text and timeout is not None:
                     raise subprocess.TimeoutExpired(self.text, timeout)
                 return 0
 
             def terminate(self):
-                pass
+                if ended:
+                    ended.set()
 
         monkeypatch.setitem(SCRIPT["main"].__globals__, "fingerprint", lambda run: "weights (1)")
         stand_in = SimpleNamespace(Popen=Command, TimeoutExpired=subprocess.TimeoutExpired)
@@ -116,6 +124,14 @@ def test_on_another_machine_motions_and_results_are_enough(bench, tmp_path):
         if folder.is_dir() and folder.name != "results":
             shutil.rmtree(folder)
     assert bench() == [] and kinds(bench("--episodes", 20)) == WHOLE, "another protocol is another result"
+
+
+@pytest.mark.parametrize("stage", ["first-00.npz", "--workdir full-0", "--closed-loop"])
+def test_sigterm_ends_the_stage_and_the_same_command_goes_on(bench, stage):
+    """A command that it left running would run beside its own repetition."""
+    before, ended = signal.getsignal(signal.SIGTERM), threading.Event()
+    assert kinds(bench(stop=stage, ended=ended)[:-1] + bench()) == WHOLE
+    signal.signal(signal.SIGTERM, before)
 
 
 def test_other_seeds_are_another_result_though_as_many(bench):
