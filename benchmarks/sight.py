@@ -45,8 +45,10 @@ from spatialvla_jax.actions import decode, encode
 from spatialvla_jax.actions.normalization import unnormalize
 from spatialvla_jax.batch import Batch
 from spatialvla_jax.checkpoints import load_pretrained
+from spatialvla_jax.cli.arguments import positive
 from spatialvla_jax.config import train_config_of
 from spatialvla_jax.data import Loader, open_data
+from spatialvla_jax.errors import InputError
 from spatialvla_jax.evaluation import closed_loop
 from spatialvla_jax.inference.policy import Policy
 from spatialvla_jax.sim import libero_env as libero
@@ -271,8 +273,8 @@ def main() -> None:
     what.add_argument("--motions", type=Path, nargs="+")
     what.add_argument("--run", type=Path, help="a trained policy")
     parser.add_argument("--packed", type=Path, help="with --run: recordings of its image size")
-    parser.add_argument("--frames", type=int, default=4000, help="with --run: of train and of val, at most")
-    parser.add_argument("--batch-size", type=int, default=32, help="with --run")
+    parser.add_argument("--frames", type=positive, default=4000, help="with --run: of train and of val, at most")
+    parser.add_argument("--batch-size", type=positive, default=32, help="with --run")
     parser.add_argument("--out", type=Path, default=Path("runs/sight"))
     parser.add_argument("--offsets", default="0,0.01,0.02,0.04", help="metres, standard deviation along each axis")
     parser.add_argument("--steps", type=int, default=12_000, help="of training from motions")
@@ -282,7 +284,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.run and not args.packed:
         parser.error("--run needs --packed")
-    measure_run(args) if args.run else imitate_from_state(args)
+    try:
+        measure_run(args) if args.run else imitate_from_state(args)
+    except InputError as error:
+        parser.error(str(error))
 
 
 def imitate_from_state(args: argparse.Namespace) -> None:

@@ -74,3 +74,18 @@ def test_what_a_policy_sees_is_read_off_it(trained: Path, monkeypatch, capfd, tm
     chunk = {name: found[f"translation of a chunk, {name}, all"] for name in ("policy", "grid alone", "mean action")}
     assert 0 < chunk["grid alone"]["distance"] < chunk["mean action"]["distance"] < 40, "four steps of 5 cm at most"
     assert chunk["policy"]["distance"] > chunk["grid alone"]["distance"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--run", "nowhere", "--packed", "x.pack"], "nowhere"),
+        (["--run", "nowhere", "--packed", "x.pack", "--frames", "0"], "argument --frames: '0' is not a whole number"),
+        (["--motions", "nowhere.npz"], "nowhere.npz is not a file of motions"),
+    ],
+)
+def test_mistakes_are_one_sentence(monkeypatch, capsys, arguments: list[str], sentence: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["sight.py", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        SCRIPT["main"]()
+    assert ended.value.code == 2 and sentence in capsys.readouterr().err.splitlines()[-1]
