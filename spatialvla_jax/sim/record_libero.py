@@ -149,6 +149,8 @@ def render_motions(
     """
     _check_out(out, every, jitter)
     check_simulator()
+    if len({file.resolve() for file in files}) < len(files):
+        raise InputError(f"one file is twice in {', '.join(map(str, files))}: expected each once")
     episodes = sorted((motion for file in files for motion in load_motions(file)), key=lambda m: SPLITS.index(m.split))
     suites = sorted({motion.suite for motion in episodes})
     if len(suites) != 1:

@@ -136,6 +136,13 @@ def test_motions_have_no_pictures_to_vary(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def test_a_file_of_motions_is_rendered_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(recorder, "check_simulator", lambda: None)
+    save_motions(tmp_path / "set.npz", [motion(5, 48, 1)])
+    with pytest.raises(InputError, match="one file is twice in"):
+        render_motions([tmp_path / "set.npz", tmp_path / "." / "set.npz"], tmp_path / "out.pack")
+
+
 def test_a_damaged_file_of_motions_is_named(tmp_path):
     save_motions(tmp_path / "set.npz", [motion(5, 48, 1)])
     whole = (tmp_path / "set.npz").read_bytes()
