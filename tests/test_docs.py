@@ -150,6 +150,11 @@ def test_figures_are_those_of_the_files() -> None:
     for variant in ("bfloat16 1", "draft 1", "int8 1", "bfloat16 32"):
         low, high = infer[variant]["range_ms"]
         assert f"{infer[variant]['median_ms']:.1f} ms ({low:.1f} to {high:.1f})" in page
+    page = (ROOT / "docs/results/simulation.md").read_text().replace("*", "")
+    for name, row in json.loads((ROOT / "benchmarks/results/quantisation.json").read_text())["results"].items():
+        label = {"expert": "nothing", "linear 256": "256 bins a dimension"}.get(name, f"{name} tokens")
+        rate = f"{100 * row['success']:.1f} ± {100 * row['standard_error']:.1f} %"
+        assert f"| {label} | {rate} | {row['steps']:.1f} |" in page
     page = (ROOT / "docs/results/training.md").read_text().replace("*", "")
     for run in json.loads((ROOT / "benchmarks/results/two_gpus_h200.json").read_text())["runs"]:
         (low, high), rate = run["step_ms_range"], run["samples_per_second"]
