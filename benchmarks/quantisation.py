@@ -84,7 +84,7 @@ def report(out: Path, results: dict[str, dict], arguments: dict[str, str]) -> No
 def draw(path: Path, results: dict[str, dict]) -> None:
     """Success of a policy whose actions go through grids, {name: {"success", "standard_error", "steps"}}, the names
     numbers of tokens, and of others ("expert", "linear 256", …) as lines across; beside it the steps of a success."""
-    with drawing(path, 9.4, 3.4, forms=["svg"]) as figure:
+    with drawing(path, 9.4, 3.4, forms=[path.suffix[1:]]) as figure:
         left, right = figure.subplots(1, 2)
         grids = {int(name): row for name, row in results.items() if name.isdigit()}
         sizes = sorted(grids)
