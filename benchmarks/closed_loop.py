@@ -14,12 +14,11 @@
 Rerun the same command to resume after a stop or after --minutes. Another machine can resume with only the folders
 motions/ and results/ of the workdir, whose files are a few MB each: pictures are then drawn and weights trained anew.
 Arguments that change what is recorded or trained need a workdir of their own.
---rounds 0 evaluates the policy before DAgger. The model comes in four variants: `full`, `no_ego3d` (no
-depth encoding), `rgb` (the same with whole images: without intrinsics, a random crop hides how far things are) and
-`grid_1026` (a coarser action grid). Several share the first recording; with --gpus they run side by side, each on a GPU
-of its own with its share of the --workers. Arguments such as
---config.train.batch_size=128 go to every training. Writes results.json: success, environment, and the seconds of each
-stage over all calls.
+--rounds 0 evaluates the policy before DAgger. The model comes in four variants: `full`, `no_ego3d` (no depth encoding),
+`rgb` (no depth encoding and uncropped images: without intrinsics, a random crop hides distances) and `grid_1026` (a
+coarser action grid). Variants share the first recording. With --gpus they run side by side; each has a GPU of its own
+and its share of the --workers. Arguments such as --config.train.batch_size=128 go to every training. Writes
+results.json: success, environment, and the seconds of each stage over all calls.
 """
 
 import argparse
@@ -60,8 +59,8 @@ SETTINGS = {
     "reduced": {"record": 600, "added": 200, "steps": 4_000, "more_steps": 2_000, "episodes": 10, "seeds": [0]},
 }
 # Arguments that may differ between two calls: which policies to evaluate, how, and where it runs.
-FREE = ("workdir", "setting", "variants", "rounds", "execute", "episodes", "seeds")
-FREE += ("workers", "gpus", "videos", "minutes")
+WHICH, WHERE = ("variants", "rounds", "execute", "episodes", "seeds"), ("workdir", "workers", "gpus", "minutes")
+FREE = (*WHICH, *WHERE, "setting", "videos")
 PART = 300  # episodes of a file of motions: about two minutes on 16 cores, 3 MB
 
 
@@ -82,7 +81,7 @@ def main() -> None:
 
     def call(stage: str, share: Share, *command: object) -> None:
         """A command of spatialvla-jax, ended when the time is up; what it has done until then is kept."""
-        if stopped:  # beside this variant
+        if stopped:  # in another variant
             sys.exit(stopped[0])
         start = time.monotonic()
         environment = os.environ | ({"CUDA_VISIBLE_DEVICES": share.gpus} if share.gpus else {})
@@ -104,7 +103,7 @@ def main() -> None:
             sys.exit(stopped[0])
 
     def stop(*_: object) -> None:
-        """Its commands would go on without it, and the same command again would run them a second time beside."""
+        """End the running commands: they would go on, and a rerun would start them a second time."""
         stopped.append("stopped by SIGTERM: rerun the same command to resume")
         for process in list(running):
             process.terminate()
@@ -151,7 +150,7 @@ def main() -> None:
                 train(run, share, packs, args.more_steps, *VARIANTS[variant], *start)
             began = out(variant).with_name("settings.json")
             if began.exists() and not json.loads(began.read_text())["policy"].startswith(f"{fingerprint(run)}, "):
-                print(f"{began.parent} is of other weights than {run}: evaluated anew", file=sys.stderr)
+                print(f"{began.parent} holds results of other weights than {run}: evaluating again", file=sys.stderr)
                 shutil.rmtree(began.parent)
             seeds = ",".join(map(str, args.seeds))
             protocol = ["--episodes", args.episodes, "--seeds", seeds, "--execute", args.execute, *tasks]

@@ -187,7 +187,7 @@ def lower(program: Program, args: argparse.Namespace) -> tuple[TrainSetup, Batch
     assert setup.mesh is not None
     batch = random_batch(setup.model.config, setup.batch_size, grid.action_dim)
     batch = jax.device_put(batch, NamedSharding(setup.mesh, BATCH))
-    shapes, shardings = abstract_state(setup, start_from(setup))
+    shapes, shardings = abstract_state(setup, jax.eval_shape(lambda: start_from(setup)))
     return setup, batch, jit_train_step(setup, shardings).lower(shapes, batch, grid, np.uint32(0))
 
 

@@ -39,7 +39,7 @@ from spatialvla_jax.utils.storage import cached_copy, is_dir, is_url, list_files
 MAGIC, VERSION, ALIGNMENT = b"SVLAPACK", 2, 4096  # version 1 is the same, but has a frame for every action
 _PREFIX = struct.Struct("<8sII32s")
 _BATCH = 64  # frames in memory while a file is written
-RECORDED: dict[str, tuple[int, ...]] = {"target": (3,), "extrinsics": (4, 4)}  # shapes of what only recordings have
+RECORDED: dict[str, tuple[int, ...]] = {"target": (3,), "extrinsics": (4, 4)}  # columns that only recordings have
 _NAMES = ("datasets", "mixture", "precomputed_depth")  # keys of the config's `data` part that a packed file replaces
 
 

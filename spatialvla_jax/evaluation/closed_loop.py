@@ -130,7 +130,7 @@ def rollouts(
 
 
 def _following(episode: Episode, waiting: deque[Episode]) -> Episode:
-    """The next one for a worker: of the task it has just run, if any, since much of that scene is still loaded."""
+    """A worker's next episode: one of the same task if there is any, because much of that scene is still loaded."""
     following = next((one for one in waiting if one[:2] == episode[:2]), waiting[0])
     waiting.remove(following)
     return following

@@ -70,7 +70,7 @@ def simulate(
         importlib.import_module("robosuite.utils.camera_utils")  # also reports what is not installed
         tasks = benchmark.get_benchmark(suite)(task_order_index=0)
     if not gc.get_freeze_count():  # the first scene of this process
-        gc.freeze()  # closing a scene collects garbage: not among all that the imports made
+        gc.freeze()  # closing a scene collects garbage; skip the objects that imports made
         mujoco.mj_setCacheCapacity(mujoco.mj_getCache(), 2**31)  # bytes; the four suites' assets, parsed, take 1.0e9
     task = tasks.get_task(task_id)
     path = Path(get_libero_path("bddl_files")) / task.problem_folder / task.bddl_file
@@ -132,8 +132,8 @@ def start(
 
 
 def step(env: Any, action: Float[np.ndarray, "7"]) -> dict[str, Any]:
-    """The observation after a control step: in every bit that of `env.step`, which takes twice as long, because it
-    computes the physics three times per physics step and tests for success twice."""
+    """The observation after a control step, bit for bit that of `env.step`, which computes the physics three times per
+    physics step and tests for success twice."""
     import mujoco
 
     sim = env.sim
@@ -146,7 +146,7 @@ def step(env: Any, action: Float[np.ndarray, "7"]) -> dict[str, Any]:
             mujoco.mj_step2(model, data)
             env.env._update_observables()
     finally:
-        del sim.forward  # there remains the class's
+        del sim.forward  # restores the class's method
     env.env._post_process()
     return env.env._get_observations()
 

@@ -265,7 +265,7 @@ def start_worker() -> None:
 
 
 def _end_with_parent() -> None:
-    """A parent that was killed ends nothing, and its workers would wait for jobs for good."""
+    """Exit when the parent dies: a killed parent cannot stop its workers, and they would wait for jobs forever."""
     if parent := multiprocessing.parent_process():
         parent.join()
         os._exit(1)

@@ -115,8 +115,8 @@ def target_error(
     if loss.target == "pixels":
         # Written as a sum: a matrix product would run in reduced precision on accelerators.
         target = (intrinsics[:, :2] * (target / target[:, 2:])[:, None]).sum(axis=-1) / image_size
-    # The state comes from an RMS norm and is about sqrt(D) long, and so would be the kernel's gradient: it alone would
-    # decide how much `grad_clip_norm` leaves of all other gradients.
+    # The state comes from an RMS norm, so its length is about sqrt(D). Undivided, it would make the kernel's gradient
+    # dominate the norm that `grad_clip_norm` limits, and clipping would shrink all other gradients.
     features = state.astype(jnp.float32) / math.sqrt(state.shape[1])
     guess = (features[:, :, None] * head["kernel"]).sum(axis=1) + head["bias"]
     return jnp.abs(guess - target).mean(axis=1)
