@@ -32,7 +32,7 @@ from spatialvla_jax.utils.tables import text_table
 
 ATTEMPTS = 3  # failed attempts after which an episode counts as failed
 BATCH = 16  # observations of each call of a policy in this process, however many workers there are
-PATIENCE = 10  # stop the run when faults exceed fault-free episodes by more than this: the cause is general
+PATIENCE = 10  # per worker: stop the run when faults exceed fault-free episodes by more than this
 
 
 class Episode(NamedTuple):
@@ -108,7 +108,7 @@ def rollouts(
             for worker in running:
                 ended = worker.listen()
                 faults += worker.failed
-                if faults > finished + PATIENCE:
+                if faults > finished + PATIENCE * len(workers):  # one worker's bad task is not a general cause
                     raise FaultsError(f"episodes keep failing; the last reason: {worker.faults[-1]['reason']}")
                 if ended is not None:
                     finished += not worker.failed

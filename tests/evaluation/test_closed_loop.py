@@ -225,7 +225,11 @@ class Lost(Policy):
     [(NonFiniteError, "NaN or infinite", 1), (lambda _: InputError("depth is negative"), "depth is negative", 3)],
     ids=["not finite", "refused"],
 )
-def test_an_observation_without_an_action_ends_its_own_episode_alone(first, tmp_path, error, reason, attempts):
+def test_an_observation_without_an_action_ends_its_own_episode_alone(
+    first, tmp_path, monkeypatch, error, reason, attempts
+):
+    """One of three workers plays all of task 1 and has up to 12 faults, perhaps before the others end an episode."""
+    monkeypatch.setattr(closed_loop, "PATIENCE", 4)
     policy = Lost(error)
     result = run(tmp_path, policy)
     records, expected = lines(tmp_path), lines(first[0])
