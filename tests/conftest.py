@@ -8,6 +8,9 @@ from collections.abc import Callable
 # Most of the tests' time is compilation, so XLA does not optimise here.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# A collective blocks its thread until every device joins, and a device may wait in several at once. By default, XLA has
+# one thread per device on a machine of few cores, so the last device may find none left: a deadlock.
+os.environ.setdefault("PJRT_NPROC", "32")
 
 from pathlib import Path
 
