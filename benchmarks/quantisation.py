@@ -25,6 +25,7 @@ from spatialvla_jax.config import load_config
 from spatialvla_jax.data import open_data
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.evaluation import closed_loop
+from spatialvla_jax.evaluation.rollouts import Settings, padded
 from spatialvla_jax.reports.figures.style import BLUE, DARK, GREEN, ORANGE, drawing
 from spatialvla_jax.sim import libero_env as libero
 from spatialvla_jax.sweep.provenance import provenance
@@ -121,7 +122,7 @@ def main() -> None:
     overrides = dict(argument.removeprefix("--config.").split("=", 1) for argument in rest)
 
     episodes = libero.episodes([args.suite], args.episodes, [int(seed) for seed in args.seeds.split(",")], None)
-    settings = closed_loop.Settings(libero.MAX_STEPS, workers=args.workers)
+    settings = Settings(libero.MAX_STEPS, workers=args.workers)
     arguments = {key: str(value) for key, value in vars(args).items() if key != "out"} | overrides
     results = {}
     for name, through in tokenizers(args.config, overrides, args.only).items():
@@ -133,7 +134,7 @@ def main() -> None:
         with progress_bar(name, "episode") as show:
             result = closed_loop.evaluate(
                 libero.LiberoExpert,
-                closed_loop.padded(infer, args.workers),
+                padded(infer, args.workers),
                 episodes,
                 settings,
                 LogFolder(out),

@@ -50,6 +50,7 @@ from spatialvla_jax.config import train_config_of
 from spatialvla_jax.data import Loader, open_data
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.evaluation import closed_loop
+from spatialvla_jax.evaluation.rollouts import Episode, Settings, padded
 from spatialvla_jax.inference.policy import Policy
 from spatialvla_jax.sim import libero_env as libero
 from spatialvla_jax.sim import scripted_expert as expert
@@ -75,7 +76,7 @@ class WithState(libero.Libero):
     def __init__(self) -> None:
         super().__init__(image_size=0)
 
-    def reset(self, episode: closed_loop.Episode) -> tuple[str, dict[str, Any]]:
+    def reset(self, episode: Episode) -> tuple[str, dict[str, Any]]:
         instruction = self._begin(episode, render=False)
         direction = np.random.default_rng(libero.episode_seed(episode)).standard_normal(3)
         self.constant = {"task": episode.task, "direction": direction.astype(np.float32)}
@@ -303,7 +304,7 @@ def imitate_from_state(args: argparse.Namespace) -> None:
     print(f"{len(inputs)} steps, {errors}", flush=True)
 
     episodes = libero.episodes([SUITE], args.episodes, [0], None)
-    settings, results = closed_loop.Settings(libero.MAX_STEPS, args.execute, args.workers), {}
+    settings, results = Settings(libero.MAX_STEPS, args.execute, args.workers), {}
     for text in args.offsets.split(","):
 
         def infer(observations: list[dict[str, Any]], offset: float = float(text)) -> list[dict[str, Any]]:
@@ -318,7 +319,7 @@ def imitate_from_state(args: argparse.Namespace) -> None:
         with progress_bar(f"{text} m", "episode") as show:
             result = closed_loop.evaluate(
                 WithState,
-                closed_loop.padded(infer, args.workers),
+                padded(infer, args.workers),
                 episodes,
                 settings,
                 LogFolder(args.out / text),

@@ -122,6 +122,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
 def run_closed_loop(args: argparse.Namespace) -> None:
     from spatialvla_jax.checkpoints import fingerprint
     from spatialvla_jax.evaluation import closed_loop
+    from spatialvla_jax.evaluation.rollouts import Settings, padded, served
     from spatialvla_jax.inference.action_chunking import executor
     from spatialvla_jax.inference.policy import Policy
     from spatialvla_jax.serving.access import read_token
@@ -140,7 +141,7 @@ def run_closed_loop(args: argparse.Namespace) -> None:
     RESULTS.check(args.out, "--out")
     executor(args.execute)  # raises now what it would raise once the results have begun
     episodes = libero.episodes(args.closed_loop.split(","), args.episodes, args.seeds, args.tasks)
-    settings = closed_loop.Settings(libero.MAX_STEPS, args.execute, min(args.workers, len(episodes)))
+    settings = Settings(libero.MAX_STEPS, args.execute, min(args.workers, len(episodes)))
     extra = {} if args.unnorm_key is None else {"unnorm_key": args.unnorm_key}
     if args.server:
         token = read_token()
@@ -148,14 +149,14 @@ def run_closed_loop(args: argparse.Namespace) -> None:
         name, depth, size = args.server, depth or "depth" in (args.observation_keys or ()), args.image_size or size
         how = {"keys": args.observation_keys, "gripper_closes": args.gripper_closes}
         name += "".join(f", {key} {value}" for key, value in how.items() if value)
-        infer = closed_loop.served(args.server, token, **how, **extra)
+        infer = served(args.server, token, **how, **extra)
     else:
         policy = Policy.load(args.checkpoint, constrained=not args.unconstrained)
         name = fingerprint(args.checkpoint) + (", unconstrained" if args.unconstrained else "")
         policy.processor.find_statistics(args.unnorm_key)  # raises now what it would raise at every step
         keys, depth = list(policy.processor.statistics), policy.model.config.depth_source == "dataset"
         size = args.image_size or policy.model.config.img.image_size
-        infer = closed_loop.padded(policy.infer_batch, **extra)
+        infer = padded(policy.infer_batch, **extra)
     if args.unnorm_key is not None and keys and find_key(args.unnorm_key, keys) is None:
         raise InputError(
             f"--unnorm-key {args.unnorm_key!r} is not a dataset of {name}: choose one of {', '.join(keys)}"

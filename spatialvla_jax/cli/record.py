@@ -126,7 +126,7 @@ def run_record(args: argparse.Namespace) -> None:
 def load_policy(checkpoint: AnyPath, unnorm_key: str | None) -> Callable[..., Any]:
     """The `takeovers` of `record_libero` for a policy, which sees what it does in `evaluate --closed-loop`. Raises
     InputError."""
-    from spatialvla_jax.evaluation.closed_loop import padded
+    from spatialvla_jax.evaluation.rollouts import padded
     from spatialvla_jax.inference.policy import Policy
     from spatialvla_jax.sim import takeover
     from spatialvla_jax.sim.libero_env import is_mirrored

@@ -112,7 +112,7 @@ def _run_episode(args: argparse.Namespace, config: Any, policy: Any) -> None:
 def run_rollout(args: argparse.Namespace) -> None:
     from functools import partial
 
-    from spatialvla_jax.evaluation import closed_loop
+    from spatialvla_jax.evaluation.rollouts import Settings, padded, rollouts
     from spatialvla_jax.inference.action_chunking import executor
     from spatialvla_jax.inference.policy import Policy
     from spatialvla_jax.reports.view import RolloutRecorder, load_rerun, recording
@@ -122,14 +122,14 @@ def run_rollout(args: argparse.Namespace) -> None:
     every = executor(args.execute).every
     policy = Policy.load(args.checkpoint)
     (episode, *_) = libero.episodes([args.suite], 1, [args.seed], [args.task])
-    settings = closed_loop.Settings(libero.MAX_STEPS, args.execute)
+    settings = Settings(libero.MAX_STEPS, args.execute)
     keys, config = list(policy.processor.statistics), policy.model.config
     environment = partial(
         libero.Libero, config.img.image_size, config.depth_source == "dataset", keys[0].endswith("no_noops")
     )
     with recording(args.out) as stream:
-        infer = RolloutRecorder(stream, closed_loop.padded(policy.infer_batch, 1), policy.processor.grid, every)
-        (rollout,) = closed_loop.rollouts(environment, infer, [episode], settings)
+        infer = RolloutRecorder(stream, padded(policy.infer_batch, 1), policy.processor.grid, every)
+        (rollout,) = rollouts(environment, infer, [episode], settings)
     result = "success" if rollout.record["success"] else "failure"
     _say(args, f"{rollout.record['steps']} steps, {result}, {rollout.record['instruction']!r}")
 

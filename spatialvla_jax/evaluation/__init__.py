@@ -1,1 +1,1 @@
-"""Evaluation: open loop on recorded frames (`open_loop`), closed loop in simulators (`closed_loop`)."""
+"""Evaluation: open loop on recorded frames (`open_loop`), closed loop in simulators (`rollouts`, `closed_loop`)."""

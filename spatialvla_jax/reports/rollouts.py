@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 
 from spatialvla_jax.checkpoints.processor import Processor
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.evaluation.closed_loop import Episode, Settings, padded, rollouts
+from spatialvla_jax.evaluation.rollouts import Episode, Settings, padded, rollouts
 from spatialvla_jax.evaluation.video import FRAMES_PER_SECOND
 from spatialvla_jax.inference.policy import Policy
 from spatialvla_jax.models import Params

@@ -17,8 +17,8 @@ from spatialvla_jax.actions import DIMENSIONS, ActionGrid, ActionTokenizer
 from spatialvla_jax.actions.normalization import unnormalize
 from spatialvla_jax.data.loader import Episode
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.evaluation.closed_loop import Infer
 from spatialvla_jax.evaluation.open_loop import predict
+from spatialvla_jax.evaluation.rollouts import Infer
 from spatialvla_jax.inference.policy import Policy
 from spatialvla_jax.utils.atomic import replacing
 
@@ -81,7 +81,7 @@ def record_episode(stream: Any, episode: Episode, statistics: Mapping[str, Any],
 
 
 class RolloutRecorder:
-    """Wraps the `infer` of `closed_loop.rollouts` and records what the policy saw and did, for one environment.
+    """Wraps the `infer` of `rollouts` and records what the policy saw and did, for one environment.
 
     It is called when a chunk is due, after `every` actions of the previous one (`ChunkExecutor.every`). The path of a
     chunk starts where those actions ended.

@@ -10,7 +10,7 @@ from jaxtyping import Float
 
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.evaluation import closed_loop
-from spatialvla_jax.evaluation.closed_loop import Episode
+from spatialvla_jax.evaluation.rollouts import Episode, Infer, Settings
 from spatialvla_jax.sim import scripted_expert as expert
 from spatialvla_jax.sim.attempt import PLANS
 from spatialvla_jax.sim.libero import (
@@ -36,7 +36,7 @@ NO_MOTION = np.array([0, 0, 0, 0, 0, 0, -1], np.float32)
 
 
 class Libero:
-    """A simulated Franka arm (see `closed_loop.Environment`). Actions are as in the dataset "libero": controller units
+    """A simulated Franka arm (see `Environment`). Actions are as in the dataset "libero": controller units
     in [-1, 1], gripper 0 closed to 1 open.
 
     Observations have "image" u8[S, S, 3], "intrinsics" f32[3, 3] in its pixels, "state" f32[8] (see `proprioception`)
@@ -116,9 +116,9 @@ def episodes(suites: Sequence[str], per_task: int, seeds: Sequence[int], tasks: 
 
 
 def evaluate(
-    infer: closed_loop.Infer,
+    infer: Infer,
     episodes: Sequence[Episode],
-    settings: closed_loop.Settings,
+    settings: Settings,
     out: AnyPath,
     *,
     policy: str,

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float
 
 from spatialvla_jax.errors import FaultsError
-from spatialvla_jax.evaluation.closed_loop import Environment, Episode, Infer, Settings, rollouts
+from spatialvla_jax.evaluation.rollouts import Environment, Episode, Infer, Settings, rollouts
 from spatialvla_jax.sim import scripted_expert as expert
 from spatialvla_jax.sim.attempt import MAX_ATTEMPTS, Job, Recorded, begin, perform
 from spatialvla_jax.sim.libero import camera, holds_object, observe
@@ -25,7 +25,7 @@ POLICY_STEPS = 120  # at most; the expert alone needs about 75
 
 
 class Takeover(Libero):
-    """Episodes that the expert finishes (see `closed_loop.Environment`). In an `Episode`, `number` is that of a job and
+    """Episodes that the expert finishes (see `Environment`). In an `Episode`, `number` is that of a job and
     `seed` the attempt at it. The record gets "outcome" (kept, failed or solved) and, if kept, "motion"."""
 
     def __init__(self, jobs: Sequence[Job], chunk: int, image_size: int, depth: bool, mirrored: bool) -> None:

@@ -17,8 +17,8 @@ from spatialvla_jax.checkpoints.types import digest
 from spatialvla_jax.config import train_config_of
 from spatialvla_jax.data import DataConfig, open_data
 from spatialvla_jax.data.pack import packed_digest, packed_names
-from spatialvla_jax.evaluation import closed_loop
 from spatialvla_jax.evaluation.open_loop import evaluate
+from spatialvla_jax.evaluation.rollouts import Episode, Settings, padded
 from spatialvla_jax.inference.policy import Policy
 from spatialvla_jax.sim import libero_env
 from spatialvla_jax.sweep.plan import Trial
@@ -80,7 +80,7 @@ def weights_digest(checkpoint: str | AnyPath) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def episodes_of(trial: Trial) -> list[closed_loop.Episode]:
+def episodes_of(trial: Trial) -> list[Episode]:
     """The episodes of a trial's closed loop. Raises InputError for an unknown suite or a missing simulator."""
     data, wanted = trial.config.data, trial.closed_loop
     names = packed_names(DataConfig.from_config(data)) or [entry["name"] for entry in data.datasets]
@@ -93,9 +93,9 @@ def simulate(trial: Trial, folder: Path, workers: int) -> None:
     episodes, policy = episodes_of(trial), Policy.load(folder)
     workers = min(workers, len(episodes))
     libero_env.evaluate(
-        closed_loop.padded(policy.infer_batch),
+        padded(policy.infer_batch),
         episodes,
-        closed_loop.Settings(libero_env.MAX_STEPS, workers=workers),
+        Settings(libero_env.MAX_STEPS, workers=workers),
         folder / "closed_loop",
         policy=fingerprint(folder),
         image_size=policy.model.config.img.image_size,

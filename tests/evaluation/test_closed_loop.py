@@ -5,6 +5,7 @@ import functools
 import json
 import threading
 import time
+from multiprocessing import connection
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,14 +16,15 @@ from websockets.sync.server import serve
 from spatialvla_jax.cli import main
 from spatialvla_jax.cli.evaluate import told
 from spatialvla_jax.errors import FaultsError, InputError, NonFiniteError
-from spatialvla_jax.evaluation import closed_loop
-from spatialvla_jax.evaluation.closed_loop import Episode, Settings, evaluate, padded, rollouts, summary, table
+from spatialvla_jax.evaluation.closed_loop import evaluate, summary, table
+from spatialvla_jax.evaluation.rollouts import ATTEMPTS, Episode, Settings, padded, rollouts, served
 from spatialvla_jax.serving.protocol import pack, unpack
 from spatialvla_jax.sim import libero_env as libero
 from spatialvla_jax.training.log_folder import LogFolder
 from spatialvla_jax.utils import storage
 from spatialvla_jax.utils.storage import AnyPath
 
+ROLLOUTS = "spatialvla_jax.evaluation.rollouts"
 MAX_STEPS = {"toy": 12}
 EPISODES = [Episode("toy", task, number, seed) for seed in (0, 1) for number in (0, 1) for task in (0, 1, 2)]
 
@@ -168,7 +170,7 @@ def test_in_a_bucket_it_goes_on_from_what_was_uploaded(gcs, first):
 
 def test_a_crash_and_a_hang_are_recorded_and_the_episode_is_run_again(first, tmp_path, monkeypatch):
     """The clock moves on by itself once all but the one that hangs have answered."""
-    late, ready = [0.0], closed_loop.wait
+    late, ready = [0.0], connection.wait
 
     def wait(connections, timeout):
         if (tmp_path / "hang").exists() and not late[0]:
@@ -177,8 +179,8 @@ def test_a_crash_and_a_hang_are_recorded_and_the_episode_is_run_again(first, tmp
             late[0] = 1000.0
         return ready(connections, min(timeout, 0.1))
 
-    monkeypatch.setattr(closed_loop, "wait", wait)
-    monkeypatch.setattr(closed_loop, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + late[0]))
+    monkeypatch.setattr(f"{ROLLOUTS}.wait", wait)
+    monkeypatch.setattr(f"{ROLLOUTS}.time", SimpleNamespace(monotonic=lambda: time.monotonic() + late[0]))
     result = run(tmp_path, marks=tmp_path, crash="1-0-0", hang="0-1-1", timeout=20)
     records = lines(tmp_path)
     assert records[1, 0, 0]["faults"] == [{"step": 3, "reason": "the process died with exit code 7"}]
@@ -192,9 +194,9 @@ def test_a_crash_and_a_hang_are_recorded_and_the_episode_is_run_again(first, tmp
 def test_an_environment_that_always_fails_is_counted_and_then_ends_the_run(tmp_path, monkeypatch):
     three = rollouts(functools.partial(Point, crash="always"), direct, EPISODES[:1], Settings(MAX_STEPS))
     ((_, record, _),) = list(three)
-    assert not record["success"] and len(record["faults"]) == closed_loop.ATTEMPTS
+    assert not record["success"] and len(record["faults"]) == ATTEMPTS
     assert "ValueError: no such joint" in record["faults"][0]["reason"]
-    monkeypatch.setattr(closed_loop, "PATIENCE", 0)
+    monkeypatch.setattr(f"{ROLLOUTS}.PATIENCE", 0)
     with pytest.raises(FaultsError, match="keep failing"):
         run(tmp_path, crash="always", workers=1)
     with pytest.raises(InputError, match="not installed"):
@@ -229,7 +231,7 @@ def test_an_observation_without_an_action_ends_its_own_episode_alone(
     first, tmp_path, monkeypatch, error, reason, attempts
 ):
     """One of three workers plays all of task 1 and has up to 12 faults, perhaps before the others end an episode."""
-    monkeypatch.setattr(closed_loop, "PATIENCE", 4)
+    monkeypatch.setattr(f"{ROLLOUTS}.PATIENCE", 4)
     policy = Lost(error)
     result = run(tmp_path, policy)
     records, expected = lines(tmp_path), lines(first[0])
@@ -258,11 +260,11 @@ def test_no_action_comes_of_a_reply_that_is_none(tmp_path, monkeypatch, reply, r
     """The environment would crash at any; and where all are so, the run ends."""
     episodes, settings = EPISODES[:4], Settings(MAX_STEPS)
     make = functools.partial(Point, crash="always")
-    attempts = 1 if isinstance(reply, NonFiniteError) else closed_loop.ATTEMPTS
+    attempts = 1 if isinstance(reply, NonFiniteError) else ATTEMPTS
     for _, record, _ in rollouts(make, lambda seen, _: [reply] * len(seen), episodes[:2], settings):
         assert not record["success"] and record["steps"] == 0 and len(record["faults"]) == attempts
         assert all(reason in fault["reason"] for fault in record["faults"])
-    monkeypatch.setattr(closed_loop, "PATIENCE", 2)
+    monkeypatch.setattr(f"{ROLLOUTS}.PATIENCE", 2)
     with pytest.raises(FaultsError, match="episodes keep failing; the last reason"):
         list(rollouts(make, lambda seen, _: [reply] * len(seen), episodes, settings))
 
@@ -291,9 +293,7 @@ def test_an_evaluation_survives_a_server_that_fails_now_and_then(first, tmp_path
     with serve(talk, "127.0.0.1", 0) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"ws://127.0.0.1:{server.socket.getsockname()[1]}"
-        result = evaluate(
-            Point, closed_loop.served(address), EPISODES, Settings(MAX_STEPS), LogFolder(tmp_path), policy="toy"
-        )
+        result = evaluate(Point, served(address), EPISODES, Settings(MAX_STEPS), LogFolder(tmp_path), policy="toy")
         server.shutdown()
     records = lines(tmp_path)
     reasons = sorted(fault["reason"] for record in records.values() for fault in record["faults"])
@@ -348,9 +348,9 @@ def test_a_server_is_asked_by_one_connection_a_worker(monkeypatch):
             self.first.append(observation["reset"])
             return self.policy.infer_batch([observation])[0]
 
-    monkeypatch.setattr(closed_loop, "Client", Client)
+    monkeypatch.setattr(f"{ROLLOUTS}.Client", Client)
     settings = Settings(MAX_STEPS, workers=2)
-    done = list(rollouts(Point, closed_loop.served("ws://nowhere"), EPISODES[:4], settings))
+    done = list(rollouts(Point, served("ws://nowhere"), EPISODES[:4], settings))
     assert len(done) == 4 and len(made) == 2
     assert sum(flag for client in made for flag in client.first) == 4, "each episode begins with a reset"
 

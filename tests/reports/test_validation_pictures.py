@@ -18,7 +18,7 @@ from spatialvla_jax.cli import main
 from spatialvla_jax.cli.train import suites_and_tasks
 from spatialvla_jax.config import load_config
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.evaluation.closed_loop import Episode
+from spatialvla_jax.evaluation.rollouts import Episode
 from spatialvla_jax.reports import rollouts as module
 from spatialvla_jax.reports.figures.training import chunks, token_use
 from spatialvla_jax.reports.rollouts import ValidationRollouts, dataset_of

@@ -16,7 +16,7 @@ from spatialvla_jax.actions.normalization import unnormalize
 from spatialvla_jax.cli import main
 from spatialvla_jax.config import load_config
 from spatialvla_jax.data import open_data
-from spatialvla_jax.evaluation import closed_loop
+from spatialvla_jax.evaluation.rollouts import Episode, Settings, rollouts
 from spatialvla_jax.reports.view import RolloutRecorder, cell_edges, point_cloud, recording
 
 
@@ -80,10 +80,10 @@ def test_a_rollout_is_recorded(rerun, tmp_path: Path) -> None:
     chunk = np.zeros((2, 7), np.float32)
     chunk[:, 0] = 0.25
     result = {"actions": chunk, "action_ids": np.asarray(grid.encode(chunk))}
-    episode, settings = closed_loop.Episode("toy", 1, 0, 0), closed_loop.Settings({"toy": 4})
+    episode, settings = Episode("toy", 1, 0, 0), Settings({"toy": 4})
     with recording(tmp_path / "rollout.rrd") as stream:
         infer = RolloutRecorder(stream, lambda seen, _: [result for _ in seen], grid, sys.maxsize)
-        (rollout,) = closed_loop.rollouts(partial(Counter, 16, True, False), infer, [episode], settings)
+        (rollout,) = rollouts(partial(Counter, 16, True, False), infer, [episode], settings)
     assert rollout.record["steps"] == 4
     found = read(tmp_path / "rollout.rrd")
     paths = found["/robot/chunk/predicted"]

@@ -18,7 +18,7 @@ from spatialvla_jax import Policy
 from spatialvla_jax.checkpoints import fingerprint
 from spatialvla_jax.checkpoints.orbax import CONTENTS
 from spatialvla_jax.cli import main
-from spatialvla_jax.evaluation.closed_loop import Episode, Settings, rollouts
+from spatialvla_jax.evaluation.rollouts import Episode, Settings, rollouts, served
 from spatialvla_jax.serving.protocol import pack, unpack
 from spatialvla_jax.sim import libero as simulator
 from spatialvla_jax.sim import libero_env as libero
@@ -205,13 +205,11 @@ def test_the_command_with_servers(evaluate, tmp_path):
 
 
 def test_the_gripper_of_a_server(monkeypatch):
-    from spatialvla_jax.evaluation import closed_loop
-
     actions = np.array([[1, 2, 3, 4, 5, 6, g] for g in (-1, 1)], np.float32)
     client = SimpleNamespace(infer=lambda observation: {"actions": actions})
-    monkeypatch.setattr(closed_loop, "Client", lambda *_: client)
+    monkeypatch.setattr("spatialvla_jax.evaluation.rollouts.Client", lambda *_: client)
     for closes, expected in ((False, [-1, 1]), (True, [1, 0])):
-        (result,) = closed_loop.served("ws://x", gripper_closes=closes)([{"prompt": "go"}], [0])
+        (result,) = served("ws://x", gripper_closes=closes)([{"prompt": "go"}], [0])
         np.testing.assert_array_equal(result["actions"][:, :6], actions[:, :6])
         assert result["actions"][:, 6].tolist() == expected
 

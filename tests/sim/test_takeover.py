@@ -12,7 +12,7 @@ from helpers.environments import Handover
 from spatialvla_jax.cli import main
 from spatialvla_jax.cli.record import load_policy
 from spatialvla_jax.errors import FaultsError, InputError, NonFiniteError
-from spatialvla_jax.evaluation.closed_loop import Episode, padded
+from spatialvla_jax.evaluation.rollouts import Episode, padded
 from spatialvla_jax.inference.policy import Policy
 from spatialvla_jax.sim import libero_env, takeover
 from spatialvla_jax.sim import record_libero as recorder
