@@ -11,9 +11,9 @@
     train on  from the policy's weights, on all files together
     evaluate  on the benchmark's own initial states, of which the recordings have none
 
-Rerun the same command to resume after a stop or after --minutes. Another machine can resume with only the folders
-motions/ and results/ of the workdir, whose files are a few MB each: pictures are then drawn and weights trained anew.
-Arguments that change what is recorded or trained need a workdir of their own.
+Rerun the same command to resume after a stop or after --minutes; a file of motions or pictures is begun anew. Another
+machine can resume with only the folders motions/ and results/ of the workdir, whose files are a few MB each: pictures
+are then drawn and weights trained anew. Arguments that change what is recorded or trained need a workdir of their own.
 --rounds 0 evaluates the policy before DAgger. The model comes in four variants: `full`, `no_ego3d` (no depth encoding),
 `rgb` (no depth encoding and uncropped images: without intrinsics, a random crop hides distances) and `grid_1026` (a
 coarser action grid). Variants share the first recording. With --gpus they run side by side; each has a GPU of its own
@@ -45,6 +45,7 @@ from spatialvla_jax.models.presets import preset
 from spatialvla_jax.sweep.provenance import provenance
 from spatialvla_jax.training.loop import FINISHED
 from spatialvla_jax.utils.atomic import write_json
+from spatialvla_jax.utils.process import tied_to_this
 
 VARIANTS = {
     "full": [],
@@ -84,16 +85,23 @@ def main() -> None:
         if stopped:  # in another variant
             sys.exit(stopped[0])
         start = time.monotonic()
-        environment = os.environ | ({"CUDA_VISIBLE_DEVICES": share.gpus} if share.gpus else {})
+        environment = tied_to_this(os.environ | ({"CUDA_VISIBLE_DEVICES": share.gpus} if share.gpus else {}))
         process = subprocess.Popen([sys.executable, "-m", "spatialvla_jax.cli", *map(str, command)], env=environment)
         running.append(process)
+        if stopped:  # since it was looked at above
+            process.terminate()
         try:
             code = process.wait(max(1.0, end - start))
         except subprocess.TimeoutExpired:
             process.terminate()  # training saves and ends
             process.wait()
             code = 1
+            if command[0] == "record" and not ended:  # the next call would start, and stop, at the same place
+                whole = f"{stage} has not finished one file in all of --minutes {args.minutes:g}"
+                print(f"{whole}, and a rerun would begin it anew: allow more", file=sys.stderr)
+                code = 2
         running.remove(process)
+        ended.append(stage)
         with lock:
             seconds[stage] = seconds.get(stage, 0.0) + time.monotonic() - start
             write_json(workdir / "seconds.json", seconds)
@@ -172,7 +180,7 @@ def main() -> None:
     suite, size = ["--suite", args.suite], ["--image-size", args.image_size]
     tasks = ["--tasks", args.tasks] if args.tasks else []
     variants, gpus = args.variants.split(","), args.gpus.split(",") if args.gpus else [None]
-    lock, whole, stopped, running = threading.Lock(), Share(args.gpus, args.workers), [], []
+    lock, whole, stopped, running, ended = threading.Lock(), Share(args.gpus, args.workers), [], [], []
     signal.signal(signal.SIGTERM, stop)
     free: queue.SimpleQueue[Share] = queue.SimpleQueue()
     for gpu in gpus:

@@ -30,6 +30,7 @@ from spatialvla_jax.training.metrics import read_metrics
 from spatialvla_jax.training.setup import make_setup
 from spatialvla_jax.training.sharding import make_mesh
 from spatialvla_jax.utils.atomic import write_json
+from spatialvla_jax.utils.process import tied_to_this
 
 FIGURES = ("loss.png", "action_grid.png", "trajectories.png")
 NEXT = """
@@ -142,7 +143,7 @@ def train(config_path: str, workdir: Path, flags: list[str], kill_after: int | N
     command = [sys.executable, "-m", "spatialvla_jax.cli", "train", "--config", config_path, "--workdir", str(workdir)]
     # The three processes compile the same step: the first stores it for the others.
     compiled = {"JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "compiled")}
-    process = subprocess.Popen([*command, *flags], env=os.environ | compiled)
+    process = subprocess.Popen([*command, *flags], env=tied_to_this(os.environ | compiled))
     try:
         if kill_after is not None:
             checkpoint = workdir / "checkpoints" / str(kill_after)

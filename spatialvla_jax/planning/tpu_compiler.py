@@ -6,21 +6,19 @@ starts (`xla_dump_to`). So compilation runs in a separate process, which is ende
 """
 
 import multiprocessing
-import os
 import re
 import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from multiprocessing.connection import Connection
-from multiprocessing.connection import wait as wait_for_any
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
 
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.utils.process import process_age
+from spatialvla_jax.utils.process import end_worker_with_parent, process_age
 
 Result = TypeVar("Result")
 Progress = Callable[[str], None]
@@ -127,14 +125,7 @@ def in_own_process(function: Callable[..., Result], *args: Any, progress: Progre
 
 
 def _answer(connection: Connection, function: Callable[..., Any], *args: Any) -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def end_with_parent() -> None:
-        wait_for_any([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    end_worker_with_parent()
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)  # a program from there was not optimised here
     connection.send(f"  start: {process_age():.1f} s")

@@ -7,7 +7,6 @@ import io
 import multiprocessing
 import os
 import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -37,6 +36,7 @@ from spatialvla_jax.sim.libero import (
     target_position,
 )
 from spatialvla_jax.sim.motions import Motion, load_motions, save_motions
+from spatialvla_jax.utils.process import end_worker_with_parent
 from spatialvla_jax.utils.progress import Bar, warn
 
 JPEG_QUALITY = 85
@@ -260,15 +260,8 @@ def in_processes(
 
 def start_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent ends its workers
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_worker_with_parent()  # it would wait for jobs forever
     set_up_worker()
-
-
-def _end_with_parent() -> None:
-    """Exit when the parent dies: a killed parent cannot stop its workers, and they would wait for jobs forever."""
-    if parent := multiprocessing.parent_process():
-        parent.join()
-        os._exit(1)
 
 
 def record(job: Job, look: bool) -> Recorded:

@@ -42,6 +42,7 @@ from spatialvla_jax.training.loop import CONFIG, begun_config, train
 from spatialvla_jax.utils.atomic import write_json
 from spatialvla_jax.utils.compilation_cache import share_compilations
 from spatialvla_jax.utils.distributed import is_writer
+from spatialvla_jax.utils.process import tied_to_this
 from spatialvla_jax.utils.progress import Bar, warn
 from spatialvla_jax.utils.shipped import shipped
 from spatialvla_jax.utils.storage import exists, to_path
@@ -168,7 +169,7 @@ def run_parallel(command: Sequence[str], workdir: Path, trials: Sequence[Trial],
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "failed.json").unlink(missing_ok=True)
         place = places.pop()
-        environment = dict(os.environ)
+        environment = tied_to_this(os.environ)
         if gpus:
             assigned = gpus[place::processes] or [gpus[place % len(gpus)]]
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(assigned)

@@ -1,7 +1,15 @@
-"""Facts about this process from the operating system."""
+"""Facts about this process from the operating system, and its end with the one that started it."""
 
+import multiprocessing
 import os
+import threading
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
+
+PARENT = "SPATIALVLA_JAX_PARENT"  # of the environment of a command that ends with the process of that number
 
 
 def process_age() -> float:
@@ -12,3 +20,26 @@ def process_age() -> float:
         return 0.0
     began = int(stat.rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")  # field 22, seconds since boot
     return max(0.0, float(uptime.split()[0]) - began)
+
+
+def end_with(parent: int, end: Callable[[], Any]) -> None:
+    """Call `end` when the process `parent`, which started this one, has died: a killed process cannot end others."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        end()
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def end_worker_with_parent() -> None:
+    """In a process that `multiprocessing` started: exit when its parent has died."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None and parent.pid is not None
+    end_with(parent.pid, partial(os._exit, 1))
+
+
+def tied_to_this(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a command, `python -m spatialvla_jax.cli`, that ends when this process has died."""
+    return {**environment, PARENT: str(os.getpid())}

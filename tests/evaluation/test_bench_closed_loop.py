@@ -8,11 +8,13 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+AGAIN = "rerun the same command to resume"
 SCRIPT = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks/closed_loop.py"))
 
 
@@ -26,7 +28,9 @@ def gpus() -> dict[str, str | None]:
 def bench(monkeypatch, tmp_path, gpus):
     """Runs the script; returns the commands that it called, up to one that contains `stop`."""
 
-    def run(*arguments: object, stop: str = "nothing", ended: threading.Event | None = None) -> list[str]:
+    def run(
+        *arguments: object, stop: str = "nothing", ended: threading.Event | None = None, told: str = AGAIN
+    ) -> list[str]:
         called: list[str] = []
 
         class Command:
@@ -69,7 +73,7 @@ def bench(monkeypatch, tmp_path, gpus):
         if stop == "nothing":
             SCRIPT["main"]()
         else:
-            with pytest.raises(SystemExit, match="rerun the same command to resume"):
+            with pytest.raises(SystemExit, match=told):
                 SCRIPT["main"]()
         return called
 
@@ -132,6 +136,53 @@ def test_sigterm_ends_the_stage_and_the_same_command_goes_on(bench, stage):
     before, ended = signal.getsignal(signal.SIGTERM), threading.Event()
     assert kinds(bench(stop=stage, ended=ended)[:-1] + bench()) == WHOLE
     signal.signal(signal.SIGTERM, before)
+
+
+def test_a_file_that_takes_all_minutes_is_no_progress(bench, capsys):
+    for file in ("first-00.npz", "first-01.npz", "first-00.pack"):
+        kind = "record" if file.endswith("npz") else "render"
+        if file != "first-00.npz":
+            bench(stop=file)  # another file was made before it
+        capsys.readouterr()
+        bench("--minutes", 2, stop=file, told="^2$")
+        told = "first has not finished one file in all of --minutes 2, and a rerun would begin it anew: allow more"
+        assert capsys.readouterr().err == f"{kind} {told}\n"
+
+
+SLOW = """
+import os, sys, time
+from pathlib import Path
+
+def get_config():
+    if "train" in sys.argv:
+        Path(__file__).with_name("pid").write_text(str(os.getpid()))
+        time.sleep(300)
+    return {}
+"""
+
+
+def test_a_killed_benchmark_ends_its_command(tmp_path):
+    (tmp_path / "slow.py").write_text(SLOW)
+    for name in ("motions/first-00.npz", "pictures/first-00.pack"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    script, pid = Path(__file__).parents[2] / "benchmarks/closed_loop.py", tmp_path / "pid"
+    few = ["--workdir", tmp_path, "--config", tmp_path / "slow.py", "--record", 1, "--rounds", 0]
+    bench = subprocess.Popen([sys.executable, str(script), *map(str, few)])
+    try:
+        while not (pid.exists() and pid.read_text()):
+            assert bench.poll() is None
+            time.sleep(0.1)
+    finally:
+        bench.kill()
+        bench.wait()
+    command = Path("/proc") / pid.read_text() / "cmdline"
+    for _ in range(600):
+        if not command.exists() or not command.read_bytes():  # gone, or waiting for its parent to notice
+            return
+        time.sleep(0.1)
+    os.kill(int(pid.read_text()), signal.SIGKILL)
+    pytest.fail("the command went on")
 
 
 def test_other_seeds_are_another_result_though_as_many(bench):

@@ -387,6 +387,7 @@ def test_several_at_once(visible: str, processes: int, places: set[str], tmp_pat
     is asked to stop."""
     script = """
 import os, sys
+assert os.environ["SPATIALVLA_JAX_PARENT"] == str(os.getppid())  # so that it ends with it
 name, folder = sys.argv[-1], os.path.join(sys.argv[1], "trials", sys.argv[-1])
 print(name, "on", os.environ.get("CUDA_VISIBLE_DEVICES"), "with", os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION"))
 if name == "good":
