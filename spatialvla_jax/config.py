@@ -400,8 +400,8 @@ def train_config_of(run: AnyPath) -> ConfigDict:
     raise InputError(f"{run} is not in a training run's directory, so --config must name the data")
 
 
-def check_resumable(saved: dict[str, Any], config: ConfigDict, workdir: AnyPath) -> None:
-    """Raises InputError when a run began under a config that computes something else."""
+def check_resumable(saved: dict[str, Any], config: ConfigDict, workdir: AnyPath, source: str = "this config") -> None:
+    """Raises InputError when a run began under a config that computes something else than `config`, from `source`."""
     now, defaults, began = (
         decisive(tree) for tree in (config.to_dict(), default_config().to_dict(), renamed(saved, CONFIG_KEYS))
     )
@@ -422,7 +422,7 @@ def check_resumable(saved: dict[str, Any], config: ConfigDict, workdir: AnyPath)
         except InputError as error:
             remedy = f"that is no longer valid ({error}), so use another workdir"
         more = f" (and {len(changed) - 1} more keys)" if len(changed) > 1 else ""
-        raise InputError(f"{workdir} holds a run with {k} = {before[k]!r}, this config says {now[k]!r}{more}; {remedy}")
+        raise InputError(f"{workdir} holds a run with {k} = {before[k]!r}, {source} says {now[k]!r}{more}; {remedy}")
 
 
 def decisive(config: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from spatialvla_jax.actions import DIMENSIONS, ActionTokenizer
 from spatialvla_jax.checkpoints.load import load_grid
 from spatialvla_jax.checkpoints.types import read_json
 from spatialvla_jax.errors import InputError
+from spatialvla_jax.training.init_from import check_planned
 from spatialvla_jax.training.metrics import PLATEAU_GAIN, last_gain, plateau, read_metrics
 
 UNITS = "normalised units"
@@ -195,6 +196,7 @@ def read_sweep(workdir: Path) -> Results:
         folder = workdir / "trials" / name
         if (folder / "result.json").exists():
             trials.append(read_trial(folder, planned["values"], planned["seed"]))
+            check_planned(folder, plan, str(workdir / "sweep.json"))
         elif (folder / "failed.json").exists():
             failed[name] = str(read_json(folder / "failed.json").get("reason", "no reason given"))
         else:

@@ -8,6 +8,7 @@ from typing import Any
 from spatialvla_jax.checkpoints.types import read_json
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.sweep.run import claim
+from spatialvla_jax.training.init_from import check_planned
 from spatialvla_jax.utils.atomic import replacing, write_json
 
 RESULT = "result.json"  # copied last, because it marks a trial as finished
@@ -23,7 +24,8 @@ def collect(sources: Sequence[Path], workdir: Path) -> dict[str, int]:
     those without.
 
     Returns {"trials" (of the sweep), "finished", "copied"}. Raises InputError, before anything is copied, for other
-    sweeps, for results of one trial that are of another config or of other data, and for a missing file.
+    sweeps, for a trial of another config than a plan says, for results of one trial that are of another config or of
+    other data, and for a missing file.
     """
     others = [path for path in workdir.iterdir() if path.name != "compiled"] if workdir.is_dir() else []
     if others and not _is_sweep(workdir):
@@ -31,7 +33,7 @@ def collect(sources: Sequence[Path], workdir: Path) -> dict[str, int]:
     plans = {
         place: _plan(place) for place in dict.fromkeys((workdir, *sources)) if place in sources or _is_sweep(place)
     }
-    (first, plan), *others = plans.items()
+    (first, plan), *others = sorted(plans.items(), key=lambda item: "config_of_all" not in item[1])
     for place, other in others:
         if key := next((key for key in PLAN if other.get(key, {}) != plan.get(key, {})), None):
             raise InputError(f"{place} and {first} hold different sweeps: their {key} differ in sweep.json")
@@ -40,6 +42,7 @@ def collect(sources: Sequence[Path], workdir: Path) -> dict[str, int]:
         found = [place / "trials" / name for place in plans if (place / "trials" / name / RESULT).is_file()]
         for folder in found:
             _check(folder, found[0])
+            check_planned(folder, plan, str(first / "sweep.json"))
         simulated = [folder for folder in found if (folder / CLOSED_LOOP[-1]).is_file()]
         for folder in simulated:
             _check_episodes(folder, simulated[0])

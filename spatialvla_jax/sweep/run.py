@@ -30,14 +30,14 @@ import jax
 from spatialvla_jax.checkpoints.hub import find_checkpoint
 from spatialvla_jax.checkpoints.orbax import step_directory
 from spatialvla_jax.checkpoints.types import read_json
-from spatialvla_jax.config import check_resumable
+from spatialvla_jax.config import flatten
 from spatialvla_jax.data import DataConfig
 from spatialvla_jax.data.pack import packed_digest
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.sim.libero_env import NUM_TASKS
 from spatialvla_jax.sweep.measure import measure, simulate, weights_digest
 from spatialvla_jax.sweep.plan import Sweep, Trial
-from spatialvla_jax.training.init_from import pin_init, with_model_of
+from spatialvla_jax.training.init_from import check_begun
 from spatialvla_jax.training.loop import CONFIG, begun_config, train
 from spatialvla_jax.utils.atomic import write_json
 from spatialvla_jax.utils.compilation_cache import share_compilations
@@ -82,8 +82,7 @@ def prepare(sweep: Sweep, workdir: Path) -> None:
         result = json.loads((folder / "result.json").read_text()) if (folder / "result.json").exists() else {}
         # A finished trial may have no checkpoints left.
         if begun := begun_config(folder, step_directory(folder)) or (result and read_json(folder / CONFIG)):
-            config = with_model_of(pin_init(trial.config, begun), None, begun) if trial.config.init else trial.config
-            check_resumable(begun, config, folder)
+            check_begun(begun, trial.config, folder)
         # The data of a trial that ran on another machine need not be here.
         files = DataConfig.from_config(trial.config.data).packed_files if "packed" in result else ()
         here = "packed" in result and all(exists(to_path(file)) for file in files)
@@ -96,6 +95,9 @@ def prepare(sweep: Sweep, workdir: Path) -> None:
         trials = f"{len(others)} finished trial{'s' * (len(others) > 1)}"
         warn(f"{trials} started from weights that init no longer holds: {others[0]}{'; …' * (len(others) > 1)}")
     workdir.mkdir(parents=True, exist_ok=True)
+    configs = {trial.name: flatten(trial.config.to_dict()) for trial in sweep.trials}
+    first = configs[sweep.trials[0].name]
+    common = {key: value for key, value in first.items() if all(of[key] == value for of in configs.values())}
     trials = {trial.name: {"values": trial.values, "seed": trial.seed} for trial in sweep.trials}
     plan = {
         "name": sweep.name,
@@ -105,6 +107,8 @@ def prepare(sweep: Sweep, workdir: Path) -> None:
         "trials": trials,
         "config": sweep.config,
         "overrides": sweep.overrides,
+        "config_of_all": common,
+        "config_of_each": {name: {k: v for k, v in of.items() if k not in common} for name, of in configs.items()},
     }
     plan, path = json.loads(json.dumps(plan)), workdir / "sweep.json"
     if not path.exists() or json.loads(path.read_text()) != plan:  # another process may have written it

@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,8 +20,8 @@ from spatialvla_jax.checkpoints.paligemma import is_paligemma
 from spatialvla_jax.checkpoints.peft import refer
 from spatialvla_jax.checkpoints.processor import Processor
 from spatialvla_jax.checkpoints.regrid import adapt_checkpoint
-from spatialvla_jax.checkpoints.types import LazyArray, recorded
-from spatialvla_jax.config import default_config
+from spatialvla_jax.checkpoints.types import LazyArray, read_json, recorded
+from spatialvla_jax.config import check_resumable, completed, default_config
 from spatialvla_jax.data import Loader
 from spatialvla_jax.data.statistics import difference
 from spatialvla_jax.errors import InputError
@@ -85,6 +86,24 @@ def with_model_of(config: ConfigDict, start: Checkpoint | None, begun: dict[str,
         elif key != "mask":
             raise InputError(f"config key model.{key} is {value!r}, and the model in {config.init} has {stored!r}")
     return config
+
+
+def check_begun(begun: dict[str, Any], config: ConfigDict, workdir: AnyPath, source: str = "this config") -> None:
+    """`check_resumable` of a config that names its `init` as it was asked for."""
+    if config.init:
+        config = with_model_of(pin_init(config, begun), None, begun)
+    check_resumable(begun, config, workdir, source)
+
+
+def check_planned(folder: Path, plan: dict[str, Any], source: str) -> None:
+    """Raises InputError if a sweep's trial was trained with another config than its plan, from the file `source`, says.
+    Plans of earlier versions do not say it."""
+    if "config_of_all" in plan:
+        try:
+            keys = {**plan["config_of_all"], **plan["config_of_each"][folder.name]}
+        except (KeyError, TypeError):
+            raise InputError(f"{source} has no config of {folder.name}: it is not the plan of a sweep") from None
+        check_begun(read_json(folder / "config.json"), completed(keys, {}, source), folder, source)
 
 
 def preset_of(path: str, config: SpatialVLAConfig) -> str:

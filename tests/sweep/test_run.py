@@ -22,7 +22,8 @@ from spatialvla_jax.config import default_config, load_config
 from spatialvla_jax.data import load_data
 from spatialvla_jax.data.pack import packed_digest, write_pack
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.evaluation.closed_loop import Episode, summary
+from spatialvla_jax.evaluation.closed_loop import summary
+from spatialvla_jax.evaluation.rollouts import Episode
 from spatialvla_jax.sim import libero_env
 from spatialvla_jax.sweep import collect, measure, run
 from spatialvla_jax.sweep.plan import Sweep, Trial
@@ -198,6 +199,29 @@ def test_finished_trials_come_from_elsewhere_as_small_files(
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert main([*here[:-1], "--config.train.steps=3", "--only", two[0]]) == 2
     assert "holds a run with train.steps = 2, this config says 3" in capsys.readouterr().err
+
+
+def test_trials_of_other_overrides_are_not_mixed(swept: tuple[list[str], Path, int], tmp_path: Path, capsys) -> None:
+    """Nor of the same sweep file at another commit: what counts is the config that each was trained with."""
+    command, workdir, _ = swept
+    elsewhere, out = tmp_path / "elsewhere", tmp_path / "out"
+    other = [*command[:-1], "--config.train.steps=1", "--no-report", "--only", "grid-uniform_seed-0"]
+    other[other.index("--workdir") + 1] = str(elsewhere)
+    assert main(other) == 0
+    capsys.readouterr()
+    told = "grid-uniform_seed-0 holds a run with train.steps = 1, {}/sweep.json says 2; use its config or another"
+    assert main(["sweep", "collect", str(workdir), str(elsewhere), "--out", str(out)]) == 2
+    assert told.format(workdir) in capsys.readouterr().err and not out.exists()
+    shutil.copytree(workdir, out, ignore=shutil.ignore_patterns("compiled", "checkpoints"))
+    shutil.copytree(elsewhere / "trials", out / "trials", dirs_exist_ok=True)
+    assert main(["sweep", "report", str(out)]) == 2
+    message = capsys.readouterr().err
+    assert told.format(out) in message and message.count("\n") == 1
+    plan = json.loads((out / "sweep.json").read_text())
+    for damaged in ({"config_of_each": {}}, {"config_of_all": 3}):
+        write_json(out / "sweep.json", plan | damaged)
+        assert main(["sweep", "report", str(out)]) == 2
+        assert "sweep.json has no config of grid-" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
