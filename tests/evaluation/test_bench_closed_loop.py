@@ -55,7 +55,7 @@ def bench(monkeypatch, tmp_path, gpus):
             def wait(self, timeout=None):
                 if stop in self.text and ended:
                     os.kill(os.getpid(), signal.SIGTERM)
-                    assert ended.wait(10)
+                    assert ended.wait(120)
                     return 143
                 if stop in self.text and timeout is not None:
                     raise subprocess.TimeoutExpired(self.text, timeout)

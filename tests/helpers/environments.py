@@ -32,7 +32,7 @@ class Point:
         if self.steps == 3 and self.once(self.crash, "crash"):
             os._exit(7)
         if self.steps == 3 and self.once(self.hang, "hang"):
-            time.sleep(60)
+            time.sleep(3600)
         if self.crash == "always":
             raise ValueError("no such joint")
         if self.crash == "input":

@@ -73,18 +73,18 @@ class Run:
             self.code = None if status == -1 else os.waitstatus_to_exitcode(status)
         return self.code
 
-    def wait(self, seconds: float = 120) -> int:
+    def wait(self, seconds: float = 600) -> int:
         """The exit code."""
         assert not self.until(lambda: False, seconds)
         return self.code  # pyright: ignore[reportReturnType]
 
-    def until(self, moment: Callable[[], bool], seconds: float = 120) -> bool:
+    def until(self, moment: Callable[[], bool], seconds: float = 600) -> bool:
         """Wait for a moment of the run; False if it ended before. A run that takes longer fails the test and says where
         it was."""
         end = time.monotonic() + seconds
         while not moment():
             if self.poll() is not None:
-                return False
+                return moment()  # it may have been reached, and passed, since it was looked for
             if time.monotonic() > end:
                 self.send(signal.SIGUSR1)
                 time.sleep(1)
@@ -94,11 +94,12 @@ class Run:
         return True
 
     def send(self, number: int) -> None:
-        os.kill(self.pid, number)
+        if self.poll() is None:  # until then the process is there, if only for its exit code to be read
+            os.kill(self.pid, number)
 
     def kill(self) -> None:
-        self.send(signal.SIGKILL)
         while self.poll() is None:
+            self.send(signal.SIGKILL)
             time.sleep(0.001)
 
 

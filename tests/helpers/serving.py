@@ -32,7 +32,7 @@ def serving(policy: Any, limits: Limits = LIMITS, compiled: bool = True, **optio
     server = Server(policy if callable(policy) else lambda: policy, "127.0.0.1", 0, limits=limits, **options)
     asyncio.run_coroutine_threadsafe(server.start(), loop).result()
     if compiled:
-        eventually(server.prepared.done, 60)
+        eventually(server.prepared.done)
         server.prepared.result()
     try:
         yield server
@@ -55,7 +55,8 @@ def get(server: Server, path: str, **headers: str) -> tuple[int, str]:
         return error.code, error.read().decode()
 
 
-def eventually(condition: Any, seconds: float = 5) -> None:
+def eventually(condition: Any, seconds: float = 120) -> None:
+    """Waits for it; the time is only for what would never come, however loaded the machine is."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -104,7 +105,7 @@ class Stub(Policy):
             self.compiling(prompts[0], len(prompts))
         self.batches.append(observations)
         if "slow" in prompts:
-            assert self.go.wait(10)
+            assert self.go.wait(120)
         if "bad" in prompts:
             raise ZeroDivisionError
         numbers = [float(prompt) if prompt.isdecimal() else np.nan if prompt == "nan" else 0.0 for prompt in prompts]

@@ -117,7 +117,7 @@ def test_two_processes_rehearse(server: Server, packed_config: Path, tmp_path: P
         )
         for n in range(2)
     ]
-    codes = [run.wait(300) for run in runs]
+    codes = [run.wait() for run in runs]
     assert codes[0] == codes[1], runs[0].errors.read_text() + runs[1].errors.read_text()
     check_output(runs[0].errors.read_text(), codes[0])
     assert not (tmp_path / "run-rehearsal").exists() and not (tmp_path / "run").exists()

@@ -182,7 +182,7 @@ if __name__ == "__main__":
     with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, env=environment) as process:
         assert process.stdout.readline() == b"begun\n"
         process.kill()
-        process.communicate(timeout=30)  # until their common output has ended
+        process.communicate(timeout=120)  # until their common output has ended
 
 
 def test_workers_that_keep_dying_are_one_error(monkeypatch):

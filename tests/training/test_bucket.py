@@ -158,7 +158,7 @@ def test_a_run_in_a_bucket_is_killed_and_ends_in_the_same_bits(
 ) -> None:
     """Every 40th request is answered by 503, 429, or half an answer. The undisturbed run is on the disk. The export and
     the policy come from the bucket, too."""
-    assert start(server, packed_config, tmp_path / "run", tmp_path / "undisturbed.txt").wait(400) == 0
+    assert start(server, packed_config, tmp_path / "run", tmp_path / "undisturbed.txt").wait() == 0
     workdir, errors = storage.as_path(f"{bucket.url}/run", "--workdir"), tmp_path / "errors.txt"
     for status in (503, 429, 0):
         bucket.proxy.add(status=status, cut=not status, every=40)
@@ -172,7 +172,7 @@ def test_a_run_in_a_bucket_is_killed_and_ends_in_the_same_bits(
         if run.poll() is None:
             run.send(signal.SIGKILL)
         run.wait()
-    assert start(server, packed_config, workdir, errors).wait(400) == 0, errors.read_text()
+    assert start(server, packed_config, workdir, errors).wait() == 0, errors.read_text()
     assert records(workdir) == records(tmp_path / "run")
     assert_equal(load_pretrained(workdir)[1], load_pretrained(tmp_path / "run")[1])
     bucket.proxy.faults.clear()

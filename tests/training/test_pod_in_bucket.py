@@ -37,7 +37,7 @@ def start(server: Server, config: Path, workdir: AnyPath, errors: Path, processe
 
 def finish(runs: Sequence[Run]) -> str:
     """→ what the first process printed."""
-    assert [run.wait(300) for run in runs] == [0] * len(runs), "\n".join(run.errors.read_text() for run in runs)
+    assert [run.wait() for run in runs] == [0] * len(runs), "\n".join(run.errors.read_text() for run in runs)
     return runs[0].errors.read_text()
 
 
@@ -48,7 +48,7 @@ def test_killed_and_resumed(gcs, server: Server, packed_config: Path, tmp_path: 
     workdir = storage.as_path(f"{gcs.url}/run", "--workdir")
     gcs.proxy.add(status=503, every=30)
     runs = start(server, packed_config, workdir, tmp_path / "killed", 2, *arguments)
-    assert runs[0].until(lambda: step_directory(workdir) is not None, 300), runs[0].errors.read_text()
+    assert runs[0].until(lambda: step_directory(workdir) is not None), runs[0].errors.read_text()
     for run in runs:
         run.send(signal.SIGKILL)
         run.wait()
@@ -70,7 +70,7 @@ def test_a_rehearsal(gcs, server: Server, packed_config: Path, tmp_path: Path) -
             processes,
             *arguments,
         )
-        codes = [run.wait(300) for run in runs]
+        codes = [run.wait() for run in runs]
         printed = [run.errors.read_text() for run in runs]
         assert len(set(codes)) == 1 and codes[0] in (0, 1), printed
         assert "the same bits" in printed[0] and printed[0].splitlines()[-1].startswith(

@@ -30,7 +30,7 @@ def test_two_processes_index_train_and_go_on_as_one(server: Server, config_file:
 
     joined = ("--coordinator", f"localhost:{free_port()}", "--num-processes", "2", "--process-id")
     runs = [start("run", str(number), 4, *joined, str(number)) for number in range(2)]
-    assert runs[0].until(lambda: len(losses("run")) >= 6, 300), runs[0].errors.read_text()
+    assert runs[0].until(lambda: len(losses("run")) >= 6), runs[0].errors.read_text()
     for run in runs:
         run.send(signal.SIGKILL)
         run.wait()
@@ -39,7 +39,7 @@ def test_two_processes_index_train_and_go_on_as_one(server: Server, config_file:
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "1").glob("*/*")}
     for name, cache in (("run", "1"), ("alone", "alone")):
         run = start(name, cache, 8)
-        assert run.wait(300) == 0, run.errors.read_text()
+        assert run.wait() == 0, run.errors.read_text()
     assert before == {file: file.stat().st_mtime_ns for file in (tmp_path / "1").glob("*/*")}
     assert len(losses("alone")) == 10
     np.testing.assert_allclose(losses("run")[-10:], losses("alone"), atol=1e-5)
