@@ -34,8 +34,7 @@ from spatialvla_jax.errors import InputError
 from spatialvla_jax.export.verify import INSTRUCTIONS, make_probes
 from spatialvla_jax.inference.policy import Policy
 from spatialvla_jax.models import SpatialVLA
-from spatialvla_jax.models.spatialvla import BOS, EOS, PAD
-from spatialvla_jax.text import render
+from spatialvla_jax.text import BOS, EOS, PAD, render
 
 FILES = (
     "action_tokenizer",

@@ -7,7 +7,7 @@ training and text generation, are ignored.
 from typing import Any
 
 from spatialvla_jax.models.ego3d import NUM_FREQUENCIES, SUB_GRID
-from spatialvla_jax.models.spatialvla import BOS, EOS, PAD
+from spatialvla_jax.text import BOS, EOS, PAD
 
 # Our fields → published ones, for reading and writing.
 ENCODER = {

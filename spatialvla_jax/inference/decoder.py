@@ -133,12 +133,3 @@ def forward(
         following = (norms["pre_attention_norm"], i + 1) if i + 1 < len(layers) else (final_norm[None], 0)
         x, y = linear_and_add(gated(y, w.gate_up), w.down, x, norm["post_ffw_norm"], following)
     return y, tuple(written)
-
-
-def narrow(
-    cfg: Gemma2Config, mask: Bool[Array, "B T S"], positions: Int[Array, "B T"], keys: Int[Array, "B S"]
-) -> Bool[Array, "B T S"] | None:
-    """`mask` restricted to the sliding window; None if the whole sequence fits into the window."""
-    if mask.shape[-1] <= cfg.sliding_window:
-        return None
-    return mask & (positions[:, :, None] - keys[:, None, :] < cfg.sliding_window)

@@ -24,11 +24,11 @@ from einops import rearrange
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from spatialvla_jax.inference.decoder import Cache, Matrix, Quantized, forward, linear, narrow
+from spatialvla_jax.inference.decoder import Cache, Matrix, Quantized, forward, linear
 from spatialvla_jax.inference.kernels import BLOCK
 from spatialvla_jax.inference.weights import Weights, embed_image
 from spatialvla_jax.models import SpatialVLA, SpatialVLAConfig
-from spatialvla_jax.models.attention import position_ids, prefix_lm_mask, soft_cap
+from spatialvla_jax.models.attention import position_ids, prefix_lm_mask, sliding_window_mask, soft_cap
 from spatialvla_jax.models.spatialvla import last_of_prompt
 
 TokenRanges = tuple[tuple[int, int], ...] | None
@@ -145,7 +145,7 @@ class Decoder:
         at: Int[Array, ""] | int = 0,
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """`decoder.forward` with the sliding-window mask added."""
-        local = narrow(self.cfg.llm, mask, positions, key_positions)
+        local = sliding_window_mask(mask, positions, key_positions, self.cfg.llm.sliding_window)
         return forward(self.cfg.llm, self.weights.llm, embeddings, positions, mask, local, cache, at)
 
     def scores(

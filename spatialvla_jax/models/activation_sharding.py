@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 BATCH_AXES = ("data", "fsdp")
 
 
-def batch_splits(mesh: jax.sharding.AbstractMesh) -> int:
+def batch_splits(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> int:
     """The number of shards along the mesh's batch axes."""
     return prod(mesh.shape[axis] for axis in BATCH_AXES)
 

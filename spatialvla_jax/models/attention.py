@@ -74,6 +74,15 @@ def prefix_lm_mask(valid: Bool[Array, "B S"], prefix_length: int) -> Bool[Array,
     return visible[None] & valid[:, None, :]
 
 
+def sliding_window_mask(
+    mask: Bool[Array, "B T S"], positions: Int[Array, "B T"], key_positions: Int[Array, "B S"], window: int
+) -> Bool[Array, "B T S"] | None:
+    """`mask` restricted to keys fewer than `window` positions back; None if all S keys fit into the window."""
+    if mask.shape[-1] <= window:
+        return None
+    return mask & (positions[:, :, None] - key_positions[:, None, :] < window)
+
+
 def position_ids(valid: Bool[Array, "B S"]) -> Int[Array, "B S"]:
     """Rotary positions that skip padding and start at 1, as PaliGemma counts them."""
     return jnp.cumsum(valid, axis=1)

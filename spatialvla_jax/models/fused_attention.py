@@ -5,7 +5,8 @@ attention (Dao 2023), they stay in registers. The cap simplifies this: logits li
 running maximum. With t = tanh(scale / cap · q·k):
 
     p = exp(cap · t) where the mask is true, else 0;  z = 1 / Σ p;  out = z Σ p v
-    dv = Σ z p dout;  ds = z p (dout·v − dout·out) (1 − t²);  dq = scale Σ ds k;  dk = scale Σ ds q
+    delta = dout·out;  ds = z p (dout·v − delta) (1 − t²)
+    dv = Σ z p dout;  dq = scale Σ ds k;  dk = scale Σ ds q
 
 Every sum stays in one program and in a fixed order, without atomics: the same inputs give the same bits.
 """
@@ -161,12 +162,12 @@ def run_backward(
     call: Call, q: Array, k: Array, v: Array, mask: Array, out: Array, z: Array, dout: Array
 ) -> tuple[Array, Array, Array]:
     """(dq, dk, dv), shaped like q, k and v."""
-    along = jnp.einsum("btnh,btnh->bnt", dout, out, preferred_element_type=jnp.float32)
-    inputs = (q, k, v, mask, z, along, dout)
+    delta = jnp.einsum("btnh,btnh->bnt", dout, out, preferred_element_type=jnp.float32)
+    inputs = (q, k, v, mask, z, delta, dout)
     return run_dq(call, *inputs), *run_dkv(call, *inputs)
 
 
-def run_dq(call: Call, q: Array, k: Array, v: Array, mask: Array, z: Array, along: Array, dout: Array) -> Array:
+def run_dq(call: Call, q: Array, k: Array, v: Array, mask: Array, z: Array, delta: Array, dout: Array) -> Array:
     B, T, N, _ = q.shape
     tile, (queries, keys, whole, rows) = call.tiles.dq, specs_by_queries(q, k)
     return pl.pallas_call(
@@ -176,11 +177,11 @@ def run_dq(call: Call, q: Array, k: Array, v: Array, mask: Array, z: Array, alon
         out_specs=queries,
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
         **options(call, tile, "attention_dq"),
-    )(q, k, v, mask, z, along, dout)
+    )(q, k, v, mask, z, delta, dout)
 
 
 def run_dkv(
-    call: Call, q: Array, k: Array, v: Array, mask: Array, z: Array, along: Array, dout: Array
+    call: Call, q: Array, k: Array, v: Array, mask: Array, z: Array, delta: Array, dout: Array
 ) -> tuple[Array, Array]:
     B, T, N, H = q.shape
     S, K = k.shape[1:3]
@@ -196,7 +197,7 @@ def run_dkv(
         out_specs=[keys, keys],
         out_shape=[jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)],
         **options(call, tile, "attention_dkv"),
-    )(q, k, v, mask, z, along, dout)
+    )(q, k, v, mask, z, delta, dout)
 
 
 def options(call: Call, tile: Tile, name: str) -> dict[str, Any]:
@@ -224,25 +225,25 @@ def forward_kernel(call: Call, q_ref, k_ref, v_ref, mask_ref, out_ref, z_ref) ->
     store(z_ref, z, (at, tile.queries, T))
 
 
-def dq_kernel(call: Call, q_ref, k_ref, v_ref, mask_ref, z_ref, along_ref, dout_ref, dq_ref) -> None:
+def dq_kernel(call: Call, q_ref, k_ref, v_ref, mask_ref, z_ref, delta_ref, dout_ref, dq_ref) -> None:
     """Processes one block of queries of one head."""
     (T, H), S, tile = q_ref.shape, k_ref.shape[0], call.tiles.dq
     block = (pl.program_id(0) * tile.queries, tile.queries, T)
     q, dout = load(q_ref, block), load(dout_ref, block)
-    z, along = load(z_ref, block), load(along_ref, block)
+    z, delta = load(z_ref, block), load(delta_ref, block)
 
     def add(i, dq):
         here = (i * tile.keys, tile.keys, S)
         k, v = load(k_ref, here), load(v_ref, here)
         p, slope = weights(call, q, k, load(mask_ref, block, here))
-        ds = p * z[:, None] * (dot(dout, v.T) - along[:, None]) * slope
+        ds = p * z[:, None] * (dot(dout, v.T) - delta[:, None]) * slope
         return dq + dot(ds.astype(k.dtype), k)
 
     dq = jax.lax.fori_loop(0, pl.cdiv(S, tile.keys), add, jnp.zeros((tile.queries, H), jnp.float32))
     store(dq_ref, call.scale * dq, block)
 
 
-def dkv_kernel(call: Call, q_ref, k_ref, v_ref, mask_ref, z_ref, along_ref, dout_ref, dk_ref, dv_ref) -> None:
+def dkv_kernel(call: Call, q_ref, k_ref, v_ref, mask_ref, z_ref, delta_ref, dout_ref, dk_ref, dv_ref) -> None:
     """Processes one block of keys of one head, over all queries of the heads that share them.
 
     Weights are keys × queries here, so that products chain without a transpose.
@@ -257,11 +258,11 @@ def dkv_kernel(call: Call, q_ref, k_ref, v_ref, mask_ref, z_ref, along_ref, dout
         head = jax.lax.div(i, blocks)
         here = (jax.lax.rem(i, blocks) * tile.queries, tile.queries, T)
         q, dout = load(q_ref, here, head), load(dout_ref, here, head)
-        z, along = load(z_ref, head, here), load(along_ref, head, here)
+        z, delta = load(z_ref, head, here), load(delta_ref, head, here)
         p, slope = weights(call, k, q, load(mask_ref, here, block).T)
         p *= z[None, :]
         dv += dot(p.astype(dout.dtype), dout)
-        ds = p * (dot(v, dout.T) - along[None, :]) * slope
+        ds = p * (dot(v, dout.T) - delta[None, :]) * slope
         return dk + dot(ds.astype(q.dtype), q), dv
 
     zeros = jnp.zeros((tile.keys, H), jnp.float32)

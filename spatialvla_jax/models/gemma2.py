@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.models.activation_sharding import constrain_batch
-from spatialvla_jax.models.attention import Angles, attend, rotary, rotary_angles, soft_cap
+from spatialvla_jax.models.attention import Angles, attend, rotary, rotary_angles, sliding_window_mask, soft_cap
 from spatialvla_jax.models.linear import adapter_of, linear
 from spatialvla_jax.models.remat import rematerialise, scan_layers
 
@@ -171,9 +171,7 @@ class Gemma2(nn.Module):
         """
         cfg = self.config
         x = constrain_batch(embeddings.astype(self.dtype) * jnp.asarray(cfg.width**0.5, self.dtype))
-        local = None
-        if mask.shape[-1] > cfg.sliding_window:
-            local = mask & (positions[:, :, None] - positions[:, None, :] < cfg.sliding_window)
+        local = sliding_window_mask(mask, positions, positions, cfg.sliding_window)
         angles = rotary_angles(positions, cfg.head_dim, cfg.rope_base)
         x, _ = self.layers(x, jnp.arange(cfg.depth) % 2 == 0, angles, (mask, local))
         return self.final_norm(x)

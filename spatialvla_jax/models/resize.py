@@ -72,7 +72,8 @@ def _from_taps(n: int, first: np.ndarray, taps: list[np.ndarray]) -> np.ndarray:
 
 
 @cache
-def _bicubic(n: int, m: int, a: float = -0.75) -> np.ndarray:
+def _bicubic(n: int, m: int) -> np.ndarray:
+    a = -0.75
     position = _aligned_positions(n, m)
     floor = np.floor(position)
 

@@ -25,7 +25,6 @@ from spatialvla_jax.models.siglip import Siglip, SiglipConfig
 from spatialvla_jax.models.zoedepth import DEPTH_PAD, ZoeDepth, ZoeDepthConfig, estimate_depth
 from spatialvla_jax.utils.renames import MODEL_FIELDS
 
-PAD, EOS, BOS = 0, 1, 2
 TARGET_HEAD = "target_head"  # beside the model's parameters in runs with `loss.target`, for training alone
 MAX_PATCHES = 128  # along each side, for models read from a file
 Params = dict[str, Any]  # nested as in Flax; leaves are arrays or abstract stand-ins

@@ -11,7 +11,8 @@ from jaxtyping import Array, Float, Int
 
 from spatialvla_jax.actions import ActionTokenizer
 from spatialvla_jax.models import Params, SpatialVLAConfig
-from spatialvla_jax.models.spatialvla import EOS, TARGET_HEAD
+from spatialvla_jax.models.spatialvla import TARGET_HEAD
+from spatialvla_jax.text import EOS
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.models import Params
-from spatialvla_jax.models.activation_sharding import BATCH_AXES
+from spatialvla_jax.models.activation_sharding import BATCH_AXES, batch_splits
 from spatialvla_jax.models.lora import ADAPTERS, axes_of
 
 AXES = ("data", "fsdp", "tensor")
@@ -89,7 +89,7 @@ def arrange(devices: Sequence[Any], sizes: Sequence[int]) -> np.ndarray:
 
 def check_batch(batch_size: int, grad_accum_steps: int, mesh: Mesh) -> None:
     """Raises InputError unless accumulation steps × the mesh's batch axes divide the batch."""
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    parts = batch_splits(mesh)
     if batch_size % (grad_accum_steps * parts):
         raise InputError(
             f"train.batch_size {batch_size} does not divide by train.grad_accum_steps {grad_accum_steps} × "

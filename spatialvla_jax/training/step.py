@@ -19,7 +19,8 @@ from spatialvla_jax.actions import ActionTokenizer, decode, encode
 from spatialvla_jax.batch import Batch
 from spatialvla_jax.models import Params, SpatialVLA
 from spatialvla_jax.models.lora import merge_adapters, put_beside
-from spatialvla_jax.models.spatialvla import EOS, TARGET_HEAD
+from spatialvla_jax.models.spatialvla import TARGET_HEAD
+from spatialvla_jax.text import EOS
 from spatialvla_jax.training.augment import Augmentation, augment
 from spatialvla_jax.training.losses import PLAIN, Loss, soft_cross_entropy, target_error
 from spatialvla_jax.training.optimizer import (

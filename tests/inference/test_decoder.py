@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spatialvla_jax.inference.decoder import forward, linear, narrow, quantize
+from spatialvla_jax.inference.decoder import forward, linear, quantize
 from spatialvla_jax.inference.weights import to_decode_layout
+from spatialvla_jax.models.attention import sliding_window_mask
 from spatialvla_jax.models.gemma2 import Gemma2, Gemma2Config
 
 # More layers than one of each kind, and a window that cuts into the sequence.
@@ -31,12 +32,12 @@ def test_whole_or_in_parts_it_is_the_model(first: int, window: int) -> None:
 
     weights = to_decode_layout(params, jnp.asarray, lambda m: m)
     run = jax.jit(lambda *args: forward(config, weights, *args))
-    whole, cache = run(x, positions, mask, narrow(config, mask, positions, positions))
+    whole, cache = run(x, positions, mask, sliding_window_mask(mask, positions, positions, window))
     np.testing.assert_allclose(whole, expected, rtol=0, atol=1e-4)
 
     cache, parts = jax.tree.map(jnp.zeros_like, cache), []
     for part in [slice(0, first), *(slice(i, i + 1) for i in range(first, length))]:
-        seen = (mask[:, part], narrow(config, mask[:, part], positions[:, part], positions))
+        seen = (mask[:, part], sliding_window_mask(mask[:, part], positions[:, part], positions, window))
         hidden, cache = run(x[:, part], positions[:, part], *seen, cache, part.start)
         parts.append(hidden)
     np.testing.assert_allclose(jnp.concatenate(parts, axis=1), expected, rtol=0, atol=1e-4)
