@@ -43,7 +43,7 @@ def gaussian_grid(
 
     Args:
         stats: [6, 2] (mu, sigma) of theta, phi, r, roll, pitch, yaw, as `fit_gaussians` returns them.
-            num_bins: bins of the same six variables.
+        num_bins: bins of the same six variables.
         min_sigma: floor of sigma; 0.5 in pre-training, 0 in fine-tuning (reference implementation).
 
     Any finite mu and any sigma >= 0 gives increasing edges: no bin is narrower than 1e-5 of its range.

@@ -24,10 +24,10 @@ _BLOCK = 2**16  # actions per call of encode and decode
 PARTS = {"translation": slice(0, 3), "rotation": slice(3, 6), "gripper": slice(6, 7)}
 
 
-def sample_actions(grid: ActionGrid | LinearGrid, count: int = 100_000, seed: int = 0) -> Float[np.ndarray, "N 7"]:
+def sample_actions(grid: ActionGrid | LinearGrid, count: int = 100_000) -> Float[np.ndarray, "N 7"]:
     """Random actions f32[N, 7] that fall into every bin of each variable equally often, uniformly within it. This is
     the distribution a fitted grid assumes. Clipped to [-1, 1]; the gripper is 0 or 1."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
 
     def draw(edges: Any) -> np.ndarray:
         bins = rng.integers(0, len(edges) - 1, count)
@@ -39,11 +39,11 @@ def sample_actions(grid: ActionGrid | LinearGrid, count: int = 100_000, seed: in
     return _actions(_cartesian(*map(draw, grid.edges)), rng)
 
 
-def sample_gaussians(gaussians: Any, count: int = 100_000, seed: int = 0) -> Float[np.ndarray, "N 7"]:
+def sample_gaussians(gaussians: Any, count: int = 100_000) -> Float[np.ndarray, "N 7"]:
     """Like `sample_actions`, from six independent Gaussians [6, 2] (mu, sigma) truncated to the variables' ranges."""
     from scipy.stats import truncnorm  # slow to import, and every run imports this module
 
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     variables = []
     for (mu, sigma), bounds in zip(gaussians, RANGES, strict=True):
         sigma = max(sigma, 1e-6)

@@ -24,7 +24,8 @@ def dimension_name(number: int, width: int) -> str:
 def normalize(actions: Float[np.ndarray, "*B A"], statistics: Mapping[str, Any]) -> Float[np.ndarray, "*B A"]:
     """Canonical actions → [-1, 1], f32: q01 maps to -1 and q99 to 1, clipped. Constant dimensions become 0; dimensions
     outside the mask are unchanged. `statistics` is one dataset's "action" entry; its rows may be arrays [*B, A]."""
-    low, high, mask, constant = _bounds(statistics)
+    low, high, mask = action_bounds(statistics)
+    constant = np.equal(statistics["min"], statistics["max"])
     scaled = np.clip(2 * (actions - low) / (high - low + 1e-8) - 1, -1, 1)
     return np.where(mask, np.where(constant, 0.0, scaled), actions).astype(np.float32)
 
@@ -43,14 +44,15 @@ def mean_and_std(values: Float[np.ndarray, "N D"]) -> tuple[Float[np.ndarray, " 
     return mean, np.sqrt(total(np.square(part - mean) for part in in_parts(values)) / len(values))
 
 
-def in_parts(values: np.ndarray, rows: int = 2**18) -> Iterator[np.ndarray]:
-    """Iterate over an array in blocks of `rows` rows, so that temporaries stay small."""
+def in_parts(values: np.ndarray) -> Iterator[np.ndarray]:
+    """Iterate over an array in blocks of rows, so that temporaries stay small."""
+    rows = 2**18
     return (values[first : first + rows] for first in range(0, len(values), rows))
 
 
 def unnormalize(actions: Float[np.ndarray, "*B A"], statistics: Mapping[str, Any]) -> Float[np.ndarray, "*B A"]:
     """Inverse of `normalize`, up to its clipping: f32 actions in robot units."""
-    low, high, mask, _ = _bounds(statistics)
+    low, high, mask = action_bounds(statistics)
     return to_range(np.asarray(actions), low, high, mask).astype(np.float32)
 
 
@@ -62,11 +64,6 @@ def to_range(actions: Any, low: Any, high: Any, mask: Any) -> Any:
 
 def action_bounds(statistics: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, Bool[np.ndarray, "*B A"]]:
     """What `unnormalize` needs: (value of -1, value of 1, bool mask of normalised dimensions)."""
-    low, high, mask, _ = _bounds(statistics)
-    return low, high, mask
-
-
-def _bounds(statistics: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, Bool[np.ndarray, "*B A"], np.ndarray]:
-    low, high, smallest, largest = (np.asarray(statistics[name], np.float64) for name in ("q01", "q99", "min", "max"))
+    low, high = (np.asarray(statistics[name], np.float64) for name in ("q01", "q99"))
     mask = statistics.get("mask", normalized_dimensions(low.shape[-1]))
-    return low, high, np.asarray(mask, bool), smallest == largest
+    return low, high, np.asarray(mask, bool)
