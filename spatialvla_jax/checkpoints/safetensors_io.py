@@ -16,11 +16,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from spatialvla_jax.checkpoints.mapping import check_names, shown
+from spatialvla_jax.checkpoints.mapping import check_names, printable
 from spatialvla_jax.checkpoints.types import LazyArray, crc32c, read_json, unique
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.utils.atomic import write_json
-from spatialvla_jax.utils.storage import AnyPath, is_file, is_url, list_names, read_ranges, size_and_version
+from spatialvla_jax.utils.storage import AnyPath, is_file, is_url, list_names, read_range, read_ranges, size_and_version
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
@@ -101,7 +101,7 @@ def open_file(file: AnyPath) -> dict[str, LazyArray]:
     tensors, offset = {}, 0
     for (begin, end), shape, dtype, key in sorted(entries, key=lambda entry: entry[0]):
         if begin != offset:
-            raise InputError(f"{file}: {shown(key)} begins at byte {begin} of the data instead of {offset}")
+            raise InputError(f"{file}: {printable(key)} begins at byte {begin} of the data instead of {offset}")
         tensors[key] = _lazy(file, key, shape, dtype, start + begin, checksums.get(key))
         offset = end
     if size < start + offset:
@@ -117,10 +117,10 @@ def _read_header(file: AnyPath) -> tuple[dict[str, Any], int, int]:
         if not is_file(file):  # opening a pipe would block
             raise InputError(f"{file} is not a file")
         size, _ = size_and_version(file)
-        length = int.from_bytes(_bytes(file, 0, min(8, size)), "little")
+        length = int.from_bytes(read_range(file, 0, min(8, size)), "little")
         if not 0 < length <= min(size - 8, MAX_HEADER):
             raise InputError(f"{file} is not a safetensors file, or is cut short inside its header")
-        text = _bytes(file, 8, length)
+        text = read_range(file, 8, length)
     except OSError as error:
         raise InputError(f"{file} cannot be read: {error.strerror}") from error
     try:
@@ -141,12 +141,12 @@ def _natural(text: str) -> int:
 
 def _parse(file: AnyPath, key: str, entry: Any) -> tuple[tuple[int, int], tuple[int, ...], np.dtype]:
     """→ (data_offsets, shape, dtype) of one header entry. Raises InputError if they are inconsistent."""
-    what = f"{file}: the entry of {shown(key)}"
+    what = f"{file}: the entry of {printable(key)}"
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise InputError(f"{what} must have the fields dtype, shape and data_offsets")
     name, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(name, str) or name not in DTYPES:
-        raise InputError(f"{what} has a dtype that is not one of {', '.join(DTYPES)}: {shown(str(name))}")
+        raise InputError(f"{what} has a dtype that is not one of {', '.join(DTYPES)}: {printable(str(name))}")
     for field, numbers in (("shape", shape), ("data_offsets", offsets)):
         if not isinstance(numbers, list) or not all(type(n) is int for n in numbers) or len(numbers) > MAX_RANK:
             raise InputError(f"{what} must have a list of whole numbers, {MAX_RANK} at most, as its {field}")
@@ -164,11 +164,11 @@ def _lazy(
         try:
             x = _elements(file, dtype, prod(shape), offset)
         except OSError as error:
-            raise InputError(f"{file} cannot be read at {shown(key)}: {error}") from error
+            raise InputError(f"{file} cannot be read at {printable(key)}: {error}") from error
         if x.size != prod(shape):
-            raise InputError(f"{file} is cut short inside {shown(key)}")
+            raise InputError(f"{file} is cut short inside {printable(key)}")
         if checksum is not None and crc32c(x) != checksum:
-            raise InputError(f"{file} is damaged: the bytes of {shown(key)} do not have the checksum in its header")
+            raise InputError(f"{file} is damaged: the bytes of {printable(key)} do not have the checksum in its header")
         return x.reshape(shape)
 
     return LazyArray(shape, dtype, read)
@@ -188,13 +188,6 @@ def _elements(file: AnyPath, dtype: np.dtype, count: int, offset: int) -> np.nda
                 raise found
             content[start : start + len(found)] = np.frombuffer(found, np.uint8)
     return whole
-
-
-def _bytes(file: AnyPath, offset: int, length: int) -> bytes:
-    (found,) = read_ranges([(file, offset, length)])
-    if isinstance(found, Exception):
-        raise found
-    return found
 
 
 def write_directory(path: Path, tensors: Mapping[str, LazyArray], max_bytes: int) -> None:

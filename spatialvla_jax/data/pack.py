@@ -34,7 +34,7 @@ from spatialvla_jax.errors import InputError
 from spatialvla_jax.text import Tokenizer
 from spatialvla_jax.utils.atomic import disk_errors, parents_of, replacing
 from spatialvla_jax.utils.progress import warn
-from spatialvla_jax.utils.storage import cached_copy, is_dir, is_url, list_files, read_ranges, to_path
+from spatialvla_jax.utils.storage import cached_copy, is_dir, is_url, list_files, read_range, to_path
 
 MAGIC, VERSION, ALIGNMENT = b"SVLAPACK", 2, 4096  # version 1 is the same, but has a frame for every action
 _PREFIX = struct.Struct("<8sII32s")
@@ -366,10 +366,7 @@ def packed_digest(packed: str | os.PathLike[str] | Mapping[str, float]) -> str:
     path = to_path(packed)
     if isinstance(path, Path):
         _open(path)
-    (prefix,) = read_ranges([(path, 0, _PREFIX.size)])
-    if isinstance(prefix, Exception):
-        raise prefix
-    return _PREFIX.unpack(prefix)[3].hex()
+    return _PREFIX.unpack(read_range(path, 0, _PREFIX.size))[3].hex()
 
 
 def packed_names(config: DataConfig) -> list[str]:

@@ -8,7 +8,7 @@ from PIL import Image
 
 from spatialvla_jax.data.index import Index
 from spatialvla_jax.data.tfrecord import read_example
-from spatialvla_jax.utils.storage import read_ranges
+from spatialvla_jax.utils.storage import read_range
 
 # Where datasets of the catalogue keep the robot's state, the usual names first.
 STATES = tuple(
@@ -54,7 +54,4 @@ def stored_state(index: Index, episode: int) -> tuple[str, Float[np.ndarray, "L 
 
 
 def _read(index: Index, episode: int, offset: int, length: int) -> bytes:
-    (data,) = read_ranges([(index.files[index.arrays["episode_file"][episode]], offset, length)])
-    if isinstance(data, Exception):
-        raise data
-    return data
+    return read_range(index.files[index.arrays["episode_file"][episode]], offset, length)

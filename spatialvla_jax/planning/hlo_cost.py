@@ -1,11 +1,11 @@
-"""What a compiled TPU program costs, read from its optimised HLO text: FLOPs, HBM traffic and collectives of one chip.
+"""The cost of a compiled TPU program, from its optimised HLO text: FLOPs, HBM traffic and collectives of one chip.
 
-XLA's own `cost_analysis` counts the body of a loop once. Here it counts as often as the loop runs (scanned layers,
-accumulation), by the bound in the loop's condition.
+XLA's own `cost_analysis` counts the body of a loop once. Here it is multiplied by the trip count (of scanned layers and
+accumulation), read from the loop's condition.
 
     compute seconds    = hardware FLOPs of a chip (with rematerialisation; at least the model's) / peak FLOP/s
     HBM seconds        = bytes that its instructions read from and write to HBM / HBM bandwidth
-    ICI, DCN seconds   = bytes that a chip must receive in collectives / its bandwidth
+    ICI, DCN seconds   = bytes that a chip must receive in collectives / bandwidth of that network
     step ≥ roofline    = the largest of these: perfect overlap, peak rates
     MFU ≤ mfu bound    = model FLOPs / (chips × peak × roofline step), model FLOPs without rematerialisation
 """
@@ -23,7 +23,7 @@ BITS = {"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "bf16": 16, "f16": 16, "s
 BITS |= {"s32": 32, "u32": 32, "f32": 32, "s64": 64, "u64": 64, "f64": 64, "c64": 64, "token": 0, "f8e4m3fn": 8}
 ARRAY = re.compile(r"\b([a-z]+[0-9]*[a-z0-9]*)\[([0-9,]*)\](\{[^{}]*\})?")
 INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = ")
-# Instructions that move nothing by themselves: their work is inside, or they rename.
+# Instructions without traffic of their own: they only rename, or the traffic is that of a computation they call.
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all"}
 FREE |= {"partition-id", "replica-id", "async-start", "async-update", "opt-barrier"}
 ENDINGS = ("send", "recv", "async", "copy", "slice", "dynamic-slice", "custom-call", *COLLECTIVES)
@@ -42,8 +42,8 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Collective:
-    """`count` runs a step of one instruction; `bytes` is what a chip receives in one run; `asynchronous`: other
-    instructions run meanwhile, between its start and its done or in the fusion that holds it."""
+    """One collective instruction, run `count` times per step; a chip receives `bytes` each time. `asynchronous`: it
+    overlaps with other instructions, between its start and its done or in the fusion that holds it."""
 
     kind: str
     dtype: str
@@ -58,18 +58,19 @@ class Collective:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one chip and one step."""
+    """The cost of one step on one chip."""
 
     flops: float
     hbm_bytes: float
     collectives: tuple[Collective, ...]
 
     def received(self, across_slices: bool) -> float:
+        """Bytes received per step over the network between slices (DCN) or within them (ICI)."""
         return sum(c.bytes * c.count for c in self.collectives if c.across_slices == across_slices)
 
 
 def read_program(text: str, devices_per_slice: int) -> Cost:
-    """Cost of a module from `compiled.as_text()`."""
+    """The cost of a module, given its `compiled.as_text()`."""
     computations = parse(text)
     entry = next(name for name, (is_entry, _) in computations.items() if is_entry)
     tables = {name: {i.name: i for i in body} for name, (_, body) in computations.items()}
@@ -81,7 +82,7 @@ def read_program(text: str, devices_per_slice: int) -> Cost:
         for i in computations[name][1]:
             flops += times * flops_of(i, computations, tables, tables[name])
             for j, kind in collectives_in(i, computations):
-                # One that runs beside several fusions is written in each of them.
+                # A collective that overlaps with several fusions is printed in each of them.
                 channel = re.search(r"channel_id=(\d+)", j.text)
                 if channel is None or channel[1] not in channels:
                     channels |= {channel[1]} if channel else set()
@@ -114,7 +115,7 @@ def parse(text: str) -> dict[str, tuple[bool, list[Instruction]]]:
 
 
 def split_shape(text: str) -> tuple[str, str]:
-    """The shape at the start, and what follows; a tuple's shape is in parentheses and may hold some."""
+    """Split off the shape at the start; a tuple's shape is in parentheses, which may be nested."""
     if not text.startswith("("):
         shape, _, rest = text.partition(" ")
         return shape, rest
@@ -123,7 +124,7 @@ def split_shape(text: str) -> tuple[str, str]:
 
 
 def closing(text: str) -> int:
-    """Where the parenthesis that is already open closes."""
+    """The index of the parenthesis that closes one opened before `text`."""
     depth = 1
     for at, c in enumerate(text):
         depth += (c == "(") - (c == ")")
@@ -133,7 +134,7 @@ def closing(text: str) -> int:
 
 
 def executed(computations: dict, entry: str) -> Iterator[tuple[str, int]]:
-    """Every computation that the entry runs (not the insides of fusions), with how often a step runs it."""
+    """Every computation that the entry runs, not looking into fusions, and how often it runs per step."""
     waiting = [(entry, 1)]
     while waiting:
         name, times = waiting.pop()
@@ -149,7 +150,7 @@ def executed(computations: dict, entry: str) -> Iterator[tuple[str, int]]:
 
 
 def trip_count(condition: list[Instruction]) -> int:
-    """Of a loop that counts from 0 while it is below a constant, as scans become; 1 where it is of another form."""
+    """The trip count of a loop that counts from 0 to a constant, as compiled scans do; 1 for other loops."""
     names, root = with_root(condition)
     bounds = [names[o].text for o in root.operands if o in names and names[o].op == "constant"]
     found = re.match(r"constant\((\d+)\)", bounds[0]) if bounds and "direction=LT" in root.text else None
@@ -157,7 +158,7 @@ def trip_count(condition: list[Instruction]) -> int:
 
 
 def arrays(shape: str) -> list[tuple[str, tuple[int, ...], bool]]:
-    """(dtype, dims, in HBM) of every array in a printed shape; `S(1)` in a layout is the chip's vector memory."""
+    """(dtype, dims, whether in HBM) of every array in a printed shape; `S(1)` in a layout means vector memory."""
     return [
         (dtype, tuple(map(int, dims.split(","))) if dims else (), "S(" not in (layout or ""))
         for dtype, dims, layout in ARRAY.findall(shape)
@@ -165,21 +166,23 @@ def arrays(shape: str) -> list[tuple[str, tuple[int, ...], bool]]:
 
 
 def size(shape: str, hbm_only: bool = False) -> float:
+    """Bytes of all arrays in a printed shape."""
     return sum(prod(d) * BITS.get(t, 32) / 8 for t, d, in_hbm in arrays(shape) if in_hbm or not hbm_only)
 
 
 def with_root(body: list[Instruction]) -> tuple[dict[str, Instruction], Instruction]:
-    """A computation's instructions by name, and the one that is its result."""
+    """A computation's instructions by name, and its root, which is its result."""
     return {i.name: i for i in body}, next(i for i in body if i.root)
 
 
 def called_by(i: Instruction) -> str | None:
+    """The computation that an instruction calls, if any."""
     found = re.search(r"calls=%?([\w.\-]+)", i.text)
     return found[1] if found else None
 
 
 def flops_of(i: Instruction, computations: dict, tables: dict, table: dict[str, Instruction]) -> float:
-    """Of the matrix products and convolutions in an instruction, 2 for each multiply-add."""
+    """FLOPs of the matrix products and convolutions in an instruction; a multiply-add counts 2."""
     if i.op == "fusion":
         inner = called_by(i)
         return sum(flops_of(j, computations, tables, tables[inner]) for j in computations[inner][1]) if inner else 0
@@ -215,15 +218,16 @@ def flops_of(i: Instruction, computations: dict, tables: dict, table: dict[str, 
 
 
 def valid_places(n: int, out: int, window: int, pad: int, stride: int, lhs_dilate: int, rhs_dilate: int) -> int:
-    """Along one dimension: pairs of an output and a window position that meet an input, not padding nor a hole."""
+    """Along one dimension, the number of (output, window position) pairs that read an input rather than padding or the
+    gaps that dilation inserts."""
     span, starts = (n - 1) * lhs_dilate, np.arange(out) * stride - pad
     at = (starts + k * rhs_dilate for k in range(window))
     return sum(int(((x >= 0) & (x <= span) & (x % lhs_dilate == 0)).sum()) for x in at)
 
 
 def traffic(i: Instruction, computations: dict, table: dict[str, Instruction]) -> float:
-    """Bytes of HBM that an instruction reads and writes. Of an operand that is only sliced, the slice counts; of a
-    result that is an operand updated in place, the update."""
+    """Bytes of HBM that an instruction reads and writes. An operand that is only sliced counts with its slice, a result
+    that updates an operand in place with the update."""
     inner = called_by(i) if i.op == "fusion" else None
     if inner is None:
         return plain_traffic(i, table)
@@ -244,7 +248,8 @@ def traffic(i: Instruction, computations: dict, table: dict[str, Instruction]) -
 
 
 def written(i: Instruction, names: dict[str, Instruction], computations: dict) -> float:
-    """Bytes of an instruction's result in a fusion that are new: an update alone, nothing of what passes through."""
+    """Bytes that an instruction in a fusion actually writes: of an update in place only the update, of a parameter that
+    is passed through nothing."""
     if i.op == "bitcast":
         return written(names[i.operands[0]], names, computations)
     if i.op == "parameter":
@@ -253,7 +258,7 @@ def written(i: Instruction, names: dict[str, Instruction], computations: dict) -
         return size(names[i.operands[1]].shape)
     if i.op == "get-tuple-element":
         source = names[i.operands[0]]
-        if source.op in ("custom-call", "parameter"):  # a collective under way
+        if source.op in ("custom-call", "parameter"):  # a collective in progress
             return 0
         inner, at = called_by(source), int(re.search(r"index=(\d+)", i.text)[1])  # pyright: ignore[reportOptionalSubscript]
         if inner is not None:
@@ -308,7 +313,7 @@ def shapes_of(shape: str) -> list[str]:
 
 
 def collectives_in(i: Instruction, computations: dict) -> Iterator[tuple[Instruction, str]]:
-    """The collectives that an instruction is or, as a fusion, holds, with their kinds."""
+    """(instruction, kind) if it is a collective; for a fusion, those of the collectives inside."""
     kind = i.op.removesuffix("-start")
     if kind in COLLECTIVES or (kind == "fusion" and "all-reduce-scatter" in i.text.split("metadata=")[0]):
         yield i, kind
@@ -320,7 +325,8 @@ def collectives_in(i: Instruction, computations: dict) -> Iterator[tuple[Instruc
 def collective(
     i: Instruction, kind: str, times: int, devices_per_slice: int, computations: dict, asynchronous: bool
 ) -> Collective:
-    """A ring's or a torus's least traffic: (n − 1)/n of the whole for a gather or a scatter, twice that for a sum."""
+    """The collective with the minimal traffic of a ring or torus of n devices: (n − 1)/n of the whole array for a
+    gather or scatter, twice that for an all-reduce."""
     text, shape = i.text, i.shape
     if kind == "fusion":
         inner, kind = called_by(i), "reduce-scatter"
@@ -350,7 +356,8 @@ def collective(
 
 
 def across_slices(i: Instruction, times: int) -> Collective:
-    """Between slices the compiler writes pairs of send and recv, and in their attributes what they are."""
+    """A collective between slices. The compiler emits these as pairs of send and recv, with the kind in an
+    attribute."""
     dtype, dims, _ = arrays(i.shape)[0]
     found = re.search(r'_xla_megascale_transfer_type="(\w+)"', i.text)
     kind = found[1].lower().replace("_", "-") if found else "transfer"
@@ -369,7 +376,7 @@ def across_slices(i: Instruction, times: int) -> Collective:
 
 
 def replica_groups(text: str) -> list[list[int]]:
-    """Device numbers of each group, from the three ways in which they are printed."""
+    """The device numbers of each group, which XLA prints in one of three formats."""
     if found := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}", text):
         return [[int(d) for d in g.split(",")] for g in re.findall(r"\{([\d,]+)\}", found[1])]
     if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
@@ -388,7 +395,7 @@ def replica_groups(text: str) -> list[list[int]]:
 
 
 def where_of(op_name: str) -> str:
-    """The part of the network and the pass that an instruction comes from."""
+    """The part of the model and the pass that an instruction belongs to, such as "llm backward"."""
     part = next((p for p in ("zoe", "img", "ego3d", "logits", "embed", "llm") if re.search(rf"\b{p}\b", op_name)), "")
     backward = "transpose(" in op_name
     again = "rematted_computation" in op_name

@@ -1,7 +1,7 @@
-"""A rehearsal: a few steps of a run, on the machines that will make it, beside what was planned; then go or no-go.
+"""A rehearsal: a few steps of a run on its own machines, compared with the plan, then a verdict of go or no-go.
 
-A rehearsal is the run's own loop and program, in a separate folder. It takes some steps, saves, ends, and starts again
-from what was saved; that state must have the same bits.
+A rehearsal uses the run's own loop and program in a separate folder. It takes some steps, saves, and restarts from the
+checkpoint; the restored state must have the same bits.
 """
 
 import contextlib
@@ -32,32 +32,24 @@ from spatialvla_jax.training.metrics import MetricsLog
 from spatialvla_jax.training.saving import quiet_storage
 from spatialvla_jax.training.state import TrainState, abstract_state
 from spatialvla_jax.training.step import jit_train_step
-from spatialvla_jax.utils.chips import CHIPS, peak
+from spatialvla_jax.utils.chips import CHIPS, generation_of, peak
 from spatialvla_jax.utils.distributed import Preemption
 from spatialvla_jax.utils.signals import Terminated
 from spatialvla_jax.utils.storage import AnyPath, list_tree
 
-# What makes a no-go; docs/cloud.md gives the reasons.
-SLOWEST = 3.0  # times the planned step
-LONGEST_WAIT = 0.05  # of a step, for data
-FULLEST = 0.95  # of a device's memory
+# Limits beyond which the verdict is no-go; docs/cloud.md gives the reasons.
+SLOWEST = 3.0  # step time relative to the planned bound
+LONGEST_WAIT = 0.05  # fraction of a step spent waiting for data
+FULLEST = 0.95  # fraction of a device's memory in use
 
 Report = dict[str, Any]
-GENERATIONS = {
-    "TPU v4": "v4",
-    "TPU v5 lite": "v5e",
-    "TPU v5e": "v5e",
-    "TPU v5p": "v5p",
-    "TPU v5": "v5p",
-    "TPU v6": "v6e",
-}
 
 
 def rehearse(config: ConfigDict, folder: AnyPath, steps: int, age: float = 0.0) -> Report:
-    """Makes `steps` steps of a run in `folder`, which is new, saves, and starts again from there. The process is `age`
-    seconds old. → what was measured and planned, the largest over all processes; `judge` looks at it.
+    """Run `steps` steps in the new `folder`, save, and restart from there. `age` is the process's age in seconds.
 
-    Raises what `train` does, and Terminated after SIGTERM.
+    Returns the measurements (their maxima over all processes) and the plan, for `judge`. Raises as `train` does, and
+    Terminated after SIGTERM.
     """
     config = completed(config, {"train.log_every": str(steps)})
     with Preemption() as preemption, quiet_storage(), contextlib.closing(LogFolder(folder)) as logs:
@@ -73,7 +65,7 @@ def rehearse(config: ConfigDict, folder: AnyPath, steps: int, age: float = 0.0) 
         if step < min(steps, run.setup.steps):
             raise Terminated
         saved = fingerprint(state)
-        del state  # there is no room for two
+        del state  # memory has no room for two states
         first, last = (defaultdict(float, goodput.marks[n]["seconds"]) for n in (1, -1))
         again = prepare(config, folder, Goodput(logs, clock := Clock()))
         restore_seconds = clock.totals()["total"]
@@ -114,7 +106,7 @@ def rehearse(config: ConfigDict, folder: AnyPath, steps: int, age: float = 0.0) 
 
 
 def fingerprint(state: TrainState) -> list[int]:
-    """A number for every array of the state, which another bit or place of a bit changes; made where the arrays lie."""
+    """A checksum of every array of the state that depends on all bits and their positions, computed on the devices."""
 
     def sum_of(x: Array) -> UInt32[Array, ""]:
         if not jnp.issubdtype(x.dtype, jnp.integer):
@@ -129,14 +121,14 @@ def fingerprint(state: TrainState) -> list[int]:
 
 
 def memory_used(device: Any) -> float:
-    """The most that was used of a device's memory, as a fraction; NaN where it does not say."""
+    """Peak use of a device's memory as a fraction; NaN if the device does not report it."""
     memory = device.memory_stats() or {}
     return memory["peak_bytes_in_use"] / memory["bytes_limit"] if memory.get("bytes_limit") else math.nan
 
 
 def planned(run: Run) -> dict[str, float]:
-    """Lower bounds of a step's seconds: on a TPU {"roofline": that of the compiled program}, on a GPU {"flops": that of
-    the model's products at the device's peak}; {} for a device of unknown peak."""
+    """A lower bound on a step's seconds: {"roofline": from the compiled program} on a TPU, {"flops": the model's
+    products at peak rate} on other devices, {} if the peak is unknown."""
     if not (rate := peak()):
         return {}
     setup, flops = run.setup, model_flops(run.setup, run.grid)
@@ -149,9 +141,8 @@ def planned(run: Run) -> dict[str, float]:
 
 
 def topology_of(devices: list[Any]) -> Topology | None:
-    """Of the TPU chips of a run; None for other devices."""
-    name = next((name for kind, name in GENERATIONS.items() if kind in devices[0].device_kind), None)
-    if name is None:
+    """The topology of a run's TPU chips; None for other devices."""
+    if (name := generation_of(devices[0].device_kind)) is None:
         return None
     sides = [len(set(side)) for side in zip(*(device.coords for device in devices), strict=True)]
     slices = len({getattr(device, "slice_index", 0) for device in devices})
@@ -159,7 +150,7 @@ def topology_of(devices: list[Any]) -> Topology | None:
 
 
 def judge(report: Report) -> list[tuple[str, str, bool | None]]:
-    """What was looked at, in words, what was found, and whether that will do; None where nothing is known."""
+    """(aspect, finding in words, whether it is acceptable, None if unknown) for each criterion."""
     step, save = report["step_seconds"], report["save_seconds"]
     due = report["checkpoint_every"] * step
     rows: list[tuple[str, str, bool | None]] = []

@@ -1,4 +1,4 @@
-"""The shapes of TPU pods, and libtpu's devices for them, on any CPU machine."""
+"""TPU pod shapes, and libtpu's devices to compile for them on any CPU machine."""
 
 import importlib.util
 import re
@@ -14,12 +14,12 @@ from spatialvla_jax.utils.chips import CHIPS, Chip
 from spatialvla_jax.utils.quiet import quiet_libtpu
 from spatialvla_jax.utils.signals import keep_handlers
 
-FLAT = ((2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))  # the slices of v5e and v6e from one host up
+FLAT = ((2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))  # slice shapes of v5e and v6e, from one host up
 
 
 @dataclass(frozen=True)
 class Topology:
-    """`slices` pods of `dims` chips of a generation; `str` gives "v5e:16x16" or "2 × v5e:16x16"."""
+    """`slices` slices of `dims` chips each; `str` gives "v5e:16x16" or "2 × v5e:16x16"."""
 
     generation: str
     dims: tuple[int, ...]
@@ -41,7 +41,7 @@ class Topology:
         return self.name if self.slices == 1 else f"{self.slices} × {self.name}"
 
     def devices(self) -> list[Any]:
-        """Devices to compile for, one a chip. Raises InputError where libtpu is not installed or refuses."""
+        """Devices to compile for, one per chip. Raises InputError if libtpu is missing or has no such topology."""
         if importlib.util.find_spec("libtpu") is None:
             raise InputError(
                 "compiling for TPUs needs libtpu, which is not installed: pip install 'spatialvla-jax[tpu]'"
@@ -59,9 +59,9 @@ class Topology:
 
 
 def parse_topology(text: str, slices: int = 1) -> Topology:
-    """ "v5e:16x16" as it lies, or a product's name: "v5e-256" (256 chips), "v4-128" (128 TensorCores, 64 chips).
+    """Parse a shape, "v5e:16x16", or a product name: "v5e-256" (256 chips), "v4-128" (128 TensorCores, 64 chips).
 
-    Raises InputError for one that does not exist.
+    Raises InputError for a topology that does not exist.
     """
     found = re.fullmatch(r"(\w+)(?::(\d+(?:x\d+)*)|-(\d+))", text)
     if not found or found[1] not in CHIPS:
@@ -72,7 +72,7 @@ def parse_topology(text: str, slices: int = 1) -> Topology:
     shapes = FLAT if chip.sides == 2 else cubes(chip.largest)
     dims = tuple(map(int, found[2].split("x"))) if found[2] else ()
     count = prod(dims) if dims else int(found[3]) / chip.cores
-    # The one nearest to a cube or square is what a size alone gives.
+    # Given only a size, take the shape nearest to a cube or square.
     fitting = [s for s in sorted(shapes, key=lambda s: max(s) - min(s)) if (s == dims if dims else prod(s) == count)]
     if fitting:
         return Topology(generation, fitting[0], slices)
@@ -86,7 +86,7 @@ def parse_topology(text: str, slices: int = 1) -> Topology:
 
 
 def cubes(largest: int) -> list[tuple[int, ...]]:
-    """The slices of v4 and v5p: 2x2x1, then sides that are 2 or multiples of 4, shortest first."""
+    """Slice shapes of v4 and v5p: 2x2x1, and those with sides of 2 or multiples of 4, shortest side first."""
     sides = [2, *range(4, 33, 4)]
     shapes = [(a, b, c) for a in sides for b in sides for c in sides if a <= b <= c and a * b * c <= largest]
     return [(2, 2, 1), *shapes]

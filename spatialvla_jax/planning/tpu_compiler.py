@@ -1,8 +1,8 @@
-"""libtpu's compiler, up to where the program and its memory are settled.
+"""Runs libtpu's compiler up to the point where the program and its memory are final.
 
-After that the compiler generates machine code. This takes nine tenths of the time and changes neither the instructions
-of the optimised program nor its buffers. libtpu has no option to skip it. But it writes both to a folder before it
-starts (`xla_dump_to`). So compilation runs in a separate process, which is ended once they are written.
+Generating machine code after that takes nine tenths of the time, and changes neither the optimised program's
+instructions nor its buffers. libtpu has no option to skip it, but it first dumps both to a folder (`xla_dump_to`).
+Compilation therefore runs in a separate process, which is killed once they are written.
 """
 
 import multiprocessing
@@ -23,22 +23,22 @@ from spatialvla_jax.utils.process import end_worker_with_parent, process_age
 Result = TypeVar("Result")
 Progress = Callable[[str], None]
 
-# A refusal says what the program takes and what there is.
+# The compiler's errors for programs that do not fit: memory needed, then memory available.
 REFUSALS = (
     r"the total memory required for HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)",
     r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm",
 )
-# A buffer of HBM in libtpu's list: its bytes, and what it holds. Those of other memories have a colour.
+# A line of libtpu's buffer list: bytes and kind. Buffers outside HBM have a color.
 BUFFER = re.compile(r"^allocation \d+: size (\d+), (parameter|output|constant|preallocated-temp)(.*)", re.MULTILINE)
 
 
 def optimise(lowered: jax.stages.Lowered, folder: Path) -> tuple[str, dict[str, int]]:
-    """→ (the optimised HLO's text, bytes of a chip's HBM in "arguments", "temporaries" and "outputs").
+    """→ (the optimised HLO's text, a chip's HBM bytes in "arguments", "temporaries" and "outputs").
 
-    Donated arguments hold the outputs that take their place. A thread goes on to generate machine code: see
-    `in_own_process`. Raises jax.errors.JaxRuntimeError where the compiler refuses the program.
+    Outputs that reuse donated arguments count as arguments. A thread continues to generate machine code, so call this
+    by `in_own_process`. Raises jax.errors.JaxRuntimeError if the compiler rejects the program.
     """
-    # Asynchronous instructions are written as in `as_text`.
+    # The last option prints asynchronous instructions as `as_text` does.
     dump = {"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True, "xla_syntax_sugar_async_ops": True}
     compiling: Future[None] = Future()
 
@@ -63,7 +63,7 @@ def optimise(lowered: jax.stages.Lowered, folder: Path) -> tuple[str, dict[str, 
 
 
 def build(lowered: jax.stages.Lowered) -> tuple[str, dict[str, int]]:
-    """As `optimise`, with the machine code: memory is what the executable states, with its "code"."""
+    """`optimise` including machine code: memory is as the executable reports it, with "code" in addition."""
     compiled = lowered.compile()
     hlo, stated = compiled.as_text(), compiled.memory_analysis()
     assert hlo is not None and stated is not None
@@ -76,7 +76,7 @@ def build(lowered: jax.stages.Lowered) -> tuple[str, dict[str, int]]:
 
 
 def buffers_of(buffers: str) -> dict[str, int]:
-    """Bytes of HBM by kind, from libtpu's list of a program's buffers."""
+    """Bytes of HBM by kind, from libtpu's buffer list."""
     memory = {"arguments": 0, "temporaries": 0, "outputs": 0}
     kinds = {"parameter": "arguments", "output": "outputs"}
     for size, kind, rest in BUFFER.findall(buffers):
@@ -86,7 +86,7 @@ def buffers_of(buffers: str) -> dict[str, int]:
 
 
 def out_of_memory(message: str) -> dict[str, float]:
-    """{"used", "hbm"} in bytes from the compiler's refusal. Raises InputError where it fails for another reason."""
+    """{"used", "hbm"} in bytes, from the compiler's error. Raises InputError if the error has another cause."""
     found = next(filter(None, (re.search(refusal, message) for refusal in REFUSALS)), None)
     if not found:
         reason = message.splitlines()[0][:500]
@@ -96,14 +96,14 @@ def out_of_memory(message: str) -> dict[str, float]:
 
 
 def in_own_process(function: Callable[..., Result], *args: Any, progress: Progress) -> Result:
-    """`function(*args, progress)` in a new process on CPU devices, which is killed once it has answered.
+    """Call `function(*args, progress)` in a new process on CPU devices, which is killed once it has returned.
 
-    Raises the InputError that it raises, and RuntimeError where it dies.
+    Raises the function's InputError, and RuntimeError if the process dies.
     """
     context = multiprocessing.get_context("spawn")
     answers, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(theirs, function, *args), daemon=True)
-    # Ctrl-C reaches both processes, and this one answers it: a process ignores what was ignored when it was started.
+    # Ctrl-C reaches both processes, and this one handles it: a child inherits ignored signals.
     interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         process.start()
@@ -127,7 +127,7 @@ def in_own_process(function: Callable[..., Result], *args: Any, progress: Progre
 def _answer(connection: Connection, function: Callable[..., Any], *args: Any) -> None:
     end_worker_with_parent()
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_enable_compilation_cache", False)  # a program from there was not optimised here
+    jax.config.update("jax_enable_compilation_cache", False)  # a cached program would leave nothing to read
     connection.send(f"  start: {process_age():.1f} s")
     try:
         connection.send(function(*args, connection.send))

@@ -1,8 +1,7 @@
 """Ahead-of-time compilation of the training step for a TPU pod, by libtpu on any CPU machine (extra [tpu]).
 
-What is compiled is `training.step.jit_train_step`, the step that the training loop runs, with the shardings that it
-runs with. Whether the step fits the chip follows from the compiler's own buffers; advice on what would fit has been
-compiled, too.
+Compiles `training.step.jit_train_step`, the training loop's step, with its shardings. Whether it fits a chip follows
+from the compiler's own buffers. Settings are suggested only after they were compiled and found to fit.
 """
 
 import gzip
@@ -38,16 +37,16 @@ from spatialvla_jax.utils.atomic import replacing, write_json
 from spatialvla_jax.utils.progress import timed_stage
 
 MAX_ADVICE = 4  # suggestions compiled before giving up
-BATCH_PARTS = (1, 2, 4)  # of the config's batch, which a search tries
-REMAT = ("none", "dots", "full")  # from the most memory to the least
-FORMAT = 5  # of a report: another one leaves the cached ones alone
+BATCH_PARTS = (1, 2, 4)  # divisors of the config's batch that a search tries
+REMAT = ("none", "dots", "full")  # by decreasing memory
+FORMAT = 5  # version of a report; cached reports of other versions are ignored
 
 Report = dict[str, Any]  # of a compiled plan, as in its JSON file: see `compile_plan`
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What may change so that a step fits: the mesh (data, fsdp, tensor), the remat policy, the batch."""
+    """The settings that may change so that a step fits: the mesh (data, fsdp, tensor), remat policy and batch."""
 
     mesh: tuple[int, int, int]
     remat: str
@@ -59,18 +58,18 @@ class Plan:
         return f"mesh {mesh}, remat {self.remat}, batch {self.batch_size} in {self.grad_accum_steps}"
 
     def settings(self) -> dict[str, int | str]:
-        """The config's keys."""
+        """{config key: value}."""
         mesh = {f"mesh.{axis}": n for axis, n in zip(AXES, self.mesh, strict=True)}
         train = {f"train.{key}": getattr(self, key) for key in ("batch_size", "grad_accum_steps")}
         return {**mesh, "model.remat": self.remat, **train}
 
     def flags(self, other: "Plan") -> str:
-        """The command line arguments that lead from `other` here."""
+        """The command line arguments that change `other` into this plan."""
         before = other.settings()
         return " ".join(f"--config.{key}={value}" for key, value in self.settings().items() if value != before[key])
 
     def examples_at_once(self) -> float:
-        """On one chip, or on the chips of the `tensor` axis that share them."""
+        """Examples per pass on one chip, or on the chips of the `tensor` axis together."""
         return self.batch_size / self.grad_accum_steps / self.mesh[0] / self.mesh[1]
 
 
@@ -85,11 +84,12 @@ def compile_plan(
     *,
     machine_code: bool = False,
 ) -> tuple[Report, str]:
-    """Compile `setup` with the plan's changes → its report (see `table`), and the optimised HLO where there is any.
+    """Compile `setup` with the plan's changes → (report, see `table`; optimised HLO, or "" if it does not fit or its
+    report was cached).
 
-    "used" are the bytes of a chip's HBM that it takes or would take. A report is kept in `cache` under all that it
-    depends on; one that is there already comes without HLO. `folder` is an empty one for the compiler. With
-    `machine_code` the memory is what the executable states, which takes ten times as long.
+    The report's "used" is the HBM in bytes that the step needs per chip. Reports are looked up in `cache` by a hash of
+    all that they depend on. `folder` is an empty folder for the compiler. With `machine_code`, memory is as the
+    executable reports it, which takes ten times as long.
     """
     mesh = make_mesh(dict(zip(AXES, plan.mesh, strict=True)), topology.devices())
     check_batch(plan.batch_size, plan.grad_accum_steps, mesh)
@@ -138,10 +138,10 @@ def compile_plan(
 
 
 def costs_of(hlo: str, flops_of_sample: float, batch_size: int, topology: Topology) -> Report:
-    """What a step costs by the roofline, from the program's text."""
+    """The roofline cost of a step, from the program's HLO text."""
     chip, cost, flops = topology.chip, read_program(hlo, prod(topology.dims)), flops_of_sample * batch_size
     seconds = {
-        # Small products that the compiler turns into vector operations are in the model's FLOPs alone.
+        # The program's FLOPs lack small products that the compiler turns into vector operations.
         "compute": max(cost.flops, flops / topology.chips) / chip.peak,
         "hbm": cost.hbm_bytes / chip.hbm_bandwidth,
         "ici": cost.received(across_slices=False) / chip.ici,
@@ -162,13 +162,13 @@ def costs_of(hlo: str, flops_of_sample: float, batch_size: int, topology: Topolo
 
 
 def held(shapes: Any, shardings: Any) -> int:
-    """Bytes that one chip holds of a tree."""
+    """Bytes of a tree that one chip holds."""
     sizes = jax.tree.map(lambda x, s: prod(s.shard_shape(x.shape)) * x.dtype.itemsize, shapes, shardings)
     return sum(jax.tree.leaves(sizes))
 
 
 def memory_of(buffers: dict[str, int], params: int, optimizer: int) -> dict[str, int]:
-    """Bytes of one chip by kind, from those of the program's buffers."""
+    """Bytes of one chip by kind and in "total", given the bytes of the program's buffers."""
     others = dict(buffers)
     batch = max(0, others.pop("arguments") - params - optimizer)
     memory = {"params": params, "optimizer": optimizer, "batch": batch} | others
@@ -176,10 +176,10 @@ def memory_of(buffers: dict[str, int], params: int, optimizer: int) -> dict[str,
 
 
 def smaller(plan: Plan, slices: int) -> Iterator[Plan]:
-    """Plans that need less memory than `plan`, cheapest in time first: the same work split further, more
-    rematerialisation, both, and finally a smaller batch."""
+    """Plans that need less memory than `plan`, fastest first: work split further, more rematerialisation, both, and
+    finally smaller batches."""
     data, fsdp, tensor = plan.mesh
-    if data > slices:  # split parameters and optimizer over more chips, which costs no time
+    if data > slices:  # split parameters and optimizer state over more chips, which costs no time
         yield replace(plan, mesh=(slices, fsdp * data // slices, tensor))
     rows = plan.batch_size // (data * fsdp)
     for remat in REMAT[REMAT.index(plan.remat) :]:
@@ -195,16 +195,15 @@ def smaller(plan: Plan, slices: int) -> Iterator[Plan]:
 def advise(
     plan: Plan, report: Report, slices: int, compile_: Callable[[Plan], Report]
 ) -> tuple[Plan | None, list[Plan]]:
-    """→ (a smaller plan that was compiled and fits, plans that were tried and do not).
+    """→ (a smaller plan that compiles and fits, or None; plans that were tried and do not fit).
 
-    Which ones to try is guessed from how much is missing, with temporaries that grow with the examples at once; the
-    compiler decides.
+    The plans to try are guessed from the excess, assuming that temporaries grow with the examples per pass.
     """
     tried: list[Plan] = []
     candidates = list(smaller(plan, slices))
     over = report["used"] / report["hbm"]
     while candidates and len(tried) < MAX_ADVICE:
-        # The first that shrinks the examples at once enough, or remats more; else what shrinks the most.
+        # The first that shrinks memory enough, else the one that shrinks it most.
         enough = [c for c in candidates if shrinks(plan, c) >= over]
         candidate = enough[0] if enough else candidates[-1]
         candidates = candidates[candidates.index(candidate) + 1 :]
@@ -217,7 +216,7 @@ def advise(
 
 
 def shrinks(plan: Plan, other: Plan) -> float:
-    """By what factor the activations kept at once may be smaller; a remat policy is worth up to 4 (full), 2 (dots)."""
+    """The factor by which `other` may shrink activations; remat is worth up to 2 (dots) or 4 (full)."""
     examples, split = plan.examples_at_once() / other.examples_at_once(), other.mesh[1] / plan.mesh[1]
     return examples * split * 2.0 ** (REMAT.index(other.remat) - REMAT.index(plan.remat))
 
@@ -225,12 +224,12 @@ def shrinks(plan: Plan, other: Plan) -> float:
 def search(
     plan: Plan, topology: Topology, compile_: Callable[[Plan], Report], progress: Progress
 ) -> list[tuple[Plan, Report]]:
-    """Tries meshes, remat policies and accumulation for the plan's batch, half of it and a quarter. Returns those that
-    fit, fastest by the roofline first.
+    """Try meshes, remat policies and accumulation for the plan's batch, its half and its quarter. Returns the plans
+    that fit, fastest by the roofline first.
 
-    For each mesh, batch and policy, accumulation grows until the step fits. If a policy that keeps more fits in as few
-    parts, policies that keep less are skipped: they would only add products. So are smaller batches where a larger one
-    fits whole without rematerialisation: each step gathers the same parameters for fewer samples.
+    For each mesh, batch and policy, accumulation grows until the step fits. Policies that keep less are skipped if one
+    that keeps more fits with as few accumulation steps: they would only add products. Smaller batches are skipped if a
+    larger one fits without accumulation and rematerialisation: each step gathers the same parameters for fewer samples.
     """
     fitting: list[tuple[Plan, Report]] = []
     whole: set[tuple[int, int, int]] = set()
@@ -256,7 +255,7 @@ def search(
                     if (remat, grad_accum_steps) == (REMAT[0], 1):
                         whole.add(mesh)
                     break
-                # Were all of it activations, this many parts would still be too many examples.
+                # Even if all of it were activations, 16 accumulation steps would not be enough.
                 if report["used"] > 16 / grad_accum_steps * report["hbm"]:
                     break
             if best == 1:
@@ -265,8 +264,8 @@ def search(
 
 
 def meshes(topology: Topology, batch_size: int) -> list[tuple[int, int, int]]:
-    """Those with `data` over whole slices and a batch that divides: the widest `fsdp` first, at most 3 of each
-    `tensor` in 1, 2, 4."""
+    """Meshes (data, fsdp, tensor) whose `data` covers whole slices and that divide the batch, widest `fsdp` first: at
+    most three for each `tensor` of 1, 2 and 4."""
     found = []
     for tensor in (1, 2, 4):
         inner = topology.chips // topology.slices
@@ -279,7 +278,7 @@ def meshes(topology: Topology, batch_size: int) -> list[tuple[int, int, int]]:
 
 
 def line(report: Report) -> str:
-    """A report in a line."""
+    """A report in one line."""
     memory = f"{report['used'] / 2**30:.1f} of {report['hbm'] / 2**30:.1f} GiB"
     if not report["fits"]:
         return f"does not fit, {memory}"
@@ -290,7 +289,7 @@ def line(report: Report) -> str:
 
 
 def table(report: Report) -> str:
-    """A fitting report for people: memory by kind, costs, collectives by kind and place in the network."""
+    """A report of a plan that fits, as text: memory by kind, costs, collectives by kind and part of the model."""
     gib = lambda n: f"{n / 2**30:8.2f} GiB"  # noqa: E731
     memory, seconds = report["memory"], report["seconds"]
     lines = ["memory of a chip"]
@@ -320,7 +319,7 @@ def table(report: Report) -> str:
 
 
 def resolve(config: ConfigDict, topology: Topology) -> tuple[TrainSetup, ActionTokenizer]:
-    """What a config means on a pod. Raises InputError."""
+    """Resolve a config for a pod. Raises InputError."""
     grid = make_grid(config.grid.to_dict(), lambda: np.asarray(PRETRAIN_GAUSSIANS))
     mesh = make_mesh(config.mesh.to_dict(), topology.devices())
     num_datasets = len(MIXTURES.get(config.data.mixture, ())) + len(config.data.datasets)
@@ -349,10 +348,9 @@ def compile_for(
     machine_code: bool = False,
     progress: Progress = lambda _: None,
 ) -> list[tuple[Plan, Report]]:
-    """The config's plan compiled, or (`searching`) those that fit, fastest first.
+    """Compile the config's plan, or with `searching` all candidates → those that fit, fastest first.
 
-    Raises InputError where the mesh or the batch does not divide, and where the step does not fit, naming settings that
-    do: they were compiled.
+    Raises InputError if mesh or batch do not divide, and if the step does not fit, naming compiled settings that do.
     """
     cache.mkdir(parents=True, exist_ok=True)
     setup, _ = resolve(config, topology)

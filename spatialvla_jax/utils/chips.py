@@ -32,23 +32,28 @@ CHIPS = {
 }
 
 
-def rates_of(name: str) -> tuple[float, float]:
-    return CHIPS[name].peak, CHIPS[name].hbm_bandwidth
+# Keys of the two tables below are parts of JAX's device kind; the first match counts.
+GENERATIONS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v6": "v6e"}
+# Dense bf16 FLOP/s and memory bytes/s of a device.
+RATES = {kind: (CHIPS[name].peak, CHIPS[name].hbm_bandwidth) for kind, name in GENERATIONS.items()}
+RATES |= {"A100": (312e12, 2.0e12), "H100": (989e12, 3.35e12), "H200": (989e12, 4.8e12), "4090": (165e12, 1.0e12)}
 
 
-# Dense bf16 FLOP/s and memory bytes/s per device, for the first entry whose name is contained in JAX's device kind.
-PEAKS = (
-    *(("TPU v4", *rates_of("v4")), ("TPU v5 lite", *rates_of("v5e")), ("TPU v5e", *rates_of("v5e"))),
-    *(("TPU v5", *rates_of("v5p")), ("TPU v6", *rates_of("v6e"))),
-    *(("A100", 312e12, 2.0e12), ("H100", 989e12, 3.35e12), ("H200", 989e12, 4.8e12), ("4090", 165e12, 1.0e12)),
-)
+def generation_of(device_kind: str) -> str | None:
+    """The key in `CHIPS` for JAX's device kind; None for other devices."""
+    return next((name for kind, name in GENERATIONS.items() if kind in device_kind), None)
 
 
 def peak() -> float | None:
     """Peak FLOP/s of this run's devices; None if unknown."""
-    return next((flops for name, flops, _ in PEAKS if name in jax.devices()[0].device_kind), None)
+    return _rates()[0]
 
 
 def memory_bandwidth() -> float | None:
     """Memory bandwidth in bytes/s of this run's devices; None if unknown."""
-    return next((rate for name, _, rate in PEAKS if name in jax.devices()[0].device_kind), None)
+    return _rates()[1]
+
+
+def _rates() -> tuple[float, float] | tuple[None, None]:
+    device_kind = jax.devices()[0].device_kind
+    return next((rates for kind, rates in RATES.items() if kind in device_kind), (None, None))

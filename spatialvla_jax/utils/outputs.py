@@ -44,10 +44,7 @@ class OutputFile:
             if self.made is None:
                 raise InputError(f"{option} {path} already exists: expected the name of a new file")
             size, _ = storage.size_and_version(path)
-            (content,) = storage.read_ranges([(path, 0, min(size, 2**26))])  # packed data may be larger than memory
-            if isinstance(content, Exception):
-                raise content
-            if not self.made(content):
+            if not self.made(storage.read_range(path, 0, min(size, 2**26))):  # packed data may be larger than memory
                 raise InputError(
                     f"{option} {path} exists and was not written by this command: choose another name, or remove it"
                 )

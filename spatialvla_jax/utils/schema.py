@@ -14,8 +14,13 @@ import numpy as np
 from spatialvla_jax.errors import InputError
 
 KINDS = {
-    **{bool: "true or false", int: "a whole number", float: "a number", str: "a string"},
-    **{tuple: "a sequence", list: "a list", dict: "a dict"},
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a string",
+    tuple: "a sequence",
+    list: "a list",
+    dict: "a dict",
 }
 LARGEST = {int: 2**31 - 1, float: 3.4e38}  # limits of the devices' 32-bit types
 

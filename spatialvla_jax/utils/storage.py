@@ -115,7 +115,9 @@ def list_files(folder: AnyPath) -> dict[str, tuple[int, int | str]]:
         except OSError as error:
             raise InputError(f"{folder} cannot be listed: {error.strerror or error}") from error
         return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
-    entries = [entry for entry in _listing(folder) if entry["type"] == "file"]
+    with storage_errors(folder, "listed"):
+        found = filesystem(folder).ls(str(folder), detail=True)
+    entries = [entry for entry in found if entry["type"] == "file"]
     return {_name(entry): (entry["size"], _version(entry)) for entry in entries if _name(entry)}
 
 
@@ -165,9 +167,7 @@ def read_text(path: AnyPath) -> str:
     return read_bytes(path).decode("utf-8")
 
 
-def read_ranges(
-    ranges: Sequence[tuple[str | os.PathLike[str], int, int]], concurrent: int = CONCURRENT
-) -> list[bytes | Exception]:
+def read_ranges(ranges: Sequence[tuple[str | os.PathLike[str], int, int]]) -> list[bytes | Exception]:
     """The bytes of each (path, offset, length), or why they could not be read: OSError for a local file, InputError or
     StorageError with a one-sentence message for an object, EOFError if a file is too short."""
     found: list[Any] = [None] * len(ranges)
@@ -184,13 +184,21 @@ def read_ranges(
             urls = [os.fspath(path) for path in paths]
             with storage_errors(urls[0]):
                 fs = filesystem(urls[0])
-            parts = fs.cat_ranges(urls, list(offsets), ends, batch_size=concurrent, on_error="return")
+            parts = fs.cat_ranges(urls, list(offsets), ends, batch_size=CONCURRENT, on_error="return")
         for number, part in zip(numbers, parts, strict=True):
             path, offset, length = ranges[number]
             ended = EOFError(f"{os.fspath(path)} ends before byte {offset + length}")
             if isinstance(part, Exception):
                 part = ended if scheme and status_of(part, path)[0] == 416 else explain(part, path)
             found[number] = part if isinstance(part, Exception) or len(part) == length else ended
+    return found
+
+
+def read_range(path: str | os.PathLike[str], offset: int, length: int) -> bytes:
+    """One range of `read_ranges`; raises what that returns as an error."""
+    (found,) = read_ranges([(path, offset, length)])
+    if isinstance(found, Exception):
+        raise found
     return found
 
 
@@ -205,16 +213,17 @@ def _pread(path: str | os.PathLike[str], offset: int, length: int) -> bytes | OS
         return error
 
 
-def read_parts(path: AnyPath, size: int, part: int = PART, ahead: int = 2) -> Iterator[bytes]:
-    """Read a file of `size` bytes from start to end, in requests of `part` bytes, `ahead` of them in flight."""
+def read_parts(path: AnyPath, size: int, part: int = PART) -> Iterator[bytes]:
+    """Read a file of `size` bytes from start to end, in requests of `part` bytes, two of them in flight."""
+    ahead = 2
     with concurrent.futures.ThreadPoolExecutor(ahead) as pool:
         starts = range(0, size, part)
-        waiting = [pool.submit(_read_range, path, start, min(part, size - start)) for start in starts[:ahead]]
+        waiting = [pool.submit(read_range, path, start, min(part, size - start)) for start in starts[:ahead]]
         for number in range(len(starts)):
             yield waiting.pop(0).result()
             if number + ahead < len(starts):
                 start = starts[number + ahead]
-                waiting.append(pool.submit(_read_range, path, start, min(part, size - start)))
+                waiting.append(pool.submit(read_range, path, start, min(part, size - start)))
 
 
 class _Parts(io.RawIOBase):
@@ -240,13 +249,6 @@ def open_stream(path: AnyPath) -> tuple[io.BufferedReader, int]:
     file."""
     size, _ = size_and_version(path)
     return io.BufferedReader(_Parts(read_parts(path, size))) if is_url(path) else open(path, "rb"), size
-
-
-def _read_range(path: AnyPath, offset: int, length: int) -> bytes:
-    (found,) = read_ranges([(path, offset, length)])
-    if isinstance(found, Exception):
-        raise found
-    return found
 
 
 def download(path: AnyPath, target: str | os.PathLike[str], progress: Callable[[int, int], None] | None = None) -> None:
@@ -295,7 +297,7 @@ def cached_copy(path: AnyPath, folder: Path) -> Path:
         part = target.with_name(f".tmp-{os.getpid()}-{target.name}")
         try:
             with progress_bar(f"{path} ({size / 1e9:.2f} GB) to {folder}", "B") as progress:
-                download(path, part, lambda done, total: progress(done, total))
+                download(path, part, progress)
             part.replace(target)
         finally:
             part.unlink(missing_ok=True)
@@ -429,11 +431,6 @@ def _type_of(path: AnyPath) -> str:
             if missing := missing_bucket(path):
                 raise InputError(missing) from None
             return ""
-
-
-def _listing(folder: AnyPath) -> list[dict[str, Any]]:
-    with storage_errors(folder, "listed"):
-        return filesystem(folder).ls(str(folder), detail=True)
 
 
 def _name(entry: dict[str, Any]) -> str:
