@@ -276,9 +276,9 @@ class Loader:
         epoch = f"One epoch, {self.mixture.epoch_length:,} samples, sees every dataset in full."
         return f"{text_table(rows, '>')}\n{epoch}"
 
-    def num_skipped(self, split: str | None = None) -> int:
-        """The number of a split's episodes (by default of the training split) that were skipped during indexing."""
-        return sum(sum(index.skipped.values()) for index in self._index(split or self._train_split))
+    def num_skipped(self) -> int:
+        """The number of episodes of the training split that were skipped during indexing."""
+        return sum(sum(index.skipped.values()) for index in self.indexes())
 
     def shared_episodes(self, split: str) -> dict[str, int]:
         """{dataset: how many episodes of a split are also in the training split}, without zeros."""
@@ -295,10 +295,10 @@ class Loader:
         counts = {name: int(np.isin(listed, trained).sum()) for name, listed in stored(split).items()}
         return {name: count for name, count in counts.items() if count}
 
-    def replaced(self, split: str | None = None) -> dict[tuple[str, str], int]:
-        """Samples of a split (by default the training split) that this process has redrawn because their frames could
-        not be read: {(dataset, reason): count}. Samples delivered + these = samples drawn."""
-        return dict(self._split(split or self._train_split).replaced)
+    def replaced(self) -> dict[tuple[str, str], int]:
+        """Training samples that this process has redrawn because their frames could not be read: {(dataset, reason):
+        count}. Samples delivered + these = samples drawn."""
+        return dict(self._split(self._train_split).replaced)
 
     def _fractions(self) -> list[tuple[float, mixture.Mixture]]:
         """The phases of a run: the fraction of its steps at which each starts, and its mixture."""

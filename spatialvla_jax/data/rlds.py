@@ -130,13 +130,13 @@ def read_episodes(
     name: str,
     builder: Any,
     file: AnyPath,
-    numbers: range | int,
+    numbers: range,
     spec: DatasetSpec,
     skip: Callable[[str, str], None] | None = None,
     action_dim: int = len(DIMENSIONS),
     listed: int | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """The canonical episodes `numbers` of one shard (an int: that many from the first), in order, with L steps each:
+    """The canonical episodes `numbers` of one shard, in order, with L steps each:
 
     action f32[L, A] · language object[L] of str · step i64[L] (number in the stored episode) · image i64[L, 3] (offset
     and length of the encoded image in the file, and its CRC-32C) · if the spec names them, depth i64[L, 3] in the same
@@ -148,7 +148,6 @@ def read_episodes(
     these (`UNLABELED`).
     """
     fields = find_fields(name, builder, spec, action_dim)
-    numbers = range(numbers) if isinstance(numbers, int) else numbers
     records = read_records(file, skip=numbers.start)
     lost: Fault | None = None  # set if the rest of the file is lost
     for number in numbers:

@@ -1,7 +1,5 @@
 """Action statistics in the layout of the release's dataset_statistics.json."""
 
-import json
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,8 +9,6 @@ from jaxtyping import Float
 from spatialvla_jax.actions.normalization import dimension_name, mean_and_std, normalized_dimensions
 from spatialvla_jax.data.oxe.spec import DatasetSpec
 from spatialvla_jax.errors import InputError
-from spatialvla_jax.utils.atomic import write_json
-from spatialvla_jax.utils.storage import read_bytes, to_path
 
 # A dimension with one value in at least this share of the frames, but not in all, is scaled by its minimum and maximum.
 # Both quantiles might equal that value, and then all other values would become -1 or 1.
@@ -102,20 +98,3 @@ def exceeding(statistics: Mapping[str, Any], other: Mapping[str, Any]) -> str:
     margin = (high - low) / 2
     beyond = mask & ((low_other < low - margin) | (high_other > high + margin))
     return " and ".join(dimension_name(number, len(mask)) for number in np.flatnonzero(beyond).tolist())
-
-
-def save_statistics(path: str | os.PathLike[str], statistics: Mapping[str, Any]) -> None:
-    """Write {dataset name: statistics} as JSON, by rename."""
-    write_json(path, statistics)
-
-
-def load_statistics(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read {dataset name: statistics}. Raises InputError naming the file if it is missing or has another layout."""
-    try:
-        statistics = json.loads(read_bytes(to_path(path)))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{os.fspath(path)} is not a readable JSON file of dataset statistics: {error}") from error
-    for name, entry in statistics.items() if isinstance(statistics, dict) else [("", None)]:
-        if not isinstance(entry, dict) or not {"q01", "q99", "min", "max"} <= set(entry.get("action", ())):
-            raise InputError(f"{os.fspath(path)} holds no action statistics (q01, q99, min, max) for {name!r}")
-    return statistics

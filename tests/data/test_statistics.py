@@ -1,4 +1,3 @@
-import json
 import re
 
 import numpy as np
@@ -9,8 +8,7 @@ from hypothesis import strategies as st
 from spatialvla_jax.actions import fit_gaussians, grid_variables
 from spatialvla_jax.actions.normalization import normalize, unnormalize
 from spatialvla_jax.data.oxe import DatasetSpec
-from spatialvla_jax.data.statistics import action_statistics, find_oddities, load_statistics, save_statistics
-from spatialvla_jax.errors import InputError
+from spatialvla_jax.data.statistics import action_statistics, find_oddities
 
 
 def some_actions(count=500, seed=0):
@@ -130,18 +128,3 @@ def test_rows_may_differ_by_sample():
     rows = [action_statistics(some_actions(seed=s), 1)["action"] for s in (1, 2)]
     together = normalize(actions, {key: np.asarray([row[key] for row in rows]) for key in rows[0]})
     np.testing.assert_array_equal(together, [normalize(a, r) for a, r in zip(actions, rows, strict=True)])
-
-
-def test_json_round_trip(tmp_path):
-    statistics = {"a": action_statistics(some_actions(), 4)}
-    save_statistics(tmp_path / "dataset_statistics.json", statistics)
-    assert load_statistics(tmp_path / "dataset_statistics.json") == statistics
-    assert [p.name for p in tmp_path.iterdir()] == ["dataset_statistics.json"]
-
-
-@pytest.mark.parametrize("text", [None, "not json", "[]", json.dumps({"a": {"action": {"mean": []}}})])
-def test_bad_files(tmp_path, text):
-    if text is not None:
-        (tmp_path / "s.json").write_text(text)
-    with pytest.raises(InputError, match=r"s\.json"):
-        load_statistics(tmp_path / "s.json")

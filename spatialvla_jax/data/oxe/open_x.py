@@ -7,9 +7,6 @@ takes precedence over the release; comments mark such places.
 from spatialvla_jax.data.oxe.published import CLOSED_IS_ONE, CLOSEDNESS, NATURAL
 from spatialvla_jax.data.oxe.spec import DatasetSpec
 
-# Configured but then rejected by the release: actions are joint positions, and the hand's pose is not stored.
-JOINTS_ONLY = ("berkeley_rpt_converted_externally_to_rlds", "roboset")
-
 # A wheeled robot: it moves forward and sideways, and has neither arm nor hand.
 _WHEELS = ("action", 0.0, 0.0, 0.0, 0.0, 0.0)
 

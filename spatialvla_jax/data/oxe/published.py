@@ -14,7 +14,6 @@ CLOSEDNESS = ("action/world_vector", "action/rotation_delta", "action/gripper_cl
 
 # Grippers with 1 for closed, some with -1 for open.
 CLOSED_IS_ONE = (("clip_gripper", 0.0, 1.0), ("invert_gripper",))
-BRIDGE = (("drop_first",), ("binarize_gripper",), ("relabel_from_state", "observation/state"))
 
 PUBLISHED: dict[str, DatasetSpec] = {
     # Camera: simpler-env/SimplerEnv, the Google robot's overhead camera at 640x512; the release uses its default.
@@ -40,7 +39,7 @@ PUBLISHED: dict[str, DatasetSpec] = {
     "bridge_orig": DatasetSpec(
         image="observation/image_0",
         arrays=("observation/state",),
-        operations=BRIDGE,
+        operations=(("drop_first",), ("binarize_gripper",), ("relabel_from_state", "observation/state")),
         known_camera=True,
         robot="WidowX",
         episodes=60_064,

@@ -7,7 +7,7 @@ published statistics.
 import math
 from typing import Any
 
-from spatialvla_jax.data.oxe.published import BRIDGE, CLOSED_IS_ONE
+from spatialvla_jax.data.oxe.published import CLOSED_IS_ONE, PUBLISHED
 from spatialvla_jax.data.oxe.spec import DatasetSpec
 
 # LIBERO's agentview camera has MuJoCo's default vertical field of view, 45 degrees; OpenVLA rendered 256x256.
@@ -34,15 +34,7 @@ TARGETS: dict[str, DatasetSpec] = {
     "libero_object_no_noops": DatasetSpec(**_LIBERO, episodes=454),
     "libero_goal_no_noops": DatasetSpec(**_LIBERO, episodes=428),
     "libero_10_no_noops": DatasetSpec(**_LIBERO, episodes=379),
-    # BridgeData V2 from the project's own site, under its first name.
-    "bridge_dataset": DatasetSpec(
-        image="observation/image_0",
-        arrays=("observation/state",),
-        operations=BRIDGE,
-        known_camera=True,
-        robot="WidowX",
-        episodes=60_064,
-    ),
+    "bridge_dataset": PUBLISHED["bridge_orig"],  # under its first name
     # DROID's robot in another lab; uses the other external camera, and no frame filter.
     "droid_wipe": DatasetSpec(
         image="observation/exterior_image_2_left",
