@@ -1,4 +1,4 @@
-"""Checkpoints on the Hugging Face Hub: `org/name`, or `org/name@revision`, wherever a checkpoint is taken.
+"""Checkpoints on the Hugging Face Hub: `org/name` or `org/name@revision`, accepted wherever a checkpoint is.
 
 Downloads go into the Hub's own cache, where transformers and `hf` find them too. `huggingface_hub` is imported only
 when needed. Its own downloads restart after an interruption; `_download` resumes from the bytes already on disk.
@@ -29,16 +29,16 @@ KNOWN = {
     "spatialvla-4b-224-pt": "IPEC-COMMUNITY/spatialvla-4b-224-pt",
 }
 LOGIN = "`hf auth login`, or HF_TOKEN"
-KINDS = ("spatialvla", "paligemma", "zoedepth")  # what `model_type` may be of what can be read here
+KINDS = ("spatialvla", "paligemma", "zoedepth")  # values of `model_type` that can be read here
 CONFIG, WEIGHTS = "config.json", ("model.safetensors", "model.safetensors.index.json")
-# Of the files at a repository's top: never a pickle. The code is that of an export, which `convert --base` looks for.
+# Files to download from a repository's root: never a pickle. `convert --base` looks for the code of an export.
 WANTED = ("*.json", "model*.safetensors", "*.model", "*_spatialvla.py", "README.md")
-TRIES = 5  # of a download that makes no progress
+TRIES = 5  # retries in a row that make no progress, after which a download fails
 
 _NAME = r"[A-Za-z0-9](?:[\w.-]*\w)?"
 _ID = re.compile(rf"({_NAME}/{_NAME})(?:@([^\s@]+))?", re.ASCII)
 _COMMIT = re.compile("[0-9a-f]{40}")
-_sure: set[Path] = set()  # folders of commits that this process has found complete
+_known_complete: set[Path] = set()  # folders of commits that this process has found complete
 
 
 def find_checkpoint(path: str | os.PathLike[str], what: str = "checkpoint") -> AnyPath:
@@ -53,12 +53,12 @@ def find_checkpoint(path: str | os.PathLike[str], what: str = "checkpoint") -> A
 
 
 def is_hub_id(path: str | os.PathLike[str]) -> bool:
-    """Whether `find_checkpoint` asks the Hub for it."""
+    """Whether `find_checkpoint` would ask the Hub for it."""
     return _hub_id(as_path(path, "checkpoint")) is not None
 
 
 def pinned(path: str) -> str:
-    """`org/name@commit` of an id of the Hub, whose files are then there."""
+    """Pin an id to a commit, `org/name@commit`, and download its files."""
     id, revision = parse_id(path)
     return f"{id}@{snapshot(id, revision).name}"
 
@@ -95,8 +95,8 @@ class Repository:
 
 
 def look_up(id: str, revision: str | None = None) -> Repository:
-    """What the Hub says of a repository. Raises InputError where it has none, or one without a checkpoint that can be
-    read here, and StorageError where it cannot be reached."""
+    """Query the Hub about a repository. Raises InputError if it does not exist or holds no checkpoint that can be read
+    here, and StorageError if the Hub cannot be reached."""
     with hub_errors(id, revision):
         from huggingface_hub import HfApi, constants
 
@@ -123,13 +123,13 @@ def look_up(id: str, revision: str | None = None) -> Repository:
 
 
 def snapshot(id: str, revision: str | None = None, announce: Callable[[Repository], None] | None = None) -> Path:
-    """The folder of the Hub's cache with a repository's files. Those that are not there are downloaded; `announce` is
-    told of the repository before. Raises InputError and StorageError."""
+    """A repository's folder in the Hub's cache. Downloads the files that it lacks; `announce` is called before. If the
+    Hub cannot be reached, returns a complete cached copy. Raises InputError and StorageError."""
     _require_library(id)
     from huggingface_hub import constants
 
     root = Path(constants.HF_HUB_CACHE).expanduser() / f"models--{id.replace('/', '--')}"
-    if revision and (kept := root / "snapshots" / revision) in _sure and kept.is_dir():
+    if revision and (kept := root / "snapshots" / revision) in _known_complete and kept.is_dir():
         return kept
     try:
         if constants.HF_HUB_OFFLINE:
@@ -150,19 +150,19 @@ def snapshot(id: str, revision: str | None = None, announce: Callable[[Repositor
         _fetch_files(repository, {name: root / "blobs" / digest for name, (_, digest) in missing.items()})
         folder.mkdir(parents=True, exist_ok=True)
         for name, (_, digest) in missing.items():
-            (folder / name).unlink(missing_ok=True)  # a link to what was removed
+            (folder / name).unlink(missing_ok=True)  # a dangling link
             (folder / name).symlink_to(Path("../../blobs", digest))
         if not _COMMIT.fullmatch(reference := revision or "main"):
             file = root / "refs" / reference
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(repository.commit)
-    _sure.add(folder)
+    _known_complete.add(folder)
     return folder
 
 
 @contextmanager
 def _locked(root: Path) -> Iterator[None]:
-    """One process at a time downloads a repository."""
+    """Let only one process at a time download a repository."""
     from huggingface_hub.utils import WeakFileLock
 
     file = root.parent / ".locks" / root.name / "spatialvla_jax.lock"
@@ -172,7 +172,7 @@ def _locked(root: Path) -> Iterator[None]:
 
 
 def _cached(root: Path, revision: str) -> Path | None:
-    """The folder of a revision in the cache, where all its weights are there."""
+    """The folder of a revision in the cache; None if any of its weights is missing."""
     with suppress(OSError, ValueError):
         commit = revision if _COMMIT.fullmatch(revision) else (root / "refs" / revision).read_text().strip()
         folder = root / "snapshots" / commit
@@ -184,8 +184,8 @@ def _cached(root: Path, revision: str) -> Path | None:
 
 
 def download(repository: Repository, folder: Path) -> None:
-    """Downloads a repository's files into the new `folder`. It appears once they are complete; until then they are in a
-    hidden folder beside it, from which the next call resumes. Raises InputError and StorageError."""
+    """Download a repository's files into the new `folder`, which appears once they are complete. Until then they are in
+    a hidden folder beside it, from which the next call resumes. Raises InputError and StorageError."""
     part = folder.absolute().with_name(f".{folder.name}.{repository.commit[:12]}.part")
     _fetch_files(repository, {name: part / name for name in repository.files})
     with disk_errors(folder):
@@ -193,8 +193,8 @@ def download(repository: Repository, folder: Path) -> None:
 
 
 def _fetch_files(repository: Repository, targets: Mapping[str, Path]) -> None:
-    """Downloads the files that are not at their `targets` yet. Raises InputError, before it writes anything, where the
-    disk has no room or the licence is not accepted."""
+    """Download the files that are not at their `targets` yet. Raises InputError before writing anything if the disk has
+    too little room or the licence has not been accepted."""
     missing = {name: target for name, target in targets.items() if not target.exists()}
     if not missing:
         return
@@ -230,7 +230,7 @@ def _download(url: str, target: Path, size: int, digest: str, bar: Bar) -> None:
     tries = 0
     while (have := _size(part)) < size or not part.exists():
         try:
-            _read_on(url, part, have, bar)
+            _append(url, part, have, bar)
         except HfHubHTTPError:
             raise
         except HTTPError:  # the connection broke
@@ -248,7 +248,8 @@ def _size(file: Path) -> int:
     return file.stat().st_size if file.exists() else 0
 
 
-def _read_on(url: str, part: Path, have: int, bar: Bar) -> None:
+def _append(url: str, part: Path, have: int, bar: Bar) -> None:
+    """Append the bytes after the first `have` to `part`, or write all of it if the server does not resume."""
     from huggingface_hub import constants
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
 
@@ -265,7 +266,7 @@ def _read_on(url: str, part: Path, have: int, bar: Bar) -> None:
 
 
 def _digest(file: Path, like: str) -> str:
-    """SHA-256 of a large file; git's SHA-1 of a small one, which has 40 digits."""
+    """Git's SHA-1 of a small file if `like`, the expected digest, has 40 digits; SHA-256 of a large (LFS) file."""
     total = hashlib.sha256() if len(like) == 64 else hashlib.sha1(b"blob %d\0" % file.stat().st_size)
     with file.open("rb") as content:
         while block := content.read(2**22):
@@ -274,8 +275,8 @@ def _digest(file: Path, like: str) -> str:
 
 
 def check_push(id: str, private: bool) -> None:
-    """Raises InputError where the user may not make the repository `id`, or where it holds something, and StorageError
-    where the Hub cannot be reached."""
+    """Raises InputError if the user may not create the repository `id` or if it already has files, and StorageError if
+    the Hub cannot be reached."""
     id, revision = parse_id(id)
     if revision:
         raise InputError(f"--push {id}@{revision} names a revision: a new repository has none")
@@ -303,8 +304,8 @@ def check_push(id: str, private: bool) -> None:
 
 
 def push_export(export: AnyPath, id: str, private: bool) -> str:
-    """Uploads a folder as one commit of the new repository `id`, private or not → the commit. Raises InputError and
-    StorageError; the repository then has no files."""
+    """Upload a folder as one commit of the new repository `id` → the commit's hash. If it raises InputError or
+    StorageError, the repository has no files."""
     try:
         with local_copy(export) as folder, hub_errors(id, writing=True):
             from huggingface_hub import CommitOperationAdd, HfApi

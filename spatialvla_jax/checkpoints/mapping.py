@@ -296,11 +296,11 @@ def check_names(what: object, problem: str, names: Iterable[str]) -> None:
     """Raises InputError with the first ten names and their number, if there are any."""
     names = sorted(names)
     if names:
-        first = ", ".join(map(shown, names[:10])) + (", …" if len(names) > 10 else "")
+        first = ", ".join(map(printable, names[:10])) + (", …" if len(names) > 10 else "")
         raise InputError(f"{what}: {len(names)} {'tensor' if len(names) == 1 else 'tensors'} {problem}: {first}")
 
 
-def shown(name: str) -> str:
+def printable(name: str) -> str:
     """A name from a file, made fit for a message: on one line and not too long."""
     name = name if name.isprintable() else ascii(name)
     return name if len(name) <= 200 else f"{name[:200]}…"

@@ -21,6 +21,7 @@ from spatialvla_jax.checkpoints.published_config import (
     siglip_from_published,
 )
 from spatialvla_jax.checkpoints.published_fields import NAMES, PALIGEMMA_FIXED
+from spatialvla_jax.checkpoints.regrid import EMBEDDING, HEAD, TABLE
 from spatialvla_jax.checkpoints.types import Checkpoint, LazyArray, read_json
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.models.ego3d import Ego3D
@@ -30,8 +31,6 @@ from spatialvla_jax.models.siglip import SiglipConfig
 from spatialvla_jax.models.spatialvla import SpatialVLAConfig
 from spatialvla_jax.utils.schema import check_stored
 from spatialvla_jax.utils.storage import AnyPath, is_file
-
-TABLE, HEAD = "llm/embedder/input_embedding", "llm/lm_head"
 
 
 def is_paligemma(path: AnyPath) -> bool:
@@ -84,7 +83,7 @@ def start_from_paligemma(
     vocabulary = shapes[TABLE][0]
     arrays[TABLE] = arrays[HEAD] = LazyArray(shapes[TABLE], text.dtype, rows(0, vocabulary))
     action_rows = rows(config.action_offset, config.spatial_tokens)
-    arrays["spatial_embedding"] = LazyArray(shapes["spatial_embedding"], text.dtype, action_rows)
+    arrays[EMBEDDING] = LazyArray(shapes[EMBEDDING], text.dtype, action_rows)
     if config.depth_source != "none":
         arrays |= {name: LazyArray.of(x.astype(dtype)) for name, x in _fresh_ego3d(config, seed).items()}
     check_arrays(path, arrays, shapes)
@@ -146,7 +145,7 @@ def _model(img: SiglipConfig, llm: Gemma2Config, text_vocab: int) -> SpatialVLAC
 
 def _paligemma_shapes(img: SiglipConfig, llm: Gemma2Config) -> dict[str, tuple[int, ...]]:
     shapes = param_shapes(SpatialVLAConfig(img=img, llm=llm, depth_source="none"))
-    return {path: shape for path, shape in shapes.items() if path not in (HEAD, "spatial_embedding")}
+    return {path: shape for path, shape in shapes.items() if path not in (HEAD, EMBEDDING)}
 
 
 def _fresh_ego3d(config: SpatialVLAConfig, seed: int) -> dict[str, np.ndarray]:

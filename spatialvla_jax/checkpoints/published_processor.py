@@ -16,7 +16,7 @@ from spatialvla_jax.checkpoints.processor import (
 )
 from spatialvla_jax.checkpoints.published_config import FOLLOWS, PART, check_fixed, check_present
 from spatialvla_jax.checkpoints.published_fields import ACTIONS_FIXED, IMAGES_FIXED, PROCESSOR_FIXED, Fixed
-from spatialvla_jax.checkpoints.release import IMAGES, RELEASE_PROCESSOR
+from spatialvla_jax.checkpoints.release import IMAGES, RELEASE_PROCESSOR, VARIABLES
 from spatialvla_jax.checkpoints.release_tokenizer import TOKENIZER
 from spatialvla_jax.checkpoints.types import read_json
 from spatialvla_jax.errors import InputError
@@ -28,7 +28,6 @@ from spatialvla_jax.utils.storage import AnyPath, is_file, read_bytes
 
 PROCESSOR = "processor.json"
 
-VARIABLES = {"translation": ("theta", "phi", "r"), "rotation": ("roll", "pitch", "yaw")}
 EDGES = Field([], "", items=Field(0.0, ""))
 CAMERA = {"intrinsic": MATRIX, "width": COUNT, "height": COUNT}
 

@@ -14,6 +14,7 @@ from spatialvla_jax.utils.atomic import write_json
 
 RELEASE_PROCESSOR, IMAGES = "processor_config.json", "preprocessor_config.json"
 AUTO_PROCESSOR = {"AutoProcessor": "processing_spatialvla.SpatialVLAProcessor"}
+VARIABLES = {"translation": ("theta", "phi", "r"), "rotation": ("roll", "pitch", "yaw")}  # of each token
 MAX_NEW_TOKENS = 256  # of the release's `predict_action`
 
 
@@ -62,8 +63,7 @@ def write_release_files(path: Path, processor: Processor, config: SpatialVLAConf
 
 def _processor_config(processor: Processor, grid: ActionGrid, config: SpatialVLAConfig) -> dict[str, Any]:
     edges = {name: np.asarray(getattr(grid, name), np.float64).tolist() for name in ActionGrid.__dataclass_fields__}
-    groups = {"translation": ("theta", "phi", "r"), "rotation": ("roll", "pitch", "yaw")}
-    bins = {group: {f"{name}_bins": len(edges[name]) - 1 for name in names} for group, names in groups.items()}
+    bins = {group: {f"{name}_bins": len(edges[name]) - 1 for name in names} for group, names in VARIABLES.items()}
     # Relative intrinsics are those of a 1 × 1 image.
     cameras = {name: {"height": 1, "width": 1, "intrinsic": k} for name, k in processor.intrinsics.items()}
     return {
@@ -74,7 +74,7 @@ def _processor_config(processor: Processor, grid: ActionGrid, config: SpatialVLA
             "use_spherical": True,
         },
         "auto_map": AUTO_PROCESSOR,
-        "bin_policy": {group: {f"{name}_bins": edges[name] for name in names} for group, names in groups.items()},
+        "bin_policy": {group: {f"{name}_bins": edges[name] for name in names} for group, names in VARIABLES.items()},
         "intrinsic_config": {"default": next(iter(cameras.values())), **cameras},
         "min_sigma": 0.0,
         "num_obs_steps": 1,

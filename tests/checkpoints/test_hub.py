@@ -17,7 +17,7 @@ from spatialvla_jax.errors import InputError, StorageError
 
 @pytest.fixture
 def server(hub_server, monkeypatch) -> Hub:  # noqa: F811
-    monkeypatch.setattr(hub, "_sure", set())
+    monkeypatch.setattr(hub, "_known_complete", set())
     monkeypatch.setattr(hub.time, "sleep", lambda seconds: None)
     return hub_server
 

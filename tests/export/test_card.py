@@ -24,7 +24,7 @@ from spatialvla_jax.utils.atomic import write_json
 
 @pytest.fixture
 def server(hub_server, monkeypatch) -> Hub:  # noqa: F811
-    monkeypatch.setattr(hub, "_sure", set())
+    monkeypatch.setattr(hub, "_known_complete", set())
     monkeypatch.setattr(hub.time, "sleep", lambda seconds: None)
     monkeypatch.setenv("HF_TOKEN", "hf_writes")
     return hub_server

@@ -20,7 +20,7 @@ from spatialvla_jax.training.init_from import pin_init
 
 @pytest.fixture
 def server(hub_server, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(hub, "_sure", set())
+    monkeypatch.setattr(hub, "_known_complete", set())
     return hub_server
 
 
@@ -45,7 +45,7 @@ def test_a_run_goes_on_from_the_commit_that_it_began_with(
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "2")  # as if it had been killed after its first step
     (tmp_path / "run" / "finished").unlink()
     shutil.rmtree(constants.HF_HUB_CACHE)
-    hub._sure.clear()
+    hub._known_complete.clear()
     server.commit("org/name", {"config.json": b"{}", "model.safetensors": b""})
     assert main(command) == 0
     step = step_directory(tmp_path / "run")
