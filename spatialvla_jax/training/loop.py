@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from spatialvla_jax.actions import ActionTokenizer, uniform_grid
 from spatialvla_jax.batch import Batch
-from spatialvla_jax.checkpoints.orbax import read_metadata, step_directory
+from spatialvla_jax.checkpoints.orbax import FOLDER, read_metadata, step_directory
 from spatialvla_jax.checkpoints.types import read_json
 from spatialvla_jax.config import check_resumable, check_together, completed
 from spatialvla_jax.data import Loader, open_data
@@ -38,7 +38,7 @@ from spatialvla_jax.training.init_from import (
 from spatialvla_jax.training.log_folder import LogFolder
 from spatialvla_jax.training.metrics import MetricsLog, check_wandb, rates, scalars
 from spatialvla_jax.training.optimizer import split_frozen, swap_ema
-from spatialvla_jax.training.saving import FOLDER, Checkpoints, quiet_storage
+from spatialvla_jax.training.saving import Checkpoints, quiet_storage
 from spatialvla_jax.training.setup import TrainSetup, check_patterns, make_setup
 from spatialvla_jax.training.sharding import BATCH, make_mesh
 from spatialvla_jax.training.spikes import Watch
@@ -250,7 +250,7 @@ def take_steps(
     train_step, eval_step = jit_train_step(setup, run.shardings), jit_eval_step(setup, run.shardings)
     last_update = jit_update_norms(setup, run.shardings)
     goodput.mark(step, keep=True)
-    watch = Watch.resumed(setup.spikes, run.checkpoints.every, setup.max_skipped, run.spikes)
+    watch = Watch(setup.spikes, run.checkpoints.every, setup.max_skipped, **run.spikes)
     report = StepReport(run, log, goodput, watch)
     batches = batches_after(run, step + watch.skipped)
     first, tracing, preempted = True, False, False

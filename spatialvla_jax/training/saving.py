@@ -24,7 +24,15 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers, multihost
 from tqdm import tqdm
 
-from spatialvla_jax.checkpoints.orbax import MARKER, first_cause, missing, step_directories, tree_handler, unreadable
+from spatialvla_jax.checkpoints.orbax import (
+    FOLDER,
+    MARKER,
+    first_cause,
+    missing,
+    step_directories,
+    tree_handler,
+    unreadable,
+)
 from spatialvla_jax.errors import StorageError
 from spatialvla_jax.training.optimizer import merge, split_frozen, swap_ema
 from spatialvla_jax.training.state import TrainState
@@ -32,7 +40,6 @@ from spatialvla_jax.utils.distributed import is_writer
 from spatialvla_jax.utils.progress import warn
 from spatialvla_jax.utils.storage import AnyPath, absolute, exists, explain, filesystem, is_url, put, storage_errors
 
-FOLDER = "checkpoints"
 INCOMPLETE = "incomplete_checkpoints"  # in a run's directory: checkpoints that were found damaged
 # The array store's errors for missing, truncated or garbled files.
 DAMAGE = ("NOT_FOUND", "OUT_OF_RANGE", "DATA_LOSS", "FAILED_PRECONDITION", "was not found", "Error decoding")

@@ -42,13 +42,8 @@ class Watch:
     losses: list[float] = field(default_factory=list)  # of the most recent steps
     waiting: deque[tuple[int, Metrics]] = field(default_factory=deque)
 
-    @classmethod
-    def resumed(cls, policy: SpikePolicy, every: int, max_skipped: int, stored: dict[str, Any]) -> "Watch":
-        """`stored` is the `to_dict` of the checkpoint that the run resumes from, {} without a checkpoint."""
-        return cls(policy, every, max_skipped, **stored)
-
     def to_dict(self) -> dict[str, Any]:
-        """What a checkpoint stores; {} for a run that never had a policy."""
+        """What a checkpoint stores, as fields for the resumed run's `Watch`; {} for a run that never had a policy."""
         kept = {"skipped": self.skipped, "spikes": self.spikes, "losses": self.losses}
         return kept if self.policy.factor or self.spikes else {}
 

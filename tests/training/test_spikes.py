@@ -130,7 +130,7 @@ def test_what_a_spike_is() -> None:
     assert watch.skipped == 5 and watch.counts() == {"spikes": 1, "spikes/skipped_batches": 5}
     watch.restored(10, {"losses": [1.0, 1.0]})
     assert feed_losses(watch, 11, 7, 3) == [None, None]  # the window was not full, then its median was 1: 3 > 2
-    watch = Watch.resumed(watch.policy, 10, 0, json.loads(json.dumps(watch.to_dict())))
+    watch = Watch(watch.policy, 10, 0, **json.loads(json.dumps(watch.to_dict())))
     assert watch.skipped == 5
     assert Watch(SpikePolicy(0, 3, 0, 2), 10, 0).to_dict() == {}
 
