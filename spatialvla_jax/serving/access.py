@@ -1,4 +1,4 @@
-"""Where a server listens, and the token that its clients send."""
+"""Who may reach a server: loopback hosts, and the token that clients send."""
 
 import ipaddress
 import os
@@ -10,6 +10,7 @@ VARIABLE = "SPATIALVLA_TOKEN"
 
 
 def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach a host name or address."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -17,8 +18,8 @@ def is_loopback(host: str) -> bool:
 
 
 def read_token(file: Path | None = None) -> str:
-    """The token in `file`, by default that of SPATIALVLA_TOKEN; "" where that is not set. Raises InputError for one
-    that no client could send."""
+    """The token in `file`, by default in the environment variable SPATIALVLA_TOKEN ("" if unset). Raises InputError for
+    an unreadable file and for a token that no client could send."""
     if file is None:
         source, text = VARIABLE, os.environ.get(VARIABLE, "")
         if not text:

@@ -1,7 +1,7 @@
-"""The two methods that a robot or a simulator needs of a policy: `reset(instruction)` and `step(observation) → action`.
+"""A policy as a robot or simulator sees it: `reset(instruction)` and `step(observation) → action`.
 
 agent = Agent(Policy.load("runs/demo/run").infer)            # in this process
-agent = Agent(Client("ws://127.0.0.1:8000").infer)           # or at a server, ours or any of openpi's protocol
+agent = Agent(Client("ws://127.0.0.1:8000").infer)           # or on a server, ours or any with openpi's protocol
 agent.reset("pick up the black bowl")
 while not done:
     observation = robot.observe()                            # {"image": u8[H, W, 3], …} as for `Policy.infer`
@@ -22,15 +22,15 @@ from jaxtyping import Float
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.inference.action_chunking import chunk_of, executor
 
-REPLY_BYTES = 16 << 20  # the largest reply that a client reads: a chunk takes a few hundred bytes
+REPLY_BYTES = 16 << 20  # largest accepted reply; a chunk takes a few hundred bytes
 
 
 class Agent:
-    """One robot's side of a policy: keeps the instruction and the chunks that are being executed.
+    """One robot's side of a policy: holds the instruction and the chunks being executed.
 
-    `infer` is `Policy.infer` or `Client.infer`; `execute` says how chunks become actions (`action_chunking.executor`);
-    `unnorm_key` names the dataset whose action units the robot has, where the policy knows several; `action_dim` is how
-    many numbers its actions have.
+    `infer` is `Policy.infer` or `Client.infer`. `execute` says how chunks become actions (`action_chunking.executor`).
+    `unnorm_key` names the dataset whose action units the robot uses, if the policy knows several. `action_dim` is the
+    number of dimensions of an action.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Agent:
         self.action_dim, self.instruction, self.planned = action_dim, "", None
 
     def reset(self, instruction: Any) -> None:
-        """Begins an episode. Raises InputError if the instruction is not a str or has no words."""
+        """Start an episode. Raises InputError if the instruction is not a str or is blank."""
         self.executor.reset()
         self.instruction, self.first = "", True
         if not isinstance(instruction, str) or not instruction.strip():
@@ -52,12 +52,11 @@ class Agent:
         self.instruction = instruction
 
     def step(self, observation: Any) -> Float[np.ndarray, " A"]:
-        """The action of this control step, in robot units, gripper 0 closed .. 1 open.
+        """The action of this control step in robot units; the gripper goes from 0 (closed) to 1 (open).
 
-        The policy is only called where a chunk is due, so an open loop ignores most observations. A chunk belongs to
-        the instruction and the `unnorm_key` it was planned for: where either has changed, it is dropped. Raises
-        InputError before the first `reset`, for what the policy refuses, and for a reply that `chunk_of` refuses: then
-        there is no action.
+        The policy is called only when a chunk is due, so an open loop ignores most observations. Chunks are dropped
+        when the instruction or `unnorm_key` that they were planned for changes. Raises InputError before the first
+        `reset`, and for observations that the policy or replies that `chunk_of` refuses.
         """
         if not self.instruction:
             raise InputError("an agent needs an instruction before its first step: call reset(instruction)")
@@ -78,14 +77,12 @@ class Agent:
 
 
 class Client:
-    """A policy at `address` (ws://host:port), behind a server of openpi's protocol; `metadata` is what the server says
-    about it.
+    """A policy on a server with openpi's protocol at `address` (ws://host:port). `metadata` is the server's.
 
-    Raises InputError with the address if there is no server, if it does not reply within `timeout` seconds, or if it
-    closes the connection. If the server refuses an observation, the error has its message. A reply that is not a map in
-    openpi's encoding, or whose "actions" `chunk_of` refuses, raises it too. It may be called again after any of them.
-    For the first `wait` seconds the server may still be starting: its port may be closed, and its replies may take as
-    long.
+    Raises InputError with the address if there is no server, if it does not reply within `timeout` seconds, if it
+    closes the connection, or if it refuses an observation. A reply that is not a map in openpi's encoding, or whose
+    "actions" `chunk_of` refuses, raises it too. `infer` may be called again after any of these. During the first `wait`
+    seconds the server may still be starting: its port may be closed, and replies may take that long.
     """
 
     def __init__(self, address: str, token: str = "", timeout: float = 60.0, wait: float = 0.0) -> None:
@@ -111,7 +108,7 @@ class Client:
         return reply
 
     def close(self) -> None:
-        """Ends the connection; `infer` makes a new one."""
+        """Close the connection; `infer` opens a new one."""
         if self.connection is not None:
             self.connection.close()
             self.connection = None
@@ -139,7 +136,7 @@ class Client:
             raise
 
     def _receive(self, message: bytes | None = None) -> dict[str, Any]:
-        """The next reply, to `message` if any."""
+        """Send `message`, if any, and return the next reply."""
         from websockets.exceptions import ConnectionClosed
 
         from spatialvla_jax.serving.protocol import unpack_reply
@@ -149,7 +146,7 @@ class Client:
                 self.connection.send(message)
             reply = self.connection.recv(max(self.timeout, self.started - time.monotonic()))
         except BaseException as error:
-            self.close()  # or a late reply would be taken for the reply to the next message
+            self.close()  # otherwise a late reply would be taken for the next one
             if isinstance(error, TimeoutError) or isinstance(error.__cause__, BlockingIOError):
                 raise InputError(f"{self.address}: no reply in {self.timeout:g} s") from None
             if isinstance(error, ConnectionClosed):

@@ -1,9 +1,9 @@
-"""The server's page for people, and who may talk to the server.
+"""The server's web page, and which requests the server accepts.
 
-A robot's client sends the token in a header. A browser asks its user for it (HTTP Basic, any user name). It cannot send
-headers with a websocket, so the page contains a ticket, new for every server, that opens one. Other web pages have no
-ticket: a websocket with an Origin is refused without it. Without a token, the page is sent only to a browser that uses
-a loopback name. Otherwise a foreign host name that resolves to 127.0.0.1 would be admitted.
+A robot's client sends the token in a header, and a browser asks its user for it (HTTP Basic, any user name). Browsers
+cannot add headers to a websocket, so the page contains a ticket, unique to the server process, that opens one. Other
+web pages do not have it: a websocket with an Origin but no ticket is refused. A server without a token sends the page
+only to browsers that use a loopback name; otherwise a foreign host name that resolves to 127.0.0.1 would get it.
 """
 
 import base64
@@ -35,7 +35,7 @@ class Page:
         return "Upgrade" in request.headers and _same(request.path, f"/?ticket={self.ticket}")
 
     def refuse(self, connection: ServerConnection, request: Request) -> Response | None:
-        """The refusal of any other request that is not allowed; None if it is allowed."""
+        """The response that refuses a request not covered by `admits`; None if the request is allowed."""
         if self.token and not self._has_token(", ".join(request.headers.get_all("Authorization"))):
             text = "the header 'Authorization: Api-Key TOKEN' is needed; in a browser, the token is the password\n"
             response = connection.respond(HTTPStatus.UNAUTHORIZED, text)

@@ -1,5 +1,4 @@
-"""The compiled programs of a served policy: one for each image size, padded prompt length and batch size. They are
-compiled in the order in which they are asked for."""
+"""The compiled programs of a served policy: one for each image size, padded prompt length and batch size."""
 
 import asyncio
 from bisect import bisect_left
@@ -17,20 +16,19 @@ Arrays = dict[str, np.ndarray]  # of `Policy.prepare`
 
 
 class Programs:
-    """Programs for a single observation are compiled first, so that every observation can be answered; among them, the
-    one that most requests wait for. Then come larger and larger batches; `largest` is the size up to which they are
-    ready."""
+    """Compiles the programs for single observations first, so that every request can be answered soon, starting with
+    the one that most requests wait for. Larger batches follow in order of size; `largest` is the largest size ready."""
 
     def __init__(self, policy: Policy, limits: Limits) -> None:
         self.examples = {policy.shape(one): one for one in _examples(policy, limits.image_sizes)}
         self.batches = BATCH_SIZES[: bisect_left(BATCH_SIZES, limits.batch) + 1]
         self.total, self.compiled, self.largest = len(self.examples) * len(self.batches), 0, 1
         self.policy, self.waiting = policy, Counter[tuple[int, int, int]]()
-        self.ready = {shape: asyncio.Event() for shape in self.examples}  # set once single observations can be answered
+        self.ready = {shape: asyncio.Event() for shape in self.examples}  # set when single observations can be answered
 
     async def compile(self, run: Callable[..., Awaitable]) -> AsyncIterator[str]:
-        """Compiles all of them by `run(function, argument)`; yields a sentence for each. Raises what the policy raises
-        for a single observation; where a batch fails, batches stay smaller."""
+        """Compile all programs with `run(function, argument)`, yielding a sentence for each. Raises what the policy
+        raises for a single observation; if a larger batch fails, batches stay below that size."""
         for batch in self.batches:
             left = list(self.examples)
             while left:
@@ -51,7 +49,7 @@ class Programs:
             self.largest = batch
 
     async def wait_for(self, prepared: Arrays) -> None:
-        """Returns as soon as this observation can be answered."""
+        """Return as soon as this observation can be answered."""
         shape = self.policy.shape(prepared)
         if shape in self.ready and not self.ready[shape].is_set():
             self.waiting[shape] += 1
@@ -59,11 +57,11 @@ class Programs:
 
 
 def _examples(policy: Policy, image_sizes: tuple[tuple[int, int], ...]) -> list[Arrays]:
-    """An observation of each image size and each padded length that a prompt can have, the shortest first."""
+    """An observation for each image size and each padded prompt length, shortest prompts first."""
     cfg, processor = policy.model.config, policy.processor
     prompts = {}
     for words in range(cfg.prompt_length):
-        with suppress(InputError):  # beyond the longest
+        with suppress(InputError):  # the prompt is too long
             _, mask = processor.tokenizer.encode_prompt(
                 "a " * words, template=processor.prompt_template, length=cfg.prompt_length
             )

@@ -1,4 +1,4 @@
-"""Observations and actions as msgpack, in openpi's encoding; reading is safe for untrusted input."""
+"""Observations and actions as msgpack in openpi's encoding; unpacking is safe for untrusted input."""
 
 import math
 from dataclasses import dataclass, replace
@@ -15,15 +15,15 @@ DTYPES = ("|b1", "|u1", "|i1", "<u2", "<i2", "<u4", "<i4", "<u8", "<i8", "<f2", 
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits on one client, and on all together."""
+    """Limits on each client and on the whole server."""
 
     message_bytes: int = 16 << 20
     prompt_characters: int = 1000
-    image_sizes: tuple[tuple[int, int], ...] = ()  # (height, width); each is compiled for. None: the model's own
+    image_sizes: tuple[tuple[int, int], ...] = ()  # (height, width) to compile for; empty: the model's own
     clients: int = 128
-    queue: int = 64  # observations that wait for the policy
+    queue: int = 64  # observations waiting for the policy
     batch: int = 32
-    wait: float = 0.004  # seconds that a batch waits for clients that have not sent theirs yet
+    wait: float = 0.004  # seconds for which a batch waits for further clients
 
 
 LIMITS = Limits()
@@ -32,13 +32,14 @@ REST = 2**16  # bytes of an observation beside image and depth
 
 
 def room_for_images(limits: Limits) -> Limits:
-    """The same, where messages may be as large as an observation of any of the image sizes."""
+    """The limits with `message_bytes` raised to fit an observation of the largest image size."""
     sizes = [PIXEL * height * width + REST for height, width in limits.image_sizes]
     return replace(limits, message_bytes=max(limits.message_bytes, *sizes, 0))
 
 
 def pack(message: dict) -> bytes:
-    """msgpack, arrays as openpi's map {__ndarray__, data, dtype, shape}. Raises InputError for what it cannot hold."""
+    """Encode as msgpack, arrays as openpi's map {__ndarray__, data, dtype, shape}. Raises InputError for other
+    types."""
 
     def encode(value: Any) -> Any:
         array = np.asarray(value)
@@ -55,16 +56,15 @@ def pack(message: dict) -> bytes:
 
 
 def unpack(message: bytes | str) -> dict[Any, Any]:
-    """Inverse of `pack` for untrusted observations: numbers, strings, arrays of `DTYPES`, few containers, nothing else.
+    """Inverse of `pack` for untrusted observations: only numbers, strings, arrays of `DTYPES` and a few containers.
 
-    Raises InputError. Its memory is bounded by the message's size, whatever lengths the message claims.
+    Raises InputError for anything else. Memory is bounded by the message's size, whatever lengths the message claims.
     """
     return _unpack(message, "an observation", 64, max_array_len=16, max_map_len=16, max_str_len=10_000)
 
 
 def unpack_reply(message: bytes | str) -> dict[Any, Any]:
-    """`unpack` for a server's replies and metadata, which may be larger. Metadata of other servers may
-    hold anything."""
+    """`unpack` for a server's replies and metadata, which may be larger and hold anything msgpack can."""
     return _unpack(message, "a reply", 10_000, strict_map_key=False)
 
 

@@ -1,15 +1,15 @@
-"""The policy behind a websocket, in openpi's protocol: its published `openpi-client` drives it unchanged.
+"""Serves a policy by websocket in openpi's protocol, so the published `openpi-client` works unchanged.
 
 The server first sends its metadata. Then each binary message is one observation and each binary reply its actions, both
-msgpack with openpi's encoding of arrays. A text reply is one sentence about an error; the connection stays open. A
-message beyond the size limit, or no answer to a ping for 20 s, ends the connection. GET /healthz, /metadata (JSON),
-/metrics (Prometheus) and a page for people, / (`page`), are on the same port.
+msgpack with openpi's encoding of arrays. A text reply describes an error in one sentence; the connection stays open. A
+message above the size limit, or no answer to a ping for 20 s, ends the connection. The same port serves GET /healthz,
+/metadata (JSON), /metrics (Prometheus) and a web page, / (`page`).
 
-The port is open before the policy is loaded. Until an observation can be answered, /healthz answers 503 "compiling" and
-clients that have connected wait.
+The port opens before the policy is loaded. Until an observation can be answered, /healthz returns 503 "compiling" and
+connected clients wait.
 
-Asyncio reads and writes. One thread calls the policy on the observations that arrived since its last call, and another
-one loads and compiles it (`programs`).
+Asyncio handles the connections. One thread calls the policy on the observations that arrived since its last call, and
+another loads and compiles it (`programs`).
 """
 
 import asyncio
@@ -39,7 +39,7 @@ from spatialvla_jax.serving.access import is_loopback
 from spatialvla_jax.serving.page import Page
 from spatialvla_jax.serving.protocol import KEYS, LIMITS, Limits, check, pack, room_for_images, unpack
 
-if TYPE_CHECKING:  # JAX takes seconds to import, and the port is opened before
+if TYPE_CHECKING:  # JAX takes seconds to import; the port opens first
     from spatialvla_jax.inference.policy import Policy
     from spatialvla_jax.serving.programs import Programs
 
@@ -53,9 +53,9 @@ class Busy(Exception):
 
 
 class Batcher:
-    """Calls `act` in one thread, on the prepared observations that arrived since its last call.
+    """Calls `act` in one thread on the prepared observations that arrived since its last call.
 
-    A batch that is smaller than the number of clients waits for the rest, but no longer than `limits.wait`.
+    A batch smaller than the number of clients waits for the others for up to `limits.wait` seconds.
     """
 
     def __init__(self, act: Callable[[list[Arrays]], list[dict]], limits: Limits, clients: Callable[[], int]):
@@ -92,7 +92,8 @@ class Batcher:
                     future.set_result(result)
 
     def call(self, prepared: list[Arrays]) -> list[dict | Exception]:
-        """An observation that makes the policy fail costs only itself: the others are repeated one by one."""
+        """The result or exception for each observation. If a batch fails, its observations are retried one by one, so
+        that only the faulty ones fail."""
         try:
             return list(self.act(prepared))
         except Exception as error:
@@ -102,7 +103,7 @@ class Batcher:
 
 
 class Metrics:
-    """The metrics of GET /metrics."""
+    """The Prometheus metrics of GET /metrics."""
 
     def __init__(self, clients: Callable[[], int], waiting: Callable[[], int]) -> None:
         self.registry = registry = prometheus.CollectorRegistry()
@@ -134,10 +135,10 @@ class Client:
 class Server:
     """`start` opens the port, then loads and compiles; `drain` answers the requests in flight and stops.
 
-    With `execute` "chunk" it replies with whole chunks f32[T, 7]. With a mode of `executor` it replies to each request
-    with one action f32[1, 7], and calls the policy only when a chunk is due. `report` gets a sentence for each program
-    that is compiled, and one when clients can be answered. Raises InputError where `host` is reachable from other
-    machines and there is no token.
+    With `execute` "chunk", replies are whole chunks f32[T, A]. With a mode of `executor`, each reply is one action
+    f32[1, A], and the policy is called only when a chunk is due. `report` is called with a sentence for each compiled
+    program, and one when clients can be answered. Raises InputError if other machines can reach `host` and there is no
+    token.
     """
 
     def __init__(
@@ -156,7 +157,7 @@ class Server:
         self.load, self.host, self.port, self.token, self.limits = load, host, port, token, room_for_images(limits)
         self.execute, self.report, self.clients = execute, report, set[Client]()
         self.busy, self.explaining, self.draining = 0, 0, False
-        Client(execute)  # raise errors now, not for the first client
+        Client(execute)  # raises now for an unknown mode, not for the first client
         self.batcher = Batcher(self._call_policy, limits, self._expected)
         self.metrics = Metrics(lambda: len(self.clients), self.batcher.waiting.qsize)
         self.compiler, self._compiling = ThreadPoolExecutor(1, "compiler"), set[Future]()
@@ -166,7 +167,7 @@ class Server:
         self._loaded = asyncio.Event()  # `policy` and `programs` exist
 
     async def start(self) -> None:
-        """Opens the port. Raises InputError where that cannot be; `prepared` is the task that does the rest."""
+        """Open the port; the task `prepared` does the rest. Raises InputError if the port cannot be opened."""
         try:
             self._listener = await serve(
                 self._talk,
@@ -185,7 +186,7 @@ class Server:
         self.prepared = asyncio.create_task(self._prepare())
 
     async def _prepare(self) -> None:
-        """Loads the policy, then compiles while it already serves. Raises what loading or compiling raises."""
+        """Load the policy, then compile while already serving. Raises what loading or compiling raises."""
         from spatialvla_jax.serving.programs import Programs
 
         self.policy = policy = await self._in_compiler(self.load)
@@ -221,11 +222,11 @@ class Server:
 
     @property
     def compiling(self) -> bool:
-        """Whether a thread is loading, compiling or explaining, which nothing can interrupt."""
+        """Whether a thread is loading, compiling or explaining, which cannot be interrupted."""
         return any(future.running() for future in list(self._compiling))
 
     async def drain(self, seconds: float = 20) -> None:
-        """Refuses new connections, answers pending requests for at most `seconds`, and closes all connections."""
+        """Refuse new connections, answer pending requests for at most `seconds`, and close all connections."""
         self.draining = True
         self._listener.close(close_connections=False)
         deadline = time.monotonic() + seconds
@@ -242,7 +243,7 @@ class Server:
         self.compiler.shutdown(wait=False)
 
     def _expected(self) -> int:
-        """How many observations a batch waits for. Robots do not wait for people who read explanations."""
+        """How many observations a batch waits for: one from each client, except those waiting for explanations."""
         return min(len(self.clients) - self.explaining, self.programs.largest)
 
     def _call_policy(self, prepared: list[Arrays]) -> list[dict]:
@@ -253,7 +254,7 @@ class Server:
         return [{**result, "server_timing": timing} for result in results]
 
     def _get(self, connection: ServerConnection, request: Request) -> Response | None:
-        """Plain GETs are answered here; None goes on to the websocket."""
+        """The response to a plain GET, or None to open a websocket."""
         if request.path == "/healthz":
             if self._loaded.is_set() and self.programs.compiled:
                 return connection.respond(HTTPStatus.OK, "OK\n")
@@ -279,7 +280,7 @@ class Server:
         return None
 
     async def _talk(self, connection: ServerConnection) -> None:
-        """Serves one client until it disconnects. It has at most one observation in the queue."""
+        """Serve one client until it disconnects. It has at most one observation in the queue."""
         client = Client(self.execute)
         self.clients.add(client)
         try:
@@ -327,8 +328,8 @@ class Server:
                 return {"reset": True}
         if observation.pop("explain", False):
             return await self._explain(observation)
-        # A chunk and the guess of the next one are valid only for the prompt and unnorm_key they were planned for.
-        # Texts are compared as they were sent: another spelling only causes a new plan, which is never wrong.
+        # A chunk and the draft of the next one are valid only for the prompt and unnorm_key they were planned for.
+        # Compare these as sent: a new spelling only causes an unnecessary new chunk.
         planned = observation.get("prompt"), observation.get("unnorm_key")
         if planned != client.planned:
             client.reset()
@@ -339,7 +340,7 @@ class Server:
         if client.executor and not client.executor.due:
             return {"actions": client.executor.step()[None]}
         result = await self._infer(prepared)
-        # A client that gets whole chunks is assumed to execute them to their end, as openpi's does.
+        # Clients that get whole chunks are assumed to execute all of them, as openpi's does.
         ids = result["action_ids"]
         client.draft = shift(ids, client.executor.every if client.executor else len(ids))
         if client.executor:
@@ -362,9 +363,10 @@ class Server:
         return result
 
     async def _explain(self, observation: dict[str, Any]) -> dict[str, Any]:
-        """A whole chunk from the same batches, with what `explain` says of it and the latency of each part.
+        """A whole chunk with the result of `explain` and the latency of each part.
 
-        The explanation is computed in the compiler's thread: while its program is compiled, robots are answered.
+        The chunk comes from a common batch. The explanation is computed in the compiler's thread, so that robots are
+        answered while its program is compiled.
         """
         from spatialvla_jax.inference.explain import explain
 
@@ -386,14 +388,14 @@ class Server:
 
 
 def _reason(error: Exception) -> str:
-    """Why a port cannot be opened, in a few words."""
+    """Briefly, why a port cannot be opened."""
     if isinstance(error, OSError) and not isinstance(error, socket.gaierror) and error.errno:
         return os.strerror(error.errno)  # asyncio's own sentence repeats the address
     return str(getattr(error, "strerror", error))
 
 
 async def run(server: Server, ready: Callable[[], None] = lambda: None) -> None:
-    """Serves until SIGTERM or SIGINT, then drains; `ready` is called when the port is open. Raises what loading and
+    """Serve until SIGTERM or SIGINT, then drain; `ready` is called when the port is open. Raises what loading and
     compiling raise."""
     await server.start()
     stop = asyncio.Event()
