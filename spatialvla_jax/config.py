@@ -18,17 +18,25 @@ from spatialvla_jax.utils.schema import LARGEST, Field, check, nearest_name, par
 from spatialvla_jax.utils.shipped import shipped
 from spatialvla_jax.utils.storage import AnyPath, absolute, as_path, is_dir, is_file, is_url, read_text
 
-# Keys that may change when a run goes on: they touch what is watched, kept and where it runs, not what is computed.
+# Keys that may change on resuming: they affect logging, checkpointing and placement, but not the result.
 FREE_ON_RESUME = (
-    *("checkpoint", "mesh", "train.max_skipped", "train.log_every", "train.eval_every", "train.eval_frames"),
-    "train.spikes",  # for a run that met one; without a spike it changes nothing
-    *("data.root", "data.cache_dir", "data.workers", "data.memory_gb", "data.faults"),
-    *(
-        "train.grad_accum_steps",
-        "train.gather_once",
-        "model.remat",
-        "model.unroll",
-    ),  # how a step fits its devices, not what it computes
+    "checkpoint",
+    "mesh",
+    "train.max_skipped",
+    "train.log_every",
+    "train.eval_every",
+    "train.eval_frames",
+    "train.spikes",  # changes the result only of a run that has a loss spike
+    "data.root",
+    "data.cache_dir",
+    "data.workers",
+    "data.memory_gb",
+    "data.faults",
+    # How a step fits its devices:
+    "train.grad_accum_steps",
+    "train.gather_once",
+    "model.remat",
+    "model.unroll",
 )
 
 
@@ -44,7 +52,7 @@ def _json(value: Any) -> str:
     try:
         json.dumps(value, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        return f"cannot be kept in the run's config.json: {error}"
+        return f"cannot be stored in the run's config.json: {error}"
     return ""
 
 
@@ -67,7 +75,7 @@ def _packed(value: Any) -> str:
 
 PATTERN = Field("", "", problem=_pattern)
 NAME = Field("", "")
-# Every key there is, with the recipe as published; the files in `configs/` change what they need.
+# All keys, with the published recipe as defaults; files in `configs/` override some of them.
 KEYS: dict[str, Field] = {
     "seed": Field(
         0, "random seed of the parameters, the order of the data and the augmentation", low=0, high=2**32 - 1
@@ -83,7 +91,7 @@ KEYS: dict[str, Field] = {
         "directory or Hub id of a ZoeDepth, where init is a PaliGemma 2 and model.depth_source is zoedepth",
         problem=_path,
     ),
-    # Paper III-B, where `init` carries an action grid and this config makes another one.
+    # Paper III-B, for an `init` with another action grid than this config's.
     "adapt.embedding": Field(False, "interpolate init's spatial table at the centres of the new grid's bins"),
     "adapt.head": Field(False, "interpolate the action rows of init's LM head too"),
     # Published: rank 32, alpha 32, all linear layers.
@@ -116,8 +124,8 @@ KEYS: dict[str, Field] = {
     ),
     "data.packed": Field(
         "",
-        "a file of `data pack` or `record` that takes the place of the datasets; or several with the weights of their "
-        "frames, {FILE: weight}: the first one's statistics and tokenizer hold for all",
+        "file written by `data pack` or `record`, used instead of the datasets; or several, {FILE: weight of its "
+        "frames}, with the statistics and tokenizer of the first",
         problem=_packed,
         kinds=(str, dict),
     ),
@@ -128,7 +136,9 @@ KEYS: dict[str, Field] = {
     ),
     "data.split": Field("train", "training split, or a part of it: train[:95%]"),
     "data.precomputed_depth": Field(False, "use the depth that `data depth` stored, not the datasets' own"),
-    "data.statistics": Field("", "a file of `spatialvla-jax stats`; empty: computed when a run begins", problem=_path),
+    "data.statistics": Field(
+        "", "file written by `spatialvla-jax stats`; empty: computed when a run starts", problem=_path
+    ),
     "data.balance": Field(True, "multiply weights by the sizes of the datasets, as published"),
     "data.faults.policy": Field(
         "fail", "what to do with damaged data; skip: leave it out and count it", choices=("fail", "skip")
@@ -165,7 +175,7 @@ KEYS: dict[str, Field] = {
     "grid.num_bins": Field(
         (16, 32, 8, 16, 16, 16), "bins of theta, phi, r, roll, pitch, yaw", size=6, items=Field(1, "", low=1, high=4096)
     ),
-    "grid.min_sigma": Field(0.5, "smallest standard deviation that a Gaussian gets", low=0, unit="normalised action"),
+    "grid.min_sigma": Field(0.5, "smallest standard deviation of a fitted Gaussian", low=0, unit="normalised action"),
     "grid.exclude": Field(
         ("language_table", "berkeley_fanuc_manipulation", "cmu_stretch", "jaco_play"),
         "datasets left out when the Gaussians are fitted, as published",
@@ -185,7 +195,7 @@ KEYS: dict[str, Field] = {
     "augment.move_intrinsics": Field(True, "move the camera's intrinsics with the crop"),
     "loss.soft_sigma": Field(
         0.0,
-        "of Gaussian targets around the true cell, in training; 0: the true cell alone",
+        "standard deviation of Gaussian targets around the true cell, in training; 0: the true cell alone",
         low=0.1,
         high=8,
         also=(0,),
@@ -197,7 +207,7 @@ KEYS: dict[str, Field] = {
         "frame; needs packed recordings",
         choices=("none", "pixels", "metres"),
     ),
-    "loss.target_weight": Field(1.0, "of its mean absolute error, beside the cross-entropy", above=0),
+    "loss.target_weight": Field(1.0, "weight of its mean absolute error, added to the cross-entropy", above=0),
     "optimizer.learning_rate": Field(2e-5, "peak of the rate, which then decays linearly to 0", low=0),
     "optimizer.warmup": Field(0.005, "linear warm-up", low=0, high=1, unit="fraction of all steps"),
     "optimizer.b1": Field(0.9, "decay of AdamW's first moment", low=0, below=1),
@@ -215,7 +225,7 @@ KEYS: dict[str, Field] = {
         ("llm/embedder", "zoe"), "regular expressions for the paths of frozen parameters", items=PATTERN
     ),
     "train.steps": Field(120_000, "steps of the whole run", low=1),
-    "train.batch_size": Field(128, "of all devices together, per step", low=1, unit="examples"),
+    "train.batch_size": Field(128, "examples per step, over all devices", low=1, unit="examples"),
     "train.grad_accum_steps": Field(1, "parts of a batch that are computed one after another", low=1),
     "train.max_skipped": Field(
         100, "steps with a non-finite loss or gradient that are skipped before the run fails", low=0
@@ -240,25 +250,25 @@ KEYS: dict[str, Field] = {
     "train.eval_frames": Field(0, "validated frames, evenly spaced; 0: all", low=0),
     "checkpoint.every": Field(5_000, "interval between checkpoints", low=1, unit="steps"),
     "checkpoint.keep_last": Field(2, "how many of the newest checkpoints are kept", low=1),
-    "checkpoint.keep_every": Field(0, "also keep a checkpoint for good at this interval; 0: none", low=0, unit="steps"),
+    "checkpoint.keep_every": Field(0, "also keep every checkpoint at this interval; 0: none", low=0, unit="steps"),
     "mesh.data": Field(1, "replicas; -1: all remaining devices", low=1, also=(-1,), unit="devices"),
     "mesh.fsdp": Field(
         -1, "devices that split batch and parameters; -1: all that remain", low=1, also=(-1,), unit="devices"
     ),
     "mesh.tensor": Field(1, "devices that split heads and MLP; -1: all that remain", low=1, also=(-1,), unit="devices"),
 }
-MAX_TOKENS = 1_000_000  # of a grid: rows of a table in the model
+MAX_TOKENS = 1_000_000  # of a grid, each a row of a table in the model
 GROUPS = {key[:n] for key in KEYS for n, char in enumerate(key) if char == "."}
 
 
 def default_config() -> ConfigDict:
-    """A config of every key in `KEYS`. It takes any value of any key, old names too: `load_config` checks them."""
+    """A config with the default of every key in `KEYS`. It accepts any key and value; `load_config` checks them."""
     return make_config({})
 
 
 def make_config(values: Mapping[str, Any]) -> ConfigDict:
     """The defaults with dotted keys changed."""
-    # `data` keeps dicts as they are: the names in data.drop may have dots, which a ConfigDict refuses.
+    # `data` keeps plain dicts: names in data.drop may have dots, which ConfigDict keys must not.
     parts = {part: ConfigDict(type_safe=False, convert_dict=part != "data") for part in ("", *sorted(GROUPS))}
     for group in sorted(GROUPS):
         parent, _, name = group.rpartition(".")
@@ -280,8 +290,8 @@ def load_config(path: str | Path, overrides: Mapping[str, str] | None = None) ->
 
 
 def completed(given: Any, overrides: Mapping[str, str], source: str = "the config") -> ConfigDict:
-    """`default_config()` with the keys of `given`, under their old or new names, then those of the command line, all
-    checked. Raises InputError."""
+    """`default_config()` with the keys of `given` (renamed if old) and then those of the command line applied and
+    checked. Raises InputError; `source` names `given` in its message."""
     if not isinstance(given, ConfigDict | dict):
         raise InputError(f"{source} must be a config or a dict of its keys, got {shown(given)}")
     try:
@@ -295,7 +305,7 @@ def completed(given: Any, overrides: Mapping[str, str], source: str = "the confi
 
 
 def _override(values: Mapping[str, Any], key: str, text: str) -> dict[str, Any]:
-    """{key: what a text of the command line stands for}. The names in data.drop are keys too: data.drop.droid=0.5."""
+    """{key: value} from a command line argument's text. Names in data.drop act as keys: data.drop.droid=0.5."""
     if key.startswith("data.drop."):
         name, items = key.removeprefix("data.drop."), KEYS["data.drop"].items
         return {"data.drop": {**values.get("data.drop", {}), name: parse(text, items) if items else text}}
@@ -303,7 +313,7 @@ def _override(values: Mapping[str, Any], key: str, text: str) -> dict[str, Any]:
 
 
 def checked(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted keys with their values, as `KEYS` allows them. Raises InputError."""
+    """{dotted key: value}, converted to the types in `KEYS`. Raises InputError for unknown keys and invalid values."""
     for key in values:
         if key not in KEYS:
             group = [known for known in KEYS if known.startswith(f"{key}.")]
@@ -317,7 +327,7 @@ def checked(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_together(config: ConfigDict) -> None:
-    """Raises InputError where valid values can't go together in a training run; looks at no file."""
+    """Raises InputError for values that are valid alone but not together in a training run. Reads no files."""
     train, areas = config.train, (config.augment.crop_area, config.augment.crop_area_max)
     if train.batch_size % train.grad_accum_steps:
         nearest = max(1, round(train.batch_size / train.grad_accum_steps)) * train.grad_accum_steps
@@ -360,8 +370,8 @@ def check_together(config: ConfigDict) -> None:
 
 
 def find_config(path: str | Path) -> Path:
-    """A config file by its path or its name: `sweeps/ego3d` is `configs/sweeps/ego3d.py` of the working directory or of
-    this project. Raises InputError."""
+    """Find a config file by path or by name: `sweeps/ego3d` means `configs/sweeps/ego3d.py` in the working directory or
+    in this project. Raises InputError."""
     if is_url(path):
         raise InputError(f"--config {path} is a URL, and a config file is read from the local disk alone")
     for file in (as_path(path, "--config"), shipped(f"configs/{path}.py")):
@@ -373,11 +383,11 @@ def find_config(path: str | Path) -> Path:
 
 
 def call_function(path: Path, name: str) -> Any:
-    """What the function `name` of a Python file returns. Raises InputError for a missing function, and for any error in
-    the file, with its line."""
+    """The result of the function `name` in a Python file. Raises InputError for a missing function, and for any error
+    in the file, with its line."""
     namespace: dict[str, Any] = {"__name__": "_user_config", "__file__": str(path)}
     try:
-        exec(compile(path.read_bytes(), str(path), "exec"), namespace)  # an import would leave a __pycache__ there
+        exec(compile(path.read_bytes(), str(path), "exec"), namespace)  # an import would leave a __pycache__ behind
         if callable(function := namespace.get(name)):
             return function()
     except InputError:
@@ -391,11 +401,11 @@ def call_function(path: Path, name: str) -> Any:
 
 
 def train_config_of(run: AnyPath) -> ConfigDict:
-    """The config that a run was trained with, from its directory or one of its checkpoints. Raises InputError."""
+    """The config of a training run, given its directory or one of its checkpoints. Raises InputError."""
     folders = (run, *absolute(run).parents[:2])
     for folder in (folder for folder in folders if not is_url(folder) or len(folder.parts) > 2):  # /gs/BUCKET/…
         if is_file(folder / "config.json") and is_dir(folder / "checkpoints"):
-            # Not checked: a run may have values that new runs may not.
+            # Not checked: an old run may have values that are no longer valid.
             return make_config(flatten(renamed(json.loads(read_text(folder / "config.json")), CONFIG_KEYS)))
     raise InputError(f"{run} is not in a training run's directory, so --config must name the data")
 
@@ -405,14 +415,14 @@ def check_resumable(saved: dict[str, Any], config: ConfigDict, workdir: AnyPath,
     now, defaults, began = (
         decisive(tree) for tree in (config.to_dict(), default_config().to_dict(), renamed(saved, CONFIG_KEYS))
     )
-    before = defaults | began  # a key that is younger than the run had its default
+    before = defaults | began  # keys newer than the run have their defaults
     if gone := sorted(before.keys() - KEYS.keys()):
         raise InputError(
-            f"the run in {workdir} was begun by another version of this program, with {gone[0]} = "
-            f"{before[gone[0]]!r}, a config key that does not exist: go on with that version, or use another workdir"
+            f"the run in {workdir} was started by another version of this program, with {gone[0]} = "
+            f"{before[gone[0]]!r}, a config key that does not exist here: use that version or another workdir"
         )
     now["data.packed"], before["data.packed"] = now.get("data.packed", ""), before.get("data.packed", "")
-    now["data.read_block"] = now["data.read_block"] or before["data.read_block"]  # 0: what the run's first start chose
+    now["data.read_block"] = now["data.read_block"] or before["data.read_block"]  # 0: chosen at the run's first start
     changed = [key for key in sorted(now) if now[key] != before[key]]
     if changed:
         k = changed[0]
@@ -426,9 +436,9 @@ def check_resumable(saved: dict[str, Any], config: ConfigDict, workdir: AnyPath,
 
 
 def decisive(config: dict[str, Any]) -> dict[str, Any]:
-    """The dotted keys that decide what a run computes, with their values as JSON has them. Datasets don't say where
-    they lie: a run may go on where they were moved to. Of several packed files the weights are left. The preset's own
-    image size is 0."""
+    """The keys that determine a run's result, {dotted key: JSON value}. Paths of datasets and packed files are left
+    out, since they may be moved (of several packed files, the weights remain). The preset's own image size becomes
+    0."""
     values = flatten(json.loads(json.dumps(config)))
     sizes = PRESETS.get(values.get("model.preset", ""))
     if sizes and values.get("model.image_size") == sizes.img.image_size:
@@ -442,7 +452,7 @@ def decisive(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def flatten(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
-    """{dotted key: value}. A key that does not exist is kept with all that it holds."""
+    """{dotted key: value}. The value of an unknown key is kept whole."""
     flat: dict[str, Any] = {}
     for name, value in tree.items():
         key = f"{prefix}{name}"

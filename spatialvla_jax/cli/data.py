@@ -149,8 +149,9 @@ def add_faults(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def print_skipped(faults: Sequence[Fault], shown: int = 10) -> None:
-    """How many episodes were left out, and why."""
+def print_skipped(faults: Sequence[Fault]) -> None:
+    """Print how many episodes were left out and why, naming the first ten."""
+    shown = 10
     if faults:
         counts = Counter(fault.reason for fault in faults)
         listed = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))
