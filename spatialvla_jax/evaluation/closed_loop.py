@@ -11,12 +11,16 @@ from typing import Any
 
 import numpy as np
 
+from spatialvla_jax.checkpoints.types import read_json
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.evaluation.rollouts import Environment, Episode, Infer, Settings, rollouts
 from spatialvla_jax.evaluation.video import write_video
 from spatialvla_jax.training.log_folder import LogFolder
 from spatialvla_jax.utils.atomic import write_json
+from spatialvla_jax.utils.storage import AnyPath
 from spatialvla_jax.utils.tables import text_table
+
+KEYS = (*Episode._fields, "instruction", "success", "steps", "faults")  # of each line of episodes.jsonl
 
 
 def evaluate(
@@ -86,7 +90,7 @@ def _resume(folder: LogFolder, values: dict[str, Any]) -> dict[Episode, dict[str
         os.truncate(log, whole)
     results = {}
     for number, line in enumerate(text[:whole].splitlines(), 1):
-        record = _record(line, f"line {number} of {folder.workdir / 'episodes.jsonl'}", (*Episode._fields, "success"))
+        record = _record(line, f"line {number} of {folder.workdir / 'episodes.jsonl'}", KEYS)
         results[Episode(*(record.pop(key) for key in Episode._fields))] = record
     return results
 
@@ -135,6 +139,16 @@ def summary(results: dict[Episode, dict[str, Any]]) -> dict[str, Any]:
         "seeds": sorted({episode.seed for episode in results}),
         "suites": suites,
     }
+
+
+def read_summary(path: AnyPath) -> dict[str, Any]:
+    """A `summary` in a file. Raises InputError if it is damaged."""
+    result = read_json(path)
+    suites = result.get("suites")
+    whole = isinstance(suites, dict) and all(isinstance(of, dict) and "tasks" in of for of in suites.values())
+    if not whole or not {"episodes", "seeds"} <= {*result}:
+        raise InputError(f"{path} is damaged: expected episodes, seeds and suites, each with its tasks")
+    return result
 
 
 def table(result: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 metrics.jsonl, grid.json, data.npz, and closed_loop/result.json where it was evaluated in simulation."""
 
 import math
+import re
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -268,6 +269,11 @@ def read_trial(folder: Path, values: dict[str, str], seed: int) -> Trial:
     if (gain := last_gain(curve, steps)) is not None:
         numbers |= {GAIN.key: gain, PLATEAU.key: float(bool(plateau(curve, steps)))}
     success, episodes, suites = read_closed_loop(folder / "closed_loop" / "result.json")
+    if episodes and "weights" in result:
+        weights, policy = result["weights"], read_json(folder / "closed_loop" / "settings.json").get("policy")
+        digest, others = (re.findall(r" \(([0-9a-f]{8})\)", str(text)) for text in (weights, policy))
+        if others and others != digest:
+            raise InputError(f"{folder}/closed_loop is of {policy}, other weights than the trial's, {weights}")
     numbers |= {SUCCESS.key: success} if episodes else {}
     known = (folder.name, folder, values, seed, numbers, episodes, suites, baselines, tuple(records), result)
     return Trial(*known, load_grid(folder / "grid.json"), arrays)

@@ -7,6 +7,7 @@ from typing import Any
 
 from spatialvla_jax.checkpoints.types import read_json
 from spatialvla_jax.errors import InputError
+from spatialvla_jax.evaluation.closed_loop import read_summary
 from spatialvla_jax.sweep.run import claim
 from spatialvla_jax.training.init_from import check_planned
 from spatialvla_jax.utils.atomic import replacing, write_json
@@ -88,14 +89,13 @@ def _check(folder: Path, other: Path) -> None:
 
 def _check_episodes(folder: Path, other: Path) -> None:
     result, first = (
-        one | {"tasks": ", ".join(f"{suite} {' '.join(of['tasks'])}" for suite, of in one["suites"].items())}
-        for one in (read_json(place / CLOSED_LOOP[-1]) for place in (folder, other))
+        {"episodes": one["episodes"], "seeds": one["seeds"]}
+        | {"tasks": ", ".join(f"{suite} {' '.join(of['tasks'])}" for suite, of in one["suites"].items())}
+        for one in (read_summary(place / CLOSED_LOOP[-1]) for place in (folder, other))
     )
-    for key in ("episodes", "seeds", "tasks"):
-        if result.get(key) != first.get(key):
-            raise InputError(
-                f"{folder} and {other} have closed loops of different {key}: {result.get(key)} and {first.get(key)}"
-            )
+    for key, value in result.items():
+        if value != first[key]:
+            raise InputError(f"{folder} and {other} have closed loops of different {key}: {value} and {first[key]}")
 
 
 def _copy(folder: Path, workdir: Path, name: str) -> bool:
@@ -103,6 +103,8 @@ def _copy(folder: Path, workdir: Path, name: str) -> bool:
     target = workdir / "trials" / name
     target.mkdir(parents=True, exist_ok=True)
     with claim(target) as claimed:
+        if claimed:  # a mixture of two results' files is no finished trial
+            (target / RESULT).unlink(missing_ok=True)
         for file in (*FILES, *CLOSED_LOOP, RESULT) if claimed else ():
             if (folder / file).exists():
                 (target / file).parent.mkdir(exist_ok=True)

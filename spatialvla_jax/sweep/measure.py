@@ -56,6 +56,7 @@ def measure(trial: Trial, folder: Path, trained: dict[str, Any], drawn: bool) ->
         "data": [index.name for index in loader.indexes()],
         "train_frames": len(actions),
         "init": weights_digest(config.init) if config.init else None,
+        "weights": fingerprint(folder),
         "steps": trained["step"],
         "params": trained["params"],
         "trainable": trained["trainable"],

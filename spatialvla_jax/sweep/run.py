@@ -34,6 +34,7 @@ from spatialvla_jax.config import flatten
 from spatialvla_jax.data import DataConfig
 from spatialvla_jax.data.pack import packed_digest
 from spatialvla_jax.errors import InputError
+from spatialvla_jax.evaluation.closed_loop import read_summary
 from spatialvla_jax.sim.libero_env import NUM_TASKS
 from spatialvla_jax.sweep.measure import measure, simulate, weights_digest
 from spatialvla_jax.sweep.plan import Sweep, Trial
@@ -61,7 +62,7 @@ def finished(folder: Path, trial: Trial) -> bool:
         return False
     if not wanted:
         return True
-    done = read_json(path)
+    done = read_summary(path)
     tasks = {int(task) for suite in done["suites"].values() for task in suite["tasks"]}
     asked = set(wanted["tasks"] or range(NUM_TASKS))
     count = len(asked) * len(wanted["seeds"]) * wanted["episodes"]
@@ -79,7 +80,7 @@ def prepare(sweep: Sweep, workdir: Path) -> None:
     others = []
     for trial in sweep.trials:
         folder, path = folder_of(workdir, trial), trial.config.data.packed
-        result = json.loads((folder / "result.json").read_text()) if (folder / "result.json").exists() else {}
+        result = read_json(folder / "result.json") if (folder / "result.json").exists() else {}
         # A finished trial may have no checkpoints left.
         if begun := begun_config(folder, step_directory(folder)) or (result and read_json(folder / CONFIG)):
             check_begun(begun, trial.config, folder)
@@ -111,7 +112,7 @@ def prepare(sweep: Sweep, workdir: Path) -> None:
         "config_of_each": {name: {k: v for k, v in of.items() if k not in common} for name, of in configs.items()},
     }
     plan, path = json.loads(json.dumps(plan)), workdir / "sweep.json"
-    if not path.exists() or json.loads(path.read_text()) != plan:  # another process may have written it
+    if not path.exists() or read_json(path) != plan:  # another process may have written it
         write_json(path, plan)
 
 

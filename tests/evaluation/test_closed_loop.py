@@ -135,9 +135,12 @@ def test_it_goes_on_where_it_was_stopped(first, tmp_path):
     with pytest.raises(InputError, match="policy = 'toy', now it is 'another'"):
         evaluate(Point, direct, EPISODES, Settings(MAX_STEPS), LogFolder(tmp_path), policy="another")
     whole = (tmp_path / "episodes.jsonl").read_text()
-    (tmp_path / "episodes.jsonl").write_text(f'{whole}{{"suite": \n')
-    with pytest.raises(InputError, match=r"line 13 of .*/episodes.jsonl is damaged: expected a JSON object with suite"):
-        run(tmp_path, policy)
+    lacking = {key: value for key, value in json.loads(whole.splitlines()[0]).items() if key != "faults"}
+    for line in ('{"suite": ', json.dumps(lacking)):
+        (tmp_path / "episodes.jsonl").write_text(f"{whole}{line}\n")
+        told = r"line 13 of .*/episodes.jsonl is damaged: expected a JSON object with suite.* faults"
+        with pytest.raises(InputError, match=told):
+            run(tmp_path, policy)
     for damaged in ('{"policy": ', '{"policy": "toy"}'):
         (tmp_path / "settings.json").write_text(damaged)
         with pytest.raises(InputError, match=r"/settings.json is damaged: expected a JSON object with policy, execute"):

@@ -343,6 +343,23 @@ def _report(workdir: Path) -> str:
     return (workdir / "table.md").read_text()
 
 
+def test_a_closed_loop_of_another_trials_weights_is_refused(tmp_path: Path) -> None:
+    """By a slip, the checkpoint of one trial was evaluated into the folder of another."""
+    trial = {"values": {"grid": "a"}, "seed": 0}
+    write_sweep(tmp_path, {"a_0": trial}, {"grid": ["a"]})
+    folder = write_trial(tmp_path, "a_0", trial | {"weights": "/there/a_0/checkpoints/4 (12345678)"}, 0.1)
+    (folder / "closed_loop").mkdir()
+    (folder / "closed_loop" / "result.json").write_text('{"success": 0.8, "episodes": 50}')
+    settings = folder / "closed_loop" / "settings.json"
+    settings.write_text('{"policy": "/here/a_0/checkpoints/4 (12345678), 224 px"}')
+    assert read_sweep(tmp_path).trials[0].episodes == 50
+    settings.write_text('{"policy": "/here/b_0/checkpoints/4 (87654321), 224 px"}')
+    with pytest.raises(
+        InputError, match=r"a_0/closed_loop is of /here/b_0/.*, other weights than the trial's, /there/a_"
+    ):
+        read_sweep(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("file", "text", "sentence"),
     [

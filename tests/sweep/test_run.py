@@ -1,6 +1,7 @@
 """Trials are run once, whoever runs them; what fails or stops is told; equal shapes are compiled once."""
 
 import json
+import re
 import shlex
 import shutil
 import subprocess
@@ -81,6 +82,7 @@ def test_a_sweep_from_end_to_end(swept: tuple[list[str], Path, int]) -> None:
     }
     assert 2 < result["tokens_used"] <= 98 and 0 < result["trainable"] < result["params"]
     assert result["data"] == ["toy"] and result["train_frames"] > 0
+    assert re.fullmatch(r".*/trials/grid-uniform_seed-1/checkpoints/2 \([0-9a-f]{8}\)", result["weights"])
     assert {"spatialvla_jax", "jax", "python"} <= result["provenance"]["versions"].keys()
     plan = json.loads((workdir / "sweep.json").read_text())
     assert plan["overrides"] == {"train.steps": "2"} and plan["config"].endswith("grids.py")
@@ -262,6 +264,9 @@ def test_a_trial_with_its_closed_loop_is_collected(tmp_path: Path) -> None:
     assert collect.collect(places[:2], places[0])["copied"] == 0
     with pytest.raises(InputError, match=r"longer/trials/a and .* have closed loops of different episodes: 20 and 10"):
         collect.collect(places, tmp_path / "new")
+    write_json(places[2] / "trials" / "a" / collect.CLOSED_LOOP[-1], {"episodes": 10, "seeds": [0]})
+    with pytest.raises(InputError, match=r"result.json is damaged: expected episodes, seeds and suites, each with its"):
+        collect.collect(places, tmp_path / "new")
     for suites in ({"libero_spatial": {"tasks": {"7": {}}}}, {"libero_goal": {"tasks": {"0": {}}}}):
         result = {"episodes": 10, "seeds": [0], "suites": suites}
         write_json(places[2] / "trials" / "a" / collect.CLOSED_LOOP[-1], result)
@@ -269,6 +274,45 @@ def test_a_trial_with_its_closed_loop_is_collected(tmp_path: Path) -> None:
             collect.collect(places, tmp_path / "new")
     with pytest.raises(InputError, match="is not empty and holds no sweep"):
         collect.collect(places[:2], places[0] / "trials" / "a")
+
+
+def test_a_collection_that_is_stopped_halfway_leaves_no_mixture_of_two_results(tmp_path: Path, monkeypatch) -> None:
+    """A trial without a closed loop there, replaced by the same with one, of which the last file is missing."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    for place in (old, new):
+        (place / "trials" / "a" / "closed_loop").mkdir(parents=True)
+        write_json(place / "sweep.json", {"name": "s", "trials": {"a": {"values": {}, "seed": 0}}})
+        for name in (*collect.FILES, *collect.CLOSED_LOOP, "result.json"):
+            if place == new or "closed" not in name:
+                suites = {"episodes": 10, "seeds": [0], "suites": {}}
+                write_json(place / "trials" / "a" / name, {"of": place.name} | suites)
+    copy = shutil.copyfile
+
+    def stopped(source: Path, target: Path) -> None:
+        if source == new / "trials" / "a" / "result.json":
+            raise KeyboardInterrupt
+        copy(source, target)
+
+    monkeypatch.setattr(shutil, "copyfile", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        collect.collect([new], old)
+    assert not (old / "trials" / "a" / "result.json").exists()
+    monkeypatch.setattr(shutil, "copyfile", copy)
+    assert collect.collect([new], old)["copied"] == 1
+    assert json.loads((old / "trials" / "a" / "result.json").read_text())["of"] == "new"
+
+
+@pytest.mark.parametrize("file", ["sweep.json", "trials/a/result.json", "trials/a/closed_loop/result.json"])
+def test_damaged_files_are_named_when_a_sweep_goes_on(file: str, tmp_path: Path) -> None:
+    (trial,) = trials("a").trials
+    trial = replace(trial, closed_loop={"suite": "", "episodes": 1, "seeds": [0], "tasks": []})
+    (tmp_path / "trials" / "a" / "closed_loop").mkdir(parents=True)
+    for name in ("trials/a/result.json", "trials/a/closed_loop/result.json", "trials/a/config.json"):
+        write_json(tmp_path / name, trial.config.to_dict() if "config" in name else {})
+    (tmp_path / file).write_text('{"epis')
+    with pytest.raises(InputError, match=f"{file} cannot be read as JSON"):
+        run.prepare(trials("a"), tmp_path)
+        run.finished(tmp_path / "trials" / "a", trial)
 
 
 def test_weights_that_init_no_longer_holds_are_told(trained: Path, tmp_path: Path, capsys) -> None:
