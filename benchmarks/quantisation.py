@@ -12,6 +12,7 @@ interruption, or with more grids or episodes. Ends with one line of JSON.
 import argparse
 import json
 import os
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,11 +22,13 @@ import numpy as np
 from spatialvla_jax.actions import decode, encode, fit_gaussians, gaussian_grid, linear_grid
 from spatialvla_jax.actions.gaussian import PRESET_BINS
 from spatialvla_jax.actions.normalization import normalize, unnormalize
+from spatialvla_jax.cli import overrides_of
+from spatialvla_jax.cli.arguments import positive, task_ids
 from spatialvla_jax.config import load_config
 from spatialvla_jax.data import open_data
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.evaluation import closed_loop
-from spatialvla_jax.evaluation.rollouts import Settings, padded
+from spatialvla_jax.evaluation.rollouts import Episode, Settings, padded
 from spatialvla_jax.reports.figures.style import BLUE, DARK, GREEN, ORANGE, drawing
 from spatialvla_jax.sim import libero_env as libero
 from spatialvla_jax.sweep.provenance import provenance
@@ -34,6 +37,7 @@ from spatialvla_jax.utils.atomic import write_json
 from spatialvla_jax.utils.progress import progress_bar
 
 BINS = {130: (4, 8, 2, 4, 4, 4), 386: (6, 12, 4, 4, 4, 6), **PRESET_BINS}  # two more below the published ones
+PROBE = np.random.default_rng(0).uniform(-1, 1, (256, 7)).astype(np.float32)  # tells grids of other data apart
 Through = Callable[[np.ndarray], np.ndarray]  # actions f32[B, 7] as the expert wants them -> as they are executed
 
 
@@ -115,13 +119,18 @@ def main() -> None:
     parser.add_argument("--config", default="demo", help="names the data; --config.KEY=VALUE changes it")
     parser.add_argument("--suite", default="libero_spatial", choices=libero.PLANS)
     parser.add_argument("--only", help="of what is listed, or any grid by its bins, e.g. 1026,4x8x2x4x4x4,expert")
-    parser.add_argument("--episodes", type=int, default=50, help="a task and seed")
-    parser.add_argument("--seeds", default="0")
-    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--episodes", type=positive, default=50, help="a task and seed")
+    parser.add_argument("--seeds", type=task_ids, default=[0])
+    parser.add_argument("--workers", type=positive, default=os.cpu_count())
     args, rest = parser.parse_known_args()
-    overrides = dict(argument.removeprefix("--config.").split("=", 1) for argument in rest)
+    try:
+        measure(args, overrides_of(rest, allowed=True))
+    except InputError as error:
+        parser.error(str(error))
 
-    episodes = libero.episodes([args.suite], args.episodes, [int(seed) for seed in args.seeds.split(",")], None)
+
+def measure(args: argparse.Namespace, overrides: dict[str, str]) -> None:
+    episodes = libero.episodes([args.suite], args.episodes, args.seeds, None)
     settings = Settings(libero.MAX_STEPS, workers=args.workers)
     arguments = {key: str(value) for key, value in vars(args).items() if key != "out"} | overrides
     results = {}
@@ -130,7 +139,7 @@ def main() -> None:
         def infer(observations: list[dict], through: Through = through) -> list[dict]:
             return [{"actions": a[None]} for a in through(np.stack([o["expert"] for o in observations]))]
 
-        out = args.out / name.replace(" ", "_")
+        out, became = args.out / name.replace(" ", "_"), through(PROBE).round(4)
         with progress_bar(name, "episode") as show:
             result = closed_loop.evaluate(
                 libero.LiberoExpert,
@@ -138,11 +147,12 @@ def main() -> None:
                 episodes,
                 settings,
                 LogFolder(out),
-                policy=f"expert through {name}, {args.config} {overrides}",
+                policy=f"expert through {name}, {args.config} {overrides} ({zlib.crc32(became.tobytes()):08x})",
                 progress=lambda done, successes, show=show: show(done, len(episodes), note=f"{successes} successes"),
             )
         records = [json.loads(line) for line in (out / "episodes.jsonl").read_text().splitlines()]
-        steps = [record["steps"] for record in records if record["success"]]
+        solved = {Episode(*(one[key] for key in Episode._fields)): one["steps"] for one in records if one["success"]}
+        steps = [solved[episode] for episode in episodes if episode in solved]  # there may be others
         results[name] = {key: result[key] for key in ("success", "standard_error", "episodes", "faults")}
         results[name]["steps"] = float(np.mean(steps)) if steps else None
         results[name]["tasks"] = [task["success"] for task in result["suites"][args.suite]["tasks"].values()]

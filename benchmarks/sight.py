@@ -29,6 +29,7 @@ import argparse
 import itertools
 import json
 import os
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,7 @@ from spatialvla_jax.data import Loader, open_data
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.evaluation import closed_loop
 from spatialvla_jax.evaluation.rollouts import Episode, Settings, padded
+from spatialvla_jax.inference.action_chunking import executor
 from spatialvla_jax.inference.policy import Policy
 from spatialvla_jax.sim import libero_env as libero
 from spatialvla_jax.sim import scripted_expert as expert
@@ -268,21 +270,38 @@ def measure_run(args: argparse.Namespace) -> None:
     print(json.dumps(result))
 
 
+def distances(text: str) -> dict[str, float]:
+    """`0,0.01` → {"0": 0.0, "0.01": 0.01}."""
+    try:
+        return {part: float(part) for part in text.split(",")}
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not metres, such as 0,0.01") from None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--motions", type=Path, nargs="+")
     what.add_argument("--run", type=Path, help="a trained policy")
-    parser.add_argument("--packed", type=Path, help="with --run: recordings of its image size")
-    parser.add_argument("--frames", type=positive, default=4000, help="with --run: of train and of val, at most")
-    parser.add_argument("--batch-size", type=positive, default=32, help="with --run")
     parser.add_argument("--out", type=Path, default=Path("runs/sight"))
-    parser.add_argument("--offsets", default="0,0.01,0.02,0.04", help="metres, standard deviation along each axis")
-    parser.add_argument("--steps", type=int, default=12_000, help="of training from motions")
-    parser.add_argument("--episodes", type=int, default=10, help="a task")
-    parser.add_argument("--execute", default="open_loop")
-    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    of_run, of_motions = parser.add_argument_group("with --run"), parser.add_argument_group("with --motions")
+    of_run.add_argument("--packed", type=Path, help="recordings of its image size")
+    of_run.add_argument("--frames", type=positive, default=4000, help="of train and of val, at most")
+    of_run.add_argument("--batch-size", type=positive, default=32)
+    of_motions.add_argument(
+        "--offsets",
+        type=distances,
+        default=distances("0,0.01,0.02,0.04"),
+        help="metres, standard deviation along each axis",
+    )
+    of_motions.add_argument("--steps", type=positive, default=12_000, help="of training")
+    of_motions.add_argument("--episodes", type=positive, default=10, help="a task")
+    of_motions.add_argument("--execute", default="open_loop")
+    of_motions.add_argument("--workers", type=positive, default=os.cpu_count())
     args = parser.parse_args()
+    for action in (of_motions if args.run else of_run)._group_actions:
+        if getattr(args, action.dest) != action.default:
+            parser.error(f"{action.option_strings[0]} is for {'--motions' if args.run else '--run'}")
     if args.run and not args.packed:
         parser.error("--run needs --packed")
     try:
@@ -292,7 +311,10 @@ def main() -> None:
 
 
 def imitate_from_state(args: argparse.Namespace) -> None:
+    executor(args.execute)  # raises now what it would raise after the training
+    episodes = libero.episodes([SUITE], args.episodes, [0], None)
     inputs, targets = examples(args.motions, "train")
+    digest = zlib.crc32(targets.tobytes(), zlib.crc32(inputs.tobytes()))
     mean, std = inputs.mean(0), inputs.std(0) + 1e-2
     params = fit((inputs - mean) / std, targets, args.steps)
     predict = jax.jit(network)
@@ -303,11 +325,10 @@ def imitate_from_state(args: argparse.Namespace) -> None:
     }
     print(f"{len(inputs)} steps, {errors}", flush=True)
 
-    episodes = libero.episodes([SUITE], args.episodes, [0], None)
     settings, results = Settings(libero.MAX_STEPS, args.execute, args.workers), {}
-    for text in args.offsets.split(","):
+    for text, offset in args.offsets.items():
 
-        def infer(observations: list[dict[str, Any]], offset: float = float(text)) -> list[dict[str, Any]]:
+        def infer(observations: list[dict[str, Any]], offset: float = offset) -> list[dict[str, Any]]:
             qpos = np.stack([o["qpos"] for o in observations])
             qpos[:, TAKEN] += offset * np.stack([o["direction"] for o in observations])
             x = features(qpos, np.stack([o["state"] for o in observations]), [o["task"] for o in observations])
@@ -323,7 +344,7 @@ def imitate_from_state(args: argparse.Namespace) -> None:
                 episodes,
                 settings,
                 LogFolder(args.out / text),
-                policy=f"from state, {[str(path) for path in args.motions]}, {args.steps} steps, {text} m",
+                policy=f"from state, {[str(path) for path in args.motions]} ({digest:08x}), {args.steps} steps, {text} m",
                 progress=lambda done, successes, show=show: show(done, len(episodes), note=f"{successes} successes"),
             )
         results[text] = {key: result[key] for key in ("success", "standard_error", "episodes", "faults")}

@@ -41,6 +41,42 @@ def test_any_grids_one_after_the_other_and_on_where_it_stopped(config_file, tmp_
     assert (out / "quantisation.svg").read_text().startswith("<?xml")
 
 
+def test_steps_of_a_success_are_those_of_the_episodes_that_were_asked_for(config_file, tmp_path, monkeypatch, capfd):
+    asked = ["--config", str(config_file), "--only", "expert", "--out", str(tmp_path)]
+    once, _ = run(monkeypatch, capfd, *asked, "--episodes", "1")
+    log = tmp_path / "expert" / "episodes.jsonl"
+    first = json.loads(log.read_text().splitlines()[0])
+    with log.open("a") as file:
+        file.write(json.dumps(first | {"number": 7, "steps": 200}) + "\n")
+    again, _ = run(monkeypatch, capfd, *asked, "--episodes", "1")
+    assert again == once
+
+
+def test_results_of_other_data_are_not_taken_up(config_file, tmp_path, monkeypatch, capfd):
+    """A config may change and keep its name: its file was edited, or its data recorded again."""
+    asked = ["--config", str(config_file), "--only", "normalised", "--out", str(tmp_path), "--episodes", "1"]
+    run(monkeypatch, capfd, *asked)
+    monkeypatch.setitem(SCRIPT["tokenizers"].__globals__, "unnormalize", lambda actions, statistics: actions)
+    with pytest.raises(SystemExit):
+        run(monkeypatch, capfd, *asked)
+    assert "holds results with policy = 'expert through normalised" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--minuts", "9"], "argument '--minuts' is not known"),
+        (["--seeds", "a"], "argument --seeds: 'a' is not a whole number"),
+        (["--seeds", "0,0"], "seeds are 0,0: expected each once"),
+        (["--config", "nothing"], "nothing"),
+    ],
+)
+def test_mistakes_are_one_sentence(monkeypatch, capfd, arguments, sentence):
+    with pytest.raises(SystemExit) as ended:
+        run(monkeypatch, capfd, *arguments)
+    assert ended.value.code == 2 and sentence in capfd.readouterr().err.splitlines()[-1]
+
+
 def test_a_name_that_is_none(config_file):
     for only in ("1027", "4x8x2"):
         with pytest.raises(InputError, match=f"--only '{only}' is none of 130, 386"):

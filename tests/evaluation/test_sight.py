@@ -47,6 +47,10 @@ def test_who_sees_the_bowl_elsewhere_goes_elsewhere(monkeypatch, capfd, tmp_path
     assert found["val_l1"] < 0.7 * found["val_l1_median_action"]
     assert found["success"]["0"]["success"] == 1 and found["success"]["0"]["episodes"] == 4
     assert found["success"]["0.1"]["success"] == 0
+    save_motions(tmp_path / "motions.npz", motions[5:])
+    with pytest.raises(SystemExit):
+        SCRIPT["main"]()
+    assert "holds results with policy = 'from state, " in capfd.readouterr().err, "of other motions of the same name"
 
 
 def test_ridge_regression_finds_a_linear_map_and_nothing_in_noise() -> None:
@@ -82,9 +86,14 @@ def test_what_a_policy_sees_is_read_off_it(trained: Path, monkeypatch, capfd, tm
         (["--run", "nowhere", "--packed", "x.pack"], "nowhere"),
         (["--run", "nowhere", "--packed", "x.pack", "--frames", "0"], "argument --frames: '0' is not a whole number"),
         (["--motions", "nowhere.npz"], "nowhere.npz is not a file of motions"),
+        (["--motions", "x.npz", "--offsets", "0,far"], "argument --offsets: '0,far' is not metres, such as 0,0.01"),
+        (["--motions", "x.npz", "--execute", "sometimes"], "sometimes"),
+        (["--motions", "x.npz", "--frames", "9"], "--frames is for --run"),
+        (["--run", "nowhere", "--packed", "x.pack", "--offsets", "0"], "--offsets is for --motions"),
     ],
 )
 def test_mistakes_are_one_sentence(monkeypatch, capsys, arguments: list[str], sentence: str) -> None:
+    monkeypatch.setattr(libero, "check_simulator", lambda: None)
     monkeypatch.setattr(sys, "argv", ["sight.py", *arguments])
     with pytest.raises(SystemExit) as ended:
         SCRIPT["main"]()
