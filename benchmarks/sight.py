@@ -314,7 +314,7 @@ def imitate_from_state(args: argparse.Namespace) -> None:
     executor(args.execute)  # raises now what it would raise after the training
     episodes = libero.episodes([SUITE], args.episodes, [0], None)
     inputs, targets = examples(args.motions, "train")
-    digest = zlib.crc32(targets.tobytes(), zlib.crc32(inputs.tobytes()))
+    motions = f"{', '.join(map(str, args.motions))} ({zlib.crc32(targets.tobytes(), zlib.crc32(inputs.tobytes())):08x})"
     mean, std = inputs.mean(0), inputs.std(0) + 1e-2
     params = fit((inputs - mean) / std, targets, args.steps)
     predict = jax.jit(network)
@@ -344,7 +344,7 @@ def imitate_from_state(args: argparse.Namespace) -> None:
                 episodes,
                 settings,
                 LogFolder(args.out / text),
-                policy=f"from state, {[str(path) for path in args.motions]} ({digest:08x}), {args.steps} steps, {text} m",
+                policy=f"from state, {motions}, {args.steps} steps, {text} m",
                 progress=lambda done, successes, show=show: show(done, len(episodes), note=f"{successes} successes"),
             )
         results[text] = {key: result[key] for key in ("success", "standard_error", "episodes", "faults")}
