@@ -36,8 +36,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from spatialvla_jax.checkpoints import fingerprint
+from spatialvla_jax.checkpoints.types import read_json
 from spatialvla_jax.cli import overrides_of
-from spatialvla_jax.cli.arguments import task_ids
+from spatialvla_jax.cli.arguments import amount, count, positive, task_ids
 from spatialvla_jax.config import load_config
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.inference.action_chunking import executor
@@ -74,6 +75,14 @@ class Share(NamedTuple):
 
 def main() -> None:
     args, overrides = parse()
+    try:
+        go_the_way(args, overrides)
+    except InputError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+
+
+def go_the_way(args: argparse.Namespace, overrides: list[str]) -> None:
     workdir, motions, results = args.workdir, args.workdir / "motions", args.workdir / "results"
     end = time.monotonic() + 60 * args.minutes
     for folder in (motions, results, workdir / "pictures"):
@@ -110,9 +119,9 @@ def main() -> None:
         if stopped:
             sys.exit(stopped[0])
 
-    def stop(*_: object) -> None:
+    def stop(number: int, _: object) -> None:
         """End the running commands: they would go on, and a rerun would start them a second time."""
-        stopped.append("stopped by SIGTERM: rerun the same command to resume")
+        stopped.append(f"stopped by {signal.Signals(number).name}: rerun the same command to resume")
         for process in list(running):
             process.terminate()
 
@@ -157,7 +166,7 @@ def main() -> None:
                 run = workdir / stage
                 train(run, share, packs, args.more_steps, *VARIANTS[variant], *start)
             began = out(variant).with_name("settings.json")
-            if began.exists() and not json.loads(began.read_text())["policy"].startswith(f"{fingerprint(run)}, "):
+            if began.exists() and not str(read_json(began).get("policy")).startswith(f"{fingerprint(run)}, "):
                 print(f"{began.parent} holds results of other weights than {run}: evaluating again", file=sys.stderr)
                 shutil.rmtree(began.parent)
             seeds = ",".join(map(str, args.seeds))
@@ -173,15 +182,16 @@ def main() -> None:
 
     def is_done(variant: str) -> bool:
         episodes = (len(args.tasks.split(",")) if args.tasks else 10) * args.episodes * len(args.seeds)
-        done = json.loads(out(variant).read_text()) if out(variant).exists() else {}
+        done = read_json(out(variant)) if out(variant).exists() else {}
         return (done.get("episodes"), done.get("seeds")) == (episodes, sorted(args.seeds))
 
-    seconds = json.loads(file.read_text()) if (file := workdir / "seconds.json").exists() else {}
+    seconds = read_json(file) if (file := workdir / "seconds.json").exists() else {}
     suite, size = ["--suite", args.suite], ["--image-size", args.image_size]
     tasks = ["--tasks", args.tasks] if args.tasks else []
     variants, gpus = args.variants.split(","), args.gpus.split(",") if args.gpus else [None]
     lock, whole, stopped, running, ended = threading.Lock(), Share(args.gpus, args.workers), [], [], []
     signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
     free: queue.SimpleQueue[Share] = queue.SimpleQueue()
     for gpu in gpus:
         free.put(Share(gpu, max(1, args.workers // len(gpus))))
@@ -189,7 +199,7 @@ def main() -> None:
         packs = {str(pack): 1.0 for pack in render("first", whole, record("first", whole, args.record, 0))}
         with ThreadPoolExecutor(len(gpus)) as pool:
             list(pool.map(from_recording, missing, [packs] * len(missing)))
-    found = {variant: json.loads(out(variant).read_text()) for variant in variants}
+    found = {variant: read_json(out(variant)) for variant in variants}
     arguments = {key: str(value) for key, value in vars(args).items()} | {"overrides": overrides}
     result = {"results": found, "seconds": seconds, "arguments": arguments} | provenance()
     write_json(workdir / "results.json", result)
@@ -202,7 +212,7 @@ def check_same(file: Path, args: argparse.Namespace, overrides: list[str]) -> No
     """Ends where an earlier call began with other arguments, whose motions and weights would pass for these."""
     now = {f"--{k.replace('_', '-')}": str(v) for k, v in vars(args).items() if k not in FREE}
     now["overrides"] = " ".join(overrides)
-    before = json.loads(file.read_text()) if file.exists() else now
+    before = read_json(file) if file.exists() else now
     if changed := [key for key in now if now[key] != before.get(key)]:
         key = changed[0]
         sys.exit(f"{file.parents[1]} was begun with {key} {before.get(key)!r}, not {now[key]!r}: use another --workdir")
@@ -216,29 +226,33 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--setting", choices=tuple(SETTINGS), default="full", help="; ".join(map(str, SETTINGS.items()))
     )
-    parser.add_argument("--record", type=int, metavar="EPISODES", help="in all, for training; by default the setting's")
-    parser.add_argument("--added", type=int, metavar="EPISODES", help="of a round of DAgger; by default the setting's")
-    parser.add_argument("--steps", type=int, help="of the first training; by default the setting's")
-    parser.add_argument("--more-steps", type=int, help="of each training that goes on; by default the setting's")
-    parser.add_argument("--episodes", type=int, help="of evaluation, a task and seed; by default the setting's")
+    parser.add_argument(
+        "--record", type=positive, metavar="EPISODES", help="in all, for training; by default the setting's"
+    )
+    parser.add_argument(
+        "--added", type=positive, metavar="EPISODES", help="of a round of DAgger; by default the setting's"
+    )
+    parser.add_argument("--steps", type=positive, help="of the first training; by default the setting's")
+    parser.add_argument("--more-steps", type=positive, help="of each training that goes on; by default the setting's")
+    parser.add_argument("--episodes", type=positive, help="of evaluation, a task and seed; by default the setting's")
     parser.add_argument("--seeds", type=task_ids, help="of evaluation, e.g. 0,1,2; by default the setting's")
-    parser.add_argument("--rounds", type=int, default=1, help="of DAgger")
-    parser.add_argument("--weight", type=float, default=2.0, help="of frames added by DAgger")
-    parser.add_argument("--more-learning-rate", type=float, default=2e-4, help="of each training that goes on")
+    parser.add_argument("--rounds", type=count, default=1, help="of DAgger")
+    parser.add_argument("--weight", type=amount, default=2.0, help="of frames added by DAgger")
+    parser.add_argument("--more-learning-rate", type=amount, default=2e-4, help="of each training that goes on")
     parser.add_argument("--config", default="libero_spatial")
     parser.add_argument("--suite", default="libero_spatial")
     parser.add_argument("--tasks", help="ids, e.g. 0,5; by default all ten")
     parser.add_argument("--variants", default="full", help=f"of {','.join(VARIANTS)}")
-    parser.add_argument("--every", type=int, default=3, help="of how many steps one has a picture")
-    parser.add_argument("--noise", type=float, default=0.2, help="of the motion while recording")
-    parser.add_argument("--spread", type=float, default=0.0, help="of the unseen choice of the grip, see `record`")
-    parser.add_argument("--jitter", type=float, default=0.0, help="of camera, light and colours, see `record`")
+    parser.add_argument("--every", type=positive, default=3, help="of how many steps one has a picture")
+    parser.add_argument("--noise", type=amount, default=0.2, help="of the motion while recording")
+    parser.add_argument("--spread", type=amount, default=0.0, help="of the unseen choice of the grip, see `record`")
+    parser.add_argument("--jitter", type=amount, default=0.0, help="of camera, light and colours, see `record`")
     parser.add_argument("--execute", default="open_loop")
-    parser.add_argument("--image-size", type=int, default=224, help="the preset's")
-    parser.add_argument("--workers", type=int, default=16)
+    parser.add_argument("--image-size", type=positive, default=224, help="the preset's")
+    parser.add_argument("--workers", type=positive, default=16)
     parser.add_argument("--gpus", help="numbers, e.g. 0,1: as many variants run side by side; by default one at a time")
-    parser.add_argument("--videos", type=int, default=0)
-    parser.add_argument("--minutes", type=float, default=1e6, help="after which it stops, to be called again")
+    parser.add_argument("--videos", type=count, default=0)
+    parser.add_argument("--minutes", type=amount, default=1e6, help="after which it stops, to be called again")
     args, overrides = parser.parse_known_args()
     for key, value in SETTINGS[args.setting].items():
         setattr(args, key, value if getattr(args, key) is None else getattr(args, key))

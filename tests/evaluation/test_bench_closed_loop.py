@@ -29,7 +29,11 @@ def bench(monkeypatch, tmp_path, gpus):
     """Runs the script; returns the commands that it called, up to one that contains `stop`."""
 
     def run(
-        *arguments: object, stop: str = "nothing", ended: threading.Event | None = None, told: str = AGAIN
+        *arguments: object,
+        stop: str = "nothing",
+        ended: threading.Event | None = None,
+        number: int = signal.SIGTERM,
+        told: str = AGAIN,
     ) -> list[str]:
         called: list[str] = []
 
@@ -54,7 +58,7 @@ def bench(monkeypatch, tmp_path, gpus):
 
             def wait(self, timeout=None):
                 if stop in self.text and ended:
-                    os.kill(os.getpid(), signal.SIGTERM)
+                    os.kill(os.getpid(), number)
                     assert ended.wait(120)
                     return 143
                 if stop in self.text and timeout is not None:
@@ -77,7 +81,10 @@ def bench(monkeypatch, tmp_path, gpus):
                 SCRIPT["main"]()
         return called
 
-    return run
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def kinds(called: list[str]) -> list[str]:
@@ -130,12 +137,22 @@ def test_on_another_machine_motions_and_results_are_enough(bench, tmp_path):
     assert bench() == [] and kinds(bench("--episodes", 20)) == WHOLE, "another protocol is another result"
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("stage", ["first-00.npz", "--workdir full-0", "--closed-loop"])
-def test_sigterm_ends_the_stage_and_the_same_command_goes_on(bench, stage):
+def test_a_signal_ends_the_stage_and_the_same_command_goes_on(bench, stage, number):
     """A command that it left running would run beside its own repetition."""
-    before, ended = signal.getsignal(signal.SIGTERM), threading.Event()
-    assert kinds(bench(stop=stage, ended=ended)[:-1] + bench()) == WHOLE
-    signal.signal(signal.SIGTERM, before)
+    assert kinds(bench(stop=stage, ended=threading.Event(), number=number)[:-1] + bench()) == WHOLE
+
+
+@pytest.mark.parametrize("name", ["arguments.json", "full-1-open_loop/settings.json", "full-1-open_loop/result.json"])
+def test_damaged_files_are_named(bench, tmp_path, capsys, name):
+    bench(stop="--closed-loop")
+    (tmp_path / "results" / name).parent.mkdir(exist_ok=True)
+    (tmp_path / "results" / name).write_text('{"epis')
+    capsys.readouterr()
+    bench(stop="anything", told="^2$")
+    (told,) = capsys.readouterr().err.splitlines()
+    assert f"results/{name} cannot be read as JSON" in told
 
 
 def test_a_file_that_takes_all_minutes_is_no_progress(bench, capsys):
@@ -212,6 +229,8 @@ def test_episodes_of_weights_that_are_gone_do_not_stop_the_evaluation_of_new_one
         (["--image-size", 56], "--image-size is 56, and libero_spatial needs pictures of 224"),
         (["--execute", "sometimes"], "sometimes"),
         (["--seeds", "a"], "--seeds"),
+        (["--episodes", 0], "argument --episodes: '0' is not a whole number from 1 on"),
+        (["--rounds", -1], "argument --rounds: '-1' is not a whole number from 0 on"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_recorded(bench, tmp_path, capsys, arguments, sentence):
