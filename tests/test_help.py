@@ -60,7 +60,7 @@ def test_every_command_has_examples_that_it_understands(command: str) -> None:
 
 def test_defaults_of_both_kinds() -> None:
     text = " ".join(COMMANDS["serve"].format_help().split())
-    assert "observations of one call of the policy (default: 32)" in text
+    assert "observations per call of the policy, up to 32 (default: 32)" in text
     assert "(default: off)" in text and "(required)" in text
     assert "default: on" in COMMANDS["sweep"].format_help()
 

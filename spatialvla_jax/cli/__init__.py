@@ -1,5 +1,5 @@
-"""The command line: `spatialvla-jax COMMAND …`. Bad input ends with one sentence and exit code 2, storage that fails
-with one and 1."""
+"""The command line: `spatialvla-jax COMMAND …`. Bad input ends with one sentence and exit code 2, failing storage with
+one sentence and exit code 1."""
 
 import argparse
 import errno
@@ -18,13 +18,12 @@ from spatialvla_jax.utils.quiet import quiet_libraries
 from spatialvla_jax.utils.signals import WORDS, Terminated, sigterm_raises
 from spatialvla_jax.utils.storage import as_path
 
-# Reasons of an OSError that the user can mend.
+# Codes of an OSError that the user can fix.
 MISTAKES = {errno.ENOENT, errno.EEXIST, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EROFS}
 MISTAKES |= {errno.ENAMETOOLONG, errno.ELOOP}
 
-# What JAX says in a process whose collectives another one left, on CPUs, GPUs and TPUs.
+# Words in JAX's errors after another process of the run has died, on CPUs, GPUs and TPUs.
 LOST = ("Gloo", "NCCL", "UNAVAILABLE", "DEADLINE_EXCEEDED", "heartbeat")
-
 
 GROUPS = {
     "train": (train, report, config),
@@ -74,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(prog: str, command: Callable[[], None], joined: bool = False) -> int:
-    """Runs a command → its exit code; an error that is known, or a signal, ends it with one line."""
+    """Run a command and return its exit code. A known error or a signal ends it with one line of output."""
     try:
         quiet_libraries()
         with sigterm_raises(prog):
@@ -90,14 +89,14 @@ def run(prog: str, command: Callable[[], None], joined: bool = False) -> int:
         code, sentence = known
         print(f"{prog}: {sentence}", file=sys.stderr, flush=True)
         if code == 1 and joined:
-            os._exit(1)  # the usual end waits for the run's other processes, which wait for this one
+            os._exit(1)  # a normal exit would wait for the run's other processes, which wait for this one
         return code
     return 0
 
 
 def failure(error: Exception, joined: bool) -> tuple[int, str] | None:
-    """The exit code and the sentence for an error, in a process that has `joined` others or stands alone. None for an
-    error nobody foresaw: it deserves its traceback."""
+    """The exit code and sentence for a known error; None for an unforeseen one, which deserves its traceback. `joined`
+    says whether this process has joined others in a run."""
     if isinstance(error, InputError):
         return 2, str(error)
     if isinstance(error, StorageError | FaultsError):
@@ -117,13 +116,13 @@ def failure(error: Exception, joined: bool) -> tuple[int, str] | None:
 
 
 def runtime_error(error: Exception, *words: str) -> bool:
-    """Whether it is of JAX's runtime and has one of the words in it."""
+    """Whether this is an error of JAX's runtime that contains one of the words."""
     jax = sys.modules.get("jax")
     return bool(jax and isinstance(error, jax.errors.JaxRuntimeError) and any(word in str(error) for word in words))
 
 
 def expand_paths(args: argparse.Namespace) -> None:
-    """Makes paths of texts: ~ is expanded where the shell did not, as in --out=~/grid.json, and URLs are URLs. Raises
+    """Convert URLs among the arguments, and expand ~ where the shell did not, as in --out=~/grid.json. Raises
     InputError."""
     for name, value in vars(args).items():
         if isinstance(value, Path):
@@ -131,7 +130,7 @@ def expand_paths(args: argparse.Namespace) -> None:
 
 
 def overrides_of(rest: list[str], allowed: bool) -> dict[str, str]:
-    """`--config.train.steps=100` → {"train.steps": "100"}; anything else is unknown."""
+    """`--config.train.steps=100` → {"train.steps": "100"}. Raises InputError for other arguments."""
     overrides = {}
     for argument in rest:
         key, equals, value = argument.removeprefix("--config.").partition("=")

@@ -1,4 +1,4 @@
-"""What the commands' parsers share."""
+"""Shared parts of the commands' argument parsers."""
 
 import argparse
 import math
@@ -17,7 +17,7 @@ UNCONSTRAINED = "choose every token from the whole vocabulary, as the published 
 
 
 class Parser(argparse.ArgumentParser):
-    """Its errors are one sentence, its description and examples keep their lines."""
+    """Reports errors in one sentence; keeps the line breaks of the description and examples."""
 
     def __init__(self, **options: Any):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
@@ -27,14 +27,14 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_group(commands: Commands, name: str, help: str, examples: Sequence[str]) -> Commands:
-    """A command that has commands of its own, as `data` has `data show`."""
+    """Add a command with subcommands, such as `data` with `data show`."""
     parser = commands.add_parser(name, help=help, description=help)
     add_examples(parser, examples)
     return parser.add_subparsers(required=True)
 
 
 def add_command(commands: Commands, name: str, run: Run, help: str, examples: Sequence[str]) -> argparse.ArgumentParser:
-    """A command whose arguments are handed to `run`; `examples` are what stands behind its name."""
+    """Add a command that calls `run` with its arguments. `examples` are arguments to show after its name."""
     parser = commands.add_parser(name, help=help, description=help)
     add_examples(parser, examples)
     parser.set_defaults(run=run, prog=parser.prog, outputs=())
@@ -46,7 +46,7 @@ def add_examples(parser: argparse.ArgumentParser, examples: Sequence[str]) -> No
 
 
 def add_output(parser: argparse.ArgumentParser, flag: str, output: OutputFile | OutputFolder, **options: Any) -> None:
-    """An argument that names what the command writes: it is checked before the command begins."""
+    """Add an argument that names an output, which is checked before the command starts."""
     options.setdefault("type", file_path if isinstance(output, OutputFile) else path)
     action = parser.add_argument(flag, **options)
     option = flag if flag.startswith("-") else flag.upper()
@@ -54,14 +54,14 @@ def add_output(parser: argparse.ArgumentParser, flag: str, output: OutputFile | 
 
 
 def check_outputs(args: argparse.Namespace) -> None:
-    """Raises InputError where an output's place is not free."""
+    """Raises InputError if an output may not be written to its path."""
     for dest, option, output in args.outputs:
         if (path := getattr(args, dest)) is not None:
             output.check(path, option)
 
 
 def state_defaults(parser: argparse.ArgumentParser) -> None:
-    """Ends the help of every option of a command, and of the commands below it, with its default."""
+    """Append the default to the help of every option of a command and its subcommands."""
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             for below in action.choices.values():
@@ -71,7 +71,7 @@ def state_defaults(parser: argparse.ArgumentParser) -> None:
 
 
 def default_of(action: argparse.Action) -> str:
-    """`(default: 32)`; nothing where the help says it in its own words."""
+    """Such as "(default: 32)"; "" if the help already mentions the default."""
     if action.required:
         return "(required)"
     if "default" in (action.help or "") or action.default in (None, ""):
@@ -89,28 +89,28 @@ def add_process_arguments(parser: argparse.ArgumentParser) -> None:
         "--coordinator",
         default=os.environ.get("JAX_COORDINATOR_ADDRESS"),
         metavar="HOST:PORT|auto",
-        help="process 0 of several that train together; auto on TPU pods, SLURM and MPI; by default "
-        "JAX_COORDINATOR_ADDRESS, or without it one process alone",
+        help="address of process 0, if several train together; auto on TPU pods, SLURM and MPI; by default "
+        "JAX_COORDINATOR_ADDRESS, or a single process if that is unset",
     )
     parser.add_argument(
         "--num-processes",
         type=positive,
         default=os.environ.get("JAX_NUM_PROCESSES"),
-        help="how many train together; by default JAX_NUM_PROCESSES",
+        help="number of processes that train together; by default JAX_NUM_PROCESSES",
     )
     parser.add_argument(
         "--process-id",
         type=count,
         default=os.environ.get("JAX_PROCESS_ID"),
-        help="this one's number, from 0 on; by default JAX_PROCESS_ID",
+        help="number of this process, counted from 0; by default JAX_PROCESS_ID",
     )
     parser.add_argument(
-        "--heartbeat", type=positive, default=100, help="seconds after which a silent process ends the others"
+        "--heartbeat", type=positive, default=100, help="seconds of silence before a process counts as dead"
     )
 
 
 def join_processes(args: argparse.Namespace) -> None:
-    """Joins the run's other processes, where --coordinator names one. Raises InputError."""
+    """Join the run's other processes if --coordinator is given. Raises InputError."""
     from spatialvla_jax.utils.distributed import join
 
     if args.coordinator:
@@ -127,7 +127,7 @@ def path(text: str) -> Path:
 
 
 def file_path(text: str) -> Path:
-    """Not `DIR/`, of which `path` would make DIR."""
+    """A path without a trailing slash, which `path` would drop."""
     if text.endswith("/"):
         raise argparse.ArgumentTypeError(f"{text} is a folder: expected the name of a file")
     return path(text)
@@ -135,21 +135,21 @@ def file_path(text: str) -> Path:
 
 def local_path(text: str) -> Path:
     if is_url(text):
-        raise argparse.ArgumentTypeError(f"{text} is a URL, and only a path of this machine's disk can be taken here")
+        raise argparse.ArgumentTypeError(f"{text} is a URL: only a local path is accepted here")
     return path(text)
 
 
 def positive(text: str) -> int:
-    """A number that counts something: 1 or more."""
+    """A whole number of at least 1."""
     if not text.isdecimal() or not 1 <= int(text) <= LARGEST:
-        raise argparse.ArgumentTypeError(f"{text!r:.40} is not a whole number from 1 on")
+        raise argparse.ArgumentTypeError(f"{text!r:.40} is not a positive integer")
     return int(text)
 
 
 def count(text: str) -> int:
-    """A number that counts something, or 0."""
+    """A whole number of at least 0."""
     if not text.isdecimal() or int(text) > LARGEST:
-        raise argparse.ArgumentTypeError(f"{text!r:.40} is not a whole number from 0 on")
+        raise argparse.ArgumentTypeError(f"{text!r:.40} is not a non-negative integer")
     return int(text)
 
 
@@ -160,12 +160,12 @@ def amount(text: str) -> float:
     except ValueError:
         value = math.nan
     if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 on")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a non-negative number")
     return value
 
 
 def at_most(limit: float, number: Callable[[str], float] = positive) -> Callable[[str], float]:
-    """`number`, and no larger than `limit`."""
+    """`number` with an upper limit."""
 
     def bounded(text: str) -> float:
         if (value := number(text)) > limit:

@@ -26,11 +26,11 @@ def add(commands: Commands) -> None:
         commands,
         "bench",
         run_bench,
-        "measure a part; bench NAME -h says how, and what can be set",
+        "run a benchmark; `bench NAME -h` lists its options",
         ("tokenizer", "train --preset tiny --batch-size 32", "loader --help"),
     )
     p.add_argument("benchmark", nargs="?", choices=BENCHMARKS)
-    p.add_argument("arguments", nargs=argparse.REMAINDER, help="of the benchmark")
+    p.add_argument("arguments", nargs=argparse.REMAINDER, help="options of the benchmark")
 
 
 def run_bench(args: argparse.Namespace) -> None:
@@ -40,19 +40,20 @@ def run_bench(args: argparse.Namespace) -> None:
     if not script.is_file():
         raise InputError(f"{script} does not exist: benchmarks run from a clone of the repository")
     code = "import sys; from spatialvla_jax.cli.bench import main; sys.exit(main())"
-    process = subprocess.Popen([sys.executable, "-c", code, str(script), args.benchmark, *args.arguments])  # for memory
+    # In a new process, so that its peak memory is the benchmark's.
+    process = subprocess.Popen([sys.executable, "-c", code, str(script), args.benchmark, *args.arguments])
     try:
         code = process.wait()
     except (KeyboardInterrupt, Terminated) as stopped:
         if isinstance(stopped, Terminated):
             process.terminate()
-        code = process.wait()  # it says itself that it was stopped
+        code = process.wait()  # it prints that it was stopped
     if code:
         raise SystemExit(code if code > 0 else 128 - code)
 
 
 def main() -> int:
-    """Runs the script of a benchmark as Python does; errors and signals end it as they end a command."""
+    """Run a benchmark's script as Python would, with a command's handling of errors and signals."""
     from spatialvla_jax.cli import run
 
     script, name, *arguments = sys.argv[1:]

@@ -13,7 +13,7 @@ from spatialvla_jax.utils.outputs import OutputFile, OutputFolder
 if TYPE_CHECKING:
     from spatialvla_jax.checkpoints.hub import Repository
 
-# What to do with a model of each `model_type`.
+# The next command for a model of each `model_type`.
 NEXT = {
     "paligemma": "train --config pretrain --workdir runs/pretrain --config.data.root=DIR --config.init={0} "
     "--config.init_zoedepth=Intel/zoedepth-nyu-kitti",
@@ -44,27 +44,28 @@ def add_convert(commands: Commands) -> None:
     p.add_argument("dst", type=path, help="new directory, or new .npz file for big_vision")
     p.add_argument("--to", choices=("orbax", "pytorch", "big_vision", "peft"), required=True, help="format of DST")
     p.add_argument("--merge", action="store_true", help="write a run of LoRA adapters and its base as one checkpoint")
-    p.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights written; by default as they are")
+    p.add_argument("--dtype", choices=("float32", "bfloat16"), help="dtype of the weights; by default unchanged")
     p.add_argument(
-        "--zoedepth", type=path, help="ZoeDepth's directory, where SRC is a PaliGemma 2; by default without depth"
+        "--zoedepth",
+        type=path,
+        help="ZoeDepth's directory, if SRC is a PaliGemma 2; by default the model has no depth estimator",
     )
     p.add_argument(
         "--base",
         type=path,
-        help="for --to peft: the export of the run's base that the adapters name; by default the base where "
-        "transformers can load it, otherwise an export of it in DST/base",
+        help="for --to peft: the export of the run's base that the adapters refer to; by default the base itself if "
+        "transformers can load it, otherwise a new export in DST/base",
     )
     p.add_argument(
         "--verify",
         action=argparse.BooleanOptionalAction,
-        help="run the PyTorch export beside JAX; by default up to 500 M parameters",
+        help="compare the PyTorch export with JAX; by default up to 500 M parameters",
     )
     p.add_argument(
         "--push",
         default="",
         metavar="ORG/NAME",
-        help="upload the PyTorch export, once it passed its checks, to a new repository of the Hugging Face Hub; "
-        "by default not",
+        help="upload the verified PyTorch export to a new repository on the Hugging Face Hub; by default not",
     )
     p.add_argument("--private", action="store_true", help="make that repository private")
 
@@ -88,13 +89,16 @@ def run_convert(args: argparse.Namespace) -> None:
     verification = result["verification"]
     print(table(verification) if isinstance(verification, dict) else f"not verified: {verification}")
     for difference in result["release_differences"]:
-        print(f"in the release's own code it acts differently: {difference}")
+        print(f"the release's own code acts differently: {difference}")
     print(f"wrote {args.dst}")
     if result["pushed"]:
         print(f"pushed {result['pushed']}; `spatialvla-jax serve --checkpoint {args.push}` runs it anywhere")
     print(json.dumps(result))
     if not result["bit_exact"]:
-        print(f"spatialvla-jax convert: {args.dst} reads back with other bytes than {args.src}", file=sys.stderr)
+        print(
+            f"spatialvla-jax convert: {args.dst} reads back with bytes that differ from those of {args.src}",
+            file=sys.stderr,
+        )
         raise SystemExit(1)
 
 

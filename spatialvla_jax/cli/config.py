@@ -1,4 +1,4 @@
-"""The commands `config`: the keys there are, the values that a config resolves to, and what differs between two."""
+"""The commands `config keys`, `config show` and `config diff`."""
 
 import argparse
 import json
@@ -56,14 +56,14 @@ def run_diff(args: argparse.Namespace) -> None:
 
     # A run's config.json has lists where a file has tuples.
     a, b = (flatten(json.loads(json.dumps(_config(source, {}).to_dict()))) for source in (args.a, args.b))
-    differing = [key for key in a | b if a.get(key) != b.get(key)]  # an old run may have keys of its own
+    differing = [key for key in a | b if a.get(key) != b.get(key)]  # old runs may have keys that no longer exist
     for key in differing:
         print(f"{key}: {a.get(key)!r} → {b.get(key)!r}")
     print(f"{len(differing)} of {len(a | b)} keys differ")
 
 
 def _asked(keys: list[str]) -> list[str]:
-    """The keys that are named, alone or by their group; all by default. Raises InputError."""
+    """The requested keys, given by name or group; by default all. Raises InputError."""
     from spatialvla_jax.config import KEYS
     from spatialvla_jax.utils.schema import nearest_name
 
@@ -76,7 +76,7 @@ def _asked(keys: list[str]) -> list[str]:
 
 
 def _config(source: str, overrides: dict[str, str]) -> ConfigDict:
-    """The config of a file or, where `source` is a directory, of a run. Raises InputError."""
+    """The config in a file or, if `source` is a directory, of a run. Raises InputError."""
     from spatialvla_jax.config import load_config, train_config_of
     from spatialvla_jax.utils.shipped import shipped
     from spatialvla_jax.utils.storage import as_path, is_dir

@@ -21,7 +21,7 @@ from spatialvla_jax.cli.arguments import (
 from spatialvla_jax.errors import Fault, InputError
 from spatialvla_jax.utils.outputs import OutputFile, OutputFolder, begins_with, has_keys, is_report
 
-DATASET = OutputFolder(names=())  # the versions inside are checked by those who make them
+DATASET = OutputFolder(names=())  # importers check the version directories inside
 
 
 def add_show(commands: Commands) -> None:
@@ -34,7 +34,7 @@ def add_show(commands: Commands) -> None:
     )
     p.add_argument("--config", required=True, help="names the data")
     add_output(p, "--out", OutputFile(is_report), required=True, help="the page, e.g. mixture.html")
-    p.add_argument("--seed", type=count, default=0, help="another one shows other episodes")
+    p.add_argument("--seed", type=count, default=0, help="selects the episodes shown")
 
 
 def run_show(args: argparse.Namespace) -> None:
@@ -65,9 +65,9 @@ def add_lerobot(commands: Commands) -> None:
         ("lerobot/pusht data/pusht", "lerobot/aloha data/aloha --camera observation.images.top --faults skip"),
     )
     p.add_argument("src", type=local_path, help="directory that holds meta/info.json")
-    add_output(p, "dst", DATASET, type=local_path, help="dataset directory; its version, 1.0.0, is made inside")
+    add_output(p, "dst", DATASET, type=local_path, help="dataset directory, to hold version 1.0.0")
     p.add_argument("--camera", help="e.g. observation.images.top; by default the only one")
-    p.add_argument("--name", help="the dataset's; by default that of DST")
+    p.add_argument("--name", help="name of the dataset; by default that of DST")
     add_faults(p)
 
 
@@ -107,14 +107,7 @@ def add_import(commands: Commands) -> None:
         metavar="MODULE:FUNCTION",
         help="returns a dataset (the split train), or {split: dataset}",
     )
-    add_output(
-        p,
-        "--out",
-        DATASET,
-        type=local_path,
-        required=True,
-        help="dataset directory; its version, 1.0.0, is made inside",
-    )
+    add_output(p, "--out", DATASET, type=local_path, required=True, help="dataset directory, to hold version 1.0.0")
     add_faults(p)
 
 
@@ -145,7 +138,7 @@ def add_faults(parser: argparse.ArgumentParser) -> None:
         "--faults",
         choices=("fail", "skip"),
         default="fail",
-        help="a faulty episode ends the conversion (fail, the default), or is left out and counted (skip)",
+        help="whether a faulty episode ends the conversion (fail, the default) or is left out and counted (skip)",
     )
 
 
@@ -175,14 +168,14 @@ def add_depth(commands: Commands) -> None:
     p.add_argument(
         "src", type=local_path, nargs="?", help="a dataset's version directory; by default those of --config"
     )
-    p.add_argument("--spec", help="catalogue entry of SRC, which says where its image is; no default")
-    p.add_argument("--config", help="names the datasets and the model's image size; by default SRC and --spec do")
-    p.add_argument("--checkpoint", type=path, required=True, help="any checkpoint with a ZoeDepth, or a ZoeDepth alone")
+    p.add_argument("--spec", help="catalogue entry that names the image of SRC; no default")
+    p.add_argument("--config", help="names the datasets and the model's image size; by default SRC and --spec are used")
+    p.add_argument("--checkpoint", type=path, required=True, help="a ZoeDepth, or any checkpoint that contains one")
     add_output(p, "--out", DATASET, type=local_path, required=True, help="the copies are made in OUT/NAME/VERSION")
     p.add_argument("--split", action="append", help="may be repeated; by default every split")
     p.add_argument("--image-size", type=positive, help="pixels a side; by default the config's or the checkpoint's")
-    p.add_argument("--batch-size", type=at_most(4096), default=16, help="frames of one call of ZoeDepth")
-    p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation")
+    p.add_argument("--batch-size", type=at_most(4096), default=16, help="frames per call of ZoeDepth")
+    p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of the computation")
     add_faults(p)
 
 
@@ -242,17 +235,11 @@ def add_pack(commands: Commands) -> None:
         commands,
         "pack",
         run_pack,
-        "one file that trains without TensorFlow, of a small data set",
+        "pack a small dataset into one file that trains without TensorFlow",
         ("--config demo --out demo.pack",),
     )
     p.add_argument("--config", required=True, help="names the datasets, the model's image size and source of depth")
-    add_output(
-        p,
-        "--out",
-        OutputFile(begins_with(b"SVLAPACK")),
-        required=True,
-        help="file to write, then the config's data.packed",
-    )
+    add_output(p, "--out", OutputFile(begins_with(b"SVLAPACK")), required=True, help="file to write, for data.packed")
     p.add_argument("--split", action="append", help="may be repeated; by default those of training and validation")
     p.add_argument("--image-size", type=positive, help="pixels a side; by default the config's")
 
@@ -284,14 +271,14 @@ def add_index(commands: Commands) -> None:
         commands,
         "index",
         run_index,
-        "make the indexes of a mixture, by Apache Beam (extra [beam])",
+        "make the indexes of a mixture with Apache Beam (extra [beam])",
         (
             "--config pretrain --out data/index",
             "--config pretrain --out data/index -- --direct_num_workers=0 --direct_running_mode=multi_processing",
         ),
     )
     p.add_argument("--config", required=True, help="names the data")
-    p.add_argument("--out", type=path, required=True, help="the folder of the indexes, then a run's data.cache_dir")
+    p.add_argument("--out", type=path, required=True, help="folder of the indexes, for data.cache_dir")
     p.add_argument("--split", action="append", help="may be repeated; by default those of training and validation")
     add_runner(p)
 
@@ -313,15 +300,15 @@ def run_index(args: argparse.Namespace) -> None:
 
 
 def default_splits(config: Any) -> list[str]:
-    """The splits that a run of the config reads."""
+    """The splits that a run of this config reads."""
     validation = [config.train.eval_split] if config.train.eval_every else []
     return list(dict.fromkeys([config.data.split, *validation]))
 
 
 def add_runner(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = f"What follows -- goes to the runner.\n\n{parser.epilog}"
+    parser.epilog = f"Arguments after -- are passed to the runner.\n\n{parser.epilog}"
     runners = ("DirectRunner", "FlinkRunner", "DataflowRunner", "SparkRunner")
-    parser.add_argument("--runner", choices=runners, default="DirectRunner", help="of Beam's pipelines")
+    parser.add_argument("--runner", choices=runners, default="DirectRunner", help="Beam's runner")
 
 
 def add_stats(commands: Commands) -> None:
@@ -329,16 +316,16 @@ def add_stats(commands: Commands) -> None:
         commands,
         "stats",
         run_stats,
-        "action statistics and grid Gaussians of a mixture, by Apache Beam (extra [beam])",
+        "action statistics and grid Gaussians of a mixture, with Apache Beam (extra [beam])",
         (
             "--config demo --out stats.json",
             "--config pretrain --out stats.json -- --direct_num_workers=0 --direct_running_mode=multi_processing",
             "--config pretrain --out gs://bucket/stats.json --runner FlinkRunner -- --flink_master=localhost:8081",
         ),
     )
-    p.add_argument("--config", required=True, help="names the data; its data.cache_dir keeps the indexes")
+    p.add_argument("--config", required=True, help="names the data; indexes are kept in its data.cache_dir")
     made = OutputFile(has_keys("statistics", "gaussians"))
-    add_output(p, "--out", made, required=True, help="the file for data.statistics, e.g. stats.json")
+    add_output(p, "--out", made, required=True, help="file to write, for data.statistics, e.g. stats.json")
     add_runner(p)
 
 

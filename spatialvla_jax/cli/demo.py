@@ -1,4 +1,4 @@
-"""The demonstration: train the tiny model, kill and resume it, evaluate, export, read back, draw, and sum up."""
+"""The demo: train the tiny model, kill and resume it, evaluate, export, read back, plot and summarise."""
 
 import math
 import os
@@ -42,7 +42,7 @@ MADE = ("run", "undisturbed", "export", "compiled", "summary.json", *FIGURES)
 
 
 def run(config_path: str, workdir: Path, overrides: dict[str, str]) -> dict[str, Any]:
-    """Everything of the demo under `workdir`; returns what it writes to `summary.json`."""
+    """Run the demo in `workdir`; returns the content of `summary.json`."""
     began = time.monotonic()
     config = load_config(config_path, overrides)
     flags = [f"--config.{k}={v}" for k, v in overrides.items()]
@@ -50,7 +50,7 @@ def run(config_path: str, workdir: Path, overrides: dict[str, str]) -> dict[str,
     every = config.checkpoint.every
     if config.train.steps < 2 * every:
         raise InputError(f"the demo needs train.steps ≥ 2 × checkpoint.every = {2 * every}, got {config.train.steps}")
-    make_setup(config, uniform_grid((1,) * 6), make_mesh(config.mesh.to_dict()))  # for its errors, as the next line
+    make_setup(config, uniform_grid((1,) * 6), make_mesh(config.mesh.to_dict()))  # reports errors early
     open_data(config).check_epoch(config.train.eval_split)
     make_room(workdir)
 
@@ -128,7 +128,7 @@ def conclusion(result: dict[str, Any]) -> str:
 
 
 def make_room(workdir: Path) -> None:
-    """Marks `workdir` as a demo's, and removes what an earlier demo has left there."""
+    """Mark `workdir` as a demo's, and remove the results of an earlier demo."""
     workdir.mkdir(parents=True, exist_ok=True)
     write_json(workdir / "demo.json", {"made_by": "spatialvla-jax demo"})
     for name in MADE:
@@ -157,7 +157,7 @@ def train(config_path: str, workdir: Path, flags: list[str], kill_after: int | N
         if process.wait() != 0:
             raise InputError(f"training ended with exit code {process.returncode}")
     finally:
-        process.kill()  # where the demo itself is stopped
+        process.kill()  # in case the demo itself is stopped
 
 
 def last_step(workdir: Path) -> int:

@@ -40,9 +40,9 @@ def add(commands: Commands) -> None:
         type=path,
         help="run directory, one of its steps, an export, or an id of the Hub; by default --server",
     )
-    p.add_argument("--config", help="names the data; by default the one that the run was trained with")
-    p.add_argument("--split", default="val", help="of the data")
-    p.add_argument("--batch-size", type=at_most(4096), default=32, help="frames of one call of the policy")
+    p.add_argument("--config", help="names the data; by default the run's own config")
+    p.add_argument("--split", default="val", help="split of the data")
+    p.add_argument("--batch-size", type=at_most(4096), default=32, help="frames per call of the policy")
     p.add_argument("--unconstrained", action="store_true", help=UNCONSTRAINED)
     group = p.add_argument_group("closed loop (extra [sim])")
     group.add_argument(
@@ -50,42 +50,36 @@ def add(commands: Commands) -> None:
         metavar="SUITE,…",
         help="libero_spatial, libero_object, libero_goal, libero_10; by default the open loop is evaluated",
     )
-    group.add_argument(
-        "--episodes", type=positive, default=50, help="of each task and seed; the benchmark has 50 initial states"
-    )
+    group.add_argument("--episodes", type=positive, default=50, help="per task and seed; LIBERO has 50 initial states")
     group.add_argument("--seeds", type=task_ids, default=[0], help="e.g. 0,1,2")
     group.add_argument("--tasks", type=task_ids, help="task ids, e.g. 0,5,7; by default all ten")
     group.add_argument("--execute", default="open_loop", help="open_loop, receding:K, adaptive or recent")
     group.add_argument(
-        "--server", metavar="ws://HOST:PORT", help="a policy served by openpi's protocol, by default --checkpoint"
+        "--server",
+        metavar="ws://HOST:PORT",
+        help="a policy served with openpi's protocol; by default --checkpoint is evaluated",
     )
+    group.add_argument("--unnorm-key", help="dataset whose action units to use; by default the policy's only one")
     group.add_argument(
-        "--unnorm-key", help="the dataset whose action units are meant; by default the policy's only one"
-    )
-    group.add_argument(
-        "--image-size", type=positive, help="pixels a side; by default the model's, of other servers 128"
+        "--image-size", type=positive, help="pixels per side; by default the model's, 128 for other servers"
     )
     group.add_argument(
         "--observation-keys",
         type=key_names,
         metavar="OURS=THEIRS,…",
-        help="what another server calls image, intrinsics, depth and state (f32[8]: hand and fingers), e.g. "
-        "image=observation/image,state=observation/state; these and the prompt are sent. There is no wrist camera; "
-        "--unnorm-key ANY_no_noops mirrors the pictures, as most models of LIBERO saw them; by default our own names",
+        help="another server's names for image, intrinsics, depth and state (f32[8]: hand and fingers), e.g. "
+        "image=observation/image,state=observation/state. Only these and the prompt are sent; there is no wrist "
+        "camera. --unnorm-key ANY_no_noops mirrors the images, as in most models' LIBERO data; by default our names",
     )
-    group.add_argument(
-        "--gripper-closes", action="store_true", help="the server's actions are LIBERO's own: -1 is open"
-    )
+    group.add_argument("--gripper-closes", action="store_true", help="the server's gripper actions are -1 for open")
     group.add_argument(
         "--workers",
         type=positive,
         default=os.cpu_count(),
-        help="environments at once, a process each; by default one a core",
+        help="environments at once, each in a process; by default one per core",
     )
-    group.add_argument("--videos", type=count, default=0, help="of successes, and as many of failures, a task")
-    group.add_argument(
-        "--out", type=path, help="folder for results; the same one again resumes; by default runs/closed_loop"
-    )
+    group.add_argument("--videos", type=count, default=0, help="videos of successes per task, and as many of failures")
+    group.add_argument("--out", type=path, help="folder for results, new or to be resumed; by default runs/closed_loop")
     p.set_defaults(open_loop_options={name: p.get_default(name) for name in ("config", "split", "batch_size")})
     p.set_defaults(closed_loop_options={action.dest: action.default for action in group._group_actions})
 

@@ -19,11 +19,15 @@ def add_fit(commands: Commands) -> None:
         commands,
         "fit",
         run_fit,
-        "make the grid that a run would: from its data, or from a file of stats",
+        "make the grid that a run would use, from its data or from a file of stats",
         ("--config demo --out grid.json", "--config pretrain --stats stats.json --out grid.json"),
     )
-    p.add_argument("--config", required=True, help="its grid part, and the data")
-    p.add_argument("--stats", type=path, help="a file of `stats`, its datasets less grid.exclude; by default the data")
+    p.add_argument("--config", required=True, help="names the data; its grid part is used")
+    p.add_argument(
+        "--stats",
+        type=path,
+        help="file written by `stats`, used without the datasets in grid.exclude; by default the data is read",
+    )
     add_output(p, "--out", OutputFile(is_grid), required=True, help="e.g. grid.json")
 
 
@@ -55,9 +59,9 @@ def add_show(commands: Commands) -> None:
         "draw a grid in 3-D and variable by variable",
         ("grid.json --out grid.png", "runs/demo/run --config demo --out grid.png"),
     )
-    p.add_argument("grid", type=path, metavar="GRID|RUN", help="a file of `grid fit`, a run, or another checkpoint")
+    p.add_argument("grid", type=path, metavar="GRID|RUN", help="file of `grid fit`, or a run or other checkpoint")
     add_output(p, "--out", OutputFile(is_report), required=True, help="e.g. grid.png")
-    add_actions_arguments(p, "by default the grid's own: every bin equally often")
+    add_actions_arguments(p, "by default samples in which every bin is equally frequent")
 
 
 def run_show(args: argparse.Namespace) -> None:
@@ -81,11 +85,11 @@ def add_compare(commands: Commands) -> None:
         commands,
         "compare",
         run_compare,
-        "bins, tokens and quantisation errors of grids on the same actions",
+        "compare bins, tokens and quantisation errors of grids on the same actions",
         ("grid.json runs/demo/run", "grid.json other.json --config demo"),
     )
     p.add_argument("grids", nargs="+", metavar="GRID|RUN", help="as for `grid show`")
-    add_actions_arguments(p, "by default the Gaussians of the published pre-training mixture")
+    add_actions_arguments(p, "by default samples of the published pre-training mixture's Gaussians")
 
 
 def run_compare(args: argparse.Namespace) -> None:
@@ -108,7 +112,7 @@ def add_actions_arguments(parser: argparse.ArgumentParser, default: str) -> None
 
 
 def grid_actions(args: argparse.Namespace) -> tuple[Any, str] | None:
-    """The actions that --config or --stats asks for, and what they are in words."""
+    """The actions selected by --config or --stats and a description of them; None without either."""
     import numpy as np
 
     from spatialvla_jax.actions.io import sample_gaussians

@@ -29,53 +29,45 @@ def add(commands: Commands) -> None:
     p.add_argument("simulator", choices=("libero",))
     p.add_argument("--suite", default="libero_spatial", help="libero_spatial or libero_object")
     what = p.add_mutually_exclusive_group(required=True)
+    what.add_argument("--episodes", type=positive, help="train episodes; by default --render")
     what.add_argument(
-        "--episodes", type=positive, help="train episodes in all, dealt over the tasks in turn; by default --render"
-    )
-    what.add_argument(
-        "--render",
-        type=local_path,
-        nargs="+",
-        metavar="FILE.npz",
-        help="motions to make the pictures of; by default --episodes",
+        "--render", type=local_path, nargs="+", metavar="FILE.npz", help="motions to render; by default --episodes"
     )
     p.add_argument("--val-episodes", type=count, default=0, help="validation episodes, from other initial states")
-    p.add_argument("--tasks", type=task_ids, help="task ids in dealing order, e.g. 0,5,7; by default all")
+    p.add_argument("--tasks", type=task_ids, help="task ids to cycle through, e.g. 0,5,7; by default all")
     p.add_argument(
         "--out",
         type=local_path,
         required=True,
-        help="dataset directory, in which its version, 1.0.0, is made; or FILE.pack, for models of this --image-size; "
-        "or FILE.npz, the motions alone, for --render",
+        help="dataset directory, in which the version 1.0.0 is created; or FILE.pack, for models of this --image-size; "
+        "or FILE.npz, only the motions, for --render",
     )
-    p.add_argument("--image-size", type=positive, default=128, help="pixels a side")
+    p.add_argument("--image-size", type=positive, default=128, help="pixels per side")
     p.add_argument(
         "--initial-states",
         choices=("benchmark", "drawn"),
         default="benchmark",
-        help="the benchmark's own, or others out of the same regions, so that all of its own are new in evaluation",
+        help="the benchmark's, or new ones from the same regions, so that evaluation sees only new states",
     )
-    p.add_argument("--noise", type=amount, default=0.0, help="disturbs the motion, which the expert corrects, e.g. 0.2")
-    p.add_argument(
-        "--spread", type=amount, default=1.0, help="factor on how much the grip varies unseen; 0: not at all"
-    )
-    p.add_argument("--every", type=positive, default=1, metavar="N", help="FILE.pack: pictures of each Nth step only")
+    p.add_argument("--noise", type=amount, default=0.0, help="disturb the motion, e.g. by 0.2; the expert corrects it")
+    p.add_argument("--spread", type=amount, default=1.0, help="scale of the random grip angle; 0: none")
+    p.add_argument("--every", type=positive, default=1, metavar="N", help="FILE.pack: keep images of every Nth step")
     p.add_argument(
         "--jitter",
         type=amount,
         default=0.0,
-        help="how much camera, light and colours vary from one train episode to the next in pictures, up to 1",
+        help="how much camera, light and colours vary between train episodes, from 0 to 1",
     )
     p.add_argument(
         "--policy",
         type=path,
         metavar="RUN",
-        help="acts for the first part of each episode; then the expert takes over and is recorded; by default the "
+        help="let this policy act first in each episode, then record the expert, which takes over; by default the "
         "expert acts alone",
     )
-    p.add_argument("--unnorm-key", help="the dataset whose action units --policy uses; by default its only one")
-    p.add_argument("--workers", type=positive, help="processes; by default one a core")
-    p.add_argument("--seed", type=count, default=0, help="same seed, same episodes, for any number of workers")
+    p.add_argument("--unnorm-key", help="dataset whose action units --policy uses; by default its only one")
+    p.add_argument("--workers", type=positive, help="number of processes; by default one per core")
+    p.add_argument("--seed", type=count, default=0, help="determines the episodes, for any number of workers")
     recorded = ("suite", "val_episodes", "tasks", "initial_states", "noise", "spread", "policy", "unnorm_key", "seed")
     p.set_defaults(recorded={name: p.get_default(name) for name in recorded})
 
@@ -124,8 +116,8 @@ def run_record(args: argparse.Namespace) -> None:
 
 
 def load_policy(checkpoint: AnyPath, unnorm_key: str | None) -> Callable[..., Any]:
-    """The `takeovers` of `record_libero` for a policy, which sees what it does in `evaluate --closed-loop`. Raises
-    InputError."""
+    """The argument `takeovers` of `record_libero` for a policy, which sees the same as in `evaluate --closed-loop`.
+    Raises InputError."""
     from spatialvla_jax.evaluation.rollouts import padded
     from spatialvla_jax.inference.policy import Policy
     from spatialvla_jax.sim import takeover

@@ -13,17 +13,19 @@ from spatialvla_jax.utils.distributed import is_writer
 from spatialvla_jax.utils.storage import AnyPath, is_file, occupied
 from spatialvla_jax.utils.tables import text_table
 
-MARK = "rehearsal"  # the file by which a scratch folder is known, should its process be killed
+MARK = "rehearsal"  # a file that identifies a scratch folder, even if its process was killed
 VERDICTS = {True: "go", False: "NO-GO", None: "unknown"}
 
 
 def run(config: ConfigDict, workdir: AnyPath, steps: int, age: float) -> None:
-    """Rehearses, prints what was found, and leaves nothing behind. SystemExit with 1 for a no-go."""
+    """Rehearse in a scratch folder, which is removed, and print the findings. Exits with 1 for a no-go."""
     folder = workdir.with_name(f"{workdir.name}-rehearsal")
     if steps < 2 or config.train.steps < 2:
         raise InputError("a rehearsal needs 2 steps or more: the first one compiles")
     if occupied(folder) and not is_file(folder / MARK):
-        raise InputError(f"{folder} is where a rehearsal writes, and none made it: remove it, or use another --workdir")
+        raise InputError(
+            f"{folder} is needed for the rehearsal but was not made by one: remove it, or use another --workdir"
+        )
     multihost_utils.sync_global_devices("the rehearsal's folder was looked at")
     made = [parent for parent in folder.parents if not parent.exists()] if isinstance(folder, Path) else []
     try:

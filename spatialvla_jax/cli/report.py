@@ -1,4 +1,4 @@
-"""The command `report`: what a training run has come to."""
+"""The command `report`: a training run's progress and use of time."""
 
 import argparse
 
@@ -11,12 +11,12 @@ def add(commands: Commands) -> None:
         commands,
         "report",
         run_report,
-        "say how far a run is, and what its wall time went to (goodput)",
+        "show a run's progress and where its wall time went (goodput)",
         ("runs/mine", "runs/mine --out goodput.json"),
     )
-    p.add_argument("workdir", type=path, help="of the run")
+    p.add_argument("workdir", type=path, help="the run's directory")
     made = OutputFile(has_keys("run", "goodput", "processes"))
-    add_output(p, "--out", made, help="write it as JSON, too; by default not")
+    add_output(p, "--out", made, help="also write it as JSON; by default not")
 
 
 def run_report(args: argparse.Namespace) -> None:

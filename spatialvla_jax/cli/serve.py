@@ -24,42 +24,43 @@ def add(commands: Commands) -> None:
         ("--checkpoint runs/demo/run", "--checkpoint export --host 0.0.0.0 --token-file token --dtype bfloat16"),
     )
     p.add_argument(
-        "--checkpoint", type=path, required=True, help="run directory, one of its steps, an export, or an id of the Hub"
+        "--checkpoint", type=path, required=True, help="run directory, one of its steps, an export or a Hub id"
     )
-    p.add_argument("--host", default="127.0.0.1", help="any other than this machine's own needs a token")
-    p.add_argument("--port", type=port, default=8000, help="where clients connect")
+    p.add_argument("--host", default="127.0.0.1", help="address to listen on; all but localhost need a token")
+    p.add_argument("--port", type=port, default=8000, help="port to listen on; 0: a free one")
     p.add_argument(
         "--token-file", type=local_path, help="clients send 'Authorization: Api-Key TOKEN'; by default SPATIALVLA_TOKEN"
     )
     p.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="", help="of the computation; by default the model's own"
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="",
+        help="for computing; by default the model's own",
     )
-    p.add_argument(
-        "--quantize", choices=("int8",), default="", help="the language model's matrices; by default as they are"
-    )
+    p.add_argument("--quantize", choices=("int8",), default="", help="quantize the language model; by default not")
     p.add_argument("--unconstrained", action="store_true", help=UNCONSTRAINED)
-    p.add_argument("--speculate", action="store_true", help="take each client's last chunk as a guess of the next")
+    p.add_argument("--speculate", action="store_true", help="use each client's last chunk as a draft of the next")
     p.add_argument(
-        "--execute", default="chunk", help="or one action a request: open_loop, receding:K, adaptive, recent"
+        "--execute", default="chunk", help="chunk, or single actions: open_loop, receding:K, adaptive, recent"
     )
     p.add_argument(
         "--image-size",
         type=image_size,
         action="append",
         metavar="HEIGHTxWIDTH",
-        help="of the clients' images, may be repeated; by default the model's own. Messages may be as large as such an "
-        "image with its depth, at least 16 MiB",
+        help="size of the clients' images, may be repeated; by default the model's own. The message limit, at least "
+        "16 MiB, fits such an image with its depth",
     )
-    p.add_argument("--max-batch", type=at_most(32), default=32, help="up to 32 observations of one call of the policy")
+    p.add_argument("--max-batch", type=at_most(32), default=32, help="observations per call of the policy, up to 32")
     p.add_argument(
-        "--max-wait-ms", type=at_most(10_000, amount), default=4, help="for which a batch waits for further clients"
+        "--max-wait-ms", type=at_most(10_000, amount), default=4, help="how long to wait for further clients"
     )
-    p.add_argument("--max-clients", type=at_most(10_000), default=128, help="connected at once")
+    p.add_argument("--max-clients", type=at_most(10_000), default=128, help="clients connected at once")
     p.add_argument(
         "--compile-cache",
         type=local_path,
         default=CACHE,
-        help="where compiled programs are kept: the second start is quick",
+        help="folder for compiled programs, which makes the next start quick",
     )
 
 
@@ -82,7 +83,7 @@ def run_serve(args: argparse.Namespace) -> None:
         batch=args.max_batch,
         wait=args.max_wait_ms / 1000,
     )
-    logging.getLogger("websockets.server").setLevel(logging.CRITICAL)  # a stranger's broken handshake is no event
+    logging.getLogger("websockets.server").setLevel(logging.CRITICAL)  # don't log broken handshakes
 
     cache = args.compile_cache
     try:

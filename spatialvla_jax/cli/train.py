@@ -28,17 +28,21 @@ RUN = OutputFolder(
     "config.json",
     "train",
     names=(
-        *("checkpoints", "compiled", "finished", "goodput", "metrics.jsonl", "profile"),
-        *("statistics.json", "tensorboard", "times.jsonl"),
+        "checkpoints",
+        "compiled",
+        "finished",
+        "goodput",
+        "metrics.jsonl",
+        "profile",
+        "statistics.json",
+        "tensorboard",
+        "times.jsonl",
     ),
 )
 SWEEP = OutputFolder(
     "sweep.json",
     "trials",
-    names=(
-        *("compiled", "figures", "report.html", "report.json"),
-        *("table.csv", "table.md", "table.tex", "trials"),
-    ),
+    names=("compiled", "figures", "report.html", "report.json", "table.csv", "table.md", "table.tex", "trials"),
 )
 
 
@@ -57,7 +61,7 @@ def add_demo(commands: Commands) -> None:
         DEMO,
         type=local_path,
         default=Path("runs/demo"),
-        help="new or empty folder, or that of a demo, whose results are replaced",
+        help="new or empty folder, or an earlier demo's, whose results are replaced",
     )
 
 
@@ -80,14 +84,12 @@ def add_train(commands: Commands) -> None:
         ),
     )
     p.add_argument(
-        "--config", required=True, help="name or path of a file with get_config(); --config.KEY=VALUE changes a key"
+        "--config", required=True, help="name or path of a file with get_config(); --config.KEY=VALUE sets a key"
     )
-    add_output(p, "--workdir", RUN, required=True, help="of the run, new or stopped")
+    add_output(p, "--workdir", RUN, required=True, help="directory of the run, new or to be resumed")
+    p.add_argument("--wandb", default="", metavar="PROJECT", help="log to Weights & Biases too; by default not")
     p.add_argument(
-        "--wandb", default="", metavar="PROJECT", help="send metrics to Weights & Biases as well; by default not"
-    )
-    p.add_argument(
-        "--profile", type=step_range, metavar="FIRST:LAST", help="trace these steps to WORKDIR/profile; by default none"
+        "--profile", type=step_range, metavar="FIRST:LAST", help="trace steps to WORKDIR/profile; by default none"
     )
     p.add_argument(
         "--film",
@@ -100,7 +102,7 @@ def add_train(commands: Commands) -> None:
         "--rehearse",
         type=positive,
         metavar="STEPS",
-        help="make so many steps, a save and a restart beside the workdir, say go or no-go, and leave nothing; "
+        help="only rehearse: take this many steps, save and restart in a scratch folder, and report go or no-go; "
         "by default train",
     )
     add_process_arguments(p)
@@ -152,7 +154,7 @@ def run_train(args: argparse.Namespace) -> None:
 
 
 def open_rollouts(tasks: Sequence[tuple[str, int]], config: Any) -> "ValidationRollouts | None":
-    """What --film asks for. Raises InputError before anything is written."""
+    """The rollouts requested by --film, if any. Raises InputError before anything is written."""
     if not tasks:
         return None
     import jax
@@ -188,7 +190,7 @@ def add_sweep(commands: Commands) -> None:
         commands,
         "sweep",
         run_sweep,
-        "train and evaluate every trial of a sweep, and compare; `sweep report DIR` again",
+        "train, evaluate and compare every trial of a sweep; `sweep report DIR` repeats the comparison",
         (
             "--config sweeps/grid_resolution --workdir runs/grid_resolution --dry-run",
             "--config sweeps/grid_resolution --workdir runs/grid_resolution --parallel 2",
@@ -196,30 +198,30 @@ def add_sweep(commands: Commands) -> None:
         ),
     )
     p.add_argument(
-        "--config", help="name or path of a file with get_sweep(); --config.KEY=VALUE changes its base; no default"
+        "--config", help="name or path of a file with get_sweep(); --config.KEY=VALUE sets a key; no default"
     )
-    add_output(p, "--workdir", SWEEP, type=local_path, help="of the sweep, new or stopped; no default")
-    p.add_argument("--only", default="*", metavar="PATTERN", help="trials by name, such as '*_seed-0'")
-    p.add_argument("--parallel", type=positive, default=1, metavar="N", help="trials at once, on this machine")
+    add_output(p, "--workdir", SWEEP, type=local_path, help="directory of the sweep, new or to be resumed; no default")
+    p.add_argument("--only", default="*", metavar="PATTERN", help="trials to run, such as '*_seed-0'")
+    p.add_argument("--parallel", type=positive, default=1, metavar="N", help="trials to run at once on this machine")
     p.add_argument(
         "--workers",
         type=positive,
-        help="simulators at once for each trial's closed loop; by default the cores divided by --parallel, rounded up",
+        help="simulators per closed-loop trial; by default the cores divided by --parallel, rounded up",
     )
     p.add_argument(
         "--closed-loop",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="evaluate trials in simulation where the sweep asks for it (extra [sim])",
+        help="evaluate trials in simulation if the sweep says so (extra [sim])",
     )
-    p.add_argument("--launcher", choices=("local", "slurm", "xpk"), default="local", help="or a job for every trial")
+    p.add_argument("--launcher", choices=("local", "slurm", "xpk"), default="local", help="run here, or submit jobs")
     p.add_argument(
         "--launcher-args",
         default="",
-        help="options of sbatch, or 'CLUSTER TPU_TYPE SLICES IMAGE' of xpk; by default none",
+        help="options for sbatch, or 'CLUSTER TPU_TYPE SLICES IMAGE' for xpk; by default none",
     )
     p.add_argument("--dry-run", action="store_true", help="check the sweep and print its trials or jobs")
-    p.add_argument("--report", action=argparse.BooleanOptionalAction, default=True, help="write it at the end")
+    p.add_argument("--report", action=argparse.BooleanOptionalAction, default=True, help="write the report at the end")
     add_process_arguments(p)
     below = p.add_subparsers(metavar="report|collect")
     add_sweep_report(below)
@@ -253,7 +255,7 @@ def run_sweep(args: argparse.Namespace) -> None:
     elif args.launcher == "local":
         for trial in trials:
             if trial.closed_loop:
-                episodes_of(trial)  # raises now what it would raise once the trial has been trained
+                episodes_of(trial)  # raises errors now, not after training
     workers = args.workers or -(-(os.cpu_count() or 1) // args.parallel)
     if args.workers or args.parallel > 1:
         flags += ["--workers", str(workers)]
@@ -272,9 +274,9 @@ def run_sweep(args: argparse.Namespace) -> None:
         print(write_report(args.workdir))
     if is_writer():
         counts = Counter(outcomes.values())
-        told = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
+        listed = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
         again = "; rerun the same command to resume" if counts[FINISHED] < len(trials) else ""
-        print(f"{len(trials)} trial{'s' * (len(trials) > 1)}: {told}{again}")
+        print(f"{len(trials)} trial{'s' * (len(trials) > 1)}: {listed}{again}")
         if counts[FAILED]:
             failed = [name for name, outcome in outcomes.items() if outcome == FAILED]
             print(f"spatialvla-jax sweep: {len(failed)} failed: {', '.join(failed)}", file=sys.stderr)
@@ -283,7 +285,11 @@ def run_sweep(args: argparse.Namespace) -> None:
 
 def add_sweep_report(commands: Commands) -> None:
     p = add_command(
-        commands, "report", run_sweep_report, "write a sweep's report from what is there", ("runs/grid_resolution",)
+        commands,
+        "report",
+        run_sweep_report,
+        "write a report of existing results",
+        ("runs/grid_resolution",),
     )
     p.add_argument("dir", type=local_path, help="the sweep's --workdir")
 
@@ -302,10 +308,8 @@ def add_sweep_collect(commands: Commands) -> None:
         "copy the results of finished trials, without weights, so that the sweep can resume elsewhere",
         ("runs/ablations --out results/ablations", "machine1/ablations machine2/ablations --out runs/ablations"),
     )
-    p.add_argument("dirs", type=local_path, nargs="+", metavar="DIR", help="workdirs of one sweep, or collected before")
-    add_output(
-        p, "--out", SWEEP, type=local_path, required=True, help="new, or a workdir of the sweep, which is filled"
-    )
+    p.add_argument("dirs", type=local_path, nargs="+", metavar="DIR", help="workdirs or collected results of one sweep")
+    add_output(p, "--out", SWEEP, type=local_path, required=True, help="new directory, or a workdir to add to")
 
 
 def run_sweep_collect(args: argparse.Namespace) -> None:
@@ -323,16 +327,16 @@ def add_compile(commands: Commands) -> None:
         "compile the training step for a TPU pod, on any machine (extra [tpu])",
         ("--config pretrain --topology v5e:16x16", "--config pretrain --topology v5p-128 --search"),
     )
-    p.add_argument("--config", required=True, help="as for train; its data is not read")
-    p.add_argument("--topology", required=True, help="e.g. v5e:16x16, v4:4x4x4, or by name: v5p-128, v6e-256")
-    p.add_argument("--slices", type=positive, default=1, help="pods joined by the data-center network, along mesh.data")
+    p.add_argument("--config", required=True, help="as for train; the data is not read")
+    p.add_argument("--topology", required=True, help="such as v5e:16x16 or v4:4x4x4, or by name: v5p-128, v6e-256")
+    p.add_argument("--slices", type=positive, default=1, help="slices on the data-center network, along mesh.data")
     p.add_argument(
         "--search", action="store_true", help="rank meshes, remat policies, accumulation and smaller batches"
     )
     p.add_argument(
         "--machine-code",
         action="store_true",
-        help="also generate machine code, which takes minutes; memory is then what the executable states",
+        help="also generate machine code, which takes minutes; memory is then as the executable reports it",
     )
 
 

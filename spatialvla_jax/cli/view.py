@@ -23,23 +23,21 @@ def add(commands: Commands) -> None:
     group = add_group(
         commands,
         "view",
-        "an episode, a policy's predictions or a rollout in the Rerun viewer (extra [view])",
+        "show an episode, a policy's predictions or a rollout in the Rerun viewer (extra [view])",
         (
             "data --config demo --episode 1",
             "policy --checkpoint runs/demo/run --out predictions.rrd",
             "rollout --checkpoint runs/libero --suite libero_spatial --task 3 --out rollout.rrd",
         ),
     )
-    p = add_command(
-        group, "data", run_data, "an episode of a data set", ("--config demo", "--config demo --out demo.rrd")
-    )
+    p = add_command(group, "data", run_data, "show an episode", ("--config demo", "--config demo --out demo.rrd"))
     p.add_argument("--config", required=True, help="names the data; --config.KEY=VALUE changes a key")
     _add_episode(p)
     p = add_command(
         group,
         "policy",
         run_policy,
-        "the same with a policy's predictions in every frame",
+        "show an episode with a policy's predictions for every frame",
         ("--checkpoint runs/demo/run", "--checkpoint export --config demo --out predictions.rrd"),
     )
     p.add_argument("--checkpoint", type=path, required=True, help="run directory, one of its steps, or an export")
@@ -50,26 +48,26 @@ def add(commands: Commands) -> None:
         group,
         "rollout",
         run_rollout,
-        "a closed-loop rollout in LIBERO (extra [sim])",
+        "show a closed-loop rollout in LIBERO (extra [sim])",
         ("--checkpoint runs/libero --suite libero_spatial --task 3",),
     )
     p.add_argument("--checkpoint", type=path, required=True, help="run directory, one of its steps, or an export")
     p.add_argument("--suite", required=True, help="libero_spatial, libero_object, libero_goal or libero_10")
-    p.add_argument("--task", type=count, default=0, help="of the suite")
-    p.add_argument("--seed", type=count, default=0, help="of the scene")
+    p.add_argument("--task", type=count, default=0, help="task id in the suite")
+    p.add_argument("--seed", type=count, default=0, help="seed of the scene")
     p.add_argument("--execute", default="open_loop", help="open_loop, receding:K, adaptive or recent")
     _add_out(p)
 
 
 def _add_episode(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--dataset", help="of the data; by default its first")
-    p.add_argument("--split", default="val", help="of the data")
-    p.add_argument("--episode", type=count, default=0, help="of the split, from 0 on")
+    p.add_argument("--dataset", help="name of a dataset; by default the first")
+    p.add_argument("--split", default="val", help="split of the data")
+    p.add_argument("--episode", type=count, default=0, help="number in the split, counted from 0")
     _add_out(p)
 
 
 def _add_out(p: argparse.ArgumentParser) -> None:
-    add_output(p, "--out", RECORDING, type=local_path, help="a new .rrd file; by default the viewer is opened")
+    add_output(p, "--out", RECORDING, type=local_path, help="new .rrd file; by default the viewer opens")
 
 
 def run_data(args: argparse.Namespace) -> None:
@@ -85,7 +83,7 @@ def run_policy(args: argparse.Namespace) -> None:
 
     if args.config is None and args.overrides:
         raise InputError("--config.KEY=VALUE needs --config FILE")
-    load_rerun()  # raises now what it would raise once all is loaded
+    load_rerun()  # raises errors now, before loading the rest
     config = train_config_of(args.checkpoint) if args.config is None else load_config(args.config, args.overrides)
     _run_episode(args, config, Policy.load(args.checkpoint, constrained=not args.unconstrained))
 
@@ -103,7 +101,7 @@ def _run_episode(args: argparse.Namespace, config: Any, policy: Any) -> None:
     episode = next(loader.episodes(args.split, name, args.episode), None)
     if episode is None:
         found = sum(len(i.arrays["episode_end"]) for i in loader.indexes(args.split) if i.name == name)
-        raise InputError(f"--episode {args.episode}: split {args.split!r} of {name!r} has {found}, from 0 on")
+        raise InputError(f"--episode {args.episode}: split {args.split!r} of {name!r} has {found}, counted from 0")
     with recording(args.out) as stream:
         record_episode(stream, episode, loader.statistics[name], policy)
     _say(args, f"{len(episode.frames.image)} frames of {name!r}, {episode.instruction!r}")
