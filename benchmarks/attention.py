@@ -1,13 +1,13 @@
-"""Gemma 2's attention in the training step, one layer: forward, and forward with backward; errors.
+"""One layer of Gemma 2's attention in the training step: time of forward, and of forward and backward; errors.
 
     python benchmarks/attention.py [--preset small] [--batch-size 128] [--repeats 30]
 
-First each Pallas kernel alone at several tiles; then XLA's attention, the kernels at their own tiles and at the
-fastest, and cuDNN's, which has no soft cap: another formula, here as a bound. Errors are the largest over the largest
-value, against the plain formula in float32. `--preset decode` is a decode pass's instead: one and three new tokens and
-a cache of 320, the plain formula and `inference/kernels.py`. A setting that fails is named and left out. Prints the
-environment, then a line for each; ends with one line of JSON. On a CPU the kernels are interpreted: `--preset nano`
-shows that it runs.
+First each Pallas kernel alone, with several tiles; then XLA's attention, the kernels with their default and with the
+fastest tiles, and cuDNN's, which serves as a bound, since it has no soft cap. Errors are relative to the largest value,
+against the plain formula in float32. `--preset decode` measures a decode pass instead: one and three new tokens and a
+cache of 320, with the plain formula and `inference/kernels.py`. A setting that fails is reported and skipped. Prints
+the environment and a line for each; ends with one line of JSON. On a CPU the kernels are interpreted: `--preset nano`
+is a smoke test.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from spatialvla_jax.models.gemma2 import Gemma2Config
 
 # Batch, length, query heads, key/value heads, head dim.
 PRESETS = {"full": (32, 320, 8, 4, 256), "small": (128, 301, 8, 4, 64), "nano": (2, 70, 4, 2, 16)}
-# Tried for each kernel beside the module's own: queries, keys, warps, stages.
+# Tried for each kernel beside its default: queries, keys, warps, stages.
 TILES = {
     "full": {
         "forward": [(64, 64, 4, 1), (64, 64, 4, 2), (64, 64, 8, 2), (128, 32, 8, 2), (128, 64, 8, 2), (32, 64, 4, 2)],
@@ -50,7 +50,7 @@ TILES = {
     "nano": {"forward": [(32, 16, 4, 1)], "dkv": [(16, 32, 4, 1)], "dq": [(32, 32, 4, 1)]},
 }
 PARTS = ("out", "dq", "dk", "dv")
-STEPS = 16  # of decoding in one program, each on the cache that the last one left
+STEPS = 16  # decode steps per program, each on the cache of the previous one
 
 
 def xla(q: Any, k: Any, v: Any, mask: Any, **options: Any) -> jax.Array:
@@ -64,7 +64,7 @@ def cudnn(q: Any, k: Any, v: Any, mask: Any, *, scale: float, softcap: float) ->
 
 
 def random_inputs(B: int, T: int, N: int, K: int, H: int) -> tuple[jax.Array, ...]:
-    """Queries, keys, values, a prefix mask with padding, the output's gradient; logits up to about half the cap."""
+    """Queries, keys, values, a prefix mask with padding, and the output's gradient; logits reach half the cap."""
     rng = np.random.default_rng(0)
     draw = lambda *shape, size=1.0: jnp.asarray(size * rng.normal(size=shape), jnp.bfloat16)  # noqa: E731
     valid = np.arange(T) >= rng.integers(0, T // 8, (B, 1))
@@ -78,7 +78,7 @@ def both(function: Callable[..., jax.Array], q: Any, k: Any, v: Any, mask: Any, 
 
 
 def median_ms(compiled: Callable[..., Any], inputs: tuple[jax.Array, ...], repeats: int) -> float:
-    """Of `repeats` measurements, each of five calls in a row, so that starting them does not count."""
+    """Median of `repeats` measurements, each over five calls in a row, which hides launch latency."""
     jax.block_until_ready(compiled(*inputs))
     seconds = []
     for _ in range(repeats):
@@ -105,7 +105,7 @@ def measure(
 
 
 def kernels(inputs: tuple[jax.Array, ...], options: dict[str, Any], tried: dict[str, Any], repeats: int) -> Any:
-    """(ms of each kernel at each tile, the fastest tiles)."""
+    """Returns (ms of each kernel with each tile, the fastest tiles)."""
     q, k, v, mask, dout = inputs
     own = fused.tiles_for(q.shape[-1])
     call = lambda tiles: fused.Call(**options, tiles=tiles, interpret=jax.default_backend() != "gpu")  # noqa: E731
@@ -137,7 +137,7 @@ def kernels(inputs: tuple[jax.Array, ...], options: dict[str, Any], tried: dict[
 
 
 def decode(B: int, T: int, repeats: int) -> dict[str, Any]:
-    """µs of one layer's attention over T new tokens at full size, from their products to the result and the cache."""
+    """µs of one layer's attention over T new tokens at full size, from projected inputs to output and cache."""
     cfg, S, rng = Gemma2Config(), 320, np.random.default_rng(0)
     N, K, H, at = cfg.num_heads, cfg.num_kv_heads, cfg.head_dim, S - 20
     draw = lambda *shape: jnp.asarray(2 * rng.normal(size=shape), jnp.bfloat16)  # noqa: E731
@@ -173,7 +173,7 @@ def decode(B: int, T: int, repeats: int) -> dict[str, Any]:
 
 
 def or_failure(attempt: Callable[[], Any]) -> Any:
-    """What it returns, or the first line of what it raises."""
+    """The result of `attempt`, or the first line of its error."""
     try:
         return attempt()
     except Exception as error:  # any: a compiler's refusal has no type of its own

@@ -1,14 +1,14 @@
-"""Training batches out of a bucket beside those off a local disk, by the processor second and by the clock.
+"""Compare training batches from a bucket and from a local disk, per second of CPU time and of wall time.
 
     python benchmarks/bucket.py [--latency-ms 50] [--bandwidth-mb 200] [--out runs/bench_bucket.json]
 
-The bucket is `tests/helpers/range_server.py` on loopback, with the latency of every request and the bandwidth of all
-together as given; it has a process of its own, whose processor time is reported apart. The data is that of
-`benchmarks/loader.py`, 190 MB. Four streams are read in turns within one process: single frames and blocks, local and
-from the bucket, `data.read_block` of the latter as it is chosen by itself. All samples of the run together are one
-window of blocks, so that requests and bytes are those of every stage of a window.
+The bucket is `tests/helpers/range_server.py` on loopback, with the given latency per request and total bandwidth. It
+runs in its own process, whose CPU time is reported separately. The data is that of `benchmarks/loader.py`, 190 MB. Four
+streams are read in turns in one process: single frames and blocks, local and from the bucket, with the default
+`data.read_block` for buckets. All samples of the run form one window of blocks, so that requests and bytes cover all
+stages of a window.
 
-It writes a JSON file, with the processor cores that a host of each pod needs to decode what the pod can train on.
+Writes a JSON file, with the number of cores that a host of each pod needs to decode what the pod can train on.
 """
 
 import argparse
@@ -29,26 +29,26 @@ from helpers.range_server import RangeServer, range_server
 from spatialvla_jax.cli.arguments import Parser, positive, state_defaults
 from spatialvla_jax.utils import retries
 
-# Of docs/guides/plan.md, by `compile`: hosts of four chips, and the samples/s that their roofline allows at most.
+# From docs/guides/plan.md, by `compile`: hosts of four chips, and the samples/s at their roofline.
 PODS = {"v4-128": (16, 3_366), "v5p-128": (16, 5_619), "v5e-256": (64, 9_646), "v6e-256": (64, 35_677)}
 
 
 def main() -> None:
     parser = Parser(prog="python benchmarks/bucket.py", description=__doc__)
-    parser.add_argument("--root", type=Path, default=Path("runs/bench_bucket"), help="of the data, made where missing")
+    parser.add_argument(
+        "--root", type=Path, default=Path("runs/bench_bucket"), help="folder of the data, created if missing"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/bench_bucket.json"))
-    parser.add_argument("--latency-ms", type=float, default=50.0, help="of a request")
+    parser.add_argument("--latency-ms", type=float, default=50.0, help="latency of each request")
     parser.add_argument("--bandwidth-mb", type=float, default=200.0, help="MB/s of all requests together")
     parser.add_argument("--datasets", type=positive, default=8)
-    parser.add_argument("--frames", type=positive, default=600, help="different ones a dataset")
-    parser.add_argument(
-        "--copies", type=positive, default=8, help="links to them, which make a dataset that much larger"
-    )
+    parser.add_argument("--frames", type=positive, default=600, help="distinct frames per dataset")
+    parser.add_argument("--copies", type=positive, default=8, help="factor by which hard links enlarge each dataset")
     parser.add_argument("--batch-size", type=positive, default=64)
     parser.add_argument("--workers", type=positive, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--repeats", type=positive, default=5)
-    parser.add_argument("--steps", type=positive, default=24, help="of a repeat")
-    parser.add_argument("--warm-up", type=positive, default=12, help="steps before them, which empty the queues")
+    parser.add_argument("--steps", type=positive, default=24, help="steps per repeat")
+    parser.add_argument("--warm-up", type=positive, default=12, help="steps before each repeat, to empty the queues")
     parser.add_argument("--memory-gb", type=float, default=8.0)
     state_defaults(parser)
     args = parser.parse_args()
@@ -105,7 +105,7 @@ def measure(streams: dict[str, Iterator[Any]], server: RangeServer, args: argpar
     results = {}
     for name, own in rates.items():
         wall, cpu = (statistics.median(column) for column in zip(*own, strict=True))
-        # Each repeat against the local one of the same: what else runs on the machine slows both.
+        # Ratios within a repeat, since other load on the machine slows both.
         local = rates[name.replace("bucket", "local")]
         of_wall, of_cpu = (
             statistics.median(one[n] / other[n] for one, other in zip(own, local, strict=True)) for n in (0, 1)
@@ -129,7 +129,7 @@ def totals(server: RangeServer) -> dict[str, float]:
 
 
 def report(result: dict[str, Any], workers: int) -> None:
-    """Prints the table, and adds the cores that the pods' hosts need."""
+    """Print the table, and add the number of cores that each pod's hosts need."""
     print(f"\n{'samples/s':28}{'wall':>6}{'local':>8}{'CPU second':>12}{'local':>8}", end="")
     print(f"{'requests':>12}{'GB':>8}{'server CPU s':>14}   (per million samples)")
     for name, own in result["streams"].items():

@@ -1,21 +1,21 @@
-"""Peak memory of converting a full-size checkpoint: published → Orbax → published, and whether every byte comes back.
+"""Peak memory of converting a full-size checkpoint, published → Orbax → published, and whether it is lossless.
 
     python benchmarks/convert_full_size.py [--preset spatialvla-4b-224] [--dir /tmp]
 
-Makes a directory in the published layout with random bfloat16 weights (8 GB by default), converts it there and back,
-each conversion in a process of its own, and removes everything. Prints the peak resident memory of each conversion;
-ends with one line of JSON.
+Creates a directory in the published layout with random bfloat16 weights (8 GB by default), converts it there and back,
+each in a new process, and removes everything. Prints the peak resident memory of each conversion; ends with one line of
+JSON.
 """
 
 import argparse
 import json
-import multiprocessing
 import platform
 import resource
 import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from typing import Any
 import jax
 import ml_dtypes
 import numpy as np
+from loader import in_new_process
 
 from spatialvla_jax.checkpoints import Checkpoint, write_huggingface
 from spatialvla_jax.checkpoints.mapping import param_shapes
@@ -35,7 +36,7 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
 def random_checkpoint(name: str) -> Checkpoint:
-    """Weights made when they are read: finite, of both signs, and as little compressible as trained ones."""
+    """A checkpoint of normally distributed weights, drawn when they are read."""
 
     def lazy(seed: int, shape: tuple[int, ...]) -> LazyArray:
         def read() -> np.ndarray:
@@ -56,22 +57,11 @@ def peak_gb() -> float:
     return round(peak / (1e9 if sys.platform == "darwin" else 1e6), 2)
 
 
-def in_own_process(function: Any, *arguments: Any) -> dict[str, Any]:
-    """{"seconds", "peak_gb", "idle_gb"}: `idle_gb` is the process before it begins."""
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    process = context.Process(target=_measured, args=(queue, function, arguments))
-    process.start()
-    process.join()
-    if process.exitcode:
-        sys.exit(f"{function.__name__} failed")
-    return queue.get()
-
-
-def _measured(queue: Any, function: Any, arguments: Any) -> None:
+def measure(function: Callable[..., None], *arguments: Any) -> dict[str, float]:
+    """Run `function`; returns {"seconds", "peak_gb", "idle_gb"}, where `idle_gb` is the peak before it runs."""
     idle, start = peak_gb(), time.perf_counter()
     function(*arguments)
-    queue.put({"seconds": round(time.perf_counter() - start, 1), "peak_gb": peak_gb(), "idle_gb": idle})
+    return {"seconds": round(time.perf_counter() - start, 1), "peak_gb": peak_gb(), "idle_gb": idle}
 
 
 def make(name: str, path: Path) -> None:
@@ -89,7 +79,7 @@ def back(source: Path, destination: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="spatialvla-4b-224")
-    parser.add_argument("--dir", type=Path, default=Path(tempfile.gettempdir()), help="where the files go meanwhile")
+    parser.add_argument("--dir", type=Path, default=Path(tempfile.gettempdir()), help="parent of the temporary folder")
     arguments = parser.parse_args()
 
     parameters = sum(prod(shape) for shape in param_shapes(preset(arguments.preset)).values())
@@ -101,10 +91,10 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory(dir=arguments.dir) as folder:
         published, run, again = (Path(folder) / name for name in ("published", "run", "again"))
-        in_own_process(make, arguments.preset, published)
+        in_new_process(make, arguments.preset, published)
         figures = {
-            "to_orbax": in_own_process(there, published, run),
-            "to_published": in_own_process(back, run, again),
+            "to_orbax": in_new_process(measure, there, published, run),
+            "to_published": in_new_process(measure, back, run, again),
         }
         before, after = open_directory(published), open_directory(again)
         equal = before.keys() == after.keys() and all(
@@ -116,7 +106,7 @@ def main() -> None:
     print(f"{arguments.preset}: {parameters:,} parameters in bfloat16, {len(after)} tensors in {len(shards)} shards")
     for name, found in figures.items():
         print(f"{name:13} {found['seconds']:8.1f} s   peak {found['peak_gb']:.2f} GB (idle {found['idle_gb']:.2f} GB)")
-    print(f"every tensor comes back byte for byte: {equal}")
+    print(f"all tensors are byte-equal: {equal}")
     result = {"benchmark": "convert_full_size", "preset": arguments.preset, "parameters": parameters, **environment}
     print(json.dumps({**result, **figures, "largest_shard_bytes": max(shards), "byte_equal": equal}))
     sys.exit(not equal)

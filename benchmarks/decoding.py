@@ -1,10 +1,10 @@
-"""What precision, free choice and speculation change, on the validation episodes of a trained policy.
+"""Effect of precision, unconstrained decoding and speculation, on validation episodes of a trained policy.
 
     python benchmarks/decoding.py --checkpoint runs/demo/run [--split val] [--episodes 0]
 
-Tokens and actions of each variant against float32's, over every frame. Then speculation along each episode as a robot
-would drive it: a chunk every `action_chunk` frames (open loop) or at every frame, drafted from the chunk before; passes
-over the weights after the prompt's, and milliseconds, beside decoding without a draft. Ends with one line of JSON.
+Compares tokens and actions of each variant with float32's, over every frame. Then simulates speculation along each
+episode, with a chunk every `action_chunk` frames (open loop) or at every frame, drafted from the previous chunk: decode
+passes and milliseconds, with and without a draft. Ends with one line of JSON.
 """
 
 import json
@@ -34,7 +34,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def compare(checkpoint: Path, episodes: list[Episode]) -> dict[str, Any]:
-    """Of each variant: share of tokens equal to float32's, L1 from its actions, L1 from the expert's (normalised)."""
+    """For each variant: share of tokens equal to float32's, L1 to its actions and to the expert's (normalised)."""
     figures, reference = {}, None
     for name, options in VARIANTS.items():
         policy = Policy.load(checkpoint, **options)
@@ -52,7 +52,7 @@ def compare(checkpoint: Path, episodes: list[Episode]) -> dict[str, Any]:
 
 
 def drive(policy: Policy, frames: Batch, every: int, speculate: bool) -> list[dict[str, Any]]:
-    """Chunks along one episode, each drafted from the one before: its actions not yet executed, the last one held."""
+    """Chunks along an episode, each drafted from the remaining actions of the previous one, its last repeated."""
     seen, chunks, draft = frames.model_inputs(), [], None
     for frame in range(0, len(frames.image), every):
         inputs = jax.tree.map(lambda x, frame=frame: x[frame : frame + 1], seen)

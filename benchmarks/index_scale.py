@@ -1,20 +1,18 @@
-"""The index of a mixture of the published one's size: how long a start takes, memory, draws a second, exact weights.
+"""Index of a mixture as large as the published one: start-up time, memory, sampling speed and exact weights.
 
     python benchmarks/index_scale.py --dir /tmp/index_scale [--latency 50] [--bandwidth 200] [--out index_scale.json]
 
-It makes the datasets' files (empty ones of the right number, no pixels) and, by the code of every run, their indexes
-with random actions and places, once. Then each of these in a process of its own, `--repeats` times:
+Creates the datasets once: empty shards, and indexes of random actions and offsets, built by the package's own code.
+Then runs each of these phases `--repeats` times, in a process of its own:
 
-cold     seconds of `load_data`, after the imports, by the clock and of processor time, on a host without any index: it
-         fetches all of them from a bucket, which a server on loopback stands for (`--latency` ms a request,
-         `--bandwidth` MB/s in all)
-warm     the same again on that host
-draws    samples a second of processor time, in batches of 2,048 and of 16,384: which dataset and frame, and where its
-         bytes lie (`sample_frames` and `Index.spans`), with the index's pages given back as the loader does; resident
-         memory on the way
-weights  how often each dataset comes in whole blocks of the sequence, beside its weight
+cold     seconds of `load_data` after imports, of wall and CPU time, on a host without indexes, which are fetched from a
+         bucket: a server on loopback (`--latency` ms per request, `--bandwidth` MB/s in total)
+warm     the same on that host, now with indexes
+draws    samples per second of CPU time, in batches of 2,048 and of 16,384: choosing dataset and frame, and locating its
+         bytes (`sample_frames` and `Index.spans`), releasing the index's pages as the loader does; resident memory
+weights  how often each dataset occurs in whole blocks of the sequence, compared with its weight
 
-It ends with one line of JSON.
+Ends with one line of JSON.
 """
 
 import argparse
@@ -33,12 +31,12 @@ import numpy as np
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
-# Episodes and frames of each dataset: of all its parts, as the statistics count that are published with OpenVLA
-# (openvla/openvla-7b, config.json) and, for RH20T, with the release (SpatialVLA, processor_config.json). What public
-# sources say of them:
+# Episodes and frames of each dataset, all splits together, as counted in the statistics published with OpenVLA
+# (openvla/openvla-7b, config.json) and, for RH20T, with the release (SpatialVLA, processor_config.json). How they
+# compare with other public sources:
 SIZES = {
-    # Both numbers are those of the table of `train` parts in bdaiinstitute/theia (src/theia/dataset/oxe/oxe_common.py);
-    # these datasets have no other part.
+    # Equal to the sizes of `train` in bdaiinstitute/theia (src/theia/dataset/oxe/oxe_common.py); these datasets have no
+    # other split.
     "fractal20220817_data": (87_212, 3_786_400),
     "language_table": (442_226, 7_045_476),
     "stanford_hydra_dataset_converted_externally_to_rlds": (570, 358_234),
@@ -52,12 +50,12 @@ SIZES = {
     "utaustin_mutex": (1_500, 361_883),
     "berkeley_fanuc_manipulation": (415, 62_613),
     "cmu_stretch": (135, 25_016),
-    # Both numbers stand in copies of OpenVLA's statistics.
+    # Confirmed only by copies of OpenVLA's statistics.
     "bridge_orig": (60_064, 2_135_463),
     "droid": (92_233, 27_044_326),
-    # Episodes: the sum of the parts in the datasets' dataset_info.json, as felixmin/high-level-robot-planner lists them
-    # (docs/openx_local_dataset_inventory.md). Frames: theia's table has those of `train`, in the remark; no source was
-    # found for those of the other part, whose episodes are as long on average, within 22 %.
+    # Episodes: the sum over splits in the datasets' dataset_info.json, as listed in felixmin/high-level-robot-planner
+    # (docs/openx_local_dataset_inventory.md). Frames: theia has those of `train`, given in the comments; no source was
+    # found for the other split, whose mean episode length agrees within 22 %.
     "taco_play": (3_603, 237_798),  # 213,972
     "jaco_play": (1_085, 77_965),  # 70,127
     "berkeley_cable_routing": (1_647, 42_328),  # 38,240
@@ -67,27 +65,28 @@ SIZES = {
     "toto": (1_003, 325_699),  # 294,139
     "nyu_franka_play_dataset_converted_externally_to_rlds": (456, 44_875),  # 34,448
     "bc_z": (43_264, 6_015_535),  # 5,471,693
-    # Episodes: the same list, which has one less of fmb. No source was found for the frames.
+    # Episodes: the same list, which has one fewer for fmb. No source was found for the frames.
     "dobbe": (5_208, 1_139_911),
     "fmb_dataset": (8_612, 1_137_459),
-    # Those of the 580,392 episodes (8,583,978 frames in theia's table) that succeeded. No source was found for how many
-    # these are.
+    # The successful ones of 580,392 episodes (8,583,978 frames in theia's table). No source was found for their number.
     "kuka": (209_880, 2_455_879),
     # No source was found.
     "rh20t_rlds": (104_392, 52_644_433),
 }
-INSTRUCTIONS = 127_605  # different ones at most: as many as language_table has
+INSTRUCTIONS = 127_605  # at most this many distinct ones per dataset, the number in language_table
 FRAMES_A_SHARD, SHARDS = 5_000, 2_048
-MOST_BYTES = 45_000  # of a stored image
-BATCHES = (2_048, 16_384)  # of the published run, and of eight of its steps
+MOST_BYTES = 45_000  # largest encoded image
+BATCHES = (2_048, 16_384)  # batch size of the published run, and eight times that
 PHASES = ("cold", "warm", "draws", "weights")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dir", type=Path, default=Path("runs/index_scale"), help="of data and indexes, kept")
-    parser.add_argument("--scale", type=float, default=1.0, help="of the number of episodes and frames")
-    parser.add_argument("--latency", type=float, default=50, help="milliseconds a request")
+    parser.add_argument(
+        "--dir", type=Path, default=Path("runs/index_scale"), help="folder of data and indexes, which is kept"
+    )
+    parser.add_argument("--scale", type=float, default=1.0, help="factor on the number of episodes and frames")
+    parser.add_argument("--latency", type=float, default=50, help="milliseconds per request")
     parser.add_argument("--bandwidth", type=float, default=200, help="MB/s of the server")
     parser.add_argument("--draws", type=int, default=10_000_000)
     parser.add_argument("--repeats", type=int, default=3)
@@ -127,7 +126,7 @@ def main() -> None:
 
 
 def make(args: argparse.Namespace) -> dict[str, Any]:
-    """Datasets and indexes, where they are missing → what there is."""
+    """Create missing datasets and indexes; returns their sizes."""
     from tqdm import tqdm
 
     from spatialvla_jax.data.index_cache import find_source, load_indexes
@@ -158,7 +157,7 @@ def make(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def write_dataset(folder: Path, name: str, lengths: np.ndarray) -> None:
-    """A dataset as TFDS lays it out, with empty files in the place of its shards."""
+    """Write a dataset in the layout of TFDS, with empty files for shards."""
     import tensorflow_datasets as tfds
 
     if (folder / "dataset_info.json").exists():
@@ -174,7 +173,7 @@ def write_dataset(folder: Path, name: str, lengths: np.ndarray) -> None:
     shards = [len(part) for part in np.array_split(lengths, count)]
     for number in range(count):
         with open(folder / f"{name}-train.tfrecord-{number:05d}-of-{count:05d}", "wb") as file:
-            file.truncate(2 * int(lengths.sum()) * MOST_BYTES // count)  # more than any one needs, and takes no room
+            file.truncate(2 * int(lengths.sum()) * MOST_BYTES // count)  # sparse; larger than any shard
     split = {"name": "train", "shardLengths": [str(n) for n in shards], "numBytes": "0"}
     template = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
     info = {
@@ -187,7 +186,7 @@ def write_dataset(folder: Path, name: str, lengths: np.ndarray) -> None:
 
 
 def random_part(source: Any, shard: int, *, number: int, lengths: np.ndarray) -> bytes:
-    """The part of a shard, as `read_shard` gives it of stored data."""
+    """A random index part, in the format of `read_shard`."""
     from spatialvla_jax.data.index_parts import Part
 
     rng = np.random.default_rng((number, shard))
@@ -283,7 +282,7 @@ def weights(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def peak_gb() -> float:
-    """Of this process's program; the resource usage of a new process begins with that of the one it was forked from."""
+    """Of this program; `getrusage` would include the process that it was forked from."""
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) / 2**20
 

@@ -1,15 +1,15 @@
-"""A policy from uint8 image to robot actions: milliseconds a chunk, chunks a second, memory, and where the time goes.
+"""Inference of a policy, from uint8 image to robot actions: latency, throughput, memory and a breakdown of time.
 
     python benchmarks/infer.py [--preset tiny] [--variants plain,bfloat16,int8] [--batch-sizes 1,32] [--repeats 50]
         [--torch] [--first-action] [--trace]
 
-Random weights, a 640×480 camera. Each variant goes through `Policy.infer_batch`, tokenizer and transfers included;
-`program_ms` is its jitted program alone, with inputs on the device. `plain` is `bfloat16` without the kernel of
-`inference/kernels.py`, `depth` is the model's dtype with depth given instead of estimated, `draft` has the result as a
-draft (speculation that always comes true: its bound), `free` chooses from the whole vocabulary. A variant that fails is
-reported and leaves the others be. `--torch` times the exported PyTorch model beside it, by its loop and as a CUDA
-graph. `--first-action` times a new process from its start to its first action, with an empty and a filled cache of
-compiled programs. Prints the environment and the floors, ends with one line of JSON.
+Random weights, a 640×480 camera. Each variant is timed through `Policy.infer_batch`, including tokenizer and transfers;
+`program_ms` is the jitted program alone, with inputs on the device. `plain` is `bfloat16` without the attention kernel
+of `inference/kernels.py`; `depth` takes depth as an input instead of estimating it; `draft` is given the result as a
+draft, the best case of speculation; `free` chooses from the whole vocabulary. A variant that fails is reported, and the
+others continue. `--torch` also times the exported PyTorch model, as a loop and as a CUDA graph. `--first-action` times
+a new process up to its first action, with an empty and a filled compilation cache. Prints the environment and lower
+bounds; ends with one line of JSON.
 """
 
 import argparse
@@ -47,7 +47,7 @@ H, W = 480, 640
 
 
 class Random:
-    """An array that is drawn where it is used: the device never holds more than what is made of it."""
+    """An array drawn only when used, so that the device never holds the float32 original."""
 
     def __init__(self, shape: tuple[int, ...], seed: int) -> None:
         self.shape, self.seed = shape, seed
@@ -94,7 +94,7 @@ def observations(count: int, depth: bool) -> list[dict[str, Any]]:
 
 
 def timed(call: Callable[[], Any], repeats: int) -> dict[str, float]:
-    """Milliseconds a call: median and the ends of the middle nine tenths, after three calls that don't count."""
+    """Milliseconds per call: median and the range of the middle 90 %, after three warm-up calls."""
     for _ in range(3):
         call()
     ms = []
@@ -108,8 +108,7 @@ def timed(call: Callable[[], Any], repeats: int) -> dict[str, float]:
 
 
 def bandwidth() -> float:
-    """Bytes a second that a copy on the device reads and writes: ten copies in a row, so that starting one hides
-    behind the one before."""
+    """Bytes/s that a copy on the device reads and writes, over ten copies in a row, which hides launch latency."""
     x = jnp.ones((2**31 if jax.default_backend() == "gpu" else 2**24,), jnp.bfloat16)
     copy = jax.jit(jnp.copy)
 
@@ -122,8 +121,7 @@ def bandwidth() -> float:
 
 
 def floors(config: SpatialVLAConfig, policy: Policy, rate: float) -> dict[str, float]:
-    """What one chunk cannot take less than, part by part: the weights of the layers read once a pass at `rate`, and the
-    arithmetic of the prompt's pass."""
+    """Lower bounds for one chunk: reading all weights once per pass at `rate` bytes/s, and the prompt's FLOPs."""
     weights = sum(x.nbytes for x in jax.tree.leaves(policy.weights.llm.layers))
     head = sum(x.nbytes for x in jax.tree.leaves(policy.weights.head))
     llm = config.llm
@@ -160,7 +158,7 @@ def run(config: SpatialVLAConfig, name: str, args: argparse.Namespace) -> dict[s
         figures["peak_gb"] = round((device.memory_stats() or {}).get("peak_bytes_in_use", 0) / 1e9, 2)
         inputs = [policy.prepare(seen) for seen in batch]
         arrays = {k: np.stack([x[k] for x in inputs]) for k in inputs[0]}
-        length = max(policy.shape(x)[2] for x in inputs)  # as `Policy` cuts it: the same program
+        length = max(policy.shape(x)[2] for x in inputs)  # the same program as in `Policy`
         arrays = jax.device_put(arrays | {k: arrays[k][:, :length] for k in ("prompt_ids", "prompt_mask")})
         alone = timed(lambda policy=policy, arrays=arrays: jax.block_until_ready(policy.run(arrays)), args.repeats)
         figures["program_ms"] = alone["median_ms"]
@@ -175,7 +173,7 @@ def run(config: SpatialVLAConfig, name: str, args: argparse.Namespace) -> dict[s
             print(text)
             figures["trace_ms"] = {part: round(ms, 3) for part, ms in parts.items()}
         result[str(size)] = figures
-    if name == args.variants[-1]:  # last, as it needs memory of its own
+    if name == args.variants[-1]:  # last, as it needs memory
         rate = bandwidth()
         result |= {"copy_tb_s": round(rate / 1e12, 2)} | floors(config, policy, rate)
         print(f"{'floors':10} " + ", ".join(f"{k} {v}" for k, v in result.items() if not isinstance(v, dict)))
@@ -183,7 +181,7 @@ def run(config: SpatialVLAConfig, name: str, args: argparse.Namespace) -> dict[s
 
 
 def run_torch(config: SpatialVLAConfig, args: argparse.Namespace) -> dict[str, Any]:
-    """The exported model's own `predict_action`, in bfloat16 with random weights: prepared inputs to tokens."""
+    """Time `predict_action` of the exported model in bfloat16, from prepared inputs to tokens."""
     import torch
 
     from spatialvla_jax.checkpoints.published_config import config_to_published
@@ -236,7 +234,7 @@ def run_torch(config: SpatialVLAConfig, args: argparse.Namespace) -> dict[str, A
 
 
 def first_action(args: argparse.Namespace) -> dict[str, float]:
-    """Seconds from a process's start to its first action: without compiled programs, then with those it left."""
+    """Seconds from a process's start to its first action, with an empty and with a filled compilation cache."""
     seconds = {}
     with tempfile.TemporaryDirectory() as cache:
         for name in ("cold", "warm"):
@@ -261,7 +259,7 @@ def main() -> None:
     parser.add_argument("--trace", action="store_true", help="also print where the time goes, from a profiler trace")
     state_defaults(parser)
     args = parser.parse_args()
-    if args.trace:  # a recorded graph's kernels don't say what they belong to
+    if args.trace:  # kernels of a CUDA graph lose their names
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_enable_command_buffer="
     config = replace(preset(args.preset), dtype="bfloat16")
     if args.only_first:
@@ -277,7 +275,7 @@ def main() -> None:
         try:
             with plain if name == "plain" else nullcontext():
                 result[name] = run(config, name, args)
-        except Exception as error:  # of one variant: the others are still worth their time
+        except Exception as error:  # the other variants may still work
             print(f"{name:10} FAILED: {type(error).__name__}: {str(error)[:1000]}", flush=True)
             result[name] = {"error": type(error).__name__}
     if args.torch:

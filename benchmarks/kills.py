@@ -1,12 +1,12 @@
-"""A run whose data and workdir are in a bucket, killed at random moments: are its bits those of an undisturbed one?
+"""Kill a run with data and workdir in a bucket at random moments; compare it bit for bit with an undisturbed one.
 
     python benchmarks/kills.py [--kills 20] [--steps 160] [--seed 0] [--out kills.json]
 
 The bucket is gcp-storage-emulator's, in memory and on loopback. The undisturbed run of the tiny model has data and
-workdir on this disk. The other one is killed by SIGKILL: every second time in start-up, otherwise at a random moment
-after a new checkpoint, a save among them. It prints one line a kill. The file says whether parameters and metrics have
-the same bits, what the goodput was (`spatialvla-jax report`), and how long each restart took to its first new step,
-with the compiled step loaded from a cache on this disk.
+workdir on the local disk. The other is killed by SIGKILL: alternately during start-up and at a random moment after a
+new checkpoint, possibly during a save. Prints one line per kill. The output file tells whether parameters and metrics
+are bit-equal, the goodput (`spatialvla-jax report`), and the time of each restart to its first new step, with the
+compiled step loaded from a cache on the local disk.
 """
 
 import json
@@ -41,14 +41,14 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from helpers.buckets import Bucket, start_gcs
 
 TINY = {"train.batch_size": "8", "train.log_every": "1", "train.eval_every": "0", "checkpoint.every": "5"}
-TINY |= {"data.read_block": "8"}  # otherwise a bucket chooses its own, and with it another order of the samples
+TINY |= {"data.read_block": "8"}  # the default differs for buckets, and with it the order of samples
 
 
 def main() -> None:
     parser = Parser(prog="python benchmarks/kills.py", description=__doc__)
     parser.add_argument("--kills", type=positive, default=20)
-    parser.add_argument("--steps", type=positive, default=160, help="of the run, which has to outlast all kills")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--steps", type=positive, default=160, help="steps of the run, which must outlast all kills")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
     parser.add_argument("--out", type=Path, default=Path("kills.json"), help="JSON file of the result")
     state_defaults(parser)
     args = parser.parse_args()
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def measure(bucket: Any, folder: Path, kills: int, steps: int, chance: random.Random) -> dict[str, Any]:
-    """What is written to `--out`."""
+    """The content of `--out`."""
     local, remote = folder / "run", as_path(f"{bucket.url}/run", "run")
     data = shipped("data/libero_spatial_demo/1.0.0")
     finish(folder, local, data, steps)

@@ -1,18 +1,18 @@
-"""The data stream beside bare decoding and beside a buffered one: samples a second, memory, start-up, waits.
+"""Compare the data stream with bare decoding and with a shuffle buffer: throughput, memory, start-up and waits.
 
     python benchmarks/loader.py [--parts speed packed memory start overlap] [--samples 300000] [--out FILE.json]
 
-It makes 28 RLDS datasets with the names and weights of the published mixture (2.3 GB, once, in `--root`). Then
+Creates 28 RLDS datasets with the names and weights of the published mixture (2.3 GB, once, in `--root`). Parts:
 
-speed    samples a second, in turns within one process: the ceiling, which decodes and resizes the same frames out of
-         memory and does nothing else; the loader; and a buffered stream in the style of Octo, without and with its
-         colour augmentation. Rates are by the wall and by the CPU second; the latter bear a busy machine.
-packed   samples a second out of one packed file of each dataset's first episode, whose frames are resized already
-memory   each stream in a process of its own: resident set over the run
+speed    samples/s, measured in turns in one process: the ceiling, which only decodes and resizes the same frames from
+         memory; the loader; and an Octo-style stream with a shuffle buffer, without and with colour augmentation. Rates
+         are per second of wall time and of CPU time; the latter hardly depends on what else the machine is doing.
+packed   samples/s from one packed file of each dataset's first episode, whose frames are already resized
+memory   resident set over the run, of each stream in a process of its own
 start    seconds from `load_data` to the first batch, at the first step and a million steps later, each in a new process
-overlap  how long a consumer waits whose step takes a little longer than decoding its batch; writes a trace
+overlap  how long a consumer waits if its step takes a little longer than decoding its batch; writes a trace
 
-and it ends with one line of JSON. The machine is taken to be a Linux host with its data in the system's cache.
+Ends with one line of JSON. Needs Linux; the data should fit into the page cache.
 """
 
 import argparse
@@ -40,9 +40,9 @@ IMAGE_SIZE, CHUNK, PROMPT_LENGTH = 224, 4, 32
 # Height, width and JPEG quality of the stored frames, dataset by dataset in turn: 47 and 32 KB each.
 SIZES = ((480, 640, 75), (256, 256, 95))
 EPISODE_STEPS = (50, 150)
-SETTLED = 0.05  # of a core: what a process uses when its queues are full
-READERS = 1  # of each dataset of the buffered stream
-DIFFERENT_FRAMES = 512  # that the ceiling decodes over and over
+SETTLED = 0.05  # share of a core that a process uses once its queues are full
+READERS = 1  # per dataset in the buffered stream
+DIFFERENT_FRAMES = 512  # frames that the ceiling decodes repeatedly
 DEEP_STEP = 1_000_000
 
 
@@ -50,24 +50,24 @@ def main() -> None:
     parser = Parser(prog="spatialvla-jax bench loader", description=__doc__)
     parts = ("speed", "packed", "memory", "start", "overlap")
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
-    parser.add_argument("--root", type=Path, default=Path("runs/bench_loader"), help="of the data, made where missing")
-    parser.add_argument("--datasets", type=positive, default=28)
-    parser.add_argument("--frames", type=positive, default=2000, help="different ones a dataset")
     parser.add_argument(
-        "--copies", type=positive, default=8, help="links to them, which make a dataset that much larger"
+        "--root", type=Path, default=Path("runs/bench_loader"), help="folder of the data, created if missing"
     )
+    parser.add_argument("--datasets", type=positive, default=28)
+    parser.add_argument("--frames", type=positive, default=2000, help="distinct frames per dataset")
+    parser.add_argument("--copies", type=positive, default=8, help="factor by which hard links enlarge each dataset")
     parser.add_argument("--batch-size", type=positive, default=64)
     parser.add_argument("--workers", type=positive, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--repeats", type=positive, default=5, help="of the speed")
+    parser.add_argument("--repeats", type=positive, default=5, help="repeats of the speed part")
     parser.add_argument("--repeat-samples", type=positive, default=1536)
-    parser.add_argument("--samples", type=positive, default=300_000, help="of the memory run")
-    parser.add_argument("--read-block", type=positive, nargs="+", default=(1, 16), help="one memory run for each")
+    parser.add_argument("--samples", type=positive, default=300_000, help="samples of the memory part")
+    parser.add_argument("--read-block", type=positive, nargs="+", default=(1, 16), help="memory part: one run for each")
     parser.add_argument("--shuffle-frames", type=positive, default=100_000)
     parser.add_argument("--memory-gb", type=float, default=8.0)
-    parser.add_argument("--buffered-samples", type=positive, default=6000, help="of the buffered stream's memory run")
-    parser.add_argument("--buffer", type=positive, default=1024, help="frames that the buffered stream shuffles")
+    parser.add_argument("--buffered-samples", type=positive, default=6000, help="the same for the buffered stream")
+    parser.add_argument("--buffer", type=positive, default=1024, help="frames in its shuffle buffer")
     parser.add_argument("--overlap-steps", type=positive, default=60)
-    parser.add_argument("--chip-rate", type=float, default=30.0, help="samples/s that one chip trains on")
+    parser.add_argument("--chip-rate", type=float, default=30.0, help="samples/s that one chip consumes")
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     state_defaults(parser)
     args = parser.parse_args()
@@ -88,7 +88,7 @@ def main() -> None:
     print(f"{len(datasets)} datasets, {frames:,} frames, made and indexed in {time.perf_counter() - began:.0f} s")
     result |= {"datasets": len(datasets), "frames": frames}
 
-    if "memory" in args.parts:  # first: a run of hours shall not fail for want of memory that the others hold
+    if "memory" in args.parts:  # first, before the other parts take memory
         result["memory"] = measure_memory(data, args)
     if "start" in args.parts:
         result["start"] = measure_start(data, args)
@@ -130,7 +130,7 @@ def in_new_process(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def make_data(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """The entries of data.datasets; datasets that are not there yet are made, the same ones every time."""
+    """Entries of data.datasets; missing datasets are created deterministically."""
     from spatialvla_jax.data.oxe.mixtures import MIXTURES
 
     root = args.root / f"{args.frames}x{args.copies}"
@@ -147,7 +147,7 @@ def make_data(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def make_dataset(directory: Path, seed: int, frames: int, copies: int) -> None:
-    """One dataset of `frames` frames, `copies` times over by hard links to its shards."""
+    """Write a dataset of `frames` frames, and enlarge it `copies` times by hard links to its shards."""
     from spatialvla_jax.data.importers.tf_dataset import write_rlds
 
     work = directory.with_name(f".{directory.name}.{os.getpid()}") / directory.name
@@ -168,7 +168,7 @@ def make_dataset(directory: Path, seed: int, frames: int, copies: int) -> None:
 
 
 def make_trajectories(seed: int, frames: int) -> Iterator[dict[str, Any]]:
-    """Episodes with `frames` frames in all: a camera that wanders over a smooth texture with a sensor's noise."""
+    """Episodes of `frames` frames in total: a camera moves over a smooth texture with sensor noise."""
     from PIL import Image
 
     rng = np.random.default_rng(seed)
@@ -214,7 +214,7 @@ def load(data: dict[str, Any], progress: bool = False) -> Any:
 
 
 def encoded_frames(loader: Any, count: int) -> list[bytes]:
-    """The first frames of the mixture, as stored."""
+    """The first `count` encoded frames of the mixture."""
     from spatialvla_jax.data import mixture
 
     frames = []
@@ -229,7 +229,7 @@ def encoded_frames(loader: Any, count: int) -> list[bytes]:
 
 
 def bare_decoding(frames: list[bytes], workers: int) -> Callable[[int], None]:
-    """Decodes and resizes so many of `frames`, and lets go of them."""
+    """A function that decodes and resizes so many of `frames` and discards the results."""
     from spatialvla_jax.data.images import tensorflow
 
     tf = tensorflow()
@@ -255,8 +255,8 @@ def bare_decoding(frames: list[bytes], workers: int) -> Callable[[int], None]:
 
 
 def buffered_stream(loader: Any, data: dict[str, Any], batch_size: int, buffer: int, colour: bool) -> Iterator[Any]:
-    """Batches as loaders in the style of Octo make them: a reader for each dataset, trajectories cut into frames, mixed
-    by sampling, shuffled in a buffer of encoded frames, decoded, their colours changed; tf.data tunes itself."""
+    """Batches of an Octo-style pipeline: one reader per dataset, trajectories split into frames, mixed by sampling,
+    shuffled in a buffer of encoded frames, decoded and colour-augmented; tf.data tunes itself."""
     from spatialvla_jax.data.images import decode_image, tensorflow
 
     tf = tensorflow()
@@ -281,7 +281,7 @@ def buffered_stream(loader: Any, data: dict[str, Any], batch_size: int, buffer: 
                 "action_mask": places < length,
             }
 
-        # By itself TFDS opens 16 files of each dataset and reads 16 episodes of each: more than 19 GB were not enough.
+        # By default TFDS reads 16 episodes each from 16 files per dataset, which takes more than 19 GB.
         readers = {"num_parallel_calls_for_interleave_files": READERS, "num_parallel_calls_for_decode": READERS}
         config = tfds.ReadConfig(
             interleave_cycle_length=READERS, interleave_block_length=1, skip_prefetch=True, **readers
@@ -325,7 +325,7 @@ def measure_speed(data: dict[str, Any], args: argparse.Namespace) -> dict[str, A
         "buffered": taker(buffered_stream(loader, data, size, args.buffer, False)),
         "buffered_colour": taker(buffered_stream(loader, data, size, args.buffer, True)),
     }
-    # What waits in a stream's queues when its turn comes costs nothing any more: it must be taken before.
+    # Samples already in a stream's queues cost nothing when its turn comes, so they are taken first.
     queued = 16 * size
     rates: dict[str, list[tuple[float, float]]] = {name: [] for name in streams}
     for repeat in range(args.repeats):
@@ -341,7 +341,7 @@ def measure_speed(data: dict[str, Any], args: argparse.Namespace) -> dict[str, A
     result: dict[str, Any] = {}
     print(f"\n{'samples/s':16}{'wall':>8}{'a core':>8}{'ceiling':>9}{'CPU second':>12}{'ceiling':>9}")
     for name, own in rates.items():
-        # Each repeat against the ceiling's of the same one: what else runs on the machine slows both.
+        # Ratios within a repeat, since other load on the machine slows both.
         ratios = [(w / top_w, c / top_c) for (w, c), (top_w, top_c) in zip(own, rates["ceiling"], strict=True)]
         wall, cpu = (statistics.median(column) for column in zip(*own, strict=True))
         of_wall, of_cpu = (statistics.median(column) for column in zip(*ratios, strict=True))
@@ -365,7 +365,7 @@ def measure_speed(data: dict[str, Any], args: argparse.Namespace) -> dict[str, A
 
 
 def settle() -> None:
-    """Waits until the queues of all streams are full and nothing runs any more."""
+    """Wait until the queues of all streams are full and the process is idle."""
     gc.collect()
     used = 1.0
     while used > SETTLED:
@@ -388,7 +388,7 @@ def measure_packed(data: dict[str, Any], args: argparse.Namespace) -> dict[str, 
             next(batches)
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
         rates.append((steps * args.batch_size / wall, steps * args.batch_size / cpu))
-    walls, cpus = zip(*rates[1:], strict=True)  # the first turn brings the file into the system's cache
+    walls, cpus = zip(*rates[1:], strict=True)  # the first one loads the file into the page cache
     print(f"packed: {statistics.median(walls):.0f} samples/s, {statistics.median(cpus):.0f} a CPU second")
     return {
         "frames": loader.num_frames(),
@@ -424,7 +424,7 @@ def measure_memory(data: dict[str, Any], args: argparse.Namespace) -> list[dict[
 def stream_memory(
     name: str, data: dict[str, Any], samples: int, block: int | None, args: argparse.Namespace
 ) -> tuple[list[float], float]:
-    """Resident set in MB before the first batch and after each percent of `samples`, and samples a second."""
+    """Resident set in MB before the first batch and after each percent of `samples`, and samples/s."""
     loader = load(data | {"read_block": block or 1})
     if block is None:
         batches = buffered_stream(loader, data, args.batch_size, args.buffer, colour=True)
@@ -463,7 +463,7 @@ def start(data: dict[str, Any], step: int, batch_size: int) -> float:
 
 
 def measure_overlap(data: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
-    """A consumer that computes elsewhere, as on an accelerator: it sleeps a third longer than decoding takes."""
+    """Simulate an accelerator: each step sleeps a third longer than decoding a batch takes."""
     batches = load(data).batches(args.batch_size)
     next(batches)
     began = time.perf_counter()

@@ -1,11 +1,11 @@
-"""The products of a decode pass, a few rows by a matrix: XLA against the kernel of `inference/kernels.py` at its tiles.
+"""Products of a few rows with a matrix in a decode pass: XLA compared with the kernel of `inference/kernels.py`.
 
     python benchmarks/matvec.py [--preset spatialvla-4b-224] [--rows 1,3] [--tiles 24] [--repeats 20]
 
-Every product reads another matrix than the one before it, more of them than a cache holds, as the layers of a model do.
-A tile that does not compile is left out. Prints the environment, then for each matrix its floor (its bytes at the
-bandwidth of a copy), XLA's microseconds and the fastest tiles'; ends with one line of JSON. On a CPU the kernel is
-interpreted: `--preset nano --tiles 2` shows that it runs.
+As in the layers of a model, successive products read different matrices, more than fit into the cache. A tile that does
+not compile is skipped. Prints the environment, then for each matrix a lower bound (its bytes at the bandwidth of a
+copy), XLA's microseconds and those of the fastest tiles; ends with one line of JSON. On a CPU the kernel is
+interpreted: `--preset nano --tiles 2` is a smoke test.
 """
 
 import argparse
@@ -27,13 +27,13 @@ from spatialvla_jax.inference import decoder, kernels
 from spatialvla_jax.inference.kernels import ROWS, Tile
 from spatialvla_jax.models import PRESETS, preset
 
-CACHE = 150e6  # bytes of matrices between two readings of one
-SHARED = 200e3  # bytes of a multiprocessor's memory for the stages of a program
-UNDERWAY = 3e6  # bytes asked for and not yet there, at 3 TB/s and a microsecond
+CACHE = 150e6  # bytes read between two uses of a matrix
+SHARED = 200e3  # bytes of a multiprocessor's shared memory for a program's stages
+UNDERWAY = 3e6  # bytes in flight: 3 TB/s times a latency of 1 µs
 
 
 def tiles(outputs: int, inputs: int, gated: bool, count: int) -> list[Tile]:
-    """Some of those that fit a multiprocessor and keep the memory busy."""
+    """Random tiles that fit a multiprocessor and saturate memory."""
     found = []
     for choice in product((16, 32, 64, 128), (64, 128, 256, 512), (1, 2, 3, 4), (2, 4, 8), (3, 4, 5)):
         tile = Tile(*choice)
@@ -54,7 +54,7 @@ def measure(name: str, shape: tuple[int, int], rows: int, args: argparse.Namespa
     x = jax.random.normal(jax.random.key(0), (1, rows, inputs), jnp.bfloat16)
 
     def chain(one: Any, x: Any, matrices: Any) -> Any:
-        """Each product waits for the one before it."""
+        """Run the products one after the other."""
         made = []
         for _ in range(rounds):
             for matrix in matrices:
@@ -80,7 +80,7 @@ def measure(name: str, shape: tuple[int, int], rows: int, args: argparse.Namespa
         programs = list(pool.map(compiled, [plain, *(partial(kernel, tile) for tile in tried)]))
 
     def microseconds(program: Any) -> float:
-        """Of ten calls in a row, so that starting one hides behind the one before."""
+        """Per product, over ten calls in a row, which hides launch latency."""
 
         def run() -> None:
             for _ in range(10):

@@ -1,13 +1,13 @@
-"""The whole model in JAX and in PyTorch on one device, from one set of random weights: do they act the same?
+"""Parity of the whole model in JAX and PyTorch on one device, with the same random weights.
 
     python benchmarks/parity_full_size.py [--preset spatialvla-4b-224] [--observations 64] [--bf16-observations 512]
 
-Exports the weights as `convert --to pytorch` does, loads the directory as its users do, and runs both on the same
-random observations. In float32 (no TF32 on either side): largest difference of depth, image features and logits, and
-how many greedy tokens of whole chunks agree, unconstrained, each side with its own key/value cache. In bfloat16: how
-often the first action token is that of the same side's float32, for JAX and for PyTorch, on the same observations.
-Exits with 1 when a float32 token differs, float32 logits differ by more than 1e-3, or JAX keeps fewer tokens in
-bfloat16 than PyTorch. Needs the extra [torch]; at full size 20 GB of disk, 45 GB of host and 80 GB of device memory.
+Exports the weights like `convert --to pytorch`, loads the directory like a user, and runs both on the same random
+observations. In float32 (without TF32): largest differences of depth, image features and logits, and the number of
+equal greedy tokens in whole chunks, unconstrained, each side with its own key/value cache. In bfloat16: how often each
+side's first action token equals its own in float32. Exits with 1 if a float32 token differs, float32 logits differ by
+more than 1e-3, or bfloat16 changes more tokens in JAX than in PyTorch. Needs the extra [torch]; at full size 20 GB of
+disk, 45 GB of host memory and 80 GB of device memory.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs its part of the device
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves device memory to PyTorch
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,7 @@ LOGITS_LIMIT = 1e-3
 
 
 def random_params(config: SpatialVLAConfig, seed: int) -> Any:
-    """The initial weights with noise on every leaf, so that none is zero or one throughout: host arrays, float32."""
+    """Initial weights in float32 on the host, with noise on constant leaves."""
     params = init_params(SpatialVLA(config), seed)
     leaves, tree = jax.tree.flatten(params)
     del params
@@ -56,7 +56,7 @@ def random_params(config: SpatialVLAConfig, seed: int) -> Any:
 
 
 def observations(config: SpatialVLAConfig, count: int, seed: int) -> dict[str, np.ndarray]:
-    """Smooth random images, prompts of random tokens and lengths, cameras near the usual one."""
+    """Smooth random images, prompts of random tokens and lengths, and random cameras."""
     rng, S, P = np.random.default_rng(seed), config.img.image_size, config.prompt_length
     y, x = np.mgrid[:S, :S] / S
     wave = rng.normal(0, 8, (count, 3, 5, 2))
@@ -89,7 +89,7 @@ def joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
 def run_jax(
     config: SpatialVLAConfig, params: Any, inputs: dict[str, np.ndarray], size: int, stages: bool
 ) -> dict[str, np.ndarray]:
-    """First-token ids, and with `stages` also depth, image features, its logits and the whole chunk's tokens."""
+    """Ids of first tokens; with `stages` also depth, image features, their logits and the chunks' tokens."""
     model = SpatialVLA(config)
 
     @jax.jit
@@ -116,7 +116,7 @@ def run_jax(
 def run_torch(
     config: SpatialVLAConfig, directory: Path, dtype: str, inputs: dict[str, np.ndarray], size: int, stages: bool
 ) -> dict[str, np.ndarray]:
-    """The same of the exported directory."""
+    """The same for the exported directory."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModel.from_pretrained(directory, trust_remote_code=True, dtype=getattr(torch, dtype)).to(device)
     parts = []
@@ -141,8 +141,8 @@ def run_torch(
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="spatialvla-4b-224")
-    parser.add_argument("--observations", type=int, default=64, help="for float32")
-    parser.add_argument("--bf16-observations", type=int, default=512)
+    parser.add_argument("--observations", type=int, default=64, help="number for float32")
+    parser.add_argument("--bf16-observations", type=int, default=512, help="number for bfloat16")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

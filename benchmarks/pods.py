@@ -1,10 +1,10 @@
-"""The published pre-training on TPU pods, compiled without one: memory, roofline, chip-hours, and how long it takes.
+"""Compile the published pre-training for TPU pods, without any: memory, roofline, chip-hours and compile time.
 
     python benchmarks/pods.py [--pods v4-128 v5e-256 …] [--search v5e-256] [--machine-code] [--out pods.json]
 
-Each pod is compiled by `spatialvla-jax compile --config pretrain` in a process of its own, with an empty cache.
-`--search` ranks the plans of one pod instead. With `--machine-code` each is compiled with the machine code, too, and
-what is equal is written. It writes a JSON file.
+Runs `spatialvla-jax compile --config pretrain` for each pod, in a new process with an empty cache. `--search` ranks the
+plans of one pod instead. `--machine-code` also compiles each to machine code and compares the results. Writes a JSON
+file.
 """
 
 import json
@@ -35,10 +35,10 @@ COMPARED = ("hardware_flops", "hbm_bytes", "seconds", "step_seconds", "mfu_bound
 
 def main() -> None:
     parser = Parser(prog="python benchmarks/pods.py", description=__doc__)
-    parser.add_argument("--pods", nargs="+", choices=PODS, default=list(PODS), help="those to compile")
-    parser.add_argument("--search", choices=PODS, help="rank the plans of this pod, and nothing else")
-    parser.add_argument("--machine-code", action="store_true", help="compile with machine code as well, and compare")
-    parser.add_argument("--steps", type=int, default=225_000, help="of a run whose chip-hours are written")
+    parser.add_argument("--pods", nargs="+", choices=PODS, default=list(PODS), help="pods to compile for")
+    parser.add_argument("--search", choices=PODS, help="only rank the plans of this pod")
+    parser.add_argument("--machine-code", action="store_true", help="also compile to machine code, and compare")
+    parser.add_argument("--steps", type=int, default=225_000, help="steps of the run, for its chip-hours")
     parser.add_argument("--out", type=Path, default=Path("runs/pods.json"))
     state_defaults(parser)
     args = parser.parse_args()
@@ -75,7 +75,7 @@ def environment() -> dict[str, Any]:
 
 
 def compile_pod(pod: str, *options: str) -> dict[str, Any]:
-    """→ the best plan's report, how long the command took and its stages took, and the line of every plan that fits."""
+    """Returns the best plan's report, the times of the command and its stages, and a line per plan that fits."""
     slices, data, fsdp = PODS[pod]
     with tempfile.TemporaryDirectory() as cache:
         command = [sys.executable, "-m", "spatialvla_jax", "compile", "--config", "pretrain"]
@@ -102,7 +102,7 @@ def compile_pod(pod: str, *options: str) -> dict[str, Any]:
 
 
 def cpu_seconds() -> float:
-    """Of all processes that have ended below this one."""
+    """CPU time of all ended child processes."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 

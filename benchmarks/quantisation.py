@@ -1,12 +1,12 @@
-"""What quantisation alone costs: the scripted expert acts through action grids, and succeeds or not.
+"""The cost of quantisation alone: success of the scripted expert if its actions go through action grids.
 
     python benchmarks/quantisation.py [--episodes 50] [--seeds 0] [--only 1026,4x8x2x4x4x4,expert]
 
-At every step the expert looks at the simulator's state, its action is normalised with the statistics of the config's
-data, encoded, decoded, taken back to robot units and executed. No model, no camera. Beside the grids, fitted to that
-data, stand the 256 levels a dimension of the linear tokenizer, normalisation alone (its clipping also changes actions)
-and the expert itself. Rewrites a picture and results.json after each of them. Rerun the same command to resume after an
-interruption, or with more grids or episodes. Ends with one line of JSON.
+At every step the expert acts on the simulator's state; its action is normalised with the statistics of the config's
+data, encoded, decoded, converted back to robot units and executed. There is no model and no camera. The grids, fitted
+to that data, are compared with the linear tokenizer of 256 levels per dimension, normalisation alone (its clipping also
+changes actions) and the expert itself. Rewrites a figure and results.json after each. Rerun the same command to resume
+after an interruption, or with more grids or episodes. Ends with one line of JSON.
 """
 
 import argparse
@@ -36,9 +36,9 @@ from spatialvla_jax.training.log_folder import LogFolder
 from spatialvla_jax.utils.atomic import write_json
 from spatialvla_jax.utils.progress import progress_bar
 
-BINS = {130: (4, 8, 2, 4, 4, 4), 386: (6, 12, 4, 4, 4, 6), **PRESET_BINS}  # two more below the published ones
-PROBE = np.random.default_rng(0).uniform(-1, 1, (256, 7)).astype(np.float32)  # tells grids of other data apart
-Through = Callable[[np.ndarray], np.ndarray]  # actions f32[B, 7] as the expert wants them -> as they are executed
+BINS = {130: (4, 8, 2, 4, 4, 4), 386: (6, 12, 4, 4, 4, 6), **PRESET_BINS}  # two smaller ones than published
+PROBE = np.random.default_rng(0).uniform(-1, 1, (256, 7)).astype(np.float32)  # distinguishes grids of other data
+Through = Callable[[np.ndarray], np.ndarray]  # the expert's actions f32[B, 7] -> executed actions
 
 
 def parse_bins(text: str) -> tuple[int, ...] | None:
@@ -48,7 +48,7 @@ def parse_bins(text: str) -> tuple[int, ...] | None:
 
 
 def tokenizers(config_file: str, overrides: dict[str, str], only: str | None) -> dict[str, Through]:
-    """{name: what becomes of an action} of all that is listed above, or of `only`: their names, or bins of a grid."""
+    """{name: function} for everything listed above, or for `only`: names from there, or bins such as 4x8x2x4x4x4."""
     config = load_config(config_file, overrides)
     loader = open_data(config)
     statistics = loader.statistics[loader.names[0]]["action"]
@@ -75,7 +75,7 @@ def tokenizers(config_file: str, overrides: dict[str, str], only: str | None) ->
 
 
 def report(out: Path, results: dict[str, dict], arguments: dict[str, str]) -> None:
-    """results.json and the picture, in which a grid stands by its number of tokens."""
+    """Write results.json and the figure, which labels a grid by its number of tokens."""
 
     def tokens(name: str) -> str:
         bins = parse_bins(name)
@@ -87,8 +87,8 @@ def report(out: Path, results: dict[str, dict], arguments: dict[str, str]) -> No
 
 
 def draw(path: Path, results: dict[str, dict]) -> None:
-    """Success of a policy whose actions go through grids, {name: {"success", "standard_error", "steps"}}, the names
-    numbers of tokens, and of others ("expert", "linear 256", …) as lines across; beside it the steps of a success."""
+    """Plot success rates, and the steps of successful episodes. `results`: {name: {"success", "standard_error",
+    "steps"}}, with numbers of tokens as names of grids; others ("expert", "linear 256", …) become horizontal lines."""
     with drawing(path, 9.4, 3.4, forms=[path.suffix[1:]]) as figure:
         left, right = figure.subplots(1, 2)
         grids = {int(name): row for name, row in results.items() if name.isdigit()}
@@ -116,10 +116,10 @@ def draw(path: Path, results: dict[str, dict]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/quantisation"))
-    parser.add_argument("--config", default="demo", help="names the data; --config.KEY=VALUE changes it")
+    parser.add_argument("--config", default="demo", help="names the data; --config.KEY=VALUE changes a key")
     parser.add_argument("--suite", default="libero_spatial", choices=libero.PLANS)
-    parser.add_argument("--only", help="of what is listed, or any grid by its bins, e.g. 1026,4x8x2x4x4x4,expert")
-    parser.add_argument("--episodes", type=positive, default=50, help="a task and seed")
+    parser.add_argument("--only", help="some of these, or grids by their bins, e.g. 1026,4x8x2x4x4x4,expert")
+    parser.add_argument("--episodes", type=positive, default=50, help="per task and seed")
     parser.add_argument("--seeds", type=task_ids, default=[0])
     parser.add_argument("--workers", type=positive, default=os.cpu_count())
     args, rest = parser.parse_known_args()

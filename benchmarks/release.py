@@ -1,15 +1,15 @@
-"""Does an export act the same in the release's own code? Runs both on the same images and sentences.
+"""Check that an export acts the same in the release's own code, on the same images and instructions.
 
     python benchmarks/release.py --release SpatialVLA --checkpoint export --python venv-4.47/bin/python
 
 `--release` is a checkout of the published PyTorch code, `--checkpoint` an export (`convert --to pytorch`) or the
 released weights, and `--python` a Python with transformers 4.47.0, torch, torchvision, scipy, sentencepiece and pillow.
-The release's five files are laid over a copy of the checkpoint (links; nothing in it changes), its processor is given
-the rendered prompts, and its `generate` stops after one chunk, in float32 as the policy here, which chooses from the
-whole vocabulary too. Images have the model's size: the release resizes bicubically and training used Lanczos. How
-many tokens are equal from 640×480 on, each side with its own resizer, is reported and not judged.
+The release's five files are added to a copy of the checkpoint (by links; the checkpoint does not change), its processor
+is given the rendered prompts, and its `generate` stops after one chunk. Both sides run in float32 and are
+unconstrained. Images have the model's size, since the release resizes bicubically but training used Lanczos. The number
+of equal tokens for images of 640×480, where each side resizes, is reported but not judged.
 
-Prints one table and one line of JSON; exits with 1 when an id, a prompt, a token or an action differs.
+Prints a table and one line of JSON; exits with 1 if an id, a prompt, a token or an action differs.
 """
 
 import argparse
@@ -46,7 +46,7 @@ FILES = (
 SENTENCES = (*INSTRUCTIONS, "  Put the   GREEN cup\tback ", "Wipe 3 plates, then stop!", "naïve café – 開ける", "")
 CAMERA = (640, 480)
 LONGEST_PROMPT = 128  # tokens
-LIMIT = 1e-4  # of actions in robot units, decoded in float32 here and in float64 there
+LIMIT = 1e-4  # for actions in robot units, decoded in float32 here and in float64 by the release
 
 PROGRAM = """
 import sys
@@ -85,7 +85,7 @@ np.savez(out, **results)
 
 
 def make_examples(size: int, files: list[Path]) -> dict[str, Any]:
-    """{"image" u8[N, S, S, 3], "camera" u8[N, 480, 640, 3], "instruction"}: every sentence once, the images in turn."""
+    """{"image" u8[N, S, S, 3], "camera" u8[N, 480, 640, 3], "instruction"}: all sentences, cycling through images."""
     pictures = [Image.open(file).convert("RGB") for file in files] or [
         Image.fromarray(x) for x in make_probes(CAMERA[1])["image"]
     ]
@@ -96,10 +96,10 @@ def make_examples(size: int, files: list[Path]) -> dict[str, Any]:
 
 
 def load_policy(checkpoint: Path) -> Policy:
-    """As the release runs it: in float32, from the whole vocabulary, with room for any prompt."""
+    """As the release runs it: in float32, unconstrained, with room for any prompt."""
     model, params, processor = load_pretrained(checkpoint)
     if processor is None:
-        raise InputError(f"{checkpoint} holds weights but no action grid and tokenizer")
+        raise InputError(f"{checkpoint} has weights but no action grid and tokenizer")
     if differences := release_differences(model.config, processor):
         raise InputError(f"the release does not act as {checkpoint}. {' '.join(differences)}")
     config = replace(model.config, dtype="float32", prompt_length=LONGEST_PROMPT)
@@ -107,7 +107,7 @@ def load_policy(checkpoint: Path) -> Policy:
 
 
 def run_policy(policy: Policy, examples: dict[str, Any], key: str) -> dict[str, np.ndarray]:
-    """What `compare` takes, of this project."""
+    """The inputs of `compare` for this project."""
     config, processor = policy.model.config, policy.processor
     ids, mask = processor.tokenizer.encode_prompts(
         examples["instruction"], template=processor.prompt_template, length=config.prompt_length
@@ -130,7 +130,7 @@ def run_policy(policy: Policy, examples: dict[str, Any], key: str) -> dict[str, 
 
 
 def run_release(python: Path, release: Path, checkpoint: Path, inputs: dict[str, Any]) -> dict[str, np.ndarray]:
-    """What `compare` takes, of the release's code in a Python of its own; and "versions"."""
+    """The inputs of `compare` for the release's code, run by another Python; and "versions"."""
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder) / "laid_over"
         directory.mkdir()
@@ -153,8 +153,8 @@ def run_release(python: Path, release: Path, checkpoint: Path, inputs: dict[str,
 
 
 def compare(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> list[dict[str, Any]]:
-    """Rows {"what", "equal", "of", "judged"} of the table, and of the actions "difference". A chunk that the release
-    ends early, by `<eos>` (then -1), counts up to there."""
+    """Rows {"what", "equal", "of", "judged"} of the table, with "difference" for actions. A chunk that the release ends
+    early, by `<eos>` (then -1), is compared up to there."""
 
     def row(what: str, equal: np.ndarray, judged: bool = True, **more: Any) -> dict[str, Any]:
         return {"what": what, "equal": int(equal.sum()), "of": equal.size, "judged": judged, **more}
@@ -203,12 +203,12 @@ def main() -> int:
     parser.add_argument("--checkpoint", type=Path, required=True, help="an export, or the released weights")
     parser.add_argument("--python", type=Path, default=Path(sys.executable), help="with transformers 4.47.0")
     parser.add_argument("--images", type=Path, nargs="*", default=[], help="files; by default smooth patterns")
-    parser.add_argument("--unnorm-key", help="whose statistics and camera; by default the first")
+    parser.add_argument("--unnorm-key", help="dataset of statistics and camera; by default the first")
     args = parser.parse_args()
 
     release = args.release / "model" if (args.release / "model").is_dir() else args.release
     if missing := [name for name in FILES if not (release / f"{name}.py").is_file()]:
-        raise InputError(f"{args.release} is no checkout of the release: {release} has no {missing[0]}.py")
+        raise InputError(f"{args.release} is not a checkout of the release: {release} has no {missing[0]}.py")
     policy = load_policy(args.checkpoint)
     config, key = policy.model.config, args.unnorm_key or next(iter(policy.processor.statistics))
     examples = make_examples(config.img.image_size, args.images)

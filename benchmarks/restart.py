@@ -1,12 +1,12 @@
-"""From a kill to the first new step: seconds by phase, of a run that is killed with SIGKILL and started again.
+"""Time from a kill to the first new step, by phase, of a run that is killed by SIGKILL and restarted.
 
     python benchmarks/restart.py [--config demo] [--repeats 5] [--root runs/bench_restart] [--out restart.json]
 
-A first process trains, compiles for the cache of compiled programs and is killed after a checkpoint. Then the same
-command is started again and killed after its first new step, `--repeats` times. The phases are those that the run
-itself records (`WORKDIR/goodput/`): imports (from the kill on: the system starts the process at once), index (opening
-the data), restore, start (the rest before the first step), data (waiting for the first batch), compile (tracing, and
-loading the step from the cache) and step. Each has a budget, in seconds; it ends with one line of JSON.
+A first process trains, fills the compilation cache and is killed after a checkpoint. Then the same command is restarted
+and killed after its first new step, `--repeats` times. The phases are those that the run itself records
+(`WORKDIR/goodput/`): imports (from the kill on: the process is restarted at once), index (opening the data), restore,
+start (the rest before the first step), data (waiting for the first batch), compile (tracing, and loading the step from
+the cache) and step. Each has a budget in seconds. Ends with one line of JSON.
 """
 
 import itertools
@@ -29,7 +29,7 @@ from spatialvla_jax.cli.arguments import Parser, positive, state_defaults
 from spatialvla_jax.training.goodput import Process, read_processes
 from spatialvla_jax.utils.atomic import write_json
 
-# Seconds, of the demo's configuration on two quiet cores.
+# Seconds, for the config `demo` on two idle cores.
 BUDGET = {"imports": 3.0, "index": 4.0, "restore": 1.5, "start": 2.0, "data": 1.0, "compile": 4.0, "step": 1.5}
 TOTAL = 14.0
 
@@ -37,10 +37,12 @@ TOTAL = 14.0
 def main() -> None:
     parser = Parser(prog="restart", description=__doc__)
     parser.add_argument("--config", default="demo", help="as for train")
-    parser.add_argument("--repeats", type=positive, default=5, help="restarts")
-    parser.add_argument("--root", type=Path, default=Path("runs/bench_restart"), help="of the run, made anew")
+    parser.add_argument("--repeats", type=positive, default=5, help="number of restarts")
+    parser.add_argument(
+        "--root", type=Path, default=Path("runs/bench_restart"), help="parent of the run, which is replaced"
+    )
     parser.add_argument("--out", type=Path, help="JSON file; by default none is written")
-    parser.add_argument("settings", nargs="*", help="KEY=VALUE of the config")
+    parser.add_argument("settings", nargs="*", help="KEY=VALUE in the config")
     state_defaults(parser)
     args = parser.parse_args()
     environment = {
@@ -76,7 +78,7 @@ def main() -> None:
 
 
 def restart(command: list[str], workdir: Path) -> Process:
-    """Start the run; kill it once it has made a new step and a checkpoint → its record."""
+    """Start the run, kill it after its next checkpoint, and return its record."""
     before = step_directory(workdir)
     began, known = time.time(), {process["began"] for process in read_processes(workdir)}
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
@@ -94,7 +96,7 @@ def restart(command: list[str], workdir: Path) -> Process:
 
 
 def phases(record: Process) -> dict[str, float]:
-    """Seconds by phase, until the first new step was made."""
+    """Seconds by phase, up to the first new step."""
     marks, spawned = record["marks"], record.get("spawned", 0.0)
     made = next(mark for before, mark in itertools.pairwise(marks) if before["step"] is not None)["seconds"]
     found: dict[str, Any] = {name: made.get(name, 0.0) for name in BUDGET}

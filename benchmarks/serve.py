@@ -1,13 +1,14 @@
-"""A server process under load, or under attack: is every answer the direct call's, and does its memory stay flat?
+"""Check a server process under load or attack: are all answers those of direct calls, and does its memory stay flat?
 
     python benchmarks/serve.py [--clients 64] [--seconds 300] [--preset nano]
     python benchmarks/serve.py --fuzz 10000
 
-Starts `spatialvla-jax serve` on random weights (or on --checkpoint) and compares every answer with `Policy.infer`, bit
-for bit. Load: so many clients at once, each asking again as soon as it is answered; an answer to another observation
-counts as crossed, none within a minute as lost. Fuzz: random and mutated messages, lies about lengths, slow, vanishing
-and half-closed sockets, while one honest client goes on asking. Prints the environment, then the server's resident set
-as it goes; ends with one line of JSON, and with exit code 1 where an answer was wrong or lost. Needs the extra [serve].
+Starts `spatialvla-jax serve` on random weights (or on --checkpoint) and compares every answer bit for bit with
+`Policy.infer`. Load: concurrent clients that send the next request as soon as they have an answer; an answer to another
+observation counts as crossed, no answer within a minute as lost. Fuzz: random and mutated messages, false lengths, and
+slow, vanishing and half-closed sockets, while one honest client keeps sending requests. Prints the environment and the
+server's resident set over time. Ends with one line of JSON, and with exit code 1 if an answer was wrong or lost. Needs
+the extra [serve].
 """
 
 import asyncio
@@ -40,18 +41,20 @@ from websockets.sync.client import ClientConnection, connect
 from spatialvla_jax.cli.arguments import Parser, count, positive, state_defaults
 from spatialvla_jax.serving.protocol import pack, unpack
 
-SIZE = (120, 160)  # of the images
-SLOW = 16  # clients that hold half a message, at any time
+SIZE = (120, 160)  # height and width of images
+SLOW = 16  # connections that may hold half a message at a time
 Observation = dict[str, Any]
 
 
 def main() -> int:
     parser = Parser(prog="spatialvla-jax bench serve", description=__doc__)
-    parser.add_argument("--preset", default="nano", help="of the random weights")
+    parser.add_argument("--preset", default="nano", help="model with random weights")
     parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--clients", type=positive, default=64)
     parser.add_argument("--seconds", type=float, default=300)
-    parser.add_argument("--fuzz", type=count, default=0, metavar="MESSAGES", help="attack instead")
+    parser.add_argument(
+        "--fuzz", type=count, default=0, metavar="MESSAGES", help="send malformed messages instead of load"
+    )
     parser.add_argument("--max-batch", type=positive, default=32)
     state_defaults(parser)
     args = parser.parse_args()
@@ -79,7 +82,7 @@ def main() -> int:
 
 
 def random_checkpoint(path: Path, name: str) -> Path:
-    """Random weights and all that a policy needs beside them, in the published layout."""
+    """Write a policy with random weights in the published layout."""
     import jax
 
     from spatialvla_jax.actions import PRETRAIN_GAUSSIANS, gaussian_grid
@@ -117,7 +120,7 @@ def random_observation(policy: Any, seed: int) -> Observation:
 
 @contextmanager
 def server_of(checkpoint: Path, max_batch: int) -> Any:
-    """A server process; SIGTERM at the end."""
+    """Start a server process, and stop it with SIGTERM at the end."""
     command = [sys.executable, "-m", "spatialvla_jax.cli", "serve", "--checkpoint", str(checkpoint), "--port", "0"]
     command += ["--image-size", "x".join(map(str, SIZE)), "--max-batch", str(max_batch)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -146,7 +149,7 @@ def key(answer: dict[str, Any]) -> bytes:
 
 
 class Tally:
-    """Compares answers with the expected ones, and keeps how long they took."""
+    """Compares answers with the expected ones and records their latencies."""
 
     def __init__(self, expected: list[dict]) -> None:
         self.expected, self.counts, self.seconds = [key(e) for e in expected], Counter[str](), []
@@ -261,10 +264,8 @@ def attack(pid: int, port: int, pool: list, expected: list, count: int) -> dict[
 def fuzz(
     port: int, good: Observation, count: int, seed: int, progress: Callable[[int], Any] = lambda sent: None
 ) -> Counter[str]:
-    """Sends `count` bad or odd messages → how many of each kind came to which end: actions, a sentence, or closed.
-
-    Raises where the server leaves one without any of these for 30 s.
-    """
+    """Send `count` bad or odd messages; returns how often each kind led to each outcome: actions, an error message or a
+    closed connection. Raises if none of these happens within 30 s."""
     rng, outcomes, slow = random.Random(seed), Counter[str](), deque[ClientConnection]()
     connection = greeted(port)
     for sent in range(1, count + 1):
@@ -336,7 +337,7 @@ def wrong_type(rng: random.Random, good: Observation) -> bytes:
 
 
 def false_array(rng: random.Random, good: Observation) -> bytes:
-    """Arrays whose dtype, shape and bytes do not belong together."""
+    """Arrays with inconsistent dtype, shape and bytes."""
     array = {b"__ndarray__": True, b"data": rng.randbytes(rng.randrange(100)), b"dtype": "<f4", b"shape": [5, 5]}
     dtypes = ["|O", "O8", "<U9999999", "|V1000000000", "(99999,99999)f8", "f8,f8", "<M8[ns]", "<c16", "", 7, None]
     shapes = [[1 << 31] * 3, [-1], [], [0, 1 << 40], 5, None, ["a"], [[1]], [1 << 62], [1] * 16]
@@ -393,7 +394,7 @@ def unicode_of(rng: random.Random, most: int) -> str:
 
 
 def half_closed(rng: random.Random, good: Observation, port: int, slow: deque) -> str:
-    """Asks, and says that it sends no more."""
+    """Send a request, then close the sending side."""
     connection = greeted(port)
     connection.send(pack(good))
     connection.socket.shutdown(socket.SHUT_WR)
@@ -401,7 +402,7 @@ def half_closed(rng: random.Random, good: Observation, port: int, slow: deque) -
 
 
 def vanishing(rng: random.Random, good: Observation, port: int, slow: deque) -> str:
-    """Asks, and resets its connection."""
+    """Send a request, then reset the connection."""
     connection = greeted(port)
     connection.send(pack(good))
     connection.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -410,7 +411,7 @@ def vanishing(rng: random.Random, good: Observation, port: int, slow: deque) -> 
 
 
 def slow_message(rng: random.Random, good: Observation, port: int, slow: deque) -> str:
-    """Begins a message, and keeps the rest."""
+    """Send only the beginning of a message."""
     connection = greeted(port)
     connection.socket.sendall(b"\x82\xfe" + struct.pack("!H", 60_000) + bytes(4) + rng.randbytes(rng.randrange(1000)))
     slow.append(connection)
@@ -424,7 +425,7 @@ def gigabyte_frame(rng: random.Random, good: Observation, port: int, slow: deque
 
 
 def bad_frame(rng: random.Random, good: Observation, port: int, slow: deque) -> str:
-    """What is no frame: reserved opcodes, no mask, fragments of nothing; a closed connection is the end of it."""
+    """Invalid frames: reserved opcodes, no mask, stray continuations. The connection should be closed."""
     connection = greeted(port)
     with suppress(OSError):
         connection.socket.sendall(
@@ -435,7 +436,7 @@ def bad_frame(rng: random.Random, good: Observation, port: int, slow: deque) -> 
 
 
 def bad_request(rng: random.Random, good: Observation, port: int, slow: deque) -> str:
-    """What is no HTTP, or too much of it."""
+    """Invalid or oversized HTTP."""
     lines = (
         rng.randbytes(300),
         b"GET / HTTP/1.1\r\n",

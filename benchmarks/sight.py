@@ -1,28 +1,28 @@
-"""How precisely a policy has to see, and how precisely one does.
+"""How precisely a policy needs to localise objects, and how precisely a trained one does.
 
-**Has to:** behaviour cloning from the simulator's state instead of pictures.
+**Needed precision:** behaviour cloning from the simulator's state instead of images.
 
     spatialvla-jax record libero --episodes 1400 --val-episodes 100 --initial-states drawn --noise 0.2 --spread 0 \\
         --out runs/motions.npz
     python benchmarks/sight.py --motions runs/motions.npz [--offsets 0,0.01,0.02,0.04] [--episodes 10]
 
-A small network learns chunks of four actions from where the hand and the objects are (positions relative to the hand)
-and which task it is, and is evaluated closed loop on LIBERO-Spatial as a policy with a camera is. What it fails at, no
-camera would help. Then the same network believes the bowl to be elsewhere, by a normal offset of so many metres along
-each axis that stays for an episode: the success that is left is what a policy of that precision can have. Ends with a
-table and one line of JSON. Rerun the same command to resume after an interruption.
+A small network learns chunks of four actions from the task, the pose of the hand and the positions of objects relative
+to it, and is evaluated closed loop on LIBERO-Spatial like a policy with a camera. Its failures are not due to
+perception. Then the bowl's position in its input is shifted by an offset, constant during an episode and normally
+distributed, with the given standard deviation along each axis: the remaining success bounds that of a policy of this
+precision. Ends with a table and one line of JSON. Rerun the same command to resume after an interruption.
 
-**Does:** the place of the object to move, read off a trained policy.
+**Actual precision:** the position of the object to move, predicted from the features of a trained policy.
 
     python benchmarks/sight.py --run RUN --packed spatial.pack [--frames 4000]
 
-Linear maps (ridge regression) are fitted on train frames, from the frozen policy to the object's place, and tested on
-validation frames: from the language model's state after the prompt, off which the first action token is read, and from
-the image tokens in 4×4 regions. Beside them stands who knows the instruction alone. Errors are in centimetres, along
-the camera's axes and along the robot's, for all frames and for those before the fingers first close: afterwards the
-hand shows the place. A map that fails does not prove that the policy is blind, since the policy is not linear; compare
-runs by the same file and frames, rendered without jitter. Then the error of the chunk's translation in open loop: the
-sum of its commands, of which a unit is 5 cm, for the policy, for what its grid alone leaves, and for the mean action.
+Linear probes (ridge regression) from the frozen policy to the object's position are fitted on train frames and tested
+on validation frames. Their inputs are the language model's state after the prompt, which determines the first action
+token, and the image tokens averaged over 4×4 regions; a baseline knows only the instruction. Errors are in centimetres
+along the camera's and the robot's axes, for all frames and for those before the fingers first close: afterwards the
+hand shows the position. A large error does not prove that the policy lacks the information, since the policy is not
+linear. Compare runs on the same file and frames, rendered without jitter. Then the open-loop error of the chunk's
+translation, the sum of its commands at 5 cm per unit: of the policy, of the action grid alone, and of the mean action.
 """
 
 import argparse
@@ -66,14 +66,15 @@ from spatialvla_jax.utils.progress import progress_bar
 from spatialvla_jax.utils.tables import text_table
 
 SUITE, CHUNK, WIDTH = "libero_spatial", 4, 512
-OBJECTS = slice(9, 44)  # of the simulator's coordinates: after arm and fingers, five objects' positions and quaternions
-TAKEN = slice(9, 12)  # the position of the bowl that every task of the suite is about
-REGIONS, STRENGTHS = 4, 10.0 ** np.arange(-1, 7)  # along a side of the picture; of the ridge, tried in turn
+OBJECTS = slice(9, 44)  # of qpos: after arm and fingers, positions and quaternions of five objects
+BOWL = slice(9, 12)  # of qpos: position of the bowl to move, the same in every task of the suite
+REGIONS = 4  # per side of the image
+STRENGTHS = 10.0 ** np.arange(-1, 7)  # of the ridge regression
 
 
 class WithState(libero.Libero):
-    """Without pictures: observations have "qpos" f32[Q], "state" f32[8], "task" and "direction" f32[3], the offset in
-    units of its standard deviation."""
+    """LIBERO without images. Observations have "qpos" f32[Q], "state" f32[8], "task" and "direction" f32[3], the bowl's
+    offset in standard deviations."""
 
     def __init__(self) -> None:
         super().__init__(image_size=0)
@@ -92,7 +93,7 @@ class WithState(libero.Libero):
 def features(
     qpos: Float[np.ndarray, "B Q"], state: Float[np.ndarray, "B 8"], task: Sequence[int]
 ) -> Float[np.ndarray, "B F"]:
-    """About 1 in size: what is metres here is decimetres there."""
+    """Scaled to a magnitude of about 1."""
     hand = np.stack([expert.rotation_matrix(row[3:6].astype(float)).ravel() for row in state])
     objects = qpos[:, OBJECTS].reshape(len(qpos), -1, 7)
     relative = (objects[:, :, :3] - state[:, None, :3]).reshape(len(qpos), -1)
@@ -102,7 +103,7 @@ def features(
 
 
 def examples(files: Sequence[Path], split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Features and chunks f32[B, CHUNK · 7] of a split's steps; the last action is repeated beyond an episode's end."""
+    """Features and chunks f32[B, CHUNK · 7] of a split's steps, padded with an episode's last action."""
     inputs, targets = [], []
     for motion in (motion for file in files for motion in load_motions(file) if motion.split == split):
         length = len(motion.action)
@@ -120,7 +121,7 @@ def network(params: Any, x: Float[jax.Array, "B F"]) -> Float[jax.Array, "B O"]:
 
 
 def fit(inputs: np.ndarray, targets: np.ndarray, steps: int, batch: int = 256, seed: int = 0) -> Any:
-    """Least absolute errors with AdamW and one cycle of the rate."""
+    """Minimise the L1 loss with AdamW and a one-cycle schedule."""
     shapes = list(itertools.pairwise([inputs.shape[1], WIDTH, WIDTH, WIDTH, targets.shape[1]]))
     keys, initial = jax.random.split(jax.random.key(seed), len(shapes)), jax.nn.initializers.he_normal()
     params = [(initial(key, shape), jnp.zeros(shape[1])) for key, shape in zip(keys, shapes, strict=True)]
@@ -141,15 +142,15 @@ def fit(inputs: np.ndarray, targets: np.ndarray, steps: int, batch: int = 256, s
 
 @dataclass(frozen=True)
 class Seen:
-    """Frames of a split: what a policy makes of them, where the object is, and what there is to compare with."""
+    """Frames of a split, with the policy's features, the object's position and baselines."""
 
     features: dict[str, Float[np.ndarray, "N F"]]
     target: Float[np.ndarray, "N 3"]  # metres in the camera's frame
-    to_robot: Float[np.ndarray, "N 3 3"]  # turns the camera's axes to the robot's
+    to_robot: Float[np.ndarray, "N 3 3"]  # rotation from the camera's axes to the robot's
     instruction: np.ndarray
     episode: np.ndarray
     before_grasp: np.ndarray
-    commands: dict[str, Float[np.ndarray, "N 3"]]  # summed over a chunk, in cm: "true", of the policy and others
+    commands: dict[str, Float[np.ndarray, "N 3"]]  # translation of a chunk in cm: "true", "policy" and baselines
 
 
 def look(policy: Policy, params: Any, loader: Loader, split: str, frames: int, batch_size: int) -> Seen:
@@ -205,8 +206,8 @@ def tokens_of(model: Any, params: Any, batch: Batch) -> dict[str, Float[jax.Arra
 
 
 def ridge(x: np.ndarray, y: np.ndarray, seen: np.ndarray) -> np.ndarray:
-    """The predictions f64[N, 3] for `seen` of the linear map from x to y. The strength that does best on the last fifth
-    of x, which are other episodes, is taken for a fit on all."""
+    """Predictions f64[N, 3] for `seen`, by ridge regression from x to y. Its strength is chosen on the last fifth of x,
+    which comes from other episodes, before a fit on all of x."""
     mean, std = x.mean(0), x.std(0) + 1e-6
     x, seen = ((rows.astype(np.float64) - mean) / std for rows in (x, seen))
     gram, across, middle = x @ x.T, seen @ x.T, y.mean(axis=0)
@@ -223,13 +224,13 @@ def ridge(x: np.ndarray, y: np.ndarray, seen: np.ndarray) -> np.ndarray:
 
 
 def of_one_instruction(train: Seen, val: Seen) -> np.ndarray:
-    """The mean place in train frames with the same instruction, or in all if there are none."""
+    """Mean position in train frames with the same instruction, or in all if there are none."""
     means = {number: train.target[train.instruction == number].mean(axis=0) for number in np.unique(train.instruction)}
     return np.stack([means.get(number, train.target.mean(axis=0)) for number in val.instruction])
 
 
 def in_cm(error: Float[np.ndarray, "N 3"], seen: Seen, frames: np.ndarray, turned: bool) -> dict[str, Any]:
-    """Mean absolute errors along the axes and the mean distance, with its standard error over episodes."""
+    """Mean absolute errors along the axes, and mean distance with its standard error over episodes."""
     error, episodes = error[frames], seen.episode[frames]
     distance = np.linalg.norm(error, axis=1)
     means = [distance[episodes == episode].mean() for episode in np.unique(episodes)]
@@ -286,16 +287,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/sight"))
     of_run, of_motions = parser.add_argument_group("with --run"), parser.add_argument_group("with --motions")
     of_run.add_argument("--packed", type=Path, help="recordings of its image size")
-    of_run.add_argument("--frames", type=positive, default=4000, help="of train and of val, at most")
+    of_run.add_argument("--frames", type=positive, default=4000, help="at most, in each of train and val")
     of_run.add_argument("--batch-size", type=positive, default=32)
-    of_motions.add_argument(
-        "--offsets",
-        type=distances,
-        default=distances("0,0.01,0.02,0.04"),
-        help="metres, standard deviation along each axis",
-    )
-    of_motions.add_argument("--steps", type=positive, default=12_000, help="of training")
-    of_motions.add_argument("--episodes", type=positive, default=10, help="a task")
+    offsets = distances("0,0.01,0.02,0.04")
+    of_motions.add_argument("--offsets", type=distances, default=offsets, help="standard deviations in metres")
+    of_motions.add_argument("--steps", type=positive, default=12_000, help="training steps")
+    of_motions.add_argument("--episodes", type=positive, default=10, help="per task")
     of_motions.add_argument("--execute", default="open_loop")
     of_motions.add_argument("--workers", type=positive, default=os.cpu_count())
     args = parser.parse_args()
@@ -330,7 +327,7 @@ def imitate_from_state(args: argparse.Namespace) -> None:
 
         def infer(observations: list[dict[str, Any]], offset: float = offset) -> list[dict[str, Any]]:
             qpos = np.stack([o["qpos"] for o in observations])
-            qpos[:, TAKEN] += offset * np.stack([o["direction"] for o in observations])
+            qpos[:, BOWL] += offset * np.stack([o["direction"] for o in observations])
             x = features(qpos, np.stack([o["state"] for o in observations]), [o["task"] for o in observations])
             chunks = np.array(predict(params, (x - mean) / std)).reshape(len(x), CHUNK, 7)
             chunks[..., :6] = np.clip(chunks[..., :6], -1, 1)

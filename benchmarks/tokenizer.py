@@ -1,10 +1,10 @@
-"""Actions to tokens and back, and spatial embedding adaption: this package's jitted functions beside plain NumPy.
+"""Encoding and decoding actions, and spatial embedding adaption: jitted functions compared with plain NumPy.
 
     python benchmarks/tokenizer.py [--actions 1000000] [--repeats 7]
 
 Prints the environment, then the median and the fastest of the repeats; ends with one line of JSON. Both sides read and
-write arrays of their own kind, on one process and all its cores; compilation is not counted. What the first adaption of
-a process takes, compilation in it, and one of a NumPy table, as it is read from a checkpoint, is told beside.
+write their own kind of arrays, in one process on all cores, without compilation. Also prints the time of a process's
+first adaption, including compilation, and of adapting a NumPy table, as read from a checkpoint.
 """
 
 import json
@@ -46,7 +46,7 @@ def numpy_decode(edges: list[np.ndarray], ids: np.ndarray) -> np.ndarray:
 
 
 def numpy_adapt(old: list[np.ndarray], new: list[np.ndarray], table: np.ndarray) -> np.ndarray:
-    """Axis by axis, without what is beyond the outermost centres."""
+    """Axis by axis, without extrapolation beyond the outermost centres."""
     middles = [[(e[1:] + e[:-1]) / 2 for e in edges] for edges in (old, new)]
     weights = [
         np.stack([np.interp(wanted, known, row) for row in np.eye(len(known))], 1)
@@ -62,7 +62,7 @@ def numpy_adapt(old: list[np.ndarray], new: list[np.ndarray], table: np.ndarray)
 
 
 def measure(function: Callable[[], Any], repeats: int) -> list[float]:
-    """Seconds of each repeat, after one that is not counted."""
+    """Seconds of each repeat, after a warm-up."""
     jax.block_until_ready(function())
     seconds = []
     for _ in range(repeats):
@@ -101,7 +101,7 @@ def main() -> None:
     table_on_device = jax.device_put(table)
     moved_edges = [np.asarray(e) for e in moved.edges]
 
-    # A process adapts once, so it pays for compilation; nothing like it was compiled before this.
+    # A process adapts once and pays for compilation, so this must come before other adaptions.
     start = time.perf_counter()
     jax.block_until_ready(adapt_embeddings(grid, moved, table))
     first = time.perf_counter() - start

@@ -1,4 +1,4 @@
-"""Where the time of a jitted step goes: a profiler trace summed by part of the model and kind of kernel."""
+"""Breakdown of a jitted step: a profiler trace summed by part of the model and kind of kernel."""
 
 import re
 from collections import defaultdict
@@ -39,7 +39,7 @@ def first_match(table: tuple[tuple[str, str], ...], name: str, other: str) -> st
 
 
 def hidden_by(spans: list[tuple[float, float]], others: list[tuple[float, float]]) -> list[float]:
-    """How much of each span lies within the union of `others`, in their unit."""
+    """Length of the overlap of each span with the union of `others`."""
     starts, stops = [], []
     for start, stop in sorted(others):
         if stops and start <= stops[-1]:
@@ -54,7 +54,7 @@ def hidden_by(spans: list[tuple[float, float]], others: list[tuple[float, float]
 
 
 class Event(NamedTuple):
-    """A kernel or copy of a trace, in nanoseconds. `op` is its instruction of the compiled program, if it has one."""
+    """A kernel or copy in a trace; times in nanoseconds. `op` is its instruction in the compiled program, or ""."""
 
     start: float
     stop: float
@@ -63,7 +63,7 @@ class Event(NamedTuple):
 
 
 def events_of(run: Callable[[], Any], steps: int) -> list[Event]:
-    """What the first GPU did in `steps` calls of `run`, in the order of the starts."""
+    """Events on the first GPU during `steps` calls of `run`, sorted by start."""
     with TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             for _ in range(steps):
@@ -81,8 +81,7 @@ def events_of(run: Callable[[], Any], steps: int) -> list[Event]:
 
 
 def names_of(hlo: str) -> dict[str, str]:
-    """{instruction: operation of the model} of a compiled program's text. A fusion without a name has that of an
-    instruction in it."""
+    """{instruction: op_name} of a compiled program. A fusion without a name gets that of an instruction in it."""
     names, inside, unnamed, computation = {}, {}, {}, ""
     for line in hlo.splitlines():
         if begins := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line):
@@ -98,8 +97,8 @@ def names_of(hlo: str) -> dict[str, str]:
 def attribute(
     events: Sequence[Event], steps: int, hlo: str, floors: Mapping[str, float] | None = None
 ) -> tuple[str, dict[str, float]]:
-    """→ (tables to print, milliseconds a step by part). Every moment counts once, for the event that began first, so
-    that the parts and the idle time add up to the step. `floors` are milliseconds a step."""
+    """Returns (tables to print, milliseconds per step by part). Where events overlap, time counts for the one that
+    started first, so that parts and idle time add up to the step. `floors` are in milliseconds per step."""
     names = names_of(hlo)
     total: dict[tuple[str, str], float] = defaultdict(float)
     slowest: dict[tuple[str, str], float] = defaultdict(float)
@@ -108,7 +107,7 @@ def attribute(
     computing, part, end, busy = [], "other", 0.0, 0.0
     for event in events:
         path = names.get(event.op, "")
-        # What has no name, such as copies that the compiler added last, belongs to what ran before it.
+        # Events without a name, such as copies added by the compiler, belong to the part before them.
         part = first_match(PARTS, path, "other") if path else part
         kind = first_match(KINDS, f"{event.kernel} {event.op}", "elementwise")
         alone = max(0.0, event.stop - max(event.start, end))

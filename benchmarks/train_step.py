@@ -1,20 +1,20 @@
-"""The jitted training step on random batches: samples a second, memory.
+"""The jitted training step on random batches: throughput and memory.
 
     python benchmarks/train_step.py [--preset tiny] [--batch-size 32] [--devices 1,2] [--repeats 5] [--trace]
 
-Everything the training loop jits is in it: augmentation, encoding, forward, backward, clipping, AdamW. Prints the
-environment, then each repeat and the median; ends with a line of JSON for each number of devices. Compilation and the
-first steps don't count. With several numbers of devices, each takes the same batch a device and shards the state over
-all of its devices (FSDP); efficiency is samples a second a device over those of the first number. `--gather layer,once`
-compares gathering weights in each layer with gathering them once a step. Each `--xla NAME=VALUE,…` compares with the
-same programs compiled with these options. All programs are compiled first, side by side.
+The step includes augmentation, encoding, forward, backward, clipping and AdamW. Compilation and the first steps are not
+counted. Prints the environment, each repeat and the median; ends with a line of JSON for each number of devices.
+Each number of devices has the same batch per device and shards the state over all devices (FSDP); efficiency is
+samples/s per device, relative to the first number. `--gather layer,once` compares gathering weights in each layer with
+gathering them once per step. Each `--xla NAME=VALUE,…` compares with the same programs compiled with these options.
+All programs are compiled first, in parallel.
 
-The floor of a step is its model FLOPs (`training.flops.model_flops`: forward, and backward to what is trained) at the
-peak of the devices, MFU that floor in parts of the step; the state's bytes are those that its shardings predict for a
-device beside those that the first device holds.
+The floor of a step is the time of its model FLOPs (`training.flops.model_flops`: forward, and backward to the trained
+parameters) at the devices' peak; MFU is floor / step time. Bytes of the state are printed as predicted from its
+shardings and as held by the first device.
 
-`--trace` prints the step by part of the model, beside the least that each part can take (`floors_of`) and the ratio.
-Every kernel belongs to a part, and parts and idle time add up to the step.
+`--trace` breaks the step down by part of the model, with a lower bound of each part (`floors_of`) and the ratio. Every
+kernel belongs to a part; parts and idle time add up to the step.
 """
 
 import argparse
@@ -66,7 +66,7 @@ def random_batch(config: SpatialVLAConfig, size: int, action_dim: int) -> Batch:
 
 
 def start_from(setup: TrainSetup) -> Params | None:
-    """Random parameters as adapters' runs hold them, in the dtypes of a published base; None without adapters."""
+    """Random parameters of a LoRA run, in the dtypes of a published base; None without LoRA."""
     if setup.adapters is None:
         return None
     shapes = abstract_params(setup)
@@ -75,7 +75,7 @@ def start_from(setup: TrainSetup) -> Params | None:
 
 
 def on_first_device(tree: Any) -> int:
-    """Bytes of a tree's arrays that lie there."""
+    """Bytes of a tree's arrays on the first device."""
     device = jax.devices()[0]
     return sum(s.data.nbytes for x in jax.tree.leaves(tree) for s in x.addressable_shards if s.device == device)
 
@@ -83,19 +83,19 @@ def on_first_device(tree: Any) -> int:
 def parse() -> argparse.Namespace:
     parser = Parser(prog="spatialvla-jax bench train", description=__doc__)
     parser.add_argument("--preset", choices=PRESETS, default="tiny")
-    parser.add_argument("--batch-size", type=positive, default=32, help="examples a device (default: %(default)s)")
+    parser.add_argument("--batch-size", type=positive, default=32, help="per device")
     parser.add_argument("--devices", help="numbers of devices to compare, such as 1,2,4 (default: all)")
     parser.add_argument("--repeats", type=positive, default=5)
-    parser.add_argument("--steps", type=positive, default=20, help="a repeat")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the computation; by default the preset's")
+    parser.add_argument("--steps", type=positive, default=20, help="steps per repeat")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="by default the preset's")
     parser.add_argument("--remat", choices=POLICIES, default="none")
-    parser.add_argument("--depth-source", choices=("zoedepth", "dataset", "none"), help="source of depth; the preset's")
+    parser.add_argument("--depth-source", choices=("zoedepth", "dataset", "none"), help="by default the preset's")
     parser.add_argument(
         "--gather",
         type=lambda s: s.split(","),
         default=["layer"],
         metavar="layer,once",
-        help="when weights split over several devices are gathered (`once`: train.gather_once); both are compared",
+        help="when sharded weights are gathered; `once` is train.gather_once",
     )
     parser.add_argument(
         "--xla",
@@ -105,22 +105,20 @@ def parse() -> argparse.Namespace:
         metavar="NAME=VALUE,…",
         help="also compile with these options of XLA's compiler; can be repeated",
     )
-    parser.add_argument("--unroll", action="store_true", help="layer by layer instead of a loop over them")
+    parser.add_argument("--unroll", action="store_true", help="unroll the loop over layers")
     parser.add_argument("--prompt-length", type=count, default=0, help="tokens; by default the config's")
-    parser.add_argument(
-        "--mu-dtype", choices=("float32", "bfloat16"), default="float32", help="of AdamW's first moment"
-    )
-    parser.add_argument("--lora", type=count, default=0, metavar="RANK", help="adapters on frozen weights")
+    parser.add_argument("--mu-dtype", choices=("float32", "bfloat16"), default="float32", help="AdamW's first moment")
+    parser.add_argument("--lora", type=count, default=0, metavar="RANK", help="train LoRA adapters")
     parser.add_argument("--trace", action="store_true", help="also print where the time goes, from a profiler trace")
     state_defaults(parser)
     args = parser.parse_args()
-    if args.trace:  # a recorded graph's kernels don't say what they belong to; without graphs a step takes 1 % longer
+    if args.trace:  # kernels of a CUDA graph lose their names; without graphs a step takes 1 % longer
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_enable_command_buffer="
     return args
 
 
 def xla_options(text: str) -> dict[str, Any]:
-    """Options of XLA's compiler, of which Booleans and numbers are JSON."""
+    """XLA compiler options; Booleans and numbers are parsed as JSON."""
     options: dict[str, Any] = {name: value for name, _, value in (part.partition("=") for part in text.split(","))}
     for name, value in options.items():
         with suppress(json.JSONDecodeError):
@@ -133,12 +131,12 @@ def xla_options(text: str) -> dict[str, Any]:
 
 
 def floors_of(setup: TrainSetup, grid: ActionTokenizer, shapes: TrainState, shardings: TrainState) -> dict[str, float]:
-    """{part of the model: the least milliseconds of a step} on this device: the products that a sample needs, those of
-    attention included, at its peak; the optimizer's state read and written, and the gradient read, at its bandwidth."""
+    """{part of the model: lower bound in milliseconds per step} on this device: matrix products, including attention's,
+    at its peak FLOP/s; for the optimizer, reading and writing its state and reading the gradient at its bandwidth."""
     rate, bandwidth = peak(), memory_bandwidth()
     if not rate or not bandwidth:
         return {}
-    with patch.object(jax, "default_backend", lambda: "cpu"):  # where attention is made of products
+    with patch.object(jax, "default_backend", lambda: "cpu"):  # where attention is plain matrix products
         jaxpr = traced_gradient(setup, grid)
     assert setup.mesh is not None
     samples = setup.batch_size / setup.mesh.size
@@ -200,7 +198,7 @@ def compile_step(program: Program, lowered: Any) -> tuple[Any, float]:
 def measure(
     program: Program, args: argparse.Namespace, setup: TrainSetup, batch: Batch, compiled: Any, compile_seconds: float
 ) -> dict[str, Any]:
-    """Time the step; → the record that is printed."""
+    """Time the step; returns the record to print."""
     devices, gather_once, options = program
     grid, model, batch_size = gaussian_grid(PRETRAIN_GAUSSIANS), setup.model, setup.batch_size
     print(f"\n{program}, batch {batch_size}")
@@ -261,7 +259,7 @@ def measure(
         "step_ms_range": [round(1e3 * min(seconds), 3), round(1e3 * max(seconds), 3)],
         "samples_per_second": round(batch_size / median, 1),
         "compile_seconds": round(compile_seconds, 1),
-        "memory_gb": round(held_at_once / 1e9, 2),  # of a device, as the compiler plans it
+        "memory_gb": round(held_at_once / 1e9, 2),  # per device, by the compiler's analysis
         "state_bytes_per_device": {"predicted": predicted, "held": holds},
         "loss": round(float(metrics["loss"]), 4),
         "remat": args.remat,

@@ -142,14 +142,14 @@ def local_path(text: str) -> Path:
 def positive(text: str) -> int:
     """A whole number of at least 1."""
     if not text.isdecimal() or not 1 <= int(text) <= LARGEST:
-        raise argparse.ArgumentTypeError(f"{text!r:.40} is not a positive integer")
+        raise argparse.ArgumentTypeError(f"{text!r:.40} is not an integer from 1 to {LARGEST}")
     return int(text)
 
 
 def count(text: str) -> int:
     """A whole number of at least 0."""
     if not text.isdecimal() or int(text) > LARGEST:
-        raise argparse.ArgumentTypeError(f"{text!r:.40} is not a non-negative integer")
+        raise argparse.ArgumentTypeError(f"{text!r:.40} is not an integer from 0 to {LARGEST}")
     return int(text)
 
 

@@ -84,7 +84,7 @@ def test_what_a_policy_sees_is_read_off_it(trained: Path, monkeypatch, capfd, tm
     ("arguments", "sentence"),
     [
         (["--run", "nowhere", "--packed", "x.pack"], "nowhere"),
-        (["--run", "nowhere", "--packed", "x.pack", "--frames", "0"], "argument --frames: '0' is not a whole number"),
+        (["--run", "nowhere", "--packed", "x.pack", "--frames", "0"], "--frames: '0' is not an integer from 1"),
         (["--motions", "nowhere.npz"], "nowhere.npz is not a file of motions"),
         (["--motions", "x.npz", "--offsets", "0,far"], "argument --offsets: '0,far' is not metres, such as 0,0.01"),
         (["--motions", "x.npz", "--execute", "sometimes"], "sometimes"),
