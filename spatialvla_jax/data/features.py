@@ -144,7 +144,9 @@ def read_language(
     """The text of every step as object[L], "" where a step has none; of lists, the item `which` (None: the first)."""
     values, counts = _values(features, key, field, length)
     if field.spelled:  # zero-terminated
-        texts = [_decode(bytes(row.tolist()).split(b"\0")[0]) for row in _bytes(values).reshape(length, -1)]
+        if ((values < 0) | (values > 255)).any():
+            raise Fault("not UTF-8", "the language instruction is not UTF-8")
+        texts = [_decode(bytes(row.tolist()).split(b"\0")[0]) for row in values.reshape(length, -1)]
         return np.asarray(texts, object)
     which = which or 0
     first = np.cumsum(counts) - counts
@@ -152,12 +154,6 @@ def read_language(
     found = (first <= places) & (places < first + counts)
     items = [values[place] if there else None for place, there in zip(places.tolist(), found.tolist(), strict=True)]
     return np.asarray([_text(record, item, field.labels) for item in items], object)
-
-
-def _bytes(values: np.ndarray) -> np.ndarray:
-    if ((values < 0) | (values > 255)).any():
-        raise Fault("not UTF-8", "the language instruction is not UTF-8")
-    return values
 
 
 def _text(record: bytes, item: Any, labels: tuple[str, ...]) -> str:

@@ -70,10 +70,9 @@ def _gaussians(index: Index, statistics: Mapping[str, Any]) -> Float[np.ndarray,
 def mixture_gaussians(config: Mapping[str, Any], loader: Loader) -> Float[np.ndarray, "6 2"]:
     """f64[6, 2] (mu, sigma) of the six variables over a config's training split without `grid.exclude`. All frames
     count equally. Read from the file `data.statistics` if set, else computed from the data."""
-    exclude = config["grid"]["exclude"]
+    fitted = fitted_datasets(loader.names, config["grid"]["exclude"])
     if path := config["data"].get("statistics"):
-        return pooled(load_stats(path), fitted_datasets(loader.names, exclude))
-    fitted = fitted_datasets(loader.names, exclude)
+        return pooled(load_stats(path), fitted)
     indexes = [index for index in loader.indexes() if index.name in fitted]
     gaussians = [_gaussians(index, loader.statistics[index.name]) for index in indexes]
     return pool_gaussians(gaussians, [len(index.arrays["action"]) for index in indexes])

@@ -16,7 +16,7 @@ GRID = gaussian_grid(PRETRAIN_GAUSSIANS, (4, 4, 2, 4, 4, 4))
 
 
 def random_batch(model: SpatialVLA, size: int, seed: int, action_dim: int = 7) -> Batch:
-    """As the loader gives them, of one dataset; always with depth."""
+    """A batch of one dataset as from the loader, always with depth."""
     cfg, rng = model.config, np.random.default_rng(seed)
     S, Q, T = cfg.img.image_size, cfg.prompt_length, cfg.action_chunk
     length = rng.integers(3, Q + 1, size)
@@ -33,13 +33,13 @@ def random_batch(model: SpatialVLA, size: int, seed: int, action_dim: int = 7) -
 
 
 def random_inputs(model: SpatialVLA, size: int, seed: int = 0) -> Batch:
-    """The same with images in [0, 1], as the training step prepares them."""
+    """`random_batch` with images in [0, 1], as in the training step."""
     batch = random_batch(model, size, seed)
     return replace(batch, image=batch.image / np.float32(255))
 
 
 def observation(seed: int = 0, size: tuple[int, int] = (48, 64)) -> dict[str, Any]:
-    """A random one of the toy dataset's camera, as a client sends it."""
+    """A random observation from the toy dataset's camera, as a client sends it."""
     rng = np.random.default_rng(seed)
     image, depth = rng.integers(0, 256, (*size, 3), dtype=np.uint8), rng.uniform(0.5, 2, size).astype(np.float32)
     prompt = {"prompt": f"pick up object {seed}", "unnorm_key": "toy"}

@@ -1,4 +1,4 @@
-"""A headless Chromium, driven by the DevTools protocol."""
+"""Drives a headless Chromium by the DevTools protocol."""
 
 import json
 import os
@@ -19,7 +19,7 @@ NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 
 class Browser:
-    """One page of it."""
+    """One page of a browser. `problems` collects exceptions and log entries as JSON."""
 
     def __init__(self, address: str) -> None:
         self.socket, self.number, self.problems = connect(address, max_size=1 << 26), 0, []
@@ -59,7 +59,7 @@ class Browser:
 
 @contextmanager
 def browser(width: int = 1280, height: int = 1000) -> Iterator[Browser]:
-    """Skips the test where no Chromium is installed."""
+    """Skips the test if no Chromium is installed."""
     program = next(filter(None, map(shutil.which, NAMES)), None)
     if program is None:
         pytest.skip(f"no browser: none of {', '.join(NAMES)} is installed")

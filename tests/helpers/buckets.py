@@ -21,13 +21,13 @@ _numbers = itertools.count()
 
 @dataclass
 class Fault:
-    """What the proxy does to some requests: those whose "METHOD /path?query" has a match of `pattern`; of these the
-    first `count`, or, with `every`, each `every`-th one."""
+    """What the proxy does to requests whose "METHOD /path?query" matches `pattern`: to every `every`-th of these, at
+    most `count` times."""
 
-    status: int = 0  # the answer, in the place of the server's
+    status: int = 0  # of the response that replaces the server's; 0: none
     body: str = ""
-    cut: bool = False  # the answer's second half is missing
-    delay: float = 0.0  # seconds before the answer
+    cut: bool = False  # drop the second half of the response
+    delay: float = 0.0  # seconds before the response
     pattern: str = ""
     count: int | None = None
     every: int = 1
@@ -44,17 +44,17 @@ class Fault:
 class Request:
     line: str  # "METHOD /path?query"
     status: int
-    size: int  # bytes of the answer's body
+    size: int  # bytes of the response's body
 
 
 @dataclass
 class Proxy:
-    """Forwards to a server at `port`. `faults` may change at any time; `requests` are those that were answered."""
+    """Forwards to a server at `port`. `faults` may change at any time; `requests` lists the answered ones."""
 
     port: int
     faults: list[Fault] = field(default_factory=list)
     requests: list[Request] = field(default_factory=list)
-    conditional: bool = False  # it does what the server lacks: ifGenerationMatch, and the generation of what is read
+    conditional: bool = False  # add what the server lacks: ifGenerationMatch, and x-goog-generation on reads
     lock: threading.Lock = field(default_factory=threading.Lock)
     writes: threading.Lock = field(default_factory=threading.Lock)
 
@@ -144,7 +144,7 @@ class _Handler(BaseHTTPRequestHandler):
             connection.close()
 
     def _generation(self, body: bytes) -> str:
-        """Of the object that the request reads, writes or removes; "0" where there is none."""
+        """The generation of the object that the request reads, writes or removes; "0" if it does not exist."""
         url = urlsplit(self.path)
         bucket, _, name = url.path.split("/b/")[1].partition("/o")
         name = name.removeprefix("/") or parse_qs(url.query).get("name", [None])[0]
@@ -166,14 +166,14 @@ class Bucket:
 
     @classmethod
     def fresh(cls, scheme: str, proxy: Proxy) -> "Iterator[Bucket]":
-        """A new bucket, without faults before and after."""
+        """A new bucket; faults are cleared before and after."""
         import fsspec
         from etils.epath import backend
 
         from spatialvla_jax.utils import storage
 
         proxy.faults.clear()
-        for name in ("gs", "s3"):  # what knows another server's address or other credentials
+        for name in ("gs", "s3"):  # they may hold another server's address or credentials
             fsspec.get_filesystem_class(name).clear_instance_cache()
         backend.fsspec_backend._get_filesystem.cache_clear()
         name = f"bucket-{next(_numbers)}"
@@ -183,7 +183,7 @@ class Bucket:
         proxy.faults.clear()
 
     def upload(self, folder: Path, name: str) -> str:
-        """Copies a local folder's files → its URL."""
+        """Copy a local folder's files; returns the folder's URL."""
         from spatialvla_jax.utils import storage
 
         for file in sorted(folder.rglob("*")):
@@ -193,10 +193,10 @@ class Bucket:
 
 
 def start_gcs() -> tuple[Proxy, Callable[[], None]]:
-    """The emulator of Google Cloud Storage, in memory → its proxy, and what stops both."""
+    """Start an emulator of Google Cloud Storage; returns its proxy and a function that stops both."""
     from gcp_storage_emulator.server import create_server
 
-    logging.getLogger("gcp_storage_emulator").setLevel(logging.CRITICAL)  # it reports every object that is not there
+    logging.getLogger("gcp_storage_emulator").setLevel(logging.CRITICAL)  # it logs every missing object
     server = create_server("127.0.0.1", 0, in_memory=True)
     server.start()
     while server._api._httpd is None:
@@ -211,7 +211,7 @@ def start_gcs() -> tuple[Proxy, Callable[[], None]]:
 
 
 def start_s3() -> tuple[Proxy, Callable[[], None]]:
-    """moto's server of S3 → its proxy, and what stops both."""
+    """Start moto's S3 server; returns its proxy and a function that stops both."""
     from moto.server import ThreadedMotoServer
 
     logging.getLogger("werkzeug").setLevel(logging.WARNING)

@@ -1,4 +1,4 @@
-"""Toy environments of closed loops. Each runs in a process of its own, so this module must be quick to import."""
+"""Toy environments for closed loops. Each runs in its own process, so this module must be quick to import."""
 
 import os
 import time
@@ -13,8 +13,8 @@ STEP = 0.02  # metres that an action of 1 moves the hand of `Reach` by
 
 
 class Point:
-    """Done where |position - goal| < 0.05; the picture's first pixel is 100 + 100·(goal - position). Task 2's goal is
-    out of reach within the steps. The folder `marks` remembers what a killed process has done."""
+    """Done when |position - goal| < 0.05; all pixels are 100 + 100·(goal - position). Task 2's goal is out of reach
+    within the steps. The folder `marks` remembers across processes whether one has crashed or hung."""
 
     def __init__(self, marks: Path | None = None, crash: str = "", hang: str = "") -> None:
         self.marks, self.crash, self.hang = marks, crash, hang
@@ -52,7 +52,7 @@ class Point:
 
 
 class Counter:
-    """In the place of LIBERO's: two steps end an episode of task 0, and nothing one of task 1."""
+    """Stands in for LIBERO: an episode of task 0 ends after two steps, one of task 1 never."""
 
     def __init__(self, image_size: int, depth: bool, mirrored: bool) -> None:
         self.size, self.depth, self.mirrored = image_size, depth, mirrored
@@ -116,8 +116,8 @@ def state(hand: np.ndarray) -> np.ndarray:
 
 
 class Handover:
-    """In the place of `Takeover`: of each episode's first attempts, the expert fails one of every second and the policy
-    finishes two of every third itself. The process dies once in episode 4. A motion tells attempt and actions."""
+    """Stands in for `Takeover`: in every third episode the policy finishes the first two attempts itself, then in every
+    second the expert fails one. The process dies once in episode 4. A motion encodes the attempt and the actions."""
 
     def __init__(self, marks: Path) -> None:
         self.marks = marks
@@ -145,7 +145,7 @@ class Handover:
 
 
 def double(marks: Path, number: int) -> int:
-    """Twice the number, but the process dies at the first 3."""
+    """Twice the number, but the process dies at the first call with 3."""
     if number == 3 and not (marks / "died").exists():
         (marks / "died").touch()
         os._exit(7)
@@ -153,7 +153,7 @@ def double(marks: Path, number: int) -> int:
 
 
 def never(job: int) -> None:
-    """Ends only with its process."""
+    """Never returns."""
     print("begun", flush=True)
     while True:
         time.sleep(60)

@@ -1,4 +1,4 @@
-"""The part of the Hugging Face Hub's API that downloads and uploads use, on loopback, with faults."""
+"""A server on loopback with the part of the Hugging Face Hub's API for downloads and uploads, and with faults."""
 
 import base64
 import hashlib
@@ -14,7 +14,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 import yaml
 
-LARGE = 1000  # bytes of a file that is kept outside of git
+LARGE = 1000  # bytes; larger weights are stored outside of git
 
 
 @dataclass
@@ -28,13 +28,13 @@ class Repo:
 
 @dataclass
 class Fault:
-    """What happens to the first `count` requests whose "METHOD path" has a match of `pattern`."""
+    """What happens to the first `count` requests whose "METHOD path" matches `pattern`."""
 
     pattern: str
     count: int = 1
-    status: int = 0  # the answer
+    status: int = 0  # of the response; 0: the usual one
     body: bytes = b"{}"
-    cut: int | None = None  # bytes of the answer's body, after which the connection ends
+    cut: int | None = None  # bytes of the body after which the connection is closed
 
 
 @dataclass
@@ -56,7 +56,7 @@ class Hub:
         self.server.server_close()
 
     def commit(self, id: str, files: Mapping[str, bytes] | Path, ref: str = "main", **about) -> str:
-        """Makes these the files of a branch or tag → the commit."""
+        """Commit these files to a branch or tag; returns the commit."""
         if isinstance(files, Path):
             files = {
                 str(file.relative_to(files)): file.read_bytes() for file in sorted(files.rglob("*")) if file.is_file()
@@ -72,7 +72,7 @@ class Hub:
 
 @pytest.fixture
 def hub_server(monkeypatch, tmp_path):
-    """An empty Hub, with an empty cache and no token; the working directory is empty, too."""
+    """An empty Hub, with an empty cache, no token and an empty working directory."""
     from huggingface_hub import constants
 
     server = Hub()

@@ -1,4 +1,4 @@
-"""The index of one split of one dataset, by the names that tests use."""
+"""Loads the index of one split of one dataset."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a process of its own may do instead of its work."""
+"""Functions that fail in a new process."""
 
 import os
 from collections.abc import Callable

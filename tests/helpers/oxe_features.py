@@ -1,14 +1,13 @@
 """What one step of each dataset in the catalogue holds, as published (`golden/oxe_features.json`).
 
 Sources: tensorflow/datasets (docs/catalog/<name>.md), an inventory of the features.json of all Open X-Embodiment
-datasets (felixmin/high-level-robot-planner: docs/openx_local_dataset_inventory.md), and for those that are in neither
-the RLDS builders or descriptions of bridge_orig, DROID, RH20T, Language-Table, T-DROID and LIBERO. Keys whose shape is
-in none of them are left out; nothing reads them.
+datasets (felixmin/high-level-robot-planner: docs/openx_local_dataset_inventory.md), and for the others the RLDS
+builders or descriptions of bridge_orig, DROID, RH20T, Language-Table, T-DROID and LIBERO. Keys whose shape is in none
+of them are left out; nothing reads them.
 
-A leaf says type and shape: f32, f64, i32, i64, u8, bool, text, string, and jpeg, png, image (not said which of both),
-png16 or jpeg8 (one channel of 16 or 8 bits) and float_image (one channel) with height and width. The name of another
-dataset in a tree's place means the same tree. `libero` is what sim/record_libero writes, without the keys that only a
-replay needs.
+A leaf gives type and shape: f32, f64, i32, i64, u8, bool, text, string; and with height and width jpeg, png, image (one
+of these two), png16 or jpeg8 (one channel of 16 or 8 bits) and float_image (one channel). The name of another dataset
+stands for its tree. `libero` is what sim/record_libero writes, without the keys that only a replay needs.
 """
 
 import json
@@ -35,7 +34,7 @@ _NUMBERS = {
 
 
 def tfds_features(tree: Any) -> Any:
-    """The TFDS features of such a tree."""
+    """The TFDS features of a tree."""
     import tensorflow_datasets as tfds
 
     features = tfds.features
@@ -61,13 +60,13 @@ def tfds_features(tree: Any) -> Any:
 
 
 def random_steps(tree: Any, length: int, rng: np.random.Generator, path: str = "") -> Any:
-    """Values for `length` steps of such a tree, each leaf an array or list with that many. Every text and every encoded
-    image says where it is from."""
+    """Values for `length` steps of a tree, each leaf an array or list of this length. Texts and encoded images contain
+    their path and step."""
     if isinstance(tree, dict):
         return {key: random_steps(value, length, rng, f"{path}/{key}" if path else key) for key, value in tree.items()}
     kind, *sizes = tree.split()
     shape = (length, *map(int, sizes))
-    if kind == "float_image":  # the one kind of image that TFDS does not take encoded
+    if kind == "float_image":  # TFDS does not accept these encoded
         return np.zeros((*shape, 1), np.float32)
     if kind not in _NUMBERS:
         return [f"{path} {step}".encode() for step in range(length)]

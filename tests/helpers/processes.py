@@ -1,4 +1,4 @@
-"""`spatialvla-jax train` in processes that start fast: a server imports everything once and forks for each."""
+"""`spatialvla-jax train` in processes that start fast: a server imports everything once and forks for each run."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from spatialvla_jax.utils.storage import AnyPath, is_file
 
 
 class Server:
-    """Forks processes that run the command line. They share a cache of compiled programs."""
+    """Forks processes that run the command line and share a compilation cache."""
 
     def __init__(self, cache: Path) -> None:
         shared = {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
@@ -43,8 +43,8 @@ class Server:
         file_limit: int = 0,
         errors: Path | None = None,
     ) -> "Run":
-        """A run, on so many CPU devices and perhaps with a limit on the size of the files that it writes. What it
-        prints goes to `errors`, by default beside its workdir."""
+        """Start a run on `devices` simulated CPU devices, with a `file_limit` in bytes if not 0. Its output goes to
+        `errors`, by default beside its workdir."""
         if errors is None:
             assert isinstance(workdir, Path)
             workdir.parent.mkdir(parents=True, exist_ok=True)
@@ -79,8 +79,8 @@ class Run:
         return self.code  # pyright: ignore[reportReturnType]
 
     def until(self, moment: Callable[[], bool], seconds: float = 600) -> bool:
-        """Wait for a moment of the run; False if it ended before. A run that takes longer fails the test and says where
-        it was."""
+        """Wait until `moment()`; False if the run ended before. After `seconds`, the test fails with the run's
+        traceback."""
         end = time.monotonic() + seconds
         while not moment():
             if self.poll() is not None:
@@ -110,7 +110,7 @@ def free_port() -> int:
 
 
 def records(workdir: AnyPath) -> list[dict[str, Any]]:
-    """What the run has logged so far."""
+    """The metrics logged so far."""
     path = workdir / "metrics.jsonl"
     return read_metrics(path) if is_file(path) else []
 

@@ -1,4 +1,4 @@
-"""The pixels of a recorded step as points in the world."""
+"""Unprojects the pixels of a recorded step."""
 
 import numpy as np
 

@@ -8,8 +8,8 @@ from spatialvla_jax.data.pack_recording import write_packed
 
 
 def write_recording(out: Path, episodes: int = 4) -> Path:
-    """As `record libero` writes them: this many train episodes and one val, of 12 steps at 56 px. The target's depth
-    can be read off the picture, which is as grey, and nothing else of it; the fingers close at step 8."""
+    """Write a file like `record libero`: `episodes` train episodes and one val episode, of 12 steps at 56 px. Images
+    are uniformly grey and show only the target's depth; the fingers close at step 8."""
     rng = np.random.default_rng(0)
 
     def episode(length: int) -> dict:

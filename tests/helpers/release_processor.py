@@ -1,4 +1,4 @@
-"""The arithmetic of the release's processor, written from what is known of it and on `tokenizers` alone."""
+"""An independent implementation of the release's processor, based only on `tokenizers`."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ LOCATIONS = [f"<loc{i:04d}>" for i in range(1024)] + [f"<seg{i:03d}>" for i in r
 
 
 class ReleaseProcessor:
-    """Of an exported directory. Tokens are added as there: `<image>`, PaliGemma's locations, then the actions."""
+    """For an exported directory. Adds tokens in the release's order: `<image>`, PaliGemma's locations, the actions."""
 
     def __init__(self, directory: Path):
         self.config = json.loads((directory / "processor_config.json").read_text())

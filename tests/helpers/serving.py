@@ -1,4 +1,4 @@
-"""A server of this process, its clients, and a stub of a policy."""
+"""A server in this process, its clients, and a stub policy."""
 
 import asyncio
 import threading
@@ -25,7 +25,7 @@ LIMITS = Limits(message_bytes=200_000, image_sizes=((48, 64),), clients=32, batc
 
 @contextmanager
 def serving(policy: Any, limits: Limits = LIMITS, compiled: bool = True, **options: Any) -> Iterator[Server]:
-    """A server of this process, in a thread of its own, as soon as everything is `compiled`."""
+    """A server in a thread of this process; by default waits until everything is `compiled`."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
@@ -68,13 +68,13 @@ def observations(count: int, seed: int = 0) -> list[dict[str, Any]]:
 
 
 def asks(prompt: str) -> dict[str, Any]:
-    """What the stub needs of an observation."""
+    """An observation for the stub."""
     return {"image": np.zeros((48, 64, 3), np.uint8), "prompt": prompt}
 
 
 class Stub(Policy):
-    """Answers with the prompt's number, and with `ids` where given; `slow` takes until `go`, `bad` fails whatever batch
-    it is in, `nan` gets such actions. It compiles `compiling(prompt, batch size)`."""
+    """A policy whose actions are the number in the prompt, and whose ids are `ids` if given. The prompt "slow" waits
+    for `go`, "bad" makes its batch fail, "nan" gives NaN. Compiling calls `compiling(prompt, batch size)`."""
 
     def __init__(
         self, ids: np.ndarray | None = None, compiling: Callable[[str, int], Any] = lambda *_: None, steps: int = 1
@@ -85,7 +85,7 @@ class Stub(Policy):
         )
 
         def encode_prompt(prompt: str, *, length: int, **_: Any) -> tuple[np.ndarray, np.ndarray]:
-            """A token for each word, and one more."""
+            """One token per word, and one more."""
             return np.zeros(length, np.int32), np.arange(length) <= len(prompt.split())
 
         tokenizer = SimpleNamespace(encode_prompt=encode_prompt)

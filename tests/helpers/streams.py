@@ -1,4 +1,4 @@
-"""What every stream of batches promises: it resumes exactly, and several processes share its batches."""
+"""Checks for every stream of batches: it resumes exactly, and several processes share its batches."""
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
@@ -10,7 +10,7 @@ from spatialvla_jax.batch import Batch
 
 
 def assert_passes(frames: np.ndarray, size: int) -> None:
-    """The frames i64[…] of a dataset of `size`, in the order in which they come: each of them once a pass."""
+    """`frames` i64[…], in order, contain each frame of a dataset of `size` once per pass."""
     whole = frames[: len(frames) // size * size].reshape(-1, size)
     np.testing.assert_array_equal(np.sort(whole, axis=1), np.tile(np.arange(size), (len(whole), 1)))
 
@@ -27,7 +27,7 @@ def assert_resumes(stream: Callable[..., Iterator[Batch]], whole: list[Batch], s
 
 
 def assert_shared(stream: Callable[..., Iterator[Batch]], whole: list[Batch], counts: Iterable[int]) -> None:
-    """The rows of all processes, one after the other, are the batches of one process alone."""
+    """The rows of all processes, concatenated, are the batches of a single process."""
     for count in counts:
         parts = [take(stream(process_index=i, process_count=count), len(whole)) for i in range(count)]
         for one, *rows in zip(whole, *parts, strict=True):

@@ -10,7 +10,7 @@ from spatialvla_jax.models.siglip import SiglipConfig
 
 
 def randomise(module: torch.nn.Module, seed: int) -> torch.nn.Module:
-    """Unit-gain matrices; scales, biases and tables all away from zero and one."""
+    """Random unit-gain matrices; scales, biases and tables differ from zero and one."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in module.parameters():
@@ -26,12 +26,12 @@ def hf_siglip(config: SiglipConfig) -> SiglipVisionModel:
 
 
 def our_params(module: torch.nn.Module, shapes: dict, rules: list[Rule], prefix: str) -> dict:
-    """The module's weights as our tree with these (abstract) leaves."""
+    """The module's weights in our tree, whose abstract leaves are `shapes`."""
     return arrange({f"{prefix}.{key}": tensor.numpy() for key, tensor in module.state_dict().items()}, shapes, rules)
 
 
 def arrange(tensors: dict[str, np.ndarray], shapes: dict, rules: list[Rule]) -> dict:
-    """Published tensors as our tree with these (abstract) leaves; every one of them must have a place."""
+    """Published tensors in our tree, whose abstract leaves are `shapes`; all tensors must be used."""
     tensors = dict(tensors)
     leaves = {path: np.full(leaf.shape, np.nan, np.float32) for path, leaf in flatten(shapes).items()}
     for slot in slots({path: leaf.shape for path, leaf in leaves.items()}, rules):

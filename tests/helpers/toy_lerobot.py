@@ -1,4 +1,4 @@
-"""Small LeRobot datasets, written here from scratch."""
+"""Small LeRobot datasets, written from scratch."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ FRONT, WRIST = "observation.images.front", "observation.images.wrist"
 
 
 def frame(camera: str, episode: int, step: int) -> np.ndarray:
-    """A smooth picture that differs from every other one: u8[48, 64, 3]."""
+    """A smooth image u8[48, 64, 3], different for each camera, episode and step."""
     y, x = np.mgrid[: SIZE[0], : SIZE[1]] / 64
     phase = 0.9 * step + 2.1 * episode + (0.5 if camera == WRIST else 0)
     waves = [np.sin(5 * x + phase), np.cos(4 * y - 2 * phase), np.sin(3 * (x + y) + 1.7 * phase)]

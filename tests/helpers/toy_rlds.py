@@ -1,4 +1,4 @@
-"""Small RLDS datasets written with TFDS itself, for any test that needs one."""
+"""Small RLDS datasets, written with TFDS."""
 
 import io
 from pathlib import Path
@@ -19,8 +19,8 @@ def make_episodes(
     action_dim: int = 7,
     intrinsics: np.ndarray | None = None,
 ):
-    """`count` random LIBERO-style episodes, each a list of step dicts; every image differs. `size` is height, width.
-    Without `intrinsics` the camera is that of `INTRINSICS`, whatever the size."""
+    """`count` random LIBERO-style episodes, each a list of step dicts, with distinct images of `size` (height, width).
+    The default `intrinsics` are `INTRINSICS`, scaled to this size."""
     rng = np.random.default_rng(seed)
     if intrinsics is None:
         intrinsics = INTRINSICS * np.asarray([[size[1] / 64], [size[0] / 48], [1]], np.float32)
@@ -82,7 +82,7 @@ def make_rlds(
     version: str = "1.0.0",
     episodes_per_shard: int = 3,
 ) -> Path:
-    """Writes `splits` ({name: episodes, each a list of step dicts}) and returns the version directory."""
+    """Write `splits` ({name: episodes, each a list of step dicts}); returns the version directory."""
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core.dataset_info import DatasetIdentity
 

@@ -1,4 +1,4 @@
-"""The type checker of jaxtyping's import hook: beartype, and what JAX lets stand for an array."""
+"""The type checker of jaxtyping's import hook: beartype, and what JAX accepts in place of an array."""
 
 import functools
 import sys

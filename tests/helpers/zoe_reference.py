@@ -87,7 +87,7 @@ def hf_config(config: ZoeDepthConfig) -> HfConfig:
 
 
 def random_hf_model(config: ZoeDepthConfig, seed: int) -> ZoeDepthForDepthEstimation:
-    """A transformers model in which no weight is left at its initial value and depth varies over the image."""
+    """A transformers model with all weights random, whose depth varies over the image."""
     model = ZoeDepthForDepthEstimation(hf_config(config)).eval()
     randomise(model, seed)
     return model

@@ -108,7 +108,7 @@ def _open(root: Path, camera: str | None) -> LeRobot:
     video = camera if features[camera]["dtype"] == "video" else None
     for key in ("data_path", "video_path") if video else ("data_path",):
         get(key, str, "a path with fields in braces")
-    episodes = sorted((_episodes_v3 if version == "v3.0" else _episodes_v2)(root, info, video), key=_number)
+    episodes = sorted((_episodes_v3 if version == "v3.0" else _episodes_v2)(root, info, video), key=lambda e: e.number)
     if not episodes:
         raise InputError(f"{root} has no episodes: {root / 'meta'} lists none")
     numbers = [episode.number for episode in episodes]
@@ -261,10 +261,6 @@ def _image(root: Path, cell: Any) -> bytes:
     if is_depth(cell):
         raise Fault(IMAGE, "an image has 16 bits and one channel: that is depth, not a camera frame")
     return check_encoded(cell)
-
-
-def _number(episode: Episode) -> int:
-    return episode.number
 
 
 def _episodes_v2(root: Path, info: dict[str, Any], video_key: str | None) -> list[Episode]:
