@@ -1,5 +1,6 @@
 """Eight simulated CPU devices for every test; a toy dataset and a config file on it for those that train."""
 
+import gc
 import os
 import shutil
 import tempfile
@@ -20,6 +21,8 @@ from helpers import typecheck  # noqa: F401  (the hook finds it by name)
 from helpers.toy_rlds import make_episodes, make_rlds
 from hypothesis import settings
 from jaxtyping import install_import_hook
+
+gc.disable()  # while everything is imported, until `pytest_collection_finish`
 
 # Annotations are checked wherever a test calls the package's functions, shapes and dtypes included.
 install_import_hook("spatialvla_jax", "helpers.typecheck.check")
@@ -63,6 +66,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return next((n for n, name in enumerate(LONGEST) if name in item.nodeid), len(LONGEST))
 
     items.sort(key=rank)
+
+
+def pytest_collection_finish() -> None:
+    """Libraries and tests live until the end, and no collection looks at their millions of objects again; JAX makes as
+    many short-lived ones where it traces a program, so collections are rarer than Python's."""
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

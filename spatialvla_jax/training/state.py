@@ -1,5 +1,6 @@
 """The complete training state: saved by checkpoints, and updated by the jitted step."""
 
+import functools
 from typing import Any
 
 import jax
@@ -30,11 +31,12 @@ class TrainState:
 
 def init_params(model: SpatialVLA, seed: Integer[Array, ""] | int) -> Params:
     """Random parameters, float32."""
+    return _init(model, jnp.asarray(seed, jnp.uint32))
 
-    def init(seed: Any) -> Any:
-        return model.init(jax.random.key(seed), **example_inputs(model.config))["params"]
 
-    return jax.jit(init)(jnp.asarray(seed, jnp.uint32))
+@functools.partial(jax.jit, static_argnums=0)  # traced once, for shapes and for values
+def _init(model: SpatialVLA, seed: Integer[Array, ""]) -> Any:
+    return model.init(jax.random.key(seed), **example_inputs(model.config))["params"]
 
 
 def abstract_params(setup: TrainSetup) -> Params:

@@ -1,5 +1,6 @@
 """`spatialvla-jax train` in processes that start fast: a server imports everything once and forks for each run."""
 
+import gc
 import json
 import os
 import signal
@@ -122,6 +123,7 @@ def serve() -> None:
     import spatialvla_jax.training.loop  # noqa: F401
     from spatialvla_jax.cli import main
 
+    gc.freeze()  # what is imported is nothing that a process would have to look through
     running: set[int] = set()
     for line in sys.stdin:
         request = json.loads(line)

@@ -48,8 +48,10 @@ def test_whole_or_in_parts_it_is_the_model(first: int, window: int) -> None:
 def test_int8_is_within_half_a_step_of_every_weight(rows: int, columns: int, seed: int) -> None:
     matrix = np.random.default_rng(seed).normal(size=(rows, columns)).astype(np.float32)
     matrix[0] = 0
-    small = quantize(jnp.asarray(matrix))
+    small = jax.jit(quantize)(matrix)
     assert small.values.dtype == jnp.int8
     restored = np.asarray(small.values, np.float32) * np.asarray(small.scale)[:, None]
     assert (np.abs(restored - matrix) <= np.asarray(small.scale)[:, None] * 0.501).all()
-    np.testing.assert_allclose(linear(jnp.eye(columns), small), restored.T, rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(
+        jax.jit(linear)(np.eye(columns, dtype=np.float32), small), restored.T, rtol=1e-6, atol=1e-7
+    )

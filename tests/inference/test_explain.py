@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from helpers.batches import observation
@@ -29,7 +30,8 @@ def test_probabilities_are_those_of_the_training_time_forward_pass(trained: Path
     inputs = resize_observation(*(prepared[k][None] for k in ("image", "depth", "intrinsics")), size=cfg.img.image_size)
     inputs["image"] = inputs["image"] / np.float32(255)
     text = {k: prepared[k][None] for k in ("prompt_ids", "prompt_mask")}
-    logits = policy.model.apply({"params": params}, **inputs, **text, action_ids=ids.reshape(1, -1))
+    inputs |= text | {"action_ids": ids.reshape(1, -1)}
+    logits = jax.jit(lambda params, inputs: policy.model.apply({"params": params}, **inputs))(params, inputs)
     logits = np.asarray(logits)[0, :-1, cfg.action_offset :].reshape(4, 3, -1)
     for k, (start, size) in enumerate(grid.token_ranges):
         p = np.exp(logits[:, k, start : start + size].astype(np.float64))

@@ -22,7 +22,7 @@ def test_points_one_by_one(grid, step, batch, seed):
     intrinsics[:, 0, 1] = rng.uniform(-0.1, 0.1, batch)
     intrinsics[:, :2, 2] = rng.uniform(0, size, (batch, 2))
     intrinsics[:, 2, 2] = 1
-    points = np.asarray(back_project(depth, intrinsics, grid))
+    points = np.asarray(jax.jit(back_project, static_argnums=2)(depth, intrinsics, grid))
     assert points.shape == (batch, grid**2, 12)
     for b in range(batch):
         for patch in range(grid**2):
@@ -65,6 +65,6 @@ def test_starts_small_and_keeps_sines_exact():
         bound = 0.01 * (6 / (inputs + 16)) ** 0.5
         assert 0.8 * bound < jnp.abs(kernel).max() <= bound
     large = jax.tree.map(lambda x: 100 * x, variables)
-    a, b = (model.apply(large, depth, intrinsics) for model in (narrow, wide))
+    a, b = (jax.jit(model.apply)(large, depth, intrinsics) for model in (narrow, wide))
     assert a.dtype == jnp.bfloat16
     np.testing.assert_allclose(a.astype(jnp.float32), b, rtol=0.05, atol=0.02 * float(jnp.abs(b).max()))

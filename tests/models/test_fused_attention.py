@@ -105,7 +105,7 @@ def test_a_rematerialised_layer(monkeypatch, remat, forwards):
         jnp.arange(9)[None].repeat(2, axis=0),
     )
     mask = jnp.tri(9, dtype=bool)[None].repeat(2, axis=0)
-    variables = model.init(jax.random.key(0), x, positions, mask)
+    variables = jax.jit(model.init)(jax.random.key(0), x, positions, mask)
 
     def gradient(variables):
         return jax.grad(lambda v: jnp.sum(jnp.square(model.apply(v, x, positions, mask)) * x))(variables)

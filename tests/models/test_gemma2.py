@@ -133,7 +133,7 @@ def test_gradients_of_the_head_are_those_of_its_product(shape: tuple[int, ...], 
         def loss(x, w):
             return (jnp.tanh(product(x, w)) * weight).sum()
 
-        return jax.grad(loss, argnums=(0, 1))(jnp.asarray(hidden, dtype), jnp.asarray(head, dtype))
+        return jax.jit(jax.grad(loss, argnums=(0, 1)))(jnp.asarray(hidden, dtype), jnp.asarray(head, dtype))
 
     expected = gradients(lambda x, w: jnp.einsum("btd,vd->btv", x, w), jnp.float32)
     for dtype, tolerance in ((jnp.float32, 1e-5), (jnp.bfloat16, 0.05)):

@@ -118,7 +118,8 @@ def test_adapters_get_the_gradients_of_the_sum_without_that_of_the_weight(equati
     def through_the_sum(x, a, b):
         return (jnp.einsum(equation, x, w + product(kernel, a[None], b[None])[0]) * weights).sum()
 
-    for got, want in zip(*(jax.grad(f, (0, 1, 2))(x, a, b) for f in (beside, through_the_sum)), strict=True):
+    gradients = (jax.jit(jax.grad(f, (0, 1, 2)))(x, a, b) for f in (beside, through_the_sum))
+    for got, want in zip(*gradients, strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
 
 

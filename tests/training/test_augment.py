@@ -11,13 +11,14 @@ from hypothesis import strategies as st
 from spatialvla_jax.training.augment import (
     Augmentation,
     adjust_colours,
-    augment,
     colour_jitter,
     crop,
     hsv_to_rgb,
     rgb_to_hsv,
 )
+from spatialvla_jax.training.augment import augment as draw
 
+augment = jax.jit(draw, static_argnums=4)
 SIZE = 32
 CAMERA = np.array([[40, 0, 15], [0, 42, 17], [0, 0, 1]], np.float32)
 
