@@ -243,6 +243,10 @@ def run_sweep(args: argparse.Namespace) -> None:
 
     if args.config is None or args.workdir is None:
         raise InputError("a sweep needs --config FILE and --workdir DIR; `sweep report DIR` only writes its report")
+    if args.launcher == "local" and args.launcher_args:
+        raise InputError("--launcher-args needs --launcher slurm or --launcher xpk")
+    if args.launcher != "local" and args.parallel > 1:
+        raise InputError(f"--parallel is for trials on this machine, and --launcher {args.launcher} makes jobs of them")
     join_processes(args)
     sweep = load_sweep(args.config, args.overrides, args.only)
     trials, flags = sweep.select(args.only), [f"--config.{k}={v}" for k, v in args.overrides.items()]

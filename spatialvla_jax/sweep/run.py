@@ -76,10 +76,13 @@ def prepare(sweep: Sweep, workdir: Path) -> None:
 
     Warns if finished trials started from other weights than `init` holds now: it may have been trained again.
     """
-    weights = functools.cache(weights_digest)
+    weights, path = functools.cache(weights_digest), workdir / "sweep.json"
+    before = read_json(path) if path.exists() else None
+    if before and before.get("name") != sweep.name:
+        raise InputError(f"{workdir} holds the sweep {before.get('name')}, not {sweep.name}: use another workdir")
     others = []
     for trial in sweep.trials:
-        folder, path = folder_of(workdir, trial), trial.config.data.packed
+        folder, packed = folder_of(workdir, trial), trial.config.data.packed
         result = read_json(folder / "result.json") if (folder / "result.json").exists() else {}
         # A finished trial may have no checkpoints left.
         if begun := begun_config(folder, step_directory(folder)) or (result and read_json(folder / CONFIG)):
@@ -87,8 +90,8 @@ def prepare(sweep: Sweep, workdir: Path) -> None:
         # The data of a trial that ran on another machine need not be here.
         files = DataConfig.from_config(trial.config.data).packed_files if "packed" in result else ()
         here = "packed" in result and all(exists(to_path(file)) for file in files)
-        if here and result["packed"] != (packed_digest(path) if path else None):
-            raise InputError(f"{folder} was made from other data than {path or 'data.datasets'}: use another workdir")
+        if here and result["packed"] != (packed_digest(packed) if packed else None):
+            raise InputError(f"{folder} was made from other data than {packed or 'data.datasets'}: use another workdir")
         init = find_checkpoint(trial.config.init, "init") if result.get("init") else None
         if init and exists(init) and weights(init) != result["init"]:
             others.append(f"{trial.name}, from {trial.config.init}")
@@ -111,8 +114,7 @@ def prepare(sweep: Sweep, workdir: Path) -> None:
         "config_of_all": common,
         "config_of_each": {name: {k: v for k, v in of.items() if k not in common} for name, of in configs.items()},
     }
-    plan, path = json.loads(json.dumps(plan)), workdir / "sweep.json"
-    if not path.exists() or read_json(path) != plan:  # another process may have written it
+    if before != json.loads(json.dumps(plan)):
         write_json(path, plan)
 
 

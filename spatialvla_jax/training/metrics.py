@@ -141,13 +141,18 @@ def check_wandb() -> None:
 
 
 def read_metrics(path: AnyPath) -> list[dict[str, Any]]:
-    """All complete records of a `metrics.jsonl`; a last line truncated by a kill is dropped."""
-    records = []
-    for line in read_text(path).splitlines():
+    """All complete records of a `metrics.jsonl`; a last line truncated by a kill is dropped. Raises InputError for
+    another line that is no record."""
+    records, lines = [], read_text(path).splitlines()
+    for number, line in enumerate(lines, 1):
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:
-            break
+            if number == len(lines):
+                break
+            records.append(None)
+        if not isinstance(records[-1], dict) or "step" not in records[-1]:
+            raise InputError(f"{path} is damaged: line {number} is no JSON object with a step")
     return records
 
 

@@ -302,6 +302,16 @@ def test_a_collection_that_is_stopped_halfway_leaves_no_mixture_of_two_results(t
     assert json.loads((old / "trials" / "a" / "result.json").read_text())["of"] == "new"
 
 
+def test_another_sweep_does_not_take_the_place_of_the_one_that_is_there(tmp_path: Path) -> None:
+    """The report would show none of its trials."""
+    run.prepare(trials("a"), tmp_path)
+    before = (tmp_path / "sweep.json").read_text()
+    with pytest.raises(InputError, match=f"{tmp_path} holds the sweep mine, not other: use another workdir"):
+        run.prepare(replace(trials("b"), name="other"), tmp_path)
+    assert (tmp_path / "sweep.json").read_text() == before
+    run.prepare(trials("a", "b"), tmp_path)  # it may grow
+
+
 @pytest.mark.parametrize("file", ["sweep.json", "trials/a/result.json", "trials/a/closed_loop/result.json"])
 def test_damaged_files_are_named_when_a_sweep_goes_on(file: str, tmp_path: Path) -> None:
     (trial,) = trials("a").trials
@@ -491,6 +501,11 @@ def test_jobs_of_slurm_and_xpk(swept: tuple[list[str], Path, int], tmp_path: Pat
     assert shlex.split(job[-1]) == shlex.split(f"spatialvla-jax {ours.format(1)} --config.train.steps=3")
     assert job[job.index("--workload") + 1] == "grid-gaussian-seed-1" and job[job.index("--cluster") + 1] == "pod"
     assert main([*command, "--launcher", "xpk", "--launcher-args", "pod"]) == 2  # too few of them
+    capfd.readouterr()
+    assert main([*command, "--launcher-args=--partition=gpu"]) == 2
+    assert capfd.readouterr().err.endswith("--launcher-args needs --launcher slurm or --launcher xpk\n")
+    assert main([*command, "--launcher", "slurm", "--parallel", "2"]) == 2
+    assert "--parallel is for trials on this machine, and --launcher slurm makes jobs" in capfd.readouterr().err
     assert list(tmp_path.iterdir()) == []
     submit, environment = run.job_command(
         "slurm", "--partition gpu --gpus-per-node=1", "s.py", tmp_path, trials("a").trials[0], (), False
