@@ -139,8 +139,9 @@ def run_closed_loop(args: argparse.Namespace) -> None:
     extra = {} if args.unnorm_key is None else {"unnorm_key": args.unnorm_key}
     if args.server:
         token = read_token()
-        keys, depth, size = told(args.server, Client(args.server, token).metadata)
-        name, depth, size = args.server, depth or "depth" in (args.observation_keys or ()), args.image_size or size
+        keys, depth, size, weights = told(args.server, Client(args.server, token).metadata)
+        name = f"{args.server} ({weights})" if weights else args.server
+        depth, size = depth or "depth" in (args.observation_keys or ()), args.image_size or size
         how = {"keys": args.observation_keys, "gripper_closes": args.gripper_closes}
         name += "".join(f", {key} {value}" for key, value in how.items() if value)
         infer = served(args.server, token, **how, **extra)
@@ -172,11 +173,11 @@ def run_closed_loop(args: argparse.Namespace) -> None:
     print(json.dumps(result))
 
 
-def told(server: str, metadata: dict[str, Any]) -> tuple[list[str], bool, int]:
-    """What a server says about its policy: (its unnorm keys, whether it needs depth, the first size of square images).
-    Other servers of openpi's protocol say none of it. Raises InputError for what cannot be."""
+def told(server: str, metadata: dict[str, Any]) -> tuple[list[str], bool, int, str]:
+    """What a server says about its policy: (its unnorm keys, whether it needs depth, the first size of square images,
+    which policy it is). Other servers of openpi's protocol say none of it. Raises InputError for what cannot be."""
     keys, depth = metadata.get("unnorm_keys", []), metadata.get("needs_depth", False)
-    sizes = metadata.get("image_sizes", [])
+    sizes, policy = metadata.get("image_sizes", []), metadata.get("fingerprint", "")
     fits = isinstance(sizes, list) and all(
         isinstance(size, list) and len(size) == 2 and all(type(n) is int and 0 < n <= 4096 for n in size)
         for size in sizes
@@ -185,11 +186,12 @@ def told(server: str, metadata: dict[str, Any]) -> tuple[list[str], bool, int]:
     for key, value, good in (
         ("unnorm_keys", keys, texts),
         ("needs_depth", depth, isinstance(depth, bool)),
+        ("fingerprint", policy, isinstance(policy, str)),
         ("image_sizes", sizes, fits),
     ):
         if not good:
             raise InputError(f"{server} says {key!r} of its policy is {value!r:.200}, which cannot be")
-    return keys, depth, next((height for height, width in sizes if height == width), 128)
+    return keys, depth, next((height for height, width in sizes if height == width), 128), policy
 
 
 def key_names(text: str) -> dict[str, str]:

@@ -105,10 +105,15 @@ def run_serve(args: argparse.Namespace) -> None:
         options = {"dtype": args.dtype, "quantize": args.quantize, "speculate": args.speculate}
         return Policy.load(args.checkpoint, constrained=not args.unconstrained, **options)
 
-    say = partial(print, flush=True)
-    server = Server(
-        load, args.host, args.port, token=read_token(args.token_file), execute=args.execute, limits=limits, report=say
-    )
+    def identify() -> str:
+        from spatialvla_jax.checkpoints import fingerprint
+
+        digest = fingerprint(args.checkpoint).rpartition("(")[2].rstrip(")")
+        return ", ".join(filter(None, (digest, args.dtype, args.quantize, "unconstrained" * args.unconstrained)))
+
+    say, token = partial(print, flush=True), read_token(args.token_file)
+    options = {"token": token, "execute": args.execute, "limits": limits, "report": say, "identify": identify}
+    server = Server(load, args.host, args.port, **options)
     asyncio.run(run(server, lambda: say(f"listening on ws://{args.host}:{server.port}, loading {args.checkpoint}")))
     say("every reply is sent; stopped")
     if server.compiling:  # the interpreter would wait for its thread

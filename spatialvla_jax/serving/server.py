@@ -137,8 +137,8 @@ class Server:
 
     With `execute` "chunk", replies are whole chunks f32[T, A]. With a mode of `executor`, each reply is one action
     f32[1, A], and the policy is called only when a chunk is due. `report` is called with a sentence for each compiled
-    program, and one when clients can be answered. Raises InputError if other machines can reach `host` and there is no
-    token.
+    program, and one when clients can be answered. The metadata has what `identify` returns, by which a client knows the
+    policy again. Raises InputError if other machines can reach `host` and there is no token.
     """
 
     def __init__(
@@ -151,11 +151,12 @@ class Server:
         execute: str = "chunk",
         limits: Limits = LIMITS,
         report: Callable[[str], Any] = log.info,
+        identify: Callable[[], str] = str,
     ) -> None:
         if not token and not is_loopback(host):
             raise InputError(f"host {host} can be reached from other machines: serving on it needs a token")
         self.load, self.host, self.port, self.token, self.limits = load, host, port, token, room_for_images(limits)
-        self.execute, self.report, self.clients = execute, report, set[Client]()
+        self.execute, self.report, self.identify, self.clients = execute, report, identify, set[Client]()
         self.busy, self.explaining, self.draining = 0, 0, False
         Client(execute)  # raises now for an unknown mode, not for the first client
         self.batcher = Batcher(self._call_policy, limits, self._expected)
@@ -195,6 +196,7 @@ class Server:
             self.limits, image_sizes=self.limits.image_sizes or ((config.img.image_size,) * 2,)
         )
         self.metadata = {
+            "fingerprint": await self._in_compiler(self.identify),
             "observation": list(KEYS),
             "image_sizes": limits.image_sizes,
             "model_image_size": config.img.image_size,

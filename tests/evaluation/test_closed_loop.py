@@ -309,13 +309,14 @@ def test_an_evaluation_survives_a_server_that_fails_now_and_then(first, tmp_path
 
 @pytest.mark.parametrize(
     "metadata",
-    [{"unnorm_keys": "toy"}, {"unnorm_keys": [3]}, {"needs_depth": "no"}]
+    [{"unnorm_keys": "toy"}, {"unnorm_keys": [3]}, {"needs_depth": "no"}, {"fingerprint": 3}]
     + [{"image_sizes": x} for x in (None, 224, [224], [[224]], [["a", "a"]], [[0, 0]], [[10**9, 10**9]])],
 )
 def test_what_a_server_says_of_its_policy_is_checked(metadata):
-    assert told("ws://x", {}) == ([], False, 128)
+    assert told("ws://x", {}) == ([], False, 128, "")
     ours = {"unnorm_keys": ["toy"], "needs_depth": True, "image_sizes": [[48, 64], [56, 56]], "execute": "chunk"}
-    assert told("ws://x", ours) == (["toy"], True, 56)
+    ours |= {"fingerprint": "1234abcd"}
+    assert told("ws://x", ours) == (["toy"], True, 56, "1234abcd")
     with pytest.raises(InputError, match=r"^ws://x says '.*' of its policy is .*, which cannot be"):
         told("ws://x", ours | metadata)
 

@@ -167,7 +167,7 @@ def test_the_command_with_a_policy(evaluate, trained, tmp_path, monkeypatch):
 
 
 @contextmanager
-def openpi(metadata, seen, gripper=1.0):
+def openpi(metadata, seen, gripper=1.0, port=0):
     """A server that is no more than the protocol; `seen` gets the observations."""
 
     def talk(connection):
@@ -176,7 +176,7 @@ def openpi(metadata, seen, gripper=1.0):
             seen.append(unpack(message))
             connection.send(pack({"actions": np.tile(np.float32([0, 0, 0, 0, 0, 0, gripper]), (4, 1))}))
 
-    with serve(talk, "127.0.0.1", 0) as server:
+    with serve(talk, "127.0.0.1", port) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"ws://127.0.0.1:{server.socket.getsockname()[1]}"
         server.shutdown()
@@ -202,6 +202,17 @@ def test_the_command_with_servers(evaluate, tmp_path):
         assert evaluate("--server", address, "--out", str(tmp_path / "c"))[0] == 0
         assert {frozenset(o) for o in seen} == {frozenset(["image", "intrinsics", "prompt", "reset"])}
         assert all(o["image"].shape == (48, 48, 3) and o["image"][0, 0, 1] == 0 for o in seen), "the size it says"
+
+
+def test_episodes_of_a_server_that_got_another_policy_are_not_mixed(evaluate):
+    """At the same address, after a restart with other weights."""
+    port = 0
+    for policy, expected in (("1234abcd", 0), ("1234abcd", 0), ("5678abcd", 2)):
+        with openpi({"fingerprint": policy}, [], port=port) as address:
+            port = int(address.rpartition(":")[2])
+            code, _, err = evaluate("--server", address)
+            assert code == expected
+    assert f"policy = '{address} (1234abcd), 128 px', now it is '{address} (5678abcd), 128 px'" in err
 
 
 def test_the_gripper_of_a_server(monkeypatch):
