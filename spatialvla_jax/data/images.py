@@ -87,7 +87,7 @@ def decoder(size: int, depth: bool) -> Callable[..., dict[str, Any]]:
     signature = (tf.TensorSpec([], tf.string),)
     if depth:
         signature += (tf.TensorSpec([], tf.string), tf.TensorSpec([], tf.float32))
-    return tf.function(decode, input_signature=signature)
+    return tf.function(decode, input_signature=signature, autograph=False)  # no control flow; rewriting takes seconds
 
 
 def decode_batches(
@@ -113,6 +113,7 @@ def decode_batches(
     options.threading.private_threadpool_size = workers
     options.threading.max_intra_op_parallelism = 1
 
+    @tf.autograph.experimental.do_not_convert
     def encoded(step: Any) -> Any:
         return tuple(tf.ensure_shape(x, [batch_size]) for x in tf.numpy_function(read, [step], dtypes))
 
