@@ -101,7 +101,7 @@ def test_commands(line: str, gcs, here: Path, capsys) -> None:
     url = f"{gcs.url}-wrong/x"
     before = sorted(here.rglob("*"))
     sentence = refused(capsys, *(url if word.isupper() else word for word in line.split()))
-    assert url in sentence and ("there is no bucket" in sentence or "only a path of this machine's disk" in sentence)
+    assert url in sentence and ("there is no bucket" in sentence or "only a local path is accepted" in sentence)
     assert sorted(here.rglob("*")) == before
 
 

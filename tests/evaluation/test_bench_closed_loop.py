@@ -229,8 +229,8 @@ def test_episodes_of_weights_that_are_gone_do_not_stop_the_evaluation_of_new_one
         (["--image-size", 56], "--image-size is 56, and libero_spatial needs pictures of 224"),
         (["--execute", "sometimes"], "sometimes"),
         (["--seeds", "a"], "--seeds"),
-        (["--episodes", 0], "argument --episodes: '0' is not a whole number from 1 on"),
-        (["--rounds", -1], "argument --rounds: '-1' is not a whole number from 0 on"),
+        (["--episodes", 0], "argument --episodes: '0' is not an integer from 1"),
+        (["--rounds", -1], "argument --rounds: '-1' is not an integer from 0"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_recorded(bench, tmp_path, capsys, arguments, sentence):

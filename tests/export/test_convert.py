@@ -59,7 +59,7 @@ def test_an_export_says_what_the_release_cannot_run(checkpoint, golden, tmp_path
     assert len(figures["release_differences"]) == 2
     for sentence in figures["release_differences"]:
         assert f"- {sentence}\n" in card
-        assert f"in the release's own code it acts differently: {sentence}" in lines
+        assert f"the release's own code acts differently: {sentence}" in lines
     assert checkpoint.processor.prompt_template in card and "unnorm_key='toy'" in card and "| 90,160 |" in card
     assert "There it acts as here." in model_card(read_huggingface(golden))
 

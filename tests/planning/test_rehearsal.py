@@ -104,7 +104,7 @@ def test_a_rehearsal_leaves_nothing(packed_config: Path, tmp_path: Path, capsys:
     left.mkdir(parents=True)
     (left / "notes.txt").write_text("mine")
     assert main([*command, "4"]) == 2
-    assert f"{left} is where a rehearsal writes, and none made it" in capsys.readouterr().err
+    assert f"{left} is needed for the rehearsal but was not made by one" in capsys.readouterr().err
     assert (left / "notes.txt").read_text() == "mine"
 
 
