@@ -2,6 +2,7 @@
 interruption."""
 
 import contextlib
+import fcntl
 import json
 import os
 from collections import Counter
@@ -38,53 +39,58 @@ def evaluate(
 
     Writes settings.json, episodes.jsonl (one line per episode, synced to disk), result.json, and in videos/ up to
     `videos` successes and as many failures per task. `policy` names the policy. `progress(finished, successes)`
-    is called after each episode. Raises InputError if `folder` holds results of another policy or other settings.
+    is called after each episode. Raises InputError if `folder` holds results of another policy or other settings, or if
+    another process is filling it.
     """
     values, out = {"policy": policy, "execute": settings.execute, "max_steps": settings.max_steps}, folder.path
     (out / "videos").mkdir(parents=True, exist_ok=True)
-    results = _resume(folder, values)
-    log, kept = out / "episodes.jsonl", Counter[tuple[str, int, bool]]()
-    for episode, record in results.items():
-        kept[episode.suite, episode.task, record["success"]] += "video" in record
+    with folder.fetch("episodes.jsonl").open("a") as log:
+        try:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{folder.workdir} is being filled by another process: use another directory") from None
+        results, kept = _resume(folder, values), Counter[tuple[str, int, bool]]()
+        for episode, record in results.items():
+            kept[episode.suite, episode.task, record["success"]] += "video" in record
 
-    def report() -> None:
-        if progress:
-            successes = [results[episode]["success"] for episode in episodes if episode in results]
-            progress(len(successes), sum(successes))
+        def report() -> None:
+            if progress:
+                successes = [results[episode]["success"] for episode in episodes if episode in results]
+                progress(len(successes), sum(successes))
 
-    report()
-    settings, missing = replace(settings, film=videos > 0), [episode for episode in episodes if episode not in results]
-    for episode, record, frames in rollouts(environment, infer, missing, settings):
-        kind = (episode.suite, episode.task, record["success"])
-        if frames and kept[kind] < videos:
-            kept[kind] += 1
-            name = f"{episode.suite}-task{episode.task}-seed{episode.seed}-episode{episode.number}"
-            path = out / "videos" / f"{name}-{'success' if record['success'] else 'failure'}"
-            record["video"] = write_video(path, frames).name
-        with open(log, "a") as file:
-            file.write(json.dumps(episode._asdict() | record) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        folder.upload_now_and_then()
-        results[episode] = record
         report()
-    result = summary({episode: results[episode] for episode in episodes})
-    write_json(out / "result.json", result)
-    folder.upload()
+        missing = [episode for episode in episodes if episode not in results]
+        for episode, record, frames in rollouts(environment, infer, missing, replace(settings, film=videos > 0)):
+            kind = (episode.suite, episode.task, record["success"])
+            if frames and kept[kind] < videos:
+                kept[kind] += 1
+                name = f"{episode.suite}-task{episode.task}-seed{episode.seed}-episode{episode.number}"
+                path = out / "videos" / f"{name}-{'success' if record['success'] else 'failure'}"
+                record["video"] = write_video(path, frames).name
+            log.write(json.dumps(episode._asdict() | record) + "\n")
+            log.flush()
+            os.fsync(log.fileno())
+            folder.upload_now_and_then()
+            results[episode] = record
+            report()
+        result = summary({episode: results[episode] for episode in episodes})
+        write_json(out / "result.json", result)
+        folder.upload()
     return result
 
 
 def _resume(folder: LogFolder, values: dict[str, Any]) -> dict[Episode, dict[str, Any]]:
     """The results in `folder`. Raises InputError if they are damaged, or belong to another policy or other settings."""
-    path, log = folder.fetch("settings.json"), folder.fetch("episodes.jsonl")
+    path, log = folder.fetch("settings.json"), folder.path / "episodes.jsonl"
+    text = log.read_bytes()
+    if text and not path.exists():
+        raise InputError(f"{folder.workdir} holds episodes, but no settings.json that says whose they are")
     before = _record(path.read_bytes(), f"{folder.workdir / 'settings.json'}", values) if path.exists() else values
     if key := next((key for key in values if before[key] != values[key]), None):
         found = f"{folder.workdir} holds results with {key} = {before[key]!r}"
         raise InputError(f"{found}, now it is {values[key]!r}: use another directory")
     write_json(path, values)
-    if not log.exists():
-        return {}
-    text = log.read_bytes()
+    folder.upload()  # before any episode
     whole = text.rfind(b"\n") + 1
     if whole < len(text):  # the process was killed while writing
         os.truncate(log, whole)

@@ -147,6 +147,26 @@ def test_it_goes_on_where_it_was_stopped(first, tmp_path):
             run(tmp_path, policy)
 
 
+def test_two_processes_do_not_fill_one_directory(tmp_path):
+    """They would run the same episodes, and each would count those that it has run itself."""
+    refused = []
+
+    def begin_another(finished, _):
+        if not finished:
+            with pytest.raises(InputError, match=f"{tmp_path} is being filled by another process: use another dir"):
+                run(tmp_path, episodes=EPISODES[:1])
+            refused.append(finished)
+
+    assert run(tmp_path, episodes=EPISODES[:2], progress=begin_another)["episodes"] == 2 and refused == [0]
+
+
+def test_episodes_of_an_unknown_policy_are_not_taken_up(tmp_path):
+    run(tmp_path, episodes=EPISODES[:1])
+    (tmp_path / "settings.json").unlink()
+    with pytest.raises(InputError, match=r"holds episodes, but no settings\.json that says whose they are"):
+        run(tmp_path, episodes=EPISODES[:2])
+
+
 @pytest.mark.slow
 def test_in_a_bucket_it_goes_on_from_what_was_uploaded(gcs, first):
     """Stopped after five episodes, its process has time for a last upload; it may also find the bucket throttled."""
