@@ -6,8 +6,8 @@ The step includes augmentation, encoding, forward, backward, clipping and AdamW.
 counted. Prints the environment, each repeat and the median; ends with a line of JSON for each number of devices.
 Each number of devices has the same batch per device and shards the state over all devices (FSDP); efficiency is
 samples/s per device, relative to the first number. `--gather layer,once` compares gathering weights in each layer with
-gathering them once per step. Each `--xla NAME=VALUE,…` compares with the last number of devices compiled with these options.
-All programs are compiled first, in parallel.
+gathering them once per step. Each `--xla NAME=VALUE,…` adds the programs of the last number of devices, compiled with
+these options. All programs are compiled first, in parallel.
 
 The floor of a step is the time of its model FLOPs (`training.flops.model_flops`: forward, and backward to the trained
 parameters) at the devices' peak; MFU is floor / step time. Bytes of the state are printed as predicted from its
