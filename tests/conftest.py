@@ -12,6 +12,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # A collective blocks its thread until every device joins, and a device may wait in several at once. By default, XLA has
 # one thread per device on a machine of few cores, so the last device may find none left: a deadlock.
 os.environ.setdefault("PJRT_NPROC", "32")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # PyTorch's threads would only wait for each other: models are tiny
 
 from pathlib import Path
 
