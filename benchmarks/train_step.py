@@ -95,7 +95,7 @@ def parse() -> argparse.Namespace:
         type=lambda s: s.split(","),
         default=["layer"],
         metavar="layer,once",
-        help="when sharded weights are gathered; `once` is train.gather_once",
+        help="when weights are cast and, if sharded, gathered; `once` is train.gather_once",
     )
     parser.add_argument(
         "--xla",
@@ -277,12 +277,11 @@ def main() -> None:
     kind = jax.devices()[0].device_kind
     print(f"Python {platform.python_version()}, JAX {jax.__version__}, {jax.device_count()} × {kind}")
     counts = [int(n) for n in args.devices.split(",")] if args.devices else [jax.device_count()]
-    # One device has nothing to gather.
     programs = [
         Program(n, how == "once", options)
         for options in args.xla
         for n in (counts[-1:] if options else counts)
-        for how in (args.gather if n > 1 else ["layer"])
+        for how in args.gather
     ]
     lowered = [lower(program, args) for program in programs]
     with ThreadPoolExecutor(len(programs)) as pool:

@@ -240,7 +240,9 @@ KEYS: dict[str, Field] = {
     "train.spikes.rewind": Field(0, "smallest distance to go back", low=0, unit="steps"),
     "train.spikes.limit": Field(10, "spikes after which the run fails", low=0),
     "train.gather_once": Field(
-        False, "gather matrices split over mesh.fsdp once a step and keep them: faster, 2 bytes a parameter more memory"
+        False,
+        "cast matrices and gather those split over mesh.fsdp once a step, not in every layer: faster, "
+        "2 bytes a parameter more memory",
     ),
     "train.log_every": Field(50, "interval between records of the metrics", low=1, unit="steps"),
     "train.eval_every": Field(5_000, "interval between validations; 0: none", low=0, unit="steps"),

@@ -129,10 +129,11 @@ def cast_split(params: Params, dtype: DTypeLike, gather: bool = False) -> Params
     """Cast matrices that are split over `fsdp` to the computation's dtype, which halves the bytes to gather.
 
     By default a scan gathers each layer's matrices where they are used. With `gather`, all of them are gathered here.
-    All other parameters are unchanged, as is everything without a mesh or a split.
+    Where `fsdp` has size 1, `gather` alone casts them: nothing is gathered, but the scan then reads matrices and writes
+    gradients of half the size. All other parameters are unchanged, as is everything without a mesh or a split.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.shape["fsdp"] == 1:
+    if mesh.empty or (mesh.shape["fsdp"] == 1 and not gather):
         return params
 
     def cast(path: str, x: Any) -> Any:
@@ -140,6 +141,8 @@ def cast_split(params: Params, dtype: DTypeLike, gather: bool = False) -> Params
         if "fsdp" not in spec or re.fullmatch(LOOKED_UP, path):
             return x
         x = jax.lax.with_sharding_constraint(x.astype(dtype), spec)
+        if mesh.shape["fsdp"] == 1:
+            return x
         # Outside scans always: the compiler would gather the batch instead of reduce-scattering the gradient.
         whole = P(*(None if axis == "fsdp" else axis for axis in spec))
         return gathered(x, spec, whole) if gather or path in OUTSIDE_SCANS else x

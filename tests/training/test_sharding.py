@@ -1,4 +1,5 @@
 import re
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from spatialvla_jax.models import SpatialVLA, preset
 from spatialvla_jax.models.activation_sharding import constrain_batch
 from spatialvla_jax.training.sharding import BATCH, cast_split, check_batch, like_params, make_mesh, on_mesh
 from spatialvla_jax.training.state import init_params, init_state
-from spatialvla_jax.training.step import jit_train_step
+from spatialvla_jax.training.step import jit_train_step, loss_and_metrics, prepare
 
 
 def losses(mesh_shape: dict[str, int], devices: int, *, steps: int = 20, **train: int) -> list[float]:
@@ -53,6 +54,27 @@ def test_gathering_once_gives_the_losses_of_one_device(one_device: list[float]) 
     np.testing.assert_allclose(once, one_device, atol=1e-4)
 
 
+def test_casting_once_gives_the_gradients_of_casting_every_layer() -> None:
+    """In bfloat16 on one device: each matrix's gradient is a product's result in bfloat16 either way."""
+
+    def gradients(once: bool) -> dict[str, np.ndarray]:
+        mesh = make_mesh({"fsdp": 1}, jax.devices()[:1])
+        setup = setup_of(mesh, train={"steps": 1, "gather_once": once})
+        model = SpatialVLA(replace(setup.model.config, dtype="bfloat16", remat="dots"))
+        params, batch = init_params(model, 0), prepare(random_batch(model, 4, 0), None, None)
+
+        def loss(params):
+            params = cast_split(params, "bfloat16", setup.gather_once)
+            return loss_and_metrics(model, params, batch, GRID)[0].mean()
+
+        return flatten_dict(jax.jit(jax.grad(on_mesh(loss, mesh)))(params), sep="/")
+
+    every, once = gradients(False), gradients(True)
+    for name, gradient in every.items():
+        assert once[name].dtype == gradient.dtype == np.float32
+        np.testing.assert_array_equal(once[name], gradient, name)
+
+
 def test_the_heads_gradient_is_row_major_on_gpus() -> None:
     """Without replicas, and without gathering it for that."""
     head = jax.ShapeDtypeStruct((6, 8), jnp.float32)
@@ -82,16 +104,18 @@ def test_full_size_parameters_are_split() -> None:
 
 
 def test_split_matrices_alone_are_cast() -> None:
-    """They are gathered in the computation's dtype; tables that are looked up, norms and biases stay float32."""
+    """They are gathered in the computation's dtype; tables that are looked up, norms and biases stay float32. On one
+    device the same are cast if that is to happen once a step."""
     model = SpatialVLA(preset("nano", spatial_tokens=GRID.vocab_size))
     params = jax.eval_shape(lambda: init_params(model, 0))
 
-    def dtypes(fsdp: int) -> dict[str, str]:
+    def dtypes(fsdp: int, gather: bool = False) -> dict[str, str]:
         mesh = make_mesh({"fsdp": fsdp}, jax.devices()[:fsdp])
-        cast = jax.eval_shape(on_mesh(lambda p: cast_split(p, jnp.bfloat16), mesh), params)
+        cast = jax.eval_shape(on_mesh(lambda p: cast_split(p, jnp.bfloat16, gather), mesh), params)
         return {k: str(v.dtype) for k, v in flatten_dict(cast, sep="/").items()}
 
     assert set(dtypes(1).values()) == {"float32"}
+    assert dtypes(1, gather=True) == dtypes(4) == dtypes(4, gather=True)
     cast = {k for k, v in dtypes(4).items() if v == "bfloat16"}
     assert {"llm/lm_head", "img/head/kernel", "llm/layers/mlp/linear", "llm/layers/attn/q_einsum/w"} <= cast
     assert not any(re.search("norm|Norm|bias|input_embedding|spatial_embedding|ego3d|pos_embedding", k) for k in cast)
