@@ -364,18 +364,18 @@ def check_together(config: ConfigDict) -> None:
         raise InputError(f"{adapting[0]} interpolates between bins in space, which grid.kind=linear does not have")
     if not config.init:
         if config.grid.kind == "checkpoint":
-            raise InputError("grid.kind=checkpoint keeps the grid of init, and init is empty")
+            raise InputError("grid.kind=checkpoint keeps the grid of init, but init is empty")
         if config.lora.rank:
-            raise InputError(f"lora.rank={config.lora.rank} adapts the weights of init, and init is empty")
+            raise InputError(f"lora.rank={config.lora.rank} adapts the weights of init, but init is empty")
         if adapting:
-            raise InputError(f"{adapting[0]} adapts the weights of init, and init is empty")
+            raise InputError(f"{adapting[0]} adapts the weights of init, but init is empty")
 
 
 def find_config(path: str | Path) -> Path:
     """Find a config file by path or by name: `sweeps/ego3d` means `configs/sweeps/ego3d.py` in the working directory or
     in this project. Raises InputError."""
     if is_url(path):
-        raise InputError(f"--config {path} is a URL, and a config file is read from the local disk alone")
+        raise InputError(f"--config {path} is a URL, but config files are only read from the local disk")
     for file in (as_path(path, "--config"), shipped(f"configs/{path}.py")):
         if file.is_file():
             return file

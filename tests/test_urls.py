@@ -122,7 +122,7 @@ def test_a_dataset_of_the_config(gcs, here: Path, capsys, monkeypatch) -> None:
     assert f"{gcs.url}-wrong/1.0.0: there is no bucket" in sentence(f"{gcs.url}-wrong/1.0.0")
     monkeypatch.setenv("HOME", str(here))
     assert f"{here / 'toy' / '1.0.0'} does not exist" in sentence("~/toy/1.0.0")
-    assert "a config file is read from the local disk alone" in refused(
+    assert "config files are only read from the local disk" in refused(
         capsys, "train", "--config", f"{gcs.url}/toy.py", "--workdir", "run"
     )
     assert not (here / "gs:").exists()

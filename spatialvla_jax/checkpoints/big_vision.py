@@ -28,7 +28,7 @@ def open_npz(path: AnyPath) -> dict[str, LazyArray]:
         with path.open("rb") as file, zipfile.ZipFile(file) as archive:
             arrays = dict(_open_member(path, archive, name) for name in archive.namelist() if name != f"{FACTS}.npy")
     except Exception as error:  # zipfile and numpy raise many kinds for a damaged file
-        raise InputError(f"{path} is not a whole .npz file: {error}") from error
+        raise InputError(f"{path} is not a complete .npz file: {error}") from error
     wrong = [f"{name} ({array.dtype})" for name, array in arrays.items() if array.dtype not in FLOATS]
     check_names(path, "with a dtype other than float32, float16, bfloat16", wrong)
     return finite(path, arrays)
@@ -63,7 +63,7 @@ def read_big_vision(path: str | AnyPath) -> Checkpoint:
     except Exception as error:
         raise InputError(f"{path} cannot be read at {FACTS}: {error}") from error
     if text is None:
-        raise InputError(f"{path} holds no SpatialVLA: it has no member {FACTS!r}")
+        raise InputError(f"{path} is not a SpatialVLA checkpoint: it has no member {FACTS!r}")
     config, processor = parse_checkpoint(facts, f"{path}: {FACTS}.")
     check_arrays(path, arrays, param_shapes(config))
     return Checkpoint(config, arrays, processor)

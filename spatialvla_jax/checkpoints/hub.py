@@ -112,7 +112,7 @@ def look_up(id: str, revision: str | None = None) -> Repository:
             f"found {', '.join(names[:6])}{f' and {len(names) - 6} more' if len(names) > 6 else ''}" if names else ""
         )
         raise InputError(
-            f"{id} holds no checkpoint that can be read here: expected {CONFIG} and {' or '.join(WEIGHTS)}, "
+            f"{id} has no supported checkpoint: expected {CONFIG} and {' or '.join(WEIGHTS)}, "
             f"{found or 'and it is empty'}"
         )
     if kind not in KINDS:
@@ -240,7 +240,7 @@ def _download(url: str, target: Path, size: int, digest: str, bar: Bar) -> None:
             time.sleep(min(2**tries / 4, 8))
     if have != size or _digest(part, digest) != digest:
         part.unlink()
-        raise StorageError(f"{url} arrived damaged, and is removed: the same command downloads it again")
+        raise StorageError(f"{url} arrived damaged and was removed: rerun the command to download it again")
     os.replace(part, target)
 
 
@@ -286,11 +286,11 @@ def check_push(id: str, private: bool) -> None:
 
         api = HfApi()
         if get_token() is None:
-            raise InputError(f"--push {id} needs a token that may write: {LOGIN}")
+            raise InputError(f"--push {id} needs a token with write permission: {LOGIN}")
         user = api.whoami()
         names = [user["name"], *(org["name"] for org in user.get("orgs", ()))]
         if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
-            raise InputError(f"--push {id}: the token may only read; one that may write is given by {LOGIN}")
+            raise InputError(f"--push {id}: the token is read-only; set one with write permission by {LOGIN}")
         if id.partition("/")[0] not in names:
             raise InputError(f"--push {id}: the token can write only for {', '.join(names)}")
         try:
@@ -300,7 +300,7 @@ def check_push(id: str, private: bool) -> None:
     if held := sorted({file.rfilename for file in info.siblings or ()} - {".gitattributes"}):
         raise InputError(f"--push {id}: it exists and holds {', '.join(held[:4])}: choose a new name")
     if private and not info.private:
-        raise InputError(f"--push {id}: it exists and is public, and --private is asked for: choose a new name")
+        raise InputError(f"--push {id}: it exists and is public, but --private was given: choose a new name")
 
 
 def push_export(export: AnyPath, id: str, private: bool) -> str:
@@ -322,7 +322,7 @@ def push_export(export: AnyPath, id: str, private: bool) -> str:
 def _require_library(id: str) -> None:
     if find_spec("huggingface_hub") is None:
         raise InputError(
-            f"{id} does not exist here, and to ask the Hugging Face Hub needs huggingface_hub: "
+            f"{id} does not exist locally, and reading the Hugging Face Hub needs huggingface_hub: "
             "`pip install 'spatialvla-jax[hub]'`"
         )
 
@@ -360,7 +360,7 @@ def _explain(error: BaseException, id: str, revision: str | None, writing: bool)
         return InputError(f"{id} has no revision {revision or 'main'!r}: expected a branch, a tag or a whole commit")
     if isinstance(error, errors.RepositoryNotFoundError):
         return InputError(
-            f"{id} does not exist here, and the Hub has no such model, or it is private: check the name, or {LOGIN}"
+            f"{id} does not exist locally, and the Hub has no such model, or it is private: check the name, or {LOGIN}"
         )
     if status == 401:
         return InputError(f"{id}: the Hub does not accept the token: {LOGIN}")

@@ -51,7 +51,7 @@ def read_checkpoint(path: str | AnyPath, zoedepth: str | AnyPath | None = None) 
         )
     if (step := step_directory(path)) is not None:
         for newer in itertools.takewhile(lambda other: other != step, step_directories(path)):
-            warn(f"{newer} is incomplete, {missing(newer)} is missing or cut off: reading {step} instead")
+            warn(f"{newer} is incomplete, {missing(newer)} is missing or truncated: reading {step} instead")
         return read_adapters(step, read_checkpoint).whole if is_adapter_run(step) else read_orbax(step)
     if step_directories(path):
         return read_orbax(path)  # for its error

@@ -153,7 +153,7 @@ def read_orbax(path: str | AnyPath) -> Checkpoint:
     step = step_directory(path)
     if step is None:
         steps = step_directories(to_path(path))
-        why = f": {steps[0] / missing(steps[0])} is missing or cut off" if steps else ""
+        why = f": {steps[0] / missing(steps[0])} is missing or truncated" if steps else ""
         raise InputError(f"{path} has no complete checkpoint{why}")
     config, processor = parse_metadata(step, read_metadata(step))
     arrays = open_params(step)
@@ -176,7 +176,7 @@ def open_params(step: AnyPath) -> dict[str, LazyArray]:
     for damaged files."""
     params = absolute(step / "params")
     if lost := _missing_of_tree(params):
-        raise InputError(f"{params / lost} is missing or cut off")
+        raise InputError(f"{params / lost} is missing or truncated")
     # Share one cache of the store's index between all arrays; otherwise each array reads it again.
     context = tensorstore.Context({"cache_pool": {"total_bytes_limit": 2**27}})
 

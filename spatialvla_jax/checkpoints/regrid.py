@@ -35,7 +35,7 @@ def adapt_checkpoint(
         raise InputError(f"{path} and this config have different grids, and a linear one can't be adapted")
     if not embedding:
         raise InputError(
-            f"{path} was trained on another action grid than this config gives: set adapt.embedding=True to adapt its "
+            f"{path} was trained with another action grid than this config's: set adapt.embedding=True to adapt its "
             "spatial table to the new one, or grid.kind=checkpoint to keep the old one"
         )
     if old.num_bins != grid.num_bins and not head:

@@ -207,7 +207,7 @@ def run_depth(args: argparse.Namespace) -> None:
     zoedepth, arrays, native_size = read_zoedepth(args.checkpoint)
     if not (size := size or native_size):
         raise InputError(
-            f"{args.checkpoint} is a ZoeDepth alone: --config or --image-size must give the model's image size"
+            f"{args.checkpoint} is only a ZoeDepth: --config or --image-size must give the model's image size"
         )
     if args.batch_size < 1 or args.batch_size % jax.device_count():
         raise InputError(f"the batch size {args.batch_size} does not divide among {jax.device_count()} devices")

@@ -190,7 +190,7 @@ def told(server: str, metadata: dict[str, Any]) -> tuple[list[str], bool, int, s
         ("image_sizes", sizes, fits),
     ):
         if not good:
-            raise InputError(f"{server} says {key!r} of its policy is {value!r:.200}, which cannot be")
+            raise InputError(f"{server} says {key!r} of its policy is {value!r:.200}, which is invalid")
     return keys, depth, next((height for height, width in sizes if height == width), 128), policy
 
 

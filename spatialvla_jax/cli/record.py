@@ -78,7 +78,7 @@ def run_record(args: argparse.Namespace) -> None:
     given = (name for name, default in args.recorded.items() if getattr(args, name) != default)
     if args.render and (name := next(given, None)):
         option = f"--{name.replace('_', '-')}"
-        raise InputError(f"{option} needs --episodes: --render makes pictures of motions that were recorded before")
+        raise InputError(f"{option} needs --episodes: --render only renders recorded motions")
     if args.policy is None and args.unnorm_key is not None:
         raise InputError("--unnorm-key needs --policy")
     (OutputFile() if args.out.suffix in (".npz", ".pack") else DATASET).check(args.out, "--out")

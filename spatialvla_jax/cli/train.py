@@ -165,7 +165,7 @@ def open_rollouts(tasks: Sequence[tuple[str, int]], config: Any) -> "ValidationR
     if not config.train.eval_every:
         raise InputError("--film logs its videos after validations, and train.eval_every=0 makes none")
     if jax.process_count() > 1:
-        raise InputError(f"--film is for a run in one process, and this one has {jax.process_count()}")
+        raise InputError(f"--film needs a run in one process, but this one has {jax.process_count()}")
     return ValidationRollouts([episode for suite, task in tasks for episode in episodes([suite], 1, [0], [task])])
 
 

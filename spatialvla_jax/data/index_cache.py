@@ -394,7 +394,7 @@ def _write(work: Path, source: Source, faults: Faults, parts: Iterator[Part]) ->
     skipped = merged["skipped"]
     if not merged["statistics"]:
         listed = ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()))
-        raise InputError(f"Dataset {source.name!r} ({source.builder.data_dir}) has no episode to use ({listed})")
+        raise InputError(f"Dataset {source.name!r} ({source.builder.data_dir}) has no usable episode ({listed})")
     read = sum(len(shard.numbers) for shard in source.shards) + skipped.get("unlisted", 0)
     meta = {"version": VERSION, "made_from": source.made_from, "read": read} | merged
     (work / META).write_text(json.dumps(meta | {"digest": digest(meta)}, indent=2), "utf-8")

@@ -314,7 +314,7 @@ class Loader:
     ) -> list[tuple[int, mixture.Mixture, np.ndarray]]:
         """The phases of a run: first step, mixture, and how many frames of each dataset were drawn before."""
         if self.config.drop and total_steps is None:
-            raise InputError("data.drop needs to know how many steps the run has")
+            raise InputError("data.drop needs the run's number of steps")
         phases: list[tuple[int, mixture.Mixture, np.ndarray]] = []
         drawn = np.zeros(len(self.weights), np.int64)
         for fraction, datasets in self._fractions():
@@ -331,7 +331,7 @@ class Loader:
             for path, index in zip(self._paths, indexes, strict=True):
                 if self._target and "target" not in index.arrays:
                     raise InputError(
-                        f"{path} does not say where the task's object is, which loss.target needs: expected a packed "
+                        f"{path} has no positions of the task's object, which loss.target needs: expected a packed "
                         "file of `record libero` with this version"
                     )
                 if (width := index.arrays["action"].shape[1]) != self.action_dim:

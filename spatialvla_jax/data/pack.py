@@ -264,7 +264,7 @@ class Packed:
                 key = next(key for key, value in specs[0].items() if value != specs[1][key])
                 raise InputError(
                     f"{before.path} and {entry.path} both hold the dataset {entry.name!r}, with {key} "
-                    f"{specs[0][key]!r} and {specs[1][key]!r}: one dataset has one spec"
+                    f"{specs[0][key]!r} and {specs[1][key]!r}: the specs must be equal"
                 )
 
     def index(self, split: str) -> tuple[Index, ...]:
@@ -310,7 +310,7 @@ class _File:
         if header["image_size"] != image_size:
             raise InputError(f"{path} holds images of {header['image_size']} px, but the model's are {image_size} px")
         if depth and not header["depth"]:
-            raise InputError(f"{path} holds no depth, which the config asks for")
+            raise InputError(f"{path} holds no depth, which the config requires")
         for key, value in _named(config).items():
             if value != header["config"].get(key):
                 raise InputError(

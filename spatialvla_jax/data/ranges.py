@@ -93,7 +93,7 @@ def _of_many(read: "Future[list[bytes | Exception]]", number: int, path: str) ->
     if isinstance(found, EOFError):
         raise Fault("unreadable file", "the file is shorter than it was") from found
     if isinstance(found, InputError) and not isinstance(found, StorageError) and not exists(to_path(path)):
-        raise Fault("unreadable file", "the object does not exist any more") from found
+        raise Fault("unreadable file", "the object no longer exists") from found
     raise found
 
 

@@ -340,7 +340,7 @@ class StepReader:
                     index.forget()
                     raise InputError(
                         f"the records of {path} are not those that dataset {index.name!r} was indexed with, though "
-                        "the file has the same size and modification time: start again to index the dataset again"
+                        "the file has the same size and modification time: restart to index the dataset again"
                     )
                 current[episode] = True
 

@@ -53,12 +53,12 @@ def make_entries(config: DataConfig, depth: bool = False) -> tuple[Entry, ...]:
     if config.precomputed_depth:
         entries = tuple(dataclasses.replace(entry, spec=with_precomputed_depth(entry.spec)) for entry in entries)
     if depth and (without := [entry.name for entry in entries if entry.spec.depth is None]):
-        raise InputError(f"Dataset {without[0]!r} has no depth, which the config asks for")
+        raise InputError(f"Dataset {without[0]!r} has no depth, which the config requires")
     names = [entry.name for entry in entries]
     if not entries:
         raise InputError("The mixture is empty: data.mixture or data.datasets must name at least one dataset")
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise InputError(f"data.datasets and data.mixture have a name twice: {', '.join(twice)}")
+        raise InputError(f"data.datasets and data.mixture have duplicate names: {', '.join(twice)}")
     check_drop(config.drop, names)
     return entries
 
@@ -70,7 +70,7 @@ def check_drop(drop: Mapping[str, float], names: Sequence[str]) -> None:
             raise InputError(f"data.drop names {name!r}, which is not in the mixture: that has {', '.join(names)}")
         check(until, Field(0.5, "", above=0, below=1, unit="fraction of the steps"), f"data.drop[{name!r}]")
     if len(drop) == len(names):
-        raise InputError("data.drop names every dataset: at least one must last to the end")
+        raise InputError("data.drop names every dataset: at least one must remain to the end")
 
 
 def _entry(values: Mapping[str, Any]) -> Entry:
@@ -106,7 +106,7 @@ def _mixture(name: str, root: str) -> list[Entry]:
     if missing:
         raise InputError(
             f"{root} lacks {len(missing)} of the {len(MIXTURES[name])} datasets of {name!r}: {', '.join(missing)}; "
-            "NAME/VERSION/dataset_info.json is expected of each"
+            "NAME/VERSION/dataset_info.json is expected in each"
         )
     return entries
 

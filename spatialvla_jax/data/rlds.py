@@ -81,7 +81,7 @@ def _check_info(path: AnyPath) -> None:
         raise InputError(f"{path} is not readable JSON ({error}): copy or write the dataset again") from error
     splits = info.get("splits") if isinstance(info, dict) else None
     if not (splits and isinstance(splits, list) and all(isinstance(one, dict) and one.get("name") for one in splits)):
-        raise InputError(f"{path} names no splits, which TFDS adds at the end: copy or write the dataset again")
+        raise InputError(f"{path} names no splits, which TFDS writes last: copy or write the dataset again")
     if not isinstance(info.get("name"), str) or not info["name"]:
         raise InputError(f"{path} has no 'name', with which the names of the dataset's files begin")
 
@@ -157,7 +157,7 @@ def read_episodes(
             try:
                 offset, record, intact = next(records)
             except StopIteration:
-                lost = Fault("truncated", f"the file ends early, it should hold {numbers.stop} episodes")
+                lost = Fault("truncated", f"the file ends early: it should have {numbers.stop} episodes")
                 raise lost from None
             except Fault as fault:
                 lost = fault

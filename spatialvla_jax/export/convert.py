@@ -107,14 +107,14 @@ def convert(
         check_push(push, private)
     src, base = find_checkpoint(src, "SRC"), base and find_checkpoint(base, "--base")
     if resolved(src) in resolved(dst).parents:
-        raise InputError(f"{dst} lies inside {src}: choose a destination outside of it")
+        raise InputError(f"{dst} lies inside {src}: choose a destination outside it")
     adapters = exists(src) and is_adapter_run(src)
     if not adapters and (merge or to == PEFT):
         raise InputError(f"{src} holds no adapters {'to merge' if merge else 'for peft'}: the run had no lora.rank")
     if adapters and merge == (to == PEFT):
         raise InputError(f"{src} holds adapters: --merge gives a whole checkpoint, --to peft only the adapters")
     if to == PEFT and dtype:
-        raise InputError(f"{src} holds adapters, which are written as they were trained: leave --dtype out")
+        raise InputError(f"{src} holds adapters, which are written as they were trained: omit --dtype")
     if base is not None and to != PEFT:
         raise InputError(f"{base} is a base for adapters: --base goes with --to peft")
     if verify and to in VERIFIED and not _can_verify(to):

@@ -82,7 +82,7 @@ class Policy:
             )
         model, params, processor = load_pretrained(path)
         if processor is None:
-            raise InputError(f"{path} holds weights but no action grid and tokenizer, so it cannot act")
+            raise InputError(f"{path} has weights but no action grid and tokenizer, so it cannot act")
         model = SpatialVLA(replace(model.config, dtype=dtype or model.config.dtype))
         return cls(model, params, processor, constrained=constrained, int8=quantize == "int8", speculate=speculate)
 

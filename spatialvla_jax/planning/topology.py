@@ -65,7 +65,7 @@ def parse_topology(text: str, slices: int = 1) -> Topology:
     """
     found = re.fullmatch(r"(\w+)(?::(\d+(?:x\d+)*)|-(\d+))", text)
     if not found or found[1] not in CHIPS:
-        raise InputError(f"topology {text!r} does not exist; write one of {', '.join(CHIPS)} and a shape, as v5e:16x16")
+        raise InputError(f"topology {text!r} does not exist; write one of {', '.join(CHIPS)} and a shape: v5e:16x16")
     if slices < 1:
         raise InputError(f"--slices must be at least 1, not {slices}")
     generation, chip = found[1], CHIPS[found[1]]

@@ -90,7 +90,7 @@ def out_of_memory(message: str) -> dict[str, float]:
     found = next(filter(None, (re.search(refusal, message) for refusal in REFUSALS)), None)
     if not found:
         reason = message.splitlines()[0][:500]
-        raise InputError(f"libtpu cannot compile this plan, another mesh or batch may do: {reason}")
+        raise InputError(f"libtpu cannot compile this plan; another mesh or batch may work: {reason}")
     unit = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
     return {"used": float(found[1]) * unit[found[2]], "hbm": float(found[3]) * unit[found[4]]}
 

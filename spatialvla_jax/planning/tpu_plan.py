@@ -390,5 +390,5 @@ def compile_for(
     progress(f"{too_much}; looking for settings that fit")
     better, tried = advise(plan, report, topology.slices, compile_)
     if better is None:
-        raise InputError(f"{too_much}; neither does it fit with {tried[-1] if tried else 'anything smaller'}")
+        raise InputError(f"{too_much}; nor does it fit with {tried[-1] if tried else 'anything smaller'}")
     raise InputError(f"{too_much}; this fits (compiled): {better.flags(plan)}")

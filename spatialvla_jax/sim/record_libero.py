@@ -100,7 +100,7 @@ def record_libero(
         if not value >= 0:
             raise InputError(f"{name} is {value}: expected at least 0")
     if jitter and out.suffix == ".npz":
-        raise InputError(f"jitter is {jitter}, and {out} will hold no pictures: expected 0, and jitter when rendering")
+        raise InputError(f"jitter is {jitter}, but {out} has no images: expected 0; set jitter when rendering")
     _check_out(out, every, jitter)
     tasks = _check(suite, episodes, val_episodes, tasks, image_size, workers)
     jobs = deal(suite, tasks, episodes, val_episodes, seed, image_size)
@@ -150,7 +150,7 @@ def render_motions(
     _check_out(out, every, jitter)
     check_simulator()
     if len({file.resolve() for file in files}) < len(files):
-        raise InputError(f"one file is twice in {', '.join(map(str, files))}: expected each once")
+        raise InputError(f"one file occurs twice in {', '.join(map(str, files))}: expected each once")
     episodes = sorted((motion for file in files for motion in load_motions(file)), key=lambda m: SPLITS.index(m.split))
     suites = sorted({motion.suite for motion in episodes})
     if len(suites) != 1:
@@ -163,7 +163,7 @@ def render_motions(
 def _check_out(out: Path, every: int, jitter: float) -> None:
     check_jitter(jitter)
     if every < 1 or (every > 1 and out.suffix != ".pack"):
-        raise InputError(f"every is {every}: expected 1 or, for pictures of some steps only, more and a FILE.pack")
+        raise InputError(f"every is {every}: expected 1 or, for images of some steps only, more and a FILE.pack")
     check_file(out) if out.suffix in (".pack", ".npz") else check_out(out)
 
 

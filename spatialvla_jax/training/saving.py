@@ -126,7 +126,7 @@ class Checkpoints:
         for step in step_directories(workdir):
             lost = missing(step)
             if lost and lost != MARKER and not complete:
-                self._set_aside(step, f"{lost} is missing or cut off")
+                self._set_aside(step, f"{lost} is missing or truncated")
             if not lost and is_url(step) and not exists(step / MARKER):
                 put(step / MARKER, b"")
             complete = complete or not lost

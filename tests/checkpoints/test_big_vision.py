@@ -56,9 +56,9 @@ def test_bad_files_are_named(checkpoint, tmp_path):
     np.savez(tmp_path / "list.npz", **array, spatialvla_jax=np.array("[]"))
     np.savez(tmp_path / "ints.npz", **{"params/img/x": np.zeros(3, np.int32)})
     for name, says in [
-        ("short.npz", r"short\.npz is not a whole \.npz file"),
+        ("short.npz", r"short\.npz is not a complete \.npz file"),
         ("damaged.npz", r"damaged\.npz cannot be read at params/"),
-        ("other.npz", "holds no SpatialVLA"),
+        ("other.npz", "is not a SpatialVLA"),
         ("cut.npz", r"cut\.npz cannot be read at spatialvla_jax: "),
         ("list.npz", r"list\.npz: spatialvla_jax is \[\], but a dict is expected"),
         ("ints.npz", r"1 tensor with a dtype other than float32, float16, bfloat16: img/x \(int32\)"),

@@ -119,7 +119,7 @@ def test_damaged_bytes_are_not_kept(server, export):
     server.commit("org/name", export)
     digest = hub.look_up("org/name").files["model.safetensors"][1]
     server.faults.append(Fault(f"GET /blobs/{digest}", status=200, body=bytes(len(server.blobs[digest]))))
-    with pytest.raises(StorageError, match="arrived damaged, and is removed: the same command downloads it again"):
+    with pytest.raises(StorageError, match="arrived damaged and was removed: rerun the command to download it again"):
         hub.find_checkpoint("org/name")
     assert not list(Path(constants.HF_HUB_CACHE).rglob("*.part")) and not list(Path(".").rglob("snapshots"))
 
@@ -130,9 +130,9 @@ def test_damaged_bytes_are_not_kept(server, export):
         "gone": (
             "org/gone",
             InputError,
-            "org/gone does not exist here, and the Hub has no such model, or it is private",
+            "org/gone does not exist locally, and the Hub has no such model, or it is private",
         ),
-        "private": ("org/private", InputError, "org/private does not exist here, and the Hub has no such model, or it"),
+        "private": ("org/private", InputError, "org/private does not exist locally, and the Hub has no such model"),
         "gated": (
             "org/gated",
             InputError,
@@ -142,9 +142,9 @@ def test_damaged_bytes_are_not_kept(server, export):
         "pickle": (
             "org/bin",
             InputError,
-            r"org/bin holds no checkpoint that .* found config\.json, pytorch_model\.bin",
+            r"org/bin has no supported checkpoint: .* found config\.json, pytorch_model\.bin",
         ),
-        "empty": ("org/empty", InputError, r"org/empty holds no checkpoint that can be read here: .* and it is empty"),
+        "empty": ("org/empty", InputError, r"org/empty has no supported checkpoint: .* and it is empty"),
         "llama": (
             "org/llama",
             InputError,
@@ -201,5 +201,5 @@ def test_a_full_disk_is_noticed_before(server, export, monkeypatch):
 
 def test_without_the_library_an_id_says_what_to_install(server, monkeypatch):
     monkeypatch.setattr(hub, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"org/name does not exist here, .*pip install 'spatialvla-jax\[hub\]'`$"):
+    with pytest.raises(InputError, match=r"org/name does not exist locally, .*pip install 'spatialvla-jax\[hub\]'`$"):
         read_checkpoint("org/name")

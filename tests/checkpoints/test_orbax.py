@@ -128,7 +128,7 @@ def test_damaged_files_are_named(checkpoint, tmp_path):
     with pytest.raises(InputError, match="params cannot be read"):
         read_orbax(tmp_path / "run").params()
     (step / "metadata" / "metadata").write_text("{")
-    with pytest.raises(InputError, match="0/metadata/metadata is missing or cut off"):
+    with pytest.raises(InputError, match="0/metadata/metadata is missing or truncated"):
         read_orbax(tmp_path / "run")
 
 
@@ -189,7 +189,7 @@ def test_each_file_damaged_in_turn(tmp_path):
         (step / "params" / "_METADATA", "_METADATA"),
         (step / "params" / "manifest.ocdbt", "manifest.ocdbt"),
     ):
-        assert found[file][0] == ("deleted", f"{step / 'params' / name} is missing or cut off")
+        assert found[file][0] == ("deleted", f"{step / 'params' / name} is missing or truncated")
     data = max(files, key=lambda file: file.stat().st_size)
     assert len(found[data]) > 10
 

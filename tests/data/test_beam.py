@@ -144,7 +144,7 @@ def test_no_usable_episode(tmp_path):
     for file in path.glob("*.tfrecord*"):
         file.write_bytes(b"")
     data = data_config(path, cache_dir=tmp_path) | {"faults": {"policy": "skip", "limit": 9}}
-    with pytest.raises(InputError, match=r"Dataset 'toy0' .* has no episode to use \(1 truncated\)"):
+    with pytest.raises(InputError, match=r"Dataset 'toy0' .* has no usable episode \(1 truncated\)"):
         compute_stats(DataConfig.from_config(data), (), str(tmp_path / "s.json"))
 
 

@@ -115,7 +115,7 @@ def draws(loader, count, seed, unreadable):
 
 CHANGES = {"deleted": Path.unlink, "cut": lambda file: file.write_bytes(b"short"), "rewritten": rewrite}
 SAID = {
-    "deleted": "does not exist any more",
+    "deleted": "no longer exists",
     "cut": "is shorter than it was",
     "rewritten": "have changed since they were indexed",
 }

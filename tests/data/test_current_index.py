@@ -222,7 +222,7 @@ def test_a_frame_that_only_its_checksum_shows(data, tmp_path):
 def test_files_that_are_gone_or_cut(data, tmp_path):
     load(data, tmp_path / "cache")
     shards(data)[4].write_bytes(b"")
-    with pytest.raises(InputError, match=r"00004, episode 0: the file ends early, it should hold 3 episodes"):
+    with pytest.raises(InputError, match=r"00004, episode 0: the file ends early: it should have 3 episodes"):
         load(data, tmp_path / "cache")
     shards(data)[4].unlink()
     with pytest.raises(InputError, match="00004 is missing, a shard of the split 'train'"):
@@ -253,7 +253,7 @@ def test_records_beyond_shard_lengths(data, tmp_path, capsys):
 
 def test_shard_lengths_beyond_the_records(data, tmp_path):
     change_info(data, [3, 3, 3, 3, 4, 3, 3, 3, 1])
-    with pytest.raises(InputError, match=r"00004, episode 3: the file ends early, it should hold 4 episodes"):
+    with pytest.raises(InputError, match=r"00004, episode 3: the file ends early: it should have 4 episodes"):
         load(data, tmp_path / "cache")
     assert load(data, tmp_path / "cache", SKIP).skipped == {"truncated": 1}
 

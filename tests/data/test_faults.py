@@ -169,7 +169,7 @@ def test_read_is_used_and_skipped_whatever_is_damaged(one_file, tmp_path_factory
         try:
             index = load_index("toy", path, LIBERO, "train", tmp_path_factory.mktemp("cache"), faults=Faults("skip", 5))
         except InputError as error:
-            assert "no episode to use" in str(error)
+            assert "no usable episode" in str(error)
             return
         assert index.num_episodes + sum(index.skipped.values()) == index.num_read == 5
         ends = dict(zip(clean.arrays["episode_number"].tolist(), clean.arrays["episode_end"].tolist(), strict=True))

@@ -73,8 +73,8 @@ WORDS = {
     "truth": Kind(F.Scalar(np.bool_), lambda x: True, "text is expected"),
     "dict": Kind(F.FeaturesDict({"en": F.Text()}), lambda x: {"en": x[0]}, "text is expected"),
     "not UTF-8": Kind(F.Text(), lambda x: b"\xff\xfe", "not UTF-8"),
-    "blank": Kind(F.Text(), lambda x: " \t", "no episode to use .* unlabeled"),
-    "empty list": Kind(F.Sequence(F.Text()), lambda x: [], "no episode to use .* unlabeled"),
+    "blank": Kind(F.Text(), lambda x: " \t", "no usable episode .* unlabeled"),
+    "empty list": Kind(F.Sequence(F.Text()), lambda x: [], "no usable episode .* unlabeled"),
     "missing": Kind(None, refused="has no key 'words'"),
 }
 ACTIONS = {
@@ -140,7 +140,7 @@ def check(folder: Path, image: str, words: str, action: str, which: str, lengths
     if which and words not in LISTS:
         refused.append("not a list|has no key")
     elif which and not -len(flat(steps[0]["words"])) <= int(which[1:-1]) < len(flat(steps[0]["words"])):
-        refused.append("no episode to use .*unlabeled")
+        refused.append("no usable episode .*unlabeled")
     spec = make_spec({"image": "image", "language": f"words{which}", "action": ["action"]}, CATALOGUE, "toy")
     try:
         index = load_index("toy", path, spec, "train", folder / "cache")

@@ -239,7 +239,7 @@ def test_dataset_that_vanishes(tmp_path):
             r"toy0'\] has no key 'wait'; did you mean weight",
         ),
         (lambda config: config["datasets"][0].pop("path"), "has no 'path'"),
-        (lambda config: config["datasets"].append(config["datasets"][0]), "have a name twice: toy0"),
+        (lambda config: config["datasets"].append(config["datasets"][0]), "have duplicate names: toy0"),
         (lambda config: config.update(split="test"), "has no split 'test': it has train, val"),
         (lambda config: config["datasets"][0].update(spec={}), "'toy0' has no depth"),
         (lambda config: config["prompt"].update(length=4), "needs .* tokens, more than the 4"),

@@ -206,7 +206,7 @@ def test_file_that_does_not_fit(file, data, tmp_path):
     flat = load_data(data, image_size=SIZE)
     write_pack(flat, tmp_path / "flat.pack", ("train",))
     assert_equal(next(open_pack(tmp_path / "flat.pack", depth=False).batches(4)), next(flat.batches(4)))
-    with pytest.raises(InputError, match=r"flat.pack holds no depth, which the config asks for"):
+    with pytest.raises(InputError, match=r"flat.pack holds no depth, which the config requires"):
         open_pack(tmp_path / "flat.pack")
 
 

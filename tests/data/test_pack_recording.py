@@ -118,7 +118,7 @@ def test_the_target_comes_if_asked_for(loader, tmp_path: Path, monkeypatch) -> N
     write_pack(loader, tmp_path / "old.pack", ("train",))  # like the files of earlier versions, without it
     old = {"packed": str(tmp_path / "old.pack")}
     load_data(old, image_size=SIZE, depth=True)
-    with pytest.raises(InputError, match=r"^\S+old\.pack does not say where the task's object is, which loss\.target"):
+    with pytest.raises(InputError, match=r"^\S+old\.pack has no positions of the task's object, which loss\.target"):
         load_data(old, image_size=SIZE, depth=True, target=True)
 
 

@@ -78,7 +78,7 @@ def test_datasets_that_a_mixture_lacks(root, mixtures, monkeypatch):
     with pytest.raises(InputError, match=r"needs data\.root"):
         make_entries(DataConfig("two"))
     own = {"name": "libero", "path": "x", "spec": "libero"}
-    with pytest.raises(InputError, match="have a name twice: libero"):
+    with pytest.raises(InputError, match="have duplicate names: libero"):
         make_entries(DataConfig("two", str(root), (own,)))
 
 

@@ -337,7 +337,7 @@ def test_what_a_server_says_of_its_policy_is_checked(metadata):
     ours = {"unnorm_keys": ["toy"], "needs_depth": True, "image_sizes": [[48, 64], [56, 56]], "execute": "chunk"}
     ours |= {"fingerprint": "1234abcd"}
     assert told("ws://x", ours) == (["toy"], True, 56, "1234abcd")
-    with pytest.raises(InputError, match=r"^ws://x says '.*' of its policy is .*, which cannot be"):
+    with pytest.raises(InputError, match=r"^ws://x says '.*' of its policy is .*, which is invalid"):
         told("ws://x", ours | metadata)
 
 

@@ -109,9 +109,9 @@ def test_push_makes_a_repository_that_loads_as_the_export(server, folder, tmp_pa
             ("--push", "me/policy"),
             None,
             2,
-            "--push me/policy needs a token that may write: `hf auth login`",
+            "--push me/policy needs a token with write permission: `hf auth login`",
         ),
-        "reads": (("--push", "me/policy"), "hf_reads", 2, "--push me/policy: the token may only read"),
+        "reads": (("--push", "me/policy"), "hf_reads", 2, "--push me/policy: the token is read-only"),
         "expired": (("--push", "me/policy"), "hf_old", 2, "me/policy: the Hub does not accept the token"),
         "others": (
             ("--push", "them/policy"),
@@ -125,7 +125,7 @@ def test_push_makes_a_repository_that_loads_as_the_export(server, folder, tmp_pa
             2,
             "--push org/name: it exists and holds config.json: choose a",
         ),
-        "public": (("--push", "org/new", "--private"), "hf_writes", 2, "--push org/new: it exists and is public, and"),
+        "public": (("--push", "org/new", "--private"), "hf_writes", 2, "--push org/new: it exists and is public, but"),
         "malformed": (
             ("--push", "policy"),
             "hf_writes",

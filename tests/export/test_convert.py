@@ -165,7 +165,7 @@ def test_bad_requests(checkpoint, tmp_path):
         ((tmp_path / "a", tmp_path / "b", "onnx"), "cannot convert to 'onnx'"),
         ((tmp_path / "a", tmp_path / "b", "orbax", "int8"), "dtype 'int8' is not one of"),
         ((tmp_path / "a", tmp_path / "empty", "orbax"), "empty exists"),
-        ((tmp_path / "a", tmp_path / "a" / "b", "orbax"), "b lies inside .*a: choose a destination outside of it"),
+        ((tmp_path / "a", tmp_path / "a" / "b", "orbax"), "b lies inside .*a: choose a destination outside it"),
         ((tmp_path / "a", tmp_path / "link", "orbax"), "link exists"),
         ((tmp_path / "a", tmp_path / ("n" * 300), "orbax"), "cannot be written: File name too long"),
     ]:

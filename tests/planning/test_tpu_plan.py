@@ -227,7 +227,7 @@ def test_out_of_memory_ends_with_the_advice(config_file: Path, monkeypatch: pyte
     with pytest.raises(InputError, match=r"takes .* this fits \(compiled\): --config\.[a-z._]+=\w+"):
         compile_for(config, topology, tmp_path)
     compiler(1e-3)
-    with pytest.raises(InputError, match=r"neither does it fit with .* remat full, batch 8 in 1"):
+    with pytest.raises(InputError, match=r"nor does it fit with .* remat full, batch 8 in 1"):
         compile_for(config, topology, tmp_path)
     with pytest.raises(InputError, match="no mesh, remat policy or accumulation"):
         compile_for(config, topology, tmp_path, searching=True)

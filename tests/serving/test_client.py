@@ -69,7 +69,7 @@ def test_an_agent_without_an_instruction_asks_for_one() -> None:
         agent.step({})
     agent.reset("open the drawer")
     for instruction in ("", " ", None, 3):
-        with pytest.raises(InputError, match="an instruction must be a text that is not empty, got"):
+        with pytest.raises(InputError, match="an instruction must be a non-empty string, got"):
             agent.reset(instruction)
         with pytest.raises(InputError, match="call reset"):
             agent.step({})

@@ -34,7 +34,7 @@ from spatialvla_jax.sim.record_libero import deal, in_processes, record_libero, 
         ({"workers": -2}, "workers is -2"),
         ({"noise": -0.1}, "noise is -0.1"),
         ({"every": 0}, "every is 0: expected 1 or"),
-        ({"every": 3}, "every is 3: expected 1 or, for pictures of some steps only, more and a FILE.pack"),
+        ({"every": 3}, "every is 3: expected 1 or, for images of some steps only, more and a FILE.pack"),
         ({"spread": -1.0}, "spread is -1.0"),
         ({"jitter": -0.1}, r"jitter is -0.1: expected 0 \(none\) to 1"),
         ({"jitter": 1.5}, "jitter is 1.5: expected"),
@@ -129,7 +129,7 @@ def test_motions_that_cannot_be_written_leave_what_is_there(tmp_path):
 
 
 def test_motions_have_no_pictures_to_vary(tmp_path):
-    with pytest.raises(InputError, match=r"jitter is 0\.5, and .*set\.npz will hold no pictures"):
+    with pytest.raises(InputError, match=r"jitter is 0\.5, but .*set\.npz has no images"):
         record_libero("libero_spatial", 1, tmp_path / "set.npz", jitter=0.5)
     with pytest.raises(InputError, match=r"jitter is 2: expected 0 \(none\) to 1"):
         render_motions([tmp_path / "set.npz"], tmp_path / "set.pack", jitter=2)
@@ -139,7 +139,7 @@ def test_motions_have_no_pictures_to_vary(tmp_path):
 def test_a_file_of_motions_is_rendered_once(tmp_path, monkeypatch):
     monkeypatch.setattr(recorder, "check_simulator", lambda: None)
     save_motions(tmp_path / "set.npz", [motion(5, 48, 1)])
-    with pytest.raises(InputError, match="one file is twice in"):
+    with pytest.raises(InputError, match="one file occurs twice in"):
         render_motions([tmp_path / "set.npz", tmp_path / "." / "set.npz"], tmp_path / "out.pack")
 
 

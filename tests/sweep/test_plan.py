@@ -144,7 +144,7 @@ BAD_AXES = [
         "trial grid-linear_embedding-True: adapt.embedding interpolates between bins in space",
     ),
     ({"grid": LINEAR, "bins": {"a": {"grid.num_bins": (1, 1, 1, 1, 1, 1)}}}, "a linear grid has 256 bins a dimension"),
-    ({"adapt.embedding": [True]}, "adapt.embedding adapts the weights of init, and init is empty"),
+    ({"adapt.embedding": [True]}, "adapt.embedding adapts the weights of init, but init is empty"),
     ({"lora.rank": [0, 4]}, "trial rank-4: lora.rank=4 adapts .* init is empty"),
     (
         {"grid": {"a": {"grid.kind": "checkpoint"}}, "adapt.embedding": [True]},
@@ -181,7 +181,7 @@ BAD_AXES = [
     ({"a": {"b": {"train.steps": True}}}, "trial a-b: train.steps=True is true or false, but a whole number is"),
     ({"data.datasets": [[]]}, "The mixture is empty"),
     ({"data.datasets": [[{"name": "a", "spec": {}, "path": ".", "weight": -1}]]}, "weight=-1.0 is not above 0"),
-    ({"data.datasets": [[{"name": "a", "spec": {}, "path": "."}]]}, "Dataset 'a' has no depth, which the config asks"),
+    ({"data.datasets": [[{"name": "a", "spec": {}, "path": "."}]]}, "'a' has no depth, which the config requires"),
     ({"data.packed": ["x.pack"]}, "data.packed names x.pack, which does not exist"),
 ]
 BAD = [
@@ -330,7 +330,7 @@ STARTS = {
     "another grid, not adapted": (
         gaussian_grid(PRETRAIN_GAUSSIANS, BINS),
         {"grid.num_bins": BINS, "grid.kind": "uniform"},
-        "was trained on another action grid",
+        "was trained with another action grid",
     ),
     "from a linear grid": (linear_grid(), ADAPT, "a linear one can't be adapted"),
     "its own grid": (linear_grid(), {"grid.kind": "checkpoint"}, None),

@@ -98,7 +98,7 @@ def test_conversions_that_make_no_sense_are_refused(adapted: Path, trained: Path
     for source, options, sentence in (
         (adapted, ("--to", "orbax"), "--merge gives a whole checkpoint, --to peft only the adapters"),
         (adapted, ("--to", "peft", "--merge"), "--merge gives a whole checkpoint"),
-        (adapted, ("--to", "peft", "--dtype", "bfloat16"), "leave --dtype out"),
+        (adapted, ("--to", "peft", "--dtype", "bfloat16"), "omit --dtype"),
         (trained, ("--to", "peft"), "holds no adapters for peft"),
         (trained, ("--to", "orbax", "--merge"), "holds no adapters to merge"),
     ):

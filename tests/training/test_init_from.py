@@ -108,9 +108,9 @@ def test_what_does_not_fit_is_refused(config_file: Path, trained: Path, tmp_path
     ("overrides", "sentence"),
     [
         ({"adapt.embedding": "True", "grid.kind": "linear", "init": "a"}, r"adapt.embedding.*grid.kind=linear"),
-        ({"adapt.head": "True"}, "adapt.head adapts the weights of init, and init is empty"),
-        ({"grid.kind": "checkpoint"}, "grid.kind=checkpoint keeps the grid of init, and init is empty"),
-        ({"lora.rank": "8"}, "lora.rank=8 adapts the weights of init, and init is empty"),
+        ({"adapt.head": "True"}, "adapt.head adapts the weights of init, but init is empty"),
+        ({"grid.kind": "checkpoint"}, "grid.kind=checkpoint keeps the grid of init, but init is empty"),
+        ({"lora.rank": "8"}, "lora.rank=8 adapts the weights of init, but init is empty"),
         ({"lora.rank": "-1", "init": "a"}, "lora.rank=-1 is below 0; the nearest valid value is 0"),
     ],
 )

@@ -66,5 +66,5 @@ def test_what_a_run_that_goes_on_asks_for(server, commit: str, config_file: Path
     assert pin_init(named["org/name"], began).init == pin_init(named["org/name@main"], began).init == began["init"]
     assert len(server.requests) == asked
     assert pin_init(named[f"org/name@{commit}"], began).init == f"org/name@{commit}"
-    with pytest.raises(InputError, match=r"^org/gone does not exist here"):
+    with pytest.raises(InputError, match=r"^org/gone does not exist locally"):
         pin_init(load_config(config_file, {"init": "org/gone"}), {})

@@ -57,7 +57,7 @@ def test_another_config_may_begin_where_no_checkpoint_was_written(run: Path) -> 
         start_of(run, train__batch_size=16)
     shutil.rmtree(run / "checkpoints" / "3")
     (run / "checkpoints" / "6" / "_CHECKPOINT_METADATA").unlink()
-    with pytest.raises(InputError, match=r"has no complete checkpoint: .*6/_CHECKPOINT_METADATA is missing or cut off"):
+    with pytest.raises(InputError, match=r"no complete checkpoint: .*6/_CHECKPOINT_METADATA is missing or truncated"):
         read_checkpoint(run)
     assert start_of(run, train__batch_size=16) == 0
     assert json.loads((run / "config.json").read_text())["train"]["batch_size"] == 16
@@ -72,7 +72,7 @@ def test_a_run_goes_on_from_the_last_complete_checkpoint(run: Path, capsys: pyte
     assert {x.read().tobytes() for x in read_checkpoint(run).arrays.values()} == {
         x.read().tobytes() for x in read_checkpoint(run / "checkpoints" / "3").arrays.values()
     }
-    assert f"{step} is incomplete, params/_METADATA is missing or cut off" in capsys.readouterr().err
+    assert f"{step} is incomplete, params/_METADATA is missing or truncated" in capsys.readouterr().err
     assert start_of(run) == 3 and not step.exists()
     assert f"moved to {run / 'incomplete_checkpoints' / '6'}" in capsys.readouterr().err
     shutil.copytree(run / "whole", step)
@@ -81,7 +81,7 @@ def test_a_run_goes_on_from_the_last_complete_checkpoint(run: Path, capsys: pyte
         (step / file).write_text(text)
         read_checkpoint(run)
         assert (
-            f"{step} is incomplete, {file} is missing or cut off: reading {run / 'checkpoints' / '3'}"
+            f"{step} is incomplete, {file} is missing or truncated: reading {run / 'checkpoints' / '3'}"
             in capsys.readouterr().err
         )
         (step / file).write_bytes(kept)

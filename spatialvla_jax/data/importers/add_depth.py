@@ -255,7 +255,7 @@ def _frames(file: Path, count: int, image: str, lost: dict[int, Fault], faults: 
     for number in range(count):
         try:
             if (found := next(records, None)) is None:
-                raise Fault("truncated", f"the file ends early, it should hold {count} episodes")
+                raise Fault("truncated", f"the file ends early: it should have {count} episodes")
             offset, record, intact = found
             if not intact:
                 raise Fault("checksum", "the record's checksum is wrong")
@@ -265,7 +265,7 @@ def _frames(file: Path, count: int, image: str, lost: dict[int, Fault], faults: 
             if number not in lost:
                 lost[number] = tolerate(Fault(fault.reason, f"{file}, episode {number}: {fault}"), faults)
     if count - 1 in episodes and next(records, None):
-        raise InputError(f"{file} holds more than the {count} episodes that its dataset_info.json says")
+        raise InputError(f"{file} has more than the {count} episodes in its dataset_info.json")
     return episodes
 
 

@@ -335,8 +335,8 @@ def _splits(file: Path, spans: dict[str, str], episodes: list[Episode]) -> dict[
             by_number = dict(zip(numbers, episodes, strict=True))
             return {split: tuple(by_number[number] for number in chosen) for split, chosen in inside.items()}
     raise InputError(
-        f"{file} has the splits {spans}, which do not hold each of the {len(episodes)} episodes once; without 'splits' "
-        "all are in train"
+        f"{file} has the splits {spans}, which do not contain each of the {len(episodes)} episodes exactly "
+        "once; without 'splits' all are in train"
     )
 
 

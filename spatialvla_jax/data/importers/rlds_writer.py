@@ -100,7 +100,7 @@ def dataset_info(
 def tolerate(fault: Fault, policy: FaultPolicy) -> Fault:
     """The fault of a skipped episode. Raises it unless the policy is "skip"."""
     if policy == "fail":
-        raise Fault(fault.reason, f"{fault} (--faults skip leaves it out)")
+        raise Fault(fault.reason, f"{fault} (--faults skip omits it)")
     return fault
 
 

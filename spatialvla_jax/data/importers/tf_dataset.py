@@ -195,7 +195,7 @@ def _stored(trajectory: Any, features: Mapping[str, Any]) -> tuple[dict[str, np.
         except Fault as fault:
             raise Fault(fault.reason, f"{key}: {fault}") from fault
         if features and (kind := _describe(found[key])) != (first := _describe(features[key])):
-            raise Fault("kind", f"it is not like the first one: {key} is {kind}, not {first}")
+            raise Fault("kind", f"it differs from the first one: {key} is {kind}, not {first}")
     return columns, found
 
 

@@ -139,7 +139,7 @@ def read_rotation(values: np.ndarray, rotation: str) -> Rotation:
                 second = _unit(values[:, 3:] - np.sum(first * values[:, 3:], axis=1, keepdims=True) * first)
                 return Rotation.from_matrix(np.stack([first, second, np.cross(first, second)], axis=1))
     except ValueError as error:  # a quaternion of norm 0, a matrix that turns left into right
-        raise Fault("rotation", f"there is a rotation that is none ({rotation}): {error}") from error
+        raise Fault("rotation", f"a rotation is invalid ({rotation}): {error}") from error
     raise InputError(f"the rotation {rotation!r} is unknown: known are {', '.join(ROTATIONS)}")
 
 

@@ -91,7 +91,7 @@ def split_column(column: str) -> tuple[str, slice]:
     """The key and columns of an item of `DatasetSpec.action`. Raises InputError."""
     match = re.fullmatch(r"([^\[\]]+)(?:\[(-?\d+)\]|\[(-?\d*):(-?\d*)\])?", column)
     if not match:
-        raise InputError(f"the action's column {column!r} is not written like 'key', 'key[3]' or 'key[3:6]'")
+        raise InputError(f"the action's column {column!r} does not have the form 'key', 'key[3]' or 'key[3:6]'")
     key, single, first, last = match.groups()
     if single:
         return key, slice(int(single), int(single) + 1 or None)
@@ -102,7 +102,7 @@ def split_language(language: str) -> tuple[str, int | None]:
     """The key in `DatasetSpec.language` and its index, if any. Raises InputError."""
     match = re.fullmatch(r"([^\[\]]+)(?:\[(-?\d+)\])?", language)
     if not match:
-        raise InputError(f"the language {language!r} is not written like 'key' or 'key[1]'")
+        raise InputError(f"the language {language!r} does not have the form 'key' or 'key[1]'")
     return match[1], None if match[2] is None else int(match[2])
 
 

@@ -208,7 +208,7 @@ def test_damaged_episodes_are_left_out_and_counted(tmp_path, damage):
         shard.write_bytes(data)
     elif damage == "end":
         os.truncate(shard, shard.stat().st_size - 9)
-    with pytest.raises(InputError, match=rf"episode {bad}.*--faults skip leaves it out"):
+    with pytest.raises(InputError, match=rf"episode {bad}.*--faults skip omits it"):
         copy(path, tmp_path / "a")
     assert not (tmp_path / "a").exists()
     result = copy(path, tmp_path / "a", faults="skip")

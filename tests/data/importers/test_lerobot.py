@@ -195,7 +195,7 @@ def video_of(source: Path, episode: int) -> Path:
         (later, "frame . of .* is at .* s, its row says .* s; they may differ by at most 0.0250 s"),
         (another_length, "episode 2: .* has 8 of its rows, meta/ says 9"),
         (lambda s: change_info(s, codebase_version="v1.6"), "codebase_version 'v1.6': v2.0, v2.1, v3.0 are read"),
-        (lambda s: change_info(s, splits={"train": "0:3"}), "do not hold each of the 4 episodes once"),
+        (lambda s: change_info(s, splits={"train": "0:3"}), "do not contain each of the 4 episodes exactly once"),
         (lambda s: change_info(s, splits={"train": "most"}), "FIRST:END is expected"),
         (lambda s: change_info(s, features={}), "no camera 'observation.images.front': choose --camera from none"),
         (lambda s: (s / "meta/info.json").unlink(), "info.json cannot be read"),

@@ -80,7 +80,7 @@ def test_tables_of_tasks_that_say_nothing(tmp_path, table, message):
         ({"data_path": None}, "has no 'data_path'"),
         ({"chunks_size": 0}, "has chunks_size 0: a whole number of at least 1"),
         ({"total_episodes": "many"}, "has total_episodes 'many'"),
-        ({"splits": {"train": "0:3", "val": "2:4"}}, "do not hold each of the 4 episodes once"),
+        ({"splits": {"train": "0:3", "val": "2:4"}}, "do not contain each of the 4 episodes exactly once"),
         ({"splits": {"all": "0:4"}}, "has the split 'all'"),
         ({"splits": ["train"]}, r"has splits \['train'\]: a table of splits"),
     ],

@@ -96,7 +96,7 @@ def test_frames_come_back(tmp_path, kind, encoded):
         ),
         (
             [{"a": np.zeros((2, 3))}, {"a": np.zeros((2, 4))}],
-            r"not like the first one: a is tensor float64\[4\], not tensor float64\[3\]",
+            r"differs from the first one: a is tensor float64\[4\], not tensor float64\[3\]",
         ),
     ],
 )
