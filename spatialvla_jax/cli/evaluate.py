@@ -139,7 +139,7 @@ def run_closed_loop(args: argparse.Namespace) -> None:
     extra = {} if args.unnorm_key is None else {"unnorm_key": args.unnorm_key}
     if args.server:
         token = read_token()
-        keys, depth, size, weights = told(args.server, Client(args.server, token).metadata)
+        keys, depth, size, weights = parse_metadata(args.server, Client(args.server, token).metadata)
         name = f"{args.server} ({weights})" if weights else args.server
         depth, size = depth or "depth" in (args.observation_keys or ()), args.image_size or size
         how = {"keys": args.observation_keys, "gripper_closes": args.gripper_closes}
@@ -173,9 +173,9 @@ def run_closed_loop(args: argparse.Namespace) -> None:
     print(json.dumps(result))
 
 
-def told(server: str, metadata: dict[str, Any]) -> tuple[list[str], bool, int, str]:
-    """What a server says about its policy: (its unnorm keys, whether it needs depth, the first size of square images,
-    which policy it is). Other servers of openpi's protocol say none of it. Raises InputError for what cannot be."""
+def parse_metadata(server: str, metadata: dict[str, Any]) -> tuple[list[str], bool, int, str]:
+    """A server's metadata → (unnorm keys, whether depth is needed, the first size of square images, fingerprint). Other
+    servers of openpi's protocol have none of these. Raises InputError for invalid values."""
     keys, depth = metadata.get("unnorm_keys", []), metadata.get("needs_depth", False)
     sizes, policy = metadata.get("image_sizes", []), metadata.get("fingerprint", "")
     fits = isinstance(sizes, list) and all(

@@ -177,10 +177,17 @@ def _write_motions(
     progress: bool,
 ) -> Path:
     """Render motions and write them, a packed file or RLDS."""
-    if out.suffix == ".pack":
-        _pack(out, motions, image_size, every, jitter, workers, progress)
+    packed = out.suffix == ".pack"
+    pictured = motions
+    if every > 1:
+        keys = ("qpos", "state", "action")
+        pictured = [replace(motion, **{key: getattr(motion, key)[::every] for key in keys}) for motion in motions]
+    render = partial(render_motion, image_size=image_size, encoded=not packed, jitter=jitter)
+    rendered = in_processes(render, pictured, workers or os.cpu_count() or 1, progress, "rendering")
+    if packed:
+        known = [(motion.split, motion.language, motion.action) for motion in motions]
+        write_packed(out, known, rendered, name=motions[0].suite, image_size=image_size, every=every)
         return out
-    rendered = _render(motions, image_size, jitter, workers, progress, encoded=True)
     pairs = ((motion.split, episode) for motion, episode in zip(motions, rendered, strict=True))
     trained = sum(motion.split == "train" for motion in motions)
     return _write(out, pairs, image_size, trained, f"Scripted-expert demonstrations of {motions[0].suite}.")
@@ -189,31 +196,6 @@ def _write_motions(
 def _write(out: Path, episodes: Iterator[tuple[str, Any]], size: int, trained: int, description: str) -> Path:
     per_shard = max(3, -(-trained // 16))
     return write_episodes(out, episodes, image_size=size, episodes_per_shard=per_shard, description=description)
-
-
-def _render(
-    motions: Sequence[Motion], image_size: int, jitter: float, workers: int | None, progress: bool, encoded: bool
-) -> Iterator[dict]:
-    render = partial(render_motion, image_size=image_size, encoded=encoded, jitter=jitter)
-    return in_processes(render, motions, workers or os.cpu_count() or 1, progress, "rendering")
-
-
-def _pack(
-    out: Path,
-    motions: Sequence[Motion],
-    image_size: int,
-    every: int,
-    jitter: float,
-    workers: int | None,
-    progress: bool,
-) -> None:
-    known = [(motion.split, motion.language, motion.action) for motion in motions]
-    pictured = [
-        replace(motion, **{key: getattr(motion, key)[::every] for key in ("qpos", "state", "action")})
-        for motion in motions
-    ]
-    rendered = _render(pictured, image_size, jitter, workers, progress, encoded=False)
-    write_packed(out, known, rendered, name=motions[0].suite, image_size=image_size, every=every)
 
 
 def deal(suite: str, tasks: Sequence[int], episodes: int, val_episodes: int, seed: int, image_size: int) -> list[Job]:

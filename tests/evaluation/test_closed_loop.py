@@ -14,7 +14,7 @@ from helpers.environments import Point
 from websockets.sync.server import serve
 
 from spatialvla_jax.cli import main
-from spatialvla_jax.cli.evaluate import told
+from spatialvla_jax.cli.evaluate import parse_metadata
 from spatialvla_jax.errors import FaultsError, InputError, NonFiniteError
 from spatialvla_jax.evaluation.closed_loop import evaluate, summary, table
 from spatialvla_jax.evaluation.rollouts import ATTEMPTS, Episode, Settings, padded, rollouts, served
@@ -333,12 +333,12 @@ def test_an_evaluation_survives_a_server_that_fails_now_and_then(first, tmp_path
     + [{"image_sizes": x} for x in (None, 224, [224], [[224]], [["a", "a"]], [[0, 0]], [[10**9, 10**9]])],
 )
 def test_what_a_server_says_of_its_policy_is_checked(metadata):
-    assert told("ws://x", {}) == ([], False, 128, "")
+    assert parse_metadata("ws://x", {}) == ([], False, 128, "")
     ours = {"unnorm_keys": ["toy"], "needs_depth": True, "image_sizes": [[48, 64], [56, 56]], "execute": "chunk"}
     ours |= {"fingerprint": "1234abcd"}
-    assert told("ws://x", ours) == (["toy"], True, 56, "1234abcd")
+    assert parse_metadata("ws://x", ours) == (["toy"], True, 56, "1234abcd")
     with pytest.raises(InputError, match=r"^ws://x says '.*' of its policy is .*, which is invalid"):
-        told("ws://x", ours | metadata)
+        parse_metadata("ws://x", ours | metadata)
 
 
 def test_standard_errors_by_hand():
