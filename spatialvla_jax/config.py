@@ -414,10 +414,11 @@ def train_config_of(run: AnyPath) -> ConfigDict:
 
 def check_resumable(saved: dict[str, Any], config: ConfigDict, workdir: AnyPath, source: str = "this config") -> None:
     """Raises InputError when a run began under a config that computes something else than `config`, from `source`."""
-    now, defaults, began = (
-        decisive(tree) for tree in (config.to_dict(), default_config().to_dict(), renamed(saved, CONFIG_KEYS))
-    )
-    before = defaults | began  # keys newer than the run have their defaults
+    now, before = (decisive(tree) for tree in (config.to_dict(), default_config().to_dict()))
+    try:
+        before |= decisive(renamed(saved, CONFIG_KEYS))  # keys newer than the run have their defaults
+    except (TypeError, AttributeError) as error:
+        raise InputError(f"{workdir} holds a run with a damaged config: {error}") from None
     if gone := sorted(before.keys() - KEYS.keys()):
         raise InputError(
             f"the run in {workdir} was started by another version of this program, with {gone[0]} = "

@@ -236,6 +236,15 @@ def test_a_run_with_a_value_that_is_no_longer_valid_is_read_but_not_resumed(tmp_
         check_resumable(saved, default_config(), tmp_path)
 
 
+@pytest.mark.parametrize(("key", "value"), [("data.datasets", None), ("data.datasets", "x"), ("model.preset", [])])
+def test_a_damaged_config_of_a_run_is_one_sentence(key: str, value: object, tmp_path) -> None:
+    saved = json.loads(json.dumps(default_config().to_dict()))
+    group, name = key.split(".")
+    saved[group][name] = value
+    with pytest.raises(InputError, match=f"{tmp_path} holds a run with a damaged config: "):
+        check_resumable(saved, default_config(), tmp_path)
+
+
 def test_the_presets_own_image_size_is_no_other(tmp_path) -> None:
     saved, config = json.loads(json.dumps(default_config().to_dict())), default_config()
     config.model.image_size = 224

@@ -6,7 +6,7 @@ import fcntl
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +21,9 @@ from spatialvla_jax.utils.atomic import write_json
 from spatialvla_jax.utils.storage import AnyPath
 from spatialvla_jax.utils.tables import text_table
 
-KEYS = (*Episode._fields, "instruction", "success", "steps", "faults")  # of each line of episodes.jsonl
+# What each line of episodes.jsonl has, beside what depends on the environment.
+KINDS = {"suite": str, "task": int, "number": int, "seed": int}
+KINDS |= {"instruction": str, "success": bool, "steps": int, "faults": list}
 
 
 def evaluate(
@@ -85,7 +87,8 @@ def _resume(folder: LogFolder, values: dict[str, Any]) -> dict[Episode, dict[str
     text = log.read_bytes()
     if text and not path.exists():
         raise InputError(f"{folder.workdir} holds episodes, but no settings.json that says whose they are")
-    before = _record(path.read_bytes(), f"{folder.workdir / 'settings.json'}", values) if path.exists() else values
+    kinds, source = {key: type(value) for key, value in values.items()}, f"{folder.workdir / 'settings.json'}"
+    before = _record(path.read_bytes(), source, kinds) if path.exists() else values
     if key := next((key for key in values if before[key] != values[key]), None):
         found = f"{folder.workdir} holds results with {key} = {before[key]!r}"
         raise InputError(f"{found}, now it is {values[key]!r}: use another directory")
@@ -96,17 +99,17 @@ def _resume(folder: LogFolder, values: dict[str, Any]) -> dict[Episode, dict[str
         os.truncate(log, whole)
     results = {}
     for number, line in enumerate(text[:whole].splitlines(), 1):
-        record = _record(line, f"line {number} of {folder.workdir / 'episodes.jsonl'}", KEYS)
+        record = _record(line, f"line {number} of {folder.workdir / 'episodes.jsonl'}", KINDS)
         results[Episode(*(record.pop(key) for key in Episode._fields))] = record
     return results
 
 
-def _record(text: bytes, source: str, keys: Iterable[str]) -> dict[str, Any]:
+def _record(text: bytes, source: str, kinds: Mapping[str, type]) -> dict[str, Any]:
     with contextlib.suppress(ValueError):
         record = json.loads(text)
-        if isinstance(record, dict) and not {*keys} - {*record}:
+        if isinstance(record, dict) and all(isinstance(record.get(key), kind) for key, kind in kinds.items()):
             return record
-    raise InputError(f"{source} is damaged: expected a JSON object with {', '.join(keys)}")
+    raise InputError(f"{source} is damaged: expected a JSON object with {', '.join(kinds)}")
 
 
 def summary(results: dict[Episode, dict[str, Any]]) -> dict[str, Any]:
@@ -150,10 +153,11 @@ def summary(results: dict[Episode, dict[str, Any]]) -> dict[str, Any]:
 def read_summary(path: AnyPath) -> dict[str, Any]:
     """A `summary` in a file. Raises InputError if it is damaged."""
     result = read_json(path)
-    suites = result.get("suites")
-    whole = isinstance(suites, dict) and all(isinstance(of, dict) and "tasks" in of for of in suites.values())
-    if not whole or not {"episodes", "seeds"} <= {*result}:
-        raise InputError(f"{path} is damaged: expected episodes, seeds and suites, each with its tasks")
+    try:
+        _ = [int(task) for suite in result["suites"].values() for task, _ in suite["tasks"].items()]
+        _ = result["episodes"], result["seeds"]
+    except (KeyError, TypeError, AttributeError, ValueError):
+        raise InputError(f"{path} is damaged: expected episodes, seeds and suites, each with its tasks") from None
     return result
 
 

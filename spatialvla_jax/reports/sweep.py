@@ -89,7 +89,7 @@ def provenance(results: Results) -> dict[str, str]:
         return "; ".join(f"{v} ({n} trials)" if several else v for v, n in counts.items()) or "not recorded"
 
     def data(result: dict[str, Any]) -> str:
-        evaluation, names = result["evaluation"], ", ".join(result.get("data", []))
+        evaluation, names = result["evaluation"], ", ".join(map(str, result.get("data", [])))
         frames = f", {result['train_frames']:,} frames to train on" if "train_frames" in result else ""
         packed = f" (packed, SHA-256 {result['packed'][:16]}…)" if result.get("packed") else ""
         unseen = (

@@ -136,7 +136,7 @@ def test_it_goes_on_where_it_was_stopped(first, tmp_path):
         evaluate(Point, direct, EPISODES, Settings(MAX_STEPS), LogFolder(tmp_path), policy="another")
     whole = (tmp_path / "episodes.jsonl").read_text()
     lacking = {key: value for key, value in json.loads(whole.splitlines()[0]).items() if key != "faults"}
-    for line in ('{"suite": ', json.dumps(lacking)):
+    for line in ('{"suite": ', json.dumps(lacking), json.dumps(lacking | {"faults": [], "seed": [0]})):
         (tmp_path / "episodes.jsonl").write_text(f"{whole}{line}\n")
         told = r"line 13 of .*/episodes.jsonl is damaged: expected a JSON object with suite.* faults"
         with pytest.raises(InputError, match=told):

@@ -264,9 +264,15 @@ def test_a_trial_with_its_closed_loop_is_collected(tmp_path: Path) -> None:
     assert collect.collect(places[:2], places[0])["copied"] == 0
     with pytest.raises(InputError, match=r"longer/trials/a and .* have closed loops of different episodes: 20 and 10"):
         collect.collect(places, tmp_path / "new")
-    write_json(places[2] / "trials" / "a" / collect.CLOSED_LOOP[-1], {"episodes": 10, "seeds": [0]})
-    with pytest.raises(InputError, match=r"result.json is damaged: expected episodes, seeds and suites, each with its"):
-        collect.collect(places, tmp_path / "new")
+    for damaged in (
+        {},
+        {"suites": []},
+        {"suites": {"libero_goal": {}}},
+        {"suites": {"libero_goal": {"tasks": {"x": 1}}}},
+    ):
+        write_json(places[2] / "trials" / "a" / collect.CLOSED_LOOP[-1], {"episodes": 10, "seeds": [0]} | damaged)
+        with pytest.raises(InputError, match=r"result.json is damaged: expected episodes, seeds and suites, each with"):
+            collect.collect(places, tmp_path / "new")
     for suites in ({"libero_spatial": {"tasks": {"7": {}}}}, {"libero_goal": {"tasks": {"0": {}}}}):
         result = {"episodes": 10, "seeds": [0], "suites": suites}
         write_json(places[2] / "trials" / "a" / collect.CLOSED_LOOP[-1], result)
