@@ -45,10 +45,11 @@ from tqdm import tqdm
 from spatialvla_jax.actions import decode, encode
 from spatialvla_jax.actions.normalization import unnormalize
 from spatialvla_jax.batch import Batch
-from spatialvla_jax.checkpoints import load_pretrained
+from spatialvla_jax.checkpoints import fingerprint, load_pretrained
 from spatialvla_jax.cli.arguments import positive
 from spatialvla_jax.config import train_config_of
 from spatialvla_jax.data import Loader, open_data
+from spatialvla_jax.data.pack import packed_digest
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.evaluation import closed_loop
 from spatialvla_jax.evaluation.rollouts import Episode, Settings, padded
@@ -251,7 +252,8 @@ def measure_run(args: argparse.Namespace) -> None:
     guesses = {name: ridge(x, train.target, val.features[name]) for name, x in train.features.items()}
     guesses["instruction alone"] = of_one_instruction(train, val)
     subsets = {"before the grasp": val.before_grasp, "all": np.ones(len(val.target), bool)}
-    result: dict[str, Any] = {"run": str(args.run), "packed": str(args.packed), "trained_on": len(train.target)}
+    data = f"{args.packed} ({packed_digest(args.packed)[:8]})"
+    result: dict[str, Any] = {"run": fingerprint(args.run), "packed": data, "trained_on": len(train.target)}
     rows = [["error (cm)", "frames", "right", "down", "forward", "x", "y", "z", "distance"]]
     for subset, frames in subsets.items():
         for name, guess in guesses.items():

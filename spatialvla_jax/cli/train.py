@@ -223,6 +223,7 @@ def add_sweep(commands: Commands) -> None:
     p.add_argument("--dry-run", action="store_true", help="check the sweep and print its trials or jobs")
     p.add_argument("--report", action=argparse.BooleanOptionalAction, default=True, help="write the report at the end")
     add_process_arguments(p)
+    p.set_defaults(of_trials={action.dest: action.default for action in p._actions if action.dest != "help"})
     below = p.add_subparsers(metavar="report|collect")
     add_sweep_report(below)
     add_sweep_collect(below)
@@ -287,6 +288,15 @@ def run_sweep(args: argparse.Namespace) -> None:
             raise SystemExit(1)
 
 
+def refuse_options_of_trials(args: argparse.Namespace) -> None:
+    """Raises InputError for what `report` and `collect` would ignore: the parser of `sweep` takes it from both."""
+    given = [
+        f"--{name.replace('_', '-')}" for name, default in args.of_trials.items() if getattr(args, name) != default
+    ]
+    if given := ["--config.KEY=VALUE"] * bool(args.overrides) + given:
+        raise InputError(f"{given[0]} is for a sweep that runs trials, and this command runs none")
+
+
 def add_sweep_report(commands: Commands) -> None:
     p = add_command(
         commands,
@@ -301,6 +311,7 @@ def add_sweep_report(commands: Commands) -> None:
 def run_sweep_report(args: argparse.Namespace) -> None:
     from spatialvla_jax.reports.sweep import write_report
 
+    refuse_options_of_trials(args)
     print(write_report(args.dir))
 
 
@@ -319,6 +330,7 @@ def add_sweep_collect(commands: Commands) -> None:
 def run_sweep_collect(args: argparse.Namespace) -> None:
     from spatialvla_jax.sweep.collect import collect
 
+    refuse_options_of_trials(args)
     counts = collect(args.dirs, args.out)
     print(f"copied {counts['copied']} trials to {args.out}: {counts['finished']} of {counts['trials']} are finished")
 

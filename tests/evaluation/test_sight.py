@@ -10,6 +10,7 @@ import pytest
 from helpers.environments import STEP, Reach, coordinates, state
 from helpers.recordings import write_recording
 
+from spatialvla_jax.checkpoints import fingerprint
 from spatialvla_jax.sim import libero_env as libero
 from spatialvla_jax.sim.motions import Motion, save_motions
 
@@ -70,6 +71,7 @@ def test_what_a_policy_sees_is_read_off_it(trained: Path, monkeypatch, capfd, tm
     found = json.loads(capfd.readouterr().out.splitlines()[-1])
     written = json.loads((tmp_path / "out" / "sight.json").read_text())
     assert {key: written[key] for key in found} == found and "versions" in written
+    assert found["run"] == fingerprint(trained), "which may be trained on"
     for name in ("state after the prompt", "image tokens"):
         seen, blind = found[f"{name}, all"], found["instruction alone, all"]
         assert seen["axes"][2] < 0.3 * blind["axes"][2] and seen["axes"][0] > 0.5 * blind["axes"][0]

@@ -492,6 +492,15 @@ sys.exit({"good": 0, "bad": 1, "lost": 1, "killed": 9, "stopped": 0}[name])
     assert all(text[0] == name and text[1].rstrip() in places for name, text in logs.items())
 
 
+def test_options_that_report_and_collect_would_ignore_are_refused(tmp_path: Path, capsys) -> None:
+    for command in (["report", str(tmp_path)], ["collect", str(tmp_path), "--out", str(tmp_path / "out")]):
+        for given in (["--only", "a*"], ["--workdir", str(tmp_path / "other")], ["--parallel", "2"]):
+            assert main(["sweep", *given, *command]) == 2
+            assert f"{given[0]} is for a sweep that runs trials" in capsys.readouterr().err
+        assert main(["sweep", *command, "--config.train.steps=3"]) == 2
+        assert "--config.KEY=VALUE is for a sweep that runs trials" in capsys.readouterr().err
+
+
 def test_jobs_of_slurm_and_xpk(swept: tuple[list[str], Path, int], tmp_path: Path, capfd) -> None:
     command, _, _ = swept
     command = [*command[:3], "--workdir", str(tmp_path), "--config.train.steps=3", "--dry-run", "--only", "*gaussian*"]
