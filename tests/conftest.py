@@ -52,10 +52,14 @@ def get_config():
 
 def pytest_configure(config: pytest.Config) -> None:
     """What one test has compiled the others find, those in other processes too: of this session alone."""
+    import jax
+
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # else a worker process of the session that set it
         folder = tempfile.mkdtemp(prefix="compiled-")
         os.environ |= {"JAX_COMPILATION_CACHE_DIR": folder, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+        jax.config.update("jax_compilation_cache_dir", folder)  # it read its environment when it was imported
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 # Long files begin first, so that the last worker does not end with one of them.
