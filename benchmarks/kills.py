@@ -34,6 +34,7 @@ from spatialvla_jax.reports.run import run_report
 from spatialvla_jax.training.goodput import read_processes
 from spatialvla_jax.training.metrics import read_metrics
 from spatialvla_jax.utils.atomic import write_json
+from spatialvla_jax.utils.process import tied_to_this
 from spatialvla_jax.utils.shipped import shipped
 from spatialvla_jax.utils.storage import AnyPath, as_path, is_file
 
@@ -124,7 +125,7 @@ def launch(folder: Path, workdir: AnyPath, data: AnyPath, steps: int) -> subproc
     compiled["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     with (folder / "output.txt").open("wb") as output:
         return subprocess.Popen(
-            [*command, "--workdir", str(workdir)], env=os.environ | compiled, stdout=output, stderr=output
+            [*command, "--workdir", str(workdir)], env=tied_to_this(os.environ | compiled), stdout=output, stderr=output
         )
 
 

@@ -28,6 +28,7 @@ from spatialvla_jax.checkpoints.orbax import step_directory
 from spatialvla_jax.cli.arguments import Parser, positive, state_defaults
 from spatialvla_jax.training.goodput import Process, read_processes
 from spatialvla_jax.utils.atomic import write_json
+from spatialvla_jax.utils.process import tied_to_this
 
 # Seconds, for the config `demo` on two idle cores.
 BUDGET = {"imports": 3.0, "index": 4.0, "restore": 1.5, "start": 2.0, "data": 1.0, "compile": 4.0, "step": 1.5}
@@ -81,7 +82,8 @@ def restart(command: list[str], workdir: Path) -> Process:
     """Start the run, kill it after its next checkpoint, and return its record."""
     before = step_directory(workdir)
     began, known = time.time(), {process["began"] for process in read_processes(workdir)}
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    output = subprocess.DEVNULL
+    process = subprocess.Popen(command, stderr=output, stdout=output, env=tied_to_this(os.environ))
     try:
         while step_directory(workdir) == before:
             if process.poll() is not None:

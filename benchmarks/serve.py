@@ -40,6 +40,7 @@ from websockets.sync.client import ClientConnection, connect
 
 from spatialvla_jax.cli.arguments import Parser, count, positive, state_defaults
 from spatialvla_jax.serving.protocol import pack, unpack
+from spatialvla_jax.utils.process import tied_to_this
 
 SIZE = (120, 160)  # height and width of images
 SLOW = 16  # connections that may hold half a message at a time
@@ -123,7 +124,7 @@ def server_of(checkpoint: Path, max_batch: int) -> Any:
     """Start a server process, and stop it with SIGTERM at the end."""
     command = [sys.executable, "-m", "spatialvla_jax.cli", "serve", "--checkpoint", str(checkpoint), "--port", "0"]
     command += ["--image-size", "x".join(map(str, SIZE)), "--max-batch", str(max_batch)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=tied_to_this(os.environ))
     assert process.stdout
     try:
         for line in process.stdout:

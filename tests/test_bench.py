@@ -1,13 +1,36 @@
 import importlib.util
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.processes import ends
 
 from spatialvla_jax.cli import main
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+def test_a_killed_bench_ends_its_benchmark(tmp_path):
+    pid = tmp_path / "pid"
+    (tmp_path / "slow.py").write_text(
+        f"import os, time\nopen({str(pid)!r}, 'w').write(str(os.getpid()))\ntime.sleep(300)"
+    )
+    code = "from argparse import Namespace; from spatialvla_jax.cli import bench; "
+    code += f"bench.BENCHMARKS = {{'slow': {str(tmp_path / 'slow.py')!r}}}; "
+    code += "bench.run_bench(Namespace(benchmark='slow', arguments=[]))"
+    bench = subprocess.Popen([sys.executable, "-c", code])
+    try:
+        while not (pid.exists() and pid.read_text()):
+            assert bench.poll() is None
+            time.sleep(0.1)
+    finally:
+        bench.kill()
+        bench.wait()
+    assert ends(int(pid.read_text()))
 
 
 @pytest.mark.slow

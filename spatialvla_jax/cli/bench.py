@@ -1,6 +1,7 @@
 """The command `bench`."""
 
 import argparse
+import os
 import runpy
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 from spatialvla_jax.cli.arguments import Commands, add_command
 from spatialvla_jax.errors import InputError
+from spatialvla_jax.utils.process import end_if_tied, tied_to_this
 from spatialvla_jax.utils.signals import Terminated
 
 BENCHMARKS = {
@@ -41,7 +43,8 @@ def run_bench(args: argparse.Namespace) -> None:
         raise InputError(f"{script} does not exist: benchmarks run from a clone of the repository")
     code = "import sys; from spatialvla_jax.cli.bench import main; sys.exit(main())"
     # In a new process, so that its peak memory is the benchmark's.
-    process = subprocess.Popen([sys.executable, "-c", code, str(script), args.benchmark, *args.arguments])
+    command = [sys.executable, "-c", code, str(script), args.benchmark, *args.arguments]
+    process = subprocess.Popen(command, env=tied_to_this(os.environ))
     try:
         code = process.wait()
     except (KeyboardInterrupt, Terminated) as stopped:
@@ -56,6 +59,7 @@ def main() -> int:
     """Run a benchmark's script as Python would, with a command's handling of errors and signals."""
     from spatialvla_jax.cli import run
 
+    end_if_tied()
     script, name, *arguments = sys.argv[1:]
     sys.argv = [script, *arguments]
     sys.path.insert(0, str(Path(script).parent))

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -41,5 +42,11 @@ def end_worker_with_parent() -> None:
 
 
 def tied_to_this(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a command, `python -m spatialvla_jax.cli`, that ends when this process has died."""
+    """The environment of a process that calls `end_if_tied`, and so ends when this process has died."""
     return {**environment, PARENT: str(os.getpid())}
+
+
+def end_if_tied() -> None:
+    """End, as SIGTERM does, when the process that started this one with `tied_to_this` has died."""
+    if parent := os.environ.pop(PARENT, ""):
+        end_with(int(parent), partial(os.kill, os.getpid(), signal.SIGTERM))

@@ -104,6 +104,17 @@ class Run:
             time.sleep(0.001)
 
 
+def ends(pid: int, seconds: float = 60) -> bool:
+    """Whether a process that is no child of this one ends in time. If not, it is killed."""
+    command, deadline = Path(f"/proc/{pid}/cmdline"), time.monotonic() + seconds
+    while command.exists() and command.read_bytes():  # empty: its parent has not noticed yet
+        if time.monotonic() > deadline:
+            os.kill(pid, signal.SIGKILL)
+            return False
+        time.sleep(0.1)
+    return True
+
+
 def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
