@@ -209,13 +209,14 @@ def go_the_way(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def check_same(file: Path, args: argparse.Namespace, overrides: list[str]) -> None:
-    """Ends where an earlier call began with other arguments, whose motions and weights would pass for these."""
+    """Raises InputError where a call began with other arguments, whose motions and weights would pass for these."""
     now = {f"--{k.replace('_', '-')}": str(v) for k, v in vars(args).items() if k not in FREE}
     now["overrides"] = " ".join(overrides)
     before = read_json(file) if file.exists() else now
     if changed := [key for key in now if now[key] != before.get(key)]:
         key = changed[0]
-        sys.exit(f"{file.parents[1]} was begun with {key} {before.get(key)!r}, not {now[key]!r}: use another --workdir")
+        found = f"{file.parents[1]} was begun with {key} {before.get(key)!r}"
+        raise InputError(f"{found}, not {now[key]!r}: use another --workdir")
     write_json(file, now)
 
 
