@@ -30,6 +30,8 @@ from spatialvla_jax.sweep import collect, measure, run
 from spatialvla_jax.sweep.plan import Sweep, Trial
 from spatialvla_jax.utils.atomic import write_json
 
+CACHE = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")  # what a sweep sets
+
 SWEEP = """
 def get_sweep():
     return {{
@@ -54,14 +56,15 @@ def swept(packed_config: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
     (folder / "grids.py").write_text(SWEEP.format(base=str(packed_config)))
     command = ["sweep", "--config", str(folder / "grids.py"), "--workdir", str(folder / "out")]
     command += ["--config.train.steps=2"]
-    kept = jax.config.jax_compilation_cache_dir
+    kept = {name: getattr(jax.config, name) for name in CACHE}
     jax.config.update("jax_compilation_cache_dir", None)  # one that is set would stay
     # Started twice, each time for one grid and one seed that train and one trial that fails.
     with pytest.raises(SystemExit):
         main([*command, "--no-report", "--only", "grid-[gb]*_seed-0"])
     with pytest.raises(SystemExit) as error:
         main([*command, "--only", "grid-[ub]*_seed-1"])
-    jax.config.update("jax_compilation_cache_dir", kept)
+    for name, value in kept.items():
+        jax.config.update(name, value)
     compilation_cache.reset_cache()
     assert isinstance(error.value.code, int)
     return command, folder / "out", error.value.code
@@ -348,7 +351,7 @@ def test_weights_that_init_no_longer_holds_are_told(trained: Path, tmp_path: Pat
 
 
 DIES = """
-import os, sys
+import json, os, sys
 from pathlib import Path
 from types import SimpleNamespace
 from spatialvla_jax.sweep import run
@@ -357,23 +360,24 @@ run.share_compilations = lambda folder: None
 run.train = lambda config, folder: os._exit(9) if folder.name == "a" else {"step": 10}
 run.measure = lambda trial, folder, trained, drawn: {}
 config = SimpleNamespace(train=SimpleNamespace(steps=10))
-trials = tuple(Trial(name, {}, 0, config) for name in sys.argv[2])
-print(run.run_here(Sweep("mine", {}, {}, (0,), True, trials), Path(sys.argv[1]), trials, lambda text: None))
+workdir = Path(sys.argv[1])
+failed = workdir / "trials" / "a" / "failed.json"
+for names in sys.argv[2:]:  # each in a process of its own
+    if (pid := os.fork()) == 0:
+        trials = tuple(Trial(name, {}, 0, config) for name in names)
+        outcomes = run.run_here(Sweep("mine", {}, {}, (0,), True, trials), workdir, trials, lambda text: None)
+        os._exit(outcomes != {"a": run.FAILED, "b": run.FINISHED})
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    print(code, failed.exists() and "its process died" in json.loads(failed.read_text())["reason"], flush=True)
 """
 
 
 def test_a_trial_that_its_process_dies_of_ends_nothing(tmp_path: Path) -> None:
-    def start(names: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-c", DIES, str(tmp_path), names]
-        return subprocess.run(command, capture_output=True, text=True, check=False)
-
-    failed = tmp_path / "trials" / "a" / "failed.json"
-    assert start("ab").returncode == 9 and not failed.exists()
-    assert start("a").returncode == 9 and not failed.exists()  # alone it goes on, and dies again
-    again = start("ab")
-    assert again.returncode == 0 and again.stdout.strip() == str({"a": run.FAILED, "b": run.FINISHED})
-    assert "its process died" in json.loads(failed.read_text())["reason"]
-    assert start("ab").returncode == 9  # what failed is tried again
+    """Alone it goes on, and dies again; then it counts as failed, which is tried again."""
+    command = [sys.executable, "-c", DIES, str(tmp_path), "ab", "a", "ab", "ab"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    *before, again = done.stdout.splitlines()
+    assert before == ["9 False", "9 False", "0 True"] and again.startswith("9 ")
 
 
 def trials(*names: str) -> Sweep:

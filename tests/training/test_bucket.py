@@ -1,6 +1,7 @@
 """A run's workdir at gs:// and s3://, against servers of the protocols."""
 
 import json
+import math
 import random
 import shutil
 import signal
@@ -127,7 +128,7 @@ def test_logs_outlive_a_kill_up_to_the_last_save(bucket) -> None:
     """The first process saves after step 3, logs step 4 and is killed. The second one goes on from step 3."""
     workdir = storage.as_path(f"{bucket.url}/run", "--workdir")
     folder = LogFolder(workdir)
-    folder.began = time.monotonic()  # nothing is uploaded in the background
+    folder.began = math.inf  # nothing is uploaded in the background
     log = MetricsLog(folder, 0)
     for step in (1, 2, 3):
         log.write(step, {"loss": 1 / step})

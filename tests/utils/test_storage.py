@@ -134,8 +134,8 @@ def test_a_server_that_hangs(gcs, monkeypatch):
 
     path = storage.as_path(f"{gcs.url}/b.bin", "")
     storage.put(path, DATA)
-    monkeypatch.setattr(storage.filesystem(path), "requests_timeout", ClientTimeout(sock_read=0.05))
-    gcs.proxy.add(delay=0.2, count=2)
+    monkeypatch.setattr(storage.filesystem(path), "requests_timeout", ClientTimeout(sock_read=0.3))
+    gcs.proxy.add(delay=1, count=2)
     assert storage.read_bytes(path) == DATA and len(gcs.proxy.requests) >= 2
 
 
