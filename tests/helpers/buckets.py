@@ -77,6 +77,7 @@ class Proxy:
 class _Handler(BaseHTTPRequestHandler):
     proxy: Proxy
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or a body waits until the header is acknowledged
 
     def handle_one_request(self) -> None:
         try:

@@ -105,6 +105,7 @@ class _Refused(Exception):
 class _Handler(BaseHTTPRequestHandler):
     hub: Hub
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or a body waits until the header is acknowledged
 
     def log_message(self, format: str, *args) -> None:
         pass
