@@ -98,7 +98,7 @@ def test_bad_arguments_are_one_sentence(config_file: Path, tmp_path: Path, capsy
     monkeypatch.setitem(sys.modules, "rerun", object())
     for arguments, message in [
         (["--dataset", "bridge"], "--dataset 'bridge' is not in the data: choose one of toy"),
-        (["--episode", "2"], "--episode 2: split 'val' of 'toy' has 2, from 0 on"),
+        (["--episode", "2"], "--episode 2: split 'val' of 'toy' has 2, counted from 0"),
         (["--split", "test"], "'test'"),
     ]:
         out = tmp_path / "out.rrd"
