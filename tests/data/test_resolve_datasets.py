@@ -287,7 +287,7 @@ def test_bad_phases(rlds, cache_dir, drop, message):
 
 def test_phases_need_the_number_of_steps(root, rlds, cache_dir):
     config = data_config(rlds, root / "libero" / "1.0.0", cache_dir=cache_dir, drop={"toy1": 0.5})
-    with pytest.raises(InputError, match="how many steps"):
+    with pytest.raises(InputError, match="number of steps"):
         next(load_data(config, image_size=SIZE).batches(4))
 
 
