@@ -205,9 +205,9 @@ class Policy:
         cfg = self.model.config
         shape = (cfg.action_chunk, cfg.tokens_per_action)
         ranges = self.processor.grid.token_ranges
+        draft = as_array(draft)
         if draft is None:
             return np.tile(np.array([start + size // 2 for start, size in ranges], np.int32), (cfg.action_chunk, 1))
-        draft = np.asarray(draft)
         if draft.shape != shape or draft.dtype.kind not in "iu":
             raise InputError(
                 f"observation 'draft' must be action ids of shape {list(shape)}, got {draft.dtype}{list(draft.shape)}"

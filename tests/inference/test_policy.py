@@ -139,6 +139,12 @@ def test_bad_observations(policy: Policy, observation: dict, change: dict, messa
         policy.infer(observation | change)
 
 
+@pytest.mark.parametrize("draft", [[[1, 2], [3]], [[1, 2, 3]], np.zeros((4, 3)), "1 2 3"])
+def test_bad_drafts(policy: Policy, draft) -> None:
+    with pytest.raises(InputError, match=r"'draft' must be action ids of shape \[4, 3\], got "):
+        policy.draft(draft)
+
+
 @pytest.mark.parametrize(("key", "value"), [("intrinsics", 0), ("depth", np.nan), ("bounds", np.inf)])
 def test_numbers_that_are_not_finite_are_no_action(policy: Policy, key: str, value: float) -> None:
     """Whatever `prepare` lets through: in the model or after it. The error says whose they are."""
