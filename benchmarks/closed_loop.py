@@ -76,13 +76,13 @@ class Share(NamedTuple):
 def main() -> None:
     args, overrides = parse()
     try:
-        go_the_way(args, overrides)
+        run_stages(args, overrides)
     except InputError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
 
 
-def go_the_way(args: argparse.Namespace, overrides: list[str]) -> None:
+def run_stages(args: argparse.Namespace, overrides: list[str]) -> None:
     workdir, motions, results = args.workdir, args.workdir / "motions", args.workdir / "results"
     end = time.monotonic() + 60 * args.minutes
     for folder in (motions, results, workdir / "pictures"):

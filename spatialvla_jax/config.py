@@ -241,8 +241,8 @@ KEYS: dict[str, Field] = {
     "train.spikes.limit": Field(10, "spikes after which the run fails", low=0),
     "train.gather_once": Field(
         False,
-        "cast matrices and gather those split over mesh.fsdp once a step, not in every layer: faster, "
-        "2 bytes a parameter more memory",
+        "cast matrices, and gather those split over mesh.fsdp, once a step instead of in every layer; takes 2 bytes a "
+        "parameter more memory",
     ),
     "train.log_every": Field(50, "interval between records of the metrics", low=1, unit="steps"),
     "train.eval_every": Field(5_000, "interval between validations; 0: none", low=0, unit="steps"),

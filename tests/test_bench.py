@@ -1,13 +1,11 @@
 import importlib.util
 import json
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.processes import ends
+from helpers.processes import child_ends_with
 
 from spatialvla_jax.cli import main
 
@@ -22,15 +20,7 @@ def test_a_killed_bench_ends_its_benchmark(tmp_path):
     code = "from argparse import Namespace; from spatialvla_jax.cli import bench; "
     code += f"bench.BENCHMARKS = {{'slow': {str(tmp_path / 'slow.py')!r}}}; "
     code += "bench.run_bench(Namespace(benchmark='slow', arguments=[]))"
-    bench = subprocess.Popen([sys.executable, "-c", code])
-    try:
-        while not (pid.exists() and pid.read_text()):
-            assert bench.poll() is None
-            time.sleep(0.1)
-    finally:
-        bench.kill()
-        bench.wait()
-    assert ends(int(pid.read_text()))
+    assert child_ends_with([sys.executable, "-c", code], pid)
 
 
 @pytest.mark.slow

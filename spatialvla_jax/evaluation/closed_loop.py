@@ -2,7 +2,6 @@
 interruption."""
 
 import contextlib
-import fcntl
 import json
 import os
 from collections import Counter
@@ -18,6 +17,7 @@ from spatialvla_jax.evaluation.rollouts import Environment, Episode, Infer, Sett
 from spatialvla_jax.evaluation.video import write_video
 from spatialvla_jax.training.log_folder import LogFolder
 from spatialvla_jax.utils.atomic import write_json
+from spatialvla_jax.utils.process import try_lock
 from spatialvla_jax.utils.storage import AnyPath
 from spatialvla_jax.utils.tables import text_table
 
@@ -47,10 +47,8 @@ def evaluate(
     values, out = {"policy": policy, "execute": settings.execute, "max_steps": settings.max_steps}, folder.path
     (out / "videos").mkdir(parents=True, exist_ok=True)
     with folder.fetch("episodes.jsonl").open("a") as log:
-        try:
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{folder.workdir} is being filled by another process: use another directory") from None
+        if not try_lock(log):
+            raise InputError(f"another process is writing to {folder.workdir}: use another directory")
         results, kept = _resume(folder, values), Counter[tuple[str, int, bool]]()
         for episode, record in results.items():
             kept[episode.suite, episode.task, record["success"]] += "video" in record

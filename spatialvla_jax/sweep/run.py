@@ -10,7 +10,6 @@ DIR/trials/NAME/{grid.json,data.npz}      data for the report's figures
 """
 
 import contextlib
-import fcntl
 import functools
 import json
 import os
@@ -43,7 +42,7 @@ from spatialvla_jax.training.loop import CONFIG, begun_config, train
 from spatialvla_jax.utils.atomic import write_json
 from spatialvla_jax.utils.compilation_cache import share_compilations
 from spatialvla_jax.utils.distributed import is_writer
-from spatialvla_jax.utils.process import tied_to_this
+from spatialvla_jax.utils.process import tied_to_this, try_lock
 from spatialvla_jax.utils.progress import Bar, warn
 from spatialvla_jax.utils.shipped import shipped
 from spatialvla_jax.utils.storage import exists, to_path
@@ -255,12 +254,7 @@ def claim(folder: Path) -> Iterator[bool]:
         yield True
         return
     with (folder / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
+        yield try_lock(file)
 
 
 def attempt(sweep: Sweep, trial: Trial, folder: Path, workers: int) -> str:

@@ -142,17 +142,18 @@ def check_wandb() -> None:
 
 def read_metrics(path: AnyPath) -> list[dict[str, Any]]:
     """All complete records of a `metrics.jsonl`; a last line truncated by a kill is dropped. Raises InputError for
-    another line that is no record."""
+    any other line that is not a record."""
     records, lines = [], read_text(path).splitlines()
     for number, line in enumerate(lines, 1):
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except json.JSONDecodeError:
             if number == len(lines):
                 break
-            records.append(None)
-        if not isinstance(records[-1], dict) or "step" not in records[-1]:
-            raise InputError(f"{path} is damaged: line {number} is no JSON object with a step")
+            record = None
+        if not isinstance(record, dict) or "step" not in record:
+            raise InputError(f"{path} is damaged: line {number} is not a JSON object with a step")
+        records.append(record)
     return records
 
 

@@ -1,5 +1,6 @@
-"""Facts about this process from the operating system, and its end with the one that started it."""
+"""This process's age, its locks on files, and its end with the process that started it."""
 
+import fcntl
 import multiprocessing
 import os
 import signal
@@ -8,7 +9,9 @@ import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+from spatialvla_jax.errors import InputError
 
 PARENT = "SPATIALVLA_JAX_PARENT"  # of the environment of a command that ends with the process of that number
 
@@ -21,6 +24,17 @@ def process_age() -> float:
         return 0.0
     began = int(stat.rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")  # field 22, seconds since boot
     return max(0.0, float(uptime.split()[0]) - began)
+
+
+def try_lock(file: IO[Any]) -> bool:
+    """Lock an open file until it is closed or the process dies; False if another process has it. Raises InputError."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        raise InputError(f"{file.name} cannot be locked on this file system: {error.strerror}") from None
+    return True
 
 
 def end_with(parent: int, end: Callable[[], Any]) -> None:

@@ -9,12 +9,11 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from helpers.processes import ends
+from helpers.processes import child_ends_with
 
 AGAIN = "rerun the same command to resume"
 SCRIPT = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks/closed_loop.py"))
@@ -187,15 +186,7 @@ def test_a_killed_benchmark_ends_its_command(tmp_path):
         (tmp_path / name).touch()
     script, pid = Path(__file__).parents[2] / "benchmarks/closed_loop.py", tmp_path / "pid"
     few = ["--workdir", tmp_path, "--config", tmp_path / "slow.py", "--record", 1, "--rounds", 0]
-    bench = subprocess.Popen([sys.executable, str(script), *map(str, few)])
-    try:
-        while not (pid.exists() and pid.read_text()):
-            assert bench.poll() is None
-            time.sleep(0.1)
-    finally:
-        bench.kill()
-        bench.wait()
-    assert ends(int(pid.read_text()))
+    assert child_ends_with([sys.executable, str(script), *map(str, few)], pid)
 
 
 def test_other_seeds_are_another_result_though_as_many(bench):

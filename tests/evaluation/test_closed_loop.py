@@ -153,7 +153,7 @@ def test_two_processes_do_not_fill_one_directory(tmp_path):
 
     def begin_another(finished, _):
         if not finished:
-            with pytest.raises(InputError, match=f"{tmp_path} is being filled by another process: use another dir"):
+            with pytest.raises(InputError, match=f"another process is writing to {tmp_path}: use another dir"):
                 run(tmp_path, episodes=EPISODES[:1])
             refused.append(finished)
 

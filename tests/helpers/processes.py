@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,12 +104,22 @@ class Run:
             time.sleep(0.001)
 
 
-def ends(pid: int, seconds: float = 60) -> bool:
-    """Whether a process that is no child of this one ends in time. If not, it is killed."""
-    command, deadline = Path(f"/proc/{pid}/cmdline"), time.monotonic() + seconds
-    while command.exists() and command.read_bytes():  # empty: its parent has not noticed yet
+def child_ends_with(command: Sequence[str], pid: Path, seconds: float = 60) -> bool:
+    """Whether the child of `command`, which writes its process id to the file `pid`, ends in time once the command is
+    killed. If not, it is killed, too."""
+    parent = subprocess.Popen(command)
+    try:
+        while not (pid.exists() and pid.read_text()):
+            assert parent.poll() is None
+            time.sleep(0.1)
+    finally:
+        parent.kill()
+        parent.wait()
+    child, deadline = int(pid.read_text()), time.monotonic() + seconds
+    running = Path(f"/proc/{child}/cmdline")
+    while running.exists() and running.read_bytes():  # empty: its parent has not noticed yet
         if time.monotonic() > deadline:
-            os.kill(pid, signal.SIGKILL)
+            os.kill(child, signal.SIGKILL)
             return False
         time.sleep(0.1)
     return True
