@@ -93,6 +93,7 @@ class Checkpoints:
     """
 
     RETRIES = 4
+    WAIT = 1.0  # seconds before a run's last save is retried; doubled each time
 
     def __init__(
         self,
@@ -112,6 +113,7 @@ class Checkpoints:
             self.keep = {"preservation_policy": Preservation(keep_last, every, keep_every)}
         self.failures, self.retry_at, self.reason = 0, 0, ""
         self.began, self.seconds = 0.0, 0.0  # start of the save in progress; duration of the last one
+        self.saving = 0  # its step
         if is_writer():
             self._tidy(workdir)
         if jax.process_count() > 1:
@@ -169,7 +171,7 @@ class Checkpoints:
         self.metadata = self.metadata | ({"spikes": spikes} if spikes else {})
         self._start(state, step, upload_logs)
         while last and not self._finish(step):
-            time.sleep(2.0 ** (self.failures - 1))
+            time.sleep(self.WAIT * 2 ** (self.failures - 1))
             self._start(state, step, upload_logs)
 
     def _saved(self, state: TrainState) -> tuple[Any, Any]:
@@ -178,7 +180,7 @@ class Checkpoints:
 
     def _start(self, state: TrainState, step: int, upload_logs: Callable[[], None]) -> None:
         self._finish(step)  # at most one save at a time
-        self.began = time.perf_counter()
+        self.began, self.saving = time.perf_counter(), step
         params, opt_state = self._saved(state)
         items = ocp.args.Composite(
             params=ocp.args.PyTreeSave(params),
@@ -200,7 +202,7 @@ class Checkpoints:
             self.manager.check_for_errors()
         except Exception as error:
             self._failed(error, step)
-            return False
+            return self.failures == 0
         self.seconds, self.began, self.failures = time.perf_counter() - self.began, 0.0, 0
         return True
 
@@ -216,6 +218,11 @@ class Checkpoints:
             self.manager.close()
         # A new manager only knows finished checkpoints, and removes the remains.
         self.manager = self._open()
+        if self.latest() == self.saving and not missing(self.folder / str(self.saving)):
+            # Orbax commits first and then raises what it met in between or while it removed older steps.
+            self.failures, self.retry_at = 0, 0
+            warn(f"{self.folder / str(self.saving)} is complete, but while it was saved: {self.reason}")
+            return
         kept = "there is none yet" if self.latest() is None else f"the last good one is from step {self.latest()}"
         if self.failures > self.RETRIES:
             raise StorageError(f"{sentence}; {kept}") from error
