@@ -5,7 +5,7 @@
 Creates the datasets once: empty shards, and indexes of random actions and offsets, built by the package's own code.
 Then runs each of these phases `--repeats` times, in a process of its own:
 
-cold     seconds of `load_data` after imports, of wall and CPU time, on a host without indexes, which are fetched from a
+cold     seconds of `Loader` after imports, of wall and CPU time, on a host without indexes, which are fetched from a
          bucket: a server on loopback (`--latency` ms per request, `--bandwidth` MB/s in total)
 warm     the same on that host, now with indexes
 draws    samples per second of CPU time, in batches of 2,048 and of 16,384: choosing dataset and frame, and locating its
@@ -230,14 +230,14 @@ def config(args: argparse.Namespace) -> dict[str, Any]:
 
 def load(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     start = time.monotonic()
-    from spatialvla_jax.data import load_data
+    from spatialvla_jax.data import Loader
     from spatialvla_jax.data.images import tensorflow
     from spatialvla_jax.text import train_tokenizer
 
     tensorflow()
     tokenizer = train_tokenizer({f"move the object {word} to place {word % 97}" for word in range(999)}, 256)
     imported, used = time.monotonic(), time.process_time()
-    loader = load_data(config(args), image_size=224, tokenizer=tokenizer)
+    loader = Loader(config(args), image_size=224, tokenizer=tokenizer)
     result = {"seconds": time.monotonic() - imported, "processor_seconds": time.process_time() - used}
     return loader, result | {"imports_seconds": imported - start, "peak_gb": peak_gb()}
 

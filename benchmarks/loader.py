@@ -9,7 +9,7 @@ speed    samples/s, measured in turns in one process: the ceiling, which only de
          are per second of wall time and of CPU time; the latter hardly depends on what else the machine is doing.
 packed   samples/s from one packed file of each dataset's first episode, whose frames are already resized
 memory   resident set over the run, of each stream in a process of its own
-start    seconds from `load_data` to the first batch, at the first step and a million steps later, each in a new process
+start    seconds from `Loader` to the first batch, at the first step and a million steps later, each in a new process
 overlap  how long a consumer waits if its step takes a little longer than decoding its batch; writes a trace
 
 Ends with one line of JSON. Needs Linux; the data should fit into the page cache.
@@ -200,14 +200,14 @@ def make_trajectories(seed: int, frames: int) -> Iterator[dict[str, Any]]:
 
 
 def load(data: dict[str, Any], progress: bool = False) -> Any:
-    from spatialvla_jax.data import load_data
+    from spatialvla_jax.data import Loader
 
     with tqdm(unit="shard", desc="index", disable=not progress) as bar:
 
         def show(name: str, done: int, total: int) -> None:
             bar.update()
 
-        return load_data(data, image_size=IMAGE_SIZE, action_chunk=CHUNK, progress=show)
+        return Loader(data, image_size=IMAGE_SIZE, action_chunk=CHUNK, progress=show)
 
 
 # ---- the streams
@@ -449,7 +449,7 @@ def measure_start(data: dict[str, Any], args: argparse.Namespace) -> dict[str, f
     steps = {"first_step": 0, "deep_step": DEEP_STEP}
     result = {name: round(in_new_process(start, data, step, args.batch_size), 2) for name, step in steps.items()}
     result["deep_step_number"] = DEEP_STEP
-    print(f"from load_data to the first batch: {result['first_step']} s; {result['deep_step']} s at step {DEEP_STEP:,}")
+    print(f"from Loader to the first batch: {result['first_step']} s; {result['deep_step']} s at step {DEEP_STEP:,}")
     return result
 
 

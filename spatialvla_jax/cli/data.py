@@ -39,7 +39,7 @@ def add_show(commands: Commands) -> None:
 
 def run_show(args: argparse.Namespace) -> None:
     from spatialvla_jax.config import load_config
-    from spatialvla_jax.data import load_data
+    from spatialvla_jax.data import Loader
     from spatialvla_jax.models.presets import preset
     from spatialvla_jax.reports.mixture import IMAGE_SIZE, write_page
     from spatialvla_jax.training.loop import make_processor
@@ -49,7 +49,7 @@ def run_show(args: argparse.Namespace) -> None:
     size = (
         preset(config.model.preset, config.model.image_size).img.image_size if config.data.get("packed") else IMAGE_SIZE
     )
-    loader = load_data(config.data, image_size=size, progress=shard_progress())
+    loader = Loader(config.data, image_size=size, progress=shard_progress())
     grid = make_processor(config, loader).grid
     with progress_bar("show", "dataset") as progress:
         write_page(args.out, loader, grid, title=Path(args.config).stem, seed=args.seed, progress=progress)
@@ -246,19 +246,12 @@ def add_pack(commands: Commands) -> None:
 
 def run_pack(args: argparse.Namespace) -> None:
     from spatialvla_jax.config import load_config
-    from spatialvla_jax.data import load_data
+    from spatialvla_jax.data import open_data
     from spatialvla_jax.data.pack import write_pack
-    from spatialvla_jax.models.presets import preset
-    from spatialvla_jax.utils.progress import progress_bar, shard_progress
+    from spatialvla_jax.utils.progress import progress_bar
 
     config = load_config(args.config, args.overrides)
-    loader = load_data(
-        config.data,
-        image_size=args.image_size or preset(config.model.preset, config.model.image_size).img.image_size,
-        action_chunk=config.model.action_chunk,
-        depth=config.model.depth_source == "dataset",
-        progress=shard_progress(),
-    )
+    loader = open_data(config, image_size=args.image_size)
     splits = args.split or default_splits(config)
     with progress_bar("pack", "frame") as progress:
         result = write_pack(loader, args.out, splits, progress)

@@ -38,33 +38,6 @@ _STATISTICS_ROWS = ("q01", "q99", "min", "max", "mask")
 _RELEASE_EVERY = 1024  # samples between releases of the indexes' touched pages
 
 
-def load_data(
-    config: Mapping[str, Any] | ConfigDict | DataConfig,
-    *,
-    image_size: int,
-    action_chunk: int = 4,
-    action_dim: int = len(DIMENSIONS),
-    depth: bool = False,
-    target: bool = False,
-    statistics: Mapping[str, Any] | None = None,
-    tokenizer: Tokenizer | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
-    processes: Processes = ALONE,
-) -> "Loader":
-    """The loader described by a config's `data` part, see `DataConfig`.
-
-    `statistics` ({name: …}) and `tokenizer` come from a checkpoint. Without them, statistics come from the file
-    `data.statistics` if set, and otherwise both come from the data. The first call reads the datasets once and caches
-    an index, which several `processes` build together; `progress(name, shards done, shards)` is called meanwhile.
-    `target` asks for `Batch.target`, which recordings in packed files have.
-    Raises InputError for problems in the config or the data.
-    """
-    parsed = DataConfig.from_config(config)
-    return Loader(
-        parsed, image_size, action_chunk, action_dim, depth, target, statistics, tokenizer, progress, processes
-    )
-
-
 class Episode(NamedTuple):
     """The L frames of an episode, in order."""
 
@@ -75,21 +48,30 @@ class Episode(NamedTuple):
 
 
 class Loader:
-    """See `load_data`. Batches hold NumPy arrays, including depth if it was asked for."""
+    """Batches of NumPy arrays, as a config's `data` part describes them (see `DataConfig`).
+
+    `statistics` ({name: …}) and `tokenizer` come from a checkpoint. Without them, statistics come from the file
+    `data.statistics` if set, and otherwise both come from the data. The first loader of a dataset reads it once and
+    caches an index, which several `processes` build together; `progress(name, shards done, shards)` is called
+    meanwhile. Batches have depth maps if `depth` is true, and `Batch.target`, which recordings in packed files have, if
+    `target` is true. Raises InputError for problems in the config or the data.
+    """
 
     def __init__(
         self,
-        config: DataConfig,
+        config: Mapping[str, Any] | ConfigDict | DataConfig,
+        *,
         image_size: int,
-        action_chunk: int,
-        action_dim: int,
-        depth: bool,
-        target: bool,
-        statistics: Mapping[str, Any] | None,
-        tokenizer: Tokenizer | None,
-        progress: Callable[[str, int, int], None] | None,
-        processes: Processes,
+        action_chunk: int = 4,
+        action_dim: int = len(DIMENSIONS),
+        depth: bool = False,
+        target: bool = False,
+        statistics: Mapping[str, Any] | None = None,
+        tokenizer: Tokenizer | None = None,
+        progress: Callable[[str, int, int], None] | None = None,
+        processes: Processes = ALONE,
     ):
+        config = DataConfig.from_config(config)
         packed = Packed(config, image_size, depth) if config.packed else None
         entries = packed.entries if packed else make_entries(config, depth)
         self.names = tuple(dict.fromkeys(entry.name for entry in entries))
@@ -431,14 +413,16 @@ def open_data(
     config: ConfigDict,
     statistics: Mapping[str, Any] | None = None,
     tokenizer: Tokenizer | None = None,
-    processes: Processes = ALONE,
+    *,
+    image_size: int | None = None,
     target: bool = False,
+    processes: Processes = ALONE,
 ) -> Loader:
-    """The loader for a whole config. A checkpoint's `statistics` and `tokenizer` override the data's own. For `target`
-    see `load_data`."""
-    return load_data(
+    """The loader for a whole config, with images of the model's size unless `image_size` is given. For the other
+    arguments see `Loader`."""
+    return Loader(
         config.data,
-        image_size=preset(config.model.preset, config.model.image_size).img.image_size,
+        image_size=image_size or preset(config.model.preset, config.model.image_size).img.image_size,
         action_chunk=config.model.action_chunk,
         depth=config.model.depth_source == "dataset",
         target=target,

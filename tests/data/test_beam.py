@@ -8,7 +8,7 @@ from spatialvla_jax.actions import fit_gaussians
 from spatialvla_jax.actions.normalization import normalize
 from spatialvla_jax.cli import main
 from spatialvla_jax.config import load_config
-from spatialvla_jax.data import DataConfig, beam, load_data, open_data
+from spatialvla_jax.data import DataConfig, Loader, beam, open_data
 from spatialvla_jax.data.beam import compute_stats, load_stats, make_indexes, named_gaussians, pooled, table
 from spatialvla_jax.data.index_cache import find_source, read_shard
 from spatialvla_jax.data.oxe import CATALOGUE
@@ -35,7 +35,7 @@ def stats(data, tmp_path_factory):
 
 def test_equal_to_the_run(data, stats):
     """Bit for bit: what a run that indexes its data itself has of statistics and Gaussians."""
-    loader = load_data(data | {"cache_dir": data["cache_dir"] + "/own"}, image_size=32)
+    loader = Loader(data | {"cache_dir": data["cache_dir"] + "/own"}, image_size=32)
     assert stats["statistics"] == loader.statistics
     for index in loader.indexes():
         fitted = fit_gaussians(normalize(index.arrays["action"], index.statistics["action"]))
@@ -70,7 +70,7 @@ def test_one_pass_in_any_order(data, stats, tmp_path, monkeypatch):
     assert seen == [(n, 14) for n in range(1, 15)]
     own = config.cache_folder
     assert contents(folder) == contents(own) and len(contents(folder)) == 2 * 14
-    loader = load_data(data | {"cache_dir": str(folder)}, image_size=32, progress=lambda *_: pytest.fail("read again"))
+    loader = Loader(data | {"cache_dir": str(folder)}, image_size=32, progress=lambda *_: pytest.fail("read again"))
     assert [index.directories for index in loader.indexes()] == [index.directories for index in indexes]
     assert make_indexes(config, ["train"], folder)[0].statistics == stats["statistics"]["toy0"] and len(reads) == 14
 
@@ -109,7 +109,7 @@ def test_damaged_data_fails_with_its_sentence(damaged, tmp_path):
 def test_damaged_data_left_out_and_counted(damaged, tmp_path):
     data = damaged[0] | {"faults": {"policy": "skip", "limit": 1}}
     result = compute_stats(DataConfig.from_config(data), (), str(tmp_path / "s.json"))
-    loader = load_data(data, image_size=32)
+    loader = Loader(data, image_size=32)
     (index,) = loader.indexes()
     assert result["skipped"] == {"toy0": dict(index.skipped)} == {"toy0": {"checksum": 1}}
     assert result["statistics"]["toy0"]["num_trajectories"] == 3

@@ -12,7 +12,7 @@ from helpers.range_server import range_server
 from helpers.streams import assert_resumes, assert_shared, take
 from helpers.toy_rlds import data_config, make_episodes, make_rlds
 
-from spatialvla_jax.data import load_data
+from spatialvla_jax.data import Loader
 from spatialvla_jax.data.bucket_speed import Speed, choose_ahead, choose_block
 from spatialvla_jax.data.mixture import replacement_samples, sample_frames
 from spatialvla_jax.errors import InputError, StorageError
@@ -76,7 +76,7 @@ def damage(root, change):
 def test_the_stream_is_that_of_a_disk(configs, server, block):
     """Whatever the server does to single requests, and with the same counts of what was replaced."""
     loaders = {
-        place: load_data(config | {"read_block": block, "shuffle_frames": 16}, image_size=SIZE, depth=True)
+        place: Loader(config | {"read_block": block, "shuffle_frames": 16}, image_size=SIZE, depth=True)
         for place, config in configs.items()
     }
     whole = take(loaders["disk"].batches(8, seed=3), 7)
@@ -127,8 +127,8 @@ def test_an_object_that_changes_under_a_run(configs, root, change, block):
     """Its frames are replaced and counted, as on a disk; without the policy the run ends with a sentence. A disk's file
     that is another one with the same size ends a run; an object of another generation is indexed at the next start."""
     fresh = {place: config | {"read_block": block, "shuffle_frames": 16} for place, config in configs.items()}
-    loaders = {place: load_data(config, image_size=SIZE) for place, config in fresh.items()}
-    strict = load_data(fresh["bucket"] | {"faults": {"policy": "fail"}}, image_size=SIZE)
+    loaders = {place: Loader(config, image_size=SIZE) for place, config in fresh.items()}
+    strict = Loader(fresh["bucket"] | {"faults": {"policy": "fail"}}, image_size=SIZE)
     undo = damage(root, CHANGES[change])
     try:
         batches = take(loaders["bucket"].batches(8, seed=5), 8)
@@ -152,7 +152,7 @@ def test_an_object_that_changes_under_a_run(configs, root, change, block):
 
 def test_throttling_that_lasts_is_no_fault_of_the_data(configs, server, monkeypatch):
     """Frames that were left out for it would make the run another one."""
-    loader = load_data(configs["bucket"], image_size=SIZE)
+    loader = Loader(configs["bucket"], image_size=SIZE)
     monkeypatch.setattr(retries, "PATIENCE", 0.02)
     server.set(fault="429", every=1, of="read")
     with pytest.raises(StorageError, match=r"^gs://data/\S+ ?.*429"):
@@ -164,7 +164,7 @@ def test_throttling_that_lasts_is_no_fault_of_the_data(configs, server, monkeypa
 def test_what_is_read_ahead_is_bounded(configs, server, monkeypatch):
     """By bytes, but it is never less than a step."""
     monkeypatch.setattr("spatialvla_jax.data.reader.choose_ahead", lambda *_: 1)
-    batches = load_data(configs["bucket"], image_size=SIZE).batches(8)
+    batches = Loader(configs["bucket"], image_size=SIZE).batches(8)
     before = server.counts()["read"]
     next(batches)
     assert 8 <= server.counts()["read"] - before <= 8 * 12  # those of its own queues, and one more step
@@ -184,10 +184,10 @@ def test_choices(milliseconds, megabytes, block, ahead):
 def test_blocks_are_chosen_and_said(configs, capfd, monkeypatch):
     """One sentence says what was measured and chosen; what the config says is kept, and several hosts read frames."""
     monkeypatch.setattr("spatialvla_jax.data.reader.measure", lambda files: Speed(0.05, 2e6))
-    assert load_data(configs["bucket"], image_size=SIZE).mixture.block > 1
+    assert Loader(configs["bucket"], image_size=SIZE).mixture.block > 1
     said = capfd.readouterr().err
     assert "gs://data/0/toy/1.0.0: 50 ms per request and 2 MB/s" in said and "is kept when the run is resumed" in said
-    assert load_data(configs["bucket"] | {"read_block": 3}, image_size=SIZE).mixture.block == 3
-    assert load_data(configs["bucket"] | {"memory_gb": 1.0}, image_size=SIZE).mixture.block == 1
+    assert Loader(configs["bucket"] | {"read_block": 3}, image_size=SIZE).mixture.block == 3
+    assert Loader(configs["bucket"] | {"memory_gb": 1.0}, image_size=SIZE).mixture.block == 1
     assert "data.memory_gb cannot hold" in capfd.readouterr().err
-    assert load_data(configs["disk"], image_size=SIZE).mixture.block == 1
+    assert Loader(configs["disk"], image_size=SIZE).mixture.block == 1

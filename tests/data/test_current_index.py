@@ -14,7 +14,7 @@ from helpers.streams import take
 from helpers.toy_rlds import data_config, make_episodes, make_rlds
 
 from spatialvla_jax.config import call_function
-from spatialvla_jax.data import DataConfig, load_data
+from spatialvla_jax.data import DataConfig, Loader
 from spatialvla_jax.data.beam import compute_stats
 from spatialvla_jax.data.index import Faults
 from spatialvla_jax.data.oxe import CATALOGUE, OPERATIONS, operations
@@ -186,24 +186,24 @@ def test_a_record_that_only_its_checksum_shows(originals, data, tmp_path, policy
     """It is none of those that a start compares: reading one of its frames ends the stream, and the next start indexes
     the data anew."""
     config = data_config(data, cache_dir=tmp_path / "cache", faults={"policy": policy, "limit": 9})
-    loader = load_data(config, image_size=SIZE)
+    loader = Loader(config, image_size=SIZE)
     file, other = shards(data)[3], shards(originals[1])[3].read_bytes()
     content = bytearray(file.read_bytes())
     place, record, _ = list(read_records(file))[1]  # episode 10
     content[place : place + len(record) + 4] = other[place : place + len(record) + 4]
     keep_time(file, content)
-    stale = load_data(config, image_size=SIZE)
+    stale = Loader(config, image_size=SIZE)
     assert stale.statistics == loader.statistics
     with pytest.raises(InputError, match=rf"records of {file} are not those that dataset 'toy0' was indexed with"):
         take(stale.batches(8), 60)
-    again = load_data(config, image_size=SIZE)
+    again = Loader(config, image_size=SIZE)
     assert again.statistics != loader.statistics and len(take(again.batches(8), 20)) == 20
 
 
 def test_a_frame_that_only_its_checksum_shows(data, tmp_path):
     """A flipped byte of a picture that still decodes, after indexing."""
     config = data_config(data, cache_dir=tmp_path / "cache", faults={"policy": "skip", "limit": 9})
-    loader = load_data(config, image_size=SIZE)
+    loader = Loader(config, image_size=SIZE)
     (index,) = loader.indexes()
     offset, length, _ = index.spans("image", 5).tolist()
     file = Path(index.files[index.arrays["episode_file"][index.episode(5)]])
@@ -216,7 +216,7 @@ def test_a_frame_that_only_its_checksum_shows(data, tmp_path):
     assert seen == [number for number in range(index.num_frames) if number != 5]
     assert loader.replaced()["toy0", "checksum"] >= 1
     with pytest.raises(InputError, match=r"step \d: the image cannot be read any more: its bytes have changed"):
-        list(load_data(config | {"faults": {}}, image_size=SIZE).epoch(8, "train"))
+        list(Loader(config | {"faults": {}}, image_size=SIZE).epoch(8, "train"))
 
 
 def test_files_that_are_gone_or_cut(data, tmp_path):
@@ -381,8 +381,8 @@ def test_home_folders(data, tmp_path, monkeypatch):
     """~ is the user's; where there is none, the sentence says what to set. A URL is no folder."""
     monkeypatch.setenv("HOME", str(tmp_path))
     config = data_config(Path("~/data/toy/1.0.0"), cache_dir=Path("~/kept"))
-    assert load_data(config, image_size=SIZE).num_frames() and (tmp_path / "kept").is_dir()
-    assert load_data(config | {"cache_dir": ""}, image_size=SIZE).num_frames()
+    assert Loader(config, image_size=SIZE).num_frames() and (tmp_path / "kept").is_dir()
+    assert Loader(config | {"cache_dir": ""}, image_size=SIZE).num_frames()
     assert (tmp_path / ".cache" / "spatialvla_jax").is_dir()
     monkeypatch.chdir(tmp_path)
     for change, sentence in {
@@ -399,13 +399,11 @@ def test_home_folders(data, tmp_path, monkeypatch):
         if change[0] == "prompt":
             value = config["prompt"] | {"model": value}
         with pytest.raises(InputError, match=sentence):
-            load_data(config | {change[0]: value}, image_size=SIZE)
+            Loader(config | {change[0]: value}, image_size=SIZE)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".cache", "data", "kept"]
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # neither HOME nor an entry in /etc/passwd
     with pytest.raises(InputError, match=r"default of config key data\.cache_dir ~/.cache/spatialvla_jax cannot"):
-        load_data(
-            config | {"cache_dir": "", "datasets": [config["datasets"][0] | {"path": str(data)}]}, image_size=SIZE
-        )
+        Loader(config | {"cache_dir": "", "datasets": [config["datasets"][0] | {"path": str(data)}]}, image_size=SIZE)
 
 
 # --- statistics and packed files of other data ------------------------------------------------------------------------
@@ -420,13 +418,13 @@ def stats(data, tmp_path) -> Path:
 
 def test_statistics_of_other_data(originals, data, stats, tmp_path, capsys):
     config = data_config(data, cache_dir=tmp_path / "cache", statistics=str(stats))
-    assert load_data(config, image_size=SIZE).statistics == json.loads(stats.read_text())["statistics"]
+    assert Loader(config, image_size=SIZE).statistics == json.loads(stats.read_text())["statistics"]
     assert "of other data" not in capsys.readouterr().err
-    part = load_data(config | {"split": "train[:12]"}, image_size=SIZE)
+    part = Loader(config | {"split": "train[:12]"}, image_size=SIZE)
     assert "toy0' in" in (told := capsys.readouterr().err) and "num_trajectories is 25, and here it is 12" in told
     assert part.statistics == json.loads(stats.read_text())["statistics"]
     rebuilt(data, originals[1])
-    load_data(config, image_size=SIZE)
+    Loader(config, image_size=SIZE)
     assert f"statistics of dataset 'toy0' in {stats} are of other data: min is [" in capsys.readouterr().err
 
 
@@ -438,7 +436,7 @@ def test_statistics_of_another_spec(data, stats, tmp_path, capsys):
 
     def load_with(**changes):
         spec = dataclasses.asdict(SPEC) | changes
-        return load_data(config | {"datasets": [entry | {"spec": spec}]}, image_size=SIZE)
+        return Loader(config | {"datasets": [entry | {"spec": spec}]}, image_size=SIZE)
 
     scaled = (*SPEC.operations, ("scale", *(1000,) * 3, *(1,) * 4))
     for changes in ({"operations": scaled}, {"action": ("action[:6]", 1.0)}):
@@ -456,13 +454,13 @@ def test_statistics_of_another_spec(data, stats, tmp_path, capsys):
 def test_a_pack_whose_source_changed(originals, data, tmp_path, capsys):
     config = data_config(data, cache_dir=tmp_path / "cache")
     out = tmp_path / "toy.pack"
-    write_pack(load_data(config, image_size=SIZE), out, ["train"])
+    write_pack(Loader(config, image_size=SIZE), out, ["train"])
     packed = {"packed": str(out)}
-    frames = load_data(packed, image_size=SIZE).num_frames()
+    frames = Loader(packed, image_size=SIZE).num_frames()
     assert "changed" not in capsys.readouterr().err
     rebuilt(data, originals[1])
-    load_data(packed, image_size=SIZE)
+    Loader(packed, image_size=SIZE)
     told = f"dataset 'toy0' changed since it was packed in {out} (toy-train.tfrecord-00000, "
     assert told in capsys.readouterr().err
     shutil.rmtree(data)
-    assert load_data(packed, image_size=SIZE).num_frames() == frames and not capsys.readouterr().err
+    assert Loader(packed, image_size=SIZE).num_frames() == frames and not capsys.readouterr().err

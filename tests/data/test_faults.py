@@ -19,7 +19,7 @@ from helpers.toy_rlds import data_config, make_episodes, make_rlds
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from spatialvla_jax.data import load_data
+from spatialvla_jax.data import Loader
 from spatialvla_jax.data.index import Faults
 from spatialvla_jax.data.oxe import CATALOGUE
 from spatialvla_jax.data.tfrecord import read_records
@@ -203,8 +203,8 @@ def test_limit_is_of_all_datasets(tmp_path):
     with pytest.raises(
         InputError, match=r"3 episodes of the split 'train' are faulty \(3 not finite\), more than the 2"
     ):
-        load_data(config, image_size=SIZE)
-    loader = load_data(config | {"faults": SKIP}, image_size=SIZE)
+        Loader(config, image_size=SIZE)
+    loader = Loader(config | {"faults": SKIP}, image_size=SIZE)
     assert [row["skipped"] for row in loader.table()] == [{"not finite": 1}] * 3 and loader.num_skipped() == 3
     assert all(row["read"] == row["episodes"] + sum(row["skipped"].values()) == 4 for row in loader.table())
     assert "1 not finite" in loader.describe()
@@ -215,13 +215,13 @@ def test_limit_is_of_all_datasets(tmp_path):
 )
 def test_bad_policy(rlds, tmp_path, faults):
     with pytest.raises(InputError, match=r"data\.faults has policy"):
-        load_data(data_config(rlds, cache_dir=tmp_path, faults=faults), image_size=SIZE)
+        Loader(data_config(rlds, cache_dir=tmp_path, faults=faults), image_size=SIZE)
 
 
 def test_one_step_episodes_train(tmp_path):
     """They are valid: every one of them comes, its chunk filled up with neutral actions."""
     path = make_rlds(tmp_path, {"train": make_episodes(6, steps=(1, 1))})
-    loader = load_data(data_config(path, cache_dir=tmp_path / "cache"), image_size=SIZE)
+    loader = Loader(data_config(path, cache_dir=tmp_path / "cache"), image_size=SIZE)
     batch = next(loader.batches(6))
     assert sorted(batch.sample_id) == list(range(6)) and loader.num_skipped() == 0
     assert batch.action_mask.tolist() == [[True, False, False, False]] * 6
@@ -249,7 +249,7 @@ def vanish(config, broken):
 
 
 def load_and_take(config, count, **arguments):
-    loader = load_data(config, image_size=SIZE)
+    loader = Loader(config, image_size=SIZE)
     return loader, take(loader.batches(8, seed=5, **arguments), count)
 
 
@@ -276,8 +276,8 @@ def test_replaced_frames(damaged, block):
     resumed and distributed streams are the same; and the counts are those of the draws."""
     config, broken = damaged
     config |= {"read_block": block, "shuffle_frames": 16}
-    load_data(config, image_size=SIZE)  # indexed before the file is gone
-    whole_index = load_data(config, image_size=SIZE)
+    Loader(config, image_size=SIZE)  # indexed before the file is gone
+    whole_index = Loader(config, image_size=SIZE)
     stream = partial(whole_index.batches, 8, seed=5)
     begun = stream()
     vanish(config, broken)
@@ -314,7 +314,7 @@ def test_limit_while_streaming(damaged):
 def test_dataset_that_vanishes_altogether(tmp_path):
     paths = [make_rlds(tmp_path / str(n), {"train": make_episodes(6, seed=n, steps=(4, 4))}) for n in range(2)]
     config = data_config(*paths, cache_dir=tmp_path / "cache", faults=SKIP)
-    loader = load_data(config, image_size=SIZE)
+    loader = Loader(config, image_size=SIZE)
     stream = loader.batches(8, seed=5)
     next(stream)
     for file in paths[0].glob("*.tfrecord*"):
@@ -330,7 +330,7 @@ def test_dataset_that_vanishes_altogether(tmp_path):
 
 def test_validation_without_broken_frames(damaged):
     config, broken = damaged
-    loader = load_data(config, image_size=SIZE)
+    loader = Loader(config, image_size=SIZE)
     batches = list(loader.epoch(5, "train"))
     valid = np.concatenate([batch.valid for batch in batches])
     ids = np.concatenate([batch.sample_id for batch in batches])
@@ -338,7 +338,7 @@ def test_validation_without_broken_frames(damaged):
     assert sum(loader.replaced().values()) >= 3
     episodes = list(loader.episodes("train"))
     assert len(episodes) == 12 - 3 and {len(episode.frames.image) for episode in episodes} == {4}
-    fresh = load_data(config | {"faults": {"policy": "fail"}}, image_size=SIZE)
+    fresh = Loader(config | {"faults": {"policy": "fail"}}, image_size=SIZE)
     with pytest.raises(InputError, match="episode 0, step 3: the image does not decode"):
         list(fresh.epoch(5, "train"))
 
@@ -346,11 +346,11 @@ def test_validation_without_broken_frames(damaged):
 def test_slow_disk(rlds, tmp_path, monkeypatch):
     """The stream waits, in order and complete, and the wait is where a run measures it: in `next`."""
     config = data_config(rlds, cache_dir=tmp_path)
-    fast = take(load_data(config, image_size=SIZE).batches(4), 5)
+    fast = take(Loader(config, image_size=SIZE).batches(4), 5)
     pread, disk = os.pread, threading.Event()
     monkeypatch.setattr(os, "pread", lambda *arguments: disk.wait() and pread(*arguments))
     with ThreadPoolExecutor(1) as thread:
-        slow = thread.submit(lambda: take(load_data(config, image_size=SIZE).batches(4), 5))
+        slow = thread.submit(lambda: take(Loader(config, image_size=SIZE).batches(4), 5))
         with pytest.raises(TimeoutError):
             slow.result(timeout=0.2)
         disk.set()

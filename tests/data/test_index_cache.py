@@ -6,7 +6,7 @@ import pytest
 from helpers.indexes import load_index
 from helpers.toy_rlds import data_config
 
-from spatialvla_jax.data import load_data
+from spatialvla_jax.data import Loader
 from spatialvla_jax.data.beam import make_indexes
 from spatialvla_jax.data.config import DataConfig
 from spatialvla_jax.data.index_cache import read_shard
@@ -94,5 +94,5 @@ def test_the_pipeline_writes_to_a_bucket(gcs, rlds, tmp_path, monkeypatch):
     (made,) = make_indexes(DataConfig.from_config(config), ["train"], to_path(f"{gcs.url}/index"))
     assert storage.list_names(to_path(f"{gcs.url}/index")) == [made.directories[0].name]
     monkeypatch.setenv("HOME", str(tmp_path / "two"))
-    loader = load_data(config, image_size=16, progress=lambda *_: pytest.fail("the data is read again"))
+    loader = Loader(config, image_size=16, progress=lambda *_: pytest.fail("the data is read again"))
     assert loader.indexes()[0].statistics == made.statistics

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
 from spatialvla_jax.actions.normalization import normalize
-from spatialvla_jax.data import load_data
+from spatialvla_jax.data import Loader
 from spatialvla_jax.data.chunks import chunk_actions
 from spatialvla_jax.data.images import decode_image
 from spatialvla_jax.data.oxe import CATALOGUE
@@ -31,12 +31,12 @@ def other(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def loader(rlds, cache_dir):
-    return load_data(data_config(rlds, cache_dir=cache_dir), image_size=SIZE, depth=True)
+    return Loader(data_config(rlds, cache_dir=cache_dir), image_size=SIZE, depth=True)
 
 
 @pytest.fixture(scope="module")
 def mixed(rlds, other, cache_dir):
-    return load_data(data_config(rlds, other, cache_dir=cache_dir), image_size=SIZE)
+    return Loader(data_config(rlds, other, cache_dir=cache_dir), image_size=SIZE)
 
 
 def test_batch_is_the_contract(loader):
@@ -115,7 +115,7 @@ def test_resume_is_exact(mixed, start, batch_size, seed):
 def test_order_does_not_depend_on_processes_or_threads(mixed, rlds, other, cache_dir):
     stream = partial(mixed.batches, 12, seed=1)
     whole = take(stream(), 3)
-    threads = load_data(data_config(rlds, other, cache_dir=cache_dir, workers=3), image_size=SIZE)
+    threads = Loader(data_config(rlds, other, cache_dir=cache_dir, workers=3), image_size=SIZE)
     for one, two in zip(whole, threads.batches(12, seed=1), strict=False):
         assert_equal(one, two)
     assert_shared(stream, whole, (2, 3))
@@ -166,7 +166,7 @@ def test_mixture(mixed, loader):
 def test_weights_and_balance(rlds, other, cache_dir):
     config = data_config(rlds, other, cache_dir=cache_dir, balance=False)
     config["datasets"][0]["weight"] = 3.0
-    shares = [row["share"] for row in load_data(config, image_size=SIZE).table()]
+    shares = [row["share"] for row in Loader(config, image_size=SIZE).table()]
     np.testing.assert_allclose(shares, [0.75, 0.25], atol=1e-4)
 
 
@@ -174,7 +174,7 @@ def test_default_camera(rlds, cache_dir):
     """A dataset without intrinsics has the release's camera, scaled from 640x480 whatever the stored size."""
     config = data_config(rlds, cache_dir=cache_dir)
     config["datasets"][0]["spec"] = {"operations": [["clip_gripper", 0, 1]]}
-    intrinsics = next(load_data(config, image_size=224).batches(2)).intrinsics
+    intrinsics = next(Loader(config, image_size=224).batches(2)).intrinsics
     expected = [[623.588 * 0.35, 0, 319.501 * 0.35], [0, 623.588 * 224 / 480, 239.545 * 224 / 480], [0, 0, 1]]
     np.testing.assert_allclose(intrinsics, [expected, expected], rtol=1e-6)
 
@@ -182,24 +182,24 @@ def test_default_camera(rlds, cache_dir):
 def test_statistics_and_tokenizer_of_a_checkpoint(loader, rlds, cache_dir):
     statistics = {"toy0": {"action": loader.statistics["toy0"]["action"] | {"q01": [-2.0] * 7, "q99": [2.0] * 7}}}
     config = data_config(rlds, cache_dir=cache_dir)
-    again = load_data(config, image_size=SIZE, statistics=statistics, tokenizer=loader.tokenizer)
+    again = Loader(config, image_size=SIZE, statistics=statistics, tokenizer=loader.tokenizer)
     assert again.tokenizer is loader.tokenizer
     assert np.abs(again.actions("val")[:, :6]).max() <= 0.5
-    published = load_data(config, image_size=SIZE, statistics={"toy0/1.0.0": statistics["toy0"]})
+    published = Loader(config, image_size=SIZE, statistics={"toy0/1.0.0": statistics["toy0"]})
     assert published.statistics == again.statistics and published.versions == {"toy0": "1.0.0"}
     with pytest.raises(InputError, match="statistics know x, but not the dataset 'toy0'"):
-        load_data(config, image_size=SIZE, statistics={"x": {}})
+        Loader(config, image_size=SIZE, statistics={"x": {}})
 
 
 def test_config_dict_and_tokenizer_file(loader, rlds, cache_dir, tmp_path):
     (tmp_path / "small.model").write_bytes(loader.tokenizer.to_bytes())
     config = ConfigDict(data_config(rlds, cache_dir=cache_dir))
     config["prompt"]["model"] = str(tmp_path / "small.model")
-    again = load_data(config, image_size=SIZE, depth=True)
+    again = Loader(config, image_size=SIZE, depth=True)
     assert_equal(next(again.batches(4)), next(loader.batches(4)))
     config["prompt"]["model"] = str(tmp_path / "other.model")
     with pytest.raises(InputError, match=r"data\.prompt\.model .*other\.model"):
-        load_data(config, image_size=SIZE)
+        Loader(config, image_size=SIZE)
 
 
 @pytest.mark.parametrize("key", ["image", "depth"])
@@ -211,7 +211,7 @@ def test_image_that_does_not_decode(tmp_path, key, kind):
     data = seen[key] if key == "image" else encode_image(seen[key][..., 0], "PNG")
     seen[key] = b"\0" * len(data) if kind == "garbage" else data[: len(data) // 2]
     path = make_rlds(tmp_path, {"train": episodes})
-    loader = load_data(data_config(path, cache_dir=tmp_path / "cache"), image_size=SIZE, depth=True)
+    loader = Loader(data_config(path, cache_dir=tmp_path / "cache"), image_size=SIZE, depth=True)
     batches = loader.epoch(4, "train")
     take(batches, 3)
     where = r"dataset 'toy0', file .*00001.*, episode 0, step 1"
@@ -221,7 +221,7 @@ def test_image_that_does_not_decode(tmp_path, key, kind):
 
 def test_dataset_that_vanishes(tmp_path):
     path = make_rlds(tmp_path, {"train": make_episodes(4)})
-    loader = load_data(data_config(path, cache_dir=tmp_path / "cache"), image_size=SIZE)
+    loader = Loader(data_config(path, cache_dir=tmp_path / "cache"), image_size=SIZE)
     shutil.rmtree(path)
     with pytest.raises(InputError, match=r"tfrecord.* cannot be read any more"):
         next(loader.batches(4))
@@ -249,7 +249,7 @@ def test_bad_configs(rlds, cache_dir, change, message):
     config = data_config(rlds, cache_dir=cache_dir)
     change(config)
     with pytest.raises(InputError, match=message):
-        load_data(config, image_size=SIZE, depth=True)
+        Loader(config, image_size=SIZE, depth=True)
 
 
 def test_batch_that_does_not_divide(loader):
@@ -262,7 +262,7 @@ def test_depth_in_another_unit_is_refused(rlds, cache_dir):
     spec = dataclasses.asdict(dataclasses.replace(CATALOGUE["libero"], depth_unit=0.1))
     config = data_config(rlds, cache_dir=cache_dir)
     config["datasets"][0]["spec"] = spec
-    loader = load_data(config, image_size=SIZE, depth=True)
+    loader = Loader(config, image_size=SIZE, depth=True)
     sentence = (
         r"dataset 'toy0', file .*, episode \d, step \d: the depth cannot be metres: .* 'depth_unit' says how many"
     )

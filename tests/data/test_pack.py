@@ -16,7 +16,7 @@ from helpers.toy_rlds import data_config, make_episodes, make_rlds
 
 from spatialvla_jax.cli import main
 from spatialvla_jax.config import check_resumable, load_config
-from spatialvla_jax.data import load_data, open_data
+from spatialvla_jax.data import Loader, open_data
 from spatialvla_jax.data.oxe import CATALOGUE
 from spatialvla_jax.data.pack import ALIGNMENT, write_pack
 from spatialvla_jax.errors import InputError
@@ -54,7 +54,7 @@ def data(rlds, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stream(data):
-    return load_data(data, image_size=SIZE, depth=True)
+    return Loader(data, image_size=SIZE, depth=True)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def file(data, stream, tmp_path_factory):
 
 def open_pack(file, data=None, *, size=SIZE, depth=True, **changes):
     config = {"prompt": data["prompt"] if data else {"length": 24}, "packed": str(file)} | changes
-    return load_data(config, image_size=size, depth=depth)
+    return Loader(config, image_size=size, depth=depth)
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def test_everything_else_is_the_streams(stream, packed):
 def test_one_config_serves_both(data, file, stream):
     """The config that named the datasets may stay as it is; another balance, weight or depth is heeded."""
     both = open_pack(file, data, datasets=data["datasets"], balance=False, depth=False)
-    streamed = load_data(data | {"balance": False}, image_size=SIZE)
+    streamed = Loader(data | {"balance": False}, image_size=SIZE)
     assert_equal(next(both.batches(8)), next(streamed.batches(8)))
     changed = [data["datasets"][0], data["datasets"][1] | {"weight": 1.0}]
     with pytest.raises(InputError, match=r"data.datasets names other data than .*toy.pack holds"):
@@ -136,9 +136,9 @@ def test_reads_without_tensorflow(file, stream, tmp_path):
 import itertools
 import jax
 import numpy as np
-from spatialvla_jax.data import load_data
+from spatialvla_jax.data import Loader
 
-loader = load_data({{"packed": {str(file)!r}, "prompt": {{"length": 24}}}}, image_size={SIZE}, depth=True)
+loader = Loader({{"packed": {str(file)!r}, "prompt": {{"length": 24}}}}, image_size={SIZE}, depth=True)
 batches = list(itertools.islice(loader.batches(8, seed=1), 3)) + list(loader.epoch(8, "val"))
 np.savez("batches.npz", *jax.tree.leaves(batches))
 """
@@ -202,7 +202,7 @@ def test_file_that_does_not_fit(file, data, tmp_path):
         open_pack(file).num_frames("test")
     with pytest.raises(InputError, match=r"nothing.pack cannot be read: No such file"):
         open_pack(tmp_path / "nothing.pack")
-    flat = load_data(data, image_size=SIZE)
+    flat = Loader(data, image_size=SIZE)
     write_pack(flat, tmp_path / "flat.pack", ("train",))
     assert_equal(next(open_pack(tmp_path / "flat.pack", depth=False).batches(4)), next(flat.batches(4)))
     with pytest.raises(InputError, match=r"flat.pack holds no depth, which the config requires"):
@@ -226,7 +226,7 @@ def test_frame_that_cannot_be_read(tmp_path):
     episodes[1][1]["observation"]["image"] = b"\xff\xd8 not a picture"
     config = data_config(make_rlds(tmp_path, {"train": episodes}), cache_dir=tmp_path / "cache")
     for faults, message in (({}, "does not decode"), ({"policy": "skip", "limit": 9}, "1 frames of the split 'train'")):
-        loader = load_data(config | {"faults": faults}, image_size=SIZE)
+        loader = Loader(config | {"faults": faults}, image_size=SIZE)
         with pytest.raises(InputError, match=message):
             write_pack(loader, tmp_path / "out" / "toy.pack", ("train",))
         assert not (tmp_path / "out").exists()

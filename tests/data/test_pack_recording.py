@@ -9,7 +9,7 @@ from helpers.batches import assert_equal
 
 from spatialvla_jax.actions.normalization import normalize
 from spatialvla_jax.config import default_config
-from spatialvla_jax.data import load_data, pack
+from spatialvla_jax.data import Loader, pack
 from spatialvla_jax.data.pack import write_pack
 from spatialvla_jax.data.pack_recording import check_file, write_packed
 from spatialvla_jax.errors import InputError
@@ -48,7 +48,7 @@ def write(out: Path, every: int = 1):
     pictured = ({"steps": episode["steps"][::every]} for _, episode in made)
     result = write_packed(out, known, pictured, name="toy", image_size=SIZE, every=every)
     config = default_config().data.to_dict() | {"packed": str(out)}
-    return load_data(config, image_size=SIZE, action_chunk=2, depth=True), result
+    return Loader(config, image_size=SIZE, action_chunk=2, depth=True), result
 
 
 @pytest.fixture(scope="module")
@@ -110,21 +110,21 @@ def test_splits_instructions_and_prompts(loader) -> None:
 def test_the_target_comes_if_asked_for(loader, tmp_path: Path, monkeypatch) -> None:
     frames = np.array([7, 2, 11])
     assert loader.frames(frames).target is None
-    asked = load_data(loader.config, image_size=SIZE, action_chunk=2, depth=True, target=True)
+    asked = Loader(loader.config, image_size=SIZE, action_chunk=2, depth=True, target=True)
     recorded = [step for split, episode in episodes() if split == "train" for step in episode["steps"]]
     expected = np.stack([recorded[frame]["observation"]["target"] for frame in frames])
     np.testing.assert_array_equal(asked.frames(frames).target, expected, strict=True)
     monkeypatch.setattr(pack, "RECORDED", {})
     write_pack(loader, tmp_path / "old.pack", ("train",))  # like the files of earlier versions, without it
     old = {"packed": str(tmp_path / "old.pack")}
-    load_data(old, image_size=SIZE, depth=True)
+    Loader(old, image_size=SIZE, depth=True)
     with pytest.raises(InputError, match=r"^\S+old\.pack has no positions of the task's object, which loss\.target"):
-        load_data(old, image_size=SIZE, depth=True, target=True)
+        Loader(old, image_size=SIZE, depth=True, target=True)
 
 
 def test_what_is_packed_again_keeps_the_target_and_the_camera(loader, tmp_path: Path) -> None:
     write_pack(loader, tmp_path / "again.pack", tuple(LENGTHS))
-    again = load_data({"packed": str(tmp_path / "again.pack")}, image_size=SIZE, depth=True, target=True)
+    again = Loader({"packed": str(tmp_path / "again.pack")}, image_size=SIZE, depth=True, target=True)
     for split in LENGTHS:
         recorded = [step["observation"] for of, episode in episodes() if of == split for step in episode["steps"]]
         (index,) = again.indexes(split)

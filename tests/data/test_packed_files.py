@@ -11,7 +11,7 @@ from helpers.batches import assert_equal
 from helpers.streams import take
 
 from spatialvla_jax.config import check_resumable, default_config, load_config
-from spatialvla_jax.data import load_data, pack_recording
+from spatialvla_jax.data import Loader, pack_recording
 from spatialvla_jax.data.pack import packed_digest, write_pack
 from spatialvla_jax.data.pack_recording import write_packed
 from spatialvla_jax.errors import InputError
@@ -52,7 +52,7 @@ def files(tmp_path_factory):
 
 def load(packed, size=SIZE, **changes):
     config = default_config().data.to_dict() | {"packed": packed} | changes
-    return load_data(config, image_size=size, action_chunk=2, depth=True)
+    return Loader(config, image_size=size, action_chunk=2, depth=True)
 
 
 def test_frames_come_from_the_files_by_their_weights(files):

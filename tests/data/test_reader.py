@@ -9,7 +9,7 @@ from helpers.batches import assert_equal
 from helpers.streams import assert_resumes, assert_shared, take
 from helpers.toy_rlds import data_config, make_episodes, make_rlds
 
-from spatialvla_jax.data import load_data, ranges, reader
+from spatialvla_jax.data import Loader, ranges, reader
 from spatialvla_jax.errors import Fault, InputError
 
 SIZE = 16
@@ -43,9 +43,9 @@ def reads(monkeypatch):
 def test_blocks_give_the_same_frames(paths, cache_dir, block):
     """Whatever is read at once: each sample is the frame that its number says, every frame comes once a pass, a resumed
     stream goes on as the whole one does, and hosts see their rows."""
-    single = load_data(data_config(*paths, cache_dir=cache_dir), image_size=SIZE, depth=True)
+    single = Loader(data_config(*paths, cache_dir=cache_dir), image_size=SIZE, depth=True)
     config = data_config(*paths, cache_dir=cache_dir, read_block=block, shuffle_frames=60)
-    loader = load_data(config, image_size=SIZE, depth=True)
+    loader = Loader(config, image_size=SIZE, depth=True)
     stream = partial(loader.batches, 16, seed=2)
     whole = take(stream(), 20)
     for batch in whole[::6]:
@@ -63,7 +63,7 @@ def test_blocks_are_read_once(paths, cache_dir, reads):
     """One pass over a dataset costs one read an episode's part of a block, not one a frame, and one for the checksum of
     each record."""
     config = data_config(paths[0], cache_dir=cache_dir, read_block=16, shuffle_frames=64)
-    loader = load_data(config, image_size=SIZE)
+    loader = Loader(config, image_size=SIZE)
     total = loader.num_frames()
     del reads[:]
     for _ in zip(range(total // 8), loader.batches(8), strict=False):
@@ -73,14 +73,14 @@ def test_blocks_are_read_once(paths, cache_dir, reads):
     assert len(reads) - len(checksums) <= 1.5 * parts  # reading ahead begins the second pass
     assert len(checksums) == loader.indexes()[0].num_episodes
     del reads[:]
-    for _ in zip(range(total // 8), load_data(config | {"read_block": 1}, image_size=SIZE).batches(8), strict=False):
+    for _ in zip(range(total // 8), Loader(config | {"read_block": 1}, image_size=SIZE).batches(8), strict=False):
         pass
     assert len(reads) >= total - 8
 
 
 def test_start_up_does_not_depend_on_the_depth(paths, cache_dir, reads):
     """The first batch of a run at its billionth step reads what the first batch of a new run does."""
-    loader = load_data(data_config(*paths, cache_dir=cache_dir), image_size=SIZE)
+    loader = Loader(data_config(*paths, cache_dir=cache_dir), image_size=SIZE)
     for start in (0, 10**9):
         del reads[:]
         next(loader.batches(8, start_step=start))
@@ -106,7 +106,7 @@ def test_blocks_stay_within_their_bytes(paths, cache_dir, reads, monkeypatch):
     """Memory is taken once; blocks that are too large for it take more, once."""
     taken, mmap = [], ranges.mmap.mmap
     monkeypatch.setattr(ranges.mmap, "mmap", lambda *args, **options: taken.append(args[1]) or mmap(*args, **options))
-    loader = load_data(data_config(paths[0], cache_dir=cache_dir), image_size=SIZE)
+    loader = Loader(data_config(paths[0], cache_dir=cache_dir), image_size=SIZE)
     (index,) = loader.indexes()
     frames = np.random.default_rng(0).integers(0, index.num_frames, 300).tolist()
     files = [index.files[file] for file in index.arrays["episode_file"][index.episode(frames)]]
@@ -136,11 +136,11 @@ def test_budget(paths, cache_dir):
     config = data_config(*paths, cache_dir=cache_dir, memory_gb=0.5, shuffle_frames=100)
     for block, end in ((1, "GB here$"), (8, r"\(data\.shuffle_frames\)$")):
         with pytest.raises(InputError, match=rf"memory_gb is 0\.5, but batches of 4 need .*{end}"):
-            next(load_data(config | {"read_block": block}, image_size=SIZE).batches(4))
+            next(Loader(config | {"read_block": block}, image_size=SIZE).batches(4))
 
 
 def test_pages_of_the_index_are_given_back(paths, cache_dir):
-    loader = load_data(data_config(*paths, cache_dir=cache_dir), image_size=SIZE)
+    loader = Loader(data_config(*paths, cache_dir=cache_dir), image_size=SIZE)
     for index in loader.indexes():
         before = {key: value.copy() for key, value in index.arrays.items()}
         index.release()

@@ -14,7 +14,7 @@ import pytest
 from helpers.oxe_features import FEATURES, random_steps, tfds_features
 from helpers.toy_rlds import data_config, encode_image, make_rlds
 
-from spatialvla_jax.data import load_data
+from spatialvla_jax.data import Loader
 
 CHUNK = 4
 LENGTHS = (9, 3, 14, 4, 22)
@@ -145,7 +145,7 @@ def test_equals_the_release(name, tmp_path):
     config = data_config(path, cache_dir=tmp_path / "cache")
     config["datasets"] = [{"name": name, "path": str(path), "spec": name}]
     config["prompt"] = {"length": 64, "vocab_size": 300}
-    loader = load_data(config, image_size=8, action_chunk=CHUNK)
+    loader = Loader(config, image_size=8, action_chunk=CHUNK)
 
     standard = [FORMATS[name][1](steps) for steps in episodes]
     rows = reference_statistics(standard)

@@ -9,7 +9,7 @@ from helpers.streams import assert_passes, assert_resumes, assert_shared, take
 from helpers.toy_rlds import data_config, make_episodes, make_rlds
 
 from spatialvla_jax.config import load_config
-from spatialvla_jax.data import DataConfig, load_data
+from spatialvla_jax.data import DataConfig, Loader
 from spatialvla_jax.data.oxe.mixtures import MIXTURES
 from spatialvla_jax.data.resolve_datasets import make_entries, newest_version
 from spatialvla_jax.errors import InputError
@@ -34,7 +34,7 @@ def mixtures(monkeypatch):
 def test_mixture_by_name(root, mixtures, cache_dir):
     """Each dataset in its directory's newest version, with the catalogue's entry and the mixture's weight."""
     config = data_config(cache_dir=cache_dir, mixture="two", root=str(root))
-    loader = load_data(config, image_size=SIZE)
+    loader = Loader(config, image_size=SIZE)
     assert loader.names == ("libero", "libero_no_noops") and loader.weights == (1.0, 0.5)
     assert [row["episodes"] for row in loader.table()] == [20, 10]
     np.testing.assert_allclose([row["share"] for row in loader.table()], [0.8, 0.2], atol=1e-4)
@@ -155,7 +155,7 @@ def test_own_dataset_beside_a_mixture(root, mixtures, tmp_path, cache_dir):
     file = tmp_path / "config.py"
     file.write_text(USER_CONFIG.format(root=str(root), cache=str(cache_dir), path=str(path)))
     config = load_config(file, {"data.prompt.vocab_size": "96"})
-    loader = load_data(config.data, image_size=SIZE)
+    loader = Loader(config.data, image_size=SIZE)
     assert loader.names == ("libero", "libero_no_noops", "my_robot") and loader.weights == (1.0, 0.5, 4.0)
     batch = loader.frames(np.asarray([loader.num_frames() - 1]))
     np.testing.assert_allclose(batch.intrinsics[0], [[15, 0, 8], [0, 20, 8], [0, 0, 1]])
@@ -176,8 +176,8 @@ def test_own_dataset_beside_a_mixture(root, mixtures, tmp_path, cache_dir):
 def test_parts_of_a_split(root, cache_dir, train, rest, sizes):
     """Episodes, in order, across the borders of shards; together the parts are the whole."""
     config = data_config(root / "libero" / "1.10.0", cache_dir=cache_dir)
-    whole = load_data(config, image_size=SIZE)
-    loader = load_data(config | {"split": train}, image_size=SIZE)
+    whole = Loader(config, image_size=SIZE)
+    loader = Loader(config | {"split": train}, image_size=SIZE)
     parts = [*loader.episodes(train), *loader.episodes(rest)]
     assert tuple(loader.indexes(split)[0].num_episodes for split in (train, rest)) == sizes
     for part, episode in zip(parts, whole.episodes("train"), strict=True):
@@ -201,7 +201,7 @@ def test_parts_of_a_split(root, cache_dir, train, rest, sizes):
     ],
 )
 def test_episodes_in_both_splits(root, cache_dir, train, held_out, shared):
-    loader = load_data(data_config(root / "libero" / "1.10.0", cache_dir=cache_dir, split=train), image_size=SIZE)
+    loader = Loader(data_config(root / "libero" / "1.10.0", cache_dir=cache_dir, split=train), image_size=SIZE)
     assert loader.shared_episodes(held_out) == ({"toy0": shared} if shared else {})
 
 
@@ -211,7 +211,7 @@ def test_episodes_in_both_splits_of_several_datasets(root, rlds, cache_dir):
     config["datasets"].append(config["datasets"][0] | {"name": "again"})
     config["datasets"][0]["splits"] = {"train": "train[:10]", "val": "train[10:]"}
     config["datasets"][2]["splits"] = {"train": "train[:15]", "val": "train[15:]"}
-    loader = load_data(config, image_size=SIZE)
+    loader = Loader(config, image_size=SIZE)
     assert loader.shared_episodes("val") == {"toy0": 5}
 
 
@@ -219,7 +219,7 @@ def test_split_of_one_dataset(root, rlds, cache_dir):
     """A dataset without a validation split holds some of its training episodes out."""
     config = data_config(root / "libero" / "1.10.0", rlds, cache_dir=cache_dir)
     config["datasets"][0]["splits"] = {"train": "train[:90%]", "val": "train[90%:]"}
-    loader = load_data(config, image_size=SIZE)
+    loader = Loader(config, image_size=SIZE)
     assert [index.num_episodes for index in loader.indexes()] == [18, 7]
     assert [index.num_episodes for index in loader.indexes("val")] == [2, 2]
 
@@ -236,11 +236,11 @@ def test_split_of_one_dataset(root, rlds, cache_dir):
 def test_bad_splits(root, cache_dir, split, message):
     config = data_config(root / "libero" / "1.10.0", cache_dir=cache_dir, split=split)
     with pytest.raises(InputError, match=message):
-        load_data(config, image_size=SIZE)
+        Loader(config, image_size=SIZE)
 
 
 def test_some_frames_of_a_split(root, cache_dir):
-    loader = load_data(data_config(root / "libero" / "1.10.0", cache_dir=cache_dir), image_size=SIZE)
+    loader = Loader(data_config(root / "libero" / "1.10.0", cache_dir=cache_dir), image_size=SIZE)
     batches = list(loader.epoch(8, "train", frames=20))
     ids = np.concatenate([batch.sample_id[batch.valid] for batch in batches])
     assert len(batches) == 3 and ids.tolist() == list(range(0, 80, 4))
@@ -256,7 +256,7 @@ def test_phases(root, rlds, cache_dir, block):
     passes that go on over the border."""
     paths = (root / "libero" / "1.10.0", root / "libero" / "1.0.0", rlds)
     config = data_config(*paths, cache_dir=cache_dir, read_block=block, shuffle_frames=30)
-    loader = load_data(config | {"drop": {"toy0": 2 / 3, "toy2": 0.25}}, image_size=SIZE)
+    loader = Loader(config | {"drop": {"toy0": 2 / 3, "toy2": 0.25}}, image_size=SIZE)
     stream = partial(loader.batches, 12, seed=3, total_steps=24)
     whole = take(stream(), 24)
     datasets = [set(batch.dataset_id.tolist()) for batch in whole]
@@ -267,7 +267,7 @@ def test_phases(root, rlds, cache_dir, block):
     ids = np.concatenate([batch.sample_id[batch.dataset_id == 1] for batch in whole])
     assert_passes(ids - 80, 36)
     assert "from 25%" in loader.describe() and "from 67%" in loader.describe()
-    plain = load_data(config, image_size=SIZE).batches(12, seed=3)
+    plain = Loader(config, image_size=SIZE).batches(12, seed=3)
     for one, two in zip(whole[:6], plain, strict=False):
         np.testing.assert_array_equal(one.sample_id, two.sample_id)
 
@@ -282,13 +282,13 @@ def test_phases(root, rlds, cache_dir, block):
 )
 def test_bad_phases(rlds, cache_dir, drop, message):
     with pytest.raises(InputError, match=message):
-        load_data(data_config(rlds, cache_dir=cache_dir, drop=drop), image_size=SIZE)
+        Loader(data_config(rlds, cache_dir=cache_dir, drop=drop), image_size=SIZE)
 
 
 def test_phases_need_the_number_of_steps(root, rlds, cache_dir):
     config = data_config(rlds, root / "libero" / "1.0.0", cache_dir=cache_dir, drop={"toy1": 0.5})
     with pytest.raises(InputError, match="number of steps"):
-        next(load_data(config, image_size=SIZE).batches(4))
+        next(Loader(config, image_size=SIZE).batches(4))
 
 
 def test_pretraining_names_the_published_mixture():

@@ -16,7 +16,7 @@ from PIL import Image
 
 from spatialvla_jax.actions import fit_gaussians, gaussian_grid, linear_grid
 from spatialvla_jax.cli import main
-from spatialvla_jax.data import Loader, load_data
+from spatialvla_jax.data import Loader
 from spatialvla_jax.data.stored import stored_depth, stored_state
 from spatialvla_jax.reports.mixture import EPISODES, IMAGE_SIZE, PLAYED, write_page
 from spatialvla_jax.reports.player import depth_maps
@@ -76,7 +76,7 @@ def loader(tmp_path_factory: pytest.TempPathFactory) -> Loader:
     }
     config["prompt"]["length"] = 128
     config["drop"] = {"toy0": 0.75}
-    return load_data(config, image_size=IMAGE_SIZE)
+    return Loader(config, image_size=IMAGE_SIZE)
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from spatialvla_jax.actions import adapt_embeddings, uniform_grid
 from spatialvla_jax.cli import main
 from spatialvla_jax.config import default_config, load_config
-from spatialvla_jax.data import load_data
+from spatialvla_jax.data import Loader
 from spatialvla_jax.data.pack import packed_digest, write_pack
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.evaluation.closed_loop import summary
@@ -166,7 +166,7 @@ def test_trials_of_other_data_are_not_mixed(
     assert main([*command, f"--config.data.packed={tmp_path / 'moved.pack'}"]) == 0
     data = load_config(config_file).data
     data.datasets[0]["path"] = str(make_rlds(tmp_path, {"train": make_episodes(2, seed=5), "val": make_episodes(1)}))
-    loader = load_data(data, image_size=56, depth=True)
+    loader = Loader(data, image_size=56, depth=True)
     write_pack(loader, tmp_path / "other.pack", ("train", "val"))
     for path in (str(tmp_path / "other.pack"), ""):
         capsys.readouterr()

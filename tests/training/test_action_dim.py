@@ -15,7 +15,7 @@ from spatialvla_jax.actions.normalization import unnormalize
 from spatialvla_jax.batch import Batch
 from spatialvla_jax.checkpoints.processor import Processor
 from spatialvla_jax.config import default_config
-from spatialvla_jax.data import load_data
+from spatialvla_jax.data import Loader
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.evaluation.open_loop import evaluate, table
 from spatialvla_jax.training.setup import make_setup
@@ -60,10 +60,10 @@ def test_loader_step_and_policy_follow_the_tokenizer(grid: ActionTokenizer, tmp_
     path = make_rlds(tmp_path, splits, step_features=libero_features(A))
     data = data_config(path, cache_dir=tmp_path / "cache")
     with pytest.raises(InputError, match=rf"'toy0' .* has an action {A} wide .*; {A + 1} is expected"):
-        load_data(data, image_size=56, action_dim=A + 1)
-    loader = load_data(data, image_size=56, action_dim=A, depth=True)
+        Loader(data, image_size=56, action_dim=A + 1)
+    loader = Loader(data, image_size=56, action_dim=A, depth=True)
     with pytest.raises(InputError, match=rf"'toy0' .* has an action {A} wide .*; {A + 1} is expected"):
-        load_data(data, image_size=56, action_dim=A + 1, depth=True)  # with an index of the other width there
+        Loader(data, image_size=56, action_dim=A + 1, depth=True)  # with an index of the other width there
 
     config = default_config()
     config.model.update(preset="nano", depth_source="dataset", dtype="bfloat16", remat="none")

@@ -18,7 +18,7 @@ from helpers.zoe_reference import TINY, random_hf_model
 from spatialvla_jax.checkpoints import load_pretrained, read_checkpoint, read_huggingface, write_huggingface
 from spatialvla_jax.checkpoints.load import read_zoedepth
 from spatialvla_jax.cli import main
-from spatialvla_jax.data import load_data
+from spatialvla_jax.data import Loader
 from spatialvla_jax.data.importers.add_depth import add_depth, to_counts
 from spatialvla_jax.data.oxe.spec import DEPTH_UNIT
 from spatialvla_jax.data.tfrecord import read_records
@@ -106,7 +106,7 @@ def test_model_on_stored_depth_sees_the_points_of_the_step(copied, lively, tmp_p
     proportion to their ray.
     """
     config = data_config(copied, cache_dir=tmp_path, precomputed_depth=True)
-    batch = next(load_data(config, image_size=SIZE, depth=True).batches(8))
+    batch = next(Loader(config, image_size=SIZE, depth=True).batches(8))
     model, params, _ = load_pretrained(lively)
     image, intrinsics = jnp.asarray(batch.image, jnp.float32) / 255, batch.intrinsics
 

@@ -28,7 +28,7 @@ from helpers.toy_lerobot import (
 from PIL import Image
 
 from spatialvla_jax.cli import main
-from spatialvla_jax.data import Loader, load_data
+from spatialvla_jax.data import Loader
 from spatialvla_jax.data.importers import lerobot
 from spatialvla_jax.data.importers.lerobot import convert_lerobot
 from spatialvla_jax.errors import InputError
@@ -41,7 +41,7 @@ def load(path: Path, cache: Path) -> Loader:
     config = {"datasets": [entry], "cache_dir": str(cache), "workers": 1, "prompt": prompt}
     rows = {"q01": -1.0, "q99": 1.0, "min": -1.0, "max": 1.0, "mask": False}
     statistics = {"mine": {"action": {row: [value] * 7 for row, value in rows.items()}}}
-    return load_data(config, image_size=48, action_chunk=4, statistics=statistics)
+    return Loader(config, image_size=48, action_chunk=4, statistics=statistics)
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:

@@ -8,7 +8,7 @@ from helpers.streams import take
 from helpers.toy_rlds import data_config, encode_image
 
 from spatialvla_jax.cli import main
-from spatialvla_jax.data import load_data
+from spatialvla_jax.data import Loader
 from spatialvla_jax.data.images import decode_image
 from spatialvla_jax.data.importers.tf_dataset import trajectories_of, write_rlds
 from spatialvla_jax.errors import InputError
@@ -68,7 +68,7 @@ def test_frames_come_back(tmp_path, kind, encoded):
     assert stored["task/language_instruction"] == "text" and stored["observation/depth"] == "image uint16[?, ?, 1]"
     config = data_config(path, cache_dir=tmp_path / "cache")
     config["datasets"][0]["spec"] = SPEC
-    loader = load_data(config, image_size=SIZE, depth=True)
+    loader = Loader(config, image_size=SIZE, depth=True)
     for item, episode in zip(items, loader.episodes("train"), strict=True):
         images = item["observation"]["image_primary"]
         for row, image in enumerate(images):
@@ -121,7 +121,7 @@ def test_command(tmp_path, monkeypatch, capsys):
     assert "already exists" in capsys.readouterr().err
     config = data_config(out / "1.0.0", cache_dir=tmp_path / "cache")
     config["datasets"][0]["spec"] = SPEC
-    loader = load_data(config, image_size=SIZE)
+    loader = Loader(config, image_size=SIZE)
     assert (loader.num_frames("train"), loader.num_frames("val")) == (11, 3)
 
 
