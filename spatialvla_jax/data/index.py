@@ -51,7 +51,7 @@ class Faults:
 FAIL = Faults()
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Index:
     """One split of one dataset: N frames of E episodes. Arrays of frames are memory-mapped.
 

@@ -298,10 +298,21 @@ def _open(source: Source, directory: Path) -> Kept:
                     weakref.finalize(data, os.close, descriptors[key])
                     maps.append(data)
             arrays[key] = np.frombuffer(data, dtype).reshape(-1, *shape)
-        files, instructions = tuple(os.fspath(shard.file) for shard in source.shards), tuple(meta["instructions"])
-        about = meta["statistics"], meta["read"], meta["skipped"]
-        opened = arrays, tuple(maps), descriptors
-        return Index(source.name, source.spec, files, instructions, *about, *opened, made_from, meta["gaussians"]), meta
+        index = Index(
+            name=source.name,
+            spec=source.spec,
+            files=tuple(os.fspath(shard.file) for shard in source.shards),
+            instructions=tuple(meta["instructions"]),
+            statistics=meta["statistics"],
+            num_read=meta["read"],
+            skipped=meta["skipped"],
+            arrays=arrays,
+            maps=tuple(maps),
+            descriptors=descriptors,
+            made_from=made_from,
+            gaussians=meta["gaussians"],
+        )
+        return index, meta
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise _Stale(f"its index {directory} is damaged ({error})") from error
     finally:

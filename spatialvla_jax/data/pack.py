@@ -333,16 +333,16 @@ class _File:
             if split in self.splits:
                 self._warn_of_changes(entry.name, meta.get("made_from") or {})
             yield Index(
-                entry.name,
-                entry.spec,
-                tuple(meta["files"]),
-                tuple(meta["instructions"]),
-                meta["statistics"],
-                meta["num_read"] if split in self.splits else 0,
-                meta["skipped"] if split in self.splits else {},
-                {key: self._array(*place)[rows] for key, place in meta["arrays"].items()},
-                (self._memory,),
-                meta.get("made_from", {}),
+                name=entry.name,
+                spec=entry.spec,
+                files=tuple(meta["files"]),
+                instructions=tuple(meta["instructions"]),
+                statistics=meta["statistics"],
+                num_read=meta["num_read"] if split in self.splits else 0,
+                skipped=meta["skipped"] if split in self.splits else {},
+                arrays={key: self._array(*place)[rows] for key, place in meta["arrays"].items()},
+                maps=(self._memory,),
+                made_from=meta.get("made_from", {}),
             )
 
     def _warn_of_changes(self, name: str, made_from: Mapping[str, Any]) -> None:

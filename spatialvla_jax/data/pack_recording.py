@@ -42,8 +42,16 @@ def _index(known: Sequence[Known], instructions: Sequence[str], name: str, every
     if every > 1:
         ends = np.cumsum(steps)
         arrays |= {"action_row": arrays["step"] + np.repeat(ends - steps, lengths), "action_end": ends}
-    statistics = action_statistics(arrays["action"], len(known))
-    return Index(name, CATALOGUE[SPEC], ("the recording",), tuple(instructions), statistics, len(known), {}, arrays)
+    return Index(
+        name=name,
+        spec=CATALOGUE[SPEC],
+        files=("the recording",),
+        instructions=tuple(instructions),
+        statistics=action_statistics(arrays["action"], len(known)),
+        num_read=len(known),
+        skipped={},
+        arrays=arrays,
+    )
 
 
 class _Recording:

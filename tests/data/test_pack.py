@@ -98,6 +98,7 @@ def test_everything_else_is_the_streams(stream, packed):
     assert packed.names == stream.names and packed.weights == stream.weights == (1.0, 2.5)
     assert packed.table() == stream.table() and packed.statistics == stream.statistics
     assert packed.intrinsics == stream.intrinsics
+    assert packed.versions == stream.versions == dict.fromkeys(stream.names, "1.0.0")
     assert packed.tokenizer.to_bytes() == stream.tokenizer.to_bytes()
 
 
