@@ -176,6 +176,7 @@ KEYS: dict[str, Field] = {
         (16, 32, 8, 16, 16, 16), "bins of theta, phi, r, roll, pitch, yaw", size=6, items=Field(1, "", low=1, high=4096)
     ),
     "grid.min_sigma": Field(0.5, "smallest standard deviation of a fitted Gaussian", low=0, unit="normalised action"),
+    # The release's OXE_EXCLUDE_MIXTURE: planar, or of poor quality.
     "grid.exclude": Field(
         ("language_table", "berkeley_fanuc_manipulation", "cmu_stretch", "jaco_play"),
         "datasets left out when the Gaussians are fitted, as published",

@@ -9,7 +9,6 @@ files are written beside them, and read if processor.json is missing. `auto_map`
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -49,19 +48,15 @@ MAX_SHARD_BYTES = 5 * 10**9
 ZOE_PREFIX = "vision_zoe_model."
 
 
-def read_huggingface(path: str | AnyPath, ignore: Sequence[str] = ()) -> Checkpoint:
+def read_huggingface(path: str | AnyPath) -> Checkpoint:
     """Read a published directory, single or sharded. Arrays are read lazily, in their stored dtype.
 
-    `ignore` lists key prefixes to skip; ("vision_zoe_model.",) gives a model that takes depth from the data. Raises
-    InputError for missing, unknown, misshapen or non-floating tensors, and if they do not fit the config. Reading an
-    array raises it for NaN or infinity.
+    Raises InputError for missing, unknown, misshapen or non-floating tensors, and if they do not fit the config.
+    Reading an array raises it for NaN or infinity.
     """
     path = to_path(path)
     config, processor = read_description(path)
-    kept = {key: tensor for key, tensor in open_published(path).items() if not key.startswith(tuple(ignore))}
-    if ZOE_PREFIX in ignore and config.depth_source == "zoedepth":
-        config = replace(config, depth_source="dataset")
-    return Checkpoint(config, stacked_arrays(path, kept, param_shapes(config)), processor)
+    return Checkpoint(config, stacked_arrays(path, open_published(path), param_shapes(config)), processor)
 
 
 def read_description(path: AnyPath) -> tuple[SpatialVLAConfig, Processor | None]:

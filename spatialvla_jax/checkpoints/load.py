@@ -84,14 +84,12 @@ def fingerprint(path: str | AnyPath) -> str:
     return f"{resolved(path)} ({digest.hexdigest()[:8]})"
 
 
-def load_pretrained(
-    path: str | AnyPath, zoedepth: str | AnyPath | None = None
-) -> tuple[SpatialVLA, dict[str, Any], Processor | None]:
+def load_pretrained(path: str | AnyPath) -> tuple[SpatialVLA, dict[str, Any], Processor | None]:
     """(model, params, processor) of any checkpoint that `read_checkpoint` reads.
 
     Params are NumPy arrays on the host in their stored dtypes. The processor is None if the checkpoint has none.
     """
-    checkpoint = read_checkpoint(path, zoedepth)
+    checkpoint = read_checkpoint(path)
     return SpatialVLA(checkpoint.config), checkpoint.params(), checkpoint.processor
 
 

@@ -64,11 +64,11 @@ def _attention(path: str, keys: Sequence[str], key_bias: str | None = HEADS_BIAS
     ]
 
 
-def siglip(ours: str = "img", theirs: str = "vision_tower.vision_model") -> list[Rule]:
-    block, layer = f"{ours}/Transformer/encoderblock", f"{theirs}.encoder.layers.{{layer}}"
+def siglip(theirs: str = "vision_tower.vision_model") -> list[Rule]:
+    block, layer = "img/Transformer/encoderblock", f"{theirs}.encoder.layers.{{layer}}"
     return [
-        *_dense(f"{ours}/embedding", f"{theirs}.embeddings.patch_embedding", CONV),
-        *_rule(f"{ours}/pos_embedding", "P D -> 1 P D", f"{theirs}.embeddings.position_embedding.weight"),
+        *_dense("img/embedding", f"{theirs}.embeddings.patch_embedding", CONV),
+        *_rule("img/pos_embedding", "P D -> 1 P D", f"{theirs}.embeddings.position_embedding.weight"),
         *_norm(f"{block}/LayerNorm_0", f"{layer}.layer_norm1"),
         *_norm(f"{block}/LayerNorm_1", f"{layer}.layer_norm2"),
         *_attention(
@@ -77,15 +77,15 @@ def siglip(ours: str = "img", theirs: str = "vision_tower.vision_model") -> list
         ),
         *_dense(f"{block}/MlpBlock_0/Dense_0", f"{layer}.mlp.fc1"),
         *_dense(f"{block}/MlpBlock_0/Dense_1", f"{layer}.mlp.fc2"),
-        *_norm(f"{ours}/Transformer/encoder_norm", f"{theirs}.post_layernorm"),
+        *_norm("img/Transformer/encoder_norm", f"{theirs}.post_layernorm"),
     ]
 
 
-def gemma2(ours: str = "llm", theirs: str = "language_model.model") -> list[Rule]:
-    block, layer = f"{ours}/layers", f"{theirs}.layers.{{layer}}"
+def gemma2(theirs: str = "language_model.model") -> list[Rule]:
+    block, layer = "llm/layers", f"{theirs}.layers.{{layer}}"
     attention, mlp = f"{layer}.self_attn", f"{layer}.mlp"
     return [
-        *_rule(f"{ours}/embedder/input_embedding", TABLE, f"{theirs}.embed_tokens.weight"),
+        *_rule("llm/embedder/input_embedding", TABLE, f"{theirs}.embed_tokens.weight"),
         *_rule(f"{block}/attn/q_einsum/w", "(N H) D -> N D H", f"{attention}.q_proj.weight"),
         *_rule(
             f"{block}/attn/kv_einsum/w", "(K H) D -> K D H", f"{attention}.k_proj.weight", f"{attention}.v_proj.weight"
@@ -97,16 +97,17 @@ def gemma2(ours: str = "llm", theirs: str = "language_model.model") -> list[Rule
         *_rule(f"{block}/post_attention_norm/scale", VECTOR, f"{layer}.post_attention_layernorm.weight"),
         *_rule(f"{block}/pre_ffw_norm/scale", VECTOR, f"{layer}.pre_feedforward_layernorm.weight"),
         *_rule(f"{block}/post_ffw_norm/scale", VECTOR, f"{layer}.post_feedforward_layernorm.weight"),
-        *_rule(f"{ours}/final_norm/scale", VECTOR, f"{theirs}.norm.weight"),
+        *_rule("llm/final_norm/scale", VECTOR, f"{theirs}.norm.weight"),
     ]
 
 
-def zoedepth(ours: str = "zoe", theirs: str = "vision_zoe_model") -> list[Rule]:
+def zoedepth() -> list[Rule]:
+    theirs = "vision_zoe_model"
     return [
-        *_beit(f"{ours}/backbone", f"{theirs}.backbone"),
-        *_zoedepth_neck(f"{ours}/neck", f"{theirs}.neck"),
-        *_convs(f"{ours}/relative_head", f"{theirs}.relative_head.conv{{}}", numbers=(1, 2, 3)),
-        *_zoedepth_metric_head(f"{ours}/metric_head", f"{theirs}.metric_head"),
+        *_beit("zoe/backbone", f"{theirs}.backbone"),
+        *_zoedepth_neck("zoe/neck", f"{theirs}.neck"),
+        *_convs("zoe/relative_head", f"{theirs}.relative_head.conv{{}}", numbers=(1, 2, 3)),
+        *_zoedepth_metric_head("zoe/metric_head", f"{theirs}.metric_head"),
     ]
 
 

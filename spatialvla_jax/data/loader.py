@@ -89,7 +89,7 @@ class Loader:
         self._indexes: dict[str, tuple[Index, ...]] = {}
         self._splits: dict[str, Split] = {}
 
-        train = self._index(self._train_split)
+        train = self.indexes()
         self.weights = tuple(entry.weight for entry in entries)
         self.mixture = mixture.make_mixture(
             tuple(index.num_frames for index in train),
@@ -181,7 +181,20 @@ class Loader:
 
     def indexes(self, split: str | None = None) -> tuple[Index, ...]:
         """Every dataset's index of a split (by default the training split)."""
-        return self._index(split or self._train_split)
+        split = split or self._train_split
+        if split not in self._indexes:
+            self._indexes[split] = indexes = self._source.index(split)
+            for path, index in zip(self._paths, indexes, strict=True):
+                if self._target and "target" not in index.arrays:
+                    raise InputError(
+                        f"{path} has no positions of the task's object, which loss.target needs: expected a packed "
+                        "file of `record libero` with this version"
+                    )
+                if (width := index.arrays["action"].shape[1]) != self.action_dim:
+                    raise InputError(
+                        f"Dataset {index.name!r} has an action {width} wide; {self.action_dim} is expected"
+                    )
+        return self._indexes[split]
 
     def frames(self, samples: np.ndarray, split: str | None = None) -> Batch:
         """One batch of chosen frames of a split (by default the training split), numbered i64[B] as in sample_id.
@@ -195,7 +208,7 @@ class Loader:
 
     def actions(self, split: str | None = None) -> Float[np.ndarray, "N A"]:
         """Normalised actions f32[N, A] of all steps of a split (by default the training split), for fitting a grid."""
-        indexes = self._index(split or self._train_split)
+        indexes = self.indexes(split)
         return np.concatenate([normalize(i.arrays["action"], self.statistics[i.name]["action"]) for i in indexes])
 
     @functools.cached_property
@@ -215,7 +228,7 @@ class Loader:
 
     def num_frames(self, split: str | None = None) -> int:
         """The number of frames in a split (by default the training split)."""
-        return sum(index.num_frames for index in self._index(split or self._train_split))
+        return sum(index.num_frames for index in self.indexes(split))
 
     def check_epoch(self, split: str) -> int:
         """→ the number of frames in a split. Raises InputError as `epoch` would: the split is missing or empty, or a
@@ -242,7 +255,7 @@ class Loader:
                 "shares": [phase.shares[number] for phase in phases],
                 "passes": phases[0].epoch_length * phases[0].shares[number] / index.num_frames,
             }
-            for number, index in enumerate(self._index(self._train_split))
+            for number, index in enumerate(self.indexes())
         ]
 
     def describe(self) -> str:
@@ -271,7 +284,7 @@ class Loader:
             return numbers[index.arrays["episode_file"]] * 2**32 + index.arrays["episode_number"]
 
         def stored(split: str) -> dict[str, np.ndarray]:  # recordings have no files, and splits are separate
-            return {i.name: places(i) for i in self._index(split) if all(".tfrecord" in file for file in i.files)}
+            return {i.name: places(i) for i in self.indexes(split) if all(".tfrecord" in file for file in i.files)}
 
         trained = np.concatenate([np.empty(0, np.int64), *stored(self._train_split).values()])
         counts = {name: int(np.isin(listed, trained).sum()) for name, listed in stored(split).items()}
@@ -307,24 +320,9 @@ class Loader:
             phases.append((first, datasets, drawn))
         return phases
 
-    def _index(self, split: str) -> tuple[Index, ...]:
-        if split not in self._indexes:
-            self._indexes[split] = indexes = self._source.index(split)
-            for path, index in zip(self._paths, indexes, strict=True):
-                if self._target and "target" not in index.arrays:
-                    raise InputError(
-                        f"{path} has no positions of the task's object, which loss.target needs: expected a packed "
-                        "file of `record libero` with this version"
-                    )
-                if (width := index.arrays["action"].shape[1]) != self.action_dim:
-                    raise InputError(
-                        f"Dataset {index.name!r} has an action {width} wide; {self.action_dim} is expected"
-                    )
-        return self._indexes[split]
-
     def _split(self, split: str) -> Split:
         if split not in self._splits:
-            indexes = self._index(split)
+            indexes = self.indexes(split)
             prompts = tuple(self._encode(index, split) for index in indexes)
             starts = np.cumsum([0, *(index.num_frames for index in indexes)])
             current = tuple(np.full(index.num_episodes, any(map(is_url, index.files))) for index in indexes)

@@ -25,20 +25,20 @@ def newest(predictions: Float[np.ndarray, "N A"]) -> Float[np.ndarray, " N"]:
     return np.eye(len(predictions))[-1]
 
 
-def adaptive(predictions: Float[np.ndarray, "N A"], alpha: float = 0.1) -> Float[np.ndarray, " N"]:
-    """exp(alpha · cosine similarity with the newest prediction): predictions in other directions count less.
+def adaptive(predictions: Float[np.ndarray, "N A"]) -> Float[np.ndarray, " N"]:
+    """exp(0.1 · cosine similarity with the newest prediction): predictions in other directions count less.
 
     From CogACT (Li et al. 2024, section 3.4), but compares motions only: a gripper of 0 or 1 would dominate motions of
     a few millimetres.
     """
     motion = predictions[:, :-1]
     norms = np.linalg.norm(motion, axis=1)
-    return np.exp(alpha * (motion @ motion[-1]) / (norms * norms[-1] + 1e-12))
+    return np.exp(0.1 * (motion @ motion[-1]) / (norms * norms[-1] + 1e-12))
 
 
-def recent(predictions: Float[np.ndarray, "N A"], rate: float = 0.8) -> Float[np.ndarray, " N"]:
-    """exp(-rate · age), as in the release's SimplerEnv evaluation (its `action_ensemble_temp` of -0.8)."""
-    return np.exp(-rate * np.arange(len(predictions))[::-1])
+def recent(predictions: Float[np.ndarray, "N A"]) -> Float[np.ndarray, " N"]:
+    """exp(-0.8 · age), as in the release's SimplerEnv evaluation (its `action_ensemble_temp` of -0.8)."""
+    return np.exp(-0.8 * np.arange(len(predictions))[::-1])
 
 
 def combine(

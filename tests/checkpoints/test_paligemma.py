@@ -13,7 +13,7 @@ from helpers.zoe_reference import TINY, random_hf_model
 from safetensors.numpy import load_file, save_file
 from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 
-from spatialvla_jax.checkpoints import load_pretrained, start_from_paligemma
+from spatialvla_jax.checkpoints import read_checkpoint, start_from_paligemma
 from spatialvla_jax.checkpoints.huggingface import open_zoedepth
 from spatialvla_jax.checkpoints.mapping import flatten
 from spatialvla_jax.cli import main
@@ -154,9 +154,9 @@ def test_with_zoedepth_inside(reference, tmp_path):
         main(["convert", str(source), str(tmp_path / "start"), "--to", "orbax", "--zoedepth", str(tmp_path / "zoe")])
         == 0
     )
-    assert is_same(load_pretrained(tmp_path / "start"), load_pretrained(source, tmp_path / "zoe"))
+    assert is_same(read_checkpoint(tmp_path / "start"), read_checkpoint(source, tmp_path / "zoe"))
     with pytest.raises(InputError, match="takes no ZoeDepth"):
-        load_pretrained(tmp_path / "start", tmp_path / "zoe")
+        read_checkpoint(tmp_path / "start", tmp_path / "zoe")
 
     # And as transformers 5 has it in memory, with its buffers and a prefix.
     memory = {f"model.{key}": x.numpy() for key, x in (*zoedepth.state_dict().items(), *zoedepth.named_buffers())}
@@ -182,7 +182,7 @@ def test_a_zoedepth_in_a_bucket(reference, gcs, tmp_path):
 
 
 def is_same(a, b):
-    return a[0].config == b[0].config and all(jax.tree.leaves(jax.tree.map(np.array_equal, a[1], b[1])))
+    return a.config == b.config and all(jax.tree.leaves(jax.tree.map(np.array_equal, a.params(), b.params())))
 
 
 def test_what_is_no_paligemma_is_named(tmp_path, golden):

@@ -12,7 +12,8 @@ import pytest
 from helpers.oxe_features import FEATURES, LIBERO_NO_NOOPS, TDROID, random_steps, tfds_features
 from helpers.toy_rlds import make_rlds
 
-from spatialvla_jax.data.oxe import CATALOGUE, MIXTURES, NOT_IN_GRID_FIT, DatasetSpec, make_spec
+from spatialvla_jax.config import KEYS
+from spatialvla_jax.data.oxe import CATALOGUE, MIXTURES, DatasetSpec, make_spec
 from spatialvla_jax.data.oxe.__main__ import table
 from spatialvla_jax.data.oxe.published import PUBLISHED
 from spatialvla_jax.data.rlds import UNLABELED, open_rlds, read_episodes
@@ -404,7 +405,7 @@ def test_mixtures():
     assert set(MIXTURES["oxe_spatial_vla_plus"]) - set(MIXTURES["oxe_spatial_vla_plus_stage2"]) == {("droid", 0.06)}
     for mixture in MIXTURES.values():
         assert {name for name, _ in mixture} <= CATALOGUE.keys()
-    assert set(NOT_IN_GRID_FIT) <= set(names)
+    assert set(KEYS["grid.exclude"].default) <= set(names)
     assert [name for name, _ in MIXTURES["bridge_rt_1"]] == ["bridge_orig", "fractal20220817_data"]
     assert len(MIXTURES["libero_all"]) == 4
 

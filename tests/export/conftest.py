@@ -1,16 +1,15 @@
 from dataclasses import replace
 
 import pytest
-from helpers.checkpoints import GOLDEN, checkpoint, golden, processor, reads  # noqa: F401
+from helpers.checkpoints import checkpoint, golden, golden_with_given_depth, processor, reads  # noqa: F401
 
-from spatialvla_jax.checkpoints import read_huggingface
 from spatialvla_jax.export.convert import write_pytorch
 
 
 @pytest.fixture(scope="session")
 def source(processor):  # noqa: F811
     """A model that takes depth from its data, whose image and prompt see each other."""
-    read = read_huggingface(GOLDEN, ignore=("vision_zoe_model.",))
+    read = golden_with_given_depth()
     return replace(read, config=replace(read.config, prompt_length=40, remat="none"), processor=processor)
 
 

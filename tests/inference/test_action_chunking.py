@@ -75,7 +75,7 @@ def test_an_ensemble_with_gaps_between_plans() -> None:
 
 
 def test_adaptive_weights_by_hand() -> None:
-    """Cosines with the newest: 0 (at a right angle), -1 (opposite), 0.6, 1; alpha 0.1."""
+    """Cosines with the newest: 0 (at a right angle), -1 (opposite), 0.6, 1; each times 0.1."""
     predictions = np.array([action(0, 0, 5), action(-3, 1), action(0.6, 0, 0.8), action(2, 1)], np.float64)
     expected = np.exp([0, -0.1, 0.06, 0.1])
     np.testing.assert_allclose(adaptive(predictions), expected, rtol=1e-6)

@@ -13,7 +13,7 @@ from spatialvla_jax.checkpoints.mapping import TABLE, Rule, gemma2
 from spatialvla_jax.models.attention import prefix_lm_mask
 from spatialvla_jax.models.gemma2 import Gemma2, Gemma2Config, unembed
 
-RULES = [*gemma2("llm", "m.model"), Rule("llm/lm_head", TABLE, ("m.lm_head.weight",))]
+RULES = [*gemma2("m.model"), Rule("llm/lm_head", TABLE, ("m.lm_head.weight",))]
 FLOAT32 = jnp.dtype("float32")
 
 

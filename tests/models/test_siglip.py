@@ -19,7 +19,7 @@ def compare(config: SiglipConfig, batch: int, seed: int) -> None:
     model = Siglip(config, head_width=8, dtype=jnp.dtype("float32"))
     shapes = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
     head = shapes.pop("head")
-    params = our_params(reference, {"img": shapes}, siglip("img", "v"), "v")["img"]
+    params = our_params(reference, {"img": shapes}, siglip("v"), "v")["img"]
     params["head"] = jax.tree.map(lambda x: np.ones(x.shape, np.float32), head)
     _, tokens = jax.jit(model.apply)({"params": params}, image)
     with torch.no_grad():

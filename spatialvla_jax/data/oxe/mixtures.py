@@ -55,6 +55,3 @@ MIXTURES: dict[str, Mixture] = {
     **{f"libero_{suite}": ((f"libero_{suite}_no_noops", 1.0),) for suite in _LIBERO_SUITES},
     "libero_all": tuple((f"libero_{suite}_no_noops", 1.0) for suite in _LIBERO_SUITES),
 }
-
-# Excluded when the release fits the action grid's Gaussians (its OXE_EXCLUDE_MIXTURE): planar, or of poor quality.
-NOT_IN_GRID_FIT = ("language_table", "berkeley_fanuc_manipulation", "cmu_stretch", "jaco_play")
