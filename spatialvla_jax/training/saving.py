@@ -38,7 +38,7 @@ from spatialvla_jax.training.optimizer import merge, split_frozen, swap_ema
 from spatialvla_jax.training.state import TrainState
 from spatialvla_jax.utils.distributed import is_writer
 from spatialvla_jax.utils.progress import warn
-from spatialvla_jax.utils.storage import AnyPath, absolute, exists, explain, filesystem, is_url, put, storage_errors
+from spatialvla_jax.utils.storage import AnyPath, absolute, exists, explain, is_url, move_folder, put
 
 INCOMPLETE = "incomplete_checkpoints"  # in a run's directory: checkpoints that were found damaged
 # The array store's errors for missing, truncated or garbled files.
@@ -261,14 +261,12 @@ class Checkpoints:
         return 0, state
 
     def _set_aside(self, step: AnyPath, why: str) -> None:
-        """Move a checkpoint that cannot be restored aside; the run will write that step again. A bucket copies the
-        files itself, and all of them before it removes the originals."""
+        """Move a checkpoint that cannot be restored aside; the run will write that step again."""
         place = self.folder.parent / INCOMPLETE
         names = itertools.chain([step.name], (f"{step.name}-{n}" for n in itertools.count(2)))
         new = next(place / name for name in names if not exists(place / name))
         if is_url(step):
-            with storage_errors(step, "written"):
-                filesystem(step).mv(str(step), str(new), recursive=True)
+            move_folder(step, new)
         else:
             place.mkdir(exist_ok=True)
             step.rename(new)

@@ -343,6 +343,16 @@ def upload_folder(source: Path, path: AnyPath, marker: str) -> None:
     upload(source / marker, path / marker)
 
 
+def move_folder(folder: AnyPath, new: AnyPath) -> None:
+    """Move a bucket's objects from one folder to another. The bucket copies all of them itself before any is removed,
+    and every request may be repeated."""
+    with storage_errors(folder, "written"), concurrent.futures.ThreadPoolExecutor(8) as pool:
+        fs, start = filesystem(folder), str(folder).partition("://")[2]
+        names = [name.removeprefix(start) for name in fs.find(str(folder))]
+        list(pool.map(lambda name: fs.cp_file(f"{folder}{name}", f"{new}{name}"), names))
+        list(pool.map(lambda name: remove(to_path(f"{folder}{name}")), names))
+
+
 def check_writable(path: AnyPath) -> None:
     """Raises InputError or StorageError if objects cannot be written at this URL. Starts and aborts an upload, which
     leaves nothing behind and needs no other permission."""

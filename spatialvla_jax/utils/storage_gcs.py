@@ -54,6 +54,11 @@ class GoogleStorage(GCSFileSystem):
         else:
             await super()._put_file(lpath, rpath, **options)
 
+    async def _delete_files(self, files: list[str], batchsize: int) -> list[Any]:
+        """What no longer exists counts as removed: the response to a first request may have been lost."""
+        found = await super()._delete_files(files, batchsize)
+        return [None if isinstance(one, FileNotFoundError) or "No such object" in str(one) else one for one in found]
+
     def size_and_version(self, path: str) -> tuple[int, str]:
         bucket, key, _ = self.split_path(path)
         found: Any = self.call("GET", "b/{}/o/{}", bucket, key, json_out=True)

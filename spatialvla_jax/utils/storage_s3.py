@@ -1,5 +1,6 @@
 """s3:// URLs: s3fs with the retry policy of `retries`."""
 
+import itertools
 from typing import Any
 
 from botocore.exceptions import (
@@ -9,12 +10,14 @@ from botocore.exceptions import (
     ParamValidationError,
     PartialCredentialsError,
 )
+from fsspec.asyn import sync_wrapper
 from s3fs.core import S3_RETRYABLE_ERRORS, S3FileSystem, _error_wrapper
 
 from spatialvla_jax.utils.retries import count, retrying
 from spatialvla_jax.utils.storage import CONCURRENT
 
 _THROTTLED = {"SlowDown", "RequestTimeout", "RequestTimeTooSkewed", "Throttling", "ThrottlingException"}
+_ENDS_UPLOAD = {"complete_multipart_upload", "abort_multipart_upload"}
 _NO_CREDENTIALS = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "401"}
 
 
@@ -30,12 +33,25 @@ class S3Storage(S3FileSystem):
         await self.set_session()
         call = getattr(await self.get_s3(kwargs.get("Bucket")), method)
         arguments = self._get_s3_method_kwargs(call, *akwarglist, **kwargs)
+        tries = itertools.count()
 
         async def once() -> Any:
             count(requests=1)
-            return await _error_wrapper(call, kwargs=arguments, retries=1)
+            repeated = next(tries) > 0
+            try:
+                found = await _error_wrapper(call, kwargs=arguments, retries=1)
+            except Exception as error:
+                if repeated and method in _ENDS_UPLOAD and _answer(error)[0] == "NoSuchUpload":
+                    return {}  # an earlier try succeeded, and its response was lost
+                raise
+            for error in found.get("Errors", ()) if method == "delete_objects" else ():  # s3fs would omit these
+                status = {"HTTPStatusCode": 403 if error.get("Code") == "AccessDenied" else 500}
+                raise ClientError({"Error": error, "ResponseMetadata": status}, "DeleteObjects")  # pyright: ignore
+            return found
 
         return await retrying(once, transient, f"{method} s3://{kwargs.get('Bucket', '')}/{kwargs.get('Key', '')}")
+
+    call_s3 = sync_wrapper(_call_s3)  # the inherited one would not call this `_call_s3`
 
     async def _cat_file(
         self, path: str, version_id: str | None = None, start: int | None = None, end: int | None = None, **_: Any

@@ -26,6 +26,7 @@ class Fault:
 
     status: int = 0  # of the response that replaces the server's; 0: none
     body: str = ""
+    lost: bool = False  # let the server do it first, as if its response were lost; needs `status`
     cut: bool = False  # drop the second half of the response
     delay: float = 0.0  # seconds before the response
     pattern: str = ""
@@ -97,6 +98,8 @@ class _Handler(BaseHTTPRequestHandler):
             time.sleep(fault.delay)
         refused = next((fault for fault in faults if fault.status), None)
         if refused:
+            if refused.lost:
+                self._forward(body)
             status, headers, body = refused.status, [], refused.body.encode()
         elif proxy.conditional and (expected := re.search(r"ifGenerationMatch=(\d+)", self.path)):
             with proxy.writes:

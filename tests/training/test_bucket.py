@@ -63,11 +63,11 @@ def test_steps_are_saved_kept_and_restored(bucket) -> None:
     assert arrays["dense/bias"].read().dtype == jnp.bfloat16
 
 
-def test_what_was_cut_off_does_not_exist_and_what_is_damaged_is_kept_aside(gcs, tmp_path: Path, capsys) -> None:
+def test_what_was_cut_off_does_not_exist_and_what_is_damaged_is_kept_aside(bucket, tmp_path: Path, capsys) -> None:
     """Step 5 is what a killed save left, 4 has lost an array's data, 3 was copied from a disk, which has no markers."""
     save(saver(tmp_path), 3)
     (tmp_path / "checkpoints/3" / MARKER).unlink(missing_ok=True)
-    workdir = storage.as_path(gcs.upload(tmp_path, "run"), "--workdir")
+    workdir = storage.as_path(bucket.upload(tmp_path, "run"), "--workdir")
     save(saver(workdir, keep_last=5), 4, 5)
     folder = workdir / "checkpoints"
     storage.remove(folder / "5" / MARKER)

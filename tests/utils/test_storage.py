@@ -1,5 +1,6 @@
 """Paths that users write, and the objects in a bucket, against servers of the protocols."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -120,7 +121,8 @@ def test_throttling_that_lasts(bucket, monkeypatch):
     storage.put(path, DATA)
     monkeypatch.setattr(retries, "PATIENCE", 0.05)
     bucket.proxy.add(status=429, body="slow down")
-    for call in (storage.read_bytes, storage.list_files, storage.exists, lambda path: storage.put(path, b"")):
+    reads = (storage.read_bytes, storage.list_files, storage.exists, storage.size_and_version)
+    for call in (*reads, storage.check_writable, lambda path: storage.put(path, b"")):
         with pytest.raises(
             StorageError, match=rf"{bucket.url}.*: the storage failed for .* s, most recently with .*429"
         ):
@@ -137,6 +139,67 @@ def test_a_server_that_hangs(gcs, monkeypatch):
     monkeypatch.setattr(storage.filesystem(path), "requests_timeout", ClientTimeout(sock_read=0.3))
     gcs.proxy.add(delay=1, count=2)
     assert storage.read_bytes(path) == DATA and len(gcs.proxy.requests) >= 2
+
+
+def test_a_request_whose_response_is_lost_is_repeated(bucket, tmp_path):
+    """The server has done it, and may refuse to do it again: the object exists, or no longer does."""
+    folder = storage.as_path(f"{bucket.url}/folder", "")
+    names = ["a", "b/c", "b/d"]
+
+    def lose(pattern: str, count: int = 1) -> None:
+        bucket.proxy.faults[:] = []
+        bucket.proxy.add(status=503, lost=True, pattern=pattern, count=count)
+
+    for name in names:
+        lose("POST|PUT")
+        assert storage.put(folder / name, name.encode(), only_if_new=True)
+    lose("DELETE")
+    storage.check_writable(folder / "new")
+    lose("POST|PUT", count=len(names))
+    bucket.proxy.add(status=503, lost=True, pattern="DELETE", count=len(names))
+    storage.move_folder(folder, folder.with_name("moved"))
+    assert storage.list_names(folder.parent) == ["moved"]
+    assert [storage.read_text(folder.with_name("moved") / name) for name in names] == names
+    lose("DELETE|POST", count=len(names))
+    storage.filesystem(folder).rm(str(folder.with_name("moved")), recursive=True)  # as Orbax does
+    assert storage.list_names(folder.parent) == []
+    storage.put(folder, b"")
+    lose("DELETE")
+    storage.remove(folder)
+    assert not storage.exists(folder)
+
+
+def test_an_upload_in_parts_whose_last_response_is_lost(s3, tmp_path):
+    """S3 answers the second try as it documents; moto repeats the first answer."""
+    path, size = storage.as_path(f"{s3.url}/x", ""), 10 * 2**20
+    (tmp_path / "x").write_bytes(bytes(size))
+    ended = "<Error><Code>NoSuchUpload</Code><Message>It may have been aborted or completed.</Message></Error>"
+    s3.proxy.add(status=503, lost=True, pattern="POST .*uploadId=", count=1)
+    s3.proxy.add(status=404, body=ended, pattern="POST .*uploadId=", every=2)
+    storage.filesystem(path).put_file(tmp_path / "x", str(path), chunksize=size // 2)
+    assert storage.size_and_version(path)[0] == size
+    s3.proxy.faults[:] = [s3.proxy.faults[1]]
+    s3.proxy.faults[0].every = 1
+    with pytest.raises(FileNotFoundError, match="aborted or completed"):
+        storage.filesystem(path).put_file(tmp_path / "x", str(path), chunksize=size // 2)
+
+
+def test_objects_that_cannot_be_removed(s3):
+    """S3 names them in the response of a request that succeeds."""
+    path = storage.as_path(f"{s3.url}/folder/a", "")
+    storage.put(path, b"")
+    remove = functools.partial(storage.filesystem(path).rm, str(path.parent), recursive=True)
+    for code, kind in (("AccessDenied", InputError), ("InternalError", StorageError)):
+        body = (
+            f"<DeleteResult><Error><Key>folder/a</Key><Code>{code}</Code><Message>No</Message></Error></DeleteResult>"
+        )
+        fault = s3.proxy.add(status=200, body=body, pattern="POST .*delete", count=1)
+        if kind is InputError:
+            with pytest.raises(kind, match="permission"), storage.storage_errors(path, "written"):
+                remove()
+        else:
+            remove()  # the second try
+        assert fault.seen and storage.exists(path) == (kind is InputError)
 
 
 FORBIDDEN = {
