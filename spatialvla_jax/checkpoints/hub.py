@@ -305,7 +305,7 @@ def check_push(id: str, private: bool) -> None:
 
 def push_export(export: AnyPath, id: str, private: bool) -> str:
     """Upload a folder as one commit of the new repository `id` → the commit's hash. If it raises InputError or
-    StorageError, the repository has no files."""
+    StorageError, the repository has no files, or the Hub does not answer whether it has."""
     try:
         with local_copy(export) as folder, hub_errors(id, writing=True):
             from huggingface_hub import CommitOperationAdd, HfApi
@@ -314,7 +314,14 @@ def push_export(export: AnyPath, id: str, private: bool) -> str:
             operations = [CommitOperationAdd(file.relative_to(folder).as_posix(), file) for file in files]
             api = HfApi()
             api.create_repo(id, private=private, exist_ok=True)
-            return api.create_commit(id, operations, commit_message="Export of spatialvla_jax").oid
+            try:
+                return api.create_commit(id, operations, commit_message="Export of spatialvla_jax").oid
+            except Exception:  # the Hub may have made the commit, and only its response was lost
+                with suppress(Exception):
+                    info = api.model_info(id)
+                    if {one.path_in_repo for one in operations} <= {one.rfilename for one in info.siblings or ()}:
+                        return info.sha or ""
+                raise
     except (InputError, StorageError) as error:
         raise type(error)(f"{error}; {export} is complete, `hf upload {id} {export}` uploads it") from error
 
@@ -373,6 +380,8 @@ def _explain(error: BaseException, id: str, revision: str | None, writing: bool)
     if status:
         return StorageError(f"{id}: the Hub fails ({reason}); the same command may succeed later")
     if isinstance(error, HTTPError):
+        if writing:
+            return StorageError(f"{id}: the Hub at {constants.ENDPOINT} cannot be reached ({reason})")
         return StorageError(
             f"{id} is not a folder here, and the Hub at {constants.ENDPOINT} cannot be reached to ask for it ({reason})"
         )

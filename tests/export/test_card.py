@@ -162,6 +162,11 @@ def test_an_upload_that_fails_keeps_the_export(server, folder, tmp_path, capsys)
     read_checkpoint(tmp_path / "out")
 
 
+def test_a_commit_whose_response_is_lost_counts(server, folder):
+    server.faults = [Fault("/commit/main", cut=5)]
+    assert hub.push_export(folder, "me/policy", private=False) == server.repos["me/policy"].refs["main"]
+
+
 def test_fetch_says_gate_and_size_and_what_is_next(server, folder, capsys, monkeypatch):
     commit = server.commit("IPEC-COMMUNITY/spatialvla-4b-224-pt", folder, gated=True, licence="mit")
     assert main(["fetch", "spatialvla-4b-224-pt"]) == 0
