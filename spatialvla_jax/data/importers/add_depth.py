@@ -319,10 +319,12 @@ def _finish(
         if file.is_file() and ".tfrecord" not in file.name and file.name not in ("dataset_info.json", "features.json"):
             with replacing(directory / file.name) as temporary:
                 shutil.copyfile(file, temporary)
+    metadata, new = source / "metadata.json", count_faults(skipped)
+    before = json.loads(metadata.read_text()) if metadata.is_file() else {}
     if skipped:
-        metadata, new = directory / "metadata.json", count_faults(skipped)
-        before = json.loads(metadata.read_text()) if metadata.is_file() else {}
         new["skipped"] = Counter(before.get("skipped", {})) + Counter(new["skipped"])
-        write_json(metadata, before | new | {"faults": [*before.get("faults", []), *new["faults"]]})
+        write_json(directory / metadata.name, before | new | {"faults": [*before.get("faults", []), *new["faults"]]})
+    elif not before:  # an earlier call may have skipped some
+        (directory / metadata.name).unlink(missing_ok=True)
     write_json(directory / "features.json", features)
     write_json(directory / "dataset_info.json", info)

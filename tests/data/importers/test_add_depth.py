@@ -222,6 +222,11 @@ def test_damaged_episodes_are_left_out_and_counted(tmp_path, damage):
     (one,), (two,) = (Path(made["directory"]).glob("*.tfrecord*") for made in (result, expected))
     assert [record for _, record, _ in read_records(one)] == [record for _, record, _ in read_records(two)]
     assert copy(path, tmp_path / "a", faults="skip")["skipped"][0].args == fault.args  # remembered
+    assert tfds.builder_from_directory(result["directory"]).info.metadata == builder.info.metadata  # and counted once
+    (whole / shard.name).rename(shard)
+    (whole / "dataset_info.json").rename(path / "dataset_info.json")
+    assert not copy(path, tmp_path / "a", faults="skip")["skipped"]
+    assert not tfds.builder_from_directory(result["directory"]).info.metadata
 
 
 def test_a_directory_of_others_is_left_alone(source, tmp_path):
