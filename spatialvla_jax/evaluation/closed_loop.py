@@ -16,7 +16,7 @@ from spatialvla_jax.errors import InputError
 from spatialvla_jax.evaluation.rollouts import Environment, Episode, Infer, Settings, rollouts
 from spatialvla_jax.evaluation.video import write_video
 from spatialvla_jax.training.log_folder import LogFolder
-from spatialvla_jax.utils.atomic import write_json
+from spatialvla_jax.utils.atomic import Appending, write_json
 from spatialvla_jax.utils.process import try_lock
 from spatialvla_jax.utils.storage import AnyPath
 from spatialvla_jax.utils.tables import text_table
@@ -46,7 +46,7 @@ def evaluate(
     """
     values, out = {"policy": policy, "execute": settings.execute, "max_steps": settings.max_steps}, folder.path
     (out / "videos").mkdir(parents=True, exist_ok=True)
-    with folder.fetch("episodes.jsonl").open("a") as log:
+    with Appending(folder.fetch("episodes.jsonl")) as log:
         if not try_lock(log):
             raise InputError(f"another process is writing to {folder.workdir}: use another directory")
         results, kept = _resume(folder, values), Counter[tuple[str, int, bool]]()
@@ -67,8 +67,7 @@ def evaluate(
                 name = f"{episode.suite}-task{episode.task}-seed{episode.seed}-episode{episode.number}"
                 path = out / "videos" / f"{name}-{'success' if record['success'] else 'failure'}"
                 record["video"] = write_video(path, frames).name
-            log.write(json.dumps(episode._asdict() | record) + "\n")
-            log.flush()
+            log.write(json.dumps(episode._asdict() | record).encode() + b"\n")
             os.fsync(log.fileno())
             folder.upload_now_and_then()
             results[episode] = record

@@ -19,7 +19,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 from spatialvla_jax.errors import InputError, StorageError
 from spatialvla_jax.training.log_folder import LogFolder
-from spatialvla_jax.utils.atomic import write_text
+from spatialvla_jax.utils.atomic import Appending, write_text
 from spatialvla_jax.utils.chips import peak
 from spatialvla_jax.utils.distributed import is_writer
 from spatialvla_jax.utils.storage import AnyPath, absolute, read_text
@@ -43,7 +43,7 @@ class MetricsLog:
         (folder.path / "tensorboard").mkdir(exist_ok=True)
         name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}"
         # TensorBoard's own SummaryWriter would import TensorFlow where it is installed.
-        self.events = RecordWriter((folder.path / "tensorboard" / name).open("ab", buffering=0))
+        self.events = RecordWriter(Appending(folder.path / "tensorboard" / name))
         with self._writing("tensorboard", resume_step):
             self._write_event(file_version="brain.Event:2")
             # Hides what earlier files logged for later steps.
@@ -126,13 +126,12 @@ class MetricsLog:
             self.wandb.finish()
 
 
-def _kept(path: Path, resume_step: int) -> io.FileIO:
-    """Open a file for appending, after dropping records beyond `resume_step`. Unbuffered, so that closing it has
-    nothing left to write that could fail."""
+def _kept(path: Path, resume_step: int) -> Appending:
+    """Open a file for appending, after dropping records beyond `resume_step`."""
     if path.exists():
         kept = [r for r in read_metrics(path) if r["step"] <= resume_step]
         write_text(path, "".join(json.dumps(r) + "\n" for r in kept))
-    return path.open("ab", buffering=0)
+    return Appending(path)
 
 
 def check_wandb() -> None:

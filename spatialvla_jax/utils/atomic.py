@@ -1,5 +1,6 @@
 """Write files and directories so that they appear whole or not at all."""
 
+import io
 import json
 import os
 import secrets
@@ -27,7 +28,7 @@ def replacing(path: str | os.PathLike[str], marker: str = "") -> Iterator[Path]:
     directory's file `marker` is uploaded last; readers treat a directory without it as missing.
     """
     if is_url(path):
-        with _uploading(to_path(path), marker) as temporary:
+        with _naming(tempfile.gettempdir()), _uploading(to_path(path), marker) as temporary:
             yield temporary
         return
     path = Path(path)
@@ -35,11 +36,42 @@ def replacing(path: str | os.PathLike[str], marker: str = "") -> Iterator[Path]:
     temporary = path.with_name(f"{PREFIX}{secrets.token_hex(4)}-{name}")
     _unfinished.add(temporary)
     try:
-        yield temporary
-        os.replace(temporary, path)
+        with _naming(path):
+            yield temporary
+            os.replace(temporary, path)
     finally:
         _remove(temporary)
         _unfinished.discard(temporary)
+
+
+@contextmanager
+def _naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Name `path` in errors of the disk that name no file, as those of a full one, or a temporary one."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno and PREFIX in str(error.filename2 or error.filename or PREFIX):
+            error.filename, error.filename2 = os.fspath(path), None
+        raise
+
+
+class Appending(io.FileIO):
+    """A file whose every `write` appends all of its data or, after an error of the disk, nothing. Unbuffered, so that
+    closing it has nothing left to write that could fail."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "ab")
+
+    def write(self, data: Any) -> int:
+        before, left = os.fstat(self.fileno()).st_size, memoryview(data)
+        try:
+            with _naming(self.name):
+                while left:
+                    left = left[super().write(left) :]
+        except OSError:
+            os.ftruncate(self.fileno(), before)
+            raise
+        return len(data)
 
 
 @contextmanager
@@ -136,7 +168,8 @@ def disk_errors(path: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        other = f"{error.filename}: " if error.filename and PREFIX not in str(error.filename) else ""
+        known = error.filename in (None, os.fspath(path)) or PREFIX in str(error.filename)
+        other = "" if known else f"{error.filename}: "
         raise InputError(f"{path} cannot be written: {other}{error.strerror or error}") from error
 
 

@@ -1,9 +1,7 @@
 import json
 import random
-import resource
 import shutil
 import weakref
-from contextlib import contextmanager
 from dataclasses import replace
 
 import jax
@@ -12,6 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from helpers.checkpoints import equal
+from helpers.full_disk import no_room
 
 from spatialvla_jax.checkpoints import (
     Checkpoint,
@@ -38,17 +37,6 @@ def save_run(workdir, checkpoint, *, step=7, params=None, metadata=None):
     with ocp.CheckpointManager((workdir / "checkpoints").absolute()) as manager:
         manager.save(step, args=items)
         manager.wait_until_finished()
-
-
-@contextmanager
-def no_room(limit):
-    """Files end at `limit` bytes, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

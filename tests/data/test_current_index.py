@@ -3,12 +3,12 @@
 import dataclasses
 import json
 import os
-import resource
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.full_disk import no_room
 from helpers.indexes import load_index
 from helpers.streams import take
 from helpers.toy_rlds import data_config, make_episodes, make_rlds
@@ -366,13 +366,9 @@ def test_a_cache_that_cannot_be_written(data, tmp_path):
 
 def test_a_full_disk(data, tmp_path):
     """Nothing half-written is left, and with room again it works."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
-    try:
-        with pytest.raises(InputError, match=rf"cannot be kept in {tmp_path}/cache .*and has room"):
-            load(data, tmp_path / "cache")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    message = rf"cannot be kept in {tmp_path}/cache .*and has room"
+    with no_room(1000), pytest.raises(InputError, match=message):
+        load(data, tmp_path / "cache")
     assert not list((tmp_path / "cache").iterdir())
     assert load(data, tmp_path / "cache").num_read == 25
 

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from helpers.environments import Point
+from helpers.full_disk import no_room
 from websockets.sync.server import serve
 
 from spatialvla_jax.cli import main
@@ -145,6 +146,18 @@ def test_it_goes_on_where_it_was_stopped(first, tmp_path):
         (tmp_path / "settings.json").write_text(damaged)
         with pytest.raises(InputError, match=r"/settings.json is damaged: expected a JSON object with policy, execute"):
             run(tmp_path, policy)
+
+
+def test_a_full_disk_leaves_no_half_result(first, tmp_path):
+    def fill(finished, _):
+        if finished == 5:
+            stack.enter_context(no_room((tmp_path / "episodes.jsonl").stat().st_size + 10))
+
+    with contextlib.ExitStack() as stack, pytest.raises(OSError, match="File too large") as failed:
+        run(tmp_path, progress=fill)
+    assert failed.value.filename == str(tmp_path / "episodes.jsonl"), "the command's sentence names it"
+    assert len(lines(tmp_path)) == 5
+    assert run(tmp_path) == first[1]
 
 
 def test_two_processes_do_not_fill_one_directory(tmp_path):

@@ -1,12 +1,12 @@
 import json
 import os
-import resource
 import signal
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from helpers.checkpoints import equal
+from helpers.full_disk import no_room
 from safetensors.numpy import load_file
 
 from spatialvla_jax.checkpoints import (
@@ -112,18 +112,12 @@ def test_what_is_not_finite_leaves_nothing(checkpoint, tmp_path, to):
 @pytest.mark.parametrize("to", WRITERS)
 @pytest.mark.parametrize("limit", [1, 2000, 20_000])
 def test_a_full_disk_leaves_nothing(checkpoint, tmp_path, capfd, to, limit):
-    """Wherever writing fails: a limit on the size of files stands in for a disk without room. Orbax's threads say
-    nothing of their own."""
+    """Wherever writing fails. Orbax's threads say nothing of their own."""
     write_huggingface(tmp_path / "a", checkpoint)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
     out = tmp_path / "new" / "b"
     capfd.readouterr()
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
-        with pytest.raises(InputError, match=f"^{out} cannot be written: File too large$"):
-            convert(tmp_path / "a", out, to=to)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with no_room(limit), pytest.raises(InputError, match=f"^{out} cannot be written: File too large$"):
+        convert(tmp_path / "a", out, to=to)
     assert capfd.readouterr().err == ""
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 

@@ -2,17 +2,20 @@
 
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from helpers.full_disk import no_room
 from helpers.processes import Server
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from spatialvla_jax.checkpoints.orbax import read_orbax
 from spatialvla_jax.cli.train import step_range
 from spatialvla_jax.config import default_config
-from spatialvla_jax.errors import InputError
+from spatialvla_jax.errors import InputError, StorageError
 from spatialvla_jax.reports.run import describe, run_report
 from spatialvla_jax.training import goodput, metrics
 from spatialvla_jax.training.goodput import Clock
@@ -47,6 +50,24 @@ def test_a_run_is_watched_traced_and_averaged(server: Server, packed_config: Pat
     a, b = (read_orbax(workdir).arrays for workdir in (plain, killed))
     assert all(np.array_equal(a[k].read(), b[k].read()) for k in a)
     check_goodput(killed)
+
+
+def test_a_record_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    """The disk has room for a part of one, and later for all."""
+    log = MetricsLog(LogFolder(tmp_path), 0)
+    for step in (1, 2, 3):
+        with no_room((tmp_path / "metrics.jsonl").stat().st_size + 10) if step == 2 else nullcontext():
+            try:
+                log.write(step, {"loss": 1.0})
+            except StorageError as error:
+                assert step == 2 and str(error).startswith(f"{tmp_path}/metrics.jsonl cannot be written at step 2: ")
+    with no_room(next((tmp_path / "tensorboard").iterdir()).stat().st_size + 10), pytest.raises(StorageError):
+        log.write(4, {"loss": 1.0})
+    log.write(5, {"loss": 1.0})
+    log.close()
+    assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 3, 4, 5]
+    events = [event for event in EventFileLoader(str(next((tmp_path / "tensorboard").iterdir()))).Load()]
+    assert [event.step for event in events if event.HasField("summary")] == [1, 3, 5]
 
 
 def check_goodput(workdir: Path) -> None:

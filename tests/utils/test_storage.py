@@ -11,8 +11,12 @@ import fsspec
 import pytest
 import tensorstore
 from etils import epath
+from helpers.full_disk import no_room
 
+from spatialvla_jax.actions import uniform_grid
+from spatialvla_jax.actions.io import save_grid
 from spatialvla_jax.checkpoints.orbax import TRIES, _location
+from spatialvla_jax.cli import failure
 from spatialvla_jax.errors import InputError, StorageError
 from spatialvla_jax.utils import atomic, retries, storage
 from spatialvla_jax.utils.outputs import OutputFile, OutputFolder, has_keys
@@ -322,6 +326,15 @@ def test_files_and_folders_appear_whole(bucket, tmp_path, monkeypatch):
             (temporary / name).write_text(name)
     assert not storage.exists(folder / "meta.json")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_told_by_the_name_that_the_user_knows(tmp_path):
+    with no_room(10), pytest.raises(OSError) as failed:
+        atomic.write_json(tmp_path / "x.json", ["a"] * 10)
+    assert failure(failed.value, joined=False) == (1, f"{tmp_path}/x.json: File too large")
+    with no_room(10), pytest.raises(InputError, match=f"^{tmp_path}/x.json cannot be written: File too large$"):
+        save_grid(tmp_path / "x.json", uniform_grid((1,) * 6))
+    assert not list(tmp_path.iterdir())
 
 
 def test_new_directories(gcs):

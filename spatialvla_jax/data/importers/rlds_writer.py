@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from spatialvla_jax.data.images import tensorflow
 from spatialvla_jax.errors import Fault, InputError
 from spatialvla_jax.utils.atomic import new_directory, write_json
 
@@ -74,13 +75,17 @@ def write_episodes(
     import tensorflow_datasets as tfds
 
     check_out(out)
-    with new_directory(out / VERSION) as directory:
-        info = dataset_info(out.name, directory, features(image_size), description)
-        writer = tfds.core.SequentialWriter(info, max_examples_per_shard=episodes_per_shard)
-        writer.initialize_splits(list(SPLITS))
-        for split, episode in episodes:
-            writer.add_examples({split: [episode]})
-        writer.close_all()
+    tf = tensorflow()
+    try:
+        with new_directory(out / VERSION) as directory:
+            info = dataset_info(out.name, directory, features(image_size), description)
+            writer = tfds.core.SequentialWriter(info, max_examples_per_shard=episodes_per_shard)
+            writer.initialize_splits(list(SPLITS))
+            for split, episode in episodes:
+                writer.add_examples({split: [episode]})
+            writer.close_all()
+    except tf.errors.OpError as error:
+        raise InputError(f"{out / VERSION} cannot be written: {error.message}") from error
     return out / VERSION
 
 

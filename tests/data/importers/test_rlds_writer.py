@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from helpers.full_disk import no_room
 from helpers.toy_rlds import encode_image
 
 from spatialvla_jax.data.importers.rlds_writer import write_episodes
@@ -78,3 +79,12 @@ def test_an_error_on_the_way_leaves_nothing_behind(tmp_path):
     with pytest.raises(RuntimeError, match="the renderer died"):
         write(tmp_path / "toy", broken())
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("limit", [1000, 12_000])
+def test_a_full_disk_leaves_nothing_behind(tmp_path, limit):
+    """Where TFDS writes, and where TensorFlow does."""
+    out = tmp_path / "toy"
+    with no_room(limit), pytest.raises(InputError, match=f"^{out}/1.0.0 cannot be written: ") as failed:
+        write(out, (("train", episode(4, seed)[0]) for seed in range(4)))
+    assert "\n" not in str(failed.value) and not list(tmp_path.iterdir())
