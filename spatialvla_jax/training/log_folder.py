@@ -1,6 +1,5 @@
 """The folder of a run's logs, on disk or in a bucket."""
 
-import contextlib
 import shutil
 import tempfile
 import time
@@ -9,6 +8,7 @@ from pathlib import Path
 
 from spatialvla_jax.errors import InputError, StorageError
 from spatialvla_jax.utils.atomic import PREFIX
+from spatialvla_jax.utils.progress import warn
 from spatialvla_jax.utils.storage import AnyPath, is_file, read_bytes, upload
 
 UPLOAD_SECONDS = 10.0  # between uploads to a bucket; every save uploads too
@@ -25,7 +25,7 @@ class LogFolder:
         self.workdir, self.local = workdir, isinstance(workdir, Path)
         self.path = workdir if isinstance(workdir, Path) else Path(tempfile.mkdtemp(prefix="spatialvla-"))
         self.uploaded: dict[Path, tuple[int, int]] = {}  # (size, mtime) of each file as last uploaded
-        self.pool, self.began = ThreadPoolExecutor(1), 0.0
+        self.pool, self.began, self.failing = ThreadPoolExecutor(1), 0.0, False
 
     def fetch(self, name: str) -> Path:
         """The local path of the file `name`, after downloading the bucket's version if there is one."""
@@ -39,10 +39,19 @@ class LogFolder:
             self.pool.submit(self._upload).result()
 
     def upload_now_and_then(self) -> None:
-        """Upload in the background, at most every UPLOAD_SECONDS. The next save reports failures."""
+        """Upload in the background, at most every UPLOAD_SECONDS. Warns when this begins to fail."""
         if not self.local and time.monotonic() - self.began >= UPLOAD_SECONDS:
             self.began = time.monotonic()
-            self.pool.submit(self._upload)
+            self.pool.submit(self._try_upload)
+
+    def _try_upload(self) -> None:
+        try:
+            self._upload()
+            self.failing = False
+        except (StorageError, InputError) as error:
+            if not self.failing:
+                warn(f"{error}; the logs are uploaded later")
+            self.failing = True
 
     def _upload(self) -> None:
         for file in sorted(self.path.rglob("*")):
@@ -55,9 +64,11 @@ class LogFolder:
                 self.uploaded[file] = state
 
     def close(self) -> None:
-        """Upload what changed since the last save. If that fails, the run's own error gives the reason."""
+        """Upload what changed since the last save. If that fails, the files stay here."""
         if not self.local:
-            with contextlib.suppress(StorageError, InputError):
+            try:
                 self.upload()
-            shutil.rmtree(self.path, ignore_errors=True)
+                shutil.rmtree(self.path, ignore_errors=True)
+            except (StorageError, InputError) as error:
+                warn(f"{error}; {self.path} has what was not uploaded")
         self.pool.shutdown()

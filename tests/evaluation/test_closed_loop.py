@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import json
+import tempfile
 import threading
 import time
 from multiprocessing import connection
@@ -202,6 +203,24 @@ def test_in_a_bucket_it_goes_on_from_what_was_uploaded(gcs, first):
     assert len(storage.list_names(out / "videos")) >= 1
     with pytest.raises(InputError, match=rf"{out} holds results with policy = 'toy', now it is 'another'"):
         evaluate(Point, direct, EPISODES, Settings(MAX_STEPS), LogFolder(out), policy="another")
+
+
+def test_results_that_cannot_be_uploaded_stay_here(gcs, first, tmp_path, monkeypatch, capsys):
+    """And the first upload in the background that fails tells so, not only the last one hours later."""
+    out = storage.as_path(f"{gcs.url}/results", "--out")
+
+    def progress(finished, _):
+        if finished == 2:
+            gcs.proxy.add(status=403, body="no create access", pattern="POST")
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr("spatialvla_jax.training.log_folder.UPLOAD_SECONDS", 0)
+    with pytest.raises(InputError, match=r"permission storage\.objects\.create is missing"):
+        run(out, progress=progress)
+    (folder,), said = tmp_path.iterdir(), capsys.readouterr().err
+    assert said.count("storage.objects.create is missing (no create access); the logs are uploaded later") == 1
+    assert f"{folder} has what was not uploaded" in said
+    assert lines(folder).keys() == lines(first[0]).keys()
 
 
 def test_a_crash_and_a_hang_are_recorded_and_the_episode_is_run_again(first, tmp_path, monkeypatch):
