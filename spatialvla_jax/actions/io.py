@@ -20,26 +20,27 @@ from spatialvla_jax.utils.atomic import disk_errors, write_json
 from spatialvla_jax.utils.tables import text_table
 
 _BLOCK = 2**16  # actions per call of encode and decode
+_SAMPLES = 100_000
 
 PARTS = {"translation": slice(0, 3), "rotation": slice(3, 6), "gripper": slice(6, 7)}
 
 
-def sample_actions(grid: ActionGrid | LinearGrid, count: int = 100_000) -> Float[np.ndarray, "N 7"]:
-    """Random actions f32[N, 7] that fall into every bin of each variable equally often, uniformly within it. This is
-    the distribution a fitted grid assumes. Clipped to [-1, 1]; the gripper is 0 or 1."""
+def sample_actions(grid: ActionGrid | LinearGrid) -> Float[np.ndarray, "N 7"]:
+    """100,000 random actions f32[N, 7] that fall into every bin of each variable equally often, uniformly within it.
+    This is the distribution a fitted grid assumes. Clipped to [-1, 1]; the gripper is 0 or 1."""
     rng = np.random.default_rng(0)
 
     def draw(edges: Any) -> np.ndarray:
-        bins = rng.integers(0, len(edges) - 1, count)
+        bins = rng.integers(0, len(edges) - 1, _SAMPLES)
         low, high = np.asarray(edges, np.float64)[[bins, bins + 1]]
-        return low + (high - low) * rng.random(count)
+        return low + (high - low) * rng.random(_SAMPLES)
 
     if isinstance(grid, LinearGrid):
         return _actions([draw(grid.levels) for _ in range(6)], rng)
     return _actions(_cartesian(*map(draw, grid.edges)), rng)
 
 
-def sample_gaussians(gaussians: Any, count: int = 100_000) -> Float[np.ndarray, "N 7"]:
+def sample_gaussians(gaussians: Any) -> Float[np.ndarray, "N 7"]:
     """Like `sample_actions`, from six independent Gaussians [6, 2] (mu, sigma) truncated to the variables' ranges."""
     from scipy.stats import truncnorm  # slow to import, and every run imports this module
 
@@ -48,7 +49,7 @@ def sample_gaussians(gaussians: Any, count: int = 100_000) -> Float[np.ndarray, 
     for (mu, sigma), bounds in zip(gaussians, RANGES, strict=True):
         sigma = max(sigma, 1e-6)
         low, high = (np.asarray(bounds) - mu) / sigma
-        variables.append(truncnorm.rvs(low, high, mu, sigma, size=count, random_state=rng))
+        variables.append(truncnorm.rvs(low, high, mu, sigma, size=_SAMPLES, random_state=rng))
     return _actions(_cartesian(*variables), rng)
 
 

@@ -132,13 +132,7 @@ def unstacked_tensors(arrays: Mapping[str, LazyArray], rules: Iterable[Rule] = S
     return {slot.key: LazyArray(slot.shape, arrays[slot.path].dtype, partial(read, slot)) for slot in table}
 
 
-def write_huggingface(
-    path: str | AnyPath,
-    checkpoint: Checkpoint,
-    *,
-    files: Mapping[str, str] | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-) -> None:
+def write_huggingface(path: str | AnyPath, checkpoint: Checkpoint, *, files: Mapping[str, str] | None = None) -> None:
     """Write a directory in the published layout; it appears whole or not at all.
 
     `files` is {file name: text} of additional files: the model card, and the Python files that transformers needs to
@@ -152,7 +146,7 @@ def write_huggingface(
         if checkpoint.processor is not None:
             write_processor(folder, checkpoint.processor, checkpoint.config)
         write_files(folder, files)
-        safetensors.write_directory(folder, tensors, max_shard_bytes)
+        safetensors.write_directory(folder, tensors, MAX_SHARD_BYTES)
 
 
 def write_config(path: Path, config: SpatialVLAConfig, processor: Processor | None, dtypes: set[np.dtype]) -> None:

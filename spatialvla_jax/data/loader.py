@@ -251,7 +251,6 @@ class Loader:
                 "skipped": dict(index.skipped),
                 "frames": index.num_frames,
                 "weight": self.weights[number],
-                "share": phases[0].shares[number],
                 "shares": [phase.shares[number] for phase in phases],
                 "passes": phases[0].epoch_length * phases[0].shares[number] / index.num_frames,
             }

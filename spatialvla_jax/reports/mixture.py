@@ -132,11 +132,11 @@ def _section(index: Index, row: dict[str, Any], statistics: Any) -> dict[str, An
     return row | {
         "name": index.name,
         "robot": spec.robot,
-        "camera": _camera(index),
+        "camera": spec.camera,
         "skipped": sum(row["skipped"].values()),
         "facts": (
             f"robot: {spec.robot or 'not stated'}",
-            f"camera: {_camera(index)}",
+            f"camera: {spec.camera}",
             f"depth: {depth}",
             f"{row['episodes']:,} of {row['read']:,} episodes used" + (f" (left out: {skipped})" if skipped else ""),
             f"{row['shares'][0]:.1%} of the training samples",
@@ -146,12 +146,6 @@ def _section(index: Index, row: dict[str, Any], statistics: Any) -> dict[str, An
         "lengths": _lengths(np.diff(index.arrays["episode_end"], prepend=0)),
         "units": [*zip(DIMENSIONS, statistics["mask"], zip(*columns, strict=True), strict=True)],
     }
-
-
-def _camera(index: Index) -> str:
-    if index.spec.intrinsics:
-        return "in the data"
-    return "known" if index.spec.known_camera else "default"
 
 
 def _plots(histograms: Float[np.ndarray, "A n"], grid: ActionTokenizer, frames: int) -> list[dict[str, Any]]:

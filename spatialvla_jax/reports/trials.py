@@ -88,18 +88,23 @@ GAIN = Quantity(
 LOSS = Quantity("validation loss", "nats a token", 3, "cross-entropy of the last validation", "Training")
 TRAINING_LOSS = Quantity("training loss", "nats a token", 3, "cross-entropy of the last logged step", "Training")
 
-# Quantity → its value of result.json; KeyError where an older result has none.
+
+def _evaluated(key: str) -> Callable[[Mapping[str, Any]], float]:
+    return lambda result: result["evaluation"][key]
+
+
+# Quantity → its value in result.json; KeyError if an older result lacks it.
 _RESULT: dict[Quantity, Callable[[Mapping[str, Any]], float]] = {
-    L1: lambda r: r["evaluation"]["l1"],
-    QUANTISATION: lambda r: r["evaluation"]["l1_quantisation"],
+    L1: _evaluated("l1"),
+    QUANTISATION: _evaluated("l1_quantisation"),
     TRAINING_LOSS: lambda r: r["loss"],
-    Quantity("token accuracy", "", 3, "share of greedy tokens that are the recorded action's", "Tokens"): lambda r: r[
-        "evaluation"
-    ]["token_accuracy"],
+    Quantity("token accuracy", "", 3, "share of greedy tokens that are the recorded action's", "Tokens"): _evaluated(
+        "token_accuracy"
+    ),
     **{
-        Quantity(f"token accuracy, {kind}", "", 3, f"of the {kind} tokens", "Tokens"): lambda r, kind=kind: r[
-            "evaluation"
-        ][f"token_accuracy_{kind}"]
+        Quantity(f"token accuracy, {kind}", "", 3, f"of the {kind} tokens", "Tokens"): _evaluated(
+            f"token_accuracy_{kind}"
+        )
         for kind in ("translation", "rotation", "gripper")
     },
     Quantity("tokens used", "", 0, "different tokens that the training data has", "Tokens"): lambda r: r["tokens_used"],
@@ -275,8 +280,20 @@ def read_trial(folder: Path, values: dict[str, str], seed: int) -> Trial:
         if others and others != digest:
             raise InputError(f"{folder}/closed_loop is of {policy}, other weights than the trial's, {weights}")
     numbers |= {SUCCESS.key: success} if episodes else {}
-    known = (folder.name, folder, values, seed, numbers, episodes, suites, baselines, tuple(records), result)
-    return Trial(*known, load_grid(folder / "grid.json"), arrays)
+    return Trial(
+        name=folder.name,
+        folder=folder,
+        values=values,
+        seed=seed,
+        numbers=numbers,
+        episodes=episodes,
+        suites=suites,
+        baselines=baselines,
+        records=tuple(records),
+        result=result,
+        grid=load_grid(folder / "grid.json"),
+        arrays=arrays,
+    )
 
 
 def curve_of(records: Iterable[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:

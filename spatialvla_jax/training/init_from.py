@@ -172,10 +172,9 @@ def check_same(saved: dict[str, Any], now: dict[str, Any], loader: Loader, workd
     for index in () if loader.config.statistics else loader.indexes():  # those of a file may be of other data
         if what := difference(saved["processor"]["statistics"][index.name], index.statistics):
             raise InputError(f"the data of {workdir} changed since its run began: in dataset {index.name!r}, {what}")
-    processors = [
-        about["processor"] | {"versions": {}} for about in (saved, now)
-    ]  # earlier versions did not store "versions"
-    if processors[0] != processors[1] or renamed(saved["model"], MODEL_FIELDS) != now["model"]:
+    # Earlier versions did not store "versions".
+    before, after = (about["processor"] | {"versions": {}} for about in (saved, now))
+    if before != after or renamed(saved["model"], MODEL_FIELDS) != now["model"]:
         raise InputError(f"the data of {workdir} changed since its run began: grid, statistics or tokenizer differ")
     if saved.get("packed") != now.get("packed"):
         raise InputError(f"the data of {workdir} changed since its run began: the files of data.packed are others")

@@ -213,17 +213,17 @@ def _pread(path: str | os.PathLike[str], offset: int, length: int) -> bytes | OS
         return error
 
 
-def read_parts(path: AnyPath, size: int, part: int = PART) -> Iterator[bytes]:
-    """Read a file of `size` bytes from start to end, in requests of `part` bytes, two of them in flight."""
+def read_parts(path: AnyPath, size: int) -> Iterator[bytes]:
+    """Read a file of `size` bytes from start to end, in requests of `PART` bytes, two of them in flight."""
     ahead = 2
     with concurrent.futures.ThreadPoolExecutor(ahead) as pool:
-        starts = range(0, size, part)
-        waiting = [pool.submit(read_range, path, start, min(part, size - start)) for start in starts[:ahead]]
+        starts = range(0, size, PART)
+        waiting = [pool.submit(read_range, path, start, min(PART, size - start)) for start in starts[:ahead]]
         for number in range(len(starts)):
             yield waiting.pop(0).result()
             if number + ahead < len(starts):
                 start = starts[number + ahead]
-                waiting.append(pool.submit(read_range, path, start, min(part, size - start)))
+                waiting.append(pool.submit(read_range, path, start, min(PART, size - start)))
 
 
 class _Parts(io.RawIOBase):
@@ -309,15 +309,10 @@ def cached_copy(path: AnyPath, folder: Path) -> Path:
     return target
 
 
-def put(path: AnyPath, data: bytes, only_if_new: bool = False) -> bool:
-    """Write an object in one request, or fail and leave the old one. With `only_if_new`, an existing object is kept.
-    Returns whether it has this content, as it does if a first attempt succeeded but its response was lost."""
+def put(path: AnyPath, data: bytes) -> None:
+    """Write an object in one request, or fail and leave the old one."""
     with storage_errors(path, "written"):
-        try:
-            filesystem(path).pipe_file(str(path), data, mode="create" if only_if_new else "overwrite")
-        except FileExistsError:
-            return read_bytes(path) == data
-    return True
+        filesystem(path).pipe_file(str(path), data)
 
 
 def upload(source: str | os.PathLike[str], path: AnyPath) -> None:

@@ -39,14 +39,13 @@ class GoogleStorage(GCSFileSystem):
     async def _pipe_file(self, path: str, data: Any, mode: str = "overwrite", **options: Any) -> None:
         """Send the data as the body of one request. gcsfs sends a multipart message. There, a server may mistake a
         trailing carriage return in the data for part of the separator. Only empty data, which is no body, uses it."""
-        if not data:
+        if not data or mode != "overwrite":
             await super()._pipe_file(path, data, mode=mode, **options)
             return
         bucket, key, _generation = self.split_path(path)
-        new = {"ifGenerationMatch": "0"} if mode == "create" else {}
         headers = {"Content-Type": "application/octet-stream"}
         upload = f"{self._location}/upload/storage/v1/b/{quote(bucket)}/o"
-        await self._call("POST", upload, uploadType="media", name=key, headers=headers, data=data, **new)
+        await self._call("POST", upload, uploadType="media", name=key, headers=headers, data=data)
 
     async def _put_file(self, lpath: str, rpath: str, **options: Any) -> None:
         if os.path.getsize(lpath) < ONE_REQUEST:

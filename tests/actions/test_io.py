@@ -61,15 +61,15 @@ def test_pooled_gaussians_are_those_of_all_actions():
 def test_samples_fill_bins_equally():
     """In the rotations, which nothing clips; translations beyond the cube are brought back to its face."""
     grid = gaussian_grid(PRETRAIN_GAUSSIANS, SMALL, 0.5)
-    actions = sample_actions(grid, 40_000)
+    actions = sample_actions(grid)
     values = grid_variables(actions)
     inside = (np.abs(actions[:, :3]) < 1).all(1)
     for i in (3, 4, 5):
         counts = np.histogram(values[:, i], np.asarray(grid.edges[i], np.float64))[0]
-        np.testing.assert_allclose(counts / 40_000, 1 / SMALL[i], atol=0.01)
+        np.testing.assert_allclose(counts / len(actions), 1 / SMALL[i], atol=0.01)
     assert 0.7 < inside.mean() < 1 and np.abs(actions[:, :3]).max() == 1
     assert set(actions[:, 6]) == {0, 1} and actions.dtype == np.float32
-    levels = sample_actions(linear_grid(), 1000)
+    levels = sample_actions(linear_grid())
     assert np.abs(levels[:, :6]).max() <= 1 and levels[:, :6].std() == pytest.approx(3**-0.5, abs=0.02)
 
 
@@ -78,7 +78,7 @@ def test_samples_of_gaussians():
     narrow = np.asarray([(1.5, 0.2), (0.5, 0.3), (0.5, 0.1), (0.1, 0.1), (-0.2, 0.2), (0.0, 0.05)])
     np.testing.assert_allclose(fit_gaussians(sample_gaussians(narrow)), narrow, atol=0.005)
     still = narrow * [1, 0]
-    np.testing.assert_allclose(fit_gaussians(sample_gaussians(still, 1000)), still, atol=1e-4)
+    np.testing.assert_allclose(fit_gaussians(sample_gaussians(still)), still, atol=1e-4)
 
 
 def test_quantisation_error_by_hand():
@@ -97,7 +97,7 @@ def test_quantisation_error_by_hand():
 
 def test_compare():
     grids = {"fine": uniform_grid((16, 32, 8, 16, 16, 16)), "coarse": uniform_grid(SMALL), "linear": linear_grid()}
-    rows = compare_grids(grids, sample_gaussians(PRETRAIN_GAUSSIANS, 2000))
+    rows = compare_grids(grids, sample_gaussians(PRETRAIN_GAUSSIANS))
     assert [row["vocab_size"] for row in rows] == [8194, 98, 256]
     assert [row["tokens_per_action"] for row in rows] == [3, 3, 7]
     means = [row["error"]["translation"]["mean"] for row in rows]

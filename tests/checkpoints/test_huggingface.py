@@ -11,7 +11,7 @@ from helpers.checkpoints import equal
 from safetensors.numpy import load_file, save_file
 
 from spatialvla_jax.actions import linear_grid
-from spatialvla_jax.checkpoints import read_huggingface, write_huggingface
+from spatialvla_jax.checkpoints import huggingface, read_huggingface, write_huggingface
 from spatialvla_jax.checkpoints import safetensors_io as safetensors
 from spatialvla_jax.checkpoints.mapping import published_name
 from spatialvla_jax.checkpoints.published_config import config_from_published, config_to_published
@@ -43,11 +43,12 @@ def test_what_we_write_we_read_back(checkpoint, directory):
     assert equal(read_huggingface(directory), checkpoint)
 
 
-def test_bfloat16_in_shards(checkpoint, tmp_path):
+def test_bfloat16_in_shards(checkpoint, tmp_path, monkeypatch):
     """Small shards: no file above the limit, an index that names every tensor, bytes as in the single file."""
     narrow = cast(checkpoint, "bfloat16")
     write_huggingface(tmp_path / "one", narrow)
-    write_huggingface(tmp_path / "many", narrow, max_shard_bytes=40_000)
+    monkeypatch.setattr(huggingface, "MAX_SHARD_BYTES", 40_000)
+    write_huggingface(tmp_path / "many", narrow)
     shards = sorted((tmp_path / "many").glob("*.safetensors"))
     assert len(shards) > 3
     one, many = safetensors.open_directory(tmp_path / "one"), safetensors.open_directory(tmp_path / "many")

@@ -1,6 +1,5 @@
 """Data in a bucket: what is read of it is what the same data gives on a local disk."""
 
-import functools
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +33,7 @@ def read(path, split: str) -> list[dict[str, np.ndarray]]:
 def test_episodes_are_the_same(bucket, rlds: Path, monkeypatch):
     """In small parts, with faults of every kind."""
     url = bucket.upload(rlds, "toy/1.0.0")
-    monkeypatch.setattr(storage, "read_parts", functools.partial(storage.read_parts, part=60_000))
+    monkeypatch.setattr(storage, "PART", 60_000)
     for fault in ({"status": 503, "every": 3}, {"status": 429, "every": 5}, {"cut": True, "every": 4}):
         bucket.proxy.add(**fault, pattern="GET")
     for split in ("train", "val", "train[3:]"):

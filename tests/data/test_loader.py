@@ -146,7 +146,7 @@ def test_mixture(mixed, loader):
     table = mixed.table()
     sizes = [row["frames"] for row in table]
     assert [row["dataset"] for row in table] == ["toy0", "toy1"] and sum(sizes) == mixed.num_frames()
-    np.testing.assert_allclose([row["share"] for row in table], np.asarray(sizes) / sum(sizes), atol=1e-4)
+    np.testing.assert_allclose([row["shares"][0] for row in table], np.asarray(sizes) / sum(sizes), atol=1e-4)
     seen = {}
     for batch in take(mixed.batches(16), 8):
         for row in range(16):
@@ -166,7 +166,7 @@ def test_mixture(mixed, loader):
 def test_weights_and_balance(rlds, other, cache_dir):
     config = data_config(rlds, other, cache_dir=cache_dir, balance=False)
     config["datasets"][0]["weight"] = 3.0
-    shares = [row["share"] for row in Loader(config, image_size=SIZE).table()]
+    shares = [row["shares"][0] for row in Loader(config, image_size=SIZE).table()]
     np.testing.assert_allclose(shares, [0.75, 0.25], atol=1e-4)
 
 

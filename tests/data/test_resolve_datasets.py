@@ -37,7 +37,7 @@ def test_mixture_by_name(root, mixtures, cache_dir):
     loader = Loader(config, image_size=SIZE)
     assert loader.names == ("libero", "libero_no_noops") and loader.weights == (1.0, 0.5)
     assert [row["episodes"] for row in loader.table()] == [20, 10]
-    np.testing.assert_allclose([row["share"] for row in loader.table()], [0.8, 0.2], atol=1e-4)
+    np.testing.assert_allclose([row["shares"][0] for row in loader.table()], [0.8, 0.2], atol=1e-4)
     text = loader.describe()
     assert "libero_no_noops" in text and "80.00%" in text and "20.00%" in text and text.count("\n") == 3
 

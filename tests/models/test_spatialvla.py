@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers.checkpoints import golden_with_given_depth
 
 from spatialvla_jax.checkpoints import read_huggingface
 from spatialvla_jax.checkpoints.mapping import flatten, slots
@@ -28,7 +29,7 @@ def golden():
 
 @pytest.fixture(scope="module")
 def model_and_params():
-    checkpoint = read_huggingface(GOLDEN / "tiny_model", ignore=("vision_zoe_model.",))
+    checkpoint = golden_with_given_depth()
     return SpatialVLA(replace(checkpoint.config, prompt_length=24)), checkpoint.params()
 
 

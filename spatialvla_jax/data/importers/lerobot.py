@@ -113,13 +113,17 @@ def _convert(
     progress: Callable[[int, int], None] | None,
 ) -> Converted:
     """`convert_lerobot` with checked arguments. `before` holds the shards that are already finished."""
-    tf = tensorflow()
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core.splits import SplitDict
 
     remove_leftovers(work)
     features = _features(source)
     total, done, infos, shards, splits = sum(map(len, source.splits.values())), 0, [], {}, {}
+
+    def report(done: int) -> None:
+        if progress:
+            progress(done, total)
+
     for split, all_episodes in source.splits.items():
         template = tfds.core.ShardedFileTemplate(
             data_dir=tfds.core.Path(work), dataset_name=options["name"], split=split, filetype_suffix="tfrecord"
@@ -130,21 +134,15 @@ def _convert(
             state = _state(source, episodes)
             lost = lost_of_finished(file, before.get(file.name), state, faults)
             if lost is None:
-                lost = {}
-                with replacing(file) as temporary, tf.io.TFRecordWriter(os.fspath(temporary)) as writer:
-                    for count, episode in enumerate(episodes):
-                        if progress:
-                            progress(done + count, total)
-                        try:
-                            writer.write(_serialize(features, read_episode(source, episode)))
-                        except Fault as fault:
-                            lost[episode.number] = tolerate(fault, faults)
+                lost = _write_shard(
+                    file, source, features, episodes, faults, lambda count, done=done: report(done + count)
+                )
                 shards[file.name] = shard_note(state, lost)
                 save_shards(work / MANIFEST, options, before | shards)
-            shards[file.name] = shard_note(state, lost)
+            else:
+                shards[file.name] = before[file.name]
             done += len(episodes)
-            if progress:
-                progress(done, total)
+            report(done)
             skipped += lost.values()
             lengths.append(len(episodes) - len(lost))
             splits[split] += tuple(episode for episode in episodes if episode.number not in lost)
@@ -167,6 +165,27 @@ def _convert(
     os.replace(work, work.with_name(VERSION))
     changed = sum(shards.get(file, {}).get("source") != old["source"] for file, old in before.items())
     return Converted(work.with_name(VERSION), source, splits, skipped, changed)
+
+
+def _write_shard(
+    file: Path,
+    source: LeRobot,
+    features: Any,
+    episodes: list[Episode],
+    faults: FaultPolicy,
+    report: Callable[[int], None],
+) -> dict[int, Fault]:
+    """Write a shard, by rename. Returns the faults of the skipped episodes, by number; `report(episodes done)` is
+    called before each episode."""
+    lost: dict[int, Fault] = {}
+    with replacing(file) as temporary, tensorflow().io.TFRecordWriter(os.fspath(temporary)) as writer:
+        for count, episode in enumerate(episodes):
+            report(count)
+            try:
+                writer.write(_serialize(features, read_episode(source, episode)))
+            except Fault as fault:
+                lost[episode.number] = tolerate(fault, faults)
+    return lost
 
 
 def _remove(directory: Path, names: Set[str]) -> None:

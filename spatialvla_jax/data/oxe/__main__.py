@@ -12,14 +12,8 @@ def table() -> str:
     for name, spec in CATALOGUE.items():
         episodes = f"{spec.episodes:,}" if spec.episodes else "–"
         weight = f"{weights[name]:.4g}" if name in weights else "–"
-        lines.append(f"| `{name}` | {spec.robot} | {episodes} | {weight} | {_camera(spec)} | {_depth(spec)} |")
+        lines.append(f"| `{name}` | {spec.robot} | {episodes} | {weight} | {spec.camera} | {_depth(spec)} |")
     return "\n".join(lines)
-
-
-def _camera(spec: DatasetSpec) -> str:
-    if spec.intrinsics:
-        return "in the data"
-    return "known" if spec.known_camera else "default"
 
 
 def _depth(spec: DatasetSpec) -> str:

@@ -57,6 +57,13 @@ class DatasetSpec:
     known_camera: bool = False  # `default_intrinsics` belong to this dataset's own camera
     unread_depth: str | None = None  # a stored depth map in a form that `depth` does not support
 
+    @property
+    def camera(self) -> str:
+        """Where the intrinsics come from, in words."""
+        if self.intrinsics:
+            return "in the data"
+        return "known" if self.known_camera else "default"
+
 
 def meaning(spec: DatasetSpec) -> dict[str, Any]:
     """The parts of a spec that decide what is read, as JSON: its "fields", and a digest of its "operations"' code."""

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tensorflow_datasets as tfds
+from helpers.checkpoints import golden_with_given_depth
 from helpers.toy_rlds import data_config, make_episodes, make_rlds
 from helpers.zoe_reference import TINY, random_hf_model
 
-from spatialvla_jax.checkpoints import load_pretrained, read_checkpoint, read_huggingface, write_huggingface
+from spatialvla_jax.checkpoints import load_pretrained, read_checkpoint, write_huggingface
 from spatialvla_jax.checkpoints.load import read_zoedepth
 from spatialvla_jax.cli import main
 from spatialvla_jax.data import Loader
@@ -291,7 +292,7 @@ def test_command(config_file, rlds, tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     assert main([*argv, str(tmp_path / "c"), str(rlds)]) == 2
     assert "name the data either as SRC --spec NAME or by --config FILE" in capsys.readouterr().err
-    write_huggingface(tmp_path / "without", read_huggingface(MODEL, ignore=("vision_zoe_model.",)))
+    write_huggingface(tmp_path / "without", golden_with_given_depth())
     argv = ["data", "depth", "--checkpoint", str(tmp_path / "without"), "--out", str(tmp_path)]
     assert main([*argv, "--config", str(config_file)]) == 2
     assert "without holds no ZoeDepth: its model takes depth from 'dataset'" in capsys.readouterr().err
