@@ -2,6 +2,7 @@
 
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers.checkpoints import equal
@@ -18,7 +19,7 @@ from spatialvla_jax.errors import InputError, StorageError
 @pytest.fixture
 def server(hub_server, monkeypatch) -> Hub:  # noqa: F811
     monkeypatch.setattr(hub, "_known_complete", set())
-    monkeypatch.setattr(hub.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(hub, "time", SimpleNamespace(sleep=lambda seconds: None))
     return hub_server
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import shutil
+import threading
 from functools import partial
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from helpers.batches import assert_equal
 from helpers.range_server import range_server
+from helpers.serving import eventually
 from helpers.streams import assert_resumes, assert_shared, take
 from helpers.toy_rlds import data_config, make_episodes, make_rlds
 
@@ -164,7 +166,8 @@ def test_throttling_that_lasts_is_no_fault_of_the_data(configs, server, monkeypa
 def test_what_is_read_ahead_is_bounded(configs, server, monkeypatch):
     """By bytes, but it is never less than a step."""
     monkeypatch.setattr("spatialvla_jax.data.reader.choose_ahead", lambda *_: 1)
-    batches = Loader(configs["bucket"], image_size=SIZE).batches(8)
+    batches = Loader(configs["bucket"] | {"read_block": 1}, image_size=SIZE).batches(8)
+    eventually(lambda: not any("(run)" in thread.name for thread in threading.enumerate()))  # reads of earlier tests
     before = server.counts()["read"]
     next(batches)
     assert 8 <= server.counts()["read"] - before <= 8 * 12  # those of its own queues, and one more step

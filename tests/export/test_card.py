@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from spatialvla_jax.utils.atomic import write_json
 @pytest.fixture
 def server(hub_server, monkeypatch) -> Hub:  # noqa: F811
     monkeypatch.setattr(hub, "_known_complete", set())
-    monkeypatch.setattr(hub.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(hub, "time", SimpleNamespace(sleep=lambda seconds: None))
     monkeypatch.setenv("HF_TOKEN", "hf_writes")
     return hub_server
 

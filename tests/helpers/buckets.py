@@ -17,6 +17,8 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from etils import epath
 
 _numbers = itertools.count()
+# Connections that wait to be accepted. Python's servers keep five: one more waits a second, then two, then four.
+MANY = 1024
 
 
 @dataclass
@@ -62,6 +64,7 @@ class Proxy:
     def __post_init__(self) -> None:
         handler = type("Handler", (_Handler,), {"proxy": self})
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self.server.socket.listen(MANY)
         self.server.daemon_threads = True
         threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
@@ -205,6 +208,7 @@ def start_gcs() -> tuple[Proxy, Callable[[], None]]:
     server.start()
     while server._api._httpd is None:
         time.sleep(0.001)
+    server._api._httpd.socket.listen(MANY)
     proxy = Proxy(server._api._httpd.server_address[1], conditional=True)
 
     def stop() -> None:

@@ -1,6 +1,8 @@
 """`spatialvla-jax train` in processes that start fast: a server imports everything once and forks for each run."""
 
 import gc
+import importlib
+import itertools
 import json
 import os
 import signal
@@ -43,9 +45,10 @@ class Server:
         devices: int = 1,
         file_limit: int = 0,
         errors: Path | None = None,
+        pause: tuple[str, int] | None = None,
     ) -> "Run":
         """Start a run on `devices` simulated CPU devices, with a `file_limit` in bytes if not 0. Its output goes to
-        `errors`, by default beside its workdir."""
+        `errors`, by default beside its workdir. `pause` is where it stops itself, see `pause_before`."""
         if errors is None:
             assert isinstance(workdir, Path)
             workdir.parent.mkdir(parents=True, exist_ok=True)
@@ -55,7 +58,7 @@ class Server:
             key: value for key, value in os.environ.items() if key.startswith(("AWS_", "STORAGE_", "TENSORSTORE_"))
         }
         request = {"argv": argv, "errors": str(errors), "devices": devices, "file_limit": file_limit, "cloud": cloud}
-        return Run(self, self.ask(**request), errors)
+        return Run(self, self.ask(**request, pause=pause), errors)
 
     def close(self) -> None:
         assert self.process.stdin
@@ -94,6 +97,10 @@ class Run:
             time.sleep(0.01)
         return True
 
+    def paused(self) -> bool:
+        """Whether it has stopped itself, until SIGCONT."""
+        return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
     def send(self, number: int) -> None:
         if self.poll() is None:  # until then the process is there, if only for its exit code to be read
             os.kill(self.pid, number)
@@ -125,10 +132,36 @@ def child_ends_with(command: Sequence[str], pid: Path, seconds: float = 60) -> b
     return True
 
 
+LOGGED = "spatialvla_jax.training.metrics:MetricsLog.write"  # called after each step
+
+
+def pause_before(name: str, number: int) -> None:
+    """This process stops itself just before it calls MODULE:FUNCTION or MODULE:CLASS.METHOD for the `number`-th time.
+    What a test then does happens at this moment, however slow the machine is."""
+    module, _, place = name.partition(":")
+    *outer, last = place.split(".")
+    owner = importlib.import_module(module)
+    for part in outer:
+        owner = getattr(owner, part)
+    call, calls = getattr(owner, last), itertools.count(1)
+
+    def pausing(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == number:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return call(*args, **kwargs)
+
+    setattr(owner, last, pausing)
+
+
+_kept: list[socket.socket] = []
+
+
 def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    """A port for JAX's coordinator. This process keeps it, so that nothing else on the machine is given it before."""
+    _kept.append(kept := socket.socket())
+    kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # the coordinator sets it, too
+    kept.bind(("127.0.0.1", 0))
+    return kept.getsockname()[1]
 
 
 def records(workdir: AnyPath) -> list[dict[str, Any]]:
@@ -167,6 +200,8 @@ def serve() -> None:
             if request["file_limit"]:
                 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
                 resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_limit"], request["file_limit"]))
+            if request["pause"]:
+                pause_before(*request["pause"])
             sys.exit(main(request["argv"]))
         running.add(pid)
         print(pid, flush=True)

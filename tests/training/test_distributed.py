@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.processes import Run, Server, free_port, records
+from helpers.processes import LOGGED, Run, Server, free_port, records
 
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.utils.distributed import join
@@ -16,15 +16,20 @@ ARGUMENTS = (f"--config.train.steps={STEPS}", f"--config.train.eval_every={STEPS
 OTHER_MESH = ("--config.mesh.fsdp=2", "--config.mesh.tensor=2")
 
 
-def start(server: Server, config: Path, workdir: Path, processes: int, *arguments: str, limit: int = 0) -> list[Run]:
-    """A run on four devices, perhaps with a limit on the size of the files that the last process writes."""
+def start(
+    server: Server, config: Path, workdir: Path, processes: int, *arguments: str, limit: int = 0, pause: int = 0
+) -> list[Run]:
+    """A run on four devices, perhaps with a limit on the size of the files that the last process writes. The first one
+    stops itself before it logs step `pause`, if not 0."""
     common = (*ARGUMENTS, *arguments)
     if processes == 1:
         return [server.train(config, workdir, *common, devices=4, file_limit=limit)]
     common += ("--coordinator", f"localhost:{free_port()}", "--num-processes", str(processes), "--process-id")
     limits, devices = [0] * (processes - 1) + [limit], 4 // processes
+    pauses = [(LOGGED, pause) if pause else None] + [None] * (processes - 1)
     return [
-        server.train(config, workdir, *common, str(n), devices=devices, file_limit=limits[n]) for n in range(processes)
+        server.train(config, workdir, *common, str(n), devices=devices, file_limit=limits[n], pause=pauses[n])
+        for n in range(processes)
     ]
 
 
@@ -46,9 +51,12 @@ def alone(server: Server, packed_config: Path, tmp_path_factory: pytest.TempPath
 def stopped(server: Server, packed_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two processes of which one was asked to end: both saved the same step."""
     workdir = tmp_path_factory.mktemp("two") / "run"
-    runs = start(server, packed_config, workdir, 2)
-    assert runs[0].until(lambda: len(losses(workdir)) >= 5), runs[0].errors.read_text()
+    runs = start(server, packed_config, workdir, 2, pause=5)
+    assert runs[0].until(runs[0].paused), runs[0].errors.read_text()
     runs[1].send(signal.SIGTERM)
+    # JAX looks for signals once a second.
+    assert runs[1].until(lambda: "SIGTERM caught" in runs[1].errors.read_text()), runs[1].errors.read_text()
+    runs[0].send(signal.SIGCONT)
     assert [run.wait() for run in runs] == [0, 0], runs[0].errors.read_text() + runs[1].errors.read_text()
     assert 5 <= len(losses(workdir)) < STEPS
     assert [p.name for p in (workdir / "checkpoints").iterdir()] == [str(len(losses(workdir)))]
@@ -64,16 +72,17 @@ def test_two_processes_give_the_losses_of_one(
     workdir = tmp_path / "run"
     shutil.copytree(stopped, workdir)
     runs = start(server, packed_config, workdir, processes, *mesh)
-    assert [run.wait(240) for run in runs] == [0] * processes, runs[0].errors.read_text()
+    assert [run.wait() for run in runs] == [0] * processes, runs[0].errors.read_text()
     for key in ("loss", "val/loss"):
         np.testing.assert_allclose(losses(workdir, key), losses(alone, key), atol=1e-5)
 
 
 @pytest.mark.slow
 def test_a_dead_process_ends_the_others(server: Server, packed_config: Path, tmp_path: Path) -> None:
-    runs = start(server, packed_config, tmp_path / "run", 2, "--heartbeat", "10")
-    assert runs[0].until(lambda: len(losses(tmp_path / "run")) >= 2), runs[0].errors.read_text()
+    runs = start(server, packed_config, tmp_path / "run", 2, "--heartbeat", "10", pause=3)
+    assert runs[0].until(runs[0].paused), runs[0].errors.read_text()
     runs[1].kill()
+    runs[0].send(signal.SIGCONT)
     assert runs[0].wait(60) not in (0, 2)
     errors = runs[0].errors.read_text()  # the collective or the missing heartbeat, whichever is noticed first
     assert "another process of the run died" in errors or "another task died" in errors

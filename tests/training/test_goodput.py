@@ -1,7 +1,9 @@
 """Where a run's wall time went, over all its processes, by hand; test_watching.py looks at that of a killed run."""
 
 import json
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -100,7 +102,7 @@ def test_the_causes_add_up_to_the_wall_time(given_processes) -> None:
 
 def test_times_within_times_count_once(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 50.0
-    monkeypatch.setattr(goodput.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(goodput, "time", SimpleNamespace(perf_counter=lambda: now))
     clock = Clock(age=3.0)
     with clock("start"):
         now += 1
@@ -115,8 +117,8 @@ def test_times_within_times_count_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_clock_behind_the_last_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second machine's clock says that it began an hour before the first: it began at once after it."""
     now, wall = 0.0, 10_000.0
-    monkeypatch.setattr(goodput.time, "perf_counter", lambda: now)
-    monkeypatch.setattr(goodput.time, "time", lambda: wall + now)
+    stand_in = SimpleNamespace(**vars(time) | {"perf_counter": lambda: now, "time": lambda: wall + now})
+    monkeypatch.setattr(goodput, "time", stand_in)
     for begin in (0.0, 1000.0):
         now, wall = begin, 10_000.0 if begin == 0 else 10_000.0 - 3600
         log = Goodput(LogFolder(tmp_path), Clock())

@@ -4,15 +4,17 @@ import random
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers.batches import assert_equal
-from helpers.processes import Run, Server, records
+from helpers.processes import LOGGED, Run, Server, records
 
 from spatialvla_jax.checkpoints import load_pretrained
 from spatialvla_jax.checkpoints.orbax import step_directory
 
 STEPS = 30
+LOOP = "spatialvla_jax.training.loop"
 MESH = ("--config.mesh.fsdp=2", "--config.mesh.tensor=2")  # all runs here, on four devices
 
 
@@ -23,9 +25,9 @@ def undisturbed(server: Server, packed_config: Path, tmp_path_factory: pytest.Te
     return workdir
 
 
-def start(server: Server, config: Path, workdir: Path, *arguments: str, steps: int = STEPS, file_limit: int = 0) -> Run:
+def start(server: Server, config: Path, workdir: Path, *arguments: str, steps: int = STEPS, **options: Any) -> Run:
     arguments = (f"--config.train.steps={steps}", *MESH, *arguments)
-    return server.train(config, workdir, *arguments, devices=4, file_limit=file_limit)
+    return server.train(config, workdir, *arguments, devices=4, **options)
 
 
 def finish(server: Server, config: Path, workdir: Path, steps: int = STEPS) -> None:
@@ -54,19 +56,19 @@ def saved(workdir: Path) -> int:
 
 @pytest.mark.slow
 def test_killed_in_every_phase(server: Server, packed_config: Path, undisturbed: Path, tmp_path: Path) -> None:
-    """SIGKILL in start-up, while the first step compiles, between two saves, during a save, after one, near the end."""
+    """SIGKILL in start-up, before the first step, between two saves, during a save, after one, at the end."""
     workdir = tmp_path / "run"
     moments = (
-        workdir.exists,
-        (workdir / "config.json").exists,
-        lambda: last_step(workdir) >= 8,
-        lambda: last_step(workdir) >= 10 and saving(workdir),
-        lambda: saved(workdir) >= 20,
-        lambda: last_step(workdir) >= STEPS - 1,
+        (f"{LOOP}:init_state", 1, workdir.exists),
+        (f"{LOOP}:jit_train_step", 1, (workdir / "config.json").exists),
+        (LOGGED, 9, lambda: last_step(workdir) == 8),
+        ("orbax.checkpoint._src.path.atomicity:AtomicRenameTemporaryPath.finalize", 1, lambda: saving(workdir)),
+        (LOGGED, 12, lambda: saved(workdir) >= 5),
+        (f"{LOOP}:write_json", 3, lambda: saved(workdir) == STEPS and not (workdir / "finished").exists()),
     )
-    for number, moment in enumerate(moments):
-        run = start(server, packed_config, workdir)
-        assert run.until(moment), f"moment {number}: {run.errors.read_text()}"
+    for name, number, reached in moments:
+        run = start(server, packed_config, workdir, pause=(name, number))
+        assert run.until(run.paused) and reached(), f"{name}: {run.errors.read_text()}"
         run.kill()
     finish(server, packed_config, workdir)
     assert_same(workdir, undisturbed)
@@ -95,12 +97,13 @@ def test_sigterm_and_then_a_full_disk(server: Server, packed_config: Path, undis
     """Asked to end, it saves its last step. Then no file can grow enough for a checkpoint: tried again four times, then
     one sentence, and what was saved stays."""
     workdir = tmp_path / "run"
-    run = start(server, packed_config, workdir, "--config.checkpoint.every=1000")
-    assert run.until(lambda: last_step(workdir) >= 7)
+    run = start(server, packed_config, workdir, "--config.checkpoint.every=1000", pause=(LOGGED, 8))
+    assert run.until(run.paused)
     run.send(signal.SIGTERM)
+    run.send(signal.SIGCONT)
     assert run.wait() == 0
     step = saved(workdir)
-    assert 7 <= step == last_step(workdir) < STEPS
+    assert 8 <= step == last_step(workdir) < STEPS
     assert f"to step {step} of {STEPS}: rerun the same command to resume" in run.errors.read_text()
     assert not (workdir / "finished").exists()
 
@@ -118,9 +121,10 @@ def test_sigterm_and_then_a_full_disk(server: Server, packed_config: Path, undis
 def test_sigterm_before_the_first_step(server: Server, packed_config: Path, tmp_path: Path) -> None:
     """While it opens its data and makes its state there is nothing to save."""
     workdir = tmp_path / "run"
-    run = start(server, packed_config, workdir)
-    assert run.until(workdir.exists)
+    run = start(server, packed_config, workdir, pause=(f"{LOOP}:init_state", 1))
+    assert run.until(run.paused) and workdir.exists()
     run.send(signal.SIGTERM)
+    run.send(signal.SIGCONT)
     assert run.wait() == 0
     assert f"to step 0 of {STEPS}: rerun the same command to resume" in run.errors.read_text()
     assert not records(workdir) and step_directory(workdir) is None and not (workdir / "finished").exists()

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.batches import assert_equal
-from helpers.processes import Run, Server, free_port, records
+from helpers.processes import LOGGED, Run, Server, free_port, records
 
 from spatialvla_jax.checkpoints import load_pretrained
 from spatialvla_jax.checkpoints.orbax import read_metadata, step_directory
@@ -19,8 +19,10 @@ pytestmark = pytest.mark.slow
 MESH = ("--config.mesh.fsdp=2", "--config.mesh.data=2")
 
 
-def start(server: Server, config: Path, workdir: AnyPath, errors: Path, processes: int, *arguments: str) -> list[Run]:
-    """A run on four devices."""
+def start(
+    server: Server, config: Path, workdir: AnyPath, errors: Path, processes: int, *arguments: str, pause: int = 0
+) -> list[Run]:
+    """A run on four devices. The first process stops itself before it logs step `pause`, if not 0."""
     if processes > 1:
         arguments += ("--coordinator", f"localhost:{free_port()}", "--num-processes", str(processes))
     return [
@@ -30,6 +32,7 @@ def start(server: Server, config: Path, workdir: AnyPath, errors: Path, processe
             *(*MESH, *arguments, *(("--process-id", str(n)) if processes > 1 else ())),
             devices=4 // processes,
             errors=errors.with_name(f"{errors.name}-{n}"),
+            pause=(LOGGED, pause) if pause and n == 0 else None,
         )
         for n in range(processes)
     ]
@@ -47,8 +50,8 @@ def test_killed_and_resumed(gcs, server: Server, packed_config: Path, tmp_path: 
     finish(start(server, packed_config, tmp_path / "run", tmp_path / "undisturbed", 2, *arguments))
     workdir = storage.as_path(f"{gcs.url}/run", "--workdir")
     gcs.proxy.add(status=503, every=30)
-    runs = start(server, packed_config, workdir, tmp_path / "killed", 2, *arguments)
-    assert runs[0].until(lambda: step_directory(workdir) is not None), runs[0].errors.read_text()
+    runs = start(server, packed_config, workdir, tmp_path / "killed", 2, *arguments, pause=7)
+    assert runs[0].until(runs[0].paused) and step_directory(workdir) is not None, runs[0].errors.read_text()
     for run in runs:
         run.send(signal.SIGKILL)
         run.wait()

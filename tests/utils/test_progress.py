@@ -1,6 +1,7 @@
 """Bars show the remaining time once it means something."""
 
 import io
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,7 +13,7 @@ from spatialvla_jax.utils.progress import Bar
 def clock(monkeypatch: pytest.MonkeyPatch):
     """Seconds that pass by hand."""
     clock = [100.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     return clock
 
 
