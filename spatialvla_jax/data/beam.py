@@ -26,9 +26,10 @@ from spatialvla_jax.data.index import Index, Source
 from spatialvla_jax.data.index_cache import complete_indexes, find_indexes, find_source, read_shard
 from spatialvla_jax.data.oxe.spec import DatasetSpec, meaning
 from spatialvla_jax.data.resolve_datasets import make_entries
-from spatialvla_jax.errors import InputError
+from spatialvla_jax.errors import InputError, StorageError
 from spatialvla_jax.utils.atomic import PREFIX, replacing, write_json
 from spatialvla_jax.utils.dataset_keys import find_key
+from spatialvla_jax.utils.progress import warn
 from spatialvla_jax.utils.storage import AnyPath, is_url, list_names, read_bytes, remove, to_path
 from spatialvla_jax.utils.tables import text_table
 
@@ -93,8 +94,11 @@ def make_indexes(
         if not is_url(parts):
             shutil.rmtree(parts, ignore_errors=True)
         else:
-            for name in list_names(parts):
-                remove(parts / name)
+            try:
+                for name in list_names(parts):
+                    remove(parts / name)
+            except (InputError, StorageError) as error:
+                warn(f"{error}; {parts} is no longer needed")
     for first in range(0, len(indexes), len(indexes) // len(splits)):
         group = indexes[first : first + len(indexes) // len(splits)]
         data.faults.check(sum((Counter(index.skipped) for index in group), Counter()), "episodes of a split")

@@ -276,7 +276,10 @@ def attempt(sweep: Sweep, trial: Trial, folder: Path, workers: int) -> str:
     finally:
         (folder / "running").unlink(missing_ok=True)
     if is_writer() and not sweep.keep_checkpoints:
-        shutil.rmtree(folder / "checkpoints")
+        try:
+            shutil.rmtree(folder / "checkpoints")
+        except OSError as error:
+            warn(f"{folder / 'checkpoints'} cannot be removed: {error.strerror}")
     return FINISHED
 
 

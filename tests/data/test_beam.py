@@ -1,4 +1,5 @@
 import json
+import re
 
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ from spatialvla_jax.data.oxe import CATALOGUE
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.training.grid_fit import mixture_gaussians
 from spatialvla_jax.training.init_from import make_processor
+from spatialvla_jax.utils import storage
+from spatialvla_jax.utils.atomic import PREFIX
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +76,15 @@ def test_one_pass_in_any_order(data, stats, tmp_path, monkeypatch):
     loader = Loader(data | {"cache_dir": str(folder)}, image_size=32, progress=lambda *_: pytest.fail("read again"))
     assert [index.directories for index in loader.indexes()] == [index.directories for index in indexes]
     assert make_indexes(config, ["train"], folder)[0].statistics == stats["statistics"]["toy0"] and len(reads) == 14
+
+
+def test_indexes_are_made_although_their_parts_cannot_be_removed(gcs, data, stats, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("spatialvla_jax.data.index_cache.LOCAL_CACHE", str(tmp_path))
+    folder = storage.as_path(f"{gcs.url}/cache", "--config.data.cache_dir")
+    gcs.proxy.add(status=403, body="no storage.objects.delete access", pattern="^DELETE")
+    assert make_indexes(DataConfig.from_config(data), ["train"], folder)[0].statistics == stats["statistics"]["toy0"]
+    (parts,) = (name for name in storage.list_names(folder) if name.startswith(PREFIX))
+    assert re.search(f"storage.objects.delete is missing.*; {folder / parts} is no longer", capsys.readouterr().err)
 
 
 def contents(folder):

@@ -1,5 +1,6 @@
 """Trials are run once, whoever runs them; what fails or stops is told; equal shapes are compiled once."""
 
+import errno
 import json
 import re
 import shlex
@@ -400,6 +401,21 @@ def test_a_stopped_trial_ends_the_sweep_and_a_taken_one_is_left(tmp_path: Path, 
         outcomes = run.run_here(sweep, tmp_path, sweep.trials, print)
         assert outcomes == {"a": run.FINISHED, "b": run.ELSEWHERE, "c": run.FINISHED}
     assert run.run_here(sweep, tmp_path, sweep.trials, print)["b"] == run.FINISHED
+
+
+def test_checkpoints_that_cannot_be_removed_end_no_sweep(tmp_path: Path, monkeypatch, capsys) -> None:
+    """As on NFS while a file in them is open."""
+
+    def busy(folder: Path) -> None:
+        raise OSError(errno.ENOTEMPTY, "Directory not empty", str(folder))
+
+    monkeypatch.setattr(run, "share_compilations", lambda folder: None)
+    monkeypatch.setattr(run, "train", lambda config, folder: {"step": 10})
+    monkeypatch.setattr(run, "measure", lambda trial, folder, trained, drawn: {"trial": trial.name})
+    monkeypatch.setattr(run.shutil, "rmtree", busy)
+    sweep = replace(trials("a", "b"), keep_checkpoints=False)
+    assert run.run_here(sweep, tmp_path, sweep.trials, print) == {"a": run.FINISHED, "b": run.FINISHED}
+    assert capsys.readouterr().err.count("checkpoints cannot be removed: Directory not empty") == 2
 
 
 def test_a_trial_is_finished_with_all_episodes_of_its_closed_loop(tmp_path: Path, monkeypatch) -> None:
