@@ -76,136 +76,159 @@ class Share(NamedTuple):
 def main() -> None:
     args, overrides = parse()
     try:
-        run_stages(args, overrides)
+        Experiment(args, overrides).run()
     except InputError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
 
 
-def run_stages(args: argparse.Namespace, overrides: list[str]) -> None:
-    workdir, motions, results = args.workdir, args.workdir / "motions", args.workdir / "results"
-    end = time.monotonic() + 60 * args.minutes
-    for folder in (motions, results, workdir / "pictures"):
-        folder.mkdir(parents=True, exist_ok=True)
-    check_same(results / "arguments.json", args, overrides)
+class Experiment:
+    """The stages, as commands of spatialvla-jax. Variants run in threads of their own."""
 
-    def call(stage: str, share: Share, *command: object) -> None:
-        """A command of spatialvla-jax, ended when the time is up; what it has done until then is kept."""
-        if stopped:  # in another variant
-            sys.exit(stopped[0])
+    def __init__(self, args: argparse.Namespace, overrides: list[str]) -> None:
+        self.args, self.overrides = args, overrides
+        self.end = time.monotonic() + 60 * args.minutes
+        self.motions, self.pictures, self.results = (args.workdir / x for x in ("motions", "pictures", "results"))
+        for folder in (self.motions, self.pictures, self.results):
+            folder.mkdir(parents=True, exist_ok=True)
+        check_same(self.results / "arguments.json", args, overrides)
+        file = args.workdir / "seconds.json"
+        self.seconds = read_json(file) if file.exists() else {}
+        self.size = ["--image-size", args.image_size]
+        self.tasks = ["--tasks", args.tasks] if args.tasks else []
+        self.lock = threading.Lock()  # of `seconds`
+        self.running: list[subprocess.Popen[bytes]] = []
+        self.ended: list[str] = []  # stages of this call
+        self.stopped: list[str | int] = []  # why this call ends, as `sys.exit` takes it
+        self.free: queue.SimpleQueue[Share] = queue.SimpleQueue()
+
+    def run(self) -> None:
+        """Run what is missing, and write and print the results."""
+        args = self.args
+        variants, gpus = args.variants.split(","), args.gpus.split(",") if args.gpus else [None]
+        signal.signal(signal.SIGTERM, self.stop)
+        signal.signal(signal.SIGINT, self.stop)
+        for gpu in gpus:
+            self.free.put(Share(gpu, max(1, args.workers // len(gpus))))
+        if missing := [variant for variant in variants if not self.is_done(variant)]:
+            whole = Share(args.gpus, args.workers)
+            first = self.render("first", whole, self.record("first", whole, args.record, 0))
+            packs = {str(pack): 1.0 for pack in first}
+            with ThreadPoolExecutor(len(gpus)) as pool:
+                list(pool.map(self.from_recording, missing, [packs] * len(missing)))
+        found = {variant: read_json(self.out(variant)) for variant in variants}
+        arguments = {key: str(value) for key, value in vars(args).items()} | {"overrides": self.overrides}
+        result = {"results": found, "seconds": self.seconds, "arguments": arguments} | provenance()
+        write_json(args.workdir / "results.json", result)
+        for name, of_variant in found.items():
+            print(f"{name:12} {100 * of_variant['success']:5.1f} ± {100 * of_variant['standard_error']:.1f} %")
+        print(json.dumps(result))
+
+    def from_recording(self, variant: str, packs: dict[str, float]) -> None:
+        """All stages after the first recording."""
+        args, share = self.args, self.free.get()
+        try:
+            run = args.workdir / f"{variant}-0"
+            self.train(run, share, packs, args.steps, *VARIANTS[variant])
+            for number in range(1, args.rounds + 1):
+                stage = f"{variant}-{number}"
+                files = self.record(stage, share, args.added, 1000 * number, "--policy", run)
+                packs = packs | {str(pack): args.weight for pack in self.render(stage, share, files)}
+                start = [f"--config.init={run}", "--config.grid.kind=checkpoint"]
+                start.append(f"--config.optimizer.learning_rate={args.more_learning_rate}")
+                run = args.workdir / stage
+                self.train(run, share, packs, args.more_steps, *VARIANTS[variant], *start)
+            self.evaluate(run, share, self.out(variant).parent)
+        finally:
+            self.free.put(share)
+
+    def record(self, stage: str, share: Share, episodes: int, seed: int, *options: object) -> list[Path]:
+        """Files of motions. The first has validation episodes too, unless a policy acts."""
+        args = self.args
+        files = [self.motions / f"{stage}-{number:02}.npz" for number in range(-(-episodes // PART))]
+        for number, file in enumerate(files):
+            size, val = min(PART, episodes - number * PART), 0 if number or options else max(1, episodes // 25)
+            which = ["--suite", args.suite, "--episodes", size, "--val-episodes", val, "--seed", seed + number]
+            if not file.exists():
+                how = ["--initial-states", "drawn", "--noise", args.noise, "--spread", args.spread, *self.tasks]
+                how += ["--workers", share.workers, *options]
+                self.call(f"record {stage}", share, "record", "libero", *which, *how, "--out", file)
+        return files
+
+    def render(self, stage: str, share: Share, files: list[Path]) -> list[Path]:
+        """A packed file of each file of motions."""
+        args = self.args
+        packs = [self.pictures / f"{file.stem}.pack" for file in files]
+        for file, pack in zip(files, packs, strict=True):
+            if not pack.exists():
+                how = ["--every", args.every, "--jitter", args.jitter, *self.size, "--workers", share.workers]
+                self.call(f"render {stage}", share, "record", "libero", "--render", file, *how, "--out", pack)
+        return packs
+
+    def train(self, run: Path, share: Share, packs: dict[str, float], steps: int, *options: object) -> None:
+        """`packs` are {packed file: weight of its frames}."""
+        if not (run / FINISHED).exists():
+            data = [f"--config.data.packed={packs}", f"--config.train.steps={steps}"]
+            command = ["train", "--config", self.args.config, "--workdir", run, *data, *options, *self.overrides]
+            self.call(f"train {run.name}", share, *command)
+
+    def evaluate(self, run: Path, share: Share, out: Path) -> None:
+        args, began = self.args, out / "settings.json"
+        if began.exists() and not str(read_json(began).get("policy")).startswith(f"{fingerprint(run)}, "):
+            print(f"{out} holds results of other weights than {run}: evaluating again", file=sys.stderr)
+            shutil.rmtree(out)
+        seeds = ",".join(map(str, args.seeds))
+        protocol = ["--episodes", args.episodes, "--seeds", seeds, "--execute", args.execute, *self.tasks]
+        which = ["--closed-loop", args.suite, "--checkpoint", run, "--videos", args.videos]
+        command = ["evaluate", *which, *protocol, *self.size, "--workers", share.workers, "--out", out]
+        self.call(f"evaluate {run.name}", share, *command)
+
+    def call(self, stage: str, share: Share, *command: object) -> None:
+        """Run a command. It is ended when the time is up, and keeps what it has done until then."""
+        if self.stopped:  # in another variant
+            sys.exit(self.stopped[0])
         start = time.monotonic()
         environment = tied_to_this(os.environ | ({"CUDA_VISIBLE_DEVICES": share.gpus} if share.gpus else {}))
         process = subprocess.Popen([sys.executable, "-m", "spatialvla_jax.cli", *map(str, command)], env=environment)
-        running.append(process)
-        if stopped:  # since it was looked at above
+        self.running.append(process)
+        if self.stopped:  # since the check above
             process.terminate()
         try:
-            code = process.wait(max(1.0, end - start))
+            code = process.wait(max(1.0, self.end - start))
         except subprocess.TimeoutExpired:
             process.terminate()  # training saves and ends
             process.wait()
             code = 1
-            if command[0] == "record" and not ended:  # the next call would start, and stop, at the same place
-                whole = f"{stage} has not finished one file in all of --minutes {args.minutes:g}"
+            if command[0] == "record" and not self.ended:  # the next call would start, and stop, at the same place
+                whole = f"{stage} has not finished one file in all of --minutes {self.args.minutes:g}"
                 print(f"{whole}, and a rerun would begin it anew: allow more", file=sys.stderr)
                 code = 2
-        running.remove(process)
-        ended.append(stage)
-        with lock:
-            seconds[stage] = seconds.get(stage, 0.0) + time.monotonic() - start
-            write_json(workdir / "seconds.json", seconds)
-        if not stopped and (code or time.monotonic() > end):
-            stopped.append(f"stopped in {stage} ({seconds}): rerun the same command to resume" if code < 2 else code)
-        if stopped:
-            sys.exit(stopped[0])
+        self.running.remove(process)
+        self.ended.append(stage)
+        with self.lock:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - start
+            write_json(self.args.workdir / "seconds.json", self.seconds)
+        if not self.stopped and (code or time.monotonic() > self.end):
+            why = f"stopped in {stage} ({self.seconds}): rerun the same command to resume"
+            self.stopped.append(why if code < 2 else code)
+        if self.stopped:
+            sys.exit(self.stopped[0])
 
-    def stop(number: int, _: object) -> None:
+    def stop(self, number: int, _: object) -> None:
         """End the running commands: they would go on, and a rerun would start them a second time."""
-        stopped.append(f"stopped by {signal.Signals(number).name}: rerun the same command to resume")
-        for process in list(running):
+        self.stopped.append(f"stopped by {signal.Signals(number).name}: rerun the same command to resume")
+        for process in list(self.running):
             process.terminate()
 
-    def record(stage: str, share: Share, episodes: int, seed: int, *options: object) -> list[Path]:
-        """Files of motions. The first has validation episodes too, unless a policy acts."""
-        files = [motions / f"{stage}-{number:02}.npz" for number in range(-(-episodes // PART))]
-        for number, file in enumerate(files):
-            size, val = min(PART, episodes - number * PART), 0 if number or options else max(1, episodes // 25)
-            amount = ["--episodes", size, "--val-episodes", val, "--seed", seed + number]
-            if not file.exists():
-                how = ["--initial-states", "drawn", "--noise", args.noise, "--spread", args.spread, *tasks]
-                how += ["--workers", share.workers, *options]
-                call(f"record {stage}", share, "record", "libero", *suite, *amount, *how, "--out", file)
-        return files
+    def out(self, variant: str) -> Path:
+        """The file of a variant's results."""
+        return self.results / f"{variant}-{self.args.rounds}-{self.args.execute.replace(':', '_')}" / "result.json"
 
-    def render(stage: str, share: Share, files: list[Path]) -> list[Path]:
-        packs = [workdir / "pictures" / f"{file.stem}.pack" for file in files]
-        for file, pack in zip(files, packs, strict=True):
-            if not pack.exists():
-                how = ["--every", args.every, "--jitter", args.jitter, *size, "--workers", share.workers]
-                call(f"render {stage}", share, "record", "libero", "--render", file, *how, "--out", pack)
-        return packs
-
-    def train(run: Path, share: Share, packs: dict[str, float], steps: int, *options: object) -> None:
-        if not (run / FINISHED).exists():
-            data = [f"--config.data.packed={packs}", f"--config.train.steps={steps}"]
-            command = ["train", "--config", args.config, "--workdir", run, *data, *options, *overrides]
-            call(f"train {run.name}", share, *command)
-
-    def from_recording(variant: str, packs: dict[str, float]) -> None:
-        """All stages after the first recording."""
-        share = free.get()
-        try:
-            run = workdir / f"{variant}-0"
-            train(run, share, packs, args.steps, *VARIANTS[variant])
-            for number in range(1, args.rounds + 1):
-                stage = f"{variant}-{number}"
-                files = record(stage, share, args.added, 1000 * number, "--policy", run)
-                packs = packs | {str(pack): args.weight for pack in render(stage, share, files)}
-                start = [f"--config.init={run}", "--config.grid.kind=checkpoint"]
-                start.append(f"--config.optimizer.learning_rate={args.more_learning_rate}")
-                run = workdir / stage
-                train(run, share, packs, args.more_steps, *VARIANTS[variant], *start)
-            began = out(variant).with_name("settings.json")
-            if began.exists() and not str(read_json(began).get("policy")).startswith(f"{fingerprint(run)}, "):
-                print(f"{began.parent} holds results of other weights than {run}: evaluating again", file=sys.stderr)
-                shutil.rmtree(began.parent)
-            seeds = ",".join(map(str, args.seeds))
-            protocol = ["--episodes", args.episodes, "--seeds", seeds, "--execute", args.execute, *tasks]
-            which = ["--closed-loop", args.suite, "--checkpoint", run, "--videos", args.videos]
-            command = ["evaluate", *which, *protocol, *size, "--workers", share.workers, "--out", out(variant).parent]
-            call(f"evaluate {run.name}", share, *command)
-        finally:
-            free.put(share)
-
-    def out(variant: str) -> Path:
-        return results / f"{variant}-{args.rounds}-{args.execute.replace(':', '_')}" / "result.json"
-
-    def is_done(variant: str) -> bool:
+    def is_done(self, variant: str) -> bool:
+        args, file = self.args, self.out(variant)
         episodes = (len(args.tasks.split(",")) if args.tasks else 10) * args.episodes * len(args.seeds)
-        done = read_json(out(variant)) if out(variant).exists() else {}
+        done = read_json(file) if file.exists() else {}
         return (done.get("episodes"), done.get("seeds")) == (episodes, sorted(args.seeds))
-
-    seconds = read_json(file) if (file := workdir / "seconds.json").exists() else {}
-    suite, size = ["--suite", args.suite], ["--image-size", args.image_size]
-    tasks = ["--tasks", args.tasks] if args.tasks else []
-    variants, gpus = args.variants.split(","), args.gpus.split(",") if args.gpus else [None]
-    lock, whole, stopped, running, ended = threading.Lock(), Share(args.gpus, args.workers), [], [], []
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
-    free: queue.SimpleQueue[Share] = queue.SimpleQueue()
-    for gpu in gpus:
-        free.put(Share(gpu, max(1, args.workers // len(gpus))))
-    if missing := [variant for variant in variants if not is_done(variant)]:
-        packs = {str(pack): 1.0 for pack in render("first", whole, record("first", whole, args.record, 0))}
-        with ThreadPoolExecutor(len(gpus)) as pool:
-            list(pool.map(from_recording, missing, [packs] * len(missing)))
-    found = {variant: read_json(out(variant)) for variant in variants}
-    arguments = {key: str(value) for key, value in vars(args).items()} | {"overrides": overrides}
-    result = {"results": found, "seconds": seconds, "arguments": arguments} | provenance()
-    write_json(workdir / "results.json", result)
-    for name, of_variant in found.items():
-        print(f"{name:12} {100 * of_variant['success']:5.1f} ± {100 * of_variant['standard_error']:.1f} %")
-    print(json.dumps(result))
 
 
 def check_same(file: Path, args: argparse.Namespace, overrides: list[str]) -> None:

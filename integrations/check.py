@@ -68,12 +68,10 @@ def check(name: str, project: Project, work: Path) -> None:
     environment = {
         **{key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
         "PATH": f"{venv / 'bin'}:{os.environ['PATH']}",
-        **{
-            "VIRTUAL_ENV": str(venv.resolve()),
-            "SPATIALVLA_EXPORT": str(work),
-            "HF_HUB_OFFLINE": "1",
-            "JAX_PLATFORMS": "cpu",
-        },
+        "VIRTUAL_ENV": str(venv.resolve()),
+        "SPATIALVLA_EXPORT": str(work),
+        "HF_HUB_OFFLINE": "1",
+        "JAX_PLATFORMS": "cpu",
     }
 
     def run(*command: str) -> None:

@@ -186,9 +186,16 @@ def test_the_environment_tells_wrong_actions_from_right_ones(expected):
 def test_lerobot_eval(tmp_path, expected):
     """Every episode succeeds: each action that reaches the environment is the JAX policy's."""
     command = [
-        *[str(Path(sys.executable).with_name("lerobot-eval")), "--policy.type=spatialvla", "--policy.camera=front"],
-        *[f"--policy.export={EXPORT}", "--policy.device=cpu", "--env.type=frames", f"--env.expected={EXPECTED}"],
-        *["--eval.n_episodes=4", "--eval.batch_size=2", f"--output_dir={tmp_path}"],
+        str(Path(sys.executable).with_name("lerobot-eval")),
+        "--policy.type=spatialvla",
+        "--policy.camera=front",
+        f"--policy.export={EXPORT}",
+        "--policy.device=cpu",
+        "--env.type=frames",
+        f"--env.expected={EXPECTED}",
+        "--eval.n_episodes=4",
+        "--eval.batch_size=2",
+        f"--output_dir={tmp_path}",
     ]
     subprocess.run(command, check=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
     overall = json.loads((tmp_path / "eval_info.json").read_text())["overall"]
