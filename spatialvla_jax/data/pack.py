@@ -87,39 +87,10 @@ def write_pack(
     """
     out = to_path(out)
     indexes = {split: loader.indexes(split) for split in splits}
-    place = 0
-
-    def layout(index: Index) -> dict[str, Any]:
-        nonlocal place
-        places = {}
-        for key, (dtype, shape) in _arrays(index, loader).items():
-            places[key] = [place, np.dtype(dtype).newbyteorder("<").str, list(shape)]
-            place += -(-np.dtype(dtype).itemsize * prod(shape) // ALIGNMENT) * ALIGNMENT
-        return {
-            "files": list(index.files),
-            "instructions": list(index.instructions),
-            "statistics": index.statistics,
-            "num_read": index.num_read,
-            "skipped": dict(index.skipped),
-            "made_from": dict(index.made_from),
-            "arrays": places,
-        }
-
-    header = {
-        "image_size": loader.image_size,
-        "depth": loader.depth,
-        "datasets": [
-            {"name": index.name, "weight": weight, "spec": dataclasses.asdict(index.spec)}
-            for index, weight in zip(loader.indexes(splits[0]), loader.weights, strict=True)
-        ],
-        "config": _named(loader.config),
-        "tokenizer": base64.b64encode(loader.tokenizer.to_bytes()).decode(),
-        "splits": {split: [layout(index) for index in group] for split, group in indexes.items()},
-        "bytes": place,  # total size of the arrays
-    }
+    header = _header(loader, indexes)
     text = json.dumps(header).encode()
     start = _data_start(len(text))
-    size = start + place
+    size = start + header["bytes"]
     with disk_errors(out), parents_of(out), replacing(out) as temporary:
         if (free := shutil.disk_usage(temporary.parent).free) < size:
             disk = f"the disk of {temporary.parent}" if is_url(out) else "its disk"
@@ -139,6 +110,40 @@ def write_pack(
                         progress(done, total)
     frames = {split: sum(index.num_frames for index in group) for split, group in indexes.items()}
     return {"path": str(out), "bytes": size, "frames": frames}
+
+
+def _header(loader: Frames, indexes: Mapping[str, Sequence[Index]]) -> dict[str, Any]:
+    """The header of a packed file of {split: index of each dataset}, which gives each array its place in the file."""
+    place = 0
+
+    def layout(index: Index) -> dict[str, Any]:
+        nonlocal place
+        places = {}
+        for key, (dtype, shape) in _arrays(index, loader).items():
+            places[key] = [place, np.dtype(dtype).newbyteorder("<").str, list(shape)]
+            place += -(-np.dtype(dtype).itemsize * prod(shape) // ALIGNMENT) * ALIGNMENT
+        return {
+            "files": list(index.files),
+            "instructions": list(index.instructions),
+            "statistics": index.statistics,
+            "num_read": index.num_read,
+            "skipped": dict(index.skipped),
+            "made_from": dict(index.made_from),
+            "arrays": places,
+        }
+
+    return {
+        "image_size": loader.image_size,
+        "depth": loader.depth,
+        "datasets": [
+            {"name": index.name, "weight": weight, "spec": dataclasses.asdict(index.spec)}
+            for index, weight in zip(next(iter(indexes.values())), loader.weights, strict=True)
+        ],
+        "config": _named(loader.config),
+        "tokenizer": base64.b64encode(loader.tokenizer.to_bytes()).decode(),
+        "splits": {split: [layout(index) for index in group] for split, group in indexes.items()},
+        "bytes": place,  # total size of the arrays
+    }
 
 
 def _arrays(index: Index, loader: Frames) -> dict[str, tuple[Any, tuple[int, ...]]]:
@@ -194,18 +199,21 @@ def _write_pixels(
             if loader.extra:
                 rows |= part.extra
             for key, value in rows.items():
-                offset, dtype, shape = place[key]
-                stride = np.dtype(dtype).itemsize * prod(shape[1:])
-                value = np.ascontiguousarray(value, dtype)
-                # Write consecutive frames together.
-                for run in np.split(np.arange(len(frames)), np.flatnonzero(np.diff(frames) != 1) + 1):
-                    if len(run):
-                        _write(file, value[run[0] : run[-1] + 1], start + offset + int(frames[run[0]]) * stride)
+                _write_rows(file, start, place[key], frames, value)
         count = int(batch.valid.sum())
         written += count
         yield count
     if written != starts[-1]:
         raise InputError(f"{starts[-1] - written} frames of the split {split!r} cannot be read, so it cannot be packed")
+
+
+def _write_rows(file: int, start: int, place: Sequence[Any], frames: np.ndarray, value: np.ndarray) -> None:
+    """Write rows of an array, those of consecutive frames together. `frames` are their numbers, at least one."""
+    offset, dtype, shape = place
+    stride = np.dtype(dtype).itemsize * prod(shape[1:])
+    value = np.ascontiguousarray(value, dtype)
+    for run in np.split(np.arange(len(frames)), np.flatnonzero(np.diff(frames) != 1) + 1):
+        _write(file, value[run[0] : run[-1] + 1], start + offset + int(frames[run[0]]) * stride)
 
 
 def _counts(depth: np.ndarray, index: Index) -> np.ndarray:

@@ -277,16 +277,16 @@ def read(parameter: int, body: list[Instruction], computations: dict) -> float:
     total, waiting = 0.0, [name]
     while waiting:
         name = waiting.pop()
-        for j in body:
-            for at in (n for n, operand in enumerate(j.operands) if operand == name):
-                if j.op == "bitcast":
-                    waiting.append(j.name)
-                elif j.op in ("dynamic-slice", "slice", "gather"):
-                    total += size(j.shape) if at == 0 else 0
-                elif j.op == "fusion" and (inner := called_by(j)):
-                    total += read(at, computations[inner][1], computations)
-                elif not (j.op in ("tuple", "custom-call") or (j.op == "dynamic-update-slice" and at == 0)):
-                    total += size(next(k.shape for k in body if k.name == name))
+        uses = [(j, at) for j in body for at, operand in enumerate(j.operands) if operand == name]
+        for j, at in uses:
+            if j.op == "bitcast":
+                waiting.append(j.name)
+            elif j.op in ("dynamic-slice", "slice", "gather"):
+                total += size(j.shape) if at == 0 else 0
+            elif j.op == "fusion" and (inner := called_by(j)):
+                total += read(at, computations[inner][1], computations)
+            elif not (j.op in ("tuple", "custom-call") or (j.op == "dynamic-update-slice" and at == 0)):
+                total += size(next(k.shape for k in body if k.name == name))
     return total
 
 

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from spatialvla_jax.actions import ActionTokenizer, uniform_grid
 from spatialvla_jax.batch import Batch
 from spatialvla_jax.checkpoints.orbax import FOLDER, read_metadata, step_directory
+from spatialvla_jax.checkpoints.processor import Processor
 from spatialvla_jax.checkpoints.types import read_json
 from spatialvla_jax.config import check_resumable, check_together, completed
 from spatialvla_jax.data import Loader, open_data
@@ -150,24 +151,8 @@ def prepare(config: ConfigDict, workdir: AnyPath, goodput: Goodput) -> Run:
     if config.model.depth_source == "zoedepth" and not config.init and is_writer():
         warn("model.depth_source=zoedepth and init is empty: the depth model has random weights")
     with goodput.clock("index"):
-        loader = open_data(
-            config,
-            statistics=read_metadata(before)["processor"]["statistics"] if before else None,
-            tokenizer=None if processor is None or config.data.prompt.model else processor.tokenizer,
-            processes=all_processes(),
-            target=config.loss.target != "none",
-        )
+        loader = _open_loader(config, before, processor)
     config.data.read_block = loader.mixture.block
-    if config.train.eval_every:  # report now what the first validation would find wrong
-        frames = loader.check_epoch(config.train.eval_split)
-        for name, count in loader.shared_episodes(config.train.eval_split).items() if is_writer() else ():
-            warn(
-                f"{count} episodes of dataset {name!r} are in data.split {config.data.split!r} and in train.eval_split "
-                f"{config.train.eval_split!r}: the validation ({frames} frames) sees training data"
-            )
-    if is_writer():
-        tqdm.write(loader.describe(), file=sys.stderr)
-
     processor = make_processor(config, loader, processor)
     setup = make_setup(
         config,
@@ -198,18 +183,12 @@ def prepare(config: ConfigDict, workdir: AnyPath, goodput: Goodput) -> Run:
         keep_regular=bool(setup.spikes.factor),
         left_out=setup.frozen if setup.adapters else (),
     )
-    # Don't initialise a state that a checkpoint will replace: it costs a compilation and the memory of a second state.
-    resumes = checkpoints.latest() is not None and params is None
-    state, shardings = abstract_state(setup) if resumes else init_state(setup, params)
     if checkpoints.latest():
         stored = checkpoints.restore_metadata()
         check_same(stored, metadata, loader, workdir)
         if (changes := describe_changes(stored.get("changes", 0))) and is_writer():
             warn(f"the run in {workdir} was started by an earlier version; from now on this differs: {changes}")
-    with goodput.clock("restore"):
-        start, state = checkpoints.restore(state, shardings)
-    if resumes and not start:  # no checkpoint was readable
-        state, shardings = init_state(setup, params)
+    start, state, shardings = _start_or_restore(checkpoints, setup, params, goodput)
     if is_writer():
         write_json(workdir / CONFIG, config.to_dict())
         write_json(workdir / "statistics.json", loader.statistics)
@@ -218,6 +197,42 @@ def prepare(config: ConfigDict, workdir: AnyPath, goodput: Goodput) -> Run:
     grid = jax.device_put(processor.grid, NamedSharding(mesh, P()))
     spikes = checkpoints.restore_metadata().get("spikes", {}) if start else {}
     return Run(workdir, setup, loader, grid, checkpoints, state, shardings, start, spikes)
+
+
+def _open_loader(config: ConfigDict, before: AnyPath | None, processor: Processor | None) -> Loader:
+    """The run's data, with the statistics of the checkpoint `before` and the tokenizer of `processor` if there are
+    any. Says what it holds, and what the first validation would find wrong."""
+    loader = open_data(
+        config,
+        statistics=read_metadata(before)["processor"]["statistics"] if before else None,
+        tokenizer=None if processor is None or config.data.prompt.model else processor.tokenizer,
+        processes=all_processes(),
+        target=config.loss.target != "none",
+    )
+    if config.train.eval_every:
+        frames = loader.check_epoch(config.train.eval_split)
+        for name, count in loader.shared_episodes(config.train.eval_split).items() if is_writer() else ():
+            warn(
+                f"{count} episodes of dataset {name!r} are in data.split {config.data.split!r} and in train.eval_split "
+                f"{config.train.eval_split!r}: the validation ({frames} frames) sees training data"
+            )
+    if is_writer():
+        tqdm.write(loader.describe(), file=sys.stderr)
+    return loader
+
+
+def _start_or_restore(
+    checkpoints: Checkpoints, setup: TrainSetup, params: Params | None, goodput: Goodput
+) -> tuple[int, TrainState, TrainState]:
+    """The step and state of the newest readable checkpoint, or else 0 and a new state; and the state's shardings."""
+    # Don't initialise a state that a checkpoint will replace: it costs a compilation and the memory of a second state.
+    resumes = checkpoints.latest() is not None and params is None
+    state, shardings = abstract_state(setup) if resumes else init_state(setup, params)
+    with goodput.clock("restore"):
+        start, state = checkpoints.restore(state, shardings)
+    if resumes and not start:  # no checkpoint was readable
+        state, shardings = init_state(setup, params)
+    return start, state, shardings
 
 
 def begun_config(workdir: AnyPath, step: AnyPath | None) -> dict[str, Any]:
