@@ -121,10 +121,9 @@ def run_rollout(args: argparse.Namespace) -> None:
     policy = Policy.load(args.checkpoint)
     (episode, *_) = libero.episodes([args.suite], 1, [args.seed], [args.task])
     settings = Settings(libero.MAX_STEPS, args.execute)
-    keys, config = list(policy.processor.statistics), policy.model.config
-    environment = partial(
-        libero.Libero, config.img.image_size, config.depth_source == "dataset", keys[0].endswith("no_noops")
-    )
+    key, config = next(iter(policy.processor.statistics)), policy.model.config
+    depth, mirrored = config.depth_source == "dataset", libero.is_mirrored(key)
+    environment = partial(libero.Libero, config.img.image_size, depth, mirrored)
     with recording(args.out) as stream:
         infer = RolloutRecorder(stream, padded(policy.infer_batch, 1), policy.processor.grid, every)
         (rollout,) = rollouts(environment, infer, [episode], settings)

@@ -1,4 +1,4 @@
-"""What a policy saw and considered when it chose a chunk: for people, at the price of one more pass."""
+"""Explanations of a policy's choice of a chunk, for people to look at. They cost one more forward pass."""
 
 from functools import partial
 from typing import Any
@@ -23,7 +23,7 @@ TOP = 8  # candidates of each token
 def explain(
     policy: Policy, prepared: dict[str, np.ndarray], action_ids: Int[np.ndarray, "T n"]
 ) -> dict[str, np.ndarray]:
-    """Of one observation, as `Policy.prepare` gives it, and the "action_ids" that the policy chose for it:
+    """Explain the `action_ids` that the policy chose for one observation, `prepared` by `Policy.prepare`:
 
     - "candidates" i32[T, n, k], the likeliest ids of each token, as "action_ids" count them (negative: a text token,
       which an unconstrained policy can choose), and "probabilities" f32[T, n, k], highest first; the tokens before it

@@ -1,7 +1,7 @@
-"""What a sweep's trials say: means over seeds, differences from a reference, and sentences that follow by rule.
+"""The findings of a sweep: means over seeds, differences from a reference, and conclusions drawn by fixed rules.
 
-Trials are only ever averaged over seeds. Other factors stay apart: a difference is between trials that share all of
-them, and the seed.
+Trials are averaged over seeds and nothing else. A difference compares two trials with the same seed whose values differ
+in one axis only.
 """
 
 import zlib
@@ -14,7 +14,7 @@ from jaxtyping import Float
 from spatialvla_jax.reports.trials import BASELINES, L1, PLATEAU, SUCCESS, Quantity, Results, Trial
 
 DRAWS = 10_000  # of a bootstrap, from a generator of seed 0
-FEWEST = 3  # pairs: of two, the interval excludes 0 in half of all cases where nothing differs
+FEWEST = 3  # pairs: with two, the interval excludes 0 half of the time even if nothing differs
 PAIRED = (
     "Differences from the reference, between trials with the same seed and the same other factors: mean over n pairs, "
     f"and its 95 % interval from a bootstrap over pairs ({DRAWS:,} draws, seed 0)."
@@ -35,10 +35,10 @@ VERDICTS = {
 
 
 class Difference(NamedTuple):
-    """`value` minus `reference` of an axis; `others` are the values of the other axes, empty where all axes but one are
-    always at the reference. `pairs` are the seeds' differences. The interval of their mean is None for a single pair of
-    trials without episodes. Errors are `comparable` if they are of the same episodes and length of chunk, success if it
-    is of the same suites."""
+    """`value` minus `reference` of an axis. `others` are the values of the other axes; it is empty if only one axis is
+    ever varied at a time. `pairs` holds one difference per seed. The interval of their mean is None for a single pair
+    of trials without episodes. Errors are `comparable` if they were measured on the same episodes with the same length
+    of chunk, success rates if they were measured on the same suites."""
 
     axis: str
     value: str
@@ -73,7 +73,7 @@ class Difference(NamedTuple):
 
 
 class Facet(NamedTuple):
-    """Trials that differ in one axis and the seed alone: {value of `axis`: trials}; `others` as of `Difference`."""
+    """Trials that differ only in one axis and the seed: {value of `axis`: trials}. `others` is as in `Difference`."""
 
     axis: str
     others: dict[str, str]
@@ -95,8 +95,8 @@ def combinations(results: Results) -> list[tuple[dict[str, str], list[Trial], in
 
 
 def summary(quantity: Quantity, trials: Sequence[Trial]) -> dict[str, Any]:
-    """{"n", "mean", "standard_error" (None for n = 1)} over seeds; {"n", "reached"} of the plateau, and {"n", "mean",
-    "interval", "episodes"} of success. Empty if no trial has the quantity."""
+    """{"n", "mean", "standard_error" (None for n = 1)} over seeds; {"n", "reached"} for the plateau, and {"n", "mean",
+    "interval", "episodes"} for success. Empty if no trial has the quantity."""
     having = [trial for trial in trials if quantity.key in trial.numbers]
     if not having:
         return {}
@@ -111,8 +111,8 @@ def summary(quantity: Quantity, trials: Sequence[Trial]) -> dict[str, Any]:
 
 
 def bootstrap(values: Float[np.ndarray, " n"] | Float[np.ndarray, "n draws"]) -> tuple[float, float]:
-    """The 95 % percentile interval of a mean. The n values are drawn with replacement; each may itself be given by
-    draws of its own uncertainty."""
+    """The 95 % percentile interval of a mean, from a bootstrap over n `values`: [n], or [n, draws] if each value is
+    uncertain itself and given as draws."""
     chosen = np.random.default_rng(0).integers(0, len(values), (DRAWS, len(values)))
     drawn = values[chosen] if values.ndim == 1 else values[chosen, np.arange(DRAWS)[:, None]]
     low, high = np.quantile(drawn.mean(1), (0.025, 0.975))
@@ -120,8 +120,8 @@ def bootstrap(values: Float[np.ndarray, " n"] | Float[np.ndarray, "n draws"]) ->
 
 
 def success_draws(trial: Trial) -> Float[np.ndarray, " draws"]:
-    """Success rates in percent that k solved of n episodes may stem from: Beta(k + 1/2, n - k + 1/2), which also says
-    something of 0 and of n solved."""
+    """Draws of a trial's success rate in percent, given k solved of n episodes: Beta(k + 1/2, n - k + 1/2), which is
+    also uncertain if none or all were solved."""
     solved = trial.numbers[SUCCESS.key] / 100 * trial.episodes
     rng = np.random.default_rng(zlib.crc32(trial.name.encode()))
     return 100 * rng.beta(solved + 0.5, trial.episodes - solved + 0.5, DRAWS)
@@ -143,7 +143,7 @@ def facets(results: Results) -> list[Facet]:
 
 
 def cover(results: Results) -> list[Facet]:
-    """As few facets as show every trial, those of the longest axes first; what no facet has comes last."""
+    """The fewest facets that show every trial, longest axes first; then the trials that are in no facet."""
     chosen, shown = list[Facet](), set[str]()
     lengths = {axis: len(values) for axis, values in results.plan["axes"].items()}
     for facet in sorted(facets(results), key=lambda facet: -lengths[facet.axis]):
@@ -159,7 +159,7 @@ def cover(results: Results) -> list[Facet]:
 
 
 def differences(results: Results, quantity: Quantity) -> list[Difference]:
-    """Of every value of every axis from the reference, over the seeds that both have."""
+    """The difference of every value of every axis from the reference, over the seeds that both have."""
     found = []
     for axis, others, groups in facets(results):
         reference = results.plan["reference"][axis]
@@ -184,8 +184,8 @@ def differences(results: Results, quantity: Quantity) -> list[Difference]:
 
 
 def baselines(results: Results) -> list[tuple[str, dict[str, float]]]:
-    """(name, numbers) of each baseline. They depend on the evaluated episodes and the length of a chunk alone; trials
-    that differ in these have their own, and the name says which."""
+    """(name, numbers) of each baseline. A baseline depends only on the evaluated episodes and the length of a chunk.
+    Trials that differ in these have baselines of their own, and the name says whose they are."""
     apart: dict[tuple[float, ...], list[Trial]] = {}
     for trial in results.trials:
         apart.setdefault(trial.baseline_key, []).append(trial)
@@ -195,14 +195,14 @@ def baselines(results: Results) -> list[tuple[str, dict[str, float]]]:
             common = set.intersection(*(set(trial.values.items()) for trial in trials))
             others = {item for trial in results.trials if trial.baseline_key != key for item in trial.values.items()}
             where = {axis: value for axis, value in trials[0].values.items() if (axis, value) in common - others}
-            # Trials may differ in what no axis tells: then the first one's name does.
+            # If no axis tells these trials apart, name the first of them.
             whose = words(where) or f"{trials[0].name}{', …' * (len(trials) > 1)}"
             found.append((f"{name} ({whose})" if len(apart) > 1 else name, trials[0].baselines[name]))
     return found
 
 
 def conclusions(results: Results) -> list[str]:
-    """What can be said, and where nothing can."""
+    """The conclusions, in sentences; also which comparisons allow none."""
     trials = results.trials
     best = min(trials, key=lambda trial: trial.numbers[L1.key])
     said = []

@@ -12,7 +12,7 @@ from spatialvla_jax.utils.atomic import write_text
 
 
 def write_html(path: str | os.PathLike[str], template: str, **values: Any) -> None:
-    """Writes a page of `templates/` by rename. Whatever text `values` hold stays text: it is escaped."""
+    """Writes a page of `templates/` by rename. Text in `values` is escaped."""
     environment = Environment(
         loader=PackageLoader("spatialvla_jax.reports"),
         autoescape=True,
@@ -24,12 +24,12 @@ def write_html(path: str | os.PathLike[str], template: str, **values: Any) -> No
 
 
 def svg_uri(text: str) -> str:
-    """A vector picture as the source of an `<img>`: without what does not show, coordinates to a hundredth."""
+    """An SVG as the source of an `<img>`, without comments and metadata, and with coordinates to two digits."""
     text = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>|<\?xml.*?\?>|<!DOCTYPE.*?>", "", text, flags=re.S)
     text = re.sub(r' (?:d|x|y)="[^"]*"', lambda match: re.sub(r"(\.\d\d)\d+", r"\1", match[0]), text)
     return "data:image/svg+xml," + quote(" ".join(text.split()).replace('"', "'"), safe=" ='/:;,()")
 
 
 def data_uri(kind: str, image: bytes) -> str:
-    """A picture, `kind` being jpeg or png, as the source of an `<img>`."""
+    """A picture as the source of an `<img>`. `kind` is jpeg or png."""
     return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"

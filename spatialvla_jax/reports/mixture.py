@@ -18,13 +18,13 @@ from spatialvla_jax.reports.player import playable, shorten
 from spatialvla_jax.utils.atomic import parents_of
 from spatialvla_jax.utils.storage import to_path
 
-IMAGE_SIZE = 192  # pixels a side: what the page's loader should decode to
-EPISODES = 4  # played of each dataset
-PLAYED = (4, 32)  # frames of an episode: at least, where there are many datasets, and at most
-PLAYED_BYTES = 7_000  # of a frame's picture and depth, by which the number of frames is chosen
-IMAGE_BYTES = 6_000_000  # of all pictures together
-FRAMES = 200_000  # of each dataset at most, evenly spaced, go into its histograms
-INSTRUCTIONS = 30  # listed of each dataset
+IMAGE_SIZE = 192  # pixels a side; the page's loader should decode to this size
+EPISODES = 4  # shown per dataset
+PLAYED = (4, 32)  # fewest and most frames per episode; more datasets, fewer frames
+PLAYED_BYTES = 7_000  # assumed size of a frame's picture and depth, to choose the number of frames
+IMAGE_BYTES = 6_000_000  # most bytes of all pictures together
+FRAMES = 200_000  # most frames per dataset in its histograms; larger ones are subsampled evenly
+INSTRUCTIONS = 30  # listed per dataset
 BARS = 64
 WIDTH, HEIGHT = 224, 72  # of a histogram
 
@@ -110,8 +110,8 @@ def _panels(grid: ActionTokenizer) -> list[tuple[tuple[str, str, tuple[str, str,
 
 
 def _samples(index: Index, rng: np.random.Generator, count: int) -> list[np.ndarray]:
-    """Up to `count` frames of a few episodes, evenly spaced from first to last; of different instructions where there
-    are."""
+    """Up to `count` frames of each of a few episodes, evenly spaced from first to last. The episodes have different
+    instructions if possible."""
     ends = index.arrays["episode_end"]
     chosen = rng.permutation(len(ends))[:1000]
     firsts = np.where(chosen > 0, ends[chosen - 1], 0)
@@ -122,7 +122,7 @@ def _samples(index: Index, rng: np.random.Generator, count: int) -> list[np.ndar
 
 
 def _section(index: Index, row: dict[str, Any], statistics: Any) -> dict[str, Any]:
-    """What the page says of a dataset, but for its pictures and histograms of actions."""
+    """The page's text about a dataset: everything but its pictures and histograms of actions."""
     spec = index.spec
     counts = np.bincount(index.language(np.arange(index.num_frames)), minlength=len(index.instructions))
     listed = np.argsort(-counts, kind="stable")[:INSTRUCTIONS]
@@ -149,7 +149,7 @@ def _section(index: Index, row: dict[str, Any], statistics: Any) -> dict[str, An
 
 
 def _plots(histograms: Float[np.ndarray, "A n"], grid: ActionTokenizer, frames: int) -> list[dict[str, Any]]:
-    """`frames` actions are in the histograms: the axis of shares begins below one of them."""
+    """The seven histograms of `frames` actions. Their logarithmic axis begins below the share of a single action."""
     decades = max(1, math.ceil(math.log10(min(frames, FRAMES))))
     plots = []
     for share, ((symbol, words, ticks), edges, bounds) in zip(histograms, _panels(grid), strict=True):
@@ -158,7 +158,7 @@ def _plots(histograms: Float[np.ndarray, "A n"], grid: ActionTokenizer, frames: 
         # 256 levels side by side are a grey sheet.
         lines = (edges[1:-1] - bounds[0]) / (bounds[1] - bounds[0]) if len(edges) < 100 else np.empty(0)
         heights = 1 + np.log10(np.maximum(share, 10.0**-decades)) / decades
-        heights = np.where(share > 0, np.maximum(heights, 0.02), 0)  # one action shows, too
+        heights = np.where(share > 0, np.maximum(heights, 0.02), 0)  # even a single action is visible
         levels = [(1 - i / decades, f"{100 * 10.0**-i:g} %") for i in range(0, decades + 1, max(1, decades // 2))]
         bars = _bars(heights, lines, ticks, levels)
         plots.append(bars | {"symbol": symbol, "words": words, "below": below})
@@ -168,8 +168,8 @@ def _plots(histograms: Float[np.ndarray, "A n"], grid: ActionTokenizer, frames: 
 def _bars(
     heights: Float[np.ndarray, " n"], lines: np.ndarray, ticks: tuple[str, ...], levels: list[tuple[float, str]]
 ) -> dict[str, Any]:
-    """The paths of an SVG histogram, whose `heights` are parts of the axis. `lines` are positions in [0, 1]; `ticks`
-    stand below, evenly spaced, and `levels`, heights with their names, to the left."""
+    """The paths of an SVG histogram. `heights` and the bin edges `lines` are in [0, 1]. The labels `ticks` are below,
+    evenly spaced, and `levels`, pairs of height and label, on the left."""
     tops = HEIGHT * (1 - heights)
     outline = "".join(f"V{top:.1f}H{(i + 1) * WIDTH / len(heights):.4g}" for i, top in enumerate(tops))
     return {

@@ -11,10 +11,10 @@ from spatialvla_jax.data.index import Index
 from spatialvla_jax.data.stored import stored_depth, stored_state
 from spatialvla_jax.reports.html import data_uri
 
-STEPS = 200  # of an episode at most, evenly spaced, are drawn over time
-STATES = 16  # numbers of the state that are drawn
+STEPS = 200  # most steps of an episode in the plots over time; longer ones are subsampled evenly
+STATES = 16  # most numbers of the state in the plots
 DEPTH_SIZE = 64  # pixels a side of a depth map
-LEVELS = 255  # of depth between near and far; level 0 is no reading
+LEVELS = 255  # grey levels between near and far; level 0 means no reading
 
 
 def playable(
@@ -24,8 +24,8 @@ def playable(
     intrinsics: Float[np.ndarray, "n 3 3"],
     limit: int,
 ) -> dict[str, Any]:
-    """An episode as JSON. These `frames` are pictured, in order, the first one included. Each picture has at most
-    `limit` bytes; `intrinsics` are in its pixels.
+    """An episode as JSON, with a picture of each of `frames`: ascending, beginning with the episode's first frame. Each
+    picture has at most `limit` bytes; `intrinsics` are in its pixels.
 
     "episode", "length", "instruction"
     "shown"   steps of the pictures, from 1 on
@@ -66,15 +66,15 @@ def shorten(text: str) -> str:
 
 
 def rounded(values: np.ndarray) -> Any:
-    """The values as lists, to four digits; null where one is not finite."""
+    """The values as nested lists, to four digits; None for those that are not finite."""
     if values.ndim > 1:
         return [rounded(row) for row in values]
     return [float(f"{x:.4g}") if np.isfinite(x) else None for x in values.tolist()]
 
 
 def depth_maps(maps: list[Float[np.ndarray, "H W"] | None], limit: int) -> dict[str, Any] | None:
-    """Depth in metres as grey PNGs: level 1 is `near`, level 255 is `far`, the outermost 1 % lie at either end. None
-    where no map has a reading."""
+    """Depth in metres as grey PNGs: level 1 is `near`, level 255 is `far`, and the outermost 1 % are clipped to them.
+    None if no map has a reading."""
     readings = np.concatenate(
         [depth[(depth > 0) & (depth < np.inf)] for depth in maps if depth is not None] or [np.empty(0)]
     )
@@ -102,7 +102,7 @@ def _grey(depth: Float[np.ndarray, "H W"], near: float, far: float, limit: int) 
 
 
 def jpeg(image: UInt8[np.ndarray, "H W 3"], limit: int) -> bytes:
-    """At most `limit` bytes, at the best quality that allows; if none does, of half the size."""
+    """A JPEG of at most `limit` bytes, at the best quality that fits. If none fits, the image is halved."""
     for quality in (85, 70, 55, 40, 25):
         stream = io.BytesIO()
         Image.fromarray(image).save(stream, "JPEG", quality=quality, optimize=True)

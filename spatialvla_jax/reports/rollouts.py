@@ -35,19 +35,19 @@ class ValidationRollouts:
         self.episodes = episodes
 
     def start(self, run: Run) -> None:
-        """Raises InputError where it is not clear which dataset's action units a suite has."""
+        """Raises InputError if a suite does not match exactly one dataset, whose action units it would use."""
         self.run, self.processor = run, Processor.from_dict(run.checkpoints.metadata["processor"])
         self.keys = [dataset_of(episode.suite, [*self.processor.statistics]) for episode in self.episodes]
 
     def film(self, step: int, params: Params) -> dict[str, bytes]:
-        """GIF files by name, with a green frame where the task was done, else a red one. Where an episode cannot be
-        filmed, it says why and the run goes on."""
+        """GIF files by name, with a green frame if the task was solved, else a red one. If an episode cannot be filmed,
+        warns instead of stopping the run."""
         setup, films = self.run.setup, {}
         config, settings = setup.model.config, Settings(libero.MAX_STEPS, film=True)
         try:
             policy = Policy(setup.model, merge_adapters(jax.device_get(params), setup.lora_scale), self.processor)
             for episode, key in zip(self.episodes, self.keys, strict=True):
-                depth, mirrored = config.depth_source == "dataset", key.partition("/")[0].endswith("no_noops")
+                depth, mirrored = config.depth_source == "dataset", libero.is_mirrored(key)
                 environment = partial(libero.Libero, config.img.image_size, depth, mirrored)
                 infer = padded(policy.infer_batch, 1, unnorm_key=key)
                 (rollout,) = rollouts(environment, infer, [episode], settings)
@@ -62,7 +62,7 @@ class ValidationRollouts:
 
 
 def dataset_of(suite: str, datasets: list[str]) -> str:
-    """The dataset whose action units a rollout in `suite` takes."""
+    """The dataset whose action units a rollout in `suite` uses. Raises InputError if it is not unique."""
     found = datasets if len(datasets) == 1 else [name for name in datasets if name.startswith(suite)]
     if len(found) != 1:
         raise InputError(

@@ -1,4 +1,4 @@
-"""What a training run has come to, as text: how far it is, and where its wall time went."""
+"""The progress of a training run as text: its step, and how its wall time was spent."""
 
 import time
 from typing import Any
@@ -23,9 +23,9 @@ MEANS = {
 
 
 def run_report(run: AnyPath) -> dict[str, Any]:
-    """Of the run in the directory `run`: {"run", "step", "steps", "wall_seconds", "goodput", "seconds" (by cause) and
-    "processes" (each one's "began", "seconds", "first_step" and "last_step")}. Raises InputError where it is no run's,
-    and where the run recorded nothing."""
+    """The report on the run in the directory `run`: {"run", "step", "steps", "wall_seconds", "goodput", "seconds" (by
+    cause) and "processes" (each with "began", "seconds", "first_step" and "last_step")}. Raises InputError if the
+    directory does not hold a run, or if the run recorded nothing."""
     if is_file(run / "sweep.json"):
         raise InputError(
             f"{run} holds a sweep, not a run: `sweep report {run}` reports it, `report` one of its trials/*"
@@ -59,7 +59,7 @@ def run_report(run: AnyPath) -> dict[str, Any]:
 
 
 def describe(report: dict[str, Any]) -> str:
-    """The report for people."""
+    """The report as text."""
     wall, processes = report["wall_seconds"], report["processes"]
     rows = [["", "seconds", "share", ""]]
     rows += [[cause, f"{s:,.1f}", f"{s / wall:.1%}", MEANS[cause]] for cause, s in report["seconds"].items()]

@@ -75,7 +75,7 @@ def write_report(workdir: Path) -> str:
 
 
 def provenance(results: Results) -> dict[str, str]:
-    """What the trials come from, in words. They may be of several machines and versions: all are named."""
+    """The origin of the trials, in words. If they come from several machines and versions, all are named."""
     plan, of_trials = results.plan, [trial.result for trial in results.trials]
     made = [result.get("provenance", {}) for result in of_trials]
     versions = [", ".join(f"{name} {version}" for name, version in m.get("versions", {}).items()) for m in made]
@@ -118,7 +118,7 @@ def tables_of(results: Results) -> list[Table]:
         shown = [quantity for quantity in results.quantities if quantity.table == title]
         header = [(axis, "") for axis in axes] + [("n", "seeds")]
         for quantity in shown:
-            # The title of the group says it already: of "open-loop L1, yaw" the dimension is left.
+            # The group's title says "open-loop L1", so the column is called "yaw", not "open-loop L1, yaw".
             name, unit = (quantity.name, quantity.unit) if title != PER_DIMENSION else (quantity.short, "")
             header += [(name, unit)] + ([("episodes", "")] if quantity == SUCCESS else [])
         lines = []
@@ -148,7 +148,7 @@ def tables_of(results: Results) -> list[Table]:
 
 
 def cell(quantity: Quantity, trials: list[Trial]) -> list[str]:
-    """What a table says of a quantity of a combination's trials."""
+    """The cells of a table for a quantity of one combination's trials."""
     found, digits = summary(quantity, trials), quantity.decimals
     count = f" (n = {found['n']})" if found and found["n"] < len(trials) else ""
     if not found:
@@ -165,7 +165,7 @@ def cell(quantity: Quantity, trials: list[Trial]) -> list[str]:
 
 
 def paired_table(results: Results) -> list[Table]:
-    """The differences from the reference, of success, too, where there is; none if nothing can be compared."""
+    """The table of differences from the reference, in L1 and, if measured, in success. Empty if no trials compare."""
     rows: dict[tuple[str, str], dict[str, list[str]]] = {}
     for quantity in (L1, SUCCESS):
         for found in differences(results, quantity):
@@ -232,7 +232,7 @@ def latex_text(results: Results, tables: list[Table], made: dict[str, str]) -> s
 
 
 def as_json(results: Results, said: list[str], made: dict[str, str]) -> dict[str, Any]:
-    """All numbers of the report in full digits, each under the one name that it has."""
+    """All numbers of the report in full digits, by `Quantity.key`."""
     return {
         "sweep": results.plan["name"],
         "provenance": made,
@@ -293,7 +293,7 @@ def distinct_grids(results: Results) -> list[tuple[str, ActionGrid, Trial]]:
 
 
 def draw_grids(folder: Path, results: Results) -> None:
-    """Every grid once, for print; the page has them as drawings that can be turned."""
+    """Figures of every distinct grid, for print. The page draws grids that can be turned instead."""
     found = distinct_grids(results)
     for number, start in enumerate(range(0, len(found), GRIDS_A_FIGURE), 1):
         labels, shown, trials = zip(*found[start : start + GRIDS_A_FIGURE], strict=True)
@@ -314,7 +314,7 @@ def viewer_data(results: Results) -> dict[str, Any]:
 
 
 def draw_features(folder: Path, results: Results) -> list[tuple[str, str, Path]]:
-    """The spatial tables of trials that started from a checkpoint, of one seed: before, on the new grid, after."""
+    """The spatial tables of one seed's trials that started from a checkpoint: before, on the new grid, after."""
     panels: dict[str, Any] = {}
     for trial in results.trials:
         arrays, values = trial.arrays, ", ".join(map(" ".join, trial.values.items()))

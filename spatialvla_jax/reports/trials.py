@@ -1,5 +1,5 @@
-"""A sweep's trials and what is measured of them, read from the small files that each leaves in its folder: result.json,
-metrics.jsonl, grid.json, data.npz, and closed_loop/result.json where it was evaluated in simulation."""
+"""A sweep's trials and their measurements, read from the small files in each trial's folder: result.json,
+metrics.jsonl, grid.json, data.npz, and closed_loop/result.json if it was evaluated in simulation."""
 
 import math
 import re
@@ -19,7 +19,7 @@ from spatialvla_jax.training.init_from import check_planned
 from spatialvla_jax.training.metrics import PLATEAU_GAIN, last_gain, plateau, read_metrics
 
 UNITS = "normalised units"
-# What a result records of its making, where it is not older.
+# How a trial was made. Results of earlier versions do not record it.
 RECORDED = {"data": list, "train_frames": int, "packed": str | None, "provenance": dict}
 MADE = {"commit": str, "versions": dict, "date": str}
 PER_DIMENSION = "Open-loop L1 per dimension"
@@ -27,7 +27,7 @@ BASELINES = {"mean action": "l1_mean_baseline", "last action held": "l1_repeat_b
 
 
 class Quantity(NamedTuple):
-    """`name` is the only name of it, in tables, figures and text; `key` is the same for JSON and CSV."""
+    """Something that is measured. Tables, figures and text call it `name`; JSON and CSV call it `key`."""
 
     name: str
     unit: str
@@ -128,8 +128,8 @@ def of_dimension(name: str) -> Quantity:
 
 @dataclass(frozen=True)
 class Trial:
-    """A finished trial. `numbers` has what is known of it by `Quantity.key`, `baselines` the same of each baseline;
-    `episodes` is the number of closed-loop episodes, 0 where there are none, `suites` whose they are."""
+    """A finished trial. `numbers` holds its measurements by `Quantity.key`, and `baselines` those of each baseline.
+    `episodes` is the number of closed-loop episodes, 0 if it has none, and `suites` are the suites they belong to."""
 
     name: str
     folder: Path
@@ -146,7 +146,7 @@ class Trial:
 
     @property
     def plateau(self) -> bool | None:
-        """Whether it reached its plateau; None where too few validations tell."""
+        """Whether it reached its plateau; None if there are too few validations to tell."""
         known = self.numbers.get(PLATEAU.key)
         return None if known is None else known == 1
 
@@ -219,8 +219,8 @@ def read_sweep(workdir: Path) -> Results:
 
 
 def add_steps_to(trials: list[Trial]) -> list[Quantity]:
-    """Adds to `numbers` the first validation at which a trial was as good as all became: by teacher-forced L1; where
-    all vocabularies are equal, by loss, too. Returns what was added."""
+    """Adds to `numbers` the step of the first validation at which a trial was as good as every trial became: by
+    teacher-forced L1 and, if all vocabularies are equal, by loss. Returns the added quantities."""
     added = []
     for quantity, key in {TEACHER_FORCED: "val/l1", LOSS: "val/loss"}.items():
         curves = [trial.curve(key) for trial in trials]
@@ -235,7 +235,7 @@ def add_steps_to(trials: list[Trial]) -> list[Quantity]:
 
 
 def read_trial(folder: Path, values: dict[str, str], seed: int) -> Trial:
-    """Raises InputError for a file that is not there, damaged, or of another trial."""
+    """Raises InputError if a file is missing, damaged, or belongs to another trial."""
     path = folder / "result.json"
     for file in ("metrics.jsonl", "grid.json", "data.npz"):
         if not (folder / file).exists():
@@ -330,7 +330,8 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
 
 
 def errors_of(evaluation: Mapping[str, Any], key: str) -> dict[str, float]:
-    """{key of L1: over all dimensions, key of L1 of a dimension: …} of what the open loop measured under `key`."""
+    """Open-loop errors by `Quantity.key`: over all dimensions, and of each, from the results `key` and
+    `key`_per_dimension."""
     names = evaluation.get("dimensions", DIMENSIONS)
     errors = zip(names, evaluation[f"{key}_per_dimension"], strict=True)
     found = {L1.key: float(evaluation[key])} | {of_dimension(name).key: float(error) for name, error in errors}
@@ -340,7 +341,7 @@ def errors_of(evaluation: Mapping[str, Any], key: str) -> dict[str, float]:
 
 
 def read_closed_loop(path: Path) -> tuple[float, int, tuple[str, ...]]:
-    """(success in percent, episodes, suites) of what `evaluate --closed-loop` wrote; (0, 0, ()) where there is none."""
+    """(success in percent, episodes, suites) from a result of `evaluate --closed-loop`; (0, 0, ()) without one."""
     if not path.exists():
         return 0.0, 0, ()
     result = read_json(path)

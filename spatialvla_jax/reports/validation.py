@@ -33,7 +33,7 @@ class ValidationPictures:
         self.run = run
 
     def draw(self, step: int, params: Params) -> dict[str, bytes]:
-        """Pictures by name. Where they cannot be drawn, it says why and the run goes on."""
+        """Pictures by name. If they cannot be drawn, warns instead of stopping the run."""
         setup, grid = self.run.setup, self.run.grid
         if not hasattr(self, "predict"):
             self.batch = self._read()
@@ -48,7 +48,7 @@ class ValidationPictures:
             return {}
 
     def _read(self) -> Batch:
-        """As many frames as a batch of validation has, evenly spaced over its split."""
+        """One validation batch of frames, evenly spaced over the split."""
         setup, size = self.run.setup, self.run.setup.batch_size // self.run.setup.grad_accum_steps
         rows = {"process_index": jax.process_index(), "process_count": jax.process_count()}
         batches = self.run.loader.epoch(size, setup.eval_split, frames=size, **rows)

@@ -29,7 +29,7 @@ ARC = 8  # points along each edge of a cell
 
 
 def load_rerun() -> Any:
-    """The module. Raises InputError where it is not installed."""
+    """The module `rerun`. Raises InputError if it is not installed."""
     try:
         import rerun  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError:
@@ -39,8 +39,8 @@ def load_rerun() -> Any:
 
 @contextlib.contextmanager
 def recording(out: Path | None) -> Iterator[Any]:
-    """A Rerun recording that is written to `out` by rename, or opens the viewer where that is None. Raises InputError
-    where Rerun is not installed or its viewer does not start."""
+    """A Rerun recording that is written to `out` by rename. If `out` is None, it opens the viewer. Raises InputError if
+    Rerun is not installed or its viewer does not start."""
     rr = load_rerun()
     stream = rr.RecordingStream("spatialvla_jax")
     if out is None:

@@ -1,4 +1,4 @@
-"""Finished trials as small files, without weights, so that a sweep can go on where others of its trials have run."""
+"""Copies finished trials as small files, without weights, to continue a sweep that began on another machine."""
 
 import shutil
 from collections.abc import Sequence
@@ -15,8 +15,8 @@ from spatialvla_jax.utils.atomic import replacing, write_json
 RESULT = "result.json"  # copied last, because it marks a trial as finished
 FILES = ("config.json", "metrics.jsonl", "times.jsonl", "grid.json", "data.npz")
 CLOSED_LOOP = ("closed_loop/settings.json", "closed_loop/episodes.jsonl", "closed_loop/result.json")
-PLAN = ("name", "axes", "reference", "seeds", "trials")  # of sweep.json; the others tell how it was run
-SAME = ("config_digest", "packed")  # of results of the same trial
+PLAN = ("name", "axes", "reference", "seeds", "trials")  # keys of sweep.json that identify the sweep
+SAME = ("config_digest", "packed")  # keys of result.json that are equal for the same trial
 
 
 def collect(sources: Sequence[Path], workdir: Path) -> dict[str, int]:
