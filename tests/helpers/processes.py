@@ -99,7 +99,8 @@ class Run:
 
     def paused(self) -> bool:
         """Whether it has stopped itself, until SIGCONT."""
-        return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+        stat = Path(f"/proc/{self.pid}/stat")  # until `poll` has its exit code, it is there
+        return self.poll() is None and stat.read_text().rpartition(")")[2].split()[0] == "T"
 
     def send(self, number: int) -> None:
         if self.poll() is None:  # until then the process is there, if only for its exit code to be read

@@ -55,7 +55,7 @@ def get(server: Server, path: str, **headers: str) -> tuple[int, str]:
         return error.code, error.read().decode()
 
 
-def eventually(condition: Any, seconds: float = 120) -> None:
+def eventually(condition: Any, seconds: float = 600) -> None:
     """Waits for it; the time is only for what would never come, however loaded the machine is."""
     deadline = time.monotonic() + seconds
     while not condition():
