@@ -100,9 +100,7 @@ class _Handler(BaseHTTPRequestHandler):
         for fault in faults:
             time.sleep(fault.delay)
         refused = next((fault for fault in faults if fault.status), None)
-        if refused:
-            if refused.lost:
-                self._forward(body)
+        if refused and not refused.lost:
             status, headers, body = refused.status, [], refused.body.encode()
         elif proxy.conditional and (expected := re.search(r"ifGenerationMatch=(\d+)", self.path)):
             with proxy.writes:
@@ -112,6 +110,8 @@ class _Handler(BaseHTTPRequestHandler):
             generation = self._generation(body) if proxy.conditional and "alt=media" in self.path else ""
             status, headers, body = self._forward(body)
             headers += [("x-goog-generation", generation)] * bool(generation)
+        if refused and refused.lost:
+            status, headers, body = refused.status, [], refused.body.encode()
         proxy.requests.append(Request(line, status, len(body)))
         self.send_response(status)
         for name, value in headers:
