@@ -30,7 +30,10 @@ class GoogleStorage(GCSFileSystem):
     async def _request(self, method: str, path: str, *args: Any, **kwargs: Any) -> Any:
         async def once() -> Any:
             count(requests=1)
-            return await GCSFileSystem._request.__wrapped__(self, method, path, *args, **kwargs)  # type: ignore
+            found = await GCSFileSystem._request.__wrapped__(self, method, path, *args, **kwargs)  # type: ignore
+            if found[0] == 308 and "Range" not in found[1]:  # gcsfs would take it for success
+                raise ConnectionError("nothing of the upload has arrived")
+            return found
 
         found = await retrying(once, transient, _url(self._format_path(path, args)))
         count(read=len(found[3]) if method == "GET" else 0)

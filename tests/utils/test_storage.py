@@ -188,6 +188,14 @@ def test_an_upload_in_parts_whose_last_response_is_lost(s3, tmp_path):
         storage.filesystem(path).put_file(tmp_path / "x", str(path), chunksize=size // 2)
 
 
+def test_an_upload_of_which_nothing_arrived(gcs, tmp_path):
+    path = storage.as_path(f"{gcs.url}/x", "")
+    (tmp_path / "x").write_bytes(bytes(6 * 2**20))
+    gcs.proxy.add(status=308, count=1, pattern="POST .*upload_id=")
+    storage.upload(tmp_path / "x", path)
+    assert storage.size_and_version(path)[0] == 6 * 2**20
+
+
 def test_objects_that_cannot_be_removed(s3):
     """S3 names them in the response of a request that succeeds."""
     path = storage.as_path(f"{s3.url}/folder/a", "")
