@@ -30,7 +30,7 @@ def test_wrong_arrays_raise(run, x, scale):
 
 def test_right_arrays_pass():
     expected = rms_norm(X, SCALE)
-    np.testing.assert_array_equal(jax.jit(rms_norm)(X, SCALE), expected)
+    np.testing.assert_allclose(jax.jit(rms_norm)(X, SCALE), expected, rtol=1e-6)  # on some CPUs, jit rounds differently
     np.testing.assert_array_equal(rms_norm(X, np.ones(4, np.float32)), expected)
     assert jax.eval_shape(rms_norm, X, SCALE).shape == X.shape
 

@@ -84,12 +84,14 @@ def fingerprint(path: str | AnyPath) -> str:
     return f"{resolved(path)} ({digest.hexdigest()[:8]})"
 
 
-def load_pretrained(path: str | AnyPath) -> tuple[SpatialVLA, dict[str, Any], Processor | None]:
-    """(model, params, processor) of any checkpoint that `read_checkpoint` reads.
+def load_pretrained(
+    path: str | AnyPath, zoedepth: str | AnyPath | None = None
+) -> tuple[SpatialVLA, dict[str, Any], Processor | None]:
+    """(model, params, processor) of any checkpoint that `read_checkpoint` reads, for which see `zoedepth`.
 
     Params are NumPy arrays on the host in their stored dtypes. The processor is None if the checkpoint has none.
     """
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(path, zoedepth)
     return SpatialVLA(checkpoint.config), checkpoint.params(), checkpoint.processor
 
 
