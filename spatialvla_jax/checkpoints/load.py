@@ -87,7 +87,7 @@ def fingerprint(path: str | AnyPath) -> str:
 def load_pretrained(
     path: str | AnyPath, zoedepth: str | AnyPath | None = None
 ) -> tuple[SpatialVLA, dict[str, Any], Processor | None]:
-    """(model, params, processor) of any checkpoint that `read_checkpoint` reads, for which see `zoedepth`.
+    """(model, params, processor) of any checkpoint that `read_checkpoint` reads. A PaliGemma 2 may take a `zoedepth`.
 
     Params are NumPy arrays on the host in their stored dtypes. The processor is None if the checkpoint has none.
     """

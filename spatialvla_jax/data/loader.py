@@ -183,7 +183,7 @@ class Loader:
         """Every dataset's index of a split (by default the training split)."""
         split = split or self._train_split
         if split not in self._indexes:
-            self._indexes[split] = indexes = self._source.index(split)
+            indexes = self._source.index(split)
             for path, index in zip(self._paths, indexes, strict=True):
                 if self._target and "target" not in index.arrays:
                     raise InputError(
@@ -194,6 +194,7 @@ class Loader:
                     raise InputError(
                         f"Dataset {index.name!r} has an action {width} wide; {self.action_dim} is expected"
                     )
+            self._indexes[split] = indexes
         return self._indexes[split]
 
     def frames(self, samples: np.ndarray, split: str | None = None) -> Batch:

@@ -64,7 +64,7 @@ class LogFolder:
                 self.uploaded[file] = state
 
     def close(self) -> None:
-        """Upload what changed since the last save. If that fails, the files stay here."""
+        """Upload what changed since the last save. If that fails, the files stay on this machine."""
         if not self.local:
             try:
                 self.upload()

@@ -219,7 +219,7 @@ class Checkpoints:
         # A new manager only knows finished checkpoints, and removes the remains.
         self.manager = self._open()
         if self.latest() == self.saving and not missing(self.folder / str(self.saving)):
-            # Orbax commits first and then raises what it met in between or while it removed older steps.
+            # Orbax can raise after it has committed, for example if it could not remove an older step.
             self.failures, self.retry_at = 0, 0
             warn(f"{self.folder / str(self.saving)} is complete, but while it was saved: {self.reason}")
             return

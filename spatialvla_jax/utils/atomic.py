@@ -46,7 +46,7 @@ def replacing(path: str | os.PathLike[str], marker: str = "") -> Iterator[Path]:
 
 @contextmanager
 def _naming(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Name `path` in errors of the disk that name no file, as those of a full one, or a temporary one."""
+    """Name `path` in an OSError that names no file, as when the disk is full, or a temporary one."""
     try:
         yield
     except OSError as error:

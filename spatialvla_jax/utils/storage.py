@@ -394,7 +394,7 @@ def explain(error: Exception, path: str | os.PathLike[str], done: str = "read") 
     if status == 405 or re.search("read-?only|retention", reason, re.IGNORECASE):
         return InputError(f"{url} cannot be {done}: the bucket is read-only{said}")
     if status == 403:
-        named = re.search(r"storage\.[a-z]+\.[a-z]+|s3:[A-Za-z]+", reason)  # it can be another one, as for removing
+        named = re.search(r"storage\.[a-z]+\.[a-z]+|s3:[A-Za-z]+", reason)  # removing needs another one
         permission = named[0] if named else _PERMISSIONS[scheme][done]
         return InputError(f"{url} cannot be {done}: the permission {permission} is missing{said}")
     kind = InputError if status == 400 else StorageError  # 400: an invalid name

@@ -41,7 +41,8 @@ class GoogleStorage(GCSFileSystem):
 
     async def _pipe_file(self, path: str, data: Any, mode: str = "overwrite", **options: Any) -> None:
         """Send the data as the body of one request. gcsfs sends a multipart message. There, a server may mistake a
-        trailing carriage return in the data for part of the separator. Only empty data, which is no body, uses it."""
+        trailing carriage return in the data for part of the separator. Empty data, which is no body, and other
+        modes still use it."""
         if not data or mode != "overwrite":
             await super()._pipe_file(path, data, mode=mode, **options)
             return
