@@ -6,7 +6,7 @@ Writes FOLDER/export, the PyTorch export of a tiny model with random weights tha
 FOLDER/expected.npz: images u8[N, H, W, 3], prompts, and the "action_ids" and "actions" of `Policy.infer`.
 """
 
-import sys
+import argparse
 from dataclasses import replace
 from pathlib import Path
 
@@ -50,4 +50,6 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    main(parser.parse_args().folder)
