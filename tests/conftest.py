@@ -12,7 +12,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # A collective blocks its thread until every device joins, and a device may wait in several at once. By default, XLA has
 # one thread per device on a machine of few cores, so the last device may find none left: a deadlock.
 os.environ.setdefault("PJRT_NPROC", "32")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # PyTorch's threads would only wait for each other: models are tiny
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # PyTorch's threads would wait for each other: the models are tiny
 
 from pathlib import Path
 
@@ -25,10 +25,10 @@ from jaxtyping import install_import_hook
 
 gc.disable()  # while everything is imported, until `pytest_collection_finish`
 
-# Annotations are checked wherever a test calls the package's functions, shapes and dtypes included.
+# Checks annotations, shapes and dtypes included, wherever a test calls the package's functions.
 install_import_hook("spatialvla_jax", "helpers.typecheck.check")
 
-# The first example compiles: a time limit for each would only measure that.
+# The first example compiles, so a deadline per example would only measure that.
 settings.register_profile("compiling", deadline=None)
 settings.load_profile("compiling")
 
@@ -51,18 +51,18 @@ def get_config():
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """What one test has compiled the others find, those in other processes too: of this session alone."""
+    """Share compiled programs between the tests and worker processes of this session only."""
     import jax
 
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # else a worker process of the session that set it
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # otherwise a worker of the session that set it
         folder = tempfile.mkdtemp(prefix="compiled-")
         os.environ |= {"JAX_COMPILATION_CACHE_DIR": folder, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
-        jax.config.update("jax_compilation_cache_dir", folder)  # it read its environment when it was imported
+        jax.config.update("jax_compilation_cache_dir", folder)  # JAX read its environment when it was imported
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
-# Long files begin first, so that the last worker does not end with one of them.
+# Start long files first, so that the last worker does not end with one of them.
 LONGEST = ("training/test_distributed", "training/test_kills", "notebooks/", "planning/", "sweep/", "training/")
 
 
@@ -74,8 +74,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Libraries and tests live until the end, and no collection looks at their millions of objects again; JAX makes as
-    many short-lived ones where it traces a program, so collections are rarer than Python's."""
+    """Libraries and tests live until the end: exempt their millions of objects from garbage collection. Tracing makes
+    as many short-lived objects, so collect less often than Python does by default."""
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
     gc.enable()
@@ -83,7 +83,7 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], None]], Path]:
-    """`shared(name, make)` → a path of the whole test session, which `make` fills for the first worker that asks."""
+    """`shared(name, make)` → a path that lasts the whole session; the first worker to ask fills it with `make`."""
     root = tmp_path_factory.getbasetemp()
     root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
 
@@ -101,7 +101,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[
 
 @pytest.fixture(scope="session")
 def rlds(shared) -> Path:
-    """One LIBERO-style dataset: 7 training and 2 validation episodes."""
+    """One LIBERO-style dataset with 7 training and 2 validation episodes."""
     episodes = {"train": make_episodes(7), "val": make_episodes(2, seed=1)}
     return next(shared("rlds", lambda path: make_rlds(path, episodes)).glob("*/*"))
 
@@ -125,7 +125,7 @@ def trained(config_file: Path, shared) -> Path:
 
 @pytest.fixture(scope="session")
 def adapted(config_file: Path, trained: Path, shared) -> Path:
-    """A run of six steps of low-rank adapters on `trained`, whose spatial table moved to a uniform grid."""
+    """A six-step run of low-rank adapters on `trained`, whose spatial table was moved to a uniform grid."""
     overrides = {
         **{"init": str(trained), "grid.kind": "uniform", "adapt.embedding": "True", "lora.rank": "4"},
         **{"lora.alpha": "8", "optimizer.learning_rate": "5e-3", "optimizer.ema": "0.5", "mesh.fsdp": "4"},
@@ -159,7 +159,7 @@ def packed_config(config_file: Path, shared) -> Path:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory):
-    """Starts training runs in processes of their own."""
+    """Starts training runs in separate processes."""
     from helpers.processes import Server
 
     server = Server(tmp_path_factory.mktemp("compiled"))
@@ -187,8 +187,8 @@ def _s3_server():
 
 @pytest.fixture
 def gcs(_gcs_server, monkeypatch: pytest.MonkeyPatch):
-    """A fresh bucket of a server of Google Cloud Storage: `gcs.url` is "gs://…", `gcs.proxy.faults` what goes wrong.
-    What is tried again is tried at once."""
+    """A fresh bucket on a Google Cloud Storage emulator. `gcs.url` is "gs://…"; set `gcs.proxy.faults` to inject
+    faults. Retries do not wait."""
     from helpers.buckets import Bucket
 
     monkeypatch.setattr("spatialvla_jax.utils.retries.FIRST_WAIT", 0.001)
@@ -199,7 +199,7 @@ def gcs(_gcs_server, monkeypatch: pytest.MonkeyPatch):
 
 @pytest.fixture
 def s3(_s3_server, monkeypatch: pytest.MonkeyPatch):
-    """As `gcs`, of a server of S3."""
+    """Like `gcs`, on an S3 emulator."""
     from helpers.buckets import Bucket
 
     monkeypatch.setattr("spatialvla_jax.utils.retries.FIRST_WAIT", 0.001)
@@ -212,5 +212,5 @@ def s3(_s3_server, monkeypatch: pytest.MonkeyPatch):
 
 @pytest.fixture(params=["gs", "s3"])
 def bucket(request: pytest.FixtureRequest):
-    """One after the other: `gcs` and `s3`."""
+    """Runs the test with `gcs`, then with `s3`."""
     return request.getfixturevalue({"gs": "gcs", "s3": "s3"}[request.param])

@@ -50,7 +50,7 @@ def small_grids(draw):
 @settings(max_examples=30, deadline=None)
 @given(small_grids(), small_grids())
 def test_exact_on_linear_tables(old, new):
-    """Also beyond the outermost centres of every axis, with the seam as the one exception."""
+    """Covers the extrapolation beyond the outermost centres of every axis. The seam is the one exception."""
     adapted = np.asarray(adapt_embeddings(old, new, linear_table(old)))
     expected, seam = linear_table(new), across_seam(old, new)
     # float32 rows and weights: the error grows with the extrapolation, which is below one spacing of each axis
@@ -100,13 +100,13 @@ def test_phi_is_a_circle():
     np.testing.assert_allclose(adapted[15], 0.75 * rows[7] + 0.25 * rows[0], atol=1e-5)
     np.testing.assert_allclose(adapted[1], 0.75 * rows[0] + 0.25 * rows[1], atol=1e-5)
 
-    # Turning the table by one bin turns the result by two: no place on the circle is special.
+    # Rotating the table by one bin rotates the result by two: no angle is special.
     turned = np.concatenate([np.roll(rows, 1, 0), table[8:]])
     np.testing.assert_allclose(np.asarray(adapt_embeddings(old, new, turned))[:16], np.roll(adapted, 2, 0), atol=1e-5)
 
 
 def test_poles_borders_and_seam_of_a_smooth_field():
-    """A table of the Cartesian centres, smooth on the ball: an error of second order, in the outer cells too."""
+    """A smooth table of Cartesian centres: the error is of second order, also in the outermost cells."""
 
     def cartesian(grid):
         theta, phi, r = centers(grid)[0].T
@@ -144,7 +144,7 @@ def test_bins_of_one_are_constant():
 
 
 def test_the_work_is_proportional_to_the_table():
-    """Eight products and seven sums a number, where a product with a matrix of weights would take thousands."""
+    """Eight products and seven sums a number; a product with a weight matrix would cost thousands."""
     table = jax.ShapeDtypeStruct((8194, 2304), jnp.float32)
     adapt = jax.jit(lambda table: adapt_embeddings(gaussian_grid(PRETRAIN_GAUSSIANS), MOVED, table))
     cost = adapt.lower(table).compile().cost_analysis()

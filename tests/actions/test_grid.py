@@ -79,7 +79,7 @@ def test_golden(name):
     near_edge = np.zeros(len(ids), bool)
     for i, variable in enumerate(VARIABLES):
         near_edge |= (np.abs(values[:, i, None] - golden[f"edges_{variable}"][1:-1]) < 1e-6).any(-1)
-    assert near_edge.mean() < 0.05  # the exception stays one (and needs no other at the ends of the ranges)
+    assert near_edge.mean() < 0.05  # the seam stays the only exception: the ends of the ranges need none
     np.testing.assert_array_equal(ids[~near_edge], golden["ids"][~near_edge])
     # On an edge the id is still that of a bin that touches it.
     here, there = bins_of(grid, ids)[near_edge], bins_of(grid, golden["ids"])[near_edge]
@@ -92,7 +92,7 @@ def test_golden(name):
 
 
 def test_golden_special_cases():
-    """Origin, poles, the seam from both sides and the cube's corners: equal even where a range ends."""
+    """Origin, poles, both sides of the seam and the cube's corners give equal ids, even at the end of a range."""
     golden = np.load(GOLDEN / "grid_spatialvla_plus_sigma0.5_8194.npz")
     ids = encode(golden_grid(golden), golden["actions"][512:526])
     np.testing.assert_array_equal(ids, golden["ids"][512:526])
@@ -124,7 +124,7 @@ def test_edges_increase_over_the_whole_range(grid):
 
 @pytest.mark.parametrize("mu", [-50.0, -2.0, 0.3, 7.0])
 def test_far_gaussians_keep_equal_mass(mu):
-    """Where the cumulative probability itself rounds to 0 or 1: compare with numerical integration."""
+    """Here the cumulative probability itself rounds to 0 or 1, so compare with numerical integration."""
     edges = np.asarray(gaussian_grid([(mu, 1.0)] * 6, (4,) * 6, 0.0).yaw, np.float64)
     fine = [np.linspace(a, b, 20001) for a, b in itertools.pairwise(edges)]
     log_top = -((np.clip(mu, -1, 1) - mu) ** 2) / 2
@@ -148,7 +148,7 @@ def test_any_finite_action_has_valid_ids(grid, actions):
 def test_a_value_lies_in_its_bin(grid, actions):
     index, values = bins_of(grid, encode(grid, actions)), six_values(actions)
     r = values[:, 2]
-    # float32 angles are exact to some 1e-7; directions of the origin and the poles are a convention, not a value.
+    # float32 angles are exact to about 1e-7; angles at the origin and the poles are a convention.
     defined = [r > 1e-30, np.hypot(*actions[:, :2].astype(np.float64).T) > 1e-30, True, True, True, True]
     for i, edges in enumerate(grid.edges):
         edges = np.asarray(edges, np.float64)
@@ -159,7 +159,7 @@ def test_a_value_lies_in_its_bin(grid, actions):
 @settings(max_examples=60, deadline=None)
 @given(grids())
 def test_ids_of_decoded_centres_are_a_fixed_point(grid):
-    """For all ids whose centre lies in the cube [-1, 1]^3: the others are bounded to it, which moves them."""
+    """Checks every id whose centre lies in the cube [-1, 1]^3; clipping moves the other centres."""
     sizes = [size for _, size in grid.token_ranges]
     ids = np.stack([start + np.arange(max(sizes)) % size for start, size in grid.token_ranges], -1)
     theta, phi, r = (
@@ -172,7 +172,7 @@ def test_ids_of_decoded_centres_are_a_fixed_point(grid):
 
 
 def test_the_fixed_point_ends_at_the_cube():
-    """The claim's limit is real: on the published grid some outer centres leave the cube, none with r below 1."""
+    """Some outer centres of the published grid do leave the cube, but none with r below 1."""
     grid = gaussian_grid(PRETRAIN_GAUSSIANS)
     ids = np.stack([np.arange(4096), np.full(4096, 4096), np.full(4096, 8192)], -1)
     moved = np.asarray(encode(grid, decode(grid, ids)))[:, 0] != ids[:, 0]
@@ -192,7 +192,7 @@ def test_poles_and_origin():
 
 
 def test_seam():
-    """Just above and just below phi = ±pi are the last and the first bin, of which the seam is the common border."""
+    """The seam at phi = ±pi is the common edge of the last and the first bin."""
     grid = gaussian_grid(PRETRAIN_GAUSSIANS)
     actions = np.array([[-0.5, s, 0, 0, 0, 0, 0] for s in (0.0, 1e-3, 1e-30, -0.0, -1e-3, -1e-30)], np.float32)
     np.testing.assert_array_equal(bins_of(grid, encode(grid, actions))[:, 1], [31, 31, 31, 0, 0, 0])
@@ -234,7 +234,7 @@ def test_transformations(grid):
     np.testing.assert_allclose(jax.vmap(decode, (None, 1), 1)(grid, ids), decoded, atol=1e-6)
     np.testing.assert_array_equal(encode(grid, actions[2, 1]), ids[2, 1])
 
-    # Gradients: none to the actions, finite ones to the grid.
+    # Actions get no gradient; the grid gets a finite one.
     def error(grid, actions):
         return jnp.sum((decode(grid, encode(grid, actions)) - 0.3) ** 2)
 

@@ -59,7 +59,7 @@ def test_pooled_gaussians_are_those_of_all_actions():
 
 
 def test_samples_fill_bins_equally():
-    """In the rotations, which nothing clips; translations beyond the cube are brought back to its face."""
+    """Compares rotations, which are never clipped; translations outside the cube are clipped to its faces."""
     grid = gaussian_grid(PRETRAIN_GAUSSIANS, SMALL, 0.5)
     actions = sample_actions(grid)
     values = grid_variables(actions)
@@ -74,7 +74,7 @@ def test_samples_fill_bins_equally():
 
 
 def test_samples_of_gaussians():
-    """Narrow ones, which the ranges do not cut."""
+    """Narrow Gaussians, which the ranges do not truncate."""
     narrow = np.asarray([(1.5, 0.2), (0.5, 0.3), (0.5, 0.1), (0.1, 0.1), (-0.2, 0.2), (0.0, 0.05)])
     np.testing.assert_allclose(fit_gaussians(sample_gaussians(narrow)), narrow, atol=0.005)
     still = narrow * [1, 0]
@@ -127,7 +127,7 @@ def test_bad_files(tmp_path):
 
 
 def test_commands(config_file, trained, tmp_path, capsys):
-    """fit equals what the run did; show draws files, runs and baselines; compare ends with a line of JSON."""
+    """`fit` gives the run's grid; `show` draws files, runs and baselines; `compare` ends with a line of JSON."""
     fitted, linear, stats = tmp_path / "fitted.json", tmp_path / "linear.json", tmp_path / "stats.json"
     config = ["--config", str(config_file)]
     assert main(["grid", "fit", *config, "--out", str(fitted)]) == 0

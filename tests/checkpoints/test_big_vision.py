@@ -72,14 +72,14 @@ def test_bad_files_are_named(checkpoint, tmp_path):
 
 @pytest.mark.parametrize("stride", [29, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_flipped_bit_does_not_load(stride, tmp_path):
-    """In the archive's own records and in what it holds: refused in one line, or the same arrays."""
+    """Flips bits in the archive's records and contents: reading raises one line, or gives the same arrays."""
     path, rng = tmp_path / "model.npz", random.Random(0)
     arrays = {"params/a": np.arange(12, dtype=np.float32).reshape(3, 4), "params/b": np.ones(5, np.float16)}
     np.savez(path, **arrays, spatialvla_jax="{}")
     whole, refused = path.read_bytes(), 0
     for n in range(0, len(whole), stride):
         path.write_bytes(whole[:n] + bytes([whole[n] ^ 1 << rng.randrange(8)]) + whole[n + 1 :])
-        with pytest.raises(InputError) as raised:  # in any case, as it says of no model what it is
+        with pytest.raises(InputError) as raised:  # reading always fails, because the file does not name its model
             read_checkpoint(path)
         assert "\n" not in str(raised.value)
         try:

@@ -1,4 +1,5 @@
-"""What a checkpoint says of its model and processor is honoured or refused in one sentence, where it is read."""
+"""Every field that a checkpoint stores about its model and processor is honoured, or refused in one sentence on
+reading."""
 
 import contextlib
 import copy
@@ -38,7 +39,7 @@ def described(checkpoint: Checkpoint) -> tuple[SpatialVLAConfig, Processor]:
 
 @pytest.fixture(scope="module")
 def files(described: tuple[SpatialVLAConfig, Processor], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """{file name: its content} of a published directory, all that is JSON, and of our own formats."""
+    """{file name: content} of all JSON files in a published directory, and of our own formats."""
     config, processor = described
     folder = tmp_path_factory.mktemp("described")
     write_config(folder, config, processor, {np.dtype(np.float32)})
@@ -52,7 +53,7 @@ Read = Callable[..., tuple[SpatialVLAConfig, Processor | None]]
 
 @pytest.fixture(scope="module")
 def read(files: dict[str, Any]) -> Read:
-    """Reads a directory in which some files have other contents; without our own processor.json if `released`."""
+    """Read a directory with some files replaced; with `released`, without our own processor.json."""
     folder = files["folder"]
 
     def read(contents: dict[str, Any], released: bool = False) -> tuple[SpatialVLAConfig, Processor | None]:
@@ -68,7 +69,7 @@ def read(files: dict[str, Any]) -> Read:
 
 
 def changed(data: dict[str, Any], path: tuple[str | int, ...], value: Any) -> dict[str, Any]:
-    """A copy with another value at `path`, or without any."""
+    """A copy with `path` set to another value, or removed."""
     data = copy.deepcopy(data)
     place: Any = data
     for key in path[:-1]:
@@ -85,7 +86,7 @@ ACTION = ("statistics", "toy", "action")
 KITTI_FIRST = [
     {"name": n, "n_bins": 8, "min_depth": 0.001, "max_depth": d} for n, d in (("kitti", 80.0), ("nyu", 10.0))
 ]
-CASES = [  # (file, path, value, words in the sentence)
+CASES = [  # (file, path, value, words in the error): wrong types, null, missing values, values out of range.
     # Of another type, null, missing, out of range.
     (CONFIG, ("text_config",), [], "text_config=[] is a list, but a dict is expected"),
     (CONFIG, ("text_config",), None, "text_config=None is None, but a dict is expected"),
@@ -289,14 +290,14 @@ def test_values_are_honoured(files, read: Read, file: str, path, value, field: s
 
 @pytest.mark.parametrize("size, chunk", [(1, 1), (5, 5), (MISSING, 1)])
 def test_the_chunk_of_a_published_processor(files, read: Read, size, chunk: int) -> None:
-    """It has the only word where config.json says nothing; the release's default is 1."""
+    """Only this file has the chunk size if config.json does not; the release's default is 1."""
     config = changed(files[CONFIG], ("spatialvla_jax",), MISSING)
     release = changed(files[RELEASE], ("action_chunk_size",), size)
     assert read({CONFIG: config, RELEASE: release}, released=True)[0].action_chunk == chunk
 
 
 def test_statistics_without_the_gripper(files, read: Read) -> None:
-    """Six quantiles under a mask of six leave the gripper as it is."""
+    """Six quantiles with a mask of six leave the gripper unchanged."""
     data = files[OURS]
     for name in ("q01", "q99", "min", "max", "mask"):
         data = changed(data, (*ACTION, name), data["statistics"]["toy"]["action"][name][:6])
@@ -332,7 +333,7 @@ ODD = (
     "x",
 )
 ODD += ("4", "None", "{instruction}", [], [[]], [None], [1, 2, 3], {}, {"a": 1}, [{}])
-PUBLISHED = {  # of each field of ours: the files and paths that give it
+PUBLISHED = {  # for each of our fields: the files and paths that define it
     **{ours: (f"{CONFIG}/{theirs}",) for ours, theirs in NAMES.items()},
     **{name: (f"{CONFIG}/spatialvla_jax.{name}",) for name in ("prompt_length", "tokens_per_action", "mask", "remat")},
     "depth_source": (f"{CONFIG}/spatialvla_jax.depth_source", f"{CONFIG}/use_vision_zoe"),
@@ -350,7 +351,7 @@ def places(data: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[
 
 
 def near(value: Any, rng: random.Random) -> Any:
-    """Another value of the same type, which often is as valid."""
+    """Another value of the same type, which is often valid too."""
     if isinstance(value, bool):
         return not value
     if isinstance(value, int):
@@ -371,7 +372,7 @@ def gives(file: str, path: tuple[str | int, ...], ours: str) -> bool:
 
 
 def try_one(files: dict[str, Any], read: Read, seed: int) -> bool:
-    """Whether one random change of one file is accepted."""
+    """Whether the reader accepts one random change to one file."""
     rng = random.Random(seed)
     file, released = rng.choice((CONFIG, OURS, RELEASE, IMAGES, STORED)), rng.random() < 0.5
     path, value = rng.choice([*places(files[file])])

@@ -1,4 +1,4 @@
-"""Ids of the Hugging Face Hub in place of paths: downloads, the cache, errors. The Hub is a server on loopback."""
+"""Hugging Face Hub ids in place of paths: downloads, the cache, errors. The Hub is a server on loopback."""
 
 from collections import namedtuple
 from pathlib import Path
@@ -41,7 +41,7 @@ def test_an_id_is_read_as_its_folder(server, export, checkpoint):
     assert not [request for request in server.requests if "old.bin" in request]
     asked = len(downloads(server))
     read_checkpoint("org/name")
-    assert len(downloads(server)) == asked  # all of it is in the cache
+    assert len(downloads(server)) == asked  # everything is in the cache
 
 
 def test_a_local_folder_of_that_name_wins(server, export):
@@ -52,7 +52,7 @@ def test_a_local_folder_of_that_name_wins(server, export):
 
 
 def test_revisions(server, export, checkpoint):
-    """A tag and a commit go on meaning what they meant when the branch moves; a policy's name has the commit."""
+    """A tag and a commit keep their meaning when the branch moves; a policy's name contains the commit."""
     first = server.commit("org/name", export, ref="v1")
     server.commit("org/name", export)
     changed = server.commit("org/name", {p.name: p.read_bytes() for p in export.iterdir()} | {"x.json": b"{}"})
@@ -61,7 +61,7 @@ def test_revisions(server, export, checkpoint):
     assert first in fingerprint("org/name@v1") and changed in fingerprint("org/name")
     count = len(server.requests)
     hub.find_checkpoint(f"org/name@{first}")
-    assert len(server.requests) == count  # a commit that is there is not asked for
+    assert len(server.requests) == count  # a cached commit needs no request
 
 
 def test_the_cache_serves_where_the_hub_cannot_be_reached(server, export, monkeypatch, capsys):
@@ -84,7 +84,7 @@ def test_the_cache_serves_where_the_hub_cannot_be_reached(server, export, monkey
 
 
 def test_a_cache_that_transformers_filled_is_completed(server, export):
-    """There, what only we read is missing."""
+    """transformers caches fewer files than we read."""
     from huggingface_hub import hf_hub_download
 
     server.commit("org/name", export)
@@ -96,7 +96,7 @@ def test_a_cache_that_transformers_filled_is_completed(server, export):
 
 
 def test_a_cut_download_goes_on(server, export, capsys):
-    """In the same process, and in a later one: the bytes that came are not asked for again."""
+    """A download resumes in the same process and in a later one: bytes that arrived are not requested again."""
     server.commit("org/name", export)
     size = (export / "model.safetensors").stat().st_size
     server.faults.append(Fault("GET /blobs/", cut=size // 2))

@@ -22,7 +22,7 @@ from spatialvla_jax.models import preset
 
 @pytest.fixture
 def directory(tmp_path, checkpoint):
-    """A directory of ours to damage."""
+    """A directory in our layout, to be damaged."""
     write_huggingface(tmp_path / "model", checkpoint)
     return tmp_path / "model"
 
@@ -44,7 +44,7 @@ def test_what_we_write_we_read_back(checkpoint, directory):
 
 
 def test_bfloat16_in_shards(checkpoint, tmp_path, monkeypatch):
-    """Small shards: no file above the limit, an index that names every tensor, bytes as in the single file."""
+    """No shard exceeds the limit, the index names every tensor, and the bytes equal a single file's."""
     narrow = cast(checkpoint, "bfloat16")
     write_huggingface(tmp_path / "one", narrow)
     monkeypatch.setattr(huggingface, "MAX_SHARD_BYTES", 40_000)
@@ -64,7 +64,7 @@ def test_bfloat16_in_shards(checkpoint, tmp_path, monkeypatch):
 
 
 def test_config_of_the_published_model(golden):
-    """The released 4 B config leaves fields to the defaults of transformers; ours must come out all the same."""
+    """The released 4 B config relies on transformers' defaults for some fields; reading it must give ours."""
     published = {
         "model_type": "spatialvla",
         "_vocab_size": 265347,
@@ -113,10 +113,10 @@ def test_config_round_trip(name):
 
 
 def test_published_config_fields_come_back(golden):
-    """Every field that we write has the published value, and outside of ZoeDepth's all published ones are written."""
+    """Every field that we write has the published value. Outside ZoeDepth, every published field is written."""
     published = json.loads((golden / "config.json").read_text())
     ours = config_to_published(config_from_published(published), {np.dtype("f4")})
-    # transformers 4 writes what it likes into nested configs, and reads no number of attractors from them.
+    # transformers 4 adds its own fields to nested configs and drops the number of attractors.
     skip = {"transformers_version", "_attn_implementation_autoset", "architectures", "torch_dtype", "num_attractors"}
 
     def check(a, b, where):
@@ -133,11 +133,11 @@ def test_published_config_fields_come_back(golden):
 
 
 def test_release_processor_files(checkpoint, directory, processor):
-    """Without processor.json the release's own files give the same grid, statistics, intrinsics and tokenizer."""
+    """Without processor.json, the release's own files give the same grid, statistics, intrinsics and tokenizer."""
     (directory / "processor.json").unlink()
     read = read_huggingface(directory).processor
     assert read is not None
-    assert read.tokenizer.vocab_size == checkpoint.config.text_vocab  # with pieces that text never becomes
+    assert read.tokenizer.vocab_size == checkpoint.config.text_vocab  # with pieces that no text produces
     for text in ("put the bowl on the plate", "open it"):
         ids = [x.encode_prompt(text, length=40)[0].tolist() for x in (read.tokenizer, processor.tokenizer)]
         assert ids[0] == ids[1]
@@ -198,7 +198,7 @@ def deeper_config(d):
 MODEL, INDEX, TABLE = "model.safetensors", "model.safetensors.index.json", "spatial_embed_tokens.weight"
 EXTRA = {f"extra.{i:02}": np.zeros(2, np.float32) for i in range(12)}
 ONE = "language_model.model.layers.2.mlp.down_proj.weight"
-DAMAGES = {  # {what is wrong: (damage to the directory, what the sentence must say)}
+DAMAGES = {  # {fault: (how to damage the directory, words in the error)}
     "unknown": (weights(lambda t: t.update(EXTRA)), r"12 tensors unknown: extra\.00, .*extra\.09, …"),
     "missing": (weights(lambda t: t.pop(TABLE)), r"1 tensor missing: spatial_embed_tokens\.weight"),
     "misshapen": (
@@ -247,7 +247,7 @@ def test_bad_directories_are_named(directory, damage, says):
 
 
 def test_tensors_of_an_unused_zoedepth_are_an_error(golden, tmp_path):
-    """In a model that takes depth from its data."""
+    """The model takes depth from its data, so ZoeDepth's tensors are unexpected."""
     shutil.copytree(golden, tmp_path / "m")
     edit_json(tmp_path / "m" / "config.json", spatialvla_jax={"depth": "dataset"})
     with pytest.raises(InputError, match="287 tensors unknown: vision_zoe_model"):
@@ -273,7 +273,7 @@ def test_casting_is_rounding(checkpoint, tmp_path):
 
 
 def in_memory(key):
-    """A key as transformers 5 has it in memory."""
+    """A key as transformers 5 names it in memory."""
     key = key.removeprefix("language_model.") if "lm_head" in key else key
     for old, new in (
         ("language_model.model.", "language_model."),
@@ -309,7 +309,7 @@ def test_other_spellings_are_one_key(golden):
 
 
 def test_other_spellings_and_buffers_are_read(golden, tmp_path):
-    """A model saved as transformers 5 has it in memory, with what it can compute: the same arrays."""
+    """A model saved under transformers 5's in-memory names, with its computed buffers, gives the same arrays."""
     shutil.copytree(golden, tmp_path / "m")
     bias = "vision_zoe_model.backbone.encoder.layer.0.attention.attention.relative_position_bias"
     buffers = {

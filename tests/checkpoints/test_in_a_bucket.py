@@ -1,4 +1,4 @@
-"""Checkpoints at gs:// and s3://, against servers of the protocols: what is read is what was written, bit for bit."""
+"""Checkpoints at gs:// and s3://, against servers of both protocols: they read back bit for bit."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from spatialvla_jax.utils.atomic import new_directory
 
 
 def test_tensors_are_read_by_ranges(bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each tensor alone, a large one in parts; what is cut off or damaged is found."""
+    """Each tensor is read alone, a large one in parts; truncated and damaged data is detected."""
     monkeypatch.setattr(safetensors, "PART", 100_000)
     x = {f"x{n}": np.random.default_rng(n).normal(size=10 ** (n + 3)).astype(np.float32) for n in range(3)}
     safetensors.write_directory(tmp_path, {name: LazyArray.of(array) for name, array in x.items()}, 40_000)
@@ -25,7 +25,7 @@ def test_tensors_are_read_by_ranges(bucket, tmp_path: Path, monkeypatch: pytest.
     before = retries.counts()["bytes"]
     tensors = safetensors.open_directory(folder)
     np.testing.assert_array_equal(tensors["x0"].read(), x["x0"])
-    assert retries.counts()["bytes"] - before < 40_000  # its own 4,000, headers, index and listings, of 444,000
+    assert retries.counts()["bytes"] - before < 40_000  # its own 4,000, headers, index, listings; not all 444,000
     for name, array in x.items():
         np.testing.assert_array_equal(tensors[name].read(), array)
     (file,) = (folder / name for name in storage.list_names(folder) if name.startswith("model-00002"))
@@ -59,7 +59,7 @@ def test_an_upload_that_fails_leaves_nothing(gcs) -> None:
 
 @pytest.mark.slow
 def test_a_conversion_there_and_back(bucket, checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """Safetensors on the disk → Orbax in a bucket → .npz there → safetensors there → Orbax on the disk."""
+    """Safetensors on disk → Orbax in a bucket → .npz there → safetensors there → Orbax on disk."""
     write_huggingface(tmp_path / "export", checkpoint)
     assert convert(tmp_path / "export", f"{bucket.url}/run", "orbax")["bit_exact"]
     assert convert(f"{bucket.url}/run", f"{bucket.url}/model.npz", "big_vision")["bit_exact"]
@@ -77,7 +77,7 @@ def test_a_conversion_there_and_back(bucket, checkpoint: Checkpoint, tmp_path: P
 def test_a_checkpoint_that_cannot_be_read_is_one_sentence(
     gcs, checkpoint: Checkpoint, tmp_path: Path, monkeypatch
 ) -> None:
-    """Throttled without end, or without permission; then it is there again."""
+    """The bucket throttles forever or denies permission, and then works again."""
     monkeypatch.setattr(retries, "PATIENCE", 1.0)
     monkeypatch.setattr("spatialvla_jax.checkpoints.orbax.TRIES", {"max_retries": 1})
     convert_to = f"{gcs.url}/run"

@@ -22,7 +22,7 @@ from spatialvla_jax.models import preset
 
 
 def test_every_golden_tensor_comes_back_byte_for_byte(golden):
-    """All 380, ZoeDepth's too: into our arrays, of which every number is written, and out again."""
+    """All 380 tensors, ZoeDepth's included, convert into our arrays and back. Every number of our arrays is written."""
     published = load_file(golden / "model.safetensors")
     shapes = param_shapes(read_config(golden / "config.json"))
     table = slots(shapes)
@@ -51,7 +51,7 @@ def test_full_size_has_the_published_number_of_parameters():
     stacks=st.integers(0, 2),
 )
 def test_any_layout_inverts(left, right, group, sizes, several_keys, stacks):
-    """Random permutations with a grouped axis, stacked keys and up to two layer axes: there and back is bit-exact."""
+    """Random permutations with a grouped axis, stacked keys and up to two layer axes convert back bit for bit."""
     layout = f"({' '.join(left[:group])}) {' '.join(left[group:])} -> {' '.join(right)}"
     keys = ("a.{layer}", "b.{layer}")[: 1 + several_keys]
     shape = (3, 2)[:stacks] + (2,) * several_keys + tuple(sizes)
@@ -68,7 +68,7 @@ def test_any_layout_inverts(left, right, group, sizes, several_keys, stacks):
 
 @pytest.mark.parametrize("layout", sorted({rule.layout for rule in (*SPATIALVLA, *adapter_rules())}))
 def test_the_reverse_of_a_layout_is_its_inverse(layout):
-    """Each moves every number to a place of its own, and its reverse moves them back."""
+    """A layout moves every number to a distinct place, and its reverse moves it back."""
     _, axes = axes_of_layout(layout)
     shape = tuple(1 if axis == "1" else 2 + i for i, axis in enumerate(axes))
     ours = np.arange(prod(shape)).reshape(shape)
@@ -78,7 +78,7 @@ def test_the_reverse_of_a_layout_is_its_inverse(layout):
 
 
 def test_layout_against_einsum():
-    """What "(N H) D -> N D H" means: the same product from the published matrix and from ours."""
+    """ "(N H) D -> N D H" gives the same product from the published matrix and from ours."""
     rng = np.random.default_rng(0)
     x, w = rng.normal(size=(5, 6)), rng.normal(size=(2 * 3, 6))
     (slot,) = slots({"q": (2, 6, 3)}, [Rule("q", "(N H) D -> N D H", ("q",))])

@@ -26,7 +26,7 @@ from spatialvla_jax.export.convert import cast
 
 
 def save_run(workdir, checkpoint, *, step=7, params=None, metadata=None):
-    """A checkpoint as earlier versions of training wrote it: device arrays, with an optimizer, without checksums."""
+    """A checkpoint as written by earlier versions of training: device arrays, an optimizer, no checksums."""
     params = jax.tree.map(jnp.asarray, checkpoint.params() if params is None else params)
     facts = {"model": checkpoint.config.to_dict(), "processor": checkpoint.processor.to_dict(), "train_config": {}}
     items = ocp.args.Composite(
@@ -48,7 +48,7 @@ def test_what_we_write_we_read_back(checkpoint, tmp_path, dtype):
 
 
 def test_leaves_larger_than_a_chunk(checkpoint, tmp_path, monkeypatch):
-    """Chunks that do not divide an array, and zeros of both signs."""
+    """Chunks that do not divide an array evenly, and zeros of both signs."""
     monkeypatch.setattr(orbax, "CHUNK_BYTES", 5000)
     params = checkpoint.params()
     params["spatial_embedding"] = np.full_like(params["spatial_embedding"], -0.0)
@@ -134,7 +134,7 @@ def test_metadata_is_what_training_writes(checkpoint, tmp_path):
 
 
 def damages(content, rng, flips):
-    """(what, the file's content after it) of one file."""
+    """(damage, the damaged content) for one file."""
     yield from (("deleted", None), ("empty", b""), ("halved", content[: len(content) // 2]))
     yield from (("zeros", bytes(len(content))), ("noise", rng.randbytes(len(content))))
     for n in (rng.randrange(len(content)) for _ in range(flips)):
@@ -142,7 +142,7 @@ def damages(content, rng, flips):
 
 
 def survives_damage(files, read, flips):
-    """Damages each of `files` in turn: `read` gives what it gave before, or raises one line. Returns {file: [(damage,
+    """Damage each of `files` in turn: `read` must give its earlier result or raise one line. Returns {file: [(damage,
     line)]} of those that raised."""
     expected, rng, found = read(), random.Random(0), {}
     for file in files:
@@ -159,7 +159,7 @@ def survives_damage(files, read, flips):
 
 
 def test_each_file_damaged_in_turn(tmp_path):
-    """Of a checkpoint as training writes it: refused in one line or, where the file is not needed, read as it was."""
+    """Damages a checkpoint of training: reading raises one line or, if the file is not needed, gives the original."""
     tree = {"a": {"k": jax.random.normal(jax.random.key(0), (40, 30)), "z": jnp.zeros(5)}, "b": jnp.bfloat16([1, -0.0])}
     handlers = {"params": orbax.tree_handler(), "metadata": ocp.JsonCheckpointHandler()}
     items = ocp.args.Composite(params=ocp.args.PyTreeSave(tree), metadata=ocp.args.JsonSave({"step": 1}))
@@ -183,7 +183,7 @@ def test_each_file_damaged_in_turn(tmp_path):
 
 
 def test_a_flipped_bit_does_not_load(checkpoint, tmp_path):
-    """Nor in the files of a conversion."""
+    """Flips a bit in a run's files, and in those of a conversion."""
     write_orbax(tmp_path / "run", checkpoint)
     params = tmp_path / "run" / "checkpoints" / "0" / "params"
     data = max(params.rglob("d/*"), key=lambda file: file.stat().st_size)

@@ -1,4 +1,4 @@
-"""PaliGemma 2 and ZoeDepth as the start of a SpatialVLA, against transformers."""
+"""Starting a SpatialVLA from PaliGemma 2 and ZoeDepth, compared with transformers."""
 
 import json
 
@@ -21,7 +21,7 @@ from spatialvla_jax.errors import InputError
 from spatialvla_jax.models import SpatialVLA
 from spatialvla_jax.models.attention import position_ids, prefix_lm_mask
 
-TEXT_VOCAB, SPARE = 36, 4  # the published tables have rows that no token uses, too
+TEXT_VOCAB, SPARE = 36, 4  # the published tables also have rows that no token uses
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def save(folder, model, rename=lambda key: key):
 
 
 def test_logits_are_paligemmas(reference, tmp_path):
-    """Without Ego3D and before any training, text logits are those of the PaliGemma that it came from."""
+    """Without Ego3D and before training, text logits equal those of the original PaliGemma."""
     checkpoint = start_from_paligemma(
         save(tmp_path / "pg", reference), depth_source="none", dtype="float32", spatial_tokens=6
     )
@@ -122,7 +122,7 @@ def test_old_and_new_names(reference, tmp_path, rename):
 
 @pytest.mark.parametrize("prefix", ["", "params/"])
 def test_from_big_vision(reference, tmp_path, prefix):
-    """The same arrays from the .npz that big_vision would have, in bfloat16 as its void type."""
+    """big_vision's .npz, with bfloat16 stored as its void type, gives the same arrays."""
     reference = reference.to(torch.bfloat16)
     try:
         there = start_from_paligemma(save(tmp_path / "pg", reference), spatial_tokens=5)
@@ -149,7 +149,7 @@ def test_with_zoedepth_inside(reference, tmp_path):
     bias = zoedepth.relative_head.conv1.bias.detach().numpy()
     np.testing.assert_array_equal(checkpoint.params()["zoe"]["relative_head"]["conv1"]["bias"], bias)
 
-    # The same by command, and in one line; ZoeDepth belongs to a PaliGemma alone.
+    # The `convert` command does the same. It refuses a ZoeDepth for any other model in one line.
     assert (
         main(["convert", str(source), str(tmp_path / "start"), "--to", "orbax", "--zoedepth", str(tmp_path / "zoe")])
         == 0
@@ -158,7 +158,7 @@ def test_with_zoedepth_inside(reference, tmp_path):
     with pytest.raises(InputError, match="takes no ZoeDepth"):
         read_checkpoint(tmp_path / "start", tmp_path / "zoe")
 
-    # And as transformers 5 has it in memory, with its buffers and a prefix.
+    # Also reads the names that transformers 5 uses in memory, with its buffers and a prefix.
     memory = {f"model.{key}": x.numpy() for key, x in (*zoedepth.state_dict().items(), *zoedepth.named_buffers())}
     assert not memory.keys() & load_file(tmp_path / "zoe" / "model.safetensors").keys()
     disk = {path: x.read() for path, x in open_zoedepth(tmp_path / "zoe")[1].items()}
@@ -170,7 +170,7 @@ def test_with_zoedepth_inside(reference, tmp_path):
 
 @pytest.mark.slow
 def test_a_zoedepth_in_a_bucket(reference, gcs, tmp_path):
-    """As init and init_zoedepth of a run may be."""
+    """A run's `init` and `init_zoedepth` may also be in a bucket."""
     random_hf_model(TINY, seed=1).save_pretrained(tmp_path / "zoe")
     source = save(tmp_path / "pg", reference)
     here = start_from_paligemma(source, tmp_path / "zoe")
@@ -215,7 +215,7 @@ def test_configs_of_other_models_are_named(reference, tmp_path, changes, says):
 
 
 def test_the_start_trains(reference, tmp_path):
-    """Nothing in it is dead or infinite: every part but the frozen one has a finite gradient."""
+    """Every trainable part has a finite, non-zero gradient."""
     checkpoint = start_from_paligemma(save(tmp_path / "pg", reference), dtype="float32", spatial_tokens=9)
     model, params = SpatialVLA(checkpoint.config), checkpoint.params()
     rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""A run of adapters as a directory of `peft`'s, on the PyTorch export of its base."""
+"""A run of adapters, written for `peft`, on the PyTorch export of its base."""
 
 import hashlib
 import json
@@ -20,8 +20,8 @@ from spatialvla_jax.export.convert import convert
 
 @pytest.fixture(scope="module")
 def exported(adapted: Path, trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The base's export and adapters that name it. Putting them together acts as the run: every greedy token, and the
-    logits within 1e-4; by the run's own grid, which the base's processor does not have."""
+    """The base's export, and adapters that name it. Together they act like the run: same greedy tokens, logits within
+    1e-4. They use the run's own grid, which differs from the base's."""
     folder = tmp_path_factory.mktemp("exported")
     convert(trained, folder / "base", to="pytorch", verify=False)
     figures = convert(adapted, folder / "adapters", to="peft", base=folder / "base")
@@ -38,7 +38,7 @@ def named(adapters: Path) -> str:
 
 
 def test_it_names_a_base_that_transformers_loads(adapted: Path, exported: Path, tmp_path: Path) -> None:
-    """That of `base`, or one that is written beside the adapters, byte-equal: the run's base is an Orbax run."""
+    """Uses `base`, or writes a byte-equal export beside the adapters, because the run's base is an Orbax run."""
     assert named(exported / "adapters") == str(exported / "base") and not (exported / "adapters" / "base").exists()
     convert(adapted, tmp_path / "whole", to="peft", verify=False)
     assert named(tmp_path / "whole") == str(tmp_path / "whole" / "base")
@@ -51,7 +51,7 @@ def test_it_names_a_base_that_transformers_loads(adapted: Path, exported: Path, 
 
 
 def test_another_base_is_refused(adapted: Path, trained: Path, exported: Path, tmp_path: Path) -> None:
-    """In other numbers or another dtype: by the conversion, and by the model when adapters are put on it."""
+    """A base with other numbers or another dtype is refused by the conversion, and by the model on loading."""
     import torch
     from peft import PeftModel
     from transformers import AutoModel
@@ -77,7 +77,7 @@ def test_another_base_is_refused(adapted: Path, trained: Path, exported: Path, t
 
 
 def test_every_published_layer_is_adapted_when_peft_loads_it(exported: Path) -> None:
-    """None is left out silently: the adapters come back as they are from the model that has them."""
+    """`peft` drops no adapter silently: the loaded model returns all of them unchanged."""
     from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
     from transformers import AutoModel
 
@@ -89,7 +89,7 @@ def test_every_published_layer_is_adapted_when_peft_loads_it(exported: Path) -> 
     assert loaded.keys() < stored.keys()
     assert all((stored[key] == x.numpy()).all() for key, x in loaded.items())
     assert {key.replace("vision_tower.vision_model.", "vision_tower.") for key in stored} == loaded.keys()
-    # The release's target names find the same layers, so that as many parameters are trained.
+    # The release's target names match the same layers, so as many parameters are trained.
     targets = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down", "out")]
     targets += ["fc1", "fc2", "linear", "position_embedding_head.0", "position_embedding_head.3"]
     released = get_peft_model(base(), LoraConfig(r=4, target_modules=targets, modules_to_save=["spatial_embed_tokens"]))
@@ -98,7 +98,7 @@ def test_every_published_layer_is_adapted_when_peft_loads_it(exported: Path) -> 
 
 
 def test_what_adapters_cannot_carry_is_refused(adapted: Path, tmp_path: Path) -> None:
-    """An LM head that was adapted with the grid: the base has another one."""
+    """The LM head was adapted with the grid, so it differs from the base's."""
     adapt = {"embedding": True, "head": True}
     step = with_lora(adapted / "checkpoints" / "6", tmp_path / "6", adapt=adapt)
     with pytest.raises(InputError, match=r"adapted to another grid in llm/lm_head too.*--to pytorch --merge"):
@@ -108,7 +108,7 @@ def test_what_adapters_cannot_carry_is_refused(adapted: Path, tmp_path: Path) ->
 
 @pytest.mark.parametrize("options", [{"to": "peft"}, {"to": "pytorch", "merge": True}])
 def test_every_tensor_is_read_once(adapted: Path, tmp_path: Path, options: dict, monkeypatch) -> None:
-    """Those of the base too, which are compared with their digests meanwhile, and none on opening."""
+    """Also reads the base's tensors only once, to compare them with their digests. Opening reads none."""
     opened, open_store = Counter(), tensorstore.open
 
     def counted(spec: object, *args: object, **kwargs: object) -> object:

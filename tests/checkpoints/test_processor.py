@@ -1,4 +1,4 @@
-"""Which statistics and which camera a dataset's name stands for."""
+"""Which statistics and which camera a dataset name selects."""
 
 from dataclasses import replace
 
@@ -10,7 +10,7 @@ from spatialvla_jax.errors import InputError
 
 @pytest.fixture(scope="module")
 def published(processor: Processor) -> Processor:
-    """Two datasets in the published spelling, and cameras whose focal length tells which one it is."""
+    """Two datasets with names as published, and cameras that can be told apart by their focal length."""
     cameras = {"default": 1.0, "bridge_orig/1.0.0": 2.0}
     intrinsics = {name: [[f, 0.0, 0.5], [0.0, f, 0.5], [0.0, 0.0, 1.0]] for name, f in cameras.items()}
     statistics = {name: {"action": {"q01": [q]}} for q, name in enumerate(("bridge_orig/1.0.0", "toy"))}
@@ -31,7 +31,7 @@ def test_unknown_keys_get_no_statistics(published: Processor, key) -> None:
 
 
 def test_a_missing_or_unknown_key_gets_the_default_camera(published: Processor) -> None:
-    """As published; without a default, the first."""
+    """The default camera as in the release; without one, the first."""
     assert [published.find_intrinsics(key)[0][0] for key in (None, "toy", "unknown")] == [1, 1, 1]
     bridge = {name: camera for name, camera in published.intrinsics.items() if name != "default"}
     assert replace(published, intrinsics=bridge).find_intrinsics("toy")[0][0] == 2

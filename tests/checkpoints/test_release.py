@@ -1,4 +1,4 @@
-"""An export in the release's own processor: its tokens have the published ids, its prompts are split as here."""
+"""An export in the release's own processor: same token ids as published, same prompt tokens as here."""
 
 import io
 import json
@@ -25,7 +25,7 @@ SENTENCES = (
 
 
 def like_paligemma(size: int) -> Tokenizer:
-    """Bytes for unknown characters, spaces kept, location tokens and runs of newlines among the pieces."""
+    """A tokenizer with byte fallback, preserved spaces, location tokens and pieces for runs of newlines."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.Train(
         sentence_iterator=iter(["put the bowl on the plate", "open  the drawer", "aaa aa aaaa"]),
@@ -52,7 +52,7 @@ TOKENIZERS = {
 
 @pytest.fixture(scope="module", params=TOKENIZERS)
 def export(request, checkpoint, tmp_path_factory):
-    """(directory, checkpoint) with one of the tokenizers."""
+    """(directory, checkpoint) for one of the tokenizers."""
     tokenizer = TOKENIZERS[request.param]
     text_vocab = 300 if request.param == "built in" else tokenizer.vocab_size
     config, table = checkpoint.config, "llm/embedder/input_embedding"
@@ -100,7 +100,7 @@ def test_transformers_gives_them_too(export):
 
 
 def test_prompts_are_split_as_here(export):
-    """One by one and in a batch with its padding; the padded SentencePiece model splits them alike."""
+    """One by one and as a padded batch; the padded SentencePiece model splits them alike."""
     directory, checkpoint = export
     tokenizer, draw = checkpoint.processor.tokenizer, random.Random(0)
     words = ["put", "the", "bowl", "plate", "drawer", "aaa", "a", "zebra", "4", "?", "é", "開", "▁", " ", "  ", "\t"]
@@ -147,7 +147,7 @@ def unigram() -> Tokenizer:
 
 
 def test_what_the_release_cannot_run_is_said(checkpoint, processor, tmp_path):
-    """In config.json, which is read back as it was; with a reason for each."""
+    """config.json states it with a reason for each; reading it back gives the original config."""
     full = PRESETS["spatialvla-4b-224"]
     assert release_differences(full, processor) == release_differences(replace(full, depth_source="none"), None) == []
     assert release_differences(replace(full, action_chunk=16), processor) == []

@@ -1,4 +1,4 @@
-"""safetensors files and directories: what the official library refuses is refused, and damage never becomes numbers."""
+"""safetensors: whatever the official library refuses is refused here, and damage never becomes numbers."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def lazy(**arrays: np.ndarray) -> dict[str, LazyArray]:
 
 
 def official(content: bytes) -> Tensors | None:
-    """What the official library makes of a file, None where it refuses."""
+    """The official library's result for a file; None if it refuses the file."""
     try:
         found = deserialize(content)
     except SafetensorError:
@@ -37,7 +37,7 @@ def official(content: bytes) -> Tensors | None:
 
 
 def ours(file: Path) -> Tensors | None:
-    """The same by our reader, whose refusal has to be one line that names the file."""
+    """Our reader's result. A refusal must be one line that names the file."""
     try:
         return {k: (NAMES[x.dtype], list(x.shape), x.read().tobytes()) for k, x in open_file(file).items()}
     except InputError as error:
@@ -118,7 +118,7 @@ FILES = {
     "metadata of numbers": packed(f'{{"__metadata__":{{"x":1}},"a":{entry()}}}', bytes(8)),
     "metadata a list": packed(f'{{"__metadata__":[],"a":{entry()}}}', bytes(8)),
 }
-STRICTER = {  # what the official library reads, and we don't
+STRICTER = {  # files that the official library reads and we refuse
     "key twice": packed(f'{{"a":{entry()},"a":{entry()}}}', bytes(8)),
     "key twice, spelled otherwise": packed(f'{{"a":{entry()},"\\u0061":{entry(shape="[2,1]")}}}', bytes(8)),
     "metadata twice": packed(f'{{"__metadata__":{{"x":"1","x":"2"}},"a":{entry()}}}', bytes(8)),
@@ -163,7 +163,7 @@ def test_a_file_that_changes_after_it_was_opened(tmp_path: Path) -> None:
 
 
 def test_a_flipped_bit_does_not_load(tmp_path: Path) -> None:
-    """In every byte of a file of ours: refused or, where the bit says nothing, the same tensors."""
+    """Flips a bit in every byte of our file: reading raises or, if the bit has no meaning, gives the same tensors."""
     file = tmp_path / SINGLE
     arrays = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b.c": np.ones((), ml_dtypes.bfloat16)}
     write_file(file, lazy(**arrays))
@@ -185,7 +185,7 @@ def test_a_flipped_bit_does_not_load(tmp_path: Path) -> None:
 
 
 def test_checksums_are_of_every_tensor_or_none(tmp_path: Path) -> None:
-    """Files without any load, such as earlier ones of ours."""
+    """Files without checksums, such as our earlier ones, still load."""
     write_file(tmp_path / SINGLE, lazy(a=np.ones(4, np.float32), b=np.ones(4, np.float32)))
     content = (tmp_path / SINGLE).read_bytes()
     for old, new, says in (
@@ -231,7 +231,7 @@ def tensors(name: str, **arrays: Any) -> Callable[[Path], object]:
 
 
 def moved(path: Path) -> None:
-    """A shard in a subfolder, and the index says so."""
+    """The index names a shard in a subfolder."""
     (path / "sub").mkdir()
     (path / FIRST).rename(path / "sub" / FIRST)
     text(FIRST, f"sub/{FIRST}")(path)
@@ -290,7 +290,7 @@ def test_every_key_comes_from_the_shard_that_the_index_names(damage, says: str, 
 
 
 def test_sharded_directories_that_are_whole(shards: Path) -> None:
-    """An index whose only file is `model.safetensors`, links as a cache of the Hub has them, files of other kinds."""
+    """An index with `model.safetensors` as its only shard, links as in the Hub's cache, and unrelated files."""
     read = {key: x.read()[0] for key, x in open_directory(shards).items()}
     assert read == {"a": 0, "b": 1, "c": 2, "d": 3}
     (shards / "cache").mkdir()

@@ -5,5 +5,5 @@ import pytest
 
 @pytest.fixture(scope="module")
 def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where a module's indexes are kept."""
+    """The folder for a test module's indexes."""
     return tmp_path_factory.mktemp("cache")

@@ -37,7 +37,7 @@ def stats(data, tmp_path_factory):
 
 
 def test_equal_to_the_run(data, stats):
-    """Bit for bit: what a run that indexes its data itself has of statistics and Gaussians."""
+    """Statistics and Gaussians equal, bit for bit, those of a run that indexes the data itself."""
     loader = Loader(data | {"cache_dir": data["cache_dir"] + "/own"}, image_size=32)
     assert stats["statistics"] == loader.statistics
     for index in loader.indexes():
@@ -52,7 +52,7 @@ def test_equal_to_the_run(data, stats):
 
 
 def test_one_pass_in_any_order(data, stats, tmp_path, monkeypatch):
-    """Every record is read once, and neither the shards' order nor the number of workers changes a bit of an index."""
+    """Every record is read once. Neither the order of shards nor the number of workers changes an index."""
     config = DataConfig.from_config(data)
     reads, seen = [], []
 
@@ -99,7 +99,7 @@ def test_no_dataset_in_the_grid(data, tmp_path):
 
 @pytest.fixture
 def damaged(tmp_path):
-    """One of four records has a flipped byte."""
+    """A copy in which one of four records has a flipped byte."""
     path = make_rlds(tmp_path / "d", {"train": make_episodes(4)}, episodes_per_shard=2)
     (file, *_) = sorted(path.glob("*.tfrecord*"))
     content = bytearray(file.read_bytes())
@@ -183,7 +183,7 @@ def test_a_run_takes_what_the_command_wrote(config_file, tmp_path, capsys, monke
     assert f"wrote {out}" in capsys.readouterr().out
     config = load_config(config_file)
     own = make_processor(config, open_data(config))
-    # More in the file than the run has is no matter, and what the file says counts.
+    # The statistics file may hold further datasets, and its values take precedence.
     stats = json.loads((tmp_path / "stats.json").read_text())
     for part in ("statistics", "gaussians"):
         stats[part]["another"] = stats[part]["toy"]
@@ -195,7 +195,7 @@ def test_a_run_takes_what_the_command_wrote(config_file, tmp_path, capsys, monke
     assert given.statistics == {"toy": stats["statistics"]["toy"]} != own.statistics
     np.testing.assert_allclose(given.grid.theta, own.grid.theta, rtol=1e-6)
     assert not np.allclose(given.grid.roll, own.grid.roll)
-    # The file lacks a dataset, or none is left for the grid: one sentence.
+    # The file lacks a dataset, or no dataset is left for the grid: one sentence.
     del stats["statistics"]["toy"]
     (tmp_path / "stats.json").write_text(json.dumps(stats))
     with pytest.raises(InputError, match="The statistics know another, but not the dataset 'toy'"):

@@ -1,4 +1,4 @@
-"""The stream out of a bucket is that off a disk: order, pixels, resume, several hosts, faults and their counts."""
+"""A stream from a bucket equals one from a disk: order, pixels, resuming, several hosts, faults and their counts."""
 
 import itertools
 import shutil
@@ -28,7 +28,7 @@ SKIP = {"policy": "skip", "limit": 100}
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """Two datasets of 24 frames, of which number 10 does not decode."""
+    """Two datasets of 24 frames; image number 10 of the first does not decode."""
     episodes = [make_episodes(6, seed=n, steps=(4, 4)) for n in range(2)]
     episodes[0][2][2]["observation"]["image"] = b"\0" * 100
     root = tmp_path_factory.mktemp("root")
@@ -39,8 +39,8 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def running(root):
-    """Serves `root`: its folder data is gs://data. A stream that a test leaves still reads ahead, so that the server
-    can be found until the last one ends."""
+    """Serves `root`; its folder `data` is gs://data. Streams that earlier tests abandoned still read ahead, so the
+    server stays up until the last test ends."""
     with range_server(root) as server, pytest.MonkeyPatch.context() as patch:
         for name, value in server.environment.items():
             patch.setenv(name, value)
@@ -50,7 +50,7 @@ def running(root):
 
 @pytest.fixture
 def server(running):
-    """It has no faults before and after."""
+    """The server, with its faults cleared before and after."""
     yield running
     running.set(fault="")
 
@@ -66,7 +66,7 @@ def configs(root, cache_dir, server):
 
 
 def damage(root, change):
-    """What undoes a change of the second dataset's second file, its frames 36 … 47."""
+    """Undoes a change to the second dataset's second file, frames 36 … 47."""
     file = sorted((root / "data" / "1" / "toy" / "1.0.0").glob("*.tfrecord*"))[1]
     copy = file.with_name("copy")
     shutil.copy2(file, copy)
@@ -76,7 +76,7 @@ def damage(root, change):
 
 @pytest.mark.parametrize("block", [1, pytest.param(5, marks=pytest.mark.slow)])
 def test_the_stream_is_that_of_a_disk(configs, server, block):
-    """Whatever the server does to single requests, and with the same counts of what was replaced."""
+    """Holds for any fault of single requests; the counts of replaced frames agree too."""
     loaders = {
         place: Loader(config | {"read_block": block, "shuffle_frames": 16}, image_size=SIZE, depth=True)
         for place, config in configs.items()
@@ -102,7 +102,7 @@ def rewrite(file):
 
 
 def draws(loader, count, seed, unreadable):
-    """→ (the first samples that can be read, how many are drawn for them)."""
+    """→ (the first readable samples, how many samples are drawn for them)."""
     starts, used, drawn = np.cumsum([0, *(index.num_frames for index in loader.indexes())]), [], 0
     for number in range(count):
         for attempt in itertools.count():
@@ -126,8 +126,8 @@ SLOW = [pytest.param(change, block, marks=pytest.mark.slow) for change in CHANGE
 
 @pytest.mark.parametrize(("change", "block"), [("deleted", 1), *SLOW])
 def test_an_object_that_changes_under_a_run(configs, root, change, block):
-    """Its frames are replaced and counted, as on a disk; without the policy the run ends with a sentence. A disk's file
-    that is another one with the same size ends a run; an object of another generation is indexed at the next start."""
+    """Its frames are replaced and counted, as on a disk; without that policy the run ends with one sentence. On a disk,
+    a changed file of the same size ends the run. In a bucket, the next start indexes a replaced object again."""
     fresh = {place: config | {"read_block": block, "shuffle_frames": 16} for place, config in configs.items()}
     loaders = {place: Loader(config, image_size=SIZE) for place, config in fresh.items()}
     strict = Loader(fresh["bucket"] | {"faults": {"policy": "fail"}}, image_size=SIZE)
@@ -145,7 +145,7 @@ def test_an_object_that_changes_under_a_run(configs, root, change, block):
         if change != "rewritten":
             for one, other in zip(take(loaders["disk"].batches(8, seed=5), 8), batches, strict=True):
                 assert_equal(one, other)
-            assert loaders["disk"].replaced() == replaced  # samples drawn = samples used + these
+            assert loaders["disk"].replaced() == replaced  # samples drawn = samples used + replaced ones
         with pytest.raises(InputError, match=rf"gs://data/1/.*the image cannot be read any more: .*{SAID[change]}"):
             take(strict.batches(8, seed=7, start_step=1), 12)
     finally:
@@ -153,7 +153,7 @@ def test_an_object_that_changes_under_a_run(configs, root, change, block):
 
 
 def test_throttling_that_lasts_is_no_fault_of_the_data(configs, server, monkeypatch):
-    """Frames that were left out for it would make the run another one."""
+    """Skipping frames because of an outage would change the run."""
     loader = Loader(configs["bucket"], image_size=SIZE)
     monkeypatch.setattr(retries, "PATIENCE", 0.02)
     server.set(fault="429", every=1, of="read")
@@ -164,20 +164,20 @@ def test_throttling_that_lasts_is_no_fault_of_the_data(configs, server, monkeypa
 
 @pytest.mark.slow
 def test_what_is_read_ahead_is_bounded(configs, server, monkeypatch):
-    """By bytes, but it is never less than a step."""
+    """The limit is in bytes, but at least one step is read ahead."""
     monkeypatch.setattr("spatialvla_jax.data.reader.choose_ahead", lambda *_: 1)
     batches = Loader(configs["bucket"] | {"read_block": 1}, image_size=SIZE).batches(8)
     eventually(lambda: not any("(run)" in thread.name for thread in threading.enumerate()))  # reads of earlier tests
     before = server.counts()["read"]
     next(batches)
-    assert 8 <= server.counts()["read"] - before <= 8 * 12  # those of its own queues, and one more step
+    assert 8 <= server.counts()["read"] - before <= 8 * 12  # its own queued requests, and one more step
 
 
 @pytest.mark.parametrize(
     "milliseconds, megabytes, block, ahead", [(0.2, 2000, 1, 4), (50, 200, 16, 20), (50, 1000, 64, 100), (200, 9, 2, 4)]
 )
 def test_choices(milliseconds, megabytes, block, ahead):
-    """For frames of 40 kB. As many bytes are under way as hide the latency; blocks let a few requests carry them."""
+    """For frames of 40 kB. Enough bytes are in flight to hide the latency; blocks keep requests few."""
     speed = Speed(1e-3 * milliseconds, 1e6 * megabytes)
     assert choose_block(speed, 40_000) == block
     assert choose_ahead(speed, 8 * 2**30) == pytest.approx(1e6 * ahead, rel=0.05)
@@ -185,7 +185,7 @@ def test_choices(milliseconds, megabytes, block, ahead):
 
 
 def test_blocks_are_chosen_and_said(configs, capfd, monkeypatch):
-    """One sentence says what was measured and chosen; what the config says is kept, and several hosts read frames."""
+    """One sentence reports measurement and choice. A value in the config wins; several hosts read single frames."""
     monkeypatch.setattr("spatialvla_jax.data.reader.measure", lambda files: Speed(0.05, 2e6))
     assert Loader(configs["bucket"], image_size=SIZE).mixture.block > 1
     said = capfd.readouterr().err

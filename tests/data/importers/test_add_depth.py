@@ -1,4 +1,4 @@
-"""`data depth`: the copied dataset, its resuming, and a model that reads the stored depth beside one that estimates."""
+"""`data depth`: the copied dataset, resuming, and a model on stored depth compared with one that estimates it."""
 
 import json
 import os
@@ -55,7 +55,7 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def lively(tmp_path_factory):
-    """The golden model with larger weights in ZoeDepth's heads: its own depth is flat to 2 mm, this one is not."""
+    """The golden model with larger weights in ZoeDepth's heads. The original's depth varies by only 2 mm."""
     read = read_checkpoint(MODEL)
 
     def amplified(path, leaf):
@@ -70,14 +70,14 @@ def lively(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def copied(source, lively, tmp_path_factory):
-    """The toy data with a model's depth."""
+    """The toy data with depth from a model."""
     out = tmp_path_factory.mktemp("copied")
     assert main(["data", "depth", str(source), *OPTIONS, "8", "--checkpoint", str(lively), "--out", str(out)]) == 0
     return out / "toy" / "1.0.0"
 
 
 def test_everything_stored_stays(source, copied):
-    """Every record begins with the source's bytes, and TFDS reads all features, the new one too."""
+    """Every record begins with the source's bytes, and TFDS reads all features, including the new one."""
     before, after = (tfds.builder_from_directory(path) for path in (source, copied))
     assert after.info.full_name == before.info.full_name
     assert (copied / "steps-task.labels.txt").read_text() == "kept\n"
@@ -100,12 +100,11 @@ def test_everything_stored_stays(source, copied):
 
 
 def test_model_on_stored_depth_sees_the_points_of_the_step(copied, lively, tmp_path):
-    """The 3-D points of the model with depth in the data beside those of the same weights with ZoeDepth inside.
+    """Compares the 3-D points of a model on stored depth with those of the same weights with ZoeDepth inside.
 
-    The stored map has the model's own size, so reading it (nearest) moves nothing and the two differ by the rounding
-    to millimetres alone: 0.5 mm a pixel, and no more for the mean over a cell of the area resize. x and y carry it in
-    proportion to their ray.
-    """
+    The stored map has the model's image size, so nearest-neighbour reading moves nothing. The two differ only by
+    rounding to millimetres: 0.5 mm a pixel, and no more for the mean over a cell of the area resize. In x and y the
+    error scales with the ray."""
     config = data_config(copied, cache_dir=tmp_path, precomputed_depth=True)
     batch = next(Loader(config, image_size=SIZE, depth=True).batches(8))
     model, params, _ = load_pretrained(lively)
@@ -117,15 +116,15 @@ def test_model_on_stored_depth_sees_the_points_of_the_step(copied, lively, tmp_p
         return depth, points, m.embed_image(image, None, intrinsics)
 
     depth, points, tokens = jax.jit(lambda p: model.apply({"params": p}, image, method=inside))(params)
-    assert float(depth.std()) > 100 * DEPTH_UNIT  # a constant would prove nothing
+    assert float(depth.std()) > 100 * DEPTH_UNIT  # a constant depth would prove nothing
     half = DEPTH_UNIT / 2 + 1e-5  # the step compiles to another order of sums than the command
     np.testing.assert_allclose(batch.depth, depth, rtol=0, atol=half)
     points = np.asarray(points).reshape(-1, 3)
     stored = np.asarray(back_project(batch.depth, intrinsics, model.config.img.patches_per_side)).reshape(-1, 3)
     rays = np.abs(points / points[:, 2:])
     assert (np.abs(stored - points) <= half * rays + 1e-5).all()
-    # And through the image part of the model with depth_source="dataset" and the same weights: of Ego3D's waves the
-    # shortest turns by 2^7 / 2 rad a metre, so by at most 0.032 rad.
+    # Repeat it through the image encoder with depth_source="dataset". Ego3D's shortest wave turns by 2^7 / 2 rad a
+    # metre, so a feature may differ by up to 0.032 rad.
     reader = SpatialVLA(replace(model.config, depth_source="dataset"))
     embed = jax.jit(lambda p: reader.apply({"params": p}, image, batch.depth, intrinsics, method="embed_image"))
     np.testing.assert_allclose(embed(params), tokens, rtol=0, atol=0.032 * float(jnp.abs(tokens).max()))
@@ -149,7 +148,7 @@ def test_batches_do_not_matter_and_the_far_is_counted(source, tmp_path):
 
 
 def test_goes_on_where_it_stopped(source, tmp_path):
-    """Killed in the middle of the second shard: the first stays as it is, and the end is that of an unbroken run."""
+    """Killed during the second shard: the first is kept, and the result equals that of an uninterrupted run."""
     calls = 0
 
     def dies(images):
@@ -195,7 +194,7 @@ def test_only_changed_shards_are_made_again(tmp_path):
 
 @pytest.mark.parametrize("damage", ["image", "record", "end"])
 def test_damaged_episodes_are_left_out_and_counted(tmp_path, damage):
-    """The other episodes of the shard keep their bytes, and each has the depth of its own frames."""
+    """The other episodes of the shard keep their bytes, and each has its own frames' depth."""
     episodes = make_episodes(3, steps=(2, 3))
     bad = 2 if damage == "end" else 1
     if damage == "image":
@@ -267,7 +266,7 @@ def test_bad_data(source, tmp_path):
 
 
 def test_zoedepth_alone_gives_the_same_weights(source, tmp_path, capsys):
-    """A ZoeDepth's own Hugging Face directory; it has no image size, so one must be named."""
+    """A ZoeDepth's own Hugging Face directory, which has no image size, so one must be given."""
     random_hf_model(TINY, 0).save_pretrained(tmp_path / "zoe")
     config, leaves, size = read_zoedepth(tmp_path / "zoe")
     assert config == TINY and size is None and leaves.keys() == read_zoedepth(MODEL)[1].keys()
@@ -279,7 +278,7 @@ def test_zoedepth_alone_gives_the_same_weights(source, tmp_path, capsys):
 
 
 def test_command(config_file, rlds, tmp_path, capsys, monkeypatch):
-    """By config and by directory; the manifest says what the depth was made with."""
+    """With a config and with a directory; the manifest records what made the depth."""
     monkeypatch.setattr(module, "depth_estimator", lambda config, arrays, dtype: (brightness, "a"))
     argv = ["data", "depth", "--checkpoint", str(MODEL), "--out"]
     assert main([*argv, str(tmp_path / "a"), "--config", str(config_file), "--split", "val"]) == 0

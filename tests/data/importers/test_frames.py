@@ -53,7 +53,7 @@ def test_other_arrays_are_no_frames(given, message):
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 def test_encoded_images(kind):
-    """Kept byte for byte; what is cut or damaged is a fault."""
+    """Valid images are kept byte for byte; truncated or damaged ones are faults."""
     data = encode_image(FRAMES[0], kind)
     assert check_encoded(data) is data
     for broken in (data[:-20], b"", FRAMES.tobytes(), encode_image(FRAMES[0], "BMP")):

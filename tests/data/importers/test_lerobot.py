@@ -35,7 +35,7 @@ from spatialvla_jax.errors import InputError
 
 
 def load(path: Path, cache: Path) -> Loader:
-    """The converted dataset, read with a spec of the user's own config; actions are left as they are."""
+    """The converted dataset, read with a spec in a user's config; actions are unchanged."""
     entry = {"name": "mine", "path": str(path), "spec": {"operations": [["clip_gripper", 0.0, 1.0]]}}
     prompt = {"length": 32, "vocab_size": 96}
     config = {"datasets": [entry], "cache_dir": str(cache), "workers": 1, "prompt": prompt}
@@ -68,7 +68,7 @@ def test_the_loader_reads_what_was_converted(tmp_path, version, video):
             assert episode.instruction == TASKS[number % 2]
             for step, image in enumerate(episode.frames.image):
                 wide = Image.fromarray(frame(WRIST, number, step)).resize((48, 48), Image.Resampling.LANCZOS)
-                assert psnr(image, np.asarray(wide)) > 32  # another frame or camera has less than 20
+                assert psnr(image, np.asarray(wide)) > 32  # another frame or camera scores below 20
                 seen += 1
             # The chunk stops at the episode's end, so the boundaries are right.
             left = np.minimum(LENGTHS[number] - np.arange(LENGTHS[number]), 4)
@@ -149,7 +149,7 @@ def test_an_interrupted_conversion_goes_on(tmp_path, monkeypatch, version):
 
 
 def test_one_episode_in_memory(tmp_path, monkeypatch):
-    """No episode is read before the one before it is on its way to the disk."""
+    """Each episode is written before the next one is read."""
     source = make_lerobot(tmp_path / "source", "v2.1", video=False)
     read, write, events = lerobot.read_episode, tf.io.TFRecordWriter.write, []
     monkeypatch.setattr(lerobot, "read_episode", lambda s, e: events.append("read") or read(s, e))
@@ -229,7 +229,7 @@ def test_rows_of_one_episode_must_be_together(tmp_path):
 
 
 def test_a_truncated_v3_video(tmp_path):
-    """The last episode of the file lacks its frames; the message names it, not its neighbours."""
+    """The last episode of the file lacks frames; the message names that episode, not its neighbours."""
     source = make_lerobot(tmp_path / "source", "v3.0", video=True)
     frames = [frame(FRONT, i, t) for i in range(3) for t in range(LENGTHS[i])]
     write_video(source / f"videos/{FRONT}/chunk-000/file-000.mp4", frames[:-2])
@@ -249,7 +249,7 @@ def test_command(tmp_path, capsys):
 
 
 def test_a_shard_whose_source_has_changed_is_made_again(tmp_path):
-    """The conversion stops at a bad episode; while it is mended, an episode that was done gets other actions."""
+    """The conversion stops at a bad episode. Before the rerun, an already converted episode gets other actions."""
     source = make_lerobot(tmp_path / "source", "v2.1", video=False)
     bad = source / "data/chunk-001/episode_000002.parquet"
     whole = bad.read_bytes()
@@ -267,7 +267,7 @@ def test_a_shard_whose_source_has_changed_is_made_again(tmp_path):
 
 
 def test_a_conversion_that_made_nothing_leaves_nothing(tmp_path):
-    """So the corrected call may have other options."""
+    """The corrected call may therefore use other options."""
     source = make_lerobot(tmp_path / "source", "v2.1", video=False)
     set_cells(source, 0, FRONT, [b""] * LENGTHS[0])
     with pytest.raises(InputError, match="episode 0"):
@@ -277,7 +277,7 @@ def test_a_conversion_that_made_nothing_leaves_nothing(tmp_path):
 
 
 def test_faulty_episodes_are_left_out_and_counted(tmp_path, capsys):
-    """One is damaged, one is not listed; a conversion that goes on counts what it had left out before."""
+    """One episode is damaged, one is not listed. A resumed conversion also counts what it skipped before."""
     import tensorflow_datasets as tfds
 
     source = make_lerobot(tmp_path / "source", "v2.1", video=False)
@@ -299,7 +299,7 @@ def test_faulty_episodes_are_left_out_and_counted(tmp_path, capsys):
 
 
 def test_a_conversion_that_goes_on_remembers_what_it_left_out(tmp_path, monkeypatch):
-    """The shard of the faulty episode alone holds nothing; the next call keeps it, and fails where it may not skip."""
+    """The faulty episode is alone in its shard, which is empty. A resumed call keeps it, and fails if it must not skip."""
     source = make_lerobot(tmp_path / "source", "v2.1", video=False)
     set_cells(source, 1, "action", [[1.0]] * LENGTHS[1])
     read, options = lerobot.read_episode, {"camera": FRONT, "frames_per_shard": 3}

@@ -1,4 +1,4 @@
-"""What LeRobot's tables and frames may look like, and what is refused."""
+"""The forms that LeRobot's tables and frames may have, and those that are refused."""
 
 import io
 import json
@@ -27,7 +27,7 @@ from spatialvla_jax.errors import Fault, InputError
 
 
 def as_pandas(columns: dict[str, list], index: str | dict) -> pa.Table:
-    """A table with what pandas writes of its index."""
+    """A table as pandas writes it, with an index."""
     return pa.table(columns).replace_schema_metadata({"pandas": json.dumps({"index_columns": [index], "columns": []})})
 
 
@@ -113,7 +113,7 @@ def test_deleted_episodes_and_missing_splits(tmp_path, numbers, splits, expected
 
 
 def test_pandas_floats_are_whole_numbers(tmp_path):
-    """pandas turns a column of whole numbers into floats as soon as a row lacks one."""
+    """pandas turns an integer column into floats as soon as one row lacks a value."""
     source = make_lerobot(tmp_path / "source", "v3.0", video=False)
     file = source / "meta/episodes/chunk-000/file-000.parquet"
     before = open_lerobot(source, FRONT)

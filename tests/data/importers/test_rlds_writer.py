@@ -83,7 +83,7 @@ def test_an_error_on_the_way_leaves_nothing_behind(tmp_path):
 
 @pytest.mark.parametrize("limit", [1000, 12_000])
 def test_a_full_disk_leaves_nothing_behind(tmp_path, limit):
-    """Where TFDS writes, and where TensorFlow does."""
+    """The disk fills up during TFDS's writes, and during TensorFlow's."""
     out = tmp_path / "toy"
     with no_room(limit), pytest.raises(InputError, match=f"^{out}/1.0.0 cannot be written: ") as failed:
         write(out, (("train", episode(4, seed)[0]) for seed in range(4)))

@@ -25,7 +25,7 @@ SPEC = {
 
 
 def trajectories(lengths=LENGTHS, encoded=True):
-    """As a dlimp pipeline gives them, images encoded or not."""
+    """Trajectories like a dlimp pipeline's, with images encoded or not."""
     for number, length in enumerate(lengths):
         pixels = RNG.integers(0, 256, (length, 20, 24, 3)).astype(np.uint8)
         images = np.asarray([encode_image(image, "PNG") for image in pixels], object) if encoded else pixels
@@ -54,7 +54,7 @@ def as_tf(items, kind=tf.data.Dataset):
 @pytest.mark.parametrize("kind", ["tf", "iterable", "dlimp"])
 @pytest.mark.parametrize("encoded", [True, False])
 def test_frames_come_back(tmp_path, kind, encoded):
-    """Images bit for bit, depth, actions and words; and it is a dataset that resumes like any other."""
+    """Images (bit for bit), depth, actions and instructions survive, and the dataset resumes like any other."""
     items = list(trajectories(encoded=encoded))
     calls = []
     data = as_tf(items) if kind == "tf" else items
@@ -132,7 +132,7 @@ def test_bad_function(function):
 
 
 def steps(image=None, length=3, **more):
-    """A trajectory with numbers for frames."""
+    """A trajectory whose frames are numbers."""
     pixels = np.random.default_rng(1).integers(0, 256, (length, 20, 24, 3)).astype(np.uint8)
     action = np.zeros((length, 7), np.float32)
     return {"image": pixels if image is None else image(pixels), "action": action, "text": ["go"] * length} | more
@@ -218,7 +218,7 @@ def validation(): return {"train": [{"a": np.zeros(3)}], "val": []}
     ],
 )
 def test_what_the_users_function_does_wrong(tmp_path, monkeypatch, capsys, function, message, own):
-    """Its own exception is shown with its traceback, from the user's file on; what is ours is one sentence."""
+    """The user's exception is shown with its traceback, from the user's file on; our own errors are one sentence."""
     (tmp_path / "users_pipeline.py").write_text(USERS)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "users_pipeline", raising=False)
