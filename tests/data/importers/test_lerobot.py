@@ -299,7 +299,7 @@ def test_faulty_episodes_are_left_out_and_counted(tmp_path, capsys):
 
 
 def test_a_conversion_that_goes_on_remembers_what_it_left_out(tmp_path, monkeypatch):
-    """The faulty episode is alone in its shard, which is empty. A resumed call keeps it, and fails if it must not skip."""
+    """The shard of the one faulty episode is empty. A resumed call keeps it, or fails if it must not skip."""
     source = make_lerobot(tmp_path / "source", "v2.1", video=False)
     set_cells(source, 1, "action", [[1.0]] * LENGTHS[1])
     read, options = lerobot.read_episode, {"camera": FRONT, "frames_per_shard": 3}
