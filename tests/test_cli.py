@@ -260,7 +260,7 @@ def test_evaluate_and_convert(trained: Path, config_file: Path, tmp_path: Path, 
 
 
 def test_a_failed_verification_ends_with_exit_code_1(trained: Path, tmp_path: Path, capsys, monkeypatch) -> None:
-    """Two tables of the export are turned upside down: its tokens differ, and the command says so."""
+    """Two tables of the export are turned upside down: its tokens differ, and the command reports it."""
     from safetensors.numpy import load_file, save_file
 
     from spatialvla_jax.export.convert import WRITERS

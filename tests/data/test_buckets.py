@@ -1,4 +1,4 @@
-"""Data in a bucket: what is read of it is what the same data gives on a local disk."""
+"""Data in a bucket reads like the same data on a local disk."""
 
 from pathlib import Path
 
@@ -31,7 +31,7 @@ def read(path, split: str) -> list[dict[str, np.ndarray]]:
 
 
 def test_episodes_are_the_same(bucket, rlds: Path, monkeypatch):
-    """In small parts, with faults of every kind."""
+    """Reads in small parts, with faults of every kind."""
     url = bucket.upload(rlds, "toy/1.0.0")
     monkeypatch.setattr(storage, "PART", 60_000)
     for fault in ({"status": 503, "every": 3}, {"status": 429, "every": 5}, {"cut": True, "every": 4}):
@@ -45,7 +45,7 @@ def test_episodes_are_the_same(bucket, rlds: Path, monkeypatch):
 
 @pytest.mark.slow
 def test_batches_are_the_same(bucket, config_file: Path, rlds: Path, tmp_path):
-    """Of a run's loader, while every kind of fault is mended: nothing is left out or read twice."""
+    """A run's loader, while every kind of fault is retried: nothing is skipped or read twice."""
     url = bucket.upload(rlds, "toy/1.0.0")
     config = load_config(config_file)
     local = open_data(config)
@@ -141,7 +141,7 @@ def test_statistics_and_packed_data(gcs, packed_config: Path, tmp_path, capsys):
     write_json(statistics, {"statistics": local.statistics, "gaussians": {}})
     config.data.update(packed=str(pack), statistics=str(statistics), cache_dir=str(tmp_path))
     for content in (storage.read_bytes(pack), storage.read_bytes(pack)):
-        storage.put(pack, content)  # a new object; the old copy goes
+        storage.put(pack, content)  # a new object replaces the old copy
         remote = open_data(config)
         assert "toy.pack" in capsys.readouterr().err
         gcs.proxy.requests.clear()

@@ -1,8 +1,8 @@
-"""Every entry of the catalogue reads episodes of its dataset's true features as computed by hand.
+"""Every entry of the catalogue, on episodes with its dataset's published features: what it reads equals values worked
+out by hand.
 
-Inputs are chosen so that each number says where it is from: column c of a step is c + step / 100. Everything that an
-entry should not read is random, and texts and images hold their own keys.
-"""
+Inputs encode their origin: column c of a step is c + step / 100. Everything that an entry should not read is random,
+and texts and images contain their own keys."""
 
 import dataclasses
 from typing import Any
@@ -35,7 +35,7 @@ def rows(*parts):
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What goes in under some keys, and what must come out."""
+    """Values to write under some keys, and the results to expect."""
 
     inputs: dict[str, Any]
     action: Any
@@ -56,7 +56,7 @@ RELATIVE = (0, 1, 0, -1), (1, 0, 0, 1)
 BINARIZED = (1, 0.5, 0.02, 0.6), (1, 0, 0, 0.6)
 FLAG = (1, 0, 1, 1), (1, 0, 1, 1)
 
-# Turns of 0.2 about x, -0.3 about y, 0.4 about z, and 0.4 about x with a quarter turn about z after it.
+# Rotations of 0.2 about x, -0.3 about y and 0.4 about z, and of 0.4 about x followed by a quarter turn about z.
 S, C, D = np.sqrt(0.5), np.cos(0.2), np.sin(0.2)
 QUATERNIONS = (
     (np.sin(0.1), 0, 0, np.cos(0.1)),
@@ -65,7 +65,7 @@ QUATERNIONS = (
     (S * D, S * D, S * C, S * C),
 )
 EULERS = (0.2, 0, 0), (0, -0.3, 0), (0, 0, 0.4), (0.4, 0, np.pi / 2)
-HALF = np.arccos(S * C)  # half the angle of the last one, whose axis its quaternion gives
+HALF = np.arccos(S * C)  # half the angle of the last rotation; its quaternion gives the axis
 TURNS = *EULERS[:3], tuple(2 * HALF / np.sin(HALF) * np.asarray(QUATERNIONS[3][:3]))  # the same as axis-angles
 
 SQUARES = np.asarray([0, 1, 4, 9])[:, None]  # poses whose differences are 1, 3, 5
@@ -120,7 +120,7 @@ def droid(image, kept):
 
 
 def words(text):
-    """512 byte values, with something after the end that is no part of the text."""
+    """512 byte values; those after the end are not part of the text."""
     values = [*text.encode(), 0, 33]
     return values + [0] * (512 - len(values))
 
@@ -255,7 +255,7 @@ CASES: dict[str, Case] = {
 
 
 def leaf(tree, path):
-    """(dict that holds it, its key) of the leaf at `path`; keys may hold slashes themselves."""
+    """(the dict that holds the leaf at `path`, its key); keys may contain slashes."""
     head = next(key for key in tree if path == key or path.startswith(f"{key}/"))
     return (tree, head) if head == path else leaf(tree[head], path[len(head) + 1 :])
 
@@ -265,7 +265,7 @@ def split_steps(tree, step):
 
 
 def make(name, inputs=(), count=1):
-    """`count` episodes of the dataset's features with `inputs` in them, and the values of each."""
+    """`count` episodes with the dataset's features and `inputs`, and each one's values."""
     for number in range(count):
         length = max((len(value) for value in dict(inputs).values()), default=4)
         steps = random_steps(FEATURES[name], length, np.random.default_rng(number))
@@ -277,7 +277,7 @@ def make(name, inputs=(), count=1):
 
 
 def read(folder, name, episodes, spec, *options):
-    """What `spec` reads of a file of such episodes, and the file's bytes."""
+    """What `spec` reads from a file of these episodes, and the file's bytes."""
     features, count = tfds_features(FEATURES[name]), len(episodes)
     path = make_rlds(folder, {"train": episodes}, step_features=features, episodes_per_shard=count)
     (file,) = path.glob("*.tfrecord*")
@@ -328,7 +328,7 @@ def test_episodes_without_language_are_left_out(name, tmp_path):
 
 
 def test_one_of_two_cameras(tmp_path):
-    """Every episode of DROID has one of the two outer cameras, and half of them the other one."""
+    """Every episode of DROID uses one of its two external cameras, about half of them the second."""
     made = [steps for steps, _ in make("droid", {"action_dict/gripper_position": np.full(4, 0.5)}, count=32)]
 
     def cameras(folder):
@@ -347,7 +347,7 @@ def test_one_of_two_cameras(tmp_path):
 def test_depth_belongs_to_the_first_camera(tmp_path):
     name = "maniskill_dataset_converted_externally_to_rlds"
     ((steps, _),) = make(name, CASES[name].inputs)
-    wrists = ("observation/wrist_image",) * 9  # one of ten cameras would hardly be the first by chance
+    wrists = ("observation/wrist_image",) * 9  # ten random choices would hardly all be the first
     spec = dataclasses.replace(CATALOGUE[name], other_images=wrists)
     (episode,), stored = read(tmp_path, name, [steps], spec)
     offset, length, _ = episode["image"][0].tolist()

@@ -1,4 +1,5 @@
-"""An index, statistics and packed files belong to the data, the spec and the program as they are now."""
+"""Indexes, statistics and packed files are used only with the data, spec and program version that they were made
+from."""
 
 import dataclasses
 import json
@@ -29,7 +30,7 @@ SIZE = 16
 
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory) -> tuple[Path, Path]:
-    """25 episodes in 9 files, and the same pictures and words with other actions: files of the same sizes."""
+    """25 episodes in 9 files, and a second copy with other actions but files of the same sizes."""
     one, two = (make_episodes(25, size=(8, 8), steps=(2, 4)) for _ in range(2))
     for step in (step for episode in two for step in episode):
         step["action"] = step["action"] * np.float32(-0.5)
@@ -41,7 +42,7 @@ def originals(tmp_path_factory) -> tuple[Path, Path]:
 
 @pytest.fixture
 def data(originals, tmp_path) -> Path:
-    """A copy of the first, with its times."""
+    """A copy of the first dataset that keeps its file times."""
     return Path(shutil.copytree(originals[0], tmp_path / "data" / "toy" / "1.0.0"))
 
 
@@ -135,11 +136,11 @@ def test_changed_data_is_indexed_anew(originals, data, tmp_path, capsys, change)
     assert index.statistics != before.statistics
     assert_same(index, load(data, tmp_path / "fresh"))
     assert_same(index, load(data, tmp_path / "cache")) and not capsys.readouterr().err
-    assert len(list((tmp_path / "cache").iterdir())) == 1  # in the place of the old one, with nothing beside it
+    assert len(list((tmp_path / "cache").iterdir())) == 1  # it replaces the old one
 
 
 def test_datasets_of_one_name_are_kept_apart(originals, tmp_path, capsys):
-    """Also where sizes and times are the same, and where a link leads to one and then to the other."""
+    """Holds for equal sizes and times, and for a link that leads to one dataset and then to the other."""
     paths = [tmp_path / "a" / "toy" / "1.0.0", tmp_path / "b" / "toy" / "1.0.0"]
     for path, original in zip(paths, originals, strict=True):
         shutil.copytree(original, path)
@@ -151,12 +152,12 @@ def test_datasets_of_one_name_are_kept_apart(originals, tmp_path, capsys):
         link.symlink_to(path)
         assert_same(load(link, tmp_path / "cache"), load(path, tmp_path / "fresh"))
     assert len(list((tmp_path / "cache").iterdir())) == 2 and "again" not in capsys.readouterr().err
-    assert load(paths[0], tmp_path / "cache", split="train[:50%]").num_read == 12  # nor do parts of a split mix
+    assert load(paths[0], tmp_path / "cache", split="train[:50%]").num_read == 12  # parts of a split are kept apart too
     assert load(paths[0], tmp_path / "cache").num_read == 25
 
 
 def test_a_repaired_file_is_used_again(data, tmp_path):
-    """Whether it was damaged, cut, or could not be read (which no time shows)."""
+    """The file was damaged, truncated or unreadable; its time does not show the last of these."""
     file = shards(data)[4]
     content, damaged = file.read_bytes(), bytearray(file.read_bytes())
     damaged[len(content) // 2] ^= 1
@@ -183,8 +184,7 @@ def test_a_repaired_file_is_used_again(data, tmp_path):
 
 @pytest.mark.parametrize("policy", ["fail", "skip"])
 def test_a_record_that_only_its_checksum_shows(originals, data, tmp_path, policy):
-    """It is none of those that a start compares: reading one of its frames ends the stream, and the next start indexes
-    the data anew."""
+    """A start does not compare this record. Reading one of its frames ends the stream; the next start indexes again."""
     config = data_config(data, cache_dir=tmp_path / "cache", faults={"policy": policy, "limit": 9})
     loader = Loader(config, image_size=SIZE)
     file, other = shards(data)[3], shards(originals[1])[3].read_bytes()
@@ -201,7 +201,7 @@ def test_a_record_that_only_its_checksum_shows(originals, data, tmp_path, policy
 
 
 def test_a_frame_that_only_its_checksum_shows(data, tmp_path):
-    """A flipped byte of a picture that still decodes, after indexing."""
+    """After indexing, a byte flips in a picture, which still decodes."""
     config = data_config(data, cache_dir=tmp_path / "cache", faults={"policy": "skip", "limit": 9})
     loader = Loader(config, image_size=SIZE)
     (index,) = loader.indexes()
@@ -245,7 +245,7 @@ def test_records_beyond_shard_lengths(data, tmp_path, capsys):
     assert load(data, tmp_path / "cache", split="train[:12]").num_read == 12  # a part that ends before
     change_info(data, [3] * 8 + [1])
     assert load(data, tmp_path / "cache").num_read == 25
-    file.write_bytes(file.read_bytes() + b"\0" * 40)  # no records, but more than there should be
+    file.write_bytes(file.read_bytes() + b"\0" * 40)  # no records, but more bytes than there should be
     with pytest.raises(InputError, match=rf"file {file}, episode 3: .* this is one more"):
         load(data, tmp_path / "cache")
     assert load(data, tmp_path / "cache", SKIP).skipped == {"unlisted": 1}
@@ -259,7 +259,7 @@ def test_shard_lengths_beyond_the_records(data, tmp_path):
 
 
 def test_files_that_are_not_listed(data, tmp_path, capsys):
-    """TFDS does not read them either; both a file too many and one that should be empty."""
+    """TFDS does not read them either: one extra file, and one file that should be empty."""
     load(data, tmp_path / "cache")
     assert "lists no episodes" not in capsys.readouterr().err
     change_info(data, [3] * 7 + [0])
@@ -272,7 +272,7 @@ def test_files_that_are_not_listed(data, tmp_path, capsys):
 
 
 def halved(episode, *_):
-    """Another meaning of a known name."""
+    """A known name with another meaning."""
     return episode | {"action": episode["action"] * np.float32(0.5)}
 
 
@@ -286,7 +286,7 @@ def test_another_meaning_of_an_operation(data, tmp_path, monkeypatch, capsys):
 
 
 def test_digest_of_operations(monkeypatch, tmp_path):
-    """It follows the functions and constants that an operation uses; words about it make no difference."""
+    """It depends on the functions and constants that an operation uses, not on its comments and docstrings."""
     axes = (("to_euler", "quaternion"),)
     digest = operations.code_digest(axes)
     assert digest == operations.code_digest(axes) != operations.code_digest((("invert_gripper",),))
@@ -309,7 +309,7 @@ def test_digest_of_operations(monkeypatch, tmp_path):
 
 
 def test_a_damaged_index_is_made_anew(data, tmp_path, capsys):
-    """A file of it cut, zeroed, gone or a directory; meta.json also with other content that parses."""
+    """A file of the index is truncated, zeroed, missing or a directory; meta.json may also have other valid content."""
     cache = tmp_path / "cache"
     expected = load(data, tmp_path / "fresh")
     load(data, cache)
@@ -365,7 +365,7 @@ def test_a_cache_that_cannot_be_written(data, tmp_path):
 
 
 def test_a_full_disk(data, tmp_path):
-    """Nothing half-written is left, and with room again it works."""
+    """No partial file is left, and a rerun succeeds once there is room."""
     message = rf"cannot be kept in {tmp_path}/cache .*and has room"
     with no_room(1000), pytest.raises(InputError, match=message):
         load(data, tmp_path / "cache")
@@ -374,7 +374,7 @@ def test_a_full_disk(data, tmp_path):
 
 
 def test_home_folders(data, tmp_path, monkeypatch):
-    """~ is the user's; where there is none, the sentence says what to set. A URL is no folder."""
+    """~ is the user's home; without one, the message says what to set. A URL is not a folder."""
     monkeypatch.setenv("HOME", str(tmp_path))
     config = data_config(Path("~/data/toy/1.0.0"), cache_dir=Path("~/kept"))
     assert Loader(config, image_size=SIZE).num_frames() and (tmp_path / "kept").is_dir()
@@ -425,7 +425,7 @@ def test_statistics_of_other_data(originals, data, stats, tmp_path, capsys):
 
 
 def test_statistics_of_another_spec(data, stats, tmp_path, capsys):
-    """An error before anything is indexed; what does not change the actions is none, and an old file a warning."""
+    """Raises before anything is indexed. Changes that do not affect actions pass, and an old file only warns."""
     cache = tmp_path / "cache"
     config = data_config(data, cache_dir=cache, statistics=str(stats))
     (entry,) = config["datasets"]

@@ -1,4 +1,4 @@
-"""What damaged data does to indexing and to a running stream, under both policies."""
+"""How indexing and a running stream treat damaged data, under both policies."""
 
 import dataclasses
 import itertools
@@ -56,7 +56,7 @@ def damage_camera(step, camera):
     return change
 
 
-# (what happens to the episodes before they are written, reason, part of the sentence); it is always episode 1
+# (change to the episodes before they are written, reason, part of the message); always episode 1
 DAMAGE = {
     "nan": (damage_action(np.nan), "not finite", "step 1 has the action value nan in dimension [4]"),
     "infinite": (damage_action(-np.inf), "not finite", "step 1 has the action value -inf in dimension [4]"),
@@ -84,7 +84,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize("case", DAMAGE)
 def test_damaged_episode(tmp_path, case):
-    """`fail` names it and writes nothing; `skip` counts it, and the others are as they would be without it."""
+    """`fail` names the fault and writes nothing; `skip` counts it, and the other episodes are unaffected."""
     change, reason, sentence = DAMAGE[case]
     episodes = make_episodes(5, steps=(3, 6))
     whole = [len(steps) for steps in episodes]
@@ -99,7 +99,7 @@ def test_damaged_episode(tmp_path, case):
     assert index.skipped == {reason: 1} and (index.num_read, index.num_episodes) == (5, 4)
     assert np.diff(index.arrays["episode_end"], prepend=0).tolist() == whole[:1] + whole[2:]
     assert index.arrays["episode_number"].tolist() == [0, 2, 0, 1]
-    # What is cached now is an index with a fault: `fail` says so without reading again.
+    # The cached index now has a fault: `fail` reports it without reading the data again.
     with pytest.raises(InputError, match="episode 1"):
         load_index("toy", path, STRICT, "train", tmp_path / "cache")
     with pytest.raises(
@@ -117,7 +117,7 @@ def flip(data: bytearray, place: int) -> bytearray:
     return data
 
 
-# (what happens to the first file's bytes, given its three records; reasons; episodes that are left of it)
+# (change to the first file's bytes, given its three records; reasons; episodes left in it)
 FILES = {
     "payload": (lambda data, r: flip(data, r[1][0] + 30), {"checksum": 1}, [0, 2]),
     "payload checksum": (lambda data, r: flip(data, r[1][0] + r[1][1] + 1), {"checksum": 1}, [0, 2]),
@@ -157,7 +157,7 @@ def one_file(tmp_path_factory):
 @given(st.lists(st.floats(0, 1, exclude_max=True), max_size=3), st.none() | st.floats(0, 1), st.integers(1, 255))
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_read_is_used_and_skipped_whatever_is_damaged(one_file, tmp_path_factory, places, cut, mask):
-    """Any bytes flipped and the file cut anywhere: no episode is lost silently, and those that are used are intact."""
+    """For any flipped bytes and any truncation, no episode is lost silently, and those that are used are intact."""
     path, file, original = one_file
     cache = tmp_path_factory.mktemp("cache")
     try:
@@ -219,7 +219,7 @@ def test_bad_policy(rlds, tmp_path, faults):
 
 
 def test_one_step_episodes_train(tmp_path):
-    """They are valid: every one of them comes, its chunk filled up with neutral actions."""
+    """They are valid: all of them are sampled, their chunks padded with neutral actions."""
     path = make_rlds(tmp_path, {"train": make_episodes(6, steps=(1, 1))})
     loader = Loader(data_config(path, cache_dir=tmp_path / "cache"), image_size=SIZE)
     batch = next(loader.batches(6))
@@ -233,7 +233,7 @@ def test_one_step_episodes_train(tmp_path):
 
 @pytest.fixture
 def damaged(tmp_path):
-    """Two datasets, of which some images do not decode; the numbers of these frames."""
+    """Two datasets in which some images do not decode, and the numbers of these frames."""
     episodes = [make_episodes(6, seed=n, steps=(4, 4)) for n in range(2)]
     broken = {3: "undecodable image", 10: "undecodable image", 31: "undecodable image"}
     for number in broken:
@@ -243,7 +243,7 @@ def damaged(tmp_path):
 
 
 def vanish(config, broken):
-    """Also without one of the second dataset's files: its frames 36 … 47."""
+    """Also remove one of the second dataset's files: frames 36 … 47."""
     sorted(Path(config["datasets"][1]["path"]).glob("*.tfrecord*"))[1].unlink()
     broken |= {number: "unreadable file" for number in range(36, 48)}
 
@@ -254,7 +254,7 @@ def load_and_take(config, count, **arguments):
 
 
 def expected(loader, broken, steps, batch_size):
-    """The ids, drawn one by one, and what was replaced on the way."""
+    """The ids, drawn one by one, and the replacements on the way."""
     from spatialvla_jax.data import mixture
 
     ids, replaced = np.empty((steps, batch_size), int), Counter()
@@ -272,11 +272,11 @@ def expected(loader, broken, steps, batch_size):
 
 @pytest.mark.parametrize("block", [1, 4])
 def test_replaced_frames(damaged, block):
-    """Batches stay full; every sample that falls on a broken frame is drawn again by a rule of its number alone, so
-    resumed and distributed streams are the same; and the counts are those of the draws."""
+    """Batches stay full. A sample on a broken frame is redrawn by a function of its number alone, so resumed and
+    distributed streams agree. The counts are those of the draws."""
     config, broken = damaged
     config |= {"read_block": block, "shuffle_frames": 16}
-    Loader(config, image_size=SIZE)  # indexed before the file is gone
+    Loader(config, image_size=SIZE)  # index it before the file is removed
     whole_index = Loader(config, image_size=SIZE)
     stream = partial(whole_index.batches, 8, seed=5)
     begun = stream()
@@ -293,7 +293,7 @@ def test_replaced_frames(damaged, block):
 
 
 def test_another_process_finds_the_same(damaged):
-    """A fresh loader that knows of no broken frame yet, started in the middle."""
+    """A fresh loader that knows no broken frames yet starts in the middle."""
     config, _ = damaged
     loader, batches = load_and_take(config, 9)
     later, resumed = load_and_take(config, 4, start_step=5)
@@ -318,10 +318,10 @@ def test_dataset_that_vanishes_altogether(tmp_path):
     stream = loader.batches(8, seed=5)
     next(stream)
     for file in paths[0].glob("*.tfrecord*"):
-        os.truncate(file, 0)  # an open file would still be there
+        os.truncate(file, 0)  # an open file would still be readable
     shutil.rmtree(paths[0])
     batches = take(stream, 20)
-    assert all((batch.dataset_id == 1).all() for batch in batches[10:])  # what was read ahead is long used
+    assert all((batch.dataset_id == 1).all() for batch in batches[10:])  # everything read ahead has been used
     assert all(reason == "unreadable file" and name == "toy0" for name, reason in loader.replaced())
     shutil.rmtree(paths[1])
     with pytest.raises(InputError, match="no readable frame"):
@@ -344,7 +344,7 @@ def test_validation_without_broken_frames(damaged):
 
 
 def test_slow_disk(rlds, tmp_path, monkeypatch):
-    """The stream waits, in order and complete, and the wait is where a run measures it: in `next`."""
+    """The stream waits and then continues in order. A run measures the wait in `next`."""
     config = data_config(rlds, cache_dir=tmp_path)
     fast = take(Loader(config, image_size=SIZE).batches(4), 5)
     pread, disk = os.pread, threading.Event()
@@ -359,8 +359,7 @@ def test_slow_disk(rlds, tmp_path, monkeypatch):
 
 
 def test_a_run_logs_what_it_skipped(tmp_path, config_file):
-    """Episodes that indexing left out and samples that were replaced are in the metrics of the run, the time that it
-    waited for data in TensorBoard."""
+    """The metrics count episodes skipped by indexing and replaced samples; TensorBoard shows the time spent waiting."""
     from spatialvla_jax.config import load_config
     from spatialvla_jax.training.loop import train
 
@@ -368,7 +367,7 @@ def test_a_run_logs_what_it_skipped(tmp_path, config_file):
     damage_action(np.nan)(episodes)
     episodes[2][1]["observation"]["image"] = b"\0" * 100
     path = make_rlds(tmp_path, {"train": episodes})
-    # The program of the fixture `trained`.
+    # same program as the fixture `trained`
     config = load_config(config_file, {"train.steps": "10", "mesh.fsdp": "4", "mesh.data": "2"})
     config.data.datasets = [{"name": "toy", "spec": "libero", "path": str(path), "weight": 1.0}]
     config.data.update(cache_dir=str(tmp_path / "cache"), faults={"policy": "skip", "limit": 5})

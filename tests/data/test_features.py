@@ -1,4 +1,4 @@
-"""Datasets with features of every kind: each is read as it was written, or refused in one sentence."""
+"""Datasets with features of every kind are read as written, or refused in one sentence."""
 
 import io
 import re
@@ -24,10 +24,10 @@ LABELS = ["open it", "close it"]
 
 
 class Kind(NamedTuple):
-    """A feature, the value that it stores of what a step holds, and what the error says where it is refused."""
+    """A feature, the value it stores from a step's content, and the error message if it is refused."""
 
     feature: Any
-    store: Any = None  # a function of the step's pixels, texts or action; None: as they are
+    store: Any = None  # a function of the step's pixels, texts or action; None: unchanged
     refused: str = ""
 
 
@@ -35,7 +35,7 @@ def image(shape, dtype=np.uint8, coding="png"):
     return F.Image(shape=shape, dtype=dtype, encoding_format=coding)
 
 
-# A step holds pixels u8[8, 6, 3], texts (three; the first counts) and an action f32[7].
+# A step has pixels u8[8, 6, 3], three texts (only the first counts) and an action f32[7].
 IMAGES = {
     "png": Kind(image((8, 6, 3))),
     "any size": Kind(image((None, None, 3))),
@@ -106,7 +106,7 @@ KEYS = {"image": IMAGES, "words": WORDS, "action": ACTIONS}
 
 
 def write(folder: Path, kinds: dict[str, Kind], lengths: list[int], seed: int) -> tuple[Path, list[dict[str, Any]]]:
-    """A dataset of such features, with episodes of these lengths, and what each of its steps stores."""
+    """A dataset with these features and episode lengths, and what each of its steps stores."""
     rng = np.random.default_rng(seed)
     steps = []
     for number in range(sum(lengths)):
@@ -127,13 +127,13 @@ def flat(value: Any) -> list[str]:
 
 
 def rgb(stored: Any) -> np.ndarray:
-    """What is seen of a stored picture."""
+    """The pixels that a reader sees of a stored picture."""
     pixels = np.asarray(Image.open(io.BytesIO(stored)).convert("RGB")) if isinstance(stored, bytes) else stored
     return np.broadcast_to(pixels[..., :3], (8, 6, 3))
 
 
 def check(folder: Path, image: str, words: str, action: str, which: str, lengths: list[int], seed: int) -> bool:
-    """Writes such a dataset and reads it; whether it could be read."""
+    """Write a dataset with these features and read it; returns whether it could be read."""
     kinds = {"image": IMAGES[image], "words": WORDS[words], "action": ACTIONS[action]}
     path, steps = write(folder, kinds, lengths, seed)
     refused = [kind.refused for kind in kinds.values() if kind.refused]
@@ -176,7 +176,7 @@ def test_item_of_a_list(tmp_path, words, which):
 
 
 def fuzz(folder: Path, examples: int) -> None:
-    """Never another exception than InputError, never a wrong sample, nothing left behind."""
+    """Only InputError may be raised. No sample is wrong, and nothing is left behind."""
     counts: Counter[bool] = Counter()
 
     def kinds(known: dict[str, Kind]) -> st.SearchStrategy[str]:

@@ -15,7 +15,7 @@ PIXELS = RNG.integers(0, 256, (48, 64, 3)).astype(np.uint8)
 
 @pytest.mark.parametrize("size", [20, 48, 96])
 def test_resize_is_the_one_that_a_jitted_policy_does(size):
-    """Training decodes with TensorFlow and a policy resizes with JAX: the same antialiased Lanczos."""
+    """Training decodes with TensorFlow, and a policy resizes with JAX: both use the same antialiased Lanczos."""
     image, stored = decode_image(encode_image(PIXELS, "PNG"), size)
     resized = jax.image.resize(PIXELS.astype(np.float32), (size, size, 3), "lanczos3", antialias=True)
     expected = np.clip(np.round(np.asarray(resized)), 0, 255)
@@ -50,7 +50,7 @@ def test_depth_is_nearest_in_metres():
 
 
 def test_intrinsics_keep_a_point_where_it_is():
-    """A pixel's position relative to the image is the same before and after."""
+    """A pixel's position relative to the image is unchanged."""
     intrinsics = np.asarray([[600.0, 0, 300], [0, 500, 250], [0, 0, 1]], np.float32)
     point = np.asarray([0.1, -0.2, 1.5])
     scaled = scale_intrinsics(intrinsics, (480, 640), (224, 224))

@@ -30,7 +30,7 @@ def read(index, key, frame):
 
 
 def test_equals_what_tfds_reads(rlds, tmp_path):
-    """Every frame's bytes, action, camera, language and episode, in the stored order."""
+    """Checks every frame's bytes, action, camera, language and episode, in stored order."""
     index = load_index("toy", rlds, LIBERO, "train", tmp_path)
     builder = tfds.builder_from_directory(rlds)
     skip = {"steps": {"observation": {"image": tfds.decode.SkipDecoding(), "depth": tfds.decode.SkipDecoding()}}}
@@ -64,12 +64,12 @@ def test_is_made_once(rlds, tmp_path):
     assert len(calls) == 3
     load_index(
         "toy", rlds, DatasetSpec(operations=LIBERO.operations), "train", tmp_path
-    )  # what reads otherwise is another index
+    )  # another spec gets another index
     assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_made_twice_at_once(rlds, tmp_path, monkeypatch):
-    """Two processes may make the same index: one of them wins, and both read it."""
+    """Two processes may make the same index at once: one wins, and both read it."""
     from spatialvla_jax.data import index_cache as module
 
     original = os.replace
@@ -224,7 +224,7 @@ def test_missing_shard(tmp_path):
 
 
 def together(count, work):
-    """`work(processes)` by so many threads, as processes of a run → what each one returns."""
+    """Call `work(processes)` in this many threads, as processes of a run; returns their results."""
     barrier, given = threading.Barrier(count), [b""] * count
 
     def gather(index, data):
@@ -251,8 +251,8 @@ def files(folder):
 
 @pytest.mark.parametrize("common", [False, True])
 def test_processes_divide_the_shards(rlds, tmp_path, common):
-    """Each of two reads its shards and no other, and both have the index that one process makes, bit for bit, in
-    folders of their own or in one. Who comes with an empty disk gets it from the other; nothing is read again."""
+    """Each of two processes reads only its shards. Both get the index that a single process makes, bit for bit, in
+    shared or separate folders. A process with an empty disk gets it from the other, and nothing is read again."""
     read = []
 
     def counted(source, number):
@@ -286,8 +286,8 @@ def test_a_fault_ends_every_process(tmp_path):
 
 
 def test_bytes_a_frame(tmp_path):
-    """At most 48 with one image and 12 more with depth, where episodes are as short as they get in practice; no more
-    than that where intrinsics change once."""
+    """At most 48 bytes with one image and 12 more with depth, for the shortest realistic episodes. Intrinsics that
+    change only once add nothing."""
     episodes = make_episodes(3, size=(8, 8), steps=(40, 40))
     for step in episodes[1][20:]:
         step["observation"]["intrinsics"] = step["observation"]["intrinsics"] * np.asarray(
@@ -303,7 +303,7 @@ def test_bytes_a_frame(tmp_path):
 
 
 def test_places_of_frames_from_the_file(rlds, tmp_path, monkeypatch):
-    """Arrays that are too large to be kept in memory give the same rows."""
+    """Arrays too large to keep in memory give the same rows."""
     index = load_index("toy", rlds, LIBERO, "train", tmp_path)
     monkeypatch.setattr(index_cache, "_HELD", {})
     monkeypatch.setattr(index_cache, "_HELD_OTHERS", 0)

@@ -1,4 +1,4 @@
-"""Indexes that are kept in a bucket, and data that lies in one."""
+"""Indexes in a bucket, and data in a bucket."""
 
 from pathlib import Path
 
@@ -23,15 +23,15 @@ def unread(source, number):
 
 
 def on_a_host(name, tmp_path, monkeypatch, load):
-    """`load()` on a host with a disk of its own → what it gives, and the index's files there."""
+    """The result of `load()` on a host with its own disk, and the index files on that disk."""
     monkeypatch.setenv("HOME", str(tmp_path / name))
     index = load()
     return index, {file.name: file.read_bytes() for file in Path(index.directories[0]).iterdir()}
 
 
 def test_hosts_copy_the_index_of_a_bucket(bucket, rlds, tmp_path, monkeypatch, capsys):
-    """The first one puts it there; the next copies it, says how large it is, and has the same bits; a
-    start with a copy reads none of it. What is damaged, or has no meta.json, does not count."""
+    """The first host uploads the index. The next host copies it, reports its size, and has the same bits. A start that
+    has a copy reads nothing. An index that is damaged or lacks meta.json does not count."""
     cache = to_path(f"{bucket.url}/index")
 
     def load(read=read_shard):
@@ -47,14 +47,14 @@ def test_hosts_copy_the_index_of_a_bucket(bucket, rlds, tmp_path, monkeypatch, c
     del bucket.proxy.requests[:]
     assert on_a_host("two", tmp_path, monkeypatch, lambda: load(unread))[1] == made
     assert not [request.line for request in bucket.proxy.requests if ".bin" in request.line]
-    # a host that has an index puts it where the bucket has none, or another one
+    # a host that has an index uploads it if the bucket has none, or a different one
     for meta in (None, made["meta.json"].replace(b'"fault": ""', b'"fault": 0')):
         storage.remove(cache / folder / "meta.json") if meta is None else storage.put(
             cache / folder / "meta.json", meta
         )
         on_a_host("two", tmp_path, monkeypatch, lambda: load(unread))
         assert storage.read_bytes(cache / folder / "meta.json") == made["meta.json"]
-    # damaged, then cut short: made again from the data, and put in its place
+    # a damaged or truncated index is made again from the data and replaced
     storage.put(cache / folder / "action.bin", b"\0" * len(made["action.bin"]))
     assert on_a_host("three", tmp_path, monkeypatch, load)[1] == made
     assert "the checksum of action.bin is wrong" in capsys.readouterr().err
@@ -66,8 +66,8 @@ def test_hosts_copy_the_index_of_a_bucket(bucket, rlds, tmp_path, monkeypatch, c
 
 
 def test_data_in_a_bucket(gcs, rlds, tmp_path):
-    """The same index but for the place and the versions of the shards, whose objects are read once each; a replaced
-    one is noticed by its version."""
+    """The same index, except for the place and the shards' versions. Each object is read once, and a replaced one is
+    noticed by its version."""
     url = to_path(gcs.upload(rlds, "toy/1.0.0"))
     local = load_index("toy", rlds, LIBERO, "train", tmp_path / "local")
     del gcs.proxy.requests[:]
@@ -88,7 +88,7 @@ def test_data_in_a_bucket(gcs, rlds, tmp_path):
 
 
 def test_the_pipeline_writes_to_a_bucket(gcs, rlds, tmp_path, monkeypatch):
-    """Parts and index; a run on another host then finds the index, and no part is left."""
+    """Beam writes parts and index. A run on another host finds the index, and no part is left."""
     monkeypatch.setenv("HOME", str(tmp_path / "one"))
     config = data_config(rlds, cache_dir=Path("unused")) | {"cache_dir": f"{gcs.url}/index"}
     (made,) = make_indexes(DataConfig.from_config(config), ["train"], to_path(f"{gcs.url}/index"))

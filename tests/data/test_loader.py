@@ -56,7 +56,7 @@ def test_batch_is_the_contract(loader):
 
 
 def test_frames_equal_what_tfds_reads(loader, rlds):
-    """Image, depth, camera, prompt and actions of every frame against an independent reading."""
+    """Compares image, depth, camera, prompt and actions of every frame with an independent reader."""
     builder = tfds.builder_from_directory(rlds)
     skip = {"steps": {"observation": {"image": tfds.decode.SkipDecoding()}}}
     episodes = builder.as_dataset("val", decoders=skip)
@@ -91,7 +91,7 @@ def test_frames_equal_what_tfds_reads(loader, rlds):
 
 
 def test_chunks_by_hand():
-    """Two episodes of 2 and 3 frames: chunks do not look into the next episode and end in neutral actions."""
+    """Two episodes of 2 and 3 frames: chunks stop at the episode's end and continue with neutral actions."""
     actions = np.zeros((5, 7), np.float32)
     actions[:, 0], actions[:, 6] = [1, 2, 3, 4, 5], [0, 1, 1, 0, 0.5]
     statistics = {"q01": [0] * 7, "q99": [10] + [1] * 6, "min": [0] * 7, "max": [10] + [1] * 6}
@@ -107,7 +107,7 @@ def test_chunks_by_hand():
 @given(st.integers(0, 40), st.integers(1, 9), st.integers(0, 5))
 @settings(max_examples=6, deadline=None)
 def test_resume_is_exact(mixed, start, batch_size, seed):
-    """Batches from step s on are the tail of the batches from 0 on."""
+    """The batches from step s on equal the end of the batches from step 0 on."""
     stream = partial(mixed.batches, batch_size, seed=seed)
     assert_resumes(stream, take(stream(), start + 2), [start])
 
@@ -142,7 +142,7 @@ def test_epoch_pads_and_marks(loader):
 
 
 def test_mixture(mixed, loader):
-    """Samples of both datasets with their own camera, statistics and share."""
+    """Samples of both datasets have their own camera and statistics, in the expected shares."""
     table = mixed.table()
     sizes = [row["frames"] for row in table]
     assert [row["dataset"] for row in table] == ["toy0", "toy1"] and sum(sizes) == mixed.num_frames()
@@ -171,7 +171,7 @@ def test_weights_and_balance(rlds, other, cache_dir):
 
 
 def test_default_camera(rlds, cache_dir):
-    """A dataset without intrinsics has the release's camera, scaled from 640x480 whatever the stored size."""
+    """A dataset without intrinsics gets the release's camera, scaled from 640x480 whatever the stored size."""
     config = data_config(rlds, cache_dir=cache_dir)
     config["datasets"][0]["spec"] = {"operations": [["clip_gripper", 0, 1]]}
     intrinsics = next(Loader(config, image_size=224).batches(2)).intrinsics
@@ -205,7 +205,7 @@ def test_config_dict_and_tokenizer_file(loader, rlds, cache_dir, tmp_path):
 @pytest.mark.parametrize("key", ["image", "depth"])
 @pytest.mark.parametrize("kind", ["garbage", "truncated"])
 def test_image_that_does_not_decode(tmp_path, key, kind):
-    """The sentence names the frame, and only the batch that holds it fails."""
+    """The message names the frame, and only its batch fails."""
     episodes = make_episodes(4, steps=(4, 4))
     seen = episodes[3][1]["observation"]  # the first episode of the second file
     data = seen[key] if key == "image" else encode_image(seen[key][..., 0], "PNG")
@@ -258,7 +258,7 @@ def test_batch_that_does_not_divide(loader):
 
 
 def test_depth_in_another_unit_is_refused(rlds, cache_dir):
-    """As if millimetres were centimetres: the first batch names a frame."""
+    """Centimetres read as millimetres: the first batch names a frame."""
     spec = dataclasses.asdict(dataclasses.replace(CATALOGUE["libero"], depth_unit=0.1))
     config = data_config(rlds, cache_dir=cache_dir)
     config["datasets"][0]["spec"] = spec

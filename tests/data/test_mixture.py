@@ -24,7 +24,7 @@ def test_permute_is_a_bijection(size, seed):
 
 
 def test_permute_looks_random():
-    """Uniform in mean and free of correlation with the position, and another one for another key."""
+    """Uniform in the mean, uncorrelated with the position, and different for another key."""
     size = 20_000
     order, other = (permute(np.arange(size), size, np.uint64(key)) for key in (0, 1))
     assert abs(np.corrcoef(order, np.arange(size))[0, 1]) < 0.03
@@ -34,7 +34,7 @@ def test_permute_looks_random():
 
 
 def test_order_is_pinned():
-    """Another order would break the resumption of every older run."""
+    """A different order would break resuming every older run."""
     dataset, frame = sample_frames(make_mixture((10, 1000), (1.0, 0.01)), 7, 10**9 + np.arange(10))
     assert dataset.tolist() == [0, 0, 0, 0, 0, 1, 1, 1, 1, 0]
     assert frame.tolist() == [0, 6, 1, 2, 9, 263, 927, 516, 969, 7]
@@ -50,7 +50,7 @@ def test_permute_blocks_is_a_bijection(size, seed, block, window):
 @given(st.integers(1, 40), st.integers(2, 30), st.integers(1, 8), st.integers(0, 2**63))
 @settings(max_examples=40, deadline=None)
 def test_blocks_stay_together(blocks, block, window, seed):
-    """Where the size is a multiple of the block, each window holds whole blocks, and several of them shuffled."""
+    """If the block divides the size, each window holds whole blocks, shuffled together."""
     order = permute_blocks(np.arange(blocks * block), blocks * block, np.uint64(seed), block, window)
     seen = []
     for start in range(0, blocks, window):
@@ -62,7 +62,7 @@ def test_blocks_stay_together(blocks, block, window, seed):
 
 
 def test_blocks_are_mixed_within_their_window():
-    """No more correlation of neighbours than chance gives: consecutive samples come from other blocks."""
+    """Neighbours are no more correlated than by chance: consecutive samples come from different blocks."""
     order = permute_blocks(np.arange(64_000), 64_000, np.uint64(3), 64, 100)
     assert np.mean(order[1:] // 64 == order[:-1] // 64) < 0.02
     assert abs(np.corrcoef(order, np.arange(64_000))[0, 1]) < 0.1
@@ -84,7 +84,7 @@ def test_passes_go_on_over_block_borders():
     dataset, frame = sample_frames(mixture, 3, BLOCK - 20_000 + np.arange(40_000))
     for number, size in enumerate(mixture.sizes):
         counts = np.bincount(frame[dataset == number], minlength=size)
-        assert counts.max() - counts.min() <= 2  # whole passes between a begun and an unfinished one
+        assert counts.max() - counts.min() <= 2  # whole passes between two partial ones
 
 
 @given(st.integers(0, 10**12), st.integers(1, 300), st.integers(0, 2**31))
@@ -114,7 +114,7 @@ def test_shares_follow_the_weights(datasets, balance):
 @given(st.integers(0, 3 * BLOCK), st.integers(0, 1000), st.integers(1, 8))
 @settings(max_examples=15, deadline=None)
 def test_passes_go_on_over_a_phase_border(border, seed, block):
-    """A dataset that is dropped takes nothing away from the others: each still gives every frame once a pass."""
+    """Dropping a dataset takes nothing from the others: each still gives every frame once per pass."""
     first = make_mixture((1000, 777, 50), (1.0, 1.0, 2.0), block=block, shuffle=100)
     second = first.without((1.0, 1.0, 2.0), frozenset([0]))
     drawn = count_draws(first, seed, border)
@@ -132,7 +132,7 @@ def test_passes_go_on_over_a_phase_border(border, seed, block):
 @given(st.lists(st.integers(0, 10**12), min_size=1, max_size=5))
 @settings(max_examples=30, deadline=None)
 def test_samples_that_stand_in(samples):
-    """Of the same block, and another one at every attempt."""
+    """Replacements come from the same block, and differ at every attempt."""
     numbers = np.asarray(samples)
     found = np.stack([replacement_samples(numbers, attempt) for attempt in range(100)])
     np.testing.assert_array_equal(found[0], numbers)

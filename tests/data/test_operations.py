@@ -28,9 +28,9 @@ def grippers(*values):
         ((("gripper_range", 0.08, 0),), (0.08, 0, 0.02), (0, 1, 0.75)),
         # LIBERO: -1 open, +1 close
         (CATALOGUE["libero"].operations, (-1, 1, -0.5, 0.25), (1, 0, 1, 0.75)),
-        # a value between becomes what is reached after it
+        # a value in between becomes the state reached next
         ((("binarize_gripper",),), (1, 0.5, 0.2, 0, 0.6, 0.96), (1, 0, 0, 0, 1, 1)),
-        # … and at the end, where nothing is reached, the last value
+        # … and at the end, where no state follows, the last value
         ((("binarize_gripper",),), (0, 0.5, 0.3), (0, 0.3, 0.3)),
         ((("binarize_gripper",),), (0.5, 0.3), (0.3, 0.3)),
         ((("binarize_gripper",),), (0.05, 0.95, 0.049, 0.951), (0, 0, 0, 1)),
@@ -50,7 +50,7 @@ def test_grippers(operations, before, after):
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.sampled_from([-1, -0.3, 0, 0.02, 0.05, 0.2, 0.5, 0.95, 0.97, 1]), max_size=12))
 def test_grippers_step_by_step(operation, values):
-    """The vectorised rules equal their definition, one step after the other."""
+    """The vectorised rules equal their definition, applied step by step."""
     if operation == "binarize_gripper":
         expected, state = [], np.float32(values[-1]) if values else 0
         for value in np.asarray(values[::-1], np.float32):
@@ -88,7 +88,7 @@ TURN = [[0, -np.cos(0.4), np.sin(0.4)], [1, 0, 0], [0, np.sin(0.4), np.cos(0.4)]
     ],
 )
 def test_rotations(rotation, values, euler):
-    """Each representation of a hand-made rotation gives roll, pitch, yaw; movement and gripper stay."""
+    """Each representation of a hand-made rotation gives roll, pitch, yaw; motion and gripper are unchanged."""
     action = np.asarray([[1, 2, 3, *values, 0.5]] * 2, np.float32)
     result = apply_operations({"action": action}, (("to_euler", rotation),))["action"]
     np.testing.assert_allclose(result, [[1, 2, 3, *euler, 0.5]] * 2, atol=1e-6)
@@ -114,7 +114,7 @@ def test_scale():
 
 
 def test_relabelled_by_differences():
-    """Bridge: first step dropped, gripper binarised, movement from the reached states, last step dropped."""
+    """Bridge: drop the first step, binarise the gripper, take motion from the reached states, drop the last step."""
     rng = np.random.default_rng(0)
     state = rng.normal(size=(5, 7)).astype(np.float32)
     action = rng.normal(size=(5, 7)).astype(np.float32)
@@ -127,7 +127,7 @@ def test_relabelled_by_differences():
 
 
 def test_relabelled_by_turns():
-    """Poses with quaternions: the turn from one to the next is seen from the base, not from the hand."""
+    """Poses with quaternions: the rotation between two of them is in the base's frame, not the hand's."""
     lying, turned = (S, 0, 0, S), (S * C, S * D, S * D, S * C)  # a quarter about x; then 0.4 about the base's z
     pose = np.asarray([[0, 0, 0, *lying], [0.1, -0.2, 0.3, *turned], [0.1, -0.2, 0.4, *turned]])
     episode = grippers(0, 1, 0) | {"pose": pose}
@@ -138,7 +138,7 @@ def test_relabelled_by_turns():
 
 
 def moving(*steps):
-    """An episode with these movements along y and step numbers."""
+    """An episode with these motions along y and with step numbers."""
     episode = grippers(*np.arange(len(steps)))
     episode["action"][:, 1] = steps
     return episode
@@ -150,7 +150,7 @@ def moving(*steps):
         ((1, 0, 0, 0, 0, 0, 0, 2, 0), (0, 4, 5, 6, 7, 8)),  # the pause keeps its last three steps
         ((0, 0, 0, 0, 0, 3), (2, 3, 4, 5)),
         ((1, 0, 0, 0, 2, -1), (0, 1, 2, 3, 4, 5)),
-        ((1, 0, 0, 0, 0, 0, 0), (0, 4, 5, 6)),  # no four actions after the last three
+        ((1, 0, 0, 0, 0, 0, 0), (0, 4, 5, 6)),  # fewer than four actions follow the last three
         ((0, 0), (0, 1)),
         ((1e-6, 1e-4, 0, 0, 0, 0), (0, 1, 3, 4, 5)),
     ],
@@ -163,8 +163,7 @@ def test_drop_idle(steps, kept):
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.sampled_from([0.0, 0.0, 0.0, 1.0, -2.0]), min_size=1, max_size=20))
 def test_drop_idle_keeps_chunks(steps):
-    """A step stays if and only if something moves in its chunk or the chunk runs past the end; its chunk's movement is
-    the same after the others are gone."""
+    """A step stays if and only if its chunk moves or runs past the end. Dropping others keeps its chunk's motion."""
     chunk = {step: steps[step : step + 4] for step in range(len(steps))}
     kept = [step for step, part in chunk.items() if any(part) or len(part) < 4]
     result = apply_operations(moving(*steps), (("drop_idle", 4, 1e-5),))
@@ -174,7 +173,7 @@ def test_drop_idle_keeps_chunks(steps):
 
 
 def test_drop_noops():
-    """OpenVLA's rule for LIBERO: nothing moves and the gripper is as it was; at the start, nothing moves."""
+    """OpenVLA's rule for LIBERO drops steps without motion or a gripper change, and those before the first motion."""
     episode = moving(0, 0, 1, 0, 0, 0, 1e-5, 2)
     episode["action"][:, 6] = [-1, 1, 1, 1, -1, -1, -1, -1]
     result = apply_operations(episode, (("drop_noops", 1e-4),))

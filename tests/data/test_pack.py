@@ -1,4 +1,4 @@
-"""A packed file against the stream that it was made of: bit for bit, and without TensorFlow."""
+"""A packed file gives bit for bit the stream that it was made from, without TensorFlow."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ from spatialvla_jax.data.pack import ALIGNMENT, write_pack
 from spatialvla_jax.errors import InputError
 
 SIZE = 16
-# A camera that no frame knows, and depth in another unit.
+# Frames without a camera of their own, and depth in another unit.
 OTHER = replace(
     CATALOGUE["libero"], intrinsics=None, depth_unit=0.0002, default_intrinsics=((51.3, 0, 30), (0, 49, 20))
 )
@@ -40,7 +40,7 @@ PathFinder.find_spec = lambda name, *rest: None if name.partition(".")[0] in blo
 
 @pytest.fixture(scope="module")
 def data(rlds, tmp_path_factory):
-    """The config of two datasets: frames with their own camera and of different stored sizes, and another's."""
+    """The config of two datasets that differ in cameras, depth units and stored sizes."""
     folder = tmp_path_factory.mktemp("pack")
     other = make_rlds(
         folder,
@@ -103,7 +103,7 @@ def test_everything_else_is_the_streams(stream, packed):
 
 
 def test_one_config_serves_both(data, file, stream):
-    """The config that named the datasets may stay as it is; another balance, weight or depth is heeded."""
+    """A config may still name the original datasets. Other balance, weights or depth are checked."""
     both = open_pack(file, data, datasets=data["datasets"], balance=False, depth=False)
     streamed = Loader(data | {"balance": False}, image_size=SIZE)
     assert_equal(next(both.batches(8)), next(streamed.batches(8)))
@@ -117,7 +117,7 @@ def test_one_config_serves_both(data, file, stream):
 
 
 def test_a_run_may_go_on_from_the_file(config_file, tmp_path):
-    """Its batches are the stream's, so it is no other config."""
+    """Its batches equal the stream's, so the config counts as the same."""
     before = json.loads(json.dumps(load_config(config_file).to_dict()))
     check_resumable(before, load_config(config_file, {"data.packed": "toy.pack"}), tmp_path)
 
@@ -132,7 +132,7 @@ def test_the_arrays_are_aligned(file):
 
 
 def test_reads_without_tensorflow(file, stream, tmp_path):
-    """Same bits where it cannot be imported."""
+    """Gives the same bits where TensorFlow cannot be imported."""
     program = f"""{BLOCKED}
 import itertools
 import jax
@@ -151,8 +151,7 @@ np.savez("batches.npz", *jax.tree.leaves(batches))
 
 
 def test_trains_without_tensorflow(config_file, tmp_path, capsys):
-    """`data pack`, and steps on the file where TensorFlow cannot be imported, of the samples of the stream, by the
-    program of the fixture `trained`."""
+    """`data pack`, then steps without TensorFlow on the stream's samples, with the program of the fixture `trained`."""
     file, workdir = tmp_path / "toy.pack", tmp_path / "run"
     assert main(["data", "pack", "--config", str(config_file), "--out", str(file), "--split", "train"]) == 0
     done = capsys.readouterr().out.splitlines()[-1]
@@ -211,7 +210,7 @@ def test_file_that_does_not_fit(file, data, tmp_path):
 
 
 def test_disk_that_is_too_small(data, stream, file, tmp_path, monkeypatch):
-    """Nothing is written, and what is there stays."""
+    """Nothing is written, and the old file stays."""
     out = tmp_path / "toy.pack"
     out.write_text("old")
     free = file.stat().st_size - 1
@@ -222,7 +221,7 @@ def test_disk_that_is_too_small(data, stream, file, tmp_path, monkeypatch):
 
 
 def test_frame_that_cannot_be_read(tmp_path):
-    """Also where the stream would leave it out: a file without it would be another data set."""
+    """Refused even if the stream would skip the frame: a file without it would be another dataset."""
     episodes = make_episodes(3)
     episodes[1][1]["observation"]["image"] = b"\xff\xd8 not a picture"
     config = data_config(make_rlds(tmp_path, {"train": episodes}), cache_dir=tmp_path / "cache")

@@ -1,4 +1,4 @@
-"""Recorded episodes in a packed file: what the loader gives is what was recorded."""
+"""Recorded episodes in a packed file: the loader returns what was recorded."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -39,7 +39,7 @@ def episodes():
 
 
 def write(out: Path, every: int = 1):
-    """The loader of a packed file of the episodes, and what writing it returned."""
+    """The loader of a packed file with these episodes, and what writing it returned."""
     made = list(episodes())
     known = [
         (split, e["steps"][0]["language_instruction"], np.stack([step["action"] for step in e["steps"]]))
@@ -63,7 +63,7 @@ def loader(tmp_path_factory):
 def test_with_pictures_of_some_steps_chunks_hold_the_actions_of_all(loader, tmp_path: Path) -> None:
     some, result = write(tmp_path / "set.pack", every=2)
     assert result["frames"] == {"train": 3 + 2 + 2, "val": 1}
-    pictured = np.array([0, 2, 4, 5, 7, 8, 10])  # of the three episodes' steps 0–4, 5–7 and 8–11
+    pictured = np.array([0, 2, 4, 5, 7, 8, 10])  # of steps 0–4, 5–7 and 8–11 of the three episodes
     expected, got = loader.frames(pictured), some.frames(np.arange(7))
     assert_equal(got, replace(expected, sample_id=got.sample_id))
     np.testing.assert_array_equal(some.actions(), loader.actions())
@@ -115,7 +115,7 @@ def test_the_target_comes_if_asked_for(loader, tmp_path: Path, monkeypatch) -> N
     expected = np.stack([recorded[frame]["observation"]["target"] for frame in frames])
     np.testing.assert_array_equal(asked.frames(frames).target, expected, strict=True)
     monkeypatch.setattr(pack, "RECORDED", {})
-    write_pack(loader, tmp_path / "old.pack", ("train",))  # like the files of earlier versions, without it
+    write_pack(loader, tmp_path / "old.pack", ("train",))  # as in files of earlier versions
     old = {"packed": str(tmp_path / "old.pack")}
     Loader(old, image_size=SIZE, depth=True)
     with pytest.raises(InputError, match=r"^\S+old\.pack has no positions of the task's object, which loss\.target"):

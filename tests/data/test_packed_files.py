@@ -44,7 +44,7 @@ def write(out: Path, lengths: dict[str, tuple[int, ...]], seed: int, scale: floa
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Twenty frames and a validation split; and ten frames, added later."""
+    """Twenty frames with a validation split, and ten frames added later."""
     folder = tmp_path_factory.mktemp("packed")
     first = write(folder / "first.pack", {"train": (12, 8), "val": (4,)}, 0)
     return first, write(folder / "added.pack", {"train": (7, 3)}, 1)
@@ -79,7 +79,7 @@ def test_the_order_is_the_same_after_a_resume_and_in_several_processes(files):
 
 
 def test_the_first_file_says_what_actions_mean(files):
-    """One dataset, with its statistics, tokenizer and validation split."""
+    """Both files hold one dataset, which has the first file's statistics, tokenizer and validation split."""
     both, first = load(dict.fromkeys(map(str, files), 1.0)), load(str(files[0]))
     assert both.names == ("toy",) and both.statistics == first.statistics and both.intrinsics == first.intrinsics
     assert both.tokenizer.to_bytes() == first.tokenizer.to_bytes()

@@ -1,4 +1,4 @@
-"""Reading: single frames and blocks, open files, the memory budget, and how far ahead anything is read."""
+"""Reading: single frames and blocks, open files, the memory budget, and how far the reader reads ahead."""
 
 import os
 from functools import partial
@@ -25,7 +25,7 @@ def paths(tmp_path_factory):
 
 @pytest.fixture
 def reads(monkeypatch):
-    """The (offset, length) of every read of a dataset's file."""
+    """(offset, length) of every read from a dataset's file."""
     calls = []
     pread = os.pread
 
@@ -41,8 +41,8 @@ def reads(monkeypatch):
     "block", [2, 7, pytest.param(16, marks=pytest.mark.slow), pytest.param(1000, marks=pytest.mark.slow)]
 )
 def test_blocks_give_the_same_frames(paths, cache_dir, block):
-    """Whatever is read at once: each sample is the frame that its number says, every frame comes once a pass, a resumed
-    stream goes on as the whole one does, and hosts see their rows."""
+    """For any block size, each sample is the frame with its number, every frame comes once per pass, a resumed stream
+    continues exactly, and hosts see their own rows."""
     single = Loader(data_config(*paths, cache_dir=cache_dir), image_size=SIZE, depth=True)
     config = data_config(*paths, cache_dir=cache_dir, read_block=block, shuffle_frames=60)
     loader = Loader(config, image_size=SIZE, depth=True)
@@ -60,8 +60,7 @@ def test_blocks_give_the_same_frames(paths, cache_dir, block):
 
 
 def test_blocks_are_read_once(paths, cache_dir, reads):
-    """One pass over a dataset costs one read an episode's part of a block, not one a frame, and one for the checksum of
-    each record."""
+    """A pass costs one read per block and episode in it, not per frame, and one per record for its checksum."""
     config = data_config(paths[0], cache_dir=cache_dir, read_block=16, shuffle_frames=64)
     loader = Loader(config, image_size=SIZE)
     total = loader.num_frames()
@@ -70,7 +69,7 @@ def test_blocks_are_read_once(paths, cache_dir, reads):
         pass
     parts = -(-total // 16) + 6  # an episode's end splits a block
     checksums = [length for _, length in reads if length == 4]
-    assert len(reads) - len(checksums) <= 1.5 * parts  # reading ahead begins the second pass
+    assert len(reads) - len(checksums) <= 1.5 * parts  # reading ahead starts the second pass
     assert len(checksums) == loader.indexes()[0].num_episodes
     del reads[:]
     for _ in zip(range(total // 8), Loader(config | {"read_block": 1}, image_size=SIZE).batches(8), strict=False):
@@ -79,16 +78,16 @@ def test_blocks_are_read_once(paths, cache_dir, reads):
 
 
 def test_start_up_does_not_depend_on_the_depth(paths, cache_dir, reads):
-    """The first batch of a run at its billionth step reads what the first batch of a new run does."""
+    """The first batch at step one billion reads as much as the first batch of a new run."""
     loader = Loader(data_config(*paths, cache_dir=cache_dir), image_size=SIZE)
     for start in (0, 10**9):
         del reads[:]
         next(loader.batches(8, start_step=start))
-        assert len(reads) <= 8 * 12  # its own and those ahead of it, however long that is
+        assert len(reads) <= 8 * 12  # its own step and those read ahead, however long the stream
 
 
 def test_open_files_stay_few(tmp_path):
-    """More shards than are kept open."""
+    """There are more shards than files kept open."""
     files = ranges.Files(limit=3)
     for number in range(8):
         (tmp_path / str(number)).write_bytes(bytes([number] * 4))
@@ -107,7 +106,7 @@ def test_open_files_stay_few(tmp_path):
 
 
 def test_blocks_stay_within_their_bytes(paths, cache_dir, reads, monkeypatch):
-    """Memory is taken once; blocks that are too large for it take more, once."""
+    """Memory is allocated once. Blocks too large for it enlarge it, once."""
     taken, mmap = [], ranges.mmap.mmap
     monkeypatch.setattr(ranges.mmap, "mmap", lambda *args, **options: taken.append(args[1]) or mmap(*args, **options))
     loader = Loader(data_config(paths[0], cache_dir=cache_dir), image_size=SIZE)
@@ -128,7 +127,7 @@ def test_blocks_stay_within_their_bytes(paths, cache_dir, reads, monkeypatch):
 
 
 def test_budget(paths, cache_dir):
-    """Queues follow from the budget, and one that holds no batch is refused with what it would take."""
+    """Queue lengths follow from the budget. A budget too small for one batch is refused, with the needed amount."""
     plan = partial(reader.plan_memory, np.asarray([2000.0, 3000.0]), 224**2 * 3, workers=1)
     assert plan(128, (), memory_gb=8.0) == (4, 0)
     assert [plan(1024, (), memory_gb=gigabytes)[0] for gigabytes in (1.7, 1.8, 1.95, 4)] == [1, 2, 3, 4]

@@ -21,7 +21,7 @@ LENGTHS = (9, 3, 14, 4, 22)
 
 
 def bridge_action(steps):
-    """[x, y, z, roll, pitch, yaw, gripper] of every step that stays: neither the first nor the last."""
+    """[x, y, z, roll, pitch, yaw, gripper] of every step that is kept: all but the first and the last."""
     gripper = [float(step["action"][6]) for step in steps[1:]]
     carried = gripper[-1]
     for number in reversed(range(len(gripper))):
@@ -127,7 +127,7 @@ def reference_normalised(action, rows):
 
 
 def reference_chunks(actions):
-    """For every step the next four normalised actions and which of them the episode has."""
+    """For every step, the next four normalised actions and which of them the episode has."""
     last = len(actions) - 1
     for step in range(len(actions)):
         ahead = range(step, step + CHUNK)

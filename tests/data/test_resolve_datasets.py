@@ -19,7 +19,7 @@ SIZE = 16
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """A directory with two datasets of the catalogue, of which one has two versions."""
+    """A directory with two catalogue datasets, one of them in two versions."""
     root = tmp_path_factory.mktemp("root")
     for name, version, count in (("libero", "1.0.0", 9), ("libero", "1.10.0", 20), ("libero_no_noops", "1.0.0", 10)):
         make_rlds(root, {"train": make_episodes(count, steps=(4, 4))}, name=name, version=version, episodes_per_shard=4)
@@ -32,7 +32,7 @@ def mixtures(monkeypatch):
 
 
 def test_mixture_by_name(root, mixtures, cache_dir):
-    """Each dataset in its directory's newest version, with the catalogue's entry and the mixture's weight."""
+    """Each dataset in its newest version, with the catalogue's spec and the mixture's weight."""
     config = data_config(cache_dir=cache_dir, mixture="two", root=str(root))
     loader = Loader(config, image_size=SIZE)
     assert loader.names == ("libero", "libero_no_noops") and loader.weights == (1.0, 0.5)
@@ -150,7 +150,7 @@ def get_config():
 
 
 def test_own_dataset_beside_a_mixture(root, mixtures, tmp_path, cache_dir):
-    """A dataset that the package has never heard of, from its owner's config file alone."""
+    """A dataset unknown to the package, defined only by its owner's config file."""
     path = make_rlds(tmp_path, {"train": make_episodes(5, seed=4)}, name="mine")
     file = tmp_path / "config.py"
     file.write_text(USER_CONFIG.format(root=str(root), cache=str(cache_dir), path=str(path)))
@@ -174,7 +174,7 @@ def test_own_dataset_beside_a_mixture(root, mixtures, tmp_path, cache_dir):
     ],
 )
 def test_parts_of_a_split(root, cache_dir, train, rest, sizes):
-    """Episodes, in order, across the borders of shards; together the parts are the whole."""
+    """Episodes in order across shards; together the parts make the whole."""
     config = data_config(root / "libero" / "1.10.0", cache_dir=cache_dir)
     whole = Loader(config, image_size=SIZE)
     loader = Loader(config | {"split": train}, image_size=SIZE)
@@ -206,7 +206,7 @@ def test_episodes_in_both_splits(root, cache_dir, train, held_out, shared):
 
 
 def test_episodes_in_both_splits_of_several_datasets(root, rlds, cache_dir):
-    """Under whatever name: the same file twice is the same episodes."""
+    """Under any name, episodes from the same file count as the same."""
     config = data_config(root / "libero" / "1.10.0", rlds, cache_dir=cache_dir)
     config["datasets"].append(config["datasets"][0] | {"name": "again"})
     config["datasets"][0]["splits"] = {"train": "train[:10]", "val": "train[10:]"}
@@ -216,7 +216,7 @@ def test_episodes_in_both_splits_of_several_datasets(root, rlds, cache_dir):
 
 
 def test_split_of_one_dataset(root, rlds, cache_dir):
-    """A dataset without a validation split holds some of its training episodes out."""
+    """A dataset without a validation split holds out some training episodes."""
     config = data_config(root / "libero" / "1.10.0", rlds, cache_dir=cache_dir)
     config["datasets"][0]["splits"] = {"train": "train[:90%]", "val": "train[90%:]"}
     loader = Loader(config, image_size=SIZE)
@@ -252,8 +252,8 @@ def test_some_frames_of_a_split(root, cache_dir):
 
 @pytest.mark.parametrize("block", [1, 3])
 def test_phases(root, rlds, cache_dir, block):
-    """A dataset leaves at its fraction of the steps; the rest is as for any stream: exact resume, any number of hosts,
-    passes that go on over the border."""
+    """A dataset leaves at its fraction of the steps. Otherwise the stream is as usual: exact resuming, any number of
+    hosts, and passes that continue across the change."""
     paths = (root / "libero" / "1.10.0", root / "libero" / "1.0.0", rlds)
     config = data_config(*paths, cache_dir=cache_dir, read_block=block, shuffle_frames=30)
     loader = Loader(config | {"drop": {"toy0": 2 / 3, "toy2": 0.25}}, image_size=SIZE)
@@ -292,7 +292,7 @@ def test_phases_need_the_number_of_steps(root, rlds, cache_dir):
 
 
 def test_pretraining_names_the_published_mixture():
-    """The recipe's config: 28 datasets, DROID in the first two thirds, validation on episodes that are held out."""
+    """The recipe's config: 28 datasets, DROID in the first two thirds, validation on held-out episodes."""
     config = load_config(Path(__file__).parents[2] / "configs" / "pretrain.py")
     names = [name for name, _ in MIXTURES[config.data.mixture]]
     assert len(names) == 28 and set(config.data.drop) == {"droid"} <= set(names)

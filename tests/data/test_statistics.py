@@ -32,7 +32,7 @@ def test_statistics_by_hand():
 
 
 def test_sums_in_parts_have_the_bits_of_numpy():
-    """Statistics and Gaussians of more rows than are looked at together."""
+    """Statistics and Gaussians of more rows than one block holds."""
     actions = np.concatenate([some_actions(100_000, seed) for seed in range(3)])
     entry = action_statistics(actions, 1)
     rows = entry["action"]
@@ -52,7 +52,7 @@ def test_normalize_by_hand():
     actions[:, 0], actions[:, 6] = [-1, 1, 3, 99], [0, 1, 0.3, 7]
     normalized = normalize(actions, rows)
     np.testing.assert_allclose(normalized[:, 0], [-1, 0, 1, 1], atol=1e-6)
-    np.testing.assert_array_equal(normalized[:, 6], actions[:, 6])  # the gripper is left alone
+    np.testing.assert_array_equal(normalized[:, 6], actions[:, 6])  # the gripper is unchanged
     np.testing.assert_array_equal(normalized[:, 4], 0)  # a constant dimension
     assert normalized.dtype == np.float32
 
@@ -71,7 +71,7 @@ SPARSE = {
 
 @pytest.mark.parametrize("case", SPARSE)
 def test_dimension_that_is_nearly_constant(case):
-    """It is scaled by minimum and maximum, and named: every value survives."""
+    """It is scaled by minimum and maximum and named in a warning: every value survives."""
     values, bounds = SPARSE[case]
     actions = np.zeros((1000, 7), np.float32)
     actions[:, 0], actions[:, 4], actions[:, 6] = (

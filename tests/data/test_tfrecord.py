@@ -38,7 +38,7 @@ def test_reads_what_tensorflow_reads(integers, floats, strings):
 
 
 def test_numbers_that_are_not_packed():
-    """A writer may also give every number its own field."""
+    """A writer may also give every number a separate field."""
 
     def field(number, wire, data):
         return bytes([number << 3 | wire]) + (bytes([len(data)]) if wire == 2 else b"") + data
@@ -82,7 +82,7 @@ def test_records_are_those_that_tensorflow_writes(tmp_path_factory, records):
 @given(st.integers(0, 10**6), st.integers(1, 255))
 @settings(max_examples=60, deadline=None)
 def test_no_flipped_byte_goes_unnoticed(tmp_path_factory, place, mask):
-    """A byte of a record's data spoils that record, one of its length all from it on, and no record is made up."""
+    """A flipped byte in a record's data loses that record; in its length, all from it on. No record is invented."""
     records = [bytes([n]) * (5 + n) for n in range(4)]
     path = write(tmp_path_factory.mktemp("records"), records)
     data = bytearray(path.read_bytes())

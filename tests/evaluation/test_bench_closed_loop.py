@@ -1,4 +1,4 @@
-"""`benchmarks/closed_loop.py`: its stages, what a stop keeps, what another machine needs. Commands are stood in for."""
+"""`benchmarks/closed_loop.py`: its stages, what a stop keeps, what another machine needs. Its commands are stubs."""
 
 import json
 import os
@@ -21,13 +21,13 @@ SCRIPT = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks/closed_loop.
 
 @pytest.fixture
 def gpus() -> dict[str, str | None]:
-    """Of each command that `bench` called."""
+    """The GPUs of each command that `bench` called."""
     return {}
 
 
 @pytest.fixture
 def bench(monkeypatch, tmp_path, gpus):
-    """Runs the script; returns the commands that it called, up to one that contains `stop`."""
+    """Run the script; returns the commands that it called, up to one that contains `stop`."""
 
     def run(
         *arguments: object,
@@ -115,7 +115,7 @@ def test_the_stages_in_their_order(bench, tmp_path, capsys):
     assert "90.0 ± 2.0 %" in capsys.readouterr().out
     assert bench("--config.train.batch_size=9") == [], "all is done"
     for other in ((), ("--config.train.batch_size=9", "--noise", 0.5)):
-        with pytest.raises(SystemExit, match=r"^2$"):  # to call it again would not help
+        with pytest.raises(SystemExit, match=r"^2$"):  # a rerun would not help
             bench(*other)
         told = capsys.readouterr().err
         assert re.search(r"was begun with (overrides '--config|--noise '0.2', not '0.5': use another)", told)
@@ -141,7 +141,7 @@ def test_on_another_machine_motions_and_results_are_enough(bench, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("stage", ["first-00.npz", "--workdir full-0", "--closed-loop"])
 def test_a_signal_ends_the_stage_and_the_same_command_goes_on(bench, stage, number):
-    """A command that it left running would run beside its own repetition."""
+    """A command left running would run beside its own repetition."""
     assert kinds(bench(stop=stage, ended=threading.Event(), number=number)[:-1] + bench()) == WHOLE
 
 
@@ -160,7 +160,7 @@ def test_a_file_that_takes_all_minutes_is_no_progress(bench, capsys):
     for file in ("first-00.npz", "first-01.npz", "first-00.pack"):
         kind = "record" if file.endswith("npz") else "render"
         if file != "first-00.npz":
-            bench(stop=file)  # another file was made before it
+            bench(stop=file)  # an earlier call makes the files before it
         capsys.readouterr()
         bench("--minutes", 2, stop=file, told="^2$")
         told = "first has not finished one file in all of --minutes 2, and a rerun would begin it anew: allow more"

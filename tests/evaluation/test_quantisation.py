@@ -1,4 +1,4 @@
-"""`benchmarks/quantisation.py` on an environment of our own."""
+"""`benchmarks/quantisation.py` on a toy environment."""
 
 import json
 import runpy
@@ -53,7 +53,7 @@ def test_steps_of_a_success_are_those_of_the_episodes_that_were_asked_for(config
 
 
 def test_results_of_other_data_are_not_taken_up(config_file, tmp_path, monkeypatch, capfd):
-    """A config may change and keep its name: its file was edited, or its data recorded again."""
+    """A config may change without changing its name: the file was edited, or its data recorded again."""
     asked = ["--config", str(config_file), "--only", "normalised", "--out", str(tmp_path), "--episodes", "1"]
     run(monkeypatch, capfd, *asked)
     monkeypatch.setitem(SCRIPT["tokenizers"].__globals__, "unnormalize", lambda actions, statistics: actions)

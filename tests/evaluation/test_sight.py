@@ -1,4 +1,4 @@
-"""`benchmarks/sight.py` on an environment of our own."""
+"""`benchmarks/sight.py` on a toy environment."""
 
 import json
 import runpy
@@ -64,7 +64,7 @@ def test_ridge_regression_finds_a_linear_map_and_nothing_in_noise() -> None:
 
 @pytest.mark.slow
 def test_what_a_policy_sees_is_read_off_it(trained: Path, monkeypatch, capfd, tmp_path: Path) -> None:
-    """Off pictures that show the depth of the target alone: the camera's forward axis, which is the robot's x."""
+    """Uses pictures that show only the target's depth: the camera's forward axis is the robot's x."""
     arguments = ["--run", trained, "--packed", write_recording(tmp_path / "set.pack", 12), "--out", tmp_path / "out"]
     monkeypatch.setattr(sys, "argv", ["sight.py", *map(str, arguments)])
     SCRIPT["main"]()

@@ -8,7 +8,7 @@ from spatialvla_jax.export.convert import write_pytorch
 
 @pytest.fixture(scope="session")
 def source(processor):  # noqa: F811
-    """A model that takes depth from its data, whose image and prompt see each other."""
+    """A model that takes depth from its data and has a bidirectional prefix."""
     read = golden_with_given_depth()
     return replace(read, config=replace(read.config, prompt_length=40, remat="none"), processor=processor)
 

@@ -62,7 +62,7 @@ def test_facts_statistics_and_commands(source):
 
 @pytest.mark.slow
 def test_results_are_those_of_these_weights(source, tmp_path):
-    """The last validation before the checkpoint, and closed loops of exactly this one."""
+    """The last validation before the checkpoint, and closed loops of exactly this checkpoint."""
     run = tmp_path / "run"
     write_orbax(run, source)
     step = run / "checkpoints" / "0"
@@ -182,7 +182,7 @@ def test_fetch_says_gate_and_size_and_what_is_next(server, folder, capsys, monke
 
 
 def test_fetch_to_a_folder_goes_on_where_it_broke(server, folder, capsys):
-    """It appears once it is whole."""
+    """The folder appears once it is complete."""
     server.commit("org/name", folder)
     half = (folder / "model.safetensors").stat().st_size // 2
     server.faults = [Fault("GET /blobs/", cut=half), Fault("GET /blobs/", count=9, status=500)]
@@ -199,7 +199,7 @@ def test_fetch_to_a_folder_goes_on_where_it_broke(server, folder, capsys):
 
 @pytest.mark.slow
 def test_the_lines_of_the_card_run_verbatim(server, folder, monkeypatch):
-    """In an export's folder and, by its id, anywhere; JAX and PyTorch choose the same actions."""
+    """Runs in an export's folder and, with its id, anywhere; JAX and PyTorch choose the same actions."""
     pytest.importorskip("transformers")
     command = ["convert", str(folder), "export", "--to", "pytorch", "--no-verify"]
     assert main([*command, "--push", "me/policy"]) == 0

@@ -38,7 +38,7 @@ def test_published_to_orbax_and_back(checkpoint, tmp_path):
 
 @pytest.mark.slow
 def test_the_published_model_with_zoedepth(golden, tmp_path):
-    """The golden directory to Orbax and back: all 380 tensors in the same bytes, and PyTorch runs them as JAX does."""
+    """The golden directory to Orbax and back keeps all 380 tensors byte for byte, and PyTorch runs them like JAX."""
     assert convert(golden, tmp_path / "run", to="orbax")["bit_exact"]
     figures = convert(tmp_path / "run", tmp_path / "again", to="pytorch")
     assert figures["bit_exact"] and figures["verification"]["tokens_equal"] == 48
@@ -50,7 +50,7 @@ def test_the_published_model_with_zoedepth(golden, tmp_path):
 
 
 def test_an_export_says_what_the_release_cannot_run(checkpoint, golden, tmp_path, capsys):
-    """On conversion, and in its card, which names data, template and parameters too."""
+    """`convert` prints it, and the card says it too, with data, template and parameters."""
     write_pytorch(tmp_path / "source", checkpoint)
     assert main(["convert", str(tmp_path / "source"), str(tmp_path / "out"), "--to", "pytorch", "--no-verify"]) == 0
     *lines, last = capsys.readouterr().out.splitlines()
@@ -83,7 +83,7 @@ def test_convert_to_bfloat16(checkpoint, tmp_path):
 @pytest.mark.parametrize("to", WRITERS)
 @pytest.mark.parametrize("source", WRITERS)
 def test_every_tensor_is_read_once(checkpoint, tmp_path, reads, source, to):
-    """None on opening, each once on writing, each of the new ones once to be compared."""
+    """Opening reads no tensor. Writing reads each once, and the check reads each new one once."""
     WRITERS[source](tmp_path / "a", checkpoint)
     reads.clear()
     read_checkpoint(tmp_path / "a")
@@ -95,7 +95,7 @@ def test_every_tensor_is_read_once(checkpoint, tmp_path, reads, source, to):
 
 @pytest.mark.parametrize("to", WRITERS)
 def test_what_is_not_finite_leaves_nothing(checkpoint, tmp_path, to):
-    """Stored so, or too large for the new dtype."""
+    """it was stored like this, or was too large for the new dtype"""
     params = checkpoint.params()
     params["spatial_embedding"] = np.full_like(params["spatial_embedding"], 1e6)
     write_orbax(tmp_path / "large", Checkpoint.of(checkpoint.config, params, None))
@@ -112,7 +112,7 @@ def test_what_is_not_finite_leaves_nothing(checkpoint, tmp_path, to):
 @pytest.mark.parametrize("to", WRITERS)
 @pytest.mark.parametrize("limit", [1, 2000, 20_000])
 def test_a_full_disk_leaves_nothing(checkpoint, tmp_path, capfd, to, limit):
-    """Wherever writing fails. Orbax's threads say nothing of their own."""
+    """Wherever writing fails, Orbax's threads print nothing."""
     write_huggingface(tmp_path / "a", checkpoint)
     out = tmp_path / "new" / "b"
     capfd.readouterr()

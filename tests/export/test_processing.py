@@ -1,4 +1,4 @@
-"""The exported processor as transformers' users call one."""
+"""The exported processor, called as users of transformers do."""
 
 import numpy as np
 import pytest
@@ -35,7 +35,7 @@ def test_it_is_a_processor_of_transformers(ours):
 
 
 def test_images_in_every_usual_form(ours):
-    """PIL, NumPy and PyTorch, channels first or last, floating point, lists and nested lists, one batch of arrays."""
+    """PIL, NumPy and PyTorch; channels first or last; floating point; lists, nested lists and a batch in one array."""
     expected = ours(images=IMAGES, text=TEXTS, depth=DEPTHS)
     floats = [torch.from_numpy(image).permute(2, 0, 1) / 255 for image in IMAGES]
     for images, options in [
@@ -122,7 +122,7 @@ def test_padding_to_a_length(ours):
 
 
 def test_training_examples(ours, source):
-    """Labels are the tokens of the actions, as JAX encodes them, and <eos>; nothing else counts or is causal."""
+    """Labels are the action tokens, as JAX encodes them, and <eos>. Only these count in the loss and are causal."""
     rng = np.random.default_rng(0)
     actions = rng.uniform(-1, 1, (2, 4, 7)).astype(np.float32)
     actions[0, 0, :3] = 0
@@ -139,7 +139,7 @@ def test_training_examples(ours, source):
 
 
 def test_decoding_of_batches_lists_and_arrays(ours, source):
-    """In robot units as JAX decodes them, ids of another kind among them; <eos> may follow."""
+    """Decodes to robot units like JAX, including ids of the wrong kind; <eos> may follow."""
     ids = np.random.default_rng(0).integers(0, source.config.llm.vocab_size, (3, 12))
     grid, statistics = source.processor.grid, source.processor.statistics["toy"]["action"]
     tokens = (ids - source.config.action_offset).reshape(3, 4, 3)

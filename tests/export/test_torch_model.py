@@ -1,4 +1,4 @@
-"""The exported directory in a Python of its own, where JAX and this package cannot be imported."""
+"""The exported directory in a separate Python that cannot import JAX or this package."""
 
 import json
 import os
@@ -117,7 +117,7 @@ np.savez(out, **{name: tensor.numpy() for name, tensor in results.items()})
 
 @pytest.fixture(scope="module")
 def exports(checkpoint, processor, tmp_path_factory):
-    """{name: checkpoint}: depth inside the model, from the caller (causal, 3 steps), and none with a linear grid."""
+    """{name: checkpoint}: depth estimated inside; depth given (causal mask, 3 steps); no depth, with a linear grid."""
     folder = tmp_path_factory.mktemp("exports")
     checkpoint = replace(checkpoint, config=replace(checkpoint.config, prompt_length=40))
     without = {path: array for path, array in checkpoint.arrays.items() if not path.startswith("ego3d/")}
@@ -165,8 +165,9 @@ def test_golden_stages_and_tokens(results, golden):
 
 @pytest.mark.parametrize("name", ["dataset", "none"])
 def test_processor_and_model_act_as_the_policy(results, exports, name):
-    """From image and sentence to robot units, with both kinds of grid and mask. The resized pixels are the same within
-    one level, as two implementations round them; from the same pixels come the same actions."""
+    """From image and instruction to robot units, for both kinds of grid and mask.
+
+    Resized pixels agree within one level, since two implementations round them. Equal pixels give equal actions."""
     checkpoint, probes = exports[1][name], make_probes(56)
     policy = Policy(SpatialVLA(checkpoint.config), checkpoint.params(), checkpoint.processor)
     for i, text in enumerate(INSTRUCTIONS):
@@ -183,7 +184,7 @@ def test_processor_and_model_act_as_the_policy(results, exports, name):
 
 
 def test_names_and_bytes_stay_the_published_ones(results, exports):
-    """In the export and in what PyTorch saves of it, whatever transformers calls its parts in memory."""
+    """In the export and in what PyTorch saves from it, whatever names transformers uses in memory."""
     published = load_file("tests/golden/tiny_model/model.safetensors")
     for name in ("zoedepth", "saved"):
         tensors = load_file(exports[0] / name / "model.safetensors")
@@ -192,7 +193,7 @@ def test_names_and_bytes_stay_the_published_ones(results, exports):
 
 
 def test_classes_are_where_the_release_has_them(exports):
-    """`auto_map` names its files, so that its own code in their place is found."""
+    """`auto_map` names the release's files, so the release's own code can replace ours."""
     folder = exports[0] / "zoedepth"
     assert json.loads((folder / "config.json").read_text())["auto_map"] == {
         "AutoConfig": "configuration_spatialvla.SpatialVLAConfig",

@@ -1,4 +1,4 @@
-"""The exported model as transformers and its Trainer use one: loss, generation, flags, saving."""
+"""The exported model as used by transformers and its Trainer: loss, generation, flags, saving."""
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ def model(loaded):
 
 @pytest.fixture(scope="module")
 def batch(source) -> Batch:
-    """Two examples, prompts of unequal length, actions at the middles of random bins."""
+    """Two examples with prompts of unequal length and actions at the centres of random bins."""
     probes, size = make_probes(56), source.config.img.image_size
     rng = np.random.default_rng(0)
     grid, tokenizer = source.processor.grid, source.processor.tokenizer
@@ -56,14 +56,14 @@ def batch(source) -> Batch:
 
 @pytest.fixture(scope="module")
 def prompt(source, batch):
-    """The batch as the model takes it, without the actions."""
+    """The batch without actions, as the model takes it for prediction."""
     ranges = [[source.config.action_offset + first, count] for first, count in source.processor.grid.token_ranges]
     return torch_inputs(source.config, batch.model_inputs()) | {"token_ranges": torch.tensor(ranges)}
 
 
 @pytest.fixture(scope="module")
 def example(source, batch, prompt):
-    """What a Trainer passes: the action tokens and <eos> follow the prompt, and have labels."""
+    """A Trainer's inputs: action tokens and <eos> follow the prompt, and have labels."""
     ids = np.asarray(encode(source.processor.grid, batch.actions)).reshape(2, -1) + source.config.action_offset
     targets = torch.from_numpy(np.concatenate([ids, np.ones((2, 1), int)], 1))
     shape = prompt["input_ids"].shape
@@ -98,7 +98,7 @@ def test_loss_is_that_of_training(source, model, batch, example):
 
 @pytest.mark.slow
 def test_gradients_are_those_of_training(source, model, batch, example, tmp_path):
-    """Of every tensor, by its published name."""
+    """Compares the gradient of every tensor, by its published name."""
     gradients = jax.jit(jax.grad(training_loss(source, batch)))(jax.tree.map(jnp.asarray, source.params()))
     write_pytorch(tmp_path / "gradients", source.of(source.config, jax.tree.map(np.asarray, gradients), None))
     expected = load_file(tmp_path / "gradients" / "model.safetensors")
@@ -111,7 +111,7 @@ def test_gradients_are_those_of_training(source, model, batch, example, tmp_path
 
 
 def test_generate_is_predict_action(model, prompt):
-    """In a batch with padding; <eos> follows where there is room."""
+    """Holds for a padded batch; <eos> follows where there is room."""
     tokens, length = model.predict_action(prompt), prompt["input_ids"].shape[1]
     assert (prompt["attention_mask"] == 0).any()
     found = model.generate(**prompt)
@@ -123,7 +123,7 @@ def test_generate_is_predict_action(model, prompt):
 
 
 def test_beams_and_samples_are_chunks(model, prompt):
-    """A beam's chunk is at least as likely as the greedy one; samples keep to each token's kind."""
+    """A beam's chunk is at least as likely as the greedy one; sampling also keeps to each token's kind."""
     tokens, length = model.predict_action(prompt), prompt["input_ids"].shape[1]
     beams = model.generate(**prompt, num_beams=3)[:, length:]
     samples = model.generate(**prompt, do_sample=True, num_return_sequences=4)[:, length:]
@@ -203,7 +203,7 @@ def test_what_generate_does_not_support_is_refused(model, prompt, options, says)
 
 
 def test_there_is_no_action_of_numbers_that_are_not_finite(folder, prompt):
-    """In the inputs or in the weights, in any row; an infinite logit too, which the soft cap would hide."""
+    """Non-finite inputs or weights, in any row, raise. So does an infinite logit that the soft cap would hide."""
     model = load(folder)
     free = {name: x for name, x in prompt.items() if name != "token_ranges"}
 
@@ -226,7 +226,7 @@ def test_there_is_no_action_of_numbers_that_are_not_finite(folder, prompt):
     refused(free, 2)
     model = load(folder)
     model.predict_action(prompt)
-    with torch.no_grad():  # a ReLU makes zero of it
+    with torch.no_grad():  # a ReLU turns it into 0
         next(x for name, x in model.named_parameters() if name.endswith("position_embedding_head.1.bias"))[
             0
         ] = -torch.inf
@@ -256,7 +256,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(folder, prompt, example
 
 
 def test_saved_and_read_back(folder, source, model, prompt, tmp_path):
-    """Model and processor in one directory, in either order, by transformers and by JAX: every tensor as it was."""
+    """transformers and JAX load model and processor from one directory, saved in either order, with equal tensors."""
     processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     processor.statistics["new"] = processor.statistics["toy"]
     parts = [model, processor]

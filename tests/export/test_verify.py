@@ -17,7 +17,7 @@ def run(checkpoint, tmp_path):
 
 
 def test_convert_verifies(run, tmp_path, monkeypatch):
-    """By default up to a size; in float32 whatever the dtype of the weights."""
+    """The default is to verify up to a certain size, in float32 whatever the dtype of the weights."""
     done = convert(run, tmp_path / "out", to="pytorch", dtype="bfloat16")["verification"]
     assert done["tokens"] == done["tokens_equal"] == 4 * 9
     assert list(done["differences"]) == ["inputs", "image_features", "logits", "actions"]
@@ -63,7 +63,7 @@ def test_a_tampered_export_fails(checkpoint, tmp_path, keys):
 
 
 def test_without_a_processor(checkpoint, tmp_path):
-    """Random prompts of several lengths, tokens of the whole vocabulary, and no Ego3D."""
+    """Covers random prompts of several lengths, tokens from the whole vocabulary, and no Ego3D."""
     arrays = {path: array for path, array in checkpoint.arrays.items() if not path.startswith("ego3d/")}
     bare = replace(checkpoint, config=replace(checkpoint.config, depth_source="none"), arrays=arrays, processor=None)
     write_pytorch(tmp_path / "out", bare)

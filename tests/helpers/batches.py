@@ -16,7 +16,7 @@ GRID = gaussian_grid(PRETRAIN_GAUSSIANS, (4, 4, 2, 4, 4, 4))
 
 
 def random_batch(model: SpatialVLA, size: int, seed: int, action_dim: int = 7) -> Batch:
-    """A batch of one dataset as from the loader, always with depth."""
+    """A batch like the loader's, from one dataset, always with depth."""
     cfg, rng = model.config, np.random.default_rng(seed)
     S, Q, T = cfg.img.image_size, cfg.prompt_length, cfg.action_chunk
     length = rng.integers(3, Q + 1, size)
@@ -47,7 +47,7 @@ def observation(seed: int = 0, size: tuple[int, int] = (48, 64)) -> dict[str, An
 
 
 def assert_equal(one: Any, two: Any) -> None:
-    """The same structure (a batch, an episode) with the same values and dtypes."""
+    """Check that two structures (batches, episodes) have the same values and dtypes."""
     assert jax.tree.structure(one) == jax.tree.structure(two)
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(one), jax.tree.leaves(two), strict=True):
         np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path), strict=True)

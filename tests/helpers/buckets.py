@@ -17,14 +17,13 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from etils import epath
 
 _numbers = itertools.count()
-# Connections that wait to be accepted. Python's servers keep five: one more waits a second, then two, then four.
+# Length of the queue for new connections. Python's servers queue five; a sixth client retries after 1, 2, then 4 s.
 MANY = 1024
 
 
 @dataclass
 class Fault:
-    """What the proxy does to requests whose "METHOD /path?query" matches `pattern`: to every `every`-th of these, at
-    most `count` times."""
+    """A fault for every `every`-th request whose "METHOD /path?query" matches `pattern`, at most `count` times."""
 
     status: int = 0  # of the response that replaces the server's; 0: none
     body: str = ""
@@ -52,7 +51,7 @@ class Request:
 
 @dataclass
 class Proxy:
-    """Forwards to a server at `port`. `faults` may change at any time; `requests` lists the answered ones."""
+    """Forwards to a server at `port`. `faults` may change at any time; `requests` lists the answered requests."""
 
     port: int
     faults: list[Fault] = field(default_factory=list)
@@ -81,7 +80,7 @@ class Proxy:
 class _Handler(BaseHTTPRequestHandler):
     proxy: Proxy
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # or a body waits until the header is acknowledged
+    disable_nagle_algorithm = True  # otherwise a body waits until its header is acknowledged
 
     def handle_one_request(self) -> None:
         try:

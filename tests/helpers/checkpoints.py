@@ -18,12 +18,12 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "tiny_model"
 
 @pytest.fixture
 def golden() -> Path:
-    """The published layout with random weights: 380 tensors, of which 287 are ZoeDepth's."""
+    """The published layout with random weights: 380 tensors, 287 of them ZoeDepth's."""
     return GOLDEN
 
 
 def golden_with_given_depth() -> Checkpoint:
-    """The golden model as one that takes depth from its data, so without ZoeDepth."""
+    """The golden model changed to take depth from its data, so without ZoeDepth."""
     read = read_huggingface(GOLDEN)
     arrays = {path: array for path, array in read.arrays.items() if not path.startswith("zoe/")}
     return replace(read, config=replace(read.config, depth_source="dataset"), arrays=arrays)
@@ -53,7 +53,7 @@ def checkpoint(processor) -> Checkpoint:
 
 @pytest.fixture
 def reads(monkeypatch) -> list[list[int]]:
-    """How often each lazy array has been read, of all that are made from now on: [[1], [0], …]."""
+    """How often each lazy array was read, for all arrays created from now on: [[1], [0], …]."""
     counts: list[list[int]] = []
     make = LazyArray.__init__
 
@@ -71,7 +71,7 @@ def reads(monkeypatch) -> list[list[int]]:
 
 
 def with_lora(step: Path, copy: Path, **changes: Any) -> Path:
-    """A copy of one step of a run of adapters, whose metadata says other things of them."""
+    """A copy of one step of an adapter run, with changed metadata."""
     (copy / "metadata").mkdir(parents=True)
     (copy / "params").symlink_to(step / "params")
     metadata = json.loads((step / "metadata" / "metadata").read_text())
@@ -81,7 +81,7 @@ def with_lora(step: Path, copy: Path, **changes: Any) -> Path:
 
 
 def equal(a: Checkpoint, b: Checkpoint) -> bool:
-    """Whether config, processor and every byte of every array are the same."""
+    """Whether config, processor and every byte of every array are equal."""
     processors = [c.processor and c.processor.to_dict() for c in (a, b)]
     digests = [{path: digest(x.read()) for path, x in c.arrays.items()} for c in (a, b)]
     return a.config == b.config and processors[0] == processors[1] and digests[0] == digests[1]

@@ -9,12 +9,12 @@ import numpy as np
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.sim.motions import Motion
 
-STEP = 0.02  # metres that an action of 1 moves the hand of `Reach` by
+STEP = 0.02  # metres that an action of 1 moves the hand of `Reach`
 
 
 class Point:
-    """Done when |position - goal| < 0.05; all pixels are 100 + 100·(goal - position). Task 2's goal is out of reach
-    within the steps. The folder `marks` remembers across processes whether one has crashed or hung."""
+    """Done when |position - goal| < 0.05; all pixels are 100 + 100·(goal - position). Task 2's goal cannot be reached
+    within the step limit. The folder `marks` records, across processes, whether one has crashed or hung."""
 
     def __init__(self, marks: Path | None = None, crash: str = "", hang: str = "") -> None:
         self.marks, self.crash, self.hang = marks, crash, hang
@@ -52,7 +52,7 @@ class Point:
 
 
 class Counter:
-    """Stands in for LIBERO: an episode of task 0 ends after two steps, one of task 1 never."""
+    """Stands in for LIBERO: an episode of task 0 ends after two steps, one of task 1 never ends."""
 
     def __init__(self, image_size: int, depth: bool, mirrored: bool) -> None:
         self.size, self.depth, self.mirrored = image_size, depth, mirrored
@@ -74,7 +74,7 @@ class Counter:
 
 
 class Line:
-    """Done when the expert's ten centimetres are covered, in whatever steps the tokenizer makes of them."""
+    """Done once ten centimetres are covered; the tokenizer may round the expert's steps."""
 
     def reset(self, episode):
         self.left = 0.1
@@ -89,7 +89,7 @@ class Line:
 
 
 class Reach:
-    """Done when the hand is a centimetre from the bowl; the offset is 1 along every axis."""
+    """Done when the hand is within a centimetre of the bowl; `direction` is 1 along every axis."""
 
     def reset(self, episode):
         self.bowl, self.hand, self.task = np.array([0.1, -0.05, 0.02 * episode.number]), np.zeros(3), episode.task
@@ -105,7 +105,7 @@ class Reach:
 
 
 def coordinates(bowl: np.ndarray) -> np.ndarray:
-    """Of a simulator whose other objects stay where they are."""
+    """Simulator coordinates in which the other objects do not move."""
     qpos = np.zeros(44, np.float32)
     qpos[9:13] = [*bowl, 1]
     return qpos
@@ -116,8 +116,8 @@ def state(hand: np.ndarray) -> np.ndarray:
 
 
 class Handover:
-    """Stands in for `Takeover`: in every third episode the policy finishes the first two attempts itself, then in every
-    second the expert fails one. The process dies once in episode 4. A motion encodes the attempt and the actions."""
+    """Stands in for `Takeover`. In every third episode, the policy finishes the first two attempts itself. In every
+    second, the expert then fails one. The process dies once in episode 4. A motion encodes attempt and actions."""
 
     def __init__(self, marks: Path) -> None:
         self.marks = marks
@@ -145,7 +145,7 @@ class Handover:
 
 
 def double(marks: Path, number: int) -> int:
-    """Twice the number, but the process dies at the first call with 3."""
+    """Doubles the number, but the process dies at the first call with 3."""
     if number == 3 and not (marks / "died").exists():
         (marks / "died").touch()
         os._exit(7)

@@ -1,4 +1,4 @@
-"""A limit on the size of files, which stands in for a disk without room."""
+"""Limits the size of files, to simulate a full disk."""
 
 import contextlib
 import resource
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def no_room(limit: int) -> Iterator[None]:
-    """Files of this process end at `limit` bytes. A write across that is cut there, and the next one fails."""
+    """Truncate this process's files at `limit` bytes: a write across the limit is cut there, and the next one fails."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:

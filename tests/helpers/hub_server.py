@@ -1,4 +1,4 @@
-"""A server on loopback with the part of the Hugging Face Hub's API for downloads and uploads, and with faults."""
+"""A server on loopback with the downloads and uploads of the Hugging Face Hub's API, and with faults."""
 
 import base64
 import hashlib
@@ -28,7 +28,7 @@ class Repo:
 
 @dataclass
 class Fault:
-    """What happens to the first `count` requests whose "METHOD path" matches `pattern`."""
+    """A fault for the first `count` requests whose "METHOD path" matches `pattern`."""
 
     pattern: str
     count: int = 1
@@ -42,7 +42,7 @@ class Hub:
     repos: dict[str, Repo] = field(default_factory=dict)
     tokens: dict[str, str] = field(default_factory=lambda: {"hf_writes": "write", "hf_reads": "read"})
     faults: list[Fault] = field(default_factory=list)
-    requests: list[str] = field(default_factory=list)  # "METHOD path", with " bytes=…" of a range
+    requests: list[str] = field(default_factory=list)  # "METHOD path", followed by " bytes=…" for a range
     blobs: dict[str, bytes] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -72,7 +72,7 @@ class Hub:
 
 @pytest.fixture
 def hub_server(monkeypatch, tmp_path):
-    """An empty Hub, with an empty cache, no token and an empty working directory."""
+    """An empty Hub, an empty cache, no token and an empty working directory."""
     from huggingface_hub import constants
 
     server = Hub()
@@ -105,7 +105,7 @@ class _Refused(Exception):
 class _Handler(BaseHTTPRequestHandler):
     hub: Hub
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # or a body waits until the header is acknowledged
+    disable_nagle_algorithm = True  # otherwise a body waits until its header is acknowledged
 
     def log_message(self, format: str, *args) -> None:
         pass

@@ -48,7 +48,7 @@ class Server:
         pause: tuple[str, int] | None = None,
     ) -> "Run":
         """Start a run on `devices` simulated CPU devices, with a `file_limit` in bytes if not 0. Its output goes to
-        `errors`, by default beside its workdir. `pause` is where it stops itself, see `pause_before`."""
+        `errors`, by default beside its workdir. `pause` says where it stops itself, see `pause_before`."""
         if errors is None:
             assert isinstance(workdir, Path)
             workdir.parent.mkdir(parents=True, exist_ok=True)
@@ -88,7 +88,7 @@ class Run:
         end = time.monotonic() + seconds
         while not moment():
             if self.poll() is not None:
-                return moment()  # it may have been reached, and passed, since it was looked for
+                return moment()  # it may have been reached, and passed, since the last check
             if time.monotonic() > end:
                 self.send(signal.SIGUSR1)
                 time.sleep(1)
@@ -98,12 +98,12 @@ class Run:
         return True
 
     def paused(self) -> bool:
-        """Whether it has stopped itself, until SIGCONT."""
-        stat = Path(f"/proc/{self.pid}/stat")  # until `poll` has its exit code, it is there
+        """Whether the process has stopped itself, until SIGCONT."""
+        stat = Path(f"/proc/{self.pid}/stat")  # it exists until `poll` has its exit code
         return self.poll() is None and stat.read_text().rpartition(")")[2].split()[0] == "T"
 
     def send(self, number: int) -> None:
-        if self.poll() is None:  # until then the process is there, if only for its exit code to be read
+        if self.poll() is None:  # it exists until its exit code is read
             os.kill(self.pid, number)
 
     def kill(self) -> None:
@@ -113,8 +113,8 @@ class Run:
 
 
 def child_ends_with(command: Sequence[str], pid: Path, seconds: float = 60) -> bool:
-    """Whether the child of `command`, which writes its process id to the file `pid`, ends in time once the command is
-    killed. If not, it is killed, too."""
+    """Whether the child of `command` ends in time after the command is killed; if not, kill it. The child writes its
+    process id to the file `pid`."""
     parent = subprocess.Popen(command)
     try:
         while not (pid.exists() and pid.read_text()):
@@ -125,7 +125,7 @@ def child_ends_with(command: Sequence[str], pid: Path, seconds: float = 60) -> b
         parent.wait()
     child, deadline = int(pid.read_text()), time.monotonic() + seconds
     running = Path(f"/proc/{child}/cmdline")
-    while running.exists() and running.read_bytes():  # empty: its parent has not noticed yet
+    while running.exists() and running.read_bytes():  # empty: it has not noticed yet that its parent ended
         if time.monotonic() > deadline:
             os.kill(child, signal.SIGKILL)
             return False
@@ -137,8 +137,8 @@ LOGGED = "spatialvla_jax.training.metrics:MetricsLog.write"  # called after each
 
 
 def pause_before(name: str, number: int) -> None:
-    """This process stops itself just before it calls MODULE:FUNCTION or MODULE:CLASS.METHOD for the `number`-th time.
-    What a test then does happens at this moment, however slow the machine is."""
+    """Stop this process just before the `number`-th call of MODULE:FUNCTION or MODULE:CLASS.METHOD. A test can then act
+    at exactly this moment, however slow the machine is."""
     module, _, place = name.partition(":")
     *outer, last = place.split(".")
     owner = importlib.import_module(module)
@@ -158,7 +158,7 @@ _kept: list[socket.socket] = []
 
 
 def free_port() -> int:
-    """A port for JAX's coordinator. This process keeps it, so that nothing else on the machine is given it before."""
+    """A port for JAX's coordinator. This process holds it, so nothing else on the machine can get it first."""
     _kept.append(kept := socket.socket())
     kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # the coordinator sets it, too
     kept.bind(("127.0.0.1", 0))

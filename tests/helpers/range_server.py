@@ -1,4 +1,4 @@
-"""A bucket on loopback: folders of a directory, served as Google Cloud Storage serves buckets, in a process of its own.
+"""A separate process that serves folders of a directory on loopback, as Google Cloud Storage serves buckets.
 
     with range_server(tmp_path, latency_ms=50, bandwidth_mb=200) as server:  # serves gs://NAME of tmp_path / NAME
         os.environ |= server.environment  # gcsfs and tensorstore find it by these
@@ -6,8 +6,8 @@
         server.counts()["requests"]
 
 It speaks the part of the JSON API that gcsfs and tensorstore use: metadata, lists, media with ranges (by sendfile),
-uploads in one request or resumable, copies, deletes, and `ifGenerationMatch` on all of them. Latency and bandwidth are
-its own, so throughput can be measured where there is no network; `cpu_seconds` of its counts is what it used itself.
+uploads in one request or resumable, copies, deletes, and `ifGenerationMatch` on all of them. It simulates latency and
+bandwidth, so throughput can be measured without a network. `cpu_seconds` among its counts is the server's own CPU time.
 """
 
 import argparse
@@ -28,21 +28,21 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
-_CHUNK = 2**18  # bytes after which the bandwidth is looked at
-_BURST = 0.005  # seconds of bandwidth that an idle server has in hand
+_CHUNK = 2**18  # bytes between checks of the bandwidth
+_BURST = 0.005  # seconds of bandwidth that an idle server may save up
 
 
 @dataclasses.dataclass
 class Options:
-    latency_ms: float = 0.0  # from a request to the first byte of its answer
-    bandwidth_mb: float = 0.0  # MB/s of all answers together; 0: no limit
+    latency_ms: float = 0.0  # from a request to the first byte of its response
+    bandwidth_mb: float = 0.0  # MB/s for all responses together; 0: no limit
     fault: str = ""  # a status (429, 503 …), or "cut": half the body and the end of the connection; empty: none
-    every: int = 1  # the fault meets every n-th request
+    every: int = 1  # the fault hits every n-th request
     of: str = "any"  # "read" (of content), "write" (uploads, copies and deletes) or "any"
 
 
 class RangeServer:
-    """The client's side of a server that runs."""
+    """The client's side of a running server."""
 
     def __init__(self, process: subprocess.Popen[str], url: str) -> None:
         self._process, self.url = process, url
@@ -54,15 +54,15 @@ class RangeServer:
         urllib.request.urlopen(request).close()
 
     def counts(self) -> dict[str, float]:
-        """Since the start: requests (also of each kind: `read`, `write`, `look`), bytes_read, bytes_written, faults,
-        most_at_once (requests) and cpu_seconds."""
+        """Counts since the start: requests (all, and by kind: `read`, `write`, `look`), bytes_read, bytes_written,
+        faults, most_at_once (requests) and cpu_seconds."""
         with urllib.request.urlopen(f"{self.url}/counts") as response:
             return json.load(response)
 
 
 @contextlib.contextmanager
 def range_server(root: str | os.PathLike[str], **options: Any) -> Iterator[RangeServer]:
-    """Serves the folders of `root` as buckets until the block ends. `options`: the fields of `Options`."""
+    """Serve the folders of `root` as buckets until the block ends. `options` are the fields of `Options`."""
     arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
     process = subprocess.Popen([sys.executable, __file__, root, *arguments], stdout=subprocess.PIPE, text=True)
     try:
@@ -84,7 +84,7 @@ class _Error(Exception):
 
 
 class _Bucket:
-    """The requests of the API on a directory. Nothing here waits, so that each one is atomic."""
+    """The API's requests on a directory. Nothing here waits, so each request is atomic."""
 
     def __init__(self, root: Path) -> None:
         self.root = root.resolve()
@@ -97,7 +97,7 @@ class _Bucket:
         return folder / name
 
     def look(self, bucket: str, name: str, query: dict[str, str]) -> tuple[Path, dict[str, Any]]:
-        """An object's file and its metadata. Raises _Error where it is missing or a precondition fails."""
+        """An object's file and its metadata. Raises _Error if it is missing or a precondition fails."""
         path = self.path(bucket, name)
         generation = path.stat().st_mtime_ns if path.is_file() else 0
         if (wanted := query.get("ifGenerationMatch")) is not None and int(wanted) != generation:
@@ -139,7 +139,7 @@ class _Bucket:
         return self._metadata(bucket, name, path)
 
     def upload(self, bucket: str, query: dict[str, str], headers: dict[str, str], body: bytes) -> dict[str, Any]:
-        """All kinds of uploads; for the start of a resumable one the answer is {"Location": …}."""
+        """Handle all kinds of uploads; the start of a resumable one returns {"Location": …}."""
         if "upload_id" in query:
             return self._resume(query["upload_id"], headers, body)
         kind = query.get("uploadType", "media")
@@ -271,7 +271,7 @@ class _Server:
     def _do(
         self, method: str, names: list[str], query: dict[str, str], headers: dict[str, str], body: bytes
     ) -> tuple[int, dict[str, Any]]:
-        """A request that is not one for content: its status and its answer. `names`: b, bucket[, o[, object …]]."""
+        """Status and body for a request that does not transfer content. `names`: b, bucket[, o[, object …]]."""
         match method, names:
             case "GET", ["b", bucket]:
                 return 200, {"kind": "storage#bucket", "name": bucket, "id": self.bucket.path(bucket).name}

@@ -25,7 +25,7 @@ LIMITS = Limits(message_bytes=200_000, image_sizes=((48, 64),), clients=32, batc
 
 @contextmanager
 def serving(policy: Any, limits: Limits = LIMITS, compiled: bool = True, **options: Any) -> Iterator[Server]:
-    """A server in a thread of this process; by default waits until everything is `compiled`."""
+    """Run a server in a thread of this process; by default wait until everything is `compiled`."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
@@ -56,7 +56,7 @@ def get(server: Server, path: str, **headers: str) -> tuple[int, str]:
 
 
 def eventually(condition: Any, seconds: float = 600) -> None:
-    """Waits for it; the time is only for what would never come, however loaded the machine is."""
+    """Wait for it. The limit only catches what never comes, however slow the machine is."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -85,7 +85,7 @@ class Stub(Policy):
         )
 
         def encode_prompt(prompt: str, *, length: int, **_: Any) -> tuple[np.ndarray, np.ndarray]:
-            """One token per word, and one more."""
+            """One token per word, plus one."""
             return np.zeros(length, np.int32), np.arange(length) <= len(prompt.split())
 
         tokenizer = SimpleNamespace(encode_prompt=encode_prompt)

@@ -13,7 +13,7 @@ FROZEN = ("llm/embedder",)
 
 
 def setup_of(mesh: Mesh | None = None, *, augment: bool = False, train: dict[str, int], **optimizer: Any) -> TrainSetup:
-    """On GRID; `train` and `optimizer` change the config's parts of these names."""
+    """Uses GRID; `train` and `optimizer` change those parts of the config."""
     config = default_config()
     config.model.update(preset="nano", depth_source="dataset", dtype="float32", remat="none")
     config.data.prompt.length = 32

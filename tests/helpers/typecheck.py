@@ -1,4 +1,4 @@
-"""The type checker of jaxtyping's import hook: beartype, and what JAX accepts in place of an array."""
+"""The type checker of jaxtyping's import hook: beartype, extended by what JAX accepts in place of an array."""
 
 import functools
 import sys
@@ -45,7 +45,7 @@ def check(function: Callable) -> Callable:
 
 
 def called_by_jax() -> bool:
-    """Whether a module of JAX called the checked function; jaxtyping's frames lie between."""
+    """Whether JAX called the checked function; jaxtyping's frames lie in between."""
     frame = sys._getframe(2)
     while frame.f_back and frame.f_code.co_filename.endswith("jaxtyping/_decorator.py"):
         frame = frame.f_back

@@ -21,7 +21,7 @@ def action(x: float, gripper: float, y: float = 0.0) -> np.ndarray:
 
 
 def numbered(plan: int) -> np.ndarray:
-    """A chunk whose x says which plan and which of its steps an action is."""
+    """A chunk whose x encodes the plan and the step of each action."""
     return np.stack([action(10 * plan + step, 1) for step in range(T)])
 
 
@@ -60,7 +60,7 @@ def test_an_ensemble_sees_what_each_chunk_says_about_this_step() -> None:
         return np.ones(len(predictions))
 
     xs, _ = run(ChunkExecutor(weigh, every=1), 6, 6)
-    # Plan p begins at step p, and reaches four steps.
+    # Plan p starts at step p and covers four steps.
     assert seen == [[0], [1, 10], [2, 11, 20], [3, 12, 21, 30], [13, 22, 31, 40], [23, 32, 41, 50]]
     np.testing.assert_allclose(xs, [np.mean(row) for row in seen])
 
@@ -75,18 +75,18 @@ def test_an_ensemble_with_gaps_between_plans() -> None:
 
 
 def test_adaptive_weights_by_hand() -> None:
-    """Cosines with the newest: 0 (at a right angle), -1 (opposite), 0.6, 1; each times 0.1."""
+    """Cosine similarities with the newest: 0 (orthogonal), -1 (opposite), 0.6 and 1; each times 0.1."""
     predictions = np.array([action(0, 0, 5), action(-3, 1), action(0.6, 0, 0.8), action(2, 1)], np.float64)
     expected = np.exp([0, -0.1, 0.06, 0.1])
     np.testing.assert_allclose(adaptive(predictions), expected, rtol=1e-6)
-    # The gripper takes no part in the similarity, and is voted: 1 and 1 have 0.9048 + 1.1052 of 4.0718.
+    # The gripper does not affect the similarity. It is voted: the two open predictions have 0.9048 + 1.1052 of 4.0718.
     mean = expected @ predictions / expected.sum()
     np.testing.assert_allclose(combine(predictions, adaptive)[:6], mean[:6], rtol=1e-6)
     assert combine(predictions, adaptive)[6] == 0
 
 
 def test_recent_weights_by_hand() -> None:
-    """The release's: exp(0.8 i) of the i-th oldest, and the gripper opens where its mean is above one half."""
+    """The release weights the i-th oldest by exp(0.8 i), and opens the gripper if its mean is above one half."""
     predictions = np.array([action(1, 1), action(2, 1), action(3, 0)], np.float64)
     np.testing.assert_allclose(recent(predictions) / recent(predictions)[0], np.exp([0, 0.8, 1.6]))
     weights = np.array([1.0, 2.2255409, 4.9530324])

@@ -1,4 +1,4 @@
-"""The serving layout of Gemma 2 against the model that trains."""
+"""The decoding layout of Gemma 2 compared with the training model."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from spatialvla_jax.inference.weights import to_decode_layout
 from spatialvla_jax.models.attention import sliding_window_mask
 from spatialvla_jax.models.gemma2 import Gemma2, Gemma2Config
 
-# More layers than one of each kind, and a window that cuts into the sequence.
+# Several layers of each kind, and a window shorter than the sequence.
 CONFIG = Gemma2Config(
     vocab_size=7, width=16, depth=3, mlp_dim=24, num_heads=4, num_kv_heads=2, head_dim=8, sliding_window=4
 )
@@ -20,7 +20,7 @@ CONFIG = Gemma2Config(
 
 @pytest.mark.parametrize(("first", "window"), [(1, 64), (3, 4), (6, 4)])
 def test_whole_or_in_parts_it_is_the_model(first: int, window: int) -> None:
-    """Hidden states of a sequence, at once and as `first` tokens and then one by one into a cache."""
+    """Hidden states of a sequence: all at once, and with a cache, `first` tokens and then one by one."""
     length, config = 7, CONFIG.__class__(**{**vars(CONFIG), "sliding_window": window})
     model, rng = Gemma2(config, jnp.dtype("float32")), np.random.default_rng(first)
     x = rng.normal(size=(2, length, config.width)).astype(np.float32)

@@ -16,7 +16,7 @@ from spatialvla_jax.training.step import constrained_argmax
 
 @pytest.fixture(scope="module")
 def nano():
-    """(model, its parameters, inputs of three observations): prompts of several lengths."""
+    """(model, its parameters, inputs of three observations with prompts of several lengths)."""
     model = SpatialVLA(preset("nano", spatial_tokens=GRID.vocab_size))
     return model, init_params(model, 0), random_inputs(model, 3)
 
@@ -41,7 +41,7 @@ def row(inputs: Any, i: int):
 
 @pytest.mark.parametrize(("mask", "constrained"), [("prefix", True), ("prefix", False), ("causal", True)])
 def test_tokens_are_greedy_on_the_full_forward_pass(nano, mask: str, constrained: bool) -> None:
-    """Fed back to the training-time forward pass without a cache, every generated token is the best there."""
+    """Every generated token is the best one in the training-time forward pass without a cache."""
     model, params, inputs = nano
     model = SpatialVLA(replace(model.config, mask=mask))
     tokens, _ = run(model, params, inputs, constrained=constrained)
@@ -51,17 +51,17 @@ def test_tokens_are_greedy_on_the_full_forward_pass(nano, mask: str, constrained
     if constrained:
         np.testing.assert_array_equal(constrained_argmax(logits[:, :-1], GRID, offset), fed)
         return
-    # Random weights may emit text, which the training-time forward pass cannot be fed: compare up to there.
+    # Random weights may emit text, which the training-time forward pass does not accept: compare up to there.
     count = int(np.argmin(np.append((tokens >= offset).all(axis=0), False)))
     best = np.asarray(logits).argmax(-1)[:, : count + 1][:, :12]
     np.testing.assert_array_equal(best, tokens[:, : count + 1])
 
 
 def test_two_grippers_at_once_save_a_third_of_the_passes(nano) -> None:
-    """Four actions of three tokens in 8 passes after the prompt, whichever gripper is chosen."""
+    """Four actions of three tokens take 8 passes after the prompt, whichever gripper value is chosen."""
     tokens, passes = run(*nano)
     assert passes == 8
-    assert len(set(tokens[:, 2::3].ravel())) == 2  # both occur, or nothing is tested
+    assert len(set(tokens[:, 2::3].ravel())) == 2  # both values occur, otherwise this tests nothing
 
 
 @pytest.mark.parametrize("constrained", [True, False])
@@ -71,7 +71,7 @@ def test_a_draft_changes_the_passes_and_never_the_tokens(nano, constrained: bool
     np.testing.assert_array_equal(same, expected)
     assert none == 0
     wrong = expected.copy()
-    wrong[:, 7] = nano[0].config.action_offset  # one token off: all before it is kept
+    wrong[:, 7] = nano[0].config.action_offset  # one wrong token: all before it are kept
     again, few = run(*nano, constrained=constrained, draft=wrong)
     np.testing.assert_array_equal(again, expected)
     assert 1 <= few <= 5
@@ -81,7 +81,7 @@ def test_a_draft_changes_the_passes_and_never_the_tokens(nano, constrained: bool
 
 
 def test_batch_and_prompt_length_change_nothing(nano) -> None:
-    """Alone and with no more room than the longest prompt needs, as in the batch."""
+    """A prompt alone, padded no further than necessary, gives the same tokens as in the batch."""
     model, params, inputs = nano
     expected, _ = run(model, params, inputs)
     longest = int(np.asarray(inputs.prompt_mask).sum(1).max())
@@ -127,7 +127,7 @@ def test_a_row_without_finite_logits_is_told_and_its_neighbours_are_as_before(na
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_no_array_of_weights_hides_what_is_not_finite(nano, value: float) -> None:
-    """In whatever array it is, for greedy steps and drafts; argmax alone would return the first token of each kind."""
+    """Checks every array, with greedy steps and with drafts; argmax alone would return the first token of each kind."""
     model, params, inputs = nano
     run, (arrays, structure) = compiled(model, True), jax.tree.flatten(prepare_weights(model, params))
     draft = run(jax.tree.unflatten(structure, arrays), inputs.model_inputs(), None).tokens
@@ -138,7 +138,7 @@ def test_no_array_of_weights_hides_what_is_not_finite(nano, value: float) -> Non
 
 
 def test_a_norm_that_overflows_is_not_finite_either(nano) -> None:
-    """Its mean square is infinite, which leaves zeros and equal logits."""
+    """The mean square is infinite, so the norm gives zeros and equal logits."""
     model, params, inputs = nano
     weights = prepare_weights(model, params)
     norms = weights.llm.norms | {"post_ffw_norm": 0 * weights.llm.norms["post_ffw_norm"] + 1e30}
@@ -147,7 +147,7 @@ def test_a_norm_that_overflows_is_not_finite_either(nano) -> None:
 
 
 def test_drafts_end_where_one_token_s_row_is_not_finite(nano) -> None:
-    """It spoils all predictions of a pass that feeds it, the next pass predicts it again, and so on for ever."""
+    """A non-finite token spoils every prediction of the pass that reads it, so the next pass repeats it, forever."""
     model, params, inputs = nano
     weights, offset = prepare_weights(model, params), model.config.action_offset
     chosen = compiled(model, True)(weights, inputs.model_inputs(), None).tokens[0, 1]

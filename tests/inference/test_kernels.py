@@ -1,4 +1,4 @@
-"""The decode kernels, interpreted, against the plain formulas; and whether they lower for a GPU at full size."""
+"""The decode kernels, interpreted, compared with the plain formulas; and whether they lower for a GPU at full size."""
 
 from dataclasses import replace
 from functools import partial
@@ -30,8 +30,8 @@ jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
     ("dtype", "batch", "tokens", "splits"), [("float32", 3, 3, 3), ("float32", 1, 1, 1), ("bfloat16", 1, 3, 1)]
 )
 def test_attention_rotates_attends_and_writes(dtype: str, batch: int, tokens: int, splits: int) -> None:
-    """Over slots of which some are unused, in the middle and after the new tokens, which don't all see each other."""
-    N, K, H, S, at, rng = 4, 2, 32, 96, 61, np.random.default_rng(tokens)  # the smallest H that `can_attend` takes
+    """Some slots are unused, in the middle and after the new tokens, which do not all see each other."""
+    N, K, H, S, at, rng = 4, 2, 32, 96, 61, np.random.default_rng(tokens)  # the smallest H that `can_attend` allows
     config = Gemma2Config(num_heads=N, num_kv_heads=K, head_dim=H, query_pre_attn_scalar=H)
 
     def draw(*shape: int) -> jax.Array:
@@ -59,7 +59,7 @@ def test_attention_rotates_attends_and_writes(dtype: str, batch: int, tokens: in
     ids=["in parts", "whole", "gated"],
 )
 def test_products(dtype: str, shape: tuple[int, int], gate: bool, tile: Tile) -> None:
-    """Of one row and of three."""
+    """For one row and for three."""
     rng = np.random.default_rng(0)
     matrix = jnp.asarray(rng.normal(size=shape), dtype)
     for rows in (1, 3):
@@ -74,7 +74,7 @@ def test_products(dtype: str, shape: tuple[int, int], gate: bool, tile: Tile) ->
 @pytest.mark.gpu
 @pytest.mark.parametrize(("dtype", "splits"), [("float32", 2), ("bfloat16", 2), ("bfloat16", 1)])
 def test_product_added_and_normed(dtype: str, splits: int) -> None:
-    """A width that is no power of two, scales in the middle of a stack, three rows."""
+    """A width that is not a power of two, norm scales in the middle of a stack, three rows."""
     rng, D = np.random.default_rng(0), 48
 
     def draw(*shape: int) -> jax.Array:
@@ -92,8 +92,8 @@ def test_product_added_and_normed(dtype: str, splits: int) -> None:
 
 @pytest.mark.gpu
 def test_generation_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tokens of a small model with the kernels and without, for prompts of two lengths; and a third observation, whose
-    depth is NaN in one place, is told."""
+    """Tokens of a small model with and without the kernels, for two prompt lengths. A third observation has NaN in its
+    depth, and is reported."""
     config = preset("nano", spatial_tokens=GRID.vocab_size)
     model = SpatialVLA(replace(config, llm=replace(config.llm, depth=1)))
     rng, shapes = np.random.default_rng(0), param_shapes(model.config)
@@ -121,7 +121,7 @@ def test_generation_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("batch", "tokens"), [(1, 3), (32, 1)])
 def test_lowers_for_a_gpu(batch: int, tokens: int) -> None:
-    """At full size, with the cache in parts and whole."""
+    """At full size, with the cache split and whole."""
     cache = (jax.ShapeDtypeStruct((batch, 320, 4, 256), jnp.bfloat16),) * 2
     args = (
         jax.ShapeDtypeStruct((batch, tokens, 16, 256), jnp.bfloat16),
@@ -140,7 +140,7 @@ def test_lowers_for_a_gpu(batch: int, tokens: int) -> None:
 @pytest.mark.parametrize("gate", [False, True], ids=["", "gated"])
 @pytest.mark.parametrize("rows", [1, 3])
 def test_products_with_int8(rows: int, gate: bool) -> None:
-    """The kernel rounds once, after the scale, where the plain formula rounds before it, too."""
+    """The kernel rounds once, after the scale; the plain formula also rounds before it."""
     rng, shape = np.random.default_rng(rows), (96, 128)
     matrix = quantize(jnp.asarray(rng.normal(size=shape) * rng.uniform(0.1, 3, (96, 1)), jnp.float32))
     x = jnp.asarray(rng.normal(size=(1, rows, shape[1])), jnp.bfloat16)
@@ -153,7 +153,7 @@ def test_products_with_int8(rows: int, gate: bool) -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 @pytest.mark.parametrize("shape", [(4096, 2304), (2304, 2048), (18_432, 2304), (2304, 9216)])
 def test_products_lower_for_a_gpu(shape: tuple[int, int], dtype: str) -> None:
-    """At full size, with the tiles that they have there."""
+    """At full size, with the tiles used there."""
     x, matrix = jax.ShapeDtypeStruct((1, 3, shape[1]), jnp.bfloat16), jax.ShapeDtypeStruct(shape, dtype)
     scale = jax.ShapeDtypeStruct(shape[:1], jnp.float32) if dtype == "int8" else None
     run = jax.jit(partial(multiply, gated=shape[0] > 10_000, interpret=False))

@@ -33,15 +33,15 @@ def test_actions_are_the_decoded_ids_in_robot_units(policy: Policy, observation:
         assert ((out["action_ids"][:, i] >= start) & (out["action_ids"][:, i] < start + size)).all()
     expected = unnormalize(np.asarray(decode(grid, out["action_ids"])), policy.processor.statistics["toy"]["action"])
     np.testing.assert_allclose(out["actions"], expected, rtol=1e-6, atol=1e-7)
-    # The actions fall back into their own cells (unless clipped at the cube).
+    # The actions are encoded to their own cells again (unless clipped at the cube).
     again = np.asarray(encode(grid, np.asarray(decode(grid, out["action_ids"]))))
     inside = (np.abs(np.asarray(decode(grid, out["action_ids"]))[:, :3]) < 1).all(axis=1)
     np.testing.assert_array_equal(again[inside], out["action_ids"][inside])
 
 
 def test_infer_sees_what_training_saw(policy: Policy, config_file: Path) -> None:
-    """A stored frame through `prepare` (resized by JAX) and through the loader (resized by TensorFlow): the model's
-    inputs are the same, the pixels within one level. The loader's own pixels get the same tokens through both."""
+    """A stored frame through `prepare` (resized by JAX) and the loader (resized by TensorFlow) gives the model the same
+    inputs; pixels agree within one level. The loader's own pixels give the same tokens through both."""
     import tensorflow_datasets as tfds
 
     path = load_config(config_file).data.datasets[0]["path"]
@@ -79,7 +79,7 @@ def test_intrinsics_default_to_the_training_camera(policy: Policy, observation: 
 def test_inputs_that_stay_are_kept_and_those_that_change_are_not(
     policy: Policy, trained: Path, observation: dict, monkeypatch
 ) -> None:
-    """Also where the caller writes into the array that it gave before."""
+    """Also if the caller writes into the array that it passed before."""
     expected = policy.infer(observation)
     sent, put = [], jax.device_put
     monkeypatch.setattr(jax, "device_put", lambda x: sent.append(x.shape) or put(x))
@@ -105,7 +105,7 @@ def test_batched_and_single_calls_agree(policy: Policy, config_file: Path) -> No
 
 
 def test_many_observations_get_what_each_gets_alone(policy: Policy) -> None:
-    """Images of several sizes, large and small, and a number of them that no batch was compiled for."""
+    """Images of several sizes, large and small, in a number for which no batch was compiled."""
     sizes = [(48, 64), (120, 160), (48, 64), (120, 160), (120, 160)]
     seen = [{**random_observation(i, size), "intrinsics": None} for i, size in enumerate(sizes)]
     for together, one in zip(policy.infer_batch(seen), seen, strict=True):
@@ -147,7 +147,7 @@ def test_bad_drafts(policy: Policy, draft) -> None:
 
 @pytest.mark.parametrize(("key", "value"), [("intrinsics", 0), ("depth", np.nan), ("bounds", np.inf)])
 def test_numbers_that_are_not_finite_are_no_action(policy: Policy, key: str, value: float) -> None:
-    """Whatever `prepare` lets through: in the model or after it. The error says whose they are."""
+    """`prepare` accepts the input, but the model or the action is not finite. The error names the observations."""
     good, bad = (policy.prepare(random_observation(seed)) for seed in (1, 2))
     bad[key] = np.full_like(bad[key], value)
     with pytest.raises(NonFiniteError, match="for 1 of 2 observations are NaN or infinite") as raised:
@@ -168,7 +168,7 @@ def test_damaged_weights_are_no_action(policy: Policy, observation: dict, config
 def test_a_policy_of_the_model_s_next_weights_compiles_nothing(
     policy: Policy, observation: dict, trained: Path
 ) -> None:
-    """As after each validation of a run that is filmed."""
+    """As after each validation of a run that films its rollouts."""
     model, params, processor = load_pretrained(trained)
     assert processor
     before, programs = policy.infer(observation), policy._act._cache_size()
@@ -179,7 +179,7 @@ def test_a_policy_of_the_model_s_next_weights_compiles_nothing(
 
 
 def test_one_damaged_weight_is_no_action(trained: Path, observation: dict) -> None:
-    """Even where a ReLU keeps it from the logits."""
+    """Even if a ReLU hides it from the logits."""
     model, params, processor = load_pretrained(trained)
     assert processor
     params["ego3d"]["norm"]["bias"][0] = -np.inf

@@ -1,4 +1,4 @@
-"""The layout for decoding: the same values, whatever is stored apart, padded or computed ahead."""
+"""The decoding layout has the same values, whatever is stored separately, padded or precomputed."""
 
 from functools import partial
 
@@ -25,7 +25,7 @@ def random_model(**changes) -> tuple[SpatialVLA, dict]:
 
 @pytest.mark.parametrize("large", [1, 2**30])
 def test_an_image_gives_the_tokens_of_the_model(large: int, monkeypatch) -> None:
-    """With every layer an array of its own or all stacked, BEiT's bias computed ahead, and SigLIP's units padded."""
+    """With every layer a separate array or all stacked, BEiT's bias precomputed, and SigLIP's units padded."""
     monkeypatch.setattr(layout, "LARGE", large)
     model, params = random_model(depth_source="zoedepth", zoe=TINY)
     x = random_inputs(model, 2)
@@ -45,7 +45,7 @@ def test_the_depth_is_that_which_the_model_estimates() -> None:
 
 
 def test_a_call_makes_no_copy_of_the_stacked_layers(monkeypatch) -> None:
-    """They are stacked again for the modules' sake; a program that really did so would copy every weight."""
+    """The modules see restacked layers, but the compiled program must not copy the weights to stack them."""
     monkeypatch.setattr(layout, "LARGE", 1)
     model, params = random_model()
     weights, x = prepare_weights(model, params), random_inputs(model, 1)
@@ -56,7 +56,7 @@ def test_a_call_makes_no_copy_of_the_stacked_layers(monkeypatch) -> None:
 
 
 def test_tables_are_quantised_in_slabs_to_the_same_bits(monkeypatch) -> None:
-    """No more than a slab of a table is there in full precision, and the first table is done before any layer."""
+    """Only a slab of a table is held in full precision at a time, and the first table is done before any layer."""
     model, params = random_model()
     seen = []
     monkeypatch.setattr(layout, "SLAB", 100)

@@ -1,4 +1,4 @@
-"""BEiT against transformers with random weights."""
+"""BEiT compared with transformers, with random weights."""
 
 from dataclasses import replace
 

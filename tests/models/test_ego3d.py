@@ -1,4 +1,4 @@
-"""Ego3D against the formulas written out, one point at a time."""
+"""Ego3D compared with the formulas, one point at a time."""
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +56,7 @@ def test_frequencies_one_by_one(values):
 
 
 def test_starts_small_and_keeps_sines_exact():
-    """Kernels within Xavier's bound at gain 0.01; bf16 touches the sines only after they are taken."""
+    """Kernels are within Xavier's bound at gain 0.01. Sines are computed before anything is cast to bf16."""
     depth, intrinsics = jnp.full((1, 8, 8), 3.7), jnp.array([[[9.0, 0, 4], [0, 9, 4], [0, 0, 1]]])
     narrow, wide = (Ego3D(width=16, grid=2, dtype=jnp.dtype(d)) for d in ("bfloat16", "float32"))
     variables = jax.jit(wide.init)(jax.random.key(0), depth, intrinsics)

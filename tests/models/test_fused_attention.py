@@ -1,4 +1,5 @@
-"""The fused attention, interpreted, against XLA's: values, gradients, what a layer keeps, meshes; that it lowers."""
+"""Fused attention, interpreted, compared with XLA's: values, gradients, remat, meshes; and whether it lowers for a
+GPU."""
 
 from functools import partial
 
@@ -19,7 +20,7 @@ SMALL = Tiles(Tile(16, 32, 4, 2), Tile(32, 16, 4, 1), Tile(16, 16, 4, 1))
 
 
 def draw(B, T, S, N, K, H, *, seed=0, dtype=jnp.float32):
-    """Queries, keys, values, a mask whose first row of every example sees nothing, and a gradient of the output."""
+    """Queries, keys, values, a mask whose first row sees nothing in every example, and an output gradient."""
     rng = np.random.default_rng(seed)
     q, k, v, dout = (
         jnp.asarray(rng.normal(size=shape), dtype) for shape in [(B, T, N, H), (B, S, K, H), (B, S, K, H), (B, T, N, H)]
@@ -38,7 +39,7 @@ def values(function, q, k, v, mask, dout):
 
 
 def plain(q, k, v, mask, **options):
-    """XLA's attention in float32, 0 where a row sees nothing."""
+    """XLA's attention in float32; 0 for rows that see nothing."""
     out = attend(*(x.astype(jnp.float32) for x in (q, k, v)), mask, **options)
     return jnp.where(mask.any(axis=2)[:, :, None, None], out, 0)
 
@@ -59,20 +60,20 @@ def assert_alike(inputs, tolerance, *, tiles=SMALL, **options):
     [(40, 33, 2, 1, 1.0, 50.0), (16, 32, 4, 2, 30.0, 5.0), (7, 50, 3, 1, 0.1, 0.5)],
 )
 def test_values_and_gradients(T, S, N, K, strength, softcap):
-    """Lengths that fill blocks and that do not, grouped heads, and logits from far below the cap to far above it."""
+    """Lengths that fill blocks and others that do not, grouped heads, logits from far below to far above the cap."""
     assert_alike(draw(2, T, S, N, K, 16), 3e-5, scale=strength / 4, softcap=softcap)
 
 
 @pytest.mark.gpu
 def test_bfloat16():
-    """Within the rounding of its products, at the tiles of Gemma 2 2B."""
+    """Within the products' rounding errors, with the tiles of Gemma 2 2B."""
     tiles = fused_attention.tiles_for(256)
     assert_alike(draw(1, 70, 70, 2, 1, 256, dtype=jnp.bfloat16), 2e-2, tiles=tiles, scale=1 / 16, softcap=50.0)
 
 
 @pytest.mark.gpu
 def test_logits_at_the_cap():
-    """All logits at ±cap: nothing overflows, and the weights are right."""
+    """All logits are at ±cap: nothing overflows, and the weights are right."""
     q, k, v, mask, dout = draw(1, 20, 20, 1, 1, 16)
     inputs = (1e3 * q, 1e3 * k, v, mask, dout)
     fused = values(partial(attend_fused, tiles=SMALL, scale=1.0, softcap=80.0), *inputs)
@@ -82,7 +83,7 @@ def test_logits_at_the_cap():
 
 
 def count(jaxpr, name: str) -> int:
-    """Kernel calls in a jaxpr and its inner ones, without those whose results nothing uses: XLA removes them."""
+    """Kernel calls in a jaxpr and its inner ones, without those whose results are unused: XLA removes them."""
     used = {id(x) for x in [*jaxpr.outvars, *(x for eqn in jaxpr.eqns for x in eqn.invars)]}
     total = 0
     for eqn in jaxpr.eqns:
@@ -97,7 +98,7 @@ def count(jaxpr, name: str) -> int:
 @pytest.mark.gpu
 @pytest.mark.parametrize(("remat", "forwards"), [("none", 1), ("dots", 1), ("full", 2)])
 def test_a_rematerialised_layer(monkeypatch, remat, forwards):
-    """The policy `dots` keeps what the forward kernel gave, `full` runs it again; gradients are those of XLA's."""
+    """The policy `dots` saves the forward kernel's outputs, and `full` reruns it; both give XLA's gradients."""
     config = Gemma2Config(11, width=16, depth=2, mlp_dim=8, num_heads=2, num_kv_heads=1, head_dim=16)
     model = Gemma2(config, jnp.dtype("float32"), remat)
     x, positions = (
@@ -121,7 +122,7 @@ def test_a_rematerialised_layer(monkeypatch, remat, forwards):
 
 
 def test_on_a_mesh():
-    """Every device runs its part of the batch, and no other."""
+    """Every device runs only its part of the batch."""
     mesh = make_mesh({"data": 2, "fsdp": 4})
     inputs = draw(8, 6, 6, 2, 1, 16)
     options = {"scale": 0.25, "softcap": 50.0, "tiles": SMALL}
@@ -149,7 +150,7 @@ def test_when_it_is_used(monkeypatch):
 
 @pytest.mark.parametrize(("B", "T", "H"), [(32, 320, 256), (128, 301, 64)])
 def test_lowers_for_a_gpu(B, T, H):
-    """Both model sizes become Triton's code; what the GPU's compiler makes of it, benchmarks/attention.py shows."""
+    """Both model sizes compile to Triton code; benchmarks/attention.py shows what the GPU makes of it."""
     q, k = jax.ShapeDtypeStruct((B, T, 8, H), jnp.bfloat16), jax.ShapeDtypeStruct((B, T, 4, H), jnp.bfloat16)
     run = partial(values, partial(attend_fused, scale=1 / 16, softcap=50.0, interpret=False))
     args = (q, k, k, jax.ShapeDtypeStruct((B, T, T), bool), q)

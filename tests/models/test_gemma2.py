@@ -1,4 +1,4 @@
-"""Gemma 2 against transformers with random weights."""
+"""Gemma 2 compared with transformers, with random weights."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ FLOAT32 = jnp.dtype("float32")
 
 
 def build(config: Gemma2Config, seed: int):
-    """(transformers model, our model, our variables): one set of random weights."""
+    """(transformers model, our model, our variables) with one set of random weights."""
     reference = transformers.Gemma2ForCausalLM(
         transformers.Gemma2Config(
             vocab_size=config.vocab_size,
@@ -62,7 +62,7 @@ def ours(model, variables, ids, positions, mask):
 def small_config(kv_heads, groups, head_dim, width, mlp_dim, depth, window, softcap) -> Gemma2Config:
     return Gemma2Config(
         vocab_size=37,
-        width=width * kv_heads * groups,  # transformers wants a multiple of the heads
+        width=width * kv_heads * groups,  # transformers requires a multiple of the number of heads
         depth=depth,
         mlp_dim=mlp_dim,
         num_heads=kv_heads * groups,
@@ -91,7 +91,7 @@ CONFIGS = st.builds(
 @settings(deadline=None, max_examples=3)
 @given(config=CONFIGS, batch=st.integers(1, 3), length=st.integers(1, 9), seed=st.integers(0, 99))
 def test_causal_with_a_sliding_window(config, batch, length, seed):
-    """Small shapes, a window shorter than the sequence in every second layer, both soft caps at work."""
+    """Small shapes, a window shorter than the sequence in every second layer, and both soft caps in effect."""
     reference, model, variables = build(config, seed)
     ids = np.random.default_rng(seed).integers(0, config.vocab_size, (batch, length))
     positions = np.broadcast_to(np.arange(length), ids.shape)
@@ -102,7 +102,7 @@ def test_causal_with_a_sliding_window(config, batch, length, seed):
 
 
 def test_a_layer_at_full_width():
-    """One layer of 2304 with a prefix mask, a padded place and positions from 1, as SpatialVLA calls it."""
+    """One layer of width 2304 with a prefix mask, one padded token and positions from 1, as SpatialVLA calls it."""
     config = Gemma2Config(vocab_size=64, depth=1)
     reference, model, variables = build(config, seed=0)
     ids = np.random.default_rng(0).integers(0, 64, (2, 12))
@@ -124,7 +124,7 @@ def test_a_layer_at_full_width():
 @settings(deadline=None, max_examples=4)
 @given(shape=st.tuples(*[st.integers(1, 9)] * 4), seed=st.integers(0, 99))
 def test_gradients_of_the_head_are_those_of_its_product(shape: tuple[int, ...], seed: int) -> None:
-    """Exactly in float32; in bfloat16, which they are rounded to, as near as it has digits."""
+    """Exact in float32; in bfloat16, as exact as its digits allow."""
     B, T, V, D = shape
     rng = np.random.default_rng(seed)
     hidden, head, weight = (rng.standard_normal(s).astype(np.float32) for s in ((B, T, D), (V, D), (B, T, V)))

@@ -1,4 +1,4 @@
-"""Low-rank adapters: the published layers, each by itself; nothing changed at the start."""
+"""Low-rank adapters: the published layers, each adapted separately; no change at initialisation."""
 
 from math import prod
 
@@ -41,11 +41,11 @@ def test_fresh_adapters_change_nothing(params) -> None:
         np.testing.assert_array_equal(merged[path], x)
     assert merge_adapters(params, 8.0).keys() == params.keys()
     a = np.concatenate([np.ravel(x) for path, x in flatten(adapters).items() if path.endswith("/a")])
-    assert np.std(a) == pytest.approx(1 / 4, rel=0.05)  # the release's: a normal with deviation 1 / rank
+    assert np.std(a) == pytest.approx(1 / 4, rel=0.05)  # as in the release: a normal with deviation 1 / rank
 
 
 def test_every_published_layer_gets_its_own_product(params) -> None:
-    """W + scale · B A on the PyTorch side's tensors, one layer at a time; keys and values, gate and up apart."""
+    """W + scale · B A computed on the PyTorch tensors, one layer at a time; keys, values, gate and up separately."""
     rng = np.random.default_rng(1)
     adapters = {p: rng.normal(size=s).astype(np.float32) for p, s in adapter_shapes(SHAPES, 3, ALL).items()}
     merged = flatten(jax.jit(lambda p: merge_adapters(p, 0.5))(params | {"lora": unflatten(adapters)}))
@@ -64,7 +64,7 @@ def test_every_published_layer_gets_its_own_product(params) -> None:
 
 
 def test_parameters_at_full_size_are_those_of_the_published_targets() -> None:
-    """rank · (in + out) of every linear layer, as `peft` counts them, from the sizes in the paper."""
+    """rank · (in + out) of every linear layer, as `peft` counts them, with the sizes in the paper."""
     config = preset("spatialvla-4b-224")
     D, F, Q, KV, S, M = 2304, 9216, 8 * 256, 4 * 256, 1152, 4304
     gemma = (D + Q) + 2 * (D + KV) + (Q + D) + 2 * (D + F) + (F + D)
@@ -100,7 +100,7 @@ def test_targets_are_patterns() -> None:
     ],
 )
 def test_adapters_get_the_gradients_of_the_sum_without_that_of_the_weight(equation: str, kernel: str) -> None:
-    """Against autodiff through W + B A."""
+    """Compared with autodiff through W + B A."""
     rng = np.random.default_rng(2)
     layer = {path: shape[1:] for path, shape in SHAPES.items() if path == kernel}
     w = rng.normal(size=layer[kernel]).astype(np.float32)
@@ -124,7 +124,7 @@ def test_adapters_get_the_gradients_of_the_sum_without_that_of_the_weight(equati
 
 
 def test_a_training_step_of_adapters_has_no_gradient_of_a_frozen_weight() -> None:
-    """By the FLOPs of the products in the traced step, which `dots` keeps and `full` computes again."""
+    """Counts the FLOPs of products in the traced step, which `dots` saves and `full` recomputes."""
     grid = gaussian_grid(PRETRAIN_GAUSSIANS, (2,) * 6)  # a small head, whose gradient neither step needs
 
     def flops(rank: int, remat: str) -> float:
@@ -142,7 +142,7 @@ def test_a_training_step_of_adapters_has_no_gradient_of_a_frozen_weight() -> Non
 
 @pytest.mark.slow
 def test_the_model_has_the_same_gradients_with_adapters_beside_its_weights(params) -> None:
-    """Loss and gradients of a and b in the whole model, against autodiff through the sums."""
+    """Loss and gradients of a and b in the whole model, compared with autodiff through the merged weights."""
     model = SpatialVLA(NANO)
     rng = np.random.default_rng(3)
     drawn = {p: 0.1 * rng.normal(size=s).astype(np.float32) for p, s in adapter_shapes(SHAPES, 2, ALL).items()}

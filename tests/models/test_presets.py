@@ -60,7 +60,7 @@ def test_bad_preset() -> None:
 
 @pytest.mark.parametrize("size", [336, 448])
 def test_larger_images_have_more_patches(size: int) -> None:
-    """From the config to the loss: positions, Ego3D and the mask follow the image."""
+    """From config to loss: positions, Ego3D and the mask follow the image size."""
     config = default_config()
     config.model.update(preset="small", image_size=size, depth_source="dataset", remat="none")
     config.data.prompt.length = 32

@@ -1,4 +1,4 @@
-"""Resampling against torch.nn.functional, which defines it."""
+"""Resampling compared with torch.nn.functional, which defines it."""
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ def torch_resize(x, size, **kwargs):
 @settings(deadline=None, max_examples=8)
 @given(source=st.tuples(SIDE, SIDE), target=st.tuples(SIDE, SIDE), seed=st.integers(0, 2**32 - 1))
 def test_matches_torch(method, source, target, seed):
-    """By products with matrices and by taps: the form for GPUs, on which no test runs."""
+    """As matrix products and as taps, the form for GPUs, on which no test runs."""
     resize, kwargs = METHODS[method]
     x = random_image(seed, 2, *source, 3)
     ours = jax.jit(lambda x: resize(x, target))(x)

@@ -1,4 +1,4 @@
-"""SigLIP against transformers with random weights."""
+"""SigLIP compared with transformers, with random weights."""
 
 import jax
 import jax.numpy as jnp

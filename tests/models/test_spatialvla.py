@@ -1,4 +1,4 @@
-"""The whole model against the published implementation, in float32, through the import path that users take."""
+"""The whole model compared with the published implementation, in float32, imported as users do."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -82,7 +82,7 @@ def test_logits_at_every_position_of_the_prompt(golden, model_and_params, inputs
 
 
 def test_greedy_tokens_from_images_alone(golden, inputs):
-    """The published model whole, ZoeDepth inside: all 36 tokens, unconstrained, and the logits of the first."""
+    """The whole published model, ZoeDepth included: all 36 tokens, unconstrained, and the first logits."""
     checkpoint = read_huggingface(GOLDEN / "tiny_model")
     assert checkpoint.config.depth_source == "zoedepth" and checkpoint.config.prompt_length > 24
     model, params = SpatialVLA(replace(checkpoint.config, prompt_length=24)), checkpoint.params()
@@ -100,7 +100,7 @@ def test_greedy_tokens_from_images_alone(golden, inputs):
 
 @pytest.fixture(scope="module")
 def training(golden, model_and_params, inputs):
-    """(our inputs, targets [3, 13], their places in the published sequences, where they follow the prompt)."""
+    """(our inputs, targets [3, 13], their positions in the published sequences, where they follow the prompt)."""
     config = model_and_params[0].config
     start = golden["train_token_type_ids"].argmax(axis=1)  # first target
     places = start[:, None] + np.arange(config.num_action_tokens + 1)
@@ -113,11 +113,10 @@ def training(golden, model_and_params, inputs):
 
 
 def published_logits(model, params, inputs, golden, *, padding_seen):
-    """Logits at every place of the published sequences: actions right after the prompt, padding behind.
+    """Logits at every position of the published sequences: actions directly after the prompt, padding at the end.
 
-    The release (transformers 4.47) masks padding and then opens all keys of token type 0, padding among them: in a
-    padded batch every token sees the padding, which sees the targets. `padding_seen` reproduces that.
-    """
+    The release (transformers 4.47) masks padding, and then unmasks all keys of token type 0, padding included. In a
+    padded batch every token therefore sees the padding, which sees the targets. `padding_seen` reproduces that."""
     ids, valid = golden["train_input_ids"], golden["train_attention_mask"].astype(bool)
     order = np.arange(ids.shape[1])
     mask = (golden["train_token_type_ids"] == 0)[:, None] | (order <= order[:, None])
@@ -138,7 +137,7 @@ def published_logits(model, params, inputs, golden, *, padding_seen):
 
 
 def test_training_sequence_as_published(golden, model_and_params, training):
-    """Logits, loss and six gradients of the published training batch, its mask of padding reproduced."""
+    """Logits, loss and six gradients of the published training batch, with its treatment of padding reproduced."""
     model, params = model_and_params
     inputs, targets, places = training
 
@@ -161,8 +160,8 @@ def test_training_sequence_as_published(golden, model_and_params, training):
 
 
 def test_our_fixed_places_change_nothing(golden, model_and_params, training):
-    """`__call__`, with its padding between prompt and actions, gives the logits of the published sequence: the golden
-    ones where nothing is padded (example 0), elsewhere those with padding unseen."""
+    """`__call__`, with its padding between prompt and actions, gives the logits of the published sequence. Example 0
+    has no padding and is compared with golden logits, the others with logits that ignore padding."""
     model, params = model_and_params
     inputs, _, places = training
     logits = jax.jit(lambda params: model.apply({"params": params}, **inputs))(params)

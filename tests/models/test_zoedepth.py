@@ -1,4 +1,4 @@
-"""ZoeDepth against transformers with random weights, and the depth path against golden data of the release."""
+"""ZoeDepth compared with transformers on random weights, and the depth path with golden data of the release."""
 
 from dataclasses import replace
 from functools import partial
@@ -71,7 +71,7 @@ def test_matches_transformers(grid, width, neck, fusion, num_bins, bin_embedding
 
 
 def test_layers_of_the_published_widths():
-    """Every layer outside the backbone at its published width (the backbone one layer deep a tap), by its output."""
+    """Compares the output of every layer at its published width; the backbone has one layer per tap."""
     config = replace(ZoeDepthConfig(), backbone=replace(ZoeDepthConfig().backbone, depth=4, mlp_dim=1024))
     hf, params = pair(config, seed=0)
     images = random_images(0, 1, 64, 64)
@@ -108,7 +108,7 @@ def test_layers_of_the_published_widths():
 
 @pytest.mark.slow
 def test_routes_every_example_by_itself():
-    """Both domains in one batch: each depth is what transformers, which sums the vote, gives that image alone."""
+    """In a batch with both domains, each depth equals transformers' for that image alone."""
     hf = random_hf_model(TINY, seed=3)
     images = random_images(3, 4, 64, 64)
     with torch.no_grad():

@@ -26,7 +26,7 @@ def test_there_are_notebooks() -> None:
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_has_its_output(path: Path) -> None:
-    """As `make notebooks` leaves it: executed in order, small, and without paths of the machine."""
+    """As `make notebooks` leaves it: executed in order, small, and without machine-specific paths."""
     assert path.stat().st_size < 300_000
     cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))

@@ -1,4 +1,4 @@
-"""A rehearsal: what makes a no-go, what it leaves behind (nothing), in one process and in two."""
+"""A rehearsal: what makes a no-go, and that it leaves nothing behind, in one process and in two."""
 
 import math
 from pathlib import Path
@@ -91,7 +91,7 @@ def check_output(text: str, code: int) -> None:
 
 @pytest.mark.slow
 def test_a_rehearsal_leaves_nothing(packed_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """It writes beside the workdir, makes what a killed one left anew, and takes nobody else's folder."""
+    """It writes beside the workdir, replaces what a killed rehearsal left, and refuses any other folder."""
     workdir = tmp_path / "runs" / "mine"
     command = ["train", "--config", str(packed_config), "--workdir", str(workdir), "--config.train.steps=10"]
     command += ["--config.mesh.fsdp=4", "--config.mesh.data=2", "--rehearse"]

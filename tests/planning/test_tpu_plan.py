@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation: the step of a nano model is really compiled by libtpu, the rest runs on small inputs."""
+"""Ahead-of-time compilation: libtpu compiles the step of a nano model; everything else runs on small inputs."""
 
 import gzip
 import json
@@ -112,17 +112,17 @@ def test_a_nano_step_compiles_for_a_pod(config_file: Path, capsys: pytest.Captur
     # Parameters, mean and variance; the frozen table has no optimizer state.
     assert 0 < memory["params"] < memory["optimizer"] < 2 * memory["params"]
     assert report["step_seconds"] == max(report["seconds"].values())
-    # Everything that the model needs is done, and the padding and rematerialisation of one layer or two on top.
+    # At least the model's own FLOPs, plus padding and the rematerialisation of one or two layers.
     assert 1 < report["hardware_flops"] / report["model_flops"] < 2
     assert "all-gather" in out and "memory of a chip" in out
 
     kept = json.loads(Path(report["report"]).read_text())
     hlo = gzip.decompress(Path(report["report"]).with_suffix(".hlo.gz").read_bytes()).decode()
     assert read_program(hlo, 4).flops * 4 == report["hardware_flops"]
-    # What crosses the mesh is parameters and gradients: with the batch split, no activation of a layer is summed.
+    # Only parameters and gradients cross the mesh. The batch is split, so no activation is all-reduced.
     activations = [c for c in kept["collectives"] if c["kind"] == "all-reduce" and c["shape"].startswith("16x")]
     assert not activations
-    # The second time it comes from the cache.
+    # The second report comes from the cache.
     topology = parse_topology("v5e:2x2")
     assert main(arguments) == 0
     again = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -136,7 +136,7 @@ def test_gradients_alone_cross_slices(config_file: Path) -> None:
     across = [c for c in report["collectives"] if c["across_slices"]]
     within = {c["kind"] for c in report["collectives"] if not c["across_slices"]}
     assert {c["kind"] for c in across} == {"all-reduce"} and "all-gather" in within
-    # Once a step, in no loop over layers: a chip's part of the gradients, whose size is that of its part of the
+    # Once per step and outside loops over layers. A chip's part of the gradients has the size of its part of the
     # parameters, padded to whole tiles.
     assert all(c["count"] == 1 for c in across)
     assert 0.5 < sum(c["bytes"] for c in across) / report["memory"]["params"] < 2
@@ -176,7 +176,7 @@ FULL = Plan((2, 4, 1), "none", 64, 1)
 
 
 def memory_model(limit: float):
-    """A compiler whose programs need memory by a simple rule: → (compile, the plans it was asked for)."""
+    """A fake compiler whose programs need memory by a simple rule: → (compile, the plans it was asked for)."""
     asked: list[Plan] = []
     activations = {"none": 8.0, "dots": 3.0, "full": 1.0}
 
@@ -245,7 +245,7 @@ def test_smaller_plans_divide_and_say_how_to_get_there() -> None:
 
 @pytest.mark.parametrize(("limit", "batch_size"), [(20.0, 32), (9.0, 16), (1e3, 64)])
 def test_search_ranks_what_fits(limit: float, batch_size: int) -> None:
-    """By samples a second; where memory is short, a smaller batch is the fastest."""
+    """By samples a second; if memory is short, a smaller batch is the fastest."""
     topology = Topology("v5e", (2, 4))
     compile_, asked = memory_model(limit)
     found = search(FULL, topology, compile_, lambda _: None)
@@ -266,7 +266,7 @@ def test_search_ranks_what_fits(limit: float, batch_size: int) -> None:
 
 
 def test_a_program_that_compiles_may_still_be_too_large(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Memory that the compiler does not refuse may be more than the chip has: the sum is ours."""
+    """The compiler may accept more memory than the chip has, so we compare the sum ourselves."""
     buffers = {"arguments": 10 * 2**30, "temporaries": 15 * 2**30, "outputs": 5 * 2**30}
     monkeypatch.setattr(tpu_plan, "optimise", lambda *_: (HLO, buffers))
     lowered = SimpleNamespace(as_text=lambda: "")
@@ -293,14 +293,14 @@ allocation 6: size 4096, thread-local:
 
 
 def test_buffers_in_the_chips_memory_are_counted_once_and_by_kind() -> None:
-    """An output in the place of a donated argument is that argument; neither vector memory nor registers are HBM."""
+    """An output that reuses a donated argument counts as that argument; vector memory and registers are not HBM."""
     assert buffers_of(BUFFERS) == {"arguments": 3072, "temporaries": 5040, "outputs": 300}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rows", [65536, 720896])
 def test_the_executable_adds_the_heaps_fragmentation_to_its_size(rows: int) -> None:
-    """So the buffers are what a program needs. Fragmentation is the heap's size less what is live at its peak; the
+    """So the buffers are what a program needs. Fragmentation is the heap's size minus what is live at its peak; the
     rest of the difference is tens of kilobytes of constants."""
     mesh = jax.sharding.Mesh(np.array(Topology("v5e", (2, 2)).devices()), ("fsdp",))
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
@@ -476,7 +476,7 @@ def test_products_of_a_jaxpr() -> None:
 
 
 def test_model_flops_of_the_published_model() -> None:
-    """Near 2 FLOPs a parameter and token forward, 6 where it is trained; remat changes nothing."""
+    """About 2 FLOPs per parameter and token in the forward pass, 6 if it is trained; remat changes nothing."""
     config = default_config()
     grid = make_grid(config.grid.to_dict(), lambda: np.asarray(PRETRAIN_GAUSSIANS))
 

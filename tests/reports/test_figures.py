@@ -1,4 +1,4 @@
-"""The figures are whole PNG files that show what they were given."""
+"""Figures are complete PNG files and show the data they were given."""
 
 import runpy
 import subprocess
@@ -16,13 +16,13 @@ from spatialvla_jax.reports.figures import grids, style, training
 
 
 def read(path) -> np.ndarray:
-    """The picture as int[height, width, 3]; fails where the file is not a whole PNG."""
+    """The picture as int[height, width, 3]; fails if the file is not a complete PNG."""
     with Image.open(path, formats=["PNG"]) as image:
         return np.asarray(image.convert("RGB"), int)
 
 
 def pixels(path, colour: str) -> int:
-    """How many pixels of the picture have just this colour."""
+    """How many pixels of the picture have exactly this colour."""
     return int((np.abs(read(path) - np.round(np.array(to_rgb(colour)) * 255)).max(-1) <= 3).sum())
 
 
@@ -64,12 +64,12 @@ def test_action_grid(tmp_path):
         assert pixels(tmp_path / name, style.RED) > 500  # the fitted Gaussians
     grids.action_grid(tmp_path / "grid.png", uniform_grid((8, 16, 4, 8, 8, 8)), actions, "samples of it", fit=False)
     assert pixels(tmp_path / "grid.png", style.RED) < pixels(tmp_path / "fit.png", style.RED) / 4
-    # The grid is in the picture: another grid over the same data is another picture.
+    # The picture shows the grid: another grid over the same data gives another picture.
     assert (tmp_path / "fit.png").read_bytes() != (tmp_path / "uniform.png").read_bytes()
 
 
 def test_action_grid_of_degenerate_data(tmp_path):
-    """No motion at all, and one bin a variable."""
+    """No motion at all, and one bin per variable."""
     still = np.zeros((10, 7), np.float32)
     grids.action_grid(tmp_path / "still.png", gaussian_grid(fit_gaussians(still), min_sigma=0), still)
     grids.action_grid(tmp_path / "one.png", uniform_grid((1,) * 6), still)
@@ -87,14 +87,14 @@ def test_trajectories(tmp_path, count):
     training.trajectories(path, episodes)
     assert read(path).shape == (750, 690 * count, 3)
     assert pixels(path, style.RED) > 500 * count and pixels(path, style.DARK) > 500 * count
-    # Without a title, and with a gripper that never moves.
+    # No title, and a gripper that never moves.
     still = {"expert": np.zeros((5, 7)), "predicted": np.ones((7, 7))}
     training.trajectories(path, [still])
     assert pixels(path, style.RED) > 500
 
 
 def test_quantisation_where_nothing_succeeds(tmp_path):
-    """Then there are no steps of a success, be it through a grid or on a line across."""
+    """Then there are no steps per success to plot, neither for a grid nor as a horizontal line."""
     none = {"success": 0.0, "standard_error": 0.0, "steps": None}
     some = {"success": 0.5, "standard_error": 0.1, "steps": 80.0}
     draw = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks/quantisation.py"))["draw"]

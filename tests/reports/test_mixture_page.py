@@ -1,5 +1,5 @@
-"""The page shows every dataset with its instructions and counts, plays episodes, is whole HTML, and the same for the
-same seed."""
+"""The page lists every dataset's instructions and counts, plays episodes, is valid HTML, and depends only on the
+seed."""
 
 import base64
 import io
@@ -26,7 +26,7 @@ VOID = {"meta", "img", "input"}
 
 
 class Page(HTMLParser):
-    """Text, links and played episodes of a page; fails on tags that do not match."""
+    """Text, links and episodes of a page; fails on unbalanced tags."""
 
     def __init__(self, path: Path):
         super().__init__()
@@ -61,7 +61,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def loader(tmp_path_factory: pytest.TempPathFactory) -> Loader:
-    """Two datasets: 7 and 4 episodes, the second with a hostile instruction and one without any."""
+    """Two datasets of 7 and 4 episodes; the second has a hostile instruction and an episode without any."""
     folder = tmp_path_factory.mktemp("show")
     hostile = make_episodes(5, seed=3, steps=(1, 4))
     for number, episode in enumerate(hostile):
@@ -123,7 +123,7 @@ def picture(source: str, kind: str) -> np.ndarray:
 
 
 def test_played_episodes_are_those_stored(page: Page, loader: Loader) -> None:
-    """Pictures, depth, actions and state of the steps that they are said to be of."""
+    """Pictures, depth, actions and state belong to the steps that are stated."""
     starts = np.cumsum([0, *(index.num_frames for index in loader.indexes())])
     shown = re.findall(r"episode (\d+): “.*?” \((\d+) of (\d+) frames\)", page.text)
     played = [episode for part in page.played for episode in part["episodes"]]
@@ -140,7 +140,7 @@ def test_played_episodes_are_those_stored(page: Page, loader: Loader) -> None:
         batch = loader.frames(starts[number // EPISODES] + frames)
         for source, image in zip(episode["images"], np.asarray(batch.image, float), strict=True):
             pixels = picture(source, "jpeg")
-            assert np.corrcoef(pixels.ravel(), image.ravel())[0, 1] > 0.8  # noise, so no neighbour looks alike
+            assert np.corrcoef(pixels.ravel(), image.ravel())[0, 1] > 0.8  # noise, so neighbouring steps differ
         camera = np.asarray(batch.intrinsics)[0, [0, 1, 0, 1], [0, 1, 2, 2]] / IMAGE_SIZE
         np.testing.assert_allclose(episode["camera"], camera, rtol=1e-3)
         steps = first + np.asarray(episode["steps"]) - 1
@@ -173,13 +173,13 @@ def test_histograms_lie_over_the_bins(page: Page, loader: Loader) -> None:
     grid = gaussian_grid(fit_gaussians(loader.actions()), (4, 8, 2, 4, 4, 4), 0)
     outlines = [d for d in page.paths if d.endswith("Z")]
     edges = [d for tag, a in page.tags if tag == "path" and a["class"] == "edge" for d in [a["d"]]]
-    assert len(outlines) == len(edges) == 3 * 7 + 2  # together and two datasets; two of lengths
+    assert len(outlines) == len(edges) == 3 * 7 + 2  # seven for the mixture and each of two datasets; two of lengths
     assert [d.count("M") for d in edges[:7]] == [3, 7, 1, 3, 3, 3, 1]
     positions = [float(x) / 224 for x in re.findall(r"M([\d.]+) 0V", edges[1])]
     np.testing.assert_allclose(positions, (np.asarray(grid.phi)[1:-1] + np.pi) / (2 * np.pi), atol=1e-3)
-    # The gripper's histogram has bars at both ends only; the share of the closed one is written below.
+    # The gripper's histogram has bars only at both ends; the share of closed grippers is written below.
     heights = [72 - float(y) for y in re.findall(r"V([\d.]+)H", outlines[6])]
-    # Log scale: from one action of all to 100 %.
+    # Log scale: from a single action to 100 %.
     decades = np.ceil(np.log10(len(loader.actions())))
     closed = (loader.actions()[:, 6] < 0.5).mean()
     assert {i for i, height in enumerate(heights) if height > 0} == {0, len(heights) - 1}
@@ -198,7 +198,8 @@ def test_same_seed_same_bytes(loader: Loader, tmp_path: Path) -> None:
 
 
 def test_size_is_bounded(loader: Loader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The toy images are noise, the worst there is for JPEG: still they keep to what 28 datasets leave for each."""
+    """The toy images are noise, the worst case for JPEG; they still fit into the limit that 28 datasets leave for
+    each."""
     from spatialvla_jax.reports import mixture as show
 
     monkeypatch.setattr(show, "IMAGE_BYTES", 2 * show.IMAGE_BYTES // 28)

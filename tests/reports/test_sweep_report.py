@@ -1,4 +1,4 @@
-"""The report's numbers by hand, sentences that follow by rule, and a page that needs nothing else."""
+"""The report's numbers worked out by hand, conclusions drawn by rule, and a page without external files."""
 
 import csv
 import json
@@ -37,7 +37,7 @@ SAMPLE = Path(__file__).parents[2] / "docs/guides/sample_sweep"
 
 
 def error_of(grid: str, ego3d: str, seed: int) -> float:
-    """The coarse grid is worse by 0.1 for every seed; what Ego3D is worth differs in sign between them."""
+    """The coarse grid is worse by 0.1 for every seed. The effect of Ego3D changes sign between seeds."""
     return 0.1 * (1 + AXES["grid"].index(grid)) + 0.01 * (ego3d == "off") * (seed - 1) + 0.02 * seed
 
 
@@ -69,7 +69,7 @@ def write_trial(workdir: Path, name: str, trial: dict, error: float, grid: str =
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sweep of 3 × 2 × 3 trials, one of which failed and two are not there yet; one was simulated."""
+    """A sweep of 3 × 2 × 3 trials: one failed, two are missing, one was also simulated."""
     workdir, trials = tmp_path_factory.mktemp("report"), {}
     for grid in AXES["grid"]:
         for ego3d in AXES["ego3d"]:
@@ -114,7 +114,7 @@ def test_tables_and_page(workdir: Path, capsys) -> None:
     assert (row["plateau_reached"], row["plateau_reached_n"], row["success"]) == ("0", "3", "")
     assert (rows[0]["success"], rows[0]["success_episodes"]) == ("80.0", "50")
 
-    # The worst trial becomes as good as 0.34, which one of the coarse grid is after four steps, the others after two.
+    # The worst trial reaches 0.34. One trial of the coarse grid reaches that after four steps, the others after two.
     assert [float(row["steps_to_teacher_forced_l1_0.340"]) for row in rows[:5]] == pytest.approx([2, 2, 2, 8 / 3, 4])
 
     lines = (workdir / "table.md").read_text().splitlines()
@@ -193,7 +193,7 @@ def test_what_is_said_follows_by_rule(workdir: Path, tmp_path: Path) -> None:
 
 
 def test_one_axis_at_a_time_around_a_reference(tmp_path: Path, monkeypatch) -> None:
-    """Rows and differences name the one factor that differs. Chunks of another length have other baselines."""
+    """Rows and differences name the one factor that differs. Chunks of another length have their own baselines."""
     reference, trials = {"grid": "fine", "chunk": "4"}, {}
     axes = {"grid": ["fine", "coarse"], "chunk": ["1", "4"]}
     for seed in (0, 1, 2):
@@ -218,13 +218,13 @@ def test_one_axis_at_a_time_around_a_reference(tmp_path: Path, monkeypatch) -> N
         "1 − 4 (n = 3)": "not comparable",
     }
     coarse, one = comparisons.differences(results, SUCCESS)
-    # Whatever a chunk's length, success is of the same episodes; of another suite it is not.
+    # Success covers the same episodes for any chunk length, but not for another suite.
     assert coarse.mean == one.mean == -100 and coarse.conclusion(SUCCESS) == one.conclusion(SUCCESS) == "worse"
     moved = [replace(t, suites=("other",)) if t.values["chunk"] == "1" else t for t in results.trials]
     _, one = comparisons.differences(results._replace(trials=moved), SUCCESS)
     assert one.conclusion(SUCCESS) == "not comparable"
     low, high = coarse.interval
-    assert -100 < low < high < -92  # 0 and 40 of 40 solved are rates that chance may still move
+    assert -100 < low < high < -92  # 0 and 40 of 40 episodes: chance may still move these rates
     assert [name for name, _ in comparisons.baselines(results)] == [
         *("mean action (chunk 4)", "mean action (chunk 1)", "last action held (chunk 4)", "last action held (chunk 1)")
     ]
@@ -244,7 +244,7 @@ def test_a_plateau_is_a_last_quarter_without_gains() -> None:
 
 
 def test_intervals_by_hand() -> None:
-    """Of two values, the mean is either of them in a quarter of all draws, so the interval is their range."""
+    """With two values, a quarter of all draws each give either value, so the interval is their range."""
     assert comparisons.bootstrap(np.array([1.0, 3.0])) == (1, 3)
     many = np.random.default_rng(1).normal(5, 1, 400)
     low, high = comparisons.bootstrap(many)
@@ -283,7 +283,7 @@ def test_the_tables_compile_and_fit_the_column(workdir: Path, tmp_path: Path) ->
 
 
 def test_the_sample_report_is_whole() -> None:
-    """It is small, and its files say the same."""
+    """It is small, and its files agree."""
     assert (SAMPLE / "report.html").stat().st_size <= 500_000
     report, page = json.loads((SAMPLE / "report.json").read_text()), (SAMPLE / "report.html").read_text()
     lines, tex = (SAMPLE / "table.md").read_text(), (SAMPLE / "table.tex").read_text()
@@ -313,7 +313,7 @@ def test_the_page_in_a_browser() -> None:
 
 
 def test_a_sweep_of_seeds_alone(tmp_path: Path) -> None:
-    """It has no axis, and a report."""
+    """It has no axis, but still a report."""
     trials = {"only": {"values": {}, "seed": 0}}
     write_sweep(tmp_path, trials, {})
     write_trial(tmp_path, "only", trials["only"], 0.1)
@@ -323,7 +323,7 @@ def test_a_sweep_of_seeds_alone(tmp_path: Path) -> None:
 
 
 def test_an_older_sweep_has_a_report(tmp_path: Path, monkeypatch) -> None:
-    """Its results say neither what made them nor what quantisation leaves, and nothing was validated."""
+    """Its results record neither what made them nor the quantisation error, and nothing was validated."""
     monkeypatch.setattr(sweep, "draw", lambda *_: [])
     trials = {name: {"values": {"grid": name}, "seed": 0} for name in ("a", "b")}
     write_sweep(tmp_path, trials, {"grid": ["a", "b"]})
@@ -344,7 +344,7 @@ def _report(workdir: Path) -> str:
 
 
 def test_a_closed_loop_of_another_trials_weights_is_refused(tmp_path: Path) -> None:
-    """By a slip, the checkpoint of one trial was evaluated into the folder of another."""
+    """By mistake, one trial's checkpoint was evaluated into another trial's folder."""
     trial = {"values": {"grid": "a"}, "seed": 0}
     write_sweep(tmp_path, {"a_0": trial}, {"grid": ["a"]})
     folder = write_trial(tmp_path, "a_0", trial | {"weights": "/there/a_0/checkpoints/4 (12345678)"}, 0.1)
@@ -437,7 +437,7 @@ def test_results_that_are_not_whole(change: dict, sentence: str, tmp_path: Path)
 
 
 def test_names_are_shown_as_they_are(tmp_path: Path) -> None:
-    """Dollar signs are no mathematics, "_" leaves no value out of a legend, and nothing is markup."""
+    """Dollar signs are not mathematics, "_" drops no value from a legend, and nothing is parsed as markup."""
     axes = {r"$\frac": [r"$\foo$", "_b", "<i>*c*"]}
     trials = {f"t{i}": {"values": {r"$\frac": value}, "seed": 0} for i, value in enumerate(axes[r"$\frac"])}
     for name, trial in trials.items():

@@ -1,4 +1,4 @@
-"""Pictures and rollouts while training: they reach TensorBoard and Weights & Biases, and change nothing."""
+"""Pictures and rollouts during training reach TensorBoard and Weights & Biases, and do not affect the run."""
 
 import io
 import sys
@@ -28,11 +28,11 @@ from spatialvla_jax.training.log_folder import LogFolder
 from spatialvla_jax.training.loop import train
 from spatialvla_jax.training.metrics import MetricsLog
 
-TASKS = [Episode("libero_spatial", task, 0, 0) for task in (0, 1)]  # done after two steps, and never
+TASKS = [Episode("libero_spatial", task, 0, 0) for task in (0, 1)]  # one episode is done after two steps, one never
 
 
 def pictures_in(workdir: Path) -> dict[tuple[str, int], Image.Image]:
-    """{(tag, step): picture} of a run's event files."""
+    """{(tag, step): picture} from a run's event files."""
     found = {}
     for file in (workdir / "tensorboard").iterdir():
         for event in EventFileLoader(str(file)).Load():
@@ -98,7 +98,7 @@ def test_pictures_go_to_both_logs(tmp_path: Path, monkeypatch) -> None:
 
 
 def test_a_rollout_is_a_small_video(monkeypatch) -> None:
-    """Success by its frame; one dataset of several by the suite's name; faults do not end the run."""
+    """A frame shows success. The suite's name selects one of several datasets. Faults do not end the run."""
     monkeypatch.setattr(libero, "Libero", Counter)
     monkeypatch.setitem(libero.MAX_STEPS, "libero_spatial", 9)
     asked = []

@@ -1,4 +1,4 @@
-"""Recordings for Rerun are read back."""
+"""Recordings for Rerun, read back."""
 
 import sys
 from functools import partial
@@ -67,7 +67,7 @@ def test_an_episode_and_the_policy_s_predictions_on_it(rerun, trained, config_fi
     np.testing.assert_allclose(found["/camera/points"][0]["positions"], points)
     assert found["/instruction"][None]["text"] == [episode.instruction]
     assert {"/depth", "/camera/image", "/grid/cell", "/robot/path"} <= found.keys()
-    # The same command may replace it; what it did not make stays.
+    # The command may replace its own recording, but no other file.
     assert main(["view", "data", "--config", str(config_file), "--out", str(out)]) == 0
     assert not {"/token/gripper", "/action/predicted"} & read(out).keys()
     (tmp_path / "other.rrd").write_bytes(b"RRF2")
@@ -75,7 +75,7 @@ def test_an_episode_and_the_policy_s_predictions_on_it(rerun, trained, config_fi
 
 
 def test_a_rollout_is_recorded(rerun, tmp_path: Path) -> None:
-    """Every observation that the policy is asked about, and its chunk from where the one before led."""
+    """Records every observation that the policy gets. Each chunk starts where the previous one ended."""
     grid = gaussian_grid(PRETRAIN_GAUSSIANS, (4, 4, 2, 4, 4, 4))
     chunk = np.zeros((2, 7), np.float32)
     chunk[:, 0] = 0.25

@@ -12,7 +12,7 @@ from spatialvla_jax.serving.server import Server
 
 @pytest.fixture(scope="session")
 def policy(trained: Path) -> Policy:
-    """The direct call; for prompts of up to 16 tokens, so that there is one length to compile."""
+    """A policy for direct calls; prompts have up to 16 tokens, so only one length is compiled."""
     model, params, processor = load_pretrained(trained)
     assert processor
     return Policy(SpatialVLA(replace(model.config, prompt_length=16)), params, processor)
@@ -20,7 +20,7 @@ def policy(trained: Path) -> Policy:
 
 @pytest.fixture(scope="session")
 def served(policy: Policy, trained: Path) -> Policy:
-    """The same, which takes guesses."""
+    """The same policy with speculation: it accepts drafts."""
     return Policy(policy.model, load_pretrained(trained)[1], policy.processor, speculate=True)
 
 

@@ -1,4 +1,4 @@
-"""The two methods a robot needs, and a server of openpi's protocol that is no more than the protocol."""
+"""The two methods that a robot needs, and a minimal server of openpi's protocol."""
 
 import socket
 import threading
@@ -42,7 +42,7 @@ def test_an_agent_asks_where_a_chunk_is_due_and_forgets_at_reset() -> None:
 
 
 def test_an_agent_drops_the_chunk_of_another_instruction() -> None:
-    """And of another `unnorm_key`, from wherever it comes."""
+    """The same holds for another `unnorm_key`, wherever it comes from."""
     asked = []
 
     def infer(observation):
@@ -80,7 +80,7 @@ def test_an_agent_without_an_instruction_asks_for_one() -> None:
 
 GOOD = np.ones((2, 7), np.float32)
 ARRAY = {b"__ndarray__": True, b"data": GOOD.tobytes(), b"dtype": "<f4", b"shape": [2, 7]}
-# "actions" that are none -> what is said of them
+# invalid "actions" -> words in the error
 NO_CHUNKS = [
     (None, r"numbers of shape \[steps, .*\], got object"),
     ("go", "got <U2"),
@@ -131,7 +131,7 @@ def serving(talk: Any) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def address():
-    """Replies by the prompt: what is in REPLIES, or actions of twice the state."""
+    """The prompt selects the reply: one of REPLIES, or actions of twice the state."""
 
     def talk(connection):
         connection.send(pack(METADATA))
@@ -154,7 +154,7 @@ def reply(**changes: Any) -> bytes:
     return msgpack.packb({"actions": ARRAY | {key.encode(): value for key, value in changes.items()}})
 
 
-# prompt -> (the server's reply, what is said of it)
+# prompt -> (the server's reply, words in the error)
 REPLIES: dict[str, tuple[bytes | str, str]] = {
     "text": ("observation 'prompt' makes no sense", "makes no sense"),
     "lines": ("Traceback:\n  File\n", "Traceback: File$"),
@@ -208,7 +208,7 @@ def test_a_client_connects_anew_after_silence_and_after_a_farewell(address: str)
 
 
 def test_a_client_sends_and_gets_arrays(address: str) -> None:
-    """And numbers of NumPy's, packed as openpi packs them."""
+    """NumPy scalars too, encoded as openpi does."""
     client = Client(address)
     assert client.metadata == METADATA
     image = np.arange(24, dtype=np.uint8).reshape(4, 6)
@@ -224,7 +224,7 @@ def test_a_client_sends_and_gets_arrays(address: str) -> None:
 
 
 def test_a_server_that_no_longer_reads_does_not_hold_a_client_for_ever() -> None:
-    """What it is sent is more than the system keeps for it."""
+    """The message is larger than the system's socket buffers."""
     done = threading.Event()
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
@@ -240,7 +240,7 @@ def test_a_server_that_no_longer_reads_does_not_hold_a_client_for_ever() -> None
 
         threading.Thread(target=greet, daemon=True).start()
         client = Client(f"ws://127.0.0.1:{listener.getsockname()[1]}", timeout=0.5, wait=120)
-        client.started = 0.0  # the greeting may take long, the reply may not
+        client.started = 0.0  # the greeting may take long, a reply may not
         try:
             with pytest.raises(InputError, match=r"no reply in 0\.5 s"):
                 client.infer({"image": np.zeros(30 << 20, np.uint8), "prompt": "go"})
@@ -259,7 +259,7 @@ def test_a_server_that_does_not_say_what_it_is(greeting: Any) -> None:
 
 
 def test_a_client_waits_for_a_server_that_starts(address: str, monkeypatch) -> None:
-    """For its port, and then for its replies, however short the timeout of later ones is."""
+    """It waits for the port to open and then for replies, however short the timeout of later replies."""
     refused = [ConnectionRefusedError(), ConnectionRefusedError()]
 
     def connect_late(*args: Any, **options: Any) -> Any:

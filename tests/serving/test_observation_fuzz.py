@@ -1,4 +1,4 @@
-"""Random observations get an action of finite numbers or a sentence, from the policy and through the server."""
+"""Random observations give finite actions or one sentence, from the policy and through the server."""
 
 import asyncio
 from collections import Counter
@@ -23,7 +23,7 @@ from spatialvla_jax.serving.protocol import Limits, pack, unpack_reply
 from spatialvla_jax.serving.server import Server
 from spatialvla_jax.utils.camera import intrinsics_problem
 
-SIZE = 48, 64  # of all images that are valid: each size is compiled for
+SIZE = 48, 64  # of all valid images: each size is compiled for
 KEYS = ("image", "prompt", "intrinsics", "depth", "depth_unit", "unnorm_key", "draft", "reset", "state")
 NUMBERS = (0, 1, -1, 0.5, 255, 1e-45, 1e-30, 1e4, 1e30, 3e38, 1e300, -1e300, np.nan, np.inf, -np.inf)
 DTYPES = ("u1", "i1", "u2", "i4", "u8", "f2", "f4", "f8", "c8", "b1", "U1", "O", ">f4")
@@ -91,7 +91,7 @@ def draws(draw: st.DrawFn) -> tuple[str, dict[Any, Any]]:
         return way, seen | {key: draw(VALID[key]) for key in draw(st.sets(st.sampled_from([*VALID]), max_size=3))}
     for key in draw(st.sets(st.sampled_from(KEYS), min_size=1, max_size=3)):
         change = draw(st.sampled_from(("odd", "array", "number", "none")))
-        if change == "number" and isinstance(seen.get(key), np.ndarray):  # in one place of what would be valid
+        if change == "number" and isinstance(seen.get(key), np.ndarray):  # one part of a valid observation is replaced
             seen[key] = seen[key].astype(np.float64)
             seen[key].flat[draw(st.integers(0, seen[key].size - 1))] = draw(st.sampled_from(NUMBERS))
         elif change == "none":
@@ -105,7 +105,7 @@ def draws(draw: st.DrawFn) -> tuple[str, dict[Any, Any]]:
 
 @pytest.fixture(scope="module")
 def policy(trained: Path) -> Policy:
-    """With prompts of up to 16 tokens, as the server's tests compile it."""
+    """Prompts have up to 16 tokens, as compiled by the server's tests."""
     model, params, processor = load_pretrained(trained)
     assert processor
     return Policy(SpatialVLA(replace(model.config, prompt_length=16)), params, processor, speculate=True)
@@ -174,7 +174,7 @@ def test_any_observation_gets_finite_actions_or_a_sentence(examples: int, policy
 
 @pytest.mark.parametrize("examples", [30, pytest.param(300, marks=pytest.mark.slow)])
 def test_numbers_that_prepare_has_let_through_are_the_model_s_to_refuse(examples: int, policy: Policy) -> None:
-    """Whatever is written over the arrays that `act` takes, its actions are finite, or there are none."""
+    """Whatever overwrites the arrays that `act` takes, its actions are finite, or it returns none."""
     good = policy.prepare(random_observation(1, SIZE))
 
     @settings(max_examples=examples, deadline=None, derandomize=True, database=None)
@@ -183,7 +183,7 @@ def test_numbers_that_prepare_has_let_through_are_the_model_s_to_refuse(examples
         with np.errstate(over="ignore"):
             number = np.float32(number)
         array = good[key].copy()
-        part = array[:2] if key == "bounds" else array  # low and high; the third says which dimensions have them
+        part = array[:2] if key == "bounds" else array  # low and high; the third row says which dimensions have them
         part.flat[slice(None) if everywhere else data.draw(st.integers(0, part.size - 1))] = number
         try:
             (result,) = policy.act([good | {key: array}])

@@ -1,4 +1,4 @@
-"""The page of a running server: who gets it, what it asks for, and in a real browser."""
+"""The page of a running server: who gets it, what it requests, and how it works in a real browser."""
 
 import base64
 from pathlib import Path
@@ -69,7 +69,8 @@ def test_an_explained_reply_has_the_same_tokens(server: Server, policy: Policy) 
 
 
 def test_an_explanation_takes_nothing_from_a_robot_s_chunk() -> None:
-    """It is planned apart, whatever the server executes of a chunk, and no batch waits for whoever reads it."""
+    """Its chunk is planned separately, whatever the server executes, and no batch waits for the person reading the
+    page."""
     with serving(Stub(), execute="open_loop") as server:
         client = Client(f"ws://127.0.0.1:{server.port}")
         first = client.infer(asks("3"))["actions"]

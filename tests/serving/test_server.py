@@ -104,7 +104,7 @@ def test_bad_observations_get_a_sentence_and_may_go_on(server: Server, policy: P
 
 
 def test_fuzz(server: Server, policy: Policy) -> None:
-    """What `benchmarks/serve.py --fuzz` sends, a little of it; then it answers as before."""
+    """Some of what `benchmarks/serve.py --fuzz` sends; afterwards the server answers as before."""
     before = len(server.clients)
     kinds = load_script("benchmarks/serve.py").fuzz(server.port, observations(1)[0], 300, seed=0)
     assert sum(kinds.values()) == 300 and len(kinds) > 8
@@ -130,7 +130,7 @@ def test_ensembled_actions_are_those_of_the_executor(policy: Policy, served: Pol
 
 
 def test_the_command_serves_a_robot_until_sigterm(served: Policy, capfd, monkeypatch) -> None:
-    """`examples/robot_loop.py` against `spatialvla-jax serve`, which ends with 0."""
+    """`examples/robot_loop.py` against `spatialvla-jax serve`, which exits with 0."""
     example, robots, servers = load_script("examples/robot_loop.py"), [], []
 
     def drive() -> None:
@@ -143,7 +143,7 @@ def test_the_command_serves_a_robot_until_sigterm(served: Policy, capfd, monkeyp
             os.kill(os.getpid(), signal.SIGTERM)
 
     kept = []
-    monkeypatch.setattr(compiled, "share_compilations", kept.append)  # it would for the tests that follow, too
+    monkeypatch.setattr(compiled, "share_compilations", kept.append)  # it would also affect the tests that follow
     monkeypatch.setenv("SPATIALVLA_TOKEN", "secret")
     monkeypatch.setattr(Policy, "load", lambda path, **options: served)  # compiled already
     monkeypatch.setattr(
@@ -363,7 +363,7 @@ def test_what_waits_for_the_device_is_one_batch() -> None:
 
 
 class Skipping(asyncio.SelectorEventLoop):
-    """Its clock jumps to what comes next, and other threads' work is done in this one: nothing takes any time."""
+    """An event loop that jumps to the next event and runs other threads' work itself, so nothing takes any time."""
 
     def __init__(self) -> None:
         super().__init__(selector := selectors.DefaultSelector())
@@ -386,7 +386,7 @@ class Skipping(asyncio.SelectorEventLoop):
 
 def test_a_batch_waits_for_the_other_clients_no_longer_than_its_bound() -> None:
     def batches(wait: float, asking: int, clients: int, batch: int = 4, every: float = 0.0) -> list[int]:
-        """The sizes of the batches in which `asking` observations, one `every` seconds, are answered."""
+        """The sizes of the batches that answer `asking` clients, each with one observation per `every` seconds."""
         sizes = []
 
         async def drive() -> None:
@@ -468,7 +468,7 @@ def test_a_client_that_vanishes_frees_its_state() -> None:
 
 @pytest.mark.parametrize("mode", ["open_loop", "receding:3", "adaptive", "recent"])
 def test_a_chunk_belongs_to_an_instruction(mode: str) -> None:
-    """Another prompt or key plans anew and nothing of the chunks before is in its action; the camera plays no part."""
+    """Another prompt or key starts a new plan, without any action of earlier chunks; the camera does not matter."""
     stub = Stub()
     with serving(stub, execute=mode) as server:
         client = client_of(server)
@@ -492,7 +492,7 @@ def test_a_chunk_belongs_to_an_instruction(mode: str) -> None:
 
 
 def test_what_is_left_of_the_last_chunk_is_the_next_draft_until_reset_or_another_instruction() -> None:
-    """Beginning with the action that the next chunk begins with, whatever is executed of one."""
+    """Drafts start with the action that the next chunk starts with, whatever part of a chunk is executed."""
     chunk = np.arange(12).reshape(4, 3)
     for mode, left in (("chunk", 4), ("open_loop", 4), ("receding:3", 3), ("adaptive", 1)):
         stub = Stub(chunk)

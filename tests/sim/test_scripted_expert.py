@@ -22,7 +22,7 @@ def scene(eef_pos=HOME, eef_mat=None, taken=(-0.07, 0.02, 0.9), place=(0.06, 0.2
 def run(
     plan: Plan, start: Scene, max_steps: int = 200, progress: Progress = BEGIN
 ) -> tuple[list[np.ndarray], list[str], list[Scene]]:
-    """A world where 30% of the commanded offset happens in a step and the object follows the closed gripper."""
+    """A world in which each step makes 30 % of the commanded offset, and the object follows the closed gripper."""
     now, actions, phases, scenes = start, [], [], [start]
     while progress.phase != "done" and len(actions) < max_steps:
         action, progress = act(plan, progress, now)
@@ -56,7 +56,8 @@ def test_an_episode_ends_with_the_bowl_on_the_plate(angle, bowl):
 
 @pytest.mark.parametrize("taken", [(-0.12, -0.24, 0.07), (0.05, -0.1, 0.07)])
 def test_a_bottle_is_carried_over_the_rim_and_let_go_of_in_the_basket(taken):
-    """Ketchup, whose y points up: its bottom is 7.2 cm below its origin; the rim is 14.6 cm above the basket's."""
+    """Ketchup, whose y points up: its bottom is 7.2 cm below its origin. The basket's rim is 14.6 cm above its
+    origin."""
     standing = expert.rotation_matrix(np.array([np.pi / 2, 0.0, 0.0]))
     start = scene(eef_pos=(-0.15, 0.0, 0.26), taken=taken, place=(0.0, 0.26, 0.0))._replace(object_mat=standing)
     actions, phases, scenes = run(PLANS["libero_object"][4], start)
@@ -127,7 +128,7 @@ def test_a_bowl_that_is_not_in_the_hand_is_reached_for_again(phase):
 
 
 def test_from_a_height_it_leaves_at_that_height():
-    """A bowl out of a drawer must not be lowered before it is clear of the drawer."""
+    """A bowl must be clear of the drawer before it is lowered."""
     held = scene(eef_pos=(0.08, -0.08, 1.2), taken=(0.08, -0.13, 1.15))
     action, _ = act(Plan(np.pi / 2), Progress("carry", 0, (0.08, -0.08, 1.2)), held)
     assert action[2] == pytest.approx(0, abs=1e-6) and action[1] == 1
@@ -141,7 +142,7 @@ def test_the_grip_point_follows_a_tilted_bowl():
 
 
 def test_it_takes_over_a_hand_that_is_low_and_closed():
-    """The hand opens and rises beside the bowl before it moves to it."""
+    """The hand opens and rises beside the bowl before it moves towards it."""
     low = scene(eef_pos=(-0.02, 0.1, 0.91))
     plan, progress = expert.take_over(Plan(0.6), scene(), low, held=False)
     actions, phases, scenes = run(plan, low, progress=progress)
@@ -157,7 +158,7 @@ def test_it_takes_over_a_hand_that_is_low_and_closed():
 
 @pytest.mark.parametrize("turn", [-2.0, 0.4, 1.5])
 def test_it_carries_on_what_the_hand_holds(turn):
-    """Wherever along the rim the bowl is held, the hand neither lets go nor turns before the plate."""
+    """Wherever along the rim it holds the bowl, the hand neither lets go nor turns before the plate."""
     bowl, mat = np.array([0.0, 0.05, 1.0]), expert.down_facing(turn)
     held = scene(eef_pos=bowl + 0.05 * mat[:, 1] + [0, 0, 0.02], eef_mat=mat, taken=bowl)
     plan, progress = expert.take_over(Plan(-0.8), scene(), held, held=True)

