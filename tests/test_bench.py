@@ -25,7 +25,7 @@ def test_a_killed_bench_ends_its_benchmark(tmp_path):
 
 @pytest.mark.slow
 def test_bench_loader(tmp_path, capfd):
-    """Every part of it at the smallest sizes; what the figures say is not looked at, only that they agree."""
+    """Runs every part at the smallest sizes. Only the consistency of the numbers is checked, not their values."""
     sizes = {"datasets": 2, "frames": 60, "copies": 3, "batch-size": 4, "workers": 2, "repeats": 1}
     sizes |= {"repeat-samples": 8, "samples": 400, "read-block": 8, "shuffle-frames": 100, "memory-gb": 2}
     sizes |= {"buffered-samples": 400, "buffer": 16, "overlap-steps": 3, "chip-rate": 10}
@@ -70,7 +70,7 @@ def test_bench_loader(tmp_path, capfd):
 
 
 def test_frames_of_the_benchmark():
-    """The same every time, all different, and as large as cameras' are."""
+    """The same frames every time, all different, and as large as a camera's."""
     spec = importlib.util.spec_from_file_location("bench_loader", BENCHMARKS / "loader.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -95,7 +95,7 @@ def test_bench_passes_arguments_on(capfd):
 
 
 def test_a_trace_adds_up_and_every_kernel_belongs_to_a_part(monkeypatch):
-    """Two steps of 100 and 110 ns: a product of the language model, the optimizer, and copies beside them."""
+    """Two steps of 100 and 110 ns: a product of the language model, the optimizer, and copies that overlap them."""
     monkeypatch.syspath_prepend(BENCHMARKS)
     trace_table = importlib.import_module("trace_table")
     hlo = """

@@ -1,4 +1,4 @@
-"""benchmarks/release.py, with a stand-in for the release's processor and, where no model runs, for its Python."""
+"""benchmarks/release.py, with a stub for the release's processor and, where no model runs, for its Python."""
 
 import importlib.util
 from dataclasses import replace
@@ -26,7 +26,7 @@ spec.loader.exec_module(bench)
 
 @pytest.fixture(scope="module")
 def sides(checkpoint, tmp_path_factory):  # noqa: F811
-    """What `compare` takes: of a policy that says anything, and of the stand-in with that policy's tokens."""
+    """Inputs of `compare`: from a policy that returns anything, and from the stub with that policy's tokens."""
     directory, draw = tmp_path_factory.mktemp("bench") / "export", np.random.default_rng(0)
     write_huggingface(directory, checkpoint)
     config, own = checkpoint.config, checkpoint.processor
@@ -93,7 +93,7 @@ def test_the_cameras_size_is_reported_alone(sides):
 
 
 def test_a_chunk_that_ends_early_counts_up_to_its_end(sides):
-    """The release stops at `<eos>`, where the policy goes on to the end of the chunk."""
+    """The release stops at `<eos>`; the policy continues to the end of the chunk."""
     ours, theirs = (side | {"image_tokens": side["image_tokens"].copy()} for side in sides)
     ours["image_tokens"][0, 4] = theirs["image_tokens"][0, 4] = bench.EOS
     theirs["image_tokens"][0, 5:] = -1
@@ -102,7 +102,7 @@ def test_a_chunk_that_ends_early_counts_up_to_its_end(sides):
 
 
 def test_the_releases_files_are_laid_over(checkpoint, tmp_path):  # noqa: F811
-    """In a folder of its own, whose results come back; whatever its Python says when it fails is passed on."""
+    """It runs in its own folder and returns its results; if its Python fails, the error is passed on."""
     write_pytorch(tmp_path / "export", checkpoint)
     before = sorted(file.name for file in (tmp_path / "export").iterdir())
     (tmp_path / "release").mkdir()

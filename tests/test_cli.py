@@ -1,4 +1,4 @@
-"""Bad input ends with one sentence on stderr and exit code 2; good input does what it says."""
+"""Bad input ends with one sentence on stderr and exit code 2; good input does what the help says."""
 
 import json
 import shutil
@@ -142,7 +142,7 @@ def test_out_of_memory_is_one_sentence(config_file: Path, tmp_path: Path, capsys
 
 @pytest.mark.parametrize("full", ["metrics.jsonl", "times.jsonl", "tensorboard"])
 def test_a_full_disk_is_one_sentence(config_file: Path, tmp_path: Path, capsys, monkeypatch, full: str) -> None:
-    """The records of a run, on a device that is always full."""
+    """One of the run's record files is on a device that is always full."""
 
     def train(config, workdir: Path, **_):
         log = MetricsLog(LogFolder(workdir), 0)
@@ -249,7 +249,7 @@ def test_evaluate_and_convert(trained: Path, config_file: Path, tmp_path: Path, 
     assert 0 <= result["token_accuracy"] <= 1 and len(result["l1_per_dimension"]) == 7
     assert main(["convert", str(trained), str(tmp_path / "out"), "--to", "pytorch"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["bit_exact"] is True
-    # The export alone runs the policy, and gives the same numbers. Its dataset is called as published.
+    # The export alone runs the policy, with the same numbers. Its dataset is named as published.
     moved = shutil.move(tmp_path / "out", tmp_path / "moved")
     for file, cameras in (("processor.json", "intrinsics"), ("processor_config.json", "intrinsic_config")):
         data = json.loads((moved / file).read_text())
@@ -260,7 +260,7 @@ def test_evaluate_and_convert(trained: Path, config_file: Path, tmp_path: Path, 
 
 
 def test_a_failed_verification_ends_with_exit_code_1(trained: Path, tmp_path: Path, capsys, monkeypatch) -> None:
-    """Two tables of the export are turned upside down: its tokens differ, and the command reports it."""
+    """Two of the export's tables are flipped: its tokens differ, and the command reports it."""
     from safetensors.numpy import load_file, save_file
 
     from spatialvla_jax.export.convert import WRITERS

@@ -24,7 +24,7 @@ def test_the_configs_here_load(name: str) -> None:
 
 
 def flags(*assignments: str) -> ConfigDict:
-    """The defaults with `key=text` from the command line."""
+    """The defaults, with `key=text` from the command line."""
     return completed(default_config(), dict(assignment.split("=", 1) for assignment in assignments))
 
 
@@ -288,7 +288,7 @@ def test_a_file_may_set_part_of_the_keys_and_no_others(tmp_path) -> None:
     config = load_config(path)
     assert config.train.to_dict() == default_config().train.to_dict() | {"steps": 7}
     assert config.data.drop == {"droid": 0.5} and config.optimizer.grad_clip_norm == 2.0
-    config.optimizer.clip = 3.0  # a sweep file may still use old names on a config that is loaded
+    config.optimizer.clip = 3.0  # a sweep file may still use old names on a config that it loads
     path.write_text(path.read_text().replace("'clip'", "'grad_clip'"))
     with pytest.raises(
         InputError, match=r"optimizer\.grad_clip does not exist; did you mean optimizer\.grad_clip_norm"

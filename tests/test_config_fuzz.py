@@ -1,4 +1,4 @@
-"""Random keys and values through file, flag and sweep are taken or refused in a sentence; nothing is left behind."""
+"""Random keys and values from file, flag and sweep are accepted, or refused in a sentence; nothing is left behind."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ def get_config():
 def get_sweep():
     return {{"base": get_config(), "axes": {axes}, "seeds": {seeds}}}
 """
-# Python source of values that are mostly wrong.
+# Python source of values, most of them invalid.
 ODD = (
     *(
         "None",

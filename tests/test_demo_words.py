@@ -1,4 +1,4 @@
-"""The demo's conclusion follows from its figures."""
+"""The demo's conclusion follows from its numbers."""
 
 import pytest
 

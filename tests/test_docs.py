@@ -1,4 +1,4 @@
-"""The pages say what is true of the repository: their links lead somewhere, their commands are understood."""
+"""The pages are true of the repository: links lead somewhere, and the parsers accept the commands."""
 
 import ast
 import importlib.util
@@ -32,7 +32,7 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 def commands(page: Path) -> Iterator[list[str]]:
-    """Every command of a page: those of its shell blocks, and what of its running text begins like one of ours."""
+    """Every command on a page: those in shell blocks, and inline code that starts like one of our commands."""
     lines = [line for block in blocks(page, "bash") for line in block.replace("\\\n", " ").splitlines()]
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
     for span in re.findall(r"`(spatialvla-jax [a-z][^`\n]*|python benchmarks/[^`\n]*)`", text):
@@ -107,7 +107,7 @@ def test_commands_are_understood(page: Path) -> None:
 
 
 def understand(argv: list[str]) -> None:
-    """Parses a command and checks its config's name, keys and values; capitals stand for values of the reader's."""
+    """Parse a command and check its config's name, keys and values; words in capitals are the reader's own values."""
     try:
         args, rest = make_parser().parse_known_args(argv[: argv.index("--")] if "--" in argv else argv)
     except SystemExit as stopped:

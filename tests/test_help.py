@@ -1,4 +1,4 @@
-"""What the command line says of itself, and how it ends when it is stopped."""
+"""The command line's help, and how commands end when they are stopped."""
 
 import argparse
 import os
@@ -20,7 +20,7 @@ from spatialvla_jax.utils.signals import Terminated, sigterm_raises
 
 
 def commands(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
-    """The parsers of all commands and of the groups of commands."""
+    """The parsers of all commands and groups of commands."""
     if parser.prog != "spatialvla-jax":
         yield parser
     for action in parser._actions:

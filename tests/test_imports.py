@@ -46,8 +46,8 @@ def test_test_modules_do_not_import_each_other() -> None:
 
 
 def test_an_import_leaves_the_process_alone() -> None:
-    """Loggers and hooks are the application's; a training run quiets them while it lasts. PyTorch costs seconds and
-    memory, and is installed where checkpoints are converted."""
+    """Loggers and hooks belong to the application; a training run silences them while it runs. PyTorch costs seconds
+    and memory, and is often installed because checkpoints are converted."""
     program = """
 import logging, sys
 state = lambda: (sys.unraisablehook, *(logging.getLogger(n).level for n in ("absl", "asyncio")), "torch" in sys.modules)

@@ -58,7 +58,7 @@ def test_too_few_arguments(name: str) -> None:
 
 
 def test_the_run_starts_again_until_it_ends(tmp_path) -> None:
-    """With stand-ins for gcloud, whose run crashes, is preempted and ends, and for sleep."""
+    """With stubs for gcloud, whose run crashes, is preempted and finishes, and for sleep."""
     bin, run = tmp_path / "spatialvla_jax/.venv/bin", tmp_path / "my run"
     bin.mkdir(parents=True)
     run.mkdir()
@@ -92,7 +92,7 @@ def test_the_image_is_built_from_what_there_is() -> None:
     assert [word for word, _ in words] == ["FROM", "ARG", "WORKDIR", "COPY", "RUN", "CMD"]
     image, argument, _, _, install, command = (rest for _, rest in words)
     project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
-    # A release of Python that the package supports, from the registry that the user's docker knows.
+    # A Python release that the package supports, from the registry configured in the user's docker.
     assert (version := re.fullmatch(r"python:3\.(\d+)-slim", image)) and int(version[1]) in (11, 12)
     accelerator = argument.removeprefix("ACCELERATOR=")
     extras = re.search(r"\[(.*)\]", install)[1].replace("$ACCELERATOR", accelerator).split(",")

@@ -1,4 +1,4 @@
-"""No command replaces or removes what it did not make, and none begins where it cannot write."""
+"""No command replaces or removes what it did not make, and none starts if it cannot write its output."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
 
 
-# The arguments of every command that writes, but for its output, which stands last; and whether that is a file.
+# The arguments of every command that writes, without its output, which comes last; and whether that is a file.
 COMMANDS = {
     "demo": ("demo --workdir", False),
     "train": ("train --config demo --workdir", False),

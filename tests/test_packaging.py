@@ -1,4 +1,4 @@
-"""What a built distribution has in it, and that it works where no clone is."""
+"""What a built distribution contains, and that it works without a clone."""
 
 import os
 import subprocess
@@ -19,7 +19,7 @@ BUILD_FILES = ("LICENSE", "README.md", "pyproject.toml", "requirements.txt", "se
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built in a folder of links, as a build leaves files beside the sources."""
+    """Built in a folder of links, because a build leaves files beside the sources."""
     folder = tmp_path_factory.mktemp("wheel")
     for name in ("configs", "data", "launch", "spatialvla_jax", *BUILD_FILES):
         (folder / name).symlink_to(ROOT / name)

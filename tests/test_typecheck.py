@@ -1,4 +1,4 @@
-"""Shapes, dtypes and axes of the package's annotations are checked wherever a test calls its functions."""
+"""Shapes, dtypes and axes in the package's annotations are checked wherever a test calls its functions."""
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ def test_right_arrays_pass():
 
 
 def test_structs():
-    """Those that a program builds hold arrays or abstract values; those that JAX builds hold anything."""
+    """Structs that our code builds hold arrays or abstract values; those that JAX builds hold anything."""
     abstract = Observation.abstract(preset("nano"), 2)
     seen = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract)
     with pytest.raises(TypeCheckError, match="prompt_ids"):

@@ -1,4 +1,4 @@
-"""Whatever takes a path takes a URL or says that it does not; none becomes a folder "gs:" of this disk."""
+"""Whatever takes a path takes a URL or says that it does not. None creates a local folder "gs:"."""
 
 import argparse
 from pathlib import Path
@@ -9,7 +9,7 @@ from spatialvla_jax.cli import main, make_parser
 from spatialvla_jax.cli.arguments import local_path, path
 from spatialvla_jax.config import KEYS
 
-# The arguments of every command that takes paths; those in capitals stand for a path, each of which is tried.
+# The arguments of every command that takes paths. Words in capitals stand for paths; each is tried in turn.
 COMMANDS = (
     "demo --workdir WORKDIR",
     "train --config toy.py --workdir WORKDIR",
@@ -55,13 +55,13 @@ COMMANDS = (
     "record libero --episodes 1 --out OUT",
     "record libero --policy POLICY --episodes 1 --out out",
 )
-# Of ZoeDepth's weights, which are read after those of a PaliGemma 2; `convert --zoedepth` names the same.
+# ZoeDepth's weights are read after those of a PaliGemma 2; `convert --zoedepth` names the same.
 LATER = {"init_zoedepth"}
 PATHS = {key for key, field in KEYS.items() if field.problem and field.problem.__name__ == "_path"}
 
 
 def paths_of(parser: argparse.ArgumentParser, name: str = "") -> set[tuple[str, str]]:
-    """(command, argument) of all paths that the commands take."""
+    """(command, argument) for all paths that the commands take."""
     found = set()
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):

@@ -198,8 +198,7 @@ def test_same_seed_same_bytes(loader: Loader, tmp_path: Path) -> None:
 
 
 def test_size_is_bounded(loader: Loader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The toy images are noise, the worst case for JPEG; they still fit into the limit that 28 datasets leave for
-    each."""
+    """The toy images are noise, the worst case for JPEG, yet they fit the limit that 28 datasets leave for each."""
     from spatialvla_jax.reports import mixture as show
 
     monkeypatch.setattr(show, "IMAGE_BYTES", 2 * show.IMAGE_BYTES // 28)

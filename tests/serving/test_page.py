@@ -69,8 +69,7 @@ def test_an_explained_reply_has_the_same_tokens(server: Server, policy: Policy) 
 
 
 def test_an_explanation_takes_nothing_from_a_robot_s_chunk() -> None:
-    """Its chunk is planned separately, whatever the server executes, and no batch waits for the person reading the
-    page."""
+    """Its chunk is planned separately, whatever the server executes, and no batch waits for the page's reader."""
     with serving(Stub(), execute="open_loop") as server:
         client = Client(f"ws://127.0.0.1:{server.port}")
         first = client.infer(asks("3"))["actions"]

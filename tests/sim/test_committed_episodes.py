@@ -97,8 +97,7 @@ def test_depth_intrinsics_and_extrinsics_fit_together(episodes):
 
 
 def test_the_picture_is_upright_and_not_mirrored(episodes):
-    """The depth map shows the hand where the state says it is, and the arm, which reached the plate from the +y
-    side."""
+    """The depth map shows the hand where the state says it is, and the arm on the plate's +y side."""
     for metadata, steps in all_episodes(episodes):
         clouds = [unproject(step, metadata["extrinsics"]) for step in steps]
         for step, points in zip(steps, clouds, strict=True):

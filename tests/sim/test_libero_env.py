@@ -272,8 +272,7 @@ def test_a_fingerprint_tells_another_training_of_the_same_path_and_step(tmp_path
 
 
 def test_the_example_drives_the_simulator_through_a_server(monkeypatch, capfd):
-    """`examples/libero_client.py`: sends pictures and executes actions until the task is done or the step limit is
-    reached."""
+    """`examples/libero_client.py` sends pictures and executes actions until the task is done or steps run out."""
     example = str(Path(__file__).parents[2] / "examples/libero_client.py")
     for gripper, steps, end in ((0.0, 2, "open it: done"), (1.0, 220, "open it: not done")):
         made, seen = stand_in(lambda _, name, value: monkeypatch.setattr(simulator, name, value)), []

@@ -56,8 +56,7 @@ def test_an_episode_ends_with_the_bowl_on_the_plate(angle, bowl):
 
 @pytest.mark.parametrize("taken", [(-0.12, -0.24, 0.07), (0.05, -0.1, 0.07)])
 def test_a_bottle_is_carried_over_the_rim_and_let_go_of_in_the_basket(taken):
-    """Ketchup, whose y points up: its bottom is 7.2 cm below its origin. The basket's rim is 14.6 cm above its
-    origin."""
+    """Ketchup, whose y points up: its bottom is 7.2 cm below its origin; the basket's rim 14.6 cm above its own."""
     standing = expert.rotation_matrix(np.array([np.pi / 2, 0.0, 0.0]))
     start = scene(eef_pos=(-0.15, 0.0, 0.26), taken=taken, place=(0.0, 0.26, 0.0))._replace(object_mat=standing)
     actions, phases, scenes = run(PLANS["libero_object"][4], start)

@@ -25,8 +25,7 @@ class Script:
 
 
 def grippers(setup: str, values, **options) -> list[float]:
-    """The simulator's gripper commands when the policy returns `values` (in chunks of one step, so nothing is
-    averaged)."""
+    """The gripper commands for a policy that returns `values`, in chunks of one step, so nothing is averaged."""
     model = SimplerPolicy(Script([[[0, 0, 0, 0, 0, 0, v]] for v in values]).infer, setup, **options)
     model.reset("go")
     return [float(model.step(IMAGE)[1]["gripper"][0]) for _ in values]

@@ -60,7 +60,7 @@ def test_trials_are_all_combinations_of_values_and_seeds(tmp_path: Path) -> None
 
 
 def test_one_axis_at_a_time_around_a_reference(tmp_path: Path) -> None:
-    """The reference is one trial, not one of every axis; what it sets is no change of the others."""
+    """The reference is one trial, not one per axis. Its own settings do not count as changes of the others."""
     grids = {"fine": {}, "coarse": {"grid.num_bins": (8, 16, 4, 8, 8, 8)}}
     kinds = {"Gaussian": {}, "256 bins": {"grid.kind": "linear"}}
     axes = {"resolution": grids, "kind": kinds, "model.action_chunk": [1, 4, 8]}
@@ -75,7 +75,7 @@ def test_one_axis_at_a_time_around_a_reference(tmp_path: Path) -> None:
     assert sweep.trials[2].config.grid.kind == "linear"
 
     axes = {"optimizer.learning_rate": [0.5, 1], "grid.num_bins": [(4, 4, 2, 4, 4, 4), (2, 4, 2, 4, 4, 4)]}
-    reference = {"optimizer.learning_rate": 1, "grid.num_bins": [2, 4, 2, 4, 4, 4]}  # values are named 1.0 and (2, …)
+    reference = {"optimizer.learning_rate": 1, "grid.num_bins": [2, 4, 2, 4, 4, 4]}  # names are "1.0" and "(2, …)"
     assert load_sweep(write(tmp_path, axes=axes, reference=reference)).reference == {
         "optimizer.learning_rate": "1.0",
         "grid.num_bins": "(2, 4, 2, 4, 4, 4)",
@@ -270,7 +270,7 @@ PROVIDED = {
 
 
 def start_from(monkeypatch, grid) -> None:
-    """Whatever `init` is, it is the tiny checkpoint with this grid."""
+    """`init` is always the tiny checkpoint with this grid."""
     processor = Processor(train_tokenizer(["pick up the bowl"], 256), grid, {}, {})
     checkpoint = replace(read_checkpoint(GOLDEN), processor=processor)
     monkeypatch.setattr(plan, "read_checkpoint", lambda init: checkpoint)

@@ -1,4 +1,4 @@
-"""A commit is stated only of the checkout itself, and marked where files differ from it."""
+"""A commit is stated only for this checkout, and marked if files differ from it."""
 
 import subprocess
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Trials are run once, whoever runs them; what fails or stops is told; equal shapes are compiled once."""
+"""Trials run once, whoever runs them; failures and stops are reported; equal shapes compile once."""
 
 import errno
 import json
@@ -58,7 +58,7 @@ def swept(packed_config: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
     command = ["sweep", "--config", str(folder / "grids.py"), "--workdir", str(folder / "out")]
     command += ["--config.train.steps=2"]
     kept = {name: getattr(jax.config, name) for name in CACHE}
-    jax.config.update("jax_compilation_cache_dir", None)  # one that is set would stay
+    jax.config.update("jax_compilation_cache_dir", None)  # JAX would keep a folder that is already set
     # Started twice, each time for one grid and one seed that train and one trial that fails.
     with pytest.raises(SystemExit):
         main([*command, "--no-report", "--only", "grid-[gb]*_seed-0"])
@@ -99,7 +99,7 @@ def test_a_sweep_from_end_to_end(swept: tuple[list[str], Path, int]) -> None:
 
 
 def test_grids_of_equal_size_share_one_compilation(swept: tuple[list[str], Path, int]) -> None:
-    """Two trials, of other grids and other seeds: one training step, one first state, one decoding."""
+    """Two trials with other grids and seeds compile one training step, one initial state and one decoding."""
     names = [path.name.split("-")[0] for path in (swept[1] / "compiled").glob("*-cache")]
     assert names.count("jit_step") == 1
     assert names.count("jit_norms") == 1 and 0 < names.count("jit__lambda") <= 2  # first state, and decoding
@@ -132,7 +132,7 @@ def test_a_trial_is_not_run_again(swept: tuple[list[str], Path, int], monkeypatc
 
 
 def test_spatial_features_before_on_the_new_grid_and_after(tmp_path: Path, monkeypatch) -> None:
-    """The middle one is the adapted table, before any training; with the grid as it was there is none."""
+    """The middle table is the adapted one, before any training; without a new grid there is none."""
     old, new = uniform_grid((4, 8, 2, 1, 1, 1)), uniform_grid((3, 6, 4, 1, 1, 1))
     tables = {
         name: np.random.default_rng(i).normal(size=(grid.vocab_size, 5)).astype(np.float32)
@@ -158,7 +158,7 @@ def test_spatial_features_before_on_the_new_grid_and_after(tmp_path: Path, monke
 def test_trials_of_other_data_are_not_mixed(
     swept: tuple[list[str], Path, int], packed_config: Path, config_file: Path, tmp_path: Path, capsys
 ) -> None:
-    """The same file may lie elsewhere; another one, and what was not packed, are refused."""
+    """A moved copy of the same packed file is accepted. Another file, or unpacked data, is refused."""
     command = [*swept[0], "--no-report", "--only", "grid-gaussian_seed-0"]
     result = json.loads((swept[1] / "trials" / "grid-gaussian_seed-0" / "result.json").read_text())
     pack = Path(load_config(packed_config).data.packed)
@@ -180,7 +180,7 @@ def test_trials_of_other_data_are_not_mixed(
 def test_finished_trials_come_from_elsewhere_as_small_files(
     swept: tuple[list[str], Path, int], tmp_path: Path, monkeypatch, capsys
 ) -> None:
-    """They are not run again, and refused under another config. What is there already stays."""
+    """They are not run again, and are refused under another config. Results that are already there stay."""
     command, workdir, _ = swept
     two, parts = ["grid-gaussian_seed-0", "grid-uniform_seed-1"], [tmp_path / "a", tmp_path / "b"]
     for part, name in zip(parts, two, strict=True):
@@ -208,7 +208,7 @@ def test_finished_trials_come_from_elsewhere_as_small_files(
 
 
 def test_trials_of_other_overrides_are_not_mixed(swept: tuple[list[str], Path, int], tmp_path: Path, capsys) -> None:
-    """Nor of the same sweep file at another commit: what counts is the config that each was trained with."""
+    """What counts is the config that each trial was trained with, not the sweep file's commit."""
     command, workdir, _ = swept
     elsewhere, out = tmp_path / "elsewhere", tmp_path / "out"
     other = [*command[:-1], "--config.train.steps=1", "--no-report", "--only", "grid-uniform_seed-0"]
@@ -254,7 +254,7 @@ def test_results_that_do_not_belong_together_are_not_collected(
 
 
 def test_a_trial_with_its_closed_loop_is_collected(tmp_path: Path) -> None:
-    """It replaces the same one without. Other episodes are not the same trial, and other files' folders stay."""
+    """It replaces the same trial without one. Other episodes make another trial, and folders with other files stay."""
     places = [tmp_path / name for name in ("without", "with", "longer")]
     for place, episodes in zip(places, (0, 10, 20), strict=True):
         trial = place / "trials" / "a"
@@ -287,7 +287,7 @@ def test_a_trial_with_its_closed_loop_is_collected(tmp_path: Path) -> None:
 
 
 def test_a_collection_that_is_stopped_halfway_leaves_no_mixture_of_two_results(tmp_path: Path, monkeypatch) -> None:
-    """A trial without a closed loop there, replaced by the same with one, of which the last file is missing."""
+    """Replacing a trial by the same one with a closed loop stops before the last file is copied."""
     old, new = tmp_path / "old", tmp_path / "new"
     for place in (old, new):
         (place / "trials" / "a" / "closed_loop").mkdir(parents=True)
@@ -336,7 +336,7 @@ def test_damaged_files_are_named_when_a_sweep_goes_on(file: str, tmp_path: Path)
 
 
 def test_weights_that_init_no_longer_holds_are_told(trained: Path, tmp_path: Path, capsys) -> None:
-    """Finished trials that started from them stay: what they started from may be trained again on each machine."""
+    """Finished trials stay even if `init` holds other weights now: each machine may have trained its own."""
     sweep = trials("a")
     folder, config = tmp_path / "trials" / "a", sweep.trials[0].config
     config.init = str(trained)
@@ -374,7 +374,7 @@ for names in sys.argv[2:]:  # each in a process of its own
 
 
 def test_a_trial_that_its_process_dies_of_ends_nothing(tmp_path: Path) -> None:
-    """Alone it goes on, and dies again; then it counts as failed, which is tried again."""
+    """Run alone, it resumes and dies again. Among others it then counts as failed, and is retried."""
     command = [sys.executable, "-c", DIES, str(tmp_path), "ab", "a", "ab", "ab"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     *before, again = done.stdout.splitlines()
@@ -404,7 +404,7 @@ def test_a_stopped_trial_ends_the_sweep_and_a_taken_one_is_left(tmp_path: Path, 
 
 
 def test_checkpoints_that_cannot_be_removed_end_no_sweep(tmp_path: Path, monkeypatch, capsys) -> None:
-    """As on NFS while a file in them is open."""
+    """As on NFS, while a file in them is open."""
 
     def busy(folder: Path) -> None:
         raise OSError(errno.ENOTEMPTY, "Directory not empty", str(folder))
@@ -419,7 +419,7 @@ def test_checkpoints_that_cannot_be_removed_end_no_sweep(tmp_path: Path, monkeyp
 
 
 def test_a_trial_is_finished_with_all_episodes_of_its_closed_loop(tmp_path: Path, monkeypatch) -> None:
-    """Whether they are missing, or the sweep asks for more than there were."""
+    """Episodes may be missing, or the sweep may ask for more than were run."""
     calls = []
 
     def simulate(trial: Trial, folder: Path, workers: int) -> None:
@@ -487,8 +487,8 @@ def test_a_trials_closed_loop_is_on_the_suite_of_its_data(packed_config: Path, t
     ],
 )
 def test_several_at_once(visible: str, processes: int, places: set[str], tmp_path: Path, monkeypatch) -> None:
-    """With stand-ins for the processes: one finishes, one fails with a reason, one finds no device, one is killed, one
-    is asked to stop."""
+    """With stubs for the processes: one finishes, one fails with a reason, one finds no device, one is killed, one is
+    asked to stop."""
     script = """
 import os, sys
 assert os.environ["SPATIALVLA_JAX_PARENT"] == str(os.getppid())  # so that it ends with it

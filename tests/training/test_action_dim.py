@@ -1,4 +1,4 @@
-"""The tokenizer alone says how wide an action is: data, training step and policy follow it."""
+"""Only the tokenizer says how wide an action is: data, training step and policy follow it."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ from spatialvla_jax.training.step import make_train_step
 
 @struct.dataclass
 class JointGrid(ActionTokenizer):
-    """Seven joints on even levels, and a gripper: eight tokens an action."""
+    """Seven joints on evenly spaced levels, and a gripper: eight tokens per action."""
 
     levels: Any
 
@@ -63,7 +63,7 @@ def test_loader_step_and_policy_follow_the_tokenizer(grid: ActionTokenizer, tmp_
         Loader(data, image_size=56, action_dim=A + 1)
     loader = Loader(data, image_size=56, action_dim=A, depth=True)
     with pytest.raises(InputError, match=rf"'toy0' .* has an action {A} wide .*; {A + 1} is expected"):
-        Loader(data, image_size=56, action_dim=A + 1, depth=True)  # with an index of the other width there
+        Loader(data, image_size=56, action_dim=A + 1, depth=True)  # although an index of the other width exists there
 
     config = default_config()
     config.model.update(preset="nano", depth_source="dataset", dtype="bfloat16", remat="none")

@@ -1,4 +1,4 @@
-"""Runs of low-rank adapters: what they train and keep, that they go on in the same bits, and what they are merged."""
+"""Runs of low-rank adapters: what they train and store, that they resume exactly, and what they merge to."""
 
 import shutil
 from pathlib import Path
@@ -43,7 +43,7 @@ def test_adapters_and_the_spatial_table_alone_are_trained_and_kept(adapted: Path
 
 
 def test_the_table_started_from_the_adapted_one(adapted: Path, trained: Path) -> None:
-    """Six small steps away from it, far from the table that was not moved."""
+    """Trained for six small steps, so close to the start and far from the table that was not adapted."""
     before, after = read_checkpoint(trained), read_checkpoint(adapted)
     assert before.processor is not None and after.processor is not None
     assert before.processor.tokenizer.to_bytes() == after.processor.tokenizer.to_bytes()
@@ -54,7 +54,7 @@ def test_the_table_started_from_the_adapted_one(adapted: Path, trained: Path) ->
 
 
 def test_a_run_of_adapters_goes_on_in_the_same_bits(adapted: Path, tmp_path: Path) -> None:
-    """From step 3, with the base read again; with averaged parameters, too."""
+    """Resumes from step 3 and reads the base again; also with averaged parameters."""
     shutil.copytree(adapted, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")
     result = train(train_config_of(adapted), tmp_path / "run")
@@ -65,7 +65,7 @@ def test_a_run_of_adapters_goes_on_in_the_same_bits(adapted: Path, tmp_path: Pat
 
 
 def test_merged_it_acts_as_unmerged(adapted: Path, tmp_path: Path) -> None:
-    """Merged weights give the validation loss that the run logged with its adapters beside the base."""
+    """Merged weights give the validation loss that the run logged with separate adapters."""
     assert convert(adapted, tmp_path / "merged", to="orbax", merge=True)["bit_exact"]
     model, params, processor = load_pretrained(tmp_path / "merged")
     assert processor is not None

@@ -28,7 +28,7 @@ def test_hsv_is_the_standard_librarys(rgb: tuple[float, float, float]) -> None:
     hsv = [float(x) for x in rgb_to_hsv(jnp.array(rgb))]
     expected = colorsys.rgb_to_hsv(*rgb)
     np.testing.assert_allclose(hsv[1:], expected[1:], atol=1e-5)
-    if expected[1] * expected[2] > 1e-2:  # the hue of a grey is noise
+    if expected[1] * expected[2] > 1e-2:  # the hue of grey is undefined
         assert abs((hsv[0] - expected[0] + 0.5) % 1 - 0.5) < 1e-4
     np.testing.assert_allclose(hsv_to_rgb(*map(jnp.float32, hsv)), rgb, atol=1e-5)
 
@@ -36,7 +36,7 @@ def test_hsv_is_the_standard_librarys(rgb: tuple[float, float, float]) -> None:
 @settings(max_examples=20)
 @given(st.integers(0, 10_000), st.sampled_from([0.0, 0.95]))
 def test_crop_moves_the_intrinsics_with_the_pixels(seed: int, largest: float) -> None:
-    """An image that shows its own ray directions still shows them, by the moved intrinsics, after the crop."""
+    """An image that encodes its own ray directions still does so after the crop, by the moved intrinsics."""
     v, u = np.meshgrid(np.arange(SIZE) + 0.5, np.arange(SIZE) + 0.5, indexing="ij")
     rays = np.stack([(u - 15) / 40, (v - 17) / 42, np.ones_like(u)], -1)
     shown = (rays + 1) / 3  # into [0, 1]
@@ -57,7 +57,7 @@ def test_crop_moves_the_intrinsics_with_the_pixels(seed: int, largest: float) ->
 
 
 def test_an_area_is_drawn_for_every_example_between_the_two() -> None:
-    """The focal length tells the scale: one for all as published, else many."""
+    """The focal length gives the scale: one for all as published, otherwise many."""
     camera, image = jnp.tile(CAMERA, (64, 1, 1)), jnp.zeros((64, SIZE, SIZE, 3))
     for largest, low in ((0.0, 0.5), (0.9, 0.9)):
         config = Augmentation(crop_area=0.5, crop_area_max=largest)
@@ -97,8 +97,8 @@ def test_no_jitter_is_the_identity() -> None:
 def test_colours_are_clipped_after_each_operation_as_the_release_does(
     brightness: float, contrast: float, saturation: float, hue: float
 ) -> None:
-    """TensorFlow's own operations in the release's order, clipped after each one. Half of the pixels are near black or
-    white, where one clip at the end gives something else."""
+    """Compared with TensorFlow's operations in the release's order, clipped after each. Half of the pixels are near
+    black or white, where a single clip at the end would differ."""
     rng = np.random.default_rng(0)
     image = np.clip(rng.normal(0.5, 0.5, (SIZE, SIZE, 3)), 0, 1).astype(np.float32)
     expected = tf.clip_by_value(tf.image.adjust_brightness(image, brightness), 0, 1)

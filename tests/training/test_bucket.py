@@ -1,4 +1,4 @@
-"""A run's workdir at gs:// and s3://, against servers of the protocols."""
+"""A run's workdir at gs:// and s3://, against servers of both protocols."""
 
 import json
 import math
@@ -43,7 +43,7 @@ def save(checkpoints: Checkpoints, *steps: int) -> None:
 
 
 def restore(workdir) -> int:
-    """→ the step that a new process goes on with, whose state is that of this step, bit for bit."""
+    """→ the step from which a new process resumes; its state must equal that step's, bit for bit."""
     checkpoints, sharding = saver(workdir), jax.sharding.SingleDeviceSharding(jax.devices()[0])
     step, state = checkpoints.restore(state_of(0), jax.tree.map(lambda _: sharding, state_of(0)))
     checkpoints.close()
@@ -64,7 +64,7 @@ def test_steps_are_saved_kept_and_restored(bucket) -> None:
 
 
 def test_what_was_cut_off_does_not_exist_and_what_is_damaged_is_kept_aside(bucket, tmp_path: Path, capsys) -> None:
-    """Step 5 is what a killed save left, 4 has lost an array's data, 3 was copied from a disk, which has no markers."""
+    """Step 5 is what a killed save left. Step 4 has lost an array's data. Step 3, copied from a disk, has no marker."""
     save(saver(tmp_path), 3)
     (tmp_path / "checkpoints/3" / MARKER).unlink(missing_ok=True)
     workdir = storage.as_path(bucket.upload(tmp_path, "run"), "--workdir")
@@ -102,7 +102,7 @@ LASTING = {
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", LASTING)
 def test_a_save_that_fails_is_tried_again_and_then_one_sentence(gcs, monkeypatch, capsys, fault) -> None:
-    """Whatever lasts ends the run, and the last good checkpoint is there when it is over."""
+    """A lasting failure ends the run. The last good checkpoint is still there afterwards."""
     status, body, pattern, words = LASTING[fault]
     workdir = storage.as_path(f"{gcs.url}/run", "--workdir")
     monkeypatch.setattr(Checkpoints, "WAIT", 0.1)
@@ -112,7 +112,7 @@ def test_a_save_that_fails_is_tried_again_and_then_one_sentence(gcs, monkeypatch
     checkpoints = saver(workdir)
     save(checkpoints, 1)
     if pattern == WRITES:
-        gcs.proxy.add(status=403, body="no create access", pattern=ARRAYS, count=1)  # the array store retries no 403
+        gcs.proxy.add(status=403, body="no create access", pattern=ARRAYS, count=1)  # the store doesn't retry a 403
         save(checkpoints, 2)
         assert checkpoints.latest() == 2 and "the last good one is from step 1; trying again" in capsys.readouterr().err
     gcs.proxy.add(status=status, body=json.dumps({"error": {"message": body}}), pattern=pattern)
@@ -144,7 +144,7 @@ def test_a_checkpoint_is_complete_although_an_older_one_cannot_be_removed(gcs, m
 
 
 def test_logs_outlive_a_kill_up_to_the_last_save(bucket) -> None:
-    """The first process saves after step 3, logs step 4 and is killed. The second one goes on from step 3."""
+    """The first process saves after step 3, logs step 4 and is killed. The second one resumes from step 3."""
     workdir = storage.as_path(f"{bucket.url}/run", "--workdir")
     folder = LogFolder(workdir)
     folder.began = math.inf  # nothing is uploaded in the background
@@ -176,8 +176,8 @@ def start(server: Server, config: Path, workdir, errors: Path) -> Run:
 def test_a_run_in_a_bucket_is_killed_and_ends_in_the_same_bits(
     bucket, server: Server, packed_config: Path, tmp_path: Path
 ) -> None:
-    """Every 40th request is answered by 503, 429, or half an answer. The undisturbed run is on the disk. The export and
-    the policy come from the bucket, too."""
+    """Every 40th request gets a 503, a 429, or half a response. The undisturbed run is on a disk. Export and policy are
+    read from the bucket too."""
     assert start(server, packed_config, tmp_path / "run", tmp_path / "undisturbed.txt").wait() == 0
     workdir, errors = storage.as_path(f"{bucket.url}/run", "--workdir"), tmp_path / "errors.txt"
     for status in (503, 429, 0):

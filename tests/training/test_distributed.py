@@ -19,8 +19,8 @@ OTHER_MESH = ("--config.mesh.fsdp=2", "--config.mesh.tensor=2")
 def start(
     server: Server, config: Path, workdir: Path, processes: int, *arguments: str, limit: int = 0, pause: int = 0
 ) -> list[Run]:
-    """A run on four devices, perhaps with a limit on the size of the files that the last process writes. The first one
-    stops itself before it logs step `pause`, if not 0."""
+    """A run on four devices, optionally with a limit on the size of files that the last process writes. The first
+    process stops itself before it logs step `pause`, if not 0."""
     common = (*ARGUMENTS, *arguments)
     if processes == 1:
         return [server.train(config, workdir, *common, devices=4, file_limit=limit)]
@@ -39,7 +39,7 @@ def losses(workdir: Path, key: str = "loss") -> list[float]:
 
 @pytest.fixture(scope="module")
 def alone(server: Server, packed_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The undisturbed run of one process, on another mesh than that of several."""
+    """The undisturbed run in one process, on another mesh than the multi-process runs."""
     workdir = tmp_path_factory.mktemp("alone") / "run"
     (run,) = start(server, packed_config, workdir, 1, *OTHER_MESH)
     assert run.wait() == 0, run.errors.read_text()
@@ -49,12 +49,12 @@ def alone(server: Server, packed_config: Path, tmp_path_factory: pytest.TempPath
 
 @pytest.fixture(scope="module")
 def stopped(server: Server, packed_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two processes of which one was asked to end: both saved the same step."""
+    """In a run of two processes, one was asked to end: both saved the same step."""
     workdir = tmp_path_factory.mktemp("two") / "run"
     runs = start(server, packed_config, workdir, 2, pause=5)
     assert runs[0].until(runs[0].paused), runs[0].errors.read_text()
     runs[1].send(signal.SIGTERM)
-    # JAX looks for signals once a second.
+    # JAX checks for signals once a second.
     assert runs[1].until(lambda: "SIGTERM caught" in runs[1].errors.read_text()), runs[1].errors.read_text()
     runs[0].send(signal.SIGCONT)
     assert [run.wait() for run in runs] == [0, 0], runs[0].errors.read_text() + runs[1].errors.read_text()
@@ -68,7 +68,7 @@ def stopped(server: Server, packed_config: Path, tmp_path_factory: pytest.TempPa
 def test_two_processes_give_the_losses_of_one(
     processes: int, mesh: tuple[str, ...], server, packed_config: Path, alone: Path, stopped: Path, tmp_path: Path
 ) -> None:
-    """The run of two goes on in one process on a mesh of another shape, and in four."""
+    """A run of two processes resumes in one, on a mesh of another shape, and in four."""
     workdir = tmp_path / "run"
     shutil.copytree(stopped, workdir)
     runs = start(server, packed_config, workdir, processes, *mesh)
@@ -90,8 +90,8 @@ def test_a_dead_process_ends_the_others(server: Server, packed_config: Path, tmp
 
 @pytest.mark.slow
 def test_storage_that_fails_on_one_host_ends_the_run(server: Server, packed_config: Path, tmp_path: Path) -> None:
-    """The second of two cannot write its part of a checkpoint: one sentence, no hang, and exit codes after which the
-    scripts in `launch/` start again."""
+    """The second of two processes cannot write its part of a checkpoint. There is one sentence, no hang, and exit codes
+    after which the scripts in `launch/` restart the run."""
     workdir = tmp_path / "run"
     runs = start(server, packed_config, workdir, 2, "--heartbeat", "10", "--config.checkpoint.every=3", limit=60_000)
     assert runs[1].wait(240) == 1, runs[1].errors.read_text()

@@ -1,4 +1,4 @@
-"""Where a run's wall time went, over all its processes, by hand; test_watching.py looks at that of a killed run."""
+"""The accounts of a run's wall time over all its processes, by hand; test_watching.py checks a run that was killed."""
 
 import json
 import time
@@ -17,7 +17,7 @@ from spatialvla_jax.training.log_folder import LogFolder
 
 
 def process(began: float, *marks: tuple[float, int | None, dict[str, float]]) -> dict[str, Any]:
-    """A process's record: marks of (seconds since it began, step, seconds by name)."""
+    """A process's record: marks of (seconds since its start, step, seconds by name)."""
     return {"began": began, "marks": [{"step": s, "seconds": {"total": t, **spent}} for t, s, spent in marks]}
 
 
@@ -27,7 +27,7 @@ def seconds(**causes: float) -> dict[str, float]:
 
 FIRST = process(
     1000,
-    (10, 0, {"imports": 4, "index": 5}),  # the second that no name has is of the start, too
+    (10, 0, {"imports": 4, "index": 5}),  # unattributed time at the start counts as start
     (100, 40, {"imports": 4, "index": 5, "compile": 20, "data": 10, "save": 2}),
     (160, 60, {"imports": 4, "index": 5, "compile": 20, "data": 22, "save": 4}),
 )
@@ -40,8 +40,8 @@ def test_an_undisturbed_process() -> None:
 
 
 def test_steps_that_are_made_again_are_lost() -> None:
-    """Killed after step 60, it goes on from step 40 a hundred seconds later; then from step 50, which is between two
-    marks: half of what was done between these."""
+    """Killed after step 60, the run resumes from step 40 a hundred seconds later. Then it resumes from step 50, between
+    two marks: half of the time between them is lost."""
     second = process(1260, (5, 40, {"imports": 5}), (65, 60, {"imports": 5}))
     expected = seconds(start=15, compile=20, data=10, save=2, idle=100, lost=60, steps=58 + 60)
     assert account([FIRST, second]) == account([second, FIRST]) == expected
@@ -52,13 +52,13 @@ def test_steps_that_are_made_again_are_lost() -> None:
 
 
 def test_a_process_that_never_made_a_step_loses_none() -> None:
-    """Killed while it starts, before it knew its step."""
+    """Killed while starting, before it knew its step."""
     starts = [process(1160 + 10 * n, (10, None, {"imports": 7})) for n in range(3)]
     assert account([FIRST, *starts]) == ALONE | {"start": 40}
 
 
 def test_a_process_that_is_no_longer_wanted_loses_what_it_does_beside_its_successor() -> None:
-    """The second begins while the first still runs, halfway between its last two marks."""
+    """The second process starts while the first still runs, halfway between its last two marks."""
     second = process(1130, (5, 40, {"imports": 5}), (15, 44, {}))
     expected = seconds(start=15, compile=20, data=10, save=2, lost=30, steps=58 + 10)
     assert account([FIRST, second]) == expected
@@ -82,7 +82,7 @@ def test_the_way_back_after_a_loss_spike_is_lost() -> None:
 )
 @settings(max_examples=50)
 def test_the_causes_add_up_to_the_wall_time(given_processes) -> None:
-    """Whatever the processes did: at once, one after another, none of it before a step."""
+    """For processes in any order: overlapping, one after another, none that made a step."""
     processes = []
     for began, parts, knows_its_first_step in given_processes:
         total, spent, marks = 0, 0, []
@@ -115,7 +115,7 @@ def test_times_within_times_count_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_clock_behind_the_last_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second machine's clock says that it began an hour before the first: it began at once after it."""
+    """By its clock, the second machine started an hour before the first: it counts as started right after it."""
     now, wall = 0.0, 10_000.0
     stand_in = SimpleNamespace(**vars(time) | {"perf_counter": lambda: now, "time": lambda: wall + now})
     monkeypatch.setattr(goodput, "time", stand_in)

@@ -1,4 +1,4 @@
-"""Where runs start: on a new grid by adaption, on the old one, and never on a table whose bins have moved."""
+"""Where runs start: on a new grid by adaption, or on the old grid; never on a spatial table whose bins have changed."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +23,7 @@ TABLE, HEAD, EMBEDDING = "llm/embedder/input_embedding", "llm/lm_head", "spatial
 
 
 def start(config_file: Path, init: Path, workdir: Path, **overrides: str):
-    """As `train` does it: (processor, parameters or None)."""
+    """As `train` does: (processor, parameters or None)."""
     dotted = {key.replace("__", "."): value for key, value in overrides.items()}
     config = load_config(config_file, {"init": str(init), **dotted})
     check_together(config)
@@ -37,7 +37,7 @@ def start(config_file: Path, init: Path, workdir: Path, **overrides: str):
 
 @pytest.mark.parametrize("kind", ["run", "published", "uniform"])
 def test_tables_of_another_number_of_bins(config_file: Path, trained: Path, tmp_path: Path, kind: str) -> None:
-    """Text rows are copied, action rows interpolated; from a run of ours and from a published directory."""
+    """Text rows are copied, action rows interpolated; from one of our runs and from a published directory."""
     old = read_checkpoint(trained)
     assert old.processor is not None and isinstance(old.processor.grid, ActionGrid)
     init = trained
@@ -61,7 +61,7 @@ def test_tables_of_another_number_of_bins(config_file: Path, trained: Path, tmp_
 
 
 def test_the_grid_of_the_checkpoint_is_kept(config_file: Path, trained: Path, tmp_path: Path) -> None:
-    """`grid.kind=checkpoint`, or a grid that comes out the same: every table as it was, adaption on or off."""
+    """With `grid.kind=checkpoint` or an equal fitted grid, every table is unchanged, whether adaption is on or off."""
     old = read_checkpoint(trained)
     other = {"grid__kind": "checkpoint", "grid__num_bins": "(9, 9, 9, 9, 9, 9)"}
     for overrides in (other, {"adapt__embedding": "True"}, {}):
@@ -72,7 +72,7 @@ def test_the_grid_of_the_checkpoint_is_kept(config_file: Path, trained: Path, tm
 
 
 def test_what_adapters_are_added_to_keeps_its_dtype(config_file: Path, trained: Path, tmp_path: Path) -> None:
-    """Frozen weights as stored, in half the memory; whatever is trained in float32."""
+    """Frozen weights keep their stored dtype, in half the memory; trained ones are float32."""
     convert(trained, tmp_path / "bf16", to="pytorch", dtype="bfloat16", verify=False)
     _, params = start(config_file, tmp_path / "bf16", tmp_path / "new", lora__rank="4")
     assert params is not None
@@ -82,7 +82,7 @@ def test_what_adapters_are_added_to_keeps_its_dtype(config_file: Path, trained: 
 
 
 def test_a_run_that_goes_on_is_not_adapted_again(config_file: Path, trained: Path) -> None:
-    """Its own checkpoint counts, and what it started from may be gone."""
+    """Its own checkpoint is used, and the one that it started from may be gone."""
     processor, params = start(config_file, Path("gone"), trained, adapt__embedding="True")
     assert params is None and processor.to_dict() == read_checkpoint(trained).processor.to_dict()  # pyright: ignore
 

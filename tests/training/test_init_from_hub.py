@@ -1,4 +1,4 @@
-"""Runs that start from an id of the Hugging Face Hub go on from the same commit, whatever becomes of its branch."""
+"""Runs that start from a Hugging Face Hub id resume from the same commit, even if the branch has moved."""
 
 import json
 import shutil
@@ -35,7 +35,7 @@ def commit(server, trained: Path, tmp_path: Path) -> str:
 def test_a_run_goes_on_from_the_commit_that_it_began_with(
     server, commit: str, config_file: Path, tmp_path: Path, rank: int
 ) -> None:
-    """Adapters find their base again on a machine with an empty cache, too."""
+    """Adapters find their base again on a machine with an empty cache too."""
     command = ["train", "--config", str(config_file), "--workdir", str(tmp_path / "run"), "--config.init=org/name"]
     command += [f"--config.lora.rank={rank}", "--config.checkpoint.every=1", "--config.train.eval_every=0"]
     command += ["--config.train.steps=2"]
@@ -56,7 +56,7 @@ def test_a_run_goes_on_from_the_commit_that_it_began_with(
 
 
 def test_what_a_run_that_goes_on_asks_for(server, commit: str, config_file: Path) -> None:
-    """The branch means the commit that the run began with; another commit stays another one."""
+    """The branch means the commit that the run started from; naming another commit is still a difference."""
     began = {"init": "org/name@" + "0" * 40}
     named = {
         text: load_config(config_file, {"init": text}) for text in ("org/name", "org/name@main", f"org/name@{commit}")

@@ -1,4 +1,4 @@
-"""Killed at random moments, asked to end, or out of disk: nothing is lost, and a run ends in the same bits."""
+"""Killed at random moments, asked to end, or out of disk: nothing is lost, and the run ends in the same bits."""
 
 import random
 import shutil
@@ -57,7 +57,7 @@ def saved(workdir: Path) -> int:
 
 @pytest.mark.slow
 def test_killed_in_every_phase(server: Server, packed_config: Path, undisturbed: Path, tmp_path: Path) -> None:
-    """SIGKILL in start-up, before the first step, between two saves, during a save, after one, at the end."""
+    """SIGKILL during start-up, before the first step, between two saves, during a save, after one, and at the end."""
     workdir = tmp_path / "run"
     moments = (
         (f"{LOOP}:init_state", 1, workdir.exists),
@@ -77,16 +77,16 @@ def test_killed_in_every_phase(server: Server, packed_config: Path, undisturbed:
 
 @pytest.mark.slow
 def test_killed_twenty_times(server: Server, packed_config: Path, tmp_path: Path) -> None:
-    """SIGKILL in start-up, and at random moments of the steps that follow, saves among them (one step in five)."""
+    """SIGKILL during start-up and at random moments of later steps; one step in five is a save."""
     chance, workdir = random.Random(0), tmp_path / "run"
     for n in range(20):
-        if (workdir / "finished").exists():  # on a fast machine, or a slow one that was late to kill it
+        if (workdir / "finished").exists():  # on a fast machine, or on a slow one that killed it late
             shutil.rmtree(workdir)
         reached = last_step(workdir) if n % 2 else -1
         run = start(server, packed_config, workdir, steps=40)
         run.until(lambda reached=reached: last_step(workdir) > reached)
         time.sleep(chance.uniform(0, 0.5 if n % 2 else 4))
-        if run.poll() is not None:  # it may have ended meanwhile, which must be well
+        if run.poll() is not None:  # it may have ended meanwhile, but without an error
             assert run.poll() == 0, run.errors.read_text()
         else:
             run.kill()
@@ -97,8 +97,8 @@ def test_killed_twenty_times(server: Server, packed_config: Path, tmp_path: Path
 
 @pytest.mark.slow
 def test_sigterm_and_then_a_full_disk(server: Server, packed_config: Path, undisturbed: Path, tmp_path: Path) -> None:
-    """Asked to end, it saves its last step. Then no file can grow enough for a checkpoint: tried again four times, then
-    one sentence, and what was saved stays."""
+    """SIGTERM saves the last step. Then no file can grow large enough for a checkpoint: four retries, one sentence, and
+    the earlier checkpoints stay."""
     workdir = tmp_path / "run"
     run = start(server, packed_config, workdir, "--config.checkpoint.every=1000", pause=(LOGGED, 8))
     assert run.until(run.paused)
@@ -122,7 +122,7 @@ def test_sigterm_and_then_a_full_disk(server: Server, packed_config: Path, undis
 
 
 def test_sigterm_before_the_first_step(server: Server, packed_config: Path, tmp_path: Path) -> None:
-    """While it opens its data and makes its state there is nothing to save."""
+    """While it opens its data and initialises its state there is nothing to save."""
     workdir = tmp_path / "run"
     run = start(server, packed_config, workdir, pause=(f"{LOOP}:init_state", 1))
     assert run.until(run.paused) and workdir.exists()

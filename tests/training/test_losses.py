@@ -1,4 +1,4 @@
-"""What a config may add to the loss."""
+"""The optional parts of the loss."""
 
 import shutil
 from itertools import product
@@ -30,7 +30,7 @@ OFFSET = 5
 
 
 def cells_of(grid: ActionTokenizer) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(indices of each cell along the axes, numbers of cells, 0 for axes that do not close) of each token."""
+    """For each token: (indices of each cell along the axes, cells per axis, 0 for axes that are not rings)."""
     if len(grid.token_ranges) == 7:
         return [(np.arange(grid.vocab_size)[:, None], np.zeros(1))] * 6
     theta, phi, r, *rotation = grid.num_bins
@@ -39,7 +39,7 @@ def cells_of(grid: ActionTokenizer) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def dense_targets(grid: ActionTokenizer, ids: np.ndarray, sigma: float) -> np.ndarray:
-    """f64[B, A + 1, V], every weight written out."""
+    """f64[B, A + 1, V], with every weight written out."""
     flat, n = ids.reshape(len(ids), -1), len(grid.token_ranges)
     targets = np.zeros((len(ids), flat.shape[1] + 1, OFFSET + grid.vocab_size))
     targets[:, -1, 1] = 1
@@ -63,7 +63,7 @@ def dense_targets(grid: ActionTokenizer, ids: np.ndarray, sigma: float) -> np.nd
     ids=["spatial", "uneven", "linear"],
 )
 def test_soft_targets_are_gaussians_over_neighbouring_cells(grid, sigma) -> None:
-    """Loss and gradient against targets written out in float64."""
+    """Loss and gradient compared with targets written out in float64."""
     rng = np.random.default_rng(0)
     ids = np.asarray(encode(grid, rng.uniform(-1, 1, (3, 2, 7)).astype(np.float32)))
     shape = (3, ids[0].size + 1, OFFSET + grid.vocab_size)
@@ -80,7 +80,7 @@ def test_soft_targets_are_gaussians_over_neighbouring_cells(grid, sigma) -> None
 
 @pytest.mark.slow
 def test_soft_targets_take_no_more_memory_than_the_plain_loss() -> None:
-    """Compiled for a TPU, with the full vocabulary, loss and gradient need one array of the logits' size."""
+    """Compiled for a TPU with the full vocabulary, loss and gradient need one array of the logits' size."""
     (device, *_), V, offset = parse_topology("v5e:2x2").devices(), 257_153 + 8194, 257_153
     grid = uniform_grid()
 
@@ -106,7 +106,7 @@ def test_soft_targets_take_no_more_memory_than_the_plain_loss() -> None:
 
 
 def test_the_target_is_learned_in_metres_or_where_it_is_in_the_cropped_picture() -> None:
-    """The error by hand, of a head whose guess is its bias; a crop moves the pixel and not the metres."""
+    """The error by hand, for a head that predicts its bias; a crop moves pixels but not metres."""
     rng = np.random.default_rng(0)
     state = rng.normal(size=(4, 8)).astype(np.float32)
     target = (rng.uniform(-0.3, 0.3, (4, 3)) + np.eye(3)[2]).astype(np.float32)
@@ -125,7 +125,7 @@ def test_the_target_is_learned_in_metres_or_where_it_is_in_the_cropped_picture()
 
 @pytest.mark.parametrize("width", [16, 4096])
 def test_the_gradient_of_the_head_does_not_grow_with_the_model(width: int) -> None:
-    """By hand: a third of the features, with the sign of the error, for each of three coordinates."""
+    """By hand: a third of the features times the error's sign, for each of three coordinates."""
     state = np.random.default_rng(width).normal(size=(1, width)).astype(np.float32)
     state /= np.sqrt(np.mean(state**2))
     head = {"kernel": jnp.zeros((width, 3)), "bias": jnp.zeros(3)}

@@ -1,4 +1,4 @@
-"""A run written before config keys and model fields had their present names goes on, loads and was exported."""
+"""A run from before the present names of config keys and model fields resumes and loads; its export does too."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ from spatialvla_jax.training.loop import train
 from spatialvla_jax.training.metrics import read_metrics
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "old_run"
-# The keys as they were called then, and a mesh of these tests' eight devices.
+# The keys under their old names, and a mesh of these tests' eight devices.
 FLAGS = {
     **{"train.steps": "6", "train.accumulate": "2", "optimizer.state_dtype": "bfloat16", "optimizer.clip": "0.7"},
     **{"optimizer.ema": "0.5", "checkpoint.every": "3", "checkpoint.keep_last": "1", "train.batch_size": "8"},
@@ -26,7 +26,7 @@ FLAGS = {
 
 @pytest.fixture
 def old(rlds: Path, tmp_path: Path) -> Path:
-    """A copy whose placeholders are the paths of these tests: {run, export, toy.py, continuation.jsonl}."""
+    """A copy with its placeholders replaced by paths of these tests: {run, export, toy.py, continuation.jsonl}."""
     folder = shutil.copytree(GOLDEN, tmp_path / "old")
     for path in (folder / "toy.py", folder / "run" / "config.json", *folder.rglob("metadata/metadata")):
         path.write_text(path.read_text().replace("RLDS", str(rlds)).replace("CACHE", str(tmp_path / "cache")))
@@ -34,8 +34,8 @@ def old(rlds: Path, tmp_path: Path) -> Path:
 
 
 def test_it_goes_on_as_it_would_have(old: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """From its files, with config file and flags in the old words: steps 4 to 6 as the code of then made them, but for
-    what it says that it does otherwise."""
+    """The config file and flags use the old names. Steps 4 to 6 equal those of the old code, except where the run says
+    that they differ."""
     train(load_config(old / "toy.py", FLAGS), old / "run")
     (warning,) = [line for line in capsys.readouterr().err.splitlines() if "earlier version" in line]
     assert str(old / "run") in warning and all(change in warning for change in CHANGES)

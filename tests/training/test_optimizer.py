@@ -59,7 +59,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_count(run) -> None:
 
 
 def test_norms_are_those_of_the_gradient_and_of_the_update(run) -> None:
-    """The update's is made again from the state alone; here it is the difference of the parameters."""
+    """The update's norm is recomputed from the state alone; here it is the difference of the parameters."""
     setup, run = run
     batch = replace(random_batch(setup.model, 4, 0), dataset_id=np.array([0, 2, 0, 0], np.int32))
     (before, _), (state, metrics) = run([batch, batch])
@@ -127,7 +127,7 @@ def test_what_optax_would_not_skip(loss: float, gradient: float, times: int) -> 
     results = []
     for transformation, ours in ((optimizer, True), (theirs, False)):
         params, state = start, transformation.init(start)
-        for grads in (good, good):  # the rate of the first is 0
+        for grads in (good, good):  # the first step's rate is 0
             updates, state = transformation.update(grads, state, params)
             params = optax.apply_updates(params, updates)
         before = params, state

@@ -1,4 +1,4 @@
-"""Two processes whose workdir is in a bucket: killed and resumed, rehearsed, and sent back by a loss spike."""
+"""Two processes with their workdir in a bucket: killed and resumed, rehearsed, and rewound by a loss spike."""
 
 import signal
 from collections.abc import Sequence
@@ -39,13 +39,13 @@ def start(
 
 
 def finish(runs: Sequence[Run]) -> str:
-    """→ what the first process printed."""
+    """→ the first process's output."""
     assert [run.wait() for run in runs] == [0] * len(runs), "\n".join(run.errors.read_text() for run in runs)
     return runs[0].errors.read_text()
 
 
 def test_killed_and_resumed(gcs, server: Server, packed_config: Path, tmp_path: Path) -> None:
-    """SIGKILL of both after a checkpoint. Two processes go on, in the bits of a run of two on the disk."""
+    """SIGKILL of both after a checkpoint. Two processes resume; the bits equal those of a run of two on a disk."""
     arguments = ("--config.train.steps=12", "--config.checkpoint.every=3")
     finish(start(server, packed_config, tmp_path / "run", tmp_path / "undisturbed", 2, *arguments))
     workdir = storage.as_path(f"{gcs.url}/run", "--workdir")
@@ -62,7 +62,7 @@ def test_killed_and_resumed(gcs, server: Server, packed_config: Path, tmp_path: 
 
 
 def test_a_rehearsal(gcs, server: Server, packed_config: Path, tmp_path: Path) -> None:
-    """Of one process and of two: it leaves nothing in the bucket."""
+    """With one process and with two: nothing is left in the bucket."""
     for processes in (1, 2):
         arguments = ("--config.train.steps=10", "--rehearse", "4")
         runs = start(
@@ -83,7 +83,7 @@ def test_a_rehearsal(gcs, server: Server, packed_config: Path, tmp_path: Path) -
 
 
 def test_a_loss_spike(server: Server, packed_config: Path, tmp_path: Path) -> None:
-    """Each of two processes goes back to the same step, and on with the same batches, as one process does."""
+    """Both processes rewind to the same step and continue with the same batches, as one process does."""
     arguments = ("--config.train.steps=14", "--config.checkpoint.every=2", "--config.optimizer.learning_rate=0.02")
     arguments += tuple(f"--config.train.spikes.{key}" for key in ("factor=1.07", "window=2", "rewind=2"))
     for processes in (1, 2):

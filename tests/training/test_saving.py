@@ -17,7 +17,7 @@ TABLE = "llm/embedder/input_embedding"
 
 
 def test_the_last_and_every_kth_are_kept(config_file: Path, tmp_path: Path) -> None:
-    """Of a run whose step is that of the fixture `trained`; the loss falls."""
+    """Uses the training step of the fixture `trained`; the loss falls."""
     same = {"train.steps": "10", "mesh.fsdp": "4", "mesh.data": "2"}
     kept = {"checkpoint.every": "2", "checkpoint.keep_last": "2", "checkpoint.keep_every": "4"}
     assert train(load_config(config_file, same | kept), tmp_path)["step"] == 10
@@ -30,7 +30,7 @@ def test_the_last_and_every_kth_are_kept(config_file: Path, tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_a_run_starts_from_a_paligemma(config_file: Path, tmp_path: Path) -> None:
-    """big_vision's PaliGemma 2, of this model's sizes: its weights, and the mean of its text rows for action tokens."""
+    """big_vision's PaliGemma 2 with this model's sizes; action tokens start as the mean of its text rows."""
     config = preset("nano")
     rng = np.random.default_rng(0)
     shapes = {k: s for k, s in param_shapes(config).items() if k.startswith(("img", "llm")) and k != "llm/lm_head"}

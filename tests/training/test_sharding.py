@@ -55,7 +55,7 @@ def test_gathering_once_gives_the_losses_of_one_device(one_device: list[float]) 
 
 
 def test_casting_once_gives_the_gradients_of_casting_every_layer() -> None:
-    """In bfloat16 on one device: each matrix's gradient is a product's result in bfloat16 either way."""
+    """In bfloat16 on one device: either way, each matrix's gradient is a product's result in bfloat16."""
 
     def gradients(once: bool) -> dict[str, np.ndarray]:
         mesh = make_mesh({"fsdp": 1}, jax.devices()[:1])
@@ -76,7 +76,7 @@ def test_casting_once_gives_the_gradients_of_casting_every_layer() -> None:
 
 
 def test_the_heads_gradient_is_row_major_on_gpus() -> None:
-    """Without replicas, and without gathering it for that."""
+    """Without replicas, and without gathering the gradient for it."""
     head = jax.ShapeDtypeStruct((6, 8), jnp.float32)
 
     def lowered(platform: str, **shape: int) -> str:
@@ -89,7 +89,7 @@ def test_the_heads_gradient_is_row_major_on_gpus() -> None:
 
 
 def test_full_size_parameters_are_split() -> None:
-    """On fsdp 4 × tensor 2, all but the norms and biases of the published model lie on one device by an eighth."""
+    """On fsdp 4 × tensor 2, a device holds an eighth of everything but the published model's norms and biases."""
     model = SpatialVLA(preset("spatialvla-4b-224", depth_source="dataset"))
     params = jax.eval_shape(lambda: init_params(model, 0))
     mesh = make_mesh({"fsdp": 4, "tensor": 2})
@@ -104,8 +104,8 @@ def test_full_size_parameters_are_split() -> None:
 
 
 def test_split_matrices_alone_are_cast() -> None:
-    """They are gathered in the computation's dtype; tables that are looked up, norms and biases stay float32. On one
-    device the same are cast if that is to happen once a step."""
+    """Matrices are gathered in the computation's dtype. Lookup tables, norms and biases stay float32. On one device,
+    the same matrices are cast if casting happens once per step."""
     model = SpatialVLA(preset("nano", spatial_tokens=GRID.vocab_size))
     params = jax.eval_shape(lambda: init_params(model, 0))
 
@@ -130,7 +130,7 @@ def test_the_batch_is_pinned_on_a_mesh_alone() -> None:
         return pinned(x[:rows]).sharding.shard_shape((rows, 3))
 
     assert sharding() == (2, 3) and sharding("tensor") == (1, 3)
-    assert sharding("tensor", rows=4) == (1, 3)  # does not divide by 8: the batch axes alone
+    assert sharding("tensor", rows=4) == (1, 3)  # does not divide by 8: only the batch axes
     assert constrain_batch(x, "tensor") is x
 
 

@@ -1,4 +1,4 @@
-"""A run of several processes makes one index, each of them from its own shards."""
+"""The processes of a run share the work of making one index, each from its own shards."""
 
 import signal
 from pathlib import Path
@@ -17,8 +17,9 @@ def files(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.slow
 def test_two_processes_index_train_and_go_on_as_one(server: Server, config_file: Path, rlds: Path, tmp_path: Path):
-    """2 × 4 devices, with a disk for each process: both end with the index that one process makes. Killed, the run goes
-    on as 1 × 8 from the copy of the second, which indexes nothing, with the losses of a run that was always one."""
+    """2 × 4 devices with a disk for each process: both end with the index that a single process makes. After a kill,
+    the run resumes as 1 × 8 from the second one's copy without indexing. Its losses equal those of a run that always
+    had one process."""
     common = ("--config.train.steps=10", "--config.checkpoint.every=4", "--config.mesh.fsdp=4", "--config.mesh.data=2")
 
     def start(name: str, cache: str, devices: int, *arguments: str) -> Run:

@@ -1,4 +1,4 @@
-"""A run whose data are poisoned in one place: it goes back, leaves the batches out, and does so again when killed."""
+"""A run with one poisoned batch: it rewinds, skips batches, and does the same again when killed."""
 
 import json
 import math
@@ -37,8 +37,8 @@ class Killed(Exception):
 
 
 class Feed:
-    """Takes the place of Loader.batches: batches with one and the same action, but the poisoned one. `taken` are the
-    numbers of those that it gave; after `dies_after` of them the run ends."""
+    """Replaces Loader.batches: all batches have the same action, except the poisoned one. `taken` collects the numbers
+    of the batches it returned; after `dies_after` of them the run ends."""
 
     def __init__(self) -> None:
         self.taken: list[int] = []
@@ -70,7 +70,7 @@ def undisturbed(packed_config: Path, tmp_path_factory: pytest.TempPathFactory) -
     with pytest.MonkeyPatch.context() as patch:
         feed = feed_batches(patch)
         train(load_config(packed_config, FLAGS), workdir)
-    # The spike of step 7 is seen while step 8 is made. Back at step 4, it goes on with what step 8 had.
+    # The spike of step 7 is noticed during step 8. Rewound to step 4, the run continues with step 8's batch.
     assert feed.taken == [*range(8), *range(7, 13)]
     return workdir
 
@@ -94,8 +94,8 @@ def test_it_goes_back_and_on_with_the_batches_after_it(undisturbed: Path) -> Non
 def test_killed_before_on_and_after_its_way_back(
     packed_config: Path, feed: Feed, undisturbed: Path, tmp_path: Path
 ) -> None:
-    """After the step with the spike, but before it is seen; on the steps after the way back, before their first
-    checkpoint and after it."""
+    """Killed after the step with the spike but before it is noticed, and after the rewind, before the first checkpoint
+    and after it."""
     config, workdir = load_config(packed_config, FLAGS), tmp_path / "run"
     taken = ([*range(7)], [6, 7], [4, 5, 6, 7, 7, 8, 9])
     for numbers in taken:
@@ -123,13 +123,13 @@ def feed_losses(watch: Watch, first: int, *losses: float) -> list[int | None]:
 
 
 def test_what_a_spike_is() -> None:
-    """Above the factor times the median of a full window, finite, and with a checkpoint to go back to."""
+    """Above the factor times the median of a full window, finite, and with a checkpoint to rewind to."""
     watch = Watch(SpikePolicy(2.0, 3, 4, 2), 10, 0)
     assert feed_losses(watch, 1, 4, 4, 4, 9) == [None] * 4  # no checkpoint yet
     assert feed_losses(watch, 10, 4, 8, math.inf, math.nan, 4, 8.1, 4) == [None] * 5 + [10] + [None]
     assert watch.skipped == 5 and watch.counts() == {"spikes": 1, "spikes/skipped_batches": 5}
     watch.restored(10, {"losses": [1.0, 1.0]})
-    assert feed_losses(watch, 11, 7, 3) == [None, None]  # the window was not full, then its median was 1: 3 > 2
+    assert feed_losses(watch, 11, 7, 3) == [None, None]  # the window was not full; then its median was 1, and 3 > 2
     watch = Watch(watch.policy, 10, 0, **json.loads(json.dumps(watch.to_dict())))
     assert watch.skipped == 5
     assert Watch(SpikePolicy(0, 3, 0, 2), 10, 0).to_dict() == {}

@@ -1,4 +1,4 @@
-"""What a start finds wrong before the first step, and what it goes on from."""
+"""What a start finds wrong before the first step, and where it resumes."""
 
 import json
 import os
@@ -23,7 +23,7 @@ def prepare(config: ConfigDict, workdir: Path) -> loop.Run:
 
 
 def start_of(workdir: Path, **overrides: object) -> int:
-    """The step that the run in `workdir` would go on from."""
+    """The step from which the run in `workdir` would resume."""
     config = train_config_of(workdir)
     config.update_from_flattened_dict({key.replace("__", "."): value for key, value in overrides.items()})
     run = prepare(config, workdir)
@@ -33,7 +33,7 @@ def start_of(workdir: Path, **overrides: object) -> int:
 
 @pytest.fixture
 def run(adapted: Path, tmp_path: Path) -> Path:
-    """With checkpoints of steps 3 and 6."""
+    """A run with checkpoints of steps 3 and 6."""
     return Path(shutil.copytree(adapted, tmp_path / "run"))
 
 
@@ -64,8 +64,8 @@ def test_another_config_may_begin_where_no_checkpoint_was_written(run: Path) -> 
 
 
 def test_a_run_goes_on_from_the_last_complete_checkpoint(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A copy that was cut off lacks a directory, or files with numbers, or ends early in one; readers say so, too. In
-    the last damage, a bit of a number has flipped."""
+    """An interrupted copy lacks a directory or files of arrays, or truncates one; readers report it too. The last
+    damage flips a bit of a number."""
     step = run / "checkpoints" / "6"
     shutil.copytree(step, run / "whole")
     shutil.rmtree(step / "params")

@@ -30,7 +30,7 @@ def params() -> dict:
 
 @pytest.mark.parametrize("grid", [GRID, linear_grid()], ids=["spatial", "linear256"])
 def test_loss_is_the_plain_cross_entropy(grid) -> None:
-    """Written out in numpy from the model's own logits: 12 (or 28) action tokens and <eos>, all weighing the same."""
+    """Written out in NumPy from the model's own logits: 12 (or 28) action tokens and <eos>, with equal weights."""
     model = SpatialVLA(
         preset("nano", spatial_tokens=grid.vocab_size, tokens_per_action=grid.tokens_per_action, depth_source="none")
     )
@@ -57,7 +57,7 @@ def test_loss_is_the_plain_cross_entropy(grid) -> None:
 
 
 def test_padding_of_the_prompt_changes_nothing(params) -> None:
-    """What stands behind the prompt's mask, and how much of it there is, is never seen."""
+    """Nothing sees the tokens behind the prompt's mask, whatever and however many they are."""
     inputs = random_inputs(nano(), 4)
     losses = []
     for length, filler in ((32, 0), (32, 7), (40, 9)):
@@ -76,7 +76,7 @@ def test_causal_mask_differs_from_prefix(params) -> None:
 
 
 def test_rematerialisation_changes_nothing(params) -> None:
-    """Loss and gradients are the same whatever the backward pass keeps."""
+    """Loss and gradients are the same for any remat policy."""
     inputs, results = random_inputs(nano(), 2), {}
     for remat in POLICIES:
         model = nano(remat=remat)
@@ -106,7 +106,7 @@ def test_schedule_is_linear_up_and_down() -> None:
 
 
 def test_optimizer_is_clipped_adamw() -> None:
-    """Two equal gradients by hand: clipped to norm 1, so bias-corrected Adam moves by the rate in each direction."""
+    """By hand: two equal gradients, clipped to norm 1, so bias-corrected Adam moves by the rate in each direction."""
     optimizer = make_optimizer(adamw(1000, learning_rate=0.1))
     w, g = {"w": jnp.array([1.0, -2.0])}, {"w": jnp.array([30.0, 40.0])}
     state = optimizer.init(w)

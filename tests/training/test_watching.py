@@ -1,4 +1,4 @@
-"""What a run tells about itself, and when it gives up."""
+"""What a run reports about itself, and when it gives up."""
 
 import json
 import sys
@@ -25,7 +25,7 @@ from spatialvla_jax.training.metrics import MetricsLog, rates, read_metrics, sca
 
 
 def test_a_run_is_watched_traced_and_averaged(server: Server, packed_config: Path, tmp_path: Path) -> None:
-    """Killed and started again with averaged parameters, it logs and ends as one that was not."""
+    """Killed and restarted with averaged parameters, a run logs and ends like an undisturbed one."""
     arguments = ("--config.optimizer.ema=0.9", "--config.train.steps=12", "--config.train.eval_every=12")
     plain, killed = tmp_path / "plain", tmp_path / "killed"
     run = server.train(packed_config, plain, *arguments, "--profile", "11:20")  # the run ends within
@@ -53,7 +53,7 @@ def test_a_run_is_watched_traced_and_averaged(server: Server, packed_config: Pat
 
 
 def test_a_record_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
-    """The disk has room for a part of one, and later for all."""
+    """The disk has room for part of one, and later for all."""
     log = MetricsLog(LogFolder(tmp_path), 0)
     for step in (1, 2, 3):
         with no_room((tmp_path / "metrics.jsonl").stat().st_size + 10) if step == 2 else nullcontext():
@@ -71,7 +71,7 @@ def test_a_record_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
 
 
 def check_goodput(workdir: Path) -> None:
-    """Of a run of 12 steps that was killed once: all of its wall time has a cause, in every place that tells of it."""
+    """A run of 12 steps, killed once: every second of wall time has a cause, in every report."""
     report = run_report(workdir)
     first, second = report["processes"]
     assert first["first_step"] == 0 and 5 <= second["first_step"] <= 12 == second["last_step"] == report["step"]
@@ -126,7 +126,7 @@ def test_peaks(kind: str, peak: float, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_weights_and_biases(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """With a stand-in: a run that goes on is the same run there, and gets numbers only."""
+    """With a stub: a resumed run keeps its id there, and only numbers are logged."""
     started, logged = [], []
 
     def init(**arguments):
@@ -156,7 +156,7 @@ def test_step_range() -> None:
 
 
 def test_tensorflow_reads_the_events(tmp_path: Path) -> None:
-    """What a resumed run says about later steps of the files before it, too."""
+    """Also hides what earlier files say about later steps."""
     from tensorflow.compat.v1.train import summary_iterator  # pyright: ignore
 
     for step in (1, 2):

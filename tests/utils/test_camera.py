@@ -1,4 +1,4 @@
-"""Which cameras and depth maps make sense: a table of kinds, and that every sensible one passes."""
+"""Which cameras and depth maps are plausible: examples of each kind, and every plausible one passes."""
 
 import math
 import re
@@ -139,7 +139,7 @@ middle = st.floats(0.1, 0.9)  # of a side
 
 @given(st.integers(32, 4000), st.floats(0.4, 2.5), st.floats(4, 140), middle, middle, st.floats(-0.009, 0.009))
 def test_any_camera_makes_sense_in_pixels_and_relative_to_its_image(width, ratio, view, x, y, skew) -> None:
-    """Whatever its field of view and wherever its principal point, as a crop has them; and the two are told apart."""
+    """For any field of view and principal point, as crops produce; pixels and relative units are told apart."""
     height = round(width * ratio)
     focal = max(height, width) / 2 / math.tan(math.radians(view / 2))
     pixels = np.array([[focal, skew * focal, x * width], [0, focal, y * height], [0, 0, 1]])

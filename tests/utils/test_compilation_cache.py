@@ -1,4 +1,4 @@
-"""Compiled programs kept on disk: the second process compiles nothing."""
+"""Compiled programs are kept on disk: the second process compiles nothing."""
 
 import os
 import subprocess
@@ -27,7 +27,7 @@ def test_a_second_process_compiles_nothing(trained: Path, tmp_path: Path) -> Non
     env = {key: value for key, value in os.environ.items() if key != "JAX_COMPILATION_CACHE_DIR"}
 
     def start() -> tuple[str, dict[str, int]]:
-        """What it answers, and the programs that are there then: {name: time of writing}."""
+        """The process's output, and the programs afterwards: {name: time of writing}."""
         command = [sys.executable, "-c", PROGRAM, str(trained), str(tmp_path / "cache")]
         done = subprocess.run(command, capture_output=True, text=True, env=env)
         assert done.returncode == 0, done.stderr

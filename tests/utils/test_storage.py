@@ -1,4 +1,4 @@
-"""Paths that users write, and the objects in a bucket, against servers of the protocols."""
+"""Paths given by users, and objects in a bucket, against servers of both protocols."""
 
 import functools
 import json
@@ -70,7 +70,7 @@ def test_objects(bucket, tmp_path, monkeypatch):
     storage.download(path, tmp_path / "copy")
     assert (tmp_path / "copy").read_bytes() == DATA[:-1] + b"x" == b"".join(storage.read_parts(path, len(DATA)))
     storage.upload(tmp_path / "copy", path.with_name("c"))
-    for data in (b"", b"\r", b"a\r\n", b"\n--==0==--\n"):  # what may look like a part of the request
+    for data in (b"", b"\r", b"a\r\n", b"\n--==0==--\n"):  # characters that may look like part of the request
         storage.put(path, data)
         (tmp_path / "copy").write_bytes(data)
         storage.upload(tmp_path / "copy", path.with_name("c"))
@@ -146,7 +146,7 @@ def test_a_server_that_hangs(gcs, monkeypatch):
 
 
 def test_a_request_whose_response_is_lost_is_repeated(bucket, tmp_path):
-    """The server has done it, and may refuse to do it again: the object exists, or no longer does."""
+    """The server did it, and may refuse a repetition: the object exists already, or no longer does."""
     folder = storage.as_path(f"{bucket.url}/folder", "")
     names = ["a", "b/c", "b/d"]
 
@@ -174,7 +174,7 @@ def test_a_request_whose_response_is_lost_is_repeated(bucket, tmp_path):
 
 
 def test_an_upload_in_parts_whose_last_response_is_lost(s3, tmp_path):
-    """S3 answers the second try as it documents; moto repeats the first answer."""
+    """S3's documented response to the repetition; moto repeats the first response."""
     path, size = storage.as_path(f"{s3.url}/x", ""), 10 * 2**20
     (tmp_path / "x").write_bytes(bytes(size))
     ended = "<Error><Code>NoSuchUpload</Code><Message>It may have been aborted or completed.</Message></Error>"
@@ -197,7 +197,7 @@ def test_an_upload_of_which_nothing_arrived(gcs, tmp_path):
 
 
 def test_objects_that_cannot_be_removed(s3):
-    """S3 names them in the response of a request that succeeds."""
+    """S3 names them in the response to a successful request."""
     path = storage.as_path(f"{s3.url}/folder/a", "")
     storage.put(path, b"")
     remove = functools.partial(storage.filesystem(path).rm, str(path.parent), recursive=True)
@@ -292,7 +292,7 @@ def test_names_that_no_bucket_has(s3, name):
 
 @pytest.mark.slow
 def test_tensorflow_has_no_part_in_it(gcs):
-    """TensorFlow and TFDS are imported before, and etils has decided."""
+    """TensorFlow and TFDS are imported first, and etils has made its choice."""
     code = f"""
 import tensorflow, tensorflow_datasets
 from etils import epath
@@ -360,7 +360,7 @@ def test_new_directories(gcs):
 
 
 def test_outputs_are_checked_before(bucket):
-    """And nothing is left of the check."""
+    """The check leaves nothing behind."""
     path = storage.as_path(f"{bucket.url}/out.json", "")
     file, folder = OutputFile(has_keys("mine")), OutputFolder("config.json", "made_by", "me", names=("weights",))
     file.check(path, "--out")
