@@ -38,7 +38,7 @@ class Difference(NamedTuple):
     """`value` minus `reference` of an axis. `others` are the values of the other axes; it is empty if only one axis is
     ever varied at a time. `pairs` holds one difference per seed. The interval of their mean is None for a single pair
     of trials without episodes. Errors are `comparable` if they were measured on the same episodes with the same length
-    of chunk, success rates if they were measured on the same suites."""
+    of chunk, success rates if they were measured on the same tasks."""
 
     axis: str
     value: str
@@ -175,7 +175,7 @@ def differences(results: Results, quantity: Quantity) -> list[Difference]:
             elif len(pairs) > 1:
                 interval = bootstrap(values)
             if quantity == SUCCESS:
-                same = all(one.suites == other.suites for one, other in pairs)
+                same = all(one.tasks == other.tasks for one, other in pairs)
             else:
                 same = all(one.baseline_key == other.baseline_key for one, other in pairs)
             pairs = tuple(map(float, values))

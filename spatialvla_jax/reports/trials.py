@@ -4,7 +4,7 @@ metrics.jsonl, grid.json, data.npz, and closed_loop/result.json if it was evalua
 import math
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ from spatialvla_jax.checkpoints.load import load_grid
 from spatialvla_jax.checkpoints.types import read_json
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.training.init_from import check_planned
-from spatialvla_jax.training.metrics import PLATEAU_GAIN, last_gain, plateau, read_metrics
+from spatialvla_jax.training.metrics import PLATEAU_GAIN, curve_of, last_gain, plateau, read_metrics
 
 UNITS = "normalised units"
 # How a trial was made. Results of earlier versions do not record it.
@@ -129,7 +129,7 @@ def of_dimension(name: str) -> Quantity:
 @dataclass(frozen=True)
 class Trial:
     """A finished trial. `numbers` holds its measurements by `Quantity.key`, and `baselines` those of each baseline.
-    `episodes` is the number of closed-loop episodes, 0 if it has none, and `suites` are the suites they belong to."""
+    `episodes` is the number of closed-loop episodes, 0 if it has none, and `tasks` are their (suite, task)."""
 
     name: str
     folder: Path
@@ -137,7 +137,7 @@ class Trial:
     seed: int
     numbers: dict[str, float]
     episodes: int
-    suites: tuple[str, ...]
+    tasks: tuple[tuple[str, str], ...]
     baselines: dict[str, dict[str, float]]
     records: tuple[dict[str, Any], ...]
     result: dict[str, Any]
@@ -273,7 +273,7 @@ def read_trial(folder: Path, values: dict[str, str], seed: int) -> Trial:
     curve = curve_of(records, "val/l1")
     if (gain := last_gain(curve, steps)) is not None:
         numbers |= {GAIN.key: gain, PLATEAU.key: float(bool(plateau(curve, steps)))}
-    success, episodes, suites = read_closed_loop(folder / "closed_loop" / "result.json")
+    success, episodes, tasks = read_closed_loop(folder / "closed_loop" / "result.json")
     if episodes and "weights" in result:
         weights, policy = result["weights"], read_json(folder / "closed_loop" / "settings.json").get("policy")
         digest, others = (re.findall(r" \(([0-9a-f]{8})\)", str(text)) for text in (weights, policy))
@@ -287,18 +287,13 @@ def read_trial(folder: Path, values: dict[str, str], seed: int) -> Trial:
         seed=seed,
         numbers=numbers,
         episodes=episodes,
-        suites=suites,
+        tasks=tasks,
         baselines=baselines,
         records=tuple(records),
         result=result,
         grid=load_grid(folder / "grid.json"),
         arrays=arrays,
     )
-
-
-def curve_of(records: Iterable[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
-    """(step, value) of every finite value."""
-    return [(record["step"], record[key]) for record in records if key in record and math.isfinite(record[key])]
 
 
 def _read(path: Path, read: Callable[[Path], Any]) -> Any:
@@ -340,16 +335,17 @@ def errors_of(evaluation: Mapping[str, Any], key: str) -> dict[str, float]:
     return found
 
 
-def read_closed_loop(path: Path) -> tuple[float, int, tuple[str, ...]]:
-    """(success in percent, episodes, suites) from a result of `evaluate --closed-loop`; (0, 0, ()) without one."""
+def read_closed_loop(path: Path) -> tuple[float, int, tuple[tuple[str, str], ...]]:
+    """(success in percent, episodes, their (suite, task)) from a result of `evaluate --closed-loop`; (0, 0, ()) without
+    one."""
     if not path.exists():
         return 0.0, 0, ()
     result = read_json(path)
     success, episodes, suites = result.get("success"), result.get("episodes"), result.get("suites", {})
-    if not isinstance(suites, dict):
-        raise InputError(f"{path} has suites {suites!r}: expected a dict")
+    if not isinstance(suites, dict) or not all(isinstance(of, dict) and "tasks" in of for of in suites.values()):
+        raise InputError(f"{path} has suites {suites!r}: expected a dict of suites, each with its tasks")
     if not isinstance(success, int | float) or not 0 <= success <= 1 or not isinstance(episodes, int) or episodes < 1:
         raise InputError(
             f"{path} has success {success!r} of {episodes!r} episodes: expected a share of 1 or more episodes"
         )
-    return 100 * success, episodes, tuple(sorted(suites))
+    return 100 * success, episodes, tuple(sorted((suite, task) for suite, of in suites.items() for task in of["tasks"]))

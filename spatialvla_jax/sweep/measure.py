@@ -3,17 +3,19 @@
 import hashlib
 import json
 import math
+import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from spatialvla_jax.actions import ActionGrid, adapt_embeddings, encode, grid_to_dict
 from spatialvla_jax.actions.io import describe_grid, save_grid
 from spatialvla_jax.checkpoints import fingerprint, read_checkpoint
-from spatialvla_jax.checkpoints.types import digest
+from spatialvla_jax.checkpoints.types import digest, read_json
 from spatialvla_jax.config import train_config_of
 from spatialvla_jax.data import DataConfig, open_data
 from spatialvla_jax.data.pack import packed_digest, packed_names
@@ -23,9 +25,9 @@ from spatialvla_jax.inference.policy import Policy
 from spatialvla_jax.sim import libero_env
 from spatialvla_jax.sweep.plan import Trial
 from spatialvla_jax.sweep.provenance import provenance
-from spatialvla_jax.training.metrics import plateau, read_metrics
+from spatialvla_jax.training.metrics import curve_of, plateau, read_metrics
 from spatialvla_jax.utils.atomic import replacing
-from spatialvla_jax.utils.progress import Bar
+from spatialvla_jax.utils.progress import Bar, warn
 from spatialvla_jax.utils.storage import AnyPath
 
 SHOWN = 4000  # actions of the data that are kept for the report's figures
@@ -42,7 +44,7 @@ def measure(trial: Trial, folder: Path, trained: dict[str, Any], drawn: bool) ->
         evaluation = evaluate(policy, loader, config.train.eval_split, progress=bar.update)
     records, times = (read_metrics(folder / f"{name}.jsonl") for name in ("metrics", "times"))
     seconds = [record["step/seconds"] for record in times]
-    curve = [[record["step"], record["val/l1"]] for record in records if "val/l1" in record]
+    curve = curve_of(records, "val/l1")
     shown = np.random.default_rng(0).permutation(len(actions))[:SHOWN]
     save_grid(folder / "grid.json", grid)
     features = features_of(config.init, folder, actions) if drawn else {}
@@ -52,7 +54,7 @@ def measure(trial: Trial, folder: Path, trained: dict[str, Any], drawn: bool) ->
         "values": trial.values,
         "seed": trial.seed,
         "config_digest": trial.digest,
-        "packed": packed_digest(config.data.packed) if config.data.packed else None,
+        "packed": data_digest(config),
         "data": [index.name for index in loader.indexes()],
         "train_frames": len(actions),
         "init": weights_digest(config.init) if config.init else None,
@@ -75,6 +77,12 @@ def measure(trial: Trial, folder: Path, trained: dict[str, Any], drawn: bool) ->
     }
 
 
+def data_digest(config: ConfigDict) -> str | None:
+    """Hash of the packed files of a config's data (`packed_digest`), or None if it names datasets."""
+    packed = DataConfig.from_config(config.data).packed  # with ~ expanded
+    return packed_digest(packed) if packed else None
+
+
 def weights_digest(checkpoint: str | AnyPath) -> str:
     """Hash of a checkpoint's parameters (16 hex digits)."""
     parts = [(path, digest(array.read())) for path, array in sorted(read_checkpoint(checkpoint).arrays.items())]
@@ -90,15 +98,19 @@ def episodes_of(trial: Trial) -> list[Episode]:
 
 
 def simulate(trial: Trial, folder: Path, workers: int) -> None:
-    """Evaluate a trained trial in closed loop, `workers` simulators at once; resumes."""
-    episodes, policy = episodes_of(trial), Policy.load(folder)
-    workers = min(workers, len(episodes))
+    """Evaluate a trained trial in closed loop, `workers` simulators at once; resumes. Episodes of other weights, of a
+    trial that was trained anew, are removed."""
+    episodes, policy, name, out = episodes_of(trial), Policy.load(folder), fingerprint(folder), folder / "closed_loop"
+    workers, began = min(workers, len(episodes)), out / "settings.json"
+    if began.exists() and not str(read_json(began).get("policy")).startswith(f"{name}, "):
+        warn(f"{out} holds episodes of other weights than {folder} has now: evaluating again")
+        shutil.rmtree(out)
     libero_env.evaluate(
         padded(policy.infer_batch),
         episodes,
         Settings(libero_env.MAX_STEPS, workers=workers),
-        folder / "closed_loop",
-        policy=fingerprint(folder),
+        out,
+        policy=name,
         image_size=policy.model.config.img.image_size,
         depth=policy.model.config.depth_source == "dataset",
         keys=list(policy.processor.statistics),

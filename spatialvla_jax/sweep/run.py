@@ -31,11 +31,10 @@ from spatialvla_jax.checkpoints.orbax import step_directory
 from spatialvla_jax.checkpoints.types import read_json
 from spatialvla_jax.config import flatten
 from spatialvla_jax.data import DataConfig
-from spatialvla_jax.data.pack import packed_digest
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.evaluation.closed_loop import read_summary
-from spatialvla_jax.sim.libero_env import NUM_TASKS
-from spatialvla_jax.sweep.measure import measure, simulate, weights_digest
+from spatialvla_jax.sim.libero_env import MAX_STEPS, NUM_TASKS
+from spatialvla_jax.sweep.measure import data_digest, measure, simulate, weights_digest
 from spatialvla_jax.sweep.plan import Sweep, Trial
 from spatialvla_jax.training.init_from import check_begun
 from spatialvla_jax.training.loop import CONFIG, begun_config, train
@@ -65,7 +64,8 @@ def finished(folder: Path, trial: Trial) -> bool:
     tasks = {int(task) for suite in done["suites"].values() for task in suite["tasks"]}
     asked = set(wanted["tasks"] or range(NUM_TASKS))
     count = len(asked) * len(wanted["seeds"]) * wanted["episodes"]
-    if wanted["suite"] and [*done["suites"]] != [wanted["suite"]]:
+    suite = wanted["suite"] or next(iter(read_json(folder / "result.json").get("data", ())), "")
+    if suite in MAX_STEPS and [*done["suites"]] != [suite]:
         return False
     return (tasks, done["seeds"], done["episodes"]) == (asked, sorted(wanted["seeds"]), count)
 
@@ -89,7 +89,7 @@ def prepare(sweep: Sweep, workdir: Path) -> None:
         # The data of a trial that ran on another machine need not be here.
         files = DataConfig.from_config(trial.config.data).packed_files if "packed" in result else ()
         here = "packed" in result and all(exists(to_path(file)) for file in files)
-        if here and result["packed"] != (packed_digest(packed) if packed else None):
+        if here and result["packed"] != data_digest(trial.config):
             raise InputError(f"{folder} was made from other data than {packed or 'data.datasets'}: use another workdir")
         init = find_checkpoint(trial.config.init, "init") if result.get("init") else None
         if init and exists(init) and weights(init) != result["init"]:
@@ -261,6 +261,8 @@ def attempt(sweep: Sweep, trial: Trial, folder: Path, workers: int) -> str:
     """Run a trial → its outcome. Errors are written to failed.json."""
     if is_writer():
         (folder / "running").touch()
+        if not step_directory(folder):  # trained anew, and a result beside the new metrics would be of other weights
+            (folder / "result.json").unlink(missing_ok=True)
     (folder / "failed.json").unlink(missing_ok=True)
     try:
         trained = train(trial.config, folder)

@@ -5,9 +5,10 @@ import hashlib
 import importlib.util
 import io
 import json
+import math
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,11 @@ def read_metrics(path: AnyPath) -> list[dict[str, Any]]:
             raise InputError(f"{path} is damaged: line {number} is not a JSON object with a step")
         records.append(record)
     return records
+
+
+def curve_of(records: Iterable[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
+    """(step, value) of every finite value."""
+    return [(record["step"], record[key]) for record in records if key in record and math.isfinite(record[key])]
 
 
 def last_gain(curve: Sequence[Sequence[float]], steps: int) -> float | None:

@@ -312,6 +312,25 @@ def test_a_collection_that_is_stopped_halfway_leaves_no_mixture_of_two_results(t
     assert json.loads((old / "trials" / "a" / "result.json").read_text())["of"] == "new"
 
 
+@pytest.mark.parametrize("packed", ["~/a.pack", {"~/a.pack": 2.0}])
+def test_a_packed_file_in_the_home_folder(packed, packed_config: Path, tmp_path: Path, monkeypatch) -> None:
+    """A shell does not expand the ~ of --config.data.packed=~/a.pack; the program does."""
+    path, sweep = tmp_path / "a.pack", trials("a")
+    shutil.copy(load_config(packed_config).data.packed, path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    sweep.trials[0].config.data.packed = packed
+    folder = tmp_path / "trials" / "a"
+    folder.mkdir(parents=True)
+    write_json(folder / "config.json", sweep.trials[0].config.to_dict())
+    digest = packed_digest({str(path): 2.0} if isinstance(packed, dict) else path)
+    assert measure.data_digest(sweep.trials[0].config) == digest
+    write_json(folder / "result.json", {"packed": digest})
+    run.prepare(sweep, tmp_path)
+    write_json(folder / "result.json", {"packed": "0"})
+    with pytest.raises(InputError, match="was made from other data than"):
+        run.prepare(sweep, tmp_path)
+
+
 def test_another_sweep_does_not_take_the_place_of_the_one_that_is_there(tmp_path: Path) -> None:
     """The report would show none of its trials."""
     run.prepare(trials("a"), tmp_path)
@@ -419,7 +438,7 @@ def test_checkpoints_that_cannot_be_removed_end_no_sweep(tmp_path: Path, monkeyp
 
 
 def test_a_trial_is_finished_with_all_episodes_of_its_closed_loop(tmp_path: Path, monkeypatch) -> None:
-    """Episodes may be missing, or the sweep may ask for more than were run."""
+    """Episodes may be missing, or the sweep may ask for more than were run, or for those of another suite."""
     calls = []
 
     def simulate(trial: Trial, folder: Path, workers: int) -> None:
@@ -427,14 +446,16 @@ def test_a_trial_is_finished_with_all_episodes_of_its_closed_loop(tmp_path: Path
         (folder / "closed_loop").mkdir(exist_ok=True)
         asked = trial.closed_loop
         episodes = [
-            Episode("toy", task, n, s) for task in asked["tasks"] for n in range(asked["episodes"]) for s in (0,)
+            Episode(asked["suite"] or "libero_goal", task, n, 0)
+            for task in asked["tasks"]
+            for n in range(asked["episodes"])
         ]
         record = {"success": True, "faults": [], "instruction": "go"}
         write_json(folder / "closed_loop" / "result.json", summary(dict.fromkeys(episodes, record)))
 
     monkeypatch.setattr(run, "share_compilations", lambda folder: None)
     monkeypatch.setattr(run, "train", lambda config, folder: {"step": 10})
-    monkeypatch.setattr(run, "measure", lambda trial, folder, trained, drawn: {"trial": trial.name})
+    monkeypatch.setattr(run, "measure", lambda *_: {"data": ["libero_goal"]})
     monkeypatch.setattr(run, "simulate", simulate)
     sweep = trials("a")
 
@@ -448,9 +469,14 @@ def test_a_trial_is_finished_with_all_episodes_of_its_closed_loop(tmp_path: Path
     assert go_on(tasks=[0, 4], episodes=2, seeds=[0]) == [("a", 3)]
     assert go_on(tasks=[0, 4], episodes=2, seeds=[0]) == [] == go_on()
     assert go_on(tasks=[0, 4], episodes=3, seeds=[0]) == [("a", 3)]
+    assert go_on(tasks=[0, 4], episodes=3, seeds=[0], suite="libero_object") == [("a", 3)]
+    assert go_on(tasks=[0, 4], episodes=3, seeds=[0]) == [("a", 3)], "the suite of its data again"
+    assert go_on(tasks=[0, 4], episodes=3, seeds=[0], suite="libero_goal") == []
 
 
-def test_a_trials_closed_loop_is_on_the_suite_of_its_data(packed_config: Path, tmp_path: Path, monkeypatch) -> None:
+def test_a_trials_closed_loop_is_on_the_suite_of_its_data_and_of_its_weights(
+    packed_config: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
     config = SimpleNamespace(img=SimpleNamespace(image_size=8), depth_source="none")
     policy = SimpleNamespace(
         model=SimpleNamespace(config=config),
@@ -466,16 +492,51 @@ def test_a_trials_closed_loop_is_on_the_suite_of_its_data(packed_config: Path, t
     trial.config.data.datasets = [{"name": "libero_object"}]
     trial = replace(trial, closed_loop={"suite": "", "episodes": 1, "seeds": [5], "tasks": [0, 1]})
     measure.simulate(trial, tmp_path, workers=1)
-    result = json.loads((tmp_path / "closed_loop" / "result.json").read_text())
+    path = tmp_path / "closed_loop" / "result.json"
+    result = json.loads(path.read_text())
     assert list(result["suites"]) == ["libero_object"] and result["seeds"] == [5]
     assert result["episodes"] == 2 and result["success"] == 0.5
     write_json(tmp_path / "result.json", {})
     assert run.finished(tmp_path, trial)
     for other in ({"seeds": [6]}, {"suite": "libero_goal"}):
         assert not run.finished(tmp_path, replace(trial, closed_loop=trial.closed_loop | other))
+
+    path.write_text("kept")
+    write_json(path.with_name("notes.json"), {})
+    measure.simulate(trial, tmp_path, workers=1)
+    assert json.loads(path.read_text()) == result and path.with_name("notes.json").exists(), "the episodes are there"
+    capsys.readouterr()
+    monkeypatch.setattr(measure, "fingerprint", lambda folder: f"{folder} (trained anew)")
+    measure.simulate(trial, tmp_path, workers=1)
+    assert "closed_loop holds episodes of other weights than" in capsys.readouterr().err
+    assert json.loads(path.read_text()) == result and not path.with_name("notes.json").exists()
+    assert "(trained anew), 8 px" in json.loads(path.with_name("settings.json").read_text())["policy"]
+
     trial.config.data.packed = load_config(packed_config).data.packed
     with pytest.raises(InputError, match="unknown suite 'toy': choose from libero_spatial"):
         measure.episodes_of(trial)
+
+
+def test_a_result_does_not_outlive_its_weights(tmp_path: Path, monkeypatch) -> None:
+    """If a sweep kept no checkpoints and asks for a closed loop, it trains anew; its old result is removed first."""
+    there = []
+
+    def train(config, folder: Path) -> dict[str, int]:
+        there.append((folder / "result.json").exists())
+        return {"step": 4}
+
+    monkeypatch.setattr(run, "share_compilations", lambda folder: None)
+    monkeypatch.setattr(run, "train", train)
+    monkeypatch.setattr(run, "step_directory", lambda folder: next(folder.glob("checkpoints/*"), None))
+    (trial,), folder = trials("a").trials, tmp_path / "trials" / "a"
+    trial = replace(trial, closed_loop={"suite": "", "episodes": 1, "seeds": [0], "tasks": [0]})
+    for kept in (True, False):
+        (folder / "checkpoints" / "10").mkdir(parents=True, exist_ok=True)
+        write_json(folder / "result.json", {})
+        if not kept:
+            shutil.rmtree(folder / "checkpoints")
+        assert run.run_here(trials("a"), tmp_path, [trial], print) == {"a": run.STOPPED}
+    assert there == [True, False]
 
 
 @pytest.mark.parametrize(
