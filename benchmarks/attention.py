@@ -176,7 +176,7 @@ def or_failure(attempt: Callable[[], Any]) -> Any:
     """The result of `attempt`, or the first line of its error."""
     try:
         return attempt()
-    except Exception as error:  # any: a compiler's refusal has no type of its own
+    except Exception as error:  # compilers raise many types of errors
         lines = str(error).strip().splitlines() or [type(error).__name__]
         return {"failed": lines[0][:200]}
 

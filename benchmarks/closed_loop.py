@@ -1,4 +1,4 @@
-"""The whole way to success rates, from nothing but this repository and the simulator.
+"""The whole path to success rates, from only this repository and the simulator.
 
     MUJOCO_GL=egl python benchmarks/closed_loop.py --workdir runs/libero_spatial --setting reduced [--minutes 9]
     MUJOCO_GL=egl python benchmarks/closed_loop.py --workdir runs/libero_spatial --setting full \\
@@ -7,16 +7,16 @@
     record    motions of the scripted expert, in files of 300 episodes; no renderer is needed
     render    a packed file of each
     train     on all of them
-    DAgger    `record --policy`: what the expert does from where this policy led; rendered and added, `--weight` times
+    DAgger    `record --policy`: the expert's corrections where this policy went wrong; rendered, weighted by `--weight`
     train on  from the policy's weights, on all files together
-    evaluate  on the benchmark's own initial states, of which the recordings have none
+    evaluate  on the benchmark's own initial states, which are in no recording
 
-Rerun the same command to resume after a stop or after --minutes; a file of motions or pictures is begun anew. Another
-machine can resume with only the folders motions/ and results/ of the workdir, whose files are a few MB each: pictures
-are then drawn and weights trained anew. Arguments that change what is recorded or trained need a workdir of their own.
+Rerun the same command to resume after a stop or after --minutes; unfinished files of motions or pictures start again.
+Another machine can resume with only the workdir's folders motions/ and results/, whose files are a few MB each: it
+renders and trains again. Arguments that change what is recorded or trained need another workdir.
 --rounds 0 evaluates the policy before DAgger. The model comes in four variants: `full`, `no_ego3d` (no depth encoding),
 `rgb` (no depth encoding and uncropped images: without intrinsics, a random crop hides distances) and `grid_1026` (a
-coarser action grid). Variants share the first recording. With --gpus they run side by side; each has a GPU of its own
+coarser action grid). Variants share the first recording. With --gpus they run side by side, each with its own GPU
 and its share of the --workers. Arguments such as --config.train.batch_size=128 go to every training. Writes
 results.json: success, environment, and the seconds of each stage over all calls.
 """
@@ -54,8 +54,8 @@ VARIANTS = {
     "rgb": ["--config.model.depth_source=none", "--config.augment.crop_area=1.0", "--config.augment.crop_area_max=0.0"],
     "grid_1026": ["--config.grid.num_bins=(8,16,4,8,8,8)"],
 }
-# Episodes to record, also in each round of DAgger; steps of the first training and of each that goes on; episodes of
-# evaluation, a task and seed.
+# Episodes to record, at first and in each round of DAgger; steps of the first and of each further training; episodes of
+# evaluation per task and seed.
 SETTINGS = {
     "full": {"record": 3000, "added": 1000, "steps": 17_000, "more_steps": 8_000, "episodes": 50, "seeds": [0, 1, 2]},
     "reduced": {"record": 600, "added": 200, "steps": 4_000, "more_steps": 2_000, "episodes": 10, "seeds": [0]},
@@ -200,8 +200,8 @@ class Experiment:
             process.wait()
             code = 1
             if command[0] == "record" and not self.ended:  # the next call would start, and stop, at the same place
-                whole = f"{stage} has not finished one file in all of --minutes {self.args.minutes:g}"
-                print(f"{whole}, and a rerun would begin it anew: allow more", file=sys.stderr)
+                whole = f"{stage} has not finished one file in --minutes {self.args.minutes:g}"
+                print(f"{whole}, and a rerun would start it again: allow more", file=sys.stderr)
                 code = 2
         self.running.remove(process)
         self.ended.append(stage)
@@ -215,7 +215,7 @@ class Experiment:
             sys.exit(self.stopped[0])
 
     def stop(self, number: int, _: object) -> None:
-        """End the running commands: they would go on, and a rerun would start them a second time."""
+        """End the running commands. Otherwise they would continue, and a rerun would start them a second time."""
         self.stopped.append(f"stopped by {signal.Signals(number).name}: rerun the same command to resume")
         for process in list(self.running):
             process.terminate()
@@ -238,7 +238,7 @@ def check_same(file: Path, args: argparse.Namespace, overrides: list[str]) -> No
     before = read_json(file) if file.exists() else now
     if changed := [key for key in now if now[key] != before.get(key)]:
         key = changed[0]
-        found = f"{file.parents[1]} was begun with {key} {before.get(key)!r}"
+        found = f"{file.parents[1]} was started with {key} {before.get(key)!r}"
         raise InputError(f"{found}, not {now[key]!r}: use another --workdir")
     write_json(file, now)
 
@@ -251,36 +251,42 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
         "--setting", choices=tuple(SETTINGS), default="full", help="; ".join(map(str, SETTINGS.items()))
     )
     parser.add_argument(
-        "--record", type=positive, metavar="EPISODES", help="in all, for training; by default the setting's"
+        "--record",
+        type=positive,
+        metavar="EPISODES",
+        help="training episodes to record in all; by default the setting's",
     )
     parser.add_argument(
-        "--added", type=positive, metavar="EPISODES", help="of a round of DAgger; by default the setting's"
+        "--added",
+        type=positive,
+        metavar="EPISODES",
+        help="episodes to record in a round of DAgger; by default the setting's",
     )
-    parser.add_argument("--steps", type=positive, help="of the first training; by default the setting's")
-    parser.add_argument("--more-steps", type=positive, help="of each training that goes on; by default the setting's")
-    parser.add_argument("--episodes", type=positive, help="of evaluation, a task and seed; by default the setting's")
-    parser.add_argument("--seeds", type=task_ids, help="of evaluation, e.g. 0,1,2; by default the setting's")
-    parser.add_argument("--rounds", type=count, default=1, help="of DAgger")
-    parser.add_argument("--weight", type=amount, default=2.0, help="of frames added by DAgger")
-    parser.add_argument("--more-learning-rate", type=amount, default=2e-4, help="of each training that goes on")
+    parser.add_argument("--steps", type=positive, help="steps of the first training; by default the setting's")
+    parser.add_argument("--more-steps", type=positive, help="steps of each further training; by default the setting's")
+    parser.add_argument("--episodes", type=positive, help="episodes per task and seed; by default the setting's")
+    parser.add_argument("--seeds", type=task_ids, help="seeds of the evaluation, e.g. 0,1,2; by default the setting's")
+    parser.add_argument("--rounds", type=count, default=1, help="rounds of DAgger")
+    parser.add_argument("--weight", type=amount, default=2.0, help="weight of frames added by DAgger")
+    parser.add_argument("--more-learning-rate", type=amount, default=2e-4, help="of each further training")
     parser.add_argument("--config", default="libero_spatial")
     parser.add_argument("--suite", default="libero_spatial")
     parser.add_argument("--tasks", help="ids, e.g. 0,5; by default all ten")
     parser.add_argument("--variants", default="full", help=f"of {','.join(VARIANTS)}")
-    parser.add_argument("--every", type=positive, default=3, help="of how many steps one has a picture")
-    parser.add_argument("--noise", type=amount, default=0.2, help="of the motion while recording")
-    parser.add_argument("--spread", type=amount, default=0.0, help="of the unseen choice of the grip, see `record`")
-    parser.add_argument("--jitter", type=amount, default=0.0, help="of camera, light and colours, see `record`")
+    parser.add_argument("--every", type=positive, default=3, help="keep a picture of every Nth step")
+    parser.add_argument("--noise", type=amount, default=0.2, help="disturbs the recorded motion, see `record`")
+    parser.add_argument("--spread", type=amount, default=0.0, help="scale of the random grip angle, see `record`")
+    parser.add_argument("--jitter", type=amount, default=0.0, help="varies camera, light and colours, see `record`")
     parser.add_argument("--execute", default="open_loop")
     parser.add_argument("--image-size", type=positive, default=224, help="the preset's")
     parser.add_argument("--workers", type=positive, default=16)
-    parser.add_argument("--gpus", help="numbers, e.g. 0,1: as many variants run side by side; by default one at a time")
+    parser.add_argument("--gpus", help="their numbers, e.g. 0,1: this many variants run side by side; by default one")
     parser.add_argument("--videos", type=count, default=0)
-    parser.add_argument("--minutes", type=amount, default=1e6, help="after which it stops, to be called again")
+    parser.add_argument("--minutes", type=amount, default=1e6, help="stop after this many minutes, to be resumed")
     args, overrides = parser.parse_known_args()
     for key, value in SETTINGS[args.setting].items():
         setattr(args, key, value if getattr(args, key) is None else getattr(args, key))
-    try:  # now, not after hours of recording
+    try:  # raises now, not after hours of recording
         executor(args.execute)
         variants = args.variants.split(",")
         for variant in variants:
@@ -289,7 +295,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
             model = load_config(args.config, overrides_of([*VARIANTS[variant], *overrides], allowed=True)).model
             size = preset(model.preset, model.image_size).img.image_size
             if size != args.image_size:
-                raise InputError(f"--image-size is {args.image_size}, and {args.config} needs pictures of {size}")
+                raise InputError(f"--image-size is {args.image_size}, but {args.config} needs pictures of {size}")
     except InputError as error:
         parser.error(str(error))
     return args, overrides

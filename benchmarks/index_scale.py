@@ -3,7 +3,7 @@
     python benchmarks/index_scale.py --dir /tmp/index_scale [--latency 50] [--bandwidth 200] [--out index_scale.json]
 
 Creates the datasets once: empty shards, and indexes of random actions and offsets, built by the package's own code.
-Then runs each of these phases `--repeats` times, in a process of its own:
+Then runs each of these phases `--repeats` times, in a separate process:
 
 cold     seconds of `Loader` after imports, of wall and CPU time, on a host without indexes, which are fetched from a
          bucket: a server on loopback (`--latency` ms per request, `--bandwidth` MB/s in total)
@@ -214,7 +214,7 @@ def random_part(source: Any, shard: int, *, number: int, lengths: np.ndarray) ->
     return Part(arrays, tuple(f"move the object {word} to place {word % 97}" for word in different)).to_bytes()
 
 
-# ---- the measurements, each in a process of its own
+# ---- the measurements, each in a separate process
 
 
 def config(args: argparse.Namespace) -> dict[str, Any]:

@@ -8,7 +8,7 @@ speed    samples/s, measured in turns in one process: the ceiling, which only de
          memory; the loader; and an Octo-style stream with a shuffle buffer, without and with colour augmentation. Rates
          are per second of wall time and of CPU time; the latter hardly depends on what else the machine is doing.
 packed   samples/s from one packed file of each dataset's first episode, whose frames are already resized
-memory   resident set over the run, of each stream in a process of its own
+memory   resident set over the run, of each stream in a separate process
 start    seconds from `Loader` to the first batch, at the first step and a million steps later, each in a new process
 overlap  how long a consumer waits if its step takes a little longer than decoding its batch; writes a trace
 

@@ -72,7 +72,7 @@ def measure(name: str, shape: tuple[int, int], rows: int, args: argparse.Namespa
     def compiled(one: Any) -> Any:
         try:
             return jax.jit(partial(chain, one)).lower(x, matrices).compile()
-        except Exception as error:  # any: a compiler's refusal has no type of its own
+        except Exception as error:  # compilers raise many types of errors
             return str(error).splitlines()[0][:100]
 
     tried = tiles(outputs, inputs, gated, args.tiles)

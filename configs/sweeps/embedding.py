@@ -1,5 +1,7 @@
-"""Should the text embeddings be trained (Table IV)? As published they are frozen. Tiny model, committed episodes, whose
-text embeddings are random: what is frozen here is no knowledge, as it is in a pre-trained model."""
+"""Should the text embeddings be trained (Table IV)? As published they are frozen. Tiny model, committed episodes.
+
+The text embeddings are random here, so freezing them preserves no knowledge, unlike in a pre-trained model.
+"""
 
 from spatialvla_jax.config import load_config
 

@@ -1,5 +1,5 @@
-"""Which distribution should the action grid follow (Table IV): Gaussians fitted to the data, none (equal bins), or no
-grid at all but 256 bins a dimension and seven tokens an action. Tiny model, committed episodes."""
+"""Which distribution should the action grid follow (Table IV)? Gaussians fitted to the data, none (equal bins), or no
+grid at all but 256 bins per dimension and seven tokens per action. Tiny model, committed episodes."""
 
 from spatialvla_jax.config import load_config
 

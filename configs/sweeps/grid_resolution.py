@@ -1,8 +1,8 @@
 """How fine should the action grid be? The paper's four vocabularies (Table IV), with the tiny model on the committed
 episodes: minutes on two CPU cores. `make sweep` runs it.
 
-So short a training shows how a sweep works, and little about grids: the policies hardly get to look at the images. On a
-GPU ask for more: --config.train.steps=2000 --config.train.batch_size=64.
+Such short training shows how a sweep works, but little about grids: the policies hardly learn to use the images. On a
+GPU, train longer: --config.train.steps=2000 --config.train.batch_size=64.
 """
 
 from spatialvla_jax.actions import PRESET_BINS

@@ -1,13 +1,15 @@
-"""What spatial embedding adaption is worth in post-training (Table V) at about 100 M parameters, for one GPU: a run on
-LIBERO-Spatial goes on with LIBERO-Object, the grid fitted to the new data and the spatial table adapted to it, or both
-as they were; all parameters trained, or adapters of the published rank. Two seeds, 8 trials. What they start from:
+"""What is spatial embedding adaption worth in post-training (Table V)? About 100 M parameters, for one GPU.
+
+A run on LIBERO-Spatial continues on LIBERO-Object. Either the grid is fitted to the new data and the spatial table
+adapted to it, or both are unchanged. Either all parameters are trained, or adapters of the published rank. Two seeds,
+8 trials. To make the checkpoint and the data that they start from:
 
     python benchmarks/closed_loop.py --workdir runs/libero_spatial
     spatialvla-jax record libero --suite libero_object --episodes 500 --val-episodes 50 --initial-states drawn \\
         --image-size 224 --out runs/libero_object.pack
     spatialvla-jax sweep --config sweeps/libero_adaption --workdir runs/libero_adaption
 
-Another run: --config.init=RUN. Another file: --config.data.packed=FILE. First one seed: --only '*_seed-0'.
+For another run: --config.init=RUN. For another file: --config.data.packed=FILE. For one seed first: --only '*_seed-0'.
 """
 
 from spatialvla_jax.config import load_config
@@ -16,7 +18,7 @@ from spatialvla_jax.config import load_config
 def get_sweep():
     base = load_config("libero_spatial")
     base.init = "runs/libero_spatial/full"
-    # Short trials: quick compilation is worth more than the last percents of a step. And four fit on a GPU.
+    # The trials are short, so fast compilation matters more than the last percent of step time. Four fit on a GPU.
     base.model.update(unroll=False, remat="dots")
     base.data.packed = "runs/libero_object.pack"
     base.optimizer.ema = 0.0  # an average over a thousand steps would hide how soon a trial learns

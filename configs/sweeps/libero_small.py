@@ -1,14 +1,14 @@
-"""The ablations of Table IV from scratch at about 100 M parameters, for one GPU: four resolutions of the Gaussian and
-the uniform grid and the 256-bin baseline, which has but one, each with Ego3D and without; two seeds, 36 trials.
+"""The ablations of Table IV, from scratch at about 100 M parameters, for one GPU: four resolutions of the Gaussian and
+the uniform grid, and the 256-bin baseline, each with and without Ego3D; two seeds, 36 trials.
 
-On LIBERO-Spatial from a packed file, which needs no TensorFlow where it is trained:
+On LIBERO-Spatial, from a packed file, so training needs no TensorFlow:
 
     spatialvla-jax record libero --episodes 400 --val-episodes 50 --initial-states drawn --noise 0.2 --spread 0 \\
         --image-size 224 --every 3 --out data/libero_spatial.pack
     spatialvla-jax sweep --config sweeps/libero_small --workdir runs/libero_small
 
-Another file: --config.data.packed=FILE. Shorter: --config.train.steps=600. First one seed: --only '*_seed-0'. A trial
-leaves much of a GPU idle while it compiles and evaluates: --parallel 4.
+For another file: --config.data.packed=FILE. For shorter training: --config.train.steps=600. For one seed first: --only
+'*_seed-0'. A trial leaves much of a GPU idle while it compiles and evaluates, so use --parallel 4.
 """
 
 from spatialvla_jax.actions import PRESET_BINS
@@ -17,7 +17,7 @@ from spatialvla_jax.config import load_config
 
 def get_sweep():
     base = load_config("libero_spatial")
-    # Ten programs: quick compilation is worth more than the last percents of a step. And four trials fit on a GPU.
+    # Ten programs: fast compilation matters more than the last percent of step time. Four trials fit on a GPU.
     base.model.update(unroll=False, remat="dots")
     base.data.packed = "data/libero_spatial.pack"
     base.optimizer.ema = 0.0  # an average would hide how soon a trial learns

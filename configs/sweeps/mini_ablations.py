@@ -1,18 +1,18 @@
 """The ablations of Table IV with about 25 M parameters: one axis at a time around 8194 Gaussian tokens, Ego3D, random
-crops and chunks of four; three seeds, 39 trials. Each is also evaluated in simulation, on 210 episodes over its seeds
-whose initial states the recording leaves out.
+crops and chunks of four; three seeds, 39 trials. Each is also evaluated in simulation: 210 episodes over the
+seeds, with initial states that are not in the recording.
 
     spatialvla-jax record libero --episodes 1500 --val-episodes 100 --initial-states drawn --noise 0.2 --spread 0 \\
         --image-size 126 --every 3 --out data/libero_spatial_126.pack
     spatialvla-jax sweep --config sweeps/mini_ablations --workdir runs/mini_ablations --parallel 12
 
-A random crop moves the camera, which only Ego3D's intrinsics can tell. So both crops stand beside each other: the fixed
-one is the whole image, for which moved and unmoved intrinsics are the same.
+A random crop moves the camera, and only Ego3D's intrinsics tell the model so. The crop is therefore an axis too: the
+fixed one is the whole image, for which moved and unmoved intrinsics are equal.
 
-Estimated, not measured, for an H200 with 16 cores: 12.4 GFLOP a sample, counted by `model_flops`, make 190 PFLOP of 39
-trials of 6,000 steps of 64: 15 minutes at the 200 TFLOP/s of the preset `small`, and up to twice that if smaller
-products are slower. A trial needs about 4 GB (`spatialvla-jax compile`, for a TPU). The 2,730 episodes take 40 minutes
-at 14 core-seconds each.
+Estimated, not measured, for an H200 with 16 cores: `model_flops` counts 12.4 GFLOP a sample, which makes 190 PFLOP for
+39 trials of 6,000 steps of 64. That is 15 minutes at the 200 TFLOP/s of the preset `small`, and up to twice that if
+smaller products are slower. A trial needs about 4 GB (`spatialvla-jax compile`, for a TPU). The 2,730 episodes take 40
+minutes at 14 core-seconds each.
 """
 
 from spatialvla_jax.actions import PRESET_BINS

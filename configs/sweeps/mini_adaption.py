@@ -1,7 +1,9 @@
-"""What spatial embedding adaption is worth in post-training (Table V), with about 25 M parameters: from LIBERO-Spatial
-to LIBERO-Object and back. The grid is fitted to the new data and the spatial table adapted to it, or both stay as they
-were; all parameters are trained, with frozen text embeddings as published or with all, or adapters of the published
-rank. Three seeds, 36 trials. Each is also evaluated in simulation, on initial states that no recording has.
+"""What is spatial embedding adaption worth in post-training (Table V)? About 25 M parameters, from LIBERO-Spatial to
+LIBERO-Object and back.
+
+Either the grid is fitted to the new data and the spatial table adapted to it, or both are unchanged. Trained are all
+parameters but the text embeddings (as published), all parameters, or adapters of the published rank. Three seeds, 36
+trials. Each is also evaluated in simulation, on initial states that are in no recording.
 
     for suite in spatial object; do
         spatialvla-jax record libero --suite libero_$suite --episodes 1500 --val-episodes 100 --initial-states drawn \\

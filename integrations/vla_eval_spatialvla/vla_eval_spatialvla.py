@@ -1,4 +1,4 @@
-"""SpatialVLA as a model server of vla-eval, by a server of its own or within a Python process.
+"""SpatialVLA as a model server of vla-eval: as a server process, or within a Python process.
 
 python vla_eval_spatialvla.py --args.checkpoint=EXPORT --args.gripper='[1,-1]' --port=8000
 

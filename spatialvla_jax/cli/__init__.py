@@ -95,8 +95,8 @@ def run(prog: str, command: Callable[[], None], joined: bool = False) -> int:
 
 
 def failure(error: Exception, joined: bool) -> tuple[int, str] | None:
-    """The exit code and sentence for a known error; None for an unforeseen one, which deserves its traceback. `joined`
-    says whether this process has joined others in a run."""
+    """The exit code and message for a known error. None for an unexpected one, so that its traceback is printed.
+    `joined` says whether this process has joined a multi-process run."""
     if isinstance(error, InputError):
         return 2, str(error)
     if isinstance(error, StorageError | FaultsError):

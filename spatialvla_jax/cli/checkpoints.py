@@ -65,7 +65,7 @@ def add_convert(commands: Commands) -> None:
         "--push",
         default="",
         metavar="ORG/NAME",
-        help="upload the verified PyTorch export to a new repository on the Hugging Face Hub; by default not",
+        help="upload the verified PyTorch export to a new repository on the Hugging Face Hub; by default off",
     )
     p.add_argument("--private", action="store_true", help="make that repository private")
 

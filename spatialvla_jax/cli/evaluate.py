@@ -133,7 +133,7 @@ def run_closed_loop(args: argparse.Namespace) -> None:
         raise InputError("--unconstrained is for a --checkpoint; a server is started with it")
     args.out = args.out or Path("runs/closed_loop")
     RESULTS.check(args.out, "--out")
-    executor(args.execute)  # raises now what it would raise once the results have begun
+    executor(args.execute)  # raises now what it would raise after the first results
     episodes = libero.episodes(args.closed_loop.split(","), args.episodes, args.seeds, args.tasks)
     settings = Settings(libero.MAX_STEPS, args.execute, min(args.workers, len(episodes)))
     extra = {} if args.unnorm_key is None else {"unnorm_key": args.unnorm_key}

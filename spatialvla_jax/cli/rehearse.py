@@ -39,7 +39,7 @@ def run(config: ConfigDict, workdir: AnyPath, steps: int, age: float) -> None:
     finally:
         if is_writer():
             epath.Path(folder).rmtree(missing_ok=True)
-            with contextlib.suppress(OSError):  # something else lies there now
+            with contextlib.suppress(OSError):  # something else is there now
                 for parent in made:
                     parent.rmdir()
     rows = judge(report)

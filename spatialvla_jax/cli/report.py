@@ -16,7 +16,7 @@ def add(commands: Commands) -> None:
     )
     p.add_argument("workdir", type=path, help="the run's directory")
     made = OutputFile(has_keys("run", "goodput", "processes"))
-    add_output(p, "--out", made, help="also write it as JSON; by default not")
+    add_output(p, "--out", made, help="also write it as JSON; by default off")
 
 
 def run_report(args: argparse.Namespace) -> None:

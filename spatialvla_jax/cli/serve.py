@@ -37,7 +37,7 @@ def add(commands: Commands) -> None:
         default="",
         help="for computing; by default the model's own",
     )
-    p.add_argument("--quantize", choices=("int8",), default="", help="quantize the language model; by default not")
+    p.add_argument("--quantize", choices=("int8",), default="", help="quantize the language model; by default off")
     p.add_argument("--unconstrained", action="store_true", help=UNCONSTRAINED)
     p.add_argument("--speculate", action="store_true", help="use each client's last chunk as a draft of the next")
     p.add_argument(

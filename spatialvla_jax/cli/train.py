@@ -87,7 +87,7 @@ def add_train(commands: Commands) -> None:
         "--config", required=True, help="name or path of a file with get_config(); --config.KEY=VALUE sets a key"
     )
     add_output(p, "--workdir", RUN, required=True, help="directory of the run, new or to be resumed")
-    p.add_argument("--wandb", default="", metavar="PROJECT", help="log to Weights & Biases too; by default not")
+    p.add_argument("--wandb", default="", metavar="PROJECT", help="log to Weights & Biases too; by default off")
     p.add_argument(
         "--profile", type=step_range, metavar="FIRST:LAST", help="trace steps to WORKDIR/profile; by default none"
     )
@@ -289,12 +289,12 @@ def run_sweep(args: argparse.Namespace) -> None:
 
 
 def refuse_options_of_trials(args: argparse.Namespace) -> None:
-    """Raises InputError for what `report` and `collect` would ignore: the parser of `sweep` takes it from both."""
+    """Raises InputError for options that the parser of `sweep` accepts but `report` and `collect` would ignore."""
     given = [
         f"--{name.replace('_', '-')}" for name, default in args.of_trials.items() if getattr(args, name) != default
     ]
     if given := ["--config.KEY=VALUE"] * bool(args.overrides) + given:
-        raise InputError(f"{given[0]} is for a sweep that runs trials, and this command runs none")
+        raise InputError(f"{given[0]} applies only to a sweep that runs trials")
 
 
 def add_sweep_report(commands: Commands) -> None:

@@ -26,7 +26,7 @@ def tensorflow() -> Any:
     """The TensorFlow module, imported on first use and kept off the accelerators, which belong to JAX."""
     limit_heaps()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # silences its banner; no matrices are multiplied here
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # silences its banner; we multiply no matrices in TensorFlow
     import tensorflow as tf
 
     tf.config.set_visible_devices([], "GPU")

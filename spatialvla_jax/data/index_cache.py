@@ -243,7 +243,7 @@ def _same_in_bucket(sources: Sequence[Source], local: Path, cache_dir: AnyPath) 
 
 
 def _announce(urls: Sequence[AnyPath], cache_dir: AnyPath, local: Path) -> None:
-    """Prints the size of the indexes to copy. Raises InputError if the disk has too little room."""
+    """Print the size of the indexes to copy. Raises InputError if the disk has too little room."""
     if not urls:
         return
     with ThreadPoolExecutor(_TOGETHER) as pool:

@@ -21,8 +21,8 @@ STATES = tuple(
 
 
 def stored_depth(index: Index, frame: int) -> Float[np.ndarray, "H W"] | None:
-    """A frame's depth in metres, 0 where there is no reading; None where none is stored or it is not a grey picture.
-    Raises InputError, StorageError or OSError where the file cannot be read."""
+    """A frame's depth in metres, 0 without a reading; None if the dataset stores none, or if it is not a grey picture.
+    Raises InputError, StorageError or OSError if the file cannot be read."""
     if "depth" not in index.arrays:
         return None
     if index.arrays["depth"].ndim == 3:  # a packed file
@@ -37,9 +37,8 @@ def stored_depth(index: Index, frame: int) -> Float[np.ndarray, "H W"] | None:
 
 
 def stored_state(index: Index, episode: int) -> tuple[str, Float[np.ndarray, "L n"]] | None:
-    """The name of an episode's state and its values in every stored step, in the dataset's own units; None where it has
-    none under a name in `STATES`, as in packed files. Raises InputError, StorageError or OSError where the file cannot
-    be read."""
+    """The name of an episode's state and its values at every stored step, in the dataset's own units. None if no key in
+    `STATES` exists, as in packed files. Raises InputError, StorageError or OSError if the file cannot be read."""
     if "episode_record" not in index.arrays:
         return None
     offset, length, _ = index.arrays["episode_record"][episode].tolist()

@@ -26,7 +26,7 @@ DEPTH = {
     "none": "not used, so there is no Ego3D",
 }
 DIMENSIONS = ("Δx", "Δy", "Δz", "Δroll", "Δpitch", "Δyaw", "gripper")
-# The notice that Gemma's terms want beside weights that derive from it.
+# The notice that Gemma's terms require beside weights derived from it.
 NOTICE = "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms"
 CARD = """\
 ---
@@ -98,12 +98,12 @@ actions = processor.decode_actions(model.predict_action(inputs), unnorm_key={key
 RELEASE = """\
 ## In the release's own code
 
-The directory also suits the release, the PyTorch code that was published with SpatialVLA, under transformers 4.47.0:
-put its `action_tokenizer.py`, `configuration_spatialvla.py`, `modeling_gemma2.py`, `modeling_spatialvla.py` and
-`processing_spatialvla.py` over the Python files here. {verdict}
+The directory also works with the release, the PyTorch code published with SpatialVLA, under transformers 4.47.0:
+replace the Python files here by its `action_tokenizer.py`, `configuration_spatialvla.py`, `modeling_gemma2.py`,
+`modeling_spatialvla.py` and `processing_spatialvla.py`. {verdict}
 
 Load it there with `torch_dtype=torch.bfloat16`, which the release's `predict_action` needs, and give it one image at a
-time: its ZoeDepth lets the images of a batch change each other's depth. Its processor takes a prompt as it is given.
+time: in its ZoeDepth, an image's depth depends on the rest of its batch. Its processor uses a prompt unchanged.
 This model was trained on `{template}`, with the instruction in lower case and without spaces around it. That processor
 also resizes images bicubically (here: Lanczos, as in training), and its model chooses every token from the whole
 vocabulary (here: from those of its kind).
@@ -180,7 +180,7 @@ def _closed_loop(step: AnyPath) -> dict[str, str]:
 
 
 def from_gemma(config: SpatialVLAConfig, origin: Origin) -> bool:
-    """Whether the weights may come from Gemma 2: they have its sizes, and no record says that they began at random."""
+    """Whether the weights may come from Gemma 2: they have its sizes, and no record of a random start."""
     sizes = [replace(size.llm, vocab_size=config.llm.vocab_size) for size in PRESETS.values() if _published(size)]
     return config.llm in sizes and origin.init != ""
 
@@ -192,17 +192,16 @@ def _published(size: SpatialVLAConfig) -> bool:
 def export_files(
     checkpoint: Checkpoint, origin: Origin | None = None, name: str = ".", adapters: bool = False
 ) -> dict[str, str]:
-    """{file name: text} of the card and, where the weights derive from Gemma, of the notice that its terms ask for."""
+    """{file name: text} of the card and, if the weights derive from Gemma, of the notice that its terms require."""
     notice = {"NOTICE": f"{NOTICE}\n"} if from_gemma(checkpoint.config, origin or Origin()) else {}
     return {"README.md": model_card(checkpoint, origin, name, adapters)} | notice
 
 
 def model_card(checkpoint: Checkpoint, origin: Origin | None = None, name: str = ".", adapters: bool = False) -> str:
-    """README.md of an export. It has facts about the model, what its run measured, and how to load it in JAX, with
-    transformers and with the release's code.
+    """README.md of an export: facts about the model, what its run measured, and how to load it in JAX, transformers and
+    the release's code.
 
-    `name` is the id on the Hub, or "." for the folder that the card is in. An export of `adapters` has the weights of
-    these alone.
+    `name` is the id on the Hub, or "." for the card's own folder. With `adapters`, the export holds only their weights.
     """
     config, processor, origin = checkpoint.config, checkpoint.processor, origin or Origin()
     keys, size = list(processor.statistics) if processor else [], config.img.image_size
@@ -224,7 +223,7 @@ def model_card(checkpoint: Checkpoint, origin: Origin | None = None, name: str =
     weights = (
         f"The weights derive from Gemma: {NOTICE}."
         if gemma
-        else "The weights do not derive from Gemma; they are under Apache-2.0, too, unless their author says otherwise."
+        else "The weights do not derive from Gemma; they are also under Apache-2.0, unless their author says otherwise."
     )
     zoe = " ZoeDepth is under MIT." if config.depth_source == "zoedepth" else ""
     return CARD.format(
@@ -247,7 +246,7 @@ def _facts(checkpoint: Checkpoint, origin: Origin) -> dict[str, str]:
     if origin.base_model:
         base = f"`{origin.source or origin.init}`"
     elif origin.init is not None:
-        base = f"`{to_path(origin.init).name}`, a local checkpoint" if origin.init else "none: it began at random"
+        base = f"`{to_path(origin.init).name}`, a local checkpoint" if origin.init else "none: randomly initialised"
     facts = {
         "parameters": f"{sum(prod(x.shape) for x in checkpoint.arrays.values()):,}",
         "base model": base,

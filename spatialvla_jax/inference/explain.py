@@ -1,4 +1,4 @@
-"""Explanations of a policy's choice of a chunk, for people to look at. They cost one more forward pass."""
+"""Explains a policy's choice of a chunk to people. It costs one more forward pass."""
 
 from functools import partial
 from typing import Any

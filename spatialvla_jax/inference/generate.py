@@ -79,10 +79,12 @@ def token_probabilities(
     intrinsics: Float[Array, "B 3 3"] | None = None,
     top: int,
 ) -> tuple[Int[Array, "B A {top}"], Float[Array, "B A {top}"]]:
-    """The `top` likeliest ids at each of the chunk's places and their probabilities f32, highest first. Each place sees
-    the `tokens` before it; all are computed in one pass. Arguments are as for `generate`, whose tokens these are.
+    """The `top` most likely ids for each token of the chunk, and their probabilities f32, highest first. Each
+    prediction sees the earlier `tokens`; one pass computes them all. Arguments are as for `generate`, which chose these
+    tokens.
 
-    The probabilities are shares among the ids that the place allows; one that allows fewer than `top` has zeros.
+    The probabilities sum to 1 over the ids that are allowed for the token. If fewer than `top` are allowed, the rest
+    have probability 0.
     """
     decoder = Decoder(model.config, weights, token_ranges)
     prefix, valid = _prefix(decoder, image, prompt_ids, prompt_mask, depth, intrinsics)
@@ -101,7 +103,7 @@ def _prefix(
     depth: Float[Array, "B S S"] | None,
     intrinsics: Float[Array, "B 3 3"] | None,
 ) -> tuple[Float[Array, "B P D"], Bool[Array, "B P"]]:
-    """Embeddings of image and prompt, and which of them are no padding."""
+    """Embeddings of image and prompt, and which of them are not padding."""
     tokens = embed_image(decoder.cfg, decoder.weights, image, depth, intrinsics)
     prefix = jnp.concatenate([tokens, _rows(decoder.weights.text, prompt_ids, tokens.dtype)], axis=1)
     return prefix, jnp.concatenate([jnp.ones(tokens.shape[:2], bool), prompt_mask], axis=1)

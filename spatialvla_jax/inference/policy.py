@@ -251,7 +251,7 @@ def act(
 
 @functools.lru_cache(maxsize=8)
 def _jit_act(config: SpatialVLAConfig, constrained: bool, out: jax.sharding.SingleDeviceSharding) -> Any:
-    """`act`, shared by all policies of one config: a run that is filmed makes one at each validation."""
+    """`act`, shared by all policies of one config: a run that films rollouts creates one at each validation."""
     return jax.jit(functools.partial(act, SpatialVLA(config), constrained), out_shardings=out)
 
 

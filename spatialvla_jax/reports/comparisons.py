@@ -27,7 +27,7 @@ VERDICTS = {
         "the interval of {} includes 0, so nothing can be concluded about it.",
         "the intervals of {} include 0, so nothing can be concluded about them.",
     ),
-    "not comparable": ("of other episodes, or errors over another length of chunk, so not comparable: {}.",) * 2,
+    "not comparable": ("other episodes, or errors over another chunk length, so not comparable: {}.",) * 2,
     "too few pairs": (f"fewer than {FEWEST} pairs of trials prove nothing: {{}}.",) * 2,
     "better": ("better, and the interval excludes 0: {}.", "better, and the intervals exclude 0: {}."),
     "worse": ("worse, and the interval excludes 0: {}.", "worse, and the intervals exclude 0: {}."),
@@ -128,7 +128,7 @@ def success_draws(trial: Trial) -> Float[np.ndarray, " draws"]:
 
 
 def facets(results: Results) -> list[Facet]:
-    """Every axis and combination of the others' values at which at least two values of the axis have trials."""
+    """Every axis, with each combination of the others' values that has trials for two or more of its values."""
     found = []
     for axis, values in results.plan["axes"].items():
         apart: dict[tuple[tuple[str, str], ...], dict[str, list[Trial]]] = {}
@@ -184,8 +184,8 @@ def differences(results: Results, quantity: Quantity) -> list[Difference]:
 
 
 def baselines(results: Results) -> list[tuple[str, dict[str, float]]]:
-    """(name, numbers) of each baseline. A baseline depends only on the evaluated episodes and the length of a chunk.
-    Trials that differ in these have baselines of their own, and the name says whose they are."""
+    """(name, numbers) of each baseline. A baseline depends only on the evaluated episodes and the chunk length. Trials
+    that differ in these have separate baselines, and the name says whose they are."""
     apart: dict[tuple[float, ...], list[Trial]] = {}
     for trial in results.trials:
         apart.setdefault(trial.baseline_key, []).append(trial)
@@ -202,7 +202,7 @@ def baselines(results: Results) -> list[tuple[str, dict[str, float]]]:
 
 
 def conclusions(results: Results) -> list[str]:
-    """The conclusions, in sentences; also which comparisons allow none."""
+    """The conclusions, in sentences, including comparisons that allow none."""
     trials = results.trials
     best = min(trials, key=lambda trial: trial.numbers[L1.key])
     said = []
@@ -220,7 +220,7 @@ def conclusions(results: Results) -> list[str]:
     known = [trial for trial in trials if trial.plateau is not None]
     reached = sum(bool(trial.plateau) for trial in known)
     if reached < len(trials):
-        unknown = f", of {len(trials) - len(known)} too few validations tell" if len(known) < len(trials) else ""
+        unknown = f"; {len(trials) - len(known)} have too few validations to tell" if len(known) < len(trials) else ""
         said.append(
             f"{reached} of {len(trials)} trials have reached their plateau{unknown}. Longer training may change the "
             "order of the others."

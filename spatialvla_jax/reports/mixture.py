@@ -1,4 +1,4 @@
-"""A mixture as one self-contained HTML page for somebody who has never seen the data: no external file."""
+"""A mixture as one self-contained HTML page, for readers who have never seen the data."""
 
 import math
 import os
@@ -48,10 +48,10 @@ def write_page(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Writes the page of the loader's training mixture, by rename. Same data, grid and seed: same bytes.
+    """Write the page of the loader's training mixture, by rename. The same data, grid and seed give the same bytes.
 
-    Frames are shown as `loader` decodes them (`IMAGE_SIZE` suits the page). With more datasets, fewer frames of an
-    episode are shown, compressed so that the page stays below 10 MB up to some hundred datasets.
+    Frames are shown as `loader` decodes them (`IMAGE_SIZE` suits the page). With more datasets, episodes have fewer
+    frames and stronger compression, so that the page stays below 10 MB for up to some hundred datasets.
     `progress(datasets done, datasets)` is called meanwhile.
     """
     indexes, rows = loader.indexes(), loader.table()
@@ -122,7 +122,7 @@ def _samples(index: Index, rng: np.random.Generator, count: int) -> list[np.ndar
 
 
 def _section(index: Index, row: dict[str, Any], statistics: Any) -> dict[str, Any]:
-    """The page's text about a dataset: everything but its pictures and histograms of actions."""
+    """The page's text about a dataset: everything but its pictures and action histograms."""
     spec = index.spec
     counts = np.bincount(index.language(np.arange(index.num_frames)), minlength=len(index.instructions))
     listed = np.argsort(-counts, kind="stable")[:INSTRUCTIONS]
@@ -149,13 +149,13 @@ def _section(index: Index, row: dict[str, Any], statistics: Any) -> dict[str, An
 
 
 def _plots(histograms: Float[np.ndarray, "A n"], grid: ActionTokenizer, frames: int) -> list[dict[str, Any]]:
-    """The seven histograms of `frames` actions. Their logarithmic axis begins below the share of a single action."""
+    """The seven histograms of `frames` actions, on a logarithmic axis that starts below the share of one action."""
     decades = max(1, math.ceil(math.log10(min(frames, FRAMES))))
     plots = []
     for share, ((symbol, words, ticks), edges, bounds) in zip(histograms, _panels(grid), strict=True):
         closed = share[: BARS // 2].sum()
         below = f"closed {closed:.0%}, open {1 - closed:.0%}" if symbol == "gripper" else f"{len(edges) - 1} bins"
-        # 256 levels side by side are a grey sheet.
+        # 256 adjacent levels would merge into grey.
         lines = (edges[1:-1] - bounds[0]) / (bounds[1] - bounds[0]) if len(edges) < 100 else np.empty(0)
         heights = 1 + np.log10(np.maximum(share, 10.0**-decades)) / decades
         heights = np.where(share > 0, np.maximum(heights, 0.02), 0)  # even a single action is visible

@@ -94,7 +94,7 @@ def _grey(depth: Float[np.ndarray, "H W"], near: float, far: float, limit: int) 
     size = DEPTH_SIZE
     while True:
         stream = io.BytesIO()
-        # No value between two neighbours: such points would float in the cloud.
+        # Do not interpolate: such points would float in the cloud.
         Image.fromarray(levels).resize((size, size), Image.Resampling.NEAREST).save(stream, "PNG", optimize=True)
         if stream.tell() <= limit or size <= 16:
             return data_uri("png", stream.getvalue())

@@ -25,8 +25,8 @@ EVERY = 4  # steps between two of its frames
 
 
 class ValidationRollouts:
-    """Callbacks of `training.loop.train`: after each validation the policy acts in LIBERO. The same initial states
-    every time; the run itself is not changed. For runs in one process, which waits meanwhile."""
+    """Callbacks of `training.loop.train`: after each validation the policy acts in LIBERO, always from the same initial
+    states. The run is not affected, but waits. It must have one process."""
 
     run: Run
     processor: Processor

@@ -47,9 +47,9 @@ LOSSES = " Losses of vocabularies of different sizes can't be compared."
 
 
 def write_report(workdir: Path) -> str:
-    """Writes report.html, report.json, table.csv, table.md, table.tex and figures/ into a sweep's directory, each file
-    by rename, from the trials that are finished so far. Returns a sentence that says what it wrote. Raises InputError
-    if no trial is finished, or if one lacks files."""
+    """Write report.html, report.json, table.csv, table.md, table.tex and figures/ into a sweep's directory, each file
+    by rename, from the finished trials. Returns a sentence that says what was written. Raises InputError if no trial is
+    finished, or if one lacks files."""
     results = read_sweep(workdir)
     tables, said, made = tables_of(results), conclusions(results), provenance(results)
     (workdir / "figures").mkdir(exist_ok=True)
@@ -110,7 +110,7 @@ def provenance(results: Results) -> dict[str, str]:
 
 
 def tables_of(results: Results) -> list[Table]:
-    """For every group of quantities a row for each combination of factors, and the baselines last; then the paired
+    """For every group of quantities, a row for each combination of factors with the baselines last; then the paired
     differences."""
     axes = ["factor", "value"] if results.one_axis else list(results.plan["axes"]) or ["trials"]
     tables = []
@@ -148,7 +148,7 @@ def tables_of(results: Results) -> list[Table]:
 
 
 def cell(quantity: Quantity, trials: list[Trial]) -> list[str]:
-    """The cells of a table for a quantity of one combination's trials."""
+    """The table cells of a quantity for one combination's trials."""
     found, digits = summary(quantity, trials), quantity.decimals
     count = f" (n = {found['n']})" if found and found["n"] < len(trials) else ""
     if not found:
@@ -159,7 +159,7 @@ def cell(quantity: Quantity, trials: list[Trial]) -> list[str]:
     if quantity == SUCCESS:
         low, high = found["interval"]
         return [f"{mean} [{low:.{digits}f}, {high:.{digits}f}]{count}", f"{found['episodes']:,}"]
-    # What is the same for every seed, such as the number of parameters, has no error worth showing.
+    # A value that is equal for every seed, such as the number of parameters, has no error worth showing.
     error = f"{found['standard_error'] or 0:,.{digits}f}"
     return [f"{mean} ± {error}{count}" if error.strip("0.") else f"{mean}{count}"]
 
@@ -187,7 +187,7 @@ def paired_table(results: Results) -> list[Table]:
 
 
 def csv_text(results: Results) -> str:
-    """Every quantity and its standard error, or interval, in full digits."""
+    """Every quantity and its standard error, or interval, in full precision."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     axes = list(results.plan["axes"]) or ["trials"]
@@ -232,7 +232,7 @@ def latex_text(results: Results, tables: list[Table], made: dict[str, str]) -> s
 
 
 def as_json(results: Results, said: list[str], made: dict[str, str]) -> dict[str, Any]:
-    """All numbers of the report in full digits, by `Quantity.key`."""
+    """All numbers of the report in full precision, by `Quantity.key`."""
     return {
         "sweep": results.plan["name"],
         "provenance": made,
@@ -260,7 +260,7 @@ def as_json(results: Results, said: list[str], made: dict[str, str]) -> dict[str
 
 
 def draw(folder: Path, results: Results) -> list[tuple[str, str, Path]]:
-    """→ (title, caption, picture) of every figure."""
+    """Draw all figures; returns (title, caption, picture) of each."""
     compared, rows, drawn = facets(results), cover(results), []
     measured = [quantity for quantity in (L1, SUCCESS) if quantity in results.quantities]
     if compared:
@@ -282,7 +282,7 @@ def draw(folder: Path, results: Results) -> list[tuple[str, str, Path]]:
 
 
 def distinct_grids(results: Results) -> list[tuple[str, ActionGrid, Trial]]:
-    """(label, grid, first trial that has it) of every grid; labels are of those axes on which the grids differ."""
+    """(label, grid, first trial that has it) of every grid; labels name only the axes on which the grids differ."""
     first: dict[str, tuple[Trial, ActionGrid]] = {}
     for trial in results.trials:
         if isinstance(grid := trial.grid, ActionGrid):
@@ -293,7 +293,7 @@ def distinct_grids(results: Results) -> list[tuple[str, ActionGrid, Trial]]:
 
 
 def draw_grids(folder: Path, results: Results) -> None:
-    """Figures of every distinct grid, for print. The page draws grids that can be turned instead."""
+    """Figures of every distinct grid, for print. The page instead draws grids that can be turned."""
     found = distinct_grids(results)
     for number, start in enumerate(range(0, len(found), GRIDS_A_FIGURE), 1):
         labels, shown, trials = zip(*found[start : start + GRIDS_A_FIGURE], strict=True)
@@ -314,7 +314,7 @@ def viewer_data(results: Results) -> dict[str, Any]:
 
 
 def draw_features(folder: Path, results: Results) -> list[tuple[str, str, Path]]:
-    """The spatial tables of one seed's trials that started from a checkpoint: before, on the new grid, after."""
+    """The spatial tables of one seed's trials that started from a checkpoint: before, adapted, and after training."""
     panels: dict[str, Any] = {}
     for trial in results.trials:
         arrays, values = trial.arrays, ", ".join(map(" ".join, trial.values.items()))

@@ -8,25 +8,25 @@ LATEX = str.maketrans(
     {
         **{character: f"\\{character}" for character in "&%$#_{}"},
         **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"},
-        **{"[": "{[}", "]": "{]}"},  # after the end of a row, a bracket would be an argument
+        **{"[": "{[}", "]": "{]}"},  # otherwise a bracket at the start of the next row would be an argument
         **{"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"},
         **{"±": r"$\pm$", "−": "$-$", "×": r"$\times$", "→": r"$\to$", "≤": r"$\le$", "≥": r"$\ge$"},
         **{"–": "--", "…": r"\dots{}", "Δ": r"$\Delta$", "θ": r"$\theta$", "φ": r"$\phi$"},
         **{"°": r"$^\circ$", "µ": r"$\mu$", "²": "$^2$", "³": "$^3$", "·": r"$\cdot$"},
     }
 )
-# What LaTeX's default fonts have beyond ASCII: letters with these accents, and these.
+# Non-ASCII characters that LaTeX's default fonts have: letters with these accents, and these.
 ACCENTS = frozenset("\u0300\u0301\u0302\u0303\u0304\u0306\u0307\u0308\u030a\u030b\u030c\u0327")
 LETTERS = frozenset("ßæÆøØœŒłŁ§¶©£¡¿")
 
-# What Markdown would not show as it is. An underscore within a word, and brackets without a link, it does.
+# Characters that Markdown would not show unchanged. It shows underscores within words and brackets without links.
 MARKDOWN = re.compile(r"[\\`*<|~$]|(?<!\w)_|_(?!\w)|&(?=#?\w+;)|\](?=[(\[])")
 
-COLUMN = 66  # characters of the table's font that a column holds at three quarters of the size
+COLUMN = 66  # characters that fit into a column in the table's font at three quarters of its size
 
 
 class Table(NamedTuple):
-    """`header` has (name, unit) of every column; the first `names` columns are words, the others numbers."""
+    """`header` has (name, unit) of every column. The first `names` columns are words, the others numbers."""
 
     title: str
     caption: str
@@ -43,7 +43,7 @@ def markdown(table: Table) -> str:
 
 
 def plain(text: str) -> str:
-    """Text that Markdown shows as it is."""
+    """Escape text for Markdown."""
     return MARKDOWN.sub(r"\\\g<0>", text)
 
 
@@ -62,8 +62,7 @@ def escaped(text: str) -> str:
 
 
 def latex(table: Table, label: str) -> str:
-    """A floating table of booktabs. A wide one spans both columns of a page that has two; what is wider still is scaled
-    down to fit."""
+    """A floating booktabs table. Wide ones span both columns of a two-column page; wider ones are scaled to fit."""
 
     def name(text: str, unit: str) -> str:
         return f"\\shortstack{{{escaped(text)}\\\\({escaped(unit)})}}" if unit else escaped(text)

@@ -27,7 +27,7 @@ BASELINES = {"mean action": "l1_mean_baseline", "last action held": "l1_repeat_b
 
 
 class Quantity(NamedTuple):
-    """Something that is measured. Tables, figures and text call it `name`; JSON and CSV call it `key`."""
+    """A measured quantity. Tables, figures and text call it `name`; JSON and CSV call it `key`."""
 
     name: str
     unit: str
@@ -152,7 +152,7 @@ class Trial:
 
     @property
     def baseline_key(self) -> tuple[float, ...]:
-        """Equal for trials that are evaluated on the same episodes and over chunks of the same length."""
+        """Equal for trials that are evaluated on the same episodes with the same chunk length."""
         return tuple(round(numbers[L1.key], 5) for numbers in self.baselines.values())
 
     @property
@@ -219,7 +219,7 @@ def read_sweep(workdir: Path) -> Results:
 
 
 def add_steps_to(trials: list[Trial]) -> list[Quantity]:
-    """Adds to `numbers` the step of the first validation at which a trial was as good as every trial became: by
+    """Add to `numbers` the step of the first validation at which a trial was as good as every trial became: by
     teacher-forced L1 and, if all vocabularies are equal, by loss. Returns the added quantities."""
     added = []
     for quantity, key in {TEACHER_FORCED: "val/l1", LOSS: "val/loss"}.items():
@@ -239,7 +239,7 @@ def read_trial(folder: Path, values: dict[str, str], seed: int) -> Trial:
     path = folder / "result.json"
     for file in ("metrics.jsonl", "grid.json", "data.npz"):
         if not (folder / file).exists():
-            raise InputError(f"{folder} is finished, but its {file} is not there, which the report draws")
+            raise InputError(f"{folder} is finished, but its {file} is missing, which the report needs")
     result = read_json(path)
     found = {"values": result.get("values"), "seed": result.get("seed")}
     if found != {"values": values, "seed": seed}:

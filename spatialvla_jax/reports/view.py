@@ -59,8 +59,8 @@ def recording(out: Path | None) -> Iterator[Any]:
 
 
 def record_episode(stream: Any, episode: Episode, statistics: Mapping[str, Any], policy: Policy | None = None) -> None:
-    """Records an episode as the loader gives it. With a `policy`, also records what it predicts in each frame and the
-    cells of its grid that it chose. `statistics` are the dataset's."""
+    """Record an episode as the loader gives it. With a `policy`, also records its prediction for each frame and the
+    grid cells that it chose. `statistics` are the dataset's."""
     frames = episode.frames
     expert = unnormalize(np.asarray(frames.actions), statistics["action"])
     path = _path(np.zeros(3), expert[:, 0])

@@ -150,7 +150,7 @@ class Client:
             if isinstance(error, TimeoutError) or isinstance(error.__cause__, BlockingIOError):
                 raise InputError(f"{self.address}: no reply in {self.timeout:g} s") from None
             if isinstance(error, ConnectionClosed):
-                raise InputError(f"{self.address} has closed the connection: {error}") from None
+                raise InputError(f"{self.address} closed the connection: {error}") from None
             raise
         if isinstance(reply, str):
             raise InputError(f"{self.address}: {' '.join(reply.split())[:500] or 'an empty message'}")

@@ -23,7 +23,7 @@ class Limits:
     clients: int = 128
     queue: int = 64  # observations waiting for the policy
     batch: int = 32
-    wait: float = 0.004  # seconds for which a batch waits for further clients
+    wait: float = 0.004  # seconds that a batch waits for more clients
 
 
 LIMITS = Limits()

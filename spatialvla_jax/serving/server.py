@@ -392,7 +392,7 @@ class Server:
 def _reason(error: Exception) -> str:
     """Briefly, why a port cannot be opened."""
     if isinstance(error, OSError) and not isinstance(error, socket.gaierror) and error.errno:
-        return os.strerror(error.errno)  # asyncio's own sentence repeats the address
+        return os.strerror(error.errno)  # asyncio's own message repeats the address
     return str(getattr(error, "strerror", error))
 
 

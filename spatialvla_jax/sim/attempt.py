@@ -84,7 +84,7 @@ class Recorded(NamedTuple):
 
 
 class Start(NamedTuple):
-    """The scene of an attempt, its hand at a random start, and how the expert will solve it."""
+    """The scene of an attempt with the hand at a random start, and the expert's plan."""
 
     env: Any
     task: Any  # the benchmark's record
@@ -113,7 +113,7 @@ def begin(job: Job, attempt: int, render: bool) -> Start:
 def perform(
     start: Start, job: Job, progress: expert.Progress, look: Callable[[], Any] = lambda: None
 ) -> tuple[Motion, list[Any]] | None:
-    """What the expert does from `start`, with what `look` returned before each step, or None if it fails."""
+    """The expert's actions from `start`, and what `look` returned before each step; None if the expert fails."""
     env, plan, rng, scene, state = start.env, start.plan, start.rng, start.scene, start.state
     rows, looks, disturbance, snapped = [], [], np.zeros(7, np.float32), 0
     while progress.phase != "done" and len(rows) < MAX_STEPS:

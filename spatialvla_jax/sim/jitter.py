@@ -1,4 +1,4 @@
-"""Random changes of what the camera of a simulated scene sees; its physics stays the same."""
+"""Random changes of what a simulated scene's camera sees; the physics stays the same."""
 
 # The simulator is an optional extra.
 # pyright: reportMissingImports=false
@@ -23,10 +23,10 @@ def check_jitter(amount: float) -> None:
 
 
 def jitter_scene(env: Any, camera: str, seed: int, amount: float) -> None:
-    """Move and turn the camera, change its field of view, the lights and the colours of surfaces and textures.
+    """Move and turn the camera, change its field of view, the lights and the colours of surfaces and textures. The
+    draws are uniform, depend only on `seed` and scale with `amount`.
 
-    The draws are uniform, depend on `seed` alone and scale with `amount`. Call this once per scene, before its
-    intrinsics and extrinsics are read. The simulator's state stays the same in every bit.
+    Call this once per scene, before its intrinsics and extrinsics are read. The simulator's state keeps every bit.
     """
     import mujoco
 

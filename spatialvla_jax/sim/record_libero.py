@@ -247,7 +247,7 @@ def start_worker() -> None:
 
 
 def record(job: Job, look: bool) -> Recorded:
-    """Retry until the benchmark accepts an episode; it is recorded as its motion if not `look`."""
+    """Retry until the benchmark accepts an episode. Without `look`, record only its motion."""
     for attempt in range(MAX_ATTEMPTS):
         if recorded := _attempt(job, attempt, look):
             motion, scene = recorded

@@ -59,11 +59,11 @@ CLEAR_STEPS = 20  # after which the hand moves on even if something keeps it fro
 
 
 def take_over(plan: Plan, began: Scene, scene: Scene, held: bool) -> tuple[Plan, Progress]:
-    """Plan and progress for an episode that `began` with one scene and that something else led to another.
+    """Plan and progress for an episode that `began` with one scene and was continued by something else up to another.
 
-    An object that is `held` between the fingers is lifted and carried as it is held. Otherwise the hand first opens and
-    rises, so that it neither drags an object along nor pushes one over on its way. An object to be held by its vertical
-    axis is gripped across that axis if it has fallen over.
+    If the fingers hold the object (`held`), it is lifted and carried as it is. Otherwise the hand first opens and
+    rises, so that it neither drags an object along nor pushes one over. An object that is held by its vertical axis is
+    gripped across that axis if it has fallen over.
     """
     up, hand = upright(scene.object_mat), scene.eef_pos
     if held:

@@ -1,8 +1,9 @@
-"""Recording with a policy (DAgger, Ross et al. 2011): it acts for the first part of an episode, and the scripted expert
-takes over from wherever that led. What the expert does is the recording, so every chunk of actions is the expert's.
+"""Recording with a policy (DAgger, Ross et al. 2011): it acts for the first part of an episode, then the scripted
+expert takes over.
 
-The policy's chunks are executed whole, a random number of them. An episode that the policy finishes itself, or that the
-expert then fails, is not kept: another attempt, with another seed, takes its place, and both are counted.
+Only the expert's part is recorded, so every chunk of actions is the expert's. The policy executes a random number of
+whole chunks. An episode that the policy finishes itself, or that the expert then fails, is not kept: another attempt
+with another seed replaces it, and both are counted.
 """
 
 from collections import Counter, deque
@@ -25,8 +26,8 @@ POLICY_STEPS = 120  # at most; the expert alone needs about 75
 
 
 class Takeover(Libero):
-    """Episodes that the expert finishes (see `Environment`). In an `Episode`, `number` is that of a job and
-    `seed` the attempt at it. The record gets "outcome" (kept, failed or solved) and, if kept, "motion"."""
+    """Episodes that the expert finishes (see `Environment`). In an `Episode`, `number` is a job's and `seed` the
+    attempt at it. The record gets "outcome" (kept, failed or solved) and, if kept, "motion"."""
 
     def __init__(self, jobs: Sequence[Job], chunk: int, image_size: int, depth: bool, mirrored: bool) -> None:
         super().__init__(image_size, depth, mirrored)
@@ -79,7 +80,7 @@ def record_takeovers(
                 kept[episode.number] = replace(motion, failed=count["failed"], solved=count["solved"])
                 bar.update()
                 continue
-            # After three faults there is no outcome. That another attempt takes the place is as good, but is counted.
+            # After three faults there is no outcome. Another attempt replaces it, and it is counted.
             count["solved" if record.get("outcome") == "solved" else "failed"] += 1
             if (attempt := episode.seed + 1) == MAX_ATTEMPTS:
                 raise FaultsError(f"{job.suite} task {job.task_id}: {attempt} attempts failed in a row ({job})")

@@ -84,7 +84,7 @@ def _check(folder: Path, other: Path) -> None:
             raise InputError(f"{folder} and {other} are not the same trial: {key} differs in their {RESULT}")
     for name in (*FILES, *(CLOSED_LOOP if (folder / "closed_loop" / RESULT).exists() else ())):
         if not (folder / name).is_file():
-            raise InputError(f"{folder} is finished, but its {name} is not there")
+            raise InputError(f"{folder} is finished, but its {name} is missing")
 
 
 def _check_episodes(folder: Path, other: Path) -> None:

@@ -175,8 +175,8 @@ def load_sweep(path: str | Path, overrides: Mapping[str, str] | None = None, onl
 def _reference(path: Path, given: dict[Any, Any], axes: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     reference = {str(axis): _name_of(value, axes.get(str(axis), {})) for axis, value in given.items()}
     if unknown := [axis for axis in reference if axis not in axes]:
-        there = f"there are {', '.join(axes)}" if axes else "there is none"
-        raise InputError(f"reference of {path} names {unknown[0]!r}, which is no axis: {there}")
+        there = f"there are {', '.join(axes)}" if axes else "there are none"
+        raise InputError(f"reference of {path} names {unknown[0]!r}, which is not an axis: {there}")
     for axis, values in axes.items() if reference else ():
         if (value := reference.get(axis)) not in values:
             found = "has no value" if value is None else f"has {value!r}"

@@ -54,7 +54,7 @@ def folder_of(workdir: Path, trial: Trial) -> Path:
 
 
 def finished(folder: Path, trial: Trial) -> bool:
-    """Whether a trial has its result and, where the sweep asks for it, all episodes of its closed loop."""
+    """Whether a trial has its result and, if the sweep requires it, all episodes of its closed loop."""
     path, wanted = folder / "closed_loop" / "result.json", trial.closed_loop
     if not (folder / "result.json").exists() or (wanted and not path.exists()):
         return False

@@ -96,7 +96,7 @@ def check_begun(begun: dict[str, Any], config: ConfigDict, workdir: AnyPath, sou
 
 
 def check_planned(folder: Path, plan: dict[str, Any], source: str) -> None:
-    """Raises InputError if a sweep's trial was trained with another config than its plan, from the file `source`, says.
+    """Raises InputError if a sweep's trial was trained with another config than its plan in the file `source` says.
     Plans of earlier versions do not say it."""
     if "config_of_all" in plan:
         try:

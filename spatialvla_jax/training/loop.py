@@ -168,7 +168,7 @@ def prepare(config: ConfigDict, workdir: AnyPath, goodput: Goodput) -> Run:
         "train_config": json.loads(json.dumps(config.to_dict())),
         "changes": len(CHANGES),
     }
-    if len(loader.config.packed_files) > 1:  # what `check_resumable` and the statistics do not tell
+    if len(loader.config.packed_files) > 1:  # what neither `check_resumable` nor the statistics reveal
         metadata["packed"] = packed_digest(loader.config.packed_files)
     if not is_url(workdir):
         workdir.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ from spatialvla_jax.text import EOS
 
 @dataclass(frozen=True)
 class Loss:
-    """`soft_sigma`: standard deviation, in cells, of the targets around the true cell; 0 for the true cell alone.
+    """`soft_sigma`: standard deviation, in cells, of the targets around the true cell; 0 for only the true cell.
 
     `target`: also learn where the task's object is, in "pixels" or "metres" (see `target_error`), or "none".
     """

@@ -38,7 +38,7 @@ def try_lock(file: IO[Any]) -> bool:
 
 
 def end_with(parent: int, end: Callable[[], Any]) -> None:
-    """Call `end` when the process `parent`, which started this one, has died: a killed process cannot end others."""
+    """Call `end` when the process `parent`, which started this one, has died. A killed process cannot end others."""
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -56,11 +56,11 @@ def end_worker_with_parent() -> None:
 
 
 def tied_to_this(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a process that calls `end_if_tied`, and so ends when this process has died."""
+    """The environment of a process that calls `end_if_tied`, so that it ends when this process has died."""
     return {**environment, PARENT: str(os.getpid())}
 
 
 def end_if_tied() -> None:
-    """End, as SIGTERM does, when the process that started this one with `tied_to_this` has died."""
+    """End, as on SIGTERM, when the process that started this one with `tied_to_this` has died."""
     if parent := os.environ.pop(PARENT, ""):
         end_with(int(parent), partial(os.kill, os.getpid(), signal.SIGTERM))

@@ -2,7 +2,8 @@
 out by hand.
 
 Inputs encode their origin: column c of a step is c + step / 100. Everything that an entry should not read is random,
-and texts and images contain their own keys."""
+and texts and images contain their own keys.
+"""
 
 import dataclasses
 from typing import Any

@@ -118,7 +118,7 @@ def test_the_stages_in_their_order(bench, tmp_path, capsys):
         with pytest.raises(SystemExit, match=r"^2$"):  # a rerun would not help
             bench(*other)
         told = capsys.readouterr().err
-        assert re.search(r"was begun with (overrides '--config|--noise '0.2', not '0.5': use another)", told)
+        assert re.search(r"was started with (overrides '--config|--noise '0.2', not '0.5': use another)", told)
 
 
 @pytest.mark.parametrize("stop", ["first-01.npz", "first-00.pack", "--workdir full-0", "--policy", "--closed-loop"])
@@ -163,7 +163,7 @@ def test_a_file_that_takes_all_minutes_is_no_progress(bench, capsys):
             bench(stop=file)  # an earlier call makes the files before it
         capsys.readouterr()
         bench("--minutes", 2, stop=file, told="^2$")
-        told = "first has not finished one file in all of --minutes 2, and a rerun would begin it anew: allow more"
+        told = "first has not finished one file in --minutes 2, and a rerun would start it again: allow more"
         assert capsys.readouterr().err == f"{kind} {told}\n"
 
 

@@ -84,7 +84,7 @@ def test_results_are_those_of_these_weights(source, tmp_path):
     assert "step 20) | 0.2500 |" in card and "0.3000" not in card and "0.1000" not in card
     assert "| success in suite_mine (closed loop, 100 episodes, open_loop) | 50.0 ± 5.0 % |" in card
     assert "suite_other" not in card
-    assert "| base model | none: it began at random |" in card and "| trained on | mixture `oxe` |" in card
+    assert "| base model | none: randomly initialised |" in card and "| trained on | mixture `oxe` |" in card
 
 
 def test_push_makes_a_repository_that_loads_as_the_export(server, folder, tmp_path, capsys):

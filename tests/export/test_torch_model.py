@@ -167,7 +167,8 @@ def test_golden_stages_and_tokens(results, golden):
 def test_processor_and_model_act_as_the_policy(results, exports, name):
     """From image and instruction to robot units, for both kinds of grid and mask.
 
-    Resized pixels agree within one level, since two implementations round them. Equal pixels give equal actions."""
+    Resized pixels agree within one level, since two implementations round them. Equal pixels give equal actions.
+    """
     checkpoint, probes = exports[1][name], make_probes(56)
     policy = Policy(SpatialVLA(checkpoint.config), checkpoint.params(), checkpoint.processor)
     for i, text in enumerate(INSTRUCTIONS):

@@ -116,7 +116,8 @@ def published_logits(model, params, inputs, golden, *, padding_seen):
     """Logits at every position of the published sequences: actions directly after the prompt, padding at the end.
 
     The release (transformers 4.47) masks padding, and then unmasks all keys of token type 0, padding included. In a
-    padded batch every token therefore sees the padding, which sees the targets. `padding_seen` reproduces that."""
+    padded batch every token therefore sees the padding, which sees the targets. `padding_seen` reproduces that.
+    """
     ids, valid = golden["train_input_ids"], golden["train_attention_mask"].astype(bool)
     order = np.arange(ids.shape[1])
     mask = (golden["train_token_type_ids"] == 0)[:, None] | (order <= order[:, None])

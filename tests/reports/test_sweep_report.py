@@ -382,7 +382,7 @@ def test_a_closed_loop_of_another_trials_weights_is_refused(tmp_path: Path) -> N
             r"closed_loop/result\.json has success 2 of 10 episodes",
         ),
         ("closed_loop/result.json", "[]", r"closed_loop/result\.json must hold a JSON object"),
-        ("metrics.jsonl", None, r"a_0 is finished, but its metrics\.jsonl is not there, which the report draws"),
+        ("metrics.jsonl", None, r"a_0 is finished, but its metrics\.jsonl is missing, which the report needs"),
         ("data.npz", "x", r"data\.npz .*"),
         ("grid.json", "{}", r"grid\.json"),
         (

@@ -194,8 +194,11 @@ BAD = [
     ({"seeds": [-1]}, r"seeds\[0\]=-1 is below 0; the nearest valid value is 0"),
     ({"axes": ["train.steps"]}, r"axes=\['train.steps'\] is a list, but a dict is expected"),
     ({"keep_checkpoints": "no"}, "keep_checkpoints='no' is a string, but true or false is expected"),
-    ({"reference": {"grid": "uniform"}}, "reference of .* names 'grid', which is no axis: there are grid.kind"),
-    ({"axes": {}, "reference": {"grid": "uniform"}}, "reference of .* names 'grid', which is no axis: there is none"),
+    ({"reference": {"grid": "uniform"}}, "reference of .* names 'grid', which is not an axis: there are grid.kind"),
+    (
+        {"axes": {}, "reference": {"grid": "uniform"}},
+        "reference of .* names 'grid', which is not an axis: there are none",
+    ),
     ({"reference": {"grid.kind": "linear"}}, "has 'linear' for axis 'grid.kind': choose one of gaussian, uniform"),
     (
         {"axes": {"grid.kind": ["uniform"], "seed x": {"a": {}}}, "reference": {"grid.kind": "uniform"}},

@@ -234,7 +234,7 @@ def test_trials_of_other_overrides_are_not_mixed(swept: tuple[list[str], Path, i
     ("change", "sentence"),
     [
         ({"trials/grid-uniform_seed-1/result.json": '{"config_digest": "0"}'}, "config_digest differs in their"),
-        ({"trials/grid-uniform_seed-1/data.npz": None}, "is finished, but its data.npz is not there"),
+        ({"trials/grid-uniform_seed-1/data.npz": None}, "is finished, but its data.npz is missing"),
         ({"sweep.json": '{"name": "other", "trials": {}}'}, "hold different sweeps: their name differ"),
         ({"sweep.json": '{"trials": {"a": 1}}'}, "has no good 'trials': it is not the plan of a sweep"),
         ({"sweep.json": None}, "holds no sweep: it has no sweep.json"),
@@ -577,9 +577,9 @@ def test_options_that_report_and_collect_would_ignore_are_refused(tmp_path: Path
     for command in (["report", str(tmp_path)], ["collect", str(tmp_path), "--out", str(tmp_path / "out")]):
         for given in (["--only", "a*"], ["--workdir", str(tmp_path / "other")], ["--parallel", "2"]):
             assert main(["sweep", *given, *command]) == 2
-            assert f"{given[0]} is for a sweep that runs trials" in capsys.readouterr().err
+            assert f"{given[0]} applies only to a sweep that runs trials" in capsys.readouterr().err
         assert main(["sweep", *command, "--config.train.steps=3"]) == 2
-        assert "--config.KEY=VALUE is for a sweep that runs trials" in capsys.readouterr().err
+        assert "--config.KEY=VALUE applies only to a sweep that runs trials" in capsys.readouterr().err
 
 
 def test_jobs_of_slurm_and_xpk(swept: tuple[list[str], Path, int], tmp_path: Path, capfd) -> None:

@@ -16,10 +16,12 @@ def action_grid(
 ) -> None:
     """A grid over the data that it is for, as in the paper's Fig. 3.
 
-    Above, in 3-D: the translations' directions, with the (theta, phi) cells on the unit sphere; the translations, with
-    the cells cut by the planes z = 0 and y = 0; the rotations. Below, per variable: the data, the Gaussian fitted to it
-    and the bin edges. `actions` f32[N, A] are normalised; `source` says in the legend what they are. Without `fit`
-    there is no Gaussian: to samples of the grid itself, it would not be the one that the grid was made of.
+    The upper row is in 3-D. It shows the directions of translations with the (theta, phi) cells on the unit sphere,
+    translations with the cells cut by the planes z = 0 and y = 0, and rotations. Below, each variable has its data, the
+    Gaussian fitted to it, and the bin edges.
+
+    `actions` f32[N, A] are normalised; `source` describes them in the legend. Without `fit` no Gaussian is drawn: for
+    samples of the grid itself, it would differ from the grid's own.
     """
     actions = np.asarray(actions, np.float32).reshape(-1, grid.action_dim)
     values = grid_variables(actions)
@@ -48,7 +50,7 @@ def action_grid(
 
 
 def linear_grid(path: Pathlike, grid: LinearGrid, actions: Float[np.ndarray, "N A"], source: str = "data") -> None:
-    """The baseline's levels, which all dimensions share, as ticks under each dimension's normalised actions."""
+    """The baseline's levels, common to all dimensions, as ticks under each dimension's normalised actions."""
     levels = np.asarray(grid.levels)
     with drawing(path, 12.6, 5) as figure:
         places = figure.add_gridspec(2, 4)
@@ -69,7 +71,7 @@ def action_grids(
     grids: Sequence[ActionGrid],
     actions: Sequence[Float[np.ndarray, "N A"]],
 ) -> None:
-    """Grids beside each other over normalised actions, as in the paper's Fig. 3: a column each, with the pictures of
+    """Grids side by side over normalised actions, as in the paper's Fig. 3: a column for each, with the pictures of
     `action_grid` from top to bottom."""
     width, style = max(2, len(grids)) * 3.1, {"axes.titlesize": 8.5, "font.size": 7.5}
     with drawing(path, width, 9.6, forms=("png", "pdf"), layout=None, style=style) as figure:
@@ -102,9 +104,9 @@ def _histogram(
     x = np.linspace(*bounds, 400)
     if sigma > 0:
         density = np.exp(-(((x - mu) / sigma) ** 2) / 2) / sigma
-        density /= np.trapezoid(density, x)  # to its mass within the range, as the grid cuts it
+        density /= np.trapezoid(density, x)  # normalised to the range, at which the grid truncates it
         axes.plot(x, density, color=RED, linewidth=1.6, label=f"Gaussian fitted to the {source}")
-        top = np.clip(1.05 * density.max(), top, 2 * top)  # a narrow one may leave the picture
+        top = np.clip(1.05 * density.max(), top, 2 * top)  # a narrow one may exceed the picture
     axes.vlines(edges, 0, top, color=GREY, linewidth=0.7, label="bin edges", zorder=1.5)
     axes.set_xlim(*bounds)
     axes.set_ylim(0, top)
@@ -113,7 +115,7 @@ def _histogram(
 
 
 def _sphere(axes: Any, edges: list[np.ndarray], spherical: np.ndarray) -> None:
-    """Directions as points on the unit sphere under its (theta, phi) cells; the far side is paler."""
+    """Directions as points on the unit sphere with its (theta, phi) cells; the far side is paler."""
     _view(axes, (1, 1, 1), 1.28)
     _arrows(axes, 1)
     theta, phi, _ = edges[:3]
@@ -131,7 +133,7 @@ def _sphere(axes: Any, edges: list[np.ndarray], spherical: np.ndarray) -> None:
 
 
 def _ball(axes: Any, edges: list[np.ndarray], xyz: np.ndarray, spherical: np.ndarray) -> None:
-    """Translations coloured by their r bin, with the cells that the planes z = 0 and y = 0 cut open."""
+    """Translations coloured by r bin, with the cells that the planes z = 0 and y = 0 cut open."""
     theta, phi, r = edges[:3]
     reach = np.quantile(spherical[:, 2], 0.99)
     shells = r[1:-1][r[1:-1] <= max(reach, r[1])]
@@ -166,7 +168,7 @@ def _ball(axes: Any, edges: list[np.ndarray], xyz: np.ndarray, spherical: np.nda
 
 
 def _box(axes: Any, edges: list[np.ndarray], angles: np.ndarray) -> None:
-    """Rotations as points in front of three walls ruled with the cells; each axis to its own scale."""
+    """Rotations as points in front of three walls with the cells' edges; each axis has its own scale."""
     reach = np.maximum(np.quantile(np.abs(angles), 0.995, axis=0), 1e-3)
     _view(axes, reach, 0.95)
     for wall, side in enumerate((-1, 1, -1)):
@@ -203,7 +205,7 @@ def _view(axes: Any, reach: Sequence[float] | np.ndarray, zoom: float) -> None:
 
 
 def _arrows(axes: Any, radius: float) -> None:
-    """The axes as they leave the sphere, named."""
+    """The axes outside the sphere, with their names."""
     for name, tip in zip("xyz", np.eye(3) * radius, strict=True):
         axes.plot(*np.stack([tip, 1.16 * tip]).T, color=DARK, linewidth=1.4)
         axes.text(*(1.25 * tip), name, ha="center", va="center")

@@ -1,4 +1,4 @@
-"""Colours, fonts and the writing of all figures."""
+"""Colours, fonts and file output of all figures."""
 
 import os
 import textwrap
@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from spatialvla_jax.utils.atomic import replacing
 from spatialvla_jax.utils.storage import to_path
 
-# Okabe-Ito: told apart with any colour vision and in grey print.
+# Okabe-Ito: distinguishable with any colour vision and in grey print.
 BLUE, ORANGE, GREEN, RED, GREY, DARK = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#9A9A9A", "#222222"
 
 # As many as a sweep's axis may have values; more begin again.
@@ -39,7 +39,7 @@ STYLE: dict[Any, Any] = {
     "svg.hashsalt": "spatialvla_jax",  # names of its parts that are the same every time
 }
 
-# Without dates, so that equal data give equal files.
+# No dates, so that equal data gives equal files.
 MADE_BY: dict[str, Any] = {
     "png": {"Software": "spatialvla_jax"},
     "pdf": {"Creator": "spatialvla_jax", "CreationDate": None},
@@ -50,8 +50,8 @@ Pathlike = str | os.PathLike[str]
 
 
 def fitted(text: str) -> str:
-    """A name of any length in lines that leave room for the axes. A space goes before "_", as matplotlib leaves labels
-    that begin with it out of legends."""
+    """Break a name of any length into lines that leave room for the axes. A space goes before "_", because matplotlib
+    omits labels that start with it from legends."""
     text = textwrap.fill(text, 48)
     return f" {text}" if text.startswith("_") else text
 
@@ -66,8 +66,8 @@ def drawing(
     layout: str | None = "constrained",
     style: dict[Any, Any] | None = None,
 ) -> Iterator[Figure]:
-    """A figure of `width` × `height` inches, written when the block ends: to `path` in every one of `forms`, each with
-    its own suffix. `style` are changes of `STYLE`."""
+    """A figure of `width` × `height` inches. When the block ends, it is written to `path` with the suffix of each of
+    `forms`. `style` overrides `STYLE`."""
     with matplotlib.rc_context(STYLE | (style or {})):
         figure = Figure(figsize=(width, height), layout=layout)  # pyright: ignore[reportArgumentType]
         yield figure

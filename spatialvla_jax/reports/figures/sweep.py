@@ -33,7 +33,7 @@ ACROSS: dict[str, dict[str, Any]] = {
     "last action held": {"color": DARK, "linewidth": 1.1, "linestyle": ":"},
     QUANTISATION.name: {"color": GREY, "linewidth": 2},
 }
-LONG = 100  # points of a curve that are drawn
+LONG = 100  # points drawn per curve
 
 
 def effects(
@@ -41,9 +41,8 @@ def effects(
     facets: Sequence[Facet],
     quantities: Sequence[Quantity],
 ) -> None:
-    """A row for every axis, a column for every quantity: each trial is a point, with the mean over seeds as a dash, and
-    the interval of success as a line. Lines across the open-loop L1 are each trial's baselines, and the error that
-    quantisation alone leaves."""
+    """A row for every axis and a column for every quantity. Each trial is a point, the mean over seeds a dash, and the
+    interval of success a line. Lines across the open-loop L1 are each trial's baselines and the quantisation error."""
     rows = list(dict.fromkeys(facet.axis for facet in facets))
     lines = max(fitted(value).count("\n") for facet in facets for value in facet.groups)
     with drawing(path, 5.6 * len(quantities) + 2.4, (3.1 + lines) * len(rows), forms=FORMS, style=PLAIN) as figure:
@@ -70,7 +69,7 @@ def effects(
 
 
 def _points(axes: Any, quantity: Quantity, facet: Facet, values: Sequence[str], number: int, count: int) -> None:
-    """The trials of a facet at the places of their values, and their means, joined by a line."""
+    """The trials of a facet at their values' positions, and their means, joined by a line."""
     colour, marker = SERIES[number % len(SERIES)], MARKERS[number % len(MARKERS)]
     offset, means = (number - (count - 1) / 2) * 0.8 / count, dict[float, float]()
     for value, trials in facet.groups.items():
@@ -98,7 +97,7 @@ def _points(axes: Any, quantity: Quantity, facet: Facet, values: Sequence[str], 
 
 
 def forest(path: Pathlike, columns: Mapping[Quantity, Sequence[Difference]]) -> None:
-    """Differences from the reference, a line each: every pair of trials as a point, their mean and its interval."""
+    """Differences from the reference, one line each: every pair of trials as a point, their mean and its interval."""
     rows = list(dict.fromkeys(d.axis for found in columns.values() for d in found))
     labels = {
         axis: dict.fromkeys(d.place for found in columns.values() for d in found if d.axis == axis) for axis in rows
@@ -130,8 +129,8 @@ def forest(path: Pathlike, columns: Mapping[Quantity, Sequence[Difference]]) -> 
 
 
 def learning_curves(path: Pathlike, facets: Sequence[Facet]) -> None:
-    """A row for every facet: training loss (a running mean over a twentieth of the run) and teacher-forced L1, a thin
-    line for every trial and a thick one for the mean over seeds."""
+    """A row for every facet: training loss (a running mean over a twentieth of the run) and teacher-forced L1. Each
+    trial is a thin line, the mean over seeds a thick one."""
     with drawing(path, 10.4, 2.9 * len(facets), forms=FORMS, style=PLAIN) as figure:
         for facet, (left, right) in zip(facets, figure.subplots(len(facets), 2, squeeze=False), strict=True):
             for i, (value, trials) in enumerate(facet.groups.items()):
@@ -164,8 +163,8 @@ def _curves(axes: Any, curves: Sequence[Sequence[tuple[int, float]]], colour: st
 
 
 def dimension_errors(path: Pathlike, facets: Sequence[Facet]) -> None:
-    """A row for every facet: bars of the mean open-loop L1 of each dimension of the action, with every trial as a
-    point and the baselines as marks over the bars."""
+    """A row for every facet: bars of the mean open-loop L1 of each action dimension, each trial as a point, and the
+    baselines as marks over the bars."""
     with drawing(path, 10.4, 2.7 * len(facets), forms=FORMS, style=PLAIN) as figure:
         for facet, (axes,) in zip(facets, figure.subplots(len(facets), 1, squeeze=False), strict=True):
             first: Trial = next(iter(facet.groups.values()))[0]

@@ -1,4 +1,4 @@
-"""A run: its loss, and predicted beside true trajectories."""
+"""A run: its loss, and predicted trajectories beside the expert's."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -71,7 +71,7 @@ def trajectories(path: Pathlike, episodes: Sequence[Mapping[str, Any]]) -> None:
 
 
 def chunks(path: Pathlike, samples: Sequence[Mapping[str, Any]], dimensions: Sequence[str]) -> None:
-    """Predicted beside expert chunks under the image that they are for.
+    """Predicted and expert chunks under their image.
 
     Each sample is {"image": u8[H, W, 3], "expert": f32[T, A], "predicted": f32[T, A]}, normalised, with A `dimensions`,
     the last of them the gripper.
@@ -102,8 +102,8 @@ def token_use(
     expert: Int[np.ndarray, "N T n"],
     predicted: Int[np.ndarray, "N T n"],
 ) -> None:
-    """Which cells of the grid the expert's and the predicted tokens use. It shows the share of each bin of each
-    variable, and how many of each token's ids occur."""
+    """Which cells of the grid the expert's and the predicted tokens use: the share of each bin of each variable, and
+    how many of each token's ids occur."""
     with drawing(path, 10.4, 4.6) as figure:
         all_axes = figure.subplots(2, 4).ravel()
         variables = _bins(grid, expert), _bins(grid, predicted)
@@ -146,7 +146,7 @@ def _curve(axes: Any, records: Sequence[Mapping[str, Any]], key: str, colour: st
     if key.startswith("val/"):
         axes.plot(steps, values, "--o", color=colour, markersize=3.5, linewidth=1.2, label=label)
         return
-    # The raw values pale, and their running mean over a fiftieth of the run on top.
+    # Pale raw values, and on top their running mean over a fiftieth of the run.
     width = max(1, len(values) // 50)
     mean = np.convolve(np.pad(values, (width // 2, (width - 1) // 2), "edge"), np.full(width, 1 / width), "valid")
     axes.plot(steps, values, color=colour, linewidth=0.7, alpha=0.3)

@@ -104,7 +104,8 @@ def test_model_on_stored_depth_sees_the_points_of_the_step(copied, lively, tmp_p
 
     The stored map has the model's image size, so nearest-neighbour reading moves nothing. The two differ only by
     rounding to millimetres: 0.5 mm a pixel, and no more for the mean over a cell of the area resize. In x and y the
-    error scales with the ray."""
+    error scales with the ray.
+    """
     config = data_config(copied, cache_dir=tmp_path, precomputed_depth=True)
     batch = next(Loader(config, image_size=SIZE, depth=True).batches(8))
     model, params, _ = load_pretrained(lively)

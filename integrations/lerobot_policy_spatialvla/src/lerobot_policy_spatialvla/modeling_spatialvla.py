@@ -66,7 +66,7 @@ class SpatialVLAPolicy(PreTrainedPolicy):
         levels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
         count = len(levels)
         if not isinstance(task := batch.get("task"), list) or len(task) != count:
-            raise ValueError(f"the batch has {count} images and 'task' {task!r:.80}: expected a sentence for each")
+            raise ValueError(f"the batch has {count} images and 'task' {task!r:.80}: expected an instruction for each")
         intrinsics = None if self.config.intrinsics is None else [self.config.intrinsics] * count
         inputs = self.processor(
             images=list(levels), text=task, unnorm_key=[self.config.unnorm_key] * count, intrinsics=intrinsics
