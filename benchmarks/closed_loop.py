@@ -288,6 +288,10 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
         setattr(args, key, value if getattr(args, key) is None else getattr(args, key))
     try:  # raises now, not after hours of recording
         executor(args.execute)
+        tasks = task_ids(args.tasks) if args.tasks else []
+        for name, values in (("--tasks", tasks), ("--seeds", args.seeds)):
+            if len({*values}) < len(values):
+                raise InputError(f"{name} is {','.join(map(str, values))}: expected each once")
         variants = args.variants.split(",")
         for variant in variants:
             if variant not in VARIANTS or variants.count(variant) > 1:
@@ -296,7 +300,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
             size = preset(model.preset, model.image_size).img.image_size
             if size != args.image_size:
                 raise InputError(f"--image-size is {args.image_size}, but {args.config} needs pictures of {size}")
-    except InputError as error:
+    except (InputError, argparse.ArgumentTypeError) as error:
         parser.error(str(error))
     return args, overrides
 

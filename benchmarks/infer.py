@@ -44,6 +44,7 @@ from spatialvla_jax.text import train_tokenizer
 
 PROMPT = "pick up the black bowl between the plate and the ramekin and place it on the plate"
 H, W = 480, 640
+VARIANTS = ("plain", "bfloat16", "int8", "depth", "draft", "free")
 
 
 class Random:
@@ -233,6 +234,13 @@ def run_torch(config: SpatialVLAConfig, args: argparse.Namespace) -> dict[str, A
     return result
 
 
+def variants(text: str) -> list[str]:
+    names = text.split(",") if text else []
+    if unknown := [name for name in names if name not in VARIANTS]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(VARIANTS)}")
+    return names
+
+
 def first_action(args: argparse.Namespace) -> dict[str, float]:
     """Seconds from a process's start to its first action, with an empty and with a filled compilation cache."""
     seconds = {}
@@ -250,7 +258,7 @@ def first_action(args: argparse.Namespace) -> dict[str, float]:
 def main() -> None:
     parser = Parser(prog="spatialvla-jax bench infer", description=__doc__)
     parser.add_argument("--preset", choices=PRESETS, default="tiny")
-    parser.add_argument("--variants", type=lambda s: s.split(",") if s else [], default=["bfloat16"])
+    parser.add_argument("--variants", type=variants, default=["bfloat16"], help=f"some of {','.join(VARIANTS)}, or ''")
     parser.add_argument("--batch-sizes", type=positives, default=[1, 32])
     parser.add_argument("--repeats", type=positive, default=50)
     parser.add_argument("--torch", action="store_true")

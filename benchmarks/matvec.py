@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from infer import bandwidth, timed
 
+from spatialvla_jax.cli.arguments import positive, positives
 from spatialvla_jax.inference import decoder, kernels
 from spatialvla_jax.inference.kernels import ROWS, Tile
 from spatialvla_jax.models import PRESETS, preset
@@ -110,10 +111,12 @@ def measure(name: str, shape: tuple[int, int], rows: int, args: argparse.Namespa
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="spatialvla-4b-224")
-    parser.add_argument("--rows", type=lambda s: [int(x) for x in s.split(",")], default=[1, 3])
-    parser.add_argument("--tiles", type=int, default=24, help="how many to try for each matrix")
-    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--rows", type=positives, default=[1, 3])
+    parser.add_argument("--tiles", type=positive, default=24, help="how many to try for each matrix")
+    parser.add_argument("--repeats", type=positive, default=20)
     args = parser.parse_args()
+    if max(args.rows) > ROWS:
+        parser.error(f"--rows has {max(args.rows)}, and the kernel takes {ROWS} at most")
     device, llm = jax.devices()[0], preset(args.preset).llm
     print(f"Python {platform.python_version()}, JAX {jax.__version__}, {device.device_kind}")
     rate = bandwidth()

@@ -36,7 +36,7 @@ from trace_table import PARTS, first_match, trace
 
 from spatialvla_jax.actions import PRETRAIN_GAUSSIANS, ActionTokenizer, gaussian_grid
 from spatialvla_jax.batch import Batch
-from spatialvla_jax.cli.arguments import Parser, count, positive, state_defaults
+from spatialvla_jax.cli.arguments import Parser, count, positive, positives, state_defaults
 from spatialvla_jax.config import default_config
 from spatialvla_jax.models import PRESETS, preset
 from spatialvla_jax.models.remat import POLICIES
@@ -84,7 +84,7 @@ def parse() -> argparse.Namespace:
     parser = Parser(prog="spatialvla-jax bench train", description=__doc__)
     parser.add_argument("--preset", choices=PRESETS, default="tiny")
     parser.add_argument("--batch-size", type=positive, default=32, help="per device")
-    parser.add_argument("--devices", help="numbers of devices to compare, such as 1,2,4 (default: all)")
+    parser.add_argument("--devices", type=positives, help="numbers of devices to compare, such as 1,2,4 (default: all)")
     parser.add_argument("--repeats", type=positive, default=5)
     parser.add_argument("--steps", type=positive, default=20, help="steps per repeat")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="by default the preset's")
@@ -92,7 +92,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--depth-source", choices=("zoedepth", "dataset", "none"), help="by default the preset's")
     parser.add_argument(
         "--gather",
-        type=lambda s: s.split(","),
+        type=gathers,
         default=["layer"],
         metavar="layer,once",
         help="when weights are cast and, if sharded, gathered; `once` is train.gather_once",
@@ -114,7 +114,16 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     if args.trace:  # kernels of a CUDA graph lose their names; without graphs a step takes 1 % longer
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_enable_command_buffer="
+    if max(args.devices or [1]) > jax.device_count():
+        parser.error(f"--devices has {max(args.devices)}, and there are {jax.device_count()} here")
     return args
+
+
+def gathers(text: str) -> list[str]:
+    """`layer,once` → ["layer", "once"]."""
+    if not {*text.split(",")} <= {"layer", "once"}:
+        raise argparse.ArgumentTypeError(f"{text!r} is not layer, once or layer,once")
+    return text.split(",")
 
 
 def xla_options(text: str) -> dict[str, Any]:
@@ -276,7 +285,7 @@ def main() -> None:
     args = parse()
     kind = jax.devices()[0].device_kind
     print(f"Python {platform.python_version()}, JAX {jax.__version__}, {jax.device_count()} × {kind}")
-    counts = [int(n) for n in args.devices.split(",")] if args.devices else [jax.device_count()]
+    counts = args.devices or [jax.device_count()]
     programs = [
         Program(n, how == "once", options)
         for options in args.xla

@@ -94,6 +94,28 @@ def test_bench_passes_arguments_on(capfd):
     assert stopped.value.code == 2
 
 
+@pytest.mark.parametrize(
+    ("script", "arguments", "sentence"),
+    [
+        ("infer", ["--variants", "bfloat16,int4"], "argument --variants: 'int4' is none of plain, bfloat16, int8"),
+        ("infer", ["--variants", "bfloat16,"], "argument --variants: '' is none of plain, bfloat16"),
+        ("train_step", ["--gather", "ones"], "argument --gather: 'ones' is not layer, once or layer,once"),
+        ("train_step", ["--devices", "1,0"], "argument --devices: '0' is not an integer from 1"),
+        ("train_step", ["--devices", "1,4096"], "--devices has 4096, and there are "),
+        ("matvec", ["--rows", "1,0"], "argument --rows: '0' is not an integer from 1"),
+        ("matvec", ["--rows", "1,17"], "--rows has 17, and the kernel takes 16 at most"),
+    ],
+)
+def test_what_a_benchmark_does_not_know_is_not_measured_as_something_else(
+    monkeypatch, capsys, script, arguments, sentence
+):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(script).main()
+    assert ended.value.code == 2 and sentence in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_a_trace_adds_up_and_every_kernel_belongs_to_a_part(monkeypatch):
     """Two steps of 100 and 110 ns: a product of the language model, the optimizer, and copies that overlap them."""
     monkeypatch.syspath_prepend(BENCHMARKS)

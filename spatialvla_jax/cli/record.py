@@ -70,6 +70,7 @@ def add(commands: Commands) -> None:
     p.add_argument("--seed", type=count, default=0, help="determines the episodes, for any number of workers")
     recorded = ("suite", "val_episodes", "tasks", "initial_states", "noise", "spread", "policy", "unnorm_key", "seed")
     p.set_defaults(recorded={name: p.get_default(name) for name in recorded})
+    p.set_defaults(default_image_size=p.get_default("image_size"))
 
 
 def run_record(args: argparse.Namespace) -> None:
@@ -79,6 +80,8 @@ def run_record(args: argparse.Namespace) -> None:
     if args.render and (name := next(given, None)):
         option = f"--{name.replace('_', '-')}"
         raise InputError(f"{option} needs --episodes: --render only renders recorded motions")
+    if args.out.suffix == ".npz" and args.image_size != args.default_image_size:
+        raise InputError(f"--image-size is for images, and {args.out} has none: set it when rendering")
     if args.policy is None and args.unnorm_key is not None:
         raise InputError("--unnorm-key needs --policy")
     (OutputFile() if args.out.suffix in (".npz", ".pack") else DATASET).check(args.out, "--out")

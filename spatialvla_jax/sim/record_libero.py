@@ -147,6 +147,8 @@ def render_motions(
     Each frame shows the state of its step; direct recordings that of 2 ms (a physics step) earlier. For `jitter` see
     `record_libero`. Raises InputError.
     """
+    if out.suffix == ".npz":
+        raise InputError(f"{out} would hold motions without their images: expected a directory or FILE.pack")
     _check_out(out, every, jitter)
     check_simulator()
     if len({file.resolve() for file in files}) < len(files):

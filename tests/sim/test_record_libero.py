@@ -143,6 +143,15 @@ def test_a_file_of_motions_is_rendered_once(tmp_path, monkeypatch):
         render_motions([tmp_path / "set.npz", tmp_path / "." / "set.npz"], tmp_path / "out.pack")
 
 
+def test_rendered_motions_are_no_file_of_motions(tmp_path):
+    save_motions(tmp_path / "set.npz", [motion(5, 48, 1)])
+    with pytest.raises(
+        InputError, match=r"other\.npz would hold motions without their images: expected a directory or FILE\.pack"
+    ):
+        render_motions([tmp_path / "set.npz"], tmp_path / "other.npz")
+    assert os.listdir(tmp_path) == ["set.npz"]
+
+
 def test_a_damaged_file_of_motions_is_named(tmp_path):
     save_motions(tmp_path / "set.npz", [motion(5, 48, 1)])
     whole = (tmp_path / "set.npz").read_bytes()

@@ -130,6 +130,7 @@ def test_the_expert_takes_over_between_two_chunks(monkeypatch, succeeds, outcome
         (["--render", "x.npz", "--suite", "libero_object"], "--suite needs --episodes"),
         (["--render", "x.npz", "--val-episodes", "1"], "--val-episodes needs --episodes"),
         (["--episodes", "1", "--policy", "nowhere"], "nowhere"),
+        (["--episodes", "1", "--image-size", "224"], "out.npz has none: set it when rendering"),
     ],
 )
 def test_bad_arguments_are_one_sentence(tmp_path, capsys, arguments, sentence):
