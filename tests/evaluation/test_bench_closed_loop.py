@@ -213,7 +213,7 @@ def test_episodes_of_weights_that_are_gone_do_not_stop_the_evaluation_of_new_one
         (["--variants", "full,full"], "--variants has 'full': expected some of full,no_ego3d,rgb,grid_1026, each once"),
         (["--config", "nothing"], "nothing"),
         (["--config.train.stepz=3"], "train.stepz"),
-        (["--image-size", 56], "--image-size is 56, and libero_spatial needs pictures of 224"),
+        (["--image-size", 56], "--image-size is 56, but libero_spatial needs pictures of 224"),
         (["--execute", "sometimes"], "sometimes"),
         (["--seeds", "a"], "--seeds"),
         (["--seeds", "0,1,0"], "--seeds is 0,1,0: expected each once"),
