@@ -46,7 +46,7 @@ from spatialvla_jax.actions import decode, encode
 from spatialvla_jax.actions.normalization import unnormalize
 from spatialvla_jax.batch import Batch
 from spatialvla_jax.checkpoints import fingerprint, load_pretrained
-from spatialvla_jax.cli.arguments import positive
+from spatialvla_jax.cli.arguments import amount, positive
 from spatialvla_jax.config import train_config_of
 from spatialvla_jax.data import Loader, open_data
 from spatialvla_jax.data.pack import packed_digest
@@ -104,13 +104,20 @@ def features(
 
 
 def examples(files: Sequence[Path], split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Features and chunks f32[B, CHUNK · 7] of a split's steps, padded with an episode's last action."""
+    """Features and chunks f32[B, CHUNK · 7] of a split's steps, padded with an episode's last action. Raises InputError
+    for motions of another suite and if there are none of the split."""
     inputs, targets = [], []
-    for motion in (motion for file in files for motion in load_motions(file) if motion.split == split):
+    for name, motion in ((file, motion) for file in files for motion in load_motions(file)):
+        if motion.suite != SUITE:
+            raise InputError(f"{name} holds motions of {motion.suite}: expected {SUITE}")
+        if motion.split != split:
+            continue
         length = len(motion.action)
         inputs.append(features(motion.qpos, motion.state, [motion.task_id] * length))
         steps = np.minimum(np.arange(length)[:, None] + np.arange(CHUNK), length - 1)
         targets.append(motion.action[steps].reshape(length, -1))
+    if not inputs:
+        raise InputError(f"{', '.join(map(str, files))}: no {split} episodes, which are needed too")
     return np.concatenate(inputs), np.concatenate(targets)
 
 
@@ -156,7 +163,9 @@ class Seen:
 
 def look(policy: Policy, params: Any, loader: Loader, split: str, frames: int, batch_size: int) -> Seen:
     """`frames` evenly spaced frames of a split, or all."""
-    (index,) = loader.indexes(split)
+    index, *others = loader.indexes(split)
+    if others:
+        raise InputError(f"--packed holds {1 + len(others)} datasets: expected one recording")
     total = index.num_frames
     ids = np.arange(min(frames, total)) * total // min(frames, total)
     statistics = policy.processor.find_statistics(index.name)["action"]
@@ -231,14 +240,20 @@ def of_one_instruction(train: Seen, val: Seen) -> np.ndarray:
 
 
 def in_cm(error: Float[np.ndarray, "N 3"], seen: Seen, frames: np.ndarray, turned: bool) -> dict[str, Any]:
-    """Mean absolute errors along the axes, and mean distance with its standard error over episodes."""
+    """Mean absolute errors along the axes, and mean distance with its standard error over episodes (None for one)."""
     error, episodes = error[frames], seen.episode[frames]
     distance = np.linalg.norm(error, axis=1)
     means = [distance[episodes == episode].mean() for episode in np.unique(episodes)]
     row = {"axes": np.abs(error).mean(axis=0).tolist(), "distance": float(distance.mean())}
     if turned:
         row["robot"] = np.abs(np.einsum("nij,nj->ni", seen.to_robot[frames], error)).mean(axis=0).tolist()
-    return row | {"standard_error": float(np.std(means) / len(means) ** 0.5), "frames": len(error)}
+    deviation = float(np.std(means, ddof=1) / len(means) ** 0.5) if len(means) > 1 else None
+    return row | {"standard_error": deviation, "frames": len(error)}
+
+
+def distance_of(row: dict[str, Any]) -> str:
+    error = row["standard_error"]
+    return f"{row['distance']:.2f}" + ("" if error is None else f" ± {error:.2f}")
 
 
 def measure_run(args: argparse.Namespace) -> None:
@@ -258,15 +273,13 @@ def measure_run(args: argparse.Namespace) -> None:
     for subset, frames in subsets.items():
         for name, guess in guesses.items():
             row = result[f"{name}, {subset}"] = in_cm(100 * (guess - val.target), val, frames, turned=True)
-            numbers = [*row["axes"], *row["robot"]]
-            distance = f"{row['distance']:.2f} ± {row['standard_error']:.2f}"
-            rows.append([f"{name}, {subset}", str(row["frames"]), *(f"{n:.2f}" for n in numbers), distance])
+            numbers = [f"{n:.2f}" for n in (*row["axes"], *row["robot"])]
+            rows.append([f"{name}, {subset}", str(row["frames"]), *numbers, distance_of(row)])
         for name in ("policy", "grid alone", "mean action"):
             error = val.commands[name] - val.commands["true"]
             row = result[f"translation of a chunk, {name}, {subset}"] = in_cm(error, val, frames, turned=False)
-            distance = f"{row['distance']:.2f} ± {row['standard_error']:.2f}"
-            numbers = ["", "", "", *(f"{n:.2f}" for n in row["axes"]), distance]
-            rows.append([f"chunk of {name}, {subset}", str(row["frames"]), *numbers])
+            numbers = ["", "", "", *(f"{n:.2f}" for n in row["axes"])]
+            rows.append([f"chunk of {name}, {subset}", str(row["frames"]), *numbers, distance_of(row)])
     print(text_table(rows, "<>"))
     args.out.mkdir(parents=True, exist_ok=True)
     write_json(args.out / "sight.json", result | provenance())
@@ -276,8 +289,8 @@ def measure_run(args: argparse.Namespace) -> None:
 def distances(text: str) -> dict[str, float]:
     """`0,0.01` → {"0": 0.0, "0.01": 0.01}."""
     try:
-        return {part: float(part) for part in text.split(",")}
-    except ValueError:
+        return {part: amount(part) for part in text.split(",")}
+    except argparse.ArgumentTypeError:
         raise argparse.ArgumentTypeError(f"{text!r} is not metres, such as 0,0.01") from None
 
 
@@ -312,12 +325,11 @@ def main() -> None:
 def imitate_from_state(args: argparse.Namespace) -> None:
     executor(args.execute)  # raises now what it would raise after the training
     episodes = libero.episodes([SUITE], args.episodes, [0], None)
-    inputs, targets = examples(args.motions, "train")
+    (inputs, targets), (seen, wanted) = (examples(args.motions, split) for split in ("train", "val"))
     motions = f"{', '.join(map(str, args.motions))} ({zlib.crc32(targets.tobytes(), zlib.crc32(inputs.tobytes())):08x})"
     mean, std = inputs.mean(0), inputs.std(0) + 1e-2
     params = fit((inputs - mean) / std, targets, args.steps)
     predict = jax.jit(network)
-    seen, wanted = examples(args.motions, "val")
     errors = {
         "val_l1": float(np.abs(predict(params, (seen - mean) / std) - wanted).mean()),
         "val_l1_median_action": float(np.abs(np.median(targets, 0) - wanted).mean()),

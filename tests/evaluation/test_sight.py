@@ -3,7 +3,9 @@
 import json
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from helpers.environments import STEP, Reach, coordinates, state
 from helpers.recordings import write_recording
 
 from spatialvla_jax.checkpoints import fingerprint
+from spatialvla_jax.errors import InputError
 from spatialvla_jax.sim import libero_env as libero
 from spatialvla_jax.sim.motions import Motion, save_motions
 
@@ -82,6 +85,28 @@ def test_what_a_policy_sees_is_read_off_it(trained: Path, monkeypatch, capfd, tm
     assert chunk["policy"]["distance"] > chunk["grid alone"]["distance"]
 
 
+def test_motions_that_do_not_fit_are_told_before_the_fit(tmp_path: Path) -> None:
+    rng, file = np.random.default_rng(0), tmp_path / "motions.npz"
+    save_motions(file, [motion(rng, "train")])
+    assert SCRIPT["examples"]([file], "train")[1].shape == (12, 28)
+    with pytest.raises(InputError, match=r"motions\.npz: no val episodes, which are needed too"):
+        SCRIPT["examples"]([file], "val")
+    save_motions(file, [motion(rng, "train"), replace(motion(rng, "val"), suite="libero_object")])
+    with pytest.raises(InputError, match=r"motions\.npz holds motions of libero_object: expected libero_spatial"):
+        SCRIPT["examples"]([file], "train")
+
+
+def test_a_standard_error_needs_two_episodes() -> None:
+    """Errors of 3 and 5 cm in two episodes: the mean is 4 ± 1 cm. In one episode there is no standard error."""
+    seen = SimpleNamespace(episode=np.array([0, 0, 1, 1]))
+    error = np.array([3.0, 3, 5, 5])[:, None] * [1, 0, 0]
+    two = SCRIPT["in_cm"](error, seen, np.ones(4, bool), turned=False)
+    assert two == {"axes": [4, 0, 0], "distance": 4, "standard_error": pytest.approx(1), "frames": 4}
+    one = SCRIPT["in_cm"](error, seen, seen.episode == 1, turned=False)
+    assert (one["distance"], one["standard_error"]) == (5, None)
+    assert (SCRIPT["distance_of"](two), SCRIPT["distance_of"](one)) == ("4.00 ± 1.00", "5.00")
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -89,6 +114,7 @@ def test_what_a_policy_sees_is_read_off_it(trained: Path, monkeypatch, capfd, tm
         (["--run", "nowhere", "--packed", "x.pack", "--frames", "0"], "--frames: '0' is not an integer from 1"),
         (["--motions", "nowhere.npz"], "nowhere.npz is not a file of motions"),
         (["--motions", "x.npz", "--offsets", "0,far"], "argument --offsets: '0,far' is not metres, such as 0,0.01"),
+        (["--motions", "x.npz", "--offsets", "0,nan"], "argument --offsets: '0,nan' is not metres, such as 0,0.01"),
         (["--motions", "x.npz", "--execute", "sometimes"], "sometimes"),
         (["--motions", "x.npz", "--frames", "9"], "--frames is for --run"),
         (["--run", "nowhere", "--packed", "x.pack", "--offsets", "0"], "--offsets is for --motions"),
