@@ -75,29 +75,29 @@ def tokenizers(config_file: str, overrides: dict[str, str], only: str | None) ->
 
 
 def report(out: Path, results: dict[str, dict], arguments: dict[str, str]) -> None:
-    """Write results.json and the figure, which labels a grid by its number of tokens."""
-
-    def tokens(name: str) -> str:
-        bins = parse_bins(name)
-        return str(np.prod(bins[:3]) + np.prod(bins[3:]) + 2) if bins else name
-
+    """Write results.json and the figure."""
     write_json(out / "results.json", {"results": results, "arguments": arguments} | provenance())
-    rows = {tokens(name): row | {"steps": row["steps"] or float("nan")} for name, row in results.items()}
-    draw(out / "quantisation.svg", rows)
+    draw(out / "quantisation.svg", results)
+
+
+def tokens(name: str) -> int:
+    """The number of tokens of a grid, by its name; 0 for what is no grid."""
+    bins = parse_bins(name)
+    return int(np.prod(bins[:3]) + np.prod(bins[3:]) + 2) if bins else int(name) if name.isdigit() else 0
 
 
 def draw(path: Path, results: dict[str, dict]) -> None:
     """Plot success rates, and the steps of successful episodes. `results`: {name: {"success", "standard_error",
-    "steps"}}, with numbers of tokens as names of grids; others ("expert", "linear 256", …) become horizontal lines."""
+    "steps" (None without a success)}}; what is no grid ("expert", "linear 256", …) becomes a horizontal line."""
     with drawing(path, 9.4, 3.4, forms=[path.suffix[1:]]) as figure:
         left, right = figure.subplots(1, 2)
-        grids = {int(name): row for name, row in results.items() if name.isdigit()}
-        sizes = sorted(grids)
-        rates = [100 * grids[size]["success"] for size in sizes]
-        errors = [100 * grids[size]["standard_error"] for size in sizes]
+        grids = [results[name] for name in sorted(filter(tokens, results), key=tokens)]  # two may have as many tokens
+        sizes = sorted(filter(None, map(tokens, results)))
+        rates = [100 * grid["success"] for grid in grids]
+        errors = [100 * grid["standard_error"] for grid in grids]
         left.errorbar(sizes, rates, errors, color=BLUE, marker="o", markersize=5, capsize=3, label="action grid")
-        right.plot(sizes, [grids[size]["steps"] for size in sizes], color=BLUE, marker="o", markersize=5)
-        others = [name for name in results if not name.isdigit()]
+        right.plot(sizes, [grid["steps"] or np.nan for grid in grids], color=BLUE, marker="o", markersize=5)
+        others = [name for name in results if not tokens(name)]
         for name, colour, line in zip(others, (ORANGE, GREEN, DARK), ("--", "-.", ":"), strict=False):
             left.axhline(100 * results[name]["success"], color=colour, linestyle=line, linewidth=1.3, label=name)
             if results[name]["steps"] is not None:  # there was a success

@@ -3,6 +3,7 @@
 import base64
 import csv
 import io
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -277,8 +278,12 @@ def draw(folder: Path, results: Results) -> list[tuple[str, str, Path]]:
     sweep.dimension_errors(path := folder / "dimensions.svg", rows)
     caption = "Open-loop L1: bars are means over seeds, points are trials, lines need no training."
     drawn.append(("Errors per dimension of the action", caption, path))
-    draw_grids(folder, results)
-    return drawn + draw_features(folder, results)
+    drawn += draw_features(folder, results)
+    kept = {path.stem for path in (*draw_grids(folder, results), *(path for *_, path in drawn))}
+    for file in folder.iterdir():  # an earlier report's, of trials that are no longer in the sweep
+        if re.fullmatch(r"effects|differences|features|grids-\d+", file.stem) and file.stem not in kept:
+            file.unlink()
+    return drawn
 
 
 def distinct_grids(results: Results) -> list[tuple[str, ActionGrid, Trial]]:
@@ -292,12 +297,14 @@ def distinct_grids(results: Results) -> list[tuple[str, ActionGrid, Trial]]:
     return [(", ".join(trial.values[axis] for axis in axes), grid, trial) for trial, grid in found]
 
 
-def draw_grids(folder: Path, results: Results) -> None:
+def draw_grids(folder: Path, results: Results) -> list[Path]:
     """Figures of every distinct grid, for print. The page instead draws grids that can be turned."""
-    found = distinct_grids(results)
+    found, drawn = distinct_grids(results), list[Path]()
     for number, start in enumerate(range(0, len(found), GRIDS_A_FIGURE), 1):
         labels, shown, trials = zip(*found[start : start + GRIDS_A_FIGURE], strict=True)
-        grids.action_grids(folder / f"grids-{number}.png", labels, shown, [t.arrays["actions"] for t in trials])
+        drawn.append(folder / f"grids-{number}.png")
+        grids.action_grids(drawn[-1], labels, shown, [t.arrays["actions"] for t in trials])
+    return drawn
 
 
 def viewer_data(results: Results) -> dict[str, Any]:

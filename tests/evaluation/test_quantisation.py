@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.environments import Line
+from matplotlib.axes import Axes
 
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.sim import libero_env as libero
@@ -39,6 +40,15 @@ def test_any_grids_one_after_the_other_and_on_where_it_stopped(config_file, tmp_
     written = json.loads((out / "results.json").read_text())
     assert written["results"] == both and set(written) > {"commit", "versions", "date", "arguments"}
     assert (out / "quantisation.svg").read_text().startswith("<?xml")
+
+
+def test_two_grids_of_as_many_tokens_are_two_points(monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(Axes, "errorbar", lambda axes, sizes, rates, errors, **_: drawn.extend((sizes, rates)))
+    row = {"standard_error": 0.01, "steps": None}
+    rates = {"8x4x2x4x4x4": 0.5, "expert": 1.0, "386": 0.7, "4x8x2x4x4x4": 0.6}
+    SCRIPT["draw"](tmp_path / "a.svg", {name: row | {"success": rate} for name, rate in rates.items()})
+    assert drawn == [[130, 130, 386], [50, 60, 70]] and (tmp_path / "a.svg").exists()
 
 
 def test_steps_of_a_success_are_those_of_the_episodes_that_were_asked_for(config_file, tmp_path, monkeypatch, capfd):

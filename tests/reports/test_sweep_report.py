@@ -463,6 +463,19 @@ def test_baselines_that_no_axis_tells_apart_have_names(tmp_path: Path) -> None:
     assert names[:2] == ["mean action (a_0)", "mean action (a_1, …)"]
 
 
+def test_figures_of_trials_that_are_gone_are_removed(workdir: Path, tmp_path: Path) -> None:
+    """A sweep of six trials in three grids becomes one of a single trial: there is nothing left to compare."""
+    shutil.copytree(workdir, tmp_path / "sweep")
+    write_report(tmp_path / "sweep")
+    figures, kept = tmp_path / "sweep" / "figures", {"curves.svg", "dimensions.svg", "curves.pdf", "dimensions.pdf"}
+    (figures / "mine.svg").write_text("x")
+    assert {path.name for path in figures.iterdir()} > kept | {"effects.pdf", "differences.svg", "features.png"}
+    name, values = "linear_on_1", {"grid": "<linear>", "ego3d": "on"}
+    write_sweep(tmp_path / "sweep", {name: {"values": values, "seed": 1}}, AXES)
+    write_report(tmp_path / "sweep")
+    assert {path.name for path in figures.iterdir()} == kept | {"mine.svg"}, "a linear grid is not drawn either"
+
+
 def test_what_can_not_be_reported(workdir: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"holds no sweep: it has no sweep\.json"):
         write_report(tmp_path)
