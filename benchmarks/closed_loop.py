@@ -46,7 +46,7 @@ from spatialvla_jax.models.presets import preset
 from spatialvla_jax.sweep.provenance import provenance
 from spatialvla_jax.training.loop import FINISHED
 from spatialvla_jax.utils.atomic import write_json
-from spatialvla_jax.utils.process import tied_to_this
+from spatialvla_jax.utils.process import tied_to_this, try_lock
 
 VARIANTS = {
     "full": [],
@@ -76,7 +76,11 @@ class Share(NamedTuple):
 def main() -> None:
     args, overrides = parse()
     try:
-        Experiment(args, overrides).run()
+        args.workdir.mkdir(parents=True, exist_ok=True)
+        with (args.workdir / "lock").open("w") as lock:
+            if not try_lock(lock):
+                raise InputError(f"another process is at work in {args.workdir}: wait for it, or use another --workdir")
+            Experiment(args, overrides).run()
     except InputError as error:
         print(error, file=sys.stderr)
         sys.exit(2)

@@ -15,6 +15,8 @@ from types import SimpleNamespace
 import pytest
 from helpers.processes import child_ends_with
 
+from spatialvla_jax.utils.process import try_lock
+
 AGAIN = "rerun the same command to resume"
 SCRIPT = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks/closed_loop.py"))
 
@@ -165,6 +167,14 @@ def test_a_file_that_takes_all_minutes_is_no_progress(bench, capsys):
         bench("--minutes", 2, stop=file, told="^2$")
         told = "first has not finished one file in --minutes 2, and a rerun would start it again: allow more"
         assert capsys.readouterr().err == f"{kind} {told}\n"
+
+
+def test_two_processes_do_not_train_one_policy(bench, tmp_path, capsys):
+    with (tmp_path / "lock").open("w") as lock:
+        assert try_lock(lock)
+        assert bench(stop="anything", told="^2$") == []
+    assert f"another process is at work in {tmp_path}: wait for it" in capsys.readouterr().err
+    assert kinds(bench()) == WHOLE
 
 
 SLOW = """
