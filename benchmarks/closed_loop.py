@@ -188,7 +188,7 @@ class Experiment:
         self.call(f"evaluate {run.name}", share, *command)
 
     def call(self, stage: str, share: Share, *command: object) -> None:
-        """Run a command. It is ended when the time is up, and keeps what it has done until then."""
+        """Run a command. When the time is up, end it; its finished work is kept."""
         if self.stopped:  # in another variant
             sys.exit(self.stopped[0])
         start = time.monotonic()
@@ -236,7 +236,7 @@ class Experiment:
 
 
 def check_same(file: Path, args: argparse.Namespace, overrides: list[str]) -> None:
-    """Raises InputError where a call began with other arguments, whose motions and weights would pass for these."""
+    """Raises InputError if an earlier call had other arguments: its motions and weights would count as these."""
     now = {f"--{k.replace('_', '-')}": str(v) for k, v in vars(args).items() if k not in FREE}
     now["overrides"] = " ".join(overrides)
     before = read_json(file) if file.exists() else now

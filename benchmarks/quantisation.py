@@ -81,14 +81,14 @@ def report(out: Path, results: dict[str, dict], arguments: dict[str, str]) -> No
 
 
 def tokens(name: str) -> int:
-    """The number of tokens of a grid, by its name; 0 for what is no grid."""
+    """The number of tokens of a grid, by its name; 0 for anything else."""
     bins = parse_bins(name)
     return int(np.prod(bins[:3]) + np.prod(bins[3:]) + 2) if bins else int(name) if name.isdigit() else 0
 
 
 def draw(path: Path, results: dict[str, dict]) -> None:
     """Plot success rates, and the steps of successful episodes. `results`: {name: {"success", "standard_error",
-    "steps" (None without a success)}}; what is no grid ("expert", "linear 256", …) becomes a horizontal line."""
+    "steps" (None without a success)}}; others ("expert", "linear 256", …) become horizontal lines."""
     with drawing(path, 9.4, 3.4, forms=[path.suffix[1:]]) as figure:
         left, right = figure.subplots(1, 2)
         grids = [results[name] for name in sorted(filter(tokens, results), key=tokens)]  # two may have as many tokens

@@ -36,7 +36,7 @@ class SimulatedWidowX:
         return {"image": image, "depth": depth, "intrinsics": intrinsics}
 
     def act(self, action: np.ndarray | None) -> None:
-        """One step of dx, dy, dz, droll, dpitch, dyaw and the gripper; steps above 5 cm are cut."""
+        """One step of dx, dy, dz, droll, dpitch, dyaw and the gripper; steps above 5 cm are clipped."""
         if action is None or np.shape(action) != (7,) or not np.isfinite(action).all():
             raise SystemExit(f"an action is seven finite numbers, got {action}")
         self.position = np.clip(self.position + np.clip(action[:3], -0.05, 0.05), self.low, self.high)
@@ -44,7 +44,7 @@ class SimulatedWidowX:
 
 
 def control(robot: SimulatedWidowX, client: WebsocketClientPolicy, prompt: str, steps: int, hertz: float) -> None:
-    """Executes each chunk to its end, then asks for the next; a smaller `action_horizon` plans more often."""
+    """Executes each chunk to its end, then requests the next; a smaller `action_horizon` plans more often."""
     policy = ActionChunkBroker(client, action_horizon=client.get_server_metadata()["action_chunk"])
     client.infer({"reset": True})
     for _ in range(steps):
@@ -54,7 +54,7 @@ def control(robot: SimulatedWidowX, client: WebsocketClientPolicy, prompt: str, 
 
 
 def connected(host: str, port: int, token: str | None, seconds: float = 60) -> WebsocketClientPolicy:
-    """openpi's client, as soon as the server has opened its port; it waits by itself until the policy is loaded."""
+    """openpi's client, as soon as the server has opened its port; the client then waits until the policy is loaded."""
     deadline = time.monotonic() + seconds
     while True:
         try:

@@ -24,7 +24,7 @@ LINES = 12  # of a block's output, at its end, in a transcript
 
 
 class Project(NamedTuple):
-    """An integration: the heading of its lines in DOCS, its folder, the Python it needs, what its tests need beside."""
+    """An integration: its heading in DOCS, folder and Python version, and the other packages that its tests need."""
 
     heading: str
     folder: str

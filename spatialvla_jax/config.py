@@ -88,7 +88,7 @@ KEYS: dict[str, Field] = {
     ),
     "init_zoedepth": Field(
         "",
-        "directory or Hub id of a ZoeDepth, where init is a PaliGemma 2 and model.depth_source is zoedepth",
+        "directory or Hub id of a ZoeDepth, if init is a PaliGemma 2 and model.depth_source is zoedepth",
         problem=_path,
     ),
     # Paper III-B, for an `init` with another action grid than this config's.
@@ -104,7 +104,7 @@ KEYS: dict[str, Field] = {
     ),
     "model.preset": Field("spatialvla-4b-224", "sizes of the model", choices=tuple(PRESETS)),
     "model.image_size": Field(
-        0, "a side of the images, a multiple of the patch's 14; 0: the preset's", low=0, high=1792, unit="pixels"
+        0, "side of the images, a multiple of the patch's 14; 0: the preset's", low=0, high=1792, unit="pixels"
     ),
     "model.depth_source": Field(
         "zoedepth", "where Ego3D's depth comes from; none: no Ego3D", choices=CHOICES["depth_source"]
@@ -141,13 +141,13 @@ KEYS: dict[str, Field] = {
     ),
     "data.balance": Field(True, "multiply weights by the sizes of the datasets, as published"),
     "data.faults.policy": Field(
-        "fail", "what to do with damaged data; skip: leave it out and count it", choices=("fail", "skip")
+        "fail", "what to do with damaged data; skip: omit and count it", choices=("fail", "skip")
     ),
     "data.faults.limit": Field(100, "how many faults may be skipped before the run fails", low=0),
     "data.read_block": Field(
         0,
-        "consecutive frames read at once, more for spinning disks; 0: one, or in a bucket what its latency and "
-        "bandwidth call for",
+        "consecutive frames read at once, more for spinning disks; 0: one, or for a bucket a number chosen from its "
+        "latency and bandwidth",
         low=0,
     ),
     "data.shuffle_frames": Field(100_000, "frames shuffled together where read_block > 1", low=1),
@@ -179,7 +179,7 @@ KEYS: dict[str, Field] = {
     # The release's OXE_EXCLUDE_MIXTURE: planar, or of poor quality.
     "grid.exclude": Field(
         ("language_table", "berkeley_fanuc_manipulation", "cmu_stretch", "jaco_play"),
-        "datasets left out when the Gaussians are fitted, as published",
+        "datasets excluded when the Gaussians are fitted, as published",
         items=NAME,
     ),
     "augment.enabled": Field(True, "crop and colour jitter"),
@@ -196,7 +196,7 @@ KEYS: dict[str, Field] = {
     "augment.move_intrinsics": Field(True, "move the camera's intrinsics with the crop"),
     "loss.soft_sigma": Field(
         0.0,
-        "standard deviation of Gaussian targets around the true cell, in training; 0: the true cell alone",
+        "standard deviation of Gaussian targets around the true cell, in training; 0: only the true cell",
         low=0.1,
         high=8,
         also=(0,),
@@ -204,8 +204,8 @@ KEYS: dict[str, Field] = {
     ),
     "loss.target": Field(
         "none",
-        "in training, also learn where the task's object is: in the picture (sides of the image) or in the camera's "
-        "frame; needs packed recordings",
+        "in training, also predict the position of the task's object: in the picture (sides of the image) or in the "
+        "camera's frame; needs packed recordings",
         choices=("none", "pixels", "metres"),
     ),
     "loss.target_weight": Field(1.0, "weight of its mean absolute error, added to the cross-entropy", above=0),
@@ -233,7 +233,7 @@ KEYS: dict[str, Field] = {
     ),
     "train.spikes.factor": Field(
         0.0,
-        "a loss above this many medians is a spike: return to a checkpoint and go on with later batches; 0: off",
+        "a loss above this many medians is a spike: return to a checkpoint and continue with later batches; 0: off",
         also=(0,),
         above=1,
     ),
@@ -414,7 +414,7 @@ def train_config_of(run: AnyPath) -> ConfigDict:
 
 
 def check_resumable(saved: dict[str, Any], config: ConfigDict, workdir: AnyPath, source: str = "this config") -> None:
-    """Raises InputError when a run began under a config that computes something else than `config`, from `source`."""
+    """Raises InputError if a run's `saved` config computes something else than `config`, which is from `source`."""
     now, before = (decisive(tree) for tree in (config.to_dict(), default_config().to_dict()))
     try:
         before |= decisive(renamed(saved, CONFIG_KEYS))  # keys newer than the run have their defaults

@@ -167,7 +167,7 @@ def test_a_workdir_that_cannot_be_made(config_file: Path, tmp_path: Path, capsys
     (tmp_path / "file").touch()
     workdir = tmp_path / "file" / "run"
     error = fails(capsys, "train", "--config", config_file, "--workdir", workdir)
-    assert error.endswith(f"--workdir {workdir}: {tmp_path / 'file'} is a file, where a folder is expected")
+    assert error.endswith(f"--workdir {workdir}: {tmp_path / 'file'} is a file, but a folder is expected")
 
 
 def test_other_urls_are_refused(config_file: Path, capsys) -> None:

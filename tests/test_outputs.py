@@ -68,7 +68,7 @@ def test_a_file_needs_its_folder(command: str, tmp_path: Path, capsys) -> None:
     (tmp_path / "out.npz").mkdir()
     assert "out.npz is a folder: expected the name of a file" in refused(capsys, command, tmp_path / "out.npz")
     (tmp_path / "file").touch()
-    assert "file is a file, where a folder is expected" in refused(capsys, command, tmp_path / "file" / "out.npz")
+    assert "file is a file, but a folder is expected" in refused(capsys, command, tmp_path / "file" / "out.npz")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "out.npz"]
 
 

@@ -74,7 +74,7 @@ class SpatialVLAServer(PredictModelServer):
             gripper: What the benchmark calls closed and open; the model's own values are 0 and 1. LIBERO's are 1, -1.
             euler: The dataset's rotations are roll, pitch and yaw, as BridgeData's; they are turned into the rotation
                 vectors that SimplerEnv's controller takes.
-            dtype: "float32" or "bfloat16" takes the place of the model's own.
+            dtype: "float32" or "bfloat16"; by default the model's own.
             quantize: "int8" keeps the language model's matrices in 8 bits.
             image_size: Height and width of the benchmark's images, to compile before the first one comes; by default
                 all is compiled at its first use, and vla-eval waits only `server.timeout` (30 seconds) for an answer.

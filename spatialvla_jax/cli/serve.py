@@ -53,7 +53,7 @@ def add(commands: Commands) -> None:
     )
     p.add_argument("--max-batch", type=at_most(32), default=32, help="observations per call of the policy, up to 32")
     p.add_argument(
-        "--max-wait-ms", type=at_most(10_000, amount), default=4, help="how long to wait for further clients"
+        "--max-wait-ms", type=at_most(10_000, amount), default=4, help="how long a batch waits for more clients"
     )
     p.add_argument("--max-clients", type=at_most(10_000), default=128, help="clients connected at once")
     p.add_argument(

@@ -141,7 +141,7 @@ def read_numbers(features: Mapping[str, np.ndarray], key: str, field: StoredFeat
 def read_language(
     record: bytes, features: Mapping[str, np.ndarray], key: str, which: int | None, field: StoredFeature, length: int
 ) -> np.ndarray:
-    """The text of every step as object[L], "" where a step has none; of lists, the item `which` (None: the first)."""
+    """The text of every step as object[L], "" if a step has none; for lists, the item `which` (None: the first)."""
     values, counts = _values(features, key, field, length)
     if field.spelled:  # zero-terminated
         if ((values < 0) | (values > 255)).any():

@@ -23,7 +23,7 @@ from spatialvla_jax.utils.camera import intrinsics_problem
 from spatialvla_jax.utils.progress import warn
 from spatialvla_jax.utils.storage import AnyPath, is_dir, is_file, is_url, list_files, list_names, read_bytes, to_path
 
-UNLABELED = "unlabeled"  # reason for skipping an episode without language where the spec allows it; not a fault
+UNLABELED = "unlabeled"  # reason for skipping an episode without language if the spec allows it; not a fault
 _ROUNDING = 1e-4  # tolerance for grippers outside [0, 1]
 _VERSION = re.compile(r"\d+(\.\d+)*(-[0-9A-Za-z-]+(\.[0-9A-Za-z-]+)*)?")
 
@@ -83,7 +83,7 @@ def _check_info(path: AnyPath) -> None:
     if not (splits and isinstance(splits, list) and all(isinstance(one, dict) and one.get("name") for one in splits)):
         raise InputError(f"{path} names no splits, which TFDS writes last: copy or write the dataset again")
     if not isinstance(info.get("name"), str) or not info["name"]:
-        raise InputError(f"{path} has no 'name', with which the names of the dataset's files begin")
+        raise InputError(f"{path} has no 'name', which starts the names of the dataset's files")
 
 
 def slice_shards(builder: Any, split: str) -> list[Shard]:

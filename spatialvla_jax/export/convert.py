@@ -201,7 +201,7 @@ def _why_not(to: str, parameters: int, verify: bool | None) -> str | None:
     if to not in VERIFIED:
         return f"{to} is JAX's own layout: its bytes were read back and compared"
     if verify is False:
-        return "not asked for"
+        return "not requested"
     if not _can_verify(to):
         return MISSING
     if verify is None and parameters > VERIFIED_BY_DEFAULT:

@@ -157,7 +157,7 @@ def weigh(logits: Array, visible: Array, scale: float, softcap: float) -> Array:
 
 
 def call_options(interpret: bool | None, warps: int, stages: int) -> dict[str, Any]:
-    """Options of `pallas_call`. By default kernels run in the interpreter where there is no GPU."""
+    """Options of `pallas_call`. By default kernels run in the interpreter without a GPU."""
     if interpret is None:
         interpret = jax.default_backend() != "gpu"
     return {"interpret": interpret, "compiler_params": plgpu.CompilerParams(num_warps=warps, num_stages=stages)}

@@ -35,7 +35,7 @@ class Policy:
 
     Calls are independent: no state is kept between them. `constrained=False` chooses from the whole vocabulary, as the
     release does. `int8` stores the language model's matrices in 8 bits. With `speculate`, an observation's "draft" (a
-    guess of the chunk's "action_ids") saves passes over the weights where it is right.
+    guess of the chunk's "action_ids") saves passes over the weights if it is right.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Policy:
 
         `observation` has "image" u8[H, W, 3] and "prompt" str. Optional, or None: "intrinsics" f32[3, 3] in pixels of
         that image; "unnorm_key", a dataset's name; "draft" i32[T, tokens_per_action], a guess of the action ids. Models
-        with `depth_source="dataset"` need "depth" f32[H, W] in metres, 0 where there is no reading. If "depth_unit"
+        with `depth_source="dataset"` need "depth" f32[H, W] in metres, 0 for no reading. If "depth_unit"
         (metres per count) is given, depth may have any numeric dtype. Everything after tokenization, resizing included,
         is one jitted call.
 

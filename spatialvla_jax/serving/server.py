@@ -84,7 +84,7 @@ class Batcher:
                     break
             results = await loop.run_in_executor(self.thread, self.call, [prepared for prepared, _ in batch])
             for (_, future), result in zip(batch, results, strict=True):
-                if future.done():  # its client was cut off
+                if future.done():  # its client disconnected
                     continue
                 if isinstance(result, Exception):
                     future.set_exception(result)

@@ -128,8 +128,8 @@ def evaluate(
     unnorm_key: str | None = None,
     videos: int = 0,
 ) -> dict[str, Any]:
-    """`closed_loop.evaluate` with a progress bar, in images of `image_size` pixels a side, mirrored for datasets that
-    have them so: `unnorm_key`, by default the first of the policy's `keys`."""
+    """`closed_loop.evaluate` with a progress bar and images of `image_size` pixels a side. They are mirrored if those
+    of the dataset `unnorm_key`, by default the first of the policy's `keys`, are."""
     mirrored = is_mirrored(unnorm_key or "".join(keys[:1]))
     with progress_bar("closed loop", "episode") as show, contextlib.closing(LogFolder(out)) as folder:
         return closed_loop.evaluate(

@@ -55,7 +55,7 @@ class Progress(NamedTuple):
 
 PHASES = ("clear", "reach", "close", "lift", "carry", "open", "done")
 CLOSE_STEPS = 9  # the fingers need about nine control steps from fully open
-CLEAR_STEPS = 20  # after which the hand moves on even if something keeps it from where it should go first
+CLEAR_STEPS = 20  # after which the hand moves on even if something blocks its first target
 
 
 def take_over(plan: Plan, began: Scene, scene: Scene, held: bool) -> tuple[Plan, Progress]:

@@ -100,7 +100,7 @@ class Trial:
 
     @property
     def digest(self) -> str:
-        """Hash of what the config computes (16 hex digits). It does not depend on where the data lies."""
+        """Hash of what the config computes (16 hex digits). It does not depend on where the data is."""
         return hashlib.sha256(json.dumps(decisive(self.config.to_dict()), sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -283,7 +283,7 @@ def _check(config: ConfigDict, changed: set[str]) -> None:
 
 
 def _grid(config: ConfigDict) -> ActionTokenizer:
-    """A grid of the size that the config will have, where that is known in advance."""
+    """A grid of the config's size, if that is known in advance."""
     return linear_grid() if config.grid.kind == "linear" else uniform_grid(config.grid.num_bins)
 
 

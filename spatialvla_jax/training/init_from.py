@@ -89,7 +89,7 @@ def with_model_of(config: ConfigDict, start: Checkpoint | None, begun: dict[str,
 
 
 def check_begun(begun: dict[str, Any], config: ConfigDict, workdir: AnyPath, source: str = "this config") -> None:
-    """`check_resumable` of a config that names its `init` as it was asked for."""
+    """`check_resumable` for a config whose `init` is spelled as the user gave it."""
     if config.init:
         config = with_model_of(pin_init(config, begun), None, begun)
     check_resumable(begun, config, workdir, source)

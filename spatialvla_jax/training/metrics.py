@@ -98,7 +98,7 @@ class MetricsLog:
             self.wandb.log(logged, step=step)
 
     def go_back(self, step: int) -> None:
-        """Drop what was logged after `step`, where the run resumes."""
+        """Drop what was logged after `step`, from which the run resumes."""
         if not is_writer():
             return
         self.file.close()

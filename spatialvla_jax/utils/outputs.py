@@ -153,6 +153,6 @@ def _check_folder(file: AnyPath, path: AnyPath, option: str, new: bool = False) 
     if not folder.exists():
         raise InputError(f"{option} {path}: the folder {folder} does not exist")
     if not folder.is_dir():
-        raise InputError(f"{option} {path}: {folder} is a file, where a folder is expected")
+        raise InputError(f"{option} {path}: {folder} is a file, but a folder is expected")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise InputError(f"{option} {path}: {folder} is not writable")

@@ -30,7 +30,7 @@ def test_convert_says_why_it_did_not_verify(run, tmp_path, monkeypatch):
     def why(name, **options):
         return convert(run, tmp_path / name, **options)["verification"]
 
-    assert why("a", to="pytorch", verify=False) == "not asked for"
+    assert why("a", to="pytorch", verify=False) == "not requested"
     assert "bytes were read back" in why("b.npz", to="big_vision", verify=True)
     monkeypatch.setattr("spatialvla_jax.export.convert.VERIFIED_BY_DEFAULT", 1000)
     assert re.match(r"[\d,]+ parameters are more than 1,000: the", why("c", to="pytorch"))

@@ -370,7 +370,7 @@ def read_json(path: Path, lines: bool = False) -> Any:
         text = path.read_text("utf-8")
         return [json.loads(line) for line in text.split("\n") if line.strip()] if lines else json.loads(text)
     except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}): a LeRobot dataset has it") from error
+        raise InputError(f"{path} cannot be read ({error.strerror}): a LeRobot dataset has this file") from error
     except ValueError as error:
         raise InputError(f"{path} is not JSON{' lines' if lines else ''}: {error}") from error
 

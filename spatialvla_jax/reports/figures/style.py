@@ -16,7 +16,7 @@ from spatialvla_jax.utils.storage import to_path
 # Okabe-Ito: distinguishable with any colour vision and in grey print.
 BLUE, ORANGE, GREEN, RED, GREY, DARK = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#9A9A9A", "#222222"
 
-# As many as a sweep's axis may have values; more begin again.
+# If there are more values than colours, they repeat.
 SERIES = (BLUE, ORANGE, GREEN, RED, "#CC79A7", "#56B4E9", "#7A5C00", "#5E4FA2", GREY)
 
 STYLE: dict[Any, Any] = {

@@ -54,7 +54,7 @@ class SpatialVLAConfig(PreTrainedConfig):
         return found[0]
 
     def validate_features(self) -> None:
-        """Raises ValueError where the model cannot see or act in this environment."""
+        """Raises ValueError if the model cannot see or act in this environment."""
         if not self.export:
             raise ValueError(
                 "policy.export is missing: expected the directory of a PyTorch export, or its id on the Hub"

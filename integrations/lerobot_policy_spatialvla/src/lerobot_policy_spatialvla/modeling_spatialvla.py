@@ -75,7 +75,7 @@ class SpatialVLAPolicy(PreTrainedPolicy):
 
     def predict_action_chunk(self, batch: dict[str, Any], **unused: Any) -> Tensor:
         """Actions f32[B, T, 7] in robot units, of images f32[B, 3, H, W] in [0, 1] and "task", B sentences. Raises
-        ValueError where there is no action."""
+        ValueError if there is no action."""
         tokens = self.predict_tokens(batch).cpu().numpy()
         actions = np.stack(
             [self.processor.decode_actions(row, unnorm_key=self.config.unnorm_key)["actions"] for row in tokens]
