@@ -10,7 +10,6 @@ from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
 from spatialvla_jax.checkpoints.processor import Processor
-from spatialvla_jax.errors import InputError
 from spatialvla_jax.evaluation.rollouts import Episode, Settings, padded, rollouts
 from spatialvla_jax.evaluation.video import FRAMES_PER_SECOND
 from spatialvla_jax.inference.policy import Policy
@@ -37,7 +36,7 @@ class ValidationRollouts:
     def start(self, run: Run) -> None:
         """Raises InputError if a suite does not match exactly one dataset, whose action units it would use."""
         self.run, self.processor = run, Processor.from_dict(run.checkpoints.metadata["processor"])
-        self.keys = [dataset_of(episode.suite, [*self.processor.statistics]) for episode in self.episodes]
+        self.keys = [libero.dataset_of(episode.suite, [*self.processor.statistics]) for episode in self.episodes]
 
     def film(self, step: int, params: Params) -> dict[str, bytes]:
         """GIF files by name, with a green frame if the task was solved, else a red one. If an episode cannot be filmed,
@@ -59,17 +58,6 @@ class ValidationRollouts:
         except Exception as error:
             warn(f"no rollout of step {step}: {type(error).__name__}: {error}")
         return films
-
-
-def dataset_of(suite: str, datasets: list[str]) -> str:
-    """The dataset whose action units a rollout in `suite` uses. Raises InputError if it is not unique."""
-    found = datasets if len(datasets) == 1 else [name for name in datasets if name.startswith(suite)]
-    if len(found) != 1:
-        raise InputError(
-            f"cannot film {suite!r}: expected one dataset whose name begins with it, to know the action's units; "
-            f"the data has {', '.join(datasets)}"
-        )
-    return found[0]
 
 
 def _gif(frames: Sequence[UInt8[np.ndarray, "S S 3"]], success: bool) -> bytes:

@@ -1,7 +1,7 @@
 """LIBERO's four suites as `closed_loop` environments, with its initial states, success test and limits."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -147,6 +147,18 @@ def evaluate(
 def is_mirrored(dataset: str) -> bool:
     """Whether a dataset's images are mirrored, see `Libero`."""
     return dataset.partition("/")[0].endswith("no_noops")
+
+
+def dataset_of(suite: str, datasets: Collection[str]) -> str:
+    """The dataset whose action units a policy of these datasets has in `suite`. Raises InputError if it is not
+    unique."""
+    found = [name for name in datasets if len(datasets) == 1 or name.startswith(suite)]
+    if len(found) != 1:
+        raise InputError(
+            f"suite {suite!r}: expected one dataset whose name begins with it, to know the action's units; "
+            f"the data has {', '.join(datasets)}"
+        )
+    return found[0]
 
 
 def initial_state(episode: Episode, count: int) -> int:

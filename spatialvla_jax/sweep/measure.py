@@ -90,10 +90,12 @@ def weights_digest(checkpoint: str | AnyPath) -> str:
 
 
 def episodes_of(trial: Trial) -> list[Episode]:
-    """The episodes of a trial's closed loop. Raises InputError for an unknown suite or a missing simulator."""
+    """The episodes of a trial's closed loop. Raises InputError for an unknown suite, one that is of none of several
+    datasets, or a missing simulator."""
     data, wanted = trial.config.data, trial.closed_loop
     names = packed_names(DataConfig.from_config(data)) or [entry["name"] for entry in data.datasets]
     suite = wanted["suite"] or (names or [data.mixture])[0]
+    libero_env.dataset_of(suite, dict.fromkeys(names or [data.mixture]))
     return libero_env.episodes([suite], wanted["episodes"], wanted["seeds"], wanted["tasks"] or None)
 
 
@@ -105,15 +107,18 @@ def simulate(trial: Trial, folder: Path, workers: int) -> None:
     if began.exists() and not str(read_json(began).get("policy")).startswith(f"{name}, "):
         warn(f"{out} holds episodes of other weights than {folder} has now: evaluating again")
         shutil.rmtree(out)
+    keys = list(policy.processor.statistics)
+    key = libero_env.dataset_of(episodes[0].suite, keys) if len(keys) > 1 else None
     libero_env.evaluate(
-        padded(policy.infer_batch),
+        padded(policy.infer_batch, unnorm_key=key),
         episodes,
         Settings(libero_env.MAX_STEPS, workers=workers),
         out,
         policy=name,
         image_size=policy.model.config.img.image_size,
         depth=policy.model.config.depth_source == "dataset",
-        keys=list(policy.processor.statistics),
+        keys=keys,
+        unnorm_key=key,
     )
 
 

@@ -21,7 +21,7 @@ from spatialvla_jax.errors import InputError
 from spatialvla_jax.evaluation.rollouts import Episode
 from spatialvla_jax.reports import rollouts as module
 from spatialvla_jax.reports.figures.training import chunks, token_use
-from spatialvla_jax.reports.rollouts import ValidationRollouts, dataset_of
+from spatialvla_jax.reports.rollouts import ValidationRollouts
 from spatialvla_jax.reports.validation import ValidationPictures
 from spatialvla_jax.sim import libero_env as libero
 from spatialvla_jax.training.log_folder import LogFolder
@@ -145,10 +145,10 @@ def test_films_are_named_by_suite_and_task(text) -> None:
 
 def test_a_suite_needs_a_dataset_of_its_name() -> None:
     statistics = {"libero_goal_no_noops": 0, "bridge": 0}
-    assert dataset_of("libero_goal", [*statistics]) == "libero_goal_no_noops"
-    assert dataset_of("libero_10", ["mine"]) == "mine"
-    with pytest.raises(InputError, match=r"cannot film 'libero_10'.*the data has libero_goal_no_noops, bridge"):
-        dataset_of("libero_10", [*statistics])
+    assert libero.dataset_of("libero_goal", [*statistics]) == "libero_goal_no_noops"
+    assert libero.dataset_of("libero_10", ["mine"]) == "mine"
+    with pytest.raises(InputError, match=r"suite 'libero_10': .*the data has libero_goal_no_noops, bridge"):
+        libero.dataset_of("libero_10", [*statistics])
 
 
 @pytest.mark.parametrize("grid", [gaussian_grid(PRETRAIN_GAUSSIANS, (4, 4, 2, 4, 4, 4)), linear_grid(16)])

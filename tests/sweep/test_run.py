@@ -474,14 +474,20 @@ def test_a_trial_is_finished_with_all_episodes_of_its_closed_loop(tmp_path: Path
     assert go_on(tasks=[0, 4], episodes=3, seeds=[0], suite="libero_goal") == []
 
 
-def test_a_trials_closed_loop_is_on_the_suite_of_its_data_and_of_its_weights(
-    packed_config: Path, tmp_path: Path, monkeypatch, capsys
-) -> None:
+def simulated(monkeypatch, *datasets: str) -> tuple[Trial, set[str | None]]:
+    """A trial on these datasets, whose closed loop has two short episodes, and the units that its policy is asked
+    for."""
+    asked = set()
+
+    def infer_batch(batch: list[dict]) -> list[dict]:
+        asked.update(one.get("unnorm_key") for one in batch)
+        return [{"actions": np.zeros((4, 7), np.float32)} for _ in batch]
+
     config = SimpleNamespace(img=SimpleNamespace(image_size=8), depth_source="none")
     policy = SimpleNamespace(
         model=SimpleNamespace(config=config),
-        processor=SimpleNamespace(statistics={"libero_object": {}}),
-        infer_batch=lambda batch: [{"actions": np.zeros((4, 7), np.float32)} for _ in batch],
+        processor=SimpleNamespace(statistics={name: {} for name in datasets}),
+        infer_batch=infer_batch,
     )
     monkeypatch.setattr(measure, "Policy", SimpleNamespace(load=lambda folder: policy))
     monkeypatch.setattr(measure, "fingerprint", str)
@@ -489,9 +495,31 @@ def test_a_trials_closed_loop_is_on_the_suite_of_its_data_and_of_its_weights(
     monkeypatch.setattr(libero_env, "check_simulator", lambda: None)
     monkeypatch.setitem(libero_env.MAX_STEPS, "libero_object", 3)
     (trial,) = trials("a").trials
-    trial.config.data.datasets = [{"name": "libero_object"}]
-    trial = replace(trial, closed_loop={"suite": "", "episodes": 1, "seeds": [5], "tasks": [0, 1]})
+    trial.config.data.datasets = [{"name": name} for name in datasets]
+    return replace(trial, closed_loop={"suite": "", "episodes": 1, "seeds": [5], "tasks": [0, 1]}), asked
+
+
+def test_a_trials_closed_loop_of_several_datasets(tmp_path: Path, monkeypatch) -> None:
+    """A policy of several datasets acts in the units of the suite's own. A suite of none is refused before training."""
+    trial, asked = simulated(monkeypatch, "libero_spatial", "libero_object")
+    for suite in ("", "libero_object"):
+        one = replace(trial, closed_loop=trial.closed_loop | {"suite": suite})
+        monkeypatch.setitem(libero_env.MAX_STEPS, "libero_spatial", 3)
+        asked.clear()
+        measure.simulate(one, tmp_path / suite, workers=1)
+        assert asked == {suite or "libero_spatial"}
+        settings = json.loads((tmp_path / suite / "closed_loop" / "settings.json").read_text())
+        assert settings["policy"].endswith(f", 8 px, {suite or 'libero_spatial'}")
+    with pytest.raises(InputError, match="suite 'libero_goal': expected one dataset whose name begins with it"):
+        measure.episodes_of(replace(trial, closed_loop=trial.closed_loop | {"suite": "libero_goal"}))
+
+
+def test_a_trials_closed_loop_is_on_the_suite_of_its_data_and_of_its_weights(
+    packed_config: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    trial, asked = simulated(monkeypatch, "libero_object")
     measure.simulate(trial, tmp_path, workers=1)
+    assert asked == {None}
     path = tmp_path / "closed_loop" / "result.json"
     result = json.loads(path.read_text())
     assert list(result["suites"]) == ["libero_object"] and result["seeds"] == [5]
