@@ -1,6 +1,7 @@
-"""Full fine-tuning with the published recipe, on your own dataset: linear decay from 2e-5 after a 0.5 % warm-up, text
-embeddings and depth model frozen, the action grid fitted to the new data (min_sigma 0) and the spatial table adapted to
-it. Without adaption: --config.grid.kind=checkpoint.
+"""Full fine-tuning with the published recipe, on your own dataset.
+
+Linear decay from 2e-5 after a 0.5 % warm-up; text embeddings and depth model are frozen. The action grid is fitted to
+the new data (min_sigma 0), and the spatial table adapted to it. Without adaption: --config.grid.kind=checkpoint.
 
     spatialvla-jax train --config finetune --workdir DIR --config.init=CHECKPOINT \\
         --config.data.datasets="[{'name': 'mine', 'spec': 'libero', 'path': 'DIR/1.0.0'}]"

@@ -1,8 +1,8 @@
 """Run the integrations with the released packages: `make integrations`.
 
-Makes a tiny export, an environment for each project under build/integrations/ (with PyTorch for CUDA, as the package
-index has it, LeRobot's takes 7 GB), and in each of them runs the integration's tests and the lines of
-docs/integrations.md, whose output goes to docs/transcripts/. Environments are kept; `make clean` removes them.
+Makes a tiny export, and an environment for each project under build/integrations/. In each it runs the integration's
+tests and the commands of docs/integrations.md, and writes their output to docs/transcripts/. Environments are kept;
+`make clean` removes them. LeRobot's takes 7 GB with the package index's PyTorch, which is for CUDA.
 
     python integrations/check.py [lerobot] [vla_eval]
 """

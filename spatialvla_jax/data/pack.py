@@ -252,11 +252,11 @@ def _named(data: DataConfig) -> dict[str, Any]:
 
 class Packed:
     """The frames of the files in `data.packed`. See `reader.Source`. Raises InputError for files that `write_pack` did
-    not write, and for files that do not go together.
+    not write, and for files that do not fit together.
 
     A dataset's weight in the mixture is its own times its file's. A dataset that is in several files has the statistics
-    of the first of them, so that adding a file does not change what a model's actions mean. The tokenizer is the first
-    file's, too.
+    of the first of them, and the tokenizer is the first file's. Adding a file therefore does not change what a model's
+    actions mean.
     """
 
     def __init__(self, config: DataConfig, image_size: int, depth: bool):

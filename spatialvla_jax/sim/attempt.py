@@ -23,8 +23,8 @@ MAX_ATTEMPTS = 100
 IN_BASKET = expert.Plan(np.deg2rad(90), radius=0.0, lift=0.08, carry=0.13, release=0.105, open_steps=16)
 
 PLANS = {
-    # Where the rim is gripped in each task (degrees around the bowl, 0 along +x, 90 along +y), so that the open fingers
-    # and the arm avoid the ramekin, drawer walls, cabinet and cookie box. Far from the base the gripper leans forward,
+    # Where the rim is gripped in each task (degrees around the bowl, 0 along +x, 90 along +y). The open fingers and the
+    # arm must avoid the ramekin, drawer walls, cabinet and cookie box. Far from the base the gripper leans forward,
     # because the arm is almost fully extended there and the controller becomes inaccurate.
     "libero_spatial": (
         expert.Plan(np.deg2rad(-45)),  # between the plate and the ramekin
@@ -73,8 +73,9 @@ class Job:
 
 
 class Recorded(NamedTuple):
-    """One accepted episode, as in `rlds_writer.features` or as its motion, its number of steps, and the attempts before
-    it that the benchmark rejected (`failed`) or that a policy finished before the expert took over (`solved`)."""
+    """One accepted episode, as in `rlds_writer.features` or as its motion, and its number of steps. Also counts the
+    attempts before it that the benchmark rejected (`failed`), or that a policy finished before the expert took over
+    (`solved`)."""
 
     episode: Any
     language: str

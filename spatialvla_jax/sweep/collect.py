@@ -20,13 +20,13 @@ SAME = ("config_digest", "packed")  # keys of result.json that are equal for the
 
 
 def collect(sources: Sequence[Path], workdir: Path) -> dict[str, int]:
-    """Copy the results of all trials that are finished in the workdirs `sources` of one sweep to `workdir`, which may
-    hold trials of it. Trials that are finished there stay as they are, except that those with a closed loop replace
-    those without.
+    """Copy the results of all finished trials in the workdirs `sources` of one sweep to `workdir`, which may already
+    hold trials of it. Finished trials there are unchanged, except that a trial with a closed loop replaces the same one
+    without.
 
     Returns {"trials" (of the sweep), "finished", "copied"}. Raises InputError, before anything is copied, for other
-    sweeps, for a trial of another config than a plan says, for results of one trial that are of another config or of
-    other data, and for a missing file.
+    sweeps and for missing files. Also raises it if a trial's config differs from its plan, or if results of one trial
+    differ in config or data.
     """
     others = [path for path in workdir.iterdir() if path.name != "compiled"] if workdir.is_dir() else []
     if others and not _is_sweep(workdir):

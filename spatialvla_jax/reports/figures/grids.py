@@ -14,11 +14,11 @@ from spatialvla_jax.reports.figures.style import BLUE, DARK, GREY, RED, Pathlike
 def action_grid(
     path: Pathlike, grid: ActionGrid, actions: Float[np.ndarray, "N A"], source: str = "data", fit: bool = True
 ) -> None:
-    """A grid over the data that it is for, as in the paper's Fig. 3.
+    """A grid over its data, as in the paper's Fig. 3.
 
-    The upper row is in 3-D. It shows the directions of translations with the (theta, phi) cells on the unit sphere,
-    translations with the cells cut by the planes z = 0 and y = 0, and rotations. Below, each variable has its data, the
-    Gaussian fitted to it, and the bin edges.
+    The upper row is in 3-D. First come the directions of translations, with the (theta, phi) cells on the unit sphere.
+    Next are translations, with the cells cut by the planes z = 0 and y = 0, and then rotations. Below, each variable
+    has its data, the Gaussian fitted to it, and the bin edges.
 
     `actions` f32[N, A] are normalised; `source` describes them in the legend. Without `fit` no Gaussian is drawn: for
     samples of the grid itself, it would differ from the grid's own.
