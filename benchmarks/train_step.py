@@ -238,7 +238,7 @@ def measure(
     flops = model_flops(setup, grid)
     achieved: dict[str, Any] = {"model_flops_per_sample": flops}
     print(f"{flops:.4g} model FLOPs a sample")
-    if rate := peak():  # unknown of CPUs
+    if rate := peak():  # unknown for CPUs
         floor = flops * batch_size / (devices * rate)
         achieved |= {"mfu": round(floor / median, 4), "floor_ms": round(1e3 * floor, 3)}
         print(f"floor of a step {1e3 * floor:.2f} ms at {rate / 1e12:.0f} TFLOP/s a device, MFU {floor / median:.1%}")

@@ -44,7 +44,7 @@ def commands(page: Path) -> Iterator[list[str]]:
         lexer.whitespace_split = True
         try:
             read = [*lexer, ";"]
-        except ValueError:  # a quotation goes on
+        except ValueError:  # inside a quotation
             continue
         pending, words = "", []
         for word in read:

@@ -165,7 +165,7 @@ def render_motions(
 def _check_out(out: Path, every: int, jitter: float) -> None:
     check_jitter(jitter)
     if every < 1 or (every > 1 and out.suffix != ".pack"):
-        raise InputError(f"every is {every}: expected 1 or, for images of some steps only, more and a FILE.pack")
+        raise InputError(f"every is {every}: expected 1, or more with a FILE.pack")
     check_file(out) if out.suffix in (".pack", ".npz") else check_out(out)
 
 

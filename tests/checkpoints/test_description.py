@@ -114,7 +114,7 @@ CASES = [  # (file, path, value, words in the error): wrong types, null, missing
     (CONFIG, ("spatialvla_jax", "depth_source"), "sonar", "is not one of zoedepth, dataset, none"),
     (CONFIG, ("spatialvla_jax", "remat"), 3, "remat=3 is a whole number, but a string is expected"),
     (CONFIG, ("spatialvla_jax", "prompt_lenght"), 3, "did you mean prompt_length?"),
-    # Of one value in our model.
+    # Our model supports one value.
     (CONFIG, ("model_type",), "llava", "model_type='llava' is not supported: it must be 'spatialvla'"),
     (CONFIG, ("ego3d_patch_reso",), 4, "ego3d_patch_reso=4 is not supported: it must be 2"),
     (CONFIG, ("n_freqs",), 10, "n_freqs=10 is not supported: it must be 8"),

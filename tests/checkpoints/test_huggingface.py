@@ -70,7 +70,7 @@ def test_config_of_the_published_model(golden):
         "_vocab_size": 265347,
         "action_token_begin_idx": 257153,
         "ego3d_patch_reso": 2,
-        "hidden_size": 2048,  # PaliGemma's first, which nothing reads
+        "hidden_size": 2048,  # of PaliGemma 1; nothing reads it
         "image_token_index": 257152,
         "n_freqs": 8,
         "num_hidden_layers": 26,

@@ -72,7 +72,7 @@ def export(request, checkpoint, tmp_path_factory):
 
 
 def expected(tokenizer: Tokenizer, prompts: list[str]) -> list[list[int]]:
-    """Without the template: rendered prompts."""
+    """Token ids of `prompts`, which are rendered already."""
     ids, mask = tokenizer.encode_prompts(prompts, length=1000)
     return [row[kept].tolist() for row, kept in zip(ids, mask, strict=True)]
 
@@ -114,7 +114,7 @@ def test_prompts_are_split_as_here(export):
     stored = Tokenizer.from_bytes((directory / "tokenizer.model").read_bytes())
     assert stored.vocab_size == checkpoint.config.text_vocab and expected(stored, prompts) == wanted
     (directory / "processor.json").rename(directory / "away")
-    read = read_huggingface(directory).processor  # of the release's files alone
+    read = read_huggingface(directory).processor  # from only the release's files
     (directory / "away").rename(directory / "processor.json")
     assert read is not None and expected(read.tokenizer, prompts) == wanted
 

@@ -242,7 +242,7 @@ def test_records_beyond_shard_lengths(data, tmp_path, capsys):
         load(data, tmp_path / "cache")
     index = load(data, tmp_path / "cache", SKIP)
     assert index.skipped == {"unlisted": 2} and (index.num_episodes, index.num_read) == (23, 25)
-    assert load(data, tmp_path / "cache", split="train[:12]").num_read == 12  # a part that ends before
+    assert load(data, tmp_path / "cache", split="train[:12]").num_read == 12  # a part that ends before those episodes
     change_info(data, [3] * 8 + [1])
     assert load(data, tmp_path / "cache").num_read == 25
     file.write_bytes(file.read_bytes() + b"\0" * 40)  # no records, but more bytes than there should be

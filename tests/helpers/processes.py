@@ -160,7 +160,7 @@ _kept: list[socket.socket] = []
 def free_port() -> int:
     """A port for JAX's coordinator. This process holds it, so nothing else on the machine can get it first."""
     _kept.append(kept := socket.socket())
-    kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # the coordinator sets it, too
+    kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # the coordinator sets it too
     kept.bind(("127.0.0.1", 0))
     return kept.getsockname()[1]
 
@@ -206,7 +206,7 @@ def serve() -> None:
             sys.exit(main(request["argv"]))
         running.add(pid)
         print(pid, flush=True)
-    for pid in running:  # of tests that failed
+    for pid in running:  # left by failed tests
         os.kill(pid, signal.SIGKILL)
 
 

@@ -488,6 +488,6 @@ def test_model_flops_of_the_published_model() -> None:
     language, vision, head = 26 * 77_860_864, 412e6, 265_347 * 2304
     tokens = 256 + config.data.prompt.length + 12
     estimate = 6 * (language * tokens + vision * 256 + head * 13)
-    assert 1 < flops / estimate < 1.06  # attention on top
+    assert 1 < flops / estimate < 1.06  # the rest is attention
     assert flops_of("none", "none") == flops
-    assert 0.4e12 < flops_of("zoedepth", "none") - flops < 0.8e12  # frozen: its forward pass alone
+    assert 0.4e12 < flops_of("zoedepth", "none") - flops < 0.8e12  # frozen: only its forward pass

@@ -33,7 +33,9 @@ def read(path: Path) -> dict[str, dict[int | None, dict[str, Any]]]:
     for chunk in RrdReader(path).stream():
         entity = found.setdefault(chunk.entity_path, {})
         batch = chunk.to_record_batch()
-        batch = batch.select([name for name in batch.schema.names if not name.startswith("log_t")])  # its own clocks
+        batch = batch.select(
+            [name for name in batch.schema.names if not name.startswith("log_t")]
+        )  # Rerun's own timelines
         for row in batch.to_pylist():
             values = {k.rpartition(":")[2]: v for k, v in row.items() if v is not None}
             entity.setdefault(row.get("step"), {}).update(values)

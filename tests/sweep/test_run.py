@@ -118,7 +118,7 @@ def test_a_trial_is_not_run_again(swept: tuple[list[str], Path, int], monkeypatc
     before = {path: path.stat().st_mtime_ns for path in workdir.glob("trials/*/result.json")}
     with pytest.raises(SystemExit) as error:
         main([*command, "--no-report", "--only", "grid-[gb]*_seed-0"])
-    assert error.value.code == 1 and started == ["grid-broken_seed-0"]  # what failed is tried again
+    assert error.value.code == 1 and started == ["grid-broken_seed-0"]  # failed trials are retried
     assert {path: path.stat().st_mtime_ns for path in workdir.glob("trials/*/result.json")} == before and len(
         before
     ) == 2
@@ -338,7 +338,7 @@ def test_another_sweep_does_not_take_the_place_of_the_one_that_is_there(tmp_path
     with pytest.raises(InputError, match=f"{tmp_path} holds the sweep mine, not other: use another workdir"):
         run.prepare(replace(trials("b"), name="other"), tmp_path)
     assert (tmp_path / "sweep.json").read_text() == before
-    run.prepare(trials("a", "b"), tmp_path)  # it may grow
+    run.prepare(trials("a", "b"), tmp_path)  # a sweep may get more trials
 
 
 @pytest.mark.parametrize("file", ["sweep.json", "trials/a/result.json", "trials/a/closed_loop/result.json"])
@@ -624,7 +624,7 @@ def test_jobs_of_slurm_and_xpk(swept: tuple[list[str], Path, int], tmp_path: Pat
     job = shlex.split(capfd.readouterr().out.splitlines()[1])
     assert shlex.split(job[-1]) == shlex.split(f"spatialvla-jax {ours.format(1)} --config.train.steps=3")
     assert job[job.index("--workload") + 1] == "grid-gaussian-seed-1" and job[job.index("--cluster") + 1] == "pod"
-    assert main([*command, "--launcher", "xpk", "--launcher-args", "pod"]) == 2  # too few of them
+    assert main([*command, "--launcher", "xpk", "--launcher-args", "pod"]) == 2  # too few arguments
     capfd.readouterr()
     assert main([*command, "--launcher-args=--partition=gpu"]) == 2
     assert capfd.readouterr().err.endswith("--launcher-args needs --launcher slurm or --launcher xpk\n")

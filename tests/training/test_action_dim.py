@@ -86,7 +86,7 @@ def test_loader_step_and_policy_follow_the_tokenizer(grid: ActionTokenizer, tmp_
         state, metrics = step(state, batch, grid, 0)
         losses.append(float(metrics["loss"]))
     assert losses[-1] < losses[0]
-    assert {x.dtype for x in jax.tree.leaves(state.params)} == {np.dtype("float32")}  # bfloat16 computes alone
+    assert {x.dtype for x in jax.tree.leaves(state.params)} == {np.dtype("float32")}  # only computation is bfloat16
     assert {key for key in metrics if key.startswith("accuracy/")} == {f"accuracy/{kind}" for kind in grid.kinds}
 
     policy = Policy(model, state.params, Processor(loader.tokenizer, grid, loader.statistics, loader.intrinsics))

@@ -84,7 +84,7 @@ def test_what_was_cut_off_does_not_exist_and_what_is_damaged_is_kept_aside(bucke
 
 
 WRITES = "^(POST|PUT) "
-ARRAYS = f"{WRITES}.*(ocdbt|%2Fd%2F)"  # those of tensorstore alone
+ARRAYS = f"{WRITES}.*(ocdbt|%2Fd%2F)"  # only those of tensorstore
 LASTING = {
     "permission": (403, "no create access", WRITES, "the permission (storage.objects.create|s3:PutObject) is missing"),
     "full": (507, "InsufficientStorage", WRITES, "the bucket is full or a quota is used up"),

@@ -96,7 +96,7 @@ def test_full_size_parameters_are_split() -> None:
     flat = flatten_dict(like_params(params, params, mesh), sep="/")
     whole = {k: v.size for k, v in flatten_dict(params, sep="/").items()}
     held = {k: np.prod(flat[k].shard_shape(v.shape)) for k, v in flatten_dict(params, sep="/").items()}
-    tables = ("llm/embedder/input_embedding", "llm/lm_head", "spatial_embedding")  # split over fsdp alone
+    tables = ("llm/embedder/input_embedding", "llm/lm_head", "spatial_embedding")  # split only over fsdp
     layers = [k for k in whole if whole[k] > 5e6 and k not in tables and k != "img/head/kernel"]
     assert layers and all(held[k] * 8 == whole[k] for k in layers)
     assert all(held[k] * 4 == whole[k] for k in tables)

@@ -28,7 +28,7 @@ def test_a_run_is_watched_traced_and_averaged(server: Server, packed_config: Pat
     """Killed and restarted with averaged parameters, a run logs and ends like an undisturbed one."""
     arguments = ("--config.optimizer.ema=0.9", "--config.train.steps=12", "--config.train.eval_every=12")
     plain, killed = tmp_path / "plain", tmp_path / "killed"
-    run = server.train(packed_config, plain, *arguments, "--profile", "11:20")  # the run ends within
+    run = server.train(packed_config, plain, *arguments, "--profile", "11:20")  # longer than the run
     assert run.wait() == 0, run.errors.read_text()
     assert list((plain / "profile").rglob("*.xplane.pb"))
     events = b"".join(path.read_bytes() for path in (plain / "tensorboard").iterdir())

@@ -11,7 +11,7 @@ from spatialvla_jax.utils.progress import Bar
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch):
-    """Seconds that pass by hand."""
+    """A clock that the test advances."""
     clock = [100.0]
     monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     return clock

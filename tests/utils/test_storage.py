@@ -108,7 +108,7 @@ def test_faults_are_mended_and_counted(bucket):
 
 
 def test_the_tries_of_tensorstore_are_counted_too(bucket, monkeypatch):
-    """Those of a checkpoint's arrays."""
+    """Covers a checkpoint's arrays."""
     monkeypatch.setitem(TRIES, "initial_delay", "1ms")
     store = tensorstore.KvStore.open(_location(f"{bucket.url}/arrays/")).result()
     before, _ = retries.counts(), bucket.proxy.requests.clear()

@@ -95,7 +95,7 @@ def test_info_that_cannot_be(tmp_path, changes, message):
 @pytest.mark.parametrize(
     ("numbers", "splits", "expected"),
     [
-        ((0, 1, 3), {"train": "0:3"}, {"train": (0, 1, 3)}),  # by place: 3 episodes
+        ((0, 1, 3), {"train": "0:3"}, {"train": (0, 1, 3)}),  # by position: 3 episodes
         ((0, 2, 3), {"train": "0:2", "val": "2:3"}, {"train": (0, 2), "val": (3,)}),
         ((0, 2, 3), {"train": "0:3", "val": "3:4"}, {"train": (0, 2), "val": (3,)}),  # by number
         ((0, 2, 3), None, {"train": (0, 2, 3)}),
