@@ -60,7 +60,7 @@
         p[across] = edge;
         return p;
       }))));
-    // Each name stands beside an edge that no wall hides.
+    // Each name is beside an edge that no wall hides.
     const names = ["roll", "pitch", "yaw"].map((name, i) => `${name} ±${reach[i].toFixed(2)}`);
     const labels = ([x, y, z]) => {
       const [a, b, c] = [x, y, z].map((v) => v > 0 ? 1.2 : -1.2);

@@ -17,7 +17,7 @@ async function pixels(source, side) {
   return context.getImageData(0, 0, side, side).data;
 }
 
-/** Metres from a map's grey levels; 0 where there is no reading. */
+/** Metres from a map's grey levels; 0 for no reading. */
 async function readDepth({ near, far, maps }, i, side) {
   const grey = await pixels(maps[i], side);
   return Float32Array.from({ length: side * side }, (_, p) =>
@@ -32,7 +32,7 @@ function drawDepth(canvas, depth, side, { near, far }) {
   canvas.getContext("2d").drawImage(small, 0, 0, canvas.width, canvas.height);
 }
 
-/** The cloud without perspective, turned about its middle; a bar says how long a part of a metre is. */
+/** The cloud without perspective, turned about its centre; a bar gives the scale. */
 function drawCloud(canvas, depth, rgb, side, camera, [yaw, pitch]) {
   const [fx, fy, cx, cy] = camera.map((x) => x * side), { width, height } = canvas;
   const context = canvas.getContext("2d"), image = context.createImageData(width, height);
