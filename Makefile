@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 .PHONY: demo sweep test test-slow test-all integrations lint docs notebooks lock clean
 
-# The locked environment is a CPU's; without this the TPU compiler in it, which tests use, looks for TPUs and complains.
+# The locked environment is for CPUs. Without this, its TPU compiler, which tests use, looks for TPUs and complains.
 demo sweep: export JAX_PLATFORMS ?= cpu
 demo: .venv/.installed
 	$(BIN)/spatialvla-jax demo --workdir runs/demo
@@ -12,7 +12,7 @@ demo: .venv/.installed
 sweep: .venv/.installed
 	$(BIN)/spatialvla-jax sweep --config sweeps/grid_resolution --workdir runs/grid_resolution
 
-# Two tiers: `test` is quick, `test-slow` is the rest, `test-all` both.
+# `test` is quick, `test-slow` runs the rest, `test-all` both.
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
 
 test: .venv/.installed
@@ -34,7 +34,7 @@ lint: .venv/.installed
 	$(BIN)/lint-imports
 	$(BIN)/codespell
 
-# The site, in site/; a warning or a link to nowhere is an error.
+# The site, in site/; a warning or a broken link is an error.
 docs: export NO_MKDOCS_2_WARNING = 1
 docs: .venv/.installed
 	$(BIN)/mkdocs build --strict --quiet
@@ -43,10 +43,10 @@ notebooks: export XLA_FLAGS = --xla_backend_optimization_level=0
 notebooks: .venv/.installed
 	$(BIN)/python notebooks/execute.py
 
-# Tests drive the server with it. It asks for NumPy 1, so it can't be in the lock, and runs with 2.
+# Tests drive the server with it. It requires NumPy 1, so it can't be in the lock, but it runs with NumPy 2.
 OPENPI_CLIENT := openpi-client==0.1.2
 
-# Exact versions, so that a fresh clone gets the environment that was tested; `make lock` renews them.
+# Exact versions, so that a fresh clone gets the tested environment; `make lock` renews them.
 .venv/.installed: requirements.lock pyproject.toml setup.py
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
@@ -59,7 +59,7 @@ lock:
 	$(BIN)/python -m pip install --upgrade --editable '.[torch,beam,lerobot,serve,gcs,s3,view,docs,dev]'
 	$(BIN)/python -m pip freeze --exclude-editable --exclude openpi-client > requirements.lock
 
-# What make has made: runs/ holds what users have trained.
+# Only what make has made: runs/ holds users' trained models.
 clean:
 	test ! -e .venv/.installed || rm -rf .venv
 	rm -rf build site *.egg-info

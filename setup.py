@@ -2,7 +2,7 @@
 
 from setuptools import find_packages, setup
 
-# These lie at the top of the repository, where people look for them, and are parts of the package once installed.
+# These are at the top of the repository, where people look for them, and become part of the installed package.
 SHIPPED = {
     "spatialvla_jax.configs": "configs",
     "spatialvla_jax.configs.sweeps": "configs/sweeps",
