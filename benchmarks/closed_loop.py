@@ -38,7 +38,7 @@ from typing import NamedTuple
 from spatialvla_jax.checkpoints import fingerprint
 from spatialvla_jax.checkpoints.types import read_json
 from spatialvla_jax.cli import overrides_of
-from spatialvla_jax.cli.arguments import amount, count, positive, task_ids
+from spatialvla_jax.cli.arguments import amount, at_most, count, positive, task_ids
 from spatialvla_jax.config import load_config
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.inference.action_chunking import executor
@@ -280,7 +280,9 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--every", type=positive, default=3, help="keep a picture of every Nth step")
     parser.add_argument("--noise", type=amount, default=0.2, help="disturbs the recorded motion, see `record`")
     parser.add_argument("--spread", type=amount, default=0.0, help="scale of the random grip angle, see `record`")
-    parser.add_argument("--jitter", type=amount, default=0.0, help="varies camera, light and colours, see `record`")
+    parser.add_argument(
+        "--jitter", type=at_most(1, amount), default=0.0, help="varies camera, light and colours, see `record`"
+    )
     parser.add_argument("--execute", default="open_loop")
     parser.add_argument("--image-size", type=positive, default=224, help="the preset's")
     parser.add_argument("--workers", type=positive, default=16)
@@ -292,6 +294,8 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
         setattr(args, key, value if getattr(args, key) is None else getattr(args, key))
     try:  # raises now, not after hours of recording
         executor(args.execute)
+        if not args.weight:
+            raise InputError("--weight is 0: expected more; --rounds 0 leaves DAgger out")
         tasks = task_ids(args.tasks) if args.tasks else []
         for name, values in (("--tasks", tasks), ("--seeds", args.seeds)):
             if len({*values}) < len(values):

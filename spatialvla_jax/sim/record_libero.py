@@ -153,7 +153,13 @@ def render_motions(
     check_simulator()
     if len({file.resolve() for file in files}) < len(files):
         raise InputError(f"one file occurs twice in {', '.join(map(str, files))}: expected each once")
-    episodes = sorted((motion for file in files for motion in load_motions(file)), key=lambda m: SPLITS.index(m.split))
+    found = [(file, motion) for file in files for motion in load_motions(file)]
+    first: dict[Any, Path] = {}
+    for file, motion in found:
+        same = motion.suite, motion.task_id, motion.split, motion.seed, motion.action.tobytes()
+        if (other := first.setdefault(same, file)) != file:
+            raise InputError(f"{other} and {file} hold the same episodes: expected recordings with different --seed")
+    episodes = sorted((motion for _, motion in found), key=lambda m: SPLITS.index(m.split))
     suites = sorted({motion.suite for motion in episodes})
     if len(suites) != 1:
         raise InputError(

@@ -230,6 +230,8 @@ def test_episodes_of_weights_that_are_gone_do_not_stop_the_evaluation_of_new_one
         (["--tasks", "3,3"], "--tasks is 3,3: expected each once"),
         (["--tasks", "3, 5"], "' 5' is not an integer from 0"),
         (["--episodes", 0], "argument --episodes: '0' is not an integer from 1"),
+        (["--weight", 0], "--weight is 0: expected more; --rounds 0 leaves DAgger out"),
+        (["--jitter", 1.5], "argument --jitter: '1.5' is more than 1"),
         (["--rounds", -1], "argument --rounds: '-1' is not an integer from 0"),
     ],
 )

@@ -143,6 +143,15 @@ def test_a_file_of_motions_is_rendered_once(tmp_path, monkeypatch):
         render_motions([tmp_path / "set.npz", tmp_path / "." / "set.npz"], tmp_path / "out.pack")
 
 
+def test_two_recordings_with_one_seed_are_not_one_dataset(tmp_path, monkeypatch):
+    """The longer one holds the episodes of the shorter one, which would count twice."""
+    monkeypatch.setattr(recorder, "check_simulator", lambda: None)
+    save_motions(tmp_path / "a.npz", [motion(5, 48, 2)])
+    save_motions(tmp_path / "b.npz", [motion(5, 48, 4), motion(5, 48, 2)])
+    with pytest.raises(InputError, match=r"a\.npz and .*b\.npz hold the same episodes: expected .* different --seed"):
+        render_motions([tmp_path / "a.npz", tmp_path / "b.npz"], tmp_path / "out.pack")
+
+
 def test_rendered_motions_are_no_file_of_motions(tmp_path):
     save_motions(tmp_path / "set.npz", [motion(5, 48, 1)])
     with pytest.raises(
