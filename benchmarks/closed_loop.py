@@ -38,7 +38,7 @@ from typing import NamedTuple
 from spatialvla_jax.checkpoints import fingerprint
 from spatialvla_jax.checkpoints.types import read_json
 from spatialvla_jax.cli import overrides_of
-from spatialvla_jax.cli.arguments import amount, at_most, count, positive, task_ids
+from spatialvla_jax.cli.arguments import amount, at_most, count, local_path, positive, task_ids
 from spatialvla_jax.config import load_config
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.inference.action_chunking import executor
@@ -250,7 +250,7 @@ def check_same(file: Path, args: argparse.Namespace, overrides: list[str]) -> No
 def parse() -> tuple[argparse.Namespace, list[str]]:
     """The arguments, with the setting's in place of those that are not given, and the config's overrides."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", type=Path, required=True)
+    parser.add_argument("--workdir", type=local_path, required=True)
     parser.add_argument(
         "--setting", choices=tuple(SETTINGS), default="full", help="; ".join(map(str, SETTINGS.items()))
     )

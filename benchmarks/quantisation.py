@@ -23,7 +23,7 @@ from spatialvla_jax.actions import decode, encode, fit_gaussians, gaussian_grid,
 from spatialvla_jax.actions.gaussian import PRESET_BINS
 from spatialvla_jax.actions.normalization import normalize, unnormalize
 from spatialvla_jax.cli import overrides_of
-from spatialvla_jax.cli.arguments import positive, task_ids
+from spatialvla_jax.cli.arguments import local_path, positive, task_ids
 from spatialvla_jax.config import load_config
 from spatialvla_jax.data import open_data
 from spatialvla_jax.errors import InputError
@@ -115,7 +115,7 @@ def draw(path: Path, results: dict[str, dict]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/quantisation"))
+    parser.add_argument("--out", type=local_path, default=Path("runs/quantisation"))
     parser.add_argument("--config", default="demo", help="names the data; --config.KEY=VALUE changes a key")
     parser.add_argument("--suite", default="libero_spatial", choices=libero.PLANS)
     parser.add_argument("--only", help="some of these, or grids by their bins, e.g. 1026,4x8x2x4x4x4,expert")

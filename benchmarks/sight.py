@@ -46,7 +46,7 @@ from spatialvla_jax.actions import decode, encode
 from spatialvla_jax.actions.normalization import unnormalize
 from spatialvla_jax.batch import Batch
 from spatialvla_jax.checkpoints import fingerprint, load_pretrained
-from spatialvla_jax.cli.arguments import amount, positive
+from spatialvla_jax.cli.arguments import amount, local_path, positive
 from spatialvla_jax.config import train_config_of
 from spatialvla_jax.data import Loader, open_data
 from spatialvla_jax.data.pack import packed_digest
@@ -297,9 +297,9 @@ def distances(text: str) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--motions", type=Path, nargs="+")
+    what.add_argument("--motions", type=local_path, nargs="+")
     what.add_argument("--run", type=Path, help="a trained policy")
-    parser.add_argument("--out", type=Path, default=Path("runs/sight"))
+    parser.add_argument("--out", type=local_path, default=Path("runs/sight"))
     of_run, of_motions = parser.add_argument_group("with --run"), parser.add_argument_group("with --motions")
     of_run.add_argument("--packed", type=Path, help="recordings of its image size")
     of_run.add_argument("--frames", type=positive, default=4000, help="at most, in each of train and val")

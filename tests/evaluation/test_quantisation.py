@@ -76,6 +76,7 @@ def test_results_of_other_data_are_not_taken_up(config_file, tmp_path, monkeypat
     ("arguments", "sentence"),
     [
         (["--minuts", "9"], "argument '--minuts' is not known"),
+        (["--out", "gs://a/b"], "argument --out: gs://a/b is a URL: only a local path is accepted here"),
         (["--seeds", "a"], "argument --seeds: 'a' is not an integer"),
         (["--seeds", "0,0"], "seeds are 0,0: expected each once"),
         (["--config", "nothing"], "nothing"),

@@ -114,6 +114,10 @@ def test_a_standard_error_needs_two_episodes() -> None:
         (["--run", "nowhere", "--packed", "x.pack", "--frames", "0"], "--frames: '0' is not an integer from 1"),
         (["--motions", "nowhere.npz"], "nowhere.npz is not a file of motions"),
         (["--motions", "x.npz", "--offsets", "0,far"], "argument --offsets: '0,far' is not metres, such as 0,0.01"),
+        (
+            ["--motions", "gs://a/x.npz"],
+            "argument --motions: gs://a/x.npz is a URL: only a local path is accepted here",
+        ),
         (["--motions", "x.npz", "--offsets", "0,nan"], "argument --offsets: '0,nan' is not metres, such as 0,0.01"),
         (["--motions", "x.npz", "--execute", "sometimes"], "sometimes"),
         (["--motions", "x.npz", "--frames", "9"], "--frames is for --run"),
