@@ -285,8 +285,8 @@ class Packed:
             before, statistics = first.setdefault(index.name, (entry, index.statistics))
             if split == self._train_split and (beyond := exceeding(statistics, index.statistics)):
                 warn(
-                    f"dataset {index.name!r} has the statistics of {before.path}, but the {beyond} of its actions in "
-                    f"{entry.path} reach more than half of that range beyond it, and will be cut off"
+                    f"dataset {index.name!r} has the statistics of {before.path}; the {beyond} of its actions in "
+                    f"{entry.path} exceed that range by more than half of it, and will be clipped"
                 )
         return tuple(dataclasses.replace(index, statistics=first[index.name][1]) for index in indexes)
 
