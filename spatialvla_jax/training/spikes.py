@@ -90,8 +90,8 @@ class Watch:
         if len(self.spikes) == policy.limit:
             raise InputError(
                 f"step {step}: the loss is {loss:.4g}, the median of {policy.window} steps before it {usual:.4g}, "
-                f"after {policy.limit} such spikes, the most that train.spikes.limit allows; lower the learning rate, or "
-                "look at the data"
+                f"after {policy.limit} such spikes, the most that train.spikes.limit allows; lower the learning rate, "
+                "or look at the data"
             )
         self.spikes = [*self.spikes, {"step": step, "loss": loss, "median": usual, "rewound_to": target}]
         self.skipped += step - target
