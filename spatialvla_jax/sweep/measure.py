@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import shutil
 import time
 from pathlib import Path
@@ -19,6 +18,7 @@ from spatialvla_jax.checkpoints.types import digest, read_json
 from spatialvla_jax.config import train_config_of
 from spatialvla_jax.data import DataConfig, open_data
 from spatialvla_jax.data.pack import packed_digest, packed_names
+from spatialvla_jax.errors import InputError
 from spatialvla_jax.evaluation.open_loop import evaluate
 from spatialvla_jax.evaluation.rollouts import Episode, Settings, padded
 from spatialvla_jax.inference.policy import Policy
@@ -35,14 +35,16 @@ SHOWN = 4000  # actions of the data that are kept for the report's figures
 
 def measure(trial: Trial, folder: Path, trained: dict[str, Any], drawn: bool) -> dict[str, Any]:
     """Evaluate a finished training run: the content of result.json. Also writes the data for the report's figures; the
-    spatial features, which are large, only if `drawn`."""
+    spatial features, which are large, only if `drawn`. Raises InputError if nothing was learned."""
     began, config = time.monotonic(), train_config_of(folder)
+    records, times = (read_metrics(folder / f"{name}.jsonl") for name in ("metrics", "times"))
+    if not (losses := curve_of(records, "loss")):  # a step whose loss is not finite is skipped
+        raise InputError("no logged step has a finite loss, so nothing was learned: lower optimizer.learning_rate")
     policy = Policy.load(folder)
     loader, grid = open_data(config, policy.processor.statistics, policy.processor.tokenizer), policy.processor.grid
     actions = loader.actions()
     with Bar(total=loader.num_frames(config.train.eval_split), unit="frame", desc="evaluate") as bar:
         evaluation = evaluate(policy, loader, config.train.eval_split, progress=bar.update)
-    records, times = (read_metrics(folder / f"{name}.jsonl") for name in ("metrics", "times"))
     seconds = [record["step/seconds"] for record in times]
     curve = curve_of(records, "val/l1")
     shown = np.random.default_rng(0).permutation(len(actions))[:SHOWN]
@@ -64,8 +66,7 @@ def measure(trial: Trial, folder: Path, trained: dict[str, Any], drawn: bool) ->
         "trainable": trained["trainable"],
         "grid": describe_grid(grid),
         "tokens_used": len(np.unique(np.asarray(encode(grid, actions)))),
-        # A step whose loss was not finite was skipped.
-        "loss": next((r["loss"] for r in reversed(records) if math.isfinite(r.get("loss", math.nan))), math.nan),
+        "loss": losses[-1][1],
         "validation": curve,
         "plateau": plateau(curve, trained["step"]),
         "step_seconds_median": float(np.median(seconds[1:] or seconds)),  # the first record includes compilation

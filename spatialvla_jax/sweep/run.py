@@ -265,7 +265,10 @@ def attempt(sweep: Sweep, trial: Trial, folder: Path, workers: int) -> str:
             (folder / "result.json").unlink(missing_ok=True)
     (folder / "failed.json").unlink(missing_ok=True)
     try:
-        trained = train(trial.config, folder)
+        # Checks now what is evaluated after the training, which itself may have no validation.
+        trained = train(
+            trial.config, folder, on_start=lambda run: run.loader.check_epoch(trial.config.train.eval_split)
+        )
         if trained["step"] < trial.config.train.steps:
             return STOPPED
         if is_writer():

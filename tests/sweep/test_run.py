@@ -21,7 +21,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from spatialvla_jax.actions import adapt_embeddings, uniform_grid
 from spatialvla_jax.cli import main
 from spatialvla_jax.config import default_config, load_config
-from spatialvla_jax.data import Loader
+from spatialvla_jax.data import Loader, open_data
 from spatialvla_jax.data.pack import packed_digest, write_pack
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.evaluation.closed_loop import summary
@@ -109,7 +109,7 @@ def test_a_trial_is_not_run_again(swept: tuple[list[str], Path, int], monkeypatc
     command, workdir, _ = swept
     started = []
 
-    def train(config, folder):
+    def train(config, folder, **_):
         started.append(folder.name)
         raise RuntimeError("out of\nmemory")
 
@@ -196,7 +196,7 @@ def test_finished_trials_come_from_elsewhere_as_small_files(
     assert main(["sweep", "collect", str(workdir), "--out", str(out)]) == 0
     assert f"copied 0 trials to {out}: 2 of 6 are finished" in capsys.readouterr().out
 
-    monkeypatch.setattr(run, "train", lambda config, folder: pytest.fail("it is finished"))
+    monkeypatch.setattr(run, "train", lambda config, folder, **_: pytest.fail("it is finished"))
     monkeypatch.setattr(run, "share_compilations", lambda folder: None)
     here = [*command[: command.index("--workdir")], "--workdir", str(out), "--no-report", "--config.train.steps=2"]
     for name in two:
@@ -377,7 +377,7 @@ from types import SimpleNamespace
 from spatialvla_jax.sweep import run
 from spatialvla_jax.sweep.plan import Sweep, Trial
 run.share_compilations = lambda folder: None
-run.train = lambda config, folder: os._exit(9) if folder.name == "a" else {"step": 10}
+run.train = lambda config, folder, **_: os._exit(9) if folder.name == "a" else {"step": 10}
 run.measure = lambda trial, folder, trained, drawn: {}
 config = SimpleNamespace(train=SimpleNamespace(steps=10))
 workdir = Path(sys.argv[1])
@@ -409,17 +409,49 @@ def trials(*names: str) -> Sweep:
 
 def test_a_stopped_trial_ends_the_sweep_and_a_taken_one_is_left(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(run, "share_compilations", lambda folder: None)
-    monkeypatch.setattr(run, "train", lambda config, folder: {"step": 4 if folder.name == "b" else 10})
+    monkeypatch.setattr(run, "train", lambda config, folder, **_: {"step": 4 if folder.name == "b" else 10})
     monkeypatch.setattr(run, "measure", lambda trial, folder, trained, drawn: {"trial": trial.name})
     sweep = trials("a", "b", "c")
     assert run.run_here(sweep, tmp_path, sweep.trials, print) == {"a": run.FINISHED, "b": run.STOPPED}
     assert not (tmp_path / "trials" / "b" / "result.json").exists()
-    monkeypatch.setattr(run, "train", lambda config, folder: {"step": 10})
+    monkeypatch.setattr(run, "train", lambda config, folder, **_: {"step": 10})
     with run.claim(tmp_path / "trials" / "b") as mine, run.claim(tmp_path / "trials" / "b") as again:
         assert mine and not again
         outcomes = run.run_here(sweep, tmp_path, sweep.trials, print)
         assert outcomes == {"a": run.FINISHED, "b": run.ELSEWHERE, "c": run.FINISHED}
     assert run.run_here(sweep, tmp_path, sweep.trials, print)["b"] == run.FINISHED
+
+
+def test_a_trial_without_data_to_evaluate_fails_before_it_is_trained(
+    packed_config: Path, tmp_path: Path, monkeypatch
+) -> None:
+    """Its training has no validation that would tell."""
+    started = []
+
+    def train(config, folder: Path, on_start) -> dict[str, int]:
+        on_start(SimpleNamespace(loader=open_data(config)))
+        started.append(folder.name)
+        return {"step": 4}
+
+    monkeypatch.setattr(run, "share_compilations", lambda folder: None)
+    monkeypatch.setattr(run, "train", train)
+    sweep, config = trials("a", "b"), load_config(packed_config, {"train.eval_split": "nothing"})
+    lacking = replace(sweep.trials[0], config=config)
+    whole = replace(sweep.trials[1], config=load_config(packed_config))
+    assert run.run_here(sweep, tmp_path, [lacking, whole], print) == {"a": run.FAILED, "b": run.STOPPED}
+    assert "has no split 'nothing'" in json.loads((tmp_path / "trials/a/failed.json").read_text())["reason"]
+    assert started == ["b"]
+
+
+def test_a_trial_without_a_finite_loss_has_no_result(packed_config: Path, tmp_path: Path) -> None:
+    """The report refuses a result without a number, and with it those of all other trials."""
+    (trial,) = trials("a").trials
+    (tmp_path / "checkpoints").mkdir()
+    write_json(tmp_path / "config.json", trial.config.to_dict())
+    for name in ("metrics", "times"):
+        (tmp_path / f"{name}.jsonl").write_text('{"step": 1, "loss": NaN}\n{"step": 2, "loss": Infinity}\n')
+    with pytest.raises(InputError, match="no logged step has a finite loss, so nothing was learned"):
+        measure.measure(trial, tmp_path, {"step": 2}, False)
 
 
 def test_checkpoints_that_cannot_be_removed_end_no_sweep(tmp_path: Path, monkeypatch, capsys) -> None:
@@ -429,7 +461,7 @@ def test_checkpoints_that_cannot_be_removed_end_no_sweep(tmp_path: Path, monkeyp
         raise OSError(errno.ENOTEMPTY, "Directory not empty", str(folder))
 
     monkeypatch.setattr(run, "share_compilations", lambda folder: None)
-    monkeypatch.setattr(run, "train", lambda config, folder: {"step": 10})
+    monkeypatch.setattr(run, "train", lambda config, folder, **_: {"step": 10})
     monkeypatch.setattr(run, "measure", lambda trial, folder, trained, drawn: {"trial": trial.name})
     monkeypatch.setattr(run.shutil, "rmtree", busy)
     sweep = replace(trials("a", "b"), keep_checkpoints=False)
@@ -454,7 +486,7 @@ def test_a_trial_is_finished_with_all_episodes_of_its_closed_loop(tmp_path: Path
         write_json(folder / "closed_loop" / "result.json", summary(dict.fromkeys(episodes, record)))
 
     monkeypatch.setattr(run, "share_compilations", lambda folder: None)
-    monkeypatch.setattr(run, "train", lambda config, folder: {"step": 10})
+    monkeypatch.setattr(run, "train", lambda config, folder, **_: {"step": 10})
     monkeypatch.setattr(run, "measure", lambda *_: {"data": ["libero_goal"]})
     monkeypatch.setattr(run, "simulate", simulate)
     sweep = trials("a")
@@ -549,7 +581,7 @@ def test_a_result_does_not_outlive_its_weights(tmp_path: Path, monkeypatch) -> N
     """If a sweep kept no checkpoints and asks for a closed loop, it trains anew; its old result is removed first."""
     there = []
 
-    def train(config, folder: Path) -> dict[str, int]:
+    def train(config, folder: Path, **_) -> dict[str, int]:
         there.append((folder / "result.json").exists())
         return {"step": 4}
 
