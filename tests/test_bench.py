@@ -1,8 +1,10 @@
 import importlib.util
 import json
 import sys
+from argparse import Namespace
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.processes import child_ends_with
@@ -114,6 +116,17 @@ def test_what_a_benchmark_does_not_know_is_not_measured_as_something_else(
     with pytest.raises(SystemExit) as ended:
         importlib.import_module(script).main()
     assert ended.value.code == 2 and sentence in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_tile_that_multiplies_wrongly_is_not_among_the_best(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    matvec = importlib.import_module("matvec")
+    monkeypatch.setattr(matvec, "CACHE", 1)
+    monkeypatch.setattr(matvec, "UNDERWAY", 0)
+    monkeypatch.setattr(matvec.kernels, "multiply", lambda x, matrix, **_: jnp.zeros((*x.shape[:-1], len(matrix))))
+    found = matvec.measure("out", (64, 256), 1, Namespace(tiles=2, repeats=1))
+    assert found["tried"] == 2 and found["best"] == [] and found["failed"].startswith("2: (")
+    assert "is wrong by 1 of the largest product" in found["failed"]
 
 
 def test_a_trace_adds_up_and_every_kernel_belongs_to_a_part(monkeypatch):
