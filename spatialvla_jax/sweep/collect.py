@@ -24,9 +24,9 @@ def collect(sources: Sequence[Path], workdir: Path) -> dict[str, int]:
     hold trials of it. Finished trials there are unchanged, except that a trial with a closed loop replaces the same one
     without.
 
-    Returns {"trials" (of the sweep), "finished", "copied"}. Raises InputError, before anything is copied, for other
-    sweeps and for missing files. Also raises it if a trial's config differs from its plan, or if results of one trial
-    differ in config or data.
+    Returns {"trials" (of the sweep), "finished" (in `workdir`), "copied"}. Raises InputError, before anything is
+    copied, for other sweeps and for missing files. Also raises it if a trial's config differs from its plan, or if
+    results of one trial differ in config or data.
     """
     others = [path for path in workdir.iterdir() if path.name != "compiled"] if workdir.is_dir() else []
     if others and not _is_sweep(workdir):
@@ -54,11 +54,9 @@ def collect(sources: Sequence[Path], workdir: Path) -> dict[str, int]:
     workdir.mkdir(parents=True, exist_ok=True)
     if not _is_sweep(workdir):
         write_json(workdir / "sweep.json", plan)
-    return {
-        "trials": len(plan["trials"]),
-        "finished": len(chosen),
-        "copied": sum(_copy(new[n], workdir, n) for n in new),
-    }
+    copied = sum(_copy(folder, workdir, name) for name, folder in new.items())
+    taken = len(new) - copied  # that another process is running there
+    return {"trials": len(plan["trials"]), "finished": len(chosen) - taken, "copied": copied}
 
 
 def _is_sweep(place: Path) -> bool:

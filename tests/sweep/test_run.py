@@ -1,6 +1,7 @@
 """Trials run once, whoever runs them; failures and stops are reported; equal shapes compile once."""
 
 import errno
+import itertools
 import json
 import re
 import shlex
@@ -284,6 +285,21 @@ def test_a_trial_with_its_closed_loop_is_collected(tmp_path: Path) -> None:
             collect.collect(places, tmp_path / "new")
     with pytest.raises(InputError, match="is not empty and holds no sweep"):
         collect.collect(places[:2], places[0] / "trials" / "a")
+
+
+def test_a_trial_that_is_running_there_is_not_counted_as_collected(tmp_path: Path) -> None:
+    here, there, plan = tmp_path / "here", tmp_path / "there", {n: {"values": {}, "seed": 0} for n in "ab"}
+    for trial, name in itertools.product("ab", (*collect.FILES, "result.json")):
+        (here / "trials" / trial).mkdir(parents=True, exist_ok=True)
+        write_json(here / "trials" / trial / name, {})
+    running = there / "trials" / "a"
+    running.mkdir(parents=True)
+    for place in (here, there):
+        write_json(place / "sweep.json", {"name": "s", "trials": plan})
+    with run.claim(running):
+        assert collect.collect([here], there) == {"trials": 2, "finished": 1, "copied": 1}
+        assert not (running / "result.json").exists()
+    assert collect.collect([here], there) == {"trials": 2, "finished": 2, "copied": 1}
 
 
 def test_a_collection_that_is_stopped_halfway_leaves_no_mixture_of_two_results(tmp_path: Path, monkeypatch) -> None:
