@@ -7,9 +7,9 @@ import numpy as np
 from spatialvla_jax.data.pack_recording import write_packed
 
 
-def write_recording(out: Path, episodes: int = 4) -> Path:
+def write_recording(out: Path, episodes: int = 4, every: int = 1) -> Path:
     """Write a file like `record libero`: `episodes` train episodes and one val episode, of 12 steps at 56 px. Images
-    are uniformly grey and show only the target's depth; the fingers close at step 8."""
+    are uniformly grey and show only the target's depth; the fingers close at step 8. `every` divides 12."""
     rng = np.random.default_rng(0)
 
     def episode(length: int) -> dict:
@@ -31,5 +31,5 @@ def write_recording(out: Path, episodes: int = 4) -> Path:
         return np.concatenate([rng.uniform(-1, 1, (12, 6)), gripper[:, None]], axis=1).astype(np.float32)
 
     known = [(split, "reach", actions()) for split in ("train",) * episodes + ("val",)]
-    write_packed(out, known, map(episode, [12] * len(known)), name="toy", image_size=56)
+    write_packed(out, known, map(episode, [12 // every] * len(known)), name="toy", image_size=56, every=every)
     return out

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import pytest
 from helpers.environments import Counter
+from helpers.recordings import write_recording
 from helpers.toy_rlds import make_episodes, make_rlds
 from jax.experimental.compilation_cache import compilation_cache
 
@@ -457,6 +458,27 @@ def test_a_trial_without_data_to_evaluate_fails_before_it_is_trained(
     assert run.run_here(sweep, tmp_path, [lacking, whole], print) == {"a": run.FAILED, "b": run.STOPPED}
     assert "has no split 'nothing'" in json.loads((tmp_path / "trials/a/failed.json").read_text())["reason"]
     assert started == ["b"]
+
+
+def test_frames_to_train_on_are_those_with_pictures(tmp_path: Path, monkeypatch) -> None:
+    """Two files of one dataset have 4 × 12 steps each and, for every third step of the second, a picture."""
+    files = [str(write_recording(tmp_path / f"{every}.pack", every=every)) for every in (1, 3)]
+    (trial,), grid = trials("a").trials, uniform_grid((4, 4, 2, 2, 2, 2))
+    trial.config.data.packed = dict.fromkeys(files, 1.0)
+    trial.config.model.update(preset="nano", image_size=56)
+    processor = SimpleNamespace(statistics=None, tokenizer=None, grid=grid)
+    for name, value in {
+        "train_config_of": lambda folder: trial.config,
+        "Policy": SimpleNamespace(load=lambda folder: SimpleNamespace(processor=processor)),
+        "evaluate": lambda *_, **__: {},
+        "fingerprint": str,
+    }.items():
+        monkeypatch.setattr(measure, name, value)
+    for name in ("metrics", "times"):
+        (tmp_path / f"{name}.jsonl").write_text('{"step": 4, "loss": 1.5, "step/seconds": 0.5}\n')
+    result = measure.measure(trial, tmp_path, {"step": 4, "params": 3, "trainable": 2}, False)
+    assert result["data"] == ["toy"] and result["train_frames"] == 4 * 12 + 4 * 4
+    assert (result["loss"], result["train_seconds"]) == (1.5, 2)
 
 
 def test_a_trial_without_a_finite_loss_has_no_result(packed_config: Path, tmp_path: Path) -> None:
