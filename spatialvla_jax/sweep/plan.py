@@ -297,7 +297,7 @@ def _check_files(config: ConfigDict) -> None:
         problem = f"init is {config.init}, which does not exist"
     elif lacking := [path for path in DataConfig.from_config(config.data).packed_files if not is_file(to_path(path))]:
         problem = f"data.packed names {lacking[0]}, which does not exist"
-    elif missing := [entry.path for entry in entries if not Path(entry.path).exists()]:
+    elif missing := [entry.path for entry in entries if not exists(to_path(entry.path))]:
         problem = f"data.datasets has {missing[0]}, which does not exist"
         if data["precomputed_depth"]:
             problem += ": make it with `spatialvla-jax data depth`, or leave the trials that need it out with --only"

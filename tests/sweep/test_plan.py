@@ -223,13 +223,17 @@ def test_bad_sweeps_are_refused(changes: dict, sentence: str, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_packed_files_may_lie_in_a_bucket(gcs, tmp_path: Path) -> None:
+def test_data_may_lie_in_a_bucket(gcs, tmp_path: Path) -> None:
     (tmp_path / "packed").mkdir()
     (tmp_path / "packed" / "there.pack").write_text("of no interest here")
     url = gcs.upload(tmp_path / "packed", "packed") + "/there.pack"
     assert load_sweep(write(tmp_path), {"data.packed": url}).trials[0].config.data.packed == url
     with pytest.raises(InputError, match=r"data.packed names gs://.*/other.pack, which does not exist"):
         load_sweep(write(tmp_path), {"data.packed": str({url: 1.0, url.replace("there", "other"): 1.0})})
+    folder, dataset = url.rpartition("/")[0], {"name": "toy", "spec": "libero"}
+    assert load_sweep(write(tmp_path), {"data.datasets": str([dataset | {"path": folder}])}).trials
+    with pytest.raises(InputError, match=r"data.datasets has gs://.*/packed2, which does not exist"):
+        load_sweep(write(tmp_path), {"data.datasets": str([dataset | {"path": f"{folder}2"}])})
 
 
 def test_numpy_values_are_python_values(tmp_path: Path) -> None:
