@@ -34,7 +34,7 @@ from spatialvla_jax.errors import InputError
 from spatialvla_jax.text import Tokenizer
 from spatialvla_jax.utils.atomic import disk_errors, parents_of, replacing
 from spatialvla_jax.utils.progress import warn
-from spatialvla_jax.utils.storage import cached_copy, is_dir, is_url, list_files, read_range, to_path
+from spatialvla_jax.utils.storage import cached_copy, is_url, list_files, read_range, to_path
 
 MAGIC, VERSION, ALIGNMENT = b"SVLAPACK", 2, 4096  # version 1 is the same, but has a frame for every action
 _PREFIX = struct.Struct("<8sII32s")
@@ -354,8 +354,9 @@ class _File:
             )
 
     def _warn_of_changes(self, name: str, made_from: Mapping[str, Any]) -> None:
-        """Warn if the packed data still exists at its original place and has changed."""
-        if made_from and is_dir(to_path(made_from["place"])):
+        """Warn if the packed data still exists at its original place on this machine and has changed. Data in a bucket
+        is not looked for: a packed file also serves where that bucket cannot be reached."""
+        if made_from and not is_url(made_from["place"]) and os.path.isdir(made_from["place"]):
             files = list_files(to_path(made_from["place"]))
             shards = made_from["shards"]
             if changed := [file for file, *stat, _, _, _ in shards if files.get(file) != tuple(stat)]:

@@ -172,3 +172,15 @@ def test_weights_belong_to_a_run_and_paths_do_not(tmp_path):
         with pytest.raises(InputError, match=r"holds a run with data\.packed"):
             check_resumable(before, config(other), tmp_path)
     assert config("12").data.packed == "12"
+
+
+def test_a_file_that_was_made_from_a_bucket_needs_no_bucket(files, tmp_path, monkeypatch):
+    """It may be read without a network, without credentials, or after the bucket is gone."""
+    loader = load(str(files[0]))
+    own, place = loader.indexes, {"place": "gs://gone/toy/1.0.0", "shards": [["a", 1, 2, 0, 0, 0]]}
+    made = {split: tuple(replace(index, made_from=place) for index in own(split)) for split in ("train", "val")}
+    monkeypatch.setattr(loader, "indexes", lambda split="train": made[split])
+    write_pack(loader, tmp_path / "made.pack", ("train", "val"))
+    monkeypatch.setattr("spatialvla_jax.utils.storage.filesystem", lambda path: pytest.fail(f"{path} is looked for"))
+    again = load(str(tmp_path / "made.pack"))
+    assert again.num_frames("val") == 4 and again.versions == {"toy": "1.0.0"}
