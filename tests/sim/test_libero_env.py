@@ -205,6 +205,17 @@ def test_the_command_with_servers(evaluate, tmp_path):
         assert all(o["image"].shape == (48, 48, 3) and o["image"][0, 0, 1] == 0 for o in seen), "the size it says"
 
 
+def test_a_suite_is_not_evaluated_in_the_units_of_another(evaluate, tmp_path):
+    with openpi({"unnorm_keys": ["libero_object_no_noops", "libero_spatial_no_noops"]}, []) as address:
+        code, _, err = evaluate("--server", address, "--unnorm-key", "libero_object_no_noops")
+        assert code == 2 and "has those of libero_spatial as libero_spatial_no_noops: evaluate that suite in" in err
+        assert not (tmp_path / "out").exists()
+        assert evaluate("--server", address, "--unnorm-key", "libero_spatial_no_noops")[0] == 0
+    with openpi({"unnorm_keys": ["libero_object"]}, []) as address:
+        code, *_ = evaluate("--server", address, "--unnorm-key", "libero_object", "--out", str(tmp_path / "other"))
+        assert code == 0, "it knows no units of this suite"
+
+
 def test_episodes_of_a_server_that_got_another_policy_are_not_mixed(evaluate):
     """The server has the same address, but was restarted with other weights."""
     port = 0
