@@ -157,12 +157,7 @@ def run_closed_loop(args: argparse.Namespace) -> None:
             f"--unnorm-key {args.unnorm_key!r} is not a dataset of {name}: choose one of {', '.join(keys)}"
         )
     for suite in dict.fromkeys(episode.suite for episode in episodes):
-        own = [key for key in keys if key.startswith(suite)]
-        if own and args.unnorm_key is not None and find_key(args.unnorm_key, own) is None:
-            raise InputError(
-                f"--unnorm-key {args.unnorm_key!r} has the action units of another suite, and {name} has those of "
-                f"{suite} as {own[0]}: evaluate that suite in a call of its own"
-            )
+        libero.check_units(suite, keys, args.unnorm_key)
     result = libero.evaluate(
         infer,
         episodes,

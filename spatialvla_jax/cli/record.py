@@ -105,7 +105,7 @@ def run_record(args: argparse.Namespace) -> None:
         every=args.every,
         jitter=args.jitter,
         workers=args.workers,
-        takeovers=None if args.policy is None else load_policy(args.policy, args.unnorm_key),
+        takeovers=None if args.policy is None else load_policy(args.policy, args.suite, args.unnorm_key),
     )
     for task, report in reports.items():
         print(
@@ -118,17 +118,18 @@ def run_record(args: argparse.Namespace) -> None:
     print(f"wrote {directory}")
 
 
-def load_policy(checkpoint: AnyPath, unnorm_key: str | None) -> Callable[..., Any]:
+def load_policy(checkpoint: AnyPath, suite: str, unnorm_key: str | None) -> Callable[..., Any]:
     """The argument `takeovers` of `record_libero` for a policy, which sees the same as in `evaluate --closed-loop`.
     Raises InputError."""
     from spatialvla_jax.evaluation.rollouts import padded
     from spatialvla_jax.inference.policy import Policy
     from spatialvla_jax.sim import takeover
-    from spatialvla_jax.sim.libero_env import is_mirrored
+    from spatialvla_jax.sim.libero_env import check_units, is_mirrored
 
     policy = Policy.load(checkpoint)
     statistics, model = policy.processor.statistics, policy.model.config
     policy.processor.find_statistics(unnorm_key)
+    check_units(suite, list(statistics), unnorm_key)
     if model.action_chunk > takeover.POLICY_STEPS:
         raise InputError(
             f"--policy {checkpoint} predicts {model.action_chunk} actions at once, which are executed whole before the "

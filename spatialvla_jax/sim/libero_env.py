@@ -24,6 +24,7 @@ from spatialvla_jax.sim.libero import (
     step,
 )
 from spatialvla_jax.training.log_folder import LogFolder
+from spatialvla_jax.utils.dataset_keys import find_key
 from spatialvla_jax.utils.progress import progress_bar
 from spatialvla_jax.utils.storage import AnyPath
 
@@ -159,6 +160,17 @@ def dataset_of(suite: str, datasets: Collection[str]) -> str:
             f"the data has {', '.join(datasets)}"
         )
     return found[0]
+
+
+def check_units(suite: str, datasets: Sequence[str], unnorm_key: str | None) -> None:
+    """Raises InputError if a policy of these datasets would act in `suite` in the units of another, `unnorm_key`,
+    although it knows the suite's own."""
+    own = [name for name in datasets if name.startswith(suite)]
+    if own and unnorm_key is not None and find_key(unnorm_key, own) is None:
+        raise InputError(
+            f"--unnorm-key {unnorm_key!r} has the action units of another suite than {suite}, whose own the policy "
+            f"knows as {own[0]}: each suite needs a call of its own"
+        )
 
 
 def initial_state(episode: Episode, count: int) -> int:

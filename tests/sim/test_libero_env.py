@@ -208,7 +208,7 @@ def test_the_command_with_servers(evaluate, tmp_path):
 def test_a_suite_is_not_evaluated_in_the_units_of_another(evaluate, tmp_path):
     with openpi({"unnorm_keys": ["libero_object_no_noops", "libero_spatial_no_noops"]}, []) as address:
         code, _, err = evaluate("--server", address, "--unnorm-key", "libero_object_no_noops")
-        assert code == 2 and "has those of libero_spatial as libero_spatial_no_noops: evaluate that suite in" in err
+        assert code == 2 and "whose own the policy knows as libero_spatial_no_noops: each suite needs a call of" in err
         assert not (tmp_path / "out").exists()
         assert evaluate("--server", address, "--unnorm-key", "libero_spatial_no_noops")[0] == 0
     with openpi({"unnorm_keys": ["libero_object"]}, []) as address:

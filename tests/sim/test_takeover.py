@@ -43,7 +43,10 @@ def test_a_chunk_must_fit_before_the_expert_takes_over(monkeypatch):
     processor = SimpleNamespace(statistics={"toy": {}}, find_statistics=lambda key: {})
     monkeypatch.setattr(Policy, "load", lambda path: SimpleNamespace(processor=processor, model=model))
     with pytest.raises(InputError, match=r"--policy run predicts 121 actions at once, .* expected 120 at most"):
-        load_policy(Path("run"), None)
+        load_policy(Path("run"), "libero_spatial", None)
+    processor.statistics = {"libero_object": {}, "libero_spatial": {}}
+    with pytest.raises(InputError, match="'libero_object' has the action units of another suite than libero_spatial"):
+        load_policy(Path("run"), "libero_spatial", "libero_object")
 
 
 def test_each_episode_is_there_once_whatever_dies_or_is_not_kept(tmp_path):
