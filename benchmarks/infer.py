@@ -38,7 +38,7 @@ from spatialvla_jax.checkpoints.mapping import param_shapes, unflatten
 from spatialvla_jax.checkpoints.processor import Processor
 from spatialvla_jax.cli.arguments import Parser, positive, positives, state_defaults
 from spatialvla_jax.inference import kernels
-from spatialvla_jax.inference.policy import Policy
+from spatialvla_jax.inference.policy import BATCH_SIZES, Policy
 from spatialvla_jax.models import PRESETS, SpatialVLA, SpatialVLAConfig, preset
 from spatialvla_jax.text import train_tokenizer
 
@@ -128,7 +128,8 @@ def floors(config: SpatialVLAConfig, policy: Policy, rate: float) -> dict[str, f
     llm = config.llm
     heads = (2 * llm.num_heads + 2 * llm.num_kv_heads) * llm.head_dim
     per_token = 2 * llm.depth * llm.width * (heads + 3 * llm.mlp_dim)
-    passes = config.action_chunk * (config.tokens_per_action - 1)
+    # The gripper's two values are fed together where tokens are constrained to their kind; a right draft needs no pass.
+    passes = 0 if policy.speculate else config.action_chunk * (config.tokens_per_action - policy.constrained)
     return {
         "layer_gb": round(weights / 1e9, 3),
         "pass_ms": round(1e3 * (weights + head) / rate, 3),
@@ -267,6 +268,8 @@ def main() -> None:
     parser.add_argument("--trace", action="store_true", help="also print where the time goes, from a profiler trace")
     state_defaults(parser)
     args = parser.parse_args()
+    if others := [size for size in args.batch_sizes if size not in BATCH_SIZES]:  # `Policy` pads or splits them
+        parser.error(f"--batch-sizes has {others[0]}: expected some of {','.join(map(str, BATCH_SIZES))}")
     if args.trace:  # kernels of a CUDA graph lose their names
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_enable_command_buffer="
     config = replace(preset(args.preset), dtype="bfloat16")

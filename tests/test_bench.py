@@ -101,6 +101,7 @@ def test_bench_passes_arguments_on(capfd):
     [
         ("infer", ["--variants", "bfloat16,int4"], "argument --variants: 'int4' is none of plain, bfloat16, int8"),
         ("infer", ["--variants", "bfloat16,"], "argument --variants: '' is none of plain, bfloat16"),
+        ("infer", ["--batch-sizes", "1,64"], "--batch-sizes has 64: expected some of 1,2,4,8,16,32"),
         ("train_step", ["--gather", "ones"], "argument --gather: 'ones' is not layer, once or layer,once"),
         ("train_step", ["--devices", "1,0"], "argument --devices: '0' is not an integer from 1"),
         ("train_step", ["--devices", "1,4096"], "--devices has 4096, and there are "),
@@ -116,6 +117,16 @@ def test_what_a_benchmark_does_not_know_is_not_measured_as_something_else(
     with pytest.raises(SystemExit) as ended:
         importlib.import_module(script).main()
     assert ended.value.code == 2 and sentence in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(("options", "passes"), [({}, 8), ({"constrained": False}, 12), ({"speculate": True}, 0)])
+def test_passes_of_a_variant_are_those_of_its_decoding(monkeypatch, options, passes):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    infer = importlib.import_module("infer")
+    weights = Namespace(llm=Namespace(layers=[np.zeros(6)]), head=np.zeros(2))
+    policy = Namespace(**{"weights": weights, "constrained": True, "speculate": False} | options)
+    found = infer.floors(infer.preset("nano"), policy, rate=64e3)
+    assert (found["passes"], found["pass_ms"]) == (passes, 1)
 
 
 def test_a_tile_that_multiplies_wrongly_is_not_among_the_best(monkeypatch):
