@@ -21,6 +21,7 @@ from spatialvla_jax.batch import Batch
 from spatialvla_jax.cli.arguments import Parser, count, state_defaults
 from spatialvla_jax.config import train_config_of
 from spatialvla_jax.data import Episode, Loader, open_data
+from spatialvla_jax.errors import InputError
 from spatialvla_jax.evaluation.open_loop import predict
 from spatialvla_jax.inference.action_chunking import shift
 from spatialvla_jax.inference.policy import Policy
@@ -92,6 +93,8 @@ def speculation(checkpoint: Path, episodes: list[Episode]) -> dict[str, Any]:
 def load_episodes(checkpoint: Path, split: str, count: int) -> list[Episode]:
     processor = Policy.load(checkpoint).processor
     loader: Loader = open_data(train_config_of(checkpoint), processor.statistics, processor.tokenizer)
+    if any("action_row" in index.arrays for index in loader.indexes(split)):
+        raise InputError(f"split {split!r} has images of some steps only: speculation needs the chunks of every step")
     episodes = list(loader.episodes(split))
     return episodes[:count] if count else episodes
 

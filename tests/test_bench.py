@@ -8,8 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.processes import child_ends_with
+from helpers.recordings import write_recording
 
 from spatialvla_jax.cli import main
+from spatialvla_jax.config import default_config
+from spatialvla_jax.errors import InputError
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -127,6 +130,21 @@ def test_passes_of_a_variant_are_those_of_its_decoding(monkeypatch, options, pas
     policy = Namespace(**{"weights": weights, "constrained": True, "speculate": False} | options)
     found = infer.floors(infer.preset("nano"), policy, rate=64e3)
     assert (found["passes"], found["pass_ms"]) == (passes, 1)
+
+
+def test_speculation_is_not_simulated_where_steps_are_missing(monkeypatch, tmp_path):
+    """Between two images of a recording with --every 3 are three steps, and the draft would be shifted by one."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    decoding = importlib.import_module("decoding")
+    processor, config = Namespace(statistics=None, tokenizer=None), default_config()
+    config.model.update(preset="nano", image_size=56)
+    monkeypatch.setattr(decoding, "Policy", Namespace(load=lambda path: Namespace(processor=processor)))
+    monkeypatch.setattr(decoding, "train_config_of", lambda path: config)
+    config.data.packed = str(write_recording(tmp_path / "whole.pack"))
+    assert len(decoding.load_episodes(tmp_path, "train", 3)) == 3
+    config.data.packed = str(write_recording(tmp_path / "some.pack", every=3))
+    with pytest.raises(InputError, match="split 'train' has images of some steps only"):
+        decoding.load_episodes(tmp_path, "train", 3)
 
 
 def test_a_tile_that_multiplies_wrongly_is_not_among_the_best(monkeypatch):
