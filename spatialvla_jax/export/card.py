@@ -171,10 +171,13 @@ def _closed_loop(step: AnyPath) -> dict[str, str]:
             continue
         name = name or fingerprint(step)
         how = read_json(settings)
-        if str(how.get("policy", "")).startswith(name):
+        if (policy := str(how.get("policy", ""))).startswith(name):
+            decoded = ", unconstrained" * (", unconstrained" in policy)
             for suite, rates in read_json(file)["suites"].items():
                 success, error = (100 * rates[key] for key in ("success", "standard_error"))
-                what = f"success in {suite} (closed loop, {rates['episodes']} episodes, {how.get('execute')})"
+                tasks = f" of {len(rates['tasks'])} tasks" if "tasks" in rates else ""
+                ran = f"{rates['episodes']} episodes{tasks}, {how.get('execute')}{decoded}"
+                what = f"success in {suite} (closed loop, {ran})"
                 found[what] = f"{success:.1f} ± {error:.1f} %"
     return found
 

@@ -75,15 +75,21 @@ def test_results_are_those_of_these_weights(source, tmp_path):
     ]
     (run / "metrics.jsonl").write_text("".join(f"{json.dumps(value)}\n" for value in values))
     name, rates = fingerprint(run), {"success": 0.5, "standard_error": 0.05, "episodes": 100}
-    for folder, policy in {"mine": f"{name}, 224 px", "other": "another (12345678), 224 px"}.items():
+    other = {"success": 0.1, "tasks": {"0": {}, "3": {}}}
+    for folder, suite, policy, changed in (
+        ("mine", "suite_mine", f"{name}, 224 px", {}),
+        ("some", "suite_mine", f"{name}, unconstrained, 224 px", other),
+        ("other", "suite_other", "another (12345678), 224 px", {}),
+    ):
         (run / folder).mkdir()
         write_json(run / folder / "settings.json", {"policy": policy, "execute": "open_loop"})
-        write_json(run / folder / "result.json", {"suites": {f"suite_{folder}": rates}})
+        write_json(run / folder / "result.json", {"suites": {suite: rates | changed}})
     origin = origin_of(run, run)
     card = model_card(source, origin)
     assert "step 20) | 0.2500 |" in card and "0.3000" not in card and "0.1000" not in card
     assert "| success in suite_mine (closed loop, 100 episodes, open_loop) | 50.0 ± 5.0 % |" in card
-    assert "suite_other" not in card
+    some = "closed loop, 100 episodes of 2 tasks, open_loop, unconstrained"
+    assert f"| success in suite_mine ({some}) | 10.0 ± 5.0 % |" in card and "suite_other" not in card
     assert "| base model | none: randomly initialised |" in card and "| trained on | mixture `oxe` |" in card
 
 
