@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from helpers.environments import double
 from helpers.record_geometry import unproject
 from PIL import Image
 
+from spatialvla_jax.data.importers.rlds_writer import write_episodes
 from spatialvla_jax.errors import FaultsError, InputError
 from spatialvla_jax.sim import attempt, libero
 from spatialvla_jax.sim import record_libero as recorder
@@ -89,6 +91,24 @@ def test_an_existing_dataset_is_not_touched(tmp_path, monkeypatch):
     (tmp_path / "1.0.0").mkdir()
     with pytest.raises(InputError, match="already exists"):
         record_libero("libero_spatial", 1, tmp_path)
+
+
+def test_a_dataset_in_the_working_directory_has_its_name(tmp_path, monkeypatch):
+    """With --out . the shards had no name, and the recording ended in a traceback."""
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path / "mine")
+    seen = {
+        "image": np.zeros((8, 8, 3), np.uint8),
+        "depth": np.ones((8, 8, 1), np.uint16),
+        "intrinsics": np.eye(3, dtype=np.float32),
+    }
+    step = {"observation": seen | {"state": np.zeros(8, np.float32)}, "action": np.zeros(7, np.float32)}
+    step |= {"language_instruction": "go", "reward": 1.0, "discount": 1.0}
+    step |= dict.fromkeys(("is_first", "is_last", "is_terminal"), True)
+    about = {"task_id": 0, "task_name": "go", "seed": 0, "init_state": 0, "success": True}
+    episode = {"steps": [step], "episode_metadata": about | {"extrinsics": np.eye(4, dtype=np.float32)}}
+    made = write_episodes(Path(), [("train", episode)], image_size=8, episodes_per_shard=1, description="")
+    assert [path.name for path in made.glob("*.tfrecord*")] == ["mine-train.tfrecord-00000"]
 
 
 def test_tasks_are_dealt_in_turn():

@@ -78,7 +78,7 @@ def write_episodes(
     tf = tensorflow()
     try:
         with new_directory(out / VERSION) as directory:
-            info = dataset_info(out.name, directory, features(image_size), description)
+            info = dataset_info(out.absolute().name, directory, features(image_size), description)
             writer = tfds.core.SequentialWriter(info, max_examples_per_shard=episodes_per_shard)
             writer.initialize_splits(list(SPLITS))
             for split, episode in episodes:

@@ -79,7 +79,9 @@ def write_rlds(
                         if not features:
                             features = found
                             steps = {"steps": tfds.features.Dataset(_nested(features))}
-                            info = dataset_info(out.name, directory, tfds.features.FeaturesDict(steps), skipped=[])
+                            info = dataset_info(
+                                out.absolute().name, directory, tfds.features.FeaturesDict(steps), skipped=[]
+                            )
                             writer = tfds.core.SequentialWriter(info, _EPISODES_PER_SHARD)
                             writer.initialize_splits(list(splits))
                         rows = zip(*columns.values(), strict=True)
