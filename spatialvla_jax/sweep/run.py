@@ -11,8 +11,10 @@ DIR/trials/NAME/{grid.json,data.npz}      data for the report's figures
 
 import contextlib
 import functools
+import hashlib
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -238,7 +240,9 @@ def job_command(
     if launcher == "xpk":
         if len(shlex.split(arguments)) != 4:
             raise InputError(f"--launcher-args for xpk are CLUSTER TPU_TYPE SLICES IMAGE, got {arguments!r}")
-        name = trial.name.lower().replace("_", "-").replace(".", "-")[-38:].strip("-")
+        name = re.sub("[^a-z0-9]", "-", trial.name.lower()).strip("-")
+        if len(name) > 38:  # the most that xpk takes; trials may differ in the first characters alone
+            name = f"t{hashlib.sha256(trial.name.encode()).hexdigest()[:6]}-{name[-30:].strip('-')}"
         return ["bash", str(shipped("launch/gke_xpk.sh")), *dry, *shlex.split(arguments), *places], {
             "COMMAND": "sweep",
             "NAME": name,

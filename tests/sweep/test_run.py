@@ -707,3 +707,13 @@ def test_jobs_of_slurm_and_xpk(swept: tuple[list[str], Path, int], tmp_path: Pat
     assert environment == {"COMMAND": "sweep"}
     start = "sbatch --nodes=1 --job-name=a --partition gpu --gpus-per-node=1 launch/slurm.sbatch s.py"
     assert submit == [*shlex.split(start), str(tmp_path), "--only", "a"]
+
+
+def test_xpk_jobs_of_trials_with_long_names_have_names_of_their_own(tmp_path: Path) -> None:
+    ends = "_ego3d-moved-intrinsics-fixed-crop_chunk-4_seed-0"
+    named = trials(f"grid-130{ends}", f"grid-386{ends}", "lr-1e+3_seed-0").trials
+    jobs = [run.job_command("xpk", "pod v5e-8 1 image:1", "s.py", tmp_path, trial, (), False)[1] for trial in named]
+    first, second, short = (job["NAME"] for job in jobs)
+    assert first != second and short == "lr-1e-3-seed-0"
+    assert all(re.fullmatch(r"[a-z][a-z0-9-]{0,36}[a-z0-9]", name) for name in (first, second))
+    assert first.endswith("fixed-crop-chunk-4-seed-0")
