@@ -154,6 +154,7 @@ def dataset_of(suite: str, datasets: Collection[str]) -> str:
     """The dataset whose action units a policy of these datasets has in `suite`. Raises InputError if it is not
     unique."""
     found = [name for name in datasets if len(datasets) == 1 or name.startswith(suite)]
+    found = [suite] if suite in found else found
     if len(found) != 1:
         raise InputError(
             f"suite {suite!r}: expected one dataset whose name begins with it, to know the action's units; "

@@ -147,6 +147,7 @@ def test_a_suite_needs_a_dataset_of_its_name() -> None:
     statistics = {"libero_goal_no_noops": 0, "bridge": 0}
     assert libero.dataset_of("libero_goal", [*statistics]) == "libero_goal_no_noops"
     assert libero.dataset_of("libero_10", ["mine"]) == "mine"
+    assert libero.dataset_of("libero_10", ["libero_10_more", "libero_10"]) == "libero_10"
     with pytest.raises(InputError, match=r"suite 'libero_10': .*the data has libero_goal_no_noops, bridge"):
         libero.dataset_of("libero_10", [*statistics])
 
