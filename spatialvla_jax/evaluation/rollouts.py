@@ -82,12 +82,15 @@ def rollouts(
 ) -> Iterator[Rollout]:
     """Run the episodes and yield each one as it ends.
 
-    `environment` is called in every worker process (spawned, so it must pickle). A record has "success", "steps",
-    "instruction", "actions" (a checksum of all executed actions) and "faults" (reason and step of each). A fault is a
-    crash or hang of the environment, an observation that the policy or its server refuses, or a reply without finite
-    actions. After a fault no action is executed and the episode restarts. It fails after `ATTEMPTS` faults, or at once
-    if the policy's outputs are not finite, since they would be again. Raises the environment's InputError, and
-    FaultsError when too many episodes fail. If `episodes` is a deque, the caller may append to it after each rollout.
+    `environment` is called in every worker process (spawned, so it must pickle). A worker executes the chunk's actions
+    up to the next prediction on its own: a round trip per step would wait for the policy's calls for other workers.
+
+    A record has "success", "steps", "instruction", "actions" (a checksum of all executed actions) and "faults", each
+    with its "reason" and "step", the number of steps before the chunk. A fault is a crash or hang of the environment,
+    an observation that the policy or its server refuses, or a reply without finite actions. After a fault no action is
+    executed and the episode restarts. It fails after `ATTEMPTS` faults, or at once if the policy's outputs are not
+    finite, since they would be again. Raises the environment's InputError, and FaultsError when too many episodes fail.
+    If `episodes` is a deque, the caller may append to it after each rollout.
     """
     waiting, finished, faults = episodes if isinstance(episodes, deque) else deque(episodes), 0, 0
     workers = [_Worker(environment, settings, i) for i in range(min(settings.workers, len(episodes)))]
@@ -97,7 +100,7 @@ def rollouts(
         while running := [worker for worker in workers if worker.episode]:
             deadline = min(worker.deadline for worker in running)
             wait([worker.connection for worker in running], max(0.0, deadline - time.monotonic()))
-            acting = []
+            due = []
             for worker in running:
                 ended = worker.listen()
                 faults += worker.failed
@@ -111,12 +114,10 @@ def rollouts(
                     else:
                         worker.stop()
                 elif worker.observed:
-                    acting.append(worker)
-            due = [worker for worker in acting if worker.executor.due]
+                    due.append(worker)
             results = infer([w.observation for w in due], [w.number for w in due]) if due else []
-            replies = {worker.number: result for worker, result in zip(due, results, strict=True)}
-            for worker in acting:
-                worker.act(replies.get(worker.number))
+            for worker, result in zip(due, results, strict=True):
+                worker.act(result)
     finally:
         for worker in workers:
             worker.stop()
@@ -145,6 +146,7 @@ class _Worker:
     def _start(self) -> None:
         assert self.episode is not None
         self.steps, self.checksum, self.frames, self.instruction = 0, 0, [], ""
+        self.actions: list[np.ndarray] = []  # sent, without an answer yet
         self.executor.reset()
         if self.process is None:
             # Fresh processes: the simulator's renderer conflicts with the policy's libraries in one process.
@@ -155,20 +157,23 @@ class _Worker:
             child.close()
         self._send(self.episode)
 
-    def act(self, reply: dict[str, Any] | InputError | None) -> None:
-        """Send the next action to the environment, from the policy's reply if a chunk is due. A reply without actions
-        is a fault, which `listen` counts."""
+    def act(self, reply: dict[str, Any] | InputError) -> None:
+        """Send the environment the actions until the next chunk is due. A reply without actions is a fault, which
+        `listen` counts."""
+        assert self.episode is not None
         try:
             if isinstance(reply, InputError):
                 raise reply
-            chunk = None if reply is None else chunk_of(reply, self.settings.action_dim)
+            chunk = chunk_of(reply, self.settings.action_dim)
         except InputError as error:
             self.refused, self.deadline = error, 0.0
             return
-        action = self.executor.step(chunk)
-        self.steps += 1
-        self.checksum = zlib.crc32(np.asarray(action, "<f4").tobytes(), self.checksum)
-        self._send((action, self.executor.due or self.settings.film))
+        left = self.settings.max_steps[self.episode.suite] - self.steps
+        self.actions = [self.executor.step(chunk)]
+        while not self.executor.due and len(self.actions) < left:
+            self.actions.append(self.executor.step())
+        looks = [self.settings.film] * (len(self.actions) - 1) + [self.settings.film or self.executor.due]
+        self._send(list(zip(self.actions, looks, strict=True)))
 
     def _send(self, message: Any) -> None:
         self.deadline = time.monotonic() + self.settings.timeout
@@ -203,14 +208,17 @@ class _Worker:
         self.stop(keep=True)
         return self._fail(reason)
 
-    def _observe(self, instruction: str | None, observation: dict[str, Any], done: bool) -> Rollout | None:
+    def _observe(self, instruction: str | None, observations: list[dict[str, Any]], done: bool) -> Rollout | None:
         assert self.episode is not None
+        for action in self.actions[: len(observations)]:
+            self.steps += 1
+            self.checksum = zlib.crc32(np.asarray(action, "<f4").tobytes(), self.checksum)
+        self.actions = []
         self.instruction = instruction or self.instruction
-        self.observation = observation | {"prompt": self.instruction, "reset": self.steps == 0}
-        if "image" in observation:
-            self.frames.append(observation["image"])
+        self.frames += [observation["image"] for observation in observations if "image" in observation]
+        self.observation = observations[-1] | {"prompt": self.instruction, "reset": self.steps == 0}
         if done or self.steps == self.settings.max_steps[self.episode.suite]:
-            return self._end(done, observation.get("record", {}))
+            return self._end(done, self.observation.get("record", {}))
         self.observed = True
         return None
 
@@ -245,15 +253,22 @@ class _Worker:
 
 
 def _serve(connection: Connection, make: Callable[[], Environment]) -> None:
-    """The worker process. Receives episodes or (action, look); sends (instruction or None, observation, done)."""
+    """The worker process. Receives episodes or [(action, look), …]; sends (instruction or None, observations, done)."""
     try:
         environment = make()
         while True:
             message = connection.recv()
             if isinstance(message, Episode):
-                connection.send((*environment.reset(message), False))
-            else:
-                connection.send((None, *environment.step(*message)))
+                instruction, observation = environment.reset(message)
+                connection.send((instruction, [observation], False))
+                continue
+            observations, done = [], False
+            for action, look in message:
+                observation, done = environment.step(action, look)
+                observations.append(observation)
+                if done:
+                    break
+            connection.send((None, observations, done))
     except (EOFError, ConnectionError, KeyboardInterrupt):
         pass  # the parent is gone
     except InputError as error:

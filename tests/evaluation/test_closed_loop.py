@@ -11,8 +11,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from helpers.environments import Point
+from helpers.environments import Point, Waiting
 from helpers.full_disk import no_room
+from helpers.serving import eventually
 from websockets.sync.server import serve
 
 from spatialvla_jax.cli import main
@@ -238,12 +239,25 @@ def test_a_crash_and_a_hang_are_recorded_and_the_episode_is_run_again(first, tmp
     monkeypatch.setattr(f"{ROLLOUTS}.time", SimpleNamespace(monotonic=lambda: time.monotonic() + late[0]))
     result = run(tmp_path, marks=tmp_path, crash="1-0-0", hang="0-1-1")
     records = lines(tmp_path)
-    assert records[1, 0, 0]["faults"] == [{"step": 3, "reason": "the process died with exit code 7"}]
-    assert records[0, 1, 1]["faults"] == [{"step": 3, "reason": "no answer in 300 s"}]
+    assert records[1, 0, 0]["faults"] == [{"step": 0, "reason": "the process died with exit code 7"}]
+    assert records[0, 1, 1]["faults"] == [{"step": 0, "reason": "no answer in 300 s"}]
     assert result["faults"] == 2 and "2 times an environment crashed or hung" in table(result)
     without = {k: {**r, "faults": []} for k, r in records.items()}
     expected = {k: {key: value for key, value in r.items() if key != "video"} for k, r in lines(first[0]).items()}
     assert without == expected, "the count is the one asked for and the outcomes are as without"
+
+
+def test_a_chunk_is_executed_while_the_policy_answers_another_worker(tmp_path):
+    def infer(observations, workers):
+        for observation in observations:
+            (tmp_path / f"ask-{observation['task']}").touch()
+            if observation["task"] == 1:
+                eventually((tmp_path / "0-3").exists)
+        return [{"actions": np.zeros((3, 7), np.float32)}] * len(observations)
+
+    episodes = [Episode("toy", task, 0, 0) for task in (0, 1)]
+    done = list(rollouts(functools.partial(Waiting, tmp_path), infer, episodes, Settings({"toy": 3}, workers=2)))
+    assert [rollout.record["steps"] for rollout in done] == [3, 3]
 
 
 def test_an_environment_that_always_fails_is_counted_and_then_ends_the_run(tmp_path, monkeypatch):

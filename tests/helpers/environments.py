@@ -51,6 +51,31 @@ class Point:
         return True
 
 
+class Waiting:
+    """Task 1 begins after the policy is asked for task 0. Task 0 takes its second step after the policy is asked for
+    task 1. Files in `marks`: ask-TASK, by the policy, and TASK-STEP."""
+
+    def __init__(self, marks: Path) -> None:
+        self.marks = marks
+
+    def reset(self, episode):
+        self.task, self.steps = episode.task, 0
+        if self.task == 1:
+            self.until("ask-0")
+        return "wait", {"task": self.task}
+
+    def step(self, action, look):
+        self.steps += 1
+        if (self.task, self.steps) == (0, 2):
+            self.until("ask-1")
+        (self.marks / f"{self.task}-{self.steps}").touch()
+        return {"task": self.task} if look else {}, False
+
+    def until(self, mark: str) -> None:
+        while not (self.marks / mark).exists():
+            time.sleep(0.01)
+
+
 class Counter:
     """Stands in for LIBERO: an episode of task 0 ends after two steps, one of task 1 never ends."""
 
