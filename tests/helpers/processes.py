@@ -178,7 +178,7 @@ def serve() -> None:
     import spatialvla_jax.training.loop  # noqa: F401
     from spatialvla_jax.cli import main
 
-    gc.freeze()  # what is imported is nothing that a process would have to look through
+    gc.freeze()  # exempts imported objects from the processes' garbage collection
     running: set[int] = set()
     for line in sys.stdin:
         request = json.loads(line)

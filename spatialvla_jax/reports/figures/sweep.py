@@ -1,7 +1,7 @@
 """A sweep: every trial by its factors, differences from a reference, learning curves, errors by dimension, features.
 
-Factors are never averaged over: the one along an axis is in the ticks or the colours, the others are in colour and
-marker, or have a row of their own. Open points are trials that have not reached their plateau. Also written as PDF.
+Factors are never averaged over: the one along an axis is in the ticks or the colours, the others are in colours,
+markers or separate rows. Open points are trials that have not reached their plateau. Also written as PDF.
 """
 
 import textwrap
