@@ -265,14 +265,16 @@ def attempt(sweep: Sweep, trial: Trial, folder: Path, workers: int) -> str:
     """Run a trial → its outcome. Errors are written to failed.json."""
     if is_writer():
         (folder / "running").touch()
-        if not step_directory(folder):  # trained anew, and a result beside the new metrics would be of other weights
-            (folder / "result.json").unlink(missing_ok=True)
     (folder / "failed.json").unlink(missing_ok=True)
+
+    def begin(run: Any) -> None:
+        """Called before the first step."""
+        if is_writer() and not run.start:  # trained anew: a result beside the new metrics would be of other weights
+            (folder / "result.json").unlink(missing_ok=True)
+        run.loader.check_epoch(trial.config.train.eval_split)  # now, as the training itself may have no validation
+
     try:
-        # Checks now what is evaluated after the training, which itself may have no validation.
-        trained = train(
-            trial.config, folder, on_start=lambda run: run.loader.check_epoch(trial.config.train.eval_split)
-        )
+        trained = train(trial.config, folder, on_start=begin)
         if trained["step"] < trial.config.train.steps:
             return STOPPED
         if is_writer():

@@ -446,7 +446,7 @@ def test_a_trial_without_data_to_evaluate_fails_before_it_is_trained(
     started = []
 
     def train(config, folder: Path, on_start) -> dict[str, int]:
-        on_start(SimpleNamespace(loader=open_data(config)))
+        on_start(SimpleNamespace(start=0, loader=open_data(config)))
         started.append(folder.name)
         return {"step": 4}
 
@@ -619,17 +619,18 @@ def test_a_result_does_not_outlive_its_weights(tmp_path: Path, monkeypatch) -> N
     """If a sweep kept no checkpoints and asks for a closed loop, it trains anew; its old result is removed first."""
     there = []
 
-    def train(config, folder: Path, **_) -> dict[str, int]:
+    def train(config, folder: Path, on_start) -> dict[str, int]:
+        loader = SimpleNamespace(check_epoch=lambda split: 1)
+        on_start(SimpleNamespace(start=4 if (folder / "checkpoints").exists() else 0, loader=loader))
         there.append((folder / "result.json").exists())
         return {"step": 4}
 
     monkeypatch.setattr(run, "share_compilations", lambda folder: None)
     monkeypatch.setattr(run, "train", train)
-    monkeypatch.setattr(run, "step_directory", lambda folder: next(folder.glob("checkpoints/*"), None))
     (trial,), folder = trials("a").trials, tmp_path / "trials" / "a"
     trial = replace(trial, closed_loop={"suite": "", "episodes": 1, "seeds": [0], "tasks": [0]})
     for kept in (True, False):
-        (folder / "checkpoints" / "10").mkdir(parents=True, exist_ok=True)
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         write_json(folder / "result.json", {})
         if not kept:
             shutil.rmtree(folder / "checkpoints")
