@@ -18,6 +18,7 @@ def get_config():
     config.augment.update(crop_area=0.8, crop_area_max=1.0, brightness=0.05, contrast=0.05, saturation=0.05, hue=0.01)
     # Random weights: text embeddings learn too, at a rate for training from scratch.
     config.optimizer.update(learning_rate=4e-4, warmup=0.03, weight_decay=0.05, frozen=(), ema=0.999)
+    config.loss.update(target="metres", target_weight=3.0, soft_sigma=1.0)
     config.train.update(steps=17_000, batch_size=64, log_every=100, eval_every=1_000, eval_frames=512)
     config.checkpoint.update(every=4_000, keep_last=1)
     return config

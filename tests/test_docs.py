@@ -155,6 +155,16 @@ def test_figures_are_those_of_the_files() -> None:
         label = {"expert": "nothing", "linear 256": "256 bins a dimension"}.get(name, f"{name} tokens")
         rate = f"{100 * row['success']:.1f} ± {100 * row['standard_error']:.1f} %"
         assert f"| {label} | {rate} | {row['steps']:.1f} |" in page
+    policies = json.loads((ROOT / "benchmarks/results/libero_spatial.json").read_text())
+    for name, row in policies["results"].items():
+        rate = f"{100 * row['success']:.1f} ± {100 * row['standard_error']:.1f} %"
+        tasks = ", ".join(f"{100 * success:.0f}" for success in row["tasks"].values())
+        assert f"| {rate} | {tasks} % | {row['steps_of_a_success']} |" in page
+        assert rate in (ROOT / "README.md").read_text()
+        assert f"{100 * row['trainings'][0]['val/target_error']:.2f} cm" in page
+        assert all(f"{training['val/l1']:.4f}" in page for training in row["trainings"])
+        for stage in ("train {}-0", "evaluate {}-2"):
+            assert f"{policies['seconds'][stage.format(name)]:.0f} |" in page
     page = (ROOT / "docs/results/training.md").read_text().replace("*", "")
     for run in json.loads((ROOT / "benchmarks/results/two_gpus_h200.json").read_text())["runs"]:
         (low, high), rate = run["step_ms_range"], run["samples_per_second"]
