@@ -12,6 +12,7 @@ after an interruption, or with more grids or episodes. Ends with one line of JSO
 import argparse
 import json
 import os
+import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +27,7 @@ from spatialvla_jax.cli import overrides_of
 from spatialvla_jax.cli.arguments import local_path, positive, task_ids
 from spatialvla_jax.config import load_config
 from spatialvla_jax.data import open_data
-from spatialvla_jax.errors import InputError
+from spatialvla_jax.errors import FaultsError, InputError
 from spatialvla_jax.evaluation import closed_loop
 from spatialvla_jax.evaluation.rollouts import Episode, Settings, padded
 from spatialvla_jax.reports.figures.style import BLUE, DARK, GREEN, ORANGE, drawing
@@ -127,6 +128,8 @@ def main() -> None:
         measure(args, overrides_of(rest, allowed=True))
     except InputError as error:
         parser.error(str(error))
+    except FaultsError as error:
+        sys.exit(str(error))
 
 
 def measure(args: argparse.Namespace, overrides: dict[str, str]) -> None:

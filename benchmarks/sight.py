@@ -29,6 +29,7 @@ import argparse
 import itertools
 import json
 import os
+import sys
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -50,7 +51,7 @@ from spatialvla_jax.cli.arguments import amount, local_path, positive
 from spatialvla_jax.config import train_config_of
 from spatialvla_jax.data import Loader, open_data
 from spatialvla_jax.data.pack import packed_digest
-from spatialvla_jax.errors import InputError
+from spatialvla_jax.errors import FaultsError, InputError
 from spatialvla_jax.evaluation import closed_loop
 from spatialvla_jax.evaluation.rollouts import Episode, Settings, padded
 from spatialvla_jax.inference.action_chunking import executor
@@ -320,6 +321,8 @@ def main() -> None:
         measure_run(args) if args.run else imitate_from_state(args)
     except InputError as error:
         parser.error(str(error))
+    except FaultsError as error:
+        sys.exit(str(error))
 
 
 def imitate_from_state(args: argparse.Namespace) -> None:

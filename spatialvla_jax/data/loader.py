@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from ml_collections import ConfigDict
 
 from spatialvla_jax.actions import DIMENSIONS
@@ -45,6 +45,8 @@ class Episode(NamedTuple):
     instruction: str
     frames: Batch
     previous_action: Float[np.ndarray, "L A"]  # normalised, of the step before each frame (at the first: its own)
+    steps: Int[np.ndarray, " L"]  # of each frame, from 0; a recording may have images of some steps only
+    actions: Float[np.ndarray, "S A"]  # of all steps up to the last frame's, in the dataset's units
 
 
 class Loader:
@@ -177,7 +179,8 @@ class Loader:
                     rows, _ = index.action_rows(np.arange(first, end))
                     before = index.arrays["action"][np.maximum(rows - 1, rows[0])]
                     previous = normalize(before, self.statistics[index.name]["action"])
-                    yield Episode(index.name, instruction, batch, previous)
+                    actions = index.arrays["action"][rows[0] : rows[-1] + 1]
+                    yield Episode(index.name, instruction, batch, previous, rows - rows[0], actions)
 
     def indexes(self, split: str | None = None) -> tuple[Index, ...]:
         """Every dataset's index of a split (by default the training split)."""

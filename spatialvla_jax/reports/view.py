@@ -63,21 +63,21 @@ def record_episode(stream: Any, episode: Episode, statistics: Mapping[str, Any],
     grid cells that it chose. `statistics` are the dataset's."""
     frames = episode.frames
     expert = unnormalize(np.asarray(frames.actions), statistics["action"])
-    path = _path(np.zeros(3), expert[:, 0])
+    path = _path(np.zeros(3), episode.actions)
     predicted = ids = None
     if policy is not None:
         ids, actions = predict(policy, frames, BATCH_SIZE)
         predicted = unnormalize(actions, policy.processor.find_statistics(episode.dataset)["action"])
     _begin(stream, episode.instruction, *(COLOURS if policy is not None else ["expert"]))
     stream.log("robot/path", load_rerun().LineStrips3D([path], colors=[(180, 180, 180)]), static=True)
-    for step in range(len(expert)):
+    for frame, step in enumerate(episode.steps):
         stream.set_time("step", sequence=step)
-        depth = None if frames.depth is None else np.asarray(frames.depth[step])
-        _log_camera(stream, np.asarray(frames.image[step]), np.asarray(frames.intrinsics[step]), depth)
-        _log_chunk(stream, "expert", path[step], expert[step][np.asarray(frames.action_mask[step])])
-        if policy is not None and predicted is not None and ids is not None and np.isfinite(predicted[step]).all():
-            _log_chunk(stream, "predicted", path[step], predicted[step])
-            _log_cell(stream, policy.processor.grid, ids[step, 0])
+        depth = None if frames.depth is None else np.asarray(frames.depth[frame])
+        _log_camera(stream, np.asarray(frames.image[frame]), np.asarray(frames.intrinsics[frame]), depth)
+        _log_chunk(stream, "expert", path[step], expert[frame][np.asarray(frames.action_mask[frame])])
+        if policy is not None and predicted is not None and ids is not None and np.isfinite(predicted[frame]).all():
+            _log_chunk(stream, "predicted", path[step], predicted[frame])
+            _log_cell(stream, policy.processor.grid, ids[frame, 0])
 
 
 class RolloutRecorder:

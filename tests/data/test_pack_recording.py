@@ -72,6 +72,9 @@ def test_with_pictures_of_some_steps_chunks_hold_the_actions_of_all(loader, tmp_
         assert len(got.frames.image) == -(-len(expected.frames.image) // 2)
         np.testing.assert_array_equal(expected.previous_action[1:], expected.frames.actions[:-1, 0])
         np.testing.assert_array_equal(got.previous_action, expected.previous_action[::2])
+        np.testing.assert_array_equal(expected.steps, np.arange(len(expected.actions)))
+        np.testing.assert_array_equal(got.steps, expected.steps[::2])
+        np.testing.assert_array_equal(got.actions, expected.actions[: got.steps[-1] + 1])
     assert sorted(next(some.batches(7, seed=1)).sample_id) == list(range(7))
 
 

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from helpers.environments import Counter
@@ -17,7 +18,7 @@ from spatialvla_jax.cli import main
 from spatialvla_jax.config import load_config
 from spatialvla_jax.data import open_data
 from spatialvla_jax.evaluation.rollouts import Episode, Settings, rollouts
-from spatialvla_jax.reports.view import RolloutRecorder, cell_edges, point_cloud, recording
+from spatialvla_jax.reports.view import RolloutRecorder, cell_edges, point_cloud, record_episode, recording
 
 
 @pytest.fixture
@@ -74,6 +75,25 @@ def test_an_episode_and_the_policy_s_predictions_on_it(rerun, trained, config_fi
     assert not {"/token/gripper", "/action/predicted"} & read(out).keys()
     (tmp_path / "other.rrd").write_bytes(b"RRF2")
     assert main(["view", "data", "--config", str(config_file), "--out", str(tmp_path / "other.rrd")]) == 2
+
+
+def test_pictures_of_some_steps_lie_where_these_steps_are(rerun, config_file, tmp_path: Path) -> None:
+    loader = open_data(load_config(config_file))
+    whole = next(loader.episodes("val"))
+    some = whole._replace(
+        frames=jax.tree.map(lambda x: x[::3], whole.frames),
+        steps=whole.steps[::3],
+        actions=whole.actions[: whole.steps[::3][-1] + 1],
+    )
+    found = {}
+    for name, episode in (("whole", whole), ("some", some)):
+        with recording(tmp_path / f"{name}.rrd") as stream:
+            record_episode(stream, episode, loader.statistics["toy"])
+        chunks = read(tmp_path / f"{name}.rrd")["/robot/chunk/expert"]
+        found[name] = {step: np.array(chunk["strips"][0]) for step, chunk in chunks.items() if "strips" in chunk}
+    assert list(found["some"]) == list(whole.steps[::3]) and len(found["some"]) > 1
+    for step, path in found["some"].items():
+        np.testing.assert_array_equal(path, found["whole"][step])
 
 
 def test_a_rollout_is_recorded(rerun, tmp_path: Path) -> None:
