@@ -25,7 +25,6 @@ import argparse
 import json
 import os
 import queue
-import shutil
 import signal
 import subprocess
 import sys
@@ -41,6 +40,7 @@ from spatialvla_jax.cli import overrides_of
 from spatialvla_jax.cli.arguments import amount, at_most, count, local_path, positive, task_ids
 from spatialvla_jax.config import load_config
 from spatialvla_jax.errors import InputError
+from spatialvla_jax.evaluation.closed_loop import remove_if_of_other_weights
 from spatialvla_jax.inference.action_chunking import executor
 from spatialvla_jax.models.presets import preset
 from spatialvla_jax.sweep.provenance import provenance
@@ -177,10 +177,8 @@ class Experiment:
             self.call(f"train {run.name}", share, *command)
 
     def evaluate(self, run: Path, share: Share, out: Path) -> None:
-        args, began = self.args, out / "settings.json"
-        if began.exists() and not str(read_json(began).get("policy")).startswith(f"{fingerprint(run)}, "):
-            print(f"{out} holds results of other weights than {run}: evaluating again", file=sys.stderr)
-            shutil.rmtree(out)
+        args = self.args
+        remove_if_of_other_weights(out, fingerprint(run))
         seeds = ",".join(map(str, args.seeds))
         protocol = ["--episodes", args.episodes, "--seeds", seeds, "--execute", args.execute, *self.tasks]
         which = ["--closed-loop", args.suite, "--checkpoint", run, "--videos", args.videos]

@@ -4,9 +4,11 @@ interruption."""
 import contextlib
 import json
 import os
+import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from spatialvla_jax.evaluation.video import write_video
 from spatialvla_jax.training.log_folder import LogFolder
 from spatialvla_jax.utils.atomic import Appending, write_json
 from spatialvla_jax.utils.process import try_lock
+from spatialvla_jax.utils.progress import warn
 from spatialvla_jax.utils.storage import AnyPath
 from spatialvla_jax.utils.tables import text_table
 
@@ -107,6 +110,14 @@ def _record(text: bytes, source: str, kinds: Mapping[str, type]) -> dict[str, An
         if isinstance(record, dict) and all(isinstance(record.get(key), kind) for key, kind in kinds.items()):
             return record
     raise InputError(f"{source} is damaged: expected a JSON object with {', '.join(kinds)}")
+
+
+def remove_if_of_other_weights(folder: Path, weights: str) -> None:
+    """Remove the results in `folder`, with a warning, if their policy is not `weights`, the `fingerprint` of a run."""
+    settings = folder / "settings.json"
+    if settings.exists() and not str(read_json(settings).get("policy")).startswith(f"{weights}, "):
+        warn(f"{folder} holds episodes of other weights than {weights}: evaluating again")
+        shutil.rmtree(folder)
 
 
 def summary(results: dict[Episode, dict[str, Any]]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,12 @@ from ml_collections import ConfigDict
 from spatialvla_jax.actions import ActionGrid, adapt_embeddings, encode, grid_to_dict
 from spatialvla_jax.actions.io import describe_grid, save_grid
 from spatialvla_jax.checkpoints import fingerprint, read_checkpoint
-from spatialvla_jax.checkpoints.types import digest, read_json
+from spatialvla_jax.checkpoints.types import digest
 from spatialvla_jax.config import train_config_of
 from spatialvla_jax.data import DataConfig, open_data
 from spatialvla_jax.data.pack import packed_digest, packed_names
 from spatialvla_jax.errors import InputError
+from spatialvla_jax.evaluation.closed_loop import remove_if_of_other_weights
 from spatialvla_jax.evaluation.open_loop import evaluate
 from spatialvla_jax.evaluation.rollouts import Episode, Settings, padded
 from spatialvla_jax.inference.policy import Policy
@@ -27,7 +27,7 @@ from spatialvla_jax.sweep.plan import Trial
 from spatialvla_jax.sweep.provenance import provenance
 from spatialvla_jax.training.metrics import curve_of, plateau, read_metrics
 from spatialvla_jax.utils.atomic import replacing
-from spatialvla_jax.utils.progress import Bar, warn
+from spatialvla_jax.utils.progress import Bar
 from spatialvla_jax.utils.storage import AnyPath
 
 SHOWN = 4000  # actions of the data that are kept for the report's figures
@@ -104,10 +104,8 @@ def simulate(trial: Trial, folder: Path, workers: int) -> None:
     """Evaluate a trained trial in closed loop, `workers` simulators at once; resumes. Episodes of other weights, of a
     trial that was trained anew, are removed."""
     episodes, policy, name, out = episodes_of(trial), Policy.load(folder), fingerprint(folder), folder / "closed_loop"
-    workers, began = min(workers, len(episodes)), out / "settings.json"
-    if began.exists() and not str(read_json(began).get("policy")).startswith(f"{name}, "):
-        warn(f"{out} holds episodes of other weights than {folder} has now: evaluating again")
-        shutil.rmtree(out)
+    workers = min(workers, len(episodes))
+    remove_if_of_other_weights(out, name)
     keys = list(policy.processor.statistics)
     key = libero_env.dataset_of(episodes[0].suite, keys) if len(keys) > 1 else None
     libero_env.evaluate(
