@@ -32,7 +32,7 @@ PLANS = {
         expert.Plan(np.deg2rad(115)),  # table center
         expert.Plan(np.deg2rad(110), lean=0.2),  # on the cookie box
         expert.Plan(np.deg2rad(122), spread=0.03, radius=0.04, lift=0.09, lean=0.2),  # in the top drawer
-        expert.Plan(np.deg2rad(180)),  # on the ramekin
+        expert.Plan(np.deg2rad(-20)),  # on the ramekin; there the bowl tips over by 50 degrees, and this side is up
         expert.Plan(np.deg2rad(90), lean=0.4),  # next to the cookie box
         expert.Plan(np.deg2rad(60)),  # on the stove
         expert.Plan(np.deg2rad(180)),  # next to the plate
@@ -42,16 +42,16 @@ PLANS = {
     # where the hand would hit a neighbouring object. It is also turned at cartons, whose roofs are hollow and open
     # along y: a finger got caught there.
     "libero_object": (
-        IN_BASKET._replace(height=0.015),  # alphabet soup, a can
+        IN_BASKET._replace(axis=1, height=0.015),  # alphabet soup, a can
         IN_BASKET._replace(height=0.005, angle=np.deg2rad(70)),  # cream cheese, flat, beside a can
-        IN_BASKET._replace(height=0.045),  # salad dressing, a bottle
+        IN_BASKET._replace(axis=1, height=0.045),  # salad dressing, a bottle
         IN_BASKET._replace(height=0.030),  # bbq sauce, a bottle
-        IN_BASKET._replace(height=0.045),  # ketchup, a bottle
-        IN_BASKET._replace(height=0.015, angle=np.deg2rad(60)),  # tomato sauce, a can, beside a carton
+        IN_BASKET._replace(axis=1, height=0.045),  # ketchup, a bottle
+        IN_BASKET._replace(axis=1, height=0.015, angle=np.deg2rad(60)),  # tomato sauce, a can, beside a carton
         IN_BASKET._replace(height=0.005),  # butter, flat
-        IN_BASKET._replace(height=0.030, angle=np.deg2rad(10)),  # milk, a carton
+        IN_BASKET._replace(axis=1, height=0.030, angle=np.deg2rad(10)),  # milk, a carton
         IN_BASKET._replace(height=0.005),  # chocolate pudding, a flat box
-        IN_BASKET._replace(height=0.030, angle=np.deg2rad(10)),  # orange juice, a carton
+        IN_BASKET._replace(axis=1, height=0.030, angle=np.deg2rad(10)),  # orange juice, a carton
     ),
 }
 

@@ -41,6 +41,7 @@ class Plan(NamedTuple):
     carry: float = 0.06  # above the release height while the object is not yet over its goal
     release: float = 0.0  # height of the object's origin above the goal's on release
     open_steps: int = 5  # first half: stand still until the fingers are off the object; second half: rise
+    axis: int = 2  # of the object's frame, which points up where the object stands: LIBERO has y for some and z for others
     lean: float = 0.0  # radians by which the fingers lean forward (+x) from straight down, for distant objects
 
 
@@ -58,21 +59,20 @@ CLOSE_STEPS = 9  # the fingers need about nine control steps from fully open
 CLEAR_STEPS = 20  # after which the hand moves on even if something blocks its first target
 
 
-def take_over(plan: Plan, began: Scene, scene: Scene, held: bool) -> tuple[Plan, Progress]:
-    """Plan and progress for an episode that `began` with one scene and was continued by something else up to another.
+def take_over(plan: Plan, scene: Scene, held: bool) -> tuple[Plan, Progress]:
+    """Plan and progress for an episode that something else has brought to this scene.
 
     If the fingers hold the object (`held`), it is lifted and carried as it is. Otherwise the hand first opens and
     rises, so that it neither drags an object along nor pushes one over. An object that is held by its vertical axis is
     gripped across that axis if it has fallen over.
     """
-    up, hand = upright(scene.object_mat), scene.eef_pos
+    up, hand = scene.object_mat[:, plan.axis], scene.eef_pos
     if held:
         axis, offset = scene.eef_mat[:, 1], hand - scene.object_pos
         grip = {"angle": float(np.arctan2(axis[1], axis[0])), "radius": float(offset @ axis)}
         return plan._replace(**grip, height=float(offset @ up)), Progress("lift", 0, tuple(hand.tolist()))
-    stood = scene.object_mat @ began.object_mat.T @ upright(began.object_mat)  # the axis that pointed up, now
-    if plan.radius == 0 and abs(stood[2]) < 0.5:
-        across = float(np.arctan2(stood[1], stood[0]) + np.pi / 2)
+    if plan.radius == 0 and abs(up[2]) < 0.5:
+        across = float(np.arctan2(up[1], up[0]) + np.pi / 2)
         # Released from higher up, so that the hand stays above a basket's rim.
         plan = plan._replace(angle=across, height=0.0, release=plan.release + plan.height)
     return plan, Progress("clear", 0, (*hand[:2].tolist(), float(grip_pose(plan, scene)[0][2] + plan.hover)))
@@ -80,17 +80,11 @@ def take_over(plan: Plan, began: Scene, scene: Scene, held: bool) -> tuple[Plan,
 
 def grip_pose(plan: Plan, scene: Scene) -> tuple[Float[np.ndarray, "3"], Float[np.ndarray, "3 3"]]:
     """The end-effector pose that grips the object: pointing down, fingers along `plan.angle`."""
-    up = upright(scene.object_mat)
+    up = scene.object_mat[:, plan.axis]
     radial = np.array([np.cos(plan.angle), np.sin(plan.angle), 0.0])
     radial -= up * (up @ radial)  # the object may stand tilted
-    position = scene.object_pos + plan.height * up + plan.radius * radial / np.linalg.norm(radial)
+    position = scene.object_pos + plan.height * up + plan.radius * radial / max(1e-9, np.linalg.norm(radial))
     return position, down_facing(gripper_yaw(plan.angle), plan.lean)
-
-
-def upright(mat: Float[np.ndarray, "3 3"]) -> Float[np.ndarray, "3"]:
-    """The object axis that points up; in LIBERO this is y for some objects and z for others."""
-    axis = np.argmax(np.abs(mat[2]))
-    return np.sign(mat[2, axis]) * mat[:, axis]
 
 
 def gripper_yaw(angle: float) -> float:

@@ -54,7 +54,7 @@ class Takeover(Libero):
 
     def _finish(self) -> dict[str, Any]:
         scene, state = observe(self.env, self.state)
-        plan, progress = expert.take_over(self.start.plan, self.start.scene, scene, holds_object(self.env))
+        plan, progress = expert.take_over(self.start.plan, scene, holds_object(self.env))
         performed = perform(self.start._replace(plan=plan, scene=scene, state=state), self.job, progress)
         if performed is None:
             return {"outcome": "failed"}

@@ -68,11 +68,11 @@ def test_a_bottle_is_carried_over_the_rim_and_let_go_of_in_the_basket(taken):
     assert [action[6] for action in actions[-16:]] == [expert.OPEN] * 16
 
 
-def test_it_is_held_above_its_origin_whichever_of_its_axes_points_up():
-    plan = Plan(0.3, radius=0.0, height=0.03)
-    for turn in ([0.0, 0.0, 1.0], [np.pi / 2, 0.0, 0.0], [-np.pi / 2, 0.0, 0.0], [0.0, np.pi / 2, 0.0], [np.pi, 0, 0]):
-        turned = scene()._replace(object_mat=expert.rotation_matrix(np.array(turn)))
-        np.testing.assert_allclose(expert.grip_pose(plan, turned)[0] - turned.object_pos, [0, 0, 0.03], atol=1e-9)
+@pytest.mark.parametrize(("axis", "turn"), [(2, [0.0, 0.0, 1.0]), (1, [np.pi / 2, 0.0, 0.0])])
+def test_it_is_held_above_its_origin_whichever_of_its_axes_points_up(axis, turn):
+    plan = Plan(0.3, radius=0.0, height=0.03, axis=axis)
+    standing = scene()._replace(object_mat=expert.rotation_matrix(np.array(turn)))
+    np.testing.assert_allclose(expert.grip_pose(plan, standing)[0] - standing.object_pos, [0, 0, 0.03], atol=1e-9)
 
 
 @given(angle=angles, lean=st.floats(0, 0.5))
@@ -133,8 +133,11 @@ def test_from_a_height_it_leaves_at_that_height():
     assert action[2] == pytest.approx(0, abs=1e-6) and action[1] == 1
 
 
-def test_the_grip_point_follows_a_tilted_bowl():
-    tilt = expert.rotation_matrix(np.array([0.3, 0.0, 0.0]))
+@pytest.mark.parametrize("angle", [0.3, 0.9, 1.4])
+def test_the_grip_point_follows_a_tilted_bowl(angle):
+    """Also beyond 45 degrees, where another axis of the bowl is nearer to the vertical: LIBERO-Spatial's bowl on the
+    ramekin tips over by 51."""
+    tilt = expert.rotation_matrix(np.array([angle, 0.0, 0.0]))
     plan, level = Plan(np.pi / 2), scene()
     up, _ = expert.grip_pose(plan, level._replace(object_mat=tilt))
     np.testing.assert_allclose(tilt.T @ (up - level.object_pos), [0, plan.radius, plan.height], atol=1e-9)
@@ -143,7 +146,7 @@ def test_the_grip_point_follows_a_tilted_bowl():
 def test_it_takes_over_a_hand_that_is_low_and_closed():
     """The hand opens and rises beside the bowl before it moves towards it."""
     low = scene(eef_pos=(-0.02, 0.1, 0.91))
-    plan, progress = expert.take_over(Plan(0.6), scene(), low, held=False)
+    plan, progress = expert.take_over(Plan(0.6), low, held=False)
     actions, phases, scenes = run(plan, low, progress=progress)
     assert list(dict.fromkeys(phases)) == ["clear", "reach", "close", "lift", "carry", "open", "done"]
     clear = phases.index("reach")
@@ -160,7 +163,7 @@ def test_it_carries_on_what_the_hand_holds(turn):
     """Wherever along the rim it holds the bowl, the hand neither lets go nor turns before the plate."""
     bowl, mat = np.array([0.0, 0.05, 1.0]), expert.down_facing(turn)
     held = scene(eef_pos=bowl + 0.05 * mat[:, 1] + [0, 0, 0.02], eef_mat=mat, taken=bowl)
-    plan, progress = expert.take_over(Plan(-0.8), scene(), held, held=True)
+    plan, progress = expert.take_over(Plan(-0.8), held, held=True)
     actions, phases, scenes = run(plan, held, progress=progress)
     assert list(dict.fromkeys(phases)) == ["lift", "carry", "open", "done"]
     carried = phases.index("open")
@@ -174,10 +177,10 @@ def test_a_bottle_that_has_fallen_over_is_gripped_across():
     standing = scene()._replace(object_mat=expert.rotation_matrix(np.array([np.pi / 2, 0.0, 0.0])))  # its y points up
     lying = scene()._replace(object_mat=expert.rotation_matrix(np.array([0.0, 0.0, 0.5 - np.pi / 2])))  # now at 0.5 rad
     ketchup = PLANS["libero_object"][4]
-    plan, _ = expert.take_over(ketchup, standing, lying, held=False)
+    plan, _ = expert.take_over(ketchup, lying, held=False)
     position, mat = expert.grip_pose(plan, lying)
     assert plan.release == ketchup.release + ketchup.height, "the hand keeps its height above the rim"
     np.testing.assert_allclose(position, lying.object_pos, atol=1e-9)
     assert mat[:, 1] @ [np.cos(0.5), np.sin(0.5), 0] == pytest.approx(0, abs=1e-9)
-    plan, _ = expert.take_over(ketchup, standing, standing, held=False)
+    plan, _ = expert.take_over(ketchup, standing, held=False)
     assert plan == ketchup

@@ -120,7 +120,7 @@ def test_the_expert_takes_over_between_two_chunks(monkeypatch, succeeds, outcome
         assert len(actions) == 1 and not given
     else:
         assert len(actions) % 5 == 0 and 0 < len(actions) <= takeover.POLICY_STEPS
-        assert given == [expert.take_over(plan, scene, scene, True)]
+        assert given == [expert.take_over(plan, scene, True)]
     if outcome == "kept":
         assert last["record"]["motion"] == replace(motion, policy_steps=len(actions))
 
