@@ -41,7 +41,7 @@ class Plan(NamedTuple):
     carry: float = 0.06  # above the release height while the object is not yet over its goal
     release: float = 0.0  # height of the object's origin above the goal's on release
     open_steps: int = 5  # first half: stand still until the fingers are off the object; second half: rise
-    axis: int = 2  # of the object's frame, which points up where the object stands: LIBERO has y for some and z for others
+    axis: int = 2  # of the object's frame, which points up when it stands: y for some of LIBERO's objects, z for others
     lean: float = 0.0  # radians by which the fingers lean forward (+x) from straight down, for distant objects
 
 
