@@ -34,6 +34,7 @@ from spatialvla_jax.training.init_from import (
     open_start,
     pin_init,
     starting_params,
+    with_grid_of_run,
     with_model_of,
 )
 from spatialvla_jax.training.log_folder import LogFolder
@@ -153,7 +154,7 @@ def prepare(config: ConfigDict, workdir: AnyPath, goodput: Goodput) -> Run:
     with goodput.clock("index"):
         loader = _open_loader(config, before, processor)
     config.data.read_block = loader.mixture.block
-    processor = make_processor(config, loader, processor)
+    processor = with_grid_of_run(make_processor(config, loader, processor), before)
     setup = make_setup(
         config,
         processor.grid,

@@ -2,16 +2,19 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from helpers.batches import observation
 
-from spatialvla_jax.checkpoints.orbax import read_metadata
+from spatialvla_jax.checkpoints.orbax import parse_metadata, read_metadata
 from spatialvla_jax.config import load_config, train_config_of
 from spatialvla_jax.inference.policy import Policy
 from spatialvla_jax.training.changes import CHANGES, describe_changes
+from spatialvla_jax.training.init_from import with_grid_of_run
 from spatialvla_jax.training.loop import train
 from spatialvla_jax.training.metrics import read_metrics
 
@@ -48,6 +51,18 @@ def test_it_goes_on_as_it_would_have(old: Path, capsys: pytest.CaptureFixture[st
     for record, then in zip(records, expected, strict=True):
         for key in ("loss", "gradient_norm", "update_norm", "learning_rate"):
             np.testing.assert_allclose(record[key], then[key], rtol=1e-4, err_msg=key)
+
+
+@pytest.mark.parametrize(("moved", "kept"), [(1e-7, True), (1e-3, False)])
+def test_a_run_keeps_its_grid_where_another_cpu_fits_other_last_bits(old: Path, moved: float, kept: bool) -> None:
+    step = old / "run" / "checkpoints" / "3"
+    _, processor = parse_metadata(step, read_metadata(step))
+    assert processor is not None
+    fitted = replace(processor, grid=jax.tree.map(lambda edges: edges + np.float32(moved), processor.grid))
+    grid = with_grid_of_run(fitted, step).grid
+    for now, own in zip(jax.tree.leaves(grid), jax.tree.leaves(processor.grid), strict=True):
+        assert np.array_equal(now, own) == kept
+    assert with_grid_of_run(fitted, None) is fitted
 
 
 def test_run_and_export_act_alike(old: Path) -> None:
