@@ -48,7 +48,10 @@ AUTO_MODEL = {
 
 # Our fields without a published counterpart, stored under EXTRA.
 EXTRA = "spatialvla_jax"
-EXTRA_FIELDS = ("prompt_length", "action_chunk", "tokens_per_action", "depth_source", "mask", "dtype", "remat")
+EXTRA_FIELDS = (
+    *("prompt_length", "action_chunk", "tokens_per_action", "depth_source", "mask", "dtype"),
+    *("remat", "unroll"),  # of training, so that a run and its export have the same config
+)
 
 DIFFERENCES = "release_differences"  # also under EXTRA; not read back
 

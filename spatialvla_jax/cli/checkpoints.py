@@ -96,7 +96,7 @@ def run_convert(args: argparse.Namespace) -> None:
     print(json.dumps(result))
     if not result["bit_exact"]:
         print(
-            f"spatialvla-jax convert: {args.dst} reads back with bytes that differ from those of {args.src}",
+            f"spatialvla-jax convert: {args.dst} does not read back as it was written: do not use it",
             file=sys.stderr,
         )
         raise SystemExit(1)

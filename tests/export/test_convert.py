@@ -81,6 +81,14 @@ def test_convert_to_bfloat16(checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("to", WRITERS)
+def test_a_run_of_any_training_options_reads_back_equal(checkpoint, tmp_path, to):
+    config = replace(checkpoint.config, remat="dots", unroll=True, mask="causal", dtype="bfloat16")
+    write_orbax(tmp_path / "run", replace(checkpoint, config=config))
+    assert convert(tmp_path / "run", tmp_path / "b", to=to, verify=False)["bit_exact"]
+    assert read_checkpoint(tmp_path / "b").config == config
+
+
+@pytest.mark.parametrize("to", WRITERS)
 @pytest.mark.parametrize("source", WRITERS)
 def test_every_tensor_is_read_once(checkpoint, tmp_path, reads, source, to):
     """Opening reads no tensor. Writing reads each once, and the check reads each new one once."""
