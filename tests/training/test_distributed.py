@@ -93,7 +93,7 @@ def test_storage_that_fails_on_one_host_ends_the_run(server: Server, packed_conf
     """The second of two processes cannot write its part of a checkpoint. There is one sentence, no hang, and exit codes
     after which the scripts in `launch/` restart the run."""
     workdir = tmp_path / "run"
-    runs = start(server, packed_config, workdir, 2, "--heartbeat", "10", "--config.checkpoint.every=3", limit=60_000)
+    runs = start(server, packed_config, workdir, 2, "--heartbeat", "10", "--config.checkpoint.every=3", limit=15_000)
     assert runs[1].wait(240) == 1, runs[1].errors.read_text()
     sentence = runs[1].errors.read_text().splitlines()[-1]
     assert sentence.startswith(f"spatialvla-jax train: no checkpoint could be written to {workdir / 'checkpoints'} at")

@@ -98,8 +98,8 @@ def test_killed_twenty_times(server: Server, packed_config: Path, tmp_path: Path
 @pytest.mark.slow
 def test_sigterm_and_then_a_full_disk(server: Server, packed_config: Path, undisturbed: Path, tmp_path: Path) -> None:
     """SIGTERM saves the last step. Then no file can grow large enough for a checkpoint: four retries, one sentence, and
-    the earlier checkpoints stay. The limit lies between the run's logs, 24 kB, and Orbax's description of the optimizer,
-    36 kB; how large its data files are depends on which writes it joins."""
+    the earlier checkpoints stay. The limit lies between the run's logs, 24 kB, and Orbax's description of the
+    optimizer, 36 kB; how large its data files are depends on which writes it joins."""
     workdir = tmp_path / "run"
     run = start(server, packed_config, workdir, "--config.checkpoint.every=1000", pause=(LOGGED, 8))
     assert run.until(run.paused)
