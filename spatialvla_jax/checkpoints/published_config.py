@@ -4,6 +4,7 @@ Fields that it does not know (prompt length, depth source, …) are stored under
 field that affects what the model computes is honoured, or refused if our model supports only another value.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,12 +47,11 @@ AUTO_MODEL = {
     "AutoModel": "modeling_spatialvla.SpatialVLAForConditionalGeneration",
 }
 
-# Our fields without a published counterpart, stored under EXTRA.
+# Fields with a published counterpart; all others are stored under EXTRA.
+SIZES = ("text_vocab", "spatial_tokens")
+PARTS = ("img", "llm", "zoe")
 EXTRA = "spatialvla_jax"
-EXTRA_FIELDS = (
-    *("prompt_length", "action_chunk", "tokens_per_action", "depth_source", "mask", "dtype"),
-    *("remat", "unroll"),  # of training, so that a run and its export have the same config
-)
+EXTRA_FIELDS = tuple(f.name for f in dataclasses.fields(SpatialVLAConfig) if f.name not in (*SIZES, *PARTS))
 
 DIFFERENCES = "release_differences"  # also under EXTRA; not read back
 
@@ -67,7 +67,7 @@ def read_config(file: AnyPath) -> SpatialVLAConfig:
 def config_from_published(data: Any, where: str = "") -> SpatialVLAConfig:
     """Raises InputError for unsupported values; `where` prefixes the field's name in the message."""
     check_fixed(data, SPATIALVLA_FIXED, where)
-    sizes = {ours: NAMES[ours] for ours in ("text_vocab", "spatial_tokens")}
+    sizes = {ours: NAMES[ours] for ours in SIZES}
     kinds = {"vision_config": PART, "text_config": PART, "use_vision_zoe": Field(True, "")}
     values = check_stored(data, kinds, where)
     fields = _ours(SpatialVLAConfig, sizes, data, where)

@@ -32,7 +32,7 @@ PLANS = {
         expert.Plan(np.deg2rad(115)),  # table center
         expert.Plan(np.deg2rad(110), lean=0.2),  # on the cookie box
         expert.Plan(np.deg2rad(122), spread=0.03, radius=0.04, lift=0.09, lean=0.2),  # in the top drawer
-        expert.Plan(np.deg2rad(-20)),  # on the ramekin; there the bowl tips over by 50 degrees, and this side is up
+        expert.Plan(np.deg2rad(-20)),  # on the ramekin; the bowl has tipped over there, and this side of its rim is up
         expert.Plan(np.deg2rad(90), lean=0.4),  # next to the cookie box
         expert.Plan(np.deg2rad(60)),  # on the stove
         expert.Plan(np.deg2rad(180)),  # next to the plate

@@ -130,10 +130,10 @@ def make_processor(config: ConfigDict, loader: Loader, start: Processor | None =
     )
 
 
-def with_grid_of_run(processor: Processor, step: AnyPath | None) -> Processor:
-    """The processor with the grid that the run has in the directory `step`, if the one fitted now equals it up to
-    rounding: another kind of CPU fits other last bits, and a run keeps its own."""
-    before = parse_metadata(step, read_metadata(step))[1] if step else None
+def with_grid_of_run(processor: Processor, before: Processor | None) -> Processor:
+    """The processor with the grid of the run's checkpoint, `before`, if the grid fitted now equals it up to rounding.
+
+    Another kind of CPU fits a grid that differs in its last bits, but a run keeps the one it started with."""
     if before is None or jax.tree.structure(before.grid) != jax.tree.structure(processor.grid):
         return processor
     own = jax.tree.map(np.asarray, before.grid)

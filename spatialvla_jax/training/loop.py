@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from spatialvla_jax.actions import ActionTokenizer, uniform_grid
 from spatialvla_jax.batch import Batch
-from spatialvla_jax.checkpoints.orbax import FOLDER, read_metadata, step_directory
+from spatialvla_jax.checkpoints.orbax import FOLDER, parse_metadata, read_metadata, step_directory
 from spatialvla_jax.checkpoints.processor import Processor
 from spatialvla_jax.checkpoints.types import read_json
 from spatialvla_jax.config import check_resumable, check_together, completed
@@ -152,9 +152,11 @@ def prepare(config: ConfigDict, workdir: AnyPath, goodput: Goodput) -> Run:
     if config.model.depth_source == "zoedepth" and not config.init and is_writer():
         warn("model.depth_source=zoedepth and init is empty: the depth model has random weights")
     with goodput.clock("index"):
-        loader = _open_loader(config, before, processor)
+        saved = read_metadata(before) if before else None
+        loader = _open_loader(config, saved, processor)
     config.data.read_block = loader.mixture.block
-    processor = with_grid_of_run(make_processor(config, loader, processor), before)
+    own = parse_metadata(before, saved)[1] if before and saved else None
+    processor = with_grid_of_run(make_processor(config, loader, processor), own)
     setup = make_setup(
         config,
         processor.grid,
@@ -200,12 +202,12 @@ def prepare(config: ConfigDict, workdir: AnyPath, goodput: Goodput) -> Run:
     return Run(workdir, setup, loader, grid, checkpoints, state, shardings, start, spikes)
 
 
-def _open_loader(config: ConfigDict, before: AnyPath | None, processor: Processor | None) -> Loader:
-    """The run's data, with the statistics of the checkpoint `before` and the tokenizer of `processor` if there are
-    any. Says what it holds, and what the first validation would find wrong."""
+def _open_loader(config: ConfigDict, saved: dict[str, Any] | None, processor: Processor | None) -> Loader:
+    """The run's data, with the statistics in a checkpoint's metadata `saved` and the tokenizer of `processor` if there
+    are any. Says what it holds, and what the first validation would find wrong."""
     loader = open_data(
         config,
-        statistics=read_metadata(before)["processor"]["statistics"] if before else None,
+        statistics=saved["processor"]["statistics"] if saved else None,
         tokenizer=None if processor is None or config.data.prompt.model else processor.tokenizer,
         processes=all_processes(),
         target=config.loss.target != "none",

@@ -59,7 +59,7 @@ def test_a_run_keeps_its_grid_where_another_cpu_fits_other_last_bits(old: Path, 
     _, processor = parse_metadata(step, read_metadata(step))
     assert processor is not None
     fitted = replace(processor, grid=jax.tree.map(lambda edges: edges + np.float32(moved), processor.grid))
-    grid = with_grid_of_run(fitted, step).grid
+    grid = with_grid_of_run(fitted, processor).grid
     for now, own in zip(jax.tree.leaves(grid), jax.tree.leaves(processor.grid), strict=True):
         assert np.array_equal(now, own) == kept
     assert with_grid_of_run(fitted, None) is fitted
