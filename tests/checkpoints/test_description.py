@@ -7,7 +7,7 @@ import json
 import math
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 import numpy as np
@@ -334,8 +334,8 @@ ODD = (
 )
 ODD += ("4", "None", "{instruction}", [], [[]], [None], [1, 2, 3], {}, {"a": 1}, [{}])
 PUBLISHED = {  # for each of our fields: the files and paths that define it
+    **{field.name: (f"{CONFIG}/spatialvla_jax.{field.name}",) for field in fields(SpatialVLAConfig)},
     **{ours: (f"{CONFIG}/{theirs}",) for ours, theirs in NAMES.items()},
-    **{name: (f"{CONFIG}/spatialvla_jax.{name}",) for name in ("prompt_length", "tokens_per_action", "mask", "remat")},
     "depth_source": (f"{CONFIG}/spatialvla_jax.depth_source", f"{CONFIG}/use_vision_zoe"),
     "dtype": (f"{CONFIG}/spatialvla_jax.dtype", f"{CONFIG}/torch_dtype"),
     "action_chunk": (f"{CONFIG}/spatialvla_jax.action_chunk", f"{RELEASE}/action_chunk_size"),
