@@ -262,7 +262,7 @@ def measure_run(args: argparse.Namespace) -> None:
     config.data.packed = str(args.packed)
     model, params, processor = load_pretrained(args.run)
     assert processor is not None, "a run has its grid and tokenizer"
-    loader = open_data(config, processor.statistics, processor.tokenizer, target=True)
+    loader = open_data(config, processor.statistics, processor.tokenizer, recorded=("target",))
     policy, params = Policy(model, params, processor), jax.device_put(params)
     train, val = (look(policy, params, loader, split, args.frames, args.batch_size) for split in ("train", "val"))
     guesses = {name: ridge(x, train.target, val.features[name]) for name, x in train.features.items()}

@@ -5,6 +5,7 @@ action. Both are pytrees of NumPy arrays on the host or JAX arrays on a device. 
 hold shapes or shardings.
 """
 
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     Array = Any
 else:
     Array = np.ndarray | jax.Array
+
+WIDTHS = {"target": 3, "hand": 4}  # of the fields of `Batch` that only recordings in packed files have
 
 
 class Observation(struct.PyTreeNode, kw_only=True):
@@ -59,19 +62,22 @@ class Batch(Observation, kw_only=True):
     actions: Float32[Array, "B T A"]  # normalised
     action_mask: Bool[Array, "B T"]
     target: Float32[Array, "B 3"] | None = None  # the task's object in the camera's frame, metres; see `loss.target`
+    hand: Float32[Array, "B 4"] | None = None  # the point between the fingertips, likewise, and their distance, metres
     dataset_id: Int32[Array, " B"]  # index of the dataset in the mixture
     valid: Bool[Array, " B"] | None = None  # only in epochs: False for rows that pad the last batch
     sample_id: Int64[np.ndarray, " B"] | None = None  # index among all frames of the split; stays on the host
 
     @classmethod
-    def abstract(cls, config: SpatialVLAConfig, batch_size: int, action_dim: int, target: bool = False) -> "Batch":
-        """Shapes and dtypes of a training batch on the device."""
+    def abstract(
+        cls, config: SpatialVLAConfig, batch_size: int, action_dim: int, recorded: Sequence[str] = ()
+    ) -> "Batch":
+        """Shapes and dtypes of a training batch on the device, with the fields in `recorded`."""
         B, T = batch_size, config.action_chunk
         return Batch(
             **Observation.abstract(config, B).model_inputs(),
             actions=_shape(jnp.float32, B, T, action_dim),
             action_mask=_shape(jnp.bool_, B, T),
-            target=_shape(jnp.float32, B, 3) if target else None,
+            **{name: _shape(jnp.float32, B, WIDTHS[name]) for name in recorded},
             dataset_id=_shape(jnp.int32, B),
         )
 

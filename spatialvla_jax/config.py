@@ -204,9 +204,9 @@ KEYS: dict[str, Field] = {
     ),
     "loss.target": Field(
         "none",
-        "in training, also predict the position of the task's object: in the picture (sides of the image) or in the "
-        "camera's frame; needs packed recordings",
-        choices=("none", "pixels", "metres"),
+        "in training, also predict the position of the task's object: in the picture (sides of the image), in the "
+        "camera's frame, or both there and from the hand, with the fingers' opening; needs packed recordings",
+        choices=("none", "pixels", "metres", "reach"),
     ),
     "loss.target_weight": Field(1.0, "weight of its mean absolute error, added to the cross-entropy", above=0),
     "optimizer.learning_rate": Field(2e-5, "peak of the rate, which then decays linearly to 0", low=0),

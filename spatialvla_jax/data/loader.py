@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from spatialvla_jax.actions import DIMENSIONS
 from spatialvla_jax.actions.normalization import normalize
-from spatialvla_jax.batch import Batch
+from spatialvla_jax.batch import WIDTHS, Batch
 from spatialvla_jax.data import mixture
 from spatialvla_jax.data.beam import load_stats
 from spatialvla_jax.data.chunks import chunk_actions
@@ -55,8 +55,8 @@ class Loader:
     `statistics` ({name: …}) and `tokenizer` come from a checkpoint. Without them, statistics come from the file
     `data.statistics` if set, and otherwise both come from the data. The first loader of a dataset reads it once and
     caches an index, which several `processes` build together; `progress(name, shards done, shards)` is called
-    meanwhile. Batches have depth maps if `depth` is true, and `Batch.target`, which recordings in packed files have, if
-    `target` is true. Raises InputError for problems in the config or the data.
+    meanwhile. Batches have depth maps if `depth` is true, and the fields in `recorded` ("target", "hand"), which
+    recordings in packed files have. Raises InputError for problems in the config or the data.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Loader:
         action_chunk: int = 4,
         action_dim: int = len(DIMENSIONS),
         depth: bool = False,
-        target: bool = False,
+        recorded: Sequence[str] = (),
         statistics: Mapping[str, Any] | None = None,
         tokenizer: Tokenizer | None = None,
         progress: Callable[[str, int, int], None] | None = None,
@@ -79,7 +79,7 @@ class Loader:
         self.names = tuple(dict.fromkeys(entry.name for entry in entries))
         self._dataset_ids = np.asarray([self.names.index(e.name) for e in entries], np.int32)  # packed parts share one
         self.image_size, self.depth, self.action_chunk, self.action_dim = image_size, depth, action_chunk, action_dim
-        self._target, self._paths = target, [entry.path for entry in entries]
+        self._recorded, self._paths = tuple(recorded), [entry.path for entry in entries]
         self.extra: dict[str, tuple[int, ...]] = {}  # see `pack.Frames`
         from_file = statistics is None and bool(config.statistics)
         known = (_read_statistics(config.statistics, entries) if from_file else statistics) or {}
@@ -188,10 +188,10 @@ class Loader:
         if split not in self._indexes:
             indexes = self._source.index(split)
             for path, index in zip(self._paths, indexes, strict=True):
-                if self._target and "target" not in index.arrays:
+                if missing := [name for name in self._recorded if name not in index.arrays]:
                     raise InputError(
-                        f"{path} has no positions of the task's object, which loss.target needs: expected a packed "
-                        "file of `record libero` with this version"
+                        f"{path} has no positions of the {' and '.join(missing)}, which loss.target needs: expected a "
+                        "packed file of `record libero` with this version"
                     )
                 if (width := index.arrays["action"].shape[1]) != self.action_dim:
                     raise InputError(
@@ -370,7 +370,7 @@ class Loader:
         intrinsics = np.empty((rows, 3, 3), np.float32)
         prompt_ids, prompt_mask = np.empty((rows, length), np.int32), np.empty((rows, length), bool)
         actions, action_mask = np.empty((rows, chunk, self.action_dim), np.float32), np.empty((rows, chunk), bool)
-        target = np.empty((rows, 3), np.float32) if self._target else None
+        recorded = {name: np.empty((rows, WIDTHS[name]), np.float32) for name in self._recorded}
         new_size = (self.image_size, self.image_size)
         for number in np.unique(dataset):
             selected = dataset == number
@@ -382,8 +382,8 @@ class Loader:
                 intrinsics[selected] = scale_intrinsics(default, old_size, new_size)
             for column, table in zip((prompt_ids, prompt_mask), split.prompts[number], strict=True):
                 column[selected] = table[index.language(frame)]
-            if target is not None:
-                target[selected] = index.arrays["target"][frame]
+            for name, places in recorded.items():
+                places[selected] = index.arrays[name][frame]
             bounds = {row: value[number] for row, value in self._bounds.items()}
             first, end = index.action_rows(frame)
             actions[selected], action_mask[selected] = chunk_actions(index.arrays["action"], first, end, chunk, bounds)
@@ -395,7 +395,7 @@ class Loader:
             prompt_mask=prompt_mask,
             actions=actions,
             action_mask=action_mask,
-            target=target,
+            **recorded,
             dataset_id=self._dataset_ids[dataset],
             sample_id=pixels.sample_id,
         )
@@ -416,7 +416,7 @@ def open_data(
     tokenizer: Tokenizer | None = None,
     *,
     image_size: int | None = None,
-    target: bool = False,
+    recorded: Sequence[str] = (),
     processes: Processes = ALONE,
 ) -> Loader:
     """The loader for a whole config, with images of the model's size unless `image_size` is given. For the other
@@ -426,7 +426,7 @@ def open_data(
         image_size=image_size or preset(config.model.preset, config.model.image_size).img.image_size,
         action_chunk=config.model.action_chunk,
         depth=config.model.depth_source == "dataset",
-        target=target,
+        recorded=recorded,
         statistics=statistics,
         tokenizer=tokenizer,
         progress=shard_progress(),

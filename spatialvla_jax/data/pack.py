@@ -13,7 +13,9 @@ import mmap
 import os
 import shutil
 import struct
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -22,7 +24,7 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float32, Int, UInt8, UInt16
 
-from spatialvla_jax.batch import Batch
+from spatialvla_jax.batch import WIDTHS, Batch
 from spatialvla_jax.data.config import DataConfig
 from spatialvla_jax.data.index import Index
 from spatialvla_jax.data.oxe import make_spec
@@ -38,8 +40,9 @@ from spatialvla_jax.utils.storage import cached_copy, is_url, list_files, read_r
 
 MAGIC, VERSION, ALIGNMENT = b"SVLAPACK", 2, 4096  # version 1 is the same, but has a frame for every action
 _PREFIX = struct.Struct("<8sII32s")
+_AHEAD = 2  # batches that are read before they are asked for
 _BATCH = 64  # frames in memory while a file is written
-RECORDED: dict[str, tuple[int, ...]] = {"target": (3,), "extrinsics": (4, 4)}  # columns that only recordings have
+RECORDED = {"extrinsics": (4, 4)} | {name: (width,) for name, width in WIDTHS.items()}  # only recordings have these
 _NAMES = ("datasets", "mixture", "precomputed_depth")  # keys of the config's `data` part that a packed file replaces
 
 
@@ -297,8 +300,8 @@ class Packed:
         self, split: Split, samples: Samples, steps: range, batch_size: int, windows: tuple[int, ...] = ()
     ) -> Iterator[Pixels]:
         size = self._image_size
-        for step in steps:
-            ids = samples(step)
+
+        def read(ids: np.ndarray) -> Pixels:
             image = np.empty((batch_size, size, size, 3), np.uint8)
             depth = np.empty((batch_size, size, size), np.float32) if self._depth else None
             for row, (dataset, frame) in enumerate(zip(*split.locate(ids), strict=True)):
@@ -306,7 +309,17 @@ class Packed:
                 image[row] = index.arrays["image"][frame]  # one copy; indexing with an array would make another
                 if depth is not None:
                     _metres(index.arrays["depth"][frame], index, out=depth[row])
-            yield Pixels(ids, image, np.full((batch_size, 2), size, np.int32), depth)
+            return Pixels(ids, image, np.full((batch_size, 2), size, np.int32), depth)
+
+        # Copying releases the GIL, so batches are read while the caller trains on earlier ones.
+        reading: deque[Future[Pixels]] = deque()
+        with ThreadPoolExecutor(_AHEAD) as pool:
+            for step in steps:
+                reading.append(pool.submit(read, samples(step)))
+                if len(reading) > _AHEAD:
+                    yield reading.popleft().result()
+            while reading:
+                yield reading.popleft().result()
 
 
 class _File:

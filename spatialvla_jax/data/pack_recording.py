@@ -92,10 +92,10 @@ def write_packed(
 
     `known` describes the episodes in advance and determines the file's size. Images are then written to their places as
     they arrive, one whole split after another. Episodes are as in `rlds_writer.features`, with images as arrays of
-    `image_size`, which a model must match. Observations also have the camera's "extrinsics" f32[4, 4] and "target"
-    f32[3], the position of the task's object in the camera's frame. That frame is in metres: x right, y down, z
-    forward. Episodes contain only steps with images: with `every` 3, each third step from the first. Raises InputError,
-    also if there is not enough room.
+    `image_size`, which a model must match. Observations also have the camera's "extrinsics" f32[4, 4]; "target" f32[3],
+    the position of the task's object in the camera's frame; and "hand" f32[4], that of the point between the fingertips
+    and how far these are apart. The frame is in metres: x right, y down, z forward. Episodes contain only steps with
+    images: with `every` 3, each third step from the first. Raises InputError, also if there is not enough room.
     """
     instructions = list(dict.fromkeys(language for _, language, _ in known))
     splits = list(dict.fromkeys(split for split, *_ in known))

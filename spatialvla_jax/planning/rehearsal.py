@@ -135,7 +135,7 @@ def planned(run: Run) -> dict[str, float]:
     if (topology := topology_of(jax.devices())) is None:
         return {"flops": flops * setup.batch_size / (jax.device_count() * rate)}
     state, shardings = abstract_state(setup)
-    batch = Batch.abstract(setup.model.config, setup.batch_size, run.grid.action_dim, setup.loss.has_target)
+    batch = Batch.abstract(setup.model.config, setup.batch_size, run.grid.action_dim, setup.loss.recorded)
     program = jit_train_step(setup, shardings).lower(state, batch, run.grid, np.uint32(0)).compile()
     return {"roofline": costs_of(program.as_text(), flops, setup.batch_size, topology)["step_seconds"]}
 

@@ -190,11 +190,15 @@ def camera(env: Any, size: int) -> tuple[Float[np.ndarray, "3 3"], Float[np.ndar
     return intrinsics.astype(np.float32), get_camera_extrinsic_matrix(env.sim, CAMERA).astype(np.float32)
 
 
-def target_position(env: Any, extrinsics: Float[np.ndarray, "4 4"]) -> Float[np.ndarray, "3"]:
-    """Where the object to move is in the frame of a camera with these extrinsics, in metres, as Ego3D's points are."""
-    target, _ = env.obj_of_interest
-    position = env.sim.data.body_xpos[env.env.obj_body_id[target]]
-    return (extrinsics[:3, :3].T @ (position - extrinsics[:3, 3])).astype(np.float32)
+def positions(env: Any, extrinsics: Float[np.ndarray, "4 4"]) -> dict[str, Float[np.ndarray, " _"]]:
+    """Where the object to move is in the frame of a camera with these extrinsics ("target" f32[3]), where the point
+    between the fingertips is, and how far these are apart ("hand" f32[4]). Metres, as Ego3D's points are."""
+    object_to_move, _ = env.obj_of_interest
+    data, robot = env.sim.data, env.robots[0]
+    places = data.body_xpos[env.env.obj_body_id[object_to_move]], data.site_xpos[robot.eef_site_id]
+    target, hand = (np.stack(places) - extrinsics[:3, 3]) @ extrinsics[:3, :3]
+    left, right = data.qpos[robot._ref_gripper_joint_pos_indexes]
+    return {"target": target.astype(np.float32), "hand": np.append(hand, left - right).astype(np.float32)}
 
 
 def frame(env: Any, size: int) -> tuple[UInt8[np.ndarray, "S S 3"], UInt16[np.ndarray, "S S"]]:

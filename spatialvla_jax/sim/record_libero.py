@@ -31,9 +31,9 @@ from spatialvla_jax.sim.libero import (
     camera,
     check_simulator,
     frame,
+    positions,
     set_up_worker,
     simulate,
-    target_position,
 )
 from spatialvla_jax.sim.motions import Motion, load_motions, save_motions
 from spatialvla_jax.utils.process import end_worker_with_parent
@@ -331,11 +331,11 @@ def _episode(motion: Motion, name: str, frames: Sequence[tuple[dict, np.ndarray]
 
 def _picture(env: Any, size: int, encoded: bool) -> tuple[dict[str, Any], Float[np.ndarray, "4 4"]]:
     """The camera's part of an observation, and its extrinsics. Unencoded, for a packed file, the observation also has
-    "extrinsics" and "target", the place of the object to move."""
+    "extrinsics" and what `positions` returns."""
     image, depth = frame(env, size)
     intrinsics, extrinsics = camera(env, size)
     if not encoded:
-        seen = {"extrinsics": extrinsics, "target": target_position(env, extrinsics)}
+        seen = {"extrinsics": extrinsics} | positions(env, extrinsics)
         return {"image": image, "depth": depth, "intrinsics": intrinsics} | seen, extrinsics
     encoded_depth = _encode(depth, "PNG", optimize=True)
     image = _encode(image, "JPEG", quality=JPEG_QUALITY, optimize=True)

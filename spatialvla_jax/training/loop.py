@@ -38,6 +38,7 @@ from spatialvla_jax.training.init_from import (
     with_model_of,
 )
 from spatialvla_jax.training.log_folder import LogFolder
+from spatialvla_jax.training.losses import Loss
 from spatialvla_jax.training.metrics import MetricsLog, check_wandb, rates, scalars
 from spatialvla_jax.training.optimizer import split_frozen, swap_ema
 from spatialvla_jax.training.saving import Checkpoints, quiet_storage
@@ -210,7 +211,7 @@ def _open_loader(config: ConfigDict, saved: dict[str, Any] | None, processor: Pr
         statistics=saved["processor"]["statistics"] if saved else None,
         tokenizer=None if processor is None or config.data.prompt.model else processor.tokenizer,
         processes=all_processes(),
-        target=config.loss.target != "none",
+        recorded=Loss(target=config.loss.target).recorded,
     )
     if config.train.eval_every:
         frames = loader.check_epoch(config.train.eval_split)

@@ -19,7 +19,8 @@ from spatialvla_jax.text import EOS
 class Loss:
     """`soft_sigma`: standard deviation, in cells, of the targets around the true cell; 0 for only the true cell.
 
-    `target`: also learn where the task's object is, in "pixels" or "metres" (see `target_error`), or "none".
+    `target`: also learn where the task's object is, in "pixels" or "metres", or that and what the hand does ("reach"),
+    see `target_error`; or "none".
     """
 
     soft_sigma: float = 0.0
@@ -27,8 +28,9 @@ class Loss:
     target_weight: float = 1.0
 
     @property
-    def has_target(self) -> bool:
-        return self.target != "none"
+    def recorded(self) -> tuple[str, ...]:
+        """The fields of `Batch` that it needs, which only recordings have."""
+        return {"none": (), "reach": ("target", "hand")}.get(self.target, ("target",))
 
 
 PLAIN = Loss()
@@ -95,7 +97,7 @@ def cell_coordinates(grid: ActionTokenizer) -> tuple[Float[np.ndarray, "3 n V"],
 
 def new_head(loss: Loss, config: SpatialVLAConfig) -> Params:
     """{TARGET_HEAD: zeros} if the loss needs it: the only parameters that a policy does not have."""
-    size = {"none": 0, "pixels": 2, "metres": 3}[loss.target]
+    size = {"none": 0, "pixels": 2, "metres": 3, "reach": 7}[loss.target]
     return {TARGET_HEAD: {"kernel": jnp.zeros((config.llm.width, size)), "bias": jnp.zeros(size)}} if size else {}
 
 
@@ -104,11 +106,13 @@ def target_error(
     head: Params,
     state: Float[Array, "B D"],
     target: Float[Array, "B 3"],
+    hand: Float[Array, "B 4"] | None,
     intrinsics: Float[Array, "B 3 3"],
     image_size: int,
 ) -> Float[Array, " B"]:
     """Mean absolute error of a linear map to where the task's object is: metres in the camera's frame, as Ego3D's
-    points are, or sides of the image from its upper left corner. The map reads the language model's `state` after the
+    points are, or sides of the image from its upper left corner. For "reach", the map also predicts the vector from the
+    hand to the object and how far the fingers are open, in metres. It reads the language model's `state` after the
     prompt, divided by sqrt(D).
 
     `intrinsics` are those of the image after its crop. The object may lie outside the image.
@@ -116,6 +120,9 @@ def target_error(
     if loss.target == "pixels":
         # Written as a sum: a matrix product would run in reduced precision on accelerators.
         target = (intrinsics[:, :2] * (target / target[:, 2:])[:, None]).sum(axis=-1) / image_size
+    elif loss.target == "reach":
+        assert hand is not None, "the loader was not asked for the hand"
+        target = jnp.concatenate([target, target - hand[:, :3], hand[:, 3:]], axis=1)
     # The state comes from an RMS norm, so its length is about sqrt(D). Undivided, it would make the kernel's gradient
     # dominate the norm that `grad_clip_norm` limits, and clipping would shrink all other gradients.
     features = state.astype(jnp.float32) / math.sqrt(state.shape[1])

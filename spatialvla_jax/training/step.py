@@ -225,7 +225,7 @@ def loss_and_metrics(
     arguments = inputs.model_inputs() | {"action_ids": ids.reshape(B, -1)}
     logits: Any
     kept: Any = {}
-    if terms.has_target:
+    if terms.recorded:
         logits, kept = model.apply({"params": params}, **arguments, mutable=["intermediates"])
     else:
         logits = model.apply({"params": params}, **arguments)
@@ -244,11 +244,11 @@ def loss_and_metrics(
         metrics[f"accuracy/{kind}"] = hit[:, places].mean(axis=1)
     metrics["accuracy"] = hit.mean(axis=1)
     metrics["l1"] = jnp.abs(decode(grid, predicted) - inputs.actions).mean(axis=(1, 2))
-    if terms.has_target:
+    if terms.recorded:
         assert inputs.target is not None, "the loader was not asked for the target"
         (state,) = kept["intermediates"]["after_prompt"]
-        head, size = params[TARGET_HEAD], inputs.image.shape[1]
-        error = metrics["target_error"] = target_error(terms, head, state, inputs.target, inputs.intrinsics, size)
+        places = inputs.target, inputs.hand, inputs.intrinsics, inputs.image.shape[1]
+        error = metrics["target_error"] = target_error(terms, params[TARGET_HEAD], state, *places)
         loss = loss + terms.target_weight * error
     return loss, metrics
 

@@ -28,6 +28,7 @@ def episodes():
                         "depth": rng.integers(300, 5000, (SIZE, SIZE), dtype=np.uint16),
                         "intrinsics": np.array([[9, 0, 4], [0, 9, 4], [0, 0, 1]], np.float32) + number,
                         "target": rng.uniform(-1, 1, 3).astype(np.float32),
+                        "hand": rng.uniform(-1, 1, 4).astype(np.float32),
                         "extrinsics": np.eye(4, dtype=np.float32) + number,
                     },
                     "action": np.append(rng.uniform(-1, 1, 6), (-1, 1)[step % 2]).astype(np.float32),
@@ -85,7 +86,7 @@ def test_frames_come_back_as_they_were(loader) -> None:
         expected = np.stack([step["observation"][key] for step in recorded])
         np.testing.assert_array_equal(getattr(batch, key), expected)
         assert getattr(batch, key).dtype == dtype
-    for key in ("target", "extrinsics"):
+    for key in ("target", "hand", "extrinsics"):
         expected = np.stack([step["observation"][key] for step in recorded])
         np.testing.assert_array_equal(loader.indexes()[0].arrays[key], expected)
     metres = np.stack([step["observation"]["depth"] for step in recorded]) * np.float32(0.001)
@@ -110,31 +111,34 @@ def test_splits_instructions_and_prompts(loader) -> None:
     assert "task 1" in loader.tokenizer.decode(ids[1][loader.frames(np.array([5])).prompt_mask[0]])
 
 
-def test_the_target_comes_if_asked_for(loader, tmp_path: Path, monkeypatch) -> None:
+def test_target_and_hand_come_if_asked_for(loader, tmp_path: Path, monkeypatch) -> None:
     frames = np.array([7, 2, 11])
     assert loader.frames(frames).target is None
-    asked = Loader(loader.config, image_size=SIZE, action_chunk=2, depth=True, target=True)
+    asked = Loader(loader.config, image_size=SIZE, action_chunk=2, depth=True, recorded=("target", "hand"))
     recorded = [step for split, episode in episodes() if split == "train" for step in episode["steps"]]
     expected = np.stack([recorded[frame]["observation"]["target"] for frame in frames])
     np.testing.assert_array_equal(asked.frames(frames).target, expected, strict=True)
+    expected = np.stack([recorded[frame]["observation"]["hand"] for frame in frames])
+    np.testing.assert_array_equal(asked.frames(frames).hand, expected, strict=True)
     monkeypatch.setattr(pack, "RECORDED", {})
     write_pack(loader, tmp_path / "old.pack", ("train",))  # as in files of earlier versions
     old = {"packed": str(tmp_path / "old.pack")}
     Loader(old, image_size=SIZE, depth=True)
-    with pytest.raises(InputError, match=r"^\S+old\.pack has no positions of the task's object, which loss\.target"):
-        Loader(old, image_size=SIZE, depth=True, target=True)
+    with pytest.raises(InputError, match=r"^\S+old\.pack has no positions of the target and hand, which loss\.target"):
+        Loader(old, image_size=SIZE, depth=True, recorded=("target", "hand"))
 
 
-def test_what_is_packed_again_keeps_the_target_and_the_camera(loader, tmp_path: Path) -> None:
+def test_what_is_packed_again_keeps_the_positions_and_the_camera(loader, tmp_path: Path) -> None:
     write_pack(loader, tmp_path / "again.pack", tuple(LENGTHS))
-    again = Loader({"packed": str(tmp_path / "again.pack")}, image_size=SIZE, depth=True, target=True)
+    again = Loader({"packed": str(tmp_path / "again.pack")}, image_size=SIZE, depth=True, recorded=("target", "hand"))
     for split in LENGTHS:
         recorded = [step["observation"] for of, episode in episodes() if of == split for step in episode["steps"]]
         (index,) = again.indexes(split)
-        for key in ("target", "extrinsics"):
+        for key in ("target", "hand", "extrinsics"):
             np.testing.assert_array_equal(index.arrays[key], np.stack([seen[key] for seen in recorded]), strict=True)
         (batch,) = again.epoch(len(recorded), split)
         np.testing.assert_array_equal(batch.target, index.arrays["target"], strict=True)
+        np.testing.assert_array_equal(batch.hand, index.arrays["hand"], strict=True)
 
 
 def test_a_file_that_the_pictures_need_is_named(tmp_path: Path) -> None:

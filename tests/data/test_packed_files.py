@@ -33,6 +33,7 @@ def write(out: Path, lengths: dict[str, tuple[int, ...]], seed: int, scale: floa
                     "depth": rng.integers(300, 5000, (SIZE, SIZE), dtype=np.uint16),
                     "intrinsics": np.array([[9, 0, 4], [0, 9, 4], [0, 0, 1]], np.float32),
                     "target": np.zeros(3, np.float32),
+                    "hand": np.zeros(4, np.float32),
                     "extrinsics": np.eye(4, dtype=np.float32),
                 }
                 for _ in range(length)

@@ -20,6 +20,7 @@ def write_recording(out: Path, episodes: int = 4, every: int = 1) -> Path:
                 "depth": np.full((56, 56), 1000, np.uint16),
                 "intrinsics": np.array([[60, 0, 28], [0, 60, 28], [0, 0, 1]], np.float32),
                 "target": target,
+                "hand": np.array([0.5, 0.5, 0.2, 0.08], np.float32),
                 "extrinsics": np.eye(4, dtype=np.float32)[[2, 0, 1, 3]],
             }
             for target in targets

@@ -314,6 +314,9 @@ def test_jitter_changes_the_view_and_says_how():
             assert np.mean(np.abs(height[64:] - 0.90) < 0.01) > 0.5
             world = seen["extrinsics"][:3, :3] @ seen["target"] + seen["extrinsics"][:3, 3]
             np.testing.assert_allclose(world, motion.qpos[0, 9:12], atol=0.005)
+            hand = seen["extrinsics"][:3, :3] @ seen["hand"][:3] + seen["extrinsics"][:3, 3]
+            np.testing.assert_allclose(hand, seen["state"][:3], atol=0.005)
+            assert seen["hand"][3] == pytest.approx(seen["state"][6] - seen["state"][7], abs=0.005)
             u, v = (seen["intrinsics"] @ seen["target"])[:2] / seen["target"][2]
             assert height[int(v), int(u)] > 0.91, "the bowl stands out of the table in its pixel"
     for one, other in zip([*most, *none], [*again, *val], strict=True):

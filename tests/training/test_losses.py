@@ -115,10 +115,15 @@ def test_the_target_is_learned_in_metres_or_where_it_is_in_the_cropped_picture()
     cropped = np.asarray(crop_intrinsics(jnp.asarray(intrinsics), jnp.asarray(offset), jnp.asarray(scale)))
     x, y, z = target.astype(np.float64).T
     u, v = (60 * x / z + 28 - 5) * 1.25 / 56, (50 * y / z + 30 - 3) * 1.25 / 56
-    for kind, expected in (("metres", np.stack([x, y, z], axis=1)), ("pixels", np.stack([u, v], axis=1))):
+    hand = rng.uniform(-0.5, 0.5, (4, 4)).astype(np.float32)
+    metres, pixels = np.stack([x, y, z], axis=1), np.stack([u, v], axis=1)
+    reach = np.concatenate([metres, metres - hand[:, :3], hand[:, 3:]], axis=1)
+    wanted = {"metres": metres, "pixels": pixels, "reach": reach}
+    for kind, expected in wanted.items():
         bias = np.arange(expected.shape[1], dtype=np.float32)
         head = {"kernel": jnp.full((8, len(bias)), 0.5), "bias": jnp.asarray(bias)}
-        error = target_error(Loss(target=kind), head, state, jnp.asarray(target), jnp.asarray(cropped), 56)
+        places = jnp.asarray(target), jnp.asarray(hand), jnp.asarray(cropped)
+        error = target_error(Loss(target=kind), head, state, *places, 56)
         guess = 0.5 * state.sum(axis=1, keepdims=True) / np.sqrt(8) + bias
         np.testing.assert_allclose(error, np.abs(guess - expected).mean(axis=1), rtol=1e-5)
 
@@ -129,7 +134,7 @@ def test_the_gradient_of_the_head_does_not_grow_with_the_model(width: int) -> No
     state = np.random.default_rng(width).normal(size=(1, width)).astype(np.float32)
     state /= np.sqrt(np.mean(state**2))
     head = {"kernel": jnp.zeros((width, 3)), "bias": jnp.zeros(3)}
-    arguments = jnp.asarray(state), jnp.ones((1, 3)), jnp.eye(3)[None], 56
+    arguments = jnp.asarray(state), jnp.ones((1, 3)), None, jnp.eye(3)[None], 56
     slope = jax.grad(lambda head: target_error(Loss(target="metres"), head, *arguments)[0])(head)
     assert jnp.linalg.norm(slope["kernel"]) == pytest.approx(np.sqrt(3) / 3, rel=1e-5)
     assert jnp.linalg.norm(slope["bias"]) == pytest.approx(np.sqrt(3) / 3, rel=1e-5)
@@ -158,7 +163,7 @@ def test_a_run_learns_the_target_and_its_policy_does_not_have_the_head(recording
     config.train.update(steps=30, batch_size=16, log_every=1, eval_every=30)
     config.checkpoint.update(every=10, keep_last=4)
     config.grid.num_bins, config.optimizer.learning_rate = (4, 4, 2, 4, 4, 4), 1e-2
-    config.loss.target, config.loss.target_weight = "metres", 10.0
+    config.loss.target, config.loss.target_weight = "metres" if lora else "reach", 10.0
     config.loss.soft_sigma = 0.0 if lora else 0.5
     if lora:
         config.init, config.lora.rank, config.grid.kind = str(trained), 4, "checkpoint"
@@ -172,7 +177,7 @@ def test_a_run_learns_the_target_and_its_policy_does_not_have_the_head(recording
     names = set(policy.arrays)
     assert names == set(param_shapes(policy.config)), "the head is not the policy's"
     if not lora:
-        assert made["params"] == 3 * (32 + 1) + sum(x.size for x in jax.tree.leaves(policy.params()))
+        assert made["params"] == 7 * (32 + 1) + sum(x.size for x in jax.tree.leaves(policy.params()))
     Policy.load(workdir)
     convert(workdir, tmp_path / "export", "pytorch", merge=lora)
     assert set(read_checkpoint(tmp_path / "export").arrays) == names
