@@ -24,8 +24,10 @@ IN_BASKET = expert.Plan(np.deg2rad(90), radius=0.0, lift=0.08, carry=0.13, relea
 
 PLANS = {
     # Where the rim is gripped in each task (degrees around the bowl, 0 along +x, 90 along +y). The open fingers and the
-    # arm must avoid the ramekin, drawer walls, cabinet and cookie box. Far from the base the gripper leans forward,
-    # because the arm is almost fully extended there and the controller becomes inaccurate.
+    # arm must avoid the ramekin, drawer walls, cabinet and cookie box. Near ±90 degrees the fingers close across the
+    # camera's view, so a policy sees whether they are open, and an error of depth only moves the grip along the rim.
+    # Far from the base the gripper leans forward, because the arm is almost fully extended there and the controller
+    # becomes inaccurate.
     "libero_spatial": (
         expert.Plan(np.deg2rad(-45)),  # between the plate and the ramekin
         expert.Plan(np.deg2rad(-45)),  # next to the ramekin
@@ -34,9 +36,9 @@ PLANS = {
         expert.Plan(np.deg2rad(122), spread=0.03, radius=0.04, lift=0.09, lean=0.2),  # in the top drawer
         expert.Plan(np.deg2rad(-20)),  # on the ramekin; the bowl has tipped over there, and this side of its rim is up
         expert.Plan(np.deg2rad(90), lean=0.4),  # next to the cookie box
-        expert.Plan(np.deg2rad(60)),  # on the stove
-        expert.Plan(np.deg2rad(180)),  # next to the plate
-        expert.Plan(np.deg2rad(75), lean=0.3),  # on the wooden cabinet
+        expert.Plan(np.deg2rad(90)),  # on the stove
+        expert.Plan(np.deg2rad(-120)),  # next to the plate
+        expert.Plan(np.deg2rad(90), lean=0.3),  # on the wooden cabinet
     ),
     # The hand is 20 cm long and 4 cm above the grip point, so tall objects are held near the top. The grip is turned
     # where the hand would hit a neighbouring object. It is also turned at cartons, whose roofs are hollow and open

@@ -352,6 +352,34 @@ def test_the_expert_knows_which_way_objects_stand():
         assert np.count_nonzero(np.diff(one.episode.action[:, 6]) < 0) == 1, "it opens its hand once, over the plate"
 
 
+def misjudge(cases):
+    """For each (task, metres): whether the expert lifts the bowl at the first attempt if it looks for it so much
+    further from the camera. The camera looks along -x."""
+    act, results = attempt.expert.act, {}
+    for task, error in cases:
+        phases = []
+
+        def misled(plan, progress, scene, error=error, phases=phases):
+            if progress.phase == "reach":
+                scene = scene._replace(object_pos=scene.object_pos - [error, 0, 0])
+            phases.append(progress.phase)
+            return act(plan, progress, scene)
+
+        attempt.expert.act = misled
+        job = attempt.Job("libero_spatial", task, "train", 2, 0, 0, drawn=True, spread=0.0)
+        with contextlib.closing((start := attempt.begin(job, 0, render=False)).env):
+            made = attempt.perform(start, job, attempt.expert.Progress())
+        results[task, error] = made is not None and "reach" not in phases[phases.index("lift") :]
+    return results
+
+
+@pytest.mark.slow
+def test_grips_forgive_an_error_of_depth():
+    """Two centimetres, which policies misjudge, on the stove, next to the plate and on the cabinet."""
+    results = in_a_process(misjudge, [(task, error) for task in (7, 8, 9) for error in (-0.02, 0.02)])
+    assert all(results.values()), results
+
+
 @pytest.mark.slow
 def test_jitter_leaves_the_motion_as_it_is():
     job = attempt.Job("libero_spatial", 2, "train", 0, 0, 32, drawn=True, noise=0.15)
