@@ -174,6 +174,17 @@ def parse_metadata(step: AnyPath, metadata: dict[str, Any]) -> tuple[SpatialVLAC
 def open_params(step: AnyPath) -> dict[str, LazyArray]:
     """{path: array} of a step's parameters, read lazily, without the head that only training needs. Raises InputError
     for damaged files."""
+    return {path: array for path, array in _open(step).items() if not path.startswith(f"{TARGET_HEAD}/")}
+
+
+def open_head(path: str | AnyPath) -> dict[str, LazyArray]:
+    """{path: array} of the head in a run's newest step; empty if `path` is not a run with `loss.target`. Raises
+    InputError for damaged files."""
+    step = step_directory(path)
+    return {path: array for path, array in (_open(step) if step else {}).items() if path.startswith(f"{TARGET_HEAD}/")}
+
+
+def _open(step: AnyPath) -> dict[str, LazyArray]:
     params = absolute(step / "params")
     if lost := _missing_of_tree(params):
         raise InputError(f"{params / lost} is missing or truncated")
@@ -194,8 +205,7 @@ def open_params(step: AnyPath) -> dict[str, LazyArray]:
 
         return LazyArray(tuple(info.shape), np.dtype(info.dtype), read)
 
-    stored = (found for found in _stored(params) if not found[0].startswith(f"{TARGET_HEAD}/"))
-    return finite(step, {path: lazy(path, info, spec) for path, info, spec in stored})
+    return finite(step, {path: lazy(path, info, spec) for path, info, spec in _stored(params)})
 
 
 def unreadable(error: Exception, sentence: str) -> Exception:

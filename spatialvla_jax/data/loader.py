@@ -21,7 +21,7 @@ from spatialvla_jax.data.images import scale_intrinsics
 from spatialvla_jax.data.index import Index
 from spatialvla_jax.data.oxe.spec import meaning
 from spatialvla_jax.data.pack import Packed
-from spatialvla_jax.data.reader import Pixels, Rlds, Samples, Source, Split, check_depth
+from spatialvla_jax.data.reader import Pixels, Rlds, Samples, Source, Split
 from spatialvla_jax.data.resolve_datasets import Entry, make_entries
 from spatialvla_jax.data.rlds import version_of
 from spatialvla_jax.data.statistics import check_spec, difference, find_oddities
@@ -364,7 +364,6 @@ class Loader:
 
     def _assemble(self, split: Split, pixels: Pixels) -> Batch:
         """Assemble a batch from its pixels and the indexes."""
-        check_depth(split, pixels)
         dataset, frames = split.locate(pixels.sample_id)
         rows, chunk, length = len(frames), self.action_chunk, self.config.prompt.length
         intrinsics = np.empty((rows, 3, 3), np.float32)

@@ -28,7 +28,7 @@ from spatialvla_jax.batch import WIDTHS, Batch
 from spatialvla_jax.data.config import DataConfig
 from spatialvla_jax.data.index import Index
 from spatialvla_jax.data.oxe import make_spec
-from spatialvla_jax.data.reader import Pixels, Samples, Split
+from spatialvla_jax.data.reader import Pixels, Samples, Split, checked
 from spatialvla_jax.data.resolve_datasets import Entry, check_drop
 from spatialvla_jax.data.rlds import enumerate_some
 from spatialvla_jax.data.statistics import exceeding
@@ -309,7 +309,7 @@ class Packed:
                 image[row] = index.arrays["image"][frame]  # one copy; indexing with an array would make another
                 if depth is not None:
                     _metres(index.arrays["depth"][frame], index, out=depth[row])
-            return Pixels(ids, image, np.full((batch_size, 2), size, np.int32), depth)
+            return checked(split, Pixels(ids, image, np.full((batch_size, 2), size, np.int32), depth))
 
         # Copying releases the GIL, so batches are read while the caller trains on earlier ones.
         reading: deque[Future[Pixels]] = deque()

@@ -197,7 +197,7 @@ class Rlds:
                 ids = reader.taken.pop(step)
                 if split.broken:
                     self._count_replaced(split, samples, step, ids)
-                yield Pixels(ids, **batch)
+                yield checked(split, Pixels(ids, **batch))
             else:
                 return
 
@@ -352,13 +352,15 @@ class StepReader:
         self.faults.check(Counter(list(self.split.broken.values())), "frames")  # a copy: other threads may add to it
 
 
-def check_depth(split: Split, pixels: Pixels) -> None:
-    """Raises InputError naming a frame whose depth is implausible in metres: its spec's `depth_unit` is wrong."""
-    if pixels.depth is None:
-        return
-    for row in np.flatnonzero(pixels.depth.max(axis=(1, 2)) > FARTHEST_ON_AVERAGE).tolist():
+def checked(split: Split, pixels: Pixels) -> Pixels:
+    """The same pixels. Raises InputError naming a frame whose depth is implausible in metres: its spec's `depth_unit`
+    is wrong."""
+    far = [] if pixels.depth is None else np.flatnonzero(pixels.depth.max(axis=(1, 2)) > FARTHEST_ON_AVERAGE).tolist()
+    for row in far:
+        assert pixels.depth is not None
         if wrong := depth_problem(pixels.depth[row], pixels.depth.shape[1:]):
             raise InputError(f"{split.describe(int(pixels.sample_id[row]))}: the depth {wrong}")
+    return pixels
 
 
 def plan_memory(

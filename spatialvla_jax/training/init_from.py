@@ -8,14 +8,14 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax.traverse_util import unflatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from spatialvla_jax.actions import ActionTokenizer
 from spatialvla_jax.checkpoints import Checkpoint, read_checkpoint, start_from_paligemma
 from spatialvla_jax.checkpoints.hub import find_checkpoint, is_hub_id, parse_id, pinned
 from spatialvla_jax.checkpoints.mapping import check_arrays, param_shapes
-from spatialvla_jax.checkpoints.orbax import parse_metadata, read_metadata
+from spatialvla_jax.checkpoints.orbax import open_head, parse_metadata, read_metadata
 from spatialvla_jax.checkpoints.paligemma import is_paligemma
 from spatialvla_jax.checkpoints.peft import refer
 from spatialvla_jax.checkpoints.processor import Processor
@@ -142,6 +142,15 @@ def with_grid_of_run(processor: Processor, before: Processor | None) -> Processo
     return replace(processor, grid=own) if same else processor
 
 
+def _starting_head(setup: TrainSetup) -> Params:
+    """The head of the run `setup.init` if it has one for the same targets, else a new one."""
+    head: dict[str, Any] = flatten_dict(new_head(setup.loss, setup.model.config), sep="/")
+    before = open_head(setup.init) if head else {}
+    if {path: x.shape for path, x in before.items()} == {path: x.shape for path, x in head.items()}:
+        head = {path: array.read() for path, array in before.items()}
+    return unflatten_dict({path: np.asarray(x) for path, x in head.items()}, sep="/")
+
+
 def starting_params(
     setup: TrainSetup, step: AnyPath | None, checkpoint: Checkpoint | None, grid: ActionTokenizer
 ) -> tuple[Params | None, dict[str, Any]]:
@@ -168,7 +177,7 @@ def starting_params(
         return leaf.read() if any(re.match(p, path) for p in frozen) else leaf.read().astype(np.float32)
 
     params = unflatten_dict({path: read(path, leaf) for path, leaf in start.arrays.items()}, sep="/")
-    params |= jax.tree.map(np.asarray, new_head(setup.loss, model.config))
+    params |= _starting_head(setup)
     if checkpoint is None or lora is None:
         return params, {}
     adapters = init_adapters(shapes, lora.rank, lora.targets, jax.random.key(setup.seed))

@@ -187,3 +187,10 @@ def test_a_run_learns_the_target_and_its_policy_does_not_have_the_head(recording
     train(config, tmp_path / "again")
     last = read_metrics(tmp_path / "again" / "metrics.jsonl")[-1]
     assert last == records[-1], "a resumed run has the head's values again"
+
+    config.init, config.grid.kind, config.train.steps = str(workdir), "checkpoint", 1
+    for target, continues in ((config.loss.target, True), ("pixels", False)):
+        config.loss.target = target
+        train(config, tmp_path / target)
+        first = read_metrics(tmp_path / target / "metrics.jsonl")[0]["target_error"]
+        assert (first < 0.15) == continues, "a run that starts from another keeps its head, if the targets are the same"
