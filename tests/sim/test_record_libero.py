@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -365,9 +366,9 @@ def misjudge(cases):
             phases.append(progress.phase)
             return act(plan, progress, scene)
 
-        attempt.expert.act = misled
-        job = attempt.Job("libero_spatial", task, "train", 2, 0, 0, drawn=True, spread=0.0)
-        with contextlib.closing((start := attempt.begin(job, 0, render=False)).env):
+        job = attempt.Job("libero_spatial", task, "train", 4, 0, 0, drawn=True, spread=0.0)
+        start = attempt.begin(job, 0, render=False)
+        with contextlib.closing(start.env), mock.patch.object(attempt.expert, "act", misled):
             made = attempt.perform(start, job, attempt.expert.Progress())
         results[task, error] = made is not None and "reach" not in phases[phases.index("lift") :]
     return results
@@ -375,8 +376,8 @@ def misjudge(cases):
 
 @pytest.mark.slow
 def test_grips_forgive_an_error_of_depth():
-    """Two centimetres, which policies misjudge, on the stove, next to the plate and on the cabinet."""
-    results = in_a_process(misjudge, [(task, error) for task in (7, 8, 9) for error in (-0.02, 0.02)])
+    """Three centimetres, on the stove, next to the plate and on the cabinet, where earlier grips missed the rim."""
+    results = in_a_process(misjudge, [(task, error) for task in (7, 8, 9) for error in (-0.03, 0.03)])
     assert all(results.values()), results
 
 
