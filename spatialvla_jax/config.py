@@ -205,7 +205,7 @@ KEYS: dict[str, Field] = {
     "loss.target": Field(
         "none",
         "in training, also predict the position of the task's object: in the picture (sides of the image), in the "
-        "camera's frame, or both there and from the hand, with the fingers' opening; needs packed recordings",
+        "camera's frame, or also relative to the hand, with the fingers' opening; needs packed recordings",
         choices=("none", "pixels", "metres", "reach"),
     ),
     "loss.target_weight": Field(1.0, "weight of its mean absolute error, added to the cross-entropy", above=0),

@@ -94,7 +94,7 @@ def write_packed(
     they arrive, one whole split after another. Episodes are as in `rlds_writer.features`, with images as arrays of
     `image_size`, which a model must match. Observations also have the camera's "extrinsics" f32[4, 4]; "target" f32[3],
     the position of the task's object in the camera's frame; and "hand" f32[4], that of the point between the fingertips
-    and how far these are apart. The frame is in metres: x right, y down, z forward. Episodes contain only steps with
+    and how far apart they are. The frame is in metres: x right, y down, z forward. Episodes contain only steps with
     images: with `every` 3, each third step from the first. Raises InputError, also if there is not enough room.
     """
     instructions = list(dict.fromkeys(language for _, language, _ in known))

@@ -355,9 +355,9 @@ class StepReader:
 def checked(split: Split, pixels: Pixels) -> Pixels:
     """The same pixels. Raises InputError naming a frame whose depth is implausible in metres: its spec's `depth_unit`
     is wrong."""
-    far = [] if pixels.depth is None else np.flatnonzero(pixels.depth.max(axis=(1, 2)) > FARTHEST_ON_AVERAGE).tolist()
-    for row in far:
-        assert pixels.depth is not None
+    if pixels.depth is None:
+        return pixels
+    for row in np.flatnonzero(pixels.depth.max(axis=(1, 2)) > FARTHEST_ON_AVERAGE).tolist():
         if wrong := depth_problem(pixels.depth[row], pixels.depth.shape[1:]):
             raise InputError(f"{split.describe(int(pixels.sample_id[row]))}: the depth {wrong}")
     return pixels

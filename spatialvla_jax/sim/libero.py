@@ -192,7 +192,7 @@ def camera(env: Any, size: int) -> tuple[Float[np.ndarray, "3 3"], Float[np.ndar
 
 def positions(env: Any, extrinsics: Float[np.ndarray, "4 4"]) -> dict[str, Float[np.ndarray, " _"]]:
     """Where the object to move is in the frame of a camera with these extrinsics ("target" f32[3]), where the point
-    between the fingertips is, and how far these are apart ("hand" f32[4]). Metres, as Ego3D's points are."""
+    between the fingertips is, and how far apart they are ("hand" f32[4]). Metres, as Ego3D's points are."""
     object_to_move, _ = env.obj_of_interest
     data, robot = env.sim.data, env.robots[0]
     places = data.body_xpos[env.env.obj_body_id[object_to_move]], data.site_xpos[robot.eef_site_id]

@@ -211,7 +211,7 @@ def _open_loader(config: ConfigDict, saved: dict[str, Any] | None, processor: Pr
         statistics=saved["processor"]["statistics"] if saved else None,
         tokenizer=None if processor is None or config.data.prompt.model else processor.tokenizer,
         processes=all_processes(),
-        recorded=Loss(target=config.loss.target).recorded,
+        recorded=Loss(**config.loss.to_dict()).recorded,
     )
     if config.train.eval_every:
         frames = loader.check_epoch(config.train.eval_split)

@@ -19,8 +19,8 @@ from spatialvla_jax.text import EOS
 class Loss:
     """`soft_sigma`: standard deviation, in cells, of the targets around the true cell; 0 for only the true cell.
 
-    `target`: also learn where the task's object is, in "pixels" or "metres", or that and what the hand does ("reach"),
-    see `target_error`; or "none".
+    `target`: what else to learn, see `target_error`. "pixels" or "metres": where the task's object is. "reach": also
+    where it is relative to the hand, and how far the fingers are open. "none": nothing.
     """
 
     soft_sigma: float = 0.0
