@@ -92,9 +92,19 @@ tensorstore_utils._use_gcs_driver, tensorstore_utils._normalize_path = is_url, _
 gcs_utils.get_kvstore_for_gcs = _location
 
 
-def tree_handler(**options: Any) -> ocp.PyTreeCheckpointHandler:
-    """Orbax's handler for a tree of arrays: reads any format, writes each chunk with a checksum."""
-    return ocp.PyTreeCheckpointHandler(use_zarr3=True, **options)
+def tree_handler(*, copy: bool = True) -> ocp.PyTreeCheckpointHandler:
+    """Orbax's handler for a tree of arrays: reads any format, writes each chunk with a checksum. Without `copy`, NumPy
+    arrays must not change until they are saved."""
+    if jax.process_count() > 1:
+        return ocp.PyTreeCheckpointHandler(use_zarr3=True)
+    # By default, Orbax cuts each array into one slice per replica, so that several processes write at once. A single
+    # process gains little, and cutting takes seconds: it compiles every shape and dispatches every slice.
+    types = ocp.type_handlers
+    registry = types.create_type_handler_registry(
+        (np.ndarray, types.NumpyHandler(deepcopy_host_arrays=copy)),
+        (jax.Array, types.ArrayHandler(use_replica_parallel=False)),
+    )
+    return ocp.PyTreeCheckpointHandler(use_zarr3=True, type_handler_registry=registry)
 
 
 def step_directory(path: str | AnyPath) -> AnyPath | None:
@@ -285,14 +295,7 @@ def _lay_out(folder: AnyPath, arrays: dict[str, LazyArray], metadata: dict[str, 
     """Let Orbax save zeros, which need no space in memory or on disk: it writes everything but the values."""
     zeros = unflatten({name: np.broadcast_to(np.zeros((), array.dtype), array.shape) for name, array in arrays.items()})
     items = ocp.args.Composite(params=ocp.args.PyTreeSave(zeros), metadata=ocp.args.JsonSave(metadata))
-    types = ocp.type_handlers
-    uncopied = types.create_type_handler_registry(
-        (np.ndarray, types.NumpyHandler(deepcopy_host_arrays=False)), (jax.Array, types.ArrayHandler())
-    )
-    handlers = {
-        "params": tree_handler(type_handler_registry=uncopied),
-        "metadata": ocp.JsonCheckpointHandler(),
-    }
+    handlers = {"params": tree_handler(copy=False), "metadata": ocp.JsonCheckpointHandler()}
     options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
     try:
         with ocp.CheckpointManager(folder, options=options, item_handlers=handlers) as manager:
