@@ -167,6 +167,11 @@ def test_figures_are_those_of_the_files() -> None:
             for stage in (f"train {name}-0", f"evaluate {name}-{len(row['trainings']) - 1}"):
                 assert f"| {policies['seconds'][stage]:.0f} |" in page
             rates[file, name] = rate
+    for row in json.loads((ROOT / "benchmarks/results/vla_eval.json").read_text())["results"].values():
+        rate = f"{100 * row['success']:.1f} ± {100 * row['standard_error']:.1f} %"
+        tasks = ", ".join(f"{100 * success:.0f}" for success in row["tasks"].values())
+        line = f"| {rate} | {tasks} % | {row['steps_of_a_success']} |"
+        assert line in (ROOT / "docs/integrations.md").read_text()
     readme = (ROOT / "README.md").read_text()
     full, rgb = rates["libero_spatial_one_gpu.json", "full"], rates["libero_spatial.json", "rgb"]
     assert f"{full} with the simulator's depth, {rgb} from RGB alone" in readme
