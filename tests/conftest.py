@@ -6,8 +6,14 @@ import shutil
 import tempfile
 from collections.abc import Callable
 
-# Most of the tests' time is compilation, so XLA does not optimise here.
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0")
+# Most of the tests' time is compilation, so XLA does not optimise here. Its default schedule for CPUs lets a loop run
+# beside collectives outside it, in an order that differs between devices. If the loop has collectives too, devices may
+# then wait for each other: with busy cores, about one run in twenty on four devices hung.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    " --xla_cpu_enable_concurrency_optimized_scheduler=false",
+)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # A collective blocks its thread until every device joins, and a device may wait in several at once. By default, XLA has
 # one thread per device on a machine of few cores, so the last device may find none left: a deadlock.

@@ -195,9 +195,7 @@ def serve() -> None:
                 os.dup2(source, target)
             faulthandler.register(signal.SIGUSR1, all_threads=True)
             os.environ |= request["cloud"]
-            os.environ["XLA_FLAGS"] = (
-                f"--xla_force_host_platform_device_count={request['devices']} --xla_backend_optimization_level=0"
-            )
+            os.environ["XLA_FLAGS"] += f" --xla_force_host_platform_device_count={request['devices']}"  # the last wins
             if request["file_limit"]:
                 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
                 resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_limit"], request["file_limit"]))
