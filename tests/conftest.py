@@ -6,9 +6,9 @@ import shutil
 import tempfile
 from collections.abc import Callable
 
-# Most of the tests' time is compilation, so XLA does not optimise here. Its default schedule for CPUs lets a loop run
-# beside collectives outside it, in an order that differs between devices. If the loop has collectives too, devices may
-# then wait for each other: with busy cores, about one run in twenty on four devices hung.
+# Most of the tests' time is compilation, so XLA does not optimise here. Its default schedule for CPUs does not order a
+# loop's collectives and those outside the loop. Devices may reach them in different orders and wait for each other:
+# with busy cores, about one run in twenty on four devices hung.
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
