@@ -3,12 +3,14 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import torch
 from helpers.torch_reference import hf_siglip, our_params, randomise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spatialvla_jax.checkpoints.mapping import siglip
+from spatialvla_jax.models.attention import encoder_attention
 from spatialvla_jax.models.siglip import Siglip, SiglipConfig
 
 
@@ -55,3 +57,24 @@ def test_extra_is_added_before_the_head():
     (plain, tokens), (fused, same) = apply(variables, image), apply(variables, image, extra)
     np.testing.assert_array_equal(tokens, same)
     np.testing.assert_allclose(fused - plain, extra @ variables["params"]["head"]["kernel"], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("length", "has_bias", "kernel"),
+    [(256, False, "cudnn"), (81, False, "xla"), (769, True, "cudnn")],  # SigLIP at 224 and 126 px, BEiT
+)
+def test_odd_lengths_are_trained_without_the_fused_kernel(
+    length: int, has_bias: bool, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU, JAX refuses the gradient of cuDNN's kernel for odd lengths."""
+    used = []
+
+    def attention(q, k, v, bias, implementation):
+        used.append(implementation)
+        return q
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax.nn, "dot_product_attention", attention)
+    q = jnp.zeros((1, length, 2, 8), jnp.bfloat16)
+    encoder_attention(q, q, q, jnp.zeros((1, 2, length, length), jnp.bfloat16) if has_bias else None)
+    assert used == [kernel]
