@@ -57,9 +57,9 @@ def encoder_attention(
 
     Uses cuDNN's fused kernel for bfloat16 on a GPU (half the time of XLA's at SigLIP's and BEiT's sizes), else XLA's.
     """
-    # The fused kernel's backward pass only takes even lengths. BEiT, which has a bias, is never trained.
+    # The fused kernel's backward pass only takes even lengths.
     even = q.shape[1] % 2 == 0 and k.shape[1] % 2 == 0
-    fused = (even or bias is not None) and q.dtype == jnp.bfloat16 and jax.default_backend() == "gpu"
+    fused = even and q.dtype == jnp.bfloat16 and jax.default_backend() == "gpu"
     if fused and bias is not None:
         bias = bias.astype(q.dtype)
     return jax.nn.dot_product_attention(q, k, v, bias=bias, implementation="cudnn" if fused else "xla")
