@@ -181,7 +181,9 @@ def test_figures_are_those_of_the_files() -> None:
     assert f"{100 * fewer['success']:.1f} ± {100 * fewer['standard_error']:.1f} % of {fewer['episodes']}" in page
     assert f"30 of {30 + takeovers['7']} takeovers there, and 30 of {30 + takeovers['5']} on the ramekin" in page
     page = (ROOT / "docs/results/ablations.md").read_text()
-    for row in json.loads((ROOT / "benchmarks/results/mini_ablations_first.json").read_text())["trials"].values():
+    mini = json.loads((ROOT / "benchmarks/results/mini_ablations_first.json").read_text())
+    assert f"{mini['gpu_ms_a_step']} ms of GPU time" in page and f"the {mini['train_frames']:,} frames" in page
+    for row in mini["trials"].values():
         right = " | ".join(f"{100 * row['rotation_accuracy'][split]:.0f} %" for split in ("training", "validation"))
         line = f"| {row['teacher_forced_l1']:.4f} | {row['gain_of_last_quarter_percent']:.2f} % | {right} "
         assert f"{line}| {row['successes']} of {row['episodes']} |" in page

@@ -9,9 +9,9 @@ seeds, with initial states that are not in the recording.
 A random crop moves the camera, and only Ego3D's intrinsics tell the model so. The crop is therefore an axis too: the
 fixed one is the whole image, for which moved and unmoved intrinsics are equal.
 
-Measured on an H200 with 16 cores, 2026-12-01: the pictures take 129 s, and a trial's step 10.6 ms of the GPU's time,
-however many trials share it: 41 minutes for 39 trials of 6,000 steps. A trial needs 3.4 GB. The first six trials
-reached their plateau but solved only 4 of 217 episodes, see docs/results/ablations.md.
+Measured with six trials at once on an H200 with 16 cores, 2026-12-01: rendering takes 129 s, and a trial's step 10.6 ms
+of GPU time, so 39 trials of 6,000 steps take 41 minutes. A trial needs 3.3 GB. The six trials reached their plateau
+but solved only 4 of 217 episodes, see docs/results/ablations.md.
 """
 
 from spatialvla_jax.actions import PRESET_BINS

@@ -55,9 +55,10 @@ def encoder_attention(
 ) -> Float[Array, "B T N H"]:
     """Attention of the vision models: no mask, scale H^-0.5, softmax in float32.
 
-    Uses cuDNN's fused kernel for bfloat16 on a GPU (half the time of XLA's at SigLIP's and BEiT's sizes), else XLA's.
+    Uses cuDNN's fused kernel for bfloat16 and even lengths on a GPU (half the time of XLA's at SigLIP's and BEiT's
+    sizes), else XLA's.
     """
-    # The fused kernel's backward pass only takes even lengths.
+    # JAX refuses the gradient of cuDNN's kernel for odd lengths.
     even = q.shape[1] % 2 == 0 and k.shape[1] % 2 == 0
     fused = even and q.dtype == jnp.bfloat16 and jax.default_backend() == "gpu"
     if fused and bias is not None:
