@@ -190,7 +190,10 @@ class Experiment:
         if self.stopped:  # in another variant
             sys.exit(self.stopped[0])
         start = time.monotonic()
-        environment = tied_to_this(os.environ | ({"CUDA_VISIBLE_DEVICES": share.gpus} if share.gpus else {}))
+        # Recording with a policy and evaluating one run the same program: compile it once.
+        compiled = {"JAX_COMPILATION_CACHE_DIR": str((self.args.workdir / "compiled").absolute())}
+        gpus = {"CUDA_VISIBLE_DEVICES": share.gpus} if share.gpus else {}
+        environment = tied_to_this(compiled | os.environ | gpus)
         process = subprocess.Popen([sys.executable, "-m", "spatialvla_jax.cli", *map(str, command)], env=environment)
         self.running.append(process)
         if self.stopped:  # since the check above

@@ -22,13 +22,13 @@ SCRIPT = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks/closed_loop.
 
 
 @pytest.fixture
-def gpus() -> dict[str, str | None]:
-    """The GPUs of each command that `bench` called."""
+def environments() -> dict[str, dict[str, str]]:
+    """The environment of each command that `bench` called."""
     return {}
 
 
 @pytest.fixture
-def bench(monkeypatch, tmp_path, gpus):
+def bench(monkeypatch, tmp_path, environments):
     """Run the script; returns the commands that it called, up to one that contains `stop`."""
 
     def run(
@@ -44,7 +44,7 @@ def bench(monkeypatch, tmp_path, gpus):
             def __init__(self, argv, env):
                 self.text = " ".join(argv[3:]).replace(f"{tmp_path}/", "")
                 called.append(self.text)
-                gpus[self.text] = env.get("CUDA_VISIBLE_DEVICES")
+                environments[self.text] = env
                 if stop not in self.text:
                     out = Path(argv[argv.index("--out" if "--out" in argv else "--workdir") + 1])
                     out.touch() if argv[3] == "record" else out.mkdir(exist_ok=True)
@@ -97,9 +97,11 @@ def kinds(called: list[str]) -> list[str]:
 WHOLE = ["record", "record", "render", "render", "train", "record", "render", "train", "evaluate"]
 
 
-def test_the_stages_in_their_order(bench, tmp_path, capsys):
+def test_the_stages_in_their_order(bench, tmp_path, capsys, environments):
     called = bench("--config.train.batch_size=9")
     assert kinds(called) == WHOLE
+    caches = {environments[text]["JAX_COMPILATION_CACHE_DIR"] for text in called}
+    assert len(caches) == 1, "the commands share their compiled programs"
     first, second, *_, added, _, on, evaluated = called
     assert "--episodes 300 --val-episodes 16 --seed 0" in first and "--out motions/first-00.npz" in first
     assert "--episodes 100 --val-episodes 0 --seed 1" in second
@@ -249,8 +251,9 @@ def test_without_a_round_and_with_another_variant(bench):
     assert "--config.model.depth_source=none" in third[0] and "--config.model.depth_source=none" in third[3]
 
 
-def test_variants_side_by_side_have_a_gpu_each(bench, gpus):
+def test_variants_side_by_side_have_a_gpu_each(bench, environments):
     called = bench("--variants", "full,rgb", "--gpus", "2,3", "--workers", 9)
+    gpus = {text: environment["CUDA_VISIBLE_DEVICES"] for text, environment in environments.items()}
     assert kinds(called[:4]) == WHOLE[:4] and all(gpus[text] == "2,3" and "--workers 9" in text for text in called[:4])
     taken = {}
     for variant in ("full", "rgb"):
