@@ -195,7 +195,7 @@ def lower(program: Program, args: argparse.Namespace) -> tuple[TrainSetup, Batch
     batch = random_batch(setup.model.config, setup.batch_size, grid.action_dim)
     batch = jax.device_put(batch, NamedSharding(setup.mesh, BATCH))
     shapes, shardings = abstract_state(setup, jax.eval_shape(lambda: start_from(setup)))
-    return setup, batch, jit_train_step(setup, shardings).lower(shapes, batch, grid, np.uint32(0))
+    return setup, batch, jit_train_step(setup, shardings).lower(shapes, batch, grid, setup.scalars)
 
 
 def compile_step(program: Program, lowered: Any) -> tuple[Any, float]:
@@ -221,16 +221,15 @@ def measure(
     holds = {"params": on_first_device(state.params), "optimizer": on_first_device(state.opt_state)}
     for name, size in holds.items():
         print(f"{name}: {size / 1e9:.3f} GB on a device, {predicted[name] / 1e9:.3f} GB predicted")
-    seed = np.uint32(0)
 
     for _ in range(3):
-        state, metrics = compiled(state, batch, grid, seed)
+        state, metrics = compiled(state, batch, grid, setup.scalars)
     jax.block_until_ready(metrics)
     seconds = []
     for repeat in range(args.repeats):
         began = time.perf_counter()
         for _ in range(args.steps):
-            state, metrics = compiled(state, batch, grid, seed)
+            state, metrics = compiled(state, batch, grid, setup.scalars)
         jax.block_until_ready(metrics)
         seconds.append((time.perf_counter() - began) / args.steps)
         print(f"repeat {repeat + 1}: {1e3 * seconds[-1]:.2f} ms a step, {batch_size / seconds[-1]:.1f} samples/s")
@@ -246,7 +245,7 @@ def measure(
 
         def run() -> Any:
             nonlocal state
-            state, metrics = compiled(state, batch, grid, seed)
+            state, metrics = compiled(state, batch, grid, setup.scalars)
             return metrics
 
         floors = floors_of(setup, grid, shapes, shardings)

@@ -136,7 +136,7 @@ def planned(run: Run) -> dict[str, float]:
         return {"flops": flops * setup.batch_size / (jax.device_count() * rate)}
     state, shardings = abstract_state(setup)
     batch = Batch.abstract(setup.model.config, setup.batch_size, run.grid.action_dim, setup.loss.recorded)
-    program = jit_train_step(setup, shardings).lower(state, batch, run.grid, np.uint32(0)).compile()
+    program = jit_train_step(setup, shardings).lower(state, batch, run.grid, setup.scalars).compile()
     return {"roofline": costs_of(program.as_text(), flops, setup.batch_size, topology)["step_seconds"]}
 
 

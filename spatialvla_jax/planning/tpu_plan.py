@@ -99,7 +99,7 @@ def compile_plan(
     with timed_stage("trace", progress):
         state, shardings = abstract_state(setup)
         batch = Batch.abstract(setup.model.config, plan.batch_size, grid.action_dim, setup.loss.recorded)
-        traced = jit_train_step(setup, shardings).trace(state, batch, grid, np.uint32(0))
+        traced = jit_train_step(setup, shardings).trace(state, batch, grid, setup.scalars)
     with timed_stage("lower", progress):
         lowered = traced.lower()
     versions = {"jax": jax.__version__, "libtpu": importlib.metadata.version("libtpu")}

@@ -265,7 +265,7 @@ def take_steps(
     setup, state, step, steps, clock = run.setup, run.state, run.start, run.setup.steps, goodput.clock
     assert setup.mesh is not None
     batch_sharding, replicated = NamedSharding(setup.mesh, BATCH), NamedSharding(setup.mesh, P())
-    seed = jax.device_put(np.uint32(setup.seed), replicated)
+    scalars = jax.device_put(setup.scalars, replicated)
     train_step, eval_step = jit_train_step(setup, run.shardings), jit_eval_step(setup, run.shardings)
     last_update = jit_update_norms(setup, run.shardings)
     goodput.mark(step, keep=True)
@@ -293,7 +293,7 @@ def take_steps(
             with clock("data"):
                 batch = next(batches)
             with clock("compile" if first else "compute"):
-                state, metrics = train_step(state, to_device(batch, batch_sharding), run.grid, seed)
+                state, metrics = train_step(state, to_device(batch, batch_sharding), run.grid, scalars)
             with clock("compute"):
                 watch.waiting.append((step, metrics))
                 target = watch.look(leave=0 if first else 1)
@@ -306,7 +306,7 @@ def take_steps(
             stop = step in (steps, stop_after) or preempted
             if step % setup.log_every == 0 or step in (1, steps):
                 with clock("compute" if report.values else "compile"):
-                    values = jax.device_get(metrics | last_update(state))
+                    values = jax.device_get(metrics | last_update(state, scalars.schedule))
                 bar.set_postfix(report.write(step, values, np.asarray(batch.sample_id)), refresh=False)
             if tracing and profile and (stop or step == profile[1]):
                 jax.block_until_ready(state)

@@ -6,12 +6,27 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Integer
 
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.models import Params
+
+
+class Schedule(NamedTuple):
+    """The learning rate: linear from 0 to `peak` over `warmup` updates, then linear to 0 after `steps` updates. A
+    PyTree of numbers, so that a jitted step can take it as an argument."""
+
+    peak: Float[Array, ""] | np.float32
+    warmup: Int[Array, ""] | np.int32  # at least 1
+    steps: Int[Array, ""] | np.int32
+
+    def __call__(self, count: Integer[Array, ""] | int) -> Float[Array, ""]:
+        """The rate after `count` updates."""
+        down = (self.steps - count) / jnp.maximum(1, self.steps - self.warmup)
+        return self.peak * jnp.maximum(0, jnp.minimum(count / self.warmup, down))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,17 +45,10 @@ class AdamW:
     mu_dtype: str
     ema: float  # decay of the parameter average; 0: no average
 
-
-def learning_rate(adamw: AdamW) -> optax.Schedule:
-    """Linear from 0 to the peak during warm-up, then linear to 0 at the last step."""
-    warmup = max(1, round(adamw.warmup * adamw.steps))
-    return optax.schedules.join_schedules(
-        [
-            optax.schedules.linear_schedule(0.0, adamw.learning_rate, warmup),
-            optax.schedules.linear_schedule(adamw.learning_rate, 0.0, max(1, adamw.steps - warmup)),
-        ],
-        [warmup],
-    )
+    @property
+    def schedule(self) -> Schedule:
+        warmup = max(1, round(self.warmup * self.steps))
+        return Schedule(np.float32(self.learning_rate), np.int32(warmup), np.int32(self.steps))
 
 
 class EmaState(NamedTuple):
@@ -57,12 +65,13 @@ def params_ema(decay: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: EmaState(jax.tree.map(jnp.copy, params)), update)  # pyright: ignore[reportArgumentType]
 
 
-def make_optimizer(adamw: AdamW) -> optax.GradientTransformation:
-    """Global-norm clipping, then AdamW, on the trainable parameters; with `ema`, also their average."""
+def make_optimizer(adamw: AdamW, schedule: Schedule) -> optax.GradientTransformation:
+    """Global-norm clipping, then AdamW, on the trainable parameters; with `ema`, also their average. `schedule` is
+    `adamw.schedule`, or the argument of a jitted function that stands for it."""
     return optax.chain(
         optax.clip_by_global_norm(adamw.grad_clip_norm),
         optax.adamw(
-            learning_rate(adamw),
+            schedule,
             b1=adamw.b1,
             b2=adamw.b2,
             eps=adamw.eps,
@@ -102,14 +111,16 @@ def num_updates(opt_state: optax.OptState) -> Int[Array, ""]:
     return jnp.asarray(adam_state(opt_state).count)
 
 
-def update_norms(adamw: AdamW, params: Params, opt_state: optax.OptState) -> dict[str, Float[Array, ""]]:
+def update_norms(
+    adamw: AdamW, schedule: Schedule, params: Params, opt_state: optax.OptState
+) -> dict[str, Float[Array, ""]]:
     """Norms of the last update, in total and per part of the model, recomputed from the resulting state. Steps that
     don't report them therefore don't compute them.
 
     `params` are the trainable parameters after that update, `opt_state` belongs to `make_optimizer`.
     """
     adam = adam_state(opt_state)
-    rate = learning_rate(adamw)(adam.count - 1)
+    rate = schedule(jnp.asarray(adam.count) - 1)
 
     def update(p: Array, mu: Array, nu: Array) -> Array:
         mean = mu.astype(jnp.float32) / (1 - adamw.b1**adam.count)

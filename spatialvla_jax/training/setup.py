@@ -2,9 +2,11 @@
 none of them reads the config again."""
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
-import optax
+import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Array, UInt
 from ml_collections import ConfigDict
 
 from spatialvla_jax.actions import ActionTokenizer
@@ -15,7 +17,7 @@ from spatialvla_jax.models.lora import adapter_shapes
 from spatialvla_jax.models.spatialvla import TARGET_HEAD
 from spatialvla_jax.training.augment import Augmentation
 from spatialvla_jax.training.losses import Loss
-from spatialvla_jax.training.optimizer import AdamW, make_optimizer, split_frozen
+from spatialvla_jax.training.optimizer import AdamW, Schedule, split_frozen
 from spatialvla_jax.training.sharding import check_batch
 from spatialvla_jax.training.spikes import SpikePolicy
 
@@ -29,6 +31,13 @@ class Adapters:
     targets: tuple[str, ...]
 
 
+class Scalars(NamedTuple):
+    """Arguments of a compiled step: runs that differ only in these numbers share one compilation."""
+
+    seed: UInt[Array, ""] | np.uint32
+    schedule: Schedule
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainSetup:
     """`frozen` holds patterns of parameter paths. The fields from `steps` on are those of `config.train`."""
@@ -36,7 +45,6 @@ class TrainSetup:
     preset: str  # the name of the model's sizes
     model: SpatialVLA
     adamw: AdamW
-    optimizer: optax.GradientTransformation
     frozen: tuple[str, ...]
     init: str  # the checkpoint that it starts from; "": random parameters
     init_zoedepth: str  # the depth model beside a PaliGemma
@@ -62,6 +70,10 @@ class TrainSetup:
     def lora_scale(self) -> float:
         """The factor of B A in `merge_adapters`."""
         return self.adapters.alpha / self.adapters.rank if self.adapters else 0.0
+
+    @property
+    def scalars(self) -> Scalars:
+        return Scalars(np.uint32(self.seed), self.adamw.schedule)
 
     def with_remat(self, remat: str) -> "TrainSetup":
         return replace(self, model=SpatialVLA(replace(self.model.config, remat=remat)))
@@ -102,12 +114,10 @@ def make_setup(
         frozen = (rf"(?!lora/|{TARGET_HEAD}/|spatial_embedding$)", *frozen)  # all but what trains
     if mesh is not None:
         check_batch(train["batch_size"], train["grad_accum_steps"], mesh)
-    adamw = AdamW(steps=train["steps"], **optimizer)
     return TrainSetup(
         preset=name,
         model=model,
-        adamw=adamw,
-        optimizer=make_optimizer(adamw),
+        adamw=AdamW(steps=train["steps"], **optimizer),
         frozen=frozen,
         init=config.init,
         init_zoedepth=config.init_zoedepth,

@@ -15,7 +15,7 @@ from spatialvla_jax.batch import example_inputs
 from spatialvla_jax.models import Params, SpatialVLA
 from spatialvla_jax.models.lora import ADAPTERS, init_adapters
 from spatialvla_jax.training.losses import new_head
-from spatialvla_jax.training.optimizer import merge, split_frozen
+from spatialvla_jax.training.optimizer import make_optimizer, merge, split_frozen
 from spatialvla_jax.training.setup import TrainSetup
 from spatialvla_jax.training.sharding import like_params
 
@@ -55,7 +55,8 @@ def abstract_params(setup: TrainSetup) -> Params:
 
 def new_state(setup: TrainSetup, params: Params) -> TrainState:
     trainable, _ = split_frozen(params, setup.frozen)
-    return TrainState(jnp.zeros((), jnp.int32), params, setup.optimizer.init(trainable))
+    optimizer = make_optimizer(setup.adamw, setup.adamw.schedule)
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(trainable))
 
 
 def abstract_state(setup: TrainSetup, params: Params | None = None) -> tuple[TrainState, TrainState]:

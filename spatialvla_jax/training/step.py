@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int, Integer, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from spatialvla_jax.actions import ActionTokenizer, decode, encode
 from spatialvla_jax.batch import Batch
@@ -24,7 +24,8 @@ from spatialvla_jax.text import EOS
 from spatialvla_jax.training.augment import Augmentation, augment
 from spatialvla_jax.training.losses import PLAIN, Loss, soft_cross_entropy, target_error
 from spatialvla_jax.training.optimizer import (
-    learning_rate,
+    Schedule,
+    make_optimizer,
     merge,
     num_updates,
     part_norms,
@@ -32,7 +33,7 @@ from spatialvla_jax.training.optimizer import (
     update_if_finite,
     update_norms,
 )
-from spatialvla_jax.training.setup import TrainSetup
+from spatialvla_jax.training.setup import Scalars, TrainSetup
 from spatialvla_jax.training.sharding import BATCH, cast_split, on_mesh
 from spatialvla_jax.training.state import TrainState
 
@@ -47,21 +48,18 @@ Jitted = Any  # the result of `jax.jit`: can be called, or lowered and compiled
 
 
 def make_train_step(setup: TrainSetup) -> Callable[..., tuple[TrainState, Metrics]]:
-    """→ `step(state, batch, grid, seed) -> (state, metrics)`, to be jitted with the state donated.
+    """→ `step(state, batch, grid, scalars) -> (state, metrics)`, to be jitted with the state donated.
 
     `grad_accum_steps` splits the batch into that many microbatches and averages their gradients, which gives the
     gradient of the whole batch. If loss or gradient is not finite, the step is counted in `skipped` (over the whole
-    run) and changes nothing else. Grid and seed are arguments, so that runs that differ only in them share one
-    compilation.
+    run) and changes nothing else. Grid, seed, learning rate and number of steps are arguments, so that runs that
+    differ only in them share one compilation.
     """
-    model, optimizer, grad_accum_steps = setup.model, setup.optimizer, setup.grad_accum_steps
-    schedule = learning_rate(setup.adamw)
+    model, grad_accum_steps = setup.model, setup.grad_accum_steps
 
-    def step(
-        state: TrainState, batch: Batch, grid: ActionTokenizer, seed: Integer[Array, ""] | int
-    ) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, batch: Batch, grid: ActionTokenizer, scalars: Scalars) -> tuple[TrainState, Metrics]:
         trainable, fixed = split_frozen(state.params, setup.frozen)
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        key = jax.random.fold_in(jax.random.key(scalars.seed), state.step)
         inputs = prepare(batch, key, setup.augmentation)
 
         def loss_fn(trainable: Params, inputs: Batch) -> tuple[Float[Array, ""], Metrics]:
@@ -87,11 +85,12 @@ def make_train_step(setup: TrainSetup) -> Callable[..., tuple[TrainState, Metric
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (grad_shapes, metric_shapes))
             (grads, metrics), _ = jax.lax.scan(add, zeros, micro)
         metrics |= part_norms(grads, "gradient_norm")
+        optimizer = make_optimizer(setup.adamw, scalars.schedule)
         updated, opt_state = update_if_finite(
             optimizer, grads, state.opt_state, trainable, loss=metrics["loss"], gradient_norm=metrics["gradient_norm"]
         )
         metrics |= {
-            "learning_rate": schedule(num_updates(state.opt_state)),
+            "learning_rate": scalars.schedule(num_updates(state.opt_state)),
             "skipped": state.step + 1 - num_updates(opt_state),
         }
         return TrainState(state.step + 1, merge(updated, fixed), opt_state), metrics
@@ -100,7 +99,7 @@ def make_train_step(setup: TrainSetup) -> Callable[..., tuple[TrainState, Metric
 
 
 def jit_train_step(setup: TrainSetup, shardings: TrainState) -> Jitted:
-    """→ jitted `step(state, batch, grid, seed) -> (state, metrics)`; the state is donated, the batch split."""
+    """→ jitted `step(state, batch, grid, scalars) -> (state, metrics)`; the state is donated, the batch split."""
     assert setup.mesh is not None
     replicated = NamedSharding(setup.mesh, P())
     return jax.jit(
@@ -142,13 +141,14 @@ def jit_eval_step(setup: TrainSetup, shardings: TrainState) -> Jitted:
 
 
 def jit_update_norms(setup: TrainSetup, shardings: TrainState) -> Jitted:
-    """→ jitted `norms(state)`, see `update_norms`."""
+    """→ jitted `norms(state, schedule)`, see `update_norms`."""
     assert setup.mesh is not None
+    replicated = NamedSharding(setup.mesh, P())
 
-    def norms(state: TrainState) -> Metrics:
-        return update_norms(setup.adamw, split_frozen(state.params, setup.frozen)[0], state.opt_state)
+    def norms(state: TrainState, schedule: Schedule) -> Metrics:
+        return update_norms(setup.adamw, schedule, split_frozen(state.params, setup.frozen)[0], state.opt_state)
 
-    return jax.jit(norms, in_shardings=(shardings,), out_shardings=NamedSharding(setup.mesh, P()))
+    return jax.jit(norms, in_shardings=(shardings, replicated), out_shardings=replicated)
 
 
 def make_eval_step(setup: TrainSetup):

@@ -2,11 +2,12 @@
 
 from typing import Any
 
+import optax
 from jax.sharding import Mesh
 
 from helpers.batches import GRID
 from spatialvla_jax.config import default_config
-from spatialvla_jax.training.optimizer import AdamW
+from spatialvla_jax.training.optimizer import AdamW, make_optimizer
 from spatialvla_jax.training.setup import TrainSetup, make_setup
 
 FROZEN = ("llm/embedder",)
@@ -25,3 +26,8 @@ def setup_of(mesh: Mesh | None = None, *, augment: bool = False, train: dict[str
 
 def adamw(steps: int, **changes: Any) -> AdamW:
     return setup_of(train={"steps": steps}, **changes).adamw
+
+
+def optimizer_of(steps: int, **changes: Any) -> optax.GradientTransformation:
+    hyperparameters = adamw(steps, **changes)
+    return make_optimizer(hyperparameters, hyperparameters.schedule)

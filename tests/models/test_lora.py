@@ -134,7 +134,7 @@ def test_a_training_step_of_adapters_has_no_gradient_of_a_frozen_weight() -> Non
         setup = make_setup(config, grid, make_mesh({"data": 1}, jax.devices()[:1]), text_vocab=256)
         state, _ = abstract_state(setup)
         batch = Batch.abstract(setup.model.config, 2, grid.action_dim)
-        return product_flops(jax.make_jaxpr(make_train_step(setup))(state, batch, grid, 0).jaxpr)
+        return product_flops(jax.make_jaxpr(make_train_step(setup))(state, batch, grid, setup.scalars).jaxpr)
 
     whole, low_rank = flops(0, "dots"), flops(1, "dots")
     assert low_rank < 0.85 * whole and low_rank < 0.9 * flops(1, "full")

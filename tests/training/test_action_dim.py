@@ -83,7 +83,7 @@ def test_loader_step_and_policy_follow_the_tokenizer(grid: ActionTokenizer, tmp_
 
     step, state, losses = jax.jit(make_train_step(setup)), new_state(setup, init_params(model, 0)), []
     for _ in range(4):
-        state, metrics = step(state, batch, grid, 0)
+        state, metrics = step(state, batch, grid, setup.scalars)
         losses.append(float(metrics["loss"]))
     assert losses[-1] < losses[0]
     assert {x.dtype for x in jax.tree.leaves(state.params)} == {np.dtype("float32")}  # only computation is bfloat16

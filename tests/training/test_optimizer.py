@@ -10,14 +10,13 @@ import numpy as np
 import optax
 import pytest
 from helpers.batches import GRID, assert_equal, random_batch
-from helpers.setups import FROZEN, adamw, setup_of
+from helpers.setups import FROZEN, optimizer_of, setup_of
 
 from spatialvla_jax.batch import Batch
 from spatialvla_jax.config import load_config
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.training.optimizer import (
     adam_state,
-    make_optimizer,
     num_updates,
     split_frozen,
     swap_ema,
@@ -37,7 +36,7 @@ def run():
     def run(batches: list[Batch]) -> list[tuple[TrainState, dict[str, Any]]]:
         state, results = start, []
         for batch in batches:
-            state, metrics = step(state, batch, GRID, 0)
+            state, metrics = step(state, batch, GRID, setup.scalars)
             results.append((state, metrics))
         return results
 
@@ -64,7 +63,7 @@ def test_norms_are_those_of_the_gradient_and_of_the_update(run) -> None:
     batch = replace(random_batch(setup.model, 4, 0), dataset_id=np.array([0, 2, 0, 0], np.int32))
     (before, _), (state, metrics) = run([batch, batch])
     old, new = (split_frozen(s.params, FROZEN)[0] for s in (before, state))
-    norms = jax.jit(partial(update_norms, setup.adamw))(new, state.opt_state)
+    norms = jax.jit(partial(update_norms, setup.adamw, setup.adamw.schedule))(new, state.opt_state)
     moved, global_norm = jax.tree.map(lambda a, b: np.asarray(b) - a, old, new), jax.jit(optax.global_norm)
     assert set(norms) == {"update_norm", *(f"update_norm/{part}" for part in old)}
     np.testing.assert_allclose(norms["update_norm"], global_norm(moved), rtol=1e-3)
@@ -84,7 +83,7 @@ def test_by_dataset() -> None:
 
 
 def test_averaged_parameters() -> None:
-    optimizer = make_optimizer(adamw(100, ema=0.75, learning_rate=0.1, warmup=0.0))
+    optimizer = optimizer_of(100, ema=0.75, learning_rate=0.1, warmup=0.0)
     params: Any = {"w": jnp.array([1.0, -2.0]), "frozen": jnp.ones(2)}
     trainable, _ = split_frozen(params, ("frozen",))
     state, average = optimizer.init(trainable), trainable["w"]
@@ -103,7 +102,7 @@ def test_averaged_parameters() -> None:
 def test_first_moments_in_bfloat16() -> None:
     params: Any = {"w": jnp.ones(3)}
     for dtype in ("float32", "bfloat16"):
-        adam = adam_state(make_optimizer(adamw(10, mu_dtype=dtype)).init(params))
+        adam = adam_state(optimizer_of(10, mu_dtype=dtype).init(params))
         assert (adam.mu["w"].dtype, adam.nu["w"].dtype) == (dtype, "float32")  # pyright: ignore
     for key, value in (("mu_dtype", "float16"), ("ema", "1.0")):
         with pytest.raises(InputError, match=rf"optimizer\.{key}='?{value}"):
@@ -120,7 +119,7 @@ BAD = {
 @pytest.mark.parametrize(("loss", "gradient", "times"), BAD.values(), ids=BAD)
 def test_what_optax_would_not_skip(loss: float, gradient: float, times: int) -> None:
     """Ours changes nothing; `optax.apply_if_finite` changes the parameters, which is why we do not use it."""
-    optimizer = make_optimizer(adamw(100, learning_rate=0.1, warmup=0.0))
+    optimizer = optimizer_of(100, learning_rate=0.1, warmup=0.0)
     theirs = optax.apply_if_finite(optimizer, max_consecutive_errors=3)
     start: Any = {"w": jnp.array([1.0, -2.0])}
     good, bad = {"w": jnp.array([0.5, 1.0])}, {"w": jnp.full(2, gradient, jnp.float32)}

@@ -27,7 +27,7 @@ def losses(mesh_shape: dict[str, int], devices: int, *, steps: int = 20, **train
     step, batch_sharding = jit_train_step(setup, shardings), NamedSharding(mesh, BATCH)
     out = []
     for i in range(steps):
-        state, metrics = step(state, jax.device_put(random_batch(model, 8, i), batch_sharding), GRID, 0)
+        state, metrics = step(state, jax.device_put(random_batch(model, 8, i), batch_sharding), GRID, setup.scalars)
         out.append(float(metrics["loss"]))
     return out
 

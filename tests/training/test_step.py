@@ -6,13 +6,13 @@ import numpy as np
 import optax
 import pytest
 from helpers.batches import GRID, random_inputs
-from helpers.setups import adamw
+from helpers.setups import adamw, optimizer_of
 
 from spatialvla_jax.actions import decode, encode, linear_grid
 from spatialvla_jax.errors import InputError
 from spatialvla_jax.models import SpatialVLA, preset
 from spatialvla_jax.models.remat import POLICIES
-from spatialvla_jax.training.optimizer import learning_rate, make_optimizer, merge, split_frozen
+from spatialvla_jax.training.optimizer import merge, split_frozen
 from spatialvla_jax.training.state import init_params
 from spatialvla_jax.training.step import constrained_argmax, loss_and_metrics
 
@@ -93,7 +93,7 @@ def test_frozen_parameters_have_no_gradient_and_no_optimizer_state(params) -> No
     trainable, frozen = split_frozen(params, ("llm/embedder", "img"))
     assert set(frozen) == {"llm", "img"} and set(frozen["llm"]) == {"embedder"} and "img" not in trainable
     assert jax.tree.structure(merge(trainable, frozen)) == jax.tree.structure(params)
-    state = make_optimizer(adamw(10)).init(trainable)
+    state = optimizer_of(10).init(trainable)
     moments = [x for x in jax.tree.leaves(state) if x.ndim]
     assert sum(x.size for x in moments) == 2 * sum(x.size for x in jax.tree.leaves(trainable))
     with pytest.raises(InputError, match="'vision' matches no parameter"):
@@ -101,18 +101,18 @@ def test_frozen_parameters_have_no_gradient_and_no_optimizer_state(params) -> No
 
 
 def test_schedule_is_linear_up_and_down() -> None:
-    rate = learning_rate(adamw(100, learning_rate=1.0, warmup=0.1))
+    rate = adamw(100, learning_rate=1.0, warmup=0.1).schedule
     np.testing.assert_allclose([rate(i) for i in (0, 5, 10, 55, 100)], [0, 0.5, 1, 0.5, 0], atol=1e-6)
 
 
 def test_optimizer_is_clipped_adamw() -> None:
     """By hand: two equal gradients, clipped to norm 1, so bias-corrected Adam moves by the rate in each direction."""
-    optimizer = make_optimizer(adamw(1000, learning_rate=0.1))
+    optimizer = optimizer_of(1000, learning_rate=0.1)
     w, g = {"w": jnp.array([1.0, -2.0])}, {"w": jnp.array([30.0, 40.0])}
     state = optimizer.init(w)
     _, state = optimizer.update(g, state, w)  # rate 0
     updates, _ = optimizer.update(g, state, w)
     clipped = np.array([0.6, 0.8])
-    rate = float(learning_rate(adamw(1000, learning_rate=0.1))(1))
+    rate = float(adamw(1000, learning_rate=0.1).schedule(1))
     np.testing.assert_allclose(updates["w"], -rate * clipped / (np.abs(clipped) + 1e-8), rtol=1e-4)
     assert optax.global_norm(updates) > 0
