@@ -164,11 +164,11 @@ def packed_config(config_file: Path, shared) -> Path:
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory):
+def server(shared):
     """Starts training runs in separate processes."""
     from helpers.processes import Server
 
-    server = Server(tmp_path_factory.mktemp("compiled"))
+    server = Server(shared("compiled", Path.mkdir))
     yield server
     server.close()
 

@@ -8,6 +8,8 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -59,18 +61,26 @@ def swept(packed_config: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
     (folder / "grids.py").write_text(SWEEP.format(base=str(packed_config)))
     command = ["sweep", "--config", str(folder / "grids.py"), "--workdir", str(folder / "out")]
     command += ["--config.train.steps=2"]
-    kept = {name: getattr(jax.config, name) for name in CACHE}
-    jax.config.update("jax_compilation_cache_dir", None)  # JAX would keep a folder that is already set
     # Started twice, each time for one grid and one seed that train and one trial that fails.
-    with pytest.raises(SystemExit):
-        main([*command, "--no-report", "--only", "grid-[gb]*_seed-0"])
-    with pytest.raises(SystemExit) as error:
-        main([*command, "--only", "grid-[ub]*_seed-1"])
+    with compiling_in(None):  # the sweep's own folder, which it sets only if there is none
+        with pytest.raises(SystemExit):
+            main([*command, "--no-report", "--only", "grid-[gb]*_seed-0"])
+        with pytest.raises(SystemExit) as error:
+            main([*command, "--only", "grid-[ub]*_seed-1"])
+    assert isinstance(error.value.code, int)
+    return command, folder / "out", error.value.code
+
+
+@contextmanager
+def compiling_in(folder: Path | None) -> Iterator[None]:
+    """With this compilation cache instead of that of all tests."""
+    kept = {name: getattr(jax.config, name) for name in CACHE}
+    jax.config.update("jax_compilation_cache_dir", folder and str(folder))
+    compilation_cache.reset_cache()
+    yield
     for name, value in kept.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()
-    assert isinstance(error.value.code, int)
-    return command, folder / "out", error.value.code
 
 
 def test_a_sweep_from_end_to_end(swept: tuple[list[str], Path, int]) -> None:
@@ -215,7 +225,10 @@ def test_trials_of_other_overrides_are_not_mixed(swept: tuple[list[str], Path, i
     elsewhere, out = tmp_path / "elsewhere", tmp_path / "out"
     other = [*command[:-1], "--config.train.steps=1", "--no-report", "--only", "grid-uniform_seed-0"]
     other[other.index("--workdir") + 1] = str(elsewhere)
-    assert main(other) == 0
+    with compiling_in(workdir / "compiled"):
+        assert main(other) == 0
+    steps = [*(workdir / "compiled").glob("jit_step-*-cache")]
+    assert len(steps) == 1, "the number of steps is not part of the program"
     capsys.readouterr()
     told = "grid-uniform_seed-0 holds a run with train.steps = 1, {}/sweep.json says 2; use its config or another"
     assert main(["sweep", "collect", str(workdir), str(elsewhere), "--out", str(out)]) == 2
