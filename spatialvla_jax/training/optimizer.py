@@ -47,6 +47,7 @@ class AdamW:
 
     @property
     def schedule(self) -> Schedule:
+        """Of these steps, with a warm-up of at least one."""
         warmup = max(1, round(self.warmup * self.steps))
         return Schedule(np.float32(self.learning_rate), np.int32(warmup), np.int32(self.steps))
 

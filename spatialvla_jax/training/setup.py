@@ -32,7 +32,8 @@ class Adapters:
 
 
 class Scalars(NamedTuple):
-    """Arguments of a compiled step: runs that differ only in these numbers share one compilation."""
+    """Numbers that a compiled step takes as an argument, as it takes the grid: runs that differ only in them share one
+    compilation."""
 
     seed: UInt[Array, ""] | np.uint32
     schedule: Schedule
