@@ -105,6 +105,15 @@ def test_schedule_is_linear_up_and_down() -> None:
     np.testing.assert_allclose([rate(i) for i in (0, 5, 10, 55, 100)], [0, 0.5, 1, 0.5, 0], atol=1e-6)
 
 
+@pytest.mark.parametrize(("steps", "warmup"), [(1, 0.0), (2, 0.5), (7, 1.0), (1000, 0.005), (1000, 0.0)])
+def test_schedule_is_that_of_optax(steps: int, warmup: float) -> None:
+    up = max(1, round(warmup * steps))
+    pieces = [optax.linear_schedule(0.0, 2e-5, up), optax.linear_schedule(2e-5, 0.0, max(1, steps - up))]
+    counts, schedule = jnp.arange(steps), adamw(steps, learning_rate=2e-5, warmup=warmup).schedule
+    expected, rates = jax.vmap(optax.join_schedules(pieces, [up]))(counts), jax.vmap(schedule)(counts)
+    np.testing.assert_allclose(rates, expected, atol=1e-11)
+
+
 def test_optimizer_is_clipped_adamw() -> None:
     """By hand: two equal gradients, clipped to norm 1, so bias-corrected Adam moves by the rate in each direction."""
     optimizer = optimizer_of(1000, learning_rate=0.1)
