@@ -190,7 +190,7 @@ class Experiment:
         if self.stopped:  # in another variant
             sys.exit(self.stopped[0])
         start = time.monotonic()
-        # Recording with a policy and evaluating one run the same program: compile it once.
+        # `record --policy` and `evaluate` run the same program, so they share one compilation.
         compiled = {"JAX_COMPILATION_CACHE_DIR": str((self.args.workdir / "compiled").absolute())}
         gpus = {"CUDA_VISIBLE_DEVICES": share.gpus} if share.gpus else {}
         environment = tied_to_this(compiled | os.environ | gpus)

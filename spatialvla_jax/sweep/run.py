@@ -1,7 +1,7 @@
 """Run a sweep's trials. Each is trained, evaluated and summarised in one file, once, however many processes run it.
 
 DIR/sweep.json                            the plan, for the report
-DIR/compiled/                             JAX's compilation cache, shared by trials, see `Scalars`
+DIR/compiled/                             JAX's compilation cache, which all trials share
 DIR/trials/NAME/                          the run, as written by `train`
 DIR/trials/NAME/closed_loop/              success in simulation, as written by `evaluate --closed-loop`
 DIR/trials/NAME/result.json               exists when finished; on failure failed.json gives the reason

@@ -16,8 +16,8 @@ from spatialvla_jax.models import Params
 
 
 class Schedule(NamedTuple):
-    """The learning rate: linear from 0 to `peak` over `warmup` updates, then linear to 0 after `steps` updates. A
-    PyTree of numbers, so that a jitted step can take it as an argument."""
+    """The learning rate: linear from 0 to `peak` over `warmup` updates, then linear to 0 after `steps` updates. It
+    is a PyTree of numbers, so a jitted step can take it as an argument."""
 
     peak: Float[Array, ""] | np.float32
     warmup: Int[Array, ""] | np.int32  # at least 1
@@ -47,7 +47,7 @@ class AdamW:
 
     @property
     def schedule(self) -> Schedule:
-        """Of these steps, with a warm-up of at least one."""
+        """The learning rate of this run. The warm-up takes at least one update."""
         warmup = max(1, round(self.warmup * self.steps))
         return Schedule(np.float32(self.learning_rate), np.int32(warmup), np.int32(self.steps))
 

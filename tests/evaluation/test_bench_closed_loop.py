@@ -97,11 +97,12 @@ def kinds(called: list[str]) -> list[str]:
 WHOLE = ["record", "record", "render", "render", "train", "record", "render", "train", "evaluate"]
 
 
-def test_the_stages_in_their_order(bench, tmp_path, capsys, environments):
+def test_the_stages_in_their_order(bench, tmp_path, capsys, environments, monkeypatch):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)  # the tests' own
     called = bench("--config.train.batch_size=9")
     assert kinds(called) == WHOLE
     caches = {environments[text]["JAX_COMPILATION_CACHE_DIR"] for text in called}
-    assert len(caches) == 1, "the commands share their compiled programs"
+    assert caches == {str(tmp_path / "compiled")}, "the commands share their compiled programs"
     first, second, *_, added, _, on, evaluated = called
     assert "--episodes 300 --val-episodes 16 --seed 0" in first and "--out motions/first-00.npz" in first
     assert "--episodes 100 --val-episodes 0 --seed 1" in second

@@ -77,10 +77,12 @@ def compiling_in(folder: Path | None) -> Iterator[None]:
     kept = {name: getattr(jax.config, name) for name in CACHE}
     jax.config.update("jax_compilation_cache_dir", folder and str(folder))
     compilation_cache.reset_cache()
-    yield
-    for name, value in kept.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        for name, value in kept.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
 
 
 def test_a_sweep_from_end_to_end(swept: tuple[list[str], Path, int]) -> None:
